@@ -1,0 +1,30 @@
+"""`.env` text becomes a validated, frozen `ServerConfig`, one per profile."""
+
+from kitty_nb.config.api_key import choose_api_key, server_environment
+from kitty_nb.config.env_writer import SavedEnv
+from kitty_nb.config.saved_settings import env_lines, salvage_settings, save_settings
+from kitty_nb.config.server_config import (
+    RECORDED,
+    Env,
+    FlashAttention,
+    OnKernelExit,
+    ServerConfig,
+    configured_profiles,
+    env_settings,
+)
+
+__all__ = [
+    "RECORDED",
+    "Env",
+    "FlashAttention",
+    "OnKernelExit",
+    "SavedEnv",
+    "ServerConfig",
+    "choose_api_key",
+    "configured_profiles",
+    "env_lines",
+    "env_settings",
+    "salvage_settings",
+    "save_settings",
+    "server_environment",
+]

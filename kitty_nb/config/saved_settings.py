@@ -1,0 +1,122 @@
+"""A profile's settings in a `.env` file: those that are usable, and writing them back."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
+
+from kitty_nb.config.env_file import EnvFile, read_env
+from kitty_nb.config.env_writer import SavedEnv, quoted, write_env
+from kitty_nb.config.profiles import PREFIX
+from kitty_nb.config.server_config import ServerConfig, env_settings
+from kitty_nb.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+
+def salvage_settings(
+    path: str | Path = ".env", profile: str = "primary"
+) -> tuple[ServerConfig, ConfigError | None]:
+    """Read the settings of a profile, and go on without those that are wrong.
+
+    Args:
+        path: The file, found as by `ServerConfig.from_env`.
+        profile: Which named set of settings to read.
+
+    Returns:
+        The settings, and the complaint about what was left out of them.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line in it cannot be understood.
+    """
+    return _salvage(read_env(path), profile)
+
+
+def save_settings(
+    config: ServerConfig, path: str | Path = ".env", names: Collection[str] | None = None
+) -> SavedEnv:
+    """Write the settings that differ from a `.env` file into it, for their profile alone.
+
+    Each goes to `LLAMACPP_<PROFILE>_<NAME>`, so other profiles stay as they are. Secrets are never
+    written. The rest of the file stays, and the old one is kept beside it.
+
+    Args:
+        config: The settings.
+        path: The file, found as by `ServerConfig.from_env`; made when it is missing.
+        names: The fields to write; all of them without it.
+
+    Raises:
+        ConfigError: The file cannot be read or written, what would be written could not be read
+            back, or a setting is to be unset that is set for every profile.
+    """
+    env = read_env(path)
+    given, complaint = _salvage(env, config.profile)
+    wrong = {problem.key for problem in complaint.problems} if complaint else set()
+    changes: dict[str, str] = {}
+    problems = []
+    for name, setting in env_settings().items():
+        key, shared = f"{PREFIX}{config.profile.upper()}_{setting.suffix}", PREFIX + setting.suffix
+        value = getattr(config, name)
+        differs = value != getattr(given, name) or key in wrong
+        if not differs or isinstance(value, SecretStr) or (names and name not in names):
+            continue
+        changes[key] = _text(_in_folder(config.model, given) if name == "model" else value)
+        if not changes[key] and env.values.get(shared):
+            reason = "It holds for every profile, so one profile cannot be without it."
+            fix = "Clear it in the file, or choose a value."
+            problems.append(Problem(shared, str(env.values[shared]), reason, fix))
+    if problems:
+        raise ConfigError(str(env.path), tuple(problems))
+    after = EnvFile(env.path, {**env.values, **changes})
+    ServerConfig.from_file(after, config.profile, wrong - changes.keys())
+    return write_env(env, changes)
+
+
+def env_lines(config: ServerConfig, names: Collection[str]) -> tuple[str, ...]:
+    """Return settings as lines of a `.env` file, for their profile alone; never secrets.
+
+    Args:
+        config: The settings.
+        names: The fields to write.
+    """
+    return tuple(
+        f"{PREFIX}{config.profile.upper()}_{setting.suffix}={quoted(_text(value))}"
+        for name, setting in env_settings().items()
+        if name in names
+        and not isinstance(
+            value := _in_folder(config.model, config) if name == "model" else getattr(config, name),
+            SecretStr,
+        )
+    )
+
+
+def _salvage(env: EnvFile, profile: str) -> tuple[ServerConfig, ConfigError | None]:
+    try:
+        return ServerConfig.from_file(env, profile), None
+    except ConfigError as error:
+        wrong = {problem.key for problem in error.problems}
+        return ServerConfig.from_file(env, profile, wrong), error
+
+
+def _in_folder(model: Path | None, given: ServerConfig) -> Path | None:
+    """A model as it is named in `.env`: by its path in the models folder, if it is there."""
+    if model is None or not model.is_relative_to(given.models_dir):
+        return model
+    inside = model.relative_to(given.models_dir)
+    return model if str(inside).startswith("~") else inside
+
+
+def _text(value: object) -> str:
+    """Write a value as `ServerConfig.from_env` reads it."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(int(value))
+        case tuple():
+            return shlex.join(value)
+    return str(value)

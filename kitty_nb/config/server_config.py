@@ -1,0 +1,369 @@
+"""`ServerConfig`: everything one llama-server is started with, validated and frozen."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
+
+import platformdirs
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from kitty_nb.config.env_file import read_env
+from kitty_nb.config.model_path import check_model
+from kitty_nb.config.model_stores import model_stores
+from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
+from kitty_nb.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from kitty_nb.catalog.stores import Store
+    from kitty_nb.config.env_file import EnvFile
+
+_DATA = platformdirs.user_data_path("kitty_nb")
+_STATE = platformdirs.user_state_path("kitty_nb")
+_KEY = re.compile(r"[!-+\--~]+")
+_TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
+
+
+class FlashAttention(StrEnum):
+    """Whether llama-server uses flash attention; `auto` lets it decide."""
+
+    ON = "on"
+    OFF = "off"
+    AUTO = "auto"
+
+
+class OnKernelExit(StrEnum):
+    """What becomes of the server when the notebook's kernel ends."""
+
+    KEEP = "keep"
+    STOP = "stop"
+
+
+class Env(NamedTuple):
+    """Ties a field to its name in `.env`.
+
+    Attributes:
+        suffix: What follows `LLAMACPP_` (or `LLAMACPP_<PROFILE>_`).
+        expected: What to write there, in words; it ends every complaint about the value.
+    """
+
+    suffix: str
+    expected: str
+
+
+class _Source(NamedTuple):
+    """Where values came from, so that a complaint can name the key as the user wrote it."""
+
+    name: str
+    folder: Path
+    keys: Mapping[str, str]
+    check_files: bool = True
+
+
+# What a running server was started with holds, whatever has become of its files since.
+RECORDED = _Source("the record of a running server", Path("/"), {}, check_files=False)
+_NO_SOURCE = _Source("the settings", Path(), {})
+
+
+def _flash_attention(value: object) -> object:
+    if value is None:
+        return None
+    word = str(value).strip().lower()
+    return "on" if word in _TRUE else "off" if word in _FALSE else word
+
+
+def _printable(value: object) -> object:
+    """A key that fits into an HTTP header; commas separate several keys to llama-server."""
+    key = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if isinstance(key, str) and not _KEY.fullmatch(key):
+        raise ValueError("it cannot be sent in an HTTP header")
+    return value
+
+
+def _words(value: object) -> object:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+def _folder(value: object, info: ValidationInfo) -> object:
+    """A path as a person writes it: `~` allowed, relative to the `.env` file it stands in."""
+    if value is None:
+        return None
+    source = cast("_Source", info.context or _NO_SOURCE)
+    path = os.path.expanduser(str(value))  # noqa: PTH111 (leaves a name that nobody has as it is)
+    return str(source.folder.absolute() / path)
+
+
+_Folder = Annotated[Path, BeforeValidator(_folder)]
+
+
+class ServerConfig(BaseModel):
+    """Settings of one profile. `None` leaves a setting to llama-server's own default.
+
+    Build it with `from_env` or by keywords; change it with `replace`. All three raise
+    `ConfigError`, which lists every wrong value at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    profile: str = Field(default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    models_dir: Annotated[_Folder, Env("MODELS_DIR", "a folder with .gguf files")] = (
+        _DATA / "models"
+    )
+    allow_absolute_paths: Annotated[
+        bool, Env("ALLOW_ABSOLUTE_PATHS", "1 or 0; 1 allows models outside the models folder")
+    ] = False
+    other_stores: Annotated[
+        bool, Env("OTHER_STORES", "1 or 0; 0 leaves out the models of other programs")
+    ] = True
+    model: Annotated[Path | None, Env("MODEL", "the path of a .gguf file in the models folder")] = (
+        None
+    )
+    alias: Annotated[
+        str | None, Field(pattern="^[^,]+$"), Env("ALIAS", "one name, without commas")
+    ] = None
+    binary: Annotated[_Folder | None, Env("BIN", "the path of a llama-server program")] = None
+    host: Annotated[
+        str, Field(pattern=r"^[\w.:%-]+$"), Env("HOST", "an address or a host name")
+    ] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535), Env("PORT", "a whole number from 1 to 65535")] = (
+        Field(default_factory=lambda values: default_port(values.get("profile", "")))
+    )
+    api_key: Annotated[
+        SecretStr | None,
+        BeforeValidator(_printable),
+        Env("API_KEY", "letters, digits and signs without spaces or commas, or none"),
+    ] = None
+    context_size: Annotated[
+        int | None,
+        Field(ge=0),
+        Env("CTX", "a number of tokens, or 0 for the model's own"),
+    ] = None
+    n_predict: Annotated[
+        int | None, Field(ge=-2), Env("N_PREDICT", "a number of tokens, or -1 for no limit")
+    ] = None
+    temperature: Annotated[
+        float | None, Field(ge=0), Env("TEMPERATURE", "a number of 0 or more")
+    ] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1), Env("TOP_P", "a number from 0 to 1")] = None
+    repeat_penalty: Annotated[
+        float | None, Field(gt=0), Env("REPEAT_PENALTY", "a number above 0; 1 is off")
+    ] = None
+    n_gpu_layers: Annotated[
+        int | None, Field(ge=-1), Env("N_GPU_LAYERS", "a number of layers; 999 is all of them")
+    ] = None
+    threads: Annotated[
+        int | None, Field(ge=1), Env("THREADS", "a number of threads, 1 or more")
+    ] = None
+    batch_size: Annotated[
+        int | None, Field(ge=1), Env("BATCH_SIZE", "a number of tokens, 1 or more")
+    ] = None
+    ubatch_size: Annotated[
+        int | None, Field(ge=1), Env("UBATCH_SIZE", "a number of tokens, 1 or more")
+    ] = None
+    parallel: Annotated[
+        int | None, Field(ge=1), Env("PARALLEL", "a number of requests served at once")
+    ] = None
+    flash_attention: Annotated[
+        FlashAttention | None,
+        BeforeValidator(_flash_attention),
+        Env("FLASH_ATTN", "on, off or auto"),
+    ] = None
+    tool_calling: Annotated[bool | None, Env("TOOL_CALLING", "1 or 0")] = None
+    extra_args: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_words),
+        Env("EXTRA_ARGS", "flags of llama-server, quoted as in a shell"),
+    ] = ()
+    log_dir: Annotated[_Folder, Env("LOG_DIR", "a folder for the server's log")] = _STATE / "logs"
+    log_max_mb: Annotated[float, Field(gt=0), Env("LOG_MAX_MB", "a size in megabytes above 0")] = (
+        16.0
+    )
+    log_keep: Annotated[int, Field(ge=1), Env("LOG_KEEP", "a number of older logs, 1 or more")] = 3
+    history: Annotated[_Folder, Env("HISTORY", "a file for the history of loads")] = (
+        _STATE / "history.sqlite3"
+    )
+    health_max_attempts: Annotated[
+        int, Field(ge=1), Env("HEALTH_MAX_ATTEMPTS", "a number of checks, 1 or more")
+    ] = 120
+    stall_seconds: Annotated[
+        float, Field(gt=0), Env("STALL_SECONDS", "a number of seconds above 0")
+    ] = 120.0
+    on_kernel_exit: Annotated[OnKernelExit, Env("ON_KERNEL_EXIT", "keep or stop")] = (
+        OnKernelExit.KEEP
+    )
+    idle_shutdown_seconds: Annotated[
+        int | None, Field(ge=1), Env("IDLE_SHUTDOWN_SECONDS", "a number of seconds, 1 or more")
+    ] = None
+    restart_max: Annotated[
+        int, Field(ge=0), Env("RESTART_MAX", "a number of restarts; 0 is never")
+    ] = 3
+    restart_delay_seconds: Annotated[
+        float, Field(ge=0), Env("RESTART_DELAY_SECONDS", "a number of seconds")
+    ] = 5.0
+    restart_delay_max_seconds: Annotated[
+        float, Field(ge=0), Env("RESTART_DELAY_MAX_SECONDS", "a number of seconds")
+    ] = 60.0
+    restart_stable_seconds: Annotated[
+        float, Field(ge=0), Env("RESTART_STABLE_SECONDS", "a number of seconds")
+    ] = 60.0
+    stop_grace_seconds: Annotated[
+        float, Field(ge=0), Env("STOP_GRACE_SECONDS", "a number of seconds")
+    ] = 10.0
+
+    @classmethod
+    def from_env(
+        cls,
+        path: str | Path = ".env",
+        profile: str = "primary",
+        ignore: Collection[str] = (),
+    ) -> Self:
+        """Read the settings of a profile from a `.env` file.
+
+        `LLAMACPP_<PROFILE>_<NAME>` overrides `LLAMACPP_<NAME>`; an empty value counts as unset.
+        The process environment is neither read for these keys nor changed.
+
+        Args:
+            path: The file. Plain `.env` is looked for here and in the folders above, and may be
+                missing: then every setting has its default. Any other file must exist.
+            profile: Which named set of settings to read.
+            ignore: Keys to treat as unset, such as those that a `ConfigError` complained of.
+
+        Raises:
+            ConfigError: Listing every bad line and value with its reason and fix.
+        """
+        return cls.from_file(read_env(path), profile, ignore)
+
+    @classmethod
+    def from_file(
+        cls, env: EnvFile, profile: str = "primary", ignore: Collection[str] = ()
+    ) -> Self:
+        """Like `from_env`, of a file that has been read."""
+        values: dict[str, Any] = {"profile": profile}
+        keys: dict[str, str] = {}
+        for name, setting in env_settings().items():
+            for key in (f"{PREFIX}{profile.upper()}_{setting.suffix}", PREFIX + setting.suffix):
+                if env.values.get(key) and key not in ignore:
+                    values[name], keys[name] = env.values[key], key
+                    break
+        return cls.model_validate(values, context=_Source(str(env.path), env.path.parent, keys))
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some settings changed, validated like the original.
+
+        Raises:
+            ConfigError: When a changed value, or the model file since, is not usable.
+        """
+        return type(self).model_validate({**dict(self), **changes})
+
+    @property
+    def served_alias(self) -> str:
+        """The name that the server answers to: the alias, else the model's file name."""
+        return self.alias or (self.model.stem if self.model else "")
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address as a client on this machine uses it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def local_only(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The folders that models are listed from, the models folder first."""
+        return model_stores(self.models_dir, others=self.other_stores)
+
+    @property
+    def log_path(self) -> Path:
+        """The file that the server's output goes to."""
+        return self.log_dir / f"{self.profile}.log"
+
+    @field_serializer("api_key", when_used="json")
+    def _hide_key(self, key: SecretStr | None, info: FieldSerializationInfo) -> str | None:
+        if key is None:
+            return None
+        return key.get_secret_value() if info.context is RECORDED else str(key)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _check_model(cls, value: object, info: ValidationInfo) -> str | None:
+        needed = {"models_dir", "allow_absolute_paths", "other_stores"}
+        if value is None or not needed <= info.data.keys():
+            return None
+        if not (info.context or _NO_SOURCE).check_files:
+            return str(value)
+        folder, *others = model_stores(info.data["models_dir"], others=info.data["other_stores"])
+        anywhere = info.data["allow_absolute_paths"]
+        return str(check_model(str(value), folder.path, others, anywhere=anywhere))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_all(
+        cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as invalid:
+            source = info.context or _NO_SOURCE
+            problems = tuple(_problem(dict(error), source) for error in invalid.errors())
+            raise ConfigError(source.name, problems) from None
+
+
+def env_settings() -> dict[str, Env]:
+    """Every field that a `.env` file can set, with its name there."""
+    return {
+        name: entry
+        for name, field in ServerConfig.model_fields.items()
+        for entry in field.metadata
+        if isinstance(entry, Env)
+    }
+
+
+def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
+    """The profiles that a `.env` file is about: those with a model, and the original's six roles.
+
+    Args:
+        path: The file, found as by `ServerConfig.from_env`.
+
+    Raises:
+        ConfigError: It cannot be read, or a line in it cannot be understood.
+    """
+    given = read_env(path).values
+    suffixes = {setting.suffix for setting in env_settings().values()}
+    return named_profiles((key for key, value in given.items() if value), suffixes)
+
+
+def _problem(error: dict[str, Any], source: _Source) -> Problem:
+    name = str(error["loc"][0])
+    setting = env_settings().get(name)
+    context = error.get("ctx", {})
+    reason = context.get("reason") or error["msg"].removeprefix("Value error, ").rstrip(".") + "."
+    fix = context.get("fix") or (f"Write {setting.expected}." if setting else "Leave it out.")
+    value = "(hidden)" if name == "api_key" else str(error["input"])
+    return Problem(source.keys.get(name, name), value, reason, fix)
