@@ -1,0 +1,197 @@
+"""A model that speaks without training, for trying everything out with no download.
+
+A llama-architecture GGUF whose weights are worked out instead of learned. Each token's embedding is
+one-hot, attention and feed-forward are zero, so the residual stream carries the last token alone to
+the output matrix, which is the table of what follows what: a chain through the answer, entered at
+its beginning from every token that is not in it. A larger model has more experts and blocks of
+zeros: the engine loads every byte of them, yet asks one expert a token, so the answer stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from kitty_nb.errors import DemoModelSizeError, ModelFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from gguf import GGUFWriter
+    from numpy.typing import NDArray
+
+__all__ = ["write_demo_model"]
+
+# Cut into tokens, all different: a repeated one would send the chain round in a circle. None is a
+# single letter, which the tokenizer would find in the user's words.
+_ANSWER = (
+    "Hello!| I am| the| kitty_nb| demo| model,| written| on the| spot| without| any| training."
+    "| I know| only| these| few| sentences,| so| every| question| gets| this| same| answer."
+    "| Choose| a real| GGUF| file| whenever| you| would| like| more| conversation."
+)
+_PIECES = _ANSWER.split("|")
+_CONTROL = ("<unk>", "<s>", "</s>")
+_END = _CONTROL.index("</s>")
+_FIRST = len(_CONTROL) + 256  # the first piece follows the byte tokens
+_VOCABULARY = _FIRST + len(_PIECES)
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+_WIDTH = 320  # n_embd: at least one dimension for each token
+_HEADS = 5  # of 64 dimensions, a size that every backend has attention kernels for
+_CONTEXT = 4096
+_CERTAINTY = 20.0  # logit of the one next token, where all others have 0
+
+_MIN_SIZE = 1_000_000
+_BLOCK_SIZE = 512_000_000  # bytes a block at most: the largest tensor held in memory is a third
+_EXPERT_SIZE = 2_000_000  # bytes an expert at least: enough to fine-tune the size by its width
+_MAX_EXPERTS = 256  # in a block
+_HEADER_SIZE = 8_400  # bytes before the weights, without the blocks' part
+
+
+def write_demo_model(path: str | Path, size: int | None = None) -> Path:
+    """Write a GGUF model that any llama.cpp engine loads and that answers in a few sentences.
+
+    The same arguments give the same bytes. The file appears at `path` only when it is complete, and
+    replaces what was there; folders above it are made. Memory stays below 200 MB at any size.
+
+    Args:
+        path: Where to write it, by custom a name that ends in `.gguf`.
+        size: Bytes that it should take on disk, met within 1 %; None gives the smallest, 1 MB.
+            All of them are weights that the engine reads when it loads the model.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DemoModelSizeError: `size` is less than 1 MB.
+        ModelFileError: It could not be written, e.g. because the disk is full.
+    """
+    path = Path(path)
+    size = _MIN_SIZE if size is None else size
+    if size < _MIN_SIZE:
+        raise DemoModelSizeError(
+            f"A demo model of {size} bytes is too small: its vocabulary alone needs more. "
+            f"Ask for {_MIN_SIZE} bytes or more, or leave the size out."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            unfinished = Path(folder, path.name)
+            _write(unfinished, _Shape.for_size(size))
+            unfinished.replace(path)
+    except OSError as error:
+        raise ModelFileError(
+            f"The demo model could not be written to {path}: {error.strerror or error}. "
+            f"Choose a folder that you may write to, with {size / 1e9:.3f} GB free."
+        ) from error
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What grows with the size.
+
+    Attributes:
+        blocks: How many transformer blocks.
+        experts: How many feed-forward networks in each block.
+        feed_forward: Width of each expert's hidden layer.
+    """
+
+    blocks: int
+    experts: int
+    feed_forward: int
+
+    @classmethod
+    def for_size(cls, size: int) -> Self:
+        """Shape a model of about `size` bytes, counting 2 bytes a weight and 4 where it is f32."""
+        blocks = math.ceil(size / _BLOCK_SIZE)
+        table = 2 * 2 * _VOCABULARY * _WIDTH + 4 * _WIDTH
+        attention = 2 * (2 * _WIDTH + 2 * _WIDTH // _HEADS) * _WIDTH + 2 * 4 * _WIDTH
+        rest = (size - _HEADER_SIZE - table) // blocks - attention
+        experts = min(max(rest // _EXPERT_SIZE, 1), _MAX_EXPERTS)
+        columns = (rest // experts - 4 * _WIDTH) / (3 * 2 * _WIDTH)
+        return cls(blocks, experts, 8 * round(columns / 8))  # 8: backends like aligned rows
+
+
+def _write(path: Path, shape: _Shape) -> None:
+    # gguf brings numpy along: slow to import, and needed for nothing else in this package.
+    import gguf  # noqa: PLC0415
+
+    with contextlib.closing(gguf.GGUFWriter(path, "llama")) as writer:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name("kitty demo")
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+        writer.add_context_length(_CONTEXT)
+        writer.add_embedding_length(_WIDTH)
+        writer.add_block_count(shape.blocks)
+        writer.add_feed_forward_length(shape.feed_forward)
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(1)
+        writer.add_head_count(_HEADS)
+        writer.add_head_count_kv(1)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_dimension_count(_WIDTH // _HEADS)
+        _add_tokenizer(writer)
+        for name, tensor in _tensors(shape):
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def _add_tokenizer(writer: GGUFWriter) -> None:
+    from gguf import TokenType  # noqa: PLC0415
+
+    pieces = [piece.replace(" ", "\u2581") for piece in _PIECES]  # SentencePiece's space
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces])
+    writer.add_token_scores([0.0] * _VOCABULARY)
+    writer.add_token_types(
+        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+        + [TokenType.BYTE] * 256
+        + [TokenType.NORMAL] * len(pieces)
+    )
+    writer.add_unk_token_id(_CONTROL.index("<unk>"))
+    writer.add_bos_token_id(_CONTROL.index("<s>"))
+    writer.add_eos_token_id(_END)
+    writer.add_chat_template(_CHAT_TEMPLATE)
+
+
+def _tensors(shape: _Shape) -> Iterator[tuple[str, NDArray[np.float16 | np.float32]]]:
+    """Yield all weights by name; those of zeros share the memory of their kind."""
+    import numpy as np  # noqa: PLC0415
+
+    following = np.full(_VOCABULARY, _FIRST)
+    following[_FIRST:] = [*range(_FIRST + 1, _VOCABULARY), _END]
+    output = np.zeros((_VOCABULARY, _WIDTH), np.float16)
+    # The norm before the output scales a one-hot vector to length sqrt(_WIDTH).
+    output[following, np.arange(_VOCABULARY)] = _CERTAINTY / math.sqrt(_WIDTH)
+    yield "token_embd.weight", np.eye(_VOCABULARY, _WIDTH, dtype=np.float16)
+    yield "output_norm.weight", np.ones(_WIDTH, np.float32)
+    yield "output.weight", output
+
+    ones = np.ones(_WIDTH, np.float32)
+    router = np.zeros((shape.experts, _WIDTH), np.float32)
+    square = np.zeros((_WIDTH, _WIDTH), np.float16)
+    one_head = np.zeros((_WIDTH // _HEADS, _WIDTH), np.float16)
+    into = np.zeros((shape.experts, shape.feed_forward, _WIDTH), np.float16)
+    back = into.reshape(shape.experts, _WIDTH, shape.feed_forward)
+    for block in range(shape.blocks):
+        yield f"blk.{block}.attn_norm.weight", ones
+        yield f"blk.{block}.attn_q.weight", square
+        yield f"blk.{block}.attn_k.weight", one_head
+        yield f"blk.{block}.attn_v.weight", one_head
+        yield f"blk.{block}.attn_output.weight", square
+        yield f"blk.{block}.ffn_norm.weight", ones
+        yield f"blk.{block}.ffn_gate_inp.weight", router
+        yield f"blk.{block}.ffn_gate_exps.weight", into
+        yield f"blk.{block}.ffn_up_exps.weight", into
+        yield f"blk.{block}.ffn_down_exps.weight", back

@@ -1,0 +1,226 @@
+"""What the catalog wants to know of one GGUF file, in a form that can be kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import astuple, dataclass
+from enum import StrEnum
+from math import prod
+from typing import TYPE_CHECKING, Self
+
+from kitty_nb.catalog.gguf_contents import ArrayInfo
+from kitty_nb.catalog.gguf_header import read_contents
+from kitty_nb.catalog.quantization import TENSOR_TYPES
+from kitty_nb.errors import ModelFileCutShortError, ModelFileError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kitty_nb.catalog.gguf_contents import GgufContents, GgufHeader, TensorEntry
+
+__all__ = ["FileFacts", "Kind", "read_facts"]
+
+_LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in a header
+_IN_JINJA = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_TOOLS = re.compile(r"\btools\b")
+_REPOSITORY = re.compile(r"https?://[^/]+/(?P<name>.+?)/?")
+
+
+class Kind(StrEnum):
+    """What a GGUF file is."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
+    PROJECTOR = "projector"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What one GGUF file says about itself.
+
+    Attributes:
+        problem: Why the file cannot be read, as a sentence; all else is empty then.
+        cut_short: Whether that is because it ends too early.
+        kind: What it is: a model, an adapter, a projector for images or sound, or something else.
+        architecture: The family of network, e.g. `qwen2`.
+        title: What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`.
+        basename: The title without size and fine-tune, e.g. `Qwen2.5-Coder`.
+        size_label: Its size in its author's words, e.g. `32B`.
+        base_model: What it was made from.
+        license: E.g. `apache-2.0`.
+        file_type: Its quantization, by llama.cpp's `enum llama_ftype`.
+        weights: Bytes of its matrices, by llama.cpp's `enum ggml_type`.
+        parameters: How many numbers all its tensors hold.
+        tensor_count: How many tensors it holds.
+        context_length: The longest context it was trained for, in tokens.
+        layers: How many blocks it has.
+        heads: Attention heads, of the layer with the most.
+        vocabulary: How many tokens it knows.
+        chat_template: In Jinja.
+        tools: Whether the template takes tools; None without a template.
+        sees: Whether it is a projector for images.
+        hears: Whether it is a projector for sound.
+        split_number: Which shard it is, from 0; None for a whole model.
+        split_count: How many shards there are; 1 for a whole model.
+        split_tensors: How many tensors all shards hold together; None when unsaid.
+        needed: Bytes that the file has when it is complete.
+    """
+
+    problem: str | None = None
+    cut_short: bool = False
+    kind: Kind = Kind.MODEL
+    architecture: str | None = None
+    title: str | None = None
+    basename: str | None = None
+    size_label: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    file_type: int | None = None
+    weights: tuple[tuple[int, int], ...] = ()
+    parameters: int = 0
+    tensor_count: int = 0
+    context_length: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    vocabulary: int | None = None
+    chat_template: str | None = None
+    tools: bool | None = None
+    sees: bool = False
+    hears: bool = False
+    split_number: int | None = None
+    split_count: int = 1
+    split_tensors: int | None = None
+    needed: int = 0
+
+    def to_json(self) -> str:
+        """Write all of it as text."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It is something else.
+            TypeError: Likewise.
+        """
+        problem, cut_short, kind, *values = json.loads(text)
+        facts = cls(problem, cut_short, Kind(kind), *values)
+        object.__setattr__(facts, "weights", tuple(map(tuple, facts.weights)))
+        return facts
+
+
+def read_facts(path: Path) -> FileFacts:
+    """Read what a file says about itself; what is wrong with it becomes its `problem`."""
+    try:
+        return _facts(read_contents(path), path)
+    except ModelFileError as error:
+        return FileFacts(str(error), isinstance(error, ModelFileCutShortError))
+
+
+def _facts(contents: GgufContents, path: Path) -> FileFacts:
+    says = _Says(contents.header)
+    template = says.text("tokenizer.chat_template")
+    weights: dict[int, int] = {}
+    needed = 0
+    for entry in contents.entries:
+        size = _bytes(entry)
+        needed = max(needed, contents.data_at + entry.offset + size)
+        if len(entry.shape) > 1:
+            weights[entry.type] = weights.get(entry.type, 0) + size
+    parameters = sum(prod(entry.shape) for entry in contents.entries)
+    if max(needed, parameters) > _LARGEST:
+        raise ModelFileError(
+            f"{path} claims to have {parameters} weights. It is damaged: download it again."
+        )
+    return FileFacts(
+        kind=_kind(says),
+        architecture=contents.header.architecture,
+        title=says.text("general.name"),
+        basename=says.text("general.basename"),
+        size_label=says.text("general.size_label"),
+        base_model=_base_model(says),
+        license=says.text("general.license"),
+        file_type=says.number("general.file_type"),
+        weights=tuple(weights.items()),
+        parameters=parameters,
+        tensor_count=len(contents.entries),
+        context_length=says.of_architecture("context_length"),
+        layers=says.of_architecture("block_count"),
+        heads=says.of_architecture("attention.head_count"),
+        vocabulary=says.length("tokenizer.ggml.tokens") or says.of_architecture("vocab_size"),
+        chat_template=template,
+        tools=_takes_tools(says, template),
+        sees=says.flag("clip.has_vision_encoder"),
+        hears=says.flag("clip.has_audio_encoder"),
+        split_number=says.number("split.no"),
+        split_count=says.number("split.count") or 1,
+        split_tensors=says.number("split.tensors.count"),
+        needed=needed,
+    )
+
+
+def _bytes(entry: TensorEntry) -> int:
+    """The bytes of a tensor; of a type that this table does not have, none."""
+    kind = TENSOR_TYPES.get(entry.type)
+    return prod(entry.shape) // kind.block * kind.size if kind else 0
+
+
+def _kind(says: _Says) -> Kind:
+    if says.header.architecture == "clip":
+        return Kind.PROJECTOR
+    match says.text("general.type"):
+        case None | "model":
+            return Kind.MODEL
+        case "adapter":
+            return Kind.ADAPTER
+        case "mmproj":
+            return Kind.PROJECTOR
+        case _:
+            return Kind.OTHER
+
+
+def _base_model(says: _Says) -> str | None:
+    if name := says.text("general.base_model.0.name"):
+        return name
+    url = _REPOSITORY.fullmatch(says.text("general.base_model.0.repo_url") or "")
+    return url["name"].rsplit("/", 1)[-1] if url else None
+
+
+def _takes_tools(says: _Says, template: str | None) -> bool | None:
+    if says.text("tokenizer.chat_template.tool_use"):
+        return True
+    if template is None:
+        return None
+    return any(_TOOLS.search(code) for code in _IN_JINJA.findall(template))
+
+
+class _Says:
+    """Looks values of the right kind up in a header; whatever else is there counts as unsaid."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+
+    def text(self, key: str) -> str | None:
+        value = self.header.metadata.get(key)
+        return value if isinstance(value, str) and value else None
+
+    def flag(self, key: str) -> bool:
+        return self.header.metadata.get(key) is True
+
+    def length(self, key: str) -> int | None:
+        value = self.header.metadata.get(key)
+        return value.length if isinstance(value, ArrayInfo) else None
+
+    def number(self, key: str) -> int | None:
+        value = self.header.metadata.get(key)
+        return value if type(value) is int and 0 <= value <= _LARGEST else None
+
+    def of_architecture(self, key: str) -> int | None:
+        """A number, or the largest where each layer has its own."""
+        full_key = f"{self.header.architecture}.{key}"
+        if listed := self.header.per_layer.get(full_key):
+            return max((n for n in listed if type(n) is int and 0 <= n <= _LARGEST), default=None)
+        return self.number(full_key)

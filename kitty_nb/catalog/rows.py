@@ -1,0 +1,225 @@
+"""From files and what they say to rows: shards joined, what is wrong told, projectors paired."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kitty_nb.catalog.file_facts import FileFacts, Kind
+from kitty_nb.catalog.model import Modality, Model, decimal
+from kitty_nb.catalog.projectors import with_projectors
+from kitty_nb.catalog.quantization import stored_quantization
+from kitty_nb.catalog.shards import ShardName
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from kitty_nb.catalog.folder import FoundFile
+
+__all__ = ["Part", "rows"]
+
+_NAMED_MISSING = 3
+_JUST_NOW = 120  # seconds in which a download that still runs has written something
+_WHEN_COMPLETE = "It can be started when that is complete."
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a row.
+
+    Attributes:
+        file: The file.
+        facts: What it says; None while it is not there.
+    """
+
+    file: FoundFile
+    facts: FileFacts | None
+
+
+def rows(parts: Iterable[Part], root: Path, now: float) -> list[Model]:
+    """Make a row of each model, adapter, projector and whatever else there is.
+
+    Args:
+        parts: All files that were found.
+        root: The folder that names are relative to.
+        now: Seconds since the epoch, to tell files that are still being written.
+    """
+    return with_projectors(_row(group, root, now) for group in _groups(list(parts)))
+
+
+def _groups(parts: list[Part]) -> Iterator[list[Part]]:
+    """Join shards: by their names, and by what they say where their names do not tell."""
+    said = Counter((*_said(part), _number(part)) for part in parts)
+    groups: dict[object, list[Part]] = {}
+    for part in parts:
+        shard = ShardName.parse(part.file.path)
+        if shard:
+            key: object = (part.file.path.parent, shard.prefix, shard.count)
+        elif part.facts and part.facts.split_count > 1 and said[(*_said(part), _number(part))] == 1:
+            key = _said(part)
+        else:
+            key = part.file.path
+        groups.setdefault(key, []).append(part)
+    for group in groups.values():
+        yield sorted(group, key=lambda part: (_number(part) or 0, part.file.path))
+
+
+def _said(part: Part) -> tuple[object, ...]:
+    facts = part.facts or FileFacts()
+    return part.file.path.parent, facts.split_count, facts.split_tensors
+
+
+def _number(part: Part) -> int | None:
+    """Which shard it is, from 0."""
+    shard = ShardName.parse(part.file.path)
+    return shard.number - 1 if shard else part.facts.split_number if part.facts else None
+
+
+def _row(group: Sequence[Part], root: Path, now: float) -> Model:
+    first = group[0].file
+    shard = ShardName.parse(first.path)
+    path = first.path.with_name(shard.file_name(1)) if shard else first.path
+    here = {part.file.path.name for part in group if part.file.stamp and not _on_its_way(part)}
+    names = [shard.file_name(n + 1) for n in range(shard.count)] if shard else [path.name]
+    absent = [name for name in names if name not in here] if shard else []
+    readable = [part.facts for part in group if part.facts and part.facts.problem is None]
+    facts = readable[0] if readable else FileFacts()
+    weights: Counter[int] = Counter()
+    for each in readable:
+        weights.update(dict(each.weights))
+    quantization, confirmed = stored_quantization(facts.file_type, weights, path.stem)
+    downloading = any(_on_its_way(part) or _growing(part, now) for part in group)
+    problem = _problem(group, path, names, absent, now)
+    return Model(
+        path=path,
+        name=(path.relative_to(root) if path.is_relative_to(root) else path).as_posix(),
+        architecture=facts.architecture,
+        quantization=quantization,
+        size=sum(_size(part) for part in group),
+        shard_count=len(names) if shard else max(facts.split_count if len(group) > 1 else 1, 1),
+        missing=tuple(absent),
+        context_length=facts.context_length,
+        problem=problem,
+        kind=facts.kind,
+        confirmed=confirmed,
+        title=facts.title,
+        size_label=facts.size_label,
+        base_model=facts.base_model,
+        license=facts.license,
+        parameters=(sum(each.parameters for each in readable) or None) if not absent else None,
+        layers=facts.layers,
+        heads=facts.heads,
+        vocabulary=facts.vocabulary,
+        chat_template=facts.chat_template,
+        tools=facts.tools,
+        modalities=_modalities(facts),
+        projector=first.projector,
+        known_as=first.known_as,
+        repository=first.repository,
+        downloading=downloading,
+    )
+
+
+def _modalities(facts: FileFacts) -> tuple[Modality, ...]:
+    if facts.kind is not Kind.PROJECTOR:
+        return (Modality.TEXT,)
+    senses = ((Modality.IMAGE, facts.sees), (Modality.AUDIO, facts.hears))
+    return tuple(sense for sense, has in senses if has)
+
+
+def _size(part: Part) -> int:
+    there = part.file.stamp.size if part.file.stamp else 0
+    return max(there, part.file.downloading or 0)
+
+
+def _on_its_way(part: Part) -> bool:
+    return part.file.downloading is not None
+
+
+def _growing(part: Part, now: float) -> bool:
+    """Tell whether a file that ends too early was written to a moment ago."""
+    stamp, facts = part.file.stamp, part.facts
+    if stamp is None or facts is None or not (facts.cut_short or facts.needed > stamp.size):
+        return False
+    return stamp.mtime_ns > (now - _JUST_NOW) * 1e9
+
+
+def _problem(
+    group: Sequence[Part], path: Path, names: Sequence[str], absent: Sequence[str], now: float
+) -> str | None:
+    if on_its_way := [part for part in group if _on_its_way(part)]:
+        so_far = decimal(sum(map(_size, group)))
+        files = f", {len(on_its_way)} of {len(names)} files" if len(names) > 1 else ""
+        return f"{path.name} is still being downloaded{files}: {so_far} so far. {_WHEN_COMPLETE}"
+    if absent:
+        return _incomplete(absent, len(names), path.parent)
+    for part in group:
+        if problem := part.file.problem or _growth(part, now) or _fault(part):
+            return problem
+    return _misfit(group, path, len(names))
+
+
+def _growth(part: Part, now: float) -> str | None:
+    if not _growing(part, now):
+        return None
+    return (
+        f"{part.file.path} ends too early, but was written to a moment ago: it is still being "
+        f"downloaded or copied. {_WHEN_COMPLETE}"
+    )
+
+
+def _fault(part: Part) -> str | None:
+    stamp, facts = part.file.stamp, part.facts
+    if facts is None or facts.problem:
+        return facts.problem if facts else None
+    if stamp and facts.needed > stamp.size:
+        return (
+            f"{part.file.path} ends before its last weights, after {stamp.size} of {facts.needed} "
+            "bytes. It is damaged or incomplete: download it again."
+        )
+    return None
+
+
+def _misfit(group: Sequence[Part], path: Path, count: int) -> str | None:
+    """Say what is wrong with shards that are all there but do not belong together so."""
+    every = [part.facts for part in group if part.facts]
+    for part in group:
+        facts = part.facts
+        if facts is None:
+            continue
+        if facts.split_count not in (1, count):
+            return _misnamed(path, facts.split_count, sorted(f.split_number or 0 for f in every))
+        if count > 1 and facts.split_number not in (None, _number(part)):
+            return (
+                f"{part.file.path} is the shard with the number {(facts.split_number or 0) + 1}, "
+                "but its name says otherwise. Give the shards back their names."
+            )
+    expected = every[0].split_tensors if every else None
+    there = sum(facts.tensor_count for facts in every)
+    if count > 1 and expected is not None and there != expected:
+        return (
+            f"The shards of {path.name} hold {there} tensors together instead of {expected}: they "
+            "are not all of the same model. Download them again."
+        )
+    return None
+
+
+def _incomplete(missing: Sequence[str], count: int, folder: Path) -> str:
+    named = ", ".join(missing[:_NAMED_MISSING])
+    more = f" and {len(missing) - _NAMED_MISSING} more" if len(missing) > _NAMED_MISSING else ""
+    return (
+        f"{len(missing)} of {count} shards are missing: {named}{more}. Download them into {folder}."
+    )
+
+
+def _misnamed(path: Path, count: int, numbers: Sequence[int]) -> str:
+    gone = sorted({*range(count)} - {*numbers})
+    lacking = ", ".join(f"{number + 1:05d}" for number in gone[:_NAMED_MISSING])
+    more = f" and {len(gone) - _NAMED_MISSING} more" if len(gone) > _NAMED_MISSING else ""
+    without = f" Missing are {lacking}{more}: download them." if len(numbers) > 1 and gone else ""
+    return (
+        f"{path} is a shard of a model in {count} files, but its name does not say so. "
+        f"Give all of them back their names, from …-00001-of-{count:05d}.gguf on.{without}"
+    )

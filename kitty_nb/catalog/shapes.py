@@ -1,0 +1,100 @@
+"""The shapes of many models, remembered until their files change."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Self
+
+import platformdirs
+
+from kitty_nb.catalog.folder import stamp_of, too_young
+from kitty_nb.catalog.model_shape import Layer, ModelShape, read_shape
+from kitty_nb.catalog.scan_cache import FileCache, Stamp
+from kitty_nb.catalog.shards import shard_paths
+from kitty_nb.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+__all__ = ["Shapes"]
+
+_VERSION = 1  # one higher whenever `ModelShape` changes or is worked out otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    shape: ModelShape | None
+
+    def to_json(self) -> str:
+        return json.dumps(astuple(self.shape) if self.shape else None, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        values = json.loads(text)
+        if values is None:
+            return cls(None)
+        layers, *rest = values
+        return cls(ModelShape(tuple(Layer(*layer) for layer in layers), *rest))
+
+
+class Shapes:
+    """Looks shapes up: in memory, then in a file, and at last in the models' headers.
+
+    Args:
+        cache: The SQLite file that remembers; None for one in the user's cache folder.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        path = cache or platformdirs.user_cache_path("kitty_nb") / "shapes.sqlite3"
+        self._cache = FileCache(path, _VERSION, _Kept.from_json, _Kept.to_json)
+        self._known: dict[str, tuple[Stamp, _Kept]] = {}
+
+    def look_up(self, models: Iterable[Path]) -> Iterator[tuple[Path, ModelShape | None]]:
+        """Yield each model with its shape, or None where its header does not tell.
+
+        It reads files, and may be left early: what was read until then is remembered.
+        """
+        stamps = {os.fspath(model): (model, _stamp(model)) for model in models}
+        there = {key: stamp for key, (_, stamp) in stamps.items() if stamp}
+        unknown = {
+            key: stamp
+            for key, stamp in there.items()
+            if key not in self._known or self._known[key][0] != stamp
+        }
+        if unknown:
+            found = self._cache.recall(unknown)
+            self._known |= {key: (unknown[key], kept) for key, kept in found.items()}
+        fresh: dict[str, tuple[Stamp, _Kept]] = {}
+        try:
+            for key, (model, stamp) in stamps.items():
+                known = self._known.get(key)
+                if known is None or known[0] != stamp:
+                    kept = _Kept(_read(model))
+                    if stamp is None or too_young(stamp):
+                        yield model, kept.shape
+                        continue
+                    known = fresh[key] = self._known[key] = stamp, kept
+                yield model, known[1].shape
+        finally:
+            if fresh:
+                self._cache.keep(fresh, (), set())
+
+
+def _read(model: Path) -> ModelShape | None:
+    try:
+        return read_shape(model)
+    except ModelFileError:
+        return None
+
+
+def _stamp(model: Path) -> Stamp | None:
+    """One stamp for all files of a model; None where one is missing."""
+    stamps = [stamp_of(path) for path in shard_paths(model)]
+    there = [stamp for stamp in stamps if stamp]
+    if len(there) < len(stamps):
+        return None
+    size = sum(stamp.size for stamp in there)
+    return Stamp(size, max(stamp.mtime_ns for stamp in there), there[0].inode)
