@@ -1,0 +1,136 @@
+"""A `ServerConfig` becomes the command line of one build of llama-server. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kitty_nb.config import FlashAttention, env_settings
+from kitty_nb.errors import EngineError, UnknownFlagError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.dialect import Option
+    from kitty_nb.engine.locate import Engine
+
+# Fields whose value follows a flag, and that flag's spellings; the first that the build knows is
+# used.
+_FLAGS = {
+    "context_size": ("--ctx-size",),
+    "n_predict": ("--n-predict", "--predict"),
+    "temperature": ("--temp", "--temperature"),
+    "top_p": ("--top-p",),
+    "repeat_penalty": ("--repeat-penalty",),
+    "n_gpu_layers": ("--n-gpu-layers", "--gpu-layers"),
+    "threads": ("--threads",),
+    "batch_size": ("--batch-size",),
+    "ubatch_size": ("--ubatch-size",),
+    "parallel": ("--parallel",),
+    "flash_attention": ("--flash-attn",),
+    "tool_calling": ("--jinja",),
+}
+# What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
+SERVER_SETTINGS = (*_FLAGS, "extra_args")
+_SLEEP = "--sleep-idle-seconds"
+# Flags that the manager writes itself, by the field that they come from.
+_OWNED = {
+    "--model": "model",
+    "--host": "host",
+    "--port": "port",
+    "--alias": "alias",
+    "--api-key": "api_key",
+}
+
+
+def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
+    """Return the arguments that start `engine` with the settings of `config`.
+
+    Settings that are `None` are left out, so that the engine's own defaults hold. `extra_args`
+    come last: where a flag stands twice, llama-server takes the last.
+
+    Raises:
+        UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
+        EngineError: When no model is chosen, or `extra_args` has a flag that the manager sets.
+    """
+    if config.model is None:
+        raise EngineError(f"No model is chosen. Pick one, or set {_key('model')}.")
+    return (
+        *engine.command,
+        *("--model", str(config.model), "--alias", config.served_alias),
+        *("--host", config.host, "--port", str(config.port)),
+        *(word for field in _FLAGS for word in _words(engine, config, field)),
+        *_sleeping(engine, config),
+        *(("--log-jsonl",) if engine.dialect.option("--log-jsonl") else ()),
+        *_checked(engine, config.extra_args),
+    )
+
+
+def sleeps(command: tuple[str, ...]) -> bool:
+    """Whether a server started like this frees an idle model by itself."""
+    return _SLEEP in command
+
+
+def _sleeping(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
+    seconds = config.idle_shutdown_seconds
+    return (_SLEEP, str(seconds)) if seconds and engine.dialect.option(_SLEEP) else ()
+
+
+def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
+    value = getattr(config, field)
+    if value is None:
+        return ()
+    if value is False:  # builds without --no-jinja have it off unless asked
+        return ("--no-jinja",) if engine.dialect.option("--no-jinja") else ()
+    flag, option = _known(engine, field)
+    if value is True:
+        return (flag,)
+    if field == "flash_attention" and not option.values:  # a switch until mid 2025, off unless set
+        return (flag,) if value is FlashAttention.ON else ()
+    return flag, str(value)
+
+
+def _known(engine: Engine, field: str) -> tuple[str, Option]:
+    for flag in _FLAGS[field]:
+        if option := engine.dialect.option(flag):
+            return flag, option
+    raise UnknownFlagError(
+        f"This build of llama-server ({engine.version}) has no {_FLAGS[field][0]}, which"
+        f" {_key(field)} needs. Leave {_key(field)} empty, or update llama.cpp."
+    )
+
+
+def _checked(engine: Engine, extra_args: tuple[str, ...]) -> Iterator[str]:
+    """Yield the words unchanged, refusing flags that could not work."""
+    values = 0
+    for word in extra_args:
+        yield word
+        if values:
+            values -= 1
+        elif word.startswith("-") and not word[1:2].isdigit():
+            values = _checked_flag(engine, word).values
+
+
+def _checked_flag(engine: Engine, word: str) -> Option:
+    key = _key("extra_args")
+    flag, equals, value = word.partition("=")
+    option = engine.dialect.option(flag)
+    if option is None:
+        nearest = engine.dialect.nearest(flag)
+        advice = f"Did you mean {nearest}?" if nearest else "See `llama-server --help`."
+        raise UnknownFlagError(
+            f"{key} has {flag}, which this build of llama-server ({engine.version}) does not"
+            f" know. {advice}"
+        )
+    for owned in option.flags:
+        if owned in _OWNED:
+            raise EngineError(f"{key} has {flag}: set {_key(_OWNED[owned])} instead.")
+    if equals:
+        raise UnknownFlagError(
+            f"{key} has {word}: llama-server does not take '='. Write '{flag} {value}'."
+        )
+    return option
+
+
+def _key(field: str) -> str:
+    return f"LLAMACPP_{env_settings()[field].suffix}"
