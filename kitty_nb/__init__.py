@@ -1,0 +1,69 @@
+"""One notebook cell becomes a live manager for llama.cpp's llama-server.
+
+Names are imported when they are first used: the embedded engine is a module of this package, and
+a server should not wait for the widgets of its manager.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from kitty_nb.catalog import ModelCatalog, write_demo_model
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.manager import ModelManager
+    from kitty_nb.supervisor.events import (
+        HealthCheckResult,
+        LoadProgress,
+        ServerState,
+        ServerStatus,
+    )
+    from kitty_nb.supervisor.supervisor import Supervisor
+    from kitty_nb.widgets import ControlPanel
+
+_HOMES = {
+    "ControlPanel": "widgets",
+    "HealthCheckResult": "supervisor.events",
+    "LoadProgress": "supervisor.events",
+    "ModelCatalog": "catalog",
+    "ModelManager": "manager",
+    "ServerConfig": "config",
+    "ServerState": "supervisor.events",
+    "ServerStatus": "supervisor.events",
+    "Supervisor": "supervisor.supervisor",
+    "write_demo_model": "catalog",
+}
+
+__all__ = [
+    "ControlPanel",
+    "HealthCheckResult",
+    "LoadProgress",
+    "ModelCatalog",
+    "ModelManager",
+    "ServerConfig",
+    "ServerState",
+    "ServerStatus",
+    "Supervisor",
+    "write_demo_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def load_ipython_extension(shell: "InteractiveShell") -> None:
+    """Give a notebook `%kitty` and `%%kitty_chat`; called by `%load_ext kitty_nb`."""
+    import_module(f"{__name__}.widgets.magics").load(shell)
+
+
+def unload_ipython_extension(shell: "InteractiveShell") -> None:
+    """Take the magics away, and stop the servers that they manage."""
+    import_module(f"{__name__}.widgets.magics").unload(shell)

@@ -1,0 +1,338 @@
+"""`ModelManager`: the notebook's handle on a supervisor that lives in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import nest_asyncio2
+from anyio.from_thread import start_blocking_portal
+
+from kitty_nb.client import Access
+from kitty_nb.config import OnKernelExit, ServerConfig
+from kitty_nb.errors import KittyError, WaitTimeoutError
+from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, ServerState, ServerStatus
+from kitty_nb.supervisor.model_shelf import ModelShelf
+from kitty_nb.supervisor.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator
+    from pathlib import Path
+    from types import TracebackType
+
+    import httpx
+
+    from kitty_nb.catalog.memory import MemoryPreview
+    from kitty_nb.client import Piece
+    from kitty_nb.supervisor.events import HealthCheckResult, MemoryUse
+    from kitty_nb.supervisor.supervisor import OnPreview, OnProgress
+
+T = TypeVar("T")
+
+
+class Operation(Generic[T]):
+    """Something under way on the supervisor's thread.
+
+    `await` it in a cell, or `wait` for it. Neither ending the wait nor losing this object ends
+    the work; `cancel` does.
+    """
+
+    def __init__(self, future: Future[T], progress: Callable[[], LoadProgress | None]) -> None:
+        self._future = future
+        self._progress = progress
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
+
+    def __repr__(self) -> str:
+        return f"Operation(done={self.done})"
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Block until the result is there, and return it.
+
+        In a cell the kernel's own tasks go on meanwhile.
+
+        Args:
+            timeout: Seconds, or None to wait as long as it takes.
+
+        Raises:
+            WaitTimeoutError: It is not done in time; it goes on.
+            KittyError: What the operation itself ended with.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            wait_for([self._future], timeout)
+        else:
+            nest_asyncio2.apply(loop)
+            waited = asyncio.wait([asyncio.wrap_future(self._future)], timeout=timeout)
+            loop.run_until_complete(waited)
+        if not self._future.done():
+            raise WaitTimeoutError(f"Not done after {timeout} s; it goes on in the background.")
+        return self._future.result()
+
+    def cancel(self) -> None:
+        """Call it off. A start that is called off stops its server."""
+        self._future.cancel()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self._future.done()
+
+    @property
+    def progress(self) -> LoadProgress | None:
+        """How far the present load is, or None before the first."""
+        return self._progress()
+
+
+class ModelManager:
+    """Starts, stops and watches one llama-server from a notebook or a script.
+
+    Its event loop runs in a background thread until `close`, which also stops the server, as does
+    leaving the `with` block. When the kernel ends, `LLAMACPP_ON_KERNEL_EXIT` decides; a server
+    that is kept is found by the next manager of the profile.
+
+    Args:
+        env: The `.env` file with the settings.
+        profile: Which named set of settings to use.
+        config: Ready-made settings, instead of `env` and `profile`.
+
+    Attributes:
+        shelf: What is known of the models on disk beyond their files; `run` its coroutines.
+
+    Raises:
+        ConfigError: Listing every wrong setting.
+    """
+
+    def __init__(
+        self,
+        env: str | Path = ".env",
+        profile: str = "primary",
+        *,
+        config: ServerConfig | None = None,
+    ) -> None:
+        self._supervisor = Supervisor(config or ServerConfig.from_env(env, profile))
+        self.shelf = ModelShelf(lambda: self.state.pid)
+        self._progress: LoadProgress | None = None
+        self._http: tuple[Access, httpx.Client] | None = None
+        self._closing = threading.Lock()
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
+            # What still runs when the supervisor has ended, such as a panel, ends too.
+            stack.callback(lambda: self._portal.call(self._portal.stop, True))
+            stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
+            self._resources = stack.pop_all()
+        self._closed = False
+        self._supervisor.subscribe(self._remember)
+        atexit.register(self._close_at_exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ModelManager(profile={self.state.config.profile!r})"
+
+    @property
+    def state(self) -> ServerState:
+        """A snapshot of the server as it is now."""
+        return self._supervisor.state
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed: it takes no more commands."""
+        return self._closed
+
+    @property
+    def progress(self) -> LoadProgress | None:
+        """How far the present load is, or the last one was; None before the first."""
+        return self._progress
+
+    @property
+    def base_url(self) -> str:
+        """Where clients of OpenAI's protocol find the server."""
+        return self._access.base_url
+
+    @property
+    def access(self) -> Access:
+        """How code of this package reaches the server.
+
+        Raises:
+            KittyError: The server is not ready.
+        """
+        if self.state.status is not ServerStatus.READY:
+            raise KittyError(
+                f"There is no server to talk to: it is {self.state.status}. Start it, and wait"
+                " until it is READY."
+            )
+        return self._access
+
+    @property
+    def http(self) -> httpx.Client:
+        """An HTTP client of the server: `manager.http.post("/v1/chat/completions", json=…)`.
+
+        It sends the server's key, and is closed with the manager.
+
+        Raises:
+            KittyError: The server is not ready.
+        """
+        access = self.access
+        if self._http is None or self._http[0] != access:
+            self._close_http()
+            self._http = access, access.http()
+        return self._http[1]
+
+    @property
+    def client(self) -> Any:
+        """An `openai.OpenAI` that is set up for the server, or `http` where that is missing.
+
+        Raises:
+            KittyError: The server is not ready.
+        """
+        return self.access.openai(self.http)
+
+    @property
+    def async_client(self) -> Any:
+        """An `openai.AsyncOpenAI`, or an `httpx.AsyncClient`; a fresh one, for you to close.
+
+        Raises:
+            KittyError: The server is not ready.
+        """
+        return self.access.asynchronous()
+
+    def reveal_api_key(self) -> str | None:
+        """Return the key that the server asks for, to be set in another program; None without one.
+
+        It is a secret: what a cell displays is saved in the notebook.
+        """
+        key = self._access.api_key
+        return key.get_secret_value() if key else None
+
+    @property
+    def log_lines(self) -> tuple[str, ...]:
+        """The newest lines of the server's log."""
+        return self._supervisor.log_lines
+
+    def start(
+        self,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Operation[ServerState]:
+        """See `Supervisor.start`. `on_progress` is called on the manager's thread."""
+        return self.run(self._supervisor.start, config, wait_for_ready, on_progress)
+
+    def restart(
+        self,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Operation[ServerState]:
+        """See `Supervisor.restart`."""
+        return self.run(self._supervisor.restart, config, wait_for_ready, on_progress)
+
+    def switch_model(
+        self,
+        model: str | Path,
+        alias: str | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Operation[ServerState]:
+        """See `Supervisor.switch_model`."""
+        return self.run(self._supervisor.switch_model, model, alias, wait_for_ready, on_progress)
+
+    def stop(self, force: bool = False) -> Operation[ServerState]:
+        """See `Supervisor.stop`."""
+        return self.run(self._supervisor.stop, force)
+
+    def attach(self) -> Operation[ServerState]:
+        """See `Supervisor.attach`."""
+        return self.run(self._supervisor.attach)
+
+    def check_health(self) -> Operation[HealthCheckResult]:
+        """See `Supervisor.check_health`."""
+        return self.run(self._supervisor.check_health)
+
+    def chat(
+        self,
+        messages: str | list[dict[str, Any]],
+        on_piece: Callable[[Piece], object] | None = None,
+        **options: Any,
+    ) -> Operation[str]:
+        """Ask the model; the result is its answer. Called off, the server stops answering.
+
+        Args:
+            messages: What to say, or a whole conversation as OpenAI's protocol has it.
+            on_piece: Called on the manager's thread with each piece, as it comes.
+            **options: What else the request says, such as `temperature` or `max_tokens`.
+
+        Raises:
+            KittyError: The server is not ready, or does not answer to the end.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        request = {"messages": messages, **options}
+        return self.run(self.access.chat, request, on_piece or (lambda _: None))
+
+    def memory_use(self) -> Operation[MemoryUse | None]:
+        """See `Supervisor.memory_use`."""
+        return self.run(self._supervisor.memory_use)
+
+    def preview_memory(
+        self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
+    ) -> Operation[MemoryPreview]:
+        """See `Supervisor.preview_memory`. `on_preview` is called on the manager's thread."""
+        return self.run(self._supervisor.preview_memory, config, on_preview)
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Call back with each event, on the manager's thread, until the result is called."""
+        return self._supervisor.subscribe(callback)
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Operation[T]:
+        """Run a coroutine function on the manager's event loop.
+
+        Raises:
+            KittyError: The manager is closed.
+        """
+        if self._closed:
+            raise KittyError("This manager is closed. Run the cell that made it again.")
+        return Operation(self._portal.start_task_soon(function, *args), lambda: self._progress)
+
+    def close(self) -> None:
+        """Stop the server and end the thread. Closing twice does no harm."""
+        with self._closing:
+            self._closed = True
+            self._resources.close()
+            self._close_http()
+        atexit.unregister(self._close_at_exit)
+
+    @property
+    def _access(self) -> Access:
+        return Access(self.state.endpoint, self._supervisor.api_key)
+
+    def _close_http(self) -> None:
+        if self._http:
+            self._http[1].close()
+            self._http = None
+
+    def _close_at_exit(self) -> None:
+        if self.state.config.on_kernel_exit is OnKernelExit.KEEP:
+            self._supervisor.leave()
+        self.close()
+
+    def _remember(self, event: Event) -> None:
+        if isinstance(event, ProgressMade):
+            self._progress = event.progress

@@ -1,0 +1,1 @@
+"""One llama-server's life: lifecycle, process, health, load progress, log and diagnosis."""

@@ -1,0 +1,46 @@
+"""How fast a server answers, by what its slots say of themselves. No clock of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AnswerPace:
+    """Measures between one look at `/slots` and the next.
+
+    The server counts tokens of a request while it works on it, so this costs it nothing more than
+    the look. What a request brought between the last look and its end is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Any, Any], int] = {}
+        self._at: float | None = None
+
+    def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
+        """Return the tokens a second since the last look; None at the first, or untold.
+
+        Args:
+            slots: What `/slots` answers.
+            at: When it did, in seconds of any clock.
+        """
+        busy = [slot for slot in slots if slot.get("is_processing")]
+        counts = {(slot.get("id"), slot.get("id_task")): _decoded(slot) for slot in busy}
+        told = {slot: count for slot, count in counts.items() if count is not None}
+        before, self._counts = self._counts, told
+        since, self._at = self._at, at
+        if len(told) < len(counts) or since is None or at <= since:
+            return None
+        # A count that falls is another request's, in a build that does not number them.
+        fresh = (
+            n if n < before.get(slot, 0) else n - before.get(slot, 0) for slot, n in told.items()
+        )
+        return sum(fresh) / (at - since)
+
+
+def _decoded(slot: dict[str, Any]) -> int | None:
+    """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
+    tokens = slot.get("next_token")
+    if isinstance(tokens, list):
+        tokens = tokens[0] if tokens else None
+    count = tokens.get("n_decoded") if isinstance(tokens, dict) else None
+    return count if isinstance(count, int) else None

@@ -1,0 +1,162 @@
+"""Why a server ended, read from its exit code and its log. Pure."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kitty_nb.supervisor.signatures import (
+    FROM_OUTSIDE,
+    KILLED,
+    KILLED_BY_HAND,
+    KILLED_FOR_MEMORY,
+    LAUNCH,
+    NO_SERVER,
+    SIGNALS,
+    SIGNATURES,
+    STOPPED,
+    UNKNOWN,
+    Reading,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_LINES = 5
+_LENGTH = 300
+_LOOKED_AT = 500  # of a line: a megabyte without an end must not hold up the loop
+_CLOCK = re.compile(r"^[\d.]+ (?P<level>[DIWE]) ")
+_LOADED = re.compile(r"\bmodel loaded\b")
+_ERROR = re.compile(r"\berror\b|\bfailed\b|^\w*(?:Error|Exception)\b", re.IGNORECASE)
+# Said at every end that comes early, or by the trial fit of the parameters, which may fail freely.
+_GENERIC = re.compile(
+    r"exiting due to|the lines above say why|trying to fit params"
+    r"|failed to (?:load model|create.context with model)"
+)
+_SHELL_SIGNALLED = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a server ended, and what to do about it. As text, all of it in one line.
+
+    Attributes:
+        ending: How it ended, e.g. `ended with exit code 1` or `was ended by SIGKILL`.
+        cause: What that means, in a sentence.
+        remedy: What to do, in a sentence.
+        evidence: The lines of the log that prove it, without the engine's clock; at most 5.
+        repeats: Whether starting again would end the same way: a bad file or flag, yes; a crash,
+            a kill, a lack of memory or an unknown ending, no.
+    """
+
+    ending: str
+    cause: str
+    remedy: str
+    evidence: tuple[str, ...]
+    repeats: bool
+
+    def __str__(self) -> str:
+        proof = f": {_sentence(self.evidence[0])}" if self.evidence else "."
+        return f"The server {self.ending}{proof} {self.cause} {self.remedy}"
+
+
+def diagnose(
+    exit_code: int | None, log: Sequence[str], *, out_of_memory: bool | None = None
+) -> Diagnosis:
+    """Say why a server ended and what to do.
+
+    Args:
+        exit_code: As a subprocess reports it, negative for a signal; None for the end of an adopted
+            server, which the system tells its parent only.
+        log: The last lines that the server wrote.
+        out_of_memory: Whether the system killed a process for memory meanwhile, see
+            `kitty_nb.supervisor.oom_kills`; None where it does not tell.
+    """
+    number = _signal(exit_code)
+    ending = _ending(exit_code, number)
+    if number is signal.SIGKILL:
+        return _diagnosis(ending, _killed(out_of_memory), ())
+    if number in FROM_OUTSIDE or (not exit_code and _said_goodbye(log)):
+        return _diagnosis(ending, STOPPED, ())
+    if exit_code == 0:
+        served = any(map(_CLOCK.match, log))
+        return _diagnosis(ending, STOPPED if served else NO_SERVER, ())
+    loaded = max((at for at, line in enumerate(log) if _LOADED.search(line)), default=-1)
+    lines = [line for line in log[loaded + 1 :] if _may_tell(line)]
+    bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
+    for row in SIGNATURES:
+        if found := [match for line in bare if (match := row.pattern.search(line))]:
+            groups = {name: value or "" for name, value in found[0].groupdict().items()}
+            return _diagnosis(ending, row.reading, (match.string for match in found), groups)
+    if number in SIGNALS:
+        return _diagnosis(ending, SIGNALS[number], ())
+    if exit_code is None and out_of_memory:
+        return _diagnosis(ending, KILLED_FOR_MEMORY, ())
+    return _diagnosis(ending, UNKNOWN, _errors(lines, last=loaded >= 0))
+
+
+def diagnose_launch(error: OSError) -> Diagnosis:
+    """Say why a server's process could not even be started and what to do."""
+    said = error.strerror or str(error)
+    file = str(error.filename2 or error.filename or "the program")
+    reading = LAUNCH.get(error.errno or 0, UNKNOWN)
+    return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
+
+
+def _diagnosis(
+    ending: str, reading: Reading, evidence: Iterable[str], found: dict[str, str] | None = None
+) -> Diagnosis:
+    # The trial fit says all that the load says, once more.
+    lines = (re.sub(r"\s*\n\s*", " ", line)[:_LENGTH] for line in evidence)
+    distinct = tuple(dict.fromkeys(lines))[:_LINES]
+    cause = reading.cause.format_map(found) if found else reading.cause
+    return Diagnosis(ending, cause, reading.remedy, distinct, reading.repeats)
+
+
+def _signal(exit_code: int | None) -> signal.Signals | None:
+    """The signal that ended it, also where a script around the server passed that on."""
+    code = exit_code or 0
+    try:
+        return signal.Signals(code - _SHELL_SIGNALLED if code > _SHELL_SIGNALLED else -code)
+    except ValueError:
+        return None
+
+
+def _ending(exit_code: int | None, number: signal.Signals | None) -> str:
+    if exit_code is None:
+        return "ended"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}" + (f" ({number.name})" if number else "")
+    return f"was ended by {number.name if number else f'signal {-exit_code}'}"
+
+
+def _said_goodbye(log: Sequence[str]) -> bool:
+    return any("cleaning up before exit" in line for line in log) and not any(
+        "exiting due to" in line for line in log
+    )
+
+
+def _killed(out_of_memory: bool | None) -> Reading:
+    if out_of_memory is None:
+        return KILLED
+    return KILLED_FOR_MEMORY if out_of_memory else KILLED_BY_HAND
+
+
+def _may_tell(line: str) -> bool:
+    """Whether a line is more than what the engine itself calls a warning or information."""
+    clock = _CLOCK.match(line)
+    return clock is None or clock["level"] == "E"
+
+
+def _errors(lines: Sequence[str], *, last: bool) -> list[str]:
+    """The lines that speak of errors: the first while loading, and the last of those after it."""
+    errors = [line for line in lines if _CLOCK.match(line) or _ERROR.search(line)]
+    telling = [line for line in errors if not _GENERIC.search(line)] or errors
+    return [_CLOCK.sub("", line).strip() for line in (telling[-1:] if last else telling)]
+
+
+def _sentence(line: str) -> str:
+    text = " ".join(line.split())  # the engine aligns its words in columns
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,236 @@
+"""What the supervisor tells the world: immutable snapshots and the events that carry them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.port_holder import PortHolder
+
+
+class ServerStatus(StrEnum):
+    """Where a server is in its life."""
+
+    STOPPED = "STOPPED"
+    STARTING = "STARTING"
+    LOADING = "LOADING"
+    READY = "READY"
+    STOPPING = "STOPPING"
+    RESTARTING = "RESTARTING"
+    FAILED = "FAILED"
+    CRASHED = "CRASHED"
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more happens unless somebody asks, or the process dies."""
+        return self in {self.STOPPED, self.READY, self.FAILED, self.CRASHED}
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no process and none is on its way."""
+        return self in {self.STOPPED, self.FAILED, self.CRASHED}
+
+
+class Stage(Enum):
+    """The parts of a load, in order; the value is what to call it."""
+
+    STARTING = "starting"
+    LOADING = "loading weights"
+    PREPARING = "preparing"
+    READY = "ready"
+
+    @property
+    def label(self) -> str:
+        """What to call it."""
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load is.
+
+    Attributes:
+        stage: Which part of the load is under way.
+        fraction: 0 to 1, the share of the load's time that has passed; 1 only when the server is
+            ready.
+        elapsed: Seconds since the start was asked for.
+        eta: Seconds left, or None while nothing is known.
+    """
+
+    stage: Stage
+    fraction: float
+    elapsed: float
+    eta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheckResult:
+    """One answer, or none, from the server's `/health`.
+
+    Attributes:
+        status: STARTING (no answer), LOADING (it answers that it loads) or READY.
+        latency: Seconds the answer took, or None without one.
+        message: What was answered, in words.
+        slots_busy: Requests being worked on, where the build tells.
+        slots_total: Requests that can be worked on at once, where the build tells.
+        asleep: Whether it has freed its model until the next request.
+        tokens_per_second: How fast it answers now, all requests together, where the build tells.
+    """
+
+    status: ServerStatus
+    latency: float | None = None
+    message: str = ""
+    slots_busy: int | None = None
+    slots_total: int | None = None
+    asleep: bool = False
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a server holds.
+
+    Attributes:
+        resident: Bytes in RAM, with what is mapped from the model's file.
+        gpu: Bytes on GPUs, or None where nobody tells.
+    """
+
+    resident: int
+    gpu: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """A snapshot of one server.
+
+    Attributes:
+        status: Where it is in its life.
+        config: What it was, or would be, started with.
+        pid: Its process, while there is one.
+        ready_since: When it became ready, in seconds of the monotonic clock.
+        restart_count: How often it was restarted or switched since the supervisor began.
+        last_health_check: The latest answer, or None before the first.
+        retry_at: When it is started again, in seconds of the monotonic clock, after a crash.
+        error: Why it failed or crashed, in a sentence to show.
+        free_port: A port to take instead, when its own was held by another program.
+        attachable: Whether that program is a llama-server, to be watched and used as it is.
+        foreign: The server, where it is one that was attached to, not started.
+    """
+
+    status: ServerStatus
+    config: ServerConfig
+    pid: int | None = None
+    ready_since: float | None = None
+    restart_count: int = 0
+    last_health_check: HealthCheckResult | None = None
+    retry_at: float | None = None
+    error: str | None = None
+    free_port: int | None = None
+    attachable: bool = False
+    foreign: PortHolder | None = None
+
+    @property
+    def alias(self) -> str:
+        """The name that the server answers to."""
+        known = self.foreign and (self.foreign.alias or self.foreign.model)
+        return known or self.config.served_alias
+
+    @property
+    def model_name(self) -> str | None:
+        """The file name of its model, where that is known."""
+        if self.foreign:
+            return self.foreign.model
+        return self.config.model.name if self.config.model else None
+
+    @property
+    def endpoint(self) -> str:
+        """The server's base URL."""
+        return self.config.endpoint
+
+    @property
+    def uptime(self) -> float | None:
+        """Seconds since it became ready, or None when it is not."""
+        return None if self.ready_since is None else time.monotonic() - self.ready_since
+
+    @property
+    def sentence(self) -> str:
+        """How it is, in a sentence to print."""
+        if self.error:
+            return f"{self.status}: {self.error}"
+        if self.status.idle:
+            return f"No server of the profile {self.config.profile!r} is running."
+        model = f"{self.alias} at {self.endpoint}"
+        uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
+        return f"{self.status}: {model} (PID {self.pid}{uptime})."
+
+    @property
+    def retry_in(self) -> float | None:
+        """Seconds until it is started again after a crash, or None when it is not."""
+        return None if self.retry_at is None else max(0.0, self.retry_at - time.monotonic())
+
+
+class Level(StrEnum):
+    """How an activity is to be read."""
+
+    INFO = "info"
+    SUCCESS = "success"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The server's state has changed."""
+
+    state: ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class HealthChecked:
+    """A start has made its check of the second.
+
+    Attributes:
+        result: What the server answered.
+        attempt: Which check of this start it is, from 1; checks in between are not counted.
+        max_attempts: How many are made unless the load visibly moves.
+    """
+
+    result: HealthCheckResult
+    attempt: int
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressMade:
+    """A load has moved, or its clock has."""
+
+    progress: LoadProgress
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """Something the manager did or found, as one line for a person.
+
+    Attributes:
+        message: The line.
+        level: How to read it.
+        at: Seconds since the epoch.
+    """
+
+    message: str
+    level: Level
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LogLines:
+    """Lines that the server has written to its log."""
+
+    lines: tuple[str, ...]
+
+
+Event = StateChanged | HealthChecked | ProgressMade | Activity | LogLines

@@ -1,0 +1,98 @@
+"""How much memory this machine has to give, and a server holds: RAM, and each GPU's own."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+import psutil
+
+from kitty_nb.catalog.memory import Memory, Place
+from kitty_nb.supervisor.events import MemoryUse
+
+
+def free_memory(pid: int | None = None) -> Memory:
+    """Measure what is free, counting in what a running server will give back.
+
+    Without NVIDIA's library or a GPU of theirs there is only RAM. A Mac's GPU shares it.
+
+    Args:
+        pid: The server that ends before another starts. What its children hold counts too.
+    """
+    ram = psutil.virtual_memory()
+    holders = _family(pid)
+    returned = sum(map(_held, holders))
+    return Memory(
+        Place("RAM", min(ram.available + returned, ram.total), ram.total, returned),
+        _gpus({process.pid for process in holders}),
+    )
+
+
+def memory_use(pid: int) -> MemoryUse | None:
+    """Measure what a server and its children hold; None when it has just ended."""
+    family = _family(pid)
+    resident = 0
+    for process in family:
+        with suppress(psutil.Error):
+            resident += process.memory_info().rss
+    if not resident:
+        return None
+    held = sum(place.returned for place in _gpus({process.pid for process in family}))
+    return MemoryUse(resident, held or None)
+
+
+def _family(pid: int | None) -> list[psutil.Process]:
+    """A process and its children; none when it has just ended."""
+    if pid is None:
+        return []
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _held(process: psutil.Process) -> int:
+    """Bytes that become free with the end of a process.
+
+    Weights that are mapped from a file are not among them: the system counts them as available.
+    """
+    try:
+        usage = process.memory_info()
+    except psutil.Error:
+        return 0
+    return max(0, usage.rss - getattr(usage, "shared", 0))  # macOS does not tell the shared part
+
+
+def _gpus(pids: set[int]) -> tuple[Place, ...]:
+    """The GPUs that NVIDIA's library knows. Whatever is amiss with it, there are none."""
+    try:
+        # Optional (`kitty_nb[gpu]`), and slow to begin with: it talks to the driver.
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:  # noqa: BLE001 (no package, no driver, no GPU, a driver of another version)
+        return ()
+    try:
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        return tuple(_gpu(nvml, handle, pids) for handle in handles)
+    except nvml.NVMLError:
+        return ()
+    finally:
+        with suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, handle: Any, pids: set[int]) -> Place:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    name = nvml.nvmlDeviceGetName(handle)
+    returned = 0
+    with suppress(nvml.NVMLError):  # a container may not see who holds what
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        returned = sum(p.usedGpuMemory or 0 for p in running if p.pid in pids)
+    return Place(
+        name.decode() if isinstance(name, bytes) else name,
+        min(memory.free + returned, memory.total),
+        memory.total,
+        returned,
+    )

@@ -1,0 +1,133 @@
+"""Asking a server how it is until it is ready, and from then on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    HealthChecked,
+    HealthCheckResult,
+    Level,
+    ServerStatus,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from kitty_nb.supervisor.health import HealthProbe
+    from kitty_nb.supervisor.load_progress import LoadMeter
+
+# Seconds. The log announces ready first: health is asked when the log hints at news, else ever
+# more rarely, each pause so many times the last.
+_POLL_FIRST = 0.01
+_POLL_LONGEST = 1.0
+_POLL_FACTOR = 4
+_POLL_READY = 2.0
+_ATTEMPT_EVERY = 1.0
+
+
+class HealthWatch:
+    """Follows one server's health.
+
+    Args:
+        probe: What asks the server.
+        meter: Told of every sign of life.
+        elapsed: The clock: seconds since the start was asked for.
+        attempts: How many once-a-second checks are counted unless the load visibly moves.
+        enter: Called with each other status, and when it was entered.
+        publish: Called with each event for the user.
+        note: Called with every answer.
+        doubt: Asked before ready is believed: why it is not our server that answers, in words.
+    """
+
+    def __init__(
+        self,
+        probe: HealthProbe,
+        meter: LoadMeter,
+        elapsed: Callable[[], float],
+        attempts: int,
+        enter: Callable[[ServerStatus, float], None],
+        publish: Callable[[Event], None],
+        note: Callable[[HealthCheckResult], None],
+        doubt: Callable[[], Awaitable[str | None]],
+    ) -> None:
+        self._probe = probe
+        self._meter = meter
+        self._elapsed = elapsed
+        self._attempts = attempts
+        self._enter = enter
+        self._publish = publish
+        self._note = note
+        self._doubt = doubt
+        self._news = anyio.Event()
+
+    def hint(self) -> None:
+        """Ask soon: there is reason to expect another answer."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Ask until the server is ready, then ever after."""
+        await self._until_ready()
+        answering = True
+        while True:
+            result = await self._probe.check_activity()
+            self._note(result)
+            answered, answering = answering, result.status is ServerStatus.READY
+            if answered and not answering:
+                self._say(
+                    f"The server runs but does not serve ({result.message}): it hangs, or somebody"
+                    " has paused it. Restart it if it does not come back.",
+                    Level.WARNING,
+                )
+            elif answering and not answered:
+                self._say("The server serves again.", Level.SUCCESS)
+            await anyio.sleep(_POLL_READY)
+
+    async def _until_ready(self) -> None:
+        attempt, next_attempt, pause = 0, 0.0, _POLL_FIRST
+        status = ServerStatus.STARTING
+        while status is not ServerStatus.READY:
+            result = await self._check()
+            elapsed = self._elapsed()
+            if result.status is not status:
+                status = result.status
+                self._meter.touch(elapsed)
+                self._enter(status, elapsed)
+            self._note(result)
+            due = elapsed >= next_attempt
+            moving = elapsed - self._meter.moved_at < _ATTEMPT_EVERY
+            if due and (attempt < self._attempts or moving):
+                attempt += 1
+            if due or status is ServerStatus.READY:
+                next_attempt += _ATTEMPT_EVERY
+                self._tell(result, attempt, elapsed)
+            pause = _POLL_FIRST if self._news.is_set() else pause * _POLL_FACTOR
+            self._news = anyio.Event()
+            pause = min(pause, _POLL_LONGEST)
+            with anyio.move_on_after(min(pause, max(0.0, next_attempt - elapsed))):
+                await self._news.wait()
+
+    async def _check(self) -> HealthCheckResult:
+        result = await self._probe.check()
+        if result.status is not ServerStatus.READY:
+            return result
+        doubt = await self._doubt()
+        return HealthCheckResult(ServerStatus.STARTING, result.latency, doubt) if doubt else result
+
+    def _tell(self, result: HealthCheckResult, attempt: int, elapsed: float) -> None:
+        self._publish(HealthChecked(result, attempt, self._attempts))
+        if result.status is ServerStatus.READY:
+            checks = "1 check" if attempt == 1 else f"{attempt} checks"
+            self._say(f"Model loaded ({checks}, {elapsed:.0f}s elapsed)", Level.SUCCESS)
+        elif result.status is ServerStatus.LOADING:
+            self._say(f"Loading model… ({attempt}/{self._attempts}, {elapsed:.0f}s elapsed)")
+        elif attempt > 1:
+            self._say(f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)")
+
+    def _say(self, message: str, level: Level = Level.INFO) -> None:
+        self._publish(Activity(message, level, time.time()))

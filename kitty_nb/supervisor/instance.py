@@ -1,0 +1,401 @@
+"""One generation of a server: its process, watched from spawn to exit."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+from kitty_nb.config import OnKernelExit, server_environment
+from kitty_nb.engine.command_line import build_command, sleeps
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
+from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    HealthCheckResult,
+    Level,
+    LogLines,
+    ProgressMade,
+    ServerStatus,
+    Stage,
+)
+from kitty_nb.supervisor.file_changes import FileChanges
+from kitty_nb.supervisor.health import HealthProbe, Recognition
+from kitty_nb.supervisor.health_watch import HealthWatch
+from kitty_nb.supervisor.history import Outcome
+from kitty_nb.supervisor.keeper import Keeper, has_keeper
+from kitty_nb.supervisor.leash import Leash
+from kitty_nb.supervisor.lifecycle import (
+    BecameReady,
+    Exited,
+    GaveUp,
+    LoadBegan,
+    Refused,
+    Report,
+    Spawned,
+)
+from kitty_nb.supervisor.load_journal import LoadJournal
+from kitty_nb.supervisor.load_progress import LoadMeter
+from kitty_nb.supervisor.log_file import LogTail, rotate
+from kitty_nb.supervisor.log_text import readable
+from kitty_nb.supervisor.oom_kills import oom_kills
+from kitty_nb.supervisor.port_check import refuse_busy_port
+from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.supervisor.process import ServerProcess, Usage
+from kitty_nb.supervisor.profile_owner import profile_lock, who_owns
+from kitty_nb.supervisor.record import (
+    ServerRecord,
+    record_path,
+    remove_record,
+    was_stopped,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskGroup
+    from pydantic import SecretStr
+
+    from kitty_nb.config import ServerConfig
+
+# Seconds. Pauses between two reads of the log let a flood come in few pieces.
+_LOG_PAUSE_LOADING = 0.005
+_LOG_PAUSE_READY = 0.1
+# The bar moves in so many steps, within these lengths. Before the load begins they are short,
+# because what the process has by then is what its bytes are counted from.
+_PROGRESS_STEPS = 24
+_PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 0.5
+_KEEPER_THERE_WITHIN = 10.0  # seconds after the start, on a busy machine too
+_LOADING = re.compile(r"loading model")
+_NEWS = re.compile(r"loading model|model loaded|listening on")
+_KEY_REFUSED = (
+    "The server refuses the API key that it was started with: something has told it to ask for"
+    " another one. Take that out of EXTRA_ARGS (--api-key-file) or out of the script that"
+    " LLAMACPP_BIN names, and set LLAMACPP_API_KEY to the key that you want."
+)
+_LINES_KEPT = 2_000  # builds of 2024 print their whole usage after a bad flag
+
+
+class ServerInstance:
+    """Starts one process and reports what becomes of it.
+
+    Args:
+        generation: The number that its reports carry.
+        config: What to start.
+        report: Called with each fact that the lifecycle needs.
+        publish: Called with each event for the user.
+        note_health: Called with every answer to a health check.
+        api_key: What the server is to ask its clients for.
+        found: The server to watch, when another program or kernel has started it.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        config: ServerConfig,
+        report: Callable[[Report], None],
+        publish: Callable[[Event], None],
+        note_health: Callable[[HealthCheckResult], None],
+        api_key: SecretStr | None,
+        found: ServerRecord | None = None,
+    ) -> None:
+        self.generation = generation
+        self.api_key = found.api_key if found else api_key
+        self.probe = HealthProbe(config, self.api_key)
+        self._config = config
+        self._report = report
+        self._publish = publish
+        self._record = found
+        self._found = found is not None
+        self._began = found.began if found else time.monotonic()
+        self._preparing = anyio.CancelScope()
+        self._process: ServerProcess | None = None
+        self._meter = LoadMeter()
+        self._journal = LoadJournal(
+            config, lambda text: self._say(text, Level.WARNING), whole=found is None
+        )
+        self._health = HealthWatch(
+            self.probe,
+            self._meter,
+            self._elapsed,
+            config.health_max_attempts,
+            self._enter,
+            publish,
+            note_health,
+            self._doubt,
+        )
+        self._foreseen = self._over = False
+        self._hint = ""
+        self._leash: Leash | None = None
+        self._outcome = Outcome.CRASHED
+        self._helpers: TaskGroup
+        self._ready = False
+        self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    async def run(self) -> None:
+        """Start the process and watch it until it has ended."""
+        try:
+            async with anyio.create_task_group() as self._helpers:
+                await self._serve()
+                self._over = True
+            await self._journal.close(self._meter, self._elapsed(), self._outcome)
+        except Exception:
+            await self._put_down()
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.probe.aclose()
+                if self._leash and self._over:
+                    await self._leash.let_go()
+
+    async def _serve(self) -> None:
+        try:
+            process = self._attach(self._record) if self._record else await self._start()
+        except (KittyError, OSError) as error:
+            await self._put_down()
+            self._outcome = Outcome.FAILED
+            reason = diagnose_launch(error) if isinstance(error, OSError) else error
+            refused = Refused(self.generation, str(reason))
+            if isinstance(error, PortBusyError):
+                refused = replace(refused, free_port=error.free_port, attachable=error.attachable)
+            self._report(refused)
+        else:
+            if process:
+                await self._watch(process)
+            else:
+                self._exited("It ended before it could be watched.", asked=True)
+
+    async def terminate(self, force: bool) -> None:
+        """End the process, or call the start off when there is none yet."""
+        if self._outcome is Outcome.CRASHED:
+            self._outcome = Outcome.STOPPED
+        if self._process is None:
+            self._preparing.cancel()
+            return
+        remove_record(self._config, self._process.pid, self._process.create_time)
+        if force:
+            self._process.kill()
+        else:
+            await self._process.terminate(self._config.stop_grace_seconds)
+
+    async def _put_down(self) -> None:
+        """Let no process run that nothing watches."""
+        if self._process is None:
+            return
+        with anyio.CancelScope(shield=True):
+            self._process.kill()
+            await self._process.wait()
+        remove_record(self._config, self._process.pid, self._process.create_time)
+
+    def _attach(self, record: ServerRecord) -> ServerProcess | None:
+        process = ServerProcess.attach(record.pid, record.create_time)
+        if process:
+            self._process = process
+            self._say(f"Found a running server (PID {process.pid}).")
+            if record.ready is None:
+                self._meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
+                self._helpers.start_soon(self._foresee)
+        return process
+
+    async def _start(self) -> ServerProcess | None:
+        """Start the process; None when the start was called off."""
+        self._say("Server starting…")
+        self._helpers.start_soon(self._foresee)
+        with profile_lock(self._config) as ours:
+            owner = await anyio.to_thread.run_sync(who_owns, self._config, ours)
+            if owner:
+                raise ServerFailedError(f"{owner}; this panel shows it in a moment.")
+            with self._preparing:
+                command = await self._prepare()
+            if self._preparing.cancel_called:
+                return None
+            self._leash = self._make_leash()
+            self._process = process = ServerProcess.spawn(
+                command, self._config.log_path, server_environment(self.api_key)
+            )
+            if self._leash:
+                self._leash.hold(process)
+            self._record = ServerRecord(
+                pid=process.pid,
+                create_time=process.create_time,
+                began=self._began,
+                api_key=self.api_key,
+                idle_seconds=0 if sleeps(command) else self._config.idle_shutdown_seconds or 0,
+                config=self._config,
+            )
+            write_record(self._record)
+        return process
+
+    def _make_leash(self) -> Leash | None:
+        if self._config.on_kernel_exit is not OnKernelExit.STOP:
+            return None
+        return Leash(record_path(self._config), self._config.stop_grace_seconds)
+
+    async def _prepare(self) -> tuple[str, ...]:
+        engine = await locate_engine(self._config.binary)
+        command = build_command(engine, self._config)
+        await anyio.to_thread.run_sync(refuse_busy_port, self._config)
+        rotate(self._config.log_path, self._config.log_keep)
+        self._journal.take(self._meter, engine)
+        return command
+
+    async def _foresee(self) -> None:
+        """Learn what to expect, and show it until there is a process to watch."""
+        await self._journal.look(self._meter)
+        self._foreseen = True
+        while self._process is None and not self._over:
+            pause = self._show_progress()
+            await anyio.sleep(pause)
+
+    async def _watch(self, process: ServerProcess) -> None:
+        self._meter.reach(Stage.STARTING, self._elapsed())
+        self._report(Spawned(self.generation, process.pid))
+        path = record_path(self._config)
+        keeper = Keeper(self._record, path) if self._record and not self._is_kept() else None
+        kills = oom_kills()
+        if self._found:
+            self._leash = self._make_leash()
+            if self._leash:
+                self._leash.hold(process)
+        with LogTail(self._config.log_path) as log:
+            async with anyio.create_task_group() as watchers:
+                watchers.start_soon(self._watch_log, log)
+                watchers.start_soon(self._watch_progress, process, log)
+                watchers.start_soon(self._health.run)
+                code = await process.wait()
+                watchers.cancel_scope.cancel()
+            self._read_log(log, to_end=True)
+        asked = was_stopped(self._config, process.pid, process.create_time)
+        out_of_memory = None if kills is None else oom_kills() != kills
+        diagnosis = diagnose(code, tuple(self._last_lines), out_of_memory=out_of_memory)
+        self._exited(str(diagnosis), asked=asked, repeats=diagnosis.repeats)
+        if keeper:
+            await keeper.ended()
+
+    def _is_kept(self) -> bool:
+        """Whether the program that started this server has seen, or will see, to its keeper."""
+        if not self._found:
+            return False
+        return self._elapsed() < _KEEPER_THERE_WITHIN or has_keeper(self._config.log_path)
+
+    async def _watch_log(self, log: LogTail) -> None:
+        with FileChanges(self._config.log_path) as changes:
+            while True:
+                self._read_log(log)
+                await anyio.sleep(_LOG_PAUSE_READY if self._ready else _LOG_PAUSE_LOADING)
+                await changes.wait()
+
+    def _read_log(self, log: LogTail, *, to_end: bool = False) -> None:
+        lines = tuple(map(readable, log.read(to_end=to_end)))
+        if not lines:
+            return
+        self._last_lines.extend(lines)
+        self._meter.touch(self._elapsed())
+        if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
+            self._meter.reach(Stage.LOADING, self._elapsed())
+        self._publish(LogLines(lines))
+        if not self._ready and any(map(_NEWS.search, lines)):
+            self._health.hint()
+
+    async def _watch_progress(self, process: ServerProcess, log: LogTail) -> None:
+        while not self._ready:
+            elapsed, usage = self._elapsed(), process.usage()
+            # What a process had before it began to load does not count, so the log is read only
+            # now: it tells of the beginning before the first byte is there.
+            self._read_log(log)
+            if usage:
+                self._meter.measure(usage, elapsed)
+            pause = self._show_progress()
+            if elapsed - self._meter.moved_at > self._config.stall_seconds:
+                self._give_up(self._stalled())
+                return
+            await anyio.sleep(pause)
+
+    def _show_progress(self) -> float:
+        """Publish how far the load is; return the seconds after which to do so again."""
+        if not self._foreseen:
+            return _PROGRESS_SHORTEST
+        elapsed = self._elapsed()
+        self._publish(ProgressMade(self._meter.progress(elapsed)))
+        starting = self._meter.stage is Stage.STARTING
+        longest = _PROGRESS_STARTING if starting else _PROGRESS_LONGEST
+        step = (elapsed + self._meter.left(elapsed)) / _PROGRESS_STEPS
+        return min(max(step, _PROGRESS_SHORTEST), longest)
+
+    def _enter(self, status: ServerStatus, elapsed: float) -> None:
+        if status is ServerStatus.LOADING:
+            self._meter.reach(Stage.LOADING, elapsed)
+            self._report(LoadBegan(self.generation))
+        elif status is ServerStatus.READY:
+            self._ready = True
+            since, elapsed = self._note_ready(elapsed)
+            self._meter.reach(Stage.READY, elapsed)
+            self._report(BecameReady(self.generation, since))
+            self._publish(ProgressMade(self._meter.progress(elapsed)))
+            self._helpers.start_soon(self._journal.close, self._meter, elapsed, Outcome.READY)
+
+    async def _doubt(self) -> str | None:
+        """Why what answers on our port is not our server, in words; None when it is."""
+        host, port = self._config.host, self._config.port
+        if self._process is None:
+            return "there is no process yet"
+        if await anyio.to_thread.run_sync(self._process.listens_on, port) is False:
+            holder = await anyio.to_thread.run_sync(holder_of, host, port)
+            who = holder.who if holder else "another server"
+            self._hint = f" Port {port} has been taken by {who}."
+            return f"{who} answers on this port"
+        match await self.probe.recognise():
+            case Recognition.KEY_REFUSED:
+                self._give_up(_KEY_REFUSED)
+                return "it refuses our API key"
+            case Recognition.OTHER_MODEL:
+                name = self._config.served_alias
+                self._hint = f" It answers, but not as {name}: something overrides --alias."
+                return f"it does not answer as {name}"
+        return None
+
+    def _note_ready(self, elapsed: float) -> tuple[float, float]:
+        """Return since when it is ready, by the monotonic clock, and what the load took."""
+        now, record = time.monotonic(), self._record
+        if record and record.ready is not None and record.load_seconds is not None:
+            return record.ready, record.load_seconds
+        if record:
+            self._record = record.model_copy(update={"ready": now, "load_seconds": elapsed})
+            try:
+                write_record(self._record)
+            except OSError as error:
+                self._say(
+                    f"{self._config.log_dir} cannot be written ({error.strerror}): another kernel"
+                    " will not know since when this server is ready. Make room or give permission.",
+                    Level.WARNING,
+                )
+        return now, elapsed
+
+    def _give_up(self, reason: str) -> None:
+        self._outcome = Outcome.FAILED
+        self._report(GaveUp(self.generation, reason))
+
+    def _stalled(self) -> str:
+        return (
+            f"The load stalled in the stage '{self._meter.stage.label}': neither bytes nor log nor"
+            f" health moved for {self._config.stall_seconds:.0f} s.{self._hint} The log below"
+            " shows its last"
+            " words; a slower disk than that needs a larger LLAMACPP_STALL_SECONDS."
+        )
+
+    def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> None:
+        self._report(Exited(self.generation, reason, time.monotonic(), repeats, asked))
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def _say(self, message: str, level: Level = Level.INFO) -> None:
+        self._publish(Activity(message, level, time.time()))

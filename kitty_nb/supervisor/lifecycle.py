@@ -1,0 +1,340 @@
+"""One server's life as a pure function: facts and wishes in, requests out.
+
+No I/O, no clock and no asyncio happen here: `supervisor.py` feeds the stimuli and carries the
+actions out, and tests replay histories of stimuli. A generation numbers each process that is or
+will be started; what an older process does is ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.supervisor.port_holder import PortHolder
+
+if TYPE_CHECKING:
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.record import ServerRecord
+
+_WITHOUT_PROCESS = {
+    ServerStatus.STOPPED,
+    ServerStatus.FAILED,
+    ServerStatus.CRASHED,
+    ServerStatus.RESTARTING,
+}
+_LOADABLE = {ServerStatus.STARTING, ServerStatus.LOADING}
+_LIVE = {*_LOADABLE, ServerStatus.READY}
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Action: start a server process as this generation."""
+
+    generation: int
+    config: ServerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """Action: end that generation's process; politely first, unless forced."""
+
+    generation: int
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Action: say when the back-off of that generation is over."""
+
+    generation: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Action: watch this server, which runs already, as this generation."""
+
+    generation: int
+    server: ServerRecord | PortHolder
+
+
+Action = Spawn | Terminate | Wait | Attach
+
+
+@dataclass(frozen=True, slots=True)
+class StartAsked:
+    """Stimulus: somebody wants a server with these settings; one that has them will do."""
+
+    config: ServerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RestartAsked:
+    """Stimulus: somebody wants a fresh process with these settings."""
+
+    config: ServerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """Stimulus: somebody wants no server."""
+
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Stimulus: a server runs, started by another program or kernel.
+
+    It is the profile's own if it has a record, else a stranger that holds the profile's port.
+    """
+
+    server: ServerRecord | PortHolder
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """Stimulus: the process is there."""
+
+    generation: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBegan:
+    """Stimulus: the server answers that it is loading."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class BecameReady:
+    """Stimulus: our own process serves our model."""
+
+    generation: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """Stimulus: the process shows no life any more."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Stimulus: no process was started, for a reason that waiting does not mend."""
+
+    generation: int
+    reason: str
+    free_port: int | None = None
+    attachable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """Stimulus: the process has ended, or was called off before there was one.
+
+    Attributes:
+        generation: Which process it was.
+        reason: Why, in a sentence to show.
+        at: When, in seconds of the monotonic clock.
+        repeats: Whether starting it again would end the same way.
+        asked: Whether somebody else has stopped it on purpose.
+    """
+
+    generation: int
+    reason: str
+    at: float
+    repeats: bool = False
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WaitOver:
+    """Stimulus: the back-off of that generation is over."""
+
+    generation: int
+
+
+Report = Spawned | LoadBegan | BecameReady | GaveUp | Refused | Exited | WaitOver
+Stimulus = StartAsked | RestartAsked | StopAsked | Found | Report
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """Where a server is.
+
+    Attributes:
+        status: The state in the user's words.
+        config: The settings of the present generation, or the ones to start with.
+        generation: The present process, or the last one.
+        issued: The highest generation ever handed out; none is given twice.
+        pending: What to start once the present process has ended.
+        pid: The present process.
+        ready_since: When it became ready, in seconds of the monotonic clock.
+        restart_count: How many processes replaced another.
+        served: Whether a process of this wish has been ready; only then is a crash mended.
+        crashes: How many crashes in a row were mended.
+        retry_at: When the back-off ends, in seconds of the monotonic clock.
+        error: Why it failed, crashed, or is being given up.
+        free_port: A port to take instead, when another program has ours.
+        attachable: Whether that program is a llama-server.
+    """
+
+    config: ServerConfig
+    status: ServerStatus = ServerStatus.STOPPED
+    generation: int = 0
+    issued: int = 0
+    pending: Spawn | None = None
+    pid: int | None = None
+    ready_since: float | None = None
+    restart_count: int = 0
+    served: bool = False
+    crashes: int = 0
+    retry_at: float | None = None
+    error: str | None = None
+    free_port: int | None = None
+    attachable: bool = False
+
+    @property
+    def latest(self) -> int:
+        """The generation that the last wish led to."""
+        return self.pending.generation if self.pending else self.generation
+
+    def overtaken(self, generation: int) -> bool:
+        """Whether a later wish took the place of this generation."""
+        return generation not in {self.generation, self.latest}
+
+
+def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, ...]]:
+    """Return what follows from a stimulus: the next state and what is to be done."""
+    match stimulus:
+        case StartAsked(config):
+            wanted = now.pending.config if now.pending else now.config
+            coming = now.status in _LIVE or now.pending is not None
+            return (now, ()) if coming and wanted == config else _start(now, config)
+        case RestartAsked(config):
+            return _start(now, config)
+        case StopAsked(force):
+            return _stop(now, force)
+        case Found(server):
+            return _found(now, server)
+        case _ if stimulus.generation != now.generation:
+            return now, ()
+        case _:
+            return _report(now, stimulus)
+
+
+def _start(now: Lifecycle, config: ServerConfig) -> tuple[Lifecycle, tuple[Action, ...]]:
+    spawn = Spawn(now.issued + 1, config)
+    now = replace(now, issued=spawn.generation)
+    if now.status in _WITHOUT_PROCESS:
+        return _begin(now, spawn)
+    stopping = replace(now, status=ServerStatus.STOPPING, pending=spawn, error=None)
+    if now.status is ServerStatus.STOPPING:
+        return stopping, ()
+    return stopping, (Terminate(now.generation),)
+
+
+def _begin(now: Lifecycle, spawn: Spawn) -> tuple[Lifecycle, tuple[Action, ...]]:
+    begun = Lifecycle(
+        config=spawn.config,
+        status=ServerStatus.STARTING,
+        generation=spawn.generation,
+        issued=now.issued,
+        restart_count=now.restart_count + (1 if now.pending else 0),
+    )
+    return begun, (spawn,)
+
+
+def _found(
+    now: Lifecycle, server: ServerRecord | PortHolder
+) -> tuple[Lifecycle, tuple[Action, ...]]:
+    if now.status not in _WITHOUT_PROCESS:
+        return now, ()
+    attach = Attach(now.issued + 1, server)
+    found = Lifecycle(
+        config=now.config if isinstance(server, PortHolder) else server.config,
+        status=ServerStatus.STARTING,
+        generation=attach.generation,
+        issued=attach.generation,
+        pid=server.pid,
+        restart_count=now.restart_count,
+    )
+    return found, (attach,)
+
+
+def _stop(now: Lifecycle, force: bool) -> tuple[Lifecycle, tuple[Action, ...]]:
+    if now.status in _WITHOUT_PROCESS:
+        stopped = replace(now, status=ServerStatus.STOPPED, error=None, retry_at=None)
+        return replace(stopped, free_port=None, attachable=False), ()
+    stopping = replace(now, status=ServerStatus.STOPPING, pending=None, error=None)
+    if now.status is ServerStatus.STOPPING and not force:
+        return stopping, ()
+    return stopping, (Terminate(now.generation, force),)
+
+
+def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ...]]:
+    match report:
+        case Spawned(_, pid):
+            return replace(now, pid=pid), ()
+        case LoadBegan() if now.status is ServerStatus.STARTING:
+            return replace(now, status=ServerStatus.LOADING), ()
+        case BecameReady(_, at) if now.status in _LOADABLE:
+            return replace(now, status=ServerStatus.READY, ready_since=at, served=True), ()
+        case GaveUp(_, reason) if now.status in _LOADABLE:
+            given_up = replace(now, status=ServerStatus.STOPPING, error=reason)
+            return given_up, (Terminate(now.generation),)
+        case Refused() | Exited():
+            return _gone(now, report)
+        case WaitOver() if now.status is ServerStatus.RESTARTING:
+            return _again(now)
+        case _:
+            return now, ()
+
+
+def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Action, ...]]:
+    gone = replace(now, pid=None, ready_since=None)
+    if now.pending:
+        return _begin(gone, now.pending)
+    stopped = isinstance(report, Exited) and report.asked
+    if stopped or now.status is ServerStatus.STOPPING:
+        status = ServerStatus.FAILED if now.error else ServerStatus.STOPPED
+        return replace(gone, status=status), ()
+    if isinstance(report, Refused):
+        failed = replace(gone, status=ServerStatus.FAILED, error=report.reason)
+        return replace(failed, free_port=report.free_port, attachable=report.attachable), ()
+    config = now.config
+    stable = (
+        now.ready_since is not None and report.at - now.ready_since >= config.restart_stable_seconds
+    )
+    crashes = 0 if stable else now.crashes
+    crashed = replace(gone, error=report.reason, crashes=crashes)
+    if not now.served or report.repeats or crashes >= config.restart_max:
+        return replace(crashed, status=ServerStatus.CRASHED), ()
+    delay = min(config.restart_delay_seconds * 2**crashes, config.restart_delay_max_seconds)
+    waiting = replace(
+        crashed,
+        status=ServerStatus.RESTARTING,
+        crashes=crashes + 1,
+        retry_at=report.at + delay,
+    )
+    return waiting, (Wait(now.generation, delay),)
+
+
+def _again(now: Lifecycle) -> tuple[Lifecycle, tuple[Action, ...]]:
+    spawn = Spawn(now.issued + 1, now.config)
+    again = replace(
+        now,
+        status=ServerStatus.STARTING,
+        generation=spawn.generation,
+        issued=spawn.generation,
+        restart_count=now.restart_count + 1,
+        retry_at=None,
+        error=None,
+    )
+    return again, (spawn,)

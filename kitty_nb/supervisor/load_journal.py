@@ -1,0 +1,98 @@
+"""One load's dealings with the history: what to expect of it, and its row when it has ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio.to_thread import run_sync
+
+from kitty_nb.supervisor.events import Stage
+from kitty_nb.supervisor.history import LoadHistory, LoadRecord
+from kitty_nb.supervisor.load_estimate import Basis, estimate_load
+from kitty_nb.supervisor.load_facts import (
+    LoadFacts,
+    active_share,
+    gather_facts,
+    path_text,
+    this_host,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
+    from kitty_nb.supervisor.history import Outcome
+    from kitty_nb.supervisor.load_progress import LoadMeter
+
+# Bytes from which a model's rise in memory stands out from that of the engine itself.
+_TELLING = 32 << 20
+
+
+class LoadJournal:
+    """Looks up what is known of a load, and writes down how it went.
+
+    Args:
+        config: What is to be started.
+        tell: Called with a sentence about what is wrong with the history.
+        whole: Whether the load is watched from its beginning; only then its row is true.
+    """
+
+    def __init__(self, config: ServerConfig, tell: Callable[[str], None], *, whole: bool) -> None:
+        self._config = config
+        self._whole = whole
+        self._history = LoadHistory(config.history, tell)
+        self._engine: Engine | None = None
+        self._facts: LoadFacts | None = None
+        self._records: tuple[LoadRecord, ...] = ()
+        self._active = 1.0
+
+    async def look(self, meter: LoadMeter) -> None:
+        """Look at the model's files and their past, and tell the meter what to expect."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._recall)
+            # Abandoned when cancelled: a network drive that hangs must not hold the supervisor.
+            facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
+        self._facts = facts
+        self._expect(meter)
+        if meter.expected.basis is Basis.NOTHING and self._config.model:
+            model = self._config.model
+            self._active = await run_sync(active_share, model, abandon_on_cancel=True)
+            self._expect(meter)
+
+    async def _recall(self) -> None:
+        self._records = await self._history.recall(this_host(), path_text(self._config.model))
+
+    def take(self, meter: LoadMeter, engine: Engine) -> None:
+        """Note by which engine the model will be loaded, which changes what to expect."""
+        self._engine = engine
+        self._expect(meter)
+
+    def _expect(self, meter: LoadMeter) -> None:
+        if self._facts is None:
+            return
+        if self._engine:
+            kind, version = self._engine.kind.value, self._engine.version
+            self._facts = replace(self._facts, engine=kind, version=version)
+        meter.total = self._facts.size if self._facts.size >= _TELLING else 0
+        meter.expected = estimate_load(self._records, self._facts, self._active)
+
+    async def close(self, meter: LoadMeter, elapsed: float, outcome: Outcome) -> None:
+        """Write the load's row, once, and let nothing stop that."""
+        facts, self._facts = self._facts, None
+        if facts is None or not self._whole:
+            return
+        record = LoadRecord(
+            **asdict(facts),
+            starting=meter.seconds(Stage.STARTING, elapsed),
+            loading=meter.seconds(Stage.LOADING, elapsed),
+            preparing=meter.seconds(Stage.PREPARING, elapsed),
+            loaded=meter.loaded,
+            outcome=outcome.value,
+            at=time.time(),
+        )
+        with anyio.CancelScope(shield=True):
+            await self._history.add(record)

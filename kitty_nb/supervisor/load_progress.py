@@ -1,0 +1,164 @@
+"""How far a load is, from what the process itself shows. Pure: the caller measures and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kitty_nb.supervisor.events import LoadProgress, Stage
+from kitty_nb.supervisor.load_estimate import Basis, LoadEstimate
+
+if TYPE_CHECKING:
+    from kitty_nb.supervisor.process import Usage
+
+_STAGES = list(Stage)
+# All bytes are there when this share of the files is: the engine leaves out what it does not need.
+_COMPLETE = 0.985
+_INSTANT = 1e-9  # seconds, instead of none in a division
+_UNKNOWN = LoadEstimate(Basis.NOTHING, 0.0, 0.0, 0.0)
+# Up to this share of them, bytes may be the engine's own, before it reads the first weight.
+_TRICKLE = 0.005
+# What the estimate's rate is worth against the bytes seen so far, as a share of all bytes. It is
+# worth less the less the two agree, once more than that share was to be there.
+_WORTH = {Basis.SAME_LOAD: 1.0, Basis.SAME_MODEL: 0.3, Basis.HOST: 0.15, Basis.NOTHING: 0.04}
+_AGREED = 0.05
+# A stage that lasts as long as it should, or longer, goes on for this share of what it has lasted.
+_OVERDUE = {Basis.SAME_LOAD: 0.1, Basis.SAME_MODEL: 0.15, Basis.HOST: 0.2, Basis.NOTHING: 0.3}
+# Where nothing is known: before the first byte so many times what has passed is still to come, and
+# preparing takes this share of the weights' time on top of the rule of thumb.
+_BLIND, _PREPARING = 6.0, 0.05
+# From this share of the bytes on, their rate alone gives an ETA.
+_EARLIEST_ETA = 0.05
+# Before ready, the bar is due to show no more than the first of these, and creeps on up to the
+# second.
+_FULL, _HIGHEST = 0.98, 0.99
+# It corrects half of its error while this share of the load passes, and where it has run ahead
+# still moves at this share of its pace.
+_HALVED, _SLOWEST = 0.02, 0.2
+
+
+@dataclass(slots=True)
+class LoadMeter:
+    """Folds measurements of one load into a fraction that only grows.
+
+    The fraction is the time passed over the time passed and left. What is left is, for a stage to
+    come, what the estimate says; for the stage under way, that less what it has lasted; for the
+    weights, the bytes left by a rate that is the estimate's at first and the observed one as more
+    of them are there.
+
+    Bytes are what the process has in memory or has read since it began to load, whichever is more
+    and at its highest: a GPU build's memory falls again once the weights are copied.
+
+    Attributes:
+        total: Bytes of the model, all files; 0 where they tell nothing, and the clock alone does.
+        expected: How long the stages should take.
+        stage: The stage reached.
+        moved_at: When it last showed life, in seconds after the start.
+        loaded: Bytes seen to come in.
+    """
+
+    total: int = 0
+    expected: LoadEstimate = _UNKNOWN
+    stage: Stage = Stage.STARTING
+    moved_at: float = 0.0
+    loaded: int = 0
+    _began: dict[Stage, float] = field(default_factory=dict)
+    _flowing: float | None = None
+    _measured: float = 0.0
+    _base: Usage | None = None
+    _fraction: float = 0.0
+    _shown: float = 0.0
+
+    def reach(self, stage: Stage, elapsed: float) -> None:
+        """Note that the load is in this stage, or past it, `elapsed` seconds after the start.
+
+        Reaching STARTING is having a process.
+        """
+        if stage not in self._began and _STAGES.index(stage) >= _STAGES.index(self.stage):
+            self.stage, self._began[stage], self.moved_at = stage, elapsed, elapsed
+
+    def touch(self, elapsed: float) -> None:
+        """Note a sign of life: a new log line, another answer."""
+        self.moved_at = elapsed
+
+    def measure(self, usage: Usage, elapsed: float) -> None:
+        """Note the process's usage; its rise since loading began is what has been loaded."""
+        if self.stage is Stage.STARTING:
+            self._base = usage
+        else:
+            self._base = self._base or usage
+            rise = max(usage.resident - self._base.resident, usage.read - self._base.read)
+            if rise > self.loaded:
+                self.loaded, self.moved_at = rise, elapsed
+            if self._flowing is None and self.loaded > self.total * _TRICKLE:
+                self._flowing = self._measured
+            if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
+                self.reach(Stage.PREPARING, elapsed)
+        self._measured = elapsed
+
+    def seconds(self, stage: Stage, elapsed: float) -> float:
+        """Return how long a stage lasted, or has lasted so far; 0 when it was not reached."""
+        if stage not in self._began:
+            return 0.0
+        later = _STAGES[_STAGES.index(stage) + 1 :]
+        ends = [self._began[other] for other in later if other in self._began]
+        return min(ends, default=elapsed) - self._began[stage]
+
+    def left(self, elapsed: float) -> float:
+        """Return how many seconds the load should still take."""
+        match self.stage:
+            case Stage.STARTING:
+                left = self._rest(self.expected.starting, elapsed) + self.expected.loading
+            case Stage.LOADING:
+                left = self._loading_left(elapsed)
+            case Stage.PREPARING:
+                return self._rest(self._preparing(self._began[Stage.PREPARING]), elapsed)
+            case Stage.READY:
+                return 0.0
+        left += self._preparing(elapsed + left)
+        return max(left, elapsed * _BLIND) if self._guessing and self._flowing is None else left
+
+    def progress(self, elapsed: float) -> LoadProgress:
+        """Return where the load is, `elapsed` seconds after the start."""
+        left = self.left(elapsed)
+        if self.stage is Stage.READY:
+            return LoadProgress(self.stage, 1.0, elapsed, left)
+        passed = max(elapsed - self._shown, 0.0)
+        self._shown += passed
+        whole = max(elapsed + left, _INSTANT)
+        due = min(elapsed / whole, _FULL)
+        step = (_HIGHEST - self._fraction) * passed / max(passed + left, _INSTANT)
+        ahead = self._fraction + step
+        corrected = due + (ahead - due) * 0.5 ** (passed / whole / _HALVED)
+        self._fraction = max(self._fraction + step * _SLOWEST, corrected)
+        known = not self._guessing or self.loaded > self.total * _EARLIEST_ETA > 0
+        return LoadProgress(self.stage, self._fraction, elapsed, left if known else None)
+
+    @property
+    def _guessing(self) -> bool:
+        return self.expected.basis is Basis.NOTHING
+
+    def _loading_left(self, elapsed: float) -> float:
+        expected = self.expected.loading
+        if self._flowing is None or self.total == 0:
+            return self._rest(expected, elapsed)
+        share, passed = min(self.loaded / self.total, 1.0), elapsed - self._flowing
+        due, seen = expected * (share + _AGREED), passed + expected * _AGREED
+        agreement = min(due, seen) / max(due, seen, _INSTANT)
+        worth = _WORTH[self.expected.basis] * agreement**4
+        # Loads alike have the same rest by the clock, loads at another rate the same by the bytes.
+        foreseen = (max(expected - passed, 0.0) + expected * (1.0 - share)) / 2
+        return (worth * foreseen + passed * (1.0 - share)) / (worth + share)
+
+    def _preparing(self, loaded_at: float) -> float:
+        """How long preparing should take, if the last byte is there then."""
+        expected = self.expected.preparing
+        if self._guessing:
+            expected += (loaded_at - self._began.get(Stage.LOADING, loaded_at)) * _PREPARING
+        return expected
+
+    def _rest(self, expected: float, elapsed: float) -> float:
+        """What is left of the present stage, by the clock alone; never nothing."""
+        lasted = elapsed - self._began.get(self.stage, elapsed)
+        overdue = max(lasted * _OVERDUE[self.expected.basis], lasted - expected)
+        return max(expected - lasted, overdue)

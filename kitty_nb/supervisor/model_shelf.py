@@ -1,0 +1,81 @@
+"""What is known of the models on disk beyond their files: how they were used, whether they fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio.from_thread
+import anyio.to_thread
+
+from kitty_nb.catalog.memory import MemoryPreview, Part, Verdict
+from kitty_nb.catalog.memory_formula import estimate
+from kitty_nb.catalog.memory_plan import plan
+from kitty_nb.catalog.shapes import Shapes
+from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.supervisor.history import LoadHistory
+from kitty_nb.supervisor.memory_preview import settings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from kitty_nb.catalog.model_note import ModelNote
+    from kitty_nb.catalog.model_shape import ModelShape
+    from kitty_nb.config import ServerConfig
+
+
+class ModelShelf:
+    """Answers for many models at once. Its coroutines belong on the supervisor's loop.
+
+    Args:
+        pid: Tells which server would end before another starts.
+    """
+
+    def __init__(self, pid: Callable[[], int | None]) -> None:
+        self._pid = pid
+        self._shapes = Shapes()
+
+    async def recall(
+        self, models: Sequence[Path], config: ServerConfig, tell: Callable[[str], None]
+    ) -> dict[Path, ModelNote]:
+        """Return what is remembered of models; nothing of those that were never used.
+
+        Args:
+            models: Their first files.
+            config: Says where the history is.
+            tell: Called with a sentence about what is wrong with the history.
+        """
+        return await LoadHistory(config.history, tell).notes(models)
+
+    async def mark(
+        self, model: Path, favourite: bool, config: ServerConfig, tell: Callable[[str], None]
+    ) -> None:
+        """Remember whether a model is a favourite; the arguments are those of `recall`."""
+        await LoadHistory(config.history, tell).mark(model, favourite)
+
+    async def judge(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
+        """Tell by formula which models would fit into the memory that is free now.
+
+        Args:
+            models: Their first files; their headers are read where that was not done before.
+            config: With what settings.
+        """
+        pid = self._pid()
+
+        def look() -> dict[Path, Verdict]:
+            settings, memory = settings_of(config), free_memory(pid)
+
+            def verdict(shape: ModelShape | None) -> Verdict:
+                if shape is None:
+                    return Verdict.UNKNOWN
+                needs = estimate(shape, plan(shape, settings, memory), memory.gpus)
+                parts = zip(memory.places, needs, strict=True)
+                return MemoryPreview(tuple(Part(*part) for part in parts if part[1].total)).verdict
+
+            verdicts: dict[Path, Verdict] = {}
+            for model, shape in self._shapes.look_up(models):
+                anyio.from_thread.check_cancelled()
+                verdicts[model] = verdict(shape)
+            return verdicts
+
+        return await anyio.to_thread.run_sync(look)

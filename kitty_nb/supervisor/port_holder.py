@@ -1,0 +1,217 @@
+"""Who listens on a port, and which port is free."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from kitty_nb.engine import embedded
+from kitty_nb.engine.locate import EngineKind
+from kitty_nb.errors import ServerFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_LAST_PORT = 65535
+_PORTS_TRIED = 100
+_MODEL = {"-m", "--model"}
+_ALIAS = {"-a", "--alias"}
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_ANY_IPV6 = ipaddress.IPv6Address("::")
+
+
+@dataclass(frozen=True, slots=True)
+class PortHolder:
+    """The process that listens on a port.
+
+    Attributes:
+        port: The port.
+        pid: Its process id.
+        name: What the system calls its program.
+        engine: Which kind of llama-server it is; None for anything else.
+        model: The file name of the model that a llama-server was started with.
+        alias: The name under which it serves that model.
+    """
+
+    port: int
+    pid: int
+    name: str
+    engine: EngineKind | None = None
+    model: str | None = None
+    alias: str | None = None
+
+    @property
+    def who(self) -> str:
+        """It in words, e.g. `llama-server (PID 4242) serving qwen.gguf as kitty-primary`."""
+        name = "the embedded llama-server" if self.engine is EngineKind.EMBEDDED else self.name
+        serving = f" serving {self.model}" if self.model else ""
+        known_as = f" as {self.alias}" if self.alias else ""
+        return f"{name} (PID {self.pid}){serving}{known_as}"
+
+    @property
+    def sentence(self) -> str:
+        """Who holds the port, for a person."""
+        return f"Port {self.port} is held by {self.who}."
+
+
+def holder_of(host: str, port: int) -> PortHolder | None:
+    """Find the process that listens where a server on `host` and `port` would.
+
+    This asks the system about every process: tens of milliseconds. Run it in a worker thread.
+
+    Returns:
+        None where nobody listens any more, or the system does not tell: Linux and macOS keep
+        other users' processes to themselves.
+    """
+    try:
+        wanted = [_address(address[0]) for _, address in _resolve(host, port)]
+    except OSError:
+        return None
+    nearest: dict[int, int] = {}
+    for pid, held in _listeners(port):
+        nearest[pid] = max(nearest.get(pid, 0), *(_nearness(one, held) for one in wanted))
+    holders = [holder for pid, near in nearest.items() if near and (holder := _describe(pid, port))]
+    # Children that inherited the socket hold it too: of those as near, the server is named.
+    return max(
+        holders, key=lambda one: (nearest[one.pid], one.engine is not None, -one.pid), default=None
+    )
+
+
+def port_refusal(host: str, port: int) -> str | None:
+    """Say in a sentence why no server can listen on a port; None when one can.
+
+    It takes a real bind, and the time of `holder_of` when the port is in use.
+    """
+    problem = bind_problem(host, port)
+    if problem is None:
+        return None
+    if isinstance(problem, socket.gaierror):
+        return f"The name {host} is not known here; 127.0.0.1 is this machine alone."
+    if problem.errno == errno.EADDRINUSE:
+        holder = holder_of(host, port)
+        who = holder.who if holder else "a process that this user may not see"
+        return f"Port {port} on {host} is in use by {who}."
+    if problem.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is not an address of this machine; 127.0.0.1 is this machine alone."
+    if problem.errno == errno.EACCES:
+        return f"Port {port} is kept for administrators; choose one above 1023."
+    return f"Port {port} on {host} cannot be used: {problem.strerror or problem}."
+
+
+def next_free_port(host: str, port: int) -> int:
+    """Return the first port above `port` on which a server could listen.
+
+    Raises:
+        ServerFailedError: When a hundred ports in a row are busy, or `host` is no address of this
+            machine.
+    """
+    for candidate in range(port + 1, min(port + _PORTS_TRIED, _LAST_PORT) + 1):
+        problem = bind_problem(host, candidate)
+        if problem is None:
+            return candidate
+        if problem.errno not in {errno.EADDRINUSE, errno.EACCES}:
+            raise ServerFailedError(f"{host} cannot be listened on: {problem.strerror or problem}.")
+    raise ServerFailedError(
+        f"Ports {port + 1} to {min(port + _PORTS_TRIED, _LAST_PORT)} on {host} are all busy."
+        " Choose a free one yourself."
+    )
+
+
+def bind_problem(host: str, port: int) -> OSError | None:
+    """Try to bind a port as llama-server would, and return what was in the way, if anything.
+
+    A name with several addresses, such as `localhost`, must be free on all that this machine has:
+    clients may try any of them.
+    """
+    try:
+        addresses = _resolve(host, port)
+    except OSError as error:
+        return error
+    problems = []
+    for family, address in addresses:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+        except OSError as error:
+            problems.append(error)
+    taken = next((one for one in problems if one.errno == errno.EADDRINUSE), None)
+    return taken or (problems[0] if len(problems) == len(addresses) else None)
+
+
+def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _listeners(port: int) -> Iterator[tuple[int, _Address]]:
+    for pid, connection in _connections():
+        if pid and connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+            yield pid, _address(connection.laddr.ip)
+
+
+def _connections() -> Iterator[tuple[int | None, Any]]:
+    try:
+        yield from ((one.pid, one) for one in psutil.net_connections("tcp"))
+    except psutil.AccessDenied:  # macOS tells an ordinary user only of each process of his own
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                yield from ((process.pid, one) for one in process.net_connections("tcp"))
+
+
+def _address(text: str) -> _Address:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _nearness(wanted: _Address, held: _Address) -> int:
+    """How surely a listener is in the way, from 3, the same address, to 0, not at all."""
+    if wanted == held:
+        return 3
+    if wanted.version == held.version:
+        return 2 if wanted.is_unspecified or held.is_unspecified else 0
+    # "::" takes IPv4 too unless it was told not to, which the system does not show.
+    return 1 if _ANY_IPV6 in {wanted, held} else 0
+
+
+def _describe(pid: int, port: int) -> PortHolder | None:
+    try:
+        process = psutil.Process(pid)
+        name = process.name()
+    except psutil.Error:  # gone meanwhile
+        return None
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        words = []
+    engine = _engine(words)
+    if engine is None:
+        return PortHolder(port, pid, name)
+    if engine is EngineKind.EMBEDDED:
+        words = words[words.index(embedded.__name__) :]  # Python has an -m of its own
+    model = _value(words, _MODEL)
+    model = PurePath(model).name if model else None
+    return PortHolder(port, pid, name, engine, model, _value(words, _ALIAS))
+
+
+def _engine(words: list[str]) -> EngineKind | None:
+    program = [PurePath(word).name for word in words[:1]] + words[1:2]
+    if program[:1] == ["llama-server"] or program in (["llama", "serve"], ["llama", "server"]):
+        return EngineKind.NATIVE
+    return EngineKind.EMBEDDED if embedded.__name__ in words else None
+
+
+def _value(words: Sequence[str], flags: set[str]) -> str | None:
+    """What follows the last of some flags; nothing else of a command line may be shown."""
+    values = [value for flag, value in pairwise(words) if flag in flags]
+    return values[-1] if values else None

@@ -1,0 +1,143 @@
+"""What a running server leaves on disk, so that another kernel finds it.
+
+The record stands beside the log and is there while the server is meant to run: whoever stops the
+server removes it first. So a server that ends while its record is there has died by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+)
+
+from kitty_nb.config import RECORDED, ServerConfig
+from kitty_nb.errors import KittyError
+from kitty_nb.supervisor.process import ServerProcess
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
+
+_ENDING = ".server.json"
+
+
+def _boot() -> str:
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return ""  # macOS tells a process's time of day, which no other boot repeats
+
+
+class ServerRecord(BaseModel):
+    """A server that was started for a profile.
+
+    Attributes:
+        pid: Its process.
+        create_time: When that process began; see `ServerProcess`.
+        boot: Which run of the system it belongs to, where the system tells.
+        began: When its start was asked for, in seconds of the monotonic clock, which all
+            processes of one boot share and nobody can set.
+        ready: When it became ready, likewise; None before.
+        load_seconds: What the load took; None before it was ready.
+        api_key: What it asks its clients for; None when it asks for nothing.
+        idle_seconds: How long it may be unused before its keeper ends it; 0 is for ever.
+        config: What it was started with.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    create_time: float
+    boot: str = Field(default_factory=_boot)
+    began: float
+    ready: float | None = None
+    load_seconds: float | None = None
+    api_key: SecretStr | None = None
+    idle_seconds: int = 0
+    config: ServerConfig
+
+    @field_serializer("api_key", when_used="json")
+    def _hide_key(self, key: SecretStr | None, info: FieldSerializationInfo) -> str | None:
+        if key is None:
+            return None
+        return key.get_secret_value() if info.context is RECORDED else str(key)
+
+
+def record_path(config: ServerConfig) -> Path:
+    """Where the record of a profile is."""
+    return config.log_dir / f"{config.profile}{_ENDING}"
+
+
+def read_record(config: ServerConfig) -> ServerRecord | None:
+    """Return the record of a profile, or None when there is none that can be understood."""
+    return _read(record_path(config))
+
+
+def find_server(config: ServerConfig) -> ServerRecord | None:
+    """Return the record of a profile's server if that server runs."""
+    record = read_record(config)
+    return record if record and _runs(record) else None
+
+
+def record_of(pid: int, folder: Path) -> ServerRecord | None:
+    """Return the record of the server that is this process, of whatever profile."""
+    records = (_read(path) for path in folder.glob(f"*{_ENDING}"))
+    return next((one for one in records if one and one.pid == pid and _runs(one)), None)
+
+
+def _read(path: Path) -> ServerRecord | None:
+    try:
+        return ServerRecord.model_validate_json(path.read_bytes(), context=RECORDED)
+    except (OSError, ValidationError, KittyError):
+        return None
+
+
+def _runs(record: ServerRecord) -> bool:
+    same_boot = record.boot == _boot()
+    return same_boot and ServerProcess.attach(record.pid, record.create_time) is not None
+
+
+def write_record(record: ServerRecord) -> None:
+    """Write the record, whole or not at all, for its owner's eyes only.
+
+    Raises:
+        OSError: When the folder cannot be written.
+    """
+    path = record_path(record.config)
+    # Made by mkstemp, a file is readable by its owner only.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(record.model_dump_json(context=RECORDED))
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def remove_record(config: ServerConfig, pid: int, create_time: float) -> None:
+    """Remove the record of this process, so that its end is known to be meant."""
+    record = read_record(config)
+    if record is None or (record.pid, record.create_time) == (pid, create_time):
+        with suppress(OSError):
+            record_path(config).unlink()
+
+
+def was_stopped(config: ServerConfig, pid: int, create_time: float) -> bool:
+    """Whether somebody has removed the record of this process in order to end it.
+
+    The record of a process that died by itself stays until the next start, for all who watch. One
+    that is damaged, or was lost with its folder, nobody has removed.
+    """
+    if record := read_record(config):
+        return (record.pid, record.create_time) != (pid, create_time)
+    return config.log_dir.is_dir() and not record_path(config).exists()

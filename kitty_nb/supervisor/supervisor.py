@@ -1,0 +1,464 @@
+"""`Supervisor`: owns the state of one llama-server and carries out what its lifecycle asks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
+
+import anyio
+import anyio.to_thread
+
+from kitty_nb.config import OnKernelExit, choose_api_key
+from kitty_nb.errors import (
+    ConfigError,
+    PortBusyError,
+    Problem,
+    ServerCrashedError,
+    ServerFailedError,
+    StartCancelledError,
+)
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    HealthChecked,
+    HealthCheckResult,
+    Level,
+    LoadProgress,
+    LogLines,
+    ProgressMade,
+    ServerState,
+    ServerStatus,
+    Stage,
+    StateChanged,
+)
+from kitty_nb.supervisor.foreign_server import ForeignServer, find_foreign_server
+from kitty_nb.supervisor.free_memory import memory_use
+from kitty_nb.supervisor.instance import ServerInstance
+from kitty_nb.supervisor.lifecycle import (
+    Attach,
+    Exited,
+    Found,
+    Lifecycle,
+    RestartAsked,
+    Spawn,
+    StartAsked,
+    Stimulus,
+    StopAsked,
+    Terminate,
+    Wait,
+    WaitOver,
+    step,
+)
+from kitty_nb.supervisor.memory_preview import MemoryPreviewer
+from kitty_nb.supervisor.port_holder import PortHolder
+from kitty_nb.supervisor.record import find_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from anyio.abc import TaskGroup, TaskStatus
+    from pydantic import SecretStr
+
+    from kitty_nb.catalog.memory import MemoryPreview
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import MemoryUse
+    from kitty_nb.supervisor.record import ServerRecord
+
+    OnProgress = Callable[[HealthCheckResult, int, int], None]
+    OnPreview = Callable[[MemoryPreview], object]
+
+_log = logging.getLogger(__name__)
+_LOOK_EVERY = 1.0  # seconds
+_LINES_KEPT = 2_000
+_EVENTS_HELD = 10_000
+_PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine is asked
+
+
+class Supervisor:
+    """Starts, watches and stops one llama-server. An async context manager; leaving it stops it.
+
+    Everything here happens on one event loop. From a notebook use `ModelManager`, which keeps one
+    in a thread of its own.
+
+    Args:
+        config: What to serve when `start` is not told otherwise.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._now = Lifecycle(config)
+        self._health: HealthCheckResult | None = None
+        self._instance: ServerInstance | ForeignServer | None = None
+        self._leaving = False
+        self._log_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._previewer = MemoryPreviewer()
+        self._changed = anyio.Event()
+        self._subscribers: list[Callable[[Event], None]] = []
+        self._host: TaskGroup
+        self._tasks: TaskGroup
+
+    async def __aenter__(self) -> Self:
+        self._host = anyio.create_task_group()
+        await self._host.__aenter__()
+        await self._host.start(self._live)
+        await self._look_for_server()
+        self._tasks.start_soon(self._look_forever)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._previewer.close()
+        if not self._leaving and not self._now.status.idle:
+            with anyio.CancelScope(shield=True):
+                await self.stop()
+        self._tasks.cancel_scope.cancel()
+        # Not told of the user's error, the task group lets it pass as it is, not in a group.
+        await self._host.__aexit__(None, None, None)
+
+    async def _live(self, task_status: TaskStatus[None]) -> None:
+        """Host the tasks that watch the server, until the context has been left.
+
+        A caller that is cancelled leaves the context, which stops the server; they must see that.
+        """
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as self._tasks:
+                task_status.started()
+                await anyio.sleep_forever()
+
+    def leave(self) -> None:
+        """Let the server run on when this context ends; the next supervisor finds it.
+
+        Said before the context is entered, it goes for what `LLAMACPP_ON_KERNEL_EXIT` would stop.
+        """
+        self._leaving = True
+
+    @property
+    def state(self) -> ServerState:
+        """A snapshot of the server as it is now."""
+        now = self._now
+        return ServerState(
+            status=now.status,
+            config=now.config,
+            pid=now.pid,
+            ready_since=now.ready_since,
+            restart_count=now.restart_count,
+            last_health_check=self._health,
+            retry_at=now.retry_at,
+            error=now.error,
+            free_port=now.free_port,
+            attachable=now.attachable,
+            foreign=None if now.status.idle else self._foreign,
+        )
+
+    @property
+    def api_key(self) -> SecretStr | None:
+        """What the server asks its clients for; None when it asks for nothing, or there is none."""
+        return self._instance.api_key if self._instance else None
+
+    @property
+    def log_lines(self) -> tuple[str, ...]:
+        """The newest lines of the server's log."""
+        return tuple(self._log_lines)
+
+    async def start(
+        self,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> ServerState:
+        """Serve a model. A server that already runs with these settings is left as it is.
+
+        Args:
+            config: The settings; without them those of the last start.
+            wait_for_ready: Return only when the server answers requests.
+            on_progress: Called with each once-a-second health check of the start, its number and
+                how many are made unless the load visibly moves. An error in it is logged.
+
+        Raises:
+            ConfigError: The settings, or the model file since, are not usable.
+            ServerFailedError: It was refused or given up before it was ready.
+            ServerCrashedError: The process ended by itself.
+            StartCancelledError: It was stopped or replaced before it was ready.
+        """
+        asked = StartAsked(await self._checked(config))
+        return await self._launch(asked, wait_for_ready, on_progress)
+
+    async def restart(
+        self,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> ServerState:
+        """Like `start`, but always with a fresh process."""
+        asked = RestartAsked(await self._checked(config))
+        return await self._launch(asked, wait_for_ready, on_progress)
+
+    async def switch_model(
+        self,
+        model: str | Path,
+        alias: str | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> ServerState:
+        """Serve another model with the same settings.
+
+        Args:
+            model: Its file, absolute or relative to the models folder.
+            alias: The name that clients ask for; without it the configured one stays.
+            wait_for_ready: As for `start`.
+            on_progress: As for `start`.
+        """
+        changes = {"model": model} if alias is None else {"model": model, "alias": alias}
+        config = await anyio.to_thread.run_sync(lambda: self._now.config.replace(**changes))
+        return await self.restart(config, wait_for_ready, on_progress)
+
+    async def stop(self, force: bool = False) -> ServerState:
+        """Stop the server, also while it loads, and wait until its process is gone.
+
+        Args:
+            force: Do not ask it first.
+        """
+        self._feed(StopAsked(force))
+        generation = self._now.issued
+        await self._until(lambda: self._now.status.idle or self._now.issued > generation)
+        return self.state
+
+    async def attach(self) -> ServerState:
+        """Watch and use the llama-server that somebody else has started on the profile's port.
+
+        It is never ended from here: `stop` lets it go.
+
+        Raises:
+            ServerFailedError: There is none, or the profile has a server already.
+        """
+        if not self._now.status.idle:
+            raise ServerFailedError(f"The profile's server is {self._now.status}. Stop it first.")
+        self._feed(Found(await find_foreign_server(self._now.config)))
+        generation = self._now.latest
+        await self._until(lambda: self._is_over(generation))
+        return self._outcome(generation)
+
+    async def check_health(self) -> HealthCheckResult:
+        """Ask the server how it is, now."""
+        if self._instance is None or self._now.status.idle:
+            return HealthCheckResult(ServerStatus.STOPPED, message="no server is running")
+        self._health = await self._instance.probe.check_activity()
+        return self._health
+
+    async def memory_use(self) -> MemoryUse | None:
+        """Measure what the server holds; None without one."""
+        pid = self._now.pid
+        return None if pid is None else await anyio.to_thread.run_sync(memory_use, pid)
+
+    async def preview_memory(
+        self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
+    ) -> MemoryPreview:
+        """Say how much memory a model would need, and whether there is that much.
+
+        A formula says so at once; after a moment, in which this can be cancelled because another
+        setting is asked for, the engine itself is asked, where its build can tell. What the server
+        that runs now would give back counts as free.
+
+        Args:
+            config: What would be started; without it what was started last.
+            on_preview: Called with the formula's result, and with the engine's if that differs.
+
+        Returns:
+            The engine's result, else the formula's. Its `problem` says why nothing is known.
+        """
+        return await self._previewer.preview(
+            config or self._now.config,
+            self._now.pid,
+            on_preview or (lambda _: None),
+            _PREVIEW_PAUSE,
+        )
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield what happens from now on. A reader too far behind loses the newest events."""
+        send, receive = anyio.create_memory_object_stream[Event](_EVENTS_HELD)
+
+        def offer(event: Event) -> None:
+            try:
+                send.send_nowait(event)
+            except anyio.WouldBlock:
+                _log.warning("An event was dropped: a reader of Supervisor.events is too slow.")
+
+        with send, receive, ExitStack() as stack:
+            stack.callback(self.subscribe(offer))
+            async for event in receive:
+                yield event
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Call back with each event, on the supervisor's loop, until the result is called."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    async def _checked(self, config: ServerConfig | None) -> ServerConfig:
+        """The settings to start with, looked at once more: files come and go."""
+        config = await anyio.to_thread.run_sync((config or self._now.config).replace)
+        if config.model is None:
+            key = f"LLAMACPP_{config.profile.upper()}_MODEL"
+            fix = f"Pick a model, or set {key} to a .gguf file in {config.models_dir}."
+            raise ConfigError("the settings", (Problem(key, "", "No model is chosen.", fix),))
+        return config
+
+    async def _launch(
+        self, asked: StartAsked | RestartAsked, wait_for_ready: bool, on_progress: OnProgress | None
+    ) -> ServerState:
+        self._feed(asked)
+        generation = self._now.latest
+        if not wait_for_ready:
+            return self.state
+
+        def relay(event: Event) -> None:
+            if on_progress and isinstance(event, HealthChecked) and self._is_present(generation):
+                on_progress(event.result, event.attempt, event.max_attempts)
+
+        unsubscribe = self.subscribe(relay)
+        try:
+            await self._until(lambda: self._is_over(generation))
+        except anyio.get_cancelled_exc_class():
+            if self._now.latest == generation:
+                self._feed(StopAsked())
+            raise
+        finally:
+            unsubscribe()
+        return self._outcome(generation)
+
+    def _is_present(self, generation: int) -> bool:
+        return self._now.generation == generation and self._now.status is not ServerStatus.STOPPING
+
+    def _is_over(self, generation: int) -> bool:
+        settled = self._now.generation == generation and self._now.status.settled
+        return settled or self._now.overtaken(generation)
+
+    def _outcome(self, generation: int) -> ServerState:
+        now = self._now
+        if now.overtaken(generation):
+            raise StartCancelledError("The start was overtaken by a later start, switch or stop.")
+        match now.status:
+            case ServerStatus.FAILED if now.free_port:
+                raise PortBusyError(now.error or "", now.free_port, attachable=now.attachable)
+            case ServerStatus.FAILED:
+                raise ServerFailedError(now.error)
+            case ServerStatus.CRASHED:
+                raise ServerCrashedError(now.error)
+            case ServerStatus.STOPPED:
+                raise StartCancelledError("The server was stopped before it was ready.")
+        return self.state
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    def _feed(self, stimulus: Stimulus) -> None:
+        before = self._now
+        self._now, actions = step(before, stimulus)
+        for action in actions:
+            match action:
+                case Spawn(generation, config):
+                    self._begin(generation, config)
+                case Attach(generation, server):
+                    self._begin(generation, self._now.config, server)
+                case Terminate(_, force):
+                    if self._instance:
+                        self._tasks.start_soon(self._instance.terminate, force)
+                case Wait(generation, seconds):
+                    self._tasks.start_soon(self._wait, generation, seconds)
+        if self._now != before:
+            self._publish(StateChanged(self.state))
+            if self._now.status is not before.status:
+                self._announce()
+            self._changed.set()
+            self._changed = anyio.Event()
+
+    def _retry(self) -> str:
+        delay, most = self.state.retry_in or 0.0, self._now.config.restart_max
+        return f"Restarting in {delay:.0f} s ({self._now.crashes} of {most})."
+
+    def _begin(
+        self,
+        generation: int,
+        config: ServerConfig,
+        found: ServerRecord | PortHolder | None = None,
+    ) -> None:
+        self._health = None
+        self._log_lines.clear()
+        told = (self._feed, self._publish, self._note_health)
+        if isinstance(found, PortHolder):
+            self._instance = ForeignServer(generation, config, found, *told)
+            self._tasks.start_soon(self._run, self._instance)
+            return
+        if self._leaving:
+            config = config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
+        key = self._choose_key(config)
+        self._instance = ServerInstance(generation, config, *told, key, found)
+        self._publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
+        self._tasks.start_soon(self._run, self._instance)
+
+    def _choose_key(self, config: ServerConfig) -> SecretStr | None:
+        """The key of the server to come: that of the last one where its clients can go on so."""
+        last = self._instance and not self._foreign and self._instance.api_key
+        return last if last and config.api_key is None else choose_api_key(config)
+
+    @property
+    def _foreign(self) -> PortHolder | None:
+        return self._instance.holder if isinstance(self._instance, ForeignServer) else None
+
+    async def _look_forever(self) -> None:
+        while True:
+            await anyio.sleep(_LOOK_EVERY)
+            await self._look_for_server()
+
+    async def _look_for_server(self) -> None:
+        """Find the server that another program or kernel has started for this profile."""
+        if self._now.status.idle or self._now.status is ServerStatus.RESTARTING:
+            record = await anyio.to_thread.run_sync(find_server, self._now.config)
+            if record:
+                self._feed(Found(record))
+
+    async def _wait(self, generation: int, seconds: float) -> None:
+        await anyio.sleep(seconds)
+        self._feed(WaitOver(generation))
+
+    async def _run(self, instance: ServerInstance | ForeignServer) -> None:
+        try:
+            await instance.run()
+        except Exception as error:  # noqa: BLE001 (a supervisor that fails must not look alive)
+            _log.exception("Watching the server failed.")
+            reason = (
+                f"kitty_nb failed to watch the server and ended it: {error!r}. Please report it."
+            )
+            self._feed(Exited(instance.generation, reason, time.monotonic(), repeats=True))
+
+    def _announce(self) -> None:
+        message, level = {
+            ServerStatus.STOPPING: ("Server stopping…", Level.INFO),
+            ServerStatus.STOPPED: ("Server stopped.", Level.INFO),
+            ServerStatus.RESTARTING: (f"{self._now.error} {self._retry()}", Level.WARNING),
+            ServerStatus.FAILED: (self._now.error, Level.ERROR),
+            ServerStatus.CRASHED: (self._now.error, Level.ERROR),
+        }.get(self._now.status, (None, Level.INFO))
+        if message:
+            self._publish(Activity(message, level, time.time()))
+
+    def _note_health(self, result: HealthCheckResult) -> None:
+        self._health = result
+        self._publish(StateChanged(self.state))
+
+    def _publish(self, event: Event) -> None:
+        if isinstance(event, LogLines):
+            self._log_lines.extend(event.lines)
+        for callback in tuple(self._subscribers):
+            try:
+                callback(event)
+            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
+                _log.exception("A subscriber or on_progress callback failed; the server goes on.")
