@@ -1,0 +1,131 @@
+"""Asking the Hub what a repository has, and its refusals in plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from kitty_nb.errors import HubAccessError, HubError, HubOfflineError, KittyError
+from kitty_nb.hub.offers import HubFile, Offer, list_offers
+
+if TYPE_CHECKING:
+    from kitty_nb.hub.reference import HubReference
+
+__all__ = ["Repository", "explain", "find_repository", "hub_is_installed"]
+
+_TIMEOUT = 20.0  # seconds
+_UNAUTHORIZED, _FORBIDDEN = 401, 403
+_LOG_IN = "log in by `hf auth login` (or set HF_TOKEN)"
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository as it was when it was asked for.
+
+    Attributes:
+        name: `owner/name`.
+        commit: The commit that all its files are of.
+        offers: The models that can be had, smallest first.
+        endpoint: The address of the Hub.
+    """
+
+    name: str
+    commit: str
+    offers: tuple[Offer, ...]
+    endpoint: str
+
+
+def hub_is_installed() -> bool:
+    """Whether the extra `hub` is there."""
+    try:
+        import huggingface_hub  # noqa: F401, PLC0415
+    except ImportError:
+        return False
+    return True
+
+
+async def find_repository(reference: HubReference, endpoint: str | None = None) -> Repository:
+    """Ask the Hub for a repository's models, sizes and checksums.
+
+    Args:
+        reference: Which repository, and which revision of it.
+        endpoint: The Hub's address; None for huggingface.co, or what `HF_ENDPOINT` says.
+
+    Raises:
+        HubError: It cannot be had; says why and what to do.
+    """
+    ask = partial(_ask, reference, endpoint)
+    return await anyio.to_thread.run_sync(ask, abandon_on_cancel=True)
+
+
+def _ask(reference: HubReference, endpoint: str | None) -> Repository:
+    if not hub_is_installed():
+        raise HubError("Downloads need the package huggingface_hub: pip install 'kitty_nb[hub]'")
+    import httpx2  # noqa: PLC0415
+    from huggingface_hub import HfApi  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled  # noqa: PLC0415
+
+    api = HfApi(endpoint=endpoint, library_name="kitty_nb")
+    try:
+        info = api.model_info(
+            reference.repository,
+            revision=reference.revision,
+            files_metadata=True,
+            timeout=_TIMEOUT,
+        )
+    except HFValidationError as error:
+        raise HubError(f"{reference.repository!r} is no name of a repository: {error}") from None
+    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        raise explain(error, reference.repository, api.endpoint) from error
+    files = [
+        HubFile(file.rfilename, file.size, checksum)
+        for file in info.siblings or ()
+        if file.size is not None
+        and (checksum := file.lfs.sha256 if file.lfs else file.blob_id) is not None
+    ]
+    return Repository(info.id, info.sha or reference.revision, list_offers(files), api.endpoint)
+
+
+def explain(error: Exception, repository: str, endpoint: str) -> KittyError:
+    """Say what a refusal of the Hub means and what to do about it."""
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    match error:
+        case OfflineModeIsEnabled():
+            return HubOfflineError("HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it.")
+        case GatedRepoError():
+            return HubAccessError(
+                f"{repository} is gated: its authors want you to agree to their terms. Do so at"
+                f" {endpoint}/{repository}, {_LOG_IN}, and try again."
+            )
+        case RepositoryNotFoundError():
+            return HubAccessError(
+                f"The Hub has no repository {repository}, or does not show it to everybody. Check"
+                f" how it is written; if it is private, {_LOG_IN}."
+            )
+        case RevisionNotFoundError():
+            return HubAccessError(f"{repository} has no such revision. Leave it out for the main.")
+        case HfHubHTTPError():
+            status = error.response.status_code
+            if status in {_UNAUTHORIZED, _FORBIDDEN}:
+                return HubAccessError(
+                    f"The Hub does not let you have {repository} (status {status}). To try as"
+                    f" somebody who may, {_LOG_IN}."
+                )
+            return HubError(
+                f"The Hub answered with status {status} when asked for {repository}. Try again"
+                " later; what has come is kept."
+            )
+    return HubOfflineError(
+        f"The Hub at {endpoint} cannot be reached ({type(error).__name__}: {error}). Check the"
+        " connection and try again; what has come is kept."
+    )
