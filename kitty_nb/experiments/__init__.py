@@ -1,0 +1,77 @@
+"""Which settings are best, and runs that can be repeated.
+
+Names are imported when they are first used: a worker that runs trials should not wait for what
+shows them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kitty_nb.experiments.combination import Combination
+    from kitty_nb.experiments.comparison import Comparison, compare
+    from kitty_nb.experiments.quality import ExactMatch, Perplexity
+    from kitty_nb.experiments.recording import record_run
+    from kitty_nb.experiments.replaying import replay
+    from kitty_nb.experiments.results import Results
+    from kitty_nb.experiments.run_record import Exchange, Request, RunRecord
+    from kitty_nb.experiments.sweep import Sweep, SweepProgress
+    from kitty_nb.experiments.trial import Measurement, Outcome, Trial, TrialResult
+    from kitty_nb.experiments.tuning import TuneResult, tune
+    from kitty_nb.experiments.workload import Workload
+
+_HOMES = {
+    "Combination": "combination",
+    "Comparison": "comparison",
+    "ExactMatch": "quality",
+    "Exchange": "run_record",
+    "Measurement": "trial",
+    "Outcome": "trial",
+    "Perplexity": "quality",
+    "Request": "run_record",
+    "Results": "results",
+    "RunRecord": "run_record",
+    "Sweep": "sweep",
+    "SweepProgress": "sweep",
+    "Trial": "trial",
+    "TrialResult": "trial",
+    "TuneResult": "tuning",
+    "Workload": "workload",
+    "compare": "comparison",
+    "record_run": "recording",
+    "replay": "replaying",
+    "tune": "tuning",
+}
+
+__all__ = [
+    "Combination",
+    "Comparison",
+    "ExactMatch",
+    "Exchange",
+    "Measurement",
+    "Outcome",
+    "Perplexity",
+    "Request",
+    "Results",
+    "RunRecord",
+    "Sweep",
+    "SweepProgress",
+    "Trial",
+    "TrialResult",
+    "TuneResult",
+    "Workload",
+    "compare",
+    "record_run",
+    "replay",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

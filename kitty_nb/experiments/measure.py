@@ -1,0 +1,246 @@
+"""Asking a server that is ready, and reading off how fast and how well it answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import httpx
+
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.run_record import Exchange, Request, Timings
+from kitty_nb.experiments.schedule import first_of
+from kitty_nb.experiments.trial import Speed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from pydantic import JsonValue
+
+    from kitty_nb.experiments.quality import Perplexity
+    from kitty_nb.experiments.trial import Value
+    from kitty_nb.experiments.workload import Workload
+
+_WARM_UP_TOKENS = 16
+_TOO_LONG = "exceed_context_size_error"
+_FULL = "Context size has been exceeded"
+_GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one request.
+
+    Attributes:
+        prompt: Which of the prompts it was.
+        text: The answer.
+        first_token: Seconds until its first token had arrived.
+        timings: What the server says of it.
+    """
+
+    prompt: int
+    text: str
+    first_token: float
+    timings: Mapping[str, Any]
+
+
+class Interview:
+    """One server's requests. It raises `httpx.HTTPError` where the server falls silent.
+
+    Args:
+        http: A client of the server; from now on it makes a connection for each request.
+        workload: What to ask.
+        settings: Of the trial; requests leave alone what they try.
+    """
+
+    def __init__(
+        self, http: httpx.AsyncClient, workload: Workload, settings: Mapping[str, Value]
+    ) -> None:
+        # llama-server ends an idle connection after seconds, at worst just as it is used again.
+        http.headers["Connection"] = "close"
+        self._http = http
+        self._workload = workload
+        self._prompts: tuple[str, ...] = ()
+        self._request: dict[str, JsonValue] = {
+            "n_predict": workload.max_tokens,
+            "seed": workload.seed,
+            "cache_prompt": False,
+            "ignore_eos": workload.quality is None,
+            "stream": True,
+            **{name: value for name, value in _GREEDY.items() if name not in settings},
+        }
+
+    async def warm_up(self) -> int | None:
+        """Prepare the prompts and answer one for nothing; return the context of a request."""
+        workload = self._workload
+        self._prompts = tuple([await self._templated(prompt) for prompt in workload.prompts])
+        await self._ask(0, n_predict=min(workload.max_tokens, _WARM_UP_TOKENS))
+        response = await self._http.get("/props")
+        settings = _body(response).get("default_generation_settings", {})
+        context = settings.get("n_ctx")
+        return context if isinstance(context, int) else None
+
+    async def speed(
+        self, parallel: int, tell: Callable[[Answer], None]
+    ) -> tuple[Speed, tuple[Answer, ...]]:
+        """Ask every prompt, so many at once, and call `tell` with each answer."""
+        answers: list[Answer] = []
+        rest = iter(self._workload.asked(parallel))
+
+        async def ask_on(rest: Iterator[int]) -> None:
+            for index in rest:
+                answer = await self._ask(index)
+                answers.append(answer)
+                tell(answer)
+
+        began = time.perf_counter()
+        if parallel == 1:
+            await ask_on(rest)
+        else:
+            try:
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(parallel):
+                        tasks.start_soon(ask_on, rest)
+            except ExceptionGroup as group:
+                raise first_of(group) from None
+        seconds = time.perf_counter() - began
+        return _speed(parallel, seconds, answers), tuple(answers)
+
+    def exchanges(self, answers: Iterable[Answer]) -> tuple[Exchange, ...]:
+        """Say what was asked and answered as a run record has it."""
+        parameters = {name: value for name, value in self._request.items() if name != "stream"}
+        return tuple(
+            Exchange(
+                request=Request(text=self._prompts[answer.prompt], parameters=parameters),
+                output=answer.text,
+                timings=Timings.model_validate(answer.timings),
+            )
+            for answer in answers
+        )
+
+    async def perplexity(self, quality: Perplexity) -> float:
+        """Make the server write the expected texts, and return their perplexity."""
+        likelihoods: list[float] = []
+        for index, prompt in enumerate(self._workload.prompts):
+            if text := quality.expected.get(prompt):
+                likelihoods += await self._likelihoods(index, text)
+        if not likelihoods:
+            raise ExperimentError("Perplexity has no expected text for any of the prompts.")
+        return math.exp(-sum(likelihoods) / len(likelihoods))
+
+    async def _likelihoods(self, prompt: int, text: str) -> Iterable[float]:
+        """Log-probabilities of a text's tokens as the answer to a prompt."""
+        request = self._request | {
+            "prompt": self._prompts[prompt],
+            "stream": False,
+            "grammar": f"root ::= {json.dumps(text, ensure_ascii=False)}",
+            "n_probs": 1,
+            "n_predict": len(text.encode()) + 1,  # as many tokens at most, and the end
+            "temperature": 0.0,
+            "ignore_eos": False,
+        }
+        response = await self._http.post("/completion", json=request)
+        _refuse(response.status_code, response.content)
+        body = _body(response)
+        tokens = body.get("completion_probabilities") or []
+        if body.get("content") != text or not all("logprob" in token for token in tokens):
+            raise ExperimentError(
+                "Perplexity cannot be measured: this build of llama-server does not write a given"
+                " text and tell the likelihood of its tokens. Update llama.cpp, or leave it out."
+            )
+        return [token["logprob"] for token in tokens if token["bytes"]]
+
+    async def _templated(self, prompt: str) -> str:
+        if not self._workload.chat:
+            return prompt
+        messages = [{"role": "user", "content": prompt}]
+        response = await self._http.post("/apply-template", json={"messages": messages})
+        if response.status_code == HTTPStatus.NOT_FOUND:
+            raise ExperimentError(
+                "This build of llama-server does not apply chat templates by itself. Update"
+                " llama.cpp, or write chat=False to send prompts as they are."
+            )
+        _refuse(response.status_code, response.content)
+        return str(_body(response)["prompt"])
+
+    async def _ask(self, prompt: int, **changes: object) -> Answer:
+        request = self._request | {"prompt": self._prompts[prompt]} | changes
+        began, first_token, pieces = time.perf_counter(), None, []
+        async with self._http.stream("POST", "/completion", json=request) as response:
+            if response.status_code != HTTPStatus.OK:
+                _refuse(response.status_code, await response.aread())
+            async for line in response.aiter_lines():
+                kind, _, data = line.partition(": ")
+                if kind == "error":
+                    _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, data.encode())
+                if kind != "data" or data == "[DONE]":
+                    continue
+                if first_token is None:
+                    first_token = time.perf_counter() - began
+                part = json.loads(data)
+                if "error" in part:
+                    _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, data.encode())
+                pieces.append(part.get("content", ""))
+                if "timings" in part:
+                    return Answer(prompt, "".join(pieces), first_token, part["timings"])
+        raise httpx.RemoteProtocolError("the answer ended early")
+
+
+def _speed(parallel: int, seconds: float, answers: list[Answer]) -> Speed:
+    return Speed(
+        parallel=parallel,
+        requests=len(answers),
+        seconds=seconds,
+        time_to_first_token=median(answer.first_token for answer in answers),
+        prompt_tokens_per_second=_typical(answers, "prompt"),
+        generation_tokens_per_second=_typical(answers, "predicted"),
+        total_tokens_per_second=sum(answer.timings["predicted_n"] for answer in answers) / seconds,
+    )
+
+
+def _typical(answers: list[Answer], what: str) -> float | None:
+    least = {"prompt": 1, "predicted": 2}[what]
+    rates = [
+        rate
+        for answer in answers
+        if answer.timings[f"{what}_n"] >= least
+        if (rate := answer.timings[f"{what}_per_second"]) and math.isfinite(rate)
+    ]
+    return median(rates) if rates else None
+
+
+def _body(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _refuse(status: int, content: bytes) -> None:
+    """Raise what a server's refusal means to the user."""
+    if status == HTTPStatus.OK:
+        return
+    try:
+        error = json.loads(content).get("error", {})
+        said, kind = str(error.get("message", "")), error.get("type")
+    except (ValueError, AttributeError):
+        error, said, kind = {}, content.decode(errors="replace").strip(), None
+    if kind == _TOO_LONG:
+        raise ExperimentError(
+            f"A prompt of {error.get('n_prompt_tokens', '?')} tokens is longer than the context of"
+            f" a request, {error.get('n_ctx', '?')} tokens. Raise context_size, lower parallel, or"
+            " shorten the prompt."
+        )
+    if _FULL in said:
+        raise ExperimentError(
+            "The requests under way at once and their answers are longer than the server's whole"
+            " context. Raise context_size, or lower max_tokens or parallel."
+        )
+    raise ExperimentError(f"The server refused a request with status {status}: {said}")

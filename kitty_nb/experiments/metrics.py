@@ -1,0 +1,174 @@
+"""The numbers of a row by name, which of them should be small, and bounds on them. Pure."""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.trial import (
+    LoadSeconds,
+    Measurement,
+    Outcome,
+    Speed,
+    Trial,
+    TrialResult,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+__all__ = [
+    "Constraint",
+    "constraints_of",
+    "known",
+    "metric_names",
+    "metrics_of",
+    "smaller_is_better",
+    "tells_speed",
+]
+
+_GIB = 1 << 30
+_LEAST = 1e-9  # excess over a bound that is not allowed itself
+_SMALL = re.compile(r"time_to_first_token\w*|\w*seconds|memory_gib|gpu_memory_gib|perplexity")
+_RATE = re.compile(r"\w*_per_second(_\d+)?")
+_SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
+_CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
+_SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "": operator.le,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+def metrics_of(result: TrialResult) -> dict[str, float]:
+    """Return the numbers of a row that is done; none of others.
+
+    Those of requests are at the least number in parallel; with each other number behind the name,
+    as in `total_tokens_per_second_4`, at that one. `memory_gib` is RAM and GPUs together.
+    """
+    return dict(_numbers(result))
+
+
+def smaller_is_better(name: str) -> bool:
+    """Whether less of it is better: seconds, memory, perplexity."""
+    return bool(_SMALL.fullmatch(name)) and not _RATE.fullmatch(name)
+
+
+def tells_speed(name: str) -> bool:
+    """Whether it gets worse as a trial takes longer."""
+    return bool(_SPEED.fullmatch(name))
+
+
+def metric_names(parallel: Iterable[int]) -> frozenset[str]:
+    """Return the names of all numbers that a row can have, before there is one.
+
+    Args:
+        parallel: Numbers of requests at once, ascending.
+    """
+    speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0) for level in parallel)
+    full = Measurement(LoadSeconds(1.0, 1.0, 1.0), speeds, 1, 1, 1, quality=1.0, perplexity=1.0)
+    return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A bound that a result must keep.
+
+    Attributes:
+        name: Of a metric or a setting.
+        sign: How it must compare to the bound.
+        bound: The number, or the word for `==`.
+    """
+
+    name: str
+    sign: str
+    bound: Any
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value keeps it. What is not known does not."""
+        try:
+            return value is not None and bool(_SIGNS[self.sign](value, self.bound))
+        except TypeError:
+            return False
+
+    def excess(self, value: Any) -> float:
+        """By what share of the bound a value breaks it, more than 0; 0 where it is kept."""
+        if self.allows(value):
+            return 0.0
+        try:
+            return max(_LEAST, float(abs(value - self.bound) / (abs(self.bound) or 1)))
+        except TypeError:
+            return 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.sign or '<='} {self.bound}"
+
+
+def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
+    """Read constraints as a person writes them: `{"memory_gib": 20, "context_size>=": 16384}`.
+
+    A name alone means at most.
+
+    Raises:
+        ExperimentError: One cannot be understood.
+    """
+    found = []
+    for text, bound in (written or {}).items():
+        match = _CONSTRAINT.fullmatch(text.strip())
+        if match is None:
+            raise ExperimentError(
+                f"The constraint {text!r} is not understood. Write a name and one of <=, >=, <, >,"
+                ' ==, such as "context_size>=".'
+            )
+        found.append(Constraint(match["name"], match["sign"], bound))
+    return tuple(found)
+
+
+def known(name: str, names: Collection[str]) -> str:
+    """Return a name that is one of those given.
+
+    Raises:
+        ExperimentError: It is not; the nearest is named.
+    """
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(names))}."
+        raise ExperimentError(f"No result has {name!r}. {advice}")
+    return name
+
+
+def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
+    measured = result.measurement
+    if measured is None:
+        return
+    for number, speed in enumerate(measured.speeds):
+        end = f"_{speed.parallel}" if number else ""
+        for name in (
+            "generation_tokens_per_second",
+            "prompt_tokens_per_second",
+            "total_tokens_per_second",
+            "time_to_first_token",
+        ):
+            value = getattr(speed, name)
+            if value is not None:
+                yield name + end, value
+    yield "load_seconds", measured.load.total
+    yield "starting_seconds", measured.load.starting
+    yield "loading_seconds", measured.load.loading
+    yield "preparing_seconds", measured.load.preparing
+    yield "memory_gib", (measured.memory + measured.gpu_memory) / _GIB
+    yield "gpu_memory_gib", measured.gpu_memory / _GIB
+    if measured.context is not None:
+        yield "context", float(measured.context)
+    if measured.quality is not None:
+        yield "quality", measured.quality
+    if measured.perplexity is not None:
+        yield "perplexity", measured.perplexity
+    yield "seconds", result.seconds.overall

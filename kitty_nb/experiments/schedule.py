@@ -1,0 +1,99 @@
+"""Handing trials out, one to each free slot: the part of a sweep that knows no machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from kitty_nb.experiments.events import SweepEvent
+    from kitty_nb.experiments.trial import Trial, TrialResult
+
+
+class Execute(Protocol):
+    """Runs one trial somewhere; see `run_trial`, which does so here."""
+
+    def __call__(
+        self, trial: Trial, *, tell: Callable[[SweepEvent], None], free: Callable[[], None]
+    ) -> Awaitable[TrialResult]:
+        """Return the trial's row. Being cancelled ends its server.
+
+        An `ExperimentError` means that nothing can be run there any more, and ends the sweep.
+
+        Args:
+            trial: What to try.
+            tell: To be called, on the event loop, with what happens meanwhile.
+            free: May be called when the next trial may begin, before this one has returned.
+        """
+
+
+class Gate:
+    """Lets trials through while it is open. For one event loop."""
+
+    def __init__(self) -> None:
+        self._opened = anyio.Event()
+        self._opened.set()
+
+    @property
+    def open(self) -> bool:
+        """Whether trials may begin."""
+        return self._opened.is_set()
+
+    def close(self) -> None:
+        """Let none begin from now on."""
+        if self.open:
+            self._opened = anyio.Event()
+
+    def reopen(self) -> None:
+        """Let them begin again."""
+        self._opened.set()
+
+    async def passed(self) -> None:
+        """Wait until it is open."""
+        while not self.open:
+            await self._opened.wait()
+
+
+async def carry_out(
+    trials: Iterable[Trial],
+    run: Callable[[Trial, Callable[[], None]], Awaitable[None]],
+    slots: int,
+    gate: Gate,
+) -> None:
+    """Run trials in order, as many at once as there are slots.
+
+    Args:
+        trials: What to run; the next is taken when a slot is free and the gate open.
+        run: Runs one and keeps its row. It may say early that its slot is free.
+        slots: How many may run at once.
+        gate: Where they wait while the sweep is paused.
+    """
+    semaphore = anyio.Semaphore(slots)
+
+    async def one(trial: Trial) -> None:
+        taken = True
+
+        def free() -> None:
+            nonlocal taken
+            if taken:
+                taken = False
+                semaphore.release()
+
+        try:
+            await run(trial, free)
+        finally:
+            free()
+
+    async with anyio.create_task_group() as tasks:
+        for trial in trials:
+            await semaphore.acquire()
+            await gate.passed()
+            tasks.start_soon(one, trial)
+
+
+def first_of(error: Exception) -> Exception:
+    """Return the first of the errors that a task group has raised."""
+    return first_of(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

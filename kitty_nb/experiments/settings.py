@@ -1,0 +1,146 @@
+"""Names in a grid: fields of `ServerConfig`, or llama-server's flags that have no field. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kitty_nb.config import ServerConfig
+from kitty_nb.engine.command_line import SERVER_SETTINGS
+from kitty_nb.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from kitty_nb.engine.dialect import Dialect
+    from kitty_nb.experiments.trial import Trial, Value
+
+__all__ = ["FIELDS", "as_value", "changes", "check_flags", "check_names", "conditions", "digest"]
+
+# A request says itself how long its answer may be, so a server's own limit would change nothing.
+FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
+_MISSPELT = 0.8  # likeness from which a name is taken for a misspelt field
+
+
+def check_names(names: Iterable[str]) -> Iterator[Problem]:
+    """Yield what is wrong with names of settings, as far as that can be told without an engine."""
+    for name in dict.fromkeys(names):
+        if name in FIELDS:
+            continue
+        fields = ", ".join(FIELDS)
+        if name == "model":
+            yield Problem(name, "", "Models are not a setting.", "Write models=[…] instead.")
+        elif name == "n_predict":
+            yield Problem(name, "", "The sweep's max_tokens decides.", "Leave it out.")
+        elif name in ServerConfig.model_fields:
+            fix = f"Leave it out; what can be tried is {fields}, or a flag of llama-server."
+            yield Problem(name, "", "The sweep chooses it itself.", fix)
+        elif near := get_close_matches(name, FIELDS, n=1, cutoff=_MISSPELT):
+            yield Problem(name, "", "There is no such setting.", f"Did you mean {near[0]}?")
+        elif not name.replace("_", "").replace("-", "").isalnum():
+            fix = f"Use one of {fields}, or a flag of llama-server."
+            yield Problem(name, "", "It is no name of a setting.", fix)
+
+
+def check_flags(trials: Iterable[Trial], dialect: Dialect) -> None:
+    """Refuse flags that a build of the engine does not know, and words that they do not take.
+
+    Raises:
+        ConfigError: Listing all of them, each with the nearest name there is.
+    """
+    wanted = {pair for trial in trials for pair in trial.settings if pair[0] not in FIELDS}
+    problems: dict[object, Problem] = {}
+    for name, value in sorted(wanted, key=str):
+        option = dialect.option(_flag(name))
+        if option is None:
+            fields = get_close_matches(name, FIELDS, n=1)
+            near = next(iter(fields), None) or dialect.nearest(_flag(name))
+            advice = f"Did you mean {near}?" if near else "See `llama-server --help`."
+            reason = f"It is neither a setting nor a flag of this llama-server ({_flag(name)})."
+            problems[name] = Problem(name, str(value), reason, advice)
+        elif option.choices and value is not None and str(value) not in option.choices:
+            fix = f"Use one of {', '.join(option.choices)}."
+            problems[name, value] = Problem(name, str(value), "llama-server refuses it.", fix)
+    if problems:
+        raise ConfigError("the sweep", tuple(problems.values()))
+
+
+def as_value(value: Any) -> Value:
+    """Bring a value into the form in which trials are compared and stored.
+
+    Raises:
+        TypeError: It cannot be a setting.
+    """
+    match value:
+        case Enum():
+            return as_value(value.value)
+        case Path():
+            return str(value)
+        case list() | tuple():
+            return tuple(map(str, value))
+        case None | bool() | int() | float() | str():
+            return value
+    item = getattr(value, "item", None)  # numbers of NumPy, as its ranges hold them
+    if callable(item):
+        return as_value(item())
+    raise TypeError(f"{value!r} is not a value that a setting can have")
+
+
+def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) -> dict[str, Any]:
+    """Return the fields of `ServerConfig` that a trial changes, `extra_args` with its flags last.
+
+    Args:
+        trial: What is to be tried.
+        base: What the sweep starts from.
+        dialect: Tells how the engine spells a switch that is off.
+    """
+    given = dict(trial.settings)
+    fields: dict[str, Any] = {name: value for name, value in given.items() if name in FIELDS}
+    flags = tuple(
+        word
+        for name, value in given.items()
+        if name not in FIELDS
+        for word in _words(_flag(name), value, dialect)
+    )
+    if flags:
+        first = base.replace(extra_args=fields.get("extra_args", base.extra_args))
+        fields["extra_args"] = (*first.extra_args, *flags)
+    return {"model": trial.model, **fields}
+
+
+def conditions(base: ServerConfig) -> Mapping[str, Any]:
+    """Return those of a sweep's own settings that every trial rests on."""
+    return base.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
+
+
+def digest(base: ServerConfig, asked: Iterable[tuple[str, Any]]) -> str:
+    """Return what rows that may be compared have in common, in a few letters.
+
+    Args:
+        base: The settings that trials change.
+        asked: What the results depend on besides.
+    """
+    text = json.dumps({"config": dict(conditions(base)), **dict(asked)}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _words(flag: str, value: Value, dialect: Dialect | None) -> tuple[str, ...]:
+    match value:
+        case None:
+            return ()
+        case True:
+            return (flag,)
+        case False:
+            negative = f"--no-{flag.removeprefix('--')}"
+            return (negative,) if dialect and dialect.option(negative) else ()
+        case tuple():
+            return (flag, *value)
+    return flag, str(value)

@@ -1,0 +1,429 @@
+"""`Sweep`: which settings are best? Every combination is tried, and its row kept."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+import anyio.to_thread
+
+from kitty_nb.config import ServerConfig
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError
+from kitty_nb.experiments.background import in_background
+from kitty_nb.experiments.eta import forecast_loads, seconds_left
+from kitty_nb.experiments.events import (
+    StoreFailed,
+    SweepEnded,
+    SweepEvent,
+    SweepPaused,
+    SweepResumed,
+    TrialEnded,
+    TrialProgressed,
+    TrialStarted,
+)
+from kitty_nb.experiments.grid import combine, in_order
+from kitty_nb.experiments.local import this_machine
+from kitty_nb.experiments.results import Results, extra
+from kitty_nb.experiments.schedule import Gate, carry_out, first_of
+from kitty_nb.experiments.settings import check_flags, digest
+from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.trial import Outcome, Trial, TrialResult
+from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
+from kitty_nb.manager import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+    from threading import Thread
+    from types import TracebackType
+
+    from distributed import Client
+
+    from kitty_nb.experiments.grid import Skip
+    from kitty_nb.experiments.quality import Perplexity, Quality
+    from kitty_nb.experiments.schedule import Execute
+    from kitty_nb.supervisor.events import LoadProgress
+
+__all__ = ["Sweep", "SweepProgress"]
+
+_RUNNING = "This sweep is running. Wait for it, or cancel it first."
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepProgress:
+    """How far a sweep is.
+
+    Attributes:
+        done: Trials that have their row.
+        total: All trials.
+        running: Those under way.
+        load: How far the load under way is; None when there is none.
+        eta: Seconds left, or None while nothing is known.
+        paused: Whether no further trial begins.
+    """
+
+    done: int
+    total: int
+    running: tuple[Trial, ...] = ()
+    load: LoadProgress | None = None
+    eta: float | None = None
+    paused: bool = False
+
+
+class Sweep:
+    """Tries every combination of models and settings, several times, and keeps what was measured.
+
+    Each trial has a server of its own, on a port of its own; the panel's server goes on, but should
+    rest meanwhile. Rows are in the `store` as soon as they are there: making the same sweep again
+    and running it does what is left. More values in the grid, or more repeats, leave done what is.
+
+    Args:
+        models: Files, absolute or in the models folder, or models of a `ModelCatalog`. Without any
+            the one in `config`.
+        grid: Values to try by name: a field of `ServerConfig` (`context_size`), or a flag of
+            llama-server (`cache_type_k` for `--cache-type-k`).
+        prompts: What to ask, one request each; 1 or more.
+        repeats: How often each combination is measured.
+        seed: Of the order of trials and of the server's sampling.
+        parallel: Numbers of requests to have under way at once, each measured on its own.
+        max_tokens: Length of an answer.
+        config: What holds where the grid says nothing; by default `.env`.
+        configs: Combinations one by one, instead of a grid or to be combined with it.
+        skip: Called with each combination, as a mapping with `model` in it; what it returns true
+            for is left out.
+        quality: `ExactMatch`, a function of prompt and answer that returns a number (higher is
+            better), or `Perplexity`. Answers then end where the model ends them.
+        chat: Whether prompts go through the model's chat template.
+        record: Whether to make each trial's run record, too; `row.record` can be replayed. Each
+            model is hashed for that, once.
+        store: The SQLite file for the rows.
+        logs: A folder in which to keep the servers' logs.
+
+    Raises:
+        ConfigError: Listing every name and value that is wrong.
+        ExperimentError: There is nothing to try.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[object] = (),
+        grid: Mapping[str, Iterable[Any]] | None = None,
+        prompts: str | Iterable[str] = DEFAULT_PROMPT,
+        *,
+        repeats: int = 3,
+        seed: int = 0,
+        parallel: int | Iterable[int] = 1,
+        max_tokens: int = 64,
+        config: ServerConfig | None = None,
+        configs: Iterable[ServerConfig | Mapping[str, Any]] | None = None,
+        skip: Skip | None = None,
+        quality: Quality | Perplexity | None = None,
+        chat: bool = True,
+        record: bool = False,
+        store: str | Path = "sweep.sqlite3",
+        logs: str | Path | None = None,
+    ) -> None:
+        self.config = config or ServerConfig.from_env()
+        self.workload = Workload(
+            prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+            max_tokens=max_tokens,
+            parallel=(parallel,) if isinstance(parallel, int) else tuple(parallel),
+            seed=seed,
+            chat=chat,
+            record=record,
+            quality=quality,
+        )
+        named = [models] if isinstance(models, str | Path) else models
+        combinations = combine(self.config, named, grid, configs, skip)
+        if repeats < 1:
+            raise ExperimentError(f"repeats is {repeats}, so nothing is tried. Write 1 or more.")
+        self.trials = in_order(combinations, repeats, seed)
+        self.store = Path(store).expanduser().absolute()
+        self._logs = Path(logs).expanduser().absolute() if logs else None
+        self._kept = ResultStore(self.store, digest(self.config, self.workload.conditions()))
+        self._rows: dict[str, TrialResult] = {}
+        self._known = False
+        self._subscribers: list[Callable[[SweepEvent], None]] = []
+        self._running: dict[Trial, float] = {}
+        self._load: LoadProgress | None = None
+        self._forecasts: dict[str, float] = {}
+        self._slots = 1
+        self._gate = Gate()
+        self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
+        self._thread: Thread | None = None
+        self._store_problem = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.close)
+
+    def __repr__(self) -> str:
+        return f"Sweep({len(self.trials)} trials)"
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        """A notebook shows its panel."""
+        panel = import_module("kitty_nb.widgets.sweep_panel").panel_of(self)
+        return {**panel._repr_mimebundle_(), "text/plain": repr(self)}
+
+    @property
+    def running(self) -> bool:
+        """Whether it is being run."""
+        return self._control is not None
+
+    @property
+    def results(self) -> Results:
+        """What is known by now, from this run and those before.
+
+        Raises:
+            ResultStoreError: The file of results cannot be read.
+        """
+        if not self._known:
+            self._take(self._kept.read())
+        return Results(self.config, tuple(self._rows.values()))
+
+    @property
+    def store_problem(self) -> str:
+        """Why rows are in memory alone, in a sentence; empty when all are in the file."""
+        return self._store_problem
+
+    @property
+    def progress(self) -> SweepProgress:
+        """How far it is."""
+        rows, running = dict(self._rows), dict(self._running)
+        left = [trial for trial in self.trials if trial.key not in rows]
+        now = time.monotonic()
+        passed = sum(now - began for began in running.values())
+        eta = seconds_left(tuple(rows.values()), left, self._forecasts, passed)
+        return SweepProgress(
+            done=len(self.trials) - len(left),
+            total=len(self.trials),
+            running=tuple(running),
+            load=self._load if running else None,
+            eta=None if eta is None else eta / self._slots,
+            paused=not self._gate.open,
+        )
+
+    def run(
+        self,
+        where: AbstractAsyncContextManager[Execute] | None = None,
+        slots: int | None = None,
+        *,
+        client: Client | None = None,
+        retry: bool = False,
+    ) -> Operation[Results]:
+        """Run what is left, on an event loop in a thread of its own, and return at once.
+
+        Args:
+            where: Gives what runs the trials; by default this machine, one at a time.
+            slots: How many run at once there; 1, or as many as the workers of a cluster take.
+            client: A `dask.distributed.Client`, to run trials on its cluster.
+            retry: Whether trials that failed or were skipped are tried again.
+
+        Returns:
+            Its result are the rows, after `cancel` those so far.
+
+        Raises:
+            ExperimentError: It runs already.
+        """
+        if self.running or (self._thread and self._thread.is_alive()):
+            raise ExperimentError(_RUNNING)
+        self._thread, future = in_background(
+            lambda: self.run_here(where, slots, client=client, retry=retry), "kitty_nb sweep"
+        )
+        atexit.register(self.close)
+        future.add_done_callback(lambda _: atexit.unregister(self.close))
+        return Operation(future, lambda: self._load)
+
+    async def run_here(
+        self,
+        where: AbstractAsyncContextManager[Execute] | None = None,
+        slots: int | None = None,
+        *,
+        client: Client | None = None,
+        retry: bool = False,
+    ) -> Results:
+        """Like `run`, on the event loop that runs now, until it is over.
+
+        Raises:
+            ConfigError: The engine does not know a flag of the grid.
+            ResultStoreError: The file of results cannot be used.
+            ExperimentError: It runs already, or a cluster cannot run it or is lost.
+        """
+        if self.running:
+            raise ExperimentError(_RUNNING)
+        problem = ""
+        try:
+            with anyio.CancelScope() as scope:
+                self._control = asyncio.get_running_loop(), scope
+                if client is not None:
+                    where, slots = await self._cluster(client, slots)
+                self._slots = slots or 1
+                await self._run(where or self._here(), retry)
+        except Exception as failure:  # noqa: BLE001 (raised again below)
+            # That nothing can be run there is told in the words of one trial.
+            error = first_of(failure) if isinstance(failure, ExceptionGroup) else failure
+            known = isinstance(error, KittyError)
+            problem = str(error) if known else f"kitty_nb failed to run the sweep: {error!r}."
+            raise error from None
+        finally:
+            self._control = None
+            self._running.clear()
+            with anyio.CancelScope(shield=True):
+                await self._write()
+            complete = all(trial.key in self._rows for trial in self.trials)
+            self._publish(SweepEnded(complete, problem))
+        return self.results
+
+    def pause(self) -> None:
+        """Let no further trial begin; the one under way goes on to its row."""
+        self._on_loop(self._gate.close, SweepPaused())
+
+    def resume(self) -> None:
+        """Let trials begin again."""
+        self._on_loop(self._gate.reopen, SweepResumed())
+
+    def cancel(self) -> None:
+        """End the run and the server under way. What is done is kept; `run` goes on from there."""
+        if self._control:
+            self._on_loop(self._control[1].cancel)
+
+    def close(self) -> None:
+        """Cancel the run and wait until its server and thread have ended."""
+        self.cancel()
+        if self._thread:
+            self._thread.join()
+
+    def subscribe(self, callback: Callable[[SweepEvent], None]) -> Callable[[], None]:
+        """Call back with each event, on the sweep's thread, until the result is called."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    async def _run(self, where: AbstractAsyncContextManager[Execute], retry: bool) -> None:
+        await self._check_flags()
+        self._take(await self._kept.recall())
+        if retry:
+            done = (row for row in self._rows.values() if row.outcome is Outcome.DONE)
+            self._rows = {row.trial.key: row for row in done}
+        left = [trial for trial in self.trials if trial.key not in self._rows]
+        async with where as execute, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._forecast, [trial.model for trial in left])
+
+            async def run(trial: Trial, free: Callable[[], None]) -> None:
+                await self._try(trial, execute, free)
+
+            await carry_out(left, run, self._slots, self._gate)
+
+    async def _try(self, trial: Trial, execute: Execute, free: Callable[[], None]) -> None:
+        self._running[trial] = time.monotonic()
+        self._publish(TrialStarted(trial))
+        try:
+            result = await execute(trial, tell=self._publish, free=free)
+        except ExperimentError:
+            raise
+        except Exception as error:  # noqa: BLE001 (one bad trial must not end the sweep)
+            _log.exception("Running a trial failed.")
+            reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
+            result = TrialResult(trial, Outcome.FAILED, reason, at=time.time())
+        finally:
+            self._running.pop(trial, None)
+        self._rows[trial.key] = result
+        self._publish(TrialEnded(result))
+        with anyio.CancelScope(shield=True):
+            await self._write(result)
+
+    async def _write(self, *results: TrialResult) -> None:
+        try:
+            await self._kept.add(results)
+        except ResultStoreError as error:
+            if not self._store_problem:
+                self._publish(StoreFailed(str(error)))
+            self._store_problem = str(error)
+        else:
+            self._store_problem = ""
+
+    async def _check_flags(self) -> None:
+        with suppress(EngineError):  # another machine may have one; else the trials say so
+            engine = await locate_engine(self.config.binary)
+            check_flags(self.trials, engine.dialect)
+
+    async def _forecast(self, models: list[str]) -> None:
+        self._forecasts = await forecast_loads(models, self.config, _log.warning)
+
+    def _here(self) -> AbstractAsyncContextManager[Execute]:
+        return this_machine(self.config, self.workload, self._logs)
+
+    async def _cluster(
+        self, client: Client, slots: int | None
+    ) -> tuple[AbstractAsyncContextManager[Execute], int]:
+        if not isinstance(client, extra("distributed", "dask").Client):
+            raise ExperimentError(
+                f"client is {client!r}, not a dask.distributed.Client. Make one of a cluster, or of"
+                " a scheduler's address: Client('tcp://…:8786')."
+            )
+        from kitty_nb.experiments.dask_client import count_slots  # noqa: PLC0415 (of an extra)
+        from kitty_nb.experiments.dask_cluster import dask_cluster  # noqa: PLC0415
+
+        slots = slots or await count_slots(client)
+        return dask_cluster(client, self.config, self.workload, self._logs), slots
+
+    def _take(self, rows: Iterable[TrialResult]) -> None:
+        own = {trial.key for trial in self.trials}
+        found = {
+            row.trial.key: row
+            for row in rows
+            if row.trial.key in own and row.outcome is not Outcome.PRUNED
+        }
+        self._rows, self._known = found | self._rows, True
+
+    def _on_loop(self, act: Callable[[], None], event: SweepEvent | None = None) -> None:
+        """Act on the loop of the run, from whatever thread; at once when there is no run."""
+
+        def work() -> None:
+            act()
+            if event:
+                self._publish(event)
+
+        control = self._control
+        if control is None:
+            work()
+            return
+        with suppress(RuntimeError):  # it has just ended
+            control[0].call_soon_threadsafe(work)
+
+    def _publish(self, event: SweepEvent) -> None:
+        if isinstance(event, TrialStarted | TrialProgressed):
+            self._load = event.progress if isinstance(event, TrialProgressed) else None
+        for callback in tuple(self._subscribers):
+            try:
+                callback(event)
+            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
+                _log.exception("A subscriber of the sweep failed; the sweep goes on.")

@@ -1,0 +1,187 @@
+"""What is tried, and what came of it. Data that travels between processes and machines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from importlib import import_module
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kitty_nb.experiments.run_record import RunRecord
+
+Value = bool | int | float | str | tuple[str, ...] | None
+
+
+class Outcome(StrEnum):
+    """How a trial ended; pruned is what a search broke off, for it could not win any more."""
+
+    DONE = "done"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+    PRUNED = "pruned"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of model and settings, to be measured once.
+
+    Attributes:
+        model: The model's file as the user named it, absolute or in the models folder.
+        settings: Names and values that differ from the sweep's own settings; see `settings`.
+        repeat: Which measurement of this combination it is, from 1.
+    """
+
+    model: str
+    settings: tuple[tuple[str, Value], ...] = ()
+    repeat: int = 1
+
+    @property
+    def combination(self) -> Trial:
+        """The first of its repeats, which stands for all of them."""
+        return Trial(self.model, self.settings)
+
+    @property
+    def label(self) -> str:
+        """It in words, e.g. `qwen.gguf, context_size 8192, threads 4`."""
+        settings = (f"{name} {value}" for name, value in self.settings)
+        return ", ".join((PurePath(self.model).name, *settings))
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all of it, the same in every process: what is stored is found by it."""
+        text = json.dumps([self.model, sorted(self.settings), self.repeat])
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSeconds:
+    """Seconds of a load's stages, which together are those from asking to ready.
+
+    Attributes:
+        starting: Until the first sign of loading.
+        loading: Until the last weight is there, or, of a small model, until it is ready.
+        preparing: From then on: context and the engine's own warm-up.
+    """
+
+    starting: float
+    loading: float
+    preparing: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.starting + self.loading + self.preparing
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast requests are answered when so many are under way.
+
+    Rates are medians over the requests, of what the server itself says in `timings`.
+
+    Attributes:
+        parallel: How many at once.
+        requests: How many in all.
+        seconds: From the first request to the last answer.
+        time_to_first_token: Median of the seconds until the first token has arrived.
+        prompt_tokens_per_second: Of each request; None where no prompt was worked on.
+        generation_tokens_per_second: Of each request; None where answers had a single token.
+        total_tokens_per_second: Tokens of all answers over `seconds`.
+    """
+
+    parallel: int
+    requests: int
+    seconds: float
+    time_to_first_token: float
+    prompt_tokens_per_second: float | None
+    generation_tokens_per_second: float | None
+    total_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured of a server.
+
+    Attributes:
+        load: How long its stages of loading took.
+        speeds: One for each number of parallel requests, in ascending order.
+        memory: The most RAM its processes had, in bytes; mapped weights count as they are touched.
+        gpu_memory: What they had of NVIDIA GPUs' own memory after the requests, in bytes.
+        context: Tokens that one request may have, prompt and answer; None where a build hides it.
+        answers: To each prompt, asked one at a time.
+        quality: Mean over the answers of what the sweep's `quality` gave; None without one.
+        perplexity: Of the expected texts; None unless asked for.
+    """
+
+    load: LoadSeconds
+    speeds: tuple[Speed, ...]
+    memory: int
+    gpu_memory: int = 0
+    context: int | None = None
+    answers: tuple[str, ...] = ()
+    quality: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSeconds:
+    """Where a trial's time went, in seconds.
+
+    Attributes:
+        load: From asking for the server to ready, or to its failure.
+        warm_up: The requests that are not measured.
+        requests: Those that are.
+        overall: From the trial's beginning to the end of its server.
+    """
+
+    load: float = 0.0
+    warm_up: float = 0.0
+    requests: float = 0.0
+    overall: float = 0.0
+
+    @property
+    def own(self) -> float:
+        """What the trial itself is about."""
+        return self.load + self.warm_up + self.requests
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """A row of a sweep's results.
+
+    Attributes:
+        trial: What was tried.
+        outcome: How it ended.
+        reason: Why it was not measured, or what is wrong with its quality, in a sentence.
+        measurement: What was measured; None unless it is done.
+        seconds: Where the time went.
+        host: The machine.
+        engine: What the engine calls itself; empty where none was found.
+        at: When it ended, in seconds since the epoch.
+        document: Its run record as JSON; empty unless the sweep was told to make one.
+    """
+
+    trial: Trial
+    outcome: Outcome
+    reason: str = ""
+    measurement: Measurement | None = None
+    seconds: TrialSeconds = TrialSeconds()
+    host: str = ""
+    engine: str = ""
+    at: float = 0.0
+    document: str = field(default="", repr=False)
+
+    @property
+    def record(self) -> RunRecord | None:
+        """Its run record, to be saved or replayed.
+
+        Raises:
+            RunRecordError: A later version of kitty_nb has written it.
+        """
+        run_record = import_module("kitty_nb.experiments.run_record")
+        return run_record.RunRecord.parse(self.document) if self.document else None
