@@ -1,0 +1,30 @@
+"""The widgets, one per file: `ControlPanel`, `FleetPanel` and `SweepPanel` compose them.
+
+They are imported when they are first used, as in `kitty_nb`: one does not wait for the other.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kitty_nb.widgets.control_panel import ControlPanel
+    from kitty_nb.widgets.fleet_panel import FleetPanel
+    from kitty_nb.widgets.sweep_panel import SweepPanel
+
+_HOMES = {
+    "ControlPanel": "control_panel",
+    "FleetPanel": "fleet_panel",
+    "SweepPanel": "sweep_panel",
+}
+
+__all__ = ["ControlPanel", "FleetPanel", "SweepPanel"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

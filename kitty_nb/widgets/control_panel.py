@@ -1,0 +1,355 @@
+"""`ControlPanel`: a notebook cell becomes a live model manager."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import anyio
+from ipywidgets import VBox
+
+from kitty_nb.catalog.memory import Verdict
+from kitty_nb.config import ServerConfig, salvage_settings, save_settings
+from kitty_nb.errors import ConfigError, KittyError, ModelFileError
+from kitty_nb.manager import ModelManager, Operation
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    Level,
+    LogLines,
+    ProgressMade,
+    ServerState,
+    ServerStatus,
+    StateChanged,
+)
+from kitty_nb.widgets.activity_log import ActivityLog
+from kitty_nb.widgets.download_form import DownloadForm
+from kitty_nb.widgets.kernel_managers import borrow, let_go
+from kitty_nb.widgets.load_bar import LoadBar
+from kitty_nb.widgets.memory_line import MemoryLine
+from kitty_nb.widgets.model_browser import ModelBrowser
+from kitty_nb.widgets.model_picker import ModelPicker
+from kitty_nb.widgets.models_folder import furnish
+from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.server_buttons import ServerButtons, choices
+from kitty_nb.widgets.server_log import ServerLog
+from kitty_nb.widgets.settings_form import SettingsForm
+from kitty_nb.widgets.snippet import Snippet
+from kitty_nb.widgets.status_line import StatusLine
+from kitty_nb.widgets.subshells import receive_while_busy
+from kitty_nb.widgets.tree import tree
+from kitty_nb.widgets.web_page import WebPage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Seconds. A refresh sends at most six messages; 20 a second for a whole panel stays far below
+# what jupyter_server lets through.
+_REFRESH_EVERY = 0.25
+_CLOCK_EVERY = 1.0
+
+
+class ControlPanel(VBox):
+    """Pick a model, start it, watch it load, use it, stop or switch it.
+
+    What shows facts is written by the manager's thread only, so that it stays live while a cell
+    keeps the kernel busy; what the user edits is written by callbacks only.
+
+    Args:
+        env: The `.env` file with the settings.
+        profile: Which named set of settings to use.
+        manager: The manager to control; without one the panel makes its own and closes it.
+    """
+
+    def __init__(
+        self,
+        env: str | Path = ".env",
+        profile: str = "primary",
+        manager: ModelManager | None = None,
+    ) -> None:
+        self._env, self._profile = env, profile
+        self._problem: str | None = None
+        self._owns_manager = manager is None
+        earlier: ControlPanel | None = None
+        self._config: ServerConfig
+        if manager is None:
+            self._read_env()
+            # That of an earlier run of this cell, with its server, where there is one.
+            manager = borrow(
+                env, profile, self, lambda: ModelManager(config=self._config), take_over=(object,)
+            )
+            key = Path(env).absolute(), profile
+            earlier, _newest[key] = _newest.get(key), self
+        else:
+            self._config = manager.state.config
+            self._profile = self._config.profile
+        self.manager = manager
+        self._progress = manager.progress
+        self._status = manager.state.status
+        self._activities: list[Activity] = []
+        self._log_lines: list[str] = []
+        self._log_begins = False
+        self._insisted: ServerConfig | None = None
+        self._taken: frozenset[str] = frozenset()
+        self._changed = anyio.Event()
+
+        self.status_line = StatusLine()
+        self.picker = ModelPicker(manager, self._choose)
+        if earlier and earlier.manager is manager:
+            self.download = earlier._hand_over(self)
+        else:
+            self.download = DownloadForm(manager, self._models_dir, self._take_download)
+        self.settings = SettingsForm(self._config, self._choose)
+        self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
+        self.memory = MemoryLine(manager, self._wanted)
+        self.buttons = ServerButtons()
+        self.load_bar = LoadBar()
+        self.notice = Notice()
+        self.snippet = Snippet()
+        self.web_page = WebPage()
+        self.activity_log = ActivityLog()
+        self.server_log = ServerLog(self._wake)
+        super().__init__(
+            [
+                self.status_line,
+                self.picker,
+                self.browser,
+                self.download,
+                self.settings,
+                self.memory,
+                self.buttons,
+                self.load_bar,
+                self.notice,
+                self.snippet,
+                self.web_page,
+                self.activity_log,
+                self.server_log,
+            ]
+        )
+        self.add_class("kitty-panel")
+        self._answer_clicks()
+        receive_while_busy(tree(self))
+
+        self._scan()
+        self._refreshing = manager.run(self._refresh_forever)
+        self._choose()
+
+    def _answer_clicks(self) -> None:
+        self.buttons.start.on_click(lambda _: self._act(self._start))
+        self.buttons.stop.on_click(lambda _: self._act(self.manager.stop))
+        self.buttons.restart.on_click(lambda _: self._act(self._restart))
+        self.buttons.use_port.on_click(lambda _: self._act(self._start_on_free_port))
+        self.buttons.attach.on_click(lambda _: self._act(self.manager.attach))
+        self.settings.save.on_click(lambda _: self._save())
+        self.picker.rescan.on_click(lambda _: self.rescan())
+
+    def __repr__(self) -> str:
+        return f"ControlPanel(profile={self._profile!r})"
+
+    def rescan(self) -> None:
+        """Read the `.env` file again and look for models again."""
+        self._problem = None
+        try:
+            if self._owns_manager:
+                self._read_env()
+        except ConfigError as error:
+            self._problem = str(error)
+        self._scan()
+        self._choose()
+
+    def use(self, **settings: Any) -> None:
+        """Take over a model and settings as if they had been entered. Nothing is started.
+
+        Those without a field here hold until `.env` is read again; *Save* writes them too.
+
+        Args:
+            settings: Fields of `ServerConfig` by name.
+
+        Raises:
+            ConfigError: A value is wrong.
+        """
+        config = self._config.replace(**settings)
+        self._config, self._taken = config, self._taken | settings.keys()
+        self.settings.fill(config)
+        if config.model:
+            self.picker.choose(config.model)
+        self._choose()
+
+    def close(self) -> None:
+        """Remove the widgets; stop the server and end the thread if the manager is our own."""
+        if self.comm is None:
+            return
+        self._refreshing.cancel()
+        self.picker.stop()
+        self.browser.stop()
+        self.memory.stop()
+        self.download.stop()
+        let_go(self)
+        for widget in [*tree(self)][1:]:
+            widget.close()
+        super().close()
+
+    def _read_env(self) -> None:
+        """Read the settings; complain of wrong ones and go on without them."""
+        self._config, complaint = salvage_settings(self._env, self._profile)
+        if complaint:
+            self._problem = str(complaint)
+
+    def _hand_over(self, later: ControlPanel) -> DownloadForm:
+        """Give the form, with its download under way, to a later run of this cell."""
+        self.set_trait("children", [part for part in self.children if part is not self.download])
+        self.download.attach(later._models_dir, later._take_download)
+        return self.download
+
+    def _scan(self) -> None:
+        folder = self._config.models_dir
+        try:
+            if done := furnish(folder):
+                self._say(done)
+        except ModelFileError as error:
+            self._problem = str(error)
+        self.picker.scan(self._config.stores, preferred=self._config.model)
+
+    def _models_dir(self) -> Path:
+        return self._config.models_dir
+
+    def _take_download(self, path: Path) -> None:
+        """Choose a model that has come from the Hub."""
+        self.picker.choose(path)
+
+    def _start(self) -> Operation[ServerState]:
+        return self.manager.start(self._agreed(), wait_for_ready=False)
+
+    def _start_on_free_port(self) -> Operation[ServerState]:
+        if port := self.manager.state.free_port:
+            self._config = self._config.replace(port=port)
+        return self._start()
+
+    def _restart(self) -> Operation[ServerState]:
+        return self.manager.restart(self._agreed(), wait_for_ready=False)
+
+    def _agreed(self) -> ServerConfig:
+        """The settings to start with; where memory will not do, only when asked for twice."""
+        config, preview = self._wanted(), self.memory.preview
+        doomed = preview is not None and preview.verdict is Verdict.WILL_NOT_FIT
+        if doomed and config != self._insisted:
+            self._insisted = config
+            raise KittyError(
+                "This will probably not fit into memory. Lower the context or the GPU layers, pick"
+                " a smaller model, or press the button again to start it all the same."
+            )
+        return config
+
+    def _save(self) -> None:
+        """Write the choice into the `.env` file."""
+        try:
+            names = {"model", *self.settings.fields, *self._taken}
+            saved = save_settings(self._wanted(), self._env, names)
+        except KittyError as error:
+            self._problem = str(error)
+            self._wake()
+        else:
+            self._say(saved.sentence)
+            self.rescan()
+
+    def _choose(self) -> None:
+        """The model or a setting is another one."""
+        self.memory.refresh()
+        self.browser.look_again()
+        self._wake()
+
+    def _wanted(self) -> ServerConfig:
+        model = self.picker.model
+        alias = self._config.alias or (model.alias if model else None)
+        return self._config.replace(
+            model=self.picker.dropdown.value, alias=alias, **self.settings.changes()
+        )
+
+    def _act(self, action: Callable[[], Operation[ServerState]]) -> None:
+        """Do what a click asks; whatever goes wrong is shown."""
+        self._problem = None
+        try:
+            self.manager.run(self._follow, action())
+        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
+            self._problem = _explain(error)
+            self._wake()
+
+    async def _follow(self, operation: Operation[ServerState]) -> None:
+        try:
+            await operation
+        except Exception as error:  # noqa: BLE001 (as above)
+            self._problem = _explain(error)
+        self._changed.set()
+
+    def _wake(self) -> None:
+        """Have the panel refreshed; callable from any thread but the manager's."""
+        try:
+            self.manager.run(self._note_change)
+        except KittyError as error:
+            self.notice.show(str(error))
+
+    async def _note_change(self) -> None:
+        self._changed.set()
+
+    def _say(self, message: str) -> None:
+        self._activities.append(Activity(message, Level.INFO, time.time()))
+
+    def _collect(self, event: Event) -> None:
+        match event:
+            case StateChanged(state):
+                if state.status is ServerStatus.STARTING and self._status is not state.status:
+                    self._log_lines.clear()
+                    self._log_begins = True
+                if self._status is not state.status:
+                    self.browser.note_change()
+                self._status = state.status
+            case ProgressMade(progress):
+                self._progress = progress
+            case Activity():
+                self._activities.append(event)
+            case LogLines(lines):
+                self._log_lines.extend(lines)
+        self._changed.set()
+
+    async def _refresh_forever(self) -> None:
+        self._log_lines.extend(self.manager.log_lines)
+        unsubscribe = self.manager.subscribe(self._collect)
+        try:
+            while True:
+                self._changed = anyio.Event()
+                self._refresh()
+                await anyio.sleep(_REFRESH_EVERY)
+                with anyio.move_on_after(_CLOCK_EVERY):
+                    await self._changed.wait()
+        finally:
+            unsubscribe()
+
+    def _refresh(self) -> None:
+        state, model = self.manager.state, self.picker.model
+        differs = model is not None and model.path != state.config.model
+        startable = model is not None and model.startable
+        self.status_line.show(state)
+        self.buttons.show(choices(state, startable=startable, differs=differs))
+        self.snippet.show(state)
+        self.web_page.show(state, self.manager.reveal_api_key() is not None)
+        self.load_bar.show(state.status, None if state.foreign else self._progress)
+        self.notice.show(self._problem or state.error or (model.problem if model else None))
+        self.activity_log.show(self._activities)
+        self._activities.clear()
+        if self._log_begins:
+            self._log_begins = False
+            self.server_log.clear()
+        self.server_log.append(self._log_lines)
+        self._log_lines.clear()
+        self.server_log.flush()
+
+
+_newest: WeakValueDictionary[tuple[Path, str], ControlPanel] = WeakValueDictionary()
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, KittyError):
+        return str(error)
+    return f"Something went wrong inside kitty_nb: {error!r}. Please report it."

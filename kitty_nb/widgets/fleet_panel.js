@@ -1,0 +1,114 @@
+// The page's side of FleetPanel: draws the rows that it is given, and tells of clicks.
+
+const COLUMNS = ["Profile", "State", "Model", "Port", "Memory", "Tok/s", ""];
+
+function element(tag, className, properties = {}) {
+  return Object.assign(document.createElement(tag), { className, ...properties });
+}
+
+function button(text, title, onClick) {
+  const made = element("button", "jupyter-button kitty-fleet-button", {
+    type: "button",
+    textContent: text,
+    title,
+  });
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+// Writes only what differs: a row that is read or has the focus is not to be disturbed.
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function createRow(profile, send) {
+  const row = element("tr", "kitty-fleet-row");
+  const name = element("th", "kitty-fleet-profile", { scope: "row", textContent: profile });
+  const cells = COLUMNS.slice(1).map((label) => {
+    const cell = element("td", `kitty-fleet-${label.toLowerCase().replace("/", "") || "actions"}`);
+    cell.dataset.label = label;
+    return cell;
+  });
+  const [state, model, port, memory, pace, actions] = cells;
+  const badge = element("span", "kitty-badge");
+  const detail = element("span", "kitty-fact");
+  const bar = element("div", "kitty-fleet-bar");
+  const filled = bar.appendChild(element("div", ""));
+  state.append(badge, " ", detail, bar);
+  const start = button("Start", `Start ${profile}`, () => send({ kind: "start", profile }));
+  const stop = button("Stop", `Stop ${profile}`, () => send({ kind: "stop", profile }));
+  actions.append(start, stop);
+  row.append(name, ...cells);
+  const problem = element("tr", "kitty-fleet-problem");
+  const whole = problem.appendChild(element("td", "", { colSpan: COLUMNS.length }));
+  const text = whole.appendChild(element("div", ""));
+
+  const update = (facts) => {
+    badge.className = `kitty-badge kitty-${facts.tone}`;
+    say(badge, facts.status);
+    say(detail, facts.detail);
+    bar.hidden = facts.fraction === null;
+    filled.style.width = `${100 * (facts.fraction ?? 0)}%`;
+    say(model, facts.model);
+    model.title = facts.model;
+    say(port, String(facts.port));
+    say(memory, facts.memory);
+    say(pace, facts.pace);
+    start.disabled = !facts.start;
+    stop.disabled = !facts.stop;
+    say(stop, facts.status === "RESTARTING" ? "Cancel" : "Stop");
+    say(text, facts.problem);
+    problem.hidden = !facts.problem;
+  };
+  return { nodes: [row, problem], update };
+}
+
+function render({ model, el }) {
+  const send = (message) => model.send(message);
+  const startAll = button("Start all", "Start all profiles that can be started", () =>
+    send({ kind: "start all" }),
+  );
+  const stopAll = button("Stop all", "Stop all servers", () => send({ kind: "stop all" }));
+  const rescan = button("Rescan", "Read the .env file again", () => send({ kind: "rescan" }));
+  const summary = element("span", "kitty-fact");
+  const bar = element("div", "kitty-fleet-head");
+  const buttons = element("div", "kitty-fleet-buttons");
+  buttons.append(startAll, stopAll, rescan);
+  bar.append(element("span", "kitty-heading", { textContent: "Fleet" }), summary, buttons);
+  const notice = element("div", "kitty-fleet-notice", { role: "alert" });
+  const table = element("table", "kitty-fleet-table");
+  const head = table.createTHead().insertRow();
+  for (const label of COLUMNS) {
+    head.append(element("th", "", { textContent: label, scope: "col" }));
+  }
+  const body = table.createTBody();
+  el.append(bar, notice, table);
+
+  const drawn = new Map();
+  const update = () => {
+    const rows = model.get("rows");
+    for (const [profile, { nodes }] of drawn) {
+      if (rows.some((facts) => facts.profile === profile)) continue;
+      nodes.forEach((node) => node.remove());
+      drawn.delete(profile);
+    }
+    for (const facts of rows) {
+      if (!drawn.has(facts.profile)) {
+        drawn.set(facts.profile, createRow(facts.profile, send));
+        body.append(...drawn.get(facts.profile).nodes);
+      }
+      drawn.get(facts.profile).update(facts);
+    }
+    const running = rows.filter((facts) => facts.stop).length;
+    say(summary, `${running} of ${rows.length} running`);
+    startAll.disabled = !rows.some((facts) => facts.start);
+    stopAll.disabled = running === 0;
+    say(notice, model.get("notice"));
+    notice.hidden = !model.get("notice");
+  };
+  model.on("change", update);
+  update();
+  return () => model.off("change", update);
+}
+
+export default { render };

@@ -1,0 +1,245 @@
+"""`FleetPanel`: all profiles of a `.env` file, one row each."""
+
+from __future__ import annotations
+
+import atexit
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import anyio
+import traitlets
+from anyio.from_thread import start_blocking_portal
+from anywidget import AnyWidget
+
+from kitty_nb.config import configured_profiles, salvage_settings
+from kitty_nb.errors import ConfigError, KittyError
+from kitty_nb.manager import ModelManager, Operation
+from kitty_nb.widgets.fleet_row import Profile, fleet_rows
+from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
+from kitty_nb.widgets.subshells import receive_while_busy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kitty_nb.supervisor.events import MemoryUse, ServerState
+
+_HERE = Path(__file__).parent
+# Seconds. A refresh is one message at most, whatever has changed in however many rows.
+_REFRESH_EVERY = 0.25
+_MEASURE_EVERY = 2.0
+
+
+class FleetPanel(AnyWidget):
+    """Start, watch and stop the servers of all profiles that a `.env` file names.
+
+    Each profile has the manager that its `ControlPanel` in this kernel has too. What is shown is
+    written by the panel's own thread only, so it stays live while a cell keeps the kernel busy.
+
+    Args:
+        env: The `.env` file with the settings.
+
+    Attributes:
+        rows: What is shown: a `FleetRow` as a mapping for each profile.
+        notice: What is wrong with the file.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+
+    _esm: ClassVar[Path] = _HERE / "fleet_panel.js"
+    _css: ClassVar[str] = "".join((_HERE / f"{n}.css").read_text() for n in ("panel", "fleet"))
+    rows: Any = traitlets.List().tag(sync=True)
+    notice: Any = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(self, env: str | Path = ".env") -> None:
+        self._env = env
+        try:
+            self._members = self._read()
+        except ConfigError:
+            let_go(self)
+            raise
+        self._problem = ""
+        super().__init__(rows=self._describe())
+        self.add_class("kitty-panel")
+        self.add_class("kitty-fleet")
+        self.on_msg(self._receive)
+        receive_while_busy([self])
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
+            for task in (self._refresh_forever, self._measure_forever):
+                stack.callback(self._portal.start_task_soon(task).cancel)
+            self._resources = stack.pop_all()
+        atexit.register(self._resources.close)
+
+    def __repr__(self) -> str:
+        return f"FleetPanel(profiles={[*self._members]!r})"
+
+    def manager(self, profile: str) -> ModelManager:
+        """The manager of a profile.
+
+        Raises:
+            KittyError: There is no such row.
+        """
+        return self._member(profile).manager
+
+    def start(self, profile: str) -> None:
+        """Start a profile's server; what goes wrong is shown in its row."""
+        self._member(profile).act(self._portal.start_task_soon, _Member.start)
+
+    def stop(self, profile: str) -> None:
+        """Stop a profile's server."""
+        self._member(profile).act(self._portal.start_task_soon, _Member.stop)
+
+    def start_all(self) -> None:
+        """Start all that can be started; of those that want one port the first."""
+        ports = set()
+        for row in fleet_rows([member.look() for member in self._members.values()]):
+            if row.start and row.port not in ports:
+                self.start(row.profile)
+                ports.add(row.port)
+
+    def stop_all(self) -> None:
+        """Stop all that run."""
+        for row in fleet_rows([member.look() for member in self._members.values()]):
+            if row.stop:
+                self.stop(row.profile)
+
+    def rescan(self) -> None:
+        """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
+        try:
+            self._members = self._read(self._members)
+            self._problem = ""
+        except ConfigError as error:
+            self._problem = str(error)
+
+    def close(self) -> None:
+        """Remove the widget; stop the servers and end the threads of the managers it has made."""
+        if self.comm is None:
+            return
+        atexit.unregister(self._resources.close)
+        self._resources.close()
+        let_go(self)
+        super().close()
+
+    def _member(self, profile: str) -> _Member:
+        if profile not in self._members:
+            raise KittyError(
+                f"There is no profile {profile!r} here, but {', '.join(self._members)}. Name a"
+                f" model for it by LLAMACPP_{profile.upper()}_MODEL and press Rescan."
+            )
+        return self._members[profile]
+
+    def _read(self, known: dict[str, _Member] | None = None) -> dict[str, _Member]:
+        names = dict.fromkeys(configured_profiles(self._env))
+        running = {
+            name: None for name, m in (known or {}).items() if not m.manager.state.status.idle
+        }
+        members = {}
+        for name in names | running:
+            if known and name in known:
+                members[name] = known[name]
+                members[name].read()
+            else:
+                members[name] = _Member(self._env, name, self)
+        return members
+
+    def _describe(self) -> list[dict[str, object]]:
+        profiles = [member.look() for member in self._members.values()]
+        return [asdict(row) for row in fleet_rows(profiles)]
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            with self.hold_sync():
+                self.rows = self._describe()
+                self.notice = self._problem
+            await anyio.sleep(_REFRESH_EVERY)
+
+    async def _measure_forever(self) -> None:
+        while True:
+            for member in [*self._members.values()]:
+                await member.measure()
+            await anyio.sleep(_MEASURE_EVERY)
+
+    def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
+        match message:
+            case {"kind": "start", "profile": str(name)} if name in self._members:
+                self.start(name)
+            case {"kind": "stop", "profile": str(name)} if name in self._members:
+                self.stop(name)
+            case {"kind": "start all"}:
+                self.start_all()
+            case {"kind": "stop all"}:
+                self.stop_all()
+            case {"kind": "rescan"}:
+                self.rescan()
+
+
+class _Member:
+    """A profile of the fleet."""
+
+    def __init__(self, env: str | Path, profile: str, owner: FleetPanel) -> None:
+        self._env, self._profile, self._owner = env, profile, owner
+        self._memory: MemoryUse | None = None
+        self.read()
+        # That of an earlier run of this cell, with its server, is this panel's to close.
+        borrow(env, profile, owner, self._make, take_over=(FleetPanel,))
+
+    @property
+    def manager(self) -> ModelManager:
+        """The kernel's for this profile; a new one where a panel has closed it."""
+        return borrow(self._env, self._profile, self._owner, self._make)
+
+    def read(self) -> None:
+        """Read the settings again."""
+        self._config, complaint = salvage_settings(self._env, self._profile)
+        self._mishap: str | None = None
+        self._complaint = "\n".join(map(str, complaint.problems)) if complaint else None
+
+    def _make(self) -> ModelManager:
+        return ModelManager(config=self._config)
+
+    def look(self) -> Profile:
+        """How it is now."""
+        manager = self.manager
+        state, config = manager.state, self._config
+        if config.model is None and self._complaint is None:
+            config = state.config  # of a model that was picked in its panel
+        problem = self._mishap or self._complaint
+        if config.model is None and problem is None:
+            key = f"LLAMACPP_{self._profile.upper()}_MODEL"
+            problem = f"No model is named. Set {key} to a .gguf file in {config.models_dir}."
+        startable = config.model is not None and self._complaint is None
+        return Profile(config, state, manager.progress, self._memory, problem, startable)
+
+    def start(self) -> Operation[ServerState]:
+        """Begin a start with the settings as they are in the file now."""
+        return self.manager.start(wanted(self._env, self._profile), wait_for_ready=False)
+
+    def stop(self) -> Operation[ServerState]:
+        """Begin a stop."""
+        return self.manager.stop()
+
+    def act(
+        self, run: Callable[..., object], action: Callable[[_Member], Operation[ServerState]]
+    ) -> None:
+        """Do what a click asks; whatever goes wrong is shown."""
+        self._mishap = None
+        try:
+            run(self._follow, action(self))
+        except KittyError as error:
+            self._mishap = str(error)
+
+    async def measure(self) -> None:
+        """Learn what its server holds."""
+        try:
+            self._memory = await self.manager.memory_use()
+        except KittyError:  # closed this moment
+            self._memory = None
+
+    async def _follow(self, operation: Operation[ServerState]) -> None:
+        try:
+            await operation
+        except KittyError as error:
+            self._mishap = str(error)

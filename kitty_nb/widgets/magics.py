@@ -1,0 +1,182 @@
+"""`%kitty` and `%%kitty_chat`: a server's verbs, and a talk with its model, as IPython magics."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+
+from kitty_nb.config import salvage_settings
+from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError
+from kitty_nb.manager import ModelManager, Operation
+from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
+from kitty_nb.widgets.load_bar import describe
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable
+
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from kitty_nb.client import Piece
+    from kitty_nb.supervisor.events import ServerState
+
+T = TypeVar("T")
+
+_SHOW_EVERY = 0.2  # seconds
+_LOG_LINES = 40
+_GREY, _PLAIN = "\x1b[90m", "\x1b[0m"
+
+
+@magics_class
+class KittyMagics(Magics):
+    """The magics. A profile has one manager in a kernel, which its panel shares."""
+
+    @magic_arguments()
+    @argument(
+        "verb",
+        choices=["start", "stop", "restart", "switch", "status", "logs"],
+        help="What to do with the profile's server.",
+    )
+    @argument("model", nargs="?", help="switch: a .gguf file, as a path in the models folder.")
+    @argument("--profile", default="primary", help="Which named set of settings to use.")
+    @argument("--env", default=".env", help="The file with the settings.")
+    @argument("--force", action="store_true", help="stop: do not ask the server first.")
+    @argument("-n", "--lines", type=int, default=_LOG_LINES, help="logs: so many of the last.")
+    @line_magic
+    def kitty(self, line: str) -> None:
+        """Start, stop or look at a profile's server."""
+        given = parse_argstring(self.kitty, line)
+        manager = self._manager(given)
+        match given.verb:
+            case "start":
+                self._load(manager.start(wanted(given.env, given.profile)))
+            case "restart":
+                self._load(manager.restart(wanted(given.env, given.profile)))
+            case "switch":
+                if given.model is None:
+                    raise KittyError("Name the model to switch to: %kitty switch model.gguf")
+                self._load(manager.switch_model(given.model))
+            case "stop":
+                pid = manager.state.pid
+                state = _follow(manager.stop(given.force), lambda: None)
+                print(state.sentence if pid is None else f"The server (PID {pid}) is stopped.")
+            case "status":
+                print(manager.state.sentence)
+            case "logs":
+                self._print_log(manager, given.lines)
+
+    @magic_arguments()
+    @argument("--system", help="What the model is told before the question.")
+    @argument("--temperature", type=float, help="0 is always the likeliest word.")
+    @argument("--max-tokens", type=int, help="Where to end a long answer.")
+    @argument("--profile", default="primary", help="Whose model to ask.")
+    @argument("--env", default=".env", help="The file with the settings.")
+    @cell_magic
+    def kitty_chat(self, line: str, cell: str) -> None:
+        """Ask the running model; its answer appears as it comes. Interrupt to end it."""
+        given = parse_argstring(self.kitty_chat, line)
+        messages = [{"role": "user", "content": cell.strip()}]
+        if given.system:
+            messages.insert(0, {"role": "system", "content": _unquoted(given.system)})
+        options = {"temperature": given.temperature, "max_tokens": given.max_tokens}
+        asked = {name: value for name, value in options.items() if value is not None}
+        pieces: SimpleQueue[Piece] = SimpleQueue()
+        answer = self._manager(given).chat(messages, pieces.put, **asked)
+        with suppress(KeyboardInterrupt):
+            _follow(answer, lambda: _print_pieces(pieces))
+        _print_pieces(pieces)
+        print()
+
+    def _manager(self, given: Namespace) -> ModelManager:
+        """The kernel's manager of a profile; a wrong setting is not in the way of stopping."""
+
+        def make() -> ModelManager:
+            return ModelManager(config=salvage_settings(given.env, given.profile)[0])
+
+        return borrow(given.env, given.profile, self, make)
+
+    def _load(self, operation: Operation[ServerState]) -> None:
+        """Show a load in one line that changes."""
+        line = _ChangingLine()
+
+        def show() -> None:
+            if operation.progress:
+                line.show(describe(operation.progress))
+
+        try:
+            line.show(_follow(operation, show).sentence)
+        except KeyboardInterrupt:
+            raise StartCancelledError("Interrupted: the start was called off.") from None
+        finally:
+            print()
+
+    def _print_log(self, manager: ModelManager, count: int) -> None:
+        lines = manager.log_lines
+        if not lines:
+            raise KittyError(
+                "There is no log yet: %kitty start has not been run, or not in this kernel."
+            )
+        print("\n".join(lines[-count:]))
+
+
+def load(shell: InteractiveShell) -> None:
+    """Give a shell the magics."""
+    shell.register_magics(KittyMagics)
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Take the magics from a shell, and close the managers that no panel has taken over."""
+    manager = shell.magics_manager
+    for kind, name in (("line", "kitty"), ("cell", "kitty_chat")):
+        manager.magics[kind].pop(name, None)
+    if magics := manager.registry.pop(KittyMagics.__name__, None):
+        let_go(magics)
+
+
+class _ChangingLine:
+    """A line that is written over; carriage returns work in notebooks and terminals alike."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        if text != self._shown:
+            print(f"\r{text:{len(self._shown)}}", end="", flush=True)
+            self._shown = text
+
+
+def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
+    """Wait for an operation while the kernel's own tasks go on; an interrupt calls it off.
+
+    Raises:
+        KittyError: What the operation ended with.
+        KeyboardInterrupt: The user pressed the interrupt button.
+    """
+    try:
+        while not operation.done:
+            with suppress(WaitTimeoutError):
+                operation.wait(_SHOW_EVERY)
+            show()
+        return operation.wait()
+    except KeyboardInterrupt:
+        operation.cancel()
+        raise
+
+
+def _print_pieces(pieces: SimpleQueue[Piece]) -> None:
+    """Print what has come, thoughts in grey."""
+    text = ""
+    while not pieces.empty():
+        piece = pieces.get()
+        text += f"{_GREY}{piece.text}{_PLAIN}" if piece.thinking else piece.text
+    if text:
+        print(text, end="", flush=True)
+
+
+def _unquoted(words: str) -> str:
+    """An argument as it is meant: IPython leaves the quotes around it on."""
+    return words[1:-1] if len(words) > 1 and words[0] == words[-1] and words[0] in "\"'" else words

@@ -1,0 +1,175 @@
+"""Choosing a model among those on disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import aclosing, suppress
+from html import escape
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import anyio
+from ipywidgets import Button, HBox, VBox
+
+from kitty_nb.catalog import Model, ModelCatalog
+from kitty_nb.errors import KittyError
+from kitty_nb.widgets.model_dropdown import ModelDropdown
+from kitty_nb.widgets.scan_line import ScanLine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from kitty_nb.catalog import ScanStep, Store
+    from kitty_nb.manager import ModelManager, Operation
+
+_PATIENCE = 0.3  # seconds that a search may take before it goes on in the background
+_LIST_EVERY = 1.0  # seconds; a longer list each time is a message, and moves under the mouse
+
+
+class ModelPicker(VBox):
+    """The models in some folders, to choose from; the list stays current by itself.
+
+    The list is written by a worker thread of the manager's loop, one at a time.
+
+    Args:
+        manager: Its loop searches and watches the folders.
+        on_change: Called when another model is chosen, or what is known of it has changed: on the
+            front end's thread or a worker thread.
+
+    Attributes:
+        on_list: Called on a worker thread when there are other models, or they have changed.
+    """
+
+    def __init__(self, manager: ModelManager, on_change: Callable[[], object]) -> None:
+        self._manager, self._on_change = manager, on_change
+        self.on_list: Callable[[], object] = lambda: None
+        self._models: dict[Path | None, Model] = {}
+        self._catalog: ModelCatalog | None = None
+        self._preferred: Path | None = None
+        self._wish: Path | None = None
+        self._complete = threading.Event()
+        self._list_due = 0.0
+        self._following: Operation[None] | None = None
+        self.dropdown = ModelDropdown(self._note_choice)
+        self.rescan = Button(
+            description="Rescan",
+            icon="refresh",
+            tooltip="Read the .env file again and look for models",
+        )
+        self.scan_line = ScanLine()
+        row = HBox([self.dropdown, self.rescan])
+        row.add_class("kitty-picker")
+        super().__init__([row, self.scan_line])
+        self.add_class("kitty-models")
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """What the dropdown lists, incomplete models too."""
+        return tuple(self._models.values())
+
+    @property
+    def model(self) -> Model | None:
+        """The chosen model."""
+        return self._models.get(self.dropdown.value)
+
+    def scan(self, stores: Iterable[Store], preferred: Path | None = None) -> None:
+        """List the models of some folders, from now on.
+
+        Returns when all are listed, or after a moment, while it goes on in the background. What is
+        chosen stays so as long as it is there.
+
+        Args:
+            stores: The folders; names are relative to the first.
+            preferred: Choose this one, where nothing was chosen before; it may be elsewhere.
+        """
+        self.stop()
+        earlier = _watching.get(self._manager)
+        if earlier is not None and earlier is not self:
+            earlier.stop()  # the panel of an earlier run of the cell; each watch keeps a thread
+        _watching[self._manager] = self
+        self._catalog = catalog = ModelCatalog(stores)
+        self._preferred, self._list_due = preferred, 0.0
+        self._complete.clear()
+        with suppress(KittyError):  # the manager is closed; the panel says so
+            self._following = self._manager.run(self._follow, catalog)
+            self._complete.wait(_PATIENCE)
+
+    def choose(self, path: Path) -> None:
+        """Choose a model, as a user does; nothing happens where it is not there any more.
+
+        One that is not listed yet is listed first, as is one that has just been downloaded.
+        """
+        with self.dropdown.turn:
+            if path not in self._models and self._catalog and path.exists():
+                fresh = self._catalog.describe(path)
+                self._list([*self._models.values(), *([fresh] if fresh else [])], finished=False)
+            if path in self._models:
+                self.dropdown.value = path
+
+    def stop(self) -> None:
+        """Keep the list as it is."""
+        self._catalog = None
+        if self._following is not None:
+            self._following.cancel()
+
+    async def _follow(self, catalog: ModelCatalog) -> None:
+        try:
+            lists = catalog.watch(on_step=lambda step: self._take(catalog, step))
+            async with aclosing(lists):
+                async for _ in lists:
+                    await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
+        except OSError as error:
+            self.scan_line.say(
+                f"The list is not kept current: {escape(str(error))}. Press Rescan to look again."
+            )
+
+    def _take(self, catalog: ModelCatalog, step: ScanStep) -> None:
+        """Show one step of a search, in a worker thread."""
+        if catalog is not self._catalog:
+            return
+        finished = step.done == step.total
+        self.scan_line.show(step)
+        if finished or time.monotonic() >= self._list_due:
+            self._list([*self._beside(catalog, step, finished), *step.models], finished)
+            self._list_due = time.monotonic() + _LIST_EVERY
+        if finished:
+            self._complete.set()
+
+    def _beside(self, catalog: ModelCatalog, step: ScanStep, finished: bool) -> list[Model]:
+        """The models that are wanted and not found there: elsewhere, or not read yet."""
+        found = {model.path for model in step.models}
+        beside = []
+        if self._preferred and self._preferred not in found:
+            within = any(self._preferred.is_relative_to(store.path) for store in catalog.stores)
+            if not (finished and within):
+                known = self._models.get(self._preferred)
+                beside.append(known or catalog.describe(self._preferred))
+        if not finished and self._wish not in {None, self._preferred, *found}:
+            beside.append(self._models.get(self._wish))
+        return [model for model in beside if model]
+
+    def _list(self, models: list[Model], finished: bool) -> None:
+        with self.dropdown.turn:
+            before, all_before = self.model, self._models
+            self._models = {model.path: model for model in models}
+            wishes = [self._wish]
+            if not self._complete.is_set():  # later, what is chosen may go, but not to another
+                wishes.append(self._preferred)
+            if self._wish is None or (finished and not self._complete.is_set()):
+                wishes.extend(model.path for model in models if model.startable)
+            chosen = next((path for path in wishes if path in self._models), None)
+            self._wish = chosen or self._wish
+            self.dropdown.fill(models, chosen)
+        if self.model != before:
+            self._on_change()
+        if self._models != all_before:
+            self.on_list()
+
+    def _note_choice(self) -> None:
+        self._wish = self.dropdown.value
+        self._on_change()
+
+
+_watching: WeakKeyDictionary[ModelManager, ModelPicker] = WeakKeyDictionary()

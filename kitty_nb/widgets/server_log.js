@@ -1,0 +1,131 @@
+// The page's side of ServerLog: keeps the newest lines per model, draws them in each view.
+
+const LINES_KEPT = 2000;
+
+function levelOf(line) {
+  const mark = /^[\d.]+ ([EWD]) /.exec(line);
+  if (mark) return { E: "error", W: "warning", D: "debug" }[mark[1]];
+  if (/\berror\b|\bfailed\b/i.test(line)) return "error";
+  return /\bwarn(ing)?\b/i.test(line) ? "warning" : "info";
+}
+
+// What one model has received; its views come and go.
+function createStore() {
+  const store = { lines: [], next: 0, views: new Set() };
+  store.receive = (message) => {
+    if (message.kind === "clear") {
+      store.lines = [];
+      store.next = message.next;
+      store.views.forEach((view) => view.clear());
+    } else if (message.kind === "lines") {
+      const known = Math.max(0, store.next - message.first);
+      const fresh = message.lines.slice(known);
+      store.next = Math.max(store.next, message.first + message.lines.length);
+      store.lines = store.lines.concat(fresh).slice(-LINES_KEPT);
+      store.views.forEach((view) => view.append(fresh));
+    }
+  };
+  return store;
+}
+
+function initialize(model, store) {
+  model.on("msg:custom", store.receive);
+  model.send({ kind: "replay" });
+  return () => model.off("msg:custom", store.receive);
+}
+
+function element(tag, className, properties = {}) {
+  return Object.assign(document.createElement(tag), { className, ...properties });
+}
+
+function render(el, store) {
+  const filter = element("input", "kitty-log-filter", {
+    type: "search",
+    placeholder: "Filter",
+    ariaLabel: "Filter the server log",
+  });
+  const follow = element("button", "kitty-log-button", { type: "button" });
+  const copy = element("button", "kitty-log-button", { type: "button", textContent: "Copy" });
+  const bar = element("div", "kitty-log-bar");
+  bar.append(
+    element("span", "kitty-heading", { textContent: "Server log" }),
+    filter,
+    follow,
+    copy,
+  );
+  const list = element("div", "kitty-log", { tabIndex: 0, role: "log" });
+  list.ariaLabel = "Server log";
+  const empty = element("div", "kitty-log-empty", {
+    textContent: "What the server writes appears here.",
+  });
+  el.append(bar, list);
+  list.append(empty);
+
+  let following = true;
+  const matches = (text) => text.toLowerCase().includes(filter.value.toLowerCase());
+  const shown = () => store.lines.filter(matches);
+  const setFollowing = (value) => {
+    following = value;
+    follow.textContent = value ? "Pause" : "Follow";
+    follow.title = value ? "Stop scrolling along" : "Scroll to the newest line and stay there";
+    if (value) list.scrollTop = list.scrollHeight;
+  };
+  const draw = (text) => {
+    const line = element("div", `kitty-log-line kitty-log-${levelOf(text)}`, { textContent: text });
+    line.hidden = !matches(text);
+    return line;
+  };
+  const view = {
+    append(lines) {
+      empty.remove();
+      list.append(...lines.slice(-LINES_KEPT).map(draw));
+      while (list.childElementCount > LINES_KEPT) list.firstElementChild.remove();
+      if (following) list.scrollTop = list.scrollHeight;
+    },
+    clear() {
+      list.replaceChildren(empty);
+    },
+  };
+
+  filter.addEventListener("input", () => {
+    for (const line of list.children) line.hidden = line !== empty && !matches(line.textContent);
+    if (following) list.scrollTop = list.scrollHeight;
+  });
+  follow.addEventListener("click", () => setFollowing(!following));
+  // Only a person's own scrolling changes what is followed; growing content does not.
+  const follows = () => {
+    const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 24;
+    if (atEnd !== following) setFollowing(atEnd);
+  };
+  for (const kind of ["wheel", "touchmove", "keyup", "pointerup"]) {
+    list.addEventListener(kind, () => requestAnimationFrame(follows), { passive: true });
+  }
+  copy.addEventListener("click", async () => {
+    const text = shown().join("\n");
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // A page that is not served over https or from localhost has no clipboard of its own.
+      const area = element("textarea", "", { value: text });
+      document.body.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    copy.textContent = "Copied";
+    setTimeout(() => (copy.textContent = "Copy"), 1500);
+  });
+
+  setFollowing(true);
+  if (store.lines.length) view.append(store.lines);
+  store.views.add(view);
+  return () => store.views.delete(view);
+}
+
+export default () => {
+  const store = createStore();
+  return {
+    initialize: ({ model }) => initialize(model, store),
+    render: ({ el }) => render(el, store),
+  };
+};

@@ -1,0 +1,44 @@
+"""A link to the server's own web page that works from wherever the notebook is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import traitlets
+from anywidget import AnyWidget
+
+from kitty_nb.supervisor.events import ServerStatus
+
+if TYPE_CHECKING:
+    from kitty_nb.supervisor.events import ServerState
+
+
+class WebPage(AnyWidget):
+    """Shows the link while the server is ready.
+
+    The kernel does not know by which address the browser reaches it, nor whether that passes
+    JupyterHub or a tunnel, so the page itself finds out: where jupyter-server-proxy answers, the
+    link goes through the notebook's own server; else it is the server's address, on this machine.
+
+    The server asks for its key there. The key is in neither the link nor this widget's state.
+    """
+
+    _esm: ClassVar[Path] = Path(__file__).parent / "web_page.js"
+    endpoint: Any = traitlets.Unicode("").tag(sync=True)
+    asks_key: Any = traitlets.Bool(True).tag(sync=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("kitty-web")
+
+    def show(self, state: ServerState, asks_key: bool) -> None:
+        """Show the link to a server, or hide.
+
+        Args:
+            state: The server's.
+            asks_key: Whether it wants a key.
+        """
+        with self.hold_sync():
+            self.endpoint = state.endpoint if state.status is ServerStatus.READY else ""
+            self.asks_key = asks_key
