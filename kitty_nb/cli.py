@@ -1,0 +1,355 @@
+"""`kitty-nb`: the same verbs for a terminal.
+
+What takes long to import is imported by the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import anyio
+import typer
+from typer.core import TyperGroup
+
+from kitty_nb.errors import KittyError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import ServerState
+
+_NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
+_DEMO_NAME = "kitty-demo.gguf"
+_FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
+_EXIT_CODES = (
+    "Exit codes: 0 it went well; 1 it failed, and a sentence on stderr says why; 2 wrong arguments;"
+    " 3 no server is running (status, wait-ready); 130 interrupted by Ctrl-C."
+)
+
+
+class _Verbs(TyperGroup):
+    """Ends every error that is ours in its sentence, and every interruption quietly."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KittyError, OSError) as error:
+            typer.echo(f"kitty-nb: {error}", err=True)
+            raise typer.Exit(_FAILED) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    help="Start, watch and stop llama-server. A panel of the same profile sees the same server.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_Env = Annotated[Path, typer.Option("--env", metavar="FILE", help="The file with the settings.")]
+_Profile = Annotated[str, typer.Option(help="Which named set of settings to use.")]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the process is there.")]
+_ENV, _PROFILE = Path(".env"), "primary"
+
+
+@app.command()
+def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
+    """List the models in the models folder, and those of other programs on this machine."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from kitty_nb.catalog import ModelCatalog
+
+    config = _settings(env, profile)
+    models = ModelCatalog(config.stores).scan()
+    if not models:
+        typer.echo(
+            f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model"
+        )
+        return
+    table = Table("Model", "Quantization", "Size", "Shards", "Context", "Problem", box=None)
+    for model in models:
+        context = str(model.context_length or "")
+        cells = (model.quantization or "", decimal(model.size), str(model.shard_count), context)
+        name = f"{model.known_as} ({model.name})" if model.known_as else model.name
+        table.add_row(name, *cells, model.problem or "")
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 10_000  # what another program reads is not to be folded
+    console.print(table)
+
+
+@app.command()
+def start(env: _Env = _ENV, profile: _Profile = _PROFILE, no_wait: _NoWait = False) -> None:
+    """Start the profile's server; it stays when this command ends.
+
+    Ctrl-C before it is ready stops it. A server that runs already with these settings is left as
+    it is. LLAMACPP_ON_KERNEL_EXIT is for notebooks: what is started here stays until it is stopped.
+    """
+    from kitty_nb.terminal import commands
+
+    _show_load(commands.start, _config(env, profile), not no_wait)
+
+
+@app.command()
+def stop(
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    force: Annotated[bool, typer.Option("--force", help="Do not ask it first.")] = False,
+) -> None:
+    """Stop the profile's server, whoever started it. Without one there is nothing to do."""
+    from kitty_nb.terminal import commands
+
+    config = _settings(env, profile)
+    pid = anyio.run(commands.stop, config, force)
+    typer.echo(_nothing_runs(profile) if pid is None else f"The server (PID {pid}) is stopped.")
+
+
+@app.command()
+def restart(env: _Env = _ENV, profile: _Profile = _PROFILE, no_wait: _NoWait = False) -> None:
+    """End the profile's server and start it with the settings as they are in the file."""
+    from kitty_nb.terminal import commands
+
+    _show_load(commands.restart, _config(env, profile), not no_wait)
+
+
+@app.command()
+def switch(
+    model: Annotated[str, typer.Argument(help="A .gguf file, as a path in the models folder.")],
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    alias: Annotated[str | None, typer.Option(help="The name that clients ask for.")] = None,
+    no_wait: _NoWait = False,
+) -> None:
+    """Serve another model with the settings of the server that runs."""
+    from kitty_nb.terminal import commands
+
+    _show_load(commands.switch, _settings(env, profile), model, alias, not no_wait)
+
+
+@app.command()
+def status(
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    every: Annotated[
+        bool, typer.Option("--all", help="Of every profile that the file names.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say how the profile's server is. The exit code is 3 when none is running."""
+    from kitty_nb.config import configured_profiles
+    from kitty_nb.terminal.glance import glance
+
+    names = configured_profiles(env) if every else (profile,)
+    states = [anyio.run(glance, _settings(env, name)) for name in names]
+    if as_json:
+        facts = [*map(_facts, states)]
+        typer.echo(json.dumps(facts if every else facts[0], indent=2))
+    else:
+        for state in states:
+            typer.echo(f"{state.config.profile}: {state.sentence}" if every else state.sentence)
+    if all(state.status.idle for state in states):
+        raise typer.Exit(_NOT_RUNNING)
+
+
+@app.command()
+def wait_ready(
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up after so long.")
+    ] = None,
+) -> None:
+    """Wait until a server that was started answers. The exit code is 3 when none is running."""
+    from kitty_nb.terminal import commands
+
+    if not _show_load(commands.wait_ready, _settings(env, profile), timeout):
+        typer.echo(_nothing_runs(profile), err=True)
+        raise typer.Exit(_NOT_RUNNING)
+
+
+@app.command()
+def logs(
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    lines: Annotated[
+        int | None, typer.Option("--lines", "-n", min=1, help="Only so many of the last.")
+    ] = None,
+) -> None:
+    """Print the log of the profile's server, or of its last one."""
+    from kitty_nb.terminal.logs import follow_log, log_lines
+
+    path = _settings(env, profile).log_path
+    if follow:
+        anyio.run(follow_log, path, typer.echo, lines)
+    if not path.exists():
+        raise KittyError(f"There is no log {path}: no server of this profile was started yet.")
+    for line in deque(log_lines(path), maxlen=lines):
+        typer.echo(line)
+
+
+@app.command()
+def doctor(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
+    """Check engine, models, port, GPU, .env, disk and versions, and say what to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kitty_nb.doctor import Verdict, examine
+
+    findings = anyio.run(examine, env, profile)
+    table = Table("", "Checked", "Found, and what to do", box=None)
+    colours = {Verdict.GOOD: "green", Verdict.ODD: "yellow", Verdict.BAD: "red"}
+    for finding in findings:
+        text = f"{finding.found}\n{finding.advice}".rstrip()
+        table.add_row(finding.verdict, finding.what, text, style=colours[finding.verdict])
+    Console(markup=False, highlight=False).print(table)
+    if any(finding.verdict is Verdict.BAD for finding in findings):
+        raise typer.Exit(_FAILED)
+
+
+@app.command()
+def demo_model(
+    path: Annotated[Path | None, typer.Argument(help="The .gguf file to write.")] = None,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    size: Annotated[
+        float | None, typer.Option(metavar="GB", help="Pad it, so that it takes time to load.")
+    ] = None,
+) -> None:
+    """Write a small model to try things out with; by default into the models folder."""
+    from kitty_nb.catalog import write_demo_model
+
+    target = path or _settings(env, profile).models_dir / _DEMO_NAME
+    written = write_demo_model(target, None if size is None else int(size * 1e9))
+    typer.echo(f"{written}: {written.stat().st_size:,} bytes")
+
+
+@app.command()
+def download(
+    repository: Annotated[
+        str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or its page's address.")
+    ],
+    quant: Annotated[
+        str | None, typer.Option(metavar="Q4_K_M", help="Which of its models, or a file's name.")
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Only say what there is and how large it is.")
+    ] = False,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Fetch a model from the Hugging Face Hub into the models folder, checked.
+
+    All its shards come, and its projector. Ctrl-C keeps what has come: the same command goes on
+    from there. For gated repositories log in by `hf auth login`.
+    """
+    from rich.console import Console
+
+    from kitty_nb.hub import HubReference
+    from kitty_nb.terminal import downloads
+
+    folder = _settings(env, profile).models_dir
+    reference = HubReference.parse(repository)
+    if only_list:
+        anyio.run(downloads.show_offers, reference, folder, Console(markup=False, highlight=False))
+        return
+    console = Console(stderr=True, markup=False, highlight=False)
+    try:
+        model = anyio.run(downloads.download, reference, quant, folder, console)
+    except KeyboardInterrupt:
+        typer.echo(
+            "Cancelled. What has come is kept; the same command goes on from there.", err=True
+        )
+        raise
+    typer.echo(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab on notebooks/control_panel.ipynb in this folder.
+
+    It and the notebooks beside it are written there where they are missing. Other options go to
+    JupyterLab, e.g. --no-browser. The notebook says which .env it reads.
+    """
+    import psutil
+    from jupyterlab.labapp import LabApp
+
+    _NOTEBOOKS.mkdir(parents=True, exist_ok=True)
+    # An editable install has no copies in the package: the checkout is around it.
+    homes = (Path(__file__).parent, Path(__file__).parents[1])
+    home = next(home for home in homes if (home / _NOTEBOOKS / _NOTEBOOK).exists())
+    for notebook in (home / _NOTEBOOKS).glob("*.ipynb"):
+        if not (copy := _NOTEBOOKS / notebook.name).exists():
+            shutil.copyfile(notebook, copy)
+    # In a container everybody is root; JupyterLab would only say how to insist.
+    root = ["--allow-root"] if psutil.Process().username() == "root" else []
+    here = f"--ServerApp.root_dir={Path.cwd()}"
+    LabApp.launch_instance([str(_NOTEBOOKS / _NOTEBOOK), here, *root, *context.args])
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="kitty-nb")
+
+
+def _config(env: Path, profile: str) -> ServerConfig:
+    from kitty_nb.config import ServerConfig
+
+    return ServerConfig.from_env(env, profile)
+
+
+def _settings(env: Path, profile: str) -> ServerConfig:
+    """For what needs no model: a wrong setting must not be in the way of stopping a server."""
+    from kitty_nb.config import salvage_settings
+
+    config, complaint = salvage_settings(env, profile)
+    if complaint:
+        typer.echo(f"kitty-nb: {complaint}", err=True)
+    return config
+
+
+def _show_load(
+    command: Callable[..., Awaitable[ServerState | None]], config: ServerConfig, *words: object
+) -> bool:
+    """Run a command that may load a model, show its load, and say how the server is then."""
+    from rich.console import Console
+
+    from kitty_nb.terminal.load_display import LoadDisplay
+
+    with LoadDisplay(Console(stderr=True)) as display:
+        state = anyio.run(command, config, display, *words)
+    if state:
+        typer.echo(state.sentence)
+    return state is not None
+
+
+def _facts(state: ServerState) -> dict[str, Any]:
+    return {
+        "profile": state.config.profile,
+        "status": state.status.value,
+        "model": str(state.config.model) if state.config.model else None,
+        "alias": state.config.served_alias or None,
+        "endpoint": state.endpoint,
+        "pid": state.pid,
+        "uptime_seconds": state.uptime,
+        "error": state.error,
+        "log": str(state.config.log_path),
+    }
+
+
+def _nothing_runs(profile: str) -> str:
+    return f"No server of the profile {profile!r} is running."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Whether this machine can serve, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+from rich.filesize import decimal
+
+from kitty_nb.catalog import ModelCatalog
+from kitty_nb.config import ServerConfig, salvage_settings
+from kitty_nb.config.env_file import read_env
+from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
+from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
+from kitty_nb.supervisor.record import find_server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
+_LITTLE_SPACE = 1_000_000_000  # bytes; a log of a busy day and the next small model
+
+
+class Verdict(StrEnum):
+    """How a finding is to be read."""
+
+    GOOD = "ok"
+    ODD = "look"
+    BAD = "wrong"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check has found.
+
+    Attributes:
+        what: What was checked.
+        verdict: Whether it will do.
+        found: What is there.
+        advice: What to do; empty when nothing is to be done.
+    """
+
+    what: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
+    """Check all that a start needs, without starting anything.
+
+    Args:
+        env: The `.env` file with the settings.
+        profile: Which named set of settings to check.
+    """
+    findings = [_versions(), _kernel()]
+    try:
+        config, complaint = await anyio.to_thread.run_sync(salvage_settings, env, profile)
+        source = str((await anyio.to_thread.run_sync(read_env, env)).path)
+    except ConfigError as error:
+        return [*findings, Finding(".env", Verdict.BAD, str(error), "Correct these lines.")]
+    findings.append(_settings(source, complaint))
+    findings.append(await _engine(config))
+    checks = (_models, _model, _port, _memory, _disk)
+    return [*findings, *[await anyio.to_thread.run_sync(check, config) for check in checks]]
+
+
+def _versions() -> Finding:
+    found = f"kitty_nb {version('kitty_nb')}, Python {platform.python_version()}, {sys.platform}"
+    if sys.platform in {"linux", "darwin"}:
+        return Finding("Versions", Verdict.GOOD, found)
+    return Finding("Versions", Verdict.BAD, found, "Use Linux or macOS; on Windows, WSL.")
+
+
+def _kernel() -> Finding:
+    try:
+        lab, kernel = version("jupyterlab"), version("ipykernel")
+    except PackageNotFoundError as error:
+        advice = "Install it again: pip install kitty_nb"
+        return Finding("JupyterLab", Verdict.BAD, str(error), advice)
+    found = f"JupyterLab {lab}, ipykernel {kernel}"
+    if int(kernel.partition(".")[0]) >= _KERNEL_WITH_SUBSHELLS:
+        return Finding("JupyterLab", Verdict.GOOD, found)
+    advice = "Clicks wait until a cell ends; pip install --upgrade ipykernel mends that."
+    return Finding("JupyterLab", Verdict.ODD, found, advice)
+
+
+def _settings(source: str, complaint: ConfigError | None) -> Finding:
+    if complaint is None:
+        return Finding(".env", Verdict.GOOD, source)
+    found = f"{len(complaint.problems)} wrong in {source}"
+    return Finding(".env", Verdict.BAD, found, "\n".join(map(str, complaint.problems)))
+
+
+async def _engine(config: ServerConfig) -> Finding:
+    try:
+        engine = await locate_engine(config.binary)
+    except EngineError as error:
+        return Finding("Engine", Verdict.BAD, "none that can be run", str(error))
+    found = f"llama-server {engine.version} ({engine.kind})"
+    if config.model:
+        try:
+            build_command(engine, config)
+        except KittyError as error:
+            return Finding("Engine", Verdict.BAD, found, str(error))
+    return Finding("Engine", Verdict.GOOD, found)
+
+
+def _models(config: ServerConfig) -> Finding:
+    folder = config.models_dir
+    if not folder.is_dir():
+        advice = "Create it, or correct LLAMACPP_MODELS_DIR. The panel makes its default itself."
+        return Finding("Models", Verdict.ODD, f"There is no folder {folder}.", advice)
+    models = ModelCatalog(folder).scan()
+    if not models:
+        advice = "Put .gguf files there, or try it out with: kitty-nb demo-model"
+        return Finding("Models", Verdict.ODD, f"none in {folder}", advice)
+    troubles = [f"{model.name}: {model.problem}" for model in models if model.problem]
+    found = f"{len(models) - len(troubles)} of {len(models)} can be served, in {folder}"
+    return Finding("Models", Verdict.ODD if troubles else Verdict.GOOD, found, "\n".join(troubles))
+
+
+def _model(config: ServerConfig) -> Finding:
+    if config.model:
+        return Finding("Model", Verdict.GOOD, str(config.model))
+    key = f"LLAMACPP_{config.profile.upper()}_MODEL"
+    advice = f"Set {key}, or pick one in the panel and press Save."
+    return Finding("Model", Verdict.ODD, "none is chosen", advice)
+
+
+def _port(config: ServerConfig) -> Finding:
+    address = f"{config.host}:{config.port}"
+    if record := find_server(config):
+        return Finding("Port", Verdict.GOOD, f"{record.config.endpoint}, ours (PID {record.pid})")
+    refusal = port_refusal(config.host, config.port)
+    if refusal is None:
+        return Finding("Port", Verdict.GOOD, f"{address} is free")
+    key = f"LLAMACPP_{config.profile.upper()}_PORT"
+    try:
+        advice = f"Stop what holds it, or set {key}={next_free_port(config.host, config.port)}."
+    except ServerFailedError as error:
+        advice = str(error)
+    return Finding("Port", Verdict.BAD, refusal, advice)
+
+
+def _memory(config: ServerConfig) -> Finding:
+    record = find_server(config)
+    memory = free_memory(record.pid if record else None)
+    places = (memory.ram, *memory.gpus)
+    found = ", ".join(
+        f"{place.name}: {decimal(place.free)} of {decimal(place.total)} free" for place in places
+    )
+    if memory.gpus or sys.platform == "darwin":
+        return Finding("GPU, memory", Verdict.GOOD, found)
+    if find_spec("pynvml"):
+        advice = "No NVIDIA GPU answers: models run on the processor, or on a GPU of another make."
+    else:
+        advice = "To see an NVIDIA GPU: pip install 'kitty_nb[gpu]'"
+    return Finding("GPU, memory", Verdict.GOOD, found, advice)
+
+
+def _disk(config: ServerConfig) -> Finding:
+    folders = {
+        "LLAMACPP_LOG_DIR": _nearest(config.log_dir),
+        "LLAMACPP_HISTORY": _nearest(config.history.parent),
+    }
+    for key, folder in folders.items():
+        if not os.access(folder, os.W_OK | os.X_OK):
+            advice = f"Make it writable, or set {key} to a folder that is."
+            return Finding("Disk", Verdict.BAD, f"{folder} cannot be written to", advice)
+    free = {
+        folder: shutil.disk_usage(folder).free
+        for folder in (folders["LLAMACPP_LOG_DIR"], _nearest(config.models_dir))
+    }
+    folder = min(free, key=free.__getitem__)
+    found = f"{decimal(free[folder])} free at {folder}"
+    if free[folder] >= _LITTLE_SPACE:
+        return Finding("Disk", Verdict.GOOD, found)
+    return Finding("Disk", Verdict.ODD, found, "Make room: logs and models need some.")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
