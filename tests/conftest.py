@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import comm
+import platformdirs
+import psutil
+import pytest
+from comm.base_comm import BaseComm
+from hub_server import Hub, usual_repositories
+
+from kitty_nb import ServerConfig, write_demo_model
+
+# Read when huggingface_hub is imported: nothing of the user's is used, and no test reaches the Hub.
+_HUB_HOME = tempfile.TemporaryDirectory(prefix="kitty_nb-hub-")
+os.environ |= {
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "HF_HOME": _HUB_HOME.name,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_XET": "1",
+}
+for _secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(_secret, None)
+
+STAND_IN = Path(__file__).parent / "stand_in_server.py"
+MARK = "KITTY_NB_TEST_RUN"
+
+
+def eventually(condition: Callable[[], object], *, within: float = 10.0, why: str = "") -> None:
+    """Wait until a condition holds, or fail."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {within} s: {why or condition}")
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_works() -> None:
+    """A shell turns Ctrl-C off for what it runs in the background, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The models that a developer's other programs keep are none of the tests' business."""
+    caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    changes = pytest.MonkeyPatch()
+    if "PLAYWRIGHT_BROWSERS_PATH" not in os.environ:
+        changes.setenv("PLAYWRIGHT_BROWSERS_PATH", str(Path.home() / caches / "ms-playwright"))
+    changes.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    for name in ("HF_HUB_CACHE", "HF_HOME", "LLAMA_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME"):
+        changes.delenv(name, raising=False)
+    yield
+    changes.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_survives() -> Iterator[None]:
+    """Every process that the suite starts inherits a mark; in the end none may be left."""
+    os.environ[MARK] = run = uuid.uuid4().hex
+    yield
+    del os.environ[MARK]
+
+    def marked() -> list[str]:
+        found = []
+        for process in psutil.process_iter(["pid", "environ", "cmdline", "status"]):
+            environ = process.info["environ"] or {}
+            if environ.get(MARK) == run and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.info['pid']} {process.info['cmdline']}")
+        return [line for line in found if not line.startswith(f"{os.getpid()} ")]
+
+    eventually(lambda: not marked(), why=f"processes survive the suite: {marked()}")
+
+
+@pytest.fixture(autouse=True)
+def no_cache_outside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What the catalog remembers stays out of the user's cache folder."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: folder / name)
+
+
+def pending_tasks() -> set[object]:
+    """All tasks of all loops; asyncio itself only lists those of one."""
+    known = gc.get_objects() if sys.version_info >= (3, 14) else None
+    if known is None:
+        registry = "_scheduled_tasks" if sys.version_info >= (3, 12) else "_all_tasks"
+        known = list(getattr(asyncio.tasks, registry))
+    return {task for task in known if isinstance(task, asyncio.Task) and not task.done()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that leaves a process, a thread, a task or a socket behind."""
+    if request.node.get_closest_marker("browser"):
+        yield  # the browser's own helpers come and go; processes are checked for the whole suite
+        return
+
+    def living() -> set[object]:
+        me = psutil.Process()
+        threads = {t for t in threading.enumerate() if not t.name.startswith("AnyIO worker")}
+        children = {c for c in me.children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE}
+        sockets = {(c.fd, c.laddr, c.raddr) for c in me.net_connections("inet")}
+        return threads | children | sockets | pending_tasks()
+
+    before = living()
+    yield
+    deadline = time.monotonic() + 5
+    while left := living() - before:
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {left}")
+        time.sleep(0.02)
+        gc.collect()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]:
+    """All messages that widgets send to the page."""
+    messages: list[tuple[str, dict[str, object]]] = []
+
+    class RecordingComm(BaseComm):
+        def publish_msg(self, msg_type: str, data: object = None, **_: object) -> None:
+            messages.append((msg_type, data if isinstance(data, dict) else {}))
+
+    monkeypatch.setattr(comm, "create_comm", RecordingComm)
+    monkeypatch.setattr("ipywidgets.widgets.widget.comm.create_comm", RecordingComm)
+    return messages
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A Hugging Face Hub on loopback."""
+    import huggingface_hub  # noqa: PLC0415 - by then its settings are set
+
+    with Hub(usual_repositories()).serving() as hub:
+        yield hub
+        huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_model(tmp_path_factory.mktemp("models") / "demo.gguf")
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("engine") / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{STAND_IN}" "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return program
+
+
+@pytest.fixture
+def config(demo_model: Path, free_port: int, tmp_path: Path) -> ServerConfig:
+    """The real engine on the demo model."""
+    return ServerConfig(
+        models_dir=demo_model.parent,
+        allow_absolute_paths=True,
+        model=demo_model,
+        alias="demo",
+        port=free_port,
+        log_dir=tmp_path / "logs",
+        history=tmp_path / "history.sqlite3",
+        context_size=512,
+        threads=1,
+        parallel=1,
+    )
+
+
+@pytest.fixture
+def misbehaving(config: ServerConfig, stand_in: Path) -> Callable[..., ServerConfig]:
+    """The stand-in server, told how to misbehave by its own flags."""
+
+    def configure(*flags: str, **changes: object) -> ServerConfig:
+        return config.replace(binary=stand_in, extra_args=flags, **changes)
+
+    return configure

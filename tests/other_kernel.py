@@ -1,0 +1,57 @@
+"""Another program that manages servers, as a second notebook does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+
+from kitty_nb import ServerConfig
+
+_KERNEL = """
+import sys, time
+from kitty_nb import ModelManager, ServerConfig
+config = ServerConfig.model_validate_json(sys.argv[1])
+manager = ModelManager(config=config)
+start = manager.start()
+while sys.argv[2] == "load" and manager.state.pid is None:
+    time.sleep(0.01)
+print(manager.state.pid or start.wait(30).pid, flush=True)
+if sys.argv[2] != "end":
+    time.sleep(60)
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether it does; an orphan that has ended may stay listed until init looks."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Kernel:
+    """Another program that manages the same profile.
+
+    Args:
+        config: What it starts.
+        then: "end" once the server is ready, "stay", or "load": stay, and do not wait for ready.
+
+    Attributes:
+        server: The process id of its server.
+    """
+
+    def __init__(self, config: ServerConfig, then: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _KERNEL, config.model_dump_json(), then],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout
+        self.server = int(self.process.stdout.readline())
+
+    def end(self, number: int | None = None) -> None:
+        if number is not None:
+            self.process.send_signal(number)
+        self.process.communicate(timeout=30)

@@ -1,0 +1,170 @@
+"""A server outlives its kernel, is found again, and there is never a second one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+from other_kernel import Kernel, runs
+
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.config import OnKernelExit
+from kitty_nb.errors import KittyError
+from kitty_nb.supervisor.record import (
+    find_server,
+    read_record,
+    record_path,
+)
+
+
+@pytest.fixture
+def kernel(config: ServerConfig) -> Iterator[Callable[..., Kernel]]:
+    kernels: list[Kernel] = []
+
+    def start(then: str = "stay", **changes: object) -> Kernel:
+        kernels.append(Kernel(config.replace(**changes), then))
+        return kernels[-1]
+
+    yield start
+    for kernel in kernels:
+        kernel.process.kill()
+        kernel.process.communicate()
+        if runs(kernel.server):
+            os.kill(kernel.server, signal.SIGKILL)
+            eventually(lambda k=kernel: not runs(k.server))
+
+
+@pytest.mark.parametrize("ending", [None, signal.SIGKILL], ids=["ended", "killed"])
+def test_a_kept_server_is_found_in_the_state_it_was_in(
+    config: ServerConfig, kernel: Callable[..., Kernel], ending: int | None
+) -> None:
+    first = kernel("end" if ending is None else "stay", alias="kept")
+    first.end(ending)
+    assert runs(first.server)
+    with ModelManager(config=config) as manager:
+        eventually(lambda: manager.state.status is ServerStatus.READY)
+        state = manager.state
+        assert (state.pid, state.config.served_alias) == (first.server, "kept")
+        record = read_record(config)
+        assert record
+        assert record.load_seconds
+        assert state.uptime is not None
+        assert state.uptime >= 0
+        eventually(lambda: manager.progress is not None and manager.progress.fraction == 1)
+        assert manager.progress
+        assert manager.progress.elapsed == pytest.approx(record.load_seconds)
+        eventually(lambda: any("model loaded" in line for line in manager.log_lines))
+        assert manager.start(state.config).wait(10).pid == first.server
+        assert manager.stop().wait(10).status is ServerStatus.STOPPED
+    assert not runs(first.server)
+    assert not record_path(config).exists()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_is_to_stop_does_even_when_its_kernel_is_killed(
+    config: ServerConfig, kernel: Callable[..., Kernel], ending: int
+) -> None:
+    first = kernel(on_kernel_exit=OnKernelExit.STOP)
+    first.end(ending)
+    eventually(lambda: not runs(first.server), why="the server outlives its kernel")
+    assert find_server(config) is None
+
+
+def test_a_second_kernel_watches_and_may_stop(
+    config: ServerConfig, kernel: Callable[..., Kernel]
+) -> None:
+    with ModelManager(config=config) as mine:
+        other = kernel()
+        eventually(lambda: mine.state.status is ServerStatus.READY, why="it is not found")
+        assert mine.state.pid == other.server
+        mine.stop().wait(10)
+        assert not runs(other.server)
+
+
+def test_a_stop_elsewhere_is_not_a_crash(config: ServerConfig) -> None:
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        first.start().wait(30)
+        eventually(lambda: second.state.status is ServerStatus.READY)
+        second.stop().wait(10)
+        eventually(lambda: first.state.status is ServerStatus.STOPPED)
+        assert first.state.error is None
+
+
+def test_a_crash_is_seen_by_all_and_mended_once(config: ServerConfig) -> None:
+    config = config.replace(restart_delay_seconds=0.2)
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        pid = first.start().wait(30).pid
+        assert pid
+        eventually(lambda: second.state.status is ServerStatus.READY)
+        os.kill(pid, signal.SIGKILL)
+
+        def mended() -> bool:
+            states = first.state, second.state
+            ready = all(state.status is ServerStatus.READY for state in states)
+            return ready and states[0].pid == states[1].pid != pid
+
+        eventually(mended, within=20, why="not mended, or twice")
+        first.stop().wait(10)
+        eventually(lambda: second.state.status is ServerStatus.STOPPED)
+
+
+def test_two_that_start_at_once_are_one_server(config: ServerConfig) -> None:
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        operations = first.start(), second.start()
+        errors = []
+        for operation in operations:
+            try:
+                operation.wait(30)
+            except KittyError as error:
+                errors.append(str(error))
+        assert len(errors) == 1
+        assert errors[0].startswith("Another p")
+        assert "PID" in errors[0]
+        eventually(lambda: first.state.pid == second.state.pid is not None)
+
+
+def test_the_record_is_private_and_whole(config: ServerConfig) -> None:
+    with ModelManager(config=config) as manager:
+        pid = manager.start().wait(30).pid
+        path = record_path(config)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert json.loads(path.read_text())["pid"] == pid
+        assert [p.name for p in config.log_dir.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_server_is_found_though_its_model_has_gone(
+    config: ServerConfig, kernel: Callable[..., Kernel], tmp_path: Path
+) -> None:
+    assert config.model
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(config.model.read_bytes())
+    other = kernel(model=copy)
+    copy.unlink()
+    with ModelManager(config=config) as manager:
+        eventually(lambda: manager.state.status is ServerStatus.READY)
+        assert manager.state.pid == other.server
+
+
+def test_a_panel_shows_the_server_that_runs(
+    config: ServerConfig, kernel: Callable[..., Kernel], tmp_path: Path
+) -> None:
+    other = kernel()
+    (tmp_path / ".env").write_text(
+        f"LLAMACPP_LOG_DIR={config.log_dir}\nLLAMACPP_MODELS_DIR={config.models_dir}\n"
+    )
+    panel = ControlPanel(tmp_path / ".env")
+    try:
+        eventually(
+            lambda: f"PID {other.server}" in panel.status_line.value, why=panel.status_line.value
+        )
+        eventually(lambda: any("model loaded" in line for line in panel.server_log.lines))
+        panel.buttons.stop.click()
+        eventually(lambda: not runs(other.server))
+    finally:
+        panel.close()

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import httpx
+import psutil
+import pytest
+from conftest import eventually
+from ipywidgets.embed import embed_data
+
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.client import Access
+from kitty_nb.errors import ConfigError, EngineError, KittyError
+from kitty_nb.supervisor.record import read_record, record_path
+
+QUESTION = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+CHAT = "/v1/chat/completions"
+
+
+def test_only_who_has_the_key_is_answered(config: ServerConfig) -> None:
+    with ModelManager(config=config) as manager:
+        with pytest.raises(KittyError, match="no server to talk to: it is STOPPED"):
+            _ = manager.client
+        manager.start().wait(30)
+        url = manager.state.endpoint + CHAT
+        assert httpx.post(url, json=QUESTION, trust_env=False).status_code == 401
+        assert manager.http.post(CHAT, json=QUESTION).status_code == 200
+        assert manager.http is manager.http
+        assert manager.client is manager.http
+        assert manager.base_url == f"{manager.state.endpoint}/v1"
+        assert manager.check_health().wait(10).slots_total == 1
+
+        async def ask() -> int:
+            async with manager.async_client as client:
+                return int((await client.post(CHAT, json=QUESTION)).status_code)
+
+        assert anyio.run(ask) == 200
+
+
+def test_the_key_is_nowhere_but_in_the_record(config: ServerConfig) -> None:
+    config = config.replace(extra_args=("--verbose",))
+    manager = ModelManager(config=config)
+    panel = ControlPanel(manager=manager)
+    try:
+        manager.start().wait(30)
+        key = manager.reveal_api_key()
+        assert key
+        assert len(key) >= 32
+        assert manager.http.post(CHAT, json=QUESTION).status_code == 200
+        assert manager.state.pid
+        shown = [
+            *psutil.Process(manager.state.pid).cmdline(),
+            repr(manager),
+            repr(manager.state),
+            repr(manager.http),
+            repr(panel),
+            repr(Access("http://localhost", manager._supervisor.api_key)),
+            repr(read_record(config)),
+            read_record(config).model_dump_json(),  # type: ignore[union-attr]
+            json.dumps(embed_data([panel]), default=repr),  # what a saved notebook holds
+            "\n".join(manager.log_lines),
+        ]
+        assert not any(key in text for text in shown)
+        files = [path for path in config.log_dir.parent.rglob("*") if path.is_file()]
+        assert [path for path in files if key.encode() in path.read_bytes()] == [
+            record_path(config)
+        ]
+        assert stat.S_IMODE(record_path(config).stat().st_mode) == 0o600
+    finally:
+        panel.close()
+        manager.close()
+
+
+def test_a_key_of_ones_own(config: ServerConfig, tmp_path: Path) -> None:
+    env = tmp_path / "own.env"
+    env.write_text("LLAMACPP_API_KEY=sesame-open\n")
+    chosen = ServerConfig.from_env(env).api_key
+    assert chosen
+    assert chosen.get_secret_value() == "sesame-open"
+    assert "sesame" not in repr(ServerConfig.from_env(env))
+    with ModelManager(config=config.replace(api_key="sesame-open")) as manager:
+        manager.start().wait(30)
+        headers = {"Authorization": "Bearer sesame-open"}
+        url = manager.state.endpoint + CHAT
+        answer = httpx.post(url, json=QUESTION, headers=headers, trust_env=False)
+        assert answer.status_code == 200
+        with ModelManager(config=config.replace(api_key="sesame-open")) as other:
+            state = other.start().wait(30)
+            assert state.pid == manager.state.pid  # its settings, key included, are the same
+
+
+def test_no_key_when_none_is_wanted(config: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_API_KEY", "meant for another server")
+    with ModelManager(config=config.replace(api_key="none")) as manager:
+        manager.start().wait(30)
+        assert manager.reveal_api_key() is None
+        url = manager.state.endpoint + CHAT
+        assert httpx.post(url, json=QUESTION, trust_env=False).status_code == 200
+        assert manager.http.post(CHAT, json=QUESTION).status_code == 200
+
+
+def test_another_manager_has_the_key_too(config: ServerConfig) -> None:
+    with ModelManager(config=config) as manager, ModelManager(config=config) as other:
+        manager.start().wait(30)
+        eventually(lambda: other.state.status is ServerStatus.READY)
+        assert other.reveal_api_key() == manager.reveal_api_key()
+        assert other.http.post(CHAT, json=QUESTION).status_code == 200
+
+
+def test_a_server_started_again_keeps_its_key(
+    misbehaving: Callable[..., ServerConfig],
+) -> None:
+    with ModelManager(config=misbehaving(restart_delay_seconds=0)) as manager:
+        manager.start().wait(30)
+        key, pid = manager.reveal_api_key(), manager.state.pid
+        assert pid
+        psutil.Process(pid).kill()
+        eventually(lambda: manager.state.pid not in {pid, None})
+        eventually(lambda: manager.state.status is ServerStatus.READY)
+        assert manager.reveal_api_key() == key
+        manager.restart().wait(30)
+        assert manager.http.get("/slots").status_code == 200
+
+
+@pytest.mark.parametrize("key", ["two words", "one,two", "schlüssel"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(tmp_path: Path, key: str) -> None:
+    env = tmp_path / "bad.env"
+    env.write_text(f"LLAMACPP_API_KEY='{key}'\n")
+    with pytest.raises(ConfigError, match=r"LLAMACPP_API_KEY.*HTTP header") as caught:
+        ServerConfig.from_env(env)
+    assert key not in str(caught.value) + repr(caught.value.problems)
+
+
+def test_a_key_among_the_flags_is_refused_and_not_repeated(config: ServerConfig) -> None:
+    with ModelManager(config=config.replace(extra_args=("--api-key", "sesame"))) as manager:
+        with pytest.raises(KittyError, match="set LLAMACPP_API_KEY instead") as caught:
+            manager.start().wait(30)
+        assert "sesame" not in str(caught.value)
+    assert issubclass(EngineError, KittyError)
+
+
+def test_openai_is_used_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openai.py").write_text(
+        "class OpenAI:\n    def __init__(self, **given): self.given = given\n"
+        "class AsyncOpenAI(OpenAI): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    access = Access("http://127.0.0.1:1", None)
+    with access.http() as http:
+        client = access.openai(http)
+        assert client.given == {
+            "base_url": "http://127.0.0.1:1/v1",
+            "api_key": "none",
+            "http_client": http,
+        }
+    assert type(access.asynchronous()).__name__ == "AsyncOpenAI"
+    del sys.modules["openai"]

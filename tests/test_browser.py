@@ -1,0 +1,483 @@
+"""What a person sees: the control notebook in JupyterLab, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from conftest import eventually
+from model_files import write_header
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from kitty_nb import write_demo_model
+
+pytestmark = pytest.mark.browser
+
+_CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP elsewhere.example 127.0.0.1",
+]
+_LOAD_SECONDS = 4
+
+
+# Playwright keeps an event loop running in this thread, so it must end with this module.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        names = ("chromium", "chromium-browser", "google-chrome")
+        program = own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+        if program is None:
+            reason = "no browser: run `playwright install chromium` or `apt-get install chromium`"
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        browser = playwright.chromium.launch(executable_path=program, args=_CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
+    """A user's folder: a small model, and a profile whose engine takes its time."""
+    folder = tmp_path_factory.mktemp("workspace")
+    write_demo_model(folder / "models" / "small.gguf")
+    write_demo_model(folder / "models" / "medium.gguf", size=20_000_000)
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    (folder / ".env").write_text(
+        "LLAMACPP_MODELS_DIR=models\n"
+        "LLAMACPP_LOG_DIR=logs\n"
+        "LLAMACPP_HISTORY=history.sqlite3\n"
+        "LLAMACPP_CTX=512\n"
+        f"LLAMACPP_PORT={ports[0]}\n"
+        f"LLAMACPP_SLOW_PORT={ports[1]}\n"
+        f"LLAMACPP_SLOW_BIN={stand_in}\n"
+        f"LLAMACPP_SLOW_EXTRA_ARGS='--load-seconds {_LOAD_SECONDS} --prepare-seconds 0.5'\n"
+    )
+    return folder
+
+
+@contextmanager
+def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
+    """`kitty-nb lab`, as a user starts it; yields its address, without a notebook's path.
+
+    It is told of a base URL, as JupyterHub does.
+    """
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )
+    token = secrets.token_hex(16)
+    environment = os.environ | {
+        f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")
+    }
+    with (home / "lab.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "kitty_nb.cli", "lab", "--no-browser"),
+                *(f"--port={port}", f"--IdentityProvider.token={token}"),
+                *("--ServerApp.base_url=/user/ann/", "--ServerApp.allow_remote_access=True"),
+                *("--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"),
+                *options,
+            ],
+            cwd=workspace,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        address = f"http://127.0.0.1:{port}/user/ann"
+        headers = {"Authorization": f"token {token}"}
+
+        def answers() -> bool:
+            try:
+                return httpx.get(f"{address}/api/status", headers=headers).is_success
+            except httpx.HTTPError:
+                return False
+
+        eventually(answers, within=60, why="JupyterLab does not start")
+        yield f"{address}/doc/tree/{{}}?token={token}&reset"
+        for session in httpx.get(f"{address}/api/sessions", headers=headers).json():
+            httpx.delete(f"{address}/api/sessions/{session['id']}", headers=headers, timeout=30)
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def lab(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_lab(workspace, tmp_path_factory.mktemp("jupyter")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def lab_without_proxy(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    off = "--ServerApp.jpserver_extensions=jupyter_server_proxy=False"
+    with running_lab(workspace, tmp_path_factory.mktemp("jupyter"), off) as address:
+        yield address
+
+
+class Notebook:
+    """One notebook in one page."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    def cell(self, index: int) -> Locator:
+        return self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+
+    def run(self, index: int, *, wait: bool = True) -> None:
+        self.cell(index).locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+        prompt = self.cell(index).locator(".jp-InputPrompt")
+        expect(prompt).to_have_text(re.compile(r"\[\d+\]:" if wait else r"\[\*\]:"), timeout=60_000)
+
+    @property
+    def panel(self) -> Locator:
+        return self.page.locator(".kitty-panel").last
+
+    def button(self, name: str) -> Locator:
+        return self.panel.locator("button", has_text=re.compile(rf"^\s*{name}$"))
+
+    def expect_status(self, status: str) -> None:
+        expect(self.panel.locator(".kitty-badge")).to_have_text(status, timeout=60_000)
+
+    def progress(self) -> float:
+        return float(
+            self.panel.locator(".kitty-load .progress-bar").evaluate(
+                "bar => parseFloat(bar.style.width)"
+            )
+        )
+
+    def choose(self, model: str) -> None:
+        option = self.panel.locator(".kitty-model option", has_text=model).first
+        self.panel.locator(".kitty-model select").select_option(value=option.get_attribute("value"))
+
+
+@pytest.fixture
+def open_notebook(browser: Browser, lab: str, workspace: Path) -> Iterator[Callable[..., Notebook]]:
+    context = browser.new_context(viewport={"width": 1280, "height": 1400})
+
+    def open_(*cells: str, host: str = "127.0.0.1", address: str = lab) -> Notebook:
+        name = "control_panel.ipynb"
+        if cells:
+            name = f"test-{secrets.token_hex(4)}.ipynb"
+            kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+            body = {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "id": f"c{index}",
+                        "metadata": {},
+                        "source": source,
+                        "outputs": [],
+                        "execution_count": None,
+                    }
+                    for index, source in enumerate(cells)
+                ],
+                "metadata": {"kernelspec": kernel},
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+            (workspace / "notebooks" / name).write_text(json.dumps(body))
+        page = context.new_page()
+        page.goto(address.format(f"notebooks/{name}").replace("127.0.0.1", host))
+        expect(page.locator(".jp-CodeCell").first).to_be_visible(timeout=60_000)
+        # A cell that is run before its kernel is there is not run.
+        expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
+        return Notebook(page)
+
+    yield open_
+    context.close()
+
+
+def test_the_control_notebook_starts_a_model_and_stops_it(
+    open_notebook: Callable[..., Notebook],
+) -> None:
+    notebook = open_notebook()
+    notebook.run(0)
+    notebook.expect_status("STOPPED")
+    expect(notebook.button("Stop")).to_be_disabled()
+    notebook.choose("small")
+    notebook.button("Start").click()
+    notebook.expect_status("READY")
+    expect(notebook.panel.locator(".kitty-activity")).to_contain_text("Model loaded")
+    expect(notebook.panel.locator(".kitty-log")).to_contain_text("model loaded")
+    expect(notebook.panel.locator(".kitty-status")).to_contain_text("http://127.0.0.1:")
+    pid = int(re.findall(r"PID (\d+)", notebook.panel.locator(".kitty-status").inner_text())[0])
+    notebook.choose("medium")
+    notebook.button("Switch").click()
+    expect(notebook.panel.locator(".kitty-status")).to_contain_text("medium.gguf", timeout=60_000)
+    notebook.expect_status("READY")
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle kernel", "kernel in time.sleep"])
+def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
+    open_notebook: Callable[..., Notebook], busy: bool
+) -> None:
+    notebook = open_notebook(
+        "from kitty_nb import ControlPanel\nControlPanel(profile='slow')",
+        "import time\ntime.sleep(40)",
+    )
+    notebook.run(0)
+    notebook.expect_status("STOPPED")
+    notebook.choose("medium")
+    if busy:
+        notebook.run(1, wait=False)
+    notebook.button("Start").click()
+    notebook.expect_status("LOADING")
+    seen: list[float] = []
+
+    def moved() -> bool:
+        if not seen or notebook.progress() > seen[-1]:
+            seen.append(notebook.progress())
+        return len(seen) >= 5
+
+    eventually(moved, within=30, why=f"the bar stands still: {seen}")
+    assert max(seen) < 100
+    expect(notebook.panel.locator(".kitty-load .kitty-bar-text")).to_contain_text("%")
+    notebook.expect_status("READY")
+    assert notebook.progress() == 100
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
+    notebook.button("Start").click()
+    notebook.expect_status("LOADING")
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
+    if busy:
+        expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
+
+
+def test_a_failure_is_explained_in_the_panel(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    broken = workspace / "models" / "broken.gguf"
+    shutil.copy(workspace / "models" / "small.gguf", broken)
+    try:
+        notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel()")
+        notebook.run(0)
+        with broken.open("r+b") as file:
+            file.truncate(100_000)
+        notebook.choose("broken")
+        notebook.button("Start").click()
+        notebook.expect_status("CRASHED")
+        expect(notebook.panel.locator("> .kitty-notice")).to_contain_text(
+            "not within the file bounds"
+        )
+        expect(notebook.panel.locator(".kitty-log-error").first).to_be_visible()
+    finally:
+        broken.unlink()
+
+
+def test_the_log_filters_pauses_and_survives_a_reload(
+    open_notebook: Callable[..., Notebook],
+) -> None:
+    notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel()")
+    notebook.run(0)
+    notebook.choose("small")
+    notebook.button("Start").click()
+    notebook.expect_status("READY")
+    lines = notebook.panel.locator(".kitty-log-line:visible")
+    expect(lines.first).to_be_visible()
+    everything = lines.count()
+    notebook.panel.get_by_placeholder("Filter").fill("listening")
+    expect(lines).not_to_have_count(everything)
+    assert all("listening" in text for text in lines.all_inner_texts())
+    notebook.panel.get_by_placeholder("Filter").fill("")
+    notebook.button("Pause").click()
+    expect(notebook.button("Follow")).to_be_visible()
+    notebook.page.keyboard.press("Control+s")
+    notebook.page.reload()
+    expect(notebook.panel.locator(".kitty-badge")).to_have_text("READY", timeout=60_000)
+    expect(notebook.panel.locator(".kitty-log")).to_contain_text("listening on")
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
+
+
+def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    (workspace / "fleet.env").write_text(
+        f"{(workspace / '.env').read_text()}LLAMACPP_PRIMARY_MODEL=small.gguf\n"
+        f"LLAMACPP_CODER_MODEL=medium.gguf\nLLAMACPP_CODER_PORT={port}\n"
+    )
+    notebook = open_notebook(
+        "from kitty_nb.widgets import FleetPanel\nFleetPanel('../fleet.env')",
+        "import time\ntime.sleep(60)",
+    )
+    notebook.run(0)
+    fleet = notebook.page.locator(".kitty-fleet")
+    rows = fleet.locator(".kitty-fleet-row")
+    expect(rows.locator(".kitty-badge")).to_have_text(["STOPPED", "STOPPED"])
+    notebook.run(1, wait=False)
+    for profile in ("primary", "coder"):
+        fleet.get_by_title(f"Start {profile}", exact=True).click()
+    expect(rows.locator(".kitty-badge")).to_have_text(["READY", "READY"], timeout=60_000)
+    expect(rows.locator(".kitty-fleet-memory").first).to_contain_text("MB")
+    expect(fleet.get_by_title("Start primary", exact=True)).to_be_disabled()
+    fleet.get_by_role("button", name="Stop all").click()
+    expect(rows.locator(".kitty-badge")).to_have_text(["STOPPED", "STOPPED"], timeout=60_000)
+    expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
+
+
+def test_the_servers_own_web_page_opens_through_jupyterlab(
+    open_notebook: Callable[..., Notebook],
+) -> None:
+    """Seen from another machine, where only JupyterLab's own address can be reached."""
+    notebook = open_notebook(
+        "from kitty_nb import ControlPanel\npanel = ControlPanel()\npanel",
+        "print(panel.manager.reveal_api_key())",
+        host="elsewhere.example",
+    )
+    notebook.run(0)
+    notebook.choose("small")
+    notebook.button("Start").click()
+    notebook.expect_status("READY")
+    notebook.run(1)
+    key = notebook.cell(1).locator(".jp-OutputArea-output pre").inner_text().strip()
+    link = notebook.panel.locator(".kitty-web a")
+    at = r"http://elsewhere\.example:\d+/user/ann/proxy/\d+/"
+    expect(link).to_have_attribute("href", re.compile(f"^{at}$"))
+    with notebook.page.expect_popup() as opened:
+        link.click()
+    page = opened.value
+    page.get_by_text("Enter API Key").click()
+    page.locator("input[type=password]").fill(key)
+    page.keyboard.press("Enter")
+    page.locator("textarea").first.fill("Who are you?")
+    page.keyboard.press("Enter")
+    expect(page.locator("body")).to_contain_text("Hello! I am the kitty_nb demo model")
+    page.close()
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
+    expect(link).to_be_hidden()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "elsewhere.example"])
+def test_without_a_proxy_the_link_is_shown_where_it_can_work(
+    open_notebook: Callable[..., Notebook], lab_without_proxy: str, host: str
+) -> None:
+    cell = "from kitty_nb import ControlPanel\nControlPanel()"
+    notebook = open_notebook(cell, host=host, address=lab_without_proxy)
+    notebook.run(0)
+    notebook.choose("small")
+    notebook.button("Start").click()
+    notebook.expect_status("READY")
+    line = notebook.panel.locator(".kitty-web")
+    expect(line).to_be_visible()
+    if host == "127.0.0.1":
+        expect(line.locator("a")).to_have_attribute("href", re.compile(r"^http://127.0.0.1:\d+/$"))
+    else:
+        expect(line).to_contain_text("pip install jupyter-server-proxy")
+        expect(line.locator("a")).to_have_count(0)
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
+
+
+def test_a_model_is_found_by_typing_and_chosen_by_keys(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    evil = [workspace / "models" / f"evil-{size}.gguf" for size in ("7B", "32B")]
+    for path in evil:
+        write_header(
+            path,
+            general__name=f"<b>Evil</b> {path.stem}",
+            general__base_model__count=1,
+            general__base_model__0__name="<i>Evil</i>",
+            tokenizer__chat_template="{{ messages }}<script>document.title = 'evil'</script>",
+        )
+    notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel()")
+    notebook.run(0)
+    panel, page = notebook.panel, notebook.page
+    panel.get_by_text("Browse models").click()
+    rows = panel.locator(".kitty-row:visible")
+    expect(rows).to_have_count(4)
+    expect(panel.locator(".kitty-family:visible", has_text="<i>Evil</i>")).to_be_visible()
+    expect(panel.locator(".kitty-row", has_text="small")).to_contain_text("fits")
+    filter_box = panel.get_by_placeholder("Search by name")
+    filter_box.press_sequentially("evil 32b")
+    expect(rows).to_have_count(1)
+    filter_box.press("ArrowDown")
+    page.keyboard.press("Enter")
+    chosen = panel.locator(".kitty-row[aria-selected='true']")
+    expect(chosen).to_contain_text("evil-32B")
+    expect(panel.locator(".kitty-model option:checked")).to_contain_text("evil-32B")
+    panel.get_by_text("Details", exact=True).click()
+    expect(panel.locator(".kitty-facts")).to_contain_text("<b>Evil</b> evil-32B")
+    expect(panel.locator(".kitty-template")).to_contain_text("<script>document.title")
+    assert page.title() != "evil"
+    page.keyboard.press("Control+s")
+    filter_box.fill("nothing like it")
+    expect(panel.locator(".kitty-table-empty")).to_be_visible()
+    filter_box.fill("")
+    panel.locator(".kitty-row", has_text="medium").locator(".kitty-star").click()
+    expect(rows.first).to_contain_text("medium")
+    expect(chosen).to_contain_text("evil-32B")
+    rows.filter(has_text="small").click()
+    expect(panel.locator(".kitty-facts")).to_contain_text("small.gguf")
+    page.reload()
+    expect(panel.locator(".kitty-badge")).to_have_text("STOPPED", timeout=60_000)
+    panel.get_by_text("Browse models").click()
+    expect(chosen).to_contain_text("small")
+    for path in evil:
+        path.unlink()
+    saved = (workspace / "notebooks").glob("test-*.ipynb")
+    assert all("document.title" not in notebook.read_text() for notebook in saved)
+
+
+def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
+    open_notebook: Callable[..., Notebook],
+) -> None:
+    notebook = open_notebook(
+        "from kitty_nb.experiments import Sweep\n"
+        "Sweep(['small.gguf'], {'batch_size': [32, 64, 128]}, repeats=2, max_tokens=8)",
+        "import time\ntime.sleep(60)",
+    )
+    notebook.run(0)
+    notebook.expect_status("NOT STARTED")
+    rows = notebook.panel.locator(".kitty-table tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.filter(has_text="waiting")).to_have_count(3)
+    notebook.run(1, wait=False)
+    notebook.button("Start").click()
+    expect(rows.filter(has_text="MiB").first).to_be_visible(timeout=60_000)
+    expect(notebook.panel.locator(".kitty-now")).to_contain_text("small.gguf")
+    notebook.button("Pause").click()
+    notebook.expect_status("PAUSED")
+    ended = notebook.panel.get_by_text(re.compile(r"[1-5] of 6 trials"))
+    expect(ended).to_be_visible()
+    expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
+    notebook.button("Resume").click()
+    notebook.expect_status("DONE")
+    expect(notebook.panel.get_by_text("6 of 6 trials")).to_be_visible()
+    expect(rows.filter(has_text="done")).to_have_count(3)
+    expect(rows.filter(has_text="best")).to_have_count(1)
+    notebook.button("Use the best").click()
+    expect(notebook.panel.locator(".kitty-lines")).to_contain_text("LLAMACPP_PRIMARY_BATCH_SIZE=")

@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+from conftest import eventually
+from hub_server import MB, ONE, Hub
+from typer.testing import CliRunner, Result
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.catalog import read_header
+from kitty_nb.cli import app
+from kitty_nb.doctor import Verdict, examine
+from kitty_nb.supervisor.history import Outcome
+
+Kitty = Callable[..., "subprocess.CompletedProcess[str]"]
+_COMMAND = (sys.executable, "-m", "kitty_nb.cli")
+
+
+def run(*words: object) -> Result:
+    """A command that starts no server, without the cost of a process."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def write_env(folder: Path, config: ServerConfig, *lines: str) -> Path:
+    path = folder / "my.env"
+    text = (
+        f"LLAMACPP_MODELS_DIR={config.models_dir}\nLLAMACPP_PRIMARY_MODEL={config.model}\n"
+        f"LLAMACPP_ALIAS=demo\nLLAMACPP_PORT={config.port}\nLLAMACPP_LOG_DIR={config.log_dir}\n"
+        f"LLAMACPP_HISTORY={config.history}\nLLAMACPP_CTX=512\nLLAMACPP_THREADS=1\n"
+        f"LLAMACPP_PARALLEL=1\n"
+    )
+    path.write_text(text + "".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def env(tmp_path: Path, config: ServerConfig) -> Iterator[Path]:
+    """The real engine on the demo model."""
+    path = write_env(tmp_path, config)
+    yield path
+    run("stop", "--env", path, "--force")
+
+
+@pytest.fixture
+def slow_env(tmp_path: Path, config: ServerConfig, stand_in: Path) -> Iterator[Path]:
+    """A server that loads for ever."""
+    lines = (f"LLAMACPP_BIN={stand_in}", "LLAMACPP_EXTRA_ARGS=--never-ready")
+    path = write_env(tmp_path, config, *lines)
+    yield path
+    run("stop", "--env", path, "--force")
+
+
+@pytest.fixture
+def kitty(tmp_path: Path) -> Kitty:
+    """The command line as a program."""
+
+    def call(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [*_COMMAND, *map(str, words)]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    return call
+
+
+def facts(env: Path) -> dict[str, object]:
+    return dict(json.loads(run("status", "--json", "--env", env).stdout))
+
+
+def test_a_server_started_in_a_terminal_is_seen_and_stopped_by_a_panel(
+    kitty: Kitty, env: Path
+) -> None:
+    started = kitty("start", "--env", env)
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.startswith("READY: demo at http://127.0.0.1:")
+    assert "Server starting…\n" in started.stderr
+    pid = facts(env)["pid"]
+    with ModelManager(env) as manager:
+        assert manager.state.pid == pid
+        eventually(lambda: manager.state.status is ServerStatus.READY)
+        manager.stop().wait(30)
+    result = run("status", "--env", env)
+    assert (result.exit_code, result.stdout) == (
+        3,
+        "No server of the profile 'primary' is running.\n",
+    )
+
+
+def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
+    env: Path, config: ServerConfig
+) -> None:
+    with ModelManager(env) as manager:
+        state = manager.start().wait(30)
+        found = facts(env)
+        assert {**found, "uptime_seconds": None} == {
+            "profile": "primary",
+            "status": "READY",
+            "model": str(config.model),
+            "alias": "demo",
+            "endpoint": state.endpoint,
+            "pid": state.pid,
+            "uptime_seconds": None,
+            "error": None,
+            "log": str(config.log_path),
+        }
+        assert 0 < float(str(found["uptime_seconds"])) < 60
+        assert run("wait-ready", "--env", env).exit_code == 0
+        last = run("logs", "--env", env, "-n", "2").stdout.splitlines()
+        assert len(last) == 2
+        assert run("stop", "--env", env).stdout == f"The server (PID {state.pid}) is stopped.\n"
+        eventually(lambda: manager.state.status is ServerStatus.STOPPED)
+    again = run("stop", "--env", env)
+    assert again.exit_code == 0
+    assert "No server" in again.stdout
+
+
+def test_the_status_of_all_profiles(env: Path, config: ServerConfig) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_CODER_PORT=1\n")
+    nobody = run("status", "--all", "--env", env)
+    assert nobody.exit_code == 3
+    assert [line.partition(":")[0] for line in nobody.stdout.splitlines()] == ["primary", "coder"]
+    with ModelManager(env) as manager:
+        manager.start().wait(30)
+        told = run("status", "--all", "--json", "--env", env)
+        assert told.exit_code == 0
+        statuses = {facts["profile"]: facts["status"] for facts in json.loads(told.stdout)}
+        assert statuses == {"primary": "READY", "coder": "STOPPED"}
+
+
+def test_looking_at_a_server_does_not_tie_it_to_the_terminal(kitty: Kitty, env: Path) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_ON_KERNEL_EXIT=stop\n")
+    with ModelManager(env) as manager:
+        pid = manager.start().wait(30).pid
+        for command in ("wait-ready", "status", "start"):
+            done = kitty(command, "--env", env)
+            assert done.returncode == 0, done.stderr
+        assert manager.state.status is ServerStatus.READY
+        assert manager.state.pid == pid
+        assert psutil.pid_exists(pid or 0)
+
+
+def test_what_is_started_in_a_terminal_stays_whatever_is_to_be_done_at_a_kernels_exit(
+    kitty: Kitty, env: Path
+) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_ON_KERNEL_EXIT=stop\n")
+    assert kitty("start", "--env", env).returncode == 0
+    pid = facts(env)["pid"]
+    again = kitty("start", "--env", env)
+    assert again.returncode == 0
+    assert facts(env)["pid"] == pid
+    assert facts(env)["status"] == "READY"
+
+
+def test_a_load_is_remembered_after_the_command_has_ended(
+    kitty: Kitty, env: Path, config: ServerConfig
+) -> None:
+    assert kitty("start", "--env", env).returncode == 0
+    with closing(sqlite3.connect(config.history)) as loads:
+        assert loads.execute("SELECT outcome FROM loads").fetchall() == [(Outcome.READY.value,)]
+
+
+def test_restart_and_switch_replace_the_server(kitty: Kitty, env: Path, demo_model: Path) -> None:
+    other = demo_model.with_name("other.gguf")
+    other.write_bytes(demo_model.read_bytes())
+    pids = set()
+    for words in (("start",), ("restart",), ("switch", "other.gguf", "--alias", "second")):
+        done = kitty(*words, "--env", env)
+        assert done.returncode == 0, done.stderr
+        pids.add(facts(env)["pid"])
+    assert len(pids) == 3
+    assert (facts(env)["alias"], facts(env)["model"]) == ("second", str(other))
+    missing = kitty("switch", "none.gguf", "--env", env)
+    assert missing.returncode == 1
+    assert "There is no such file" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    assert facts(env)["alias"] == "second"
+    other.unlink()
+
+
+def test_no_wait_returns_during_the_load_and_wait_ready_gives_up(
+    kitty: Kitty, slow_env: Path
+) -> None:
+    started = kitty("start", "--no-wait", "--env", slow_env)
+    assert started.returncode == 0, started.stderr
+    assert "STARTING" in started.stdout
+    eventually(lambda: facts(slow_env)["status"] == "LOADING")
+    waited = run("wait-ready", "--timeout", "0.5", "--env", slow_env)
+    assert waited.exit_code == 1
+    assert "not ready after 0.5 s; its load goes on" in waited.stderr
+    assert facts(slow_env)["status"] == "LOADING"
+    assert run("stop", "--force", "--env", slow_env).exit_code == 0
+    assert run("wait-ready", "--env", slow_env).exit_code == 3
+
+
+def test_a_load_is_a_bar_in_a_terminal_and_ctrl_c_ends_it(tmp_path: Path, slow_env: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [*_COMMAND, "start", "--env", str(slow_env)]
+    terminal = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=terminal, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        seen = ""
+        while "loading" not in seen:
+            seen += os.read(ours, 4096).decode(errors="replace")
+        assert "━" in seen
+        assert "%" in seen
+        pid = facts(slow_env)["pid"]
+        assert isinstance(pid, int)
+        process.send_signal(signal.SIGINT)
+        while True:
+            try:
+                seen += os.read(ours, 4096).decode(errors="replace")
+            except OSError:  # its end, on Linux
+                break
+        assert process.wait(30) == 130
+    os.close(ours)
+    assert "Traceback" not in seen
+    assert not psutil.pid_exists(pid)
+    assert run("status", "--env", slow_env).exit_code == 3
+
+
+def test_a_start_that_fails_says_why(kitty: Kitty, env: Path, config: ServerConfig) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_EXTRA_ARGS=--no-such-flag\n")
+    done = kitty("start", "--env", env)
+    assert done.returncode == 1
+    assert done.stderr.count("--no-such-flag") == 1
+    assert "Traceback" not in done.stderr
+    empty = kitty("start", "--env", env, "--profile", "coder")
+    assert empty.returncode == 1
+    assert "set LLAMACPP_CODER_MODEL" in empty.stderr
+
+
+def test_a_server_that_died_unwatched_is_said_to_have_crashed(kitty: Kitty, env: Path) -> None:
+    assert kitty("start", "--env", env).returncode == 0
+    pid = facts(env)["pid"]
+    assert isinstance(pid, int)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: facts(env)["status"] == "CRASHED")
+    result = run("status", "--env", env)
+    assert result.exit_code == 3
+    assert result.stdout.startswith("CRASHED: The server ended")
+
+
+def test_a_log_is_followed_into_the_next_one(
+    tmp_path: Path, env: Path, config: ServerConfig
+) -> None:
+    config.log_dir.mkdir()
+    config.log_path.write_text("one\ntwo\nthree\n")
+    assert run("logs", "--env", env).stdout == "one\ntwo\nthree\n"
+    command = [*_COMMAND, "logs", "--follow", "-n", "1", "--env", str(env)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "three\n"
+        with config.log_path.open("a") as log:
+            log.write("four\n")
+            log.flush()
+            assert process.stdout.readline() == "four\n"
+            log.write("five")
+        config.log_path.rename(tmp_path / "old")
+        assert process.stdout.readline() == "five\n"
+        config.log_path.write_text("six\n")
+        assert process.stdout.readline() == "six\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+
+
+def test_a_missing_log_is_explained(env: Path) -> None:
+    result = run("logs", "--env", env)
+    assert result.exit_code == 1
+    assert "no server of this profile was started yet" in result.stderr
+
+
+def test_a_wrong_setting_is_told_and_not_in_the_way_of_looking(env: Path) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_PRIMARY_MODEL=gone.gguf\n")
+    result = run("status", "--env", env)
+    assert result.exit_code == 3
+    assert "gone.gguf" in result.stderr
+    started = run("start", "--env", env)
+    assert started.exit_code == 1
+    assert "There is no such file" in started.stderr
+
+
+def test_the_doctor_finds_nothing_wrong_where_all_is_well(env: Path, config: ServerConfig) -> None:
+    with ModelManager(env) as manager:
+        pid = manager.start().wait(30).pid
+        result = run("doctor", "--env", env)
+    assert result.exit_code == 0, result.stdout
+    words = " ".join(result.stdout.split())
+    for what in ("kitty_nb 0", "ipykernel", "llama-server", "can be served", f"PID {pid}", "RAM"):
+        assert what in words
+    assert "wrong" not in words
+
+
+def test_the_doctor_says_what_to_do_about_everything_that_is_wrong(
+    tmp_path: Path, config: ServerConfig
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "broken.gguf").write_bytes(b"no model")
+    path = tmp_path / "my.env"
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        path.write_text(
+            f"LLAMACPP_MODELS_DIR=models\nLLAMACPP_PORT={port}\nLLAMACPP_BIN={tmp_path}/none\n"
+            f"LLAMACPP_PRIMARY_MODEL=gone.gguf\nLLAMACPP_LOG_DIR={path}/logs\n"
+        )
+        findings = {finding.what: finding for finding in anyio.run(examine, path)}
+    bad = {what for what, finding in findings.items() if finding.verdict is Verdict.BAD}
+    assert bad == {".env", "Engine", "Port", "Disk"}
+    assert "gone.gguf" in findings[".env"].advice
+    assert "LLAMACPP_BIN" in findings["Engine"].advice
+    assert "LLAMACPP_PRIMARY_PORT=" in findings["Port"].advice
+    assert f"PID {os.getpid()}" in findings["Port"].found
+    assert "LLAMACPP_LOG_DIR" in findings["Disk"].advice
+    assert "broken.gguf" in findings["Models"].advice
+    assert "LLAMACPP_PRIMARY_MODEL" in findings["Model"].advice
+    result = run("doctor", "--env", path)
+    assert result.exit_code == 1
+    path.write_text("LLAMACPP_PORT='open\n")
+    assert "close every quote" in anyio.run(examine, path)[-1].found
+
+
+def test_the_doctor_knows_flags_that_the_engine_does_not(
+    tmp_path: Path, config: ServerConfig, stand_in: Path
+) -> None:
+    path = write_env(tmp_path, config, f"LLAMACPP_BIN={stand_in}", "LLAMACPP_EXTRA_ARGS=--nope")
+    engine = next(one for one in anyio.run(examine, path) if one.what == "Engine")
+    assert engine.verdict is Verdict.BAD
+    assert "--nope" in engine.advice
+
+
+def test_models_are_listed_and_a_demo_model_is_written_among_them(
+    tmp_path: Path, config: ServerConfig
+) -> None:
+    folder = tmp_path / "a folder with a name that no terminal of eighty columns can show in a row"
+    env = tmp_path / "my.env"
+    env.write_text(f"LLAMACPP_MODELS_DIR='{folder}'\n")
+    assert "kitty-nb demo-model" in run("scan", "--env", env).stdout
+    assert run("demo-model", "--env", env).exit_code == 0
+    long = folder / f"{'x' * 90}.gguf"
+    long.write_bytes((folder / "kitty-demo.gguf").read_bytes())
+    (folder / "broken.gguf").write_bytes(b"no model")
+    listed = run("scan", "--env", env).stdout
+    assert long.name in listed
+    assert "F16" in listed
+    assert "1.0 MB" in listed
+    assert "broken.gguf" in listed
+
+
+def test_a_demo_model_of_the_wanted_size(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "demo.gguf"
+    result = run("demo-model", path, "--size", "0.01")
+    assert result.exit_code == 0
+    assert path.stat().st_size == pytest.approx(10_000_000, rel=0.01)
+    assert read_header(path).architecture == "llama"
+    assert str(path) in result.stdout
+
+
+def test_an_error_is_one_sentence(tmp_path: Path) -> None:
+    result = run("demo-model", tmp_path / "demo.gguf", "--size", "0.0001")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("kitty-nb: A demo model of 100000 bytes is too small")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    result = run("demo-model", "x.gguf", "--sise", "1")
+    assert result.exit_code == 2
+    assert "--sise" in result.stderr
+
+
+def test_the_help_names_every_verb_and_the_exit_codes() -> None:
+    told = run("--help").stdout
+    for word in ("scan", "start", "stop", "restart", "switch", "status", "wait-ready", "logs"):
+        assert word in told
+    assert "130 interrupted" in " ".join(told.split())
+
+
+def test_lab_hands_other_options_on_and_keeps_a_notebook_that_is_there(tmp_path: Path) -> None:
+    notebook = tmp_path / "notebooks" / "control_panel.ipynb"
+    command = [*_COMMAND, "lab", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout[0].isdigit()
+    assert "ControlPanel" in notebook.read_text()
+    assert "Sweep" in (tmp_path / "notebooks" / "experiments.ipynb").read_text()
+    notebook.write_text("mine")
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert notebook.read_text() == "mine"
+
+
+@pytest.fixture
+def hub_kitty(tmp_path: Path, hub: Hub) -> Callable[..., subprocess.Popen[str]]:
+    """The command line as a program that asks the Hub on loopback."""
+    (tmp_path / ".env").write_text("LLAMACPP_MODELS_DIR=models\n")
+
+    def begin(*words: object) -> subprocess.Popen[str]:
+        command = [*_COMMAND, "download", *map(str, words)]
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return begin
+
+
+def test_a_model_is_downloaded_and_its_setting_printed(
+    hub_kitty: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    listed, _ = hub_kitty(ONE, "--list").communicate(timeout=60)
+    assert "Q4_K_M" in listed
+    assert "tiny-Q8_0.gguf" in listed
+    assert "5.0 MB" in listed
+    assert not (tmp_path / "models").exists()
+    done = hub_kitty(ONE, "--quant", "q8_0")
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 0, err
+    assert out == f"LLAMACPP_PRIMARY_MODEL={ONE}/tiny-Q8_0.gguf\n"
+    assert (tmp_path / "models" / ONE / "tiny-Q8_0.gguf").stat().st_size == 5 * MB
+    failed = hub_kitty("nobody/nothing")
+    _, err = failed.communicate(timeout=60)
+    assert failed.returncode == 1
+    assert err.startswith("kitty-nb: The Hub has no repository nobody/nothing")
+
+
+def test_ctrl_c_keeps_what_has_come(
+    hub_kitty: Callable[..., subprocess.Popen[str]], hub: Hub, tmp_path: Path
+) -> None:
+    hub.rate = 1 * MB
+    process = hub_kitty(f"{ONE}:Q8_0")
+    eventually(
+        lambda: any(p.stat().st_size > MB for p in tmp_path.rglob("*.incomplete")), within=60
+    )
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in err
+    hub.rate = None
+    hub.asked.clear()
+    process = hub_kitty(f"{ONE}:Q8_0")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [asked.first > MB for asked in hub.asked] == [True]

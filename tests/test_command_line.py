@@ -1,0 +1,203 @@
+"""A configuration in the words of each build."""
+
+from __future__ import annotations
+
+import pytest
+
+from kitty_nb.config import FlashAttention, ServerConfig
+from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.dialect import parse_help
+from kitty_nb.engine.locate import Engine, EngineKind
+from kitty_nb.errors import EngineError, UnknownFlagError
+
+BASE = """\
+-m,    --model FNAME                    model path to load
+-a,    --alias STRING                   set alias for model name
+--host HOST                             ip address to listen
+--port PORT                             port to listen
+"""
+OLD = (
+    BASE
+    + """\
+-c,    --ctx-size N                     size of the prompt context
+-n,    --predict N                      number of tokens to predict
+-ngl,  --gpu-layers N                   number of layers to store in VRAM
+-fa,   --flash-attn                     enable Flash Attention (default: disabled)
+--jinja                                 use jinja template for chat (default: disabled)
+"""
+)
+VAGUE = (
+    BASE
+    + """\
+  -n, --n-predict           maximum tokens to predict (default: -1)
+"""
+)
+NEW = (
+    BASE
+    + """\
+-t,    --threads N                      number of CPU threads to use during generation
+-c,    --ctx-size N                     size of the prompt context
+-n,    --predict, --n-predict N         number of tokens to predict
+-b,    --batch-size N                   logical maximum batch size
+-ub,   --ubatch-size N                  physical maximum batch size
+-np,   --parallel N                     number of server slots
+-ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers to store in VRAM
+-fa,   --flash-attn [on|off|auto]       set Flash Attention use
+--temp, --temperature N                 temperature
+--top-p N                               top-p sampling
+--repeat-penalty N                      penalize repeat sequence of tokens
+--jinja, --no-jinja                     whether to use jinja template engine for chat
+--override-kv KEY=TYPE:VALUE,...        override model metadata by key
+--control-vector-layer-range START END  layer range
+--metrics                               enable prometheus compatible metrics endpoint
+"""
+)
+
+
+def engine(help_text: str) -> Engine:
+    return Engine(EngineKind.NATIVE, ("llama-server",), "1 (abc)", parse_help(help_text))
+
+
+@pytest.fixture
+def bare(config: ServerConfig) -> ServerConfig:
+    return config.replace(context_size=None, threads=None, parallel=None)
+
+
+def settings(help_text: str, config: ServerConfig) -> tuple[str, ...]:
+    """What follows the flags that every command has."""
+    return build_command(engine(help_text), config)[9:]
+
+
+def test_every_command_says_what_to_serve_and_where(bare: ServerConfig) -> None:
+    assert build_command(engine(NEW), bare) == (
+        *("llama-server", "--model", str(bare.model), "--alias", "demo"),
+        *("--host", "127.0.0.1", "--port", str(bare.port)),
+    )
+
+
+def test_without_an_alias_it_answers_to_the_file_name(bare: ServerConfig) -> None:
+    command = build_command(engine(NEW), bare.replace(alias=None, model="demo.gguf"))
+
+    assert command[command.index("--alias") + 1] == "demo"
+
+
+def test_without_a_model(bare: ServerConfig) -> None:
+    with pytest.raises(EngineError, match="LLAMACPP_MODEL"):
+        build_command(engine(NEW), bare.replace(model=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "old", "new"),
+    [
+        ({"context_size": 0}, "--ctx-size 0", "--ctx-size 0"),
+        ({"n_predict": -1}, "--predict -1", "--n-predict -1"),
+        ({"n_gpu_layers": 99}, "--gpu-layers 99", "--n-gpu-layers 99"),
+        ({"flash_attention": FlashAttention.ON}, "--flash-attn", "--flash-attn on"),
+        ({"flash_attention": FlashAttention.OFF}, "", "--flash-attn off"),
+        ({"flash_attention": FlashAttention.AUTO}, "", "--flash-attn auto"),
+        ({"tool_calling": True}, "--jinja", "--jinja"),
+        ({"tool_calling": False}, "", "--no-jinja"),
+    ],
+)
+def test_each_build_in_its_own_words(
+    bare: ServerConfig, change: dict[str, object], old: str, new: str
+) -> None:
+    assert settings(OLD, bare.replace(**change)) == tuple(old.split())
+    assert settings(NEW, bare.replace(**change)) == tuple(new.split())
+
+
+def test_value_that_the_help_text_forgot(bare: ServerConfig) -> None:
+    assert settings(VAGUE, bare.replace(n_predict=-1)) == ("--n-predict", "-1")
+    assert settings(VAGUE, bare.replace(extra_args="-n 7")) == ("-n", "7")
+
+
+def test_all_settings(bare: ServerConfig) -> None:
+    full = bare.replace(
+        context_size=4096,
+        n_predict=256,
+        temperature=0.7,
+        top_p=0.9,
+        repeat_penalty=1.1,
+        n_gpu_layers=20,
+        threads=4,
+        batch_size=512,
+        ubatch_size=256,
+        parallel=2,
+        extra_args="--metrics",
+    )
+
+    assert " ".join(settings(NEW, full)) == (
+        "--ctx-size 4096 --n-predict 256 --temp 0.7 --top-p 0.9 --repeat-penalty 1.1"
+        " --n-gpu-layers 20 --threads 4 --batch-size 512 --ubatch-size 256 --parallel 2 --metrics"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"temperature": 0.5}, "LLAMACPP_TEMPERATURE"), ({"parallel": 2}, "LLAMACPP_PARALLEL")],
+)
+def test_setting_that_this_build_lacks(
+    bare: ServerConfig, change: dict[str, object], key: str
+) -> None:
+    with pytest.raises(UnknownFlagError, match=key):
+        settings(OLD, bare.replace(**change))
+
+
+def test_tool_calling_that_this_build_lacks(bare: ServerConfig) -> None:
+    with pytest.raises(UnknownFlagError, match="--jinja"):
+        settings(BASE, bare.replace(tool_calling=True))
+    assert settings(BASE, bare.replace(tool_calling=False)) == ()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--metrics -np 4",
+        "--top_p 0.9",
+        "--predict -1 --temp -.5",
+        "--override-kv tokenizer.ggml.add_bos_token=bool:false",
+        "--override-kv --looks-like-a-flag",
+        "--control-vector-layer-range --1 --2 --metrics",
+    ],
+)
+def test_extra_args_pass_unchanged(bare: ServerConfig, extra: str) -> None:
+    assert settings(NEW, bare.replace(extra_args=extra)) == tuple(extra.split())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--metrcs", "Did you mean --metrics?"),
+        ("--zzz", "llama-server --help"),
+        ("--metrcs=1", "--metrcs, which .* Did you mean --metrics?"),
+        ("--metrics --stop", "--stop"),
+        ("--control-vector-layer-range 1 2 --threds 3", "Did you mean --threads?"),
+        ("--ctx-size=4096", "Write '--ctx-size 4096'"),
+    ],
+)
+def test_extra_args_that_cannot_work(bare: ServerConfig, extra: str, message: str) -> None:
+    with pytest.raises(UnknownFlagError, match=message) as refusal:
+        settings(NEW, bare.replace(extra_args=extra))
+    assert "LLAMACPP_EXTRA_ARGS" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        ("-m other.gguf", "LLAMACPP_MODEL"),
+        ("--model other.gguf", "LLAMACPP_MODEL"),
+        ("--metrics --host 0.0.0.0", "LLAMACPP_HOST"),
+        ("--port=9000", "LLAMACPP_PORT"),
+        ("-a name", "LLAMACPP_ALIAS"),
+    ],
+)
+def test_extra_args_that_have_a_key_of_their_own(bare: ServerConfig, extra: str, key: str) -> None:
+    with pytest.raises(EngineError, match=f"set {key} instead"):
+        settings(NEW, bare.replace(extra_args=extra))
+
+
+def test_a_structured_log_is_asked_for_where_the_build_has_one(bare: ServerConfig) -> None:
+    structured = NEW + "--log-jsonl, --no-log-jsonl             log as JSON lines\n"
+    assert settings(structured, bare) == ("--log-jsonl",)
+    assert settings(structured, bare.replace(extra_args="--no-log-jsonl"))[-1] == "--no-log-jsonl"
+    assert settings(NEW, bare) == ()

@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ipywidgets
+import psutil
+import pytest
+from conftest import eventually
+from ipywidgets.embed import embed_data
+
+from kitty_nb import (
+    ControlPanel,
+    ModelManager,
+    ServerConfig,
+    ServerState,
+    ServerStatus,
+    write_demo_model,
+)
+from kitty_nb.supervisor.events import LoadProgress, Stage
+from kitty_nb.widgets.load_bar import describe, duration
+from kitty_nb.widgets.server_buttons import Choices, choices
+from kitty_nb.widgets.server_log import LINES_KEPT
+from kitty_nb.widgets.subshells import receive_while_busy
+
+
+@pytest.fixture
+def env(tmp_path: Path, demo_model: Path, free_port: int) -> Path:
+    (tmp_path / "models").mkdir()
+    shutil.copy(demo_model, tmp_path / "models" / "one.gguf")
+    shutil.copy(demo_model, tmp_path / "models" / "two.gguf")
+    (tmp_path / "models" / "part-00001-of-00002.gguf").write_bytes(demo_model.read_bytes())
+    path = tmp_path / ".env"
+    path.write_text(
+        f"LLAMACPP_MODELS_DIR=models\nLLAMACPP_LOG_DIR=logs\nLLAMACPP_PORT={free_port}\n"
+        "LLAMACPP_HISTORY=history.sqlite3\n"
+        "LLAMACPP_PRIMARY_MODEL=two.gguf\nLLAMACPP_CTX=512\nLLAMACPP_THREADS=1\n"
+    )
+    return path
+
+
+@pytest.fixture
+def panel(env: Path) -> Iterator[ControlPanel]:
+    panel = ControlPanel(env)
+    eventually(lambda: panel.picker.models)
+    yield panel
+    panel.close()
+
+
+@pytest.fixture
+def misbehaving_panel(
+    misbehaving: Callable[..., ServerConfig],
+) -> Iterator[Callable[..., ControlPanel]]:
+    panels: list[tuple[ControlPanel, ModelManager]] = []
+
+    def make(*flags: str, **changes: object) -> ControlPanel:
+        manager = ModelManager(config=misbehaving(*flags, **changes))
+        panels.append((ControlPanel(manager=manager), manager))
+        return panels[-1][0]
+
+    yield make
+    for panel, manager in panels:
+        panel.close()
+        manager.close()
+
+
+def wait_for(panel: ControlPanel, status: str) -> None:
+    eventually(lambda: status in panel.status_line.value, within=30, why=f"never {status}")
+
+
+def enabled(panel: ControlPanel) -> set[str]:
+    buttons = (panel.buttons.start, panel.buttons.stop, panel.buttons.restart)
+    return {button.description for button in buttons if not button.disabled}
+
+
+def listed(panel: ControlPanel) -> list[str]:
+    return [label for label, _ in panel.picker.dropdown.options]
+
+
+def choose(panel: ControlPanel, name: str) -> None:
+    eventually(lambda: any(model.name == name for model in panel.picker.models))
+    path = next(model.path for model in panel.picker.models if model.name == name)
+    panel.picker.dropdown.value = path
+
+
+def test_a_held_port_can_be_left_for_a_free_one(panel: ControlPanel) -> None:
+    wait_for(panel, "STOPPED")
+    held = panel.manager.state.config.port
+    with socket.create_server(("127.0.0.1", held)):
+        assert panel.buttons.use_port.layout.display == "none"
+        panel.buttons.start.click()
+        wait_for(panel, "FAILED")
+        assert f"Port {held}" in panel.notice.value
+        eventually(lambda: panel.buttons.use_port.layout.display is None)
+        port = panel.manager.state.free_port
+        assert panel.buttons.use_port.description == f"Use port {port}"
+        panel.buttons.use_port.click()
+        wait_for(panel, "READY")
+        assert panel.manager.state.config.port == port
+        eventually(lambda: panel.buttons.use_port.layout.display == "none")
+
+
+def test_how_to_use_the_model_is_told_once_it_is_ready(panel: ControlPanel) -> None:
+    wait_for(panel, "STOPPED")
+    assert panel.snippet.layout.display == "none"
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    eventually(lambda: panel.snippet.layout.display is None)
+    text = html.unescape(panel.snippet.value)
+    code = text.partition("<pre>")[2].partition("</pre>")[0]
+    lines = [line for line in code.splitlines() if "manager.client" not in line]
+    printed: list[str] = []
+    exec("\n".join(lines), {"panel": panel, "print": printed.append})
+    assert printed[0].startswith("Hello! I am")
+    assert f"{panel.manager.base_url} " in code
+
+
+def test_a_flood_of_log_lines_grows_nothing(
+    misbehaving_panel: Callable[..., ControlPanel],
+) -> None:
+    """A hundred thousand lines a second for twenty seconds: two hundred megabytes."""
+    panel = misbehaving_panel("--flood", "100000", log_max_mb=5, log_keep=2)
+    me, folder = psutil.Process(), panel.manager.state.config.log_dir
+    wait_for(panel, "STOPPED")
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    before, largest, until = me.memory_info().rss, 0, time.monotonic() + 20
+    while time.monotonic() < until:
+        sizes = [file.stat().st_size for file in folder.glob("*.log*")]
+        largest = max(largest, sum(sizes))
+        time.sleep(0.1)
+    assert me.memory_info().rss - before < 100e6
+    assert largest < 100e6
+    assert len(panel.server_log.lines) <= LINES_KEPT
+    assert len(json.dumps(embed_data([panel]), default=repr)) < 1e6
+    assert panel.manager.state.status is ServerStatus.READY
+    panel.buttons.stop.click()
+    eventually(lambda: panel.manager.state.status is ServerStatus.STOPPED, within=10)
+    assert any("flood" in line for line in panel.server_log.lines)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_a_server_open_to_the_network_is_marked(
+    misbehaving_panel: Callable[..., ControlPanel], host: str
+) -> None:
+    assert "open to the network" in misbehaving_panel(host=host).status_line.value
+    assert "open to the network" not in misbehaving_panel(host="::1").status_line.value
+    assert "open to the network" not in misbehaving_panel(host="localhost").status_line.value
+
+
+def test_a_model_is_picked_started_switched_and_stopped(panel: ControlPanel) -> None:
+    assert repr(panel) == "ControlPanel(profile='primary')"
+    wait_for(panel, "STOPPED")
+    assert panel.picker.model
+    assert panel.picker.model.name == "two.gguf"
+    eventually(lambda: enabled(panel) == {"Start"})
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    eventually(lambda: enabled(panel) == {"Stop", "Restart"})
+    state = panel.manager.state
+    assert f"PID {state.pid}" in panel.status_line.value
+    assert state.endpoint in panel.status_line.value
+    assert panel.load_bar.bar.value == panel.load_bar.bar.max
+    assert panel.load_bar.bar.bar_style == "success"
+    assert panel.activity_log.lines[0] == "Server starting…"
+    eventually(lambda: any("model loaded" in line for line in panel.server_log.lines))
+    choose(panel, "one.gguf")
+    eventually(lambda: enabled(panel) == {"Switch", "Stop", "Restart"})
+    panel.buttons.start.click()
+    eventually(
+        lambda: "one.gguf" in panel.status_line.value and "READY" in panel.status_line.value,
+        within=30,
+    )
+    assert panel.manager.state.restart_count == 1
+    panel.buttons.stop.click()
+    wait_for(panel, "STOPPED")
+    eventually(lambda: enabled(panel) == {"Start"})
+    assert panel.load_bar.bar.value == 0
+
+
+def test_the_choice_is_saved_as_the_defaults(panel: ControlPanel, env: Path) -> None:
+    before = env.read_text()
+    choose(panel, "one.gguf")
+    panel.settings.fields["context_size"].value = "1024"
+    panel.settings.save.click()
+    eventually(lambda: any("LLAMACPP_PRIMARY_CTX" in line for line in panel.activity_log.lines))
+    backup = next(env.parent.glob(".env.backup-*"))
+    assert backup.read_text() == before
+    assert any(str(backup) in line for line in panel.activity_log.lines)
+    saved = before.replace("two.gguf", "one.gguf") + "LLAMACPP_PRIMARY_CTX=1024\n"
+    assert env.read_text() == saved
+    panel.settings.fields["threads"].value = ""
+    panel.settings.save.click()
+    eventually(lambda: "Clear it in the file" in panel.notice.value)
+    assert env.read_text() == saved
+    panel.settings.fields["threads"].value = "none"
+    panel.settings.save.click()
+    eventually(lambda: "a number of threads" in panel.notice.value)
+
+
+def test_the_fields_are_what_the_server_is_started_with(panel: ControlPanel) -> None:
+    fields = panel.settings.fields
+    assert (fields["context_size"].value, fields["threads"].value) == ("512", "1")
+    fields["context_size"].value = "1024"
+    fields["parallel"].value = "2"
+    fields["threads"].value = ""
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    config = panel.manager.state.config
+    assert (config.context_size, config.parallel, config.threads) == (1024, 2, None)
+    eventually(lambda: "slots 0/2" in panel.status_line.value)
+    fields["context_size"].value = "2048"
+    panel.buttons.restart.click()
+    eventually(
+        lambda: (
+            panel.manager.state.config.context_size == 2048
+            and panel.manager.state.status is ServerStatus.READY
+        )
+    )
+
+
+def test_a_wrong_field_is_explained_and_nothing_is_started(panel: ControlPanel) -> None:
+    panel.settings.fields["context_size"].value = "a lot"
+    panel.buttons.start.click()
+    eventually(lambda: "context_size=&#x27;a lot&#x27;" in panel.notice.value)
+    assert panel.manager.state.status is ServerStatus.STOPPED
+    panel.settings.fields["context_size"].value = "512"
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    eventually(lambda: panel.notice.layout.display == "none")
+
+
+def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: ControlPanel) -> None:
+    eventually(lambda: "fits" in panel.memory.value)
+    panel.settings.fields["context_size"].value = "2000000000"
+    eventually(lambda: "will not fit" in panel.memory.value)
+    panel.buttons.start.click()
+    eventually(lambda: "press the button again" in panel.notice.value)
+    assert panel.manager.state.status is ServerStatus.STOPPED
+    panel.buttons.start.click()
+    eventually(lambda: panel.manager.state.status is not ServerStatus.STOPPED)
+    panel.manager.stop(force=True).wait(10)
+    panel.settings.fields["context_size"].value = "512"
+    eventually(lambda: "will not fit" not in panel.memory.value)
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+
+
+def test_incomplete_models_are_listed_but_not_startable(panel: ControlPanel) -> None:
+    assert any("incomplete (1 of 2 shards missing)" in label for label in listed(panel))
+    choose(panel, "part-00001-of-00002.gguf")
+    eventually(lambda: enabled(panel) == set())
+    eventually(lambda: "part-00002-of-00002.gguf" in panel.notice.value)
+
+
+def test_models_of_one_name_are_told_apart_and_one_elsewhere_is_listed(
+    env: Path, demo_model: Path
+) -> None:
+    (env.parent / "models" / "again").mkdir()
+    shutil.copy(demo_model, env.parent / "models" / "again" / "two.gguf")
+    text = env.read_text().replace("two.gguf", str(demo_model))
+    env.write_text(f"{text}LLAMACPP_ALLOW_ABSOLUTE_PATHS=1\n")
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: panel.picker.model)
+        assert panel.picker.model
+        assert panel.picker.model.path == demo_model
+        twos = [label for label in listed(panel) if label.startswith("two")]
+        assert [label.rpartition(" · ")[2] for label in twos] == ["again/two.gguf", "two.gguf"]
+    finally:
+        panel.close()
+
+
+def test_rescan_finds_models_and_reads_the_env_again(panel: ControlPanel, env: Path) -> None:
+    write_demo_model(env.parent / "models" / "three.gguf")
+    env.write_text(env.read_text() + "LLAMACPP_STALL_SECONDS=7\n")
+    panel.picker.rescan.click()
+    eventually(lambda: any(label.startswith("three") for label in listed(panel)))
+    assert panel.picker.model
+    assert panel.picker.model.name == "two.gguf"
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    assert panel.manager.state.config.stall_seconds == 7
+
+
+def test_a_wrong_env_is_explained_and_another_model_can_be_started(env: Path) -> None:
+    env.write_text(env.read_text().replace("two.gguf", "gone.gguf") + "LLAMACPP_TOP_P=7\n")
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: "LLAMACPP_PRIMARY_MODEL" in panel.notice.value)
+        assert "LLAMACPP_TOP_P" in panel.notice.value
+        choose(panel, "one.gguf")
+        panel.buttons.start.click()
+        wait_for(panel, "READY")
+    finally:
+        panel.close()
+
+
+def test_an_empty_models_folder_gets_a_demo_model(env: Path) -> None:
+    shutil.rmtree(env.parent / "models")
+    (env.parent / "models").mkdir()
+    env.write_text(env.read_text().replace("two.gguf", ""))
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: panel.picker.model)
+        assert panel.picker.model
+        assert panel.picker.model.name == "kitty-demo.gguf"
+        eventually(lambda: any("demo model" in line for line in panel.activity_log.lines))
+    finally:
+        panel.close()
+
+
+def test_a_missing_models_folder_is_not_made_up(env: Path) -> None:
+    shutil.rmtree(env.parent / "models")
+    env.write_text(env.read_text().replace("two.gguf", ""))
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: "There is no folder" in panel.notice.value)
+        assert not (env.parent / "models").exists()
+    finally:
+        panel.close()
+
+
+def test_running_the_cell_again_shows_the_same_server(env: Path) -> None:
+    first = ControlPanel(env)
+    first.buttons.start.click()
+    wait_for(first, "READY")
+    second = ControlPanel(env)
+    try:
+        assert second.manager is first.manager
+        wait_for(second, "READY")
+        first.close()
+        assert second.manager.state.status is ServerStatus.READY
+    finally:
+        second.close()
+    assert second.manager.state.status is ServerStatus.STOPPED
+
+
+def test_close_leaves_no_widget_thread_or_process(env: Path) -> None:
+    before = set(ipywidgets.widgets.widget._instances), set(threading.enumerate())
+    panel = ControlPanel(env)
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    pid = panel.manager.state.pid
+    assert pid
+    panel.close()
+    panel.close()
+    assert set(ipywidgets.widgets.widget._instances) == before[0]
+    assert {t for t in threading.enumerate() if t.name == "kitty_nb"} <= before[1]
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_panel_on_a_given_manager_leaves_it_running(config: ServerConfig) -> None:
+    with ModelManager(config=config) as manager:
+        panel = ControlPanel(manager=manager)
+        panel.buttons.start.click()
+        wait_for(panel, "READY")
+        panel.close()
+        assert manager.state.status is ServerStatus.READY
+
+
+def test_a_crash_is_explained(misbehaving_panel: Callable[..., ControlPanel]) -> None:
+    panel = misbehaving_panel(
+        *("--never-ready", "--exit-after", "0.3", "--exit-code", "1"),
+        *("--last-words", "error: <script>alert(1)</script>"),
+    )
+    panel.buttons.start.click()
+    wait_for(panel, "CRASHED")
+    eventually(lambda: "ended with exit code 1" in panel.notice.value)
+    assert "<script>" not in panel.notice.value
+    assert panel.load_bar.bar.bar_style == "danger"
+    eventually(lambda: enabled(panel) == {"Start"})
+
+
+def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
+    misbehaving_panel: Callable[..., ControlPanel],
+) -> None:
+    panel = misbehaving_panel("--exit-after", "0.4", "--exit-code", "-11")
+    panel.buttons.start.click()
+    wait_for(panel, "RESTARTING")
+    eventually(lambda: "starting again in" in panel.status_line.value)
+    eventually(lambda: "SIGSEGV" in panel.notice.value, why=panel.notice.value)
+    eventually(lambda: enabled(panel) == {"Start", "Cancel"})
+    panel.buttons.stop.click()
+    wait_for(panel, "STOPPED")
+
+
+def test_stop_works_during_a_load(misbehaving_panel: Callable[..., ControlPanel]) -> None:
+    panel = misbehaving_panel("--never-ready")
+    panel.buttons.start.click()
+    wait_for(panel, "LOADING")
+    eventually(lambda: enabled(panel) == {"Stop", "Restart"})
+    panel.buttons.stop.click()
+    wait_for(panel, "STOPPED")
+
+
+def test_a_flood_of_log_lines_sends_few_messages(
+    sent: list[tuple[str, dict[str, object]]], misbehaving_panel: Callable[..., ControlPanel]
+) -> None:
+    panel = misbehaving_panel("--chatter", "4000")
+    saved_before = len(str(panel.get_manager_state()))
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    sent.clear()
+    seconds = 3
+    threading.Event().wait(seconds)  # the measured span itself, not a wait for something
+    assert len(sent) <= 20 * seconds
+    assert len(panel.server_log.lines) == LINES_KEPT
+    lines = [
+        content["lines"]
+        for _, data in sent
+        if isinstance(content := data.get("content"), dict) and content["kind"] == "lines"
+    ]
+    assert sum(len(batch) for batch in lines if isinstance(batch, list)) > 1000
+    assert len(str(panel.get_manager_state())) < saved_before + 10_000
+
+
+def test_a_page_that_opens_later_gets_the_log(
+    sent: list[tuple[str, dict[str, object]]], misbehaving_panel: Callable[..., ControlPanel]
+) -> None:
+    panel = misbehaving_panel()
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    eventually(lambda: any("listening" in line for line in panel.server_log.lines))
+    sent.clear()
+    panel.server_log._handle_custom_msg({"kind": "replay"}, [])
+
+    def replayed() -> bool:
+        return any(
+            isinstance(content := data.get("content"), dict)
+            and content["kind"] == "lines"
+            and content["lines"] == list(panel.server_log.lines)
+            for _, data in sent
+        )
+
+    eventually(replayed)
+
+
+@pytest.mark.parametrize(
+    ("status", "startable", "differs", "expected"),
+    [
+        (ServerStatus.STOPPED, True, True, Choices(True, False, False, False)),
+        (ServerStatus.STOPPED, False, False, Choices(False, False, False, False)),
+        (ServerStatus.LOADING, True, False, Choices(False, True, True, False)),
+        (ServerStatus.READY, True, True, Choices(True, True, True, True)),
+        (ServerStatus.READY, False, True, Choices(False, True, False, True)),
+        (ServerStatus.STOPPING, True, True, Choices(False, False, False, False)),
+        (ServerStatus.CRASHED, True, False, Choices(True, False, False, False)),
+        (ServerStatus.RESTARTING, True, False, Choices(True, True, False, False, cancel=True)),
+    ],
+)
+def test_buttons_are_enabled_where_they_make_sense(
+    status: ServerStatus, startable: bool, differs: bool, expected: Choices
+) -> None:
+    state = ServerState(status, ServerConfig())
+    assert choices(state, startable=startable, differs=differs) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.42, "0.4 s"),
+        (12.3, "12 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_line_beside_the_bar() -> None:
+    assert describe(LoadProgress(Stage.LOADING, 0.431, 12.0, 16.2)) == (
+        "loading weights · 43 % · 12 s · about 16 s left"
+    )
+    assert describe(LoadProgress(Stage.STARTING, 0.0, 0.0)) == "starting · 0 % · 0.0 s"
+    assert describe(LoadProgress(Stage.READY, 1.0, 31.4, 0.0)) == "ready · loaded in 31 s"
+
+
+def test_messages_stay_on_the_subshell_where_the_kernel_offers_it() -> None:
+    class Routed:
+        def _reply_subshell_for(self, data: object, default: str) -> str | None:
+            return None
+
+    class Widget:
+        def __init__(self, comm: object) -> None:
+            self.comm = comm
+
+    routed, plain = Widget(Routed()), Widget(object())
+    receive_while_busy([routed, plain])  # type: ignore[list-item]
+    assert routed.comm._reply_subshell_for({}, "subshell-1") == "subshell-1"  # type: ignore[attr-defined]
+    assert not hasattr(plain.comm, "_reply_subshell_for")

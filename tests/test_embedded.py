@@ -1,0 +1,297 @@
+"""The engine inside the wheel behaves as llama-server does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import httpx
+import pytest
+from conftest import eventually
+
+from kitty_nb.config import FlashAttention
+from kitty_nb.engine import embedded
+from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.dialect import parse_help
+from kitty_nb.engine.locate import locate_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.dialect import Option
+
+xllamacpp = pytest.importorskip("xllamacpp")
+
+COMMAND = (sys.executable, "-P", "-m", embedded.__name__)
+DIALECT = parse_help(embedded.help_text())
+
+
+def set_up(*words: str) -> Any:
+    """The parameters that a command line ends up as."""
+    params = xllamacpp.CommonParams()
+    for _, value, apply in embedded.read_arguments(words):
+        apply(params, value)
+    return params
+
+
+def test_help_reads_back_as_the_table() -> None:
+    heads = ["-h, --help, --usage", "--version", *embedded.OPTIONS]
+
+    for option, head in zip(DIALECT.options, heads, strict=True):
+        names, value = re.fullmatch(r"((?:-\S+, )*-\S+)(?: (.*))?", head).groups()
+        assert option.flags == tuple(names.split(", "))
+        assert option.values == bool(value)
+
+
+@pytest.mark.parametrize("option", DIALECT.options[2:], ids=lambda option: option.flags[-1])
+def test_every_option_is_one_that_the_wheel_has(option: Option, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    samples = {
+        "--chat-template-kwargs": '{"name": 1}',
+        "--chat-template-file": str(template),
+        "--media-path": str(tmp_path),
+        "--override-tensor": "ffn=CPU",
+        "--samplers": "top_k;temperature",
+        "--slot-save-path": str(tmp_path),
+    }
+
+    for flag in option.flags:
+        for value in option.choices or (samples.get(option.flags[-1], "1"),):
+            set_up(flag, *[value] * option.values)
+
+
+def test_values_arrive() -> None:
+    params = set_up(
+        *("--ctx_size", "4096", "-fa", "off", "--no-jinja", "-nkvo", "--load-mode", "mmap+mlock"),
+        *("-ngl", "all", "--alias", "a, b", "--seed", "-1", "--reasoning", "off", "-ctk", "q8_0"),
+        *("--chat-template-kwargs", '{"deep": true}', "--timeout", "7", "--rerank"),
+    )
+
+    assert params.n_ctx == 4096
+    assert params.flash_attn_type.name == "LLAMA_FLASH_ATTN_TYPE_DISABLED"
+    assert not params.use_jinja
+    assert params.no_kv_offload
+    assert params.load_mode.name == "LLAMA_LOAD_MODE_MMAP_MLOCK"
+    assert params.n_gpu_layers == -2
+    assert params.model_alias == {"a", "b"}
+    assert params.sampling.seed == 2**32 - 1
+    assert params.enable_reasoning == 0
+    assert params.default_template_kwargs == {"enable_thinking": "false", "deep": "true"}
+    assert params.cache_type_k.name == "GGML_TYPE_Q8_0"
+    assert params.timeout_read == params.timeout_write == 7
+    assert params.embedding
+    assert params.pooling_type.name == "LLAMA_POOLING_TYPE_RANK"
+
+
+def test_an_explicit_0_asks_for_the_whole_context() -> None:
+    assert set_up("-c", "0").fit_params_min_ctx == -1
+    assert set_up("-c", "512").fit_params_min_ctx == xllamacpp.CommonParams().fit_params_min_ctx
+
+
+def test_sampling_that_was_asked_for_wins_over_the_models_advice() -> None:
+    marks = xllamacpp.common_params_sampling_config
+    wanted = marks.COMMON_PARAMS_SAMPLING_CONFIG_TEMP | marks.COMMON_PARAMS_SAMPLING_CONFIG_TOP_P
+
+    assert set_up("--temp", "0.5", "--top-p", "0.9").sampling.user_sampling_config == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--nonsense",), "error: invalid argument: --nonsense"),
+        (("--ctx-size=4096",), "error: invalid argument: --ctx-size=4096"),
+        (("stray",), "error: invalid argument: stray"),
+        (("--metrics", "--port"), 'error while handling argument "--port": expected value'),
+        (("-fa", "maybe"), "error while handling argument \"-fa\": 'maybe' is not one of on, off"),
+        (("-c", "many"), 'error while handling argument "-c": invalid literal'),
+        (("-c", "9" * 20), 'error while handling argument "-c":'),
+        (("--slot-save-path", "/nowhere"), "not a directory: /nowhere"),
+        (("--chat-template-file", "/nowhere"), "No such file"),
+        (("--chat-template-kwargs", "[1]"), 'error while handling argument "--chat-template-kw'),
+    ],
+)
+def test_refused_command_line(words: tuple[str, ...], message: str) -> None:
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_does_not_load_the_wheel() -> None:
+    code = (
+        "import runpy, sys, contextlib\n"
+        "sys.argv = ['llama-server', '--help']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        f"    runpy.run_path({embedded.__file__!r}, run_name='__main__')\n"
+        "assert 'xllamacpp' not in sys.modules\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "--flash-attn [on|off|auto]" in done.stdout
+
+
+def test_version() -> None:
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True)
+
+    assert re.match(r"version: \d+ \(xllamacpp [\d.]+\)", done.stdout)
+
+
+def test_all_that_the_manager_writes_is_understood(config: ServerConfig) -> None:
+    full = config.replace(
+        n_predict=1,
+        temperature=0.0,
+        top_p=1.0,
+        repeat_penalty=1.0,
+        n_gpu_layers=0,
+        batch_size=64,
+        ubatch_size=64,
+        flash_attention=FlashAttention.AUTO,
+        tool_calling=False,
+        extra_args="--metrics -np 2",
+    )
+    engine = anyio.run(locate_engine)
+
+    set_up(*build_command(engine, full)[len(engine.command) :])
+
+
+class Serving:
+    """An embedded server under test."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process = process
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10)
+        self._log = log
+
+    def health(self) -> int:
+        """The status code of `/health`, 0 when nobody answers."""
+        try:
+            return self.http.get("/health").status_code
+        except httpx.HTTPError:
+            return 0
+
+    def until(self, status: int) -> None:
+        eventually(lambda: self.health() == status or self.ended(), why=f"/health {status}")
+        assert self.health() == status, self.log
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+@contextmanager
+def serving(
+    model: Path, port: int, log: Path, *flags: str, env: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    command = [*COMMAND, "-m", str(model), "--port", str(port), "-a", "demo", "-t", "1", *flags]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, **(env or {})}
+        ) as process,
+    ):
+        server = Serving(process, port, log)
+        try:
+            yield server
+        finally:
+            server.http.close()
+            process.kill()
+
+
+def chat(**changes: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, **changes}
+
+
+def test_it_serves_until_it_is_asked_to_stop(
+    demo_model: Path, free_port: int, tmp_path: Path
+) -> None:
+    with serving(demo_model, free_port, tmp_path / "log") as server:
+        server.until(200)
+
+        assert server.http.get("/v1/models").json()["data"][0]["id"] == "demo"
+        answer = server.http.post("/v1/chat/completions", json=chat(max_tokens=8)).json()
+        assert answer["choices"][0]["message"]["content"].strip()
+        assert len(server.http.get("/slots").json()) == 4  # automatic, as llama-server does
+
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(5) == 0
+
+
+def test_it_stops_in_the_middle_of_an_answer(
+    demo_model: Path, free_port: int, tmp_path: Path
+) -> None:
+    with serving(demo_model, free_port, tmp_path / "log", "--ignore-eos") as server:
+        server.until(200)
+        endless = chat(stream=True, max_tokens=-1)
+        with server.http.stream("POST", "/v1/chat/completions", json=endless) as answer:
+            next(answer.iter_raw())
+
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_in_the_middle_of_a_load(
+    number: signal.Signals, free_port: int, tmp_path: Path
+) -> None:
+    never_there = tmp_path / "model.gguf"
+    os.mkfifo(never_there)  # opening it blocks, so the load never ends
+    with serving(never_there, free_port, tmp_path / "log") as server:
+        server.until(503)
+
+        server.process.send_signal(number)
+        assert server.process.wait(5) == -number
+
+
+def test_busy_port(demo_model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with serving(demo_model, port, tmp_path / "log") as server:
+            assert server.process.wait(10) == 1
+
+            assert "couldn't bind HTTP server socket" in server.log
+            assert "Traceback" not in server.log
+
+
+def test_file_that_is_no_model(free_port: int, tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.gguf"
+    garbage.write_text("not a model")
+    with serving(garbage, free_port, tmp_path / "log") as server:
+        assert server.process.wait(10) == 1
+
+        assert "invalid magic" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_key_from_the_environment(demo_model: Path, free_port: int, tmp_path: Path) -> None:
+    env = {"LLAMA_API_KEY": "secret"}
+    with serving(demo_model, free_port, tmp_path / "log", env=env) as server:
+        server.until(200)
+
+        assert server.http.get("/v1/models").status_code == 401
+        bearer = {"Authorization": "Bearer secret"}
+        assert server.http.get("/v1/models", headers=bearer).status_code == 200
+
+
+def test_json_log_tells_the_memory(demo_model: Path, free_port: int, tmp_path: Path) -> None:
+    with serving(demo_model, free_port, tmp_path / "log", "--log-jsonl") as server:
+        server.until(200)
+
+        first, *_ = server.log.splitlines()
+        assert json.loads(first)["type"] == "log"
+        assert '"type":"fit_memory_breakdown"' in server.log

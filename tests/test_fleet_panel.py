@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import eventually
+
+from kitty_nb import ControlPanel, ServerConfig
+from kitty_nb.errors import ConfigError, KittyError
+from kitty_nb.widgets import FleetPanel
+
+UNKNOWN = "\N{EN DASH}"
+
+
+def write_env(folder: Path, config: ServerConfig, *lines: str) -> Path:
+    text = (
+        f"LLAMACPP_MODELS_DIR={config.models_dir}\nLLAMACPP_LOG_DIR={config.log_dir}\n"
+        f"LLAMACPP_HISTORY={config.history}\nLLAMACPP_CTX=512\nLLAMACPP_THREADS=1\n"
+        f"LLAMACPP_PARALLEL=1\nLLAMACPP_PRIMARY_MODEL={config.model}\n"
+        f"LLAMACPP_PRIMARY_PORT={config.port}\n"
+    )
+    path = folder / "my.env"
+    path.write_text(text + "".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def env(tmp_path: Path, config: ServerConfig) -> Path:
+    """Two profiles, both the real engine on the demo model."""
+    with socket.socket() as held, socket.socket() as trial:
+        held.bind(("127.0.0.1", config.port))
+        trial.bind(("127.0.0.1", 0))
+        other_port = trial.getsockname()[1]
+    coder = (f"LLAMACPP_CODER_MODEL={config.model}", f"LLAMACPP_CODER_PORT={other_port}")
+    return write_env(tmp_path, config, *coder)
+
+
+Open = Callable[[Path], FleetPanel]
+
+
+@pytest.fixture
+def open_() -> Iterator[Open]:
+    panels: list[FleetPanel] = []
+
+    def make(env: Path) -> FleetPanel:
+        panels.append(FleetPanel(env))
+        return panels[-1]
+
+    yield make
+    for panel in panels:
+        panel.close()
+
+
+def row(panel: FleetPanel, profile: str) -> dict[str, object]:
+    return next(row for row in panel.rows if row["profile"] == profile)
+
+
+def wait_for(panel: FleetPanel, **statuses: str) -> None:
+    for profile, status in statuses.items():
+        eventually(
+            lambda p=profile, s=status: row(panel, p)["status"] == s,
+            within=30,
+            why=f"{profile} is never {status}: {panel.rows}",
+        )
+
+
+def click(panel: FleetPanel, kind: str, profile: str | None = None) -> None:
+    """What the page sends."""
+    panel._handle_custom_msg({"kind": kind} | ({"profile": profile} if profile else {}), [])
+
+
+def test_two_profiles_run_at_once(open_: Open, env: Path) -> None:
+    panel = open_(env)
+    assert repr(panel) == "FleetPanel(profiles=['primary', 'coder'])"
+    assert {r["status"] for r in panel.rows} == {"STOPPED"}
+    click(panel, "start", "primary")
+    wait_for(panel, primary="READY", coder="STOPPED")
+    assert (row(panel, "primary")["start"], row(panel, "primary")["stop"]) == (False, True)
+    click(panel, "start", "coder")
+    wait_for(panel, primary="READY", coder="READY")
+    for profile in ("primary", "coder"):
+        eventually(lambda p=profile: str(row(panel, p)["memory"]).endswith("B"), within=20)
+        answer = panel.manager(profile).chat("Who are you?").wait(30)
+        assert answer.startswith("Hello! I am")
+        assert row(panel, profile)["model"] == "demo.gguf"
+    click(panel, "stop all")
+    wait_for(panel, primary="STOPPED", coder="STOPPED")
+    click(panel, "start all")
+    wait_for(panel, primary="READY", coder="READY")
+
+
+def test_how_fast_it_answers_is_shown(open_: Open, env: Path) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_EXTRA_ARGS='--context-shift'\n")
+    panel = open_(env)
+    panel.start("primary")
+    wait_for(panel, primary="READY")
+    eventually(lambda: row(panel, "primary")["pace"] == "0", within=20)
+    endless = panel.manager("primary").chat("Who are you?", ignore_eos=True)
+    eventually(lambda: row(panel, "primary")["pace"] not in {"0", UNKNOWN}, within=20)
+    endless.cancel()
+    eventually(lambda: row(panel, "primary")["pace"] == "0", within=20)
+
+
+def test_profiles_that_want_one_port_are_told_before_they_start(
+    open_: Open, tmp_path: Path, config: ServerConfig
+) -> None:
+    same = (f"LLAMACPP_MINE_MODEL={config.model}", f"LLAMACPP_MINE_PORT={config.port}")
+    panel = open_(write_env(tmp_path, config, *same))
+    assert row(panel, "primary")["problem"] == ""
+    assert f"Port {config.port} is also that of primary" in str(row(panel, "mine")["problem"])
+    assert f"LLAMACPP_MINE_PORT to another, such as {config.port + 1}" in str(
+        row(panel, "mine")["problem"]
+    )
+    click(panel, "start all")
+    wait_for(panel, primary="READY", mine="STOPPED")
+    assert not row(panel, "mine")["start"]
+    click(panel, "stop", "primary")
+    wait_for(panel, primary="STOPPED")
+    click(panel, "start", "mine")
+    wait_for(panel, mine="READY")
+    eventually(lambda: "that of mine" in str(row(panel, "primary")["problem"]))
+
+
+def test_a_wrong_setting_is_shown_in_its_row_and_can_be_mended(
+    open_: Open, tmp_path: Path, config: ServerConfig
+) -> None:
+    env = write_env(tmp_path, config, "LLAMACPP_CODER_MODEL=missing.gguf", "LLAMACPP_Q4_CTX=512")
+    panel = open_(env)
+    assert [r["profile"] for r in panel.rows] == ["primary", "coder", "q4"]
+    assert "LLAMACPP_CODER_MODEL='missing.gguf'" in str(row(panel, "coder")["problem"])
+    assert "Set LLAMACPP_Q4_MODEL" in str(row(panel, "q4")["problem"])
+    assert not row(panel, "coder")["start"]
+    assert not row(panel, "q4")["start"]
+    assert row(panel, "primary")["start"]
+    env.write_text(env.read_text().replace("missing.gguf", str(config.model)))
+    click(panel, "rescan")
+    eventually(lambda: row(panel, "coder")["start"])
+    env.write_text("not a setting\n")
+    click(panel, "rescan")
+    eventually(lambda: "not KEY=value" in panel.notice)
+    with pytest.raises(ConfigError):
+        FleetPanel(env)
+    with pytest.raises(KittyError, match="LLAMACPP_VISION_MODEL"):
+        panel.start("vision")
+
+
+def test_a_start_that_fails_says_why(
+    open_: Open, tmp_path: Path, misbehaving: Callable[..., ServerConfig]
+) -> None:
+    config = misbehaving()
+    flags = "'--never-ready --exit-after 0.3 --exit-code 1 --last-words ended-by-a-test'"
+    env = write_env(
+        tmp_path, config, f"LLAMACPP_BIN={config.binary}", f"LLAMACPP_EXTRA_ARGS={flags}"
+    )
+    panel = open_(env)
+    click(panel, "start", "primary")
+    wait_for(panel, primary="CRASHED")
+    eventually(lambda: "ended with exit code 1" in str(row(panel, "primary")["problem"]))
+    env.write_text(f"{env.read_text()}LLAMACPP_CTX=many\n")
+    click(panel, "start", "primary")
+    eventually(lambda: "LLAMACPP_CTX='many'" in str(row(panel, "primary")["problem"]))
+
+
+def test_a_panel_and_the_fleet_have_one_server(open_: Open, env: Path) -> None:
+    fleet = open_(env)
+    fleet.start("primary")
+    wait_for(fleet, primary="READY")
+    panel = ControlPanel(env)
+    assert panel.manager is fleet.manager("primary")
+    panel.close()
+    wait_for(fleet, primary="STOPPED")
+    fleet.start("primary")
+    wait_for(fleet, primary="READY")
+
+
+def test_running_the_cell_again_shows_the_same_servers(open_: Open, env: Path) -> None:
+    first = open_(env)
+    first.start("coder")
+    wait_for(first, coder="READY")
+    second = open_(env)
+    wait_for(second, coder="READY")
+    first.close()
+    assert row(second, "coder")["status"] == "READY"
+    pid = second.manager("coder").state.pid
+    second.close()
+    assert pid
+    assert not psutil.pid_exists(pid)
+    assert "kitty_nb" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_fleet_sends_few_messages(
+    open_: Open, env: Path, sent: list[tuple[str, dict[str, object]]]
+) -> None:
+    panel = open_(env)
+    sent.clear()
+    click(panel, "start all")
+    seconds = 3
+    threading.Event().wait(seconds)  # the measured span itself, not a wait for something
+    assert 1 <= len(sent) <= 20 * seconds
+    wait_for(panel, primary="READY", coder="READY")

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kitty_nb import ServerConfig
+from kitty_nb.engine.dialect import Dialect, parse_help
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import ConfigError, ExperimentError
+from kitty_nb.experiments.grid import combine, in_order
+from kitty_nb.experiments.settings import changes, check_flags
+from kitty_nb.experiments.trial import Trial
+
+
+@pytest.fixture(scope="module")
+def base() -> ServerConfig:
+    return ServerConfig(models_dir="/models", threads=2)
+
+
+@pytest.fixture(scope="module")
+def dialect() -> Dialect:
+    return anyio.run(locate_engine).dialect
+
+
+def settings(trials: tuple[Trial, ...]) -> list[dict[str, object]]:
+    return [dict(trial.settings) for trial in trials]
+
+
+def test_every_combination_is_there_once(base: ServerConfig) -> None:
+    grid = {"context_size": [512, 1024], "threads": [1, 2, 2]}
+    trials = combine(base, ["a.gguf", Path("/models/b.gguf"), "/elsewhere/c.gguf"], grid)
+    assert len(trials) == 3 * 2 * 2
+    assert {trial.model for trial in trials} == {"a.gguf", "b.gguf", "/elsewhere/c.gguf"}
+    assert trials[0].settings == (("context_size", 512), ("threads", 1))
+
+
+def test_configs_are_combined_with_the_grid(base: ServerConfig) -> None:
+    configs = [base.replace(threads=8), {"parallel": 2, "model": "b.gguf"}, {}]
+    trials = combine(base, ["a.gguf"], {"batch_size": range(1, 3)}, configs)
+    assert [(trial.model, dict(trial.settings)) for trial in trials] == [
+        ("a.gguf", {"threads": 8, "batch_size": 1}),
+        ("a.gguf", {"threads": 8, "batch_size": 2}),
+        ("b.gguf", {"parallel": 2, "batch_size": 1}),
+        ("b.gguf", {"parallel": 2, "batch_size": 2}),
+        ("a.gguf", {"batch_size": 1}),
+        ("a.gguf", {"batch_size": 2}),
+    ]
+
+
+def test_skip_leaves_combinations_out(base: ServerConfig) -> None:
+    grid = {"context_size": [512, 1024], "threads": [1, 2]}
+    trials = combine(
+        base, ["a.gguf"], grid, skip=lambda one: one["context_size"] * one["threads"] > 1000
+    )
+    assert settings(trials) == [{"context_size": 512, "threads": 1}]
+    with pytest.raises(ExperimentError, match="skip leaves none"):
+        combine(base, ["a.gguf"], grid, skip=lambda _: True)
+    with pytest.raises(ExperimentError, match="KeyError"):
+        combine(base, ["a.gguf"], grid, skip=lambda one: one["contxt"])
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ({"contxt_size": [1]}, "Did you mean context_size?"),
+        ({"thread": [1]}, "Did you mean threads?"),
+        ({"port": [8000]}, "The sweep chooses it itself"),
+        ({"model": ["a.gguf"]}, "models="),
+        ({"n_predict": [1]}, "max_tokens"),
+        ({"cache type": [1]}, "no name of a setting"),
+        ({"threads": "12"}, "one value, not several"),
+        ({"threads": 12}, "threads=\\[…\\]"),
+        ({"threads": [object()]}, "not a value"),
+        ({"threads": [0]}, "1 or more"),
+        ({"flash_attention": ["maybe"]}, "on, off or auto"),
+    ],
+)
+def test_wrong_names_and_values_are_told(
+    base: ServerConfig, grid: dict[str, list[object]], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        combine(base, ["a.gguf"], grid)
+
+
+def test_everything_wrong_is_told_at_once(base: ServerConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        combine(base, ["a.gguf"], {"threads": [-1, 0], "batch_size": [0, 1]})
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"grid": {"threads": []}}, "no values are given for threads"),
+        ({"configs": []}, "configs is empty"),
+        ({"models": []}, "No model is chosen"),
+    ],
+)
+def test_nothing_to_try_is_an_error(base: ServerConfig, more: dict[str, object], told: str) -> None:
+    with pytest.raises(ExperimentError, match=told):
+        combine(base, **({"models": ["a.gguf"]} | more))
+
+
+def test_names_without_a_field_are_flags_of_the_engine(
+    base: ServerConfig, dialect: Dialect
+) -> None:
+    base = base.replace(extra_args=("--metrics",))
+    grid = {
+        "cache_type_k": ["q8_0"],
+        "mlock": [True],
+        "kv_unified": [False],
+        "swa_full": [False],
+        "keep": [None],
+        "threads": [3],
+    }
+    (trial,) = combine(base, ["a.gguf"], grid)
+    check_flags([trial], dialect)
+    assert changes(trial, base, dialect) == {
+        "model": "a.gguf",
+        "threads": 3,
+        "extra_args": ("--metrics", "--cache-type-k", "q8_0", "--mlock", "--no-kv-unified"),
+    }
+
+
+def test_flags_are_checked_against_the_engine(base: ServerConfig, dialect: Dialect) -> None:
+    trials = combine(base, ["a.gguf"], {"cache_typ_k": ["f16"], "cache_type_v": ["f16", "q9"]})
+    with pytest.raises(ConfigError) as caught:
+        check_flags(trials, dialect)
+    unknown, refused = caught.value.problems
+    assert "--cache-type-k" in unknown.fix
+    assert refused.value == "q9"
+    assert "q8_0" in refused.fix
+
+
+def test_a_build_without_the_flag_refuses_it(base: ServerConfig) -> None:
+    trials = combine(base, ["a.gguf"], {"cache_type_k": ["f16"]})
+    with pytest.raises(ConfigError, match="cache_type_k"):
+        check_flags(trials, parse_help("-m,    --model FNAME    model path\n"))
+
+
+@given(combinations=st.integers(1, 12), repeats=st.integers(1, 5), seed=st.integers(0, 99))
+def test_repeats_are_interleaved(combinations: int, repeats: int, seed: int) -> None:
+    tried = [Trial("a.gguf", (("threads", n),)) for n in range(1, combinations + 1)]
+    trials = in_order(tried, repeats, seed)
+    assert trials == in_order(tried, repeats, seed)
+    rounds = [trials[n : n + combinations] for n in range(0, len(trials), combinations)]
+    assert [{trial.repeat for trial in one} for one in rounds] == [
+        {n} for n in range(1, repeats + 1)
+    ]
+    assert Counter(trial.combination for trial in trials) == dict.fromkeys(tried, repeats)
+
+
+def test_every_round_is_shuffled_its_own_way() -> None:
+    tried = [Trial("a.gguf", (("threads", n),)) for n in range(1, 30)]
+    first, second = in_order(tried, 1, 0), in_order(tried, 1, 1)
+    assert first != second
+    one, other = (in_order(tried, 2, 0)[n : n + 29] for n in (0, 29))
+    assert [trial.settings for trial in one] != [trial.settings for trial in other]
+    assert in_order(tried, 1, None) == tuple(tried)
+
+
+def test_the_key_names_a_trial_in_every_process() -> None:
+    pairs = [("threads", 2), ("cache_type_k", "q8_0"), ("extra_args", ("--mlock",))]
+    trial = Trial("a.gguf", tuple(pairs), 2)
+    random.Random(1).shuffle(pairs)
+    assert Trial("a.gguf", tuple(pairs), 2).key == trial.key
+    others = {
+        Trial("a.gguf", tuple(pairs), 1).key,
+        Trial("b.gguf", tuple(pairs), 2).key,
+        Trial("a.gguf", tuple(pairs[1:]), 2).key,
+    }
+    assert trial.key not in others
+    code = f"from kitty_nb.experiments import Trial; print({trial!r}.key)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == trial.key

@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import pytest
+from conftest import eventually
+from hub_server import ONE, SPLIT, TOKEN, Asked, Hub, Repo, sha256, some_bytes
+
+from kitty_nb.catalog import ModelCatalog
+from kitty_nb.errors import (
+    ChecksumError,
+    DiskFullError,
+    HubAccessError,
+    HubError,
+    HubOfflineError,
+)
+from kitty_nb.hub import (
+    Download,
+    DownloadProgress,
+    DownloadStep,
+    HubFile,
+    HubReference,
+    choose,
+    describe,
+    find_repository,
+    list_offers,
+)
+from kitty_nb.hub.part_file import PartFile
+from kitty_nb.hub.progress import Meter
+
+MB = 10**6
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def prepare(hub: Hub, models: Path, text: str = f"{ONE}:Q4_K_M", **more: int) -> Download:
+    reference = HubReference.parse(text)
+    repository = anyio.run(find_repository, reference, hub.url)
+    offer = choose(repository.offers, reference.wanted, repository.name)
+    return Download(repository, offer, models, **more)
+
+
+def fetch(download: Download) -> list[DownloadProgress]:
+    seen: list[DownloadProgress] = []
+    assert anyio.run(download.run, seen.append) == download.model
+    return seen
+
+
+def fetch_until(download: Download, enough: Callable[[], bool]) -> None:
+    """Cancel the download at a moment."""
+
+    async def run() -> None:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(download.run, lambda _progress: None)
+                while not enough():
+                    await anyio.sleep(0.01)
+                tasks.cancel_scope.cancel()
+
+    anyio.run(run)
+
+
+def parts(models: Path) -> list[Path]:
+    return sorted(models.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize(
+    ("text", "repository", "wanted", "revision"),
+    [
+        ("owner/name", "owner/name", None, "main"),
+        (" owner/Na.me_2-GGUF/ ", "owner/Na.me_2-GGUF", None, "main"),
+        ("owner/name:Q4_K_M", "owner/name", "Q4_K_M", "main"),
+        ("owner/name/a/b.gguf", "owner/name", "a/b.gguf", "main"),
+        ("https://huggingface.co/owner/name", "owner/name", None, "main"),
+        ("hf.co/owner/name:Q8_0", "owner/name", "Q8_0", "main"),
+        ("https://hf.co/owner/name?library=llama.cpp#x", "owner/name", None, "main"),
+        ("https://huggingface.co/owner/name/tree/main", "owner/name", None, "main"),
+        ("https://huggingface.co/owner/name/tree/v2/Q8_0", "owner/name", "Q8_0", "v2"),
+        (
+            "https://huggingface.co/o/n/blob/refs%2Fpr%2F1/a%20b.gguf",
+            "o/n",
+            "a b.gguf",
+            "refs/pr/1",
+        ),
+        (
+            "https://huggingface.co/o/n/resolve/main/x.gguf?download=true",
+            "o/n",
+            "x.gguf",
+            "main",
+        ),
+    ],
+)
+def test_a_repository_is_named_in_many_ways(
+    text: str, repository: str, wanted: str | None, revision: str
+) -> None:
+    assert HubReference.parse(text) == HubReference(repository, wanted, revision)
+
+
+@pytest.mark.parametrize("text", ["", "gpt2", "a/b/c", "/etc/passwd", "owner/na me", "a/b:"])
+def test_what_names_no_repository_is_refused(text: str) -> None:
+    with pytest.raises(HubError, match="owner/name"):
+        HubReference.parse(text)
+
+
+def offered(*paths: str) -> dict[str, tuple[str, ...]]:
+    files = [HubFile(path, 100 + place, "") for place, path in enumerate(paths)]
+    return {offer.label: tuple(file.path for file in offer.files) for offer in list_offers(files)}
+
+
+@pytest.mark.parametrize(
+    ("paths", "offers"),
+    [
+        (
+            ["README.md", "a-Q4_K_M.gguf", "a.Q8_0.gguf", "a-q2_k.gguf", "imatrix.dat"],
+            {"Q4_K_M": ["a-Q4_K_M.gguf"], "Q8_0": ["a.Q8_0.gguf"], "Q2_K": ["a-q2_k.gguf"]},
+        ),
+        (
+            ["a-UD-Q4_K_XL.gguf", "a-Q4_K_XL.gguf", "a.i1-IQ2_XXS.gguf", "a-MXFP4.gguf"],
+            {
+                "UD-Q4_K_XL": ["a-UD-Q4_K_XL.gguf"],
+                "Q4_K_XL": ["a-Q4_K_XL.gguf"],
+                "IQ2_XXS": ["a.i1-IQ2_XXS.gguf"],
+                "MXFP4": ["a-MXFP4.gguf"],
+            },
+        ),
+        (
+            ["Q4_0/model.gguf", "BF16/model.gguf", "plain.gguf"],
+            {"Q4_0": ["Q4_0/model.gguf"], "BF16": ["BF16/model.gguf"], "plain": ["plain.gguf"]},
+        ),
+        (
+            ["a-2B-Q8_0.gguf", "a-9B-Q8_0.gguf", "old/a-9B-Q8_0-00001-of-00001.gguf"],
+            {
+                "a-2B-Q8_0": ["a-2B-Q8_0.gguf"],
+                "a-9B-Q8_0": ["a-9B-Q8_0.gguf"],
+                "old/a-9B-Q8_0": ["old/a-9B-Q8_0-00001-of-00001.gguf"],
+            },
+        ),
+        (
+            [
+                "b-Q8_0-00002-of-00002.gguf",
+                "b-Q8_0-00001-of-00002.gguf",
+                "b-F16-00001-of-00002.gguf",
+            ],
+            {"Q8_0": ["b-Q8_0-00001-of-00002.gguf", "b-Q8_0-00002-of-00002.gguf"]},
+        ),
+        (
+            [
+                "UD-Q2_K_XL/b-UD-Q2_K_XL-00001-of-00002.gguf",
+                "UD-Q2_K_XL/b-UD-Q2_K_XL-00002-of-00002.gguf",
+            ],
+            {
+                "UD-Q2_K_XL": [
+                    "UD-Q2_K_XL/b-UD-Q2_K_XL-00001-of-00002.gguf",
+                    "UD-Q2_K_XL/b-UD-Q2_K_XL-00002-of-00002.gguf",
+                ]
+            },
+        ),
+        (
+            ["v-Q4_K_M.gguf", "mmproj-F32.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf"],
+            {"Q4_K_M": ["mmproj-F16.gguf", "v-Q4_K_M.gguf"]},
+        ),
+        (
+            ["v-4b-Q8_0.gguf", "v-12b-Q8_0.gguf", "mmproj-v-4b-f16.gguf", "v-12b.mmproj-f16.gguf"],
+            {
+                "v-4b-Q8_0": ["mmproj-v-4b-f16.gguf", "v-4b-Q8_0.gguf"],
+                "v-12b-Q8_0": ["v-12b.mmproj-f16.gguf", "v-12b-Q8_0.gguf"],
+            },
+        ),
+        (["q/v-Q8_0.gguf", "elsewhere/mmproj-F16.gguf"], {"Q8_0": ["q/v-Q8_0.gguf"]}),
+        (["imatrix.gguf", "imatrix_unsloth.gguf", "a.imatrix.gguf", "a.gguf.part1of2"], {}),
+        (["../../evil.gguf", "/abs/evil.gguf", "a\\evil.gguf"], {}),
+    ],
+)
+def test_a_repositorys_files_become_offers(paths: list[str], offers: dict[str, list[str]]) -> None:
+    assert offered(*paths) == {label: tuple(files) for label, files in offers.items()}
+
+
+def test_offers_are_sorted_by_size() -> None:
+    sizes = {"a-Q8_0.gguf": 8, "a-Q2_K.gguf": 2, "a-Q4_K_M.gguf": 4, "mmproj-F16.gguf": 1}
+    offers = list_offers(HubFile(path, size, "") for path, size in sizes.items())
+    assert [(offer.label, offer.size) for offer in offers] == [
+        ("Q2_K", 3),
+        ("Q4_K_M", 5),
+        ("Q8_0", 9),
+    ]
+
+
+def test_what_is_wanted_is_chosen() -> None:
+    files = ("x-Q4_K_M.gguf", "x-UD-Q4_K_XL.gguf", "Q8_0/x-Q8_0.gguf", "big/x.gguf")
+    offers = list_offers(HubFile(path, 1, "") for path in files)
+
+    def label(wanted: str | None) -> str:
+        return choose(offers, wanted, "a/b").label
+
+    assert label(None) == "Q4_K_M"
+    assert label("ud-q4_k_xl") == "UD-Q4_K_XL"
+    assert label("Q8_0/x-Q8_0.gguf") == label("x-q8_0.gguf") == label("Q8_0") == "Q8_0"
+    assert label("big") == "x"
+    assert choose(offers[2:3], None, "a/b") is offers[2]
+    with pytest.raises(HubError, match=r"a/b has no Q2_K\. Choose one of .*UD-Q4_K_XL"):
+        label("Q2_K")
+    with pytest.raises(HubError, match="several models"):
+        choose(offers[1:], None, "a/b")
+    with pytest.raises(HubError, match="ends in -GGUF"):
+        choose((), None, "a/b")
+
+
+def test_rate_and_time_left_are_an_average() -> None:
+    now, seen = 0.0, list[DownloadProgress]()
+    meter = Meter(1000, seen.append, lambda: now)
+    meter.enter(DownloadStep.CHECKING, "a.gguf")
+    meter.found(400)
+    meter.enter(DownloadStep.DOWNLOADING)
+    assert (seen[-1].bytes_done, seen[-1].rate, seen[-1].eta) == (400, None, None)
+    for _ in range(20):
+        now += 0.5
+        meter.came(5)
+    assert seen[-1].rate == pytest.approx(10)
+    assert seen[-1].eta == pytest.approx(50)
+    now += 5
+    assert meter.progress.rate == pytest.approx(5)
+    assert describe(meter.progress) == "downloading · 50 % · 500 B of 1.0 kB · 5 B/s · 0:01:40 left"
+    assert len(seen) < 25
+    meter.came(500)
+    meter.enter(DownloadStep.DONE)
+    assert describe(seen[-1]) == "complete · 100 % · 1.0 kB of 1.0 kB"
+
+
+def test_a_model_comes_whole_and_the_catalog_finds_it(
+    hub: Hub, models: Path, demo_model: Path
+) -> None:
+    hub.repos[ONE].files["tiny-F16.gguf"] = demo_model.read_bytes()
+    download = prepare(hub, models, f"{ONE}:F16")
+    plan = download.plan()
+    assert (plan.size, plan.there, plan.to_come) == (demo_model.stat().st_size, 0, plan.size)
+    seen = fetch(download)
+    assert download.model.read_bytes() == demo_model.read_bytes()
+    assert [model.name for model in ModelCatalog(models).scan()] == [f"{ONE}/tiny-F16.gguf"]
+    assert seen[-1].step is DownloadStep.DONE
+    assert seen[-1].fraction == 1.0
+    assert [p.bytes_done for p in seen] == sorted(p.bytes_done for p in seen)
+    assert not parts(models)
+    before = len(hub.asked)
+    assert download.plan().to_come == 0
+    fetch(download)
+    assert len(hub.asked) == before
+
+
+def test_shards_and_projector_come_together(hub: Hub, models: Path) -> None:
+    download = prepare(hub, models, SPLIT)
+    fetch(download)
+    folder = models / SPLIT / "Q4_K_M"
+    assert download.model == folder / "vl-Q4_K_M-00001-of-00002.gguf"
+    names = ["mmproj-F16.gguf", *(f"vl-Q4_K_M-0000{n}-of-00002.gguf" for n in (1, 2))]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    files = hub.repos[SPLIT].files
+    assert (folder / names[0]).read_bytes() == files["mmproj-F16.gguf"]
+    assert (folder / names[2]).read_bytes() == files[f"Q4_K_M/{names[2]}"]
+    assert [asked.path.rpartition("/")[2] for asked in hub.asked] == names
+
+
+def test_two_repositories_with_the_same_names_do_not_collide(hub: Hub, models: Path) -> None:
+    hub.repos["other/Tiny-GGUF"] = Repo({"tiny-Q4_K_M.gguf": b"another"})
+    fetch(prepare(hub, models))
+    fetch(prepare(hub, models, "other/Tiny-GGUF"))
+    found = sorted(path.relative_to(models).as_posix() for path in models.rglob("*.gguf"))
+    assert found == [f"{ONE}/tiny-Q4_K_M.gguf", "other/Tiny-GGUF/tiny-Q4_K_M.gguf"]
+
+
+def test_a_cancelled_download_goes_on_where_it_was(hub: Hub, models: Path) -> None:
+    hub.rate = 2 * MB
+    download = prepare(hub, models)
+    fetch_until(download, lambda: bool(parts(models)) and parts(models)[0].stat().st_size > MB)
+    (part,) = parts(models)
+    had, whole = part.stat().st_size, hub.repos[ONE].files["tiny-Q4_K_M.gguf"]
+    assert MB < had < len(whole)
+    assert part.read_bytes() == whole[:had]
+    assert not download.model.exists()
+    (row,) = ModelCatalog(models).scan()
+    assert (row.path, row.downloading, row.startable) == (download.model, True, False)
+    assert download.plan().there == had
+
+    hub.rate = None
+    hub.asked.clear()
+    again = prepare(hub, models)
+    seen = fetch(again)
+    assert hub.asked == [Asked("tiny-Q4_K_M.gguf", had, len(whole) - 1)]
+    assert again.model.read_bytes() == whole
+    assert seen[0].step is DownloadStep.CHECKING
+    assert not parts(models)
+
+
+def test_cancelling_needs_not_wait_for_a_silent_hub(hub: Hub, models: Path) -> None:
+    hub.rate = 1000.0  # a block each 16 seconds
+    download = prepare(hub, models)
+    threads = set(threading.enumerate())
+    asked: list[float] = []
+
+    def enough() -> bool:
+        if hub.asked:
+            asked.append(time.monotonic())
+        return len(asked) > 10  # it has the first block, and waits for the second
+
+    fetch_until(download, enough)
+    assert time.monotonic() - asked[-1] < 5
+
+    def left() -> set[str]:
+        return {t.name for t in set(threading.enumerate()) - threads if t.name.startswith("AnyIO")}
+
+    eventually(lambda: not left())
+
+
+def test_a_lost_connection_is_taken_up_again(hub: Hub, models: Path) -> None:
+    size = len(hub.repos[ONE].files["tiny-Q4_K_M.gguf"])
+    hub.cuts = [1_000_000, 500_000]
+    seen = fetch(prepare(hub, models))
+    assert [(a.first, a.last) for a in hub.asked] == [
+        (0, size - 1),
+        (1_000_000, size - 1),
+        (1_500_000, size - 1),
+    ]
+    assert DownloadStep.WAITING in {progress.step for progress in seen}
+
+
+def test_a_busy_hub_is_asked_again(hub: Hub, models: Path) -> None:
+    hub.refusals = [503, 429]
+    fetch(prepare(hub, models))
+    assert len(hub.asked) == 3
+
+
+def test_a_hub_that_knows_no_ranges_sends_all_again(hub: Hub, models: Path) -> None:
+    hub.cuts, hub.deaf = [1_000_000], True
+    download = prepare(hub, models)
+    fetch(download)
+    assert sha256(download.model.read_bytes()) == sha256(hub.repos[ONE].files["tiny-Q4_K_M.gguf"])
+
+
+def test_large_files_are_asked_for_in_pieces(hub: Hub, models: Path) -> None:
+    fetch(prepare(hub, models, piece=2 * MB))
+    assert [(a.first, a.last) for a in hub.asked] == [(0, 2 * MB - 1), (2 * MB, 3 * MB - 1)]
+
+
+def test_wrong_bytes_are_deleted(hub: Hub, models: Path) -> None:
+    hub.wrong = {"tiny-Q4_K_M.gguf"}
+    with pytest.raises(ChecksumError, match="try again"):
+        fetch(prepare(hub, models))
+    assert not [path for path in models.rglob("*") if path.is_file()]
+    hub.wrong.clear()
+    fetch(prepare(hub, models))
+
+
+def test_a_file_that_has_changed_on_the_hub_is_fetched_anew(hub: Hub, models: Path) -> None:
+    hub.rate = 2 * MB
+    download = prepare(hub, models)
+    fetch_until(download, lambda: bool(parts(models)) and parts(models)[0].stat().st_size > MB)
+    hub.rate = None
+    hub.repos[ONE].files["tiny-Q4_K_M.gguf"] = changed = some_bytes(2 * MB, 9)
+    fetch(prepare(hub, models))
+    assert download.model.read_bytes() == changed
+    assert not parts(models)
+
+
+def test_what_does_not_fit_is_not_begun(hub: Hub, models: Path) -> None:
+    hub.repos[ONE].claimed["tiny-Q4_K_M.gguf"] = 10**18
+    download = prepare(hub, models)
+    with pytest.raises(DiskFullError, match=r"1000000000\.0 GB are still to come.*Make room for"):
+        fetch(download)
+    assert not models.exists()
+    assert not hub.asked
+
+
+def test_a_folder_that_cannot_be_written_is_named(hub: Hub, models: Path) -> None:
+    models.mkdir()
+    (models / "maker").write_text("a file where a folder should be")
+    with pytest.raises(HubError, match=r"maker/Tiny-GGUF cannot be written"):
+        fetch(prepare(hub, models))
+
+
+def test_one_program_at_a_time_writes_a_file(hub: Hub, models: Path) -> None:
+    download = prepare(hub, models)
+    (planned,) = download.plan().files
+    with (
+        PartFile(planned.target, planned.file.size, planned.file.checksum),
+        pytest.raises(HubError, match="being downloaded already"),
+    ):
+        fetch(download)
+    fetch(download)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", ONE])
+def test_what_is_not_there_or_private_is_told(hub: Hub, models: Path, name: str) -> None:
+    hub.repos[ONE].private = True
+    with pytest.raises(HubAccessError, match=f"no repository {name}.*hf auth login"):
+        prepare(hub, models, name)
+
+
+def test_a_gated_repository_needs_a_login(
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos[ONE].gated = True
+    download = prepare(hub, models)
+    with pytest.raises(HubAccessError, match=f"agree to their terms.*{hub.url}/{ONE}"):
+        fetch(download)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    fetch(prepare(hub, models))
+    assert len(hub.asked) == 1
+    assert not hub.leaked
+
+
+def test_an_unknown_revision_is_told(hub: Hub, models: Path) -> None:
+    with pytest.raises(HubAccessError, match="no such revision"):
+        prepare(hub, models, f"https://hf.co/{ONE}/tree/v9")
+
+
+def test_no_hub_is_told(hub: Hub, models: Path, free_port: int) -> None:
+    with pytest.raises(HubOfflineError, match="cannot be reached"):
+        anyio.run(find_repository, HubReference(ONE), f"http://127.0.0.1:{free_port}")

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import eventually
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.supervisor.log_file import LogTail, previous, rotate, shrink
+from kitty_nb.supervisor.record import find_server, read_record
+
+KERNEL = """
+import sys, time
+from kitty_nb import ModelManager, ServerConfig
+from kitty_nb.config import RECORDED
+config = ServerConfig.model_validate_json(sys.argv[1], context=RECORDED)
+manager = ModelManager(config=config)
+print(manager.start().wait(30).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def keepers(config: ServerConfig) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "kitty_nb.supervisor.keeper" in words and str(config.log_path) in words:
+            found.append(process)
+    return found
+
+
+def without_kernel(config: ServerConfig) -> int:
+    """Start a server from a kernel that is then killed; return the server's pid."""
+    command = [sys.executable, "-c", KERNEL, config.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kernel:
+        assert kernel.stdout
+        pid = int(kernel.stdout.readline())
+        kernel.kill()
+    return pid
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_log_is_put_aside_while_no_notebook_is_open(
+    misbehaving: Callable[..., ServerConfig],
+) -> None:
+    config = misbehaving("--flood", "20000", log_max_mb=0.5, log_keep=2)
+    pid = without_kernel(config)
+    try:
+        assert len(keepers(config)) == 1
+        eventually(lambda: previous(config.log_path, 2).exists(), within=30)
+        eventually(lambda: config.log_path.stat().st_size < 500_000, within=30)
+        assert not previous(config.log_path, 3).exists()
+        assert psutil.pid_exists(pid)
+    finally:
+        end(pid)
+    eventually(lambda: not keepers(config), why="the keeper outlives its server")
+
+
+def test_there_is_one_keeper_however_many_watch(config: ServerConfig) -> None:
+    with ModelManager(config=config) as one, ModelManager(config=config) as other:
+        pid = one.start().wait(30).pid
+        eventually(lambda: other.state.pid == pid)
+        eventually(lambda: len(keepers(config)) == 1)
+        one.stop().wait(10)
+        eventually(lambda: other.state.status is ServerStatus.STOPPED)
+    assert keepers(config) == []
+
+
+def test_an_unused_server_is_stopped_without_a_notebook(
+    misbehaving: Callable[..., ServerConfig],
+) -> None:
+    config = misbehaving(idle_shutdown_seconds=2)
+    pid = without_kernel(config)
+    record = read_record(config)
+    assert record
+    assert record.idle_seconds == 2
+    eventually(lambda: not psutil.pid_exists(pid), within=15, why="it is not stopped")
+    assert find_server(config) is None
+    assert config.log_path.read_text().endswith("not used for 2 s, so it is stopped\n")
+
+
+def test_a_server_at_work_is_not_idle(misbehaving: Callable[..., ServerConfig]) -> None:
+    config = misbehaving("--work", "4", idle_shutdown_seconds=2)
+    with ModelManager(config=config) as manager:
+        manager.start().wait(30)
+        assert manager.state.ready_since is not None
+        eventually(lambda: manager.state.status is ServerStatus.STOPPED, within=20)
+        assert manager.state.error is None
+        assert not any("crash" in line for line in manager.log_lines)
+
+
+def test_an_idle_model_sleeps_though_a_panel_looks_on(config: ServerConfig) -> None:
+    with ModelManager(config=config.replace(idle_shutdown_seconds=2)) as manager:
+        manager.start().wait(30)
+
+        def asleep() -> bool:
+            health = manager.state.last_health_check
+            return health is not None and health.asleep
+
+        eventually(asleep, within=20, why="watching keeps it awake")
+        assert manager.state.status is ServerStatus.READY
+        request = {"messages": [{"role": "user", "content": "Hi"}]}
+        assert manager.http.post("/v1/chat/completions", json=request).status_code == 200
+        eventually(lambda: not asleep())
+
+
+def test_a_tail_goes_on_where_the_log_was_cut(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_bytes(b"one\ntwo\nthr")
+    with LogTail(log) as tail, log.open("ab") as writer:
+        assert tail.read() == ("one", "two")
+        writer.write(b"ee\nfour\n")
+        writer.flush()
+        shrink(log, limit=5, kept=2)
+        writer.write(b"five\n")
+        writer.flush()
+        assert log.read_bytes() == b"five\n"
+        assert tail.read() == ("three", "four", "five")
+        shrink(log, limit=5, kept=2)
+        assert log.exists()
+        assert tail.read() == ()
+
+
+def test_old_logs_move_up_and_the_oldest_goes(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "x.log"
+    for number in range(5):
+        rotate(log, kept=3)
+        log.write_text(str(number))
+    assert [previous(log, age).read_text() for age in (1, 2, 3)] == ["3", "2", "1"]
+    assert not previous(log, 4).exists()
+    shrink(log, limit=0, kept=3)
+    assert log.read_text() == ""
+    assert [previous(log, age).read_text() for age in (1, 2, 3)] == ["4", "3", "2"]
+    shrink(log, limit=0, kept=3)
+    assert previous(log).read_text() == "4"
+    shrink(tmp_path / "gone", limit=0, kept=3)
+
+
+def test_a_full_disk_costs_the_old_log_and_not_the_server(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_bytes(b"x" * 100_000)
+    # A file larger than the limit cannot be written: like a full disk, for this process alone.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        shrink(log, limit=1000, kept=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert log.stat().st_size == 0
+    assert not previous(log).exists()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "soon"])
+def test_a_wrong_time_is_refused(tmp_path: Path, seconds: str) -> None:
+    env = tmp_path / "x.env"
+    env.write_text(f"LLAMACPP_IDLE_SHUTDOWN_SECONDS={seconds}\n")
+    with pytest.raises(Exception, match="LLAMACPP_IDLE_SHUTDOWN_SECONDS"):
+        ServerConfig.from_env(env)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import eventually
+
+from kitty_nb.engine import embedded
+from kitty_nb.engine.locate import EngineKind
+from kitty_nb.errors import ServerFailedError
+from kitty_nb.supervisor.port_holder import (
+    PortHolder,
+    bind_problem,
+    holder_of,
+    next_free_port,
+    port_refusal,
+)
+
+LISTEN = "import socket, sys; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); input()"
+
+
+def has_ipv6() -> bool:
+    return bind_problem("::1", 0) is None
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+@contextmanager
+def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def listening(host: str, *, dual_stack: bool = False) -> Iterator[int]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family, dualstack_ipv6=dual_stack) as server:
+        yield server.getsockname()[1]
+
+
+def test_the_embedded_server_is_told_with_its_model_and_alias(
+    demo_model: Path, free_port: int
+) -> None:
+    command = (sys.executable, "-P", "-m", embedded.__name__, "--port", str(free_port))
+    with running(
+        *command, "--model", str(demo_model), "--alias", "kitty", "--api-key", "secret"
+    ) as server:
+        eventually(lambda: holder_of("127.0.0.1", free_port))
+
+        holder = holder_of("127.0.0.1", free_port)
+        assert holder
+        assert (holder.pid, holder.engine) == (server.pid, EngineKind.EMBEDDED)
+        assert holder.sentence == (
+            f"Port {free_port} is held by the embedded llama-server (PID {server.pid})"
+            " serving demo.gguf as kitty."
+        )
+        assert "secret" not in repr(holder)
+    assert holder_of("127.0.0.1", free_port) is None
+
+
+def test_a_llama_server_is_told_by_its_program(tmp_path: Path, free_port: int) -> None:
+    program = tmp_path / "llama-server"
+    program.symlink_to(Path(sys.executable).resolve())
+    script = (str(program), "-ISc", LISTEN, str(free_port))
+    with running(*script, "--api-key", "secret", "-m", "/m/qwen.gguf", "-a", "main") as server:
+        eventually(lambda: holder_of("127.0.0.1", free_port))
+
+        holder = holder_of("127.0.0.1", free_port)
+        assert holder == PortHolder(
+            free_port, server.pid, "llama-server", EngineKind.NATIVE, "qwen.gguf", "main"
+        )
+        assert port_refusal("127.0.0.1", free_port) == (
+            f"Port {free_port} on 127.0.0.1 is in use by llama-server (PID {server.pid})"
+            " serving qwen.gguf as main."
+        )
+
+
+def test_the_programs_own_flags_are_not_the_servers(free_port: int) -> None:
+    script = (sys.executable, "-ISc", LISTEN, str(free_port), "-m", "/m/qwen.gguf")
+    with running(*script) as server:
+        eventually(lambda: holder_of("127.0.0.1", free_port))
+
+        holder = holder_of("127.0.0.1", free_port)
+        name = psutil.Process(server.pid).name()
+        assert holder == PortHolder(free_port, server.pid, name)
+        assert holder.sentence == f"Port {free_port} is held by {name} (PID {server.pid})."
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")],
+)
+def test_a_listener_in_the_way_is_found(held: str, wanted: str) -> None:
+    with listening(held) as port:
+        holder = holder_of(wanted, port)
+
+        assert holder
+        assert holder.pid == os.getpid()
+        if held == wanted or sys.platform == "linux":  # macOS lets one stand beside the other
+            assert isinstance(problem := bind_problem(wanted, port), OSError)
+            assert problem.errno == errno.EADDRINUSE
+
+
+@needs_ipv6
+@pytest.mark.parametrize(
+    ("held", "dual_stack", "wanted", "in_the_way"),
+    [
+        ("::1", False, "::1", True),
+        ("::1", False, "::", True),
+        ("::1", False, "127.0.0.1", False),
+        ("127.0.0.1", False, "::1", False),
+        ("127.0.0.1", False, "::", True),
+        ("::", True, "127.0.0.1", True),
+        ("::", True, "::1", True),
+    ],
+)
+def test_both_families_are_seen(held: str, dual_stack: bool, wanted: str, in_the_way: bool) -> None:
+    with listening(held, dual_stack=dual_stack) as port:
+        assert (holder_of(wanted, port) is not None) == in_the_way
+        if held == wanted or sys.platform == "linux":
+            assert (bind_problem(wanted, port) is not None) == in_the_way
+
+
+def test_another_address_is_not_in_the_way() -> None:
+    with listening("127.0.0.1") as port:
+        assert holder_of("127.0.0.2", port) is None
+
+
+def test_a_socket_that_children_inherited_is_the_servers(tmp_path: Path, free_port: int) -> None:
+    program = tmp_path / "llama-server"
+    program.symlink_to(Path(sys.executable).resolve())
+    with socket.create_server(("127.0.0.1", free_port)) as server:
+        server.set_inheritable(True)
+        command = [str(program), "-ISc", "input()", "-m", "/m/qwen.gguf"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False) as child:
+            try:
+                eventually(
+                    lambda: (
+                        (holder := holder_of("127.0.0.1", free_port)) and holder.pid == child.pid
+                    ),
+                    within=60,
+                )
+            finally:
+                child.kill()
+
+
+def test_it_is_found_where_the_system_tells_only_of_own_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: str) -> None:
+        raise psutil.AccessDenied(1)
+
+    monkeypatch.setattr(psutil, "net_connections", refuse)  # as macOS answers an ordinary user
+    with listening("127.0.0.1") as port:
+        holder = holder_of("127.0.0.1", port)
+
+        assert holder
+        assert holder.pid == os.getpid()
+
+
+def test_a_process_that_ends_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening("127.0.0.1") as port:
+        seen = [one for one in psutil.net_connections("tcp") if one.laddr.port == port]
+    with running(sys.executable, "-ISc", "") as ended:
+        ended.wait()
+    stale = [one._replace(pid=ended.pid) for one in seen]
+    monkeypatch.setattr(psutil, "net_connections", lambda _: stale)
+    assert holder_of("127.0.0.1", port) is None
+
+
+def test_the_next_free_port_is_one_that_can_be_bound() -> None:
+    with listening("127.0.0.1") as first:
+        taken = next_free_port("127.0.0.1", first)
+        assert taken > first
+        with socket.create_server(("127.0.0.1", taken)):
+            free = next_free_port("127.0.0.1", first)
+
+            assert free > taken
+            assert bind_problem("127.0.0.1", free) is None
+
+
+@pytest.mark.parametrize("port", [65535, 65600])
+def test_there_is_no_port_above_the_last(port: int) -> None:
+    with pytest.raises(ServerFailedError, match="busy"):
+        next_free_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "refusal"),
+    [
+        ("192.0.2.1", "192.0.2.1 is not an address of this machine"),
+        ("no.such.host.invalid", "The name no.such.host.invalid is not known here"),
+    ],
+)
+def test_an_address_elsewhere_is_refused(host: str, refusal: str, free_port: int) -> None:
+    assert refusal in (port_refusal(host, free_port) or "")
+    with pytest.raises(ServerFailedError, match="cannot be listened on"):
+        next_free_port(host, free_port)
+
+
+def test_a_free_port_is_not_refused(free_port: int) -> None:
+    assert port_refusal("127.0.0.1", free_port) is None
+    assert port_refusal("localhost", free_port) is None
+    assert holder_of("127.0.0.1", free_port) is None
+
+
+def test_a_port_for_administrators_is_refused() -> None:
+    problem = bind_problem("127.0.0.1", 1)
+    if problem is None or problem.errno != errno.EACCES:
+        pytest.skip("this user may use every port")
+    assert "kept for administrators" in (port_refusal("127.0.0.1", 1) or "")
+
+
+def test_a_port_bound_without_listening_is_refused_too(free_port: int) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", free_port))
+        assert "may not see" in (port_refusal("127.0.0.1", free_port) or "")

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kitty_nb
+from kitty_nb import errors
+
+PACKAGE = Path(kitty_nb.__file__).parent
+
+# Room → what it may import of the package, as the architecture draws it.
+ROOMS = {
+    "errors": set(),
+    "catalog": {"errors"},
+    "config": {"errors", "catalog"},
+    "engine": {"errors", "config"},
+    "supervisor": {"errors", "config", "engine", "catalog"},
+    "client": {"errors"},
+    "manager": {"errors", "config", "engine", "catalog", "supervisor", "client"},
+    "hub": {"errors", "catalog"},
+    "experiments": {
+        "errors",
+        "config",
+        "catalog",
+        "engine",
+        "supervisor",
+        "client",
+        "manager",
+    },
+    "widgets": {
+        "errors",
+        "config",
+        "catalog",
+        "supervisor.events",
+        "client",
+        "manager",
+        "hub",
+        "experiments",
+    },
+    "terminal": {"errors", "config", "supervisor", "catalog", "hub"},
+    "doctor": {"errors", "config", "catalog", "engine", "supervisor"},
+    "cli": {"errors", "config", "catalog", "supervisor", "terminal", "doctor", "hub"},
+}
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_public_name_is_there_and_sorted() -> None:
+    assert kitty_nb.__all__ == sorted(kitty_nb.__all__)
+    assert all(getattr(kitty_nb, name).__name__ == name for name in kitty_nb.__all__)
+    assert dir(kitty_nb) == kitty_nb.__all__
+    with pytest.raises(AttributeError, match="Panel"):
+        kitty_nb.Panel  # noqa: B018
+
+
+def test_every_error_is_exported_and_drawn() -> None:
+    found = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+    assert found | {"Problem"} == set(errors.__all__)
+    assert all(name in (errors.__doc__ or "") for name in found)
+    assert all(issubclass(getattr(errors, name), errors.KittyError) for name in found)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_data_flows_one_way(path: Path) -> None:
+    mine = room(path)
+    allowed = ROOMS[mine] | {mine}
+    for name in imports(path):
+        if name.startswith("kitty_nb."):
+            inside = name.removeprefix("kitty_nb.")
+            assert any(inside == a or inside.startswith(f"{a}.") for a in allowed), name
+        if mine != "widgets":
+            assert name.split(".")[0] not in {"ipywidgets", "IPython", "anywidget"}, name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_named_rooms_signal_or_read_the_environment(path: Path) -> None:
+    text = path.read_text()
+    if path.name != "process.py":
+        assert "killpg" not in text
+        assert "os.kill" not in text
+    if room(path) != "config" and path.name != "embedded.py":
+        assert "os.environ" not in text
+    assert "time.sleep" not in text
+    assert "shell=True" not in text
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, kitty_nb;"
+        "print(sorted({'gguf', 'numpy', 'ipywidgets', 'pydantic', 'httpx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "[]"

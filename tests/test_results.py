@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kitty_nb import ServerConfig
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments import Measurement, Outcome, Results, Trial, TrialResult
+from kitty_nb.experiments.plots import front
+from kitty_nb.experiments.trial import LoadSeconds, Speed
+
+pytest.importorskip("pandas")
+GIB = 1 << 30
+
+
+def row(
+    model: str, threads: int, repeat: int, rate: float, gib: float, **more: object
+) -> TrialResult:
+    speeds = tuple(Speed(n, 4, 1.0, 0.1 * n, 100.0, rate / n, rate * 0.9 * n**0.5) for n in (1, 4))
+    measured = Measurement(
+        LoadSeconds(0.1, 1.0, 0.2),
+        speeds,
+        int(gib * GIB),
+        context=8192,
+        **more,  # type: ignore[arg-type]
+    )
+    trial = Trial(model, (("threads", threads), ("cache_type_k", "q8_0")), repeat)
+    return TrialResult(trial, Outcome.DONE, "", measured)
+
+
+@pytest.fixture
+def results(demo_model: Path) -> Results:
+    config = ServerConfig(models_dir=demo_model.parent, model=demo_model, extra_args="--metrics")
+    return Results(
+        config,
+        (
+            row(demo_model.name, 2, 1, 20.0, 4),
+            row(demo_model.name, 4, 1, 31.0, 6),
+            row(demo_model.name, 2, 2, 26.0, 4),
+            row(demo_model.name, 4, 2, 35.0, 7),
+            row(demo_model.name, 2, 3, 21.0, 4),
+            TrialResult(Trial(demo_model.name, (("threads", 8),)), Outcome.SKIPPED, "too big"),
+        ),
+    )
+
+
+def test_the_frame_has_a_row_for_each_trial(results: Results) -> None:
+    frame = results.frame
+    assert len(frame) == 6
+    assert list(frame.columns)[:5] == ["model", "threads", "cache_type_k", "repeat", "outcome"]
+    assert frame["generation_tokens_per_second"].tolist()[:2] == [20.0, 31.0]
+    assert frame["total_tokens_per_second_4"].notna().sum() == 5
+    assert frame["reason"].iloc[5] == "too big"
+    assert "too big" in results._repr_html_()
+    assert repr(results) == "Results(6 trials of 3 combinations)"
+
+
+def test_the_summary_has_medians_and_their_spread(results: Results) -> None:
+    summary = results.summary.set_index("threads")
+    one = summary.loc[2]
+    assert one["trials"] == 3
+    name = "generation_tokens_per_second"
+    assert [one[name], one[f"{name}_low"], one[f"{name}_high"]] == [21.0, 20.0, 26.0]
+    assert summary.loc[8, "trials"] == 0
+    assert summary.loc[8, "reason"] == "too big"
+
+
+def test_the_best_is_the_best_median_within_the_constraints(results: Results) -> None:
+    assert dict(results.best().trial.settings)["threads"] == 4
+    fits = results.best(constraints={"memory_gib": 5, "context_size>=": 8192})
+    assert dict(fits.trial.settings)["threads"] == 2
+    assert dict(results.best("memory_gib").trial.settings)["threads"] == 2
+    assert dict(results.best(constraints={"threads<": 4}).trial.settings)["threads"] == 2
+    assert dict(results.best(constraints={"cache_type_k==": "q8_0"}).trial.settings)["threads"] == 4
+
+
+@pytest.mark.parametrize(
+    ("objective", "constraints", "told"),
+    [
+        ("generation_tokens_per_secnd", {}, "Did you mean generation_tokens_per_second?"),
+        ("memory_gib", {"memory_gb": 1}, "Did you mean memory_gib?"),
+        ("memory_gib", {"memory_gib ~": 1}, "not understood"),
+        ("memory_gib", {"memory_gib": 1}, "None of 2 combinations keeps memory_gib <= 1"),
+        ("memory_gib", {"cache_type_k": 3}, "None of 2 combinations"),
+        ("memory_gib", {"n_gpu_layers": 3}, "None of 2 combinations"),
+    ],
+)
+def test_what_cannot_be_best_is_told(
+    results: Results, objective: str, constraints: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ExperimentError, match=told):
+        results.best(objective, constraints)
+
+
+def test_nothing_measured_has_no_best_and_no_plot(results: Results) -> None:
+    empty = Results(results.config, results.rows[5:])
+    with pytest.raises(ExperimentError, match="no best"):
+        empty.best()
+    with pytest.raises(ExperimentError, match="nothing to draw"):
+        empty.plot()
+    assert len(Results(results.config, ()).frame) == 0
+
+
+def test_the_env_lines_of_the_winner_make_its_settings(results: Results, tmp_path: Path) -> None:
+    best = results.best()
+    env = tmp_path / ".env"
+    folder = f"LLAMACPP_MODELS_DIR={results.config.models_dir}\n"
+    env.write_text(folder + results.env_lines(profile="coder"))
+    config = ServerConfig.from_env(env, "coder")
+    assert config.model == best.config.model
+    assert config.threads == 4
+    assert config.extra_args == ("--metrics", "--cache-type-k", "q8_0")
+    assert best.env_lines().splitlines()[0] == "LLAMACPP_PRIMARY_MODEL=demo.gguf"
+
+
+@pytest.mark.parametrize("kind", ["bars", "parallel", "pareto"])
+def test_every_plot_is_a_picture(results: Results, kind: str) -> None:
+    figure = results.plot(kind)
+    png = figure._repr_png_()  # type: ignore[attr-defined]
+    assert png.startswith(b"\x89PNG")
+    (axes,) = figure.axes
+    words = " ".join(text.get_text() for text in (*axes.get_xticklabels(), axes.xaxis.label))
+    assert "generation" in words or kind == "pareto"
+
+
+def test_an_unknown_plot_names_the_others(results: Results) -> None:
+    with pytest.raises(ExperimentError, match="bars, parallel, pareto"):
+        results.plot("pie")
+    with pytest.raises(ExperimentError, match="Did you mean memory_gib"):
+        results.plot("pareto", x="memory_gb")
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(4.0, 20.0), (6.0, 30.0), (6.0, 25.0), (7.0, 30.0), (3.0, 10.0)]
+    assert front(points, "memory_gib", "generation_tokens_per_second") == [4, 0, 1]
+    assert front(points, "quality", "generation_tokens_per_second") == [3]
+
+
+def test_without_the_extra_the_error_names_it(results: Results) -> None:
+    code = (
+        "import sys; sys.modules['pandas'] = None\n"
+        "from kitty_nb import ServerConfig\n"
+        "from kitty_nb.experiments import Results\n"
+        "try: Results(ServerConfig(), ()).frame\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ExperimentError")
+    assert "pip install 'kitty_nb[experiments]'" in done.stdout

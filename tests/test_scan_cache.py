@@ -1,0 +1,166 @@
+"""What the catalog remembers between scans, and how it reports while it scans."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from model_files import write_header
+
+from kitty_nb.catalog import ModelCatalog
+
+OLD = 1_700_000_000_000_000_000
+
+
+def model(path: Path, title: str, mtime_ns: int = OLD) -> Path:
+    """Write a model whose titles are of one length, so that its stamp can stay the same."""
+    write_header(path, general__name=title)
+    os.utime(path, ns=(mtime_ns, mtime_ns))
+    return path
+
+
+def titles(folder: Path, cache: Path) -> list[str | None]:
+    return [found.title for found in ModelCatalog(folder, cache).scan()]
+
+
+def changed(path: Path, title: str, mtime_ns: int = OLD) -> None:
+    """Change what a file says, in place: its inode stays."""
+    other = model(path.with_suffix(".other"), title)
+    path.write_bytes(other.read_bytes())
+    other.unlink()
+    os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "deep" / "cache.sqlite3"
+    path = model(folder / "m.gguf", "one")
+    whole = ModelCatalog(folder, cache).scan()
+    assert ModelCatalog(folder, cache).scan() == whole
+    changed(path, "two")  # and looks unchanged
+    assert titles(folder, cache) == ["one"]
+    assert titles(folder, tmp_path / "other") == ["two"]
+
+
+@pytest.mark.parametrize("by", ["time", "size", "inode"])
+def test_a_changed_file_is_read_again(tmp_path: Path, by: str) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    path = model(folder / "m.gguf", "one")
+    assert titles(folder, cache) == ["one"]
+    match by:
+        case "time":
+            changed(path, "two", OLD + 1)
+        case "size":
+            changed(path, "two".ljust(40))
+        case _:
+            model(tmp_path / "next", "two").replace(path)
+    assert [str(title).strip() for title in titles(folder, cache)] == ["two"]
+
+
+def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    path = write_header(folder / "m.gguf", general__name="one")
+    before = path.stat().st_mtime_ns
+    assert titles(folder, cache) == ["one"]
+    changed(path, "two", before)
+    assert titles(folder, cache) == ["two"]
+
+
+def test_what_is_gone_is_forgotten_but_not_other_folders(tmp_path: Path) -> None:
+    cache = tmp_path / "cache.sqlite3"
+    gone = model(tmp_path / "a" / "gone.gguf", "one")
+    model(tmp_path / "a" / "kept.gguf", "two")
+    model(tmp_path / "ab" / "other.gguf", "3rd")
+    titles(tmp_path / "ab", cache)
+    titles(tmp_path / "a", cache)
+    gone.unlink()
+    titles(tmp_path / "a", cache)
+    with closing(sqlite3.connect(cache)) as files:
+        paths = {os.fsdecode(path) for (path,) in files.execute("SELECT path FROM files")}
+    assert {Path(path).name for path in paths} == {"kept.gguf", "other.gguf"}
+
+
+def test_a_name_that_is_no_text_is_remembered(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    try:
+        path = model(folder / os.fsdecode(b"m\xff.gguf"), "one")
+    except OSError:
+        pytest.skip("this file system takes text only")
+    assert titles(folder, cache) == ["one"]
+    changed(path, "two")
+    assert titles(folder, cache) == ["one"]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "rows", "schema"])
+def test_a_damaged_cache_costs_the_cache_alone(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    path = model(folder / "m.gguf", "one")
+    titles(folder, cache)
+    changed(path, "two")
+    if damage == "garbage":
+        cache.write_bytes(b"no database" * 1000)
+    else:
+        with closing(sqlite3.connect(cache)) as files, files:
+            files.execute("UPDATE files SET facts = '[1, 2'")
+            if damage == "schema":
+                files.execute("ALTER TABLE files RENAME TO others")
+    assert titles(folder, cache) == ["two"]
+    assert str(cache) in caplog.text
+    if damage != "schema":
+        changed(path, "3rd")
+        assert titles(folder, cache) == ["two"], "a cache is kept again"
+
+
+def test_a_cache_of_another_version(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    path = model(folder / "m.gguf", "one")
+    titles(folder, cache)
+    changed(path, "two")
+    with closing(sqlite3.connect(cache)) as files, files:
+        files.execute("PRAGMA user_version = 999")
+    assert titles(folder, cache) == ["two"]
+    with closing(sqlite3.connect(cache)) as files, files:
+        assert files.execute("PRAGMA user_version").fetchone() == (999,), "newer: left alone"
+        files.execute("PRAGMA user_version = 0")
+    changed(path, "3rd")
+    assert titles(folder, cache) == ["3rd"], "older: begun anew"
+
+
+def test_a_locked_or_impossible_cache_costs_the_cache_alone(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    path = model(folder / "m.gguf", "one")
+    titles(folder, cache)
+    with closing(sqlite3.connect(cache)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert titles(folder, cache) == ["one"]
+    assert titles(folder, path / "below-a-file" / "cache") == ["one"]
+    assert titles(folder, tmp_path) == ["one"]
+
+
+def test_a_scan_reports_as_it_goes(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    model(folder / "known.gguf", "one")
+    catalog = ModelCatalog(folder, cache)
+    catalog.scan()
+    for number in range(5):
+        model(folder / f"{number}.gguf", str(number))
+    steps = list(catalog.steps())
+    assert (steps[0].done, steps[0].total) == (1, 6)
+    assert [found.title for found in steps[0].models] == ["one"]
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert (steps[-1].done, steps[-1].total) == (6, 6)
+    assert list(steps[-1].models) == catalog.scan()
+
+
+def test_a_scan_may_be_left_early(tmp_path: Path) -> None:
+    for number in range(20):
+        model(tmp_path / "models" / f"{number}.gguf", str(number))
+    steps = ModelCatalog(tmp_path / "models", tmp_path / "cache").steps()
+    next(steps)
+    steps.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("kitty_nb catalog")]

@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import psutil
+import pytest
+
+from kitty_nb import (
+    HealthCheckResult,
+    ServerConfig,
+    ServerState,
+    ServerStatus,
+    Supervisor,
+    write_demo_model,
+)
+from kitty_nb.errors import (
+    ConfigError,
+    PortBusyError,
+    ServerFailedError,
+    StartCancelledError,
+)
+from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade, Stage, StateChanged
+from kitty_nb.supervisor.log_text import readable
+
+Misbehaving = Callable[..., ServerConfig]
+
+
+def supervised(
+    config: ServerConfig, scenario: Callable[[Supervisor, list[Event]], Coroutine[Any, Any, None]]
+) -> list[Event]:
+    """Run a scenario on a supervisor and return all events, in order."""
+    events: list[Event] = []
+
+    async def run() -> None:
+        with anyio.fail_after(60):
+            async with Supervisor(config) as supervisor:
+                supervisor.subscribe(events.append)
+                await scenario(supervisor, events)
+
+    anyio.run(run)
+    return events
+
+
+async def reach(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> None:
+    with anyio.fail_after(20):
+        while not condition(supervisor.state):
+            await anyio.sleep(0.005)
+
+
+def statuses(events: list[Event]) -> list[str]:
+    """The states passed through, without repetition."""
+    found: list[str] = []
+    for event in events:
+        if isinstance(event, StateChanged) and event.state.status not in found[-1:]:
+            found.append(event.state.status)
+    return found
+
+
+def messages(events: list[Event]) -> list[str]:
+    return [event.message for event in events if isinstance(event, Activity)]
+
+
+def key(supervisor: Supervisor) -> dict[str, str]:
+    assert supervisor.api_key
+    return {"Authorization": f"Bearer {supervisor.api_key.get_secret_value()}"}
+
+
+def test_the_real_engine_loads_answers_and_stops(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        state = await supervisor.start()
+        assert state.status is ServerStatus.READY
+        assert state.pid is not None
+        assert psutil.pid_exists(state.pid)
+        assert state.uptime is not None
+        async with httpx.AsyncClient(trust_env=False, headers=key(supervisor)) as client:
+            request = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+            url = f"{state.endpoint}/v1/chat/completions"
+            answer = (await client.post(url, json=request, timeout=30)).json()
+        assert answer["choices"][0]["message"]["content"].startswith("Hello! I am")
+        health = await supervisor.check_health()
+        assert (health.status, health.slots_busy, health.slots_total) == ("READY", 0, 1)
+        stopped = await supervisor.stop()
+        assert (stopped.status, stopped.pid, stopped.uptime) == ("STOPPED", None, None)
+        assert not psutil.pid_exists(state.pid)
+        assert (await supervisor.check_health()).status is ServerStatus.STOPPED
+
+    events = supervised(config, scenario)
+    expected = ["STARTING", "LOADING", "READY", "STOPPING", "STOPPED"]
+    # A load of milliseconds may be over before it is first seen.
+    assert [s for s in statuses(events) if s != "LOADING"] == [
+        s for s in expected if s != "LOADING"
+    ]
+    said = messages(events)
+    assert said[0] == "Server starting…"
+    assert any(message.startswith("Model loaded (1 check, ") for message in said)
+    lines = [line for event in events if isinstance(event, LogLines) for line in event.lines]
+    assert any("model loaded" in line for line in lines)
+    assert list(map(readable, config.log_path.read_text().splitlines())) == lines
+    assert '{"type":"log",' in config.log_path.read_text()
+
+
+def test_the_real_engine_restarts_and_switches(config: ServerConfig, tmp_path: Path) -> None:
+    other = write_demo_model(tmp_path / "other.gguf", size=3_000_000)
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        first = await supervisor.start()
+        assert await supervisor.start() == first
+        second = await supervisor.restart()
+        assert second.pid != first.pid
+        third = await supervisor.switch_model(other, alias="other")
+        assert third.config.model == other
+        assert third.restart_count == 2
+        async with httpx.AsyncClient(trust_env=False) as client:
+            models = (
+                await client.get(f"{third.endpoint}/v1/models", headers=key(supervisor))
+            ).json()
+        assert models["data"][0]["id"] == "other"
+
+    supervised(config, scenario)
+
+
+def test_the_context_ends_with_the_server(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start()
+
+    events = supervised(config, scenario)
+    pids = {event.state.pid for event in events if isinstance(event, StateChanged)} - {None}
+    assert statuses(events)[-1] == "STOPPED"
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_a_slow_load_shows_every_stage_and_never_falls(misbehaving: Misbehaving) -> None:
+    config = misbehaving("--load-seconds", "1", "--prepare-seconds", "0.4")
+    checks: list[tuple[HealthCheckResult, int, int]] = []
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        big = write_demo_model(config.log_dir / "big.gguf", size=200_000_000)
+        await supervisor.start(
+            config.replace(model=big), on_progress=lambda *check: checks.append(check)
+        )
+
+    events = supervised(config, scenario)
+    progress = [event.progress for event in events if isinstance(event, ProgressMade)]
+    fractions = [p.fraction for p in progress]
+    assert fractions == sorted(fractions)
+    assert [f for f in fractions if f == 1.0] == [1.0]
+    assert list(dict.fromkeys(p.stage for p in progress)) == list(Stage)
+    loading = [p.fraction for p in progress if p.stage is Stage.LOADING]
+    assert len(set(loading)) >= 5
+    ready_at = next(
+        i for i, e in enumerate(events) if isinstance(e, StateChanged) and e.state.status == "READY"
+    )
+    full_at = next(
+        i for i, e in enumerate(events) if isinstance(e, ProgressMade) and e.progress.fraction == 1
+    )
+    assert ready_at < full_at
+    assert [attempt for _, attempt, _ in checks][:2] == [1, 2]
+    assert {maximum for *_, maximum in checks} == {120}
+    assert checks[-1][0].status is ServerStatus.READY
+    assert any("Loading model… (2/120, 1s elapsed)" in message for message in messages(events))
+
+
+def test_ready_is_noticed_from_the_log(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    config = misbehaving("--prepare-seconds", "2.3", "--ready-mark", str(mark))
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start()
+        # The fallback alone asks once a second by then: only the log's hint can be this quick.
+        assert time.time() - mark.stat().st_mtime < 0.3
+
+    supervised(config, scenario)
+
+
+def test_a_crashed_server_is_started_again(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        first = await supervisor.start()
+        assert first.pid
+        os.kill(first.pid, signal.SIGKILL)
+        await reach(supervisor, lambda state: state.status is ServerStatus.RESTARTING)
+        assert supervisor.state.retry_in is not None
+        await reach(supervisor, lambda state: state.status is ServerStatus.READY)
+        assert supervisor.state.pid != first.pid
+        assert supervisor.state.restart_count == 1
+
+    events = supervised(misbehaving(restart_delay_seconds=0.2), scenario)
+    assert any("Restarting in 0 s (1 of 3)." in message for message in messages(events))
+
+
+def test_a_restart_can_be_called_off(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        state = await supervisor.start()
+        assert state.pid
+        os.kill(state.pid, signal.SIGKILL)
+        await reach(supervisor, lambda state: state.status is ServerStatus.RESTARTING)
+        assert (await supervisor.stop()).status is ServerStatus.STOPPED
+
+    events = supervised(misbehaving(restart_delay_seconds=30), scenario)
+    assert statuses(events)[-2:] == ["RESTARTING", "STOPPED"]
+
+
+def test_the_count_stands_while_nothing_moves_and_goes_on_while_it_does(
+    misbehaving: Misbehaving,
+) -> None:
+    attempts: list[int] = []
+
+    def counted(result: HealthCheckResult, attempt: int, maximum: int) -> None:
+        assert maximum == 1
+        attempts.append(attempt)
+
+    async def moving(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start(on_progress=counted)
+
+    big = write_demo_model(misbehaving().log_dir / "big.gguf", size=50_000_000)
+    supervised(misbehaving("--load-seconds", "2.5", health_max_attempts=1, model=big), moving)
+    assert max(attempts) == 3
+    attempts.clear()
+
+    async def still(supervisor: Supervisor, _: list[Event]) -> None:
+        with pytest.raises(ServerFailedError):
+            await supervisor.start(on_progress=counted)
+
+    supervised(misbehaving("--never-ready", health_max_attempts=1, stall_seconds=2.2), still)
+    assert len(attempts) >= 3
+    assert max(attempts) < len(attempts)  # its start-up was a move; nothing was after that
+
+
+def test_a_failing_callback_does_not_fail_the_start(
+    config: ServerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("user's mistake")
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        assert (await supervisor.start(on_progress=fail)).status is ServerStatus.READY
+
+    supervised(config, scenario)
+    assert "user's mistake" in caplog.text
+
+
+def test_a_stop_during_a_load_cancels_the_start(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def start() -> None:
+                with pytest.raises(StartCancelledError, match="stopped before it was ready"):
+                    await supervisor.start()
+
+            tasks.start_soon(start)
+            await reach(supervisor, lambda state: state.status is ServerStatus.LOADING)
+            assert (await supervisor.stop()).status is ServerStatus.STOPPED
+
+    supervised(misbehaving("--never-ready"), scenario)
+
+
+def test_a_stop_before_the_process_is_there_calls_it_off(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start(wait_for_ready=False)
+        assert (await supervisor.stop()).status is ServerStatus.STOPPED
+
+    events = supervised(misbehaving("--never-ready"), scenario)
+    assert statuses(events) == ["STARTING", "STOPPING", "STOPPED"]
+
+
+def test_a_cancelled_start_stops_its_server(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(supervisor.start)
+            await reach(supervisor, lambda state: state.status is ServerStatus.LOADING)
+            tasks.cancel_scope.cancel()
+        await reach(supervisor, lambda state: state.status is ServerStatus.STOPPED)
+
+    supervised(misbehaving("--never-ready"), scenario)
+
+
+def test_a_caller_that_is_cancelled_stops_its_server(config: ServerConfig) -> None:
+    async def run() -> ServerState:
+        with anyio.CancelScope() as caller:
+            async with Supervisor(config) as supervisor:
+                pid = (await supervisor.start()).pid
+                caller.cancel()
+                await anyio.sleep_forever()
+        assert pid is not None
+        assert not psutil.pid_exists(pid)
+        return supervisor.state
+
+    async def within(seconds: float) -> ServerState:
+        with anyio.fail_after(seconds):
+            return await run()
+
+    assert anyio.run(within, 60).status is ServerStatus.STOPPED
+
+
+def test_a_later_start_overtakes(misbehaving: Misbehaving, config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def start() -> None:
+                with pytest.raises(StartCancelledError, match="overtaken"):
+                    await supervisor.start()
+
+            tasks.start_soon(start)
+            await reach(supervisor, lambda state: state.status is ServerStatus.LOADING)
+            state = await supervisor.start(config)
+        assert (state.status, state.config) == (ServerStatus.READY, config)
+
+    supervised(misbehaving("--never-ready"), scenario)
+
+
+def test_many_starts_at_once_are_one_server(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        states: list[ServerState] = []
+
+        async def start() -> None:
+            states.append(await supervisor.start())
+
+        async with anyio.create_task_group() as tasks:
+            for _n in range(5):
+                tasks.start_soon(start)
+        assert len({state.pid for state in states}) == 1
+
+    events = supervised(config, scenario)
+    assert messages(events).count("Server starting…") == 1
+
+
+def test_a_deaf_server_is_forced_after_the_grace(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        state = await supervisor.start()
+        began = time.monotonic()
+        await supervisor.stop()
+        assert time.monotonic() - began >= 0.3
+        assert state.pid
+        assert not psutil.pid_exists(state.pid)
+
+    supervised(misbehaving("--ignore-sigterm", stop_grace_seconds=0.3), scenario)
+
+
+def test_a_forced_stop_does_not_wait(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start()
+        with anyio.fail_after(5):
+            await supervisor.stop(force=True)
+
+    supervised(misbehaving("--ignore-sigterm", stop_grace_seconds=60), scenario)
+
+
+def test_what_the_server_started_ends_with_it(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    child_file = tmp_path / "child"
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        state = await supervisor.start()
+        child = int(child_file.read_text())
+        assert state.pid
+        os.kill(state.pid, signal.SIGKILL)
+        await reach(supervisor, lambda now: now.status is ServerStatus.RESTARTING)
+        with anyio.fail_after(5):
+            while (
+                psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE
+            ):
+                await anyio.sleep(0.01)
+
+    supervised(misbehaving("--spawn-child", str(child_file)), scenario)
+
+
+def test_a_busy_port_is_found_before_launch(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        with socket.create_server(("127.0.0.1", config.port)):
+            with pytest.raises(PortBusyError, match=rf"Port {config.port} .* in use"):
+                await supervisor.start()
+            assert supervisor.state.status is ServerStatus.FAILED
+            assert "LLAMACPP_PRIMARY_PORT" in (supervisor.state.error or "")
+            free_port = supervisor.state.free_port
+            assert free_port
+            elsewhere = supervisor.state.config.replace(port=free_port)
+            assert (await supervisor.start(elsewhere)).config.port == free_port
+            await supervisor.stop()
+        assert (await supervisor.start(config)).status is ServerStatus.READY
+        assert supervisor.state.free_port is None
+
+    assert statuses(supervised(config, scenario))[:2] == ["STARTING", "FAILED"]
+
+
+def test_a_stranger_on_the_port_is_not_taken_for_our_server(
+    misbehaving: Misbehaving, stand_in: Path
+) -> None:
+    """It came between the look at the port and our server's bind, and has the same alias."""
+    config = misbehaving("--bind-after", "30", stall_seconds=2.0)
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start(wait_for_ready=False)
+        await reach(supervisor, lambda now: now.pid is not None)
+        words = ("--model", config.model, "--host", config.host, "--port", config.port)
+        command = (stand_in, *words, "--alias", config.served_alias)
+        stranger = await anyio.open_process([*map(str, command)], stdout=None, stderr=None)
+        try:
+            await reach(supervisor, lambda now: now.status is ServerStatus.FAILED)
+            assert stranger.returncode is None
+        finally:
+            stranger.kill()
+            await stranger.aclose()
+
+    events = supervised(config, scenario)
+    assert "READY" not in statuses(events)
+    assert any(
+        re.search(r"\(PID \d+\).* answers on this port", message) for message in messages(events)
+    )
+
+
+def test_no_model_is_said_before_anything_happens(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        with pytest.raises(ConfigError, match="LLAMACPP_PRIMARY_MODEL"):
+            await supervisor.start()
+
+    assert statuses(supervised(config.replace(model=None), scenario)) == []
+
+
+def test_events_can_be_iterated(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        seen: list[str] = []
+
+        async def read() -> None:
+            async for event in supervisor.events():
+                if isinstance(event, StateChanged):
+                    seen.append(event.state.status)
+                    if event.state.status is ServerStatus.READY:
+                        return
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await anyio.lowlevel.checkpoint()
+            await supervisor.start()
+        assert (seen[0], seen[-1]) == ("STARTING", "READY")
+
+    supervised(config, scenario)
+
+
+def test_a_chattering_server_does_not_grow_memory(misbehaving: Misbehaving) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start()
+        lines = 0
+        with anyio.move_on_after(1):
+            async for event in supervisor.events():
+                lines += len(event.lines) if isinstance(event, LogLines) else 0
+        assert lines > 100
+
+    supervised(misbehaving("--chatter", "5000"), scenario)

@@ -1,0 +1,603 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+from conftest import MARK, eventually
+
+from kitty_nb import ServerConfig, Supervisor
+from kitty_nb.client import Access
+from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError
+from kitty_nb.experiments import (
+    ExactMatch,
+    Outcome,
+    Perplexity,
+    Sweep,
+    Trial,
+    TrialResult,
+    replay,
+)
+from kitty_nb.experiments.eta import seconds_left
+from kitty_nb.experiments.events import (
+    RequestAnswered,
+    StoreFailed,
+    SweepEnded,
+    SweepEvent,
+    SweepPaused,
+    SweepResumed,
+    TrialEnded,
+    TrialProgressed,
+    TrialStarted,
+)
+from kitty_nb.experiments.run_trial import run_trial
+from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.trial import TrialSeconds
+from kitty_nb.experiments.workload import Workload
+
+WAIT = 120.0
+PROMPT = "Who are you?"
+NO_ONE = "No such demo."
+
+
+@pytest.fixture
+def base(config: ServerConfig) -> ServerConfig:
+    return config.replace(context_size=1024, parallel=None)
+
+
+@pytest.fixture
+def sweep(base: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
+    """Makes sweeps that share a store, and ends them."""
+    made: list[Sweep] = []
+
+    def make(**more: object) -> Sweep:
+        given = {"config": base, "max_tokens": 8, "repeats": 1, "store": tmp_path / "sweep.sqlite3"}
+        made.append(Sweep(**(given | more)))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def servers() -> list[psutil.Process]:
+    """The engines of trials that run, of this test run alone."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ", "status"]):
+        words, environ = process.info["cmdline"] or [], process.info["environ"] or {}
+        trial = any(word.startswith("trial_") for word in words) and "--model" in words
+        ours = environ.get(MARK) == os.environ[MARK]
+        if trial and ours and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def heard(sweep: Sweep) -> list[SweepEvent]:
+    events: list[SweepEvent] = []
+    sweep.subscribe(events.append)
+    return events
+
+
+def test_two_by_two(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
+    grid = {"threads": [1, 2], "cache_type_k": ["f16", "q8_0"]}
+    one = sweep(grid=grid, repeats=2, parallel=(1, 4), prompts=[PROMPT, "And then?"])
+    events = heard(one)
+    operation = one.run()
+    results = operation.wait(WAIT)
+    assert operation.done
+    assert [row.outcome for row in results.rows] == [Outcome.DONE] * 8, results.rows
+    assert [row.trial for row in results.rows] == list(one.trials)
+    assert [row.trial.repeat for row in results.rows] == [1] * 4 + [2] * 4
+    for row in results.rows:
+        measured = row.measurement
+        assert measured
+        assert measured.load.total == pytest.approx(row.seconds.load)
+        assert [(speed.parallel, speed.requests) for speed in measured.speeds] == [(1, 2), (4, 4)]
+        for speed in measured.speeds:
+            assert 0 < speed.time_to_first_token < speed.seconds
+            assert (speed.prompt_tokens_per_second or 0) > 0
+            assert (speed.generation_tokens_per_second or 0) > 0
+            assert speed.total_tokens_per_second * speed.seconds == pytest.approx(
+                speed.requests * 8
+            )
+        assert measured.memory > 5_000_000
+        assert measured.context == 1024
+        assert len(measured.answers) == 2
+        assert measured.answers[0].strip().startswith("Hello!")
+        assert 0 < row.seconds.own < row.seconds.overall
+        assert row.engine
+        assert row.host
+    kinds = [type(event) for event in events]
+    assert kinds.count(TrialStarted) == kinds.count(TrialEnded) == 8
+    assert kinds.count(RequestAnswered) == 8 * 6
+    assert TrialProgressed in kinds
+    assert events[-1] == SweepEnded(complete=True)
+    assert (one.progress.done, one.progress.total, one.progress.eta) == (8, 8, 0)
+    assert results.best().done == 2
+    # Nothing of the user's own profile is touched; only the history of loads is shared.
+    assert not base.log_dir.exists()
+    assert base.history.exists()
+    assert not servers()
+
+
+def test_a_sweep_made_again_repeats_nothing_and_may_grow(sweep: Callable[..., Sweep]) -> None:
+    first = sweep(grid={"threads": [1]}).run().wait(WAIT)
+    again = sweep(grid={"threads": [1]})
+    assert again.results.rows == first.rows  # before it is run
+    events = heard(again)
+    assert again.run().wait(WAIT).rows == first.rows
+    assert events == [SweepEnded(complete=True)]
+    grown = sweep(grid={"threads": [1, 2]}, repeats=2)
+    events = heard(grown)
+    rows = grown.run().wait(WAIT).rows
+    assert rows[0] == first.rows[0]
+    assert len(rows) == 4
+    assert sum(isinstance(event, TrialStarted) for event in events) == 3
+    other = sweep(grid={"threads": [1]}, max_tokens=9)
+    assert not other.results.rows
+
+
+_KILLED = """
+import sys
+from kitty_nb import ServerConfig
+from kitty_nb.experiments import Sweep
+config = ServerConfig.model_validate_json(sys.argv[1])
+grid = {"threads": [1, 2], "batch_size": [64, 128, 256]}
+with Sweep(config=config, grid=grid, repeats=2, max_tokens=8, store=sys.argv[2]) as sweep:
+    sweep.run().wait()
+"""
+
+
+def test_a_killed_sweep_goes_on_where_it_was(
+    sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
+) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, base.model_dump_json(), str(tmp_path / "sweep.sqlite3")]
+    )
+    one = sweep(grid={"threads": [1, 2], "batch_size": [64, 128, 256]}, repeats=2)
+
+    def written() -> int:
+        made = sweep(grid={"threads": [1, 2], "batch_size": [64, 128, 256]}, repeats=2)
+        return len(made.results.rows)
+
+    eventually(lambda: written() >= 3, within=WAIT)
+    eventually(servers, within=WAIT)
+    program.send_signal(signal.SIGKILL)
+    program.wait(WAIT)
+    eventually(lambda: not servers(), within=30, why="the killed sweep's server lives on")
+    before = one.results.rows
+    assert 3 <= len(before) < 12
+    events = heard(one)
+    rows = one.run().wait(WAIT).rows
+    assert rows[: len(before)] == before
+    assert [row.trial for row in rows] == list(one.trials)
+    started = [event.trial for event in events if isinstance(event, TrialStarted)]
+    assert not {row.trial for row in before} & set(started)
+    assert {row.outcome for row in rows} == {Outcome.DONE}
+
+
+def test_cancel_stops_the_server_and_keeps_what_is_done(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(grid={"threads": [1, 2]}, repeats=4)
+    ended = threading.Event()
+    one.subscribe(lambda event: ended.set() if isinstance(event, TrialEnded) else None)
+    operation = one.run()
+    assert ended.wait(WAIT)
+    with pytest.raises(ExperimentError, match="running"):
+        one.run()
+    one.cancel()
+    results = operation.wait(WAIT)
+    assert 1 <= len(results.rows) < 8
+    assert not servers()
+    eventually(lambda: not one.running)
+    one.close()
+    assert len(one.run().wait(WAIT).rows) == 8
+
+
+def test_a_cancelled_operation_ends_the_run_too(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(repeats=4)
+    events = heard(one)
+    operation = one.run()
+    eventually(lambda: any(isinstance(event, TrialProgressed) for event in events), within=WAIT)
+    operation.cancel()
+    eventually(lambda: not one.running, within=30)
+    assert events[-1] == SweepEnded(complete=False)
+    assert not servers()
+
+
+def test_a_paused_sweep_ends_its_trial_and_waits(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(repeats=3)
+    events = heard(one)
+
+    def pause_once(event: SweepEvent) -> None:
+        if isinstance(event, RequestAnswered) and SweepPaused() not in events:
+            one.pause()
+
+    one.subscribe(pause_once)
+    operation = one.run()
+    eventually(lambda: any(isinstance(event, TrialEnded) for event in events), within=WAIT)
+    assert one.progress.paused
+    assert one.progress.running == ()
+    assert one.progress.eta is not None
+    assert one.progress.eta > 0
+    assert sum(isinstance(event, TrialStarted) for event in events) == 1
+    assert not operation.done
+    one.resume()
+    assert len(operation.wait(WAIT).rows) == 3
+    assert SweepResumed() in events
+
+
+def test_a_server_that_dies_is_a_row(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(repeats=2, prompts=[PROMPT] * 3)
+
+    def kill_first(event: SweepEvent) -> None:
+        if isinstance(event, RequestAnswered) and event.trial.repeat == 1:
+            for server in servers():
+                server.send_signal(signal.SIGKILL)
+
+    one.subscribe(kill_first)
+    dead, alive = one.run().wait(WAIT).rows
+    assert dead.outcome is Outcome.FAILED
+    assert "SIGKILL" in dead.reason
+    assert dead.measurement is None
+    assert alive.outcome is Outcome.DONE
+
+
+def test_a_server_that_never_gets_ready_is_a_row_with_its_diagnosis(
+    misbehaving: Callable[..., ServerConfig], tmp_path: Path
+) -> None:
+    config = misbehaving("--never-ready", "--exit-after", "0.1", "--exit-code", "5")
+    store = tmp_path / "sweep.sqlite3"
+    with Sweep(config=config, store=store, repeats=1, logs=tmp_path / "trials") as one:
+        (row,) = one.run().wait(WAIT).rows
+        assert row.outcome is Outcome.FAILED
+        assert "exit code 5" in row.reason
+        assert list((tmp_path / "trials").glob("trial_*.log"))
+        events = heard(one)
+        one.close()
+        one.run(retry=True).wait(WAIT)
+        assert sum(isinstance(event, TrialStarted) for event in events) == 1
+
+
+def test_a_model_that_goes_away_is_a_row(
+    sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
+) -> None:
+    assert base.model
+    copy = Path(shutil.copy(base.model, tmp_path / "copy.gguf"))
+    one = sweep(models=[base.model, copy], repeats=3)
+
+    def take_away(event: SweepEvent) -> None:
+        if isinstance(event, TrialEnded) and event.result.trial.repeat == 1:
+            copy.unlink(missing_ok=True)
+
+    one.subscribe(take_away)
+    rows = one.run().wait(WAIT).rows
+    assert len(rows) == 6
+    for row in rows:
+        gone = row.trial.model == str(copy) and row.trial.repeat > 1
+        if row.trial.repeat > 1:
+            assert row.outcome is (Outcome.FAILED if gone else Outcome.DONE)
+        if gone:
+            assert "no such file" in row.reason.lower()
+
+
+def test_a_prompt_longer_than_the_context_is_a_row(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(grid={"context_size": [256, 1024]}, prompts=["word " * 100], seed=1)
+    rows = {dict(row.trial.settings)["context_size"]: row for row in one.run().wait(WAIT).rows}
+    assert rows[1024].outcome is Outcome.DONE
+    assert rows[256].outcome is Outcome.FAILED
+    assert "longer than the context" in rows[256].reason
+    assert "256 tokens" in rows[256].reason
+
+
+def test_a_trial_can_be_recorded_and_replayed(
+    sweep: Callable[..., Sweep], base: ServerConfig
+) -> None:
+    one = sweep(grid={"batch_size": [64]}, record=True)
+    (row,) = one.run().wait(WAIT).rows
+    record = row.record
+    assert record
+    assert record.config.batch_size == 64
+    assert record.outputs == row.measurement.answers  # type: ignore[union-attr]
+    assert len(record.model.shards[0].sha256) == 64
+    assert sweep(grid={"batch_size": [64]}).results.rows[0].record == record
+    assert "api_key" not in row.document
+    again = replay(record, config=base).wait(WAIT)
+    assert again.same_outputs, str(again)
+    assert sweep(grid={"batch_size": [32]}).run().wait(WAIT).rows[0].record is None
+
+
+def test_answers_too_long_together_are_a_row(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(grid={"context_size": [1024]}, max_tokens=900, parallel=8)
+    (row,) = one.run().wait(WAIT).rows
+    assert row.outcome is Outcome.FAILED
+    assert "Raise context_size" in row.reason
+
+
+def test_what_will_not_fit_is_skipped_with_the_reason(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(grid={"context_size": [1024, 2_000_000_000]})
+    rows = {dict(row.trial.settings)["context_size"]: row for row in one.run().wait(WAIT).rows}
+    assert rows[1024].outcome is Outcome.DONE
+    skipped = rows[2_000_000_000]
+    assert skipped.outcome is Outcome.SKIPPED
+    assert skipped.reason.startswith("It will not fit: it needs ")
+    assert "GiB of RAM" in skipped.reason
+    assert skipped.seconds.load == 0
+
+
+def test_a_flag_that_the_engine_lacks_is_refused_before_the_first_trial(
+    sweep: Callable[..., Sweep],
+) -> None:
+    one = sweep(grid={"cache_typ_k": ["f16"]})
+    events = heard(one)
+    with pytest.raises(ConfigError, match="--cache-type-k"):
+        one.run().wait(WAIT)
+    (ended,) = events
+    assert isinstance(ended, SweepEnded)
+    assert not ended.complete
+    assert "--cache-type-k" in ended.problem
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"prompts": ["", "a"]}, "empty"),
+        ({"max_tokens": 1}, "2 or more"),
+        ({"parallel": (0, 1)}, "1 or more"),
+        ({"repeats": 0}, "repeats is 0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    sweep: Callable[..., Sweep], more: dict[str, object], told: str
+) -> None:
+    with pytest.raises((ConfigError, ExperimentError), match=told):
+        sweep(**more)
+
+
+def test_quality_is_a_mean_over_the_answers(sweep: Callable[..., Sweep]) -> None:
+    answer = sweep(prompts=PROMPT, max_tokens=64, quality=ExactMatch({PROMPT: ""})).run().wait(WAIT)
+    (row,) = answer.rows
+    assert row.measurement
+    assert row.measurement.quality == 0
+    (text,) = row.measurement.answers
+    assert text.strip().endswith("conversation.")  # where the model ends, not the limit
+    expected = ExactMatch({PROMPT: f" {text}\n", NO_ONE: "nothing"})
+    (row,) = sweep(prompts=[PROMPT, NO_ONE], max_tokens=64, quality=expected).run().wait(WAIT).rows
+    assert row.measurement
+    assert row.measurement.quality == 0.5
+
+
+def _number_of_words(prompt: str, answer: str) -> float:
+    return len(answer.split()) / len(prompt.split())
+
+
+def _fails(prompt: str, answer: str) -> float:
+    raise ValueError(answer[:0] or prompt)
+
+
+def test_quality_may_be_a_function(sweep: Callable[..., Sweep]) -> None:
+    (row,) = sweep(max_tokens=64, quality=_number_of_words).run().wait(WAIT).rows
+    assert row.measurement
+    assert (row.measurement.quality or 0) > 2
+    (row,) = sweep(prompts=[PROMPT], quality=_fails).run().wait(WAIT).rows
+    assert row.outcome is Outcome.DONE
+    assert row.measurement
+    assert row.measurement.quality is None
+    assert f"ValueError('{PROMPT}')" in row.reason
+
+
+def test_perplexity_is_that_of_the_text_token_by_token(
+    sweep: Callable[..., Sweep], base: ServerConfig
+) -> None:
+    text = "Hello! I am the cat"
+    quality = Perplexity({PROMPT: text})
+    (row,) = sweep(prompts=[PROMPT], chat=False, quality=quality).run().wait(WAIT).rows
+    assert row.measurement, row.reason
+    assert row.measurement.perplexity == pytest.approx(
+        anyio.run(_perplexity_by_hand, base, text), rel=1e-3
+    )
+    likely = Perplexity({PROMPT: "Hello! I am the kitty_nb demo model,"})
+    (row,) = sweep(prompts=[PROMPT], quality=likely).run().wait(WAIT).rows
+    assert row.measurement, row.reason
+    assert row.measurement.perplexity == pytest.approx(1, abs=1e-3)
+
+
+async def _perplexity_by_hand(config: ServerConfig, text: str) -> float:
+    """Ask for the whole distribution of each next token, and look the text's own up in it."""
+    async with Supervisor(config) as supervisor:
+        state = await supervisor.start()
+        async with Access(state.endpoint, supervisor.api_key).async_http() as http:
+            body = {"content": PROMPT, "add_special": True}
+            before = (await http.post("/tokenize", json=body)).json()["tokens"]
+            rest, surprise, count = text, 0.0, 0
+            while rest:
+                request = {"prompt": before, "n_predict": 1, "n_probs": 1000, "temperature": 0}
+                body = (await http.post("/completion", json=request)).json()
+                tops = body["completion_probabilities"][0]["top_logprobs"]
+                fitting = [one for one in tops if one["token"] and rest.startswith(one["token"])]
+                best = max(fitting, key=lambda one: (one["logprob"], len(one["token"])))
+                surprise, count = surprise - best["logprob"], count + 1
+                before, rest = [*before, best["id"]], rest.removeprefix(best["token"])
+    return math.exp(surprise / count)
+
+
+def test_a_script_without_a_thread(sweep: Callable[..., Sweep]) -> None:
+    async def script() -> None:
+        async with sweep(repeats=2) as one:
+            results = await one.run_here()
+            assert len(results) == 2
+        async with sweep(repeats=3) as one:
+            assert len(await one.run()) == 3
+
+    anyio.run(script)
+
+
+def test_leaving_the_context_ends_the_run(sweep: Callable[..., Sweep]) -> None:
+    with sweep(repeats=5) as one:
+        operation = one.run()
+        eventually(servers, within=WAIT)
+    assert operation.done
+    assert not servers()
+
+
+def test_trials_run_on_whatever_machine_the_executor_has(sweep: Callable[..., Sweep]) -> None:
+    """Two slots, and trials that take no server: the order holds, rows come as they end."""
+    running: list[int] = []
+    most = 0
+
+    async def execute(
+        trial: Trial, *, tell: Callable[[SweepEvent], None], free: Callable[[], None]
+    ) -> TrialResult:
+        nonlocal most
+        running.append(trial.repeat)
+        most = max(most, len(running))
+        await anyio.sleep(0.01 * (trial.repeat % 3))
+        running.remove(trial.repeat)
+        if trial.repeat == 5:
+            raise RuntimeError("a bug")
+        return TrialResult(trial, Outcome.DONE, seconds=TrialSeconds(overall=1.0))
+
+    class Machines:
+        async def __aenter__(self) -> object:
+            return execute
+
+        async def __aexit__(self, *_: object) -> None:
+            running.append(0)
+
+    rows = sweep(repeats=9).run(Machines(), slots=2).wait(WAIT).rows  # type: ignore[arg-type]
+    assert most == 2
+    assert running == [0]
+    assert {row.trial.repeat for row in rows} == set(range(1, 10))
+    (bad,) = [row for row in rows if row.outcome is Outcome.FAILED]
+    assert "RuntimeError('a bug')" in bad.reason
+
+
+def test_a_trial_can_be_sent_to_another_process(base: ServerConfig, tmp_path: Path) -> None:
+    workload = Workload(prompts=(PROMPT,), max_tokens=8, quality=ExactMatch({PROMPT: "x"}))
+    trial = Trial("demo.gguf", (("threads", 1), ("extra_args", ("--mlock",))))
+    call = partial(run_trial, trial, base, workload, tmp_path / "logs")
+    (tmp_path / "call.pickle").write_bytes(pickle.dumps(call))
+    code = (
+        "import anyio, pickle, sys; from pathlib import Path\n"
+        "call = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
+        "Path(sys.argv[2]).write_bytes(pickle.dumps(anyio.run(call)))"
+    )
+    names = [str(tmp_path / name) for name in ("call.pickle", "row.pickle")]
+    subprocess.run([sys.executable, "-c", code, *names], check=True, timeout=WAIT)
+    row = pickle.loads((tmp_path / "row.pickle").read_bytes())
+    assert row.trial == trial
+    assert row.outcome is Outcome.DONE, row.reason
+    assert row.measurement.quality == 0
+
+
+def test_the_time_left_is_that_of_like_trials() -> None:
+    def ended(model: str, threads: int, seconds: float, load: float = 0.0) -> TrialResult:
+        trial = Trial(model, (("threads", threads),))
+        return TrialResult(trial, Outcome.DONE, seconds=TrialSeconds(load=load, overall=seconds))
+
+    rows = [ended("a", 1, 10), ended("a", 2, 20, 5), ended("a", 2, 30, 5)]
+    assert seconds_left(rows, [], {}) == 0
+    assert seconds_left([], [Trial("a")], {"a": 1.0}) is None
+    assert seconds_left(rows, [Trial("a", (("threads", 1),), 2)], {}) == 10
+    assert seconds_left(rows, [Trial("a", (("threads", 3),))], {}) == 20
+    assert seconds_left(rows, [Trial("b")], {"b": 100.0}) == 100 + 15
+    assert seconds_left(rows, [Trial("b")], {}, passed=4) == 16
+    assert seconds_left(rows, [Trial("b")], {}, passed=40) == 0
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Let every write beyond this many bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def rows_of(count: int) -> list[TrialResult]:
+    return [TrialResult(Trial("a", (), n), Outcome.DONE, "x" * 4000, at=n) for n in range(count)]
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path: Path) -> None:
+    async def write() -> None:
+        store = ResultStore(tmp_path / "sub" / "rows.sqlite3", "conditions")
+        rows = rows_of(50)
+        await store.add(rows[:2])
+        with full_disk(20_000), pytest.raises(ResultStoreError, match="results are kept in memory"):
+            await store.add(rows[2:40])
+        assert store.unwritten == 38
+        assert [row.trial.repeat for row in await store.recall()] == [0, 1]
+        await store.add(rows[40:])
+        assert store.unwritten == 0
+        assert await store.recall() == tuple(rows)
+
+    anyio.run(write)
+
+
+def test_a_locked_file_costs_no_row(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(repeats=2)
+    events = heard(one)
+    with closing(sqlite3.connect(one.store, check_same_thread=False)) as other:
+
+        def lock(event: SweepEvent) -> None:
+            if isinstance(event, TrialStarted) and not other.in_transaction:
+                other.execute("BEGIN IMMEDIATE")
+
+        def unlock(event: SweepEvent) -> None:
+            if isinstance(event, StoreFailed):
+                other.rollback()
+
+        stop = one.subscribe(lock)
+        one.subscribe(unlock)
+        operation = one.run()
+        eventually(lambda: any(isinstance(e, StoreFailed) for e in events), within=WAIT)
+        stop()
+        other.rollback()
+        assert len(operation.wait(WAIT).rows) == 2
+    failed = next(event for event in events if isinstance(event, StoreFailed))
+    assert "kept in memory" in failed.problem
+    assert one.store_problem == ""
+    assert len(sweep(repeats=2).results.rows) == 2
+
+
+@pytest.mark.parametrize("content", [b"no database" * 100, None])
+def test_a_file_that_cannot_be_used_is_told_before_the_first_trial(
+    sweep: Callable[..., Sweep], content: bytes | None
+) -> None:
+    one = sweep()
+    events = heard(one)
+    if content is None:
+        with closing(sqlite3.connect(one.store)) as newer:
+            newer.execute("PRAGMA user_version = 99")
+    else:
+        one.store.write_bytes(content)
+    with pytest.raises(ResultStoreError, match="name another file"):
+        one.run().wait(WAIT)
+    with pytest.raises(ResultStoreError, match="name another file"):
+        _ = one.results
+    assert not any(isinstance(event, TrialStarted) for event in events)
+
+
+def test_no_key_is_in_the_store(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
+    one = sweep(config=base.replace(api_key="my-own-secret"))
+    one.run().wait(WAIT)
+    assert b"my-own-secret" not in one.store.read_bytes()
+    assert "my-own-secret" not in json.dumps([str(row) for row in one.results.rows])
+    assert os.access(one.store, os.W_OK)

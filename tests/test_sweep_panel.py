@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+
+from kitty_nb import ControlPanel, ServerConfig
+from kitty_nb.experiments import (
+    ExactMatch,
+    Measurement,
+    Outcome,
+    Perplexity,
+    Results,
+    Sweep,
+    Trial,
+    TrialResult,
+    Workload,
+)
+from kitty_nb.experiments.events import RequestAnswered, SweepEvent, TrialEnded, TrialStarted
+from kitty_nb.experiments.sweep import SweepProgress
+from kitty_nb.experiments.trial import LoadSeconds, Speed
+from kitty_nb.widgets import SweepPanel
+from kitty_nb.widgets.sweep_status import SweepStatus, status_of
+from kitty_nb.widgets.sweep_table import as_html, columns, figure, rows_of
+
+WAIT = 120.0
+GRID = {"threads": [1, 2], "cache_type_k": ["f16", "q8_0"]}
+
+
+@pytest.fixture
+def made(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
+    """Makes sweeps that share a store, and ends them."""
+    sweeps: list[Sweep] = []
+
+    def make(**more: object) -> Sweep:
+        given = {"config": config.replace(context_size=1024), "max_tokens": 8, "repeats": 1}
+        store = tmp_path / "sweep.sqlite3"
+        sweeps.append(Sweep(**({"store": store} | given | more)))  # type: ignore[arg-type]
+        return sweeps[-1]
+
+    yield make
+    for sweep in sweeps:
+        sweep.close()
+
+
+@pytest.fixture
+def panel_for() -> Iterator[Callable[..., SweepPanel]]:
+    panels: list[SweepPanel] = []
+
+    def make(*args: object, **more: object) -> SweepPanel:
+        panels.append(SweepPanel(*args, **more))  # type: ignore[arg-type]
+        return panels[-1]
+
+    yield make
+    for panel in panels:
+        panel.close()
+
+
+def reach(panel: SweepPanel, status: str) -> None:
+    wanted = f">{status}<"
+    eventually(lambda: wanted in panel.status_line.value, within=WAIT, why=f"never {status}")
+
+
+def enabled(panel: SweepPanel) -> set[str]:
+    now = panel.buttons
+    buttons = (now.start, now.pause, now.cancel, now.use)
+    return {button.description for button in buttons if not button.disabled}
+
+
+def hold_after_first(sweep: Sweep) -> list[SweepEvent]:
+    """Pause a sweep as soon as it has an answer; returns what it tells."""
+    events: list[SweepEvent] = []
+
+    def listen(event: SweepEvent) -> None:
+        events.append(event)
+        if isinstance(event, RequestAnswered) and not sweep.progress.done:
+            sweep.pause()
+
+    sweep.subscribe(listen)
+    return events
+
+
+def test_from_start_to_the_lines_of_the_best(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    sweep = made(grid=GRID, repeats=2)
+    panel = panel_for(sweep)
+    assert "NOT STARTED" in panel.status_line.value
+    assert panel.trials_bar.text.value == "0 of 8 trials"
+    assert panel.table.table.count("waiting") == 4
+    assert enabled(panel) == {"Start"}
+    panel.buttons.start.click()
+    reach(panel, "RUNNING")
+    assert enabled(panel) == {"Pause", "Cancel"}
+    loads = set()
+
+    def loading() -> bool:
+        loads.add(panel.load_bar.bar.value)
+        return len(loads) > 2
+
+    eventually(loading, within=WAIT, why="the load bar stands still")
+    assert "<b>demo.gguf</b> · threads <b>" in panel.now.value
+    eventually(lambda: "★" in panel.table.table, within=WAIT, why="no best is marked")
+    reach(panel, "DONE")
+    assert panel.trials_bar.text.value == "8 of 8 trials"
+    assert panel.trials_bar.bar.value == panel.trials_bar.bar.max == 8
+    assert panel.load_bar.layout.display == panel.now.layout.display == "none"
+    best = sweep.results.best()
+    (marked,) = [row for row in panel.table.table.split("<tr") if "★" in row]
+    for _, value in best.trial.settings:
+        assert f"<td>{value}</td>" in marked
+    for name in ("load_seconds", "memory_gib", "generation_tokens_per_second"):
+        assert f">{figure(name, best.metrics[name].median)}<" in marked
+    assert enabled(panel) == {"Use the best"}
+    panel.buttons.use.click()
+    assert f"LLAMACPP_PRIMARY_THREADS={best.value('threads')}" in panel.lines.value
+    assert f"--cache-type-k {best.value('cache_type_k')}" in panel.lines.value
+    assert panel.notice.layout.display == "none"
+    panel.buttons.objective.value = "load_seconds"
+    quickest = sweep.results.best("load_seconds").trial
+    (marked,) = [row for row in panel.table.table.split("<tr") if "★" in row]
+    assert all(f"<td>{value}</td>" in marked for _, value in quickest.settings)
+
+
+def test_pause_resume_cancel_and_go_on(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    sweep = made(grid=GRID, repeats=2)
+    panel = panel_for(sweep)
+    events = hold_after_first(sweep)
+    panel.buttons.start.click()
+    reach(panel, "PAUSED")
+    assert panel.trials_bar.bar.value == 1
+    assert "left" in panel.trials_bar.text.value
+    assert enabled(panel) == {"Resume", "Cancel", "Use the best"}
+    panel.buttons.pause.click()
+    eventually(lambda: panel.trials_bar.bar.value == 2, within=WAIT)
+    assert panel.buttons.pause.description == "Pause"
+    panel.buttons.cancel.click()
+    reach(panel, "INTERRUPTED")
+    assert 2 <= panel.trials_bar.bar.value < 8
+    assert enabled(panel) == {"Go on", "Use the best"}
+    before = sum(isinstance(event, TrialEnded) for event in events)
+    panel.buttons.start.click()
+    reach(panel, "DONE")
+    ended = [event.result.trial for event in events if isinstance(event, TrialEnded)]
+    assert len(ended) == len(set(ended)) == 8 > before
+
+
+def test_a_cancelled_pause_does_not_hold_the_next_run(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    sweep = made(repeats=2)
+    panel = panel_for(sweep)
+    hold_after_first(sweep)
+    panel.buttons.start.click()
+    reach(panel, "PAUSED")
+    panel.buttons.cancel.click()
+    reach(panel, "INTERRUPTED")
+    panel.buttons.start.click()
+    reach(panel, "DONE")
+
+
+def test_what_fails_says_why_and_can_be_tried_again(
+    made: Callable[..., Sweep],
+    panel_for: Callable[..., SweepPanel],
+    demo_model: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "<i>broken&.gguf"
+    broken.write_bytes(demo_model.read_bytes()[:200_000])
+    sweep = made(models=[demo_model, broken])
+    panel = panel_for(sweep)
+    panel.buttons.start.click()
+    reach(panel, "DONE")
+    assert sweep.results.best().trial.model == demo_model.name
+    assert "1 failed" in panel.status_line.value
+    assert "<td>&lt;i&gt;broken&amp;.gguf</td>" in panel.table.table
+    assert "<i>" not in panel.table.table
+    assert "download it again" in panel.table.table
+    assert enabled(panel) == {"Try failed again", "Use the best"}
+    shutil.copy(demo_model, broken)
+    panel.buttons.start.click()
+    eventually(lambda: "failed" not in panel.status_line.value, within=WAIT)
+    reach(panel, "DONE")
+    assert [row.outcome for row in sweep.results.rows] == [Outcome.DONE] * 2
+
+
+def test_a_sweep_that_breaks_off_says_why(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    panel = panel_for(made(grid={"cache_typ_k": ["f16"]}))
+    panel.buttons.start.click()
+    reach(panel, "FAILED")
+    assert "cache-type-k" in panel.notice.value
+    assert enabled(panel) == {"Go on"}
+
+
+def test_a_store_that_cannot_be_read_is_told(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel], tmp_path: Path
+) -> None:
+    store = tmp_path / "no.sqlite3"
+    store.write_text("this is no database, " * 100)
+    panel = panel_for(made(store=store))
+    assert "cannot be used" in panel.notice.value
+    panel.buttons.start.click()
+    reach(panel, "FAILED")
+    assert "Make room" in panel.notice.value
+
+
+def test_a_run_from_code_is_shown_too(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    sweep = made()
+    panel = panel_for(sweep)
+    sweep.run().wait(WAIT)
+    reach(panel, "DONE")
+    again = panel_for(made())
+    assert "DONE" in again.status_line.value
+    assert "★" in again.table.table
+
+
+def test_the_best_goes_into_the_control_panel(
+    made: Callable[..., Sweep],
+    panel_for: Callable[..., SweepPanel],
+    config: ServerConfig,
+    demo_model: Path,
+    tmp_path: Path,
+) -> None:
+    env = tmp_path / ".env"
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(demo_model, models)
+    other = Path(shutil.copy(demo_model, models / "other.gguf"))
+    env.write_text(
+        f"LLAMACPP_MODELS_DIR={models}\nLLAMACPP_LOG_DIR={tmp_path / 'logs'}\n"
+        f"LLAMACPP_HISTORY={config.history}\nLLAMACPP_PORT={config.port}\n"
+        f"LLAMACPP_PRIMARY_MODEL={demo_model.name}\n"
+    )
+    control = ControlPanel(env)
+    try:
+        sweep = made(
+            models=[other],
+            configs=[{"threads": 2, "flash_attention": "on", "cache_type_k": "q8_0"}],
+        )
+        panel = panel_for(sweep, control)
+        panel.buttons.start.click()
+        reach(panel, "DONE")
+        panel.buttons.use.click()
+        assert panel.notice.value == ""
+        assert control.picker.model is not None
+        assert control.picker.model.name == "other.gguf"
+        chosen = {name: str(field.value) for name, field in control.settings.fields.items()}
+        assert chosen["threads"] == "2"
+        assert chosen["context_size"] == "1024"
+        assert chosen["batch_size"] == ""
+        assert chosen["flash_attention"] == "on"
+        control.buttons.start.click()
+        eventually(lambda: "READY" in control.status_line.value, within=60)
+        served = control.manager.state.config
+        assert served.extra_args == ("--cache-type-k", "q8_0")
+        assert (served.threads, served.port, served.profile) == (2, config.port, "primary")
+        control.settings.save.click()
+        saved = ServerConfig.from_env(env)
+        assert (saved.model, saved.context_size) == (other, 1024)
+        assert saved.extra_args == ("--cache-type-k", "q8_0")
+    finally:
+        control.close()
+
+
+def test_two_sweeps_at_once_are_asked_about(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    first, second = made(repeats=4), made(grid={"threads": [1]})
+    one, other = panel_for(first), panel_for(second)
+    one.buttons.start.click()
+    eventually(lambda: first.progress.done, within=WAIT)
+    other.buttons.start.click()
+    assert "Another sweep is running" in other.notice.value
+    assert first.running
+    assert not second.running
+    other.buttons.start.click()
+    assert not first.running
+    reach(one, "INTERRUPTED")
+    reach(other, "DONE")
+
+
+def test_a_sweep_has_one_panel(
+    made: Callable[..., Sweep],
+    panel_for: Callable[..., SweepPanel],
+    sent: list[tuple[str, dict[str, object]]],
+) -> None:
+    view = "application/vnd.jupyter.widget-view+json"
+    sweep = made(repeats=4)
+    shown = sweep._repr_mimebundle_()
+    assert shown["text/plain"] == "Sweep(4 trials)"
+    assert sweep._repr_mimebundle_()[view] == shown[view]
+    panel = panel_for(sweep)
+    assert sweep._repr_mimebundle_()[view]["model_id"] == panel.model_id
+    closed = [message for message, _ in sent if message == "comm_close"]
+    assert len(closed) == sum(message == "comm_open" for message, _ in sent) / 2
+    panel.buttons.start.click()
+    reach(panel, "RUNNING")
+    again = panel_for(made(repeats=4))  # the cell is run once more
+    assert panel.comm is None
+    assert "earlier run of the cell" in again.notice.value
+    again.buttons.start.click()
+    assert not sweep.running
+    reach(again, "DONE")
+    again.close()
+    again.close()
+    opened = sum(message == "comm_open" for message, _ in sent)
+    assert sum(message == "comm_close" for message, _ in sent) == opened
+
+
+def test_a_running_sweep_sends_few_messages(
+    made: Callable[..., Sweep],
+    panel_for: Callable[..., SweepPanel],
+    sent: list[tuple[str, dict[str, object]]],
+) -> None:
+    sweep = made(repeats=4, prompts=[f"Number {n}?" for n in range(10)])
+    panel = panel_for(sweep)
+    events: list[SweepEvent] = []
+    sweep.subscribe(events.append)
+    panel.buttons.start.click()
+    eventually(lambda: any(isinstance(e, TrialStarted) for e in events), within=WAIT)
+    sent.clear()
+    began = time.monotonic()
+    reach(panel, "DONE")
+    seconds = time.monotonic() - began
+    assert len(events) > 4 * 10
+    assert len(sent) <= 20 * max(1.0, seconds)
+    panel.close()
+
+
+def test_constraints_that_none_keeps_are_told(
+    made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
+) -> None:
+    panel = panel_for(made(), constraints={"memory_gib": 0.001})
+    panel.buttons.start.click()
+    reach(panel, "DONE")
+    assert "keeps memory_gib &lt;= 0.001" in panel.notice.value
+    assert panel.buttons.use.disabled
+
+
+@pytest.mark.parametrize(
+    ("progress", "more", "status"),
+    [
+        (SweepProgress(0, 4), {}, SweepStatus.NOT_STARTED),
+        (SweepProgress(0, 4), {"starting": True}, SweepStatus.STARTING),
+        (SweepProgress(1, 4), {"running": True}, SweepStatus.RUNNING),
+        (SweepProgress(1, 4, paused=True), {"running": True}, SweepStatus.PAUSED),
+        (SweepProgress(1, 4, (Trial("m"),), paused=True), {"running": True}, SweepStatus.PAUSING),
+        (SweepProgress(1, 4), {}, SweepStatus.INTERRUPTED),
+        (SweepProgress(1, 4), {"broken": True}, SweepStatus.FAILED),
+        (SweepProgress(4, 4, paused=True), {}, SweepStatus.DONE),
+    ],
+)
+def test_where_a_sweep_is(
+    progress: SweepProgress, more: dict[str, bool], status: SweepStatus
+) -> None:
+    assert status_of(progress, **({"running": False} | more)) is status
+
+
+def done(trial: Trial, rate: float, **more: object) -> TrialResult:
+    speed = Speed(1, 1, 1.0, 0.0123, 1234.5, rate, rate)
+    measured = Measurement(LoadSeconds(0.1, 12.0, 0.2), (speed,), 3 << 29, **more)  # type: ignore[arg-type]
+    return TrialResult(trial, Outcome.DONE, measurement=measured)
+
+
+def test_a_row_for_each_combination_in_the_order_of_its_values(config: ServerConfig) -> None:
+    trials = [
+        Trial("m.gguf", (("threads", threads), ("mlock", True)), repeat)
+        for repeat in (1, 2, 3)
+        for threads in (16, 4, 8, 2)
+    ]
+    results = Results(
+        config,
+        (
+            done(trials[0], 10.0),
+            done(trials[4], 30.0, quality=0.5),
+            done(trials[8], 11.0),
+            done(trials[1], 20.0),
+            TrialResult(trials[5], Outcome.FAILED, "It died\nof <thirst>."),
+            TrialResult(trials[2], Outcome.SKIPPED, "It will not fit."),
+        ),
+    )
+    rows = rows_of(trials, results, [trials[9]], results.best())
+    assert [dict(row.trial.settings)["threads"] for row in rows] == [2, 4, 8, 16]
+    assert [row.state for row in rows] == ["waiting", "running 3 of 3", "skipped", "done"]
+    assert [row.best for row in rows] == [False, True, False, False]
+    table = as_html(rows, columns(Workload(quality=ExactMatch({}))))
+    assert "<th>mlock</th>" in table
+    assert "<td>on</td>" in table
+    assert "11.0<small>10.0&ndash;30.0</small>" in table
+    assert "12 s" in table
+    assert "12 ms" in table
+    assert "1.50 GiB" in table
+    assert "1,234" in table
+    assert "It died<br>of &lt;thirst&gt;." in table
+    assert "colspan='6'>It will not fit.</td>" in table
+
+
+def test_the_columns_are_those_that_the_requests_give() -> None:
+    assert list(columns(Workload(parallel=(4, 1)))) == [
+        "load_seconds",
+        "time_to_first_token",
+        "prompt_tokens_per_second",
+        "generation_tokens_per_second",
+        "total_tokens_per_second_4",
+        "memory_gib",
+    ]
+    assert columns(Workload(quality=ExactMatch({})))["quality"] == "Quality"
+    assert columns(Workload(quality=Perplexity({})))["perplexity"] == "Perplexity"

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import eventually
+from test_sweep import servers
+
+from kitty_nb import ServerConfig
+from kitty_nb.errors import ConfigError, ExperimentError
+from kitty_nb.experiments import Outcome, TrialResult, TuneResult, tune
+from kitty_nb.experiments.events import SweepEvent, TrialEnded, TrialStarted
+from kitty_nb.manager import Operation
+
+WAIT = 180.0
+SPACE = {"batch_size": [32, 64, 128, 256, 512, 1024], "threads": [1, 2]}
+
+Search = Callable[..., Operation[TuneResult]]
+
+
+def nearness(row: TrialResult) -> float:
+    """A known optimum: the middle of the batch sizes, with one thread."""
+    settings: dict[str, Any] = dict(row.trial.settings)
+    return -abs(settings["batch_size"] - 128) - 10 * settings.get("threads", 1)
+
+
+@pytest.fixture
+def search(config: ServerConfig, tmp_path: Path) -> Search:
+    """Searches that share a store."""
+    base = config.replace(context_size=1024, parallel=None)
+
+    def make(**more: object) -> Operation[TuneResult]:
+        given = {
+            "objective": nearness,
+            "space": SPACE,
+            "budget": 6,
+            "max_tokens": 4,
+            "config": base,
+            "store": tmp_path / "tune.sqlite3",
+        }
+        return tune(**(given | more))  # type: ignore[arg-type]
+
+    return make
+
+
+def test_it_finds_the_best_with_a_part_of_the_trials(search: Search) -> None:
+    found = search(budget=10).wait(WAIT)
+    assert found.value >= -74  # one step beside the best at most
+    assert len(found.results.rows) <= 10 < len(SPACE["batch_size"]) * len(SPACE["threads"])
+    assert f"LLAMACPP_PRIMARY_BATCH_SIZE={found.settings['batch_size']}" in found.env_lines()
+    assert found.best.trial.label in found.summary
+    assert len(found.study.trials) >= 1
+    assert not servers()
+
+
+def test_a_measured_objective_is_compared_by_its_median(search: Search) -> None:
+    found = search(objective="generation_tokens_per_second", budget=4).wait(WAIT)
+    assert found.value > 0
+    assert found.objective == "generation_tokens_per_second"
+    assert {row.outcome for row in found.results.rows} <= {Outcome.DONE, Outcome.PRUNED}
+
+
+def test_constraints_on_settings_are_never_broken(search: Search) -> None:
+    found = search(constraints={"batch_size>=": 256}, budget=5).wait(WAIT)
+    tried = [dict(row.trial.settings)["batch_size"] for row in found.results.rows]
+    assert min(tried) >= 256  # type: ignore[type-var]
+
+
+def test_what_breaks_a_measured_constraint_does_not_win(search: Search) -> None:
+    with pytest.raises(ExperimentError, match="memory_gib"):
+        search(constraints={"memory_gib": 0.0001}, budget=2).wait(WAIT)
+
+
+def test_the_same_search_goes_on_where_the_last_one_ended(search: Search) -> None:
+    first = search(budget=3).wait(WAIT)
+    started: list[SweepEvent] = []
+    second = search(budget=5, on_event=started.append).wait(WAIT)
+    assert sum(isinstance(event, TrialStarted) for event in started) == 2
+    assert second.results.rows[:3] == first.results.rows
+    assert second.value >= first.value
+
+
+def test_cancelling_ends_the_server_and_keeps_the_rows(search: Search) -> None:
+    ended: list[TrialEnded] = []
+
+    def note(event: SweepEvent) -> None:
+        if isinstance(event, TrialEnded):
+            ended.append(event)
+
+    operation = search(budget=100, space={"batch_size": (32, 1024)}, on_event=note)
+    eventually(lambda: ended, within=60)
+    operation.cancel()
+    eventually(lambda: not servers(), within=30)
+    kept = len(ended)
+    more = search(budget=kept + 1, space={"batch_size": (32, 1024)}).wait(WAIT)
+    assert len(more.results.rows) == kept + 1
+
+
+def test_when_nothing_can_be_measured_it_says_why(search: Search) -> None:
+    with pytest.raises(ExperimentError, match="context_size"):
+        search(prompts="hello " * 3000, budget=2).wait(WAIT)
+
+
+def test_wrong_names_are_refused_before_the_first_trial(search: Search) -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        search(space={"batch_sise": [1, 2]}).wait(WAIT)
+    with pytest.raises((ConfigError, ExperimentError), match="generation_tokens_per_second"):
+        search(objective="generation_token_per_second").wait(WAIT)
+    with pytest.raises(ExperimentError, match="budget is 0"):
+        search(budget=0).wait(WAIT)
