@@ -1,0 +1,98 @@
+"""What a second worker is worth: the same trials on one worker, and on two.
+
+Each worker is pinned to a core of its own, with the servers that it starts; both clusters are up
+all the time, and take turns. The model is small enough for a core's own cache, so that the two do
+not wait for the same memory. The machine should do nothing else meanwhile.
+
+    python -m benchmarks.dask_sweep
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from distributed import Client, LocalCluster
+
+from kitty_nb import ServerConfig, write_demo_model
+from kitty_nb.experiments import Outcome, Sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ROUNDS = 3
+_TRIALS = 8
+_PROMPTS = [f"Who are you? {number}" for number in range(12)]
+_ANSWER = 768  # tokens
+
+
+def main() -> None:
+    """Print the table."""
+    cores = sorted(psutil.Process().cpu_affinity() or ())[:2]
+    print(f"{platform.platform()}, {os.cpu_count()} cores, workers pinned to {cores}\n")
+    print(f"{'':<12}{'one worker':>14}{'two':>12}{'ratio':>10}")
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        write_demo_model(folder / "demo.gguf")
+        clients = [stack.enter_context(_cluster(folder, cores[:count])) for count in (1, 2)]
+        for client in clients:
+            _seconds(client, folder, repeats=2)
+        ratios = []
+        for number in range(1, _ROUNDS + 1):
+            one, two = (_seconds(client, folder, repeats=_TRIALS) for client in clients)
+            ratios.append(one / two)
+            print(f"{f'round {number}':<12}{one:>12.1f} s{two:>10.1f} s{one / two:>8.2f} x")
+        print(f"{'median':<12}{statistics.median(ratios):>36.2f} x")
+
+
+@contextmanager
+def _cluster(folder: Path, cores: list[int]) -> Iterator[Client]:
+    with (
+        LocalCluster(
+            n_workers=len(cores),
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            local_directory=str(folder),
+            resources={"kitty_trial": 1},
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        workers = client.scheduler_info()["workers"]
+        for worker, core in zip(workers, cores, strict=True):
+            client.run(lambda core: psutil.Process().cpu_affinity([core]), core, workers=[worker])
+        yield client
+
+
+def _seconds(client: Client, folder: Path, repeats: int) -> float:
+    config = ServerConfig(
+        models_dir=folder,
+        model=folder / "demo.gguf",
+        history=folder / "history.sqlite3",
+        context_size=1024,
+        threads=1,
+        parallel=1,
+    )
+    with Sweep(
+        config=config,
+        prompts=_PROMPTS,
+        max_tokens=_ANSWER,
+        repeats=repeats,
+        store=folder / f"{time.monotonic_ns()}.sqlite3",
+    ) as sweep:
+        began = time.perf_counter()
+        rows = sweep.run(client=client).wait().rows
+        seconds = time.perf_counter() - began
+    assert [row.outcome for row in rows] == [Outcome.DONE] * repeats, rows
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

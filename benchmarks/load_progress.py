@@ -1,0 +1,225 @@
+"""How true the load bar and the ETA are, and what watching a load costs.
+
+`python -m benchmarks.load_progress [llama-server]` loads a demo model of 1.65 GB again and again,
+by that engine or the one found as usual: off the disk (its page cache is dropped for that) and
+out of the page cache, mapped and copied, first without any history and then with one. Where the
+system allows it (as root, with control groups), the disk is slowed down too, and the scripted
+stand-in of the tests loads evenly for ten seconds.
+
+Bar error: mean over the load's time of |fraction shown - share of the time really elapsed|.
+ETA error: |ETA shown at a quarter of the time - time really left| / time really left.
+Watching: processor time of this process from spawn to ready, as a share of one core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import psutil
+
+from kitty_nb import ModelManager, ServerConfig, write_demo_model
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, StateChanged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SIZE = 1_650_000_000  # bytes
+_ROUNDS = 5
+_SLOW_DISK = 150_000_000  # bytes a second: a load of eleven seconds
+_STAND_IN = Path(__file__).parents[1] / "tests" / "stand_in_server.py"
+_EVEN_LOAD = ("--load-seconds", "10", "--prepare-seconds", "1")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load as the bar showed it.
+
+    Attributes:
+        shown: Seconds since the start and the progress shown from then on.
+        seconds: What the load took.
+        watching: Share of one core that this process took from spawn to ready, idling deducted.
+    """
+
+    shown: list[tuple[float, LoadProgress]]
+    seconds: float
+    watching: float
+
+    def bar_error(self) -> float:
+        """Return the mean distance of the bar from the truth."""
+        ends = [*(at for at, _ in self.shown[1:]), self.seconds]
+        return sum(
+            _distance(progress.fraction, at / self.seconds, end / self.seconds)
+            for (at, progress), end in zip(self.shown, ends, strict=True)
+        )
+
+    def eta_error(self) -> float | None:
+        """Return how far off the ETA is at a quarter, or None when none is shown then."""
+        at, progress = [entry for entry in self.shown if entry[0] <= self.seconds / 4][-1]
+        left = self.seconds - at
+        return None if progress.eta is None else abs(progress.eta - left) / left
+
+
+def _distance(fraction: float, begin: float, end: float) -> float:
+    """Integrate |fraction - share| over the shares from begin to end."""
+    if begin < fraction < end:
+        return ((fraction - begin) ** 2 + (end - fraction) ** 2) / 2
+    return abs(fraction - (begin + end) / 2) * (end - begin)
+
+
+def main() -> None:
+    """Print the tables."""
+    binary = Path(sys.argv[1]).absolute() if sys.argv[1:] else None
+    engine = anyio.run(locate_engine, binary)
+    print(
+        f"{platform.platform()}, {os.cpu_count()} cores,"
+        f" {psutil.virtual_memory().total / 1e9:.1f} GB; {engine.kind} engine {engine.version};"
+        f" medians of {_ROUNDS}\n"
+    )
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".benchmark-") as name:
+        folder = Path(name)
+        model = write_demo_model(folder / "demo.gguf", size=_SIZE)
+        with model.open("rb") as file:
+            os.fsync(file.fileno())
+        config = ServerConfig(
+            models_dir=folder,
+            model=model,
+            binary=binary,
+            port=_free_port(),
+            log_dir=folder / "logs",
+            context_size=512,
+            threads=1,
+            parallel=1,
+        )
+        print(f"{'':34}seconds  bar error  ETA error at 1/4  watching")
+        _rounds("disk as it is", config, folder, "cold", "hot")
+        _rounds("copied", config.replace(extra_args=("--no-mmap",)), folder, "hot")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(_slow_disk(model))
+            except OSError as error:
+                print(f"(a slow disk cannot be had here: {error})")
+            else:
+                _rounds(f"disk at {_SLOW_DISK / 1e6:.0f} MB/s", config, folder, "cold")
+        _even_load(config, folder)
+
+
+def _rounds(title: str, config: ServerConfig, folder: Path, *temperatures: str) -> None:
+    loads: dict[str, list[Load]] = {}
+    for number in range(_ROUNDS):
+        history = folder / f"{title}-{number}.sqlite3"
+        for turn in ("first", "second"):
+            for temperature in temperatures:
+                _prepare_cache(config.model, temperature)
+                load = _load(config.replace(history=history))
+                loads.setdefault(f"{turn} {temperature}", []).append(load)
+    for name, group in loads.items():
+        _row(f"{title}: {name}", group)
+
+
+def _even_load(config: ServerConfig, folder: Path) -> None:
+    program = folder / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{_STAND_IN}" "$@"\n')
+    program.chmod(0o755)
+    model = write_demo_model(folder / "small.gguf", size=200_000_000)
+    config = config.replace(
+        binary=program, model=model, extra_args=_EVEN_LOAD, history=folder / "even.sqlite3"
+    )
+    for turn in ("first", "second"):
+        _row(f"stand-in, even load: {turn}", [_load(config)])
+
+
+def _load(config: ServerConfig) -> Load:
+    """Load the model once, in a manager of its own."""
+    shown: list[tuple[float, LoadProgress]] = []
+    spawned: list[tuple[float, float]] = []
+    with ModelManager(config=config) as manager:
+        idle = _processor_share(0.5)
+
+        def note(event: Event) -> None:
+            now, used = time.monotonic(), time.process_time()
+            if isinstance(event, ProgressMade):
+                shown.append((now - began, event.progress))
+                if event.progress.fraction == 1:
+                    spawned.append((now, used))
+            elif isinstance(event, StateChanged) and event.state.pid and not spawned:
+                spawned.append((now, used))
+
+        unsubscribe = manager.subscribe(note)
+        began = time.monotonic()
+        manager.start().wait(300)
+        unsubscribe()
+    (first, used_then), (last, used_now) = spawned
+    watching = (used_now - used_then) / (last - first) - idle
+    return Load(shown[:-1], shown[-1][0], watching)
+
+
+def _processor_share(seconds: float) -> float:
+    used = time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - used) / seconds
+
+
+def _prepare_cache(model: Path | None, temperature: str) -> None:
+    assert model is not None
+    with model.open("rb", buffering=0) as file:
+        if temperature == "cold":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            while file.read(1 << 24):
+                pass
+
+
+@contextlib.contextmanager
+def _slow_disk(model: Path) -> Iterator[None]:
+    """Let this process and its children read the model's disk at a limited rate only."""
+    device = model.stat().st_dev
+    numbers = f"{os.major(device)}:{os.minor(device)}"
+    old = (_CGROUP / "blkio").is_dir()
+    parent = _CGROUP / "blkio" if old else _CGROUP
+    group = parent / f"kitty_nb-{os.getpid()}"
+    group.mkdir()
+    try:
+        if old:
+            limit = group / "blkio.throttle.read_bps_device"
+            limit.write_text(f"{numbers} {_SLOW_DISK}")
+        else:
+            (group / "io.max").write_text(f"{numbers} rbps={_SLOW_DISK}")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            (parent / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        group.rmdir()
+
+
+def _row(name: str, loads: list[Load]) -> None:
+    seconds = statistics.median(load.seconds for load in loads)
+    bar = statistics.median(load.bar_error() for load in loads)
+    known = [error for load in loads if (error := load.eta_error()) is not None]
+    eta = f"{statistics.median(known):.3f}" if len(known) == len(loads) else "none shown"
+    watching = statistics.median(load.watching for load in loads)
+    print(f"{name:34}{seconds:7.2f}  {bar:9.3f}  {eta:>16}  {watching:8.2%}", flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

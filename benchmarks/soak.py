@@ -1,0 +1,119 @@
+"""Whether anything piles up: starts and stops in one process, some ended by a kill.
+
+Each cycle starts the real engine on the demo model and ends it by a stop, a forced stop, a restart
+or SIGKILL, at a random moment. What is left after a tenth of the cycles is what is left at the end,
+but for a few MB while the history of loads grows to the 200 that each start recalls.
+
+    python -m benchmarks.soak [cycles] [seed]
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import psutil
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.errors import ServerError
+
+_CYCLES = 500
+_SHOWN_AT = (0.1, 0.5, 1.0)
+_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What this process holds while no server runs; memory in MB."""
+
+    threads: int
+    files: int
+    processes: int
+    memory: float
+
+
+def main() -> None:
+    """Print the table."""
+    cycles = int(sys.argv[1]) if len(sys.argv) > 1 else _CYCLES
+    dice = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)  # noqa: S311
+    shown = {max(1, round(cycles * share)) for share in _SHOWN_AT}
+    print(
+        f"{'cycles':>8}{'kills':>8}{'seconds':>9}{'threads':>9}{'files':>7}{'processes':>11}{'MB':>8}"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = ServerConfig(
+            models_dir=folder,
+            model=write_demo_model(folder / "demo.gguf"),
+            port=_free_port(),
+            log_dir=folder / "logs",
+            history=folder / "history.sqlite3",
+            context_size=512,
+            threads=1,
+            restart_max=0,
+        )
+        began, kills = time.monotonic(), 0
+        with ModelManager(config=config) as manager:
+            for cycle in range(1, cycles + 1):
+                kills += _cycle(manager, dice)
+                if cycle in shown:
+                    threads, files, processes, memory = astuple(_left())
+                    seconds = time.monotonic() - began
+                    print(
+                        f"{cycle:>8}{kills:>8}{seconds:>9.0f}{threads:>9}{files:>7}"
+                        f"{processes:>11}{memory:>8.1f}"
+                    )
+
+
+def _cycle(manager: ModelManager, dice: random.Random) -> bool:
+    """One start and its end; whether that was a kill."""
+    ready = dice.random() < 0.5
+    operation = manager.start()
+    while manager.state.pid is None:
+        time.sleep(0.001)
+    if ready:
+        operation.wait(_SECONDS)
+    else:
+        time.sleep(dice.uniform(0, 0.3))
+    kill = dice.random() < 0.4
+    if kill and (pid := manager.state.pid):
+        os.kill(pid, signal.SIGKILL)
+        while manager.state.status is not ServerStatus.CRASHED:
+            time.sleep(0.001)
+    elif dice.random() < 0.2:
+        manager.restart().wait(_SECONDS)
+    manager.stop(force=dice.random() < 0.3).wait(_SECONDS)
+    with suppress(ServerError):  # it was ended before it was ready
+        operation.wait(_SECONDS)
+    return kill
+
+
+def _left() -> _Left:
+    gc.collect()
+    me = psutil.Process()
+    return _Left(
+        threading.active_count(),
+        me.num_fds(),
+        len(me.children(recursive=True)),
+        me.memory_info().rss / 1e6,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

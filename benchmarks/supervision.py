@@ -1,0 +1,153 @@
+"""What supervising costs: ready lag, start overhead, death detection, gaps on the kernel's loop.
+
+Every figure is measured beside its yardstick in one run, on the real engine and the demo model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import anyio
+
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.locate import locate_engine
+
+_RUNS = 15
+# Prints the monotonic time of the first 200; the clock is the same for all processes.
+_POLLER = """
+import http.client, sys, time
+while True:
+    connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=5)
+    try:
+        connection.request("GET", "/health")
+        if connection.getresponse().status == 200:
+            print(time.monotonic())
+            break
+    except OSError:
+        pass
+    finally:
+        connection.close()
+    time.sleep(0.002)
+"""
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_demo_model(folder / "demo.gguf", size=100_000_000)
+        config = ServerConfig(
+            models_dir=folder,
+            model=model,
+            port=_free_port(),
+            log_dir=folder / "logs",
+            context_size=512,
+            threads=1,
+            restart_max=0,
+        )
+        lags, overheads, deaths = [], [], []
+        with ModelManager(config=config) as manager:
+            manager.start().wait(60)  # the engine's flags are learnt once
+            manager.stop().wait(60)
+            for _ in range(_RUNS):
+                bare = _bare_start(config)
+                began = time.monotonic()
+                poller = _poll(config.port)
+                state = manager.start().wait(60)
+                overheads.append((time.monotonic() - began) / bare)
+                first_200 = float(poller.communicate(timeout=60)[0])
+                assert state.ready_since is not None
+                lags.append(state.ready_since - first_200)
+                deaths.append(_death(manager, state.pid))
+        baseline, gap = asyncio.run(_gaps(config))
+    _row("ready lag behind a 2 ms poller", f"{_median_ms(lags)} (median of {_RUNS})")
+    _row("start, supervised over bare spawn", f"{statistics.median(overheads):.3f} x (median)")
+    _row("death to CRASHED", f"{_median_ms(deaths)} (median)")
+    _row(
+        "largest gap on the kernel's loop during a load",
+        f"{gap * 1000:.1f} ms, {gap / baseline:.1f} x that of an idle loop",
+    )
+
+
+def _bare_start(config: ServerConfig) -> float:
+    command = build_command(anyio.run(locate_engine), config)
+    began = time.monotonic()
+    poller = _poll(config.port)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ready = float(poller.communicate(timeout=60)[0])
+    server.terminate()
+    server.wait(30)
+    return ready - began
+
+
+def _poll(port: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _POLLER, str(port)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def _death(manager: ModelManager, pid: int | None) -> float:
+    assert pid is not None
+    seen: list[float] = []
+    unsubscribe = manager.subscribe(
+        lambda _: (
+            seen.append(time.monotonic()) if manager.state.status is ServerStatus.CRASHED else None
+        )
+    )
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    while not seen:
+        time.sleep(0.0005)
+    unsubscribe()
+    return seen[0] - began
+
+
+async def _gaps(config: ServerConfig) -> tuple[float, float]:
+    """The largest gap of a 1 ms ticker: on an idle loop, and while a panel shows a load."""
+    idle = await _largest_gap(2.0)
+    with ModelManager(config=config) as manager:
+        panel = ControlPanel(manager=manager)
+        gaps = []
+        for _ in range(5):
+            manager.restart()
+            gaps.append(await _largest_gap(1.0))
+        panel.close()
+    return idle, statistics.median(gaps)
+
+
+async def _largest_gap(seconds: float) -> float:
+    largest, last = 0.0, time.perf_counter()
+    end = last + seconds
+    while last < end:
+        await asyncio.sleep(0.001)
+        now = time.perf_counter()
+        largest, last = max(largest, now - last), now
+    return largest
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+def _median_ms(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds) * 1000:.1f} ms"
+
+
+def _row(what: str, figure: str) -> None:
+    print(f"{what:<48}{figure}")
+
+
+if __name__ == "__main__":
+    main()

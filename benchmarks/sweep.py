@@ -1,0 +1,133 @@
+"""What a sweep adds to its trials, and how true its speeds are.
+
+The models are dense, of zeros, and about as long to load and to ask as small real ones: `python -m
+benchmarks.sweep`. The yardstick for speeds is llama-bench's way on the same server in the same run:
+one request at a time, by our own clock, of so many tokens of prompt or of answer.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from kitty_nb import ServerConfig, Supervisor
+from kitty_nb.client import Access
+from kitty_nb.experiments import Outcome, Sweep, Workload
+from kitty_nb.experiments.measure import Interview
+from kitty_nb.supervisor.load_facts import this_host
+from tests.model_files import write_model
+
+if TYPE_CHECKING:
+    import httpx
+
+_ROUNDS = 20
+_ANSWER = 256  # tokens
+_SHORT, _LONG = "hello", "hello " * 80
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_model(
+            folder / "dense.gguf", layers=8, width=512, inner=1536, heads=8, kv_heads=4
+        )
+        config = ServerConfig(
+            models_dir=folder,
+            model=model,
+            port=_free_port(),
+            log_dir=folder / "logs",
+            history=folder / "history.sqlite3",
+            context_size=2048,
+            threads=1,
+        )
+        print(f"{platform.platform()}, {os.cpu_count()} cores, {this_host()}\n")
+        _overhead(config, folder)
+        anyio.run(_speeds, config)
+
+
+def _overhead(config: ServerConfig, folder: Path) -> None:
+    grid = {"context_size": [1024, 2048], "cache_type_k": ["f16", "q8_0"]}
+    sweep = Sweep(
+        grid=grid,
+        repeats=3,
+        parallel=(1, 4),
+        config=config,
+        store=folder / "sweep.sqlite3",
+    )
+    with sweep:
+        began = time.monotonic()
+        rows = sweep.run().wait().rows
+        seconds = time.monotonic() - began
+    assert all(row.outcome is Outcome.DONE for row in rows), rows
+    own = [row.seconds.own for row in rows]
+    _row("trials", f"{len(own)}, each {statistics.median(own):.2f} s (median)")
+    _row("sweep over its trials' load, warm-up and requests", f"{seconds / sum(own):.3f} x")
+
+
+async def _speeds(config: ServerConfig) -> None:
+    async with Supervisor(config) as supervisor:
+        state = await supervisor.start()
+        async with Access(state.endpoint, supervisor.api_key).async_http() as http:
+            short = Interview(http, Workload((_SHORT,), max_tokens=_ANSWER, chat=False), {})
+            long = Interview(http, Workload((_LONG,), max_tokens=2, chat=False), {})
+            await short.warm_up()
+            await long.warm_up()
+            _, (long_answer,) = await long.speed(1, lambda _: None)
+            tokens = long_answer.timings["prompt_n"]
+            prompts, answers = [], []
+            for _ in range(_ROUNDS):
+                before = await _bench(http, 1, _ANSWER)
+                speed, _ = await short.speed(1, lambda _: None)
+                after = await _bench(http, 1, _ANSWER)
+                answers.append((speed.generation_tokens_per_second or 0.0, before, after))
+                before = await _bench(http, tokens, 0)
+                speed, _ = await long.speed(1, lambda _: None)
+                after = await _bench(http, tokens, 0)
+                prompts.append((speed.prompt_tokens_per_second or 0.0, before, after))
+    for what, rounds in (("prompt", prompts), ("generation", answers)):
+        # Each round against its own two neighbours, for what else the machine does comes and goes.
+        ratio = statistics.median(ours / statistics.mean(theirs) for ours, *theirs in rounds)
+        ours = statistics.median(ours for ours, *_ in rounds)
+        figure = f"{ratio:.3f} x at {ours:.0f} (medians of {_ROUNDS})"
+        _row(f"{what} tokens/s, ours over llama-bench's way", figure)
+
+
+async def _bench(http: httpx.AsyncClient, prompt: int, answer: int) -> float:
+    """Tokens a second by our own clock, of a prompt alone or of an answer to one token."""
+    request = {
+        "prompt": [7] * prompt,
+        "n_predict": max(answer, 1),
+        "temperature": 0,
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
+    began = time.perf_counter()
+    response = await http.post("/completion", json=request)
+    seconds = time.perf_counter() - began
+    response.raise_for_status()
+    return (answer or prompt) / seconds
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+def _row(what: str, figure: str) -> None:
+    print(f"{what:<52}{figure}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""How close `tune` comes to a full grid's best, with a quarter of its trials.
+
+The model is dense, of zeros, and about as long to ask as a small real one. All servers have one
+thread, for with as many as there are cores any neighbour on the machine decides what is fastest.
+Grid and searches are measured one after the other; their winners then once more side by side, in
+turns, because the best of many noisy figures is partly luck: `python -m benchmarks.tune`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kitty_nb import ServerConfig
+from kitty_nb.experiments import Outcome, Sweep, TrialResult, tune
+from kitty_nb.supervisor.load_facts import this_host
+from tests.model_files import write_model
+
+if TYPE_CHECKING:
+    from kitty_nb.experiments import Combination, Results
+
+_OBJECTIVE = "total_tokens_per_second"
+_GRID: dict[str, list[Any]] = {
+    "ubatch_size": [4, 16, 64, 256],
+    "parallel": [1, 2, 4],
+    "flash_attention": ["on", "off"],
+    "cache_type_k": ["f16", "q8_0"],
+    "batch_size": [64, 512],
+}
+_SHARE_OF_TRIALS = 0.25
+_SEEDS = (0, 1, 2)
+_ROUNDS = 9
+_LIMIT = 0.95
+_ASKED: dict[str, Any] = {
+    "prompts": [f"{number} {'hello ' * 40}" for number in range(4)],
+    "parallel": 4,
+    "max_tokens": 16,
+}
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_model(
+            folder / "dense.gguf", layers=2, width=512, inner=1536, heads=8, kv_heads=4
+        )
+        config = ServerConfig(
+            models_dir=folder,
+            model=model,
+            log_dir=folder / "logs",
+            history=folder / "history.sqlite3",
+            context_size=4096,
+            threads=1,
+        )
+        print(f"{platform.platform()}, {os.cpu_count()} cores, {this_host()}\n")
+        began = time.monotonic()
+        grid = _sweep(config, folder / "grid.sqlite3", grid=_GRID)
+        best = grid.best(_OBJECTIVE)
+        spread = [one.value(_OBJECTIVE) for one in grid.combinations if one.done]
+        _row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
+        _row("its objective, lowest, median, best", ", ".join(map(_short, _quartiles(spread))))
+        budget = math.floor(_SHARE_OF_TRIALS * len(grid))
+        winners = [_search(config, folder, seed, budget) for seed in _SEEDS]
+        shares = _side_by_side(config, folder, best, winners)
+        _row("the grid's best", best.trial.label)
+        for seed, winner, share in zip(_SEEDS, winners, shares, strict=True):
+            _row(f"share of it, seed {seed}", f"{share:.3f} with {winner.trial.label}")
+        _row("share of it, median seed", f"{statistics.median(shares):.3f} (limit {_LIMIT})")
+
+
+def _sweep(config: ServerConfig, store: Path, **what: Any) -> Results:
+    with Sweep(config=config, store=store, **{"repeats": 1, **_ASKED, **what}) as sweep:
+        results = sweep.run().wait()
+    assert all(row.outcome is Outcome.DONE for row in results.rows), results.rows
+    return results
+
+
+def _search(config: ServerConfig, folder: Path, seed: int, budget: int) -> Combination:
+    began = time.monotonic()
+    found = tune(
+        objective=_OBJECTIVE,
+        space=_GRID,
+        budget=budget,
+        seed=seed,
+        config=config,
+        store=folder / f"tune_{seed}.sqlite3",
+        **_ASKED,
+    ).wait()
+    rows: tuple[TrialResult, ...] = found.results.rows
+    assert len(rows) <= budget
+    pruned = sum(row.outcome is Outcome.PRUNED for row in rows)
+    seconds = time.monotonic() - began
+    _row(f"tune, seed {seed}", f"{len(rows)} trials in {seconds:.0f} s, {pruned} pruned")
+    return found.best
+
+
+def _side_by_side(
+    config: ServerConfig, folder: Path, best: Combination, winners: list[Combination]
+) -> list[float]:
+    """What each winner reaches of the best, by medians of as many rounds."""
+    configs = [dict(one.trial.settings) for one in (best, *winners)]
+    results = _sweep(config, folder / "again.sqlite3", configs=configs, repeats=_ROUNDS)
+    rates = {frozenset(one.trial.settings): one.value(_OBJECTIVE) for one in results.combinations}
+    reached: list[float] = [rates[frozenset(one.trial.settings)] for one in (best, *winners)]
+    return [one / reached[0] for one in reached[1:]]
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    return min(values), statistics.median(values), max(values)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _row(name: str, value: str) -> None:
+    print(f"{name:<48} {value}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
