@@ -54,6 +54,7 @@ def ctrl_c_works() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
 def nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The models that a developer's other programs keep are none of the tests' business."""
     caches = "Library/Caches" if sys.platform == "darwin" else ".cache"

@@ -186,7 +186,7 @@ def test_the_settings_of_last_time_are_offered(page: Page, panel: ControlPanel, 
     fields["flash_attention"].value = fields["flash_attention"].options[1][1]
     panel.buttons.start.click()
     eventually(lambda: panel.manager.state.status is ServerStatus.READY, within=60)
-    eventually(lambda: page.rows()["demo"]["used"] and page.rows()["demo"]["load"], within=60)
+    eventually(lambda: (row := page.rows().get("demo")) and row["used"] and row["load"], within=60)
     assert offer.layout.display == "none"
     panel.buttons.stop.click()
     eventually(lambda: panel.manager.state.status is ServerStatus.STOPPED, within=20)
