@@ -23,7 +23,7 @@ from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import Activity, Event, LogLines
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record import record_path
+from kitty_nb.supervisor.record_file import record_path
 
 READY, LOADING, STOPPED = ServerStatus.READY, ServerStatus.LOADING, ServerStatus.STOPPED
 FAILED, CRASHED = ServerStatus.FAILED, ServerStatus.CRASHED

@@ -10,8 +10,14 @@ import psutil
 from kitty_nb import ServerConfig
 
 _KERNEL = """
-import sys, time
+import os, sys, time
 from kitty_nb import ModelManager, ServerConfig
+from kitty_nb.supervisor.leash import Leash
+if sys.argv[2] == "die":
+    def die(leash, process):
+        print(process.pid, flush=True)
+        os.kill(os.getpid(), 9)
+    Leash.hold = die
 config = ServerConfig.model_validate_json(sys.argv[1])
 manager = ModelManager(config=config)
 start = manager.start()
@@ -36,7 +42,8 @@ class Kernel:
 
     Args:
         config: What it starts.
-        then: "end" once the server is ready, "stay", or "load": stay, and do not wait for ready.
+        then: "end" once the server is ready, "stay", or "load": stay, and do not wait for ready;
+            or "die": be killed before it can tell anybody which process its server is.
 
     Attributes:
         server: The process id of its server.

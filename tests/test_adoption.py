@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,11 +20,10 @@ from other_kernel import Kernel, runs
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
-from kitty_nb.supervisor.record import (
-    find_server,
-    read_record,
-    record_path,
-)
+from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.profile_owner import who_owns
+from kitty_nb.supervisor.record import ServerRecord, find_server, read_record, write_record
+from kitty_nb.supervisor.record_file import record_path
 
 
 @pytest.fixture
@@ -74,6 +77,69 @@ def test_a_server_that_is_to_stop_does_even_when_its_kernel_is_killed(
     first.end(ending)
     eventually(lambda: not runs(first.server), why="the server outlives its kernel")
     assert find_server(config) is None
+
+
+def test_a_server_that_is_to_stop_does_though_its_kernel_died_as_it_was_spawned(
+    config: ServerConfig, kernel: Callable[..., Kernel]
+) -> None:
+    first = kernel("die", on_kernel_exit=OnKernelExit.STOP)
+    assert first.process.wait(30) == -signal.SIGKILL
+    eventually(lambda: not runs(first.server), within=30, why="the server outlives its kernel")
+
+
+def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
+    misbehaving: Callable[..., ServerConfig], config: ServerConfig
+) -> None:
+    stubborn = misbehaving("--ignore-sigterm", stop_grace_seconds=2)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+    with ModelManager(config=stubborn) as first, ModelManager(config=config) as second:
+        old = first.start().wait(30).pid
+        assert old
+        stopping = first.stop()
+        eventually(lambda: not record_path(config).exists())
+        said: list[object] = []
+        second.subscribe(said.append)
+        start = second.start(config.replace(port=port))
+        eventually(lambda: second.state.pid not in {None, old}, within=30)
+        assert not runs(old)
+        assert start.wait(30).status is ServerStatus.READY
+        assert any(f"last server (PID {old}) to end" in str(event) for event in said)
+        stopping.wait(10)
+        assert first.state.error is None
+
+
+def test_a_server_that_became_ready_while_it_was_stopped_stays_stopped(
+    misbehaving: Callable[..., ServerConfig], config: ServerConfig
+) -> None:
+    stubborn = misbehaving("--ignore-sigterm", "--prepare-seconds", "1", stop_grace_seconds=3)
+    with ModelManager(config=stubborn) as first, ModelManager(config=config) as second:
+        first.start(wait_for_ready=False)
+        eventually(lambda: second.state.status is ServerStatus.LOADING)
+        stopping = second.stop()
+        eventually(lambda: any("model loaded" in line for line in second.log_lines))
+        stopping.wait(10)
+        eventually(lambda: first.state.status is ServerStatus.STOPPED)
+        assert first.state.error is None
+        assert not record_path(config).exists()
+
+
+def test_a_process_that_does_not_listen_is_no_ready_server(config: ServerConfig) -> None:
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        created = ServerProcess(process.pid, None).create_time
+        loading = ServerRecord(
+            pid=process.pid, create_time=created, began=time.monotonic(), config=config
+        )
+        config.log_dir.mkdir()
+        write_record(loading)
+        assert find_server(config) == loading
+        write_record(loading.model_copy(update={"ready": time.monotonic()}))
+        assert find_server(config) is None
+        assert "has started" in (who_owns(config, locked=True) or "")
+        process.communicate(b"\n")
+    assert who_owns(config, locked=True) is None
 
 
 def test_a_second_kernel_watches_and_may_stop(

@@ -16,7 +16,8 @@ from ipywidgets.embed import embed_data
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, EngineError, KittyError
-from kitty_nb.supervisor.record import read_record, record_path
+from kitty_nb.supervisor.record import read_record
+from kitty_nb.supervisor.record_file import record_path
 
 QUESTION = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 CHAT = "/v1/chat/completions"
@@ -92,6 +93,19 @@ def test_a_key_of_ones_own(config: ServerConfig, tmp_path: Path) -> None:
         with ModelManager(config=config.replace(api_key="sesame-open")) as other:
             state = other.start().wait(30)
             assert state.pid == manager.state.pid  # its settings, key included, are the same
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["LLAMACPP_API_KEY='sesame-open", 'LLAMACPP_EXTRA_ARGS="--api-key sesame-open it\'s"'],
+)
+def test_a_complaint_does_not_repeat_what_may_be_a_key(line: str, tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text(f"{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig.from_env(env)
+    assert "sesame" not in str(caught.value)
+    assert line.partition("=")[0] in str(caught.value)
 
 
 def test_no_key_when_none_is_wanted(config: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:

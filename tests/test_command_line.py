@@ -172,7 +172,7 @@ def test_extra_args_pass_unchanged(bare: ServerConfig, extra: str) -> None:
         ("--metrcs=1", "--metrcs, which .* Did you mean --metrics?"),
         ("--metrics --stop", "--stop"),
         ("--control-vector-layer-range 1 2 --threds 3", "Did you mean --threads?"),
-        ("--ctx-size=4096", "Write '--ctx-size 4096'"),
+        ("--ctx-size=4096", "--ctx-size=…: .* Put a space"),
     ],
 )
 def test_extra_args_that_cannot_work(bare: ServerConfig, extra: str, message: str) -> None:

@@ -23,7 +23,8 @@ from faults import CRASHED, FAILED, LOADING, READY, Case, Fault
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ConfigError
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record import ServerRecord, record_path, write_record
+from kitty_nb.supervisor.record import ServerRecord, write_record
+from kitty_nb.supervisor.record_file import record_path
 
 Strike = Callable[[Case], object]
 

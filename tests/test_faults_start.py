@@ -203,11 +203,16 @@ ENGINE = [
 ]
 PORT = [
     Fault("port busy", FAILED, "Port .* in use by .*LLAMACPP_PRIMARY_PORT", before=hold_port),
-    Fault("port stolen between check and bind", CRASHED, "The port is busy", before=steal_port),
+    Fault(
+        "port stolen between check and bind",
+        CRASHED,
+        r"The port is busy.* held by \S+ \(PID \d+\)",
+        before=steal_port,
+    ),
     Fault(
         "port stolen by another llama-server",
         CRASHED,
-        "The port is busy",
+        r"The port is busy.* held by \S+ \(PID \d+\)",
         before=steal_port_by_server,
     ),
     Fault("host of another machine", FAILED, "not an address", changes={"host": "192.0.2.1"}),

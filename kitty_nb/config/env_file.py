@@ -50,7 +50,7 @@ def read_env(path: str | Path) -> EnvFile:
     problems = tuple(
         Problem(
             f"line {binding.original.line}",
-            binding.original.string.strip(),
+            _hidden(binding.original.string),
             "This is not KEY=value.",
             "Quote values with spaces or '#', and close every quote.",
         )
@@ -62,3 +62,9 @@ def read_env(path: str | Path) -> EnvFile:
     # Without newline=None, the lines of a quoted value would end as those of the file do.
     values = dotenv_values(stream=StringIO(text, newline=None))
     return EnvFile(found.absolute(), values, raw)
+
+
+def _hidden(line: str) -> str:
+    """A line without what may be a secret."""
+    key, equals, _ = line.strip().partition("=")
+    return f"{key}=…" if equals else "…"

@@ -365,5 +365,6 @@ def _problem(error: dict[str, Any], source: _Source) -> Problem:
     context = error.get("ctx", {})
     reason = context.get("reason") or error["msg"].removeprefix("Value error, ").rstrip(".") + "."
     fix = context.get("fix") or (f"Write {setting.expected}." if setting else "Leave it out.")
-    value = "(hidden)" if name == "api_key" else str(error["input"])
+    # Among the words of extra_args may be a key, too.
+    value = "(hidden)" if name in {"api_key", "extra_args"} else str(error["input"])
     return Problem(source.keys.get(name, name), value, reason, fix)

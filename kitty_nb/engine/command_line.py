@@ -113,7 +113,7 @@ def _checked(engine: Engine, extra_args: tuple[str, ...]) -> Iterator[str]:
 
 def _checked_flag(engine: Engine, word: str) -> Option:
     key = _key("extra_args")
-    flag, equals, value = word.partition("=")
+    flag, equals, _ = word.partition("=")
     option = engine.dialect.option(flag)
     if option is None:
         nearest = engine.dialect.nearest(flag)
@@ -127,7 +127,7 @@ def _checked_flag(engine: Engine, word: str) -> Option:
             raise EngineError(f"{key} has {flag}: set {_key(_OWNED[owned])} instead.")
     if equals:
         raise UnknownFlagError(
-            f"{key} has {word}: llama-server does not take '='. Write '{flag} {value}'."
+            f"{key} has {flag}=…: llama-server does not take '='. Put a space in its place."
         )
     return option
 

@@ -49,6 +49,7 @@ class Diagnosis:
         evidence: The lines of the log that prove it, without the engine's clock; at most 5.
         repeats: Whether starting again would end the same way: a bad file or flag, yes; a crash,
             a kill, a lack of memory or an unknown ending, no.
+        of_port: Whether another program may have its port, which the log does not name.
     """
 
     ending: str
@@ -56,6 +57,7 @@ class Diagnosis:
     remedy: str
     evidence: tuple[str, ...]
     repeats: bool
+    of_port: bool = False
 
     def __str__(self) -> str:
         proof = f": {_sentence(self.evidence[0])}" if self.evidence else "."
@@ -112,7 +114,7 @@ def _diagnosis(
     lines = (re.sub(r"\s*\n\s*", " ", line)[:_LENGTH] for line in evidence)
     distinct = tuple(dict.fromkeys(lines))[:_LINES]
     cause = reading.cause.format_map(found) if found else reading.cause
-    return Diagnosis(ending, cause, reading.remedy, distinct, reading.repeats)
+    return Diagnosis(ending, cause, reading.remedy, distinct, reading.repeats, reading.of_port)
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:

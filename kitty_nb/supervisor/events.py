@@ -165,7 +165,10 @@ class ServerState:
             return f"No server of the profile {self.config.profile!r} is running."
         model = f"{self.alias} at {self.endpoint}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
-        return f"{self.status}: {model} (PID {self.pid}{uptime})."
+        health = self.last_health_check
+        silent = health and self.status is ServerStatus.READY is not health.status
+        doubt = f" But it does not serve now: {health.message}." if health and silent else ""
+        return f"{self.status}: {model} (PID {self.pid}{uptime}).{doubt}"
 
     @property
     def retry_in(self) -> float | None:

@@ -47,16 +47,17 @@ from kitty_nb.supervisor.log_file import LogTail, rotate
 from kitty_nb.supervisor.log_text import readable
 from kitty_nb.supervisor.oom_kills import oom_kills
 from kitty_nb.supervisor.port_check import refuse_busy_port
-from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage
 from kitty_nb.supervisor.profile_owner import profile_lock, who_owns
 from kitty_nb.supervisor.record import (
     ServerRecord,
-    record_path,
-    remove_record,
+    leaving_server,
     was_stopped,
+    withdraw_record,
     write_record,
 )
+from kitty_nb.supervisor.record_file import record_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,9 +130,12 @@ class ServerInstance:
             config.health_max_attempts,
             self._enter,
             publish,
-            note_health,
+            self._note_health,
             self._doubt,
         )
+        self._tell_health = note_health
+        # Of the last two answers: a kill between an answer and the end is this server's.
+        self._oom_kills = deque([oom_kills()], maxlen=2)
         self._foreseen = self._over = False
         self._hint = ""
         self._leash: Leash | None = None
@@ -180,20 +184,20 @@ class ServerInstance:
         if self._process is None:
             self._preparing.cancel()
             return
-        remove_record(self._config, self._process.pid, self._process.create_time)
+        withdraw_record(self._config, self._process.pid, self._process.create_time)
         if force:
             self._process.kill()
         else:
             await self._process.terminate(self._config.stop_grace_seconds)
 
     async def _put_down(self) -> None:
-        """Let no process run that nothing watches."""
-        if self._process is None:
+        """Let no process run that nothing watches, unless others may."""
+        if self._process is None or self._found:
             return
         with anyio.CancelScope(shield=True):
             self._process.kill()
             await self._process.wait()
-        remove_record(self._config, self._process.pid, self._process.create_time)
+        withdraw_record(self._config, self._process.pid, self._process.create_time)
 
     def _attach(self, record: ServerRecord) -> ServerProcess | None:
         process = ServerProcess.attach(record.pid, record.create_time)
@@ -214,12 +218,16 @@ class ServerInstance:
             if owner:
                 raise ServerFailedError(f"{owner}; this panel shows it in a moment.")
             with self._preparing:
+                await self._outlast()
                 command = await self._prepare()
             if self._preparing.cancel_called:
                 return None
             self._leash = self._make_leash()
+            environment = server_environment(self.api_key)
+            if self._leash:
+                environment |= self._leash.environment
             self._process = process = ServerProcess.spawn(
-                command, self._config.log_path, server_environment(self.api_key)
+                command, self._config.log_path, environment
             )
             if self._leash:
                 self._leash.hold(process)
@@ -233,6 +241,13 @@ class ServerInstance:
             )
             write_record(self._record)
         return process
+
+    async def _outlast(self) -> None:
+        """Wait until the server that another program is ending has ended, or end it."""
+        leaving = await anyio.to_thread.run_sync(leaving_server, self._config)
+        if leaving:
+            self._say(f"Waiting for the last server (PID {leaving.pid}) to end.")
+            await leaving.terminate(self._config.stop_grace_seconds)
 
     def _make_leash(self) -> Leash | None:
         if self._config.on_kernel_exit is not OnKernelExit.STOP:
@@ -260,7 +275,6 @@ class ServerInstance:
         self._report(Spawned(self.generation, process.pid))
         path = record_path(self._config)
         keeper = Keeper(self._record, path) if self._record and not self._is_kept() else None
-        kills = oom_kills()
         if self._found:
             self._leash = self._make_leash()
             if self._leash:
@@ -274,9 +288,13 @@ class ServerInstance:
                 watchers.cancel_scope.cancel()
             self._read_log(log, to_end=True)
         asked = was_stopped(self._config, process.pid, process.create_time)
-        out_of_memory = None if kills is None else oom_kills() != kills
+        kills, before = oom_kills(), self._oom_kills[0]
+        out_of_memory = None if kills is None else kills != before
         diagnosis = diagnose(code, tuple(self._last_lines), out_of_memory=out_of_memory)
-        self._exited(str(diagnosis), asked=asked, repeats=diagnosis.repeats)
+        reason = str(diagnosis)
+        if diagnosis.of_port and (holder := await self._port_holder()):
+            reason = f"{reason} {holder.sentence}"
+        self._exited(reason, asked=asked, repeats=diagnosis.repeats)
         if keeper:
             await keeper.ended()
 
@@ -342,13 +360,21 @@ class ServerInstance:
             self._publish(ProgressMade(self._meter.progress(elapsed)))
             self._helpers.start_soon(self._journal.close, self._meter, elapsed, Outcome.READY)
 
+    def _note_health(self, result: HealthCheckResult) -> None:
+        if result.latency is not None:
+            self._oom_kills.append(oom_kills())
+        self._tell_health(result)
+
+    async def _port_holder(self) -> PortHolder | None:
+        return await anyio.to_thread.run_sync(holder_of, self._config.host, self._config.port)
+
     async def _doubt(self) -> str | None:
         """Why what answers on our port is not our server, in words; None when it is."""
-        host, port = self._config.host, self._config.port
+        port = self._config.port
         if self._process is None:
             return "there is no process yet"
         if await anyio.to_thread.run_sync(self._process.listens_on, port) is False:
-            holder = await anyio.to_thread.run_sync(holder_of, host, port)
+            holder = await self._port_holder()
             who = holder.who if holder else "another server"
             self._hint = f" Port {port} has been taken by {who}."
             return f"{who} answers on this port"
@@ -367,7 +393,8 @@ class ServerInstance:
         now, record = time.monotonic(), self._record
         if record and record.ready is not None and record.load_seconds is not None:
             return record.ready, record.load_seconds
-        if record:
+        # Withdrawn, it must not come back: the server is being ended just as it becomes ready.
+        if record and not was_stopped(self._config, record.pid, record.create_time):
             self._record = record.model_copy(update={"ready": now, "load_seconds": elapsed})
             try:
                 write_record(self._record)

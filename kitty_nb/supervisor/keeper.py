@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, NamedTuple, TextIO
@@ -18,6 +19,7 @@ import anyio.to_thread
 
 from kitty_nb.supervisor.log_file import shrink
 from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.record_file import withdraw, withdrawn_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +45,7 @@ class Duty(NamedTuple):
         logs_kept: How many logs put aside are kept.
         idle_seconds: How long the server may be unused; 0 is for ever.
         grace: Seconds between asking it to end and forcing it.
-        record: Its record, to be removed before it is ended.
+        record: Its record, to be withdrawn before it is ended.
     """
 
     pid: str
@@ -102,6 +104,8 @@ async def keep(duty: Duty) -> None:
                 tasks.start_soon(_end_when_idle, process, log, idle_seconds, duty)
             await process.wait()
             tasks.cancel_scope.cancel()
+        with suppress(OSError):
+            withdrawn_path(Path(duty.record)).unlink(missing_ok=True)
 
 
 def has_keeper(log: Path) -> bool:
@@ -145,9 +149,10 @@ async def _end_when_idle(process: ServerProcess, log: Path, seconds: float, duty
         if now - before > _BUSY * _LOOK_EVERY:
             used_at = time.monotonic()
         before = now
-    with log.open("a", encoding="utf-8") as file:
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:
         file.write(f"kitty_nb: not used for {seconds:.0f} s, so it is stopped\n")
-    Path(duty.record).unlink(missing_ok=True)  # noqa: ASYNC240 (there is nobody to hold up)
+    with suppress(OSError):  # a disk that is full, or gone, is no reason to hold the memory
+        withdraw(Path(duty.record))
     await process.terminate(float(duty.grace))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,14 +43,15 @@ def shrink(path: Path, limit: int, kept: int) -> None:
         limit: The size, in bytes, up to which it is left alone.
         kept: How many previous ones are kept.
     """
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         if path.stat().st_size <= limit:
             return
         try:
             _shift(path, kept)
             shutil.copyfile(path, previous(path))
         except OSError:
-            previous(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                previous(path).unlink()
         os.truncate(path, 0)
 
 
@@ -75,8 +76,11 @@ class LogTail:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Made anew where somebody has deleted it: no reason to leave a server unwatched.
-        self._file = path.open("a+b")
+        try:
+            # Made anew where somebody has deleted it: no reason to leave a server unwatched.
+            self._file: BinaryIO = path.open("a+b")
+        except PermissionError:
+            self._file = path.open("rb")
         self._file.seek(0)
         self._rest = b""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _EXIT_POLL = 0.02  # seconds, where the system has no file descriptors of processes
-_SAME_TIME = 1.0  # seconds; creation times are only so exact where psutil tells them
+_SAME_TIME = 0.0 if psutil.LINUX else 1.0  # seconds; so exact are creation times elsewhere
 _PROC = Path("/proc")
 _HIGHEST = re.compile(rb"^VmHWM:\s+(\d+) kB", re.MULTILINE)  # proc_pid_status(5)
 _START_TICKS = 19  # the place of starttime behind the name in /proc/pid/stat; proc_pid_stat(5)
@@ -82,7 +82,7 @@ class ServerProcess:
         """Return the process that began then, if it still runs; never another of the same pid."""
         try:
             process = cls(pid, None)
-            same = abs(process.create_time - create_time) < _SAME_TIME
+            same = abs(process.create_time - create_time) <= _SAME_TIME
             alive = process._psutil.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, OSError):
             return None

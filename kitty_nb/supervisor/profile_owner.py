@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from kitty_nb.supervisor.record import find_server
+from kitty_nb.supervisor.record import process_of, read_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,8 @@ def who_owns(config: ServerConfig, locked: bool) -> str | None:
         locked: Whether we hold the profile's lock ourselves.
     """
     profile = f"the server of the profile {config.profile!r}"
-    if record := find_server(config):
+    record = read_record(config)
+    if record and process_of(record):
         server = _name(record.pid) or "it"
         return f"Another program has started {profile}: {server} (PID {record.pid}) runs"
     if locked:

@@ -1,7 +1,7 @@
 """What a running server leaves on disk, so that another kernel finds it.
 
 The record stands beside the log and is there while the server is meant to run: whoever stops the
-server removes it first. So a server that ends while its record is there has died by itself.
+server withdraws it first. So a server that ends while its record is there has died by itself.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from pydantic import (
 from kitty_nb.config import RECORDED, ServerConfig
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.record_file import RECORD, record_path, withdraw, withdrawn_path
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
-
-_ENDING = ".server.json"
 
 
 def _boot() -> str:
@@ -72,26 +71,36 @@ class ServerRecord(BaseModel):
         return key.get_secret_value() if info.context is RECORDED else str(key)
 
 
-def record_path(config: ServerConfig) -> Path:
-    """Where the record of a profile is."""
-    return config.log_dir / f"{config.profile}{_ENDING}"
-
-
 def read_record(config: ServerConfig) -> ServerRecord | None:
     """Return the record of a profile, or None when there is none that can be understood."""
     return _read(record_path(config))
 
 
 def find_server(config: ServerConfig) -> ServerRecord | None:
-    """Return the record of a profile's server if that server runs."""
+    """Return the record of a profile's server if that server runs, and listens once it is ready."""
     record = read_record(config)
-    return record if record and _runs(record) else None
+    process = record and process_of(record)
+    if not record or not process:
+        return None
+    silent = record.ready is not None and process.listens_on(record.config.port) is False
+    return None if silent else record
+
+
+def leaving_server(config: ServerConfig) -> ServerProcess | None:
+    """Return the process of a profile's server that is being ended, and has not ended yet."""
+    record = _read(withdrawn_path(record_path(config)))
+    return process_of(record) if record else None
 
 
 def record_of(pid: int, folder: Path) -> ServerRecord | None:
     """Return the record of the server that is this process, of whatever profile."""
-    records = (_read(path) for path in folder.glob(f"*{_ENDING}"))
-    return next((one for one in records if one and one.pid == pid and _runs(one)), None)
+    records = (_read(path) for path in folder.glob(f"*{RECORD}"))
+    return next((one for one in records if one and one.pid == pid and process_of(one)), None)
+
+
+def process_of(record: ServerRecord) -> ServerProcess | None:
+    """Return the process that a record is about, if it still runs."""
+    return ServerProcess.attach(record.pid, record.create_time) if record.boot == _boot() else None
 
 
 def _read(path: Path) -> ServerRecord | None:
@@ -99,11 +108,6 @@ def _read(path: Path) -> ServerRecord | None:
         return ServerRecord.model_validate_json(path.read_bytes(), context=RECORDED)
     except (OSError, ValidationError, KittyError):
         return None
-
-
-def _runs(record: ServerRecord) -> bool:
-    same_boot = record.boot == _boot()
-    return same_boot and ServerProcess.attach(record.pid, record.create_time) is not None
 
 
 def write_record(record: ServerRecord) -> None:
@@ -124,19 +128,20 @@ def write_record(record: ServerRecord) -> None:
         raise
 
 
-def remove_record(config: ServerConfig, pid: int, create_time: float) -> None:
-    """Remove the record of this process, so that its end is known to be meant."""
-    record = read_record(config)
-    if record is None or (record.pid, record.create_time) == (pid, create_time):
+def withdraw_record(config: ServerConfig, pid: int, create_time: float) -> None:
+    """Withdraw the record of this process, so that its end is known to be meant."""
+    record, path = read_record(config), record_path(config)
+    damaged = record is None and path.is_file()
+    if damaged or (record and (record.pid, record.create_time) == (pid, create_time)):
         with suppress(OSError):
-            record_path(config).unlink()
+            withdraw(path)
 
 
 def was_stopped(config: ServerConfig, pid: int, create_time: float) -> bool:
-    """Whether somebody has removed the record of this process in order to end it.
+    """Whether somebody has withdrawn the record of this process in order to end it.
 
     The record of a process that died by itself stays until the next start, for all who watch. One
-    that is damaged, or was lost with its folder, nobody has removed.
+    that is damaged, or was lost with its folder, nobody has withdrawn.
     """
     if record := read_record(config):
         return (record.pid, record.create_time) != (pid, create_time)

@@ -20,11 +20,13 @@ class Reading:
         cause: A sentence; names in braces stand for what the signature found.
         remedy: What to do, in a sentence.
         repeats: Whether the next start would end the same way.
+        of_port: Whether another program may have the server's port.
     """
 
     cause: str
     remedy: str
     repeats: bool = False
+    of_port: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,10 @@ class Signature:
     reading: Reading
 
 
-def _row(pattern: str, cause: str, remedy: str, *, repeats: bool = False) -> Signature:
-    return Signature(re.compile(pattern), Reading(cause, remedy, repeats))
+def _row(
+    pattern: str, cause: str, remedy: str, *, repeats: bool = False, of_port: bool = False
+) -> Signature:
+    return Signature(re.compile(pattern), Reading(cause, remedy, repeats, of_port))
 
 
 _OPEN = r"failed to open (?:GGUF file )?'?(?P<file>[^']*?)'?(?:: '?| \((?:errno )?)"
@@ -86,17 +90,20 @@ SIGNATURES = (
         r" port[:=] ?(?P<port>\d{1,3}|10[01]\d|102[0-3])$",
         "Port {port} on {host} is busy, or only an administrator may use it, being below 1024.",
         "Choose another port above 1023.",
+        of_port=True,
     ),
     _row(
         r"couldn't bind (?:HTTP|to) server socket,?:? hostname[:=] ?"
         r"(?P<host>(?!127\.|localhost|0\.0\.0\.0|::1?,)\S+?),? port[:=] ?(?P<port>\d+)",
         "{host} is not an address of this machine, or port {port} on it is busy.",
         "Set LLAMACPP_HOST to 127.0.0.1 to serve this machine, or choose another port.",
+        of_port=True,
     ),
     _row(
         r"couldn't bind (?:HTTP|to) server socket",
         "The port is busy.",
         "Choose another port, or stop what holds this one.",
+        of_port=True,
     ),
     _row(
         r"(?:invalid|unknown) argument: (?P<flag>\S+)",

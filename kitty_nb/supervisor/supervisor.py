@@ -435,7 +435,8 @@ class Supervisor:
         except Exception as error:  # noqa: BLE001 (a supervisor that fails must not look alive)
             _log.exception("Watching the server failed.")
             reason = (
-                f"kitty_nb failed to watch the server and ended it: {error!r}. Please report it."
+                f"kitty_nb failed to watch the server: {error!r}. Please report it. What was"
+                " started here is ended."
             )
             self._feed(Exited(instance.generation, reason, time.monotonic(), repeats=True))
 
