@@ -57,6 +57,7 @@ app = typer.Typer(
 _Env = Annotated[Path, typer.Option("--env", metavar="FILE", help="The file with the settings.")]
 _Profile = Annotated[str, typer.Option(help="Which named set of settings to use.")]
 _NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the process is there.")]
+_Anyway = Annotated[bool, typer.Option("--anyway", help="Also where it will not fit into memory.")]
 _ENV, _PROFILE = Path(".env"), "primary"
 
 
@@ -89,7 +90,12 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
 
 
 @app.command()
-def start(env: _Env = _ENV, profile: _Profile = _PROFILE, no_wait: _NoWait = False) -> None:
+def start(
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    no_wait: _NoWait = False,
+    anyway: _Anyway = False,
+) -> None:
     """Start the profile's server; it stays when this command ends.
 
     Ctrl-C before it is ready stops it. A server that runs already with these settings is left as
@@ -97,7 +103,7 @@ def start(env: _Env = _ENV, profile: _Profile = _PROFILE, no_wait: _NoWait = Fal
     """
     from kitty_nb.terminal import commands
 
-    _show_load(commands.start, _config(env, profile), not no_wait)
+    _show_load(commands.start, _config(env, profile), not no_wait, anyway)
 
 
 @app.command()
@@ -115,11 +121,16 @@ def stop(
 
 
 @app.command()
-def restart(env: _Env = _ENV, profile: _Profile = _PROFILE, no_wait: _NoWait = False) -> None:
+def restart(
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+    no_wait: _NoWait = False,
+    anyway: _Anyway = False,
+) -> None:
     """End the profile's server and start it with the settings as they are in the file."""
     from kitty_nb.terminal import commands
 
-    _show_load(commands.restart, _config(env, profile), not no_wait)
+    _show_load(commands.restart, _config(env, profile), not no_wait, anyway)
 
 
 @app.command()
@@ -129,11 +140,12 @@ def switch(
     profile: _Profile = _PROFILE,
     alias: Annotated[str | None, typer.Option(help="The name that clients ask for.")] = None,
     no_wait: _NoWait = False,
+    anyway: _Anyway = False,
 ) -> None:
     """Serve another model with the settings of the server that runs."""
     from kitty_nb.terminal import commands
 
-    _show_load(commands.switch, _settings(env, profile), model, alias, not no_wait)
+    _show_load(commands.switch, _settings(env, profile), model, alias, not no_wait, anyway)
 
 
 @app.command()

@@ -244,6 +244,30 @@ def test_a_start_that_fails_says_why(kitty: Kitty, env: Path, config: ServerConf
     assert "set LLAMACPP_CODER_MODEL" in empty.stderr
 
 
+def test_what_will_not_fit_is_refused_unless_wanted_anyway(
+    kitty: Kitty, env: Path, stand_in: Path
+) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\n")
+    assert kitty("start", "--env", env).returncode == 0
+    pid = facts(env)["pid"]
+    env.write_text(f"{env.read_text()}LLAMACPP_PRIMARY_CTX=2000000000\n")
+    for verb in ("start", "restart"):
+        refused = kitty(verb, "--env", env)
+        assert refused.returncode == 1
+        assert "It will not fit: it needs" in refused.stderr
+        assert "--anyway" in refused.stderr
+    assert facts(env)["pid"] == pid
+    assert kitty("restart", "--anyway", "--env", env).returncode == 0
+    assert facts(env)["pid"] != pid
+
+
+def test_a_hung_server_is_not_said_to_serve(kitty: Kitty, env: Path, stand_in: Path) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\n")
+    assert kitty("start", "--env", env).returncode == 0
+    os.kill(int(str(facts(env)["pid"])), signal.SIGSTOP)
+    assert "does not serve now" in run("status", "--env", env).stdout
+
+
 def test_a_server_that_died_unwatched_is_said_to_have_crashed(kitty: Kitty, env: Path) -> None:
     assert kitty("start", "--env", env).returncode == 0
     pid = facts(env)["pid"]

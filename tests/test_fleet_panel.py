@@ -165,6 +165,19 @@ def test_a_start_that_fails_says_why(
     eventually(lambda: "LLAMACPP_CTX='many'" in str(row(panel, "primary")["problem"]))
 
 
+def test_what_will_not_fit_is_asked_for_twice(
+    open_: Open, tmp_path: Path, misbehaving: Callable[..., ServerConfig]
+) -> None:
+    config = misbehaving()
+    large = (f"LLAMACPP_BIN={config.binary}", "LLAMACPP_PRIMARY_CTX=2000000000")
+    panel = open_(write_env(tmp_path, config, *large))
+    click(panel, "start all")
+    eventually(lambda: "press Start again" in str(row(panel, "primary")["problem"]))
+    assert row(panel, "primary")["status"] == "STOPPED"
+    click(panel, "start", "primary")
+    wait_for(panel, primary="READY")
+
+
 def test_a_panel_and_the_fleet_have_one_server(open_: Open, env: Path) -> None:
     fleet = open_(env)
     fleet.start("primary")

@@ -22,7 +22,8 @@ CACHE_TYPES = {
     "f32": (4, 1), "f16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32), "q5_1": (24, 32),
     "q5_0": (22, 32), "q4_1": (20, 32), "q4_0": (18, 32), "iq4_nl": (18, 32),
 }  # fmt: skip
-MARGIN = 1 << 30  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
+_GIB = 1 << 30
+MARGIN = _GIB  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
 _MARGIN_SHARE = 10  # of a small memory, a tenth is margin enough
 
 
@@ -197,3 +198,14 @@ class MemoryPreview:
         found = {part.verdict for part in self.parts} or {Verdict.UNKNOWN}
         worst_first = (Verdict.WILL_NOT_FIT, Verdict.UNKNOWN, Verdict.TIGHT, Verdict.FITS)
         return next(verdict for verdict in worst_first if verdict in found)
+
+    @property
+    def refusal(self) -> str:
+        """Why not to try, in a sentence; empty where it may fit."""
+        wants = ", ".join(
+            f"{(part.needs.total or 0) / _GIB:.1f} GiB of {part.place.name}, of which"
+            f" {part.place.free / _GIB:.1f} GiB are free"
+            for part in self.parts
+            if part.verdict is Verdict.WILL_NOT_FIT
+        )
+        return f"It will not fit: it needs {wants}." if wants else ""

@@ -157,7 +157,9 @@ class MemoryPreviewer:
         return preview(shape, asked, seen, tuple(map(_finer, needs, formula)))
 
 
-def preview_by_formula(config: ServerConfig, engine: Engine | None = None) -> MemoryPreview:
+def preview_by_formula(
+    config: ServerConfig, engine: Engine | None = None, pid: int | None = None
+) -> MemoryPreview:
     """Say what a model would need with some settings, without asking the engine.
 
     It takes a millisecond or a few: run it in a worker thread.
@@ -165,13 +167,14 @@ def preview_by_formula(config: ServerConfig, engine: Engine | None = None) -> Me
     Args:
         config: What would be started.
         engine: By what; None stands for a build of today.
+        pid: The server that would end before.
 
     Raises:
         ModelFileError: The model cannot be read.
     """
     if config.model is None:
         return MemoryPreview(problem="No model is chosen.")
-    shape, memory = read_shape(config.model), free_memory()
+    shape, memory = read_shape(config.model), free_memory(pid)
     return preview(shape, plan(shape, settings_of(config, engine), memory), memory)
 
 

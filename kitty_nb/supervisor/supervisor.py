@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -14,6 +14,7 @@ import anyio.to_thread
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
     ConfigError,
+    ModelFileError,
     PortBusyError,
     Problem,
     ServerCrashedError,
@@ -52,7 +53,7 @@ from kitty_nb.supervisor.lifecycle import (
     WaitOver,
     step,
 )
-from kitty_nb.supervisor.memory_preview import MemoryPreviewer
+from kitty_nb.supervisor.memory_preview import MemoryPreviewer, preview_by_formula
 from kitty_nb.supervisor.port_holder import PortHolder
 from kitty_nb.supervisor.record import find_server
 
@@ -280,6 +281,18 @@ class Supervisor:
             on_preview or (lambda _: None),
             _PREVIEW_PAUSE,
         )
+
+    async def refusal(self, config: ServerConfig | None = None) -> str:
+        """Say by formula why a model will not fit into memory; empty where it may.
+
+        Args:
+            config: What would be started in place of the present server; without it that again.
+        """
+        with suppress(ModelFileError):  # starting it says what is wrong
+            wanted, pid = config or self._now.config, self._now.pid
+            preview = await anyio.to_thread.run_sync(preview_by_formula, wanted, None, pid)
+            return preview.refusal
+        return ""
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""

@@ -9,6 +9,7 @@ import anyio
 
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import (
+    KittyError,
     ServerCrashedError,
     ServerFailedError,
     StartCancelledError,
@@ -26,46 +27,60 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-async def start(config: ServerConfig, display: LoadDisplay, wait: bool) -> ServerState:
+async def start(
+    config: ServerConfig, display: LoadDisplay, wait: bool, anyway: bool
+) -> ServerState:
     """Start a profile's server, unless it runs with these settings, and leave it running.
 
     Args:
         config: The settings.
         display: Shows the load.
         wait: Return only when it is ready; else once its process is there.
+        anyway: Whether to start what will not fit into memory.
 
     Raises:
-        KittyError: As `Supervisor.start`.
+        KittyError: As `Supervisor.start`, or it will not fit.
     """
 
     async def work(supervisor: Supervisor) -> ServerState:
         running, wanted = supervisor.state, _kept(config)
         if not running.status.idle and _kept(running.config) == wanted:
             wanted = running.config
+        else:
+            await _agree(supervisor, wanted, anyway)
         return await _load(supervisor, display, supervisor.start(wanted, wait))
 
     return await _with_supervisor(config, work)
 
 
-async def restart(config: ServerConfig, display: LoadDisplay, wait: bool) -> ServerState:
+async def restart(
+    config: ServerConfig, display: LoadDisplay, wait: bool, anyway: bool
+) -> ServerState:
     """Like `start`, but always with a fresh process."""
 
     async def work(supervisor: Supervisor) -> ServerState:
+        await _agree(supervisor, config, anyway)
         return await _load(supervisor, display, supervisor.restart(_kept(config), wait))
 
     return await _with_supervisor(config, work)
 
 
 async def switch(
-    config: ServerConfig, display: LoadDisplay, model: str, alias: str | None, wait: bool
+    config: ServerConfig,
+    display: LoadDisplay,
+    model: str,
+    alias: str | None,
+    wait: bool,
+    anyway: bool,
 ) -> ServerState:
     """Serve another model with the settings of the server that runs, or else with those given.
 
     Raises:
-        KittyError: As `Supervisor.switch_model`.
+        KittyError: As `Supervisor.switch_model`, or it will not fit.
     """
 
     async def work(supervisor: Supervisor) -> ServerState:
+        await _agree(supervisor, supervisor.state.config.replace(model=model), anyway)
         return await _load(supervisor, display, supervisor.switch_model(model, alias, wait))
 
     return await _with_supervisor(config, work)
@@ -139,6 +154,14 @@ async def _load(
     if state.status.idle:
         raise ServerFailedError(state.error)
     return state
+
+
+async def _agree(supervisor: Supervisor, config: ServerConfig, anyway: bool) -> None:
+    if not anyway and (refusal := await supervisor.refusal(config)):
+        raise KittyError(
+            f"{refusal} Lower the context or the GPU layers, pick a smaller model, or say --anyway"
+            " to start it all the same."
+        )
 
 
 def _kept(config: ServerConfig) -> ServerConfig:

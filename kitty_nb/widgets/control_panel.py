@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 import anyio
 from ipywidgets import VBox
 
-from kitty_nb.catalog.memory import Verdict
 from kitty_nb.config import ServerConfig, salvage_settings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.manager import ModelManager, Operation
@@ -33,6 +32,7 @@ from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
 from kitty_nb.widgets.models_folder import furnish
 from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.second_ask import SecondAsk
 from kitty_nb.widgets.server_buttons import ServerButtons, choices
 from kitty_nb.widgets.server_log import ServerLog
 from kitty_nb.widgets.settings_form import SettingsForm
@@ -91,7 +91,7 @@ class ControlPanel(VBox):
         self._activities: list[Activity] = []
         self._log_lines: list[str] = []
         self._log_begins = False
-        self._insisted: ServerConfig | None = None
+        self._second_ask = SecondAsk("press the button again")
         self._taken: frozenset[str] = frozenset()
         self._changed = anyio.Event()
 
@@ -233,13 +233,7 @@ class ControlPanel(VBox):
     def _agreed(self) -> ServerConfig:
         """The settings to start with; where memory will not do, only when asked for twice."""
         config, preview = self._wanted(), self.memory.preview
-        doomed = preview is not None and preview.verdict is Verdict.WILL_NOT_FIT
-        if doomed and config != self._insisted:
-            self._insisted = config
-            raise KittyError(
-                "This will probably not fit into memory. Lower the context or the GPU layers, pick"
-                " a smaller model, or press the button again to start it all the same."
-            )
+        self._second_ask.agree(config, preview.refusal if preview else "")
         return config
 
     def _save(self) -> None:

@@ -15,15 +15,16 @@ from anywidget import AnyWidget
 
 from kitty_nb.config import configured_profiles, salvage_settings
 from kitty_nb.errors import ConfigError, KittyError
-from kitty_nb.manager import ModelManager, Operation
+from kitty_nb.manager import ModelManager
 from kitty_nb.widgets.fleet_row import Profile, fleet_rows
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
+from kitty_nb.widgets.second_ask import SecondAsk
 from kitty_nb.widgets.subshells import receive_while_busy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
-    from kitty_nb.supervisor.events import MemoryUse, ServerState
+    from kitty_nb.supervisor.events import MemoryUse
 
 _HERE = Path(__file__).parent
 # Seconds. A refresh is one message at most, whatever has changed in however many rows.
@@ -182,6 +183,7 @@ class _Member:
     def __init__(self, env: str | Path, profile: str, owner: FleetPanel) -> None:
         self._env, self._profile, self._owner = env, profile, owner
         self._memory: MemoryUse | None = None
+        self._second_ask = SecondAsk("press Start again")
         self.read()
         # That of an earlier run of this cell, with its server, is this panel's to close.
         borrow(env, profile, owner, self._make, take_over=(FleetPanel,))
@@ -213,23 +215,21 @@ class _Member:
         startable = config.model is not None and self._complaint is None
         return Profile(config, state, manager.progress, self._memory, problem, startable)
 
-    def start(self) -> Operation[ServerState]:
+    async def start(self) -> None:
         """Begin a start with the settings as they are in the file now."""
-        return self.manager.start(wanted(self._env, self._profile), wait_for_ready=False)
+        manager = self.manager
+        config = wanted(self._env, self._profile) or manager.state.config
+        self._second_ask.agree(config, await manager.refusal(config))
+        await manager.start(config, wait_for_ready=False)
 
-    def stop(self) -> Operation[ServerState]:
-        """Begin a stop."""
-        return self.manager.stop()
+    async def stop(self) -> None:
+        """Stop it."""
+        await self.manager.stop()
 
-    def act(
-        self, run: Callable[..., object], action: Callable[[_Member], Operation[ServerState]]
-    ) -> None:
+    def act(self, run: Callable[..., object], action: Callable[[_Member], Awaitable[None]]) -> None:
         """Do what a click asks; whatever goes wrong is shown."""
         self._mishap = None
-        try:
-            run(self._follow, action(self))
-        except KittyError as error:
-            self._mishap = str(error)
+        run(self._follow, action)
 
     async def measure(self) -> None:
         """Learn what its server holds."""
@@ -238,8 +238,8 @@ class _Member:
         except KittyError:  # closed this moment
             self._memory = None
 
-    async def _follow(self, operation: Operation[ServerState]) -> None:
+    async def _follow(self, action: Callable[[_Member], Awaitable[None]]) -> None:
         try:
-            await operation
+            await action(self)
         except KittyError as error:
             self._mishap = str(error)

@@ -14,6 +14,7 @@ from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError
 from kitty_nb.manager import ModelManager, Operation
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
 from kitty_nb.widgets.load_bar import describe
+from kitty_nb.widgets.second_ask import SecondAsk
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from kitty_nb.client import Piece
+    from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import ServerState
 
 T = TypeVar("T")
@@ -34,6 +36,10 @@ _GREY, _PLAIN = "\x1b[90m", "\x1b[0m"
 @magics_class
 class KittyMagics(Magics):
     """The magics. A profile has one manager in a kernel, which its panel shares."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self._second_ask = SecondAsk("run this again")
 
     @magic_arguments()
     @argument(
@@ -53,13 +59,14 @@ class KittyMagics(Magics):
         manager = self._manager(given)
         match given.verb:
             case "start":
-                self._load(manager.start(wanted(given.env, given.profile)))
+                self._load(manager.start, manager, wanted(given.env, given.profile))
             case "restart":
-                self._load(manager.restart(wanted(given.env, given.profile)))
+                self._load(manager.restart, manager, wanted(given.env, given.profile))
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
-                self._load(manager.switch_model(given.model))
+                config = manager.state.config.replace(model=given.model)
+                self._load(manager.restart, manager, config)
             case "stop":
                 pid = manager.state.pid
                 state = _follow(manager.stop(given.force), lambda: None)
@@ -99,9 +106,16 @@ class KittyMagics(Magics):
 
         return borrow(given.env, given.profile, self, make)
 
-    def _load(self, operation: Operation[ServerState]) -> None:
-        """Show a load in one line that changes."""
-        line = _ChangingLine()
+    def _load(
+        self,
+        launch: Callable[[ServerConfig], Operation[ServerState]],
+        manager: ModelManager,
+        config: ServerConfig | None,
+    ) -> None:
+        """Start something, and show its load in one line that changes."""
+        config = config or manager.state.config
+        self._second_ask.agree(config, _follow(manager.refusal(config), lambda: None))
+        operation, line = launch(config), _ChangingLine()
 
         def show() -> None:
             if operation.progress:
