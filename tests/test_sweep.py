@@ -551,6 +551,17 @@ def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path: Path) -> None
     anyio.run(write)
 
 
+def test_a_file_that_another_program_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "rows.sqlite3"
+    with closing(sqlite3.connect(path, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.3, other.rollback)
+        release.start()
+        anyio.run(ResultStore(path, "conditions").add, rows_of(2))
+        release.join()
+    assert len(ResultStore(path, "conditions").read()) == 2
+
+
 def test_a_locked_file_costs_no_row(sweep: Callable[..., Sweep]) -> None:
     one = sweep(repeats=2)
     events = heard(one)

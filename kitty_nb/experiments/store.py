@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kitty_nb.errors import ResultStoreError
 from kitty_nb.experiments.trial import TrialResult
+from kitty_nb.supervisor.state_file import opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -107,17 +107,8 @@ class ResultStore:
         return [text for (text,) in trials.execute(_RECALL, (self._conditions,))]
 
     def _open_and(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as trials:
-            (version,) = trials.execute("PRAGMA user_version").fetchone()
-            if version > _SCHEMA_VERSION:
-                raise sqlite3.NotSupportedError("a newer version of kitty_nb has written it")
-            if version < _SCHEMA_VERSION:
-                trials.execute("PRAGMA journal_mode = WAL")
-                trials.execute(_CREATE)
-                trials.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            with trials:
-                return work(trials)
+        with opened(self._path, (_CREATE,), _SCHEMA_VERSION, _BUSY_SECONDS) as trials:
+            return work(trials)
 
 
 def _read(path: Path, texts: Iterable[str]) -> tuple[TrialResult, ...]:

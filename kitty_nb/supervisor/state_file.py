@@ -7,21 +7,68 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
+from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio.to_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     T = TypeVar("T")
 
 _BUSY_SECONDS = 0.2
+_LOOK_AGAIN = 0.01  # seconds
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 
 _told: set[str] = set()
+
+
+@contextmanager
+def opened(
+    path: Path, tables: Iterable[str], version: int, patience: float
+) -> Iterator[sqlite3.Connection]:
+    """Open a SQLite file for one transaction, which ends with the block.
+
+    Args:
+        path: The file; it and its folder are made if they are missing.
+        tables: One statement that makes each table, where it is not there.
+        version: One higher whenever the tables are others.
+        patience: Seconds to wait while another program holds the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=patience)) as file:
+        (found,) = file.execute("PRAGMA user_version").fetchone()
+        if found > version:
+            raise sqlite3.NotSupportedError("a newer version of kitty_nb has written it")
+        if found < version:
+            _write_ahead(file, patience)
+            for table in tables:
+                file.execute(table)
+            file.execute(f"PRAGMA user_version = {version}")
+        with file:
+            yield file
+
+
+def _write_ahead(file: sqlite3.Connection, patience: float) -> None:
+    """Let readers and a writer not wait for each other.
+
+    This turns a lock for reading into one for writing, and for that SQLite never waits by itself:
+    two programs that do so at once would wait for each other.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            file.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+            Event().wait(_LOOK_AGAIN)
+        else:
+            return
 
 
 class StateFile:
@@ -64,19 +111,9 @@ class StateFile:
         return otherwise
 
     def _open_and(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as opened:
-            (version,) = opened.execute("PRAGMA user_version").fetchone()
-            if version > self._version:
-                raise sqlite3.NotSupportedError("a newer version of kitty_nb has written it")
-            if version < self._version:
-                opened.execute("PRAGMA journal_mode = WAL")
-                for table in self._tables:
-                    opened.execute(table)
-                opened.execute(f"PRAGMA user_version = {self._version}")
-            opened.execute("PRAGMA synchronous = NORMAL")  # a row lost to a power cut is no loss
-            with opened:
-                return work(opened)
+        with opened(self._path, self._tables, self._version, _BUSY_SECONDS) as file:
+            file.execute("PRAGMA synchronous = NORMAL")  # a row lost to a power cut is no loss
+            return work(file)
 
     def _set_aside(self) -> Path:
         """Rename the file, and what SQLite keeps beside it."""
