@@ -51,6 +51,7 @@ from kitty_nb.experiments.trial import TrialSeconds
 from kitty_nb.experiments.workload import Workload
 
 WAIT = 120.0
+MODEL = "demo.gguf"
 PROMPT = "Who are you?"
 NO_ONE = "No such demo."
 
@@ -138,7 +139,8 @@ def test_two_by_two(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
 def test_a_sweep_made_again_repeats_nothing_and_may_grow(sweep: Callable[..., Sweep]) -> None:
     first = sweep(grid={"threads": [1]}).run().wait(WAIT)
     again = sweep(grid={"threads": [1]})
-    assert again.results.rows == first.rows  # before it is run
+    assert (again.progress.done, again.progress.eta) == (1, 0)  # before it is run
+    assert again.results.rows == first.rows
     events = heard(again)
     assert again.run().wait(WAIT).rows == first.rows
     assert events == [SweepEnded(complete=True)]
@@ -150,6 +152,22 @@ def test_a_sweep_made_again_repeats_nothing_and_may_grow(sweep: Callable[..., Sw
     assert sum(isinstance(event, TrialStarted) for event in events) == 3
     other = sweep(grid={"threads": [1]}, max_tokens=9)
     assert not other.results.rows
+
+
+def test_names_in_another_order_are_the_same_combinations(sweep: Callable[..., Sweep]) -> None:
+    grid: dict[str, list[object]] = {"threads": [1], "batch_size": [64, 128]}
+    sweep(grid=grid).run().wait(WAIT)
+    one = sweep(grid=dict(reversed(grid.items())), repeats=2)
+    results = one.run().wait(WAIT)
+    assert [combination.done for combination in results.combinations] == [2, 2]
+    assert {row.trial for row in results.rows} == set(one.trials)
+
+
+def test_it_can_be_run_again_as_soon_as_it_has_ended(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(models=["gone.gguf"])
+    for _ in range(20):
+        (row,) = one.run(retry=True).wait(WAIT).rows
+        assert row.outcome is Outcome.FAILED
 
 
 _KILLED = """
@@ -203,8 +221,6 @@ def test_cancel_stops_the_server_and_keeps_what_is_done(sweep: Callable[..., Swe
     results = operation.wait(WAIT)
     assert 1 <= len(results.rows) < 8
     assert not servers()
-    eventually(lambda: not one.running)
-    one.close()
     assert len(one.run().wait(WAIT).rows) == 8
 
 
@@ -214,8 +230,8 @@ def test_a_cancelled_operation_ends_the_run_too(sweep: Callable[..., Sweep]) -> 
     operation = one.run()
     eventually(lambda: any(isinstance(event, TrialProgressed) for event in events), within=WAIT)
     operation.cancel()
-    eventually(lambda: not one.running, within=30)
-    assert events[-1] == SweepEnded(complete=False)
+    eventually(lambda: events[-1:] == [SweepEnded(complete=False)], within=30)
+    assert not one.running
     assert not servers()
 
 
@@ -268,7 +284,6 @@ def test_a_server_that_never_gets_ready_is_a_row_with_its_diagnosis(
         assert "exit code 5" in row.reason
         assert list((tmp_path / "trials").glob("trial_*.log"))
         events = heard(one)
-        one.close()
         one.run(retry=True).wait(WAIT)
         assert sum(isinstance(event, TrialStarted) for event in events) == 1
 
@@ -318,7 +333,18 @@ def test_a_trial_can_be_recorded_and_replayed(
     assert "api_key" not in row.document
     again = replay(record, config=base).wait(WAIT)
     assert again.same_outputs, str(again)
-    assert sweep(grid={"batch_size": [32]}).run().wait(WAIT).rows[0].record is None
+
+
+def test_what_was_measured_without_a_record_is_measured_again_for_one(
+    sweep: Callable[..., Sweep],
+) -> None:
+    without = sweep(repeats=2, models=[MODEL, "gone.gguf"]).run().wait(WAIT)
+    assert [row.record for row in without.rows] == [None] * 4
+    one = sweep(repeats=2, models=[MODEL, "gone.gguf"], record=True)
+    assert [row.outcome for row in one.results.rows] == [Outcome.FAILED] * 2
+    rows = one.run().wait(WAIT).rows
+    assert [bool(row.record) for row in rows] == [row.outcome is Outcome.DONE for row in rows]
+    assert sweep(repeats=2, models=[MODEL, "gone.gguf"]).results.rows == rows
 
 
 def test_answers_too_long_together_are_a_row(sweep: Callable[..., Sweep]) -> None:
@@ -603,6 +629,7 @@ def test_a_file_that_cannot_be_used_is_told_before_the_first_trial(
         one.run().wait(WAIT)
     with pytest.raises(ResultStoreError, match="name another file"):
         _ = one.results
+    assert one.progress.done == 0
     assert not any(isinstance(event, TrialStarted) for event in events)
 
 

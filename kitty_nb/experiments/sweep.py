@@ -7,7 +7,7 @@ import atexit
 import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -42,6 +42,7 @@ from kitty_nb.manager import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager
     from threading import Thread
     from types import TracebackType
@@ -105,7 +106,7 @@ class Sweep:
             better), or `Perplexity`. Answers then end where the model ends them.
         chat: Whether prompts go through the model's chat template.
         record: Whether to make each trial's run record, too; `row.record` can be replayed. Each
-            model is hashed for that, once.
+            model is hashed for that, once. Trials that were measured without one are run again.
         store: The SQLite file for the rows.
         logs: A folder in which to keep the servers' logs.
 
@@ -161,6 +162,7 @@ class Sweep:
         self._gate = Gate()
         self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
         self._thread: Thread | None = None
+        self._future: Future[Results] | None = None
         self._store_problem = ""
 
     def __enter__(self) -> Self:
@@ -206,8 +208,7 @@ class Sweep:
         Raises:
             ResultStoreError: The file of results cannot be read.
         """
-        if not self._known:
-            self._take(self._kept.read())
+        self._look_back()
         return Results(self.config, tuple(self._rows.values()))
 
     @property
@@ -217,7 +218,9 @@ class Sweep:
 
     @property
     def progress(self) -> SweepProgress:
-        """How far it is."""
+        """How far it is, by this run and those before."""
+        with suppress(ResultStoreError):  # `results` and `run` tell it
+            self._look_back()
         rows, running = dict(self._rows), dict(self._running)
         left = [trial for trial in self.trials if trial.key not in rows]
         now = time.monotonic()
@@ -254,14 +257,17 @@ class Sweep:
         Raises:
             ExperimentError: It runs already.
         """
+        ended = not self.running and self._future is not None and self._future.done()
+        if self._thread and ended:
+            self._thread.join()  # it outlives its result by a moment
         if self.running or (self._thread and self._thread.is_alive()):
             raise ExperimentError(_RUNNING)
-        self._thread, future = in_background(
+        self._thread, self._future = in_background(
             lambda: self.run_here(where, slots, client=client, retry=retry), "kitty_nb sweep"
         )
         atexit.register(self.close)
-        future.add_done_callback(lambda _: atexit.unregister(self.close))
-        return Operation(future, lambda: self._load)
+        self._future.add_done_callback(lambda _: atexit.unregister(self.close))
+        return Operation(self._future, lambda: self._load)
 
     async def run_here(
         self,
@@ -395,12 +401,21 @@ class Sweep:
         slots = slots or await count_slots(client)
         return dask_cluster(client, self.config, self.workload, self._logs), slots
 
+    def _look_back(self) -> None:
+        """Read the rows of earlier runs, unless that is done."""
+        if not self._known:
+            rows = self._kept.read()
+            if not self._known:  # a run may have begun meanwhile
+                self._take(rows)
+
     def _take(self, rows: Iterable[TrialResult]) -> None:
-        own = {trial.key for trial in self.trials}
+        own = {trial.key: trial for trial in self.trials}  # names may be in another order there
         found = {
-            row.trial.key: row
+            key: replace(row, trial=own[key])
             for row in rows
-            if row.trial.key in own and row.outcome is not Outcome.PRUNED
+            if (key := row.trial.key) in own
+            and row.outcome is not Outcome.PRUNED
+            and self.workload.satisfied_by(row)
         }
         self._rows, self._known = found | self._rows, True
 

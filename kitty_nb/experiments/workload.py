@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
 from kitty_nb.experiments.quality import identity
+from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kitty_nb.experiments.quality import Perplexity, Quality
+    from kitty_nb.experiments.trial import TrialResult
 
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
 
@@ -71,6 +73,10 @@ class Workload:
     def requests(self) -> int:
         """How many requests of a trial are measured."""
         return sum(len(self.asked(level)) for level in self.levels)
+
+    def satisfied_by(self, row: TrialResult) -> bool:
+        """Whether a row has all that is asked for, so that its trial need not be run."""
+        return not self.record or bool(row.document) or row.outcome is not Outcome.DONE
 
     def conditions(self) -> Iterator[tuple[str, Any]]:
         """Yield what results depend on, as JSON has it."""
