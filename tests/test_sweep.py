@@ -412,6 +412,80 @@ def _number_of_words(prompt: str, answer: str) -> float:
     return len(answer.split()) / len(prompt.split())
 
 
+_QUALITIES = """
+from functools import partial
+
+class Near:
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, prompt: str, answer: str) -> float:
+        return min(self.most, len(answer))
+
+    def doubled(self, prompt: str, answer: str) -> float:
+        return 2 * self(prompt, answer)
+
+def near(most: int):
+    return lambda prompt, answer: min(most, len(answer))
+
+def at_most(most: int, prompt: str, answer: str, *, least: int = 0) -> float:
+    return max(least, min(most, len(answer)))
+
+qualities = [
+    lambda prompt, answer: 1.0,
+    lambda prompt, answer: 2.0,
+    lambda prompt, answer: len(answer),
+    lambda prompt, answer: hash(answer),
+    lambda prompt, answer: answer in {"yes", "no", "perhaps"},
+    lambda prompt, answer: answer in {"yes", "no", "maybe"},
+    lambda prompt, answer: sum(len(word) > 1 for word in answer.split()),
+    lambda prompt, answer: sum(len(word) > 2 for word in answer.split()),
+    lambda prompt, answer, most=3: most,
+    lambda prompt, answer, most=4: most,
+    partial(at_most, 1),
+    partial(at_most, 2),
+    partial(at_most, 2, least=1),
+    partial(max),
+    partial(min),
+    max,
+    near(1),
+    near(2),
+    Near(1),
+    Near(2),
+    Near(2).doubled,
+]
+"""
+
+
+def test_a_quality_that_was_edited_is_another_one_in_every_process() -> None:
+    code = (
+        f"{_QUALITIES}\n"
+        "from kitty_nb.experiments.quality import identity\n"
+        "print(*map(identity, qualities), sep='\\n')"
+    )
+    first, again = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for seed in ("1", "2")
+    )
+    assert first == again
+    assert len(set(first)) == len(first) > 20
+
+
+def test_rows_of_a_quality_that_was_edited_are_not_taken(sweep: Callable[..., Sweep]) -> None:
+    (row,) = sweep(quality=lambda _, answer: len(answer) > 1).run().wait(WAIT).rows
+    assert row.measurement
+    assert row.measurement.quality == 1.0
+    same = sweep(quality=lambda _, answer: len(answer) > 1)
+    edited = sweep(quality=lambda _, answer: len(answer) > 999)
+    assert (same.progress.done, edited.progress.done) == (1, 0)
+
+
 def _fails(prompt: str, answer: str) -> float:
     raise ValueError(answer[:0] or prompt)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import CodeType, FunctionType, MethodType
+from typing import Any
 
 Quality = Callable[[str, str], float]
 
@@ -39,10 +44,55 @@ class Perplexity:
 
 
 def identity(quality: Quality | Perplexity | None) -> str:
-    """Name a measure of quality, the same in every process."""
+    """Name a measure of quality, the same in every process.
+
+    A function is known by its code and by the values bound to it, so that one that was edited is
+    another. What it calls in turn is not looked into.
+    """
     if quality is None:
         return ""
     if isinstance(quality, ExactMatch | Perplexity):
         return repr(quality)
-    name = getattr(quality, "__qualname__", type(quality).__qualname__)
-    return f"{quality.__module__}.{name}"
+    text = repr([_plain(part) for part in _parts(quality)])
+    return f"{_name(quality)} {hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+
+
+def _name(call: Callable[..., object]) -> str:
+    return f"{call.__module__}.{getattr(call, '__qualname__', type(call).__qualname__)}"
+
+
+def _parts(call: Any) -> Iterator[object]:
+    """Yield what makes a callable the one it is."""
+    yield _name(call)
+    match call:
+        case partial():
+            yield from _parts(call.func)
+            yield from (call.args, call.keywords)
+        case FunctionType():
+            yield from (call.__code__, call.__defaults__, call.__kwdefaults__)
+            for cell in call.__closure__ or ():
+                with suppress(ValueError):  # nothing is in it yet
+                    yield cell.cell_contents
+        case MethodType():
+            yield from _parts(call.__func__)
+            yield getattr(call.__self__, "__dict__", None)
+        case _ if isinstance(call.__call__, MethodType):  # an object whose class can be called
+            yield from _parts(call.__call__)
+
+
+def _plain(value: object) -> object:
+    """Return what a value holds, in a form whose `repr` is the same in every process."""
+    match value:
+        case CodeType():
+            return value.co_code, value.co_names, _plain(value.co_consts)
+        case FunctionType():
+            return _plain(value.__code__)
+        case tuple() | list():
+            return [_plain(one) for one in value]
+        case set() | frozenset():
+            return sorted(repr(_plain(one)) for one in value)
+        case dict():
+            return [(_plain(name), _plain(one)) for name, one in value.items()]
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            return value
+    return type(value).__qualname__
