@@ -319,20 +319,26 @@ def test_a_prompt_longer_than_the_context_is_a_row(sweep: Callable[..., Sweep]) 
     assert "256 tokens" in rows[256].reason
 
 
+@pytest.mark.parametrize(
+    ("more", "finish"),
+    [({}, "length"), ({"max_tokens": 64, "quality": ExactMatch({PROMPT: ""})}, "stop")],
+)
 def test_a_trial_can_be_recorded_and_replayed(
-    sweep: Callable[..., Sweep], base: ServerConfig
+    sweep: Callable[..., Sweep], base: ServerConfig, more: dict[str, object], finish: str
 ) -> None:
-    one = sweep(grid={"batch_size": [64]}, record=True)
-    (row,) = one.run().wait(WAIT).rows
+    given = {"grid": {"batch_size": [64]}, "prompts": [PROMPT], **more}
+    (row,) = sweep(**given, record=True).run().wait(WAIT).rows
     record = row.record
     assert record
     assert record.config.batch_size == 64
+    assert [one.finish_reason for one in record.exchanges] == [finish]
     assert record.outputs == row.measurement.answers  # type: ignore[union-attr]
     assert len(record.model.shards[0].sha256) == 64
-    assert sweep(grid={"batch_size": [64]}).results.rows[0].record == record
+    assert sweep(**given).results.rows[0].record == record
     assert "api_key" not in row.document
     again = replay(record, config=base).wait(WAIT)
     assert again.same_outputs, str(again)
+    assert not again.differences, str(again)
 
 
 def test_what_was_measured_without_a_record_is_measured_again_for_one(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _WARM_UP_TOKENS = 16
 _TOO_LONG = "exceed_context_size_error"
 _FULL = "Context size has been exceeded"
+# What the server says of an answer's end, as OpenAI's protocol has it.
+_FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
 
 
@@ -42,12 +44,15 @@ class Answer:
         text: The answer.
         first_token: Seconds until its first token had arrived.
         timings: What the server says of it.
+        finish_reason: Why it ended: `stop`, or `length` when it was cut short; None where the build
+            does not say.
     """
 
     prompt: int
     text: str
     first_token: float
     timings: Mapping[str, Any]
+    finish_reason: str | None = None
 
 
 class Interview:
@@ -119,6 +124,7 @@ class Interview:
             Exchange(
                 request=Request(text=self._prompts[answer.prompt], parameters=parameters),
                 output=answer.text,
+                finish_reason=answer.finish_reason,
                 timings=Timings.model_validate(answer.timings),
             )
             for answer in answers
@@ -188,7 +194,8 @@ class Interview:
                     _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, data.encode())
                 pieces.append(part.get("content", ""))
                 if "timings" in part:
-                    return Answer(prompt, "".join(pieces), first_token, part["timings"])
+                    finish = _FINISHED.get(part.get("stop_type", ""))
+                    return Answer(prompt, "".join(pieces), first_token, part["timings"], finish)
         raise httpx.RemoteProtocolError("the answer ended early")
 
 
