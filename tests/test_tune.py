@@ -82,6 +82,17 @@ def test_the_same_search_goes_on_where_the_last_one_ended(search: Search) -> Non
     assert second.value >= first.value
 
 
+def test_each_trial_can_be_recorded(search: Search) -> None:
+    search(budget=2).wait(WAIT)
+    started: list[SweepEvent] = []
+    found = search(budget=2, record=True, on_event=started.append).wait(WAIT)
+    assert sum(isinstance(event, TrialStarted) for event in started) == 2
+    for row in found.results.rows:
+        assert row.record
+        assert row.record.config.batch_size == dict(row.trial.settings)["batch_size"]
+    assert search(budget=2).wait(WAIT).results.rows == found.results.rows
+
+
 def test_cancelling_ends_the_server_and_keeps_the_rows(search: Search) -> None:
     ended: list[TrialEnded] = []
 

@@ -127,6 +127,8 @@ class Search:
             return None
         if not all(settings[name] in axis for name, axis in self.space.items()):
             return None
+        if not self.workload.satisfied_by(row):
+            return None
         if row.outcome is Outcome.PRUNED and not row.reason.startswith(self._pruned):
             return None
         ordered = tuple((name, settings[name]) for name in self.space)

@@ -97,6 +97,7 @@ def tune(
     config: ServerConfig | None = None,
     quality: Quality | Perplexity | None = None,
     chat: bool = True,
+    record: bool = False,
     store: str | Path = "tune.sqlite3",
     logs: str | Path | None = None,
     on_event: Callable[[SweepEvent], None] = lambda _: None,
@@ -128,6 +129,7 @@ def tune(
         config: What holds where the space says nothing; by default `.env`.
         quality: As for a `Sweep`.
         chat: Whether prompts go through the model's chat template.
+        record: As for a `Sweep`; trials that were measured without a run record do not count.
         store: The SQLite file for the rows.
         logs: A folder in which to keep the servers' logs.
         on_event: Called on the search's thread with what happens: a trial has begun, made
@@ -149,6 +151,7 @@ def tune(
         parallel=(parallel,) if isinstance(parallel, int) else tuple(parallel),
         seed=seed,
         chat=chat,
+        record=record,
         quality=quality,
     )
     if budget < 1:
