@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ from kitty_nb.supervisor.record import (
     withdraw_record,
     write_record,
 )
-from kitty_nb.supervisor.record_file import record_path
+from kitty_nb.supervisor.record_file import record_path, withdrawn_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +75,9 @@ _LOG_PAUSE_READY = 0.1
 # because what the process has by then is what its bytes are counted from.
 _PROGRESS_STEPS = 24
 _PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 0.5
-_KEEPER_THERE_WITHIN = 10.0  # seconds after the start, on a busy machine too
+# Seconds. Started together, a server and its keeper would hold each other up.
+_KEEPER_AFTER = 0.2
+_KEEPER_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
 _NEWS = re.compile(r"loading model|model loaded|listening on")
 _KEY_REFUSED = (
@@ -139,6 +142,7 @@ class ServerInstance:
         self._foreseen = self._over = False
         self._hint = ""
         self._leash: Leash | None = None
+        self._keeper: Keeper | None = None
         self._outcome = Outcome.CRASHED
         self._helpers: TaskGroup
         self._ready = False
@@ -273,8 +277,7 @@ class ServerInstance:
     async def _watch(self, process: ServerProcess) -> None:
         self._meter.reach(Stage.STARTING, self._elapsed())
         self._report(Spawned(self.generation, process.pid))
-        path = record_path(self._config)
-        keeper = Keeper(self._record, path) if self._record and not self._is_kept() else None
+        self._show_progress()
         if self._found:
             self._leash = self._make_leash()
             if self._leash:
@@ -284,6 +287,7 @@ class ServerInstance:
                 watchers.start_soon(self._watch_log, log)
                 watchers.start_soon(self._watch_progress, process, log)
                 watchers.start_soon(self._health.run)
+                watchers.start_soon(self._see_to_keeper, process)
                 code = await process.wait()
                 watchers.cancel_scope.cancel()
             self._read_log(log, to_end=True)
@@ -295,14 +299,20 @@ class ServerInstance:
         if diagnosis.of_port and (holder := await self._port_holder()):
             reason = f"{reason} {holder.sentence}"
         self._exited(reason, asked=asked, repeats=diagnosis.repeats)
-        if keeper:
-            await keeper.ended()
+        with suppress(OSError):
+            withdrawn_path(record_path(self._config)).unlink()
+        if self._keeper:
+            await self._keeper.ended()
 
-    def _is_kept(self) -> bool:
-        """Whether the program that started this server has seen, or will see, to its keeper."""
-        if not self._found:
-            return False
-        return self._elapsed() < _KEEPER_THERE_WITHIN or has_keeper(self._config.log_path)
+    async def _see_to_keeper(self, process: ServerProcess) -> None:
+        """Start a keeper, unless the program that started this server has done so."""
+        there_at = _KEEPER_THERE_WITHIN if self._found else self._elapsed() + _KEEPER_AFTER
+        try:
+            await anyio.sleep(there_at - self._elapsed())
+        finally:  # also when this program ends before, for the server may outlive it
+            kept = self._found and has_keeper(self._config.log_path)
+            if self._record and process.runs() and not kept:
+                self._keeper = Keeper(self._record, record_path(self._config))
 
     async def _watch_log(self, log: LogTail) -> None:
         with FileChanges(self._config.log_path) as changes:
@@ -342,11 +352,12 @@ class ServerInstance:
         if not self._foreseen:
             return _PROGRESS_SHORTEST
         elapsed = self._elapsed()
-        self._publish(ProgressMade(self._meter.progress(elapsed)))
         starting = self._meter.stage is Stage.STARTING
         longest = _PROGRESS_STARTING if starting else _PROGRESS_LONGEST
         step = (elapsed + self._meter.left(elapsed)) / _PROGRESS_STEPS
-        return min(max(step, _PROGRESS_SHORTEST), longest)
+        pause = min(max(step, _PROGRESS_SHORTEST), longest)
+        self._publish(ProgressMade(self._meter.progress(elapsed, pause)))
+        return pause
 
     def _enter(self, status: ServerStatus, elapsed: float) -> None:
         if status is ServerStatus.LOADING:

@@ -19,7 +19,7 @@ import anyio.to_thread
 
 from kitty_nb.supervisor.log_file import shrink
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record_file import withdraw, withdrawn_path
+from kitty_nb.supervisor.record_file import withdraw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,8 +104,6 @@ async def keep(duty: Duty) -> None:
                 tasks.start_soon(_end_when_idle, process, log, idle_seconds, duty)
             await process.wait()
             tasks.cancel_scope.cancel()
-        with suppress(OSError):
-            withdrawn_path(Path(duty.record)).unlink(missing_ok=True)
 
 
 def has_keeper(log: Path) -> bool:

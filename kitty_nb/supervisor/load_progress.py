@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,7 @@ class LoadMeter:
             if rise > self.loaded:
                 self.loaded, self.moved_at = rise, elapsed
             if self._flowing is None and self.loaded > self.total * _TRICKLE:
-                self._flowing = self._measured
+                self._flowing = max(self._measured, elapsed - self._flow_seconds())
             if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
                 self.reach(Stage.PREPARING, elapsed)
         self._measured = elapsed
@@ -118,16 +119,21 @@ class LoadMeter:
         left += self._preparing(elapsed + left)
         return max(left, elapsed * _BLIND) if self._guessing and self._flowing is None else left
 
-    def progress(self, elapsed: float) -> LoadProgress:
-        """Return where the load is, `elapsed` seconds after the start."""
+    def progress(self, elapsed: float, lasting: float = 0.0) -> LoadProgress:
+        """Return where the load is, `elapsed` seconds after the start.
+
+        Args:
+            elapsed: Now.
+            lasting: Seconds for which this will be shown; the fraction is that in their middle.
+        """
         left = self.left(elapsed)
         if self.stage is Stage.READY:
             return LoadProgress(self.stage, 1.0, elapsed, left)
-        passed = max(elapsed - self._shown, 0.0)
+        middle, whole = elapsed + lasting / 2, max(elapsed + left, _INSTANT)
+        passed = max(middle - self._shown, 0.0)
         self._shown += passed
-        whole = max(elapsed + left, _INSTANT)
-        due = min(elapsed / whole, _FULL)
-        step = (_HIGHEST - self._fraction) * passed / max(passed + left, _INSTANT)
+        due = min(middle / whole, _FULL)
+        step = (_HIGHEST - self._fraction) * passed / max(passed + whole - middle, passed, _INSTANT)
         ahead = self._fraction + step
         corrected = due + (ahead - due) * 0.5 ** (passed / whole / _HALVED)
         self._fraction = max(self._fraction + step * _SLOWEST, corrected)
@@ -137,6 +143,12 @@ class LoadMeter:
     @property
     def _guessing(self) -> bool:
         return self.expected.basis is Basis.NOTHING
+
+    def _flow_seconds(self) -> float:
+        """How long the first bytes seen have come: at the known rate, else since the last look."""
+        if self._guessing:
+            return math.inf
+        return self.expected.loading * min(self.loaded / max(self.total, 1), 1.0)
 
     def _loading_left(self, elapsed: float) -> float:
         expected = self.expected.loading

@@ -150,7 +150,7 @@ class ServerProcess:
 
     async def _ended(self) -> None:
         if not hasattr(os, "pidfd_open"):
-            while self._runs():  # noqa: ASYNC110 (there is nothing to wait for)
+            while self.runs():  # noqa: ASYNC110 (there is nothing to wait for)
                 await anyio.sleep(_EXIT_POLL)
             return
         try:
@@ -158,12 +158,13 @@ class ServerProcess:
         except ProcessLookupError:
             return
         try:
-            if self._runs():
+            if self.runs():
                 await anyio.wait_readable(descriptor)
         finally:
             os.close(descriptor)
 
-    def _runs(self) -> bool:
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
         try:
             return self._psutil.is_running() and self._psutil.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
@@ -172,7 +173,7 @@ class ServerProcess:
     def _signal_group(self, number: signal.Signals) -> None:
         # The pid is ours to signal while our child is not waited for, or the process runs; after
         # that it may be anybody's. On macOS a group of zombies answers EPERM rather than ESRCH.
-        if (self._child and self._child.returncode is None) or self._runs():
+        if (self._child and self._child.returncode is None) or self.runs():
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
