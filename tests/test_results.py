@@ -19,7 +19,10 @@ GIB = 1 << 30
 def row(
     model: str, threads: int, repeat: int, rate: float, gib: float, **more: object
 ) -> TrialResult:
-    speeds = tuple(Speed(n, 4, 1.0, 0.1 * n, 100.0, rate / n, rate * 0.9 * n**0.5) for n in (1, 4))
+    speeds = tuple(
+        Speed(n, 4, 1.0, 0.1 * n, 100.0, rate / n, rate * 0.9 * n**0.5, int((gib - 1 / n) * GIB))
+        for n in (1, 4)
+    )
     measured = Measurement(
         LoadSeconds(0.1, 1.0, 0.2),
         speeds,
@@ -73,6 +76,8 @@ def test_the_best_is_the_best_median_within_the_constraints(results: Results) ->
     fits = results.best(constraints={"memory_gib": 5, "context_size>=": 8192})
     assert dict(fits.trial.settings)["threads"] == 2
     assert dict(results.best("memory_gib").trial.settings)["threads"] == 2
+    assert dict(results.best(constraints={"memory_gib_4": 4}).trial.settings)["threads"] == 2
+    assert results.best("memory_gib_1").value("memory_gib_1") == 3
     assert dict(results.best(constraints={"threads<": 4}).trial.settings)["threads"] == 2
     assert dict(results.best(constraints={"cache_type_k==": "q8_0"}).trial.settings)["threads"] == 4
 

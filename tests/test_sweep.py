@@ -116,7 +116,8 @@ def test_two_by_two(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
             assert speed.total_tokens_per_second * speed.seconds == pytest.approx(
                 speed.requests * 8
             )
-        assert measured.memory > 5_000_000
+        assert 5_000_000 < measured.speeds[0].memory <= measured.speeds[1].memory
+        assert measured.memory == measured.speeds[1].memory
         assert measured.context == 1024
         assert len(measured.answers) == 2
         assert measured.answers[0].strip().startswith("Hello!")
@@ -130,6 +131,8 @@ def test_two_by_two(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
     assert events[-1] == SweepEnded(complete=True)
     assert (one.progress.done, one.progress.total, one.progress.eta) == (8, 8, 0)
     assert results.best().done == 2
+    for one in results.combinations:
+        assert one.value("memory_gib_1") <= one.value("memory_gib_4") <= one.value("memory_gib")
     # Nothing of the user's own profile is touched; only the history of loads is shared.
     assert not base.log_dir.exists()
     assert base.history.exists()

@@ -412,6 +412,7 @@ def test_the_columns_are_those_that_the_requests_give() -> None:
         "prompt_tokens_per_second",
         "generation_tokens_per_second",
         "total_tokens_per_second_4",
+        "memory_gib_1",
         "memory_gib",
     ]
     assert columns(Workload(quality=ExactMatch({})))["quality"] == "Quality"

@@ -33,7 +33,7 @@ __all__ = [
 
 _GIB = 1 << 30
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
-_SMALL = re.compile(r"time_to_first_token\w*|\w*seconds|memory_gib|gpu_memory_gib|perplexity")
+_SMALL = re.compile(r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|perplexity")
 _RATE = re.compile(r"\w*_per_second(_\d+)?")
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
 _CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
@@ -51,7 +51,8 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
     """Return the numbers of a row that is done; none of others.
 
     Those of requests are at the least number in parallel; with each other number behind the name,
-    as in `total_tokens_per_second_4`, at that one. `memory_gib` is RAM and GPUs together.
+    as in `total_tokens_per_second_4`, at that one. `memory_gib` is RAM and GPUs together, the most
+    of the whole trial; where there are several such numbers, `memory_gib_1` is the most up to then.
     """
     return dict(_numbers(result))
 
@@ -72,7 +73,7 @@ def metric_names(parallel: Iterable[int]) -> frozenset[str]:
     Args:
         parallel: Numbers of requests at once, ascending.
     """
-    speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0) for level in parallel)
+    speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0, memory=1) for level in parallel)
     full = Measurement(LoadSeconds(1.0, 1.0, 1.0), speeds, 1, 1, 1, quality=1.0, perplexity=1.0)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
 
@@ -159,6 +160,8 @@ def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
             value = getattr(speed, name)
             if value is not None:
                 yield name + end, value
+        if speed.memory and len(measured.speeds) > 1:
+            yield f"memory_gib_{speed.parallel}", (speed.memory + speed.gpu_memory) / _GIB
     yield "load_seconds", measured.load.total
     yield "starting_seconds", measured.load.starting
     yield "loading_seconds", measured.load.loading

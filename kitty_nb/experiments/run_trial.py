@@ -132,7 +132,7 @@ class _Run:
         self._began = time.monotonic()
         self._stages: dict[Stage, float] = {}
         self._exchanges: tuple[Exchange, ...] = ()
-        self._memory = 0
+        self._memory = self._gpu_memory = 0
         self._answered = 0
 
     def elapsed(self) -> float:
@@ -246,24 +246,31 @@ class _Run:
         for parallel in workload.levels:
             note = partial(self._note, pid, parallel)
             speed, answers = await interview.speed(parallel, note)
-            speeds.append(speed)
+            await self._weigh(pid)
+            held = {"memory": self._memory, "gpu_memory": self._gpu_memory}
+            speeds.append(replace(speed, **held))
             first = first or answers
         perplexity = None
         if isinstance(workload.quality, Perplexity):
             perplexity = await interview.perplexity(workload.quality)
-        gpus = (await anyio.to_thread.run_sync(free_memory, pid)).gpus
-        self._memory = max(self._memory, peak_memory(pid))
+            await self._weigh(pid)
         self._exchanges = interview.exchanges(first)
         texts = {answer.prompt: answer.text for answer in first}
         return Measurement(
             load=_load_seconds(self._stages),
             speeds=tuple(speeds),
             memory=self._memory,
-            gpu_memory=sum(gpu.returned for gpu in gpus),
+            gpu_memory=self._gpu_memory,
             context=context,
             answers=tuple(texts[index] for index in sorted(texts)),
             perplexity=perplexity,
         )
+
+    async def _weigh(self, pid: int) -> None:
+        """Take down the most memory that the server has had."""
+        gpus = (await anyio.to_thread.run_sync(free_memory, pid)).gpus
+        self._gpu_memory = max(self._gpu_memory, sum(gpu.returned for gpu in gpus))
+        self._memory = max(self._memory, peak_memory(pid))
 
     def _follow(self, event: Event) -> None:
         if isinstance(event, ProgressMade):

@@ -92,6 +92,9 @@ class Speed:
         prompt_tokens_per_second: Of each request; None where no prompt was worked on.
         generation_tokens_per_second: Of each request; None where answers had a single token.
         total_tokens_per_second: Tokens of all answers over `seconds`.
+        memory: The most RAM that the server's processes had had by then, in bytes: since their
+            beginning, so with fewer requests at once, too. 0 where it is not known.
+        gpu_memory: What they had of NVIDIA GPUs' own memory then, in bytes.
     """
 
     parallel: int
@@ -101,6 +104,8 @@ class Speed:
     prompt_tokens_per_second: float | None
     generation_tokens_per_second: float | None
     total_tokens_per_second: float
+    memory: int = 0
+    gpu_memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ class Measurement:
         load: How long its stages of loading took.
         speeds: One for each number of parallel requests, in ascending order.
         memory: The most RAM its processes had, in bytes; mapped weights count as they are touched.
-        gpu_memory: What they had of NVIDIA GPUs' own memory after the requests, in bytes.
+        gpu_memory: The most that they had of NVIDIA GPUs' own memory after requests, in bytes.
         context: Tokens that one request may have, prompt and answer; None where a build hides it.
         answers: To each prompt, asked one at a time.
         quality: Mean over the answers of what the sweep's `quality` gave; None without one.

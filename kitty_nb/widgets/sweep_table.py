@@ -56,9 +56,10 @@ def columns(workload: Workload) -> dict[str, str]:
         "prompt_tokens_per_second": "Prompt tokens/s",
         "generation_tokens_per_second": "Generation tokens/s",
     }
-    if len(workload.levels) > 1:
-        most = workload.levels[-1]
+    least, most = workload.levels[0], workload.levels[-1]
+    if most > least:
         chosen[f"total_tokens_per_second_{most}"] = f"Tokens/s, {most} at once"
+        chosen[f"memory_gib_{least}"] = f"Memory, {least} at once"
     chosen["memory_gib"] = "Peak memory"
     if workload.quality is not None:
         quality = "perplexity" if isinstance(workload.quality, Perplexity) else "quality"
@@ -130,7 +131,7 @@ def figure(name: str, value: float) -> str:
         return f"{value * 1000:.0f} ms"
     if name in {"load_seconds", "time_to_first_token"}:
         return duration(value)
-    if name == "memory_gib":
+    if name.startswith("memory_gib"):
         return f"{value:.2f} GiB" if value >= 1 else f"{value * _MIB_PER_GIB:.0f} MiB"
     if "_per_second" in name:
         return f"{value:,.0f}" if value >= _WHOLE_FROM else f"{value:.1f}"
