@@ -32,6 +32,7 @@ from kitty_nb.supervisor.events import Stage
 WAIT = 120.0
 _MACHINES = Path(__file__).parent / "dask_machines.py"
 _SLOT = {"resources": {"kitty_trial": 1}}
+_LONG = ["Hi!"] * 100  # so that a server is there long enough to be found
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(
 ) -> None:
     given = {"grid": {"context_size": [256, 1024]}, "repeats": 2, "prompts": ["word " * 100, "Hi!"]}
     logs = tmp_path / "kept"
-    here, there = sweep(**given), sweep(**given, logs=logs)
+    here, there = sweep(**given), sweep(**given, logs=logs, record=True)
     local = here.run().wait(WAIT).rows
     events = heard(there)
     rows = there.run(client=client).wait(WAIT).rows
@@ -145,6 +146,8 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(
             assert other.measurement.answers == row.measurement.answers
             assert other.measurement.context == row.measurement.context
             assert other.seconds.own < other.seconds.overall
+            assert other.record
+            assert other.record.outputs == other.measurement.answers
             whole = [TrialStarted, TrialProgressed, RequestAnswered, TrialEnded]
             assert of(row.trial, events) == whole
     assert {row.outcome for row in rows} == {Outcome.DONE, Outcome.FAILED}
@@ -157,7 +160,7 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(
     kept = {f"trial_{trial.key}.log" for trial in there.trials}
     assert {file.name for file in logs.iterdir()} == kept
     assert all(file.stat().st_size for file in logs.iterdir())
-    again = sweep(**given, store=there.store)
+    again = sweep(**given, store=there.store, record=True)
     events = heard(again)
     assert len(again.run(client=client).wait(WAIT)) == 4
     assert events == [SweepEnded(complete=True)]
@@ -166,13 +169,12 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(
 def test_cancel_ends_the_servers_of_all_workers(
     sweep: Callable[..., Sweep], client: Client
 ) -> None:
-    one = sweep(repeats=3)
+    one = sweep(repeats=3, prompts=_LONG)
     operation = one.run(client=client)
     eventually(lambda: len(servers()) == 2, within=WAIT)
     one.cancel()
     assert len(operation.wait(WAIT)) < 3
     assert not servers()
-    one.close()
     one.pause()
     operation = one.run(client=client)
     eventually(lambda: one.running, within=WAIT)
@@ -294,11 +296,13 @@ def test_a_worker_that_dies_gives_its_trial_away(
     sweep: Callable[..., Sweep], tmp_path: Path
 ) -> None:
     with machines(tmp_path, n_workers=2, **_SLOT) as process, connected(process) as client:
-        one = sweep(repeats=3)
+        one = sweep(repeats=3, prompts=_LONG)
         events = heard(one)
         operation = one.run(client=client)
-        eventually(lambda: count(events, TrialProgressed) and servers(), within=WAIT)
-        server = servers()[0]
+        eventually(lambda: count(events, TrialProgressed), within=WAIT)
+        found: list[psutil.Process] = []
+        eventually(lambda: found.extend(servers()) or found, within=WAIT)
+        server = found[0]
         worker_of(server).send_signal(signal.SIGKILL)
         eventually(lambda: not server.is_running(), within=30, why="its server lives on")
         rows = operation.wait(WAIT).rows
@@ -310,13 +314,12 @@ def test_a_trial_that_takes_its_workers_with_it_is_a_row(
     sweep: Callable[..., Sweep], demo_model: Path, tmp_path: Path
 ) -> None:
     with machines(tmp_path, n_workers=2, **_SLOT) as process, connected(process) as client:
-        one = sweep(prompts=["Hi!"] * 100)
+        one = sweep(prompts=_LONG)
         stop = one.subscribe(kill_when_ready)
         (row,) = one.run(client=client).wait(WAIT).rows
         assert row.outcome is Outcome.FAILED
         assert "Workers died while they had this trial, 2 times." in row.reason
         eventually(lambda: not servers(), within=30, why="a server outlives its worker")
-        one.close()
         # Where the only worker that is able dies, the one that takes its place is asked.
         stop()
         client.wait_for_workers(2, timeout=WAIT)
@@ -340,7 +343,8 @@ def test_a_trial_that_takes_its_workers_with_it_is_a_row(
 def kill_when_ready(event: SweepEvent) -> bool:
     """Kill the worker of the one trial under way, once its load is done."""
     if isinstance(event, TrialProgressed) and event.progress.stage is Stage.READY:
-        (server,) = servers()
+        # That of an earlier worker may still be on its way out.
+        server = max(servers(), key=psutil.Process.create_time)
         worker_of(server).send_signal(signal.SIGKILL)
         return True
     return False

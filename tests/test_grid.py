@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitty_nb import ServerConfig
@@ -30,7 +30,7 @@ def dialect() -> Dialect:
     return anyio.run(locate_engine).dialect
 
 
-def settings(trials: tuple[Trial, ...]) -> list[dict[str, object]]:
+def chosen(trials: tuple[Trial, ...]) -> list[dict[str, object]]:
     return [dict(trial.settings) for trial in trials]
 
 
@@ -60,7 +60,7 @@ def test_skip_leaves_combinations_out(base: ServerConfig) -> None:
     trials = combine(
         base, ["a.gguf"], grid, skip=lambda one: one["context_size"] * one["threads"] > 1000
     )
-    assert settings(trials) == [{"context_size": 512, "threads": 1}]
+    assert chosen(trials) == [{"context_size": 512, "threads": 1}]
     with pytest.raises(ExperimentError, match="skip leaves none"):
         combine(base, ["a.gguf"], grid, skip=lambda _: True)
     with pytest.raises(ExperimentError, match="KeyError"):
@@ -146,6 +146,7 @@ def test_a_build_without_the_flag_refuses_it(base: ServerConfig) -> None:
         check_flags(trials, parse_help("-m,    --model FNAME    model path\n"))
 
 
+@settings(deadline=None)  # a busy machine stops for longer than any of this takes
 @given(combinations=st.integers(1, 12), repeats=st.integers(1, 5), seed=st.integers(0, 99))
 def test_repeats_are_interleaved(combinations: int, repeats: int, seed: int) -> None:
     tried = [Trial("a.gguf", (("threads", n),)) for n in range(1, combinations + 1)]

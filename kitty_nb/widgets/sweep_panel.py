@@ -259,13 +259,14 @@ class SweepPanel(VBox):
         status = status_of(
             progress, running=running, starting=self._starting, broken=self._broke_off
         )
-        self.status_line.show(status, self._facts)
         self.trials_bar.show(status, progress)
         self.now.show(status, progress.running, self._answers)
         self._show_load(progress.running)
         failed = any(row.outcome is not Outcome.DONE for row in self._results.rows)
         self.buttons.show(status, failed=failed, best=self._best is not None)
         self.notice.show(self._problem or self.sweep.store_problem)
+        # Last, so that whoever sees the status may rely on the rest being as it says.
+        self.status_line.show(status, self._facts)
 
     def _read_rows(self) -> None:
         try:
