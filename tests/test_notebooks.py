@@ -68,6 +68,7 @@ def test_a_sweep_runs_headless_with_parameters(
         *(sys.executable, "-m", "papermill", "--no-progress-bar", notebook, "done.ipynb"),
         *("-y", "{models: [mine.gguf], grid: {batch_size: [32, 64]}}"),
         *("-p", "repeats", "1", "-p", "max_tokens", "4", "-p", "store", "mine.sqlite3"),
+        *("-p", "save_to", "mine.env"),
     ]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
@@ -80,3 +81,4 @@ def test_a_sweep_runs_headless_with_parameters(
         ["mine.gguf"], grid, "Who are you?", repeats=1, max_tokens=4, config=config, store=store
     )
     assert [row.outcome for row in again.results.rows] == [Outcome.DONE] * 2
+    assert (tmp_path / "mine.env").read_text() == f"{again.results.env_lines()}\n"
