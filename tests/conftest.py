@@ -11,7 +11,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import comm
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from comm.base_comm import BaseComm
 from hub_server import Hub, usual_repositories
+from other_kernel import runs
 
 from kitty_nb import ServerConfig, write_demo_model
 
@@ -100,8 +102,15 @@ def pending_tasks() -> set[object]:
     known = gc.get_objects() if sys.version_info >= (3, 14) else None
     if known is None:
         registry = "_scheduled_tasks" if sys.version_info >= (3, 12) else "_all_tasks"
-        known = list(getattr(asyncio.tasks, registry))
+        known = snapshot(getattr(asyncio.tasks, registry))
     return {task for task in known if isinstance(task, asyncio.Task) and not task.done()}
+
+
+def snapshot(tasks: Iterable[object]) -> list[object]:
+    """List what other threads may change meanwhile, as `asyncio.all_tasks` does."""
+    while True:
+        with suppress(RuntimeError):  # it has just changed
+            return list(tasks)
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +123,13 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     def living() -> set[object]:
         me = psutil.Process()
         threads = {t for t in threading.enumerate() if not t.name.startswith("AnyIO worker")}
-        children = {c for c in me.children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE}
+        children = {child for child in me.children(recursive=True) if runs(child.pid)}
         sockets = {(c.fd, c.laddr, c.raddr) for c in me.net_connections("inet")}
         return threads | children | sockets | pending_tasks()
 
     before = living()
     yield
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while left := living() - before:
         if time.monotonic() > deadline:
             pytest.fail(f"left behind: {left}")

@@ -34,7 +34,7 @@ FLAGS = [
     (("--prepare-seconds",), "SECONDS", "keep answering 503 for so long after the weights"),
     (("--never-ready",), None, "answer 503 for ever"),
     (("--answer-as",), "STRING", "list another model than the one asked for"),
-    (("--exit-after",), "SECONDS", "end by itself so long after it has bound"),
+    (("--exit-after",), "SECONDS", "end by itself so long after the weights are there"),
     (("--exit-code",), "N", "with this code, or by this signal when negative"),
     (("--last-words",), "STRING", "after writing this line"),
     (("--ignore-sigterm",), None, "do not end when asked"),
@@ -131,9 +131,9 @@ class Server:
         httpd = ThreadingHTTPServer((options.host, int(options.port)), self.handler())
         httpd.daemon_threads = True
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        weights = self.load()
         if options.exit_after is not None:
             threading.Timer(float(options.exit_after), self.end).start()
-        weights = self.load()
         while options.never_ready:
             signal.pause()
         if options.ready_mark:

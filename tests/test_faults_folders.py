@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import eventually
 from faults import CRASHED, FAILED, LOADING, READY, Case, Fault
 
 from kitty_nb import ServerConfig
@@ -146,7 +147,11 @@ def own_engine(case: Case) -> None:
 
 
 def lose_folder(case: Case) -> None:
-    shutil.rmtree(case.config.log_dir)
+    def gone() -> bool:
+        shutil.rmtree(case.config.log_dir, ignore_errors=True)
+        return not case.config.log_dir.exists()
+
+    eventually(gone)  # a keeper that starts just then makes its lock there
 
 
 def lose_folder_and_die(case: Case) -> None:
@@ -171,6 +176,12 @@ def flood(case: Case) -> None:
     assert case.config.log_path.stat().st_size > 20 * 100_000 * 10 / 2  # a busy machine is slower
     assert psutil.Process().memory_info().rss - before < 50_000_000
     assert len(case.manager.log_lines) <= 2_000
+
+
+def empty_log(case: Case) -> None:
+    """One that needs seconds to be as long again: a late reader would not see the cut."""
+    eventually(lambda: case.config.log_path.stat().st_size > 5_000)
+    os.truncate(case.config.log_path, 0)
 
 
 def blurt(content: bytes) -> Strike:
@@ -233,6 +244,7 @@ LOG = [
         flags=("--chatter", "100000"),
         at=READY,
         strike=flood,
+        changes={"log_max_mb": 1000},
     ),
     Fault(
         "log line of 1 MB without an end",
@@ -267,7 +279,7 @@ LOG = [
         "log was emptied",
         flags=("--chatter", "100"),
         at=READY,
-        strike=lambda case: os.truncate(case.config.log_path, 0),
+        strike=empty_log,
     ),
     Fault("log disk full", READY, "Model loaded", before=fill_log_disk),
 ]
@@ -277,17 +289,19 @@ FOLDERS = [
         "disk full while loading",
         READY,
         r"cannot be written \(No space left",
-        flags=("--prepare-seconds", "1"),
+        flags=("--prepare-seconds", "5"),
         at=LOADING,
         strike=fill_disk,
+        within=20,
     ),
     Fault(
         "state folder deleted while loading",
         READY,
         r"cannot be written \(No such file",
-        flags=("--prepare-seconds", "1"),
+        flags=("--prepare-seconds", "5"),
         at=LOADING,
         strike=lose_folder,
+        within=20,
     ),
     Fault(
         "state folder deleted while ready", CRASHED, "SIGKILL", at=READY, strike=lose_folder_and_die

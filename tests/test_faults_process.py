@@ -23,7 +23,7 @@ Strike = Callable[[Case], object]
 DAY = 86_400.0
 STUCK = ("--never-ready",)
 
-_KILLED = r"ended by SIGKILL\. (Something|Another program or a person) killed it"
+_KILLED = r"ended by SIGKILL\. (Something|Another program or a person|The system) killed it"
 
 
 def send(number: signal.Signals) -> Strike:
@@ -194,8 +194,9 @@ DEATHS = [
         CRASHED,
         "SIGSEGV",
         at=READY,
-        flags=("--exit-after", "0.5", "--exit-code", "-11"),
+        flags=("--exit-after", "2", "--exit-code", "-11"),
         changes={"restart_max": 2, "restart_delay_seconds": 0.1},
+        within=30,
     ),
     Fault(
         "it dies and its port is taken",
@@ -203,7 +204,7 @@ DEATHS = [
         "in use by",
         at=READY,
         strike=die_and_lose_port,
-        changes={"restart_max": 3, "restart_delay_seconds": 0.5},
+        changes={"restart_max": 3, "restart_delay_seconds": 3},
     ),
     Fault(
         "it dies and its model is deleted",
@@ -211,7 +212,7 @@ DEATHS = [
         "There is no file",
         at=READY,
         strike=die_and_lose_model,
-        changes={"restart_max": 3, "restart_delay_seconds": 0.5},
+        changes={"restart_max": 3, "restart_delay_seconds": 3},
     ),
 ]
 HANGS = [
@@ -267,7 +268,7 @@ KERNEL = [
     Fault(
         "kill -9 of the kernel while loading",
         READY,
-        flags=("--prepare-seconds", "2"),
+        flags=("--prepare-seconds", "5"),
         before=killed_kernel("load", server_ends=False),
         at=LOADING,
         strike=lambda case: eventually(lambda: case.pid == case.other),
@@ -298,10 +299,11 @@ CLOCK = [
     Fault(
         "clock set a day on while loading",
         READY,
-        r"Model loaded \(. checks?, [0-4]s",
-        flags=("--prepare-seconds", "1"),
+        r"Model loaded \(\d+ checks?, \d{1,3}s",
+        flags=("--prepare-seconds", "5"),
         at=LOADING,
         strike=set_clock(DAY),
+        within=20,
     ),
     Fault("clock set a day on while ready", READY, at=READY, strike=set_clock_while_ready),
     *(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import anyio
-import psutil
 import pytest
+from other_kernel import runs
 
 from kitty_nb import ServerConfig, ServerStatus, Supervisor
 from kitty_nb.errors import ServerCrashedError, ServerFailedError
@@ -209,7 +209,8 @@ def test_only_the_newest_rows_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert [record.at for record in found] == [4.0, 3.0, 2.0]
 
 
-def test_many_programs_can_write_at_once(tmp_path: Path) -> None:
+def test_many_programs_can_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.state_file._BUSY_SECONDS", 30)
     path = tmp_path / "history.sqlite3"
     told: list[str] = []
 
@@ -253,8 +254,9 @@ def test_how_a_load_ended_is_written(misbehaving: Callable[..., ServerConfig]) -
 
 
 def test_a_history_in_use_does_not_delay_a_crash(
-    misbehaving: Callable[..., ServerConfig],
+    misbehaving: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.state_file._BUSY_SECONDS", 5)
     config = misbehaving("--never-ready", "--exit-after", "0.3", "--exit-code", "1")
     use(config.history, RECORD)
     connection = sqlite3.connect(config.history)
@@ -267,7 +269,7 @@ def test_a_history_in_use_does_not_delay_a_crash(
                 await anyio.sleep(0.005)
             pid = supervisor.state.pid
             connection.execute("BEGIN EXCLUSIVE")
-            while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie":
+            while runs(pid):
                 await anyio.sleep(0.005)
             died = time.monotonic()
             with anyio.fail_after(10):
@@ -279,4 +281,4 @@ def test_a_history_in_use_does_not_delay_a_crash(
         anyio.run(run)
     finally:
         connection.close()
-    assert ended[0] < 0.15  # less than the history waits for its lock
+    assert ended[0] < 3  # less than the history waits for its lock

@@ -275,8 +275,8 @@ def servers() -> list[int]:
 
 
 async def ready_is_alive(supervisor: Supervisor) -> None:
-    """A death is noticed, within a second at most."""
-    seen, deadline = supervisor.state, time.monotonic() + 1
+    """A death is noticed, within seconds at most."""
+    seen, deadline = supervisor.state, time.monotonic() + 5
     while seen.status is ServerStatus.READY and not runs(seen.pid or 0):
         assert time.monotonic() < deadline, "READY without a process"
         await anyio.sleep(0.005)

@@ -12,6 +12,7 @@ from conftest import eventually
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
+from other_kernel import runs
 from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
@@ -248,7 +249,7 @@ def test_an_interrupt_ends_the_answer_on_both_sides(
     eventually(lambda: not busy(), within=20, why="the server goes on answering")
     assert "READY" in kernel.run("%kitty status")
     kernel.client.shutdown()
-    eventually(lambda: not psutil.pid_exists(pid), within=30, why="it outlives its kernel")
+    eventually(lambda: not runs(pid), within=30, why="it outlives its kernel")
 
 
 def test_an_interrupt_calls_a_start_off(
