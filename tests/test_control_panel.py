@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import ipywidgets
@@ -24,6 +25,7 @@ from kitty_nb import (
     write_demo_model,
 )
 from kitty_nb.supervisor.events import LoadProgress, Stage
+from kitty_nb.supervisor.log_file import previous
 from kitty_nb.widgets.load_bar import describe, duration
 from kitty_nb.widgets.server_buttons import Choices, choices
 from kitty_nb.widgets.server_log import LINES_KEPT
@@ -84,9 +86,12 @@ def listed(panel: ControlPanel) -> list[str]:
 
 
 def choose(panel: ControlPanel, name: str) -> None:
-    eventually(lambda: any(model.name == name for model in panel.picker.models))
-    path = next(model.path for model in panel.picker.models if model.name == name)
-    panel.picker.dropdown.value = path
+    def path() -> Path | None:
+        paths = [path for _, path in panel.picker.dropdown.options]
+        return next((path for path in paths if path.name == name), None)
+
+    eventually(path)
+    panel.picker.dropdown.value = path()
 
 
 def test_a_held_port_can_be_left_for_a_free_one(panel: ControlPanel) -> None:
@@ -132,11 +137,15 @@ def test_a_flood_of_log_lines_grows_nothing(
     wait_for(panel, "READY")
     before, largest, until = me.memory_info().rss, 0, time.monotonic() + 20
     while time.monotonic() < until:
-        sizes = [file.stat().st_size for file in folder.glob("*.log*")]
-        largest = max(largest, sum(sizes))
+        size = 0
+        for file in folder.glob("*.log*"):
+            with suppress(FileNotFoundError):  # it has just been put aside
+                size += file.stat().st_size
+        largest = max(largest, size)
         time.sleep(0.1)
     assert me.memory_info().rss - before < 100e6
-    assert largest < 100e6
+    assert largest < 150e6  # not all of it; the busier the machine, the more
+    eventually(previous(panel.manager.state.config.log_path, 2).exists)
     assert len(panel.server_log.lines) <= LINES_KEPT
     assert len(json.dumps(embed_data([panel]), default=repr)) < 1e6
     assert panel.manager.state.status is ServerStatus.READY
@@ -149,9 +158,14 @@ def test_a_flood_of_log_lines_grows_nothing(
 def test_a_server_open_to_the_network_is_marked(
     misbehaving_panel: Callable[..., ControlPanel], host: str
 ) -> None:
-    assert "open to the network" in misbehaving_panel(host=host).status_line.value
-    assert "open to the network" not in misbehaving_panel(host="::1").status_line.value
-    assert "open to the network" not in misbehaving_panel(host="localhost").status_line.value
+    def marked(host: str) -> bool:
+        panel = misbehaving_panel(host=host)
+        wait_for(panel, "STOPPED")
+        return "open to the network" in panel.status_line.value
+
+    assert marked(host)
+    assert not marked("::1")
+    assert not marked("localhost")
 
 
 def test_a_model_is_picked_started_switched_and_stopped(panel: ControlPanel) -> None:
@@ -221,7 +235,8 @@ def test_the_fields_are_what_the_server_is_started_with(panel: ControlPanel) -> 
         lambda: (
             panel.manager.state.config.context_size == 2048
             and panel.manager.state.status is ServerStatus.READY
-        )
+        ),
+        within=30,
     )
 
 
@@ -253,7 +268,7 @@ def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: Con
 
 
 def test_incomplete_models_are_listed_but_not_startable(panel: ControlPanel) -> None:
-    assert any("incomplete (1 of 2 shards missing)" in label for label in listed(panel))
+    eventually(lambda: any("incomplete (1 of 2 shards missing)" in one for one in listed(panel)))
     choose(panel, "part-00001-of-00002.gguf")
     eventually(lambda: enabled(panel) == set())
     eventually(lambda: "part-00002-of-00002.gguf" in panel.notice.value)
@@ -271,8 +286,12 @@ def test_models_of_one_name_are_told_apart_and_one_elsewhere_is_listed(
         eventually(lambda: panel.picker.model)
         assert panel.picker.model
         assert panel.picker.model.path == demo_model
-        twos = [label for label in listed(panel) if label.startswith("two")]
-        assert [label.rpartition(" · ")[2] for label in twos] == ["again/two.gguf", "two.gguf"]
+
+        def twos() -> list[str]:
+            return [label for label in listed(panel) if label.startswith("two")]
+
+        eventually(lambda: len(twos()) == 2)
+        assert [label.rpartition(" · ")[2] for label in twos()] == ["again/two.gguf", "two.gguf"]
     finally:
         panel.close()
 
@@ -381,7 +400,7 @@ def test_a_crash_is_explained(misbehaving_panel: Callable[..., ControlPanel]) ->
 def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     misbehaving_panel: Callable[..., ControlPanel],
 ) -> None:
-    panel = misbehaving_panel("--exit-after", "0.4", "--exit-code", "-11")
+    panel = misbehaving_panel("--exit-after", "2", "--exit-code", "-11", restart_delay_seconds=30)
     panel.buttons.start.click()
     wait_for(panel, "RESTARTING")
     eventually(lambda: "starting again in" in panel.status_line.value)

@@ -83,13 +83,14 @@ def test_the_panel_offers_it(config: ServerConfig) -> None:
     with another_profile(config) as other, ModelManager(config=config) as manager:
         panel = ControlPanel(manager=manager)
         try:
+            eventually(lambda: "STOPPED" in panel.status_line.value)
             assert panel.buttons.attach.layout.display == "none"
             panel.buttons.start.click()
             eventually(lambda: panel.buttons.attach.layout.display is None)
             panel.buttons.attach.click()
             eventually(lambda: "not started here" in panel.status_line.value)
             assert "kitty-coder" in panel.status_line.value
-            eventually(lambda: panel.buttons.stop.description == "Let go")
+            assert panel.buttons.stop.description == "Let go"
             assert panel.buttons.restart.disabled
             assert panel.buttons.start.disabled
             assert panel.load_bar.text.value == ""

@@ -324,7 +324,6 @@ class ControlPanel(VBox):
         state, model = self.manager.state, self.picker.model
         differs = model is not None and model.path != state.config.model
         startable = model is not None and model.startable
-        self.status_line.show(state)
         self.buttons.show(choices(state, startable=startable, differs=differs))
         self.snippet.show(state)
         self.web_page.show(state, self.manager.reveal_api_key() is not None)
@@ -338,6 +337,8 @@ class ControlPanel(VBox):
         self.server_log.append(self._log_lines)
         self._log_lines.clear()
         self.server_log.flush()
+        # Last: whoever waits for a state finds all that belongs to it.
+        self.status_line.show(state)
 
 
 _newest: WeakValueDictionary[tuple[Path, str], ControlPanel] = WeakValueDictionary()
