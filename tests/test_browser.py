@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import eventually
 from model_files import write_header
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
 
 from kitty_nb import write_demo_model
 
@@ -35,7 +35,9 @@ _CHROMIUM_FLAGS = [
     "--disable-sync",
     "--host-resolver-rules=MAP elsewhere.example 127.0.0.1",
 ]
-_LOAD_SECONDS = 4
+_LOAD_SECONDS = 8
+
+expect.set_options(timeout=30_000)  # a machine that tests is a busy one
 
 
 # Playwright keeps an event loop running in this thread, so it must end with this module.
@@ -119,8 +121,8 @@ def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
 
         eventually(answers, within=60, why="JupyterLab does not start")
         yield f"{address}/doc/tree/{{}}?token={token}&reset"
-        for session in httpx.get(f"{address}/api/sessions", headers=headers).json():
-            httpx.delete(f"{address}/api/sessions/{session['id']}", headers=headers, timeout=30)
+        for session in httpx.get(f"{address}/api/sessions", headers=headers, timeout=60).json():
+            httpx.delete(f"{address}/api/sessions/{session['id']}", headers=headers, timeout=60)
         process.terminate()
         process.wait(30)
 
@@ -169,6 +171,13 @@ class Notebook:
                 "bar => parseFloat(bar.style.width)"
             )
         )
+
+    def save(self) -> None:
+        def is_save(response: Response) -> bool:
+            return response.request.method == "PUT" and "/api/contents/" in response.url
+
+        with self.page.expect_response(is_save):
+            self.page.keyboard.press("Control+s")
 
     def choose(self, model: str) -> None:
         option = self.panel.locator(".kitty-model option", has_text=model).first
@@ -241,7 +250,7 @@ def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
 ) -> None:
     notebook = open_notebook(
         "from kitty_nb import ControlPanel\nControlPanel(profile='slow')",
-        "import time\ntime.sleep(40)",
+        "import time\ntime.sleep(120)",
     )
     notebook.run(0)
     notebook.expect_status("STOPPED")
@@ -250,18 +259,18 @@ def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
         notebook.run(1, wait=False)
     notebook.button("Start").click()
     notebook.expect_status("LOADING")
+    expect(notebook.panel.locator(".kitty-load .kitty-bar-text")).to_contain_text("%")
     seen: list[float] = []
 
     def moved() -> bool:
-        if not seen or notebook.progress() > seen[-1]:
-            seen.append(notebook.progress())
+        now = notebook.progress()
+        if max(seen, default=-1) < now < 100:
+            seen.append(now)
         return len(seen) >= 5
 
-    eventually(moved, within=30, why=f"the bar stands still: {seen}")
-    assert max(seen) < 100
-    expect(notebook.panel.locator(".kitty-load .kitty-bar-text")).to_contain_text("%")
+    eventually(moved, within=30, why="the bar stands still")
     notebook.expect_status("READY")
-    assert notebook.progress() == 100
+    eventually(lambda: notebook.progress() == 100)
     notebook.button("Stop").click()
     notebook.expect_status("STOPPED")
     notebook.button("Start").click()
@@ -302,15 +311,15 @@ def test_the_log_filters_pauses_and_survives_a_reload(
     notebook.button("Start").click()
     notebook.expect_status("READY")
     lines = notebook.panel.locator(".kitty-log-line:visible")
-    expect(lines.first).to_be_visible()
-    everything = lines.count()
+    others = lines.filter(has_not_text="listening")
+    expect(others.first).to_be_visible()
     notebook.panel.get_by_placeholder("Filter").fill("listening")
-    expect(lines).not_to_have_count(everything)
-    assert all("listening" in text for text in lines.all_inner_texts())
+    expect(others).to_have_count(0)
+    expect(lines.first).to_be_visible()
     notebook.panel.get_by_placeholder("Filter").fill("")
     notebook.button("Pause").click()
     expect(notebook.button("Follow")).to_be_visible()
-    notebook.page.keyboard.press("Control+s")
+    notebook.save()
     notebook.page.reload()
     expect(notebook.panel.locator(".kitty-badge")).to_have_text("READY", timeout=60_000)
     expect(notebook.panel.locator(".kitty-log")).to_contain_text("listening on")
@@ -330,7 +339,7 @@ def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
     )
     notebook = open_notebook(
         "from kitty_nb.widgets import FleetPanel\nFleetPanel('../fleet.env')",
-        "import time\ntime.sleep(60)",
+        "import time\ntime.sleep(120)",
     )
     notebook.run(0)
     fleet = notebook.page.locator(".kitty-fleet")
@@ -433,7 +442,7 @@ def test_a_model_is_found_by_typing_and_chosen_by_keys(
     expect(panel.locator(".kitty-facts")).to_contain_text("<b>Evil</b> evil-32B")
     expect(panel.locator(".kitty-template")).to_contain_text("<script>document.title")
     assert page.title() != "evil"
-    page.keyboard.press("Control+s")
+    notebook.save()
     filter_box.fill("nothing like it")
     expect(panel.locator(".kitty-table-empty")).to_be_visible()
     filter_box.fill("")
@@ -458,7 +467,7 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     notebook = open_notebook(
         "from kitty_nb.experiments import Sweep\n"
         "Sweep(['small.gguf'], {'batch_size': [32, 64, 128]}, repeats=2, max_tokens=8)",
-        "import time\ntime.sleep(60)",
+        "import time\ntime.sleep(120)",
     )
     notebook.run(0)
     notebook.expect_status("NOT STARTED")
