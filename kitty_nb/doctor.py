@@ -16,7 +16,7 @@ import anyio.to_thread
 from rich.filesize import decimal
 
 from kitty_nb.catalog import ModelCatalog
-from kitty_nb.config import ServerConfig, salvage_settings
+from kitty_nb.config import ServerConfig, configured_profiles, salvage_settings
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine
@@ -73,7 +73,11 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     findings.append(_settings(source, complaint))
     findings.append(await _engine(config))
     checks = (_models, _model, _port, _memory, _disk)
-    return [*findings, *[await anyio.to_thread.run_sync(check, config) for check in checks]]
+    findings += [await anyio.to_thread.run_sync(check, config) for check in checks]
+    others = [
+        salvage_settings(env, name)[0] for name in configured_profiles(env) if name != profile
+    ]
+    return findings + [await anyio.to_thread.run_sync(_port, other) for other in others]
 
 
 def _versions() -> Finding:
@@ -122,12 +126,13 @@ def _models(config: ServerConfig) -> Finding:
     if not folder.is_dir():
         advice = "Create it, or correct LLAMACPP_MODELS_DIR. The panel makes its default itself."
         return Finding("Models", Verdict.ODD, f"There is no folder {folder}.", advice)
-    models = ModelCatalog(folder).scan()
+    models = ModelCatalog(config.stores).scan()
     if not models:
         advice = "Put .gguf files there, or try it out with: kitty-nb demo-model"
         return Finding("Models", Verdict.ODD, f"none in {folder}", advice)
     troubles = [f"{model.name}: {model.problem}" for model in models if model.problem]
-    found = f"{len(models) - len(troubles)} of {len(models)} can be served, in {folder}"
+    places = f"{folder} and what other programs keep" if len(config.stores) > 1 else str(folder)
+    found = f"{len(models) - len(troubles)} of {len(models)} can be served, in {places}"
     return Finding("Models", Verdict.ODD if troubles else Verdict.GOOD, found, "\n".join(troubles))
 
 
@@ -140,18 +145,18 @@ def _model(config: ServerConfig) -> Finding:
 
 
 def _port(config: ServerConfig) -> Finding:
-    address = f"{config.host}:{config.port}"
+    what, address = f"Port of {config.profile}", f"{config.host}:{config.port}"
     if record := find_server(config):
-        return Finding("Port", Verdict.GOOD, f"{record.config.endpoint}, ours (PID {record.pid})")
+        return Finding(what, Verdict.GOOD, f"{record.config.endpoint}, ours (PID {record.pid})")
     refusal = port_refusal(config.host, config.port)
     if refusal is None:
-        return Finding("Port", Verdict.GOOD, f"{address} is free")
+        return Finding(what, Verdict.GOOD, f"{address} is free")
     key = f"LLAMACPP_{config.profile.upper()}_PORT"
     try:
         advice = f"Stop what holds it, or set {key}={next_free_port(config.host, config.port)}."
     except ServerFailedError as error:
         advice = str(error)
-    return Finding("Port", Verdict.BAD, refusal, advice)
+    return Finding(what, Verdict.BAD, refusal, advice)
 
 
 def _memory(config: ServerConfig) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -13,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 from conftest import eventually
 from other_kernel import Kernel, runs
 
-from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
+from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.profile_owner import who_owns
 from kitty_nb.supervisor.record import ServerRecord, find_server, read_record, write_record
@@ -202,6 +205,54 @@ def test_the_record_is_private_and_whole(config: ServerConfig) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert json.loads(path.read_text())["pid"] == pid
         assert [p.name for p in config.log_dir.iterdir() if p.name.startswith(".")] == []
+
+
+def told_until(config: ServerConfig, pattern: str) -> list[str]:
+    """What is told to who finds the server, up to what matches a pattern."""
+    said: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Activity):
+            said.append(event.message)
+
+    async def find() -> None:
+        supervisor = Supervisor(config)
+        supervisor.subscribe(listen)
+        async with supervisor:
+            with anyio.fail_after(20):
+                while not re.search(pattern, "\n".join(said)):
+                    await anyio.sleep(0.01)
+
+    anyio.run(find)
+    return said
+
+
+def test_a_load_that_began_long_ago_is_not_told_of_all_at_once(
+    misbehaving: Callable[..., ServerConfig], kernel: Callable[..., Kernel]
+) -> None:
+    config = misbehaving("--never-ready")
+    kernel("load", binary=config.binary, extra_args=config.extra_args)
+    eventually(lambda: read_record(config))
+    record = read_record(config)
+    assert record
+    write_record(record.model_copy(update={"began": record.began - 60}))
+    said = told_until(config, r"\(2/120, ")
+    loading = [line for line in said if line.startswith("Loading")]
+    assert [re.sub(r"6\ds", "6.s", line) for line in loading] == [
+        "Loading model… (1/120, 6.s elapsed)",
+        "Loading model… (2/120, 6.s elapsed)",
+    ]
+
+
+def test_a_server_that_has_long_been_ready_says_what_its_load_took(
+    config: ServerConfig, kernel: Callable[..., Kernel]
+) -> None:
+    kernel("stay")
+    eventually(lambda: (found := read_record(config)) and found.ready is not None)
+    record = read_record(config)
+    assert record
+    write_record(record.model_copy(update={"began": record.began - 10_000, "load_seconds": 7.0}))
+    assert told_until(config, "Model loaded")[-1] == "Model loaded (1 check, 7s elapsed)"
 
 
 def test_a_server_is_found_though_its_model_has_gone(

@@ -103,7 +103,7 @@ def test_a_model_is_described_by_its_header(tmp_path: Path) -> None:
         problem=None,
     )
     assert model.startable
-    assert model.label == f"Qwen · Q4_K_M · {model.size} B"
+    assert model.label == f"Qwen · Q4_K_M · {model.size:,} bytes"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_shards_are_one_row(tmp_path: Path) -> None:
     assert (model.path, model.name) == (shards[0], "m-q8_0-00001-of-00003.gguf")
     assert (model.shard_count, model.missing, model.startable) == (3, (), True)
     assert model.size == sum(shard.stat().st_size for shard in shards)
-    assert model.label == f"m-q8_0 · Q8_0 · {model.size} B · 3 shards"
+    assert model.label == f"m-q8_0 · Q8_0 · {model.size:,} bytes · 3 shards"
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -192,7 +192,7 @@ def test_bad_files_are_rows_with_their_problem(tmp_path: Path) -> None:
     assert all(
         "download" in (models[name].problem or "") for name in ("gone.gguf", "page-q4_0.gguf")
     )
-    assert models["page-q4_0.gguf"].label == "page-q4_0 · Q4_0 · 15 B · unusable"
+    assert models["page-q4_0.gguf"].label == "page-q4_0 · Q4_0 · 15 bytes · unusable"
 
 
 def test_what_is_not_a_model_to_serve_is_left_out(tmp_path: Path) -> None:
@@ -244,23 +244,6 @@ def test_an_unreadable_folder_is_passed_over(tmp_path: Path, mode: int) -> None:
         assert scan(tmp_path).keys() == {"m.gguf"}
     finally:
         locked.chmod(0o700)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1_000, "1.0 kB"),
-        (999_960, "1.0 MB"),
-        (32_400_000_000, "32.4 GB"),
-        (1_250_000_000_000, "1250.0 GB"),
-    ],
-)
-def test_sizes_are_decimal(size: int, text: str) -> None:
-    path = Path("qwen-q8_0-00001-of-00021.gguf")
-    model = Model(path, path.name, "qwen2", "Q8_0", size, 21, (), None, None)
-    assert model.label == f"qwen-q8_0 · Q8_0 · {text} · 21 shards"
 
 
 def test_exports_are_sorted_and_there() -> None:

@@ -346,11 +346,11 @@ def test_the_doctor_says_what_to_do_about_everything_that_is_wrong(
         )
         findings = {finding.what: finding for finding in anyio.run(examine, path)}
     bad = {what for what, finding in findings.items() if finding.verdict is Verdict.BAD}
-    assert bad == {".env", "Engine", "Port", "Disk"}
+    assert bad == {".env", "Engine", "Port of primary", "Disk"}
     assert "gone.gguf" in findings[".env"].advice
     assert "LLAMACPP_BIN" in findings["Engine"].advice
-    assert "LLAMACPP_PRIMARY_PORT=" in findings["Port"].advice
-    assert f"PID {os.getpid()}" in findings["Port"].found
+    assert "LLAMACPP_PRIMARY_PORT=" in findings["Port of primary"].advice
+    assert f"PID {os.getpid()}" in findings["Port of primary"].found
     assert "LLAMACPP_LOG_DIR" in findings["Disk"].advice
     assert "broken.gguf" in findings["Models"].advice
     assert "LLAMACPP_PRIMARY_MODEL" in findings["Model"].advice

@@ -324,6 +324,7 @@ def test_a_wrong_env_is_explained_and_another_model_can_be_started(env: Path) ->
 def test_an_empty_models_folder_gets_a_demo_model(env: Path) -> None:
     shutil.rmtree(env.parent / "models")
     (env.parent / "models").mkdir()
+    (env.parent / "models" / ".DS_Store").touch()
     env.write_text(env.read_text().replace("two.gguf", ""))
     panel = ControlPanel(env)
     try:
@@ -331,6 +332,17 @@ def test_an_empty_models_folder_gets_a_demo_model(env: Path) -> None:
         assert panel.picker.model
         assert panel.picker.model.name == "kitty-demo.gguf"
         eventually(lambda: any("demo model" in line for line in panel.activity_log.lines))
+    finally:
+        panel.close()
+
+
+def test_a_models_folder_that_is_a_file_is_explained(env: Path) -> None:
+    shutil.rmtree(env.parent / "models")
+    (env.parent / "models").touch()
+    env.write_text(env.read_text().replace("two.gguf", ""))
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: "cannot be looked into (Not a directory)" in panel.notice.value)
     finally:
         panel.close()
 

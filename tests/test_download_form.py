@@ -163,9 +163,9 @@ def test_the_panel_chooses_what_has_come(
     eventually(lambda: not form.cancel.disabled)
     panel = ControlPanel(tmp_path / ".env")  # the cell is run again
     assert panel.download is form
+    first.close()
     hub.rate = 100 * MB
     eventually(lambda: panel.picker.dropdown.value == tmp_path / "models" / ONE / "tiny-F16.gguf")
     eventually(lambda: panel.picker.model is not None and panel.picker.model.startable)
     panel.close()
     assert form.comm is None
-    first.close()

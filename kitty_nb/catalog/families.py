@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
+
+from kitty_nb.catalog.projectors import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.model import Model
 
 __all__ = ["families"]
-
-_SEPARATORS = re.compile(r"[\s._-]+")
 
 
 def families(models: Iterable[Model]) -> dict[str, tuple[Model, ...]]:
@@ -26,14 +25,14 @@ def families(models: Iterable[Model]) -> dict[str, tuple[Model, ...]]:
     """
     models = tuple(models)
     parents = {
-        _plain(_own(model)): model.base_model
+        plain_name(_own(model)): model.base_model
         for model in models
         if model.title and model.base_model
     }
     found: dict[str, tuple[str, list[Model]]] = {}
     for model in models:
         base = _root(model.base_model or _own(model), parents)
-        found.setdefault(_plain(base), (base, []))[1].append(model)
+        found.setdefault(plain_name(base), (base, []))[1].append(model)
     return {name: tuple(members) for name, members in found.values()}
 
 
@@ -42,12 +41,8 @@ def _own(model: Model) -> str:
 
 
 def _root(name: str, parents: dict[str, str]) -> str:
-    seen = {_plain(name)}
-    while (parent := parents.get(_plain(name))) and _plain(parent) not in seen:
+    seen = {plain_name(name)}
+    while (parent := parents.get(plain_name(name))) and plain_name(parent) not in seen:
         name = parent
-        seen.add(_plain(name))
+        seen.add(plain_name(name))
     return name
-
-
-def _plain(name: str) -> str:
-    return _SEPARATORS.sub("-", name.casefold()).strip("-")

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from kitty_nb.catalog.file_facts import Kind
 from kitty_nb.catalog.shards import ShardName
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Modality", "Model", "decimal"]
+__all__ = ["Modality", "Model"]
 
 
 class Modality(StrEnum):
@@ -118,12 +120,3 @@ class Model:
         elif self.shard_count > 1:
             parts.append(f"{self.shard_count} shards")
         return " · ".join(parts)
-
-
-def decimal(size: float) -> str:
-    """Write a number of bytes in decimal units, e.g. `32.4 GB`."""
-    for unit in ("B", "kB", "MB"):
-        if size < 999.95:  # noqa: PLR2004 - what would be rounded to 1000.0
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

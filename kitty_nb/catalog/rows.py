@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from kitty_nb.catalog.file_facts import FileFacts, Kind
-from kitty_nb.catalog.model import Modality, Model, decimal
+from kitty_nb.catalog.model import Modality, Model
 from kitty_nb.catalog.projectors import with_projectors
 from kitty_nb.catalog.quantization import stored_quantization
 from kitty_nb.catalog.shards import ShardName

@@ -93,7 +93,7 @@ def _advice(value: str, models_dir: Path) -> str:
     parts = []
     if near := list(dict.fromkeys(inside + close))[:_SHOWN]:
         parts.append(f"Did you mean {' or '.join(near)}?")
-    elif names:
+    if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         parts.append(f"Models in {models_dir}: {', '.join(names[:_SHOWN])}{more}.")
     else:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import anyio
 from anyio.to_thread import run_sync
+from rich.filesize import decimal
 
 from kitty_nb.catalog import ModelCatalog
-from kitty_nb.catalog.model import decimal
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit, ServerConfig, salvage_settings
 from kitty_nb.engine.command_line import SERVER_SETTINGS

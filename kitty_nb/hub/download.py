@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 from anyio.to_thread import run_sync
+from rich.filesize import decimal
 
-from kitty_nb.catalog.model import decimal
 from kitty_nb.errors import DiskFullError, HubError
 from kitty_nb.hub.part_file import PartFile
 from kitty_nb.hub.progress import DownloadProgress, DownloadStep, Meter

@@ -9,7 +9,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from kitty_nb.catalog.model import decimal
+from rich.filesize import decimal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +128,7 @@ def describe(progress: DownloadProgress) -> str:
     done, total = decimal(progress.bytes_done), decimal(progress.bytes_total)
     parts = [progress.step, f"{int(progress.fraction * 100)} %", f"{done} of {total}"]
     if progress.rate is not None:
-        parts.append(f"{decimal(progress.rate)}/s")
+        parts.append(f"{decimal(int(progress.rate))}/s")
     if progress.eta is not None:
         parts.append(f"{timedelta(seconds=round(progress.eta))} left")
     return " · ".join(parts)

@@ -39,7 +39,8 @@ class HealthWatch:
         meter: Told of every sign of life.
         elapsed: The clock: seconds since the start was asked for.
         attempts: How many once-a-second checks are counted unless the load visibly moves.
-        enter: Called with each other status, and when it was entered.
+        enter: Called with each other status, and when it was entered; returns what the load has
+            taken by then, which is less where it ended before this watch began.
         publish: Called with each event for the user.
         note: Called with every answer.
         doubt: Asked before ready is believed: why it is not our server that answers, in words.
@@ -51,7 +52,7 @@ class HealthWatch:
         meter: LoadMeter,
         elapsed: Callable[[], float],
         attempts: int,
-        enter: Callable[[ServerStatus, float], None],
+        enter: Callable[[ServerStatus, float], float],
         publish: Callable[[Event], None],
         note: Callable[[HealthCheckResult], None],
         doubt: Callable[[], Awaitable[str | None]],
@@ -97,20 +98,22 @@ class HealthWatch:
             if result.status is not status:
                 status = result.status
                 self._meter.touch(elapsed)
-                self._enter(status, elapsed)
+                elapsed = self._enter(status, elapsed)
             self._note(result)
             due = elapsed >= next_attempt
             moving = elapsed - self._meter.moved_at < _ATTEMPT_EVERY
             if due and (attempt < self._attempts or moving):
                 attempt += 1
             if due or status is ServerStatus.READY:
-                next_attempt += _ATTEMPT_EVERY
-                self._tell(result, attempt, elapsed)
-            pause = _POLL_FIRST if self._news.is_set() else pause * _POLL_FACTOR
+                # Not one for each second missed: the load may be older than this watch.
+                next_attempt = max(next_attempt, elapsed // _ATTEMPT_EVERY) + _ATTEMPT_EVERY
+                self._tell(result, max(attempt, 1), elapsed)
+            if self._news.is_set():
+                pause = _POLL_FIRST
             self._news = anyio.Event()
-            pause = min(pause, _POLL_LONGEST)
             with anyio.move_on_after(min(pause, max(0.0, next_attempt - elapsed))):
                 await self._news.wait()
+            pause = min(pause * _POLL_FACTOR, _POLL_LONGEST)
 
     async def _check(self) -> HealthCheckResult:
         result = await self._probe.check()

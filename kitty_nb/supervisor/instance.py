@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.config import OnKernelExit, server_environment
@@ -283,13 +284,19 @@ class ServerInstance:
             if self._leash:
                 self._leash.hold(process)
         with LogTail(self._config.log_path) as log:
-            async with anyio.create_task_group() as watchers:
-                watchers.start_soon(self._watch_log, log)
-                watchers.start_soon(self._watch_progress, process, log)
-                watchers.start_soon(self._health.run)
-                watchers.start_soon(self._see_to_keeper, process)
-                code = await process.wait()
-                watchers.cancel_scope.cancel()
+            try:
+                async with anyio.create_task_group() as watchers:
+                    watchers.start_soon(self._watch_log, log)
+                    watchers.start_soon(self._watch_progress, process, log)
+                    watchers.start_soon(self._health.run)
+                    watchers.start_soon(self._see_to_keeper)
+                    code = await process.wait()
+                    watchers.cancel_scope.cancel()
+            finally:  # this program may end before its server
+                if process.runs() and not self._found:
+                    self._start_keeper()
+            while self._read_log(log):
+                await anyio.lowlevel.checkpoint()
             self._read_log(log, to_end=True)
         asked = was_stopped(self._config, process.pid, process.create_time)
         kills, before = oom_kills(), self._oom_kills[0]
@@ -304,27 +311,30 @@ class ServerInstance:
         if self._keeper:
             await self._keeper.ended()
 
-    async def _see_to_keeper(self, process: ServerProcess) -> None:
+    async def _see_to_keeper(self) -> None:
         """Start a keeper, unless the program that started this server has done so."""
-        there_at = _KEEPER_THERE_WITHIN if self._found else self._elapsed() + _KEEPER_AFTER
-        try:
-            await anyio.sleep(there_at - self._elapsed())
-        finally:  # also when this program ends before, for the server may outlive it
-            kept = self._found and has_keeper(self._config.log_path)
-            if self._record and process.runs() and not kept:
-                self._keeper = Keeper(self._record, record_path(self._config))
+        others = max(0.0, _KEEPER_THERE_WITHIN - self._elapsed())
+        await anyio.sleep(others if self._found else _KEEPER_AFTER)
+        if not (self._found and has_keeper(self._config.log_path)):
+            self._start_keeper()
+
+    def _start_keeper(self) -> None:
+        if self._record and self._keeper is None:
+            self._keeper = Keeper(self._record, record_path(self._config))
 
     async def _watch_log(self, log: LogTail) -> None:
         with FileChanges(self._config.log_path) as changes:
             while True:
-                self._read_log(log)
+                more = self._read_log(log)
                 await anyio.sleep(_LOG_PAUSE_READY if self._ready else _LOG_PAUSE_LOADING)
-                await changes.wait()
+                if not more:
+                    await changes.wait()
 
-    def _read_log(self, log: LogTail, *, to_end: bool = False) -> None:
+    def _read_log(self, log: LogTail, *, to_end: bool = False) -> bool:
+        """Pass on what has come, or a part of very much; say whether there was anything."""
         lines = tuple(map(readable, log.read(to_end=to_end)))
         if not lines:
-            return
+            return False
         self._last_lines.extend(lines)
         self._meter.touch(self._elapsed())
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
@@ -332,6 +342,7 @@ class ServerInstance:
         self._publish(LogLines(lines))
         if not self._ready and any(map(_NEWS.search, lines)):
             self._health.hint()
+        return True
 
     async def _watch_progress(self, process: ServerProcess, log: LogTail) -> None:
         while not self._ready:
@@ -359,7 +370,8 @@ class ServerInstance:
         self._publish(ProgressMade(self._meter.progress(elapsed, pause)))
         return pause
 
-    def _enter(self, status: ServerStatus, elapsed: float) -> None:
+    def _enter(self, status: ServerStatus, elapsed: float) -> float:
+        """Act on another status; return what the load has taken by then, in seconds."""
         if status is ServerStatus.LOADING:
             self._meter.reach(Stage.LOADING, elapsed)
             self._report(LoadBegan(self.generation))
@@ -370,6 +382,7 @@ class ServerInstance:
             self._report(BecameReady(self.generation, since))
             self._publish(ProgressMade(self._meter.progress(elapsed)))
             self._helpers.start_soon(self._journal.close, self._meter, elapsed, Outcome.READY)
+        return elapsed
 
     def _note_health(self, result: HealthCheckResult) -> None:
         if result.latency is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Event
 from typing import TYPE_CHECKING
 
 import psutil
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kitty_nb.config import ServerConfig
+
+
+# Who has just got the lock writes down who that is in a moment.
+_LOOKS, _PAUSE = 5, 0.02  # seconds
 
 
 @contextmanager
@@ -70,10 +75,11 @@ def _lock_path(config: ServerConfig) -> Path:
 
 
 def _last_holder(config: ServerConfig) -> int | None:
-    try:
-        return int(_lock_path(config).read_text())
-    except (OSError, ValueError):
-        return None
+    for _ in range(_LOOKS):
+        with suppress(OSError, ValueError):
+            return int(_lock_path(config).read_text())
+        Event().wait(_PAUSE)
+    return None
 
 
 def _name(pid: int) -> str | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from kitty_nb.catalog.model import decimal
 from kitty_nb.hub import Download, DownloadProgress, choose, describe, find_repository
 
 if TYPE_CHECKING:

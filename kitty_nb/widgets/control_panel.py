@@ -31,7 +31,7 @@ from kitty_nb.widgets.memory_line import MemoryLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
 from kitty_nb.widgets.models_folder import furnish
-from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.notice import Notice, explain
 from kitty_nb.widgets.second_ask import SecondAsk
 from kitty_nb.widgets.server_buttons import ServerButtons, choices
 from kitty_nb.widgets.server_log import ServerLog
@@ -185,7 +185,8 @@ class ControlPanel(VBox):
         self.picker.stop()
         self.browser.stop()
         self.memory.stop()
-        self.download.stop()
+        if self.download in self.children:  # else a later run of the cell has it
+            self.download.stop()
         let_go(self)
         for widget in [*tree(self)][1:]:
             widget.close()
@@ -267,14 +268,14 @@ class ControlPanel(VBox):
         try:
             self.manager.run(self._follow, action())
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self._problem = _explain(error)
+            self._problem = explain(error)
             self._wake()
 
     async def _follow(self, operation: Operation[ServerState]) -> None:
         try:
             await operation
         except Exception as error:  # noqa: BLE001 (as above)
-            self._problem = _explain(error)
+            self._problem = explain(error)
         self._changed.set()
 
     def _wake(self) -> None:
@@ -329,8 +330,8 @@ class ControlPanel(VBox):
         self.web_page.show(state, self.manager.reveal_api_key() is not None)
         self.load_bar.show(state.status, None if state.foreign else self._progress)
         self.notice.show(self._problem or state.error or (model.problem if model else None))
-        self.activity_log.show(self._activities)
-        self._activities.clear()
+        told, self._activities = self._activities, []  # clicks tell something at any time
+        self.activity_log.show(told)
         if self._log_begins:
             self._log_begins = False
             self.server_log.clear()
@@ -342,9 +343,3 @@ class ControlPanel(VBox):
 
 
 _newest: WeakValueDictionary[tuple[Path, str], ControlPanel] = WeakValueDictionary()
-
-
-def _explain(error: BaseException) -> str:
-    if isinstance(error, KittyError):
-        return str(error)
-    return f"Something went wrong inside kitty_nb: {error!r}. Please report it."

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from anyio import CancelScope
 from anyio.to_thread import run_sync
 from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, IntProgress, Text, VBox
+from rich.filesize import decimal
 
-from kitty_nb.catalog.model import decimal
 from kitty_nb.errors import KittyError
 from kitty_nb.hub import (
     Download,
@@ -22,7 +22,7 @@ from kitty_nb.hub import (
     hub_is_installed,
     usual,
 )
-from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.notice import Notice, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -142,10 +142,8 @@ class DownloadForm(Accordion):
             self.notice.show(None)
             try:
                 await work(*args)
-            except KittyError as error:
-                self.notice.show(str(error))
             except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-                self.notice.show(f"Something went wrong: {error!r}. Please report it.")
+                self.notice.show(explain(error))
 
         try:
             return self._manager.run(guarded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.manager import ModelManager
 from kitty_nb.widgets.fleet_row import Profile, fleet_rows
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
+from kitty_nb.widgets.notice import explain
 from kitty_nb.widgets.second_ask import SecondAsk
 from kitty_nb.widgets.subshells import receive_while_busy
 
@@ -237,9 +239,14 @@ class _Member:
             self._memory = await self.manager.memory_use()
         except KittyError:  # closed this moment
             self._memory = None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self._memory = None  # closed while it was measuring
 
     async def _follow(self, action: Callable[[_Member], Awaitable[None]]) -> None:
         try:
             await action(self)
-        except KittyError as error:
-            self._mishap = str(error)
+        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
+            self._mishap = explain(error)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anywidget import AnyWidget
+from rich.filesize import decimal
 
 from kitty_nb.catalog import shard_paths
-from kitty_nb.catalog.model import decimal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from kitty_nb.catalog import StoreKind, families
-from kitty_nb.catalog.model import decimal
 from kitty_nb.catalog.model_note import ModelNote
 from kitty_nb.widgets.load_bar import duration
 

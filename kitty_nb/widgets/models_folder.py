@@ -28,7 +28,14 @@ def furnish(folder: Path) -> str | None:
             f"There is no folder {folder}. Create it, or correct LLAMACPP_MODELS_DIR and press"
             " Rescan."
         )
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        hidden = [path.name.startswith(".") for path in folder.iterdir()] if folder.exists() else []
+    except OSError as error:
+        raise ModelFileError(
+            f"{folder} cannot be looked into ({error.strerror}). Correct LLAMACPP_MODELS_DIR, or"
+            " its rights, and press Rescan."
+        ) from error
+    if not all(hidden):
         return None
     write_demo_model(folder / _DEMO_NAME)
     return f"There were no models in {folder}, so a small demo model was written."

@@ -6,6 +6,8 @@ from html import escape
 
 from ipywidgets import HTML
 
+from kitty_nb.errors import KittyError
+
 
 class Notice(HTML):
     """A message in plain words; hidden while there is none."""
@@ -19,3 +21,10 @@ class Notice(HTML):
         """Show a message, or hide."""
         self.value = escape(message or "").replace("\n", "<br>")
         self.layout.display = None if message else "none"
+
+
+def explain(error: BaseException) -> str:
+    """Say what went wrong, in a sentence to show."""
+    if isinstance(error, KittyError):
+        return str(error)
+    return f"Something went wrong inside kitty_nb: {error!r}. Please report it."

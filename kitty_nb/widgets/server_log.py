@@ -60,10 +60,10 @@ class ServerLog(AnyWidget):
     def flush(self) -> None:
         """Send what has not been sent yet, as one message."""
         fresh = min(self._count - self._sent, len(self._kept))
+        self._sent = self._count  # before it is sent: a page may ask for a replay meanwhile
         if fresh:
             lines = list(self._kept)[-fresh:]
             self.send({"kind": "lines", "first": self._count - fresh, "lines": lines})
-        self._sent = self._count
 
     def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
         if isinstance(message, dict) and message.get("kind") == "replay":

@@ -66,7 +66,8 @@ def _facts(state: ServerState) -> Iterator[str]:
         yield "not started here"
     if state.uptime is None:
         return
-    yield escape(state.endpoint)
+    url = escape(state.endpoint)
+    yield f"<a href='{url}' target='_blank' rel='noopener'>{url}</a>"
     yield f"up {duration(int(state.uptime) if state.uptime >= 1 else state.uptime)}"
     health = state.last_health_check
     if health and health.latency is not None:
