@@ -252,7 +252,7 @@ def test_a_server_that_has_long_been_ready_says_what_its_load_took(
     record = read_record(config)
     assert record
     write_record(record.model_copy(update={"began": record.began - 10_000, "load_seconds": 7.0}))
-    assert told_until(config, "Model loaded")[-1] == "Model loaded (1 check, 7s elapsed)"
+    assert "Model loaded (1 check, 7s elapsed)" in told_until(config, "Model loaded")
 
 
 def test_a_server_is_found_though_its_model_has_gone(
