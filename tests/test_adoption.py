@@ -238,10 +238,8 @@ def test_a_load_that_began_long_ago_is_not_told_of_all_at_once(
     write_record(record.model_copy(update={"began": record.began - 60}))
     said = told_until(config, r"\(2/120, ")
     loading = [line for line in said if line.startswith("Loading")]
-    assert [re.sub(r"6\ds", "6.s", line) for line in loading] == [
-        "Loading model… (1/120, 6.s elapsed)",
-        "Loading model… (2/120, 6.s elapsed)",
-    ]
+    assert 1 <= len(loading) <= 2
+    assert re.fullmatch(r"Loading model… \(2/120, 6\ds elapsed\)", loading[-1])
 
 
 def test_a_server_that_has_long_been_ready_says_what_its_load_took(
