@@ -96,14 +96,7 @@ def test_from_start_to_the_lines_of_the_best(
     panel.buttons.start.click()
     reach(panel, "RUNNING")
     assert enabled(panel) == {"Pause", "Cancel"}
-    loads = set()
-
-    def loading() -> bool:
-        loads.add(panel.load_bar.bar.value)
-        return len(loads) > 2
-
-    eventually(loading, within=WAIT, why="the load bar stands still")
-    assert "<b>demo.gguf</b> · threads <b>" in panel.now.value
+    eventually(lambda: "<b>demo.gguf</b> · threads <b>" in panel.now.value, within=WAIT)
     eventually(lambda: "★" in panel.table.table, within=WAIT, why="no best is marked")
     reach(panel, "DONE")
     assert panel.trials_bar.text.value == "8 of 8 trials"
@@ -124,6 +117,26 @@ def test_from_start_to_the_lines_of_the_best(
     quickest = sweep.results.best("load_seconds").trial
     (marked,) = [row for row in panel.table.table.split("<tr") if "★" in row]
     assert all(f"<td>{value}</td>" in marked for _, value in quickest.settings)
+
+
+def test_the_load_under_way_is_shown(
+    made: Callable[..., Sweep],
+    panel_for: Callable[..., SweepPanel],
+    misbehaving: Callable[..., ServerConfig],
+) -> None:
+    panel = panel_for(made(config=misbehaving("--load-seconds", "5")))
+    loads = set()
+
+    def loading() -> bool:
+        loads.add(panel.load_bar.bar.value)
+        return len(loads) > 3
+
+    panel.buttons.start.click()
+    eventually(loading, within=WAIT, why="the load bar stands still")
+    assert panel.load_bar.layout.display is None
+    panel.buttons.cancel.click()
+    reach(panel, "NOT STARTED")
+    assert panel.load_bar.layout.display == "none"
 
 
 def test_pause_resume_cancel_and_go_on(
