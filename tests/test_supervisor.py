@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -460,3 +461,22 @@ def test_much_that_a_server_says_at_once_is_read_to_its_end(
                 await anyio.sleep(0.01)
 
     supervised(misbehaving("--blurt", str(words)), scenario)
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_called_off_while_it_begins_it_ends(config: ServerConfig, steps: int) -> None:
+    async def begin(scope: anyio.CancelScope) -> None:
+        with scope:
+            async with Supervisor(config):
+                await anyio.sleep_forever()
+
+    async def scenario() -> None:
+        scope = anyio.CancelScope()
+        task = asyncio.create_task(begin(scope))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        scope.cancel()
+        ended, _ = await asyncio.wait({task}, timeout=20)
+        assert ended
+
+    anyio.run(scenario)

@@ -105,8 +105,14 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         self._host = anyio.create_task_group()
         await self._host.__aenter__()
-        await self._host.start(self._live)
-        await self._look_for_server()
+        with anyio.CancelScope(shield=True):  # called off here, it would wait for what never ends
+            await self._host.start(self._live)
+        try:
+            await self._look_for_server()
+        except BaseException as error:
+            self.leave()  # a server that was found is nobody's to stop yet
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         self._tasks.start_soon(self._look_forever)
         return self
 
