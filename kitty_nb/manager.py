@@ -301,7 +301,7 @@ class ModelManager:
         """See `Supervisor.refusal`."""
         return self.run(self._supervisor.refusal, config)
 
-    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
         return self._supervisor.subscribe(callback)
 

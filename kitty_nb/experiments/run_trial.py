@@ -41,7 +41,6 @@ from kitty_nb.supervisor.supervisor import Supervisor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from kitty_nb.catalog.memory import MemoryPreview
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
     from kitty_nb.experiments.events import SweepEvent
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 _HOST = "127.0.0.1"
 _DEATH_WITHIN = 5.0  # seconds in which a server that fell silent must be seen to have ended
 _PORTS_TRIED = 3
-_GIB = 1 << 30
 
 
 async def run_trial(
@@ -148,7 +146,7 @@ class _Run:
         if preview.verdict is Verdict.WILL_NOT_FIT:
             # The formula knows no engine's devices, so a refusal is the engine's own word.
             preview = await MemoryPreviewer().preview(own, None, lambda _: None, 0.0)
-        return own, _refusal(preview)
+        return own, preview.refusal
 
     def _own_config(self, config: ServerConfig, folder: Path, engine: Engine) -> ServerConfig:
         name = f"trial_{self._trial.key}"
@@ -311,17 +309,6 @@ def _load_seconds(stages: Mapping[Stage, float]) -> LoadSeconds:
     prepared = stages.get(Stage.PREPARING, ready)
     loaded = stages.get(Stage.LOADING, prepared)
     return LoadSeconds(loaded, prepared - loaded, ready - prepared)
-
-
-def _refusal(preview: MemoryPreview) -> str:
-    """Why a trial is not tried, in a sentence; empty when it may fit."""
-    wants = ", ".join(
-        f"{(part.needs.total or 0) / _GIB:.1f} GiB of {part.place.name}, of which"
-        f" {part.place.free / _GIB:.1f} GiB are free"
-        for part in preview.parts
-        if part.verdict is Verdict.WILL_NOT_FIT
-    )
-    return f"It will not fit: it needs {wants}." if wants else ""
 
 
 def _free_port() -> int:

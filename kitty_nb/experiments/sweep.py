@@ -39,6 +39,7 @@ from kitty_nb.experiments.store import ResultStore
 from kitty_nb.experiments.trial import Outcome, Trial, TrialResult
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
 from kitty_nb.manager import Operation
+from kitty_nb.supervisor.broadcast import Broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -154,7 +155,7 @@ class Sweep:
         self._kept = ResultStore(self.store, digest(self.config, self.workload.conditions()))
         self._rows: dict[str, TrialResult] = {}
         self._known = False
-        self._subscribers: list[Callable[[SweepEvent], None]] = []
+        self._broadcast: Broadcast[SweepEvent] = Broadcast()
         self._running: dict[Trial, float] = {}
         self._load: LoadProgress | None = None
         self._forecasts: dict[str, float] = {}
@@ -328,10 +329,9 @@ class Sweep:
         if self._thread:
             self._thread.join()
 
-    def subscribe(self, callback: Callable[[SweepEvent], None]) -> Callable[[], None]:
+    def subscribe(self, callback: Callable[[SweepEvent], object]) -> Callable[[], None]:
         """Call back with each event, on the sweep's thread, until the result is called."""
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)
+        return self._broadcast.subscribe(callback)
 
     async def _run(self, where: AbstractAsyncContextManager[Execute], retry: bool) -> None:
         await self._check_flags()
@@ -437,8 +437,4 @@ class Sweep:
     def _publish(self, event: SweepEvent) -> None:
         if isinstance(event, TrialStarted | TrialProgressed):
             self._load = event.progress if isinstance(event, TrialProgressed) else None
-        for callback in tuple(self._subscribers):
-            try:
-                callback(event)
-            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
-                _log.exception("A subscriber of the sweep failed; the sweep goes on.")
+        self._broadcast.tell(event)

@@ -7,16 +7,14 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from kitty_nb.config import OnKernelExit, server_environment
-from kitty_nb.engine.command_line import build_command, sleeps
-from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
+from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
 from kitty_nb.supervisor.events import (
     Activity,
@@ -33,7 +31,7 @@ from kitty_nb.supervisor.health import HealthProbe, Recognition
 from kitty_nb.supervisor.health_watch import HealthWatch
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.keeper import Keeper, has_keeper
-from kitty_nb.supervisor.leash import Leash
+from kitty_nb.supervisor.launch import launch, make_leash
 from kitty_nb.supervisor.lifecycle import (
     BecameReady,
     Exited,
@@ -45,16 +43,13 @@ from kitty_nb.supervisor.lifecycle import (
 )
 from kitty_nb.supervisor.load_journal import LoadJournal
 from kitty_nb.supervisor.load_progress import LoadMeter
-from kitty_nb.supervisor.log_file import LogTail, rotate
+from kitty_nb.supervisor.log_file import LogTail
 from kitty_nb.supervisor.log_text import readable
 from kitty_nb.supervisor.oom_kills import oom_kills
-from kitty_nb.supervisor.port_check import refuse_busy_port
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage
-from kitty_nb.supervisor.profile_owner import profile_lock, who_owns
 from kitty_nb.supervisor.record import (
     ServerRecord,
-    leaving_server,
     was_stopped,
     withdraw_record,
     write_record,
@@ -68,6 +63,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.leash import Leash
 
 # Seconds. Pauses between two reads of the log let a flood come in few pieces.
 _LOG_PAUSE_LOADING = 0.005
@@ -169,7 +165,6 @@ class ServerInstance:
         try:
             process = self._attach(self._record) if self._record else await self._start()
         except (KittyError, OSError) as error:
-            await self._put_down()
             self._outcome = Outcome.FAILED
             reason = diagnose_launch(error) if isinstance(error, OSError) else error
             refused = Refused(self.generation, str(reason))
@@ -218,54 +213,11 @@ class ServerInstance:
         """Start the process; None when the start was called off."""
         self._say("Server starting…")
         self._helpers.start_soon(self._foresee)
-        with profile_lock(self._config) as ours:
-            owner = await anyio.to_thread.run_sync(who_owns, self._config, ours)
-            if owner:
-                raise ServerFailedError(f"{owner}; this panel shows it in a moment.")
-            with self._preparing:
-                await self._outlast()
-                command = await self._prepare()
-            if self._preparing.cancel_called:
-                return None
-            self._leash = self._make_leash()
-            environment = server_environment(self.api_key)
-            if self._leash:
-                environment |= self._leash.environment
-            self._process = process = ServerProcess.spawn(
-                command, self._config.log_path, environment
-            )
-            if self._leash:
-                self._leash.hold(process)
-            self._record = ServerRecord(
-                pid=process.pid,
-                create_time=process.create_time,
-                began=self._began,
-                api_key=self.api_key,
-                idle_seconds=0 if sleeps(command) else self._config.idle_shutdown_seconds or 0,
-                config=self._config,
-            )
-            write_record(self._record)
-        return process
-
-    async def _outlast(self) -> None:
-        """Wait until the server that another program is ending has ended, or end it."""
-        leaving = await anyio.to_thread.run_sync(leaving_server, self._config)
-        if leaving:
-            self._say(f"Waiting for the last server (PID {leaving.pid}) to end.")
-            await leaving.terminate(self._config.stop_grace_seconds)
-
-    def _make_leash(self) -> Leash | None:
-        if self._config.on_kernel_exit is not OnKernelExit.STOP:
-            return None
-        return Leash(record_path(self._config), self._config.stop_grace_seconds)
-
-    async def _prepare(self) -> tuple[str, ...]:
-        engine = await locate_engine(self._config.binary)
-        command = build_command(engine, self._config)
-        await anyio.to_thread.run_sync(refuse_busy_port, self._config)
-        rotate(self._config.log_path, self._config.log_keep)
-        self._journal.take(self._meter, engine)
-        return command
+        with self._preparing:
+            take = partial(self._journal.take, self._meter)
+            launched = await launch(self._config, self.api_key, self._began, self._say, take)
+            self._process, self._record, self._leash = launched
+        return self._process
 
     async def _foresee(self) -> None:
         """Learn what to expect, and show it until there is a process to watch."""
@@ -280,7 +232,7 @@ class ServerInstance:
         self._report(Spawned(self.generation, process.pid))
         self._show_progress()
         if self._found:
-            self._leash = self._make_leash()
+            self._leash = make_leash(self._config)
             if self._leash:
                 self._leash.hold(process)
         with LogTail(self._config.log_path) as log:

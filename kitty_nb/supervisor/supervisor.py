@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -21,6 +21,7 @@ from kitty_nb.errors import (
     ServerFailedError,
     StartCancelledError,
 )
+from kitty_nb.supervisor.broadcast import Broadcast
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
 _LINES_KEPT = 2_000
-_EVENTS_HELD = 10_000
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine is asked
 
 
@@ -98,7 +98,7 @@ class Supervisor:
         self._log_lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._previewer = MemoryPreviewer()
         self._changed = anyio.Event()
-        self._subscribers: list[Callable[[Event], None]] = []
+        self._broadcast: Broadcast[Event] = Broadcast()
         self._host: TaskGroup
         self._tasks: TaskGroup
 
@@ -300,25 +300,13 @@ class Supervisor:
             return preview.refusal
         return ""
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""
-        send, receive = anyio.create_memory_object_stream[Event](_EVENTS_HELD)
+        return self._broadcast.stream()
 
-        def offer(event: Event) -> None:
-            try:
-                send.send_nowait(event)
-            except anyio.WouldBlock:
-                _log.warning("An event was dropped: a reader of Supervisor.events is too slow.")
-
-        with send, receive, ExitStack() as stack:
-            stack.callback(self.subscribe(offer))
-            async for event in receive:
-                yield event
-
-    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the supervisor's loop, until the result is called."""
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)
+        return self._broadcast.subscribe(callback)
 
     async def _checked(self, config: ServerConfig | None) -> ServerConfig:
         """The settings to start with, looked at once more: files come and go."""
@@ -477,8 +465,4 @@ class Supervisor:
     def _publish(self, event: Event) -> None:
         if isinstance(event, LogLines):
             self._log_lines.extend(event.lines)
-        for callback in tuple(self._subscribers):
-            try:
-                callback(event)
-            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
-                _log.exception("A subscriber or on_progress callback failed; the server goes on.")
+        self._broadcast.tell(event)

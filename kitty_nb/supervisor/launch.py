@@ -1,0 +1,120 @@
+"""From settings to a process: all that has to hold before there is one, and what goes with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import anyio
+import anyio.to_thread
+
+from kitty_nb.config import OnKernelExit, server_environment
+from kitty_nb.engine.command_line import build_command, sleeps
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import ServerFailedError
+from kitty_nb.supervisor.leash import Leash
+from kitty_nb.supervisor.log_file import rotate
+from kitty_nb.supervisor.port_check import refuse_busy_port
+from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.profile_owner import profile_lock, who_owns
+from kitty_nb.supervisor.record import ServerRecord, leaving_server, write_record
+from kitty_nb.supervisor.record_file import record_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import SecretStr
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
+
+
+class Launched(NamedTuple):
+    """A server that has just been started.
+
+    Attributes:
+        process: Its process.
+        record: What is written down of it.
+        leash: What ends it with this kernel, where that is wanted.
+    """
+
+    process: ServerProcess
+    record: ServerRecord
+    leash: Leash | None
+
+
+async def launch(
+    config: ServerConfig,
+    api_key: SecretStr | None,
+    began: float,
+    say: Callable[[str], None],
+    note_engine: Callable[[Engine], None],
+) -> Launched:
+    """Start a profile's server, if nobody else has it. Cancelled, or failing, it leaves none.
+
+    Args:
+        config: What to start.
+        api_key: What it is to ask its clients for.
+        began: When the start was asked for, in seconds of the monotonic clock.
+        say: Called with what the user may wait for.
+        note_engine: Called with the engine, before it is started.
+
+    Raises:
+        KittyError: What is in the way, and what to do about it.
+        OSError: A file cannot be written, or the engine not be run.
+    """
+    with profile_lock(config) as ours:
+        owner = await anyio.to_thread.run_sync(who_owns, config, ours)
+        if owner:
+            raise ServerFailedError(f"{owner}; this panel shows it in a moment.")
+        await _outlast(config, say)
+        engine = await locate_engine(config.binary)
+        command = build_command(engine, config)
+        await anyio.to_thread.run_sync(refuse_busy_port, config)
+        rotate(config.log_path, config.log_keep)
+        note_engine(engine)
+        return await _spawn(config, command, api_key, began)
+
+
+def make_leash(config: ServerConfig) -> Leash | None:
+    """Make what ends a server with this kernel, where the settings say that it shall."""
+    if config.on_kernel_exit is not OnKernelExit.STOP:
+        return None
+    return Leash(record_path(config), config.stop_grace_seconds)
+
+
+async def _outlast(config: ServerConfig, say: Callable[[str], None]) -> None:
+    """Wait until the server that another program is ending has ended, or end it."""
+    leaving = await anyio.to_thread.run_sync(leaving_server, config)
+    if leaving:
+        say(f"Waiting for the last server (PID {leaving.pid}) to end.")
+        await leaving.terminate(config.stop_grace_seconds)
+
+
+async def _spawn(
+    config: ServerConfig, command: tuple[str, ...], api_key: SecretStr | None, began: float
+) -> Launched:
+    leash = make_leash(config)
+    process: ServerProcess | None = None
+    try:
+        environment = server_environment(api_key) | (leash.environment if leash else {})
+        process = ServerProcess.spawn(command, config.log_path, environment)
+        if leash:
+            leash.hold(process)
+        record = ServerRecord(
+            pid=process.pid,
+            create_time=process.create_time,
+            began=began,
+            api_key=api_key,
+            idle_seconds=0 if sleeps(command) else config.idle_shutdown_seconds or 0,
+            config=config,
+        )
+        write_record(record)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            if process:
+                process.kill()
+                await process.wait()
+            if leash:
+                await leash.let_go()
+        raise
+    return Launched(process, record, leash)
