@@ -71,6 +71,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
         "LLAMACPP_HISTORY=history.sqlite3\n"
         "LLAMACPP_CTX=512\n"
         f"LLAMACPP_PORT={ports[0]}\n"
+        "LLAMACPP_MANY_MODELS_DIR=many\n"
         f"LLAMACPP_SLOW_PORT={ports[1]}\n"
         f"LLAMACPP_SLOW_BIN={stand_in}\n"
         f"LLAMACPP_SLOW_EXTRA_ARGS='--load-seconds {_LOAD_SECONDS} --prepare-seconds 0.5'\n"
@@ -408,6 +409,32 @@ def test_without_a_proxy_the_link_is_shown_where_it_can_work(
         expect(line.locator("a")).to_have_count(0)
     notebook.button("Stop").click()
     notebook.expect_status("STOPPED")
+
+
+def test_one_of_five_hundred_models_is_found(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    for number in range(500):
+        write_header(
+            workspace / "many" / f"m-{number:03}.gguf",
+            general__name=f"Model {number:03}",
+            general__base_model__count=1,
+            general__base_model__0__name=f"Base {number % 50}",
+        )
+    notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel(profile='many')")
+    notebook.run(0)
+    panel = notebook.panel
+    expect(panel.locator(".kitty-model option")).to_have_count(500)
+    panel.get_by_text("Browse models").click()
+    rows = panel.locator(".kitty-row:visible")
+    expect(rows).to_have_count(500)
+    filter_box = panel.get_by_placeholder("Search by name")
+    filter_box.press_sequentially("base 7")
+    expect(rows).to_have_count(sum("7" in f"{number % 50} {number:03}" for number in range(500)))
+    filter_box.press_sequentially(" 457")
+    expect(rows).to_have_count(1)
+    rows.click()
+    expect(panel.locator(".kitty-model option:checked")).to_contain_text("m-457")
 
 
 def test_a_model_is_found_by_typing_and_chosen_by_keys(

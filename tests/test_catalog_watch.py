@@ -25,7 +25,8 @@ async def until(lists: AsyncGenerator[list[Model]], names: set[str]) -> None:
                 return
 
 
-def test_a_list_stays_current(tmp_path: Path) -> None:
+def test_a_list_stays_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_LOOK_MS", 100)
     folder = tmp_path / "models"
     write_header(folder / "a.gguf")
 
@@ -34,7 +35,6 @@ def test_a_list_stays_current(tmp_path: Path) -> None:
         async with aclosing(catalog.watch()) as lists:
             await until(lists, {"a.gguf"})
             next_list = asyncio.create_task(until(lists, {"a.gguf", "sub/b.gguf"}))
-            await asyncio.sleep(0.5)  # the list is made before the watch begins
             write_header(tmp_path / "b.gguf")
             (folder / "sub").mkdir()
             (tmp_path / "b.gguf").replace(folder / "sub" / "b.gguf")
@@ -65,7 +65,8 @@ def test_watching_ends_when_it_is_cancelled(tmp_path: Path) -> None:
         async with aclosing(ModelCatalog(tmp_path, tmp_path / "cache").watch()) as lists:
             await until(lists, set())
             waiting = asyncio.create_task(until(lists, {"never"}))
-            await asyncio.sleep(0.2)
+            for _ in range(100):  # until it waits for the system
+                await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 async with asyncio.timeout(5):
