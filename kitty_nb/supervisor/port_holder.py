@@ -155,8 +155,24 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
 
 def _listeners(port: int) -> Iterator[tuple[int, _Address]]:
     for pid, connection in _connections():
-        if pid and connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-            yield pid, _address(connection.laddr.ip)
+        if pid and _listens(connection, port):
+            address = _address(connection.laddr.ip)
+            yield pid, address
+            yield from ((other, address) for other in _sharers(pid, port))
+
+
+def _sharers(pid: int, port: int) -> Iterator[int]:
+    """Who else holds the socket, by inheritance: Linux's list names only one of them."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for relative in (*process.parents(), *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                if any(_listens(one, port) for one in relative.net_connections("tcp")):
+                    yield relative.pid
+
+
+def _listens(connection: Any, port: int) -> bool:
+    return connection.status == psutil.CONN_LISTEN and bool(connection.laddr.port == port)
 
 
 def _connections() -> Iterator[tuple[int | None, Any]]:
