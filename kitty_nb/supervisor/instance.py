@@ -136,7 +136,7 @@ class ServerInstance:
         self._tell_health = note_health
         # Of the last two answers: a kill between an answer and the end is this server's.
         self._oom_kills = deque([oom_kills()], maxlen=2)
-        self._foreseen = self._over = False
+        self._foreseen = self._over = self._has_port = False
         self._hint = ""
         self._leash: Leash | None = None
         self._keeper: Keeper | None = None
@@ -327,6 +327,7 @@ class ServerInstance:
         if status is ServerStatus.LOADING:
             self._meter.reach(Stage.LOADING, elapsed)
             self._report(LoadBegan(self.generation))
+            self._helpers.start_soon(self._look_at_port)
         elif status is ServerStatus.READY:
             self._ready = True
             since, elapsed = self._note_ready(elapsed)
@@ -341,20 +342,28 @@ class ServerInstance:
             self._oom_kills.append(oom_kills())
         self._tell_health(result)
 
+    async def _look_at_port(self) -> None:
+        """See whether it is our process that listens: once it does, it goes on until it ends."""
+        if self._process:
+            listens = await anyio.to_thread.run_sync(self._process.listens_on, self._config.port)
+            self._has_port = listens is not False
+
     async def _port_holder(self) -> PortHolder | None:
         return await anyio.to_thread.run_sync(holder_of, self._config.host, self._config.port)
 
     async def _doubt(self) -> str | None:
         """Why what answers on our port is not our server, in words; None when it is."""
         port = self._config.port
-        if self._process is None:
-            return "there is no process yet"
-        if await anyio.to_thread.run_sync(self._process.listens_on, port) is False:
+        async with anyio.create_task_group() as tasks:
+            if not self._has_port:
+                tasks.start_soon(self._look_at_port)
+            recognition = await self.probe.recognise()
+        if not self._has_port:
             holder = await self._port_holder()
             who = holder.who if holder else "another server"
             self._hint = f" Port {port} has been taken by {who}."
             return f"{who} answers on this port"
-        match await self.probe.recognise():
+        match recognition:
             case Recognition.KEY_REFUSED:
                 self._give_up(_KEY_REFUSED)
                 return "it refuses our API key"
