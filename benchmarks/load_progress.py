@@ -50,7 +50,7 @@ class Load:
     Attributes:
         shown: Seconds since the start and the progress shown from then on.
         seconds: What the load took.
-        watching: Share of one core that this process took from spawn to ready, idling deducted.
+        watching: Share of one core that this process took from spawn to ready.
     """
 
     shown: list[tuple[float, LoadProgress]]
@@ -67,9 +67,11 @@ class Load:
 
     def eta_error(self) -> float | None:
         """Return how far off the ETA is at a quarter, or None when none is shown then."""
-        at, progress = [entry for entry in self.shown if entry[0] <= self.seconds / 4][-1]
-        left = self.seconds - at
-        return None if progress.eta is None else abs(progress.eta - left) / left
+        early = [entry for entry in self.shown if entry[0] <= self.seconds / 4]
+        if not early or (eta := early[-1][1].eta) is None:
+            return None
+        left = self.seconds - early[-1][0]
+        return abs(eta - left) / left
 
 
 def _distance(fraction: float, begin: float, end: float) -> float:
@@ -146,7 +148,6 @@ def _load(config: ServerConfig) -> Load:
     shown: list[tuple[float, LoadProgress]] = []
     spawned: list[tuple[float, float]] = []
     with ModelManager(config=config) as manager:
-        idle = _processor_share(0.5)
 
         def note(event: Event) -> None:
             now, used = time.monotonic(), time.process_time()
@@ -162,14 +163,8 @@ def _load(config: ServerConfig) -> Load:
         manager.start().wait(300)
         unsubscribe()
     (first, used_then), (last, used_now) = spawned
-    watching = (used_now - used_then) / (last - first) - idle
+    watching = (used_now - used_then) / (last - first)
     return Load(shown[:-1], shown[-1][0], watching)
-
-
-def _processor_share(seconds: float) -> float:
-    used = time.process_time()
-    time.sleep(seconds)
-    return (time.process_time() - used) / seconds
 
 
 def _prepare_cache(model: Path | None, temperature: str) -> None:

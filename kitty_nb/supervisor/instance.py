@@ -70,8 +70,8 @@ _LOG_PAUSE_LOADING = 0.005
 _LOG_PAUSE_READY = 0.1
 # The bar moves in so many steps, within these lengths. Before the load begins they are short,
 # because what the process has by then is what its bytes are counted from.
-_PROGRESS_STEPS = 24
-_PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 0.5
+_PROGRESS_STEPS = 16
+_PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 1.0
 # Seconds. Started together, a server and its keeper would hold each other up.
 _KEEPER_AFTER = 0.2
 _KEEPER_THERE_WITHIN = 10.0  # on a busy machine too

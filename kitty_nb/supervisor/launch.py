@@ -63,10 +63,12 @@ async def launch(
         OSError: A file cannot be written, or the engine not be run.
     """
     with profile_lock(config) as ours:
-        owner = await anyio.to_thread.run_sync(who_owns, config, ours)
+        owner, leaving = await anyio.to_thread.run_sync(_others, config, ours)
         if owner:
             raise ServerFailedError(f"{owner}; this panel shows it in a moment.")
-        await _outlast(config, say)
+        if leaving:
+            say(f"Waiting for the last server (PID {leaving.pid}) to end.")
+            await leaving.terminate(config.stop_grace_seconds)
         engine = await locate_engine(config.binary)
         command = build_command(engine, config)
         await anyio.to_thread.run_sync(refuse_busy_port, config)
@@ -82,12 +84,9 @@ def make_leash(config: ServerConfig) -> Leash | None:
     return Leash(record_path(config), config.stop_grace_seconds)
 
 
-async def _outlast(config: ServerConfig, say: Callable[[str], None]) -> None:
-    """Wait until the server that another program is ending has ended, or end it."""
-    leaving = await anyio.to_thread.run_sync(leaving_server, config)
-    if leaving:
-        say(f"Waiting for the last server (PID {leaving.pid}) to end.")
-        await leaving.terminate(config.stop_grace_seconds)
+def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess | None]:
+    """Who has the profile, in words, and its server that another program is ending."""
+    return who_owns(config, ours), leaving_server(config)
 
 
 async def _spawn(
