@@ -1,8 +1,8 @@
 """Whether anything piles up: starts and stops in one process, some ended by a kill.
 
 Each cycle starts the real engine on the demo model and ends it by a stop, a forced stop, a restart
-or SIGKILL, at a random moment. Threads, files, processes and what Python holds (`blocks`) stay as they
-are from the first tenth on. Resident memory (MB) still grows a little in the first half, while the
+or SIGKILL, at a random moment. Threads, files, processes and what Python holds (`blocks`) stay as
+they are from the first tenth on. Resident memory (MB) grows a little in the first half, while the
 history of loads grows to the 200 that each start recalls and the allocator settles.
 
     python -m benchmarks.soak [cycles] [seed]
