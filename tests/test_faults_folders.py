@@ -212,7 +212,24 @@ def fill_disk(case: Case) -> None:
     patch.setattr(tempfile, "mkstemp", refuse)
 
 
+def forbidden_folder(case: Case) -> None:
+    """One that nobody may write to, or with root's rights one that the system keeps to itself."""
+    folder = case.folder / "forbidden"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        folder = Path("/sys")
+        if not folder.is_dir():
+            pytest.skip("root may write anywhere here")
+    case.change(log_dir=folder / "kitty_nb")
+
+
 STATE = [
+    Fault(
+        "state folder that cannot be written",
+        FAILED,
+        "may not use|does not let this program use",
+        before=forbidden_folder,
+    ),
     Fault(
         "state folder below a file", FAILED, "is a file, not a folder", before=folder_below_a_file
     ),

@@ -357,6 +357,11 @@ LAUNCH = {
     errno.EACCES: Reading(
         "This user may not use {file}.", "Give permission with chmod or chown.", True
     ),
+    errno.EPERM: Reading(
+        "The system does not let this program use {file}.",
+        "Set LLAMACPP_LOG_DIR to another folder; on macOS, or give the terminal full disk access.",
+        True,
+    ),
     errno.EROFS: Reading("{file} cannot be written.", "Set LLAMACPP_LOG_DIR to a folder that can."),
     errno.ENOTDIR: Reading(
         "A part of the path {file} is a file, not a folder.",
