@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -95,6 +96,14 @@ def test_time_moves_the_bar_where_nothing_can_be_counted() -> None:
     fractions = [meter.progress(at).fraction for at in (1, 2, 3, 30, 90, 200)]
     assert fractions == sorted(set(fractions))
     assert max(fractions) < 1
+
+
+def test_a_model_too_small_to_count_moves_the_bar_at_whatever_pace_it_loads() -> None:
+    meter = loading(total=0, expected=LoadEstimate(Basis.NOTHING, 0.1, 0.001, 0.02))
+    meter.measure(Usage(BASE + 1_000_000, 0), 0.3)
+    fractions = [meter.progress(float(second)).fraction for second in range(1, 60)]
+    assert all(later - now > 0.002 for now, later in pairwise(fractions))
+    assert max(fractions) < 0.9
 
 
 def test_no_eta_before_anything_is_known() -> None:

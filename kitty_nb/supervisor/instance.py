@@ -71,7 +71,7 @@ _LOG_PAUSE_READY = 0.1
 # The bar moves in so many steps, within these lengths. Before the load begins they are short,
 # because what the process has by then is what its bytes are counted from.
 _PROGRESS_STEPS = 16
-_PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 1.0
+_PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 0.6
 # Seconds. Started together, a server and its keeper would hold each other up.
 _KEEPER_AFTER = 0.2
 _KEEPER_THERE_WITHIN = 10.0  # on a busy machine too
@@ -315,10 +315,11 @@ class ServerInstance:
         if not self._foreseen:
             return _PROGRESS_SHORTEST
         elapsed = self._elapsed()
-        starting = self._meter.stage is Stage.STARTING
-        longest = _PROGRESS_STARTING if starting else _PROGRESS_LONGEST
-        step = (elapsed + self._meter.left(elapsed)) / _PROGRESS_STEPS
-        pause = min(max(step, _PROGRESS_SHORTEST), longest)
+        pause = max((elapsed + self._meter.left(elapsed)) / _PROGRESS_STEPS, _PROGRESS_SHORTEST)
+        if self._meter.stage is Stage.STARTING:
+            pause = min(pause, _PROGRESS_STARTING)
+        if pause > _PROGRESS_LONGEST:  # then once a second, together with the health check
+            pause = 1.0 - elapsed % 1.0
         self._publish(ProgressMade(self._meter.progress(elapsed, pause)))
         return pause
 

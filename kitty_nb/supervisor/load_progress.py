@@ -25,9 +25,10 @@ _WORTH = {Basis.SAME_LOAD: 1.0, Basis.SAME_MODEL: 0.3, Basis.HOST: 0.15, Basis.N
 _AGREED = 0.05
 # A stage that lasts as long as it should, or longer, goes on for this share of what it has lasted.
 _OVERDUE = {Basis.SAME_LOAD: 0.1, Basis.SAME_MODEL: 0.15, Basis.HOST: 0.2, Basis.NOTHING: 0.3}
-# Where nothing is known: before the first byte so many times what has passed is still to come, and
-# preparing takes this share of the weights' time on top of the rule of thumb.
-_BLIND, _PREPARING = 6.0, 0.05
+# Where nothing is known: before the first byte so many times what has passed is still to come; where
+# bytes tell nothing so many times its square root, which moves on for ever; and preparing takes this
+# share of the weights' time on top of the rule of thumb.
+_BLIND, _BLIND_ROOT, _PREPARING = 6.0, 2.0, 0.05
 # From this share of the bytes on, their rate alone gives an ETA.
 _EARLIEST_ETA = 0.05
 # Before ready, the bar is due to show no more than the first of these, and creeps on up to the
@@ -91,7 +92,7 @@ class LoadMeter:
             rise = max(usage.resident - self._base.resident, usage.read - self._base.read)
             if rise > self.loaded:
                 self.loaded, self.moved_at = rise, elapsed
-            if self._flowing is None and self.loaded > self.total * _TRICKLE:
+            if self._flowing is None and self.loaded > self.total * _TRICKLE > 0:
                 self._flowing = max(self._measured, elapsed - self._flow_seconds())
             if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
                 self.reach(Stage.PREPARING, elapsed)
@@ -117,7 +118,10 @@ class LoadMeter:
             case Stage.READY:
                 return 0.0
         left += self._preparing(elapsed + left)
-        return max(left, elapsed * _BLIND) if self._guessing and self._flowing is None else left
+        if self._guessing and self._flowing is None:
+            blind = elapsed * _BLIND if self.total else math.sqrt(elapsed) * _BLIND_ROOT
+            return max(left, blind)
+        return left
 
     def progress(self, elapsed: float, lasting: float = 0.0) -> LoadProgress:
         """Return where the load is, `elapsed` seconds after the start.

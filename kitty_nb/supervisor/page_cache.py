@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # So many windows, spread evenly over all files, are looked at and not every page: a model of
 # 400 GB has a hundred million. Files are read and dropped in long runs, so that is exact enough.
-_WINDOWS = 64
+_WINDOWS = 24
 _WINDOW = 1 << 19  # bytes; whole pages on every system
 _NOT_RESIDENT = bytes(range(0, 256, 2))  # the lowest bit tells; macOS sets others too
 
