@@ -25,9 +25,9 @@ _WORTH = {Basis.SAME_LOAD: 1.0, Basis.SAME_MODEL: 0.3, Basis.HOST: 0.15, Basis.N
 _AGREED = 0.05
 # A stage that lasts as long as it should, or longer, goes on for this share of what it has lasted.
 _OVERDUE = {Basis.SAME_LOAD: 0.1, Basis.SAME_MODEL: 0.15, Basis.HOST: 0.2, Basis.NOTHING: 0.3}
-# Where nothing is known: before the first byte so many times what has passed is still to come; where
-# bytes tell nothing so many times its square root, which moves on for ever; and preparing takes this
-# share of the weights' time on top of the rule of thumb.
+# Where nothing is known: before the first byte so many times what has passed is still to come, but
+# where bytes tell nothing so many times its square root, which moves on for ever; and preparing
+# takes this share of the weights' time on top of the rule of thumb.
 _BLIND, _BLIND_ROOT, _PREPARING = 6.0, 2.0, 0.05
 # From this share of the bytes on, their rate alone gives an ETA.
 _EARLIEST_ETA = 0.05
