@@ -671,27 +671,26 @@ def test_a_file_that_another_program_is_just_making_is_waited_for(tmp_path: Path
     assert len(ResultStore(path, "conditions").read()) == 2
 
 
+def is_failure(event: SweepEvent) -> bool:
+    return isinstance(event, StoreFailed)
+
+
 def test_a_locked_file_costs_no_row(sweep: Callable[..., Sweep]) -> None:
     one = sweep(repeats=2)
     events = heard(one)
     with closing(sqlite3.connect(one.store, check_same_thread=False)) as other:
 
-        def lock(event: SweepEvent) -> None:
-            if isinstance(event, TrialStarted) and not other.in_transaction:
+        def hold(event: SweepEvent) -> None:
+            if is_failure(event):
+                other.rollback()
+            elif isinstance(event, TrialStarted) and not (
+                other.in_transaction or any(map(is_failure, events))
+            ):
                 other.execute("BEGIN IMMEDIATE")
 
-        def unlock(event: SweepEvent) -> None:
-            if isinstance(event, StoreFailed):
-                other.rollback()
-
-        stop = one.subscribe(lock)
-        one.subscribe(unlock)
-        operation = one.run()
-        eventually(lambda: any(isinstance(e, StoreFailed) for e in events), within=WAIT)
-        stop()
-        other.rollback()
-        assert len(operation.wait(WAIT).rows) == 2
-    failed = next(event for event in events if isinstance(event, StoreFailed))
+        one.subscribe(hold)
+        assert len(one.run().wait(WAIT).rows) == 2
+    (failed,) = [event for event in events if isinstance(event, StoreFailed)]
     assert "kept in memory" in failed.problem
     assert one.store_problem == ""
     assert len(sweep(repeats=2).results.rows) == 2
