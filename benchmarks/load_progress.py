@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import socket
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 import anyio
 import psutil
 
+from benchmarks.free_port import free_port
 from kitty_nb import ModelManager, ServerConfig, write_demo_model
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, StateChanged
@@ -99,7 +99,7 @@ def main() -> None:
             models_dir=folder,
             model=model,
             binary=binary,
-            port=_free_port(),
+            port=free_port(),
             log_dir=folder / "logs",
             context_size=512,
             threads=1,
@@ -208,12 +208,6 @@ def _row(name: str, loads: list[Load]) -> None:
     eta = f"{statistics.median(known):.3f}" if len(known) == len(loads) else "none shown"
     watching = statistics.median(load.watching for load in loads)
     print(f"{name:34}{seconds:7.2f}  {bar:9.3f}  {eta:>16}  {watching:8.2%}", flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.free_port import free_port
 
 _NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "reproducible_run.ipynb"
 _RUNS = 20
@@ -43,7 +44,7 @@ def _complaint(notebook: Path) -> str:
         folder = Path(name)
         (folder / "models").mkdir()
         (folder / ".env").write_text(
-            f"LLAMACPP_PORT={_free_port()}\nLLAMACPP_MODELS_DIR=models\nLLAMACPP_LOG_DIR=logs\n"
+            f"LLAMACPP_PORT={free_port()}\nLLAMACPP_MODELS_DIR=models\nLLAMACPP_LOG_DIR=logs\n"
             "LLAMACPP_HISTORY=history.sqlite3\nLLAMACPP_ON_KERNEL_EXIT=stop\n"
         )
         command = [
@@ -58,12 +59,6 @@ def _complaint(notebook: Path) -> str:
         except subprocess.TimeoutExpired:
             return f"It is not done after {_SECONDS} s."
         return done.stdout + done.stderr if done.returncode else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import gc
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.free_port import free_port
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.errors import ServerError
 
@@ -58,7 +58,7 @@ def main() -> None:
         config = ServerConfig(
             models_dir=folder,
             model=write_demo_model(folder / "demo.gguf"),
-            port=_free_port(),
+            port=free_port(),
             log_dir=folder / "logs",
             history=folder / "history.sqlite3",
             context_size=512,
@@ -111,12 +111,6 @@ def _left() -> _Left:
         me.memory_info().rss / 1e6,
         sys.getallocatedblocks(),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 if __name__ == "__main__":

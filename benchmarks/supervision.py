@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import anyio
 
+from benchmarks.free_port import free_port
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine
@@ -49,7 +49,7 @@ def main() -> None:
         config = ServerConfig(
             models_dir=folder,
             model=model,
-            port=_free_port(),
+            port=free_port(),
             log_dir=folder / "logs",
             context_size=512,
             threads=1,
@@ -133,12 +133,6 @@ async def _largest_gap(seconds: float) -> float:
         now = time.perf_counter()
         largest, last = max(largest, now - last), now
     return largest
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 def _median_ms(seconds: list[float]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from benchmarks.free_port import free_port
 from kitty_nb import ServerConfig, Supervisor
 from kitty_nb.client import Access
 from kitty_nb.experiments import Outcome, Sweep, Workload
@@ -44,7 +44,7 @@ def main() -> None:
         config = ServerConfig(
             models_dir=folder,
             model=model,
-            port=_free_port(),
+            port=free_port(),
             log_dir=folder / "logs",
             history=folder / "history.sqlite3",
             context_size=2048,
@@ -116,12 +116,6 @@ async def _bench(http: httpx.AsyncClient, prompt: int, answer: int) -> float:
     seconds = time.perf_counter() - began
     response.raise_for_status()
     return (answer or prompt) / seconds
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 def _row(what: str, figure: str) -> None:
