@@ -59,4 +59,7 @@ def _drain(log: LogTail, *, to_end: bool) -> Iterator[str]:
 
 
 def _inode(path: Path) -> int | None:
-    return path.stat().st_ino if path.exists() else None
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
