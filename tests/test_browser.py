@@ -73,6 +73,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
         f"LLAMACPP_PORT={ports[0]}\n"
         "LLAMACPP_MANY_MODELS_DIR=many\n"
         f"LLAMACPP_SLOW_PORT={ports[1]}\n"
+        "LLAMACPP_SLOW_HISTORY=slow.sqlite3\n"  # else the other engine's loads are expected
         f"LLAMACPP_SLOW_BIN={stand_in}\n"
         f"LLAMACPP_SLOW_EXTRA_ARGS='--load-seconds {_LOAD_SECONDS} --prepare-seconds 0.5'\n"
     )
