@@ -347,7 +347,7 @@ class ServerInstance:
         """See whether it is our process that listens: once it does, it goes on until it ends."""
         if self._process:
             listens = await anyio.to_thread.run_sync(self._process.listens_on, self._config.port)
-            self._has_port = listens is not False
+            self._has_port = self._has_port or listens is not False  # two may look at once
 
     async def _port_holder(self) -> PortHolder | None:
         return await anyio.to_thread.run_sync(holder_of, self._config.host, self._config.port)
