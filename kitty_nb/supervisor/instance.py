@@ -41,6 +41,7 @@ from kitty_nb.supervisor.lifecycle import (
     Report,
     Spawned,
 )
+from kitty_nb.supervisor.load_estimate import Basis
 from kitty_nb.supervisor.load_journal import LoadJournal
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log_file import LogTail
@@ -220,11 +221,13 @@ class ServerInstance:
         return self._process
 
     async def _foresee(self) -> None:
-        """Learn what to expect, and show it until there is a process to watch."""
+        """Learn what to expect, and show it until the process is watched."""
         await self._journal.look(self._meter)
         self._foreseen = True
-        while self._process is None and not self._over:
+        while not self._over:
             pause = self._show_progress()
+            if self._process:
+                return
             await anyio.sleep(pause)
 
     async def _watch(self, process: ServerProcess) -> None:
@@ -315,7 +318,10 @@ class ServerInstance:
         if not self._foreseen:
             return _PROGRESS_SHORTEST
         elapsed = self._elapsed()
-        pause = max((elapsed + self._meter.left(elapsed)) / _PROGRESS_STEPS, _PROGRESS_SHORTEST)
+        whole = elapsed + self._meter.left(elapsed)
+        if self._meter.expected.basis is Basis.NOTHING:
+            whole = min(whole, elapsed * 2)
+        pause = max(whole / _PROGRESS_STEPS, _PROGRESS_SHORTEST)
         if self._meter.stage is Stage.STARTING:
             pause = min(pause, _PROGRESS_STARTING)
         if pause > _PROGRESS_LONGEST:  # then once a second, together with the health check
