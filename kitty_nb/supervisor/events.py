@@ -136,8 +136,9 @@ class ServerState:
     @property
     def alias(self) -> str:
         """The name that the server answers to."""
-        known = self.foreign and (self.foreign.alias or self.foreign.model)
-        return known or self.config.served_alias
+        if self.foreign:
+            return self.foreign.alias or self.foreign.model or self.foreign.name
+        return self.config.served_alias
 
     @property
     def model_name(self) -> str | None:
@@ -215,6 +216,19 @@ class ProgressMade:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """A router that was attached to loads one of its models.
+
+    Attributes:
+        model: The name that clients ask for.
+        progress: How far it is; None once it has been unloaded, or the load has failed.
+    """
+
+    model: str
+    progress: LoadProgress | None
+
+
+@dataclass(frozen=True, slots=True)
 class Activity:
     """Something the manager did or found, as one line for a person.
 
@@ -236,4 +250,4 @@ class LogLines:
     lines: tuple[str, ...]
 
 
-Event = StateChanged | HealthChecked | ProgressMade | Activity | LogLines
+Event = StateChanged | HealthChecked | ProgressMade | RouterLoad | Activity | LogLines

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -15,9 +17,11 @@ from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, Report
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.record import record_of
+from kitty_nb.supervisor.router import RouterWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from pydantic import SecretStr
 
@@ -70,6 +74,7 @@ class ForeignServer:
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
         self.probe = HealthProbe(config, self.api_key)
         self._report, self._publish, self._note_health = report, publish, note_health
+        self._router = RouterWatch(config, holder.pid, self.probe, publish, self._serves)
         self._watching = anyio.CancelScope()
 
     async def run(self) -> None:
@@ -77,9 +82,11 @@ class ForeignServer:
         self._say(f"Attached to {self.holder.who}, which was not started here.")
         try:
             with self._watching:
-                await self._watch(psutil.Process(self.holder.pid))
-        except psutil.Error:
-            pass  # it has ended
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._router.run)
+                    with suppress(psutil.Error):  # it has ended
+                        await self._watch(psutil.Process(self.holder.pid))
+                    tasks.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
                 await self.probe.aclose()
@@ -104,6 +111,9 @@ class ForeignServer:
                     since = time.monotonic() - (time.time() - began)
                     self._report(BecameReady(self.generation, since))
             await anyio.sleep(_LOOK_EVERY)
+
+    def _serves(self, alias: str | None, model: Path | None) -> None:
+        self.holder = replace(self.holder, alias=alias, model=model.name if model else None)
 
     def _say(self, message: str) -> None:
         self._publish(Activity(message, Level.INFO, time.time()))

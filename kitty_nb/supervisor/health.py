@@ -15,12 +15,16 @@ from kitty_nb.supervisor.answer_pace import AnswerPace
 from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _TIMEOUT = httpx.Timeout(5.0, connect=1.0)
+_LISTENING = httpx.Timeout(5.0, connect=1.0, read=None)
+_SSE_DATA = "data:"
 
 
 class Recognition(Enum):
@@ -105,6 +109,26 @@ class HealthProbe:
             name for model in models["data"] for name in (model["id"], *model.get("aliases", ()))
         }
         return Recognition.OURS if self._alias in names else Recognition.OTHER_MODEL
+
+    async def router_models(self) -> dict[str, str] | None:
+        """Return how each model of a router is, by name; None where the server is no router."""
+        props = await self._get("/props")
+        if not isinstance(props, dict) or props.get("role") != "router":
+            return None
+        models = await self._get("/v1/models")
+        entries = models.get("data", ()) if isinstance(models, dict) else ()
+        return {entry["id"]: entry.get("status", {}).get("value", "") for entry in entries}
+
+    async def router_events(self) -> AsyncGenerator[str, None]:
+        """Yield what a router tells of its models, as JSON, until it ends the connection."""
+        try:
+            async with self._client.stream("GET", "/models/sse", timeout=_LISTENING) as response:
+                if response.status_code == HTTPStatus.OK:
+                    async for line in response.aiter_lines():
+                        if line.startswith(_SSE_DATA):
+                            yield line.removeprefix(_SSE_DATA)
+        except httpx.HTTPError:
+            return
 
     async def _get(self, path: str) -> Any:
         try:

@@ -41,7 +41,6 @@ from kitty_nb.supervisor.lifecycle import (
     Report,
     Spawned,
 )
-from kitty_nb.supervisor.load_estimate import Basis
 from kitty_nb.supervisor.load_journal import LoadJournal
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log_file import LogTail
@@ -69,10 +68,7 @@ if TYPE_CHECKING:
 # Seconds. Pauses between two reads of the log let a flood come in few pieces.
 _LOG_PAUSE_LOADING = 0.005
 _LOG_PAUSE_READY = 0.1
-# The bar moves in so many steps, within these lengths. Before the load begins they are short,
-# because what the process has by then is what its bytes are counted from.
-_PROGRESS_STEPS = 16
-_PROGRESS_SHORTEST, _PROGRESS_STARTING, _PROGRESS_LONGEST = 0.005, 0.02, 0.6
+_UNFORESEEN = 0.005
 # Seconds. Started together, a server and its keeper would hold each other up.
 _KEEPER_AFTER = 0.2
 _KEEPER_THERE_WITHIN = 10.0  # on a busy machine too
@@ -316,16 +312,9 @@ class ServerInstance:
     def _show_progress(self) -> float:
         """Publish how far the load is; return the seconds after which to do so again."""
         if not self._foreseen:
-            return _PROGRESS_SHORTEST
+            return _UNFORESEEN
         elapsed = self._elapsed()
-        whole = elapsed + self._meter.left(elapsed)
-        if self._meter.expected.basis is Basis.NOTHING:
-            whole = min(whole, elapsed * 2)
-        pause = max(whole / _PROGRESS_STEPS, _PROGRESS_SHORTEST)
-        if self._meter.stage is Stage.STARTING:
-            pause = min(pause, _PROGRESS_STARTING)
-        if pause > _PROGRESS_LONGEST:  # then once a second, together with the health check
-            pause = 1.0 - elapsed % 1.0
+        pause = self._meter.pause(elapsed)
         self._publish(ProgressMade(self._meter.progress(elapsed, pause)))
         return pause
 

@@ -37,6 +37,11 @@ _FULL, _HIGHEST = 0.98, 0.99
 # It corrects half of its error while this share of the load passes, and where it has run ahead
 # still moves at this share of its pace.
 _HALVED, _SLOWEST = 0.02, 0.2
+# It moves in so many steps, of these seconds. Before the load begins they are short, because what
+# the process has by then is what its bytes are counted from. From the longest on, it moves once a
+# second, together with the health check.
+_STEPS = 16
+_SHORTEST, _STARTING, _LONGEST = 0.005, 0.02, 0.6
 
 
 @dataclass(slots=True)
@@ -48,8 +53,9 @@ class LoadMeter:
     weights, the bytes left by a rate that is the estimate's at first and the observed one as more
     of them are there.
 
-    Bytes are what the process has in memory or has read since it began to load, whichever is more
-    and at its highest: a GPU build's memory falls again once the weights are copied.
+    Bytes are what the process has in memory or has read since it began to load, or what the server
+    says itself, whichever is more and at its highest: a GPU build's memory falls again once the
+    weights are copied.
 
     Attributes:
         total: Bytes of the model, all files; 0 where they tell nothing, and the clock alone does.
@@ -90,13 +96,21 @@ class LoadMeter:
         else:
             self._base = self._base or usage
             rise = max(usage.resident - self._base.resident, usage.read - self._base.read)
-            if rise > self.loaded:
-                self.loaded, self.moved_at = rise, elapsed
-            if self._flowing is None and self.loaded > self.total * _TRICKLE > 0:
-                self._flowing = max(self._measured, elapsed - self._flow_seconds())
-            if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
-                self.reach(Stage.PREPARING, elapsed)
+            self._see(rise, elapsed)
         self._measured = elapsed
+
+    def hear(self, share: float, elapsed: float) -> None:
+        """Note which share of the weights, 0 to 1, the server itself says is there."""
+        self.reach(Stage.LOADING, elapsed)
+        self._see(int(share * self.total), elapsed)
+
+    def _see(self, loaded: int, elapsed: float) -> None:
+        if loaded > self.loaded:
+            self.loaded, self.moved_at = loaded, elapsed
+        if self._flowing is None and self.loaded > self.total * _TRICKLE > 0:
+            self._flowing = max(self._measured, elapsed - self._flow_seconds())
+        if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
+            self.reach(Stage.PREPARING, elapsed)
 
     def seconds(self, stage: Stage, elapsed: float) -> float:
         """Return how long a stage lasted, or has lasted so far; 0 when it was not reached."""
@@ -122,6 +136,16 @@ class LoadMeter:
             blind = elapsed * _BLIND if self.total else math.sqrt(elapsed) * _BLIND_ROOT
             return max(left, blind)
         return left
+
+    def pause(self, elapsed: float) -> float:
+        """Return for how many seconds the load need not be looked at."""
+        whole = elapsed + self.left(elapsed)
+        if self._guessing:
+            whole = min(whole, elapsed * 2)
+        pause = max(whole / _STEPS, _SHORTEST)
+        if self.stage is Stage.STARTING:
+            pause = min(pause, _STARTING)
+        return pause if pause <= _LONGEST else 1.0 - elapsed % 1.0
 
     def progress(self, elapsed: float, lasting: float = 0.0) -> LoadProgress:
         """Return where the load is, `elapsed` seconds after the start.

@@ -215,9 +215,8 @@ def _describe(pid: int, port: int) -> PortHolder | None:
         return PortHolder(port, pid, name)
     if engine is EngineKind.EMBEDDED:
         words = words[words.index(embedded.__name__) :]  # Python has an -m of its own
-    model = _value(words, _MODEL)
-    model = PurePath(model).name if model else None
-    return PortHolder(port, pid, name, engine, model, _value(words, _ALIAS))
+    model, alias = served_by(words)
+    return PortHolder(port, pid, name, engine, PurePath(model).name if model else None, alias)
 
 
 def _engine(words: list[str]) -> EngineKind | None:
@@ -225,6 +224,11 @@ def _engine(words: list[str]) -> EngineKind | None:
     if program[:1] == ["llama-server"] or program in (["llama", "serve"], ["llama", "server"]):
         return EngineKind.NATIVE
     return EngineKind.EMBEDDED if embedded.__name__ in words else None
+
+
+def served_by(words: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return which model a llama-server's command line names, and under which alias."""
+    return _value(words, _MODEL), _value(words, _ALIAS)
 
 
 def _value(words: Sequence[str], flags: set[str]) -> str | None:

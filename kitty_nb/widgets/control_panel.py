@@ -19,6 +19,7 @@ from kitty_nb.supervisor.events import (
     Level,
     LogLines,
     ProgressMade,
+    RouterLoad,
     ServerState,
     ServerStatus,
     StateChanged,
@@ -87,6 +88,7 @@ class ControlPanel(VBox):
             self._profile = self._config.profile
         self.manager = manager
         self._progress = manager.progress
+        self._router_load: RouterLoad | None = None
         self._status = manager.state.status
         self._activities: list[Activity] = []
         self._log_lines: list[str] = []
@@ -297,11 +299,14 @@ class ControlPanel(VBox):
                 if state.status is ServerStatus.STARTING and self._status is not state.status:
                     self._log_lines.clear()
                     self._log_begins = True
+                    self._router_load = None
                 if self._status is not state.status:
                     self.browser.note_change()
                 self._status = state.status
             case ProgressMade(progress):
                 self._progress = progress
+            case RouterLoad():
+                self._router_load = event
             case Activity():
                 self._activities.append(event)
             case LogLines(lines):
@@ -328,7 +333,10 @@ class ControlPanel(VBox):
         self.buttons.show(choices(state, startable=startable, differs=differs))
         self.snippet.show(state)
         self.web_page.show(state, self.manager.reveal_api_key() is not None)
-        self.load_bar.show(state.status, None if state.foreign else self._progress)
+        if state.foreign:
+            self.load_bar.show_router(self._router_load)
+        else:
+            self.load_bar.show(state.status, self._progress)
         self.notice.show(self._problem or state.error or (model.problem if model else None))
         told, self._activities = self._activities, []  # clicks tell something at any time
         self.activity_log.show(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from html import escape
 from typing import TYPE_CHECKING
 
 from ipywidgets import HTML, HBox, IntProgress
@@ -10,7 +11,7 @@ from ipywidgets import HTML, HBox, IntProgress
 from kitty_nb.supervisor.events import ServerStatus, Stage
 
 if TYPE_CHECKING:
-    from kitty_nb.supervisor.events import LoadProgress
+    from kitty_nb.supervisor.events import LoadProgress, RouterLoad
 
 _STEPS = 1000  # finer than percent, so that a long load is seen to move
 
@@ -40,6 +41,14 @@ class LoadBar(HBox):
                 ServerStatus.CRASHED: "danger",
             }.get(status, "")
         self.text.value = describe(progress) if progress else ""
+
+    def show_router(self, load: RouterLoad | None) -> None:
+        """Show the load of one of a router's models, by name; the router itself is ready."""
+        progress = load.progress if load else None
+        loading = progress and progress.stage is not Stage.READY
+        self.show(ServerStatus.LOADING if loading else ServerStatus.READY, progress)
+        if load and progress:
+            self.text.value = f"{escape(load.model)} · {describe(progress)}"
 
 
 def describe(progress: LoadProgress) -> str:
