@@ -24,7 +24,8 @@ TOLD = {"stages": ["text_model"], "current": "text_model"}
 
 
 class Router:
-    def __init__(self, folder: Path, flags: list[str]) -> None:
+    def __init__(self, folder: Path, flags: list[str], *, silent: bool) -> None:
+        self.silent = silent
         self.models = {path.stem: path for path in folder.glob("*.gguf")}
         self.status = dict.fromkeys(self.models, "unloaded")
         self.children: dict[str, subprocess.Popen[bytes]] = {}
@@ -58,7 +59,7 @@ class Router:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == "/models/sse":
+                if self.path == "/models/sse" and not router.silent:
                     self.listen()
                 models = [
                     {"id": name, "status": {"value": router.status[name]}} for name in router.models
@@ -111,9 +112,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--models-dir", type=Path)
+    parser.add_argument("--silent", action="store_true", help="have no /models/sse")
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
-    router = Router(options.models_dir, options.flags)
+    router = Router(options.models_dir, options.flags, silent=options.silent)
     server = ThreadingHTTPServer(("127.0.0.1", options.port), router.handler())
     server.daemon_threads = True
     try:

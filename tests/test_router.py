@@ -50,8 +50,9 @@ def router(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Start
     program.symlink_to(sys.executable)
 
     @contextmanager
-    def start(*flags: str) -> Iterator[Router]:
+    def start(*flags: str, silent: bool = False) -> Iterator[Router]:
         command = [program, "-P", STAND_IN, "--models-dir", folder, "--port", str(config.port)]
+        command += ["--silent"] if silent else []
         with subprocess.Popen([*command, "--", *flags]) as process:
             try:
                 router = Router(config.endpoint)
@@ -117,6 +118,22 @@ def test_a_load_that_was_under_way_is_taken_up(
         eventually(lambda: any(loads(told)))
         assert there.status() == "loading"
         eventually(lambda: "has loaded large" in said(told))
+
+
+def test_a_router_that_tells_nothing_is_asked(
+    config: ServerConfig, router: Callable[..., Start]
+) -> None:
+    """As those of the first builds."""
+    told: list[Event] = []
+    with (
+        router("--load-seconds", "2", silent=True) as there,
+        ModelManager(config=config) as manager,
+    ):
+        manager.subscribe(told.append)
+        manager.attach().wait(60)
+        there.ask("load")
+        eventually(lambda: "has loaded large" in said(told))
+        assert len([one for one in loads(told) if one and 0.1 < one.fraction < 0.9]) > 2
 
 
 def test_a_load_that_fails_is_told(config: ServerConfig, router: Callable[..., Start]) -> None:

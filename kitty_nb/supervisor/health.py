@@ -110,11 +110,13 @@ class HealthProbe:
         }
         return Recognition.OURS if self._alias in names else Recognition.OTHER_MODEL
 
-    async def router_models(self) -> dict[str, str] | None:
-        """Return how each model of a router is, by name; None where the server is no router."""
+    async def is_router(self) -> bool:
+        """Ask whether it serves many models, each by a child of its own."""
         props = await self._get("/props")
-        if not isinstance(props, dict) or props.get("role") != "router":
-            return None
+        return isinstance(props, dict) and props.get("role") == "router"
+
+    async def router_models(self) -> dict[str, str]:
+        """Return how each model of a router is, by name."""
         models = await self._get("/v1/models")
         entries = models.get("data", ()) if isinstance(models, dict) else ()
         return {entry["id"]: entry.get("status", {}).get("value", "") for entry in entries}

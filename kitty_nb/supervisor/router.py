@@ -118,28 +118,31 @@ class RouterWatch:
         self._publish = publish
         self._serves = serves
         self._loads: dict[str, _Load] = {}
+        self._listening = False
 
     async def run(self) -> None:
         """Follow its loads until cancelled; return at once where the server is no router."""
-        while await self._probe.router_models() is not None:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._catch_up, tasks)
+        if not await self._probe.is_router():
+            return
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await self._catch_up(tasks)
                 async with aclosing(self._probe.router_events()) as events:
                     async for text in events:
+                        self._listening = True
                         with suppress(ValidationError):  # of downloads and lists of models
                             self._take(_RouterEvent.model_validate_json(text), tasks)
-                tasks.cancel_scope.cancel()
-            self._loads.clear()
-            await anyio.sleep(_LISTEN_AGAIN)
+                self._listening = False
+                await anyio.sleep(_LISTEN_AGAIN)
 
     async def _catch_up(self, tasks: TaskGroup) -> None:
         """See which models it has loaded, or loads already."""
-        models = await self._probe.router_models() or {}
+        models = await self._probe.router_models()
         for name in (name for name, status in models.items() if status == _LOADING):
             self._begin(name, tasks, whole=False)
-        served = [name for name, status in models.items() if status == _LOADED]
-        child = await anyio.to_thread.run_sync(_child, self._pid, served[-1]) if served else None
-        self._serves(served[-1] if served else None, child.model if child else None)
+        served = next((name for name, status in models.items() if status == _LOADED), None)
+        child = await anyio.to_thread.run_sync(_child, self._pid, served) if served else None
+        self._serves(served, child.model if child else None)
 
     def _take(self, event: _RouterEvent, tasks: TaskGroup) -> None:
         told, load = event.data, self._loads.get(event.model)
@@ -149,9 +152,10 @@ class RouterWatch:
                 load.meter.hear(told.progress.share, load.elapsed())
         elif load:
             load.end(loaded=told.status == _LOADED)
-        elif told.status == _UNLOADED:
-            self._publish(RouterLoad(event.model, None))
-            self._say(f"The router has unloaded {event.model}.")
+        else:
+            if told.status == _UNLOADED:
+                self._publish(RouterLoad(event.model, None))
+                self._say(f"The router has unloaded {event.model}.")
             tasks.start_soon(self._catch_up, tasks)
 
     def _begin(self, name: str, tasks: TaskGroup, *, whole: bool) -> _Load:
@@ -180,8 +184,8 @@ class RouterWatch:
             self._show(load, elapsed, pause)
             with anyio.move_on_after(pause):
                 await load.ended.wait()
-            if not load.whole:  # its end may have been told before anybody listened
-                status = (await self._probe.router_models() or {}).get(load.name)
+            if not (load.whole and self._listening):  # its end may not be told
+                status = (await self._probe.router_models()).get(load.name)
                 if status != _LOADING:
                     load.end(loaded=status == _LOADED)
         del self._loads[load.name]
