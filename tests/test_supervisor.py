@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def statuses(events: list[Event]) -> list[str]:
         if isinstance(event, StateChanged) and event.state.status not in found[-1:]:
             found.append(event.state.status)
     return found
+
+
+def latest(state: ServerState) -> HealthCheckResult:
+    assert state.last_health_check
+    return state.last_health_check
 
 
 def messages(events: list[Event]) -> list[str]:
@@ -480,3 +486,33 @@ def test_called_off_while_it_begins_it_ends(config: ServerConfig, steps: int) ->
         assert ended
 
     anyio.run(scenario)
+
+
+def test_a_server_that_is_being_stopped_is_not_said_to_hang(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, events: list[Event]) -> None:
+        state = await supervisor.start()
+        await reach(supervisor, lambda state: bool(latest(state).slots_total))
+        assert state.pid
+        os.kill(state.pid, signal.SIGSTOP)
+        # Longer than a health check waits for its answer, so that silence is seen before the end.
+        await supervisor.stop()
+        assert latest(supervisor.state).message == "no answer in time"
+        assert not any("does not serve" in message for message in messages(events))
+
+    supervised(config.replace(stop_grace_seconds=8), scenario)
+
+
+def test_a_server_open_to_the_network_is_warned_of(config: ServerConfig) -> None:
+    def warnings(host: str) -> list[str]:
+        async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+            with suppress(ServerFailedError):
+                await supervisor.start()
+
+        told = supervised(config.replace(host=host), scenario)
+        return [one.message for one in told if isinstance(one, Activity) if one.level == "warning"]
+
+    # Nothing here has this address, so that nothing is opened.
+    (warning,) = warnings("192.0.2.1")
+    assert "open to the network (192.0.2.1)" in warning
+    assert "LLAMACPP_HOST=127.0.0.1" in warning
+    assert warnings("127.0.0.1") == []

@@ -201,11 +201,12 @@ class MemoryPreview:
 
     @property
     def refusal(self) -> str:
-        """Why not to try, in a sentence; empty where it may fit."""
+        """Why not to try, and what to do, in words; empty where it may fit."""
         wants = ", ".join(
             f"{(part.needs.total or 0) / _GIB:.1f} GiB of {part.place.name}, of which"
             f" {part.place.free / _GIB:.1f} GiB are free"
             for part in self.parts
             if part.verdict is Verdict.WILL_NOT_FIT
         )
-        return f"It will not fit: it needs {wants}." if wants else ""
+        advice = "Lower the context or the GPU layers, or pick a smaller model."
+        return f"It will not fit: it needs {wants}. {advice}" if wants else ""

@@ -44,6 +44,7 @@ class HealthWatch:
         publish: Called with each event for the user.
         note: Called with every answer.
         doubt: Asked before ready is believed: why it is not our server that answers, in words.
+        ending: Asked before silence is told of: whether somebody is ending the server.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class HealthWatch:
         publish: Callable[[Event], None],
         note: Callable[[HealthCheckResult], None],
         doubt: Callable[[], Awaitable[str | None]],
+        ending: Callable[[], bool],
     ) -> None:
         self._probe = probe
         self._meter = meter
@@ -65,6 +67,7 @@ class HealthWatch:
         self._publish = publish
         self._note = note
         self._doubt = doubt
+        self._ending = ending
         self._news = anyio.Event()
 
     def hint(self) -> None:
@@ -79,7 +82,7 @@ class HealthWatch:
             result = await self._probe.check_activity()
             self._note(result)
             answered, answering = answering, result.status is ServerStatus.READY
-            if answered and not answering:
+            if answered and not answering and not self._ending():
                 self._say(
                     f"The server runs but does not serve ({result.message}): it hangs, or somebody"
                     " has paused it. Restart it if it does not come back.",

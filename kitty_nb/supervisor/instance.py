@@ -129,6 +129,7 @@ class ServerInstance:
             publish,
             self._note_health,
             self._doubt,
+            self._being_ended,
         )
         self._tell_health = note_health
         # Of the last two answers: a kill between an answer and the end is this server's.
@@ -209,6 +210,12 @@ class ServerInstance:
     async def _start(self) -> ServerProcess | None:
         """Start the process; None when the start was called off."""
         self._say("Server starting…")
+        if not self._config.local_only:
+            self._say(
+                f"The server will be open to the network ({self._config.host}). Set"
+                " LLAMACPP_HOST=127.0.0.1 to keep it to this machine.",
+                Level.WARNING,
+            )
         self._helpers.start_soon(self._foresee)
         with self._preparing:
             take = partial(self._journal.take, self._meter)
@@ -249,7 +256,7 @@ class ServerInstance:
             while self._read_log(log):
                 await anyio.lowlevel.checkpoint()
             self._read_log(log, to_end=True)
-        asked = was_stopped(self._config, process.pid, process.create_time)
+        asked = self._being_ended()
         kills, before = oom_kills(), self._oom_kills[0]
         out_of_memory = None if kills is None else kills != before
         diagnosis = diagnose(code, tuple(self._last_lines), out_of_memory=out_of_memory)
@@ -375,7 +382,7 @@ class ServerInstance:
         if record and record.ready is not None and record.load_seconds is not None:
             return record.ready, record.load_seconds
         # Withdrawn, it must not come back: the server is being ended just as it becomes ready.
-        if record and not was_stopped(self._config, record.pid, record.create_time):
+        if record and not self._being_ended():
             self._record = record.model_copy(update={"ready": now, "load_seconds": elapsed})
             try:
                 write_record(self._record)
@@ -386,6 +393,11 @@ class ServerInstance:
                     Level.WARNING,
                 )
         return now, elapsed
+
+    def _being_ended(self) -> bool:
+        """Whether this program or another one is ending the server, or has ended it."""
+        process = self._process
+        return process is not None and was_stopped(self._config, process.pid, process.create_time)
 
     def _give_up(self, reason: str) -> None:
         self._outcome = Outcome.FAILED

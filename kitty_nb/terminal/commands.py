@@ -158,10 +158,7 @@ async def _load(
 
 async def _agree(supervisor: Supervisor, config: ServerConfig, anyway: bool) -> None:
     if not anyway and (refusal := await supervisor.refusal(config)):
-        raise KittyError(
-            f"{refusal} Lower the context or the GPU layers, pick a smaller model, or say --anyway"
-            " to start it all the same."
-        )
+        raise KittyError(f"{refusal} To start it all the same, say --anyway.")
 
 
 def _kept(config: ServerConfig) -> ServerConfig:

@@ -26,14 +26,11 @@ class SecondAsk:
 
         Args:
             config: What is to be started.
-            refusal: Why that will not do, in a sentence; empty where it may.
+            refusal: Why that will not do, in words; empty where it may.
 
         Raises:
             KittyError: The refusal, and how to insist.
         """
         if refusal and config != self._refused:
             self._refused = config
-            raise KittyError(
-                f"{refusal} Lower the context or the GPU layers, pick a smaller model, or"
-                f" {self._again} to start it all the same."
-            )
+            raise KittyError(f"{refusal} To start it all the same, {self._again}.")
