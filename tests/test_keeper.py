@@ -14,6 +14,7 @@ from conftest import eventually
 from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.supervisor.keeper import has_keeper
 from kitty_nb.supervisor.log_file import LogTail, previous, rotate, shrink
 from kitty_nb.supervisor.record import find_server, read_record
 
@@ -43,6 +44,7 @@ def without_kernel(config: ServerConfig) -> int:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kernel:
         assert kernel.stdout
         pid = int(kernel.stdout.readline())
+        eventually(lambda: has_keeper(config.log_path))
         kernel.kill()
     return pid
 

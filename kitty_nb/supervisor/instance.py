@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 _LOG_PAUSE_LOADING = 0.005
 _LOG_PAUSE_READY = 0.1
 _UNFORESEEN = 0.005
-# Seconds. Started together, a server and its keeper would hold each other up.
+# Seconds, or once it is ready: started together, a server and its keeper hold each other up.
 _KEEPER_AFTER = 0.2
 _KEEPER_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
@@ -140,7 +140,7 @@ class ServerInstance:
         self._keeper: Keeper | None = None
         self._outcome = Outcome.CRASHED
         self._helpers: TaskGroup
-        self._ready = False
+        self._ready = anyio.Event()
         self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
 
     async def run(self) -> None:
@@ -271,10 +271,14 @@ class ServerInstance:
 
     async def _see_to_keeper(self) -> None:
         """Start a keeper, unless the program that started this server has done so."""
-        others = max(0.0, _KEEPER_THERE_WITHIN - self._elapsed())
-        await anyio.sleep(others if self._found else _KEEPER_AFTER)
-        if not (self._found and has_keeper(self._config.log_path)):
-            self._start_keeper()
+        if not self._found:
+            with anyio.move_on_after(_KEEPER_AFTER):
+                await self._ready.wait()
+        else:
+            await anyio.sleep(_KEEPER_THERE_WITHIN - self._elapsed())
+            if has_keeper(self._config.log_path):
+                return
+        self._start_keeper()
 
     def _start_keeper(self) -> None:
         if self._record and self._keeper is None:
@@ -284,7 +288,7 @@ class ServerInstance:
         with FileChanges(self._config.log_path) as changes:
             while True:
                 more = self._read_log(log)
-                await anyio.sleep(_LOG_PAUSE_READY if self._ready else _LOG_PAUSE_LOADING)
+                await anyio.sleep(_LOG_PAUSE_READY if self._ready.is_set() else _LOG_PAUSE_LOADING)
                 if not more:
                     await changes.wait()
 
@@ -298,12 +302,12 @@ class ServerInstance:
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
             self._meter.reach(Stage.LOADING, self._elapsed())
         self._publish(LogLines(lines))
-        if not self._ready and any(map(_NEWS.search, lines)):
+        if not self._ready.is_set() and any(map(_NEWS.search, lines)):
             self._health.hint()
         return True
 
     async def _watch_progress(self, process: ServerProcess, log: LogTail) -> None:
-        while not self._ready:
+        while not self._ready.is_set():
             elapsed, usage = self._elapsed(), process.usage()
             # What a process had before it began to load does not count, so the log is read only
             # now: it tells of the beginning before the first byte is there.
@@ -332,7 +336,7 @@ class ServerInstance:
             self._report(LoadBegan(self.generation))
             self._helpers.start_soon(self._look_at_port)
         elif status is ServerStatus.READY:
-            self._ready = True
+            self._ready.set()
             since, elapsed = self._note_ready(elapsed)
             self._meter.reach(Stage.READY, elapsed)
             self._report(BecameReady(self.generation, since))
