@@ -275,7 +275,7 @@ class ServerInstance:
             with anyio.move_on_after(_KEEPER_AFTER):
                 await self._ready.wait()
         else:
-            await anyio.sleep(_KEEPER_THERE_WITHIN - self._elapsed())
+            await anyio.sleep(max(0.0, _KEEPER_THERE_WITHIN - self._elapsed()))
             if has_keeper(self._config.log_path):
                 return
         self._start_keeper()
