@@ -56,6 +56,8 @@ class HealthProbe:
                 ssl.PROTOCOL_TLS_CLIENT
             ),  # no certificates: loading them takes 30 ms of every start
         )
+        # Asked every second of a load: to put the request together is half of what that costs.
+        self._health = self._client.build_request("GET", "/health")
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -65,7 +67,7 @@ class HealthProbe:
         """Ask `/health`: no answer is STARTING, 503 is LOADING, 200 is READY."""
         began = time.perf_counter()
         try:
-            response = await self._client.get("/health")
+            response = await self._client.send(self._health)
         except httpx.TimeoutException:
             return HealthCheckResult(ServerStatus.STARTING, message="no answer in time")
         except httpx.HTTPError:
