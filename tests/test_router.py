@@ -28,7 +28,7 @@ class Router:
 
     def status(self) -> str:
         models = httpx.get(f"{self._url}/v1/models", trust_env=False).json()["data"]
-        return str(models[0]["status"]["value"])
+        return next(str(one["status"]["value"]) for one in models if one["id"] == "large")
 
     def answers(self) -> bool:
         try:
@@ -42,10 +42,11 @@ Start = AbstractContextManager[Router]
 
 @pytest.fixture
 def router(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Start]]:
-    """Starts a router for a folder with one model of 100 MB; its name tells what it is."""
+    """Starts a router for a folder with a model of 100 MB and a small one, by their names."""
     folder = tmp_path / "router"
     folder.mkdir()
     write_demo_model(folder / "large.gguf", size=100_000_000)
+    write_demo_model(folder / "small.gguf")
     program = folder / "llama-server"
     program.symlink_to(sys.executable)
 
@@ -167,12 +168,18 @@ def test_the_panel_shows_whose_load_it_is(
         panel = ControlPanel(manager=manager)
         try:
             manager.attach().wait(60)
+            there.ask("load", "small")
+            eventually(lambda: "small · ready" in panel.load_bar.text.value)
             there.ask("load")
             eventually(lambda: "large · loading weights" in panel.load_bar.text.value)
             assert panel.load_bar.bar.bar_style == ""
             eventually(lambda: "large · ready" in panel.load_bar.text.value)
             assert panel.load_bar.bar.bar_style == "success"
             eventually(lambda: "as <b>large</b>" in panel.status_line.value)
+            there.ask("unload", "small")
+            gone = "The router has unloaded small."
+            eventually(lambda: gone in panel.activity_log.lines)  # shown after the bar
+            assert "large · ready" in panel.load_bar.text.value
             there.ask("unload")
             eventually(lambda: panel.load_bar.text.value == "")
         finally:

@@ -56,7 +56,7 @@ class HealthProbe:
                 ssl.PROTOCOL_TLS_CLIENT
             ),  # no certificates: loading them takes 30 ms of every start
         )
-        # Asked every second of a load: to put the request together is half of what that costs.
+        # Put together once, because a load is asked every second and that is much of its cost.
         self._health = self._client.build_request("GET", "/health")
 
     async def aclose(self) -> None:

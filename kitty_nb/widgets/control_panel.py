@@ -305,8 +305,10 @@ class ControlPanel(VBox):
                 self._status = state.status
             case ProgressMade(progress):
                 self._progress = progress
-            case RouterLoad():
-                self._router_load = event
+            case RouterLoad(model, progress):
+                shown = self._router_load and self._router_load.model
+                if progress or shown == model:  # another one may go to make room for it
+                    self._router_load = event
             case Activity():
                 self._activities.append(event)
             case LogLines(lines):
