@@ -148,16 +148,16 @@ class ServerInstance:
         try:
             async with anyio.create_task_group() as self._helpers:
                 await self._serve()
-                self._over = True
-            await self._journal.close(self._meter, self._elapsed(), self._outcome)
         except Exception:
             await self._put_down()
             raise
         finally:
             with anyio.CancelScope(shield=True):
                 await self.probe.aclose()
-                if self._leash and self._over:
-                    await self._leash.let_go()
+                if self._over:
+                    await self._journal.close(self._meter, self._elapsed(), self._outcome)
+                    if self._leash:
+                        await self._leash.let_go()
 
     async def _serve(self) -> None:
         try:
@@ -168,7 +168,7 @@ class ServerInstance:
             refused = Refused(self.generation, str(reason))
             if isinstance(error, PortBusyError):
                 refused = replace(refused, free_port=error.free_port, attachable=error.attachable)
-            self._report(refused)
+            self._end(refused)
         else:
             if process:
                 await self._watch(process)
@@ -416,7 +416,11 @@ class ServerInstance:
         )
 
     def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> None:
-        self._report(Exited(self.generation, reason, time.monotonic(), repeats, asked))
+        self._end(Exited(self.generation, reason, time.monotonic(), repeats, asked))
+
+    def _end(self, report: Report) -> None:
+        self._over = True
+        self._report(report)
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Bytes from which a model's rise in memory stands out from that of the engine itself.
 _TELLING = 32 << 20
+_LAST_LOOK = 1.0  # seconds; a network drive may hang
 
 
 class LoadJournal:
@@ -46,6 +47,7 @@ class LoadJournal:
         self._whole = whole
         self._history = LoadHistory(config.history, tell)
         self._engine: Engine | None = None
+        self._closed = False
         self._facts: LoadFacts | None = None
         self._records: tuple[LoadRecord, ...] = ()
         self._active = 1.0
@@ -74,25 +76,39 @@ class LoadJournal:
     def _expect(self, meter: LoadMeter) -> None:
         if self._facts is None:
             return
-        if self._engine:
-            kind, version = self._engine.kind.value, self._engine.version
-            self._facts = replace(self._facts, engine=kind, version=version)
+        self._facts = self._by_engine(self._facts)
         meter.total = self._facts.size if self._facts.size >= _TELLING else 0
         meter.expected = estimate_load(self._records, self._facts, self._active)
 
+    def _by_engine(self, facts: LoadFacts) -> LoadFacts:
+        if self._engine is None:
+            return facts
+        return replace(facts, engine=self._engine.kind.value, version=self._engine.version)
+
     async def close(self, meter: LoadMeter, elapsed: float, outcome: Outcome) -> None:
         """Write the load's row, once, and let nothing stop that."""
-        facts, self._facts = self._facts, None
-        if facts is None or not self._whole:
+        if self._closed or not self._whole:
             return
-        record = LoadRecord(
-            **asdict(facts),
-            starting=meter.seconds(Stage.STARTING, elapsed),
-            loading=meter.seconds(Stage.LOADING, elapsed),
-            preparing=meter.seconds(Stage.PREPARING, elapsed),
-            loaded=meter.loaded,
-            outcome=outcome.value,
-            at=time.time(),
-        )
+        self._closed = True
         with anyio.CancelScope(shield=True):
+            facts = self._facts or await self._look_late()
+            if facts is None:
+                return
+            record = LoadRecord(
+                **asdict(facts),
+                starting=meter.seconds(Stage.STARTING, elapsed),
+                loading=meter.seconds(Stage.LOADING, elapsed),
+                preparing=meter.seconds(Stage.PREPARING, elapsed),
+                loaded=meter.loaded,
+                outcome=outcome.value,
+                at=time.time(),
+            )
             await self._history.add(record)
+
+    async def _look_late(self) -> LoadFacts | None:
+        """Look at the files of a load that has ended before that; None where it takes too long."""
+        with anyio.move_on_after(_LAST_LOOK):
+            facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
+            # What was in the page cache before the load, nobody knows any more.
+            return self._by_engine(replace(facts, cached=None))
+        return None
