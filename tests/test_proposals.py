@@ -58,13 +58,20 @@ def rate_of(settings: tuple[tuple[str, Any], ...]) -> float:
     return 100 * speed * {"f16": 0.9, "q8_0": 1.0, "q4_0": 0.8}[given["cache_type_k"]]
 
 
-def searched(base: ServerConfig, budget: int, seed: int, rows: tuple[TrialResult, ...] = ()) -> Any:
+def searched(
+    base: ServerConfig,
+    budget: int,
+    seed: int,
+    rows: tuple[TrialResult, ...] = (),
+    space: Space = SPACE,
+    rate: Callable[[tuple[tuple[str, Any], ...]], float] = rate_of,
+) -> Any:
     while len(rows) < budget:
         known = Standing(rows, base, RATE, ()).known
-        settings = propose(SPACE, known, {"threads": 2}, smaller=False, seed=seed)
+        settings = propose(space, known, {"threads": 2}, smaller=False, seed=seed)
         if settings is None:
             break
-        rows += (row(Trial("m.gguf", settings), rate_of(settings)),)
+        rows += (row(Trial("m.gguf", settings), rate(settings)),)
     return rows
 
 
@@ -88,6 +95,21 @@ def test_proposals_depend_on_rows_and_seed_alone(base: ServerConfig) -> None:
 def test_nothing_is_proposed_twice_and_everything_once(base: ServerConfig) -> None:
     rows = searched(base, 1000, seed=0)
     assert len({one.trial for one in rows}) == len(rows) == COMBINATIONS
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"threads": Range(1, 6)},
+        {"threads": Range(1, 3), "ubatch_size": Values((32, 64))},
+        {"threads": Values((1, 2, 4)), "cache_type_k": Values((None, "q8_0"))},
+    ],
+)
+def test_a_small_range_is_tried_whole_and_nothing_is_a_value(
+    base: ServerConfig, space: Space
+) -> None:
+    rows = searched(base, 20, 3, space=space, rate=lambda settings: len(str(settings)))
+    assert len({one.trial.settings for one in rows}) == len(rows) == 6
 
 
 def test_failures_are_avoided(base: ServerConfig) -> None:

@@ -11,7 +11,8 @@ search that is resumed proposes what it would have proposed, and repeats count b
 from __future__ import annotations
 
 from contextlib import contextmanager
-from itertools import islice, product
+from itertools import product
+from math import prod
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,7 +48,7 @@ _ASKED = 30  # proposals that may be known already before chance decides
 def propose(
     space: Space, known: Sequence[Known], first: Mapping[str, Value], smaller: bool, seed: int
 ) -> Settings | None:
-    """Return a combination that is not known yet, or None when all are.
+    """Return a combination that is not known yet, or None when all are, or nearly all.
 
     Args:
         space: What to choose from.
@@ -64,10 +65,10 @@ def propose(
     sampler = optuna.samplers.TPESampler(seed=random.getrandbits(32), n_startup_trials=_RANDOM)
     study = make_study(space, known, smaller, sampler)
     if not known:
-        start = {n: _inward(axis, first[n]) for n, axis in space.items() if first.get(n) in axis}
+        begin = ((name, axis, first.get(name)) for name, axis in space.items())
+        start = {name: _inward(axis, value) for name, axis, value in begin if value in axis}
         study.enqueue_trial(start)
     best = _best(known, smaller) if len(known) >= _RANDOM and len(known) % _TOGETHER else None
-    asked: Settings = ()
     for _ in range(_ASKED):
         params = study.ask(_distributions(space)).params
         asked = tuple((name, _outward(axis, params[name])) for name, axis in space.items())
@@ -75,7 +76,7 @@ def propose(
             asked = _one_changed(space, best, dict(asked), random)
         if asked not in tried:
             return asked
-    return random.choice(left) if left else asked
+    return random.choice(left) if left else None
 
 
 def _best(known: Sequence[Known], smaller: bool) -> Settings | None:
@@ -131,14 +132,17 @@ def _fixed(axis: Axis) -> bool:
 
 def _left(space: Space, tried: set[Settings]) -> list[Settings] | None:
     """All combinations that were not tried; None where there are too many to list."""
-    axes = [
-        [(name, value) for value in axis.values] if isinstance(axis, Values) else None
-        for name, axis in space.items()
-    ]
-    if None in axes:
+    axes = [values for axis in space.values() if (values := _listed(axis)) is not None]
+    if len(axes) < len(space) or prod(map(len, axes)) > _ENUMERABLE:
         return None
-    points = list(islice(product(*filter(None, axes)), _ENUMERABLE + 1))
-    return None if len(points) > _ENUMERABLE else [one for one in points if one not in tried]
+    points = (tuple(zip(space, values, strict=True)) for values in product(*axes))
+    return [one for one in points if one not in tried]
+
+
+def _listed(axis: Axis) -> Sequence[Value] | None:
+    if isinstance(axis, Values):
+        return axis.values
+    return range(int(axis.low), int(axis.high) + 1) if axis.whole else None
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:
