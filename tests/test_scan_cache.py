@@ -9,9 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from model_files import write_header
+from model_files import write_header, write_model
 
 from kitty_nb.catalog import ModelCatalog
+from kitty_nb.catalog.shapes import Shapes
 
 OLD = 1_700_000_000_000_000_000
 
@@ -67,6 +68,23 @@ def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
     assert titles(folder, cache) == ["one"]
     changed(path, "two", before)
     assert titles(folder, cache) == ["two"]
+
+
+def test_what_could_not_be_read_is_tried_again_though_it_looks_unchanged(tmp_path: Path) -> None:
+    """As after a disk's error, or a permission given since."""
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    folder.mkdir()
+    path = write_model(folder / "m.gguf")
+    whole = path.read_bytes()
+    os.utime(path, ns=(OLD, OLD))
+    shapes = tmp_path / "shapes.sqlite3"
+    for content, readable in ((b"x" * len(whole), False), (whole, True)):
+        path.write_bytes(content)
+        os.utime(path, ns=(OLD, OLD))
+        (found,) = ModelCatalog(folder, cache).scan()
+        assert (found.problem is None) is readable
+        ((_, shape),) = Shapes(shapes).look_up([path])
+        assert (shape is not None) is readable
 
 
 def test_what_is_gone_is_forgotten_but_not_other_folders(tmp_path: Path) -> None:

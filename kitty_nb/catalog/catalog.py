@@ -124,7 +124,8 @@ class ModelCatalog:
             for done in _read(waiting):
                 for file, read in done:
                     facts[_key(file)] = read
-                    if file.stamp and settled(file.path, file.stamp):
+                    # What could not be read may be readable next time, with the same stamp.
+                    if file.stamp and settled(file.path, file.stamp) and read.problem is None:
                         fresh[_key(file)] = file.stamp, read
                 if len(facts) < total:
                     yield step()

@@ -194,8 +194,10 @@ class _Header:
         if self._header.metadata.get(f"{self._architecture}.attention.causal") is False:
             used = 0
         elif self._architecture == "gemma3n":
-            used = min(used, 20)  # as llama.cpp has it: the later layers look into those before
-        used -= self._number("attention.shared_kv_layers", 0)
+            # As llama.cpp has it, whatever the header says: later layers look into those before.
+            used = min(used, 20)
+        else:
+            used -= self._number("attention.shared_kv_layers", 0)
         return [kv if i < used else 0 for i, kv in enumerate(kv_heads)]
 
     def _windowed(self) -> list[bool]:
@@ -257,17 +259,19 @@ class _Header:
             return list(map(int, numbers))
         if default is not None and full_key not in self._header.metadata:
             return default
-        return [self._number(key)] * self._count
+        return [self._number(key, least=0)] * self._count
 
-    def _number(self, key: str, default: int | None = None, largest: int = _LARGEST) -> int:
+    def _number(
+        self, key: str, default: int | None = None, *, least: int = 1, largest: int = _LARGEST
+    ) -> int:
         full_key = f"{self._architecture}.{key}"
         value = self._header.metadata.get(full_key, default)
         if value is None:
             raise self._unusable(f"does not say its {full_key}")
-        lowest = 1 if default is None else 0
+        least = least if default is None else 0
         if isinstance(value, ArrayInfo):
             raise self._unusable(f"has a list as {full_key}")
-        if type(value) is not int or not lowest <= value <= largest:
+        if type(value) is not int or not least <= value <= largest:
             raise self._unusable(f"says that its {full_key} is {value}")
         return value
 

@@ -22,7 +22,7 @@ __all__ = ["FileCache", "ScanCache", "Stamp"]
 T = TypeVar("T")
 
 # One higher whenever `FileFacts` changes or is worked out otherwise: older rows are read again.
-_FACTS_VERSION = 1
+_FACTS_VERSION = 2
 _BUSY_SECONDS = 0.2
 _ROWS_KEPT = 20_000
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}

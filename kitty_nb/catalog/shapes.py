@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Self
+from dataclasses import astuple
+from typing import TYPE_CHECKING
 
 import platformdirs
 
@@ -21,23 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Shapes"]
 
-_VERSION = 1  # one higher whenever `ModelShape` changes or is worked out otherwise
+_VERSION = 2  # one higher whenever `ModelShape` changes or is worked out otherwise
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    shape: ModelShape | None
+def _to_json(shape: ModelShape) -> str:
+    return json.dumps(astuple(shape), separators=(",", ":"))
 
-    def to_json(self) -> str:
-        return json.dumps(astuple(self.shape) if self.shape else None, separators=(",", ":"))
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        values = json.loads(text)
-        if values is None:
-            return cls(None)
-        layers, *rest = values
-        return cls(ModelShape(tuple(Layer(*layer) for layer in layers), *rest))
+def _from_json(text: str) -> ModelShape:
+    layers, *rest = json.loads(text)
+    return ModelShape(tuple(Layer(*layer) for layer in layers), *rest)
 
 
 class Shapes:
@@ -49,8 +42,8 @@ class Shapes:
 
     def __init__(self, cache: Path | None = None) -> None:
         path = cache or platformdirs.user_cache_path("kitty_nb") / "shapes.sqlite3"
-        self._cache = FileCache(path, _VERSION, _Kept.from_json, _Kept.to_json)
-        self._known: dict[str, tuple[Stamp, _Kept]] = {}
+        self._cache = FileCache(path, _VERSION, _from_json, _to_json)
+        self._known: dict[str, tuple[Stamp, ModelShape]] = {}
 
     def look_up(self, models: Iterable[Path]) -> Iterator[tuple[Path, ModelShape | None]]:
         """Yield each model with its shape, or None where its header does not tell.
@@ -66,18 +59,18 @@ class Shapes:
         }
         if unknown:
             found = self._cache.recall(unknown)
-            self._known |= {key: (unknown[key], kept) for key, kept in found.items()}
-        fresh: dict[str, tuple[Stamp, _Kept]] = {}
+            self._known |= {key: (unknown[key], shape) for key, shape in found.items()}
+        fresh: dict[str, tuple[Stamp, ModelShape]] = {}
         try:
             for key, (model, stamp) in stamps.items():
                 known = self._known.get(key)
-                if known is None or known[0] != stamp:
-                    kept = _Kept(_read(model))
-                    if stamp is None or too_young(stamp):
-                        yield model, kept.shape
-                        continue
-                    known = fresh[key] = self._known[key] = stamp, kept
-                yield model, known[1].shape
+                if known is not None and known[0] == stamp:
+                    yield model, known[1]
+                    continue
+                shape = _read(model)
+                if shape and stamp and not too_young(stamp):
+                    fresh[key] = self._known[key] = stamp, shape
+                yield model, shape
         finally:
             if fresh:
                 self._cache.keep(fresh, (), set())
