@@ -177,6 +177,8 @@ def test_some_layers_or_models_keep_less(shape: Callable[..., ModelShape]) -> No
     usual = cache(shape(layers=8))
     assert cache(shape(layers=8, attention__causal=False)) == 0
     assert cache(shape("gemma4", layers=8, attention__shared_kv_layers=4)) == usual // 2
+    gemma3n = {"layers": 24, "attention__shared_kv_layers": 8}  # llama.cpp does not look at it
+    assert cache(shape("gemma3n", **gemma3n)) == usual // 8 * 20
     compressed = shape(
         "deepseek2", layers=8, attention__key_length_mla=192, attention__value_length_mla=128
     )
@@ -191,6 +193,12 @@ def test_blocks_for_later_tokens_are_not_loaded(shape: Callable[..., ModelShape]
     assert cache(fewer) == cache(all_blocks) * 6 // 8
     (needs,), (less) = estimate(all_blocks, ONE), estimate(fewer, ONE)[0]
     assert needs.weights - less.weights == 2 * all_blocks.layers[0].weights
+
+
+def test_a_model_without_attention_has_a_shape(shape: Callable[..., ModelShape]) -> None:
+    """llama.cpp's converters write no head for Mamba and RWKV."""
+    mamba = shape("mamba", attention__head_count=0, ssm__conv_kernel=4)
+    assert sum(layer.weights for layer in mamba.layers) > 0
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import anyio
 import psutil
 import pytest
 from conftest import MARK, eventually
+from model_files import write_model
 
 from kitty_nb import ServerConfig, Supervisor
 from kitty_nb.client import Access
@@ -289,6 +290,16 @@ def test_a_server_that_never_gets_ready_is_a_row_with_its_diagnosis(
         events = heard(one)
         one.run(retry=True).wait(WAIT)
         assert sum(isinstance(event, TrialStarted) for event in events) == 1
+
+
+def test_a_model_that_no_formula_knows_is_tried(
+    misbehaving: Callable[..., ServerConfig], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "odd.gguf", context_length=None)
+    config = misbehaving("--never-ready", "--exit-after", "0.1", model=model)
+    with Sweep(config=config, store=tmp_path / "sweep.sqlite3", repeats=1) as one:
+        (row,) = one.run().wait(WAIT).rows
+    assert "exit code" in row.reason
 
 
 def test_a_model_that_goes_away_is_a_row(

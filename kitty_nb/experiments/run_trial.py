@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from kitty_nb.catalog.memory import Verdict
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import ExperimentError, KittyError, PortBusyError
+from kitty_nb.errors import ExperimentError, KittyError, ModelFileError, PortBusyError
 from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
 from kitty_nb.experiments.measure import Interview
 from kitty_nb.experiments.quality import Perplexity
@@ -142,11 +142,14 @@ class _Run:
         engine = await engine_of(self._trial, config)
         self.engine = engine.version
         own = await anyio.to_thread.run_sync(self._own_config, config, folder, engine)
-        preview = await anyio.to_thread.run_sync(preview_by_formula, own, engine)
-        if preview.verdict is Verdict.WILL_NOT_FIT:
-            # The formula knows no engine's devices, so a refusal is the engine's own word.
-            preview = await MemoryPreviewer().preview(own, None, lambda _: None, 0.0)
-        return own, preview.refusal
+        refusal = ""
+        with suppress(ModelFileError):  # the formula is not for all models; the engine will say
+            preview = await anyio.to_thread.run_sync(preview_by_formula, own, engine)
+            if preview.verdict is Verdict.WILL_NOT_FIT:
+                # The formula knows no engine's devices, so a refusal is the engine's own word.
+                preview = await MemoryPreviewer().preview(own, None, lambda _: None, 0.0)
+            refusal = preview.refusal
+        return own, refusal
 
     def _own_config(self, config: ServerConfig, folder: Path, engine: Engine) -> ServerConfig:
         name = f"trial_{self._trial.key}"
