@@ -10,9 +10,10 @@ from pathlib import Path
 
 import anyio
 import pytest
+from conftest import eventually
 from other_kernel import runs
 
-from kitty_nb import ServerConfig, ServerStatus, Supervisor
+from kitty_nb import ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.errors import ServerCrashedError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, ProgressMade
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, Outcome
@@ -252,6 +253,18 @@ def test_how_a_load_ended_is_written(misbehaving: Callable[..., ServerConfig]) -
 
     anyio.run(stop)
     assert [outcome for outcome, *_ in rows(config.history)] == ["failed", "stopped"]
+
+
+def test_a_load_that_another_program_stops_has_not_crashed(
+    misbehaving: Callable[..., ServerConfig],
+) -> None:
+    config = misbehaving("--never-ready")
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        first.start()
+        eventually(lambda: second.state.pid is not None)
+        second.stop().wait(20)
+        eventually(lambda: first.state.status is ServerStatus.STOPPED)
+    assert [outcome for outcome, *_ in rows(config.history)] == ["stopped"]
 
 
 def test_a_load_that_is_over_before_its_files_were_looked_at_is_written(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 import psutil
 import pytest
@@ -201,6 +204,7 @@ def test_a_crashed_server_is_started_again(misbehaving: Misbehaving) -> None:
         os.kill(first.pid, signal.SIGKILL)
         await reach(supervisor, lambda state: state.status is ServerStatus.RESTARTING)
         assert supervisor.state.retry_in is not None
+        assert (await supervisor.check_health()).status is ServerStatus.STOPPED
         await reach(supervisor, lambda state: state.status is ServerStatus.READY)
         assert supervisor.state.pid != first.pid
         assert supervisor.state.restart_count == 1
@@ -284,6 +288,46 @@ def test_a_stop_before_the_process_is_there_calls_it_off(misbehaving: Misbehavin
     assert statuses(events) == ["STARTING", "STOPPING", "STOPPED"]
 
 
+def test_a_stop_while_the_port_is_tried_calls_it_off(
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, go_on = threading.Event(), threading.Event()
+
+    def slow(_: ServerConfig) -> None:
+        tried.set()
+        go_on.wait(20)
+
+    monkeypatch.setattr("kitty_nb.supervisor.launch.refuse_busy_port", slow)
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start(wait_for_ready=False)
+        assert await anyio.to_thread.run_sync(tried.wait, 20)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(supervisor.stop)
+            await reach(supervisor, lambda state: state.status is ServerStatus.STOPPING)
+            go_on.set()
+        assert supervisor.state.status is ServerStatus.STOPPED
+
+    assert supervised(misbehaving("--never-ready"), scenario)
+
+
+def test_what_is_asked_during_a_switch_builds_on_the_switch(
+    misbehaving: Misbehaving, tmp_path: Path
+) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        other = write_demo_model(tmp_path / "other.gguf")
+        await supervisor.start()
+        await supervisor.switch_model(other, wait_for_ready=False)
+        assert (await supervisor.start()).model_name == "other.gguf"
+        config = supervisor.state.config.replace(context_size=1024)
+        await supervisor.start(config, wait_for_ready=False)
+        demo = config.models_dir / "demo.gguf"
+        state = await supervisor.switch_model(demo)
+        assert (state.model_name, state.config.context_size) == ("demo.gguf", 1024)
+
+    supervised(misbehaving(), scenario)
+
+
 def test_a_cancelled_start_stops_its_server(misbehaving: Misbehaving) -> None:
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
         async with anyio.create_task_group() as tasks:
@@ -355,6 +399,42 @@ def test_a_deaf_server_is_forced_after_the_grace(misbehaving: Misbehaving) -> No
         assert not psutil.pid_exists(state.pid)
 
     supervised(misbehaving("--ignore-sigterm", stop_grace_seconds=0.3), scenario)
+
+
+def test_a_deaf_server_is_forced_also_when_its_supervisor_is_left(
+    misbehaving: Misbehaving,
+) -> None:
+    pids: list[int] = []
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        state = await supervisor.start()
+        assert state.pid
+        pids.append(state.pid)
+        supervisor.leave()
+        with anyio.move_on_after(0):
+            await supervisor.stop()
+        assert supervisor.state.status is ServerStatus.STOPPING
+
+    supervised(misbehaving("--ignore-sigterm", stop_grace_seconds=0.3), scenario)
+    assert not runs(pids[0])
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM])
+def test_an_end_is_noticed_where_the_system_forbids_to_wait_for_it(
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """As in some sandboxes, and before Linux 5.3."""
+
+    def refuse(_pid: int) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start()
+        assert (await supervisor.stop()).status is ServerStatus.STOPPED
+
+    supervised(misbehaving(), scenario)
 
 
 def test_a_forced_stop_does_not_wait(misbehaving: Misbehaving) -> None:

@@ -34,6 +34,11 @@ class ServerStatus(StrEnum):
         """Whether there is no process and none is on its way."""
         return self in {self.STOPPED, self.FAILED, self.CRASHED}
 
+    @property
+    def absent(self) -> bool:
+        """Whether there is no process now."""
+        return self.idle or self is self.RESTARTING
+
 
 class Stage(Enum):
     """The parts of a load, in order; the value is what to call it."""

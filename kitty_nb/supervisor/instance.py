@@ -257,6 +257,8 @@ class ServerInstance:
                 await anyio.lowlevel.checkpoint()
             self._read_log(log, to_end=True)
         asked = self._being_ended()
+        if asked and self._outcome is Outcome.CRASHED:
+            self._outcome = Outcome.STOPPED
         kills, before = oom_kills(), self._oom_kills[0]
         out_of_memory = None if kills is None else kills != before
         diagnosis = diagnose(code, tuple(self._last_lines), out_of_memory=out_of_memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.config import OnKernelExit, server_environment
@@ -72,6 +73,8 @@ async def launch(
         engine = await locate_engine(config.binary)
         command = build_command(engine, config)
         await anyio.to_thread.run_sync(refuse_busy_port, config)
+        # Called off while a thread tried the port, it is told so only now.
+        await anyio.lowlevel.checkpoint()
         rotate(config.log_path, config.log_keep)
         note_engine(engine)
         return await _spawn(config, command, api_key, began)

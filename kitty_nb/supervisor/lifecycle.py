@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.record import ServerRecord
 
-_WITHOUT_PROCESS = {
-    ServerStatus.STOPPED,
-    ServerStatus.FAILED,
-    ServerStatus.CRASHED,
-    ServerStatus.RESTARTING,
-}
 _LOADABLE = {ServerStatus.STARTING, ServerStatus.LOADING}
 _LIVE = {*_LOADABLE, ServerStatus.READY}
 
@@ -205,6 +199,11 @@ class Lifecycle:
         """The generation that the last wish led to."""
         return self.pending.generation if self.pending else self.generation
 
+    @property
+    def wanted(self) -> ServerConfig:
+        """The settings of the last wish."""
+        return self.pending.config if self.pending else self.config
+
     def overtaken(self, generation: int) -> bool:
         """Whether a later wish took the place of this generation."""
         return generation not in {self.generation, self.latest}
@@ -214,9 +213,8 @@ def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, .
     """Return what follows from a stimulus: the next state and what is to be done."""
     match stimulus:
         case StartAsked(config):
-            wanted = now.pending.config if now.pending else now.config
             coming = now.status in _LIVE or now.pending is not None
-            return (now, ()) if coming and wanted == config else _start(now, config)
+            return (now, ()) if coming and now.wanted == config else _start(now, config)
         case RestartAsked(config):
             return _start(now, config)
         case StopAsked(force):
@@ -232,7 +230,7 @@ def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, .
 def _start(now: Lifecycle, config: ServerConfig) -> tuple[Lifecycle, tuple[Action, ...]]:
     spawn = Spawn(now.issued + 1, config)
     now = replace(now, issued=spawn.generation)
-    if now.status in _WITHOUT_PROCESS:
+    if now.status.absent:
         return _begin(now, spawn)
     stopping = replace(now, status=ServerStatus.STOPPING, pending=spawn, error=None)
     if now.status is ServerStatus.STOPPING:
@@ -254,7 +252,7 @@ def _begin(now: Lifecycle, spawn: Spawn) -> tuple[Lifecycle, tuple[Action, ...]]
 def _found(
     now: Lifecycle, server: ServerRecord | PortHolder
 ) -> tuple[Lifecycle, tuple[Action, ...]]:
-    if now.status not in _WITHOUT_PROCESS:
+    if not now.status.absent:
         return now, ()
     attach = Attach(now.issued + 1, server)
     found = Lifecycle(
@@ -269,7 +267,7 @@ def _found(
 
 
 def _stop(now: Lifecycle, force: bool) -> tuple[Lifecycle, tuple[Action, ...]]:
-    if now.status in _WITHOUT_PROCESS:
+    if now.status.absent:
         stopped = replace(now, status=ServerStatus.STOPPED, error=None, retry_at=None)
         return replace(stopped, free_port=None, attachable=False), ()
     stopping = replace(now, status=ServerStatus.STOPPING, pending=None, error=None)

@@ -149,13 +149,10 @@ class ServerProcess:
             return False
 
     async def _ended(self) -> None:
-        if not hasattr(os, "pidfd_open"):
+        descriptor = _exit_descriptor(self.pid)
+        if descriptor is None:
             while self.runs():  # noqa: ASYNC110 (there is nothing to wait for)
                 await anyio.sleep(_EXIT_POLL)
-            return
-        try:
-            descriptor = os.pidfd_open(self.pid)
-        except ProcessLookupError:
             return
         try:
             if self.runs():
@@ -198,6 +195,14 @@ def _peak(process: psutil.Process) -> int:
         return 0
     highest = _HIGHEST.search(status)
     return int(highest[1]) << 10 if highest else now
+
+
+def _exit_descriptor(pid: int) -> int | None:
+    """What becomes readable when a process ends; macOS, old kernels and some sandboxes lack it."""
+    if hasattr(os, "pidfd_open"):
+        with suppress(OSError):
+            return os.pidfd_open(pid)
+    return None
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

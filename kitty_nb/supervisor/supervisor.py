@@ -123,7 +123,8 @@ class Supervisor:
         at: TracebackType | None,
     ) -> None:
         self._previewer.close()
-        if not self._leaving and not self._now.status.idle:
+        being_ended = self._now.status is ServerStatus.STOPPING
+        if being_ended or not (self._leaving or self._now.status.idle):
             with anyio.CancelScope(shield=True):
                 await self.stop()
         self._tasks.cancel_scope.cancel()
@@ -224,7 +225,7 @@ class Supervisor:
             on_progress: As for `start`.
         """
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
-        config = await anyio.to_thread.run_sync(lambda: self._now.config.replace(**changes))
+        config = await anyio.to_thread.run_sync(lambda: self._now.wanted.replace(**changes))
         return await self.restart(config, wait_for_ready, on_progress)
 
     async def stop(self, force: bool = False) -> ServerState:
@@ -255,7 +256,7 @@ class Supervisor:
 
     async def check_health(self) -> HealthCheckResult:
         """Ask the server how it is, now."""
-        if self._instance is None or self._now.status.idle:
+        if self._instance is None or self._now.status.absent:
             return HealthCheckResult(ServerStatus.STOPPED, message="no server is running")
         self._health = await self._instance.probe.check_activity()
         return self._health
@@ -282,7 +283,7 @@ class Supervisor:
             The engine's result, else the formula's. Its `problem` says why nothing is known.
         """
         return await self._previewer.preview(
-            config or self._now.config,
+            config or self._now.wanted,
             self._now.pid,
             on_preview or (lambda _: None),
             _PREVIEW_PAUSE,
@@ -295,7 +296,7 @@ class Supervisor:
             config: What would be started in place of the present server; without it that again.
         """
         with suppress(ModelFileError):  # starting it says what is wrong
-            wanted, pid = config or self._now.config, self._now.pid
+            wanted, pid = config or self._now.wanted, self._now.pid
             preview = await anyio.to_thread.run_sync(preview_by_formula, wanted, None, pid)
             return preview.refusal
         return ""
@@ -310,7 +311,7 @@ class Supervisor:
 
     async def _checked(self, config: ServerConfig | None) -> ServerConfig:
         """The settings to start with, looked at once more: files come and go."""
-        config = await anyio.to_thread.run_sync((config or self._now.config).replace)
+        config = await anyio.to_thread.run_sync((config or self._now.wanted).replace)
         if config.model is None:
             key = f"LLAMACPP_{config.profile.upper()}_MODEL"
             fix = f"Pick a model, or set {key} to a .gguf file in {config.models_dir}."
@@ -427,7 +428,7 @@ class Supervisor:
 
     async def _look_for_server(self) -> None:
         """Find the server that another program or kernel has started for this profile."""
-        if self._now.status.idle or self._now.status is ServerStatus.RESTARTING:
+        if self._now.status.absent:
             record = await anyio.to_thread.run_sync(find_server, self._now.config)
             if record:
                 self._feed(Found(record))
