@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -249,6 +250,20 @@ def test_a_config_is_frozen_and_hashable_by_value() -> None:
 )
 def test_the_endpoint_is_how_a_client_here_reaches_it(host: str, endpoint: str) -> None:
     assert ServerConfig(host=host).endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8082", "192.168.1.300", "localhost:8082", "my host", "http://here", "1"]
+)
+def test_a_host_is_an_address_or_a_name_without_a_port(host: str) -> None:
+    with pytest.raises(ConfigError, match="Write an address or a host name, without a port"):
+        ServerConfig(host=host)
+
+
+@pytest.mark.parametrize("key", ["log_max_mb", "stall_seconds", "restart_stable_seconds"])
+def test_no_number_is_endless(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        ServerConfig(**{key: math.inf})
 
 
 @pytest.mark.parametrize(

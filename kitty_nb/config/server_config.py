@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
 
 import platformdirs
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _DATA = platformdirs.user_data_path("kitty_nb")
 _STATE = platformdirs.user_state_path("kitty_nb")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
 
@@ -100,6 +102,15 @@ def _printable(value: object) -> object:
     return value
 
 
+def _host(value: str) -> str:
+    """What is no address must be a name; both without a port."""
+    if ":" in value or value.rpartition(".")[2].isdigit():
+        ipaddress.ip_address(value)
+    elif not _HOST_NAME.fullmatch(value):
+        raise ValueError("it is no name of a host")
+    return value
+
+
 def _words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
 
@@ -123,7 +134,9 @@ class ServerConfig(BaseModel):
     `ConfigError`, which lists every wrong value at once.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     profile: str = Field(default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
     models_dir: Annotated[_Folder, Env("MODELS_DIR", "a folder with .gguf files")] = (
@@ -143,7 +156,7 @@ class ServerConfig(BaseModel):
     ] = None
     binary: Annotated[_Folder | None, Env("BIN", "the path of a llama-server program")] = None
     host: Annotated[
-        str, Field(pattern=r"^[\w.:%-]+$"), Env("HOST", "an address or a host name")
+        str, AfterValidator(_host), Env("HOST", "an address or a host name, without a port")
     ] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535), Env("PORT", "a whole number from 1 to 65535")] = (
         Field(default_factory=lambda values: default_port(values.get("profile", "")))
