@@ -70,8 +70,10 @@ class Operation(Generic[T]):
             wait_for([self._future], timeout)
         else:
             nest_asyncio2.apply(loop)
-            waited = asyncio.wait([asyncio.wrap_future(self._future)], timeout=timeout)
-            loop.run_until_complete(waited)
+            future = asyncio.wrap_future(self._future)
+            # Its error is raised below; asyncio would print it once more for nobody having seen it.
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            loop.run_until_complete(asyncio.wait([future], timeout=timeout))
         if not self._future.done():
             raise WaitTimeoutError(f"Not done after {timeout} s; it goes on in the background.")
         return self._future.result()

@@ -105,6 +105,29 @@ asyncio.run(cell())
     assert done.stdout.strip() == "READY True", done.stderr
 
 
+def test_an_error_seen_by_a_wait_is_not_printed_once_more(tmp_path: Path) -> None:
+    (tmp_path / ".env").touch()
+    code = """
+import asyncio, gc
+from kitty_nb import ModelManager
+from kitty_nb.errors import ConfigError
+
+async def cell():
+    with ModelManager() as manager:
+        try:
+            manager.start().wait(timeout=30)
+        except ConfigError:
+            print("seen")
+    gc.collect()
+
+asyncio.run(cell())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("seen", "")
+
+
 def test_a_wait_ends_in_time_and_the_work_goes_on(endless: ModelManager) -> None:
     operation = endless.start()
     with pytest.raises(WaitTimeoutError, match="goes on"):
