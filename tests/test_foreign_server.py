@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import anyio
 import psutil
 import pytest
 from conftest import eventually
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import PortBusyError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event
+from kitty_nb.supervisor.port_holder import holder_of
 
 
 @contextmanager
@@ -68,6 +73,20 @@ def test_its_end_is_a_stop_and_no_crash(config: ServerConfig) -> None:
         assert manager.state.error is None
         # And the port is free for a server of our own.
         assert manager.start().wait(60).foreign is None
+
+
+def test_its_end_is_noticed_though_nobody_has_waited_for_it(config: ServerConfig) -> None:
+    """As of a server that a notebook has started by hand."""
+    engine = anyio.run(locate_engine, config.binary)
+    with subprocess.Popen(build_command(engine, config)) as server:
+        try:
+            with ModelManager(config=config.replace(profile="other")) as manager:
+                eventually(lambda: holder_of(config.host, config.port) is not None)
+                manager.attach().wait(60)
+                server.kill()
+                eventually(lambda: manager.state.status is ServerStatus.STOPPED)
+        finally:
+            server.kill()
 
 
 def test_only_a_llama_server_can_be_attached_to(config: ServerConfig) -> None:

@@ -103,8 +103,20 @@ def test_a_server_at_work_is_not_idle(misbehaving: Callable[..., ServerConfig]) 
         assert not any("crash" in line for line in manager.log_lines)
 
 
-def test_an_idle_model_sleeps_though_a_panel_looks_on(config: ServerConfig) -> None:
-    with ModelManager(config=config.replace(idle_shutdown_seconds=2)) as manager:
+def test_a_slow_load_is_no_rest(misbehaving: Callable[..., ServerConfig]) -> None:
+    with ModelManager(
+        config=misbehaving("--load-seconds", "5", idle_shutdown_seconds=2)
+    ) as manager:
+        assert manager.start().wait(30).status is ServerStatus.READY
+
+
+@pytest.mark.parametrize(
+    "said", [{"idle_shutdown_seconds": 2}, {"extra_args": ("--sleep-idle-seconds", "2")}]
+)
+def test_an_idle_model_sleeps_though_a_panel_looks_on(
+    config: ServerConfig, said: dict[str, object]
+) -> None:
+    with ModelManager(config=config.replace(**said)) as manager:
         manager.start().wait(30)
 
         def asleep() -> bool:

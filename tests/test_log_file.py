@@ -45,6 +45,17 @@ def test_an_emptied_log_is_read_from_its_beginning(tmp_path: Path) -> None:
         assert tail.read()[1:] == ("again",)
 
 
+def test_a_log_emptied_by_hand_does_not_bring_back_the_server_before(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("of the server before\n" * 10)
+    rotate(path, kept=1)
+    path.write_text("one\n")
+    with LogTail(path) as tail:
+        assert tail.read() == ("one",)
+        path.write_text("")
+        assert [line for line in tail.read() if "server before" in line] == []
+
+
 def test_the_previous_log_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "new" / "primary.log"
     rotate(path, kept=1)

@@ -28,6 +28,7 @@ from kitty_nb.supervisor.log_text import readable
         ),
         ('{"type":"fit_memory_breakdown","data":{"unit":1,"rows":[1]}}',) * 2,
         (json.dumps([1]), "[1]"),
+        ('{"a":' * 3000,) * 2,
         ("", ""),
     ],
 )

@@ -320,6 +320,10 @@ def test_a_model_that_vanishes_or_is_none_is_said_in_words(
     assert {p.verdict for p in (damaged, absent, none)} == {Verdict.UNKNOWN}
 
 
+def test_minus_one_layers_are_the_engines_choice(config: ServerConfig) -> None:
+    assert settings_of(config.replace(n_gpu_layers=-1)) == settings_of(config)
+
+
 def test_extra_args_have_the_last_word(config: ServerConfig, demo_model: Path) -> None:
     words = ["-c", "1024", "-ub", "64", "-ngl", "all", "-ctk", "q4_0", "-ctv", "nonsense"]
     words += ["-np", "2", "--kv-unified", "-nkvo", "-fa", "off", "--fit", "off", "-b", "x"]

@@ -100,7 +100,7 @@ class ForeignServer:
 
     async def _watch(self, process: psutil.Process) -> None:
         status, began = ServerStatus.STARTING, process.create_time()
-        while process.is_running():
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             health = await self.probe.check_activity()
             self._note_health(health)
             if health.status is not status:

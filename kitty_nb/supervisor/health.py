@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from kitty_nb.engine.command_line import sleeps
 from kitty_nb.supervisor.answer_pace import AnswerPace
 from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
 
@@ -45,7 +46,7 @@ class HealthProbe:
 
     def __init__(self, config: ServerConfig, api_key: SecretStr | None = None) -> None:
         self._alias = config.served_alias
-        self._sleeps = config.idle_shutdown_seconds is not None
+        self._sleeps = config.idle_shutdown_seconds is not None or sleeps(config.extra_args)
         self._pace = AnswerPace()
         self._client = httpx.AsyncClient(
             base_url=config.endpoint,

@@ -32,6 +32,8 @@ _LOCK_EVERY, _OTHER_ENDS_WITHIN = 0.1, 2.0
 # A server that uses more of a core than this is at work, whatever kind of request it has; health
 # checks take far less.
 _BUSY = 0.05
+# Bytes a second that it reads or takes: a load from a slow disk or drive uses little processor.
+_LOADS = 1 << 14
 
 
 class Duty(NamedTuple):
@@ -140,11 +142,11 @@ async def _keep_log(log: Path, limit: int, kept: int) -> None:
 
 
 async def _end_when_idle(process: ServerProcess, log: Path, seconds: float, duty: Duty) -> None:
-    used_at, before = time.monotonic(), process.processor_seconds()
+    used_at, before = time.monotonic(), _work_of(process)
     while time.monotonic() - used_at < seconds:
         await anyio.sleep(_LOOK_EVERY)
-        now = process.processor_seconds()
-        if now - before > _BUSY * _LOOK_EVERY:
+        now = _work_of(process)
+        if now - before > _LOOK_EVERY:
             used_at = time.monotonic()
         before = now
     with suppress(OSError), log.open("a", encoding="utf-8") as file:
@@ -152,6 +154,13 @@ async def _end_when_idle(process: ServerProcess, log: Path, seconds: float, duty
     with suppress(OSError):  # a disk that is full, or gone, is no reason to hold the memory
         withdraw(Path(duty.record))
     await process.terminate(float(duty.grace))
+
+
+def _work_of(process: ServerProcess) -> float:
+    """What it has done so far; 1 is the least that counts as a second of work."""
+    usage = process.usage()
+    moved = max(usage.resident, usage.read) if usage else 0
+    return process.processor_seconds() / _BUSY + moved / _LOADS
 
 
 def main(words: Sequence[str]) -> None:

@@ -66,6 +66,13 @@ def _shift(path: Path, kept: int) -> None:
             previous(path, age).replace(previous(path, age + 1))
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
 class LogTail:
     """Reads the lines that come to a log file. A context manager: it holds the file open.
 
@@ -83,6 +90,7 @@ class LogTail:
             self._file = path.open("rb")
         self._file.seek(0)
         self._rest = b""
+        self._aside = _stamp(previous(path))
 
     def __enter__(self) -> Self:
         return self
@@ -124,6 +132,9 @@ class LogTail:
 
     def _cut_off(self, position: int) -> bytes | None:
         """What was written behind our position before the log was emptied, if it was kept."""
+        before, self._aside = self._aside, _stamp(previous(self._path))
+        if self._aside == before:  # emptied by hand: what is kept is another server's
+            return None
         try:
             with previous(self._path).open("rb") as file:
                 if file.seek(0, os.SEEK_END) < position:

@@ -24,7 +24,7 @@ def readable(line: str) -> str:
                 return f"{_clock(time)} {_LETTERS.get(level, 'I')} {message.rstrip()}"
             case {"type": "fit_memory_breakdown", "data": {"unit": unit, "rows": rows}}:
                 return "; ".join(_memory(row, unit) for row in rows)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass  # a cut line, or one that the server did not mean as structure
     return line
 

@@ -213,12 +213,12 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
         "sequences": config.parallel,
         "batch": config.batch_size,
         "micro_batch": config.ubatch_size,
-        "gpu_layers": config.n_gpu_layers,
+        "gpu_layers": None if config.n_gpu_layers == -1 else config.n_gpu_layers,
         "flash_attention": config.flash_attention is not FlashAttention.OFF,
         "fits": has_fit,
         "scores_all": engine is not None and not can_answer(engine),
     } | _from_words(config.extra_args)
-    if (given["sequences"] or 0) < 1:  # llama-server's automatic choice
+    if (given["sequences"] or 0) < 1:  # llama-server's automatic choice, as -1 layers are
         given |= {"sequences": 4 if has_fit else 1, "unified": True}
     else:
         given.setdefault("unified", False)

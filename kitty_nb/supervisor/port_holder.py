@@ -7,7 +7,7 @@ import ipaddress
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _LAST_PORT = 65535
+_USUAL_PORT = 8082  # no administrator's, as those above one of theirs are
 _PORTS_TRIED = 100
 _MODEL = {"-m", "--model"}
 _ALIAS = {"-a", "--alias"}
@@ -108,21 +109,21 @@ def port_refusal(host: str, port: int) -> str | None:
 
 
 def next_free_port(host: str, port: int) -> int:
-    """Return the first port above `port` on which a server could listen.
+    """Return a port on which a server could listen: the first above `port`, or above the usual.
 
     Raises:
-        ServerFailedError: When a hundred ports in a row are busy, or `host` is no address of this
-            machine.
+        ServerFailedError: When a hundred ports in a row are busy both times, or `host` is no
+            address of this machine.
     """
-    for candidate in range(port + 1, min(port + _PORTS_TRIED, _LAST_PORT) + 1):
+    above = range(port + 1, min(port + _PORTS_TRIED, _LAST_PORT) + 1)
+    for candidate in chain(above, range(_USUAL_PORT, _USUAL_PORT + _PORTS_TRIED)):
         problem = bind_problem(host, candidate)
         if problem is None:
             return candidate
         if problem.errno not in {errno.EADDRINUSE, errno.EACCES}:
             raise ServerFailedError(f"{host} cannot be listened on: {problem.strerror or problem}.")
     raise ServerFailedError(
-        f"Ports {port + 1} to {min(port + _PORTS_TRIED, _LAST_PORT)} on {host} are all busy."
-        " Choose a free one yourself."
+        f"Ports {port + 1} to {above.stop - 1} on {host} are all busy. Choose a free one yourself."
     )
 
 
