@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -73,6 +74,11 @@ def said(told: list[Event]) -> str:
     return " ".join(event.message for event in told if isinstance(event, Activity))
 
 
+def loads_kept(history: Path) -> int:
+    with closing(sqlite3.connect(history)) as kept:
+        return int(kept.execute("SELECT count(*) FROM loads").fetchone()[0])
+
+
 def test_its_loads_move_by_what_the_child_shows(
     config: ServerConfig, router: Callable[..., Start]
 ) -> None:
@@ -99,6 +105,7 @@ def test_its_loads_move_by_what_the_child_shows(
         eventually(lambda: manager.state.alias == "llama-server")
         assert loads(told)[-1] is None
         # The next load is expected to be like the last one.
+        eventually(lambda: loads_kept(config.history))
         told.clear()
         there.ask("load")
         eventually(lambda: "has loaded large" in said(told))
@@ -111,7 +118,7 @@ def test_a_load_that_was_under_way_is_taken_up(
     config: ServerConfig, router: Callable[..., Start]
 ) -> None:
     told: list[Event] = []
-    with router("--load-seconds", "3") as there, ModelManager(config=config) as manager:
+    with router("--load-seconds", "6") as there, ModelManager(config=config) as manager:
         manager.subscribe(told.append)
         there.ask("load")
         eventually(lambda: there.status() == "loading")
@@ -127,7 +134,7 @@ def test_a_router_that_tells_nothing_is_asked(
     """As those of the first builds."""
     told: list[Event] = []
     with (
-        router("--load-seconds", "2", silent=True) as there,
+        router("--load-seconds", "4", silent=True) as there,
         ModelManager(config=config) as manager,
     ):
         manager.subscribe(told.append)

@@ -125,10 +125,14 @@ class HealthProbe:
         return {entry["id"]: entry.get("status", {}).get("value", "") for entry in entries}
 
     async def router_events(self) -> AsyncGenerator[str, None]:
-        """Yield what a router tells of its models, as JSON, until it ends the connection."""
+        """Yield what a router tells of its models, as JSON, until it ends the connection.
+
+        Once it listens to it, and before anything is told, an empty text comes.
+        """
         try:
             async with self._client.stream("GET", "/models/sse", timeout=_LISTENING) as response:
                 if response.status_code == HTTPStatus.OK:
+                    yield ""
                     async for line in response.aiter_lines():
                         if line.startswith(_SSE_DATA):
                             yield line.removeprefix(_SSE_DATA)

@@ -126,13 +126,15 @@ class RouterWatch:
             return
         async with anyio.create_task_group() as tasks:
             while True:
-                await self._catch_up(tasks)
                 async with aclosing(self._probe.router_events()) as events:
                     async for text in events:
-                        self._listening = True
+                        if not self._listening:  # nothing is told twice or missed from now on
+                            self._listening = True
+                            await self._catch_up(tasks)
                         with suppress(ValidationError):  # of downloads and lists of models
                             self._take(_RouterEvent.model_validate_json(text), tasks)
                 self._listening = False
+                await self._catch_up(tasks)
                 await anyio.sleep(_LISTEN_AGAIN)
 
     async def _catch_up(self, tasks: TaskGroup) -> None:

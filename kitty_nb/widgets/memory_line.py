@@ -74,9 +74,9 @@ class MemoryLine(HTML):
         self._show(None)
 
     def _show(self, preview: MemoryPreview | None) -> None:
-        self.preview = preview
         self.value = describe(preview) if preview else ""
         self.layout.display = None if preview else "none"
+        self.preview = preview
 
 
 def describe(preview: MemoryPreview) -> str:
