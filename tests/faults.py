@@ -109,7 +109,7 @@ class Fault:
     before: Callable[[Case], object] = nothing
     at: ServerStatus | None = None
     strike: Callable[[Case], object] = nothing
-    within: float = 10.0
+    within: float = 30.0
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self, config: ServerConfig, folder: Path, stand_in: Path) -> None:

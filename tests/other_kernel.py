@@ -23,7 +23,7 @@ manager = ModelManager(config=config)
 start = manager.start()
 while sys.argv[2] == "load" and manager.state.pid is None:
     time.sleep(0.01)
-print(manager.state.pid or start.wait(30).pid, flush=True)
+print(manager.state.pid if sys.argv[2] == "load" else start.wait(30).pid, flush=True)
 if sys.argv[2] != "end":
     time.sleep(60)
 """

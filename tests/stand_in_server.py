@@ -111,9 +111,9 @@ class Server:
         weights = bytearray()
         seconds = float(self.options.load_seconds or 0)
         path = Path(self.options.model)
-        log(f"srv    load_model: loading model '{path}'")
-        began, size = time.monotonic(), path.stat().st_size
         with path.open("rb") as file:
+            log(f"srv    load_model: loading model '{path}'")
+            began, size = time.monotonic(), os.fstat(file.fileno()).st_size
             while block := file.read(max(1, size // 200)):
                 weights += block
                 time.sleep(max(0.0, began + seconds * len(weights) / size - time.monotonic()))

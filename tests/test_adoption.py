@@ -29,6 +29,8 @@ from kitty_nb.supervisor.profile_owner import who_owns
 from kitty_nb.supervisor.record import ServerRecord, find_server, read_record, write_record
 from kitty_nb.supervisor.record_file import record_path
 
+LOOK_EVERY = "kitty_nb.supervisor.supervisor._LOOK_EVERY"
+
 
 @pytest.fixture
 def kernel(config: ServerConfig) -> Iterator[Callable[..., Kernel]]:
@@ -92,9 +94,12 @@ def test_a_server_that_is_to_stop_does_though_its_kernel_died_as_it_was_spawned(
 
 
 def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
-    misbehaving: Callable[..., ServerConfig], config: ServerConfig
+    misbehaving: Callable[..., ServerConfig],
+    config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stubborn = misbehaving("--ignore-sigterm", stop_grace_seconds=2)
+    monkeypatch.setattr(LOOK_EVERY, 60)  # the second is not to find the server before it starts
+    stubborn = misbehaving("--ignore-sigterm", stop_grace_seconds=4)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
@@ -115,8 +120,11 @@ def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
 
 
 def test_a_server_that_became_ready_while_it_was_stopped_stays_stopped(
-    misbehaving: Callable[..., ServerConfig], config: ServerConfig
+    misbehaving: Callable[..., ServerConfig],
+    config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(LOOK_EVERY, 0.05)  # the second is to find it while it loads
     stubborn = misbehaving("--ignore-sigterm", "--prepare-seconds", "1", stop_grace_seconds=3)
     with ModelManager(config=stubborn) as first, ModelManager(config=config) as second:
         first.start(wait_for_ready=False)

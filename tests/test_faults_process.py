@@ -230,8 +230,8 @@ HANGS = [
         before=hang_drive,
         at=LOADING,
         strike=pause,
-        changes={"stall_seconds": 1},
-        within=15,
+        changes={"stall_seconds": 5},
+        within=30,
     ),
     Fault(
         "SIGSTOP while ready",
@@ -254,14 +254,14 @@ HANGS = [
         FAILED,
         "stalled in the stage 'loading weights'",
         flags=STUCK,
-        changes={"stall_seconds": 1},
+        changes={"stall_seconds": 4},
     ),
     Fault(
         "another model answers",
         FAILED,
         "It answers, but not as",
         flags=("--answer-as", "stranger"),
-        changes={"stall_seconds": 1},
+        changes={"stall_seconds": 4},
     ),
 ]
 KERNEL = [

@@ -128,7 +128,7 @@ def test_a_large_vocabulary_is_passed_over_quickly(tmp_path: Path) -> None:
         times.append(time.process_time() - begin)
     assert header.metadata["merges"] == ArrayInfo(8, count)
     assert header.metadata["last"] == "\u2581" * 100_000
-    assert min(times) < 0.1
+    assert min(times) < 0.5
 
 
 def test_a_file_cut_short_anywhere_in_its_header_is_refused(tmp_path: Path) -> None:

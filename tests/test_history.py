@@ -128,7 +128,7 @@ def load(config: ServerConfig) -> list[Event]:
 def test_a_load_writes_its_row_and_the_next_one_is_foreseen(
     misbehaving: Callable[..., ServerConfig],
 ) -> None:
-    config = misbehaving("--load-seconds", "0.6", "--prepare-seconds", "0.4")
+    config = misbehaving("--load-seconds", "2", "--prepare-seconds", "1")
     first = load(config)
     [(outcome, loading, _, path)] = rows(config.history)
     assert (outcome, path) == ("ready", str(config.model))
