@@ -11,8 +11,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from model_files import write_model
 
 from kitty_nb import ServerConfig, Supervisor
 from kitty_nb.client import Access
-from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError
+from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError, WaitTimeoutError
 from kitty_nb.experiments import (
     ExactMatch,
     Outcome,
@@ -47,6 +47,7 @@ from kitty_nb.experiments.events import (
     TrialStarted,
 )
 from kitty_nb.experiments.run_trial import run_trial
+from kitty_nb.experiments.schedule import Execute
 from kitty_nb.experiments.store import ResultStore
 from kitty_nb.experiments.trial import TrialSeconds
 from kitty_nb.experiments.workload import Workload
@@ -259,6 +260,52 @@ def test_a_paused_sweep_ends_its_trial_and_waits(sweep: Callable[..., Sweep]) ->
     one.resume()
     assert len(operation.wait(WAIT).rows) == 3
     assert SweepResumed() in events
+
+
+@asynccontextmanager
+async def no_server(seconds: float = 0.0) -> AsyncIterator[Execute]:
+    """Runs trials that take no server, only their time."""
+
+    async def execute(
+        trial: Trial, *, tell: Callable[[SweepEvent], None], free: Callable[[], None]
+    ) -> TrialResult:
+        await anyio.sleep(seconds)
+        return TrialResult(trial, Outcome.DONE)
+
+    yield execute
+
+
+def test_a_sweep_can_be_cancelled_as_soon_as_it_is_told_to_run(
+    sweep: Callable[..., Sweep],
+) -> None:
+    one = sweep(repeats=100)
+    for _ in range(10):
+        operation = one.run(no_server(WAIT))
+        assert one.running
+        one.cancel()
+        assert not operation.wait(WAIT / 2).rows
+    with one:
+        one.run(no_server(WAIT))
+    assert not one.running
+
+
+def test_a_paused_sweep_can_be_cancelled_run_again_and_resumed(
+    sweep: Callable[..., Sweep],
+) -> None:
+    one = sweep(repeats=2)
+    one.subscribe(lambda event: one.pause() if isinstance(event, TrialStarted) else None)
+    operation = one.run(no_server())
+    eventually(lambda: len(one.results) == 1, within=WAIT)
+    with pytest.raises(WaitTimeoutError):  # the second trial waits
+        operation.wait(0.1)
+    one.cancel()
+    assert len(operation.wait(WAIT).rows) == 1
+    operation = one.run(no_server())
+    assert one.progress.paused
+    with pytest.raises(WaitTimeoutError):
+        operation.wait(0.1)
+    one.resume()
+    assert len(operation.wait(WAIT).rows) == 2
 
 
 def test_a_server_that_dies_is_a_row(sweep: Callable[..., Sweep]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Future
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -16,18 +17,20 @@ if TYPE_CHECKING:
 
 
 def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, Future[T]]:
-    """Start the work; cancelling the future cancels it.
+    """Start the work, and return when it first waits. Cancelling the future cancels it.
 
     Args:
         work: A coroutine function.
         name: Of the thread. It is a daemon: whoever starts it sees to its end.
     """
     begun: Future[tuple[BlockingPortal, Callable[[], Awaitable[T]]]] = Future()
+    waits = Event()
 
     async def live() -> None:
         ended = anyio.Event()
 
         async def whole() -> T:
+            asyncio.get_running_loop().call_soon(waits.set)  # its turn is when the work waits
             try:
                 return await work()
             finally:
@@ -40,4 +43,6 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
     thread = Thread(target=anyio.run, args=(live,), name=name, daemon=True)
     thread.start()
     portal, whole = begun.result()
-    return thread, portal.start_task_soon(whole)
+    future = portal.start_task_soon(whole)
+    waits.wait()
+    return thread, future

@@ -31,30 +31,34 @@ class Execute(Protocol):
 
 
 class Gate:
-    """Lets trials through while it is open. For one event loop."""
+    """Lets trials through while it is open, on one event loop at a time.
+
+    Attributes:
+        open: Whether trials may begin.
+    """
 
     def __init__(self) -> None:
-        self._opened = anyio.Event()
-        self._opened.set()
-
-    @property
-    def open(self) -> bool:
-        """Whether trials may begin."""
-        return self._opened.is_set()
+        self.open = True
+        self._opened: anyio.Event | None = None
 
     def close(self) -> None:
         """Let none begin from now on."""
-        if self.open:
-            self._opened = anyio.Event()
+        self.open = False
 
     def reopen(self) -> None:
         """Let them begin again."""
-        self._opened.set()
+        self.open = True
+        if self._opened:
+            self._opened.set()
 
     async def passed(self) -> None:
-        """Wait until it is open."""
-        while not self.open:
-            await self._opened.wait()
+        """Wait until it is open; one at a time."""
+        try:
+            while not self.open:
+                self._opened = anyio.Event()
+                await self._opened.wait()
+        finally:
+            self._opened = None
 
 
 async def carry_out(

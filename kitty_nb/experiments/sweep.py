@@ -320,8 +320,8 @@ class Sweep:
 
     def cancel(self) -> None:
         """End the run and the server under way. What is done is kept; `run` goes on from there."""
-        if self._control:
-            self._on_loop(self._control[1].cancel)
+        if control := self._control:
+            self._on_loop(control[1].cancel)
 
     def close(self) -> None:
         """Cancel the run and wait until its server and thread have ended."""
