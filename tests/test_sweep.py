@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import httpx
 import psutil
 import pytest
 from conftest import MARK, eventually
@@ -46,6 +47,7 @@ from kitty_nb.experiments.events import (
     TrialProgressed,
     TrialStarted,
 )
+from kitty_nb.experiments.measure import Interview
 from kitty_nb.experiments.run_trial import run_trial
 from kitty_nb.experiments.schedule import Execute
 from kitty_nb.experiments.store import ResultStore
@@ -601,6 +603,29 @@ async def _perplexity_by_hand(config: ServerConfig, text: str) -> float:
                 surprise, count = surprise - best["logprob"], count + 1
                 before, rest = [*before, best["id"]], rest.removeprefix(best["token"])
     return math.exp(surprise / count)
+
+
+def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/props":
+            return httpx.Response(200, json={})
+        if json.loads(request.content)["stream"]:
+            return httpx.Response(200, text='data: {"content": "blue", "timings": {}}\n\n')
+        lowest = -3.4028234663852886e38  # what llama-server writes for the logarithm of 0
+        tokens = [{"logprob": lowest, "bytes": [98]}, {"logprob": -0.1, "bytes": []}]
+        return httpx.Response(200, json={"content": "blue", "completion_probabilities": tokens})
+
+    async def ask() -> None:
+        quality = Perplexity({PROMPT: "blue"})
+        workload = Workload(prompts=(PROMPT,), chat=False, quality=quality)
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            interview = Interview(http, workload, {})
+            await interview.warm_up()
+            with pytest.raises(ExperimentError, match="impossible"):
+                await interview.perplexity(quality)
+
+    anyio.run(ask)
 
 
 def test_a_script_without_a_thread(sweep: Callable[..., Sweep]) -> None:

@@ -138,7 +138,13 @@ class Interview:
                 likelihoods += await self._likelihoods(index, text)
         if not likelihoods:
             raise ExperimentError("Perplexity has no expected text for any of the prompts.")
-        return math.exp(-sum(likelihoods) / len(likelihoods))
+        try:
+            return math.exp(-sum(likelihoods) / len(likelihoods))
+        except OverflowError:
+            raise ExperimentError(
+                "The perplexity is without bound: the model holds a token of an expected text for"
+                " impossible. Give another text, or leave perplexity out."
+            ) from None
 
     async def _likelihoods(self, prompt: int, text: str) -> Iterable[float]:
         """Log-probabilities of a text's tokens as the answer to a prompt."""
