@@ -10,7 +10,7 @@ from test_sweep import servers
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments import Outcome, TrialResult, TuneResult, tune
+from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, local, tune
 from kitty_nb.experiments.events import SweepEvent, TrialEnded, TrialStarted
 from kitty_nb.manager import Operation
 
@@ -112,6 +112,21 @@ def test_cancelling_ends_the_server_and_keeps_the_rows(search: Search) -> None:
 def test_when_nothing_can_be_measured_it_says_why(search: Search) -> None:
     with pytest.raises(ExperimentError, match="context_size"):
         search(prompts="hello " * 3000, budget=2).wait(WAIT)
+
+
+def test_a_trial_that_fails_unforeseen_is_a_row(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(trial: Trial, **_: object) -> TrialResult:
+        if dict(trial.settings)["batch_size"] == 64:
+            raise RuntimeError("a bug")
+        return TrialResult(trial, Outcome.DONE)
+
+    monkeypatch.setattr(local, "run_trial", run)
+    found = search(space={"batch_size": [64, 128], "threads": 1}, budget=2).wait(WAIT)
+    assert found.settings["batch_size"] == 128
+    (bad,) = [row for row in found.results.rows if row.outcome is Outcome.FAILED]
+    assert "RuntimeError('a bug')" in bad.reason
 
 
 def test_wrong_names_are_refused_before_the_first_trial(search: Search) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
+
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.trial import Outcome, TrialResult
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from kitty_nb.experiments.events import SweepEvent
-    from kitty_nb.experiments.trial import Trial, TrialResult
+    from kitty_nb.experiments.trial import Trial
+
+_log = logging.getLogger(__name__)
 
 
 class Execute(Protocol):
@@ -96,6 +103,30 @@ async def carry_out(
             await semaphore.acquire()
             await gate.passed()
             tasks.start_soon(one, trial)
+
+
+async def row_of(
+    trial: Trial, execute: Execute, tell: Callable[[SweepEvent], None], free: Callable[[], None]
+) -> TrialResult:
+    """Return a trial's row, also of one that fails as nobody has foreseen: others go on.
+
+    Args:
+        trial: What to try.
+        execute: Runs it.
+        tell: As for `execute`.
+        free: As for `execute`.
+
+    Raises:
+        ExperimentError: Nothing can be run there any more.
+    """
+    try:
+        return await execute(trial, tell=tell, free=free)
+    except ExperimentError:
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever it is, it has its row)
+        _log.exception("Running a trial failed.")
+        reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
+        return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
 
 
 def first_of(error: Exception) -> Exception:

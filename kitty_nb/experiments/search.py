@@ -17,6 +17,7 @@ from kitty_nb.experiments.events import StoreFailed, TrialEnded, TrialProgressed
 from kitty_nb.experiments.local import this_machine
 from kitty_nb.experiments.objective import glimpses, why_behind
 from kitty_nb.experiments.propose import propose
+from kitty_nb.experiments.schedule import row_of
 from kitty_nb.experiments.settings import check_flags
 from kitty_nb.experiments.space import Values
 from kitty_nb.experiments.standing import Standing
@@ -183,7 +184,7 @@ class Search:
         with anyio.CancelScope() as scope:
             if self.objective.tells_speed and len(peers) >= _PEERS and trial.repeat == 1:
                 scope.deadline = anyio.current_time() + _PATIENCE * median(usual)
-            row = await execute(trial, tell=tell, free=lambda: None)
+            row = await row_of(trial, execute, tell, lambda: None)
         if row:
             return row
         passed = time.monotonic() - began

@@ -33,10 +33,10 @@ from kitty_nb.experiments.events import (
 from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.local import this_machine
 from kitty_nb.experiments.results import Results, extra
-from kitty_nb.experiments.schedule import Gate, carry_out, first_of
+from kitty_nb.experiments.schedule import Gate, carry_out, first_of, row_of
 from kitty_nb.experiments.settings import check_flags, digest
 from kitty_nb.experiments.store import ResultStore
-from kitty_nb.experiments.trial import Outcome, Trial, TrialResult
+from kitty_nb.experiments.trial import Outcome, Trial
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
 from kitty_nb.manager import Operation
 from kitty_nb.supervisor.broadcast import Broadcast
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.grid import Skip
     from kitty_nb.experiments.quality import Perplexity, Quality
     from kitty_nb.experiments.schedule import Execute
+    from kitty_nb.experiments.trial import TrialResult
     from kitty_nb.supervisor.events import LoadProgress
 
 __all__ = ["Sweep", "SweepProgress"]
@@ -352,13 +353,7 @@ class Sweep:
         self._running[trial] = time.monotonic()
         self._publish(TrialStarted(trial))
         try:
-            result = await execute(trial, tell=self._publish, free=free)
-        except ExperimentError:
-            raise
-        except Exception as error:  # noqa: BLE001 (one bad trial must not end the sweep)
-            _log.exception("Running a trial failed.")
-            reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
-            result = TrialResult(trial, Outcome.FAILED, reason, at=time.time())
+            result = await row_of(trial, execute, self._publish, free)
         finally:
             self._running.pop(trial, None)
         self._rows[trial.key] = result
