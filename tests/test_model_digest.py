@@ -59,6 +59,13 @@ def test_all_files_that_a_server_reads_count(tmp_path: Path) -> None:
     assert told == sorted(told)
 
 
+@pytest.mark.parametrize("flag", ["--lora-scaled", "--control-vector-scaled"])
+def test_files_that_are_given_with_a_scale_count(tmp_path: Path, flag: str) -> None:
+    model, *others = (write(tmp_path / f"{name}.gguf", name.encode()) for name in "abc")
+    found, _ = digest(settings(model, flag, f"{others[0]}:0.5,{others[1]}:-1e-1"))
+    assert found.companions == tuple(map(expected, others))
+
+
 def test_an_unchanged_file_is_read_once(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", b"one")
     first, _ = digest(settings(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _STEP = 1 << 24  # bytes, about a hundredth of a second
 _CACHE_VERSION = 1
+_GGUF = re.compile(r"(.+\.gguf)(:[^:/]*)?", re.IGNORECASE | re.DOTALL)  # with an adapter's scale
 
 
 class FileDigest(BaseModel):
@@ -86,8 +88,8 @@ async def digest_model(config: ServerConfig, on_progress: OnProgress | None = No
         ModelFileError: A file is missing, cannot be read, or changes meanwhile.
     """
     shards = shard_paths(config.model) if config.model else ()
-    words = (Path(part) for word in config.extra_args for part in word.split(","))
-    companions = tuple(path for path in words if path.suffix.lower() == ".gguf")
+    words = (part for word in config.extra_args for part in word.split(","))
+    companions = tuple(Path(found[1]) for word in words if (found := _GGUF.fullmatch(word)))
     digests = await run_sync(_digest, (*shards, *companions), on_progress or (lambda *_: None))
     return ModelDigest(shards=digests[: len(shards)], companions=digests[len(shards) :])
 
