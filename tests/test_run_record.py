@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import psutil
 import pytest
 from conftest import eventually
@@ -268,6 +269,30 @@ def test_differences_are_named_and_located(record: RunRecord) -> None:
     assert "Answers: 0 of 2 are the same." in shown
     assert f"differs from character {ANSWER.index('demo') + 1} on" in shown
     assert "load" not in {one.what.split(",")[0] for one in comparison.figures}
+
+
+def test_tool_calls_are_recorded_and_compared(record: RunRecord) -> None:
+    request = Request(messages=({"role": "user", "content": "Weather?"},))
+
+    def run(number: str, city: str) -> RunRecord:
+        function = {"name": "weather", "arguments": json.dumps({"city": city})}
+        call = {"type": "function", "id": number, "function": function}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        answer = {"choices": [{"finish_reason": "tool_calls", "message": message}]}
+
+        class Server(Access):
+            def async_http(self) -> httpx.AsyncClient:
+                transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
+                return httpx.AsyncClient(transport=transport, base_url=self.endpoint)
+
+        return changed(record, exchanges=anyio.run(ask, Server("http://server", None), [request]))
+
+    paris = run("1", "Paris")
+    assert compare(paris, run("2", "Paris")).same_outputs
+    assert compare(paris, RunRecord.parse(paris.model_dump_json())).same_outputs
+    (difference,) = compare(paris, run("3", "Tokyo")).outputs
+    assert difference.recorded.startswith("Paris")
+    assert difference.now.startswith("Tokyo")
 
 
 def broken(text: str, how: str) -> str:

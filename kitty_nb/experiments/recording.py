@@ -192,11 +192,13 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
     answer = response.json()
     choice = answer["choices"][0]
     message = choice.get("message", {"content": choice.get("text")})
+    calls = message.get("tool_calls") or ()
     timings = answer.get("timings")
     return Exchange(
         request=request,
         output=message.get("content") or "",
         reasoning=message.get("reasoning_content") or "",
+        tool_calls=tuple({key: call[key] for key in call if key != "id"} for call in calls),
         finish_reason=choice.get("finish_reason"),
         timings=timings and Timings.model_validate(timings),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Self
@@ -127,6 +128,8 @@ class Exchange(_Facts):
         request: What was asked.
         output: The answer.
         reasoning: What the model has thought before, where it tells apart.
+        tool_calls: Which tools it calls, and with what, as OpenAI's protocol has it; without the
+            ids, which are others each time.
         finish_reason: Why it ended: `stop`, or `length` when it was cut short.
         timings: What the server says of it, if it does.
     """
@@ -134,13 +137,15 @@ class Exchange(_Facts):
     request: Request
     output: str
     reasoning: str = ""
+    tool_calls: tuple[dict[str, JsonValue], ...] = ()
     finish_reason: str | None = None
     timings: Timings | None = None
 
     @property
     def text(self) -> str:
         """All that the model has written."""
-        return self.reasoning + self.output
+        calls = (json.dumps(one, ensure_ascii=False, sort_keys=True) for one in self.tool_calls)
+        return self.reasoning + self.output + "".join(calls)
 
 
 class RunRecord(_Facts):
