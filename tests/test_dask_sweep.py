@@ -250,6 +250,8 @@ def test_a_model_that_only_the_workers_have(
         rows = one.run(client=client).wait(WAIT).rows
     assert [row.outcome for row in rows] == [Outcome.DONE] * 4, rows
     assert len({row.host for row in rows}) == 1  # whose file was taken for the model
+    assert rows[0].mark
+    assert {row.mark for row in rows} == {rows[0].mark}
 
 
 def test_a_worker_without_kitty_nb_gets_no_trial(

@@ -23,7 +23,7 @@ import pytest
 from conftest import MARK, eventually
 from model_files import write_model
 
-from kitty_nb import ServerConfig, Supervisor
+from kitty_nb import ServerConfig, Supervisor, write_demo_model
 from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError, WaitTimeoutError
 from kitty_nb.experiments import (
@@ -159,6 +159,36 @@ def test_a_sweep_made_again_repeats_nothing_and_may_grow(sweep: Callable[..., Sw
     assert sum(isinstance(event, TrialStarted) for event in events) == 3
     other = sweep(grid={"threads": [1]}, max_tokens=9)
     assert not other.results.rows
+
+
+def test_rows_of_another_file_of_the_same_name_are_not_taken(
+    sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
+) -> None:
+    def of(folder: str, size: int = 0) -> Sweep:
+        if size:
+            write_demo_model(tmp_path / folder / "model.gguf", size)
+        config = base.replace(models_dir=tmp_path / folder, model=None)
+        return sweep(models=["model.gguf"], config=config)
+
+    (row,) = of("one", 2_000_000).run().wait(WAIT).rows
+    assert row.outcome is Outcome.DONE, row.reason
+    assert of("one").results.rows == (row,)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert of("moved").results.rows == (row,)
+    assert of("other", 3_000_000).progress.done == 0
+    one = of("moved")
+    assert one.progress.done == 1
+    of("moved", 4_000_000)
+    (now,) = one.run().wait(WAIT).rows
+    assert now.at > row.at
+
+
+def test_rows_that_do_not_say_which_file_it_was_count(sweep: Callable[..., Sweep]) -> None:
+    one = sweep()
+    one.run(no_server()).wait(WAIT)
+    with closing(sqlite3.connect(one.store)) as store, store:
+        store.execute("UPDATE trials SET result = json_remove(result, '$.mark')")
+    assert sweep().progress.done == 1
 
 
 def test_names_in_another_order_are_the_same_combinations(sweep: Callable[..., Sweep]) -> None:

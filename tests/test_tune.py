@@ -8,7 +8,7 @@ import pytest
 from conftest import eventually
 from test_sweep import servers
 
-from kitty_nb import ServerConfig
+from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, local, tune
 from kitty_nb.experiments.events import SweepEvent, TrialEnded, TrialStarted
@@ -80,6 +80,22 @@ def test_the_same_search_goes_on_where_the_last_one_ended(search: Search) -> Non
     assert sum(isinstance(event, TrialStarted) for event in started) == 2
     assert second.results.rows[:3] == first.results.rows
     assert second.value >= first.value
+
+
+def test_rows_of_another_file_of_the_same_name_do_not_count(
+    search: Search, config: ServerConfig, tmp_path: Path
+) -> None:
+    base = config.replace(models_dir=tmp_path, model=None)
+
+    def started() -> int:
+        events: list[SweepEvent] = []
+        search(model="m.gguf", config=base, budget=2, on_event=events.append).wait(WAIT)
+        return sum(isinstance(event, TrialStarted) for event in events)
+
+    write_demo_model(tmp_path / "m.gguf", 2_000_000)
+    assert (started(), started()) == (2, 0)
+    write_demo_model(tmp_path / "m.gguf", 3_000_000)
+    assert started() == 2
 
 
 def test_each_trial_can_be_recorded(search: Search) -> None:

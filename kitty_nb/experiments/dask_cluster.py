@@ -25,14 +25,13 @@ from kitty_nb.experiments.dask_client import (
 )
 from kitty_nb.experiments.dask_worker import (
     Delivery,
-    ModelMark,
     Order,
     Refusal,
-    mark_of,
     ready,
     run_order,
     stop_order,
 )
+from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.trial import Outcome, TrialResult
 from kitty_nb.supervisor.load_facts import this_host
 
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.schedule import Execute
-    from kitty_nb.experiments.trial import Trial
+    from kitty_nb.experiments.trial import ModelMark, Trial
     from kitty_nb.experiments.workload import Workload
 
 _STOP_WITHIN = 30.0  # seconds; a worker that does not answer has ended, and so has its server
@@ -223,7 +222,7 @@ class _Cluster:
 
     async def _mark_here(self, trial: Trial) -> ModelMark | None:
         try:
-            return await anyio.to_thread.run_sync(mark_of, trial, self._config)
+            return await anyio.to_thread.run_sync(mark_of, trial.model, self._config)
         except ConfigError:  # only the workers have it
             return None
 

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -17,27 +17,16 @@ from distributed import get_worker
 
 from kitty_nb.config import ServerConfig, salvage_settings
 from kitty_nb.errors import KittyError
+from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.run_trial import engine_of, run_trial
-from kitty_nb.supervisor.load_facts import gather_facts, this_host
+from kitty_nb.supervisor.load_facts import this_host
 
 if TYPE_CHECKING:
     from distributed import Worker
 
     from kitty_nb.experiments.events import SweepEvent
-    from kitty_nb.experiments.trial import Trial, TrialResult
+    from kitty_nb.experiments.trial import ModelMark, Trial, TrialResult
     from kitty_nb.experiments.workload import Workload
-
-
-class ModelMark(NamedTuple):
-    """Tells whether two machines have the same model.
-
-    Attributes:
-        size: Bytes of its files.
-        digest: Hash of the first file's beginning.
-    """
-
-    size: int
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +130,6 @@ def ready() -> None:
     """Do nothing: a worker that can be asked for this has kitty_nb."""
 
 
-def mark_of(trial: Trial, config: ServerConfig) -> ModelMark:
-    """Look at a trial's model on this machine. It blocks.
-
-    Raises:
-        ConfigError: It is not here.
-    """
-    facts = gather_facts(config.replace(model=trial.model))
-    return ModelMark(facts.size, facts.digest)
-
-
 def settings_here(config: ServerConfig) -> ServerConfig:
     """Return a sweep's settings with the places that this machine's own `.env` names.
 
@@ -179,7 +158,7 @@ async def _carry_out(order: Order, worker: Worker) -> Delivery | Refusal:
         config = order.config
         if order.host != this_host():
             config = await anyio.to_thread.run_sync(settings_here, config)
-        mark = await anyio.to_thread.run_sync(mark_of, order.trial, config)
+        mark = await anyio.to_thread.run_sync(mark_of, order.trial.model, config)
         await engine_of(order.trial, config)
     except KittyError as error:
         return Refusal(worker.address, str(error))

@@ -21,6 +21,7 @@ from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ExperimentError, KittyError, ModelFileError, PortBusyError
 from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
 from kitty_nb.experiments.measure import Interview
+from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.quality import Perplexity
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.settings import changes
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.measure import Answer
     from kitty_nb.experiments.run_record import Exchange
-    from kitty_nb.experiments.trial import Trial
+    from kitty_nb.experiments.trial import ModelMark, Trial
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.supervisor.events import Event
 
@@ -101,6 +102,7 @@ async def run_trial(
         host=this_host(),
         engine=run.engine,
         at=time.time(),
+        mark=run.mark,
         document=run.document if done else "",
     )
 
@@ -124,6 +126,7 @@ class _Run:
         self.measurement: Measurement | None = None
         self.seconds = TrialSeconds()
         self.engine = self.document = ""
+        self.mark: ModelMark | None = None
         self._trial = trial
         self._workload = workload
         self._tell = tell
@@ -142,6 +145,7 @@ class _Run:
         engine = await engine_of(self._trial, config)
         self.engine = engine.version
         own = await anyio.to_thread.run_sync(self._own_config, config, folder, engine)
+        self.mark = await anyio.to_thread.run_sync(mark_of, self._trial.model, config)
         refusal = ""
         with suppress(ModelFileError):  # the formula is not for all models; the engine will say
             preview = await anyio.to_thread.run_sync(preview_by_formula, own, engine)

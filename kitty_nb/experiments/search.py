@@ -10,11 +10,13 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ResultStoreError
 from kitty_nb.experiments.events import StoreFailed, TrialEnded, TrialProgressed, TrialStarted
 from kitty_nb.experiments.local import this_machine
+from kitty_nb.experiments.model_mark import marks_here
 from kitty_nb.experiments.objective import glimpses, why_behind
 from kitty_nb.experiments.propose import propose
 from kitty_nb.experiments.schedule import row_of
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.schedule import Execute
     from kitty_nb.experiments.space import Space
     from kitty_nb.experiments.store import ResultStore
+    from kitty_nb.experiments.trial import ModelMark
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.supervisor.events import LoadProgress
 
@@ -65,6 +68,7 @@ class Search:
         on_event: Called with what happens.
         rows: Those there are by now.
         load: How far the latest load is.
+        mark: Of the model, once it was seen.
     """
 
     model: str
@@ -81,6 +85,7 @@ class Search:
     on_event: Callable[[SweepEvent], None]
     rows: list[TrialResult] = field(default_factory=list)
     load: LoadProgress | None = None
+    mark: ModelMark | None = None
 
     @property
     def standing(self) -> Standing:
@@ -98,6 +103,8 @@ class Search:
         """
         began = time.monotonic()
         await self._check_flags()
+        here = await anyio.to_thread.run_sync(marks_here, [self.model], self.config)
+        self.mark = here.get(self.model)
         self.rows = [own for row in await self.kept.recall() if (own := self._own(row))]
         try:
             async with this_machine(self.config, self.workload, self.logs) as execute:
@@ -128,7 +135,7 @@ class Search:
             return None
         if not all(settings[name] in axis for name, axis in self.space.items()):
             return None
-        if not self.workload.satisfied_by(row):
+        if not self.workload.satisfied_by(row) or not row.may_be_of(self.mark):
             return None
         if row.outcome is Outcome.PRUNED and not row.reason.startswith(self._pruned):
             return None
@@ -196,6 +203,7 @@ class Search:
             seconds=TrialSeconds(overall=passed),
             host=this_host(),
             at=time.time(),
+            mark=self.mark,
         )
 
     def _publish(self, event: SweepEvent) -> None:

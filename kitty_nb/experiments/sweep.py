@@ -32,6 +32,7 @@ from kitty_nb.experiments.events import (
 )
 from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.local import this_machine
+from kitty_nb.experiments.model_mark import marks_here
 from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.schedule import Gate, carry_out, first_of, row_of
 from kitty_nb.experiments.settings import check_flags, digest
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.grid import Skip
     from kitty_nb.experiments.quality import Perplexity, Quality
     from kitty_nb.experiments.schedule import Execute
-    from kitty_nb.experiments.trial import TrialResult
+    from kitty_nb.experiments.trial import ModelMark, TrialResult
     from kitty_nb.supervisor.events import LoadProgress
 
 __all__ = ["Sweep", "SweepProgress"]
@@ -336,7 +337,7 @@ class Sweep:
 
     async def _run(self, where: AbstractAsyncContextManager[Execute], retry: bool) -> None:
         await self._check_flags()
-        self._take(await self._kept.recall())
+        self._take(await self._kept.recall(), await anyio.to_thread.run_sync(self._marks))
         if retry:
             done = (row for row in self._rows.values() if row.outcome is Outcome.DONE)
             self._rows = {row.trial.key: row for row in done}
@@ -399,20 +400,24 @@ class Sweep:
     def _look_back(self) -> None:
         """Read the rows of earlier runs, unless that is done."""
         if not self._known:
-            rows = self._kept.read()
+            rows, marks = self._kept.read(), self._marks()
             if not self._known:  # a run may have begun meanwhile
-                self._take(rows)
+                self._take(rows, marks)
 
-    def _take(self, rows: Iterable[TrialResult]) -> None:
+    def _marks(self) -> dict[str, ModelMark]:
+        return marks_here((trial.model for trial in self.trials), self.config)
+
+    def _take(self, rows: Iterable[TrialResult], marks: Mapping[str, ModelMark]) -> None:
         own = {trial.key: trial for trial in self.trials}  # names may be in another order there
-        found = {
+        self._rows = {
             key: replace(row, trial=own[key])
-            for row in rows
+            for row in (*rows, *self._rows.values())
             if (key := row.trial.key) in own
             and row.outcome is not Outcome.PRUNED
             and self.workload.satisfied_by(row)
+            and row.may_be_of(marks.get(row.trial.model))
         }
-        self._rows, self._known = found | self._rows, True
+        self._known = True
 
     def _on_loop(self, act: Callable[[], None], event: SweepEvent | None = None) -> None:
         """Act on the loop of the run, from whatever thread; at once when there is no run."""

@@ -156,6 +156,19 @@ class TrialSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelMark:
+    """Tells one model from another of the same name.
+
+    Attributes:
+        size: Bytes of its files.
+        digest: Hash of the first file's beginning.
+    """
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrialResult:
     """A row of a sweep's results.
 
@@ -168,6 +181,7 @@ class TrialResult:
         host: The machine.
         engine: What the engine calls itself; empty where none was found.
         at: When it ended, in seconds since the epoch.
+        mark: Of the model, where it was seen.
         document: Its run record as JSON; empty unless the sweep was told to make one.
     """
 
@@ -179,7 +193,12 @@ class TrialResult:
     host: str = ""
     engine: str = ""
     at: float = 0.0
+    mark: ModelMark | None = None
     document: str = field(default="", repr=False)
+
+    def may_be_of(self, mark: ModelMark | None) -> bool:
+        """Whether it may be of the model with this mark; what is not known is no objection."""
+        return self.mark is None or mark is None or self.mark == mark
 
     @property
     def record(self) -> RunRecord | None:
