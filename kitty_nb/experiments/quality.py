@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def identity(quality: Quality | Perplexity | None) -> str:
     """Name a measure of quality, the same in every process.
 
     A function is known by its code and by the values bound to it, so that one that was edited is
-    another. What it calls in turn is not looked into.
+    another. What it finds by a global name is not looked into.
     """
     if quality is None:
         return ""
@@ -58,7 +59,8 @@ def identity(quality: Quality | Perplexity | None) -> str:
 
 
 def _name(call: Callable[..., object]) -> str:
-    return f"{call.__module__}.{getattr(call, '__qualname__', type(call).__qualname__)}"
+    module = getattr(call, "__module__", None)
+    return f"{module}.{getattr(call, '__qualname__', type(call).__qualname__)}"
 
 
 def _parts(call: Any) -> Iterator[object]:
@@ -76,23 +78,32 @@ def _parts(call: Any) -> Iterator[object]:
         case MethodType():
             yield from _parts(call.__func__)
             yield getattr(call.__self__, "__dict__", None)
+        case object(__wrapped__=inner):  # as functools.cache keeps it
+            yield from _parts(inner)
         case _ if isinstance(call.__call__, MethodType):  # an object whose class can be called
             yield from _parts(call.__call__)
 
 
-def _plain(value: object) -> object:
-    """Return what a value holds, in a form whose `repr` is the same in every process."""
+def _plain(value: object, within: tuple[object, ...] = ()) -> object:
+    """Return what a value holds, in a form whose `repr` is the same in every process.
+
+    Args:
+        value: It.
+        within: The callables that it is bound to, for one may be bound to itself.
+    """
     match value:
         case CodeType():
             return value.co_code, value.co_names, _plain(value.co_consts)
-        case FunctionType():
-            return _plain(value.__code__)
         case tuple() | list():
-            return [_plain(one) for one in value]
+            return [_plain(one, within) for one in value]
         case set() | frozenset():
-            return sorted(repr(_plain(one)) for one in value)
+            return sorted(repr(_plain(one, within)) for one in value)
         case dict():
-            return [(_plain(name), _plain(one)) for name, one in value.items()]
+            return [(_plain(name), _plain(one, within)) for name, one in value.items()]
+        case re.Pattern():
+            return value.pattern, value.flags
         case None | bool() | int() | float() | complex() | str() | bytes():
             return value
+    if callable(value) and not any(value is one for one in within):
+        return [_plain(part, (*within, value)) for part in _parts(value)]
     return type(value).__qualname__
