@@ -386,6 +386,20 @@ def test_a_folder_that_cannot_be_written_is_named(hub: Hub, models: Path) -> Non
         fetch(prepare(hub, models))
 
 
+def test_what_is_left_beside_a_whole_file_is_deleted(hub: Hub, models: Path) -> None:
+    download = prepare(hub, models)
+    (planned,) = download.plan().files
+    planned.target.parent.mkdir(parents=True)
+    left = PartFile(planned.target, planned.file.size, planned.file.checksum).path
+    older = PartFile(planned.target, planned.file.size, "0123456789ab").path
+    for part in (left, older):
+        part.write_bytes(b"GG")
+    planned.target.write_bytes(hub.repos[ONE].files["tiny-Q4_K_M.gguf"])
+    assert fetch(download)[-1].step is DownloadStep.DONE
+    assert [path for path in models.rglob("*") if path.is_file()] == [planned.target]
+    assert not hub.asked
+
+
 def test_one_program_at_a_time_writes_a_file(hub: Hub, models: Path) -> None:
     download = prepare(hub, models)
     (planned,) = download.plan().files

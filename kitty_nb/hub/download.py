@@ -171,11 +171,12 @@ class Download:
         headers = await run_sync(partial(build_hf_headers, library_name="kitty_nb"))
         async with get_async_session() as client:
             for planned in plan.files:
+                part = PartFile(planned.target, planned.file.size, planned.file.checksum)
                 if planned.whole:
+                    await run_sync(part.discard)
                     meter.found(planned.file.size)
                     continue
                 meter.enter(DownloadStep.CHECKING, planned.file.path)
-                part = PartFile(planned.target, planned.file.size, planned.file.checksum)
                 with ExitStack() as stack:
                     await run_sync(stack.enter_context, part)
                     while counted := await run_sync(part.read_back):

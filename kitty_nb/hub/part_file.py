@@ -47,7 +47,7 @@ class PartFile:
         except BaseException:
             self._file.close()
             raise
-        for stale in self.target.parent.glob(f"{glob.escape(self.target.name)}.*.incomplete"):
+        for stale in self._parts():
             if stale != self.path:
                 stale.unlink(missing_ok=True)
         self._file.seek(0)
@@ -95,6 +95,19 @@ class PartFile:
             )
         os.fsync(self._file.fileno())
         self.path.replace(self.target)
+
+    def discard(self) -> None:
+        """Delete what is left of downloads of a file that is in place; it is not entered for that.
+
+        Raises:
+            HubError: Another program is at it.
+        """
+        if any(self._parts()):
+            with self:
+                self.path.unlink()
+
+    def _parts(self) -> list[Path]:
+        return [*self.target.parent.glob(f"{glob.escape(self.target.name)}.*.incomplete")]
 
     def _lock(self) -> None:
         try:
