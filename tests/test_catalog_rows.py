@@ -244,6 +244,16 @@ def test_a_file_of_full_length_is_not_complete_while_it_is_being_filled(tmp_path
     assert one(tmp_path).startable
 
 
+def test_what_a_download_has_left_beside_a_whole_file_does_not_count(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "m.gguf", tensors={"a.weight": ([64, 64], Type.F16)})
+    (tmp_path / "m.gguf.0123456789ab.incomplete").write_bytes(bytes(100_000))
+    model = one(tmp_path)
+    assert (model.startable, model.downloading, model.size) == (True, False, path.stat().st_size)
+    os.truncate(path, path.stat().st_size - 1)
+    model = one(tmp_path)
+    assert (model.startable, model.downloading) == (False, True)
+
+
 def test_shards_on_their_way_are_not_called_missing(tmp_path: Path) -> None:
     write_header(tmp_path / "m-00001-of-00002.gguf", split__count=2)
     (tmp_path / "m-00002-of-00002.gguf.part").write_bytes(b"12")

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["FoundFile", "find_files"]
 
 # What programs append to a name while they download: browsers, LM Studio, llama.cpp, the Hub's
-# client, aria2 (which writes it beside a file of the full length).
+# client, aria2.
 _UNFINISHED = (
     ".part", ".partial", ".incomplete", ".downloadinprogress", ".crdownload", ".opdownload",
     ".download", ".aria2",
 )  # fmt: skip
+_FILLING = ".aria2"  # beside a file that has its full length from the beginning
 _LM_STUDIO = "downloading_"
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
 
@@ -37,6 +38,7 @@ class FoundFile:
         repository: The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
         projector: The projector that the store keeps for it.
         problem: What is wrong with it beyond what it says itself.
+        filling: Whether what comes is written into the file itself, which has its full length.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class FoundFile:
     repository: str | None = None
     projector: Path | None = None
     problem: str | None = None
+    filling: bool = False
 
 
 def find_files(directory: Path) -> list[FoundFile]:
@@ -56,15 +59,18 @@ def find_files(directory: Path) -> list[FoundFile]:
     """
     files: dict[str, Stamp | None] = {}
     unfinished: dict[str, int] = {}
+    filling: set[str] = set()
     for entry in _entries(str(directory)):
         target = _target(entry.path)
         if target is not None:
             stamp = stamp_of(entry)
             unfinished[target] = unfinished.get(target, 0) + (stamp.size if stamp else 0)
+            if entry.path.lower().endswith(_FILLING):
+                filling.add(target)
         else:
             files[entry.path] = stamp_of(entry)
     return [
-        FoundFile(Path(path), files.get(path), unfinished.get(path))
+        FoundFile(Path(path), files.get(path), unfinished.get(path), filling=path in filling)
         for path in sorted(files.keys() | unfinished.keys())
     ]
 

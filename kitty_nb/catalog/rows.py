@@ -133,11 +133,14 @@ def _modalities(facts: FileFacts) -> tuple[Modality, ...]:
 
 def _size(part: Part) -> int:
     there = part.file.stamp.size if part.file.stamp else 0
-    return max(there, part.file.downloading or 0)
+    return max(there, part.file.downloading or 0) if _on_its_way(part) else there
 
 
 def _on_its_way(part: Part) -> bool:
-    return part.file.downloading is not None
+    """Tell whether a file is still to be completed: not where only an old part lies beside it."""
+    stamp, facts = part.file.stamp, part.facts
+    whole = stamp and facts and facts.problem is None and facts.needed <= stamp.size
+    return part.file.downloading is not None and (part.file.filling or not whole)
 
 
 def _growing(part: Part, now: float) -> bool:
