@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -368,6 +369,36 @@ def test_a_file_that_has_changed_on_the_hub_is_fetched_anew(hub: Hub, models: Pa
     fetch(prepare(hub, models))
     assert download.model.read_bytes() == changed
     assert not parts(models)
+
+
+def test_a_file_that_has_changed_and_is_as_long_as_before_is_fetched_anew(
+    hub: Hub, models: Path
+) -> None:
+    first = prepare(hub, models)
+    fetch(first)
+    size = first.plan().size
+    hub.repos[ONE].files["tiny-Q4_K_M.gguf"] = changed = some_bytes(size, 9)
+    second = prepare(hub, models)
+    seen = fetch(second)
+    assert second.model.read_bytes() == changed
+    assert [asked.first for asked in hub.asked] == [0, 0]
+    assert (seen[-1].bytes_done, seen[-1].step) == (size, DownloadStep.DONE)
+
+
+def test_a_file_in_place_is_read_once(hub: Hub, models: Path) -> None:
+    download = prepare(hub, models)
+    fetch(download)
+    whole, then = download.model.read_bytes(), time.time() - 60
+    os.utime(download.model, (then, then))
+    fetch(download)
+    with download.model.open("r+b") as file:
+        file.write(bytes(4))
+    os.utime(download.model, (then, then))  # and looks unchanged
+    fetch(download)
+    assert len(hub.asked) == 1
+    os.utime(download.model)
+    fetch(download)
+    assert download.model.read_bytes() == whole
 
 
 def test_what_does_not_fit_is_not_begun(hub: Hub, models: Path) -> None:

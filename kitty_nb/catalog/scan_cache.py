@@ -11,18 +11,21 @@ import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+import platformdirs
+
 from kitty_nb.catalog.file_facts import FileFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["FileCache", "ScanCache", "Stamp"]
+__all__ = ["DigestCache", "FileCache", "ScanCache", "Stamp"]
 
 T = TypeVar("T")
 
 # One higher whenever `FileFacts` changes or is worked out otherwise: older rows are read again.
 _FACTS_VERSION = 2
+_DIGESTS_VERSION = 1
 _BUSY_SECONDS = 0.2
 _ROWS_KEPT = 20_000
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
@@ -150,3 +153,11 @@ class ScanCache(FileCache[FileFacts]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, _FACTS_VERSION, FileFacts.from_json, FileFacts.to_json)
+
+
+class DigestCache(FileCache[str]):
+    """Remembers the SHA-256 of whole files, in hexadecimal digits."""
+
+    def __init__(self) -> None:
+        path = platformdirs.user_cache_path("kitty_nb") / "digests.sqlite3"
+        super().__init__(path, _DIGESTS_VERSION, str, str)

@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
 from anyio.from_thread import check_cancelled
 from anyio.to_thread import run_sync
 from pydantic import BaseModel, ConfigDict
 
 from kitty_nb.catalog import shard_paths
 from kitty_nb.catalog.folder import settled, stamp_of
-from kitty_nb.catalog.scan_cache import FileCache, Stamp
+from kitty_nb.catalog.scan_cache import DigestCache, Stamp
 from kitty_nb.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     OnProgress = Callable[[int, int], object]
 
 _STEP = 1 << 24  # bytes, about a hundredth of a second
-_CACHE_VERSION = 1
 _GGUF = re.compile(r"(.+\.gguf)(:[^:/]*)?", re.IGNORECASE | re.DOTALL)  # with an adapter's scale
 
 
@@ -95,9 +93,7 @@ async def digest_model(config: ServerConfig, on_progress: OnProgress | None = No
 
 
 def _digest(paths: tuple[Path, ...], on_progress: OnProgress) -> tuple[FileDigest, ...]:
-    cache = FileCache(
-        platformdirs.user_cache_path("kitty_nb") / "digests.sqlite3", _CACHE_VERSION, str, str
-    )
+    cache = DigestCache()
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links stay links
     files = {name: _stamp(Path(name)) for name in names}
     known = cache.recall(files)

@@ -15,6 +15,7 @@ from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
 from kitty_nb.errors import DiskFullError, HubError
+from kitty_nb.hub.checksums import Checksums
 from kitty_nb.hub.part_file import PartFile
 from kitty_nb.hub.progress import DownloadProgress, DownloadStep, Meter
 from kitty_nb.hub.repository import Repository, explain
@@ -141,7 +142,8 @@ class Download:
         """Fetch what is missing; return the file to give to the engine.
 
         Cancelling it keeps what has come, and the next run goes on from there. Lost connections
-        are tried again. Each file is put in place only when its checksum is the Hub's.
+        are tried again. Each file is put in place only when its checksum is the Hub's, and one that
+        is there already stays only when its is.
 
         Args:
             on_progress: Called a few times a second.
@@ -169,19 +171,26 @@ class Download:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
 
         headers = await run_sync(partial(build_hf_headers, library_name="kitty_nb"))
-        async with get_async_session() as client:
-            for planned in plan.files:
-                part = PartFile(planned.target, planned.file.size, planned.file.checksum)
-                if planned.whole:
-                    await run_sync(part.discard)
-                    meter.found(planned.file.size)
-                    continue
-                meter.enter(DownloadStep.CHECKING, planned.file.path)
-                with ExitStack() as stack:
-                    await run_sync(stack.enter_context, part)
-                    while counted := await run_sync(part.read_back):
-                        meter.found(counted)
-                    await self._complete(client, headers, planned.file, part, meter)
+        sums = Checksums()
+        try:
+            async with get_async_session() as client:
+                for planned in plan.files:
+                    meter.enter(DownloadStep.CHECKING, planned.file.path)
+                    part = PartFile(planned.target, planned.file.size, planned.file.checksum)
+                    if planned.whole and await sums.match(
+                        planned.target, planned.file, meter.found
+                    ):
+                        await run_sync(part.discard)
+                        continue
+                    with ExitStack() as stack:
+                        await run_sync(stack.enter_context, part)
+                        while counted := await run_sync(part.read_back):
+                            meter.found(counted)
+                        await self._complete(client, headers, planned.file, part, meter)
+                    await run_sync(sums.came, planned.target, planned.file)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await run_sync(sums.keep)
         meter.enter(DownloadStep.DONE)
 
     async def _complete(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import os
 from typing import TYPE_CHECKING, Self
 
 from kitty_nb.errors import ChecksumError, HubError
+from kitty_nb.hub.checksums import begin
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["PartFile"]
 
 _READ_BACK = 16 << 20  # bytes
-_SHA256_DIGITS = 64
 
 
 class PartFile:
@@ -125,11 +124,7 @@ class PartFile:
 
     def _begin(self) -> None:
         self.there = 0
-        self._hash = (
-            hashlib.sha256()
-            if len(self.checksum) == _SHA256_DIGITS
-            else hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        )
+        self._hash = begin(self.checksum, self.size)
 
     def _count(self, data: bytes) -> None:
         self._hash.update(data)
