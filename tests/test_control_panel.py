@@ -308,6 +308,50 @@ def test_rescan_finds_models_and_reads_the_env_again(panel: ControlPanel, env: P
     assert panel.manager.state.config.stall_seconds == 7
 
 
+def test_what_is_corrected_in_the_env_is_used_and_what_is_edited_stays(env: Path) -> None:
+    right = env.read_text() + "LLAMACPP_PARALLEL=1\n"
+    wrong = right.replace("two.gguf", "tow.gguf").replace("_CTX=512", "_CTX=51z")
+    env.write_text(wrong)
+    panel = ControlPanel(env)
+    fields = panel.settings.fields
+    try:
+        eventually(lambda: "LLAMACPP_CTX" in panel.notice.value)
+        assert panel.picker.model
+        assert panel.picker.model.name == "one.gguf"
+        fields["threads"].value = "2"
+        env.write_text(right.replace("PARALLEL=1", "PARALLEL=3\nLLAMACPP_FLASH_ATTN=on"))
+        panel.picker.rescan.click()
+        eventually(lambda: panel.notice.layout.display == "none")
+        values = {name: field.value for name, field in fields.items()}
+        assert values == {
+            "context_size": "512",
+            "n_gpu_layers": "",
+            "threads": "2",
+            "batch_size": "",
+            "parallel": "3",
+            "flash_attention": "on",
+        }
+        eventually(lambda: panel.picker.model and panel.picker.model.name == "two.gguf")
+        choose(panel, "one.gguf")
+        panel.picker.rescan.click()
+        panel.settings.save.click()
+        saved = ServerConfig.from_env(env)
+        assert saved.model == env.parent / "models" / "one.gguf"
+        assert (saved.context_size, saved.threads, saved.parallel) == (512, 2, 3)
+        env.write_text(env.read_text().replace("one.gguf", "two.gguf"))
+        panel.picker.rescan.click()
+        eventually(lambda: panel.picker.model and panel.picker.model.name == "two.gguf")
+    finally:
+        panel.close()
+
+
+def test_what_a_panel_is_told_to_use_stays_when_the_env_is_read_again(panel: ControlPanel) -> None:
+    panel.use(model="one.gguf", context_size=1024)
+    panel.picker.rescan.click()
+    eventually(lambda: panel.picker.model and panel.picker.model.name == "one.gguf")
+    assert panel.settings.fields["context_size"].value == "1024"
+
+
 def test_a_wrong_env_is_explained_and_another_model_can_be_started(env: Path) -> None:
     env.write_text(env.read_text().replace("two.gguf", "gone.gguf") + "LLAMACPP_TOP_P=7\n")
     panel = ControlPanel(env)

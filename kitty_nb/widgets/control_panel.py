@@ -75,8 +75,9 @@ class ControlPanel(VBox):
         self._owns_manager = manager is None
         earlier: ControlPanel | None = None
         self._config: ServerConfig
+        self._given: ServerConfig  # as it was read; `use` changes the other one
         if manager is None:
-            self._read_env()
+            self._problem = self._read_env()
             # That of an earlier run of this cell, with its server, where there is one.
             manager = borrow(
                 env, profile, self, lambda: ModelManager(config=self._config), take_over=(object,)
@@ -84,7 +85,7 @@ class ControlPanel(VBox):
             key = Path(env).absolute(), profile
             earlier, _newest[key] = _newest.get(key), self
         else:
-            self._config = manager.state.config
+            self._config = self._given = manager.state.config
             self._profile = self._config.profile
         self.manager = manager
         self._progress = manager.progress
@@ -151,13 +152,15 @@ class ControlPanel(VBox):
         return f"ControlPanel(profile={self._profile!r})"
 
     def rescan(self) -> None:
-        """Read the `.env` file again and look for models again."""
-        self._problem = None
+        """Read the `.env` file and look for models again. What has been edited here stays."""
+        edits, problem = self.settings.edits(self._given), None
         try:
             if self._owns_manager:
-                self._read_env()
+                problem = self._read_env()
         except ConfigError as error:
-            self._problem = str(error)
+            problem = str(error)
+        self.settings.fill(self._config, edits)
+        self._problem = problem
         self._scan()
         self._choose()
 
@@ -194,11 +197,11 @@ class ControlPanel(VBox):
             widget.close()
         super().close()
 
-    def _read_env(self) -> None:
-        """Read the settings; complain of wrong ones and go on without them."""
+    def _read_env(self) -> str | None:
+        """Read the settings; return a complaint of wrong ones, and go on without them."""
         self._config, complaint = salvage_settings(self._env, self._profile)
-        if complaint:
-            self._problem = str(complaint)
+        self._given = self._config
+        return str(complaint) if complaint else None
 
     def _hand_over(self, later: ControlPanel) -> DownloadForm:
         """Give the form, with its download under way, to a later run of this cell."""

@@ -49,6 +49,7 @@ class ModelPicker(VBox):
         self._catalog: ModelCatalog | None = None
         self._preferred: Path | None = None
         self._wish: Path | None = None
+        self._choice: Path | None = None  # the wish, where somebody has chosen it
         self._complete = threading.Event()
         self._list_due = 0.0
         self._following: Operation[None] | None = None
@@ -77,21 +78,24 @@ class ModelPicker(VBox):
     def scan(self, stores: Iterable[Store], preferred: Path | None = None) -> None:
         """List the models of some folders, from now on.
 
-        Returns when all are listed, or after a moment, while it goes on in the background. What is
-        chosen stays so as long as it is there.
+        Returns when all are listed, or after a moment, while it goes on in the background. What
+        somebody has chosen stays so as long as it is there.
 
         Args:
             stores: The folders; names are relative to the first.
-            preferred: Choose this one, where nothing was chosen before; it may be elsewhere.
+            preferred: Choose this one, where nobody has chosen another; it may be elsewhere.
         """
         self.stop()
         earlier = _watching.get(self._manager)
         if earlier is not None and earlier is not self:
             earlier.stop()  # the panel of an earlier run of the cell; each watch keeps a thread
         _watching[self._manager] = self
-        self._catalog = catalog = ModelCatalog(stores)
-        self._preferred, self._list_due = preferred, 0.0
-        self._complete.clear()
+        with self.dropdown.turn:
+            self._catalog = catalog = ModelCatalog(stores)
+            if self._choice in {None, self._preferred}:
+                self._choice, self._wish = None, preferred or self._wish
+            self._preferred, self._list_due = preferred, 0.0
+            self._complete.clear()
         with suppress(KittyError):  # the manager is closed; the panel says so
             self._following = self._manager.run(self._follow, catalog)
             self._complete.wait(_PATIENCE)
@@ -106,7 +110,7 @@ class ModelPicker(VBox):
                 fresh = self._catalog.describe(path)
                 self._list([*self._models.values(), *([fresh] if fresh else [])], finished=False)
             if path in self._models:
-                self.dropdown.value = path
+                self.dropdown.value = self._choice = path
 
     def stop(self) -> None:
         """Keep the list as it is."""
@@ -132,7 +136,11 @@ class ModelPicker(VBox):
         finished = step.done == step.total
         self.scan_line.show(step)
         if finished or time.monotonic() >= self._list_due:
-            self._list([*self._beside(catalog, step, finished), *step.models], finished)
+            models = [*self._beside(catalog, step, finished), *step.models]
+            with self.dropdown.turn:
+                if catalog is not self._catalog:  # another search has begun meanwhile
+                    return
+                self._list(models, finished)
             self._list_due = time.monotonic() + _LIST_EVERY
         if finished:
             self._complete.set()
@@ -168,7 +176,7 @@ class ModelPicker(VBox):
             self.on_list()
 
     def _note_choice(self) -> None:
-        self._wish = self.dropdown.value
+        self._wish = self._choice = self.dropdown.value
         self._on_change()
 
 

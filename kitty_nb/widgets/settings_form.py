@@ -55,13 +55,22 @@ class SettingsForm(GridBox):
         super().__init__([*self.fields.values(), self.save])
         self.add_class("kitty-settings")
 
-    def fill(self, config: ServerConfig) -> None:
-        """Put the values of a config into the fields."""
+    def fill(self, config: ServerConfig, edits: Mapping[str, object] | None = None) -> None:
+        """Put the values of a config into the fields, and over them what has been edited."""
         # Not None for auto: a dropdown shows None as nothing chosen.
         self._auto = FlashAttention.AUTO if config.flash_attention is FlashAttention.AUTO else ""
         choices = [("auto", self._auto), ("on", FlashAttention.ON), ("off", FlashAttention.OFF)]
         self.fields["flash_attention"].options = choices
-        self.apply(dict(config))
+        self.apply({**dict(config), **(edits or {})})
+
+    def edits(self, config: ServerConfig) -> dict[str, object]:
+        """What is in the fields and differs from a config, as keywords for its `replace`."""
+        given, values = dict(config), self.changes()
+        return {
+            name: values[name]
+            for name, field in self.fields.items()
+            if field.value != self._value(name, given)
+        }
 
     def differing(self, settings: Mapping[str, object]) -> list[str]:
         """Name what other settings say that is not in the fields, e.g. `Context 8192`."""
