@@ -118,6 +118,25 @@ def test_a_model_elsewhere_is_listed_too(env: Path, tmp_path: Path) -> None:
         panel.close()
 
 
+def test_a_model_elsewhere_that_is_chosen_stays_when_the_folder_changes(
+    env: Path, tmp_path: Path
+) -> None:
+    elsewhere = write_demo_model(tmp_path / "elsewhere.gguf")
+    env.write_text(f"{env.read_text()}LLAMACPP_ALLOW_ABSOLUTE_PATHS=1\n")
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: listed(panel) == ["bear", "cat"])
+        panel.use(model=elsewhere)
+        write_header(env.parent / "ant.gguf")
+        (env.parent / "ant.gguf").rename(env.parent / "models" / "ant.gguf")
+        eventually(lambda: "ant" in listed(panel), within=60)
+        assert chosen(panel) == str(elsewhere)
+        panel.picker.rescan.click()
+        assert chosen(panel) == str(elsewhere)
+    finally:
+        panel.close()
+
+
 class Page:
     """What a page that shows the table and the details has received."""
 

@@ -147,15 +147,19 @@ class ModelPicker(VBox):
 
     def _beside(self, catalog: ModelCatalog, step: ScanStep, finished: bool) -> list[Model]:
         """The models that are wanted and not found there: elsewhere, or not read yet."""
+        preferred, wish = self._preferred, self._wish
         found = {model.path for model in step.models}
+
+        def lacking(path: Path | None) -> bool:
+            if path is None or path in found:
+                return False
+            return not finished or not any(path.is_relative_to(s.path) for s in catalog.stores)
+
         beside = []
-        if self._preferred and self._preferred not in found:
-            within = any(self._preferred.is_relative_to(store.path) for store in catalog.stores)
-            if not (finished and within):
-                known = self._models.get(self._preferred)
-                beside.append(known or catalog.describe(self._preferred))
-        if not finished and self._wish not in {None, self._preferred, *found}:
-            beside.append(self._models.get(self._wish))
+        if preferred and lacking(preferred):
+            beside.append(self._models.get(preferred) or catalog.describe(preferred))
+        if wish != preferred and lacking(wish):
+            beside.append(self._models.get(wish))
         return [model for model in beside if model]
 
     def _list(self, models: list[Model], finished: bool) -> None:
