@@ -106,6 +106,7 @@ class ModelManager:
         config: Ready-made settings, instead of `env` and `profile`.
 
     Attributes:
+        env: The `.env` file that its settings are from; None of ready-made ones.
         shelf: What is known of the models on disk beyond their files; `run` its coroutines.
 
     Raises:
@@ -120,6 +121,7 @@ class ModelManager:
         config: ServerConfig | None = None,
     ) -> None:
         self._supervisor = Supervisor(config or ServerConfig.from_env(env, profile))
+        self.env: str | Path | None = env if config is None else None
         self.shelf = ModelShelf(lambda: self.state.pid)
         self._progress: LoadProgress | None = None
         self._http: tuple[Access, httpx.Client] | None = None

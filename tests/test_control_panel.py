@@ -440,6 +440,37 @@ def test_a_panel_on_a_given_manager_leaves_it_running(config: ServerConfig) -> N
         assert manager.state.status is ServerStatus.READY
 
 
+def test_a_panel_on_a_given_manager_reads_and_saves_the_managers_env(
+    env: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = env.rename(env.with_name("my.env"))
+    other = "LLAMACPP_THREADS=7\n"
+    env.write_text(other)
+    monkeypatch.chdir(env.parent)
+    with ModelManager(own) as manager:
+        panel = ControlPanel(manager=manager)
+        own.write_text(own.read_text().replace("_CTX=512", "_CTX=768"))
+        panel.picker.rescan.click()
+        assert panel.settings.fields["context_size"].value == "768"
+        panel.settings.fields["threads"].value = "3"
+        panel.settings.save.click()
+        assert "LLAMACPP_PRIMARY_THREADS=3" in own.read_text()
+        assert env.read_text() == other
+        panel.close()
+
+
+def test_a_panel_on_the_manager_of_another_saves_to_the_same_env(env: Path) -> None:
+    panel = ControlPanel(env)
+    beside = ControlPanel(manager=panel.manager)
+    try:
+        beside.settings.fields["threads"].value = "3"
+        beside.settings.save.click()
+        assert "LLAMACPP_PRIMARY_THREADS=3" in env.read_text()
+    finally:
+        beside.close()
+        panel.close()
+
+
 def test_a_crash_is_explained(misbehaving_panel: Callable[..., ControlPanel]) -> None:
     panel = misbehaving_panel(
         *("--never-ready", "--exit-after", "0.3", "--exit-code", "1"),

@@ -61,7 +61,8 @@ class ControlPanel(VBox):
     Args:
         env: The `.env` file with the settings.
         profile: Which named set of settings to use.
-        manager: The manager to control; without one the panel makes its own and closes it.
+        manager: The manager to control, with the `.env` file and the profile that it was made
+            from; without one the panel makes its own and closes it.
     """
 
     def __init__(
@@ -72,7 +73,6 @@ class ControlPanel(VBox):
     ) -> None:
         self._env, self._profile = env, profile
         self._problem: str | None = None
-        self._owns_manager = manager is None
         earlier: ControlPanel | None = None
         self._config: ServerConfig
         self._given: ServerConfig  # as it was read; `use` changes the other one
@@ -85,6 +85,7 @@ class ControlPanel(VBox):
             key = Path(env).absolute(), profile
             earlier, _newest[key] = _newest.get(key), self
         else:
+            self._env = manager.env or env
             self._config = self._given = manager.state.config
             self._profile = self._config.profile
         self.manager = manager
@@ -155,7 +156,7 @@ class ControlPanel(VBox):
         """Read the `.env` file and look for models again. What has been edited here stays."""
         edits, problem = self.settings.edits(self._given), None
         try:
-            if self._owns_manager:
+            if self.manager.env is not None:
                 problem = self._read_env()
         except ConfigError as error:
             problem = str(error)

@@ -47,6 +47,7 @@ def borrow(
         held = _held.get(key)
         if held is None or held.manager.closed:
             held = _held[key] = _Held(make(), owner)
+            held.manager.env = env  # the settings may be what was usable of it
         elif isinstance(held.owner, take_over):
             held.owner = owner
         return held.manager
