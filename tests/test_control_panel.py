@@ -24,6 +24,8 @@ from kitty_nb import (
     ServerStatus,
     write_demo_model,
 )
+from kitty_nb.catalog.memory import Memory, Place
+from kitty_nb.supervisor import memory_preview
 from kitty_nb.supervisor.events import LoadProgress, Stage
 from kitty_nb.supervisor.log_file import previous
 from kitty_nb.widgets.load_bar import describe, duration
@@ -265,6 +267,59 @@ def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: Con
     eventually(lambda: "will not fit" not in panel.memory.value)
     panel.buttons.start.click()
     wait_for(panel, "READY")
+
+
+def test_memory_is_asked_for_afresh_by_each_start(
+    panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eventually(lambda: "fits" in panel.memory.value)
+    panel.settings.fields["context_size"].value = "2000000000"
+    panel.buttons.start.click()  # before the line can say so
+    eventually(lambda: "press the button again" in panel.notice.value)
+    panel.settings.fields["context_size"].value = "512"
+    panel.buttons.start.click()  # while the line still says that it will not fit
+    wait_for(panel, "READY")
+    monkeypatch.setattr(memory_preview, "free_memory", lambda _: Memory(Place("RAM", 1, 1, 0)))
+    panel.buttons.restart.click()
+    eventually(lambda: "press the button again" in panel.notice.value)
+    assert panel.manager.state.restart_count == 0
+
+
+def test_a_stop_calls_off_a_start_that_still_asks_for_memory(
+    panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> Memory:
+        asked.set()
+        assert answer.wait(10)
+        return Memory(Place("RAM", 10**9, 10**9, 0))
+
+    monkeypatch.setattr(memory_preview, "free_memory", slow)
+    panel.buttons.restart.click()
+    eventually(asked.is_set)
+    panel.buttons.stop.click()
+    answer.set()
+    wait_for(panel, "STOPPED")
+    panel.manager.preview_memory().wait(20)  # takes longer than what was called off
+    assert panel.manager.state.status is ServerStatus.STOPPED
+
+
+def test_memory_is_looked_at_again_when_the_server_is_ready_and_when_it_is_stopped(
+    panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free_memory(pid: int | None) -> Memory:
+        return Memory(Place("RAM", 10**12, 10**12, 10**9 if pid else 0))
+
+    monkeypatch.setattr(memory_preview, "free_memory", free_memory)
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    eventually(lambda: "has given back" in panel.memory.value)
+    panel.buttons.stop.click()
+    wait_for(panel, "STOPPED")
+    eventually(lambda: "fits" in panel.memory.value and "given back" not in panel.memory.value)
 
 
 def test_incomplete_models_are_listed_but_not_startable(panel: ControlPanel) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import anyio
+import anyio.to_thread
 from ipywidgets import VBox
 
 from kitty_nb.config import ServerConfig, salvage_settings, save_settings
@@ -44,7 +45,7 @@ from kitty_nb.widgets.tree import tree
 from kitty_nb.widgets.web_page import WebPage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 # Seconds. A refresh sends at most six messages; 20 a second for a whole panel stays far below
 # what jupyter_server lets through.
@@ -96,6 +97,8 @@ class ControlPanel(VBox):
         self._log_lines: list[str] = []
         self._log_begins = False
         self._second_ask = SecondAsk("press the button again")
+        self._acting: Operation[None] | None = None
+        self._memory_stale = False
         self._taken: frozenset[str] = frozenset()
         self._changed = anyio.Event()
 
@@ -226,22 +229,29 @@ class ControlPanel(VBox):
         """Choose a model that has come from the Hub."""
         self.picker.choose(path)
 
-    def _start(self) -> Operation[ServerState]:
-        return self.manager.start(self._agreed(), wait_for_ready=False)
+    def _start(self) -> Awaitable[ServerState]:
+        return self._launch(self.manager.start)
 
-    def _start_on_free_port(self) -> Operation[ServerState]:
+    def _start_on_free_port(self) -> Awaitable[ServerState]:
         if port := self.manager.state.free_port:
             self._config = self._config.replace(port=port)
         return self._start()
 
-    def _restart(self) -> Operation[ServerState]:
-        return self.manager.restart(self._agreed(), wait_for_ready=False)
+    def _restart(self) -> Awaitable[ServerState]:
+        return self._launch(self.manager.restart)
 
-    def _agreed(self) -> ServerConfig:
-        """The settings to start with; where memory will not do, only when asked for twice."""
-        config, preview = self._wanted(), self.memory.preview
-        self._second_ask.agree(config, preview.refusal if preview else "")
-        return config
+    def _launch(self, launch: Callable[..., Operation[ServerState]]) -> Awaitable[ServerState]:
+        """Launch what is wanted now; where memory will not do, only when asked for twice."""
+        config = self._wanted()
+        refusal = self.manager.refusal(config)
+
+        async def agreed() -> ServerState:
+            self._second_ask.agree(config, await refusal)
+            # In a thread: the manager takes no orders on its own loop.
+            operation = await anyio.to_thread.run_sync(lambda: launch(config, wait_for_ready=False))
+            return await operation
+
+        return agreed()
 
     def _save(self) -> None:
         """Write the choice into the `.env` file."""
@@ -268,18 +278,20 @@ class ControlPanel(VBox):
             model=self.picker.dropdown.value, alias=alias, **self.settings.changes()
         )
 
-    def _act(self, action: Callable[[], Operation[ServerState]]) -> None:
+    def _act(self, action: Callable[[], Awaitable[ServerState]]) -> None:
         """Do what a click asks; whatever goes wrong is shown."""
         self._problem = None
+        if self._acting is not None:
+            self._acting.cancel()  # a start that still asks for memory must not come after a stop
         try:
-            self.manager.run(self._follow, action())
+            self._acting = self.manager.run(self._follow, action())
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
             self._problem = explain(error)
             self._wake()
 
-    async def _follow(self, operation: Operation[ServerState]) -> None:
+    async def _follow(self, action: Awaitable[ServerState]) -> None:
         try:
-            await operation
+            await action
         except Exception as error:  # noqa: BLE001 (as above)
             self._problem = explain(error)
         self._changed.set()
@@ -306,6 +318,7 @@ class ControlPanel(VBox):
                     self._router_load = None
                 if self._status is not state.status:
                     self.browser.note_change()
+                    self._memory_stale = self._memory_stale or state.status.settled
                 self._status = state.status
             case ProgressMade(progress):
                 self._progress = progress
@@ -326,6 +339,9 @@ class ControlPanel(VBox):
             while True:
                 self._changed = anyio.Event()
                 self._refresh()
+                if self._memory_stale:
+                    self._memory_stale = False
+                    await anyio.to_thread.run_sync(self.memory.refresh)
                 await anyio.sleep(_REFRESH_EVERY)
                 with anyio.move_on_after(_CLOCK_EVERY):
                     await self._changed.wait()
