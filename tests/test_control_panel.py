@@ -526,6 +526,17 @@ def test_a_panel_on_the_manager_of_another_saves_to_the_same_env(env: Path) -> N
         panel.close()
 
 
+def test_a_panel_shows_that_its_manager_was_closed(panel: ControlPanel) -> None:
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    panel.manager.close()
+    assert "STOPPED" in panel.status_line.value
+    assert panel.snippet.layout.display == "none"
+    assert panel.activity_log.lines[-1] == "Server stopped."
+    panel.buttons.start.click()
+    assert "This manager is closed" in panel.notice.value
+
+
 def test_a_crash_is_explained(misbehaving_panel: Callable[..., ControlPanel]) -> None:
     panel = misbehaving_panel(
         *("--never-ready", "--exit-after", "0.3", "--exit-code", "1"),

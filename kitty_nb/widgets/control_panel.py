@@ -347,6 +347,8 @@ class ControlPanel(VBox):
                     await self._changed.wait()
         finally:
             unsubscribe()
+            if self.manager.closed:  # else the widgets are being closed, on another thread
+                self._refresh()
 
     def _refresh(self) -> None:
         state, model = self.manager.state, self.picker.model
