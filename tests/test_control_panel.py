@@ -472,6 +472,29 @@ def test_running_the_cell_again_shows_the_same_server(env: Path) -> None:
     assert second.manager.state.status is ServerStatus.STOPPED
 
 
+def test_running_the_cell_again_leaves_one_panel(
+    sent: list[tuple[str, dict[str, object]]], env: Path
+) -> None:
+    panel = ControlPanel(env)
+    beside = ControlPanel(manager=panel.manager)
+    before = set(ipywidgets.widgets.widget._instances)
+    for _ in range(9):
+        earlier, panel = panel, ControlPanel(env)
+        assert earlier.comm is None
+    try:
+        assert len(ipywidgets.widgets.widget._instances) == len(before)
+        panel.buttons.start.click()
+        wait_for(panel, "READY")
+        wait_for(beside, "READY")
+        sent.clear()
+        seconds = 2
+        threading.Event().wait(seconds)  # the measured span itself, not a wait for something
+        assert len(sent) <= 2 * 20 * seconds
+        beside.close()
+    finally:
+        panel.close()
+
+
 def test_close_leaves_no_widget_thread_or_process(env: Path) -> None:
     before = set(ipywidgets.widgets.widget._instances), set(threading.enumerate())
     panel = ControlPanel(env)

@@ -86,9 +86,9 @@ def test_a_long_search_goes_on_behind_the_panel(env: Path, monkeypatch: pytest.M
         panel.close()
 
 
-def test_an_earlier_panel_of_the_same_cell_watches_no_more(env: Path) -> None:
+def test_of_two_panels_on_one_manager_the_later_watches(env: Path) -> None:
     first = ControlPanel(env)
-    second = ControlPanel(env)
+    second = ControlPanel(manager=first.manager)
     try:
         write_header(env.parent / "models" / "ant.gguf")
         eventually(lambda: "ant" in listed(second), within=60)

@@ -59,6 +59,9 @@ class ControlPanel(VBox):
     What shows facts is written by the manager's thread only, so that it stays live while a cell
     keeps the kernel busy; what the user edits is written by callbacks only.
 
+    A panel takes the place of an earlier one of its file and profile, as the cell is run again. For
+    two side by side, give the second one the manager of the first.
+
     Args:
         env: The `.env` file with the settings.
         profile: Which named set of settings to use.
@@ -104,10 +107,11 @@ class ControlPanel(VBox):
 
         self.status_line = StatusLine()
         self.picker = ModelPicker(manager, self._choose)
-        if earlier and earlier.manager is manager:
-            self.download = earlier._hand_over(self)
-        else:
-            self.download = DownloadForm(manager, self._models_dir, self._take_download)
+        self.download = (
+            earlier._hand_over(self)
+            if earlier and earlier.manager is manager
+            else DownloadForm(manager, self._models_dir, self._take_download)
+        )
         self.settings = SettingsForm(self._config, self._choose)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
         self.memory = MemoryLine(manager, self._wanted)
@@ -142,6 +146,8 @@ class ControlPanel(VBox):
         self._scan()
         self._refreshing = manager.run(self._refresh_forever)
         self._choose()
+        if earlier:
+            earlier.close()
 
     def _answer_clicks(self) -> None:
         self.buttons.start.on_click(lambda _: self._act(self._start))

@@ -88,7 +88,7 @@ class ModelPicker(VBox):
         self.stop()
         earlier = _watching.get(self._manager)
         if earlier is not None and earlier is not self:
-            earlier.stop()  # the panel of an earlier run of the cell; each watch keeps a thread
+            earlier.stop()  # another panel on this manager; each watch keeps a thread
         _watching[self._manager] = self
         with self.dropdown.turn:
             self._catalog = catalog = ModelCatalog(stores)
