@@ -205,6 +205,22 @@ def test_running_the_cell_again_shows_the_same_servers(open_: Open, env: Path) -
     assert "kitty_nb" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_what_was_closed_is_not_brought_back_by_an_earlier_run_of_the_cell(
+    open_: Open, env: Path
+) -> None:
+    first, second = open_(env), open_(env)
+    second.start("primary")
+    wait_for(first, primary="READY")
+    second.close()
+    wait_for(first, primary="STOPPED")
+    env.write_text(f"{env.read_text()}LLAMACPP_CODER_CTX=many\n")
+    click(first, "rescan")
+    eventually(lambda: "LLAMACPP_CODER_CTX='many'" in str(row(first, "coder")["problem"]))
+    assert [thread.name for thread in threading.enumerate()].count("kitty_nb") == 1  # its own
+    click(first, "start", "primary")
+    wait_for(first, primary="READY")
+
+
 def test_a_fleet_sends_few_messages(
     open_: Open, env: Path, sent: list[tuple[str, dict[str, object]]]
 ) -> None:

@@ -18,7 +18,7 @@ from kitty_nb.config import configured_profiles, salvage_settings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.manager import ModelManager
 from kitty_nb.widgets.fleet_row import Profile, fleet_rows
-from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
+from kitty_nb.widgets.kernel_managers import borrow, lent, let_go, wanted
 from kitty_nb.widgets.notice import explain
 from kitty_nb.widgets.second_ask import SecondAsk
 from kitty_nb.widgets.subshells import receive_while_busy
@@ -137,7 +137,7 @@ class FleetPanel(AnyWidget):
     def _read(self, known: dict[str, _Member] | None = None) -> dict[str, _Member]:
         names = dict.fromkeys(configured_profiles(self._env))
         running = {
-            name: None for name, m in (known or {}).items() if not m.manager.state.status.idle
+            name: None for name, m in (known or {}).items() if not m.watched.state.status.idle
         }
         members = {}
         for name in names | running:
@@ -188,12 +188,18 @@ class _Member:
         self._second_ask = SecondAsk("press Start again")
         self.read()
         # That of an earlier run of this cell, with its server, is this panel's to close.
-        borrow(env, profile, owner, self._make, take_over=(FleetPanel,))
+        self._last = borrow(env, profile, owner, self._make, take_over=(FleetPanel,))
 
     @property
     def manager(self) -> ModelManager:
         """The kernel's for this profile; a new one where a panel has closed it."""
         return borrow(self._env, self._profile, self._owner, self._make)
+
+    @property
+    def watched(self) -> ModelManager:
+        """The same, but looking makes no new one: the last stays, closed."""
+        self._last = lent(self._env, self._profile) or self._last
+        return self._last
 
     def read(self) -> None:
         """Read the settings again."""
@@ -206,7 +212,7 @@ class _Member:
 
     def look(self) -> Profile:
         """How it is now."""
-        manager = self.manager
+        manager = self.watched
         state, config = manager.state, self._config
         if config.model is None and self._complaint is None:
             config = state.config  # of a model that was picked in its panel
@@ -236,8 +242,8 @@ class _Member:
     async def measure(self) -> None:
         """Learn what its server holds."""
         try:
-            self._memory = await self.manager.memory_use()
-        except KittyError:  # closed this moment
+            self._memory = await self.watched.memory_use()
+        except KittyError:  # closed
             self._memory = None
         except asyncio.CancelledError:
             task = asyncio.current_task()

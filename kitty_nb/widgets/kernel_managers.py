@@ -53,6 +53,13 @@ def borrow(
         return held.manager
 
 
+def lent(env: str | Path, profile: str) -> ModelManager | None:
+    """Return the kernel's manager of a profile; None where there is none, or it was let go."""
+    with _lock:
+        held = _held.get((Path(env).absolute(), profile))
+        return held.manager if held else None
+
+
 def let_go(owner: object) -> None:
     """Close the managers that are still for `owner` to close; their servers stop."""
     with _lock:
