@@ -253,6 +253,26 @@ def test_a_wrong_field_is_explained_and_nothing_is_started(panel: ControlPanel) 
     eventually(lambda: panel.notice.layout.display == "none")
 
 
+def test_trouble_that_is_over_is_not_shown_any_more(panel: ControlPanel) -> None:
+    def refused() -> None:
+        panel.settings.fields["context_size"].value = "a lot"
+        panel.buttons.start.click()
+        eventually(lambda: "a lot" in panel.notice.value)
+
+    def forgotten() -> bool:
+        return panel.notice.layout.display == "none"
+
+    refused()
+    panel.settings.fields["context_size"].value = "512"
+    eventually(forgotten)
+    refused()
+    choose(panel, "one.gguf")
+    eventually(forgotten)
+    refused()
+    panel.manager.start().wait(30)
+    eventually(forgotten)
+
+
 def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: ControlPanel) -> None:
     eventually(lambda: "fits" in panel.memory.value)
     panel.settings.fields["context_size"].value = "2000000000"

@@ -165,6 +165,16 @@ def test_a_start_that_fails_says_why(
     eventually(lambda: "LLAMACPP_CTX='many'" in str(row(panel, "primary")["problem"]))
 
 
+def test_trouble_that_is_over_is_not_shown_any_more(open_: Open, env: Path) -> None:
+    panel = open_(env)
+    right = env.read_text()
+    env.write_text(f"{right}LLAMACPP_CTX=many\n")
+    click(panel, "start", "primary")
+    eventually(lambda: "LLAMACPP_CTX='many'" in str(row(panel, "primary")["problem"]))
+    panel.manager("primary").start().wait(30)
+    eventually(lambda: row(panel, "primary")["problem"] == "")
+
+
 def test_what_will_not_fit_is_asked_for_twice(
     open_: Open, tmp_path: Path, misbehaving: Callable[..., ServerConfig]
 ) -> None:

@@ -106,7 +106,7 @@ class ControlPanel(VBox):
         self._changed = anyio.Event()
 
         self.status_line = StatusLine()
-        self.picker = ModelPicker(manager, self._choose)
+        self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.download = (
             earlier._hand_over(self)
             if earlier and earlier.manager is manager
@@ -145,7 +145,7 @@ class ControlPanel(VBox):
 
         self._scan()
         self._refreshing = manager.run(self._refresh_forever)
-        self._choose()
+        self._look_again()
         if earlier:
             earlier.close()
 
@@ -172,7 +172,7 @@ class ControlPanel(VBox):
         self.settings.fill(self._config, edits)
         self._problem = problem
         self._scan()
-        self._choose()
+        self._look_again()
 
     def use(self, **settings: Any) -> None:
         """Take over a model and settings as if they had been entered. Nothing is started.
@@ -272,6 +272,11 @@ class ControlPanel(VBox):
             self.rescan()
 
     def _choose(self) -> None:
+        """Somebody has chosen another model or setting; what was wrong before no longer counts."""
+        self._problem = None
+        self._look_again()
+
+    def _look_again(self) -> None:
         """The model or a setting is another one."""
         self.memory.refresh()
         self.browser.look_again()
@@ -325,6 +330,8 @@ class ControlPanel(VBox):
                 if self._status is not state.status:
                     self.browser.note_change()
                     self._memory_stale = self._memory_stale or state.status.settled
+                    if state.status is ServerStatus.READY:
+                        self._problem = None
                 self._status = state.status
             case ProgressMade(progress):
                 self._progress = progress

@@ -17,6 +17,7 @@ from anywidget import AnyWidget
 from kitty_nb.config import configured_profiles, salvage_settings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.manager import ModelManager
+from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.fleet_row import Profile, fleet_rows
 from kitty_nb.widgets.kernel_managers import borrow, lent, let_go, wanted
 from kitty_nb.widgets.notice import explain
@@ -185,6 +186,7 @@ class _Member:
     def __init__(self, env: str | Path, profile: str, owner: FleetPanel) -> None:
         self._env, self._profile, self._owner = env, profile, owner
         self._memory: MemoryUse | None = None
+        self._status = ServerStatus.STOPPED
         self._second_ask = SecondAsk("press Start again")
         self.read()
         # That of an earlier run of this cell, with its server, is this panel's to close.
@@ -214,6 +216,9 @@ class _Member:
         """How it is now."""
         manager = self.watched
         state, config = manager.state, self._config
+        if state.status is ServerStatus.READY is not self._status:
+            self._mishap = None
+        self._status = state.status
         if config.model is None and self._complaint is None:
             config = state.config  # of a model that was picked in its panel
         problem = self._mishap or self._complaint

@@ -35,15 +35,21 @@ class ModelPicker(VBox):
 
     Args:
         manager: Its loop searches and watches the folders.
-        on_change: Called when another model is chosen, or what is known of it has changed: on the
-            front end's thread or a worker thread.
+        on_choice: Called when somebody has chosen another model.
+        on_change: Called on a worker thread when there is another one, or what is known of it has
+            changed, because the list has.
 
     Attributes:
         on_list: Called on a worker thread when there are other models, or they have changed.
     """
 
-    def __init__(self, manager: ModelManager, on_change: Callable[[], object]) -> None:
-        self._manager, self._on_change = manager, on_change
+    def __init__(
+        self,
+        manager: ModelManager,
+        on_choice: Callable[[], object],
+        on_change: Callable[[], object],
+    ) -> None:
+        self._manager, self._on_choice, self._on_change = manager, on_choice, on_change
         self.on_list: Callable[[], object] = lambda: None
         self._models: dict[Path | None, Model] = {}
         self._catalog: ModelCatalog | None = None
@@ -181,7 +187,7 @@ class ModelPicker(VBox):
 
     def _note_choice(self) -> None:
         self._wish = self._choice = self.dropdown.value
-        self._on_change()
+        self._on_choice()
 
 
 _watching: WeakKeyDictionary[ModelManager, ModelPicker] = WeakKeyDictionary()
