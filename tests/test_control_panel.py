@@ -420,11 +420,18 @@ def test_what_is_corrected_in_the_env_is_used_and_what_is_edited_stays(env: Path
         panel.close()
 
 
-def test_what_a_panel_is_told_to_use_stays_when_the_env_is_read_again(panel: ControlPanel) -> None:
+def test_what_a_panel_is_told_to_use_stays_when_the_env_is_read_again(
+    panel: ControlPanel, env: Path
+) -> None:
     panel.use(model="one.gguf", context_size=1024)
     panel.picker.rescan.click()
     eventually(lambda: panel.picker.model and panel.picker.model.name == "one.gguf")
     assert panel.settings.fields["context_size"].value == "1024"
+    panel.settings.fields["context_size"].value = "512"
+    env.write_text("not a setting\n")
+    panel.picker.rescan.click()
+    eventually(lambda: "not KEY=value" in panel.notice.value)
+    assert panel.settings.fields["context_size"].value == "512"
 
 
 def test_a_wrong_env_is_explained_and_another_model_can_be_started(env: Path) -> None:

@@ -13,7 +13,7 @@ from ipywidgets import VBox
 
 from kitty_nb.config import ServerConfig, salvage_settings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
-from kitty_nb.manager import ModelManager, Operation
+from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -26,6 +26,7 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.widgets.activity_log import ActivityLog
+from kitty_nb.widgets.clicks import Clicks
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.kernel_managers import borrow, let_go
 from kitty_nb.widgets.load_bar import LoadBar
@@ -33,8 +34,7 @@ from kitty_nb.widgets.memory_line import MemoryLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
 from kitty_nb.widgets.models_folder import furnish
-from kitty_nb.widgets.notice import Notice, explain
-from kitty_nb.widgets.second_ask import SecondAsk
+from kitty_nb.widgets.notice import Notice
 from kitty_nb.widgets.server_buttons import ServerButtons, choices
 from kitty_nb.widgets.server_log import ServerLog
 from kitty_nb.widgets.settings_form import SettingsForm
@@ -45,7 +45,7 @@ from kitty_nb.widgets.tree import tree
 from kitty_nb.widgets.web_page import WebPage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
 # Seconds. A refresh sends at most six messages; 20 a second for a whole panel stays far below
 # what jupyter_server lets through.
@@ -99,8 +99,7 @@ class ControlPanel(VBox):
         self._activities: list[Activity] = []
         self._log_lines: list[str] = []
         self._log_begins = False
-        self._second_ask = SecondAsk("press the button again")
-        self._acting: Operation[None] | None = None
+        self._clicks = Clicks(manager, self._tell)
         self._memory_stale = False
         self._taken: frozenset[str] = frozenset()
         self._changed = anyio.Event()
@@ -150,11 +149,11 @@ class ControlPanel(VBox):
             earlier.close()
 
     def _answer_clicks(self) -> None:
-        self.buttons.start.on_click(lambda _: self._act(self._start))
-        self.buttons.stop.on_click(lambda _: self._act(self.manager.stop))
-        self.buttons.restart.on_click(lambda _: self._act(self._restart))
-        self.buttons.use_port.on_click(lambda _: self._act(self._start_on_free_port))
-        self.buttons.attach.on_click(lambda _: self._act(self.manager.attach))
+        self.buttons.start.on_click(lambda _: self._clicks.act(self._start))
+        self.buttons.stop.on_click(lambda _: self._clicks.act(self.manager.stop))
+        self.buttons.restart.on_click(lambda _: self._clicks.act(self._restart))
+        self.buttons.use_port.on_click(lambda _: self._clicks.act(self._start_on_free_port))
+        self.buttons.attach.on_click(lambda _: self._clicks.act(self.manager.attach))
         self.settings.save.on_click(lambda _: self._save())
         self.picker.rescan.on_click(lambda _: self.rescan())
 
@@ -167,9 +166,9 @@ class ControlPanel(VBox):
         try:
             if self.manager.env is not None:
                 problem = self._read_env()
+                self.settings.fill(self._config, edits)
         except ConfigError as error:
             problem = str(error)
-        self.settings.fill(self._config, edits)
         self._problem = problem
         self._scan()
         self._look_again()
@@ -236,7 +235,7 @@ class ControlPanel(VBox):
         self.picker.choose(path)
 
     def _start(self) -> Awaitable[ServerState]:
-        return self._launch(self.manager.start)
+        return self._clicks.launch(self.manager.start, self._wanted())
 
     def _start_on_free_port(self) -> Awaitable[ServerState]:
         if port := self.manager.state.free_port:
@@ -244,20 +243,7 @@ class ControlPanel(VBox):
         return self._start()
 
     def _restart(self) -> Awaitable[ServerState]:
-        return self._launch(self.manager.restart)
-
-    def _launch(self, launch: Callable[..., Operation[ServerState]]) -> Awaitable[ServerState]:
-        """Launch what is wanted now; where memory will not do, only when asked for twice."""
-        config = self._wanted()
-        refusal = self.manager.refusal(config)
-
-        async def agreed() -> ServerState:
-            self._second_ask.agree(config, await refusal)
-            # In a thread: the manager takes no orders on its own loop.
-            operation = await anyio.to_thread.run_sync(lambda: launch(config, wait_for_ready=False))
-            return await operation
-
-        return agreed()
+        return self._clicks.launch(self.manager.restart, self._wanted())
 
     def _save(self) -> None:
         """Write the choice into the `.env` file."""
@@ -265,8 +251,7 @@ class ControlPanel(VBox):
             names = {"model", *self.settings.fields, *self._taken}
             saved = save_settings(self._wanted(), self._env, names)
         except KittyError as error:
-            self._problem = str(error)
-            self._wake()
+            self._tell(str(error))
         else:
             self._say(saved.sentence)
             self.rescan()
@@ -289,23 +274,9 @@ class ControlPanel(VBox):
             model=self.picker.dropdown.value, alias=alias, **self.settings.changes()
         )
 
-    def _act(self, action: Callable[[], Awaitable[ServerState]]) -> None:
-        """Do what a click asks; whatever goes wrong is shown."""
-        self._problem = None
-        if self._acting is not None:
-            self._acting.cancel()  # a start that still asks for memory must not come after a stop
-        try:
-            self._acting = self.manager.run(self._follow, action())
-        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self._problem = explain(error)
-            self._wake()
-
-    async def _follow(self, action: Awaitable[ServerState]) -> None:
-        try:
-            await action
-        except Exception as error:  # noqa: BLE001 (as above)
-            self._problem = explain(error)
-        self._changed.set()
+    def _tell(self, problem: str | None) -> None:
+        self._problem = problem
+        self._wake()
 
     def _wake(self) -> None:
         """Have the panel refreshed; callable from any thread but the manager's."""
