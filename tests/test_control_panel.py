@@ -52,7 +52,7 @@ def env(tmp_path: Path, demo_model: Path, free_port: int) -> Path:
 @pytest.fixture
 def panel(env: Path) -> Iterator[ControlPanel]:
     panel = ControlPanel(env)
-    eventually(lambda: panel.picker.models)
+    eventually(lambda: panel.picker.model)
     yield panel
     panel.close()
 
@@ -65,8 +65,10 @@ def misbehaving_panel(
 
     def make(*flags: str, **changes: object) -> ControlPanel:
         manager = ModelManager(config=misbehaving(*flags, **changes))
-        panels.append((ControlPanel(manager=manager), manager))
-        return panels[-1][0]
+        panel = ControlPanel(manager=manager)
+        panels.append((panel, manager))
+        eventually(lambda: panel.picker.model)
+        return panel
 
     yield make
     for panel, manager in panels:
@@ -486,6 +488,7 @@ def test_a_missing_models_folder_is_not_made_up(env: Path) -> None:
 
 def test_running_the_cell_again_shows_the_same_server(env: Path) -> None:
     first = ControlPanel(env)
+    eventually(lambda: first.picker.model)
     first.buttons.start.click()
     wait_for(first, "READY")
     second = ControlPanel(env)
@@ -510,6 +513,7 @@ def test_running_the_cell_again_leaves_one_panel(
         assert earlier.comm is None
     try:
         assert len(ipywidgets.widgets.widget._instances) == len(before)
+        eventually(lambda: panel.picker.model)
         panel.buttons.start.click()
         wait_for(panel, "READY")
         wait_for(beside, "READY")
@@ -525,6 +529,7 @@ def test_running_the_cell_again_leaves_one_panel(
 def test_close_leaves_no_widget_thread_or_process(env: Path) -> None:
     before = set(ipywidgets.widgets.widget._instances), set(threading.enumerate())
     panel = ControlPanel(env)
+    eventually(lambda: panel.picker.model)
     panel.buttons.start.click()
     wait_for(panel, "READY")
     pid = panel.manager.state.pid
@@ -539,6 +544,7 @@ def test_close_leaves_no_widget_thread_or_process(env: Path) -> None:
 def test_a_panel_on_a_given_manager_leaves_it_running(config: ServerConfig) -> None:
     with ModelManager(config=config) as manager:
         panel = ControlPanel(manager=manager)
+        eventually(lambda: panel.picker.model)
         panel.buttons.start.click()
         wait_for(panel, "READY")
         panel.close()
