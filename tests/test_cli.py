@@ -319,6 +319,12 @@ def test_a_wrong_setting_is_told_and_not_in_the_way_of_looking(env: Path) -> Non
     started = run("start", "--env", env)
     assert started.exit_code == 1
     assert "There is no such file" in started.stderr
+    env.write_text(f"{env.read_text()}LLAMACPP_MODEL=gone-too.gguf\n")
+    for verb, code in {"status": 3, "stop": 0, "scan": 0}.items():
+        result = run(verb, "--env", env)
+        assert result.exit_code == code
+        assert "LLAMACPP_PRIMARY_MODEL='gone.gguf'" in result.stderr
+        assert "LLAMACPP_MODEL='gone-too.gguf'" in result.stderr
 
 
 def test_the_doctor_finds_nothing_wrong_where_all_is_well(env: Path, config: ServerConfig) -> None:

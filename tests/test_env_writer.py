@@ -224,6 +224,25 @@ def test_wrong_values_give_way_and_other_mistakes_stay(tmp_path: Path, models: P
     )
 
 
+def test_a_wrong_value_behind_a_wrong_value_is_found_and_left_out_too(
+    tmp_path: Path, models: Path
+) -> None:
+    wrong = {
+        "LLAMACPP_PORT": "99999",
+        "LLAMACPP_PRIMARY_PORT": "0",
+        "LLAMACPP_MODEL": "gone.gguf",
+        "LLAMACPP_PRIMARY_MODEL": "gone-too.gguf",
+    }
+    lines = "".join(f"{key}={value}\n" for key, value in wrong.items())
+    path = given(tmp_path, f"LLAMACPP_MODELS_DIR=models\n{lines}LLAMACPP_CTX=512\n")
+    config, complaint = salvage_settings(path)
+    assert complaint
+    assert {problem.key: problem.value for problem in complaint.problems} == wrong
+    assert (config.port, config.model, config.context_size) == (8082, None, 512)
+    with pytest.raises(ConfigError, match="profile='no name'"):
+        salvage_settings(path, "no name")
+
+
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, models: Path) -> None:
     path = given(tmp_path, "LLAMACPP_MODELS_DIR=elsewhere\n")
     config = ServerConfig(models_dir=models, model="one.gguf")

@@ -95,11 +95,18 @@ def env_lines(config: ServerConfig, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _salvage(env: EnvFile, profile: str) -> tuple[ServerConfig, ConfigError | None]:
-    try:
-        return ServerConfig.from_file(env, profile), None
-    except ConfigError as error:
-        wrong = {problem.key for problem in error.problems}
-        return ServerConfig.from_file(env, profile, wrong), error
+    problems: dict[str, Problem] = {}
+    while True:  # behind a wrong value may be another one, such as that of every profile
+        try:
+            config = ServerConfig.from_file(env, profile, problems)
+        except ConfigError as error:
+            found = {problem.key: problem for problem in error.problems}
+            if found.keys() <= problems.keys():
+                raise
+            problems |= found
+        else:
+            wrong = tuple(problems.values())
+            return config, ConfigError(str(env.path), wrong) if wrong else None
 
 
 def _in_folder(model: Path | None, given: ServerConfig) -> Path | None:
