@@ -199,12 +199,13 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
-    from kitty_nb.terminal.logs import follow_log, log_lines
+    from kitty_nb.terminal.logs import follow_log, has_log, log_lines
 
     path = _settings(env, profile).log_path
+    there = has_log(path)
     if follow:
         anyio.run(follow_log, path, typer.echo, lines)
-    if not path.exists():
+    if not there:
         raise KittyError(f"There is no log {path}: no server of this profile was started yet.")
     for line in deque(log_lines(path), maxlen=lines):
         typer.echo(line)

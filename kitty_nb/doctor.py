@@ -123,9 +123,15 @@ async def _engine(config: ServerConfig) -> Finding:
 
 def _models(config: ServerConfig) -> Finding:
     folder = config.models_dir
-    if not folder.is_dir():
+    try:
+        any(folder.iterdir())
+    except FileNotFoundError:
         advice = "Create it, or correct LLAMACPP_MODELS_DIR. The panel makes its default itself."
         return Finding("Models", Verdict.ODD, f"There is no folder {folder}.", advice)
+    except OSError as error:
+        found = f"{folder} cannot be looked into ({error.strerror})."
+        advice = "Correct LLAMACPP_MODELS_DIR, or the rights of that folder and of those above it."
+        return Finding("Models", Verdict.BAD, found, advice)
     models = ModelCatalog(config.stores).scan()
     if not models:
         advice = "Put .gguf files there, or try it out with: kitty-nb demo-model"
@@ -197,4 +203,5 @@ def _disk(config: ServerConfig) -> Finding:
 
 def _nearest(folder: Path) -> Path:
     """The folder, or the first above it that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    places = (folder, *folder.parents)
+    return next(path for path in places if os.path.exists(path))  # noqa: PTH110 (never raises)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from kitty_nb.catalog.file_facts import FileFacts, Kind, read_facts
-from kitty_nb.catalog.folder import FoundFile, settled, stamp_of
+from kitty_nb.catalog.folder import FoundFile, is_folder, settled, stamp_of
 from kitty_nb.catalog.rows import Part, rows
 from kitty_nb.catalog.scan_cache import ScanCache, Stamp
 from kitty_nb.catalog.shards import shard_paths
@@ -130,7 +130,7 @@ class ModelCatalog:
                 if len(facts) < total:
                     yield step()
         finally:
-            roots = [os.path.abspath(s.path) for s in self.stores if s.path.is_dir()]  # noqa: PTH100
+            roots = [os.path.abspath(s.path) for s in self.stores if is_folder(s.path)]  # noqa: PTH100
             self._cache.keep(fresh, roots, stamps.keys() | facts.keys())
         yield step(last=True)
 

@@ -13,7 +13,7 @@ from kitty_nb.catalog.scan_cache import Stamp
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FoundFile", "find_files"]
+__all__ = ["FoundFile", "find_files", "is_folder"]
 
 # What programs append to a name while they download: browsers, LM Studio, llama.cpp, the Hub's
 # client, aria2.
@@ -84,6 +84,14 @@ def stamp_of(entry: os.DirEntry[str] | Path) -> Stamp | None:
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+def is_folder(entry: os.DirEntry[str] | Path) -> bool:
+    """Tell whether there is a folder that may be looked at."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or in a folder that may not be entered
+        return False
+
+
 def settled(path: Path, stamp: Stamp) -> bool:
     """Tell whether a file is as it was, and its stamp will change if the file does."""
     return stamp_of(path) == stamp and not too_young(stamp)
@@ -115,17 +123,10 @@ def _entries(directory: str) -> Iterator[os.DirEntry[str]]:
                 continue
             if ".gguf" in name and name.endswith(_UNFINISHED):
                 yield entry
-            elif _is_folder(entry):
+            elif is_folder(entry):
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif name.endswith(".gguf"):
                 yield entry
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
 
 
 def _target(path: str) -> str | None:

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.catalog.folder import FoundFile, find_files, stamp_of
+from kitty_nb.catalog.folder import FoundFile, find_files, is_folder, stamp_of
 from kitty_nb.catalog.shards import ShardName
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
         ],
         StoreKind.OLLAMA: named("OLLAMA_MODELS") or [home / ".ollama" / "models"],
     }
-    return [Store(path, kind) for kind, paths in places.items() for path in paths if _there(path)]
+    return [
+        Store(path, kind) for kind, paths in places.items() for path in paths if is_folder(path)
+    ]
 
 
 def files_in(store: Store) -> list[FoundFile]:
@@ -183,7 +185,7 @@ def _ollama_name(path: Path) -> str:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in _listed(folder) if _there(path) and path.name[0] != ".")
+    return sorted(path for path in _listed(folder) if is_folder(path) and path.name[0] != ".")
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -191,10 +193,3 @@ def _listed(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError:
         return []
-
-
-def _there(folder: Path) -> bool:
-    try:
-        return folder.is_dir()
-    except OSError:
-        return False

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
+from kitty_nb.catalog.folder import is_folder
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Sequence
     from pathlib import Path
@@ -42,14 +44,14 @@ async def watch(
     yield listed
     polling: bool | None = None
     while True:
-        there = [folder for folder in folders if folder.is_dir()]
+        there = [folder for folder in folders if is_folder(folder)]
         try:
             async with aclosing(_changes(there, polling=polling)) as changes:
                 async for _ in changes:
                     before, listed = listed, await _scanned(scan, on_step)
                     if listed != before:
                         yield listed
-                    if there != [folder for folder in folders if folder.is_dir()]:
+                    if there != [folder for folder in folders if is_folder(folder)]:
                         break
         except FileNotFoundError:  # a folder has gone since it was looked for
             continue

@@ -6,10 +6,12 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticCustomError
 
+from kitty_nb.catalog.folder import find_files, is_folder
 from kitty_nb.catalog.quantization import named_quantization
 from kitty_nb.catalog.shards import ShardName, missing_shards, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in
@@ -45,9 +47,9 @@ def check_model(
         fix = "Move it there, set LLAMACPP_MODELS_DIR to a folder above it, or allow models"
         raise _refusal(reason, f"{fix} anywhere by LLAMACPP_ALLOW_ABSOLUTE_PATHS=1.")
     if path.suffix.lower() != ".gguf" and not (known and _is_named(path, known)):
-        kind = "is a folder" if path.is_dir() else "does not end in .gguf"
+        kind = "is a folder" if is_folder(path) else "does not end in .gguf"
         raise _refusal(f"It {kind}, so llama-server cannot load it.", _advice(value, models_dir))
-    if not path.is_file():
+    if not _is_file(path):
         reason = f"There is no such file (looked in {path.parent})."
         raise _refusal(reason, _advice(value, models_dir))
     shard = ShardName.parse(path)
@@ -70,6 +72,16 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return direct or path.resolve().is_relative_to(folder.resolve())
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        fix = "Correct it, or the rights of the folders above it."
+        raise _refusal(f"It cannot be looked at ({error.strerror}).", fix) from None
+
+
 def _is_named(path: Path, store: Store) -> bool:
     """Whether a manifest of Ollama names a file, which needs no ending then."""
     return store.kind is StoreKind.OLLAMA and path in {file.path for file in files_in(store)}
@@ -82,9 +94,10 @@ def _refusal(reason: str, fix: str) -> PydanticCustomError:
 def _advice(value: str, models_dir: Path) -> str:
     """Say what could be meant: the closest models, what there is, where to download it."""
     names = sorted(
-        _relative(path, models_dir)
-        for path in models_dir.rglob("*.gguf")
-        if (shard := ShardName.parse(path)) is None or shard.number == 1
+        _relative(file.path, models_dir)
+        for file in find_files(models_dir)
+        if file.stamp and file.downloading is None
+        if (shard := ShardName.parse(file.path)) is None or shard.number == 1
     )
     wanted = value.lower().removesuffix(".gguf")
     by_key = {key: name for name in names for key in (name.lower(), Path(name).stem.lower())}

@@ -78,7 +78,13 @@ async def locate_engine(binary: Path | None = None, answer_within: float = 20.0)
 
 def _choose(binary: Path | None) -> _Candidate:
     if binary is not None:
-        program = _program(binary)
+        try:
+            program = _program(binary)
+        except OSError as error:
+            raise EngineError(
+                f"LLAMACPP_BIN is {binary}, which cannot be looked at ({error.strerror}). Correct"
+                " it, or the rights of the folders above it."
+            ) from None
         return _candidate(EngineKind.NATIVE, (str(program),), program)
     if found := shutil.which("llama-server"):
         return _candidate(EngineKind.NATIVE, (found,), Path(found))

@@ -14,6 +14,7 @@ import anyio
 from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
+from kitty_nb.catalog.folder import is_folder
 from kitty_nb.errors import DiskFullError, HubError
 from kitty_nb.hub.checksums import Checksums
 from kitty_nb.hub.part_file import PartFile
@@ -135,7 +136,7 @@ class Download:
             whole = _size(target) == file.size
             there = file.size if whole else min(_size(part) or 0, file.size)
             files.append(PlannedFile(file, target, there, whole))
-        room = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        room = next(path for path in (self._folder, *self._folder.parents) if is_folder(path))
         return Plan(tuple(files), shutil.disk_usage(room).free, self._models_dir)
 
     async def run(self, on_progress: Callable[[DownloadProgress], object]) -> Path:
@@ -274,4 +275,7 @@ async def _receive(response: Response, part: PartFile, meter: Meter) -> None:
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.file_changes import FileChanges
 from kitty_nb.supervisor.log_file import LogTail
 from kitty_nb.supervisor.log_text import readable
@@ -17,6 +18,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ROTATION = 0.5  # seconds until a log that was replaced is noticed
+
+
+def has_log(path: Path) -> bool:
+    """Say whether there is a log.
+
+    Raises:
+        KittyError: It may not be read.
+    """
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise KittyError(
+            f"The log {path} cannot be read ({error.strerror}). Correct LLAMACPP_LOG_DIR, or its"
+            " rights and those of the folders above it."
+        ) from None
+    return True
 
 
 def log_lines(path: Path) -> Iterator[str]:

@@ -23,13 +23,15 @@ def furnish(folder: Path) -> str | None:
     Raises:
         ModelFileError: The folder is not there, or cannot be written to.
     """
-    if not folder.exists() and folder != ServerConfig.model_fields["models_dir"].default:
-        raise ModelFileError(
-            f"There is no folder {folder}. Create it, or correct LLAMACPP_MODELS_DIR and press"
-            " Rescan."
-        )
     try:
-        hidden = [path.name.startswith(".") for path in folder.iterdir()] if folder.exists() else []
+        hidden = [path.name.startswith(".") for path in folder.iterdir()]
+    except FileNotFoundError:
+        if folder != ServerConfig.model_fields["models_dir"].default:
+            raise ModelFileError(
+                f"There is no folder {folder}. Create it, or correct LLAMACPP_MODELS_DIR and press"
+                " Rescan."
+            ) from None
+        hidden = []
     except OSError as error:
         raise ModelFileError(
             f"{folder} cannot be looked into ({error.strerror}). Correct LLAMACPP_MODELS_DIR, or"
