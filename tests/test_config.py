@@ -162,6 +162,7 @@ def test_bad_keys_can_be_ignored_to_go_on_with_the_rest(tmp_path: Path, models: 
 )
 def test_a_bad_model_path_is_explained(tmp_path: Path, models: Path, value: str, said: str) -> None:
     found = problems(write_env(tmp_path, f"LLAMACPP_PRIMARY_MODEL={value}"))
+    assert found.keys() == {"LLAMACPP_PRIMARY_MODEL"}
     assert said.format(models=models) in found["LLAMACPP_PRIMARY_MODEL"]
 
 
