@@ -208,6 +208,13 @@ def test_a_setting_is_unset_in_the_file_unless_all_profiles_have_it(
         save_settings(config.replace(threads=None), path)
 
 
+def test_flags_for_every_profile_are_not_shown_for_they_may_hold_a_secret(tmp_path: Path) -> None:
+    path = given(tmp_path, "LLAMACPP_EXTRA_ARGS='--hf-token SECRET'\n")
+    with pytest.raises(ConfigError, match=r"LLAMACPP_EXTRA_ARGS='\(hidden\)'.*every") as caught:
+        save_settings(ServerConfig.from_env(path).replace(extra_args=()), path)
+    assert "SECRET" not in str(caught.value)
+
+
 def test_wrong_values_give_way_and_other_mistakes_stay(tmp_path: Path, models: Path) -> None:
     path = given(
         tmp_path,

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from kitty_nb.config.env_file import EnvFile, read_env
 from kitty_nb.config.env_writer import SavedEnv, quoted, write_env
 from kitty_nb.config.profiles import PREFIX
-from kitty_nb.config.server_config import ServerConfig, env_settings
+from kitty_nb.config.server_config import ServerConfig, env_settings, shown
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def save_settings(
         if not changes[key] and env.values.get(shared):
             reason = "It holds for every profile, so one profile cannot be without it."
             fix = "Clear it in the file, or choose a value."
-            problems.append(Problem(shared, str(env.values[shared]), reason, fix))
+            problems.append(Problem(shared, shown(name, env.values[shared]), reason, fix))
     if problems:
         raise ConfigError(str(env.path), tuple(problems))
     after = EnvFile(env.path, {**env.values, **changes})

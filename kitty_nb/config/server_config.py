@@ -363,6 +363,17 @@ def env_settings() -> dict[str, Env]:
     }
 
 
+def shown(name: str, value: object) -> str:
+    """The value of a field as a complaint may show it: without what may be a secret.
+
+    Args:
+        name: The field.
+        value: What was given for it.
+    """
+    # Among the words of extra_args may be a key, too.
+    return "(hidden)" if name in {"api_key", "extra_args"} else str(value)
+
+
 def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
     """The profiles that a `.env` file is about: those with a model, and the original's six roles.
 
@@ -383,6 +394,4 @@ def _problem(error: dict[str, Any], source: _Source) -> Problem:
     context = error.get("ctx", {})
     reason = context.get("reason") or error["msg"].removeprefix("Value error, ").rstrip(".") + "."
     fix = context.get("fix") or (f"Write {setting.expected}." if setting else "Leave it out.")
-    # Among the words of extra_args may be a key, too.
-    value = "(hidden)" if name in {"api_key", "extra_args"} else str(error["input"])
-    return Problem(source.keys.get(name, name), value, reason, fix)
+    return Problem(source.keys.get(name, name), shown(name, error["input"]), reason, fix)
