@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from kitty_nb import ControlPanel, ServerConfig, ServerStatus
 from kitty_nb.cli import app
+from kitty_nb.config import RECORDED
 from kitty_nb.errors import ConfigError
 
 
@@ -56,6 +57,46 @@ def test_a_model_of_ollama_is_chosen_started_and_saved(env: Path, blob: Path) ->
         assert ServerConfig.from_env(env).model == blob
     finally:
         panel.close()
+
+
+def test_the_name_that_a_store_gives_its_model_does_not_go_on_to_the_next(
+    env: Path, blob: Path
+) -> None:
+    config = ServerConfig.from_env(env).replace(model=blob)
+    assert config.served_alias == "kitty:1b"
+    assert config.replace(alias="kitty:1b").replace(model="own.gguf").served_alias == "own"
+    assert config.replace(alias="mine").replace(model="own.gguf").served_alias == "mine"
+    recorded = ServerConfig.model_validate_json(config.model_dump_json(), context=RECORDED)
+    shutil.rmtree(blob.parents[1] / "manifests")
+    assert recorded.served_alias == "kitty:1b"
+
+
+def test_a_second_panel_and_a_switch_serve_a_model_by_its_own_name(
+    env: Path, blob: Path, demo_model: Path
+) -> None:
+    for name in ("next", "last"):
+        shutil.copy(demo_model, env.parent / "models" / f"{name}.gguf")
+    first = ControlPanel(env)
+    second = None
+    try:
+        eventually(lambda: len(first.picker.models) == 4)
+        first.picker.choose(blob)
+        first.buttons.start.click()
+        eventually(lambda: first.manager.state.status is ServerStatus.READY, within=60)
+        second = ControlPanel(manager=first.manager)
+        eventually(lambda: second.picker.models)
+        second.picker.choose(env.parent / "models" / "next.gguf")
+        second.buttons.start.click()
+        eventually(lambda: "as <b>next</b>" in second.status_line.value, within=60)
+        eventually(lambda: first.manager.state.status is ServerStatus.READY, within=60)
+        state = first.manager.switch_model(blob).wait(60)
+        assert state.config.served_alias == "kitty:1b"
+        state = first.manager.switch_model("last.gguf").wait(60)
+        assert state.config.served_alias == "last"
+    finally:
+        if second:
+            second.close()
+        first.close()
 
 
 @pytest.mark.parametrize("place", ["LM Studio", "llama.cpp"])

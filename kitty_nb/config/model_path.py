@@ -46,7 +46,7 @@ def check_model(
         reason = f"It is outside the models folder, {models_dir}."
         fix = "Move it there, set LLAMACPP_MODELS_DIR to a folder above it, or allow models"
         raise _refusal(reason, f"{fix} anywhere by LLAMACPP_ALLOW_ABSOLUTE_PATHS=1.")
-    if path.suffix.lower() != ".gguf" and not (known and _is_named(path, known)):
+    if path.suffix.lower() != ".gguf" and not name_in_store(path, stores):
         kind = "is a folder" if is_folder(path) else "does not end in .gguf"
         raise _refusal(f"It {kind}, so llama-server cannot load it.", _advice(value, models_dir))
     if not _is_file(path):
@@ -66,6 +66,20 @@ def check_model(
     return path
 
 
+def name_in_store(path: Path, stores: Sequence[Store]) -> str | None:
+    """Return what Ollama calls a model that it keeps, by the first name; None of any other."""
+    return next(
+        (
+            file.known_as.partition(", ")[0]
+            for store in stores
+            if store.kind is StoreKind.OLLAMA and path.is_relative_to(store.path)
+            for file in files_in(store)
+            if file.path == path and file.known_as
+        ),
+        None,
+    )
+
+
 def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file is in a folder; what the links in that folder lead to counts as in it."""
     direct = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
@@ -80,11 +94,6 @@ def _is_file(path: Path) -> bool:
     except OSError as error:
         fix = "Correct it, or the rights of the folders above it."
         raise _refusal(f"It cannot be looked at ({error.strerror}).", fix) from None
-
-
-def _is_named(path: Path, store: Store) -> bool:
-    """Whether a manifest of Ollama names a file, which needs no ending then."""
-    return store.kind is StoreKind.OLLAMA and path in {file.path for file in files_in(store)}
 
 
 def _refusal(reason: str, fix: str) -> PydanticCustomError:

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from kitty_nb.config.env_file import read_env
-from kitty_nb.config.model_path import check_model
+from kitty_nb.config.model_path import check_model, name_in_store
 from kitty_nb.config.model_stores import model_stores
 from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
 from kitty_nb.errors import ConfigError, Problem
@@ -152,6 +152,8 @@ class ServerConfig(BaseModel):
     model: Annotated[Path | None, Env("MODEL", "the path of a .gguf file in the models folder")] = (
         None
     )
+    # What the store that has the model calls it: worked out from the model, never set.
+    known_as: Annotated[str | None, Field(validate_default=True)] = None
     alias: Annotated[
         str | None, Field(pattern="^[^,]+$"), Env("ALIAS", "one name, without commas")
     ] = None
@@ -291,8 +293,8 @@ class ServerConfig(BaseModel):
 
     @property
     def served_alias(self) -> str:
-        """The name that the server answers to: the alias, else the model's file name."""
-        return self.alias or (self.model.stem if self.model else "")
+        """The name that the server answers to: the alias, else the model's own name."""
+        return self.alias or self.known_as or (self.model.stem if self.model else "")
 
     @property
     def endpoint(self) -> str:
@@ -335,6 +337,23 @@ class ServerConfig(BaseModel):
         folder, *others = model_stores(info.data["models_dir"], others=info.data["other_stores"])
         anywhere = info.data["allow_absolute_paths"]
         return str(check_model(str(value), folder.path, others, anywhere=anywhere))
+
+    @field_validator("known_as", mode="before")
+    @classmethod
+    def _ask_stores(cls, value: object, info: ValidationInfo) -> object:
+        if not (info.context or _NO_SOURCE).check_files:
+            return value
+        model = info.data.get("model")
+        if model is None:
+            return None
+        _, *others = model_stores(info.data["models_dir"], others=info.data["other_stores"])
+        return name_in_store(model, others)
+
+    @field_validator("alias")
+    @classmethod
+    def _drop_store_name(cls, alias: str | None, info: ValidationInfo) -> str | None:
+        """A name that the model has from its store goes with that model, not on to the next."""
+        return None if alias == info.data.get("known_as") else alias
 
     @model_validator(mode="wrap")
     @classmethod
