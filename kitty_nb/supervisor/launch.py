@@ -74,7 +74,7 @@ async def launch(
         command = build_command(engine, config)
         await anyio.to_thread.run_sync(refuse_busy_port, config)
         # Called off while a thread tried the port, it is told so only now.
-        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         rotate(config.log_path, config.log_keep)
         note_engine(engine)
         return await _spawn(config, command, api_key, began)
