@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +49,10 @@ def test_a_run_is_recorded_headless_with_parameters(tmp_path: Path, free_port: i
         *("-p", "model", "mine.gguf", "-p", "question", "Why?", "-p", "max_tokens", "4"),
         *("-p", "save_to", "kept.json"),
     ]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
+    with socket.create_server(("127.0.0.1", free_port)):  # as the user's own server has it
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
     assert done.returncode == 0, done.stderr
     record = RunRecord.load(tmp_path / "kept.json")
     assert record.model.name == "mine.gguf"
