@@ -126,6 +126,7 @@ class ModelManager:
         self._progress: LoadProgress | None = None
         self._http: tuple[Access, httpx.Client] | None = None
         self._closing = threading.Lock()
+        self._supervisor.subscribe(self._remember)
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
             # What still runs when the supervisor has ended, such as a panel, ends too.
@@ -133,7 +134,6 @@ class ModelManager:
             stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
             self._resources = stack.pop_all()
         self._closed = False
-        self._supervisor.subscribe(self._remember)
         atexit.register(self._close_at_exit)
 
     def __enter__(self) -> Self:

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
+_SETTLED_WITHIN = 1.0  # seconds; one that hangs is shown before it answers
 _LINES_KEPT = 2_000
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine is asked
 
@@ -108,7 +109,10 @@ class Supervisor:
         with anyio.CancelScope(shield=True):  # called off here, it would wait for what never ends
             await self._host.start(self._live)
         try:
-            await self._look_for_server()
+            found = await self._look_for_server()
+            if found and found.ready is not None:  # who finds it may use it at once
+                with anyio.move_on_after(_SETTLED_WITHIN):
+                    await self._until(lambda: self._now.status.settled)
         except BaseException as error:
             self.leave()  # a server that was found is nobody's to stop yet
             await self.__aexit__(type(error), error, error.__traceback__)
@@ -426,12 +430,14 @@ class Supervisor:
             await anyio.sleep(_LOOK_EVERY)
             await self._look_for_server()
 
-    async def _look_for_server(self) -> None:
+    async def _look_for_server(self) -> ServerRecord | None:
         """Find the server that another program or kernel has started for this profile."""
         if self._now.status.absent:
             record = await anyio.to_thread.run_sync(find_server, self._now.config)
             if record:
                 self._feed(Found(record))
+            return record
+        return None
 
     async def _wait(self, generation: int, seconds: float) -> None:
         await anyio.sleep(seconds)
