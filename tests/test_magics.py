@@ -89,6 +89,16 @@ def test_another_model_is_switched_to(run: Run, env: Path, config: ServerConfig)
         assert "READY" in run("%kitty switch other.gguf")
         with pytest.raises(KittyError, match="Name the model"):
             run("%kitty switch")
+        spaced = other.rename(other.with_name("my other.gguf"))
+        other.touch()
+        try:
+            switched = run("%kitty switch \"my other.gguf\" --env '.env' --profile 'primary'")
+            assert "READY" in switched
+            assert "No server" in run('%kitty status --profile "coder"')
+        finally:
+            spaced.unlink()
+        with pytest.raises(KittyError, match="1 or more"):
+            run("%kitty logs -n 0")
     finally:
         other.unlink()
 

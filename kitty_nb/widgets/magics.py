@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,6 @@ from kitty_nb.widgets.load_bar import describe
 from kitty_nb.widgets.second_ask import SecondAsk
 
 if TYPE_CHECKING:
-    from argparse import Namespace
     from collections.abc import Callable
 
     from IPython.core.interactiveshell import InteractiveShell
@@ -55,7 +55,7 @@ class KittyMagics(Magics):
     @line_magic
     def kitty(self, line: str) -> None:
         """Start, stop or look at a profile's server."""
-        given = parse_argstring(self.kitty, line)
+        given = _given(self.kitty, line)
         manager = self._manager(given)
         match given.verb:
             case "start":
@@ -85,10 +85,10 @@ class KittyMagics(Magics):
     @cell_magic
     def kitty_chat(self, line: str, cell: str) -> None:
         """Ask the running model; its answer appears as it comes. Interrupt to end it."""
-        given = parse_argstring(self.kitty_chat, line)
+        given = _given(self.kitty_chat, line)
         messages = [{"role": "user", "content": cell.strip()}]
         if given.system:
-            messages.insert(0, {"role": "system", "content": _unquoted(given.system)})
+            messages.insert(0, {"role": "system", "content": given.system})
         options = {"temperature": given.temperature, "max_tokens": given.max_tokens}
         asked = {name: value for name, value in options.items() if value is not None}
         pieces: SimpleQueue[Piece] = SimpleQueue()
@@ -129,6 +129,8 @@ class KittyMagics(Magics):
             print()
 
     def _print_log(self, manager: ModelManager, count: int) -> None:
+        if count < 1:
+            raise KittyError("Ask for a number of lines, 1 or more: %kitty logs -n 40")
         lines = manager.log_lines
         if not lines:
             raise KittyError(
@@ -191,6 +193,13 @@ def _print_pieces(pieces: SimpleQueue[Piece]) -> None:
         print(text, end="", flush=True)
 
 
+def _given(magic: Callable[..., None], line: str) -> Namespace:
+    """Arguments as they are meant: IPython leaves the quotes around them on."""
+    given = vars(parse_argstring(magic, line))
+    return Namespace(
+        **{name: _unquoted(word) if isinstance(word, str) else word for name, word in given.items()}
+    )
+
+
 def _unquoted(words: str) -> str:
-    """An argument as it is meant: IPython leaves the quotes around it on."""
     return words[1:-1] if len(words) > 1 and words[0] == words[-1] and words[0] in "\"'" else words
