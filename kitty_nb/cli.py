@@ -117,7 +117,7 @@ def stop(
 
     config = _settings(env, profile)
     pid = anyio.run(commands.stop, config, force)
-    typer.echo(_nothing_runs(profile) if pid is None else f"The server (PID {pid}) is stopped.")
+    typer.echo(_nothing_runs(config) if pid is None else f"The server (PID {pid}) is stopped.")
 
 
 @app.command()
@@ -184,8 +184,9 @@ def wait_ready(
     """Wait until a server that was started answers. The exit code is 3 when none is running."""
     from kitty_nb.terminal import commands
 
-    if not _show_load(commands.wait_ready, _settings(env, profile), timeout):
-        typer.echo(_nothing_runs(profile), err=True)
+    config = _settings(env, profile)
+    if not _show_load(commands.wait_ready, config, timeout):
+        typer.echo(_nothing_runs(config), err=True)
         raise typer.Exit(_NOT_RUNNING)
 
 
@@ -360,8 +361,8 @@ def _facts(state: ServerState) -> dict[str, Any]:
     }
 
 
-def _nothing_runs(profile: str) -> str:
-    return f"No server of the profile {profile!r} is running."
+def _nothing_runs(config: ServerConfig) -> str:
+    return f"No server of the profile {config.profile!r} is running."
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     checks = (_models, _model, _port, _memory, _disk)
     findings += [await anyio.to_thread.run_sync(check, config) for check in checks]
     others = [
-        salvage_settings(env, name)[0] for name in configured_profiles(env) if name != profile
+        salvage_settings(env, name)[0]
+        for name in configured_profiles(env)
+        if name != config.profile
     ]
     return findings + [await anyio.to_thread.run_sync(_port, other) for other in others]
 

@@ -117,7 +117,7 @@ def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
             "log": str(config.log_path),
         }
         assert 0 < float(str(found["uptime_seconds"])) < 60
-        assert run("wait-ready", "--env", env).exit_code == 0
+        assert run("wait-ready", "--env", env, "--profile", "PRIMARY").exit_code == 0
         last = run("logs", "--env", env, "-n", "2").stdout.splitlines()
         assert len(last) == 2
         assert run("stop", "--env", env).stdout == f"The server (PID {state.pid}) is stopped.\n"

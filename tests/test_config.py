@@ -95,6 +95,7 @@ def test_a_profile_overrides_the_global_value(tmp_path: Path, models: Path) -> N
     assert (primary.port, primary.context_size, primary.model) == (9000, 4096, None)
     assert (coder.port, coder.context_size, coder.model) == (9001, 4096, models / "tiny.gguf")
     assert coder.served_alias == "tiny"
+    assert ServerConfig.from_env(path, "CODER") == coder
 
 
 def test_all_bad_keys_are_reported_at_once_with_value_reason_and_fix(

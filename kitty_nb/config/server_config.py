@@ -20,6 +20,7 @@ from pydantic import (
     FieldSerializationInfo,
     ModelWrapValidatorHandler,
     SecretStr,
+    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_serializer,
@@ -139,7 +140,9 @@ class ServerConfig(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
 
-    profile: str = Field(default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    profile: Annotated[str, StringConstraints(to_lower=True)] = Field(
+        default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$"
+    )
     models_dir: Annotated[_Folder, Env("MODELS_DIR", "a folder with .gguf files")] = (
         _DATA / "models"
     )

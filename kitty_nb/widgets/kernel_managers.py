@@ -42,7 +42,7 @@ def borrow(
         make: Makes one where there is none, or only one that was closed.
         take_over: From now on it is for `owner` to close, if it was for one of these before.
     """
-    key = Path(env).absolute(), profile
+    key = Path(env).absolute(), profile.lower()
     with _lock:
         held = _held.get(key)
         if held is None or held.manager.closed:
