@@ -5,8 +5,10 @@ What takes long to import is imported by the verb that needs it.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _DEMO_NAME = "kitty-demo.gguf"
+_LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
 _EXIT_CODES = (
     "Exit codes: 0 it went well; 1 it failed, and a sentence on stderr says why; 2 wrong arguments;"
@@ -38,6 +41,8 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # whoever reads has seen enough, as `head`
+            raise
         except (KittyError, OSError) as error:
             typer.echo(f"kitty-nb: {error}", err=True)
             raise typer.Exit(_FAILED) from None
@@ -243,6 +248,8 @@ def demo_model(
     """Write a small model to try things out with; by default into the models folder."""
     from kitty_nb.catalog import write_demo_model
 
+    if size is not None and not 0 < size <= _LARGEST_DEMO:  # nan is neither
+        raise typer.BadParameter("Write a number of gigabytes, such as 0.5.", param_hint="--size")
     target = path or _settings(env, profile).models_dir / _DEMO_NAME
     written = write_demo_model(target, None if size is None else int(size * 1e9))
     typer.echo(f"{written}: {written.stat().st_size:,} bytes")
@@ -313,6 +320,8 @@ def lab(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text in any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="kitty-nb")
 
 

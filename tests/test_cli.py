@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import socket
 import sqlite3
@@ -406,6 +407,52 @@ def test_an_error_is_one_sentence(tmp_path: Path) -> None:
     result = run("demo-model", tmp_path / "demo.gguf", "--size", "0.0001")
     assert result.exit_code == 1
     assert result.stderr.startswith("kitty-nb: A demo model of 100000 bytes is too small")
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "1e300", "-1"])
+def test_a_size_that_is_no_number_is_refused(tmp_path: Path, size: str) -> None:
+    result = run("demo-model", tmp_path / "demo.gguf", f"--size={size}")
+    assert result.exit_code == 2
+    assert "Write a number of gigabytes" in result.stderr
+
+
+def test_a_log_is_read_from_its_beginning_by_a_program_that_stops_reading(
+    kitty: Kitty, env: Path, config: ServerConfig
+) -> None:
+    config.log_dir.mkdir()
+    config.log_path.write_text("a line\n" * 200_000)
+    command = [*_COMMAND, "logs", "--env", str(env)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_a_model_whose_name_is_no_text_is_listed(
+    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch, kitty: Kitty
+) -> None:
+    (tmp_path / "models").mkdir()
+    try:
+        shutil.copy(demo_model, os.fsencode(tmp_path / "models") + b"/caf\xe9.gguf")
+    except OSError:
+        pytest.skip("this file system takes text only")
+    (tmp_path / ".env").write_text("LLAMACPP_MODELS_DIR=models\nLLAMACPP_OTHER_STORES=0\n")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    listed = kitty("scan")
+    assert listed.returncode == 0, listed.stderr
+    assert "caf\\udce9.gguf" in listed.stdout
+
+
+def test_a_file_with_a_byte_that_no_path_can_have_is_explained(tmp_path: Path) -> None:
+    env = tmp_path / "my.env"
+    env.write_bytes(b"LLAMACPP_PORT=1\nLLAMACPP_MODELS_DIR=mo\0dels\n")
+    for verb in ("scan", "status", "doctor"):
+        result = run(verb, "--env", env)
+        assert result.exit_code == 1
+        assert "line 2" in result.output
+        assert "LLAMACPP_MODELS_DIR=…" in result.output
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -51,11 +51,11 @@ def read_env(path: str | Path) -> EnvFile:
         Problem(
             f"line {binding.original.line}",
             _hidden(binding.original.string),
-            "This is not KEY=value.",
+            "This is not KEY=value in plain text.",
             "Quote values with spaces or '#', and close every quote.",
         )
         for binding in parse_stream(StringIO(text))
-        if binding.error
+        if binding.error or "\0" in binding.original.string
     )
     if problems:
         raise ConfigError(str(found), problems)
