@@ -172,6 +172,21 @@ def test_a_complete_split_model_is_accepted(tmp_path: Path, models: Path) -> Non
     assert ServerConfig.from_env(path).model == models / "whole/whole-00001-of-00002.gguf"
 
 
+def test_a_name_that_is_no_text_is_to_be_changed(models: Path) -> None:
+    path = models / os.fsdecode(b"mod\xff.gguf")
+    try:
+        path.touch()
+    except OSError:
+        pytest.skip("this system has no such names")
+    with pytest.raises(ConfigError, match="not written in UTF-8"):
+        ServerConfig(models_dir=models, model=path)
+
+
+def test_a_comma_in_a_models_name_is_not_in_its_alias(models: Path) -> None:
+    (models / "one,two.gguf").touch()  # to llama-server, two names
+    assert ServerConfig(models_dir=models, model="one,two.gguf").served_alias == "one_two"
+
+
 @pytest.mark.parametrize("value", ["../outside.gguf", "{outside}", "whole/../../outside.gguf"])
 def test_a_model_outside_the_models_folder_must_be_allowed(
     tmp_path: Path, models: Path, value: str

@@ -582,31 +582,6 @@ def test_a_server_that_is_being_stopped_is_not_said_to_hang(config: ServerConfig
     supervised(config.replace(stop_grace_seconds=12), scenario)
 
 
-def test_a_start_that_is_called_off_at_the_last_moment_leaves_no_server(
-    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looking, go_on = threading.Event(), threading.Event()
-
-    def look(_: ServerConfig) -> None:
-        looking.set()
-        go_on.wait(10)
-
-    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
-        await supervisor.start(wait_for_ready=False)
-        await anyio.to_thread.run_sync(looking.wait, 10)
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(supervisor.stop)
-                await reach(supervisor, lambda state: state.status is ServerStatus.STOPPING)
-                go_on.set()
-                await reach(supervisor, lambda state: state.status is ServerStatus.STOPPED)
-        finally:
-            await supervisor.stop(force=True)
-
-    monkeypatch.setattr("kitty_nb.supervisor.launch.refuse_busy_port", look)
-    supervised(config, scenario)
-
-
 def test_a_server_open_to_the_network_is_warned_of(config: ServerConfig) -> None:
     def warnings(host: str) -> list[str]:
         async def scenario(supervisor: Supervisor, _: list[Event]) -> None:

@@ -52,6 +52,9 @@ def check_model(
     if not _is_file(path):
         reason = f"There is no such file (looked in {path.parent})."
         raise _refusal(reason, _advice(value, models_dir))
+    if str(path).encode(errors="ignore") != os.fsencode(path):
+        reason = "Its name, or that of a folder above it, is not written in UTF-8."
+        raise _refusal(reason, "Rename it.")
     shard = ShardName.parse(path)
     if shard and shard.number > 1:
         first = shard_paths(path)[0]

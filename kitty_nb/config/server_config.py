@@ -297,7 +297,8 @@ class ServerConfig(BaseModel):
     @property
     def served_alias(self) -> str:
         """The name that the server answers to: the alias, else the model's own name."""
-        return self.alias or self.known_as or (self.model.stem if self.model else "")
+        own = self.model.stem.replace(",", "_") if self.model else ""  # commas separate names
+        return self.alias or self.known_as or own
 
     @property
     def endpoint(self) -> str:
