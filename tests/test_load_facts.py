@@ -69,7 +69,7 @@ def test_a_name_that_is_no_text_can_be_written_down(config: ServerConfig, tmp_pa
         shutil.copy(str(config.model), model)
     except OSError:
         pytest.skip("this file system has only names that are text")
-    facts = gather_facts(config.replace(model=model))
+    facts = gather_facts(config.model_copy(update={"model": model}))
     assert facts.path.encode().endswith(rb"caf\xe9.gguf")
 
 
