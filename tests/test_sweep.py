@@ -460,7 +460,7 @@ def test_what_will_not_fit_is_skipped_with_the_reason(sweep: Callable[..., Sweep
     skipped = rows[2_000_000_000]
     assert skipped.outcome is Outcome.SKIPPED
     assert skipped.reason.startswith("It will not fit: it needs ")
-    assert "GiB of RAM" in skipped.reason
+    assert "GB of RAM" in skipped.reason
     assert skipped.seconds.load == 0
 
 

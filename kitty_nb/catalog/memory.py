@@ -22,8 +22,8 @@ CACHE_TYPES = {
     "f32": (4, 1), "f16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32), "q5_1": (24, 32),
     "q5_0": (22, 32), "q4_1": (20, 32), "q4_0": (18, 32), "iq4_nl": (18, 32),
 }  # fmt: skip
-_GIB = 1 << 30
-MARGIN = _GIB  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
+_GB = 1_000_000_000
+MARGIN = 1 << 30  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
 _MARGIN_SHARE = 10  # of a small memory, a tenth is margin enough
 
 
@@ -203,8 +203,8 @@ class MemoryPreview:
     def refusal(self) -> str:
         """Why not to try, and what to do, in words; empty where it may fit."""
         wants = ", ".join(
-            f"{(part.needs.total or 0) / _GIB:.1f} GiB of {part.place.name}, of which"
-            f" {part.place.free / _GIB:.1f} GiB are free"
+            f"{(part.needs.total or 0) / _GB:.1f} GB of {part.place.name}, of which"
+            f" {part.place.free / _GB:.1f} GB are free"
             for part in self.parts
             if part.verdict is Verdict.WILL_NOT_FIT
         )
