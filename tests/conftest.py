@@ -3,9 +3,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -171,6 +173,69 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_model(tmp_path_factory.mktemp("models") / "demo.gguf")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Gemma 3 270M, Q4_K_M, as `.ci/real-model` puts it together."""
+    path = os.environ.get("KITTY_REAL_MODEL")
+    if not path and os.environ.get("CI"):
+        pytest.fail("KITTY_REAL_MODEL is not set; .ci/real-model prints its value")
+    if not path:
+        pytest.skip("no real model: export KITTY_REAL_MODEL=$(.ci/real-model)")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def native_engine() -> Path:
+    """A llama-server that somebody compiled, by LLAMACPP_BIN or on PATH."""
+    program = os.environ.get("LLAMACPP_BIN") or shutil.which("llama-server")
+    if not program:
+        pytest.skip("no native llama-server: set LLAMACPP_BIN")
+    return Path(program)
+
+
+@pytest.fixture
+def software_gpu(native_engine: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Vulkan's software renderer as the native engine's only device; return its name."""
+    driver = next(Path("/usr/share/vulkan/icd.d").glob("lvp_icd.*.json"), None)
+    if driver is None:
+        pytest.skip("no software GPU: apt-get install mesa-vulkan-drivers")
+    monkeypatch.setenv("VK_DRIVER_FILES", str(driver))
+    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")
+    command = [native_engine, "--list-devices"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if "Vulkan0" not in listed.stdout + listed.stderr:
+        pytest.skip("this llama-server was built without Vulkan")
+    return "Vulkan0"
+
+
+@pytest.fixture(params=["embedded", "native"])
+def engine(request: pytest.FixtureRequest) -> Path | None:
+    """Both engines, one after the other, as a value for `ServerConfig.binary`."""
+    if request.param == "native":
+        return Path(request.getfixturevalue("native_engine"))
+    pytest.importorskip("xllamacpp")
+    return None
+
+
+@pytest.fixture
+def real_config(config: ServerConfig, real_model: Path, engine: Path | None) -> ServerConfig:
+    """The real model on both engines."""
+    return config.replace(
+        model=real_model, models_dir=real_model.parent, binary=engine, context_size=2048, threads=2
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs, so that `-m native` and `-m real_model` choose them all."""
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        if "real_model" in names:
+            item.add_marker("real_model")
+        call = getattr(item, "callspec", None)
+        if "native_engine" in names or (call and call.params.get("engine") == "native"):
+            item.add_marker("native")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,36 @@
+"""A model with a real tokenizer and sliding-window attention, on both engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from test_real_loads import is_true, load
+
+from kitty_nb import ModelCatalog, ModelManager, ServerConfig, ServerStatus
+
+
+def test_its_load_is_followed_to_the_end(real_config: ServerConfig) -> None:
+    progress = load(real_config)
+
+    is_true(progress)
+    assert len({p.fraction for p in progress}) >= 3
+
+
+def test_it_answers_and_stops(real_config: ServerConfig) -> None:
+    with ModelManager(config=real_config) as manager:
+        manager.start().wait(timeout=120)
+        request = {"prompt": "Paris is the capital of", "n_predict": 4, "temperature": 0}
+        answer = manager.http.post("/completion", json=request).json()
+
+        assert answer["content"].split()[0].strip(",.") == "France"
+        assert answer["timings"]["predicted_n"] == 4
+        manager.stop().wait(timeout=30)
+        assert manager.state.status is ServerStatus.STOPPED
+
+
+def test_the_catalog_reads_its_header(real_model: Path) -> None:
+    model = next(m for m in ModelCatalog(real_model.parent).scan() if m.path == real_model)
+
+    assert model.architecture == "gemma3"
+    assert model.quantization == "Q4_K_M"
+    assert model.context_length == 32768
