@@ -1,10 +1,10 @@
 """How true the load bar and the ETA are, and what watching a load costs.
 
-`python -m benchmarks.load_progress [llama-server]` loads a demo model of 1.65 GB again and again,
-by that engine or the one found as usual: off the disk (its page cache is dropped for that) and
-out of the page cache, mapped and copied, first without any history and then with one. Where the
-system allows it (as root, with control groups), the disk is slowed down too, and the scripted
-stand-in of the tests loads evenly for ten seconds.
+`python -m benchmarks.load_progress [--engine PATH] [--model PATH]` loads that model, or a demo
+model of 1.65 GB, again and again by that engine, or the one found as usual: off the disk (its page
+cache is dropped for that) and out of the page cache, mapped and copied, first without any history
+and then with one. Where the system allows it (as root, with control groups), the disk is slowed
+down too, and the scripted stand-in of the tests loads evenly for ten seconds.
 
 Bar error: mean over the load's time of |fraction shown - share of the time really elapsed|.
 ETA error: |ETA shown at a quarter of the time - time really left| / time really left.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,16 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
-import psutil
-
-from benchmarks.free_port import free_port
-from kitty_nb import ModelManager, ServerConfig, write_demo_model
-from kitty_nb.engine.locate import locate_engine
+from benchmarks.subject import read_subject
+from kitty_nb import ModelManager, write_demo_model
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, StateChanged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from kitty_nb import ServerConfig
 
 _SIZE = 1_650_000_000  # bytes
 _ROUNDS = 5
@@ -83,28 +80,15 @@ def _distance(fraction: float, begin: float, end: float) -> float:
 
 def main() -> None:
     """Print the tables."""
-    binary = Path(sys.argv[1]).absolute() if sys.argv[1:] else None
-    engine = anyio.run(locate_engine, binary)
-    print(
-        f"{platform.platform()}, {os.cpu_count()} cores,"
-        f" {psutil.virtual_memory().total / 1e9:.1f} GB; {engine.kind} engine {engine.version};"
-        f" medians of {_ROUNDS}\n"
-    )
+    subject = read_subject(__doc__)
+    print(f"{subject}; medians of {_ROUNDS}\n")
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".benchmark-") as name:
         folder = Path(name)
-        model = write_demo_model(folder / "demo.gguf", size=_SIZE)
+        config = subject.config(folder, _SIZE, context_size=512, threads=1, parallel=1)
+        model = config.model
+        assert model
         with model.open("rb") as file:
             os.fsync(file.fileno())
-        config = ServerConfig(
-            models_dir=folder,
-            model=model,
-            binary=binary,
-            port=free_port(),
-            log_dir=folder / "logs",
-            context_size=512,
-            threads=1,
-            parallel=1,
-        )
         print(f"{'':34}seconds  bar error  ETA error at 1/4  watching")
         _rounds("disk as it is", config, folder, "cold", "hot")
         _rounds("copied", config.replace(extra_args=("--no-mmap",)), folder, "hot")
@@ -137,7 +121,11 @@ def _even_load(config: ServerConfig, folder: Path) -> None:
     program.chmod(0o755)
     model = write_demo_model(folder / "small.gguf", size=200_000_000)
     config = config.replace(
-        binary=program, model=model, extra_args=_EVEN_LOAD, history=folder / "even.sqlite3"
+        binary=program,
+        models_dir=folder,
+        model=model,
+        extra_args=_EVEN_LOAD,
+        history=folder / "even.sqlite3",
     )
     for turn in ("first", "second"):
         _row(f"stand-in, even load: {turn}", [_load(config)])

@@ -1,6 +1,7 @@
 """What supervising costs: ready lag, start overhead, death detection, gaps on the kernel's loop.
 
-Every figure is measured beside its yardstick in one run, on the real engine and the demo model.
+Every figure is measured beside its yardstick in one run: `python -m benchmarks.supervision
+[--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anyio
-
-from benchmarks.free_port import free_port
-from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
+from benchmarks.subject import read_subject
+from kitty_nb import ControlPanel, ModelManager, ServerStatus
 from kitty_nb.engine.command_line import build_command
-from kitty_nb.engine.locate import locate_engine
+
+if TYPE_CHECKING:
+    from kitty_nb import ServerConfig
+    from kitty_nb.engine.locate import Engine
 
 _RUNS = 15
 # Prints the monotonic time of the first 200; the clock is the same for all processes.
@@ -43,24 +46,17 @@ while True:
 
 def main() -> None:
     """Print the table."""
+    subject = read_subject(__doc__)
+    print(f"{subject}\n")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = write_demo_model(folder / "demo.gguf", size=100_000_000)
-        config = ServerConfig(
-            models_dir=folder,
-            model=model,
-            port=free_port(),
-            log_dir=folder / "logs",
-            context_size=512,
-            threads=1,
-            restart_max=0,
-        )
+        config = subject.config(folder, 100_000_000, context_size=512, threads=1, restart_max=0)
         lags, overheads, deaths = [], [], []
         with ModelManager(config=config) as manager:
             manager.start().wait(60)  # the engine's flags are learnt once
             manager.stop().wait(60)
             for _ in range(_RUNS):
-                bare = _bare_start(config)
+                bare = _bare_start(subject.engine, config)
                 began = time.monotonic()
                 poller = _poll(config.port)
                 state = manager.start().wait(60)
@@ -79,8 +75,8 @@ def main() -> None:
     )
 
 
-def _bare_start(config: ServerConfig) -> float:
-    command = build_command(anyio.run(locate_engine), config)
+def _bare_start(engine: Engine, config: ServerConfig) -> float:
+    command = build_command(engine, config)
     began = time.monotonic()
     poller = _poll(config.port)
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

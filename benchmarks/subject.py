@@ -1,0 +1,75 @@
+"""What a benchmark runs on: an engine and a model, from the command line or the environment."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import psutil
+
+from benchmarks.free_port import free_port
+from kitty_nb import ServerConfig, write_demo_model
+from kitty_nb.engine.locate import locate_engine
+
+if TYPE_CHECKING:
+    from kitty_nb.engine.locate import Engine
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An engine, and a model where one was given.
+
+    Attributes:
+        binary: The engine's program; None for the one found as usual.
+        engine: The engine.
+        model: The model; None for a demo model of a size that suits the benchmark.
+    """
+
+    binary: Path | None
+    engine: Engine
+    model: Path | None
+
+    def __str__(self) -> str:
+        return (
+            f"{platform.platform()}, {os.cpu_count()} cores,"
+            f" {psutil.virtual_memory().total / 1e9:.1f} GB; {self.engine.kind} engine"
+            f" {self.engine.version}; {self.model.name if self.model else 'demo model'}"
+        )
+
+    def config(self, folder: Path, size: int, **settings: Any) -> ServerConfig:
+        """Return settings that serve the model, or a demo model of `size` bytes, from `folder`."""
+        model = self.model or write_demo_model(folder / "demo.gguf", size=size)
+        return ServerConfig(
+            models_dir=model.parent,
+            model=model,
+            binary=self.binary,
+            port=free_port(),
+            log_dir=folder / "logs",
+            history=folder / "history.sqlite3",
+            **settings,
+        )
+
+
+def read_subject(purpose: str | None) -> Subject:
+    """Read `--engine` and `--model`, by default `LLAMACPP_BIN` and `KITTY_REAL_MODEL`."""
+    parser = argparse.ArgumentParser(
+        description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for flag, variable, default in (
+        ("--engine", "LLAMACPP_BIN", "the engine found as usual"),
+        ("--model", "KITTY_REAL_MODEL", "a demo model"),
+    ):
+        parser.add_argument(
+            flag,
+            type=lambda text: Path(text).absolute(),
+            default=os.environ.get(variable) or None,
+            metavar="PATH",
+            help=f"default: {variable}, else {default}",
+        )
+    asked = parser.parse_args()
+    return Subject(asked.engine, anyio.run(locate_engine, asked.engine), asked.model)
