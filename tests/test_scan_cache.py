@@ -15,6 +15,7 @@ from kitty_nb.catalog import ModelCatalog
 from kitty_nb.catalog.shapes import Shapes
 
 OLD = 1_700_000_000_000_000_000
+AHEAD = 4_000_000_000_000_000_000
 
 
 def model(path: Path, title: str, mtime_ns: int = OLD) -> Path:
@@ -36,12 +37,13 @@ def changed(path: Path, title: str, mtime_ns: int = OLD) -> None:
     os.utime(path, ns=(mtime_ns, mtime_ns))
 
 
-def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("then", [OLD, AHEAD])
+def test_an_unchanged_file_is_not_read_again(tmp_path: Path, then: int) -> None:
     folder, cache = tmp_path / "models", tmp_path / "deep" / "cache.sqlite3"
-    path = model(folder / "m.gguf", "one")
+    path = model(folder / "m.gguf", "one", then)
     whole = ModelCatalog(folder, cache).scan()
     assert ModelCatalog(folder, cache).scan() == whole
-    changed(path, "two")  # and looks unchanged
+    changed(path, "two", then)  # and looks unchanged
     assert titles(folder, cache) == ["one"]
     assert titles(folder, tmp_path / "other") == ["two"]
 

@@ -99,7 +99,7 @@ def settled(path: Path, stamp: Stamp) -> bool:
 
 def too_young(stamp: Stamp) -> bool:
     """Tell whether a file could change now and its stamp stay the same."""
-    return stamp.mtime_ns >= time.time_ns() - _SETTLED_NS
+    return abs(time.time_ns() - stamp.mtime_ns) <= _SETTLED_NS
 
 
 def _entries(directory: str) -> Iterator[os.DirEntry[str]]:

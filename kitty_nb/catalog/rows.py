@@ -148,7 +148,8 @@ def _growing(part: Part, now: float) -> bool:
     stamp, facts = part.file.stamp, part.facts
     if stamp is None or facts is None or not (facts.cut_short or facts.needed > stamp.size):
         return False
-    return stamp.mtime_ns > (now - _JUST_NOW) * 1e9
+    # A time that lies ahead tells nothing, and would make it a download for ever.
+    return abs(now - stamp.mtime_ns / 1e9) < _JUST_NOW
 
 
 def _problem(
