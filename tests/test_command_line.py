@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.dialect import parse_help
@@ -201,3 +204,67 @@ def test_a_structured_log_is_asked_for_where_the_build_has_one(bare: ServerConfi
     assert settings(structured, bare) == ("--log-jsonl",)
     assert settings(structured, bare.replace(extra_args="--no-log-jsonl"))[-1] == "--no-log-jsonl"
     assert settings(NEW, bare) == ()
+
+
+LOAD_MODE = NEW + "-lm,   --load-mode MODE                 model loading mode (default: auto)\n"
+MMAP = (
+    OLD
+    + """\
+--mlock                                 force system to keep model in RAM
+--no-mmap                               do not memory-map model
+-md,   --model-draft FNAME              draft model for speculative decoding
+--draft-max, --draft, --draft-n N       number of tokens to draft for speculative decoding
+"""
+)
+SPECULATIVE = (
+    LOAD_MODE
+    + """\
+--spec-draft-model, -md, --model-draft FNAME
+                                        draft model for speculative decoding
+--spec-draft-n-max N                    number of tokens to draft for speculative decoding
+--draft, --draft-n, --draft-max N       the argument has been removed. use --spec-draft-n-max or
+                                        --spec-ngram-mod-n-max
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("help_text", "extra", "spelled"),
+    [
+        (LOAD_MODE, "--no-mmap", "--load-mode none"),
+        (LOAD_MODE, "--mmap", "--load-mode mmap"),
+        (LOAD_MODE, "--metrics --mlock -np 4", "--metrics --load-mode mlock -np 4"),
+        (LOAD_MODE, "--mlock --no-mmap", "--load-mode mlock"),
+        (LOAD_MODE, "-dio", "--load-mode dio"),
+        (LOAD_MODE, "-fa", "-fa on"),
+        (LOAD_MODE, "-fa -np 2", "-fa on -np 2"),
+        (LOAD_MODE, "--override-kv --no-mmap", "--override-kv --no-mmap"),
+        (MMAP, "-lm none", "--no-mmap"),
+        (MMAP, "--load-mode mmap+mlock", "--mlock"),
+        (MMAP, "--load-mode mlock", "--no-mmap --mlock"),
+        (MMAP, "--load-mode auto", ""),
+        (MMAP, "--load-mode mmap --no-mmap", "--no-mmap"),
+        (MMAP, "-fa on", "-fa"),
+        (MMAP, "--flash-attn off --no-mmap", "--no-mmap"),
+        (MMAP, "--n-predict -1", "--predict -1"),
+        (MMAP, "--spec-draft-model d.gguf", "--model-draft d.gguf"),
+        (MMAP, "--spec-draft-n-max 8", "--draft-max 8"),
+        (SPECULATIVE, "-md d.gguf --draft-max 8", "-md d.gguf --spec-draft-n-max 8"),
+    ],
+)
+def test_extra_args_are_spelled_as_the_build_does(
+    bare: ServerConfig, help_text: str, extra: str, spelled: str
+) -> None:
+    assert settings(help_text, bare.replace(extra_args=extra)) == tuple(spelled.split())
+
+
+def test_a_spelling_that_no_flag_of_the_build_stands_for(bare: ServerConfig) -> None:
+    with pytest.raises(UnknownFlagError, match="--load-mode, which"):
+        settings(OLD, bare.replace(extra_args="--load-mode dio"))
+
+
+@pytest.mark.parametrize("extra", ["--no-mmap -fa", "--load-mode none -fa on"])
+def test_either_spelling_is_served(config: ServerConfig, engine: Path | None, extra: str) -> None:
+    config = config.replace(binary=engine, extra_args=extra)
+    with ModelManager(config=config) as manager:
+        assert manager.start().wait(60).status is ServerStatus.READY

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kitty_nb.config import FlashAttention, env_settings
+from kitty_nb.engine.spelling import is_flag, spell
 from kitty_nb.errors import EngineError, UnknownFlagError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.dialect import Option
@@ -47,7 +48,7 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
     """Return the arguments that start `engine` with the settings of `config`.
 
     Settings that are `None` are left out, so that the engine's own defaults hold. `extra_args`
-    come last: where a flag stands twice, llama-server takes the last.
+    come last, spelled as this build does: where a flag stands twice, llama-server takes the last.
 
     Raises:
         UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
@@ -62,7 +63,7 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
         *(word for field in _FLAGS for word in _words(engine, config, field)),
         *_sleeping(engine, config),
         *(("--log-jsonl",) if engine.dialect.option("--log-jsonl") else ()),
-        *_checked(engine, config.extra_args),
+        *_checked(engine, spell(engine.dialect, config.extra_args)),
     )
 
 
@@ -100,14 +101,14 @@ def _known(engine: Engine, field: str) -> tuple[str, Option]:
     )
 
 
-def _checked(engine: Engine, extra_args: tuple[str, ...]) -> Iterator[str]:
+def _checked(engine: Engine, extra_args: Iterable[str]) -> Iterator[str]:
     """Yield the words unchanged, refusing flags that could not work."""
     values = 0
     for word in extra_args:
         yield word
         if values:
             values -= 1
-        elif word.startswith("-") and not word[1:2].isdigit():
+        elif is_flag(word):
             values = _checked_flag(engine, word).values
 
 

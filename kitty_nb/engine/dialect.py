@@ -15,6 +15,8 @@ _CHOICES = re.compile(r"[\[<](?P<bars>[^|\s]+(?:\|[^|\s]+)+)[\]>]|\{(?P<commas>[
 # 2024, a description could follow by a single space.
 _VALUE = re.compile(r"(?P<first>(?:<[^<>]*>|\S)+)(?P<second> [A-Z]+$)?")
 
+_REMOVED = "the argument has been removed"  # it is listed, and ends the program when it is used
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -63,7 +65,7 @@ def parse_help(text: str) -> Dialect:
 
 def _parse_line(line: str) -> Option | None:
     match = _OPTION_LINE.fullmatch(line)
-    if not match:
+    if not match or _REMOVED in line:
         return None
     # Two spaces end the option, except behind the comma that aligns its long flags.
     head = re.split(r"(?<![,\s])\s{2,}", match["text"].rstrip(), maxsplit=1)[0]
