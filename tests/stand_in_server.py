@@ -38,6 +38,7 @@ FLAGS = [
     (("--exit-code",), "N", "with this code, or by this signal when negative"),
     (("--last-words",), "STRING", "after writing this line"),
     (("--ignore-sigterm",), None, "do not end when asked"),
+    (("--tidy-up",), "FILE", "when asked to end, make this file half a second later, then end"),
     (("--spawn-child",), "FILE", "start a child process and write its pid there"),
     (("--chatter",), "N", "write so many log lines a second once it is ready"),
     (("--flood",), "N", "write so many log lines a second, many at once, once it is ready"),
@@ -124,6 +125,8 @@ class Server:
         options = self.options
         if options.ignore_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if options.tidy_up:
+            signal.signal(signal.SIGTERM, self.tidy_up)
         if options.spawn_child:
             child = os.posix_spawn(sys.executable, [sys.executable, "-c", "input()"], os.environ)
             Path(options.spawn_child).write_text(str(child))
@@ -161,6 +164,11 @@ class Server:
             sys.stderr.flush()
             written = due
             time.sleep(0.01)
+
+    def tidy_up(self, *_: object) -> None:
+        time.sleep(0.5)
+        Path(self.options.tidy_up).touch()
+        os._exit(0)
 
     def end(self) -> None:
         if self.options.last_words:

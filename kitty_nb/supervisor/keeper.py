@@ -18,7 +18,7 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.supervisor.log_file import shrink
-from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.process import AT_WORK, ServerProcess, Usage
 from kitty_nb.supervisor.record_file import withdraw
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 # Seconds.
 _LOOK_EVERY = 1.0
 _LOCK_EVERY, _OTHER_ENDS_WITHIN = 0.1, 2.0
-# A server that uses more of a core than this is at work, whatever kind of request it has; health
-# checks take far less.
-_BUSY = 0.05
 # Bytes a second that it reads or takes: a load from a slow disk or drive uses little processor.
 _LOADS = 1 << 14
 
@@ -158,9 +155,8 @@ async def _end_when_idle(process: ServerProcess, log: Path, seconds: float, duty
 
 def _work_of(process: ServerProcess) -> float:
     """What it has done so far; 1 is the least that counts as a second of work."""
-    usage = process.usage()
-    moved = max(usage.resident, usage.read) if usage else 0
-    return process.processor_seconds() / _BUSY + moved / _LOADS
+    usage = process.usage() or Usage(0, 0)
+    return usage.processor / AT_WORK + max(usage.resident, usage.read) / _LOADS
 
 
 def main(words: Sequence[str]) -> None:

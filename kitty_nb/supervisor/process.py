@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _EXIT_POLL = 0.02  # seconds, where the system has no file descriptors of processes
+# Seconds that the server of a wrapper has to end after it, where somebody else ends the two.
+_OTHERS_END_WITHIN = 10.0
+# The share of a core from which on a process is at work; health checks take far less.
+AT_WORK = 0.05
 _SAME_TIME = 0.0 if psutil.LINUX else 1.0  # seconds; so exact are creation times elsewhere
 _PROC = Path("/proc")
 _HIGHEST = re.compile(rb"^VmHWM:\s+(\d+) kB", re.MULTILINE)  # proc_pid_status(5)
@@ -26,20 +30,32 @@ _START_TICKS = 19  # the place of starttime behind the name in /proc/pid/stat; p
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process shows of its load so far, in bytes.
+    """What a server's processes show of its load so far.
 
     Attributes:
-        resident: Memory resident now; mapped weights count as they are touched.
+        resident: Bytes of memory resident now; mapped weights count as they are touched.
         read: Bytes read through system calls or from disk, whichever is more; 0 where the system
             does not tell (macOS).
+        processor: Seconds of processor time.
     """
 
     resident: int
     read: int
+    processor: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.resident + other.resident,
+            self.read + other.read,
+            self.processor + other.processor,
+        )
 
 
 class ServerProcess:
-    """A running llama-server, leader of its own process group, our child or not.
+    """A running llama-server, leader of its own session and process group, our child or not.
+
+    The server may be a child of it: many a llama-server is a script that runs the program. So all
+    processes of its session are measured, looked for the port, and ended.
 
     Attributes:
         pid: The process id, which is the process group's too.
@@ -52,6 +68,8 @@ class ServerProcess:
         self._child = child
         self._psutil = psutil.Process(pid)
         self.create_time = _create_time(self._psutil)
+        self._others: dict[int, psutil.Process] = {}
+        self._others_end_within = 0.0 if child else _OTHERS_END_WITHIN
 
     @classmethod
     def spawn(
@@ -86,67 +104,58 @@ class ServerProcess:
             alive = process._psutil.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, OSError):
             return None
-        return process if same and alive and _leads_group(pid) else None
+        return process if same and alive and _in_group(pid, pid) else None
 
     async def wait(self) -> int | None:
-        """Wait for the process to end, and end what it leaves behind in its group.
+        """Wait for the process to end, and end what it leaves behind.
 
         Returns:
             The exit code; a signal's number, negated, when a signal ended it; None when it was
             not our child, whose end only its parent learns.
         """
+        self._family()
         await self._ended()
-        self._signal_group(signal.SIGKILL)  # a wrapper script may die before its llama-server
+        with anyio.move_on_after(self._others_end_within):
+            await self._others_ended()
+        self._signal(signal.SIGKILL)  # a wrapper script may die before its llama-server
         return self._child.wait() if self._child else None
 
     async def terminate(self, grace: float) -> None:
-        """Ask the process group to end, and force it when `grace` seconds were not enough."""
-        self._signal_group(signal.SIGTERM)
+        """Ask the processes to end, and force them when `grace` seconds were not enough."""
+        self._others_end_within = grace
+        self._signal(signal.SIGTERM)
         with anyio.move_on_after(grace):
             await self._ended()
+            await self._others_ended()
             return
         self.kill()
 
     def kill(self) -> None:
-        """End the process group at once."""
-        self._signal_group(signal.SIGKILL)
+        """End the processes at once."""
+        self._others_end_within = 0.0
+        self._signal(signal.SIGKILL)
 
     def usage(self) -> Usage | None:
-        """Measure memory and bytes read, or return None when the process has just ended."""
-        try:
-            with self._psutil.oneshot():
-                resident = self._psutil.memory_info().rss
-                if not hasattr(self._psutil, "io_counters"):
-                    return Usage(resident, 0)
-                counters = self._psutil.io_counters()
-        except psutil.AccessDenied:
-            return Usage(resident, 0)
-        except psutil.Error:
-            return None
-        return Usage(resident, max(counters.read_bytes, counters.read_chars))
+        """Measure memory, bytes read and work, or return None when the process has just ended."""
+        first, *others = map(_usage, self._family())
+        return sum(filter(None, others), first) if first else None
 
-    def processor_seconds(self) -> float:
-        """The processor time that the process and its children have used so far; 0 once ended."""
-        try:
-            family = (self._psutil, *self._psutil.children(recursive=True))
-            return sum(sum(process.cpu_times()[:2]) for process in family)
-        except psutil.Error:
-            return 0.0
+    def includes(self, pid: int) -> bool:
+        """Whether a process is this one, or another of its session."""
+        return any(pid == process.pid for process in self._family())
 
     def listens_on(self, port: int) -> bool | None:
-        """Whether the process or a child of it listens on a TCP port. Takes some milliseconds.
+        """Whether the process or another of its session listens on a TCP port.
+
+        It takes some milliseconds.
 
         Returns:
             None where the system does not tell.
         """
         try:
-            return _listens(self._psutil, port) or any(
-                _listens(child, port) for child in self._psutil.children(recursive=True)
-            )
+            return any(_listens(process, port) for process in self._family())
         except psutil.AccessDenied:
             return None
-        except psutil.Error:  # it has just ended
-            return False
 
     async def _ended(self) -> None:
         descriptor = _exit_descriptor(self.pid)
@@ -162,17 +171,56 @@ class ServerProcess:
 
     def runs(self) -> bool:
         """Whether it has not ended yet."""
-        try:
-            return self._psutil.is_running() and self._psutil.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        return _runs(self._psutil)
 
-    def _signal_group(self, number: signal.Signals) -> None:
-        # The pid is ours to signal while our child is not waited for, or the process runs; after
-        # that it may be anybody's. On macOS a group of zombies answers EPERM rather than ESRCH.
-        if (self._child and self._child.returncode is None) or self.runs():
+    def _family(self) -> list[psutil.Process]:
+        """The process, and the others of its session that have been seen so far."""
+        # Once it has ended, and is no zombie of ours, its number may become another session's.
+        if self._is_known():
+            for pid in psutil.pids():
+                with suppress(psutil.Error, OSError):
+                    if pid != self.pid and pid not in self._others and os.getsid(pid) == self.pid:
+                        self._others[pid] = psutil.Process(pid)
+        return [self._psutil, *self._others.values()]
+
+    def _is_known(self) -> bool:
+        return bool(self._child and self._child.returncode is None) or self.runs()
+
+    async def _others_ended(self) -> None:
+        while any(map(_runs, self._family()[1:])):  # noqa: ASYNC110 (nothing tells)
+            await anyio.sleep(_EXIT_POLL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        _, *others = self._family()
+        if self._is_known():
+            # On macOS a group of zombies answers EPERM rather than ESRCH.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
+            others = [one for one in others if not _in_group(one.pid, self.pid)]
+        for one in others:
+            with suppress(psutil.Error):
+                one.send_signal(number)  # never another process of the same number
+
+
+def _usage(process: psutil.Process) -> Usage | None:
+    read = 0
+    try:
+        with process.oneshot():
+            resident, processor = process.memory_info().rss, sum(process.cpu_times()[:2])
+            with suppress(psutil.AccessDenied):
+                if hasattr(process, "io_counters"):
+                    counters = process.io_counters()
+                    read = max(counters.read_bytes, counters.read_chars)
+    except psutil.Error:
+        return None
+    return Usage(resident, read, processor)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def peak_memory(pid: int) -> int:
@@ -206,10 +254,13 @@ def _exit_descriptor(pid: int) -> int | None:
 
 
 def _listens(process: psutil.Process, port: int) -> bool:
-    return any(
-        one.status == psutil.CONN_LISTEN and one.laddr.port == port
-        for one in process.net_connections("tcp")
-    )
+    try:
+        return any(
+            one.status == psutil.CONN_LISTEN and one.laddr.port == port
+            for one in process.net_connections("tcp")
+        )
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _create_time(process: psutil.Process) -> float:
@@ -219,8 +270,8 @@ def _create_time(process: psutil.Process) -> float:
     return int(behind_name.split()[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
 
 
-def _leads_group(pid: int) -> bool:
+def _in_group(pid: int, group: int) -> bool:
     try:
-        return os.getpgid(pid) == pid
+        return os.getpgid(pid) == group
     except OSError:
         return False

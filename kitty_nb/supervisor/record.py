@@ -93,9 +93,11 @@ def leaving_server(config: ServerConfig) -> ServerProcess | None:
 
 
 def record_of(pid: int, folder: Path) -> ServerRecord | None:
-    """Return the record of the server that is this process, of whatever profile."""
-    records = (_read(path) for path in folder.glob(f"*{RECORD}"))
-    return next((one for one in records if one and one.pid == pid and process_of(one)), None)
+    """Return the record of the server that is this process or its wrapper, of whatever profile."""
+    for record in filter(None, map(_read, folder.glob(f"*{RECORD}"))):
+        if (process := process_of(record)) and process.includes(pid):
+            return record
+    return None
 
 
 def process_of(record: ServerRecord) -> ServerProcess | None:
