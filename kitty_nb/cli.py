@@ -17,7 +17,7 @@ import anyio
 import typer
 from typer.core import TyperGroup
 
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import KittyError, ServerCrashedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,6 +29,7 @@ _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _DEMO_NAME = "kitty-demo.gguf"
 _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
+_LOGS = "To see the end of its log: kitty-nb logs -n 20"
 _EXIT_CODES = (
     "Exit codes: 0 it went well; 1 it failed, and a sentence on stderr says why; 2 wrong arguments;"
     " 3 no server is running (status, wait-ready); 130 interrupted by Ctrl-C."
@@ -45,6 +46,8 @@ class _Verbs(TyperGroup):
             raise
         except (KittyError, OSError) as error:
             typer.echo(f"kitty-nb: {error}", err=True)
+            if isinstance(error, ServerCrashedError):
+                typer.echo(_LOGS, err=True)
             raise typer.Exit(_FAILED) from None
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None

@@ -245,6 +245,32 @@ def test_a_start_that_fails_says_why(kitty: Kitty, env: Path, config: ServerConf
     assert "set LLAMACPP_CODER_MODEL" in empty.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--no-such-flag", "--no-such-flag"),  # refused before there is a process
+        ("--never-ready --exit-after 0 --exit-code 7", "exit code 7"),
+        ("--never-ready", "stalled"),
+    ],
+)
+def test_why_a_start_failed_is_known_until_the_next_one(
+    kitty: Kitty, env: Path, stand_in: Path, flags: str, says: str
+) -> None:
+    good = f"{env.read_text()}LLAMACPP_BIN={stand_in}\nLLAMACPP_STALL_SECONDS=1\n"
+    env.write_text(f"{good}LLAMACPP_EXTRA_ARGS={flags}\n")
+    failed = kitty("start", "--env", env)
+    assert failed.returncode == 1
+    reason = failed.stderr.partition("kitty-nb: ")[2].splitlines()[0]
+    assert says in reason
+    asked = run("status", "--env", env)
+    assert asked.exit_code == 3
+    assert asked.stdout.rstrip().endswith(f": {reason}")
+    env.write_text(good)
+    assert kitty("start", "--env", env).returncode == 0
+    assert run("stop", "--env", env).exit_code == 0
+    assert run("status", "--env", env).stdout.startswith("No server")
+
+
 def test_what_will_not_fit_is_refused_unless_wanted_anyway(
     kitty: Kitty, env: Path, stand_in: Path
 ) -> None:

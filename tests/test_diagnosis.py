@@ -156,7 +156,7 @@ def test_an_end_without_an_error(code: int, log: str, said: str) -> None:
     [
         ("\n".join(NO_SUCH_FILE), "There is no file"),
         (f"{FULL_LIFE}\n0.31.5.6 I srv    operator(): cleaning up before exit...", "asked it"),
-        (FULL_LIFE, "not one that kitty_nb knows"),
+        (FULL_LIFE, "reason is not known"),
     ],
 )
 def test_the_end_of_an_adopted_server_has_no_exit_code(log: str, said: str) -> None:
@@ -173,10 +173,14 @@ def test_an_adopted_server_that_the_system_killed() -> None:
 @pytest.mark.parametrize(
     ("code", "log", "said"),
     [
-        (7, [], "ended with exit code 7. This ending"),
-        (-99, [], "was ended by signal 99. This ending"),
+        (7, [], "ended with exit code 7. The reason"),
+        (-99, [], "was ended by signal 99. The reason"),
         (1, ["I fine", "E something failed here", "error: later"], "1: E something failed here."),
-        (1, ["0.00.1.2 I all failed", "0.00.1.2 E odd thing"], "exit code 1: odd thing. This"),
+        (
+            1,
+            ["0.00.1.2 I all failed", "0.00.1.2 E odd thing"],
+            "exit code 1: odd thing. The reason",
+        ),
         (1, ["Traceback:", "  File x", "ValueError: no path"], "exit code 1: ValueError: no path."),
         (1, [FAILED_LOAD], "exit code 1: llama_model_load_from_file_impl: failed to load model"),
         (1, [*FULL_LIFE.splitlines(), "error: old", "error: new"], "exit code 1: error: new."),
@@ -193,7 +197,7 @@ def test_what_went_wrong_before_the_model_was_loaded_did_not_end_it() -> None:
     early = NO_SUCH_FILE
     later = "0.00.014.397 I srv          init: model loaded"
     assert "There is no file" in diagnose(1, early).cause
-    assert "not one that kitty_nb knows" in diagnose(1, [*early, later]).cause
+    assert "reason is not known" in diagnose(1, [*early, later]).cause
 
 
 @pytest.mark.parametrize("number", LAUNCH, ids=errno.errorcode.get)

@@ -148,8 +148,8 @@ DEATHS = [
             (signal.SIGSEGV, "SIGSEGV.* mistake of its own"),
             (signal.SIGABRT, "SIGABRT.* gave up on an error"),
             (signal.SIGBUS, "SIGBUS.* disk went away"),
-            (signal.SIGTERM, "other than this panel asked it to end"),
-            (signal.SIGINT, "other than this panel asked it to end"),
+            (signal.SIGTERM, "program or a person asked it to end"),
+            (signal.SIGINT, "program or a person asked it to end"),
         )
     ),
     Fault(

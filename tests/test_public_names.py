@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,28 @@ def test_only_the_named_rooms_signal_or_read_the_environment(path: Path) -> None
         assert "os.environ" not in text
     assert "time.sleep" not in text
     assert "shell=True" not in text
+
+
+_ON_SCREEN = re.compile(
+    r"\b(?:log below|above this|[Pp]ress|[Cc]lick|[Rr]escan|button|this panel)\b"
+)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if room(path) in {"catalog", "config", "engine", "supervisor"}],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_sentences_for_every_front_end_speak_of_none(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        ast.get_docstring(node, clean=False)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    texts = {text for text in texts - docstrings if isinstance(text, str)}
+    assert [text for text in texts if _ON_SCREEN.search(text)] == []
 
 
 def test_importing_the_package_is_light() -> None:

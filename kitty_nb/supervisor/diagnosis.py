@@ -18,6 +18,7 @@ from kitty_nb.supervisor.signatures import (
     SIGNATURES,
     STOPPED,
     UNKNOWN,
+    UNKNOWN_REFUSAL,
     Reading,
 )
 
@@ -103,7 +104,7 @@ def diagnose_launch(error: OSError) -> Diagnosis:
     """Say why a server's process could not even be started and what to do."""
     said = error.strerror or str(error)
     file = str(error.filename2 or error.filename or "the program")
-    reading = LAUNCH.get(error.errno or 0, UNKNOWN)
+    reading = LAUNCH.get(error.errno or 0, UNKNOWN_REFUSAL)
     return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
 
 

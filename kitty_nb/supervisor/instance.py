@@ -31,6 +31,7 @@ from kitty_nb.supervisor.health import HealthProbe, Recognition
 from kitty_nb.supervisor.health_watch import HealthWatch
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.keeper import Keeper, has_keeper
+from kitty_nb.supervisor.last_failure import last_failure, note_failure
 from kitty_nb.supervisor.launch import launch, make_leash
 from kitty_nb.supervisor.lifecycle import (
     BecameReady,
@@ -50,6 +51,7 @@ from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage
 from kitty_nb.supervisor.record import (
     ServerRecord,
+    find_server,
     was_stopped,
     withdraw_record,
     write_record,
@@ -136,6 +138,7 @@ class ServerInstance:
         self._oom_kills = deque([oom_kills()], maxlen=2)
         self._foreseen = self._over = self._has_port = False
         self._hint = ""
+        self._failure: str | None = None
         self._leash: Leash | None = None
         self._keeper: Keeper | None = None
         self._outcome = Outcome.CRASHED
@@ -166,6 +169,8 @@ class ServerInstance:
             self._outcome = Outcome.FAILED
             reason = diagnose_launch(error) if isinstance(error, OSError) else error
             refused = Refused(self.generation, str(reason))
+            if not await anyio.to_thread.run_sync(find_server, self._config):
+                note_failure(self._config, refused.reason)
             if isinstance(error, PortBusyError):
                 refused = replace(refused, free_port=error.free_port, attachable=error.attachable)
             self._end(refused)
@@ -406,18 +411,21 @@ class ServerInstance:
         return process is not None and was_stopped(self._config, process.pid, process.create_time)
 
     def _give_up(self, reason: str) -> None:
-        self._outcome = Outcome.FAILED
+        self._outcome, self._failure = Outcome.FAILED, reason
         self._report(GaveUp(self.generation, reason))
 
     def _stalled(self) -> str:
         return (
             f"The load stalled in the stage '{self._meter.stage.label}': neither bytes nor log nor"
-            f" health moved for {self._config.stall_seconds:.0f} s.{self._hint} The log below"
-            " shows its last"
-            " words; a slower disk than that needs a larger LLAMACPP_STALL_SECONDS."
+            f" health moved for {self._config.stall_seconds:.0f} s.{self._hint} The server's log"
+            " shows its last words; a slower disk than that needs a larger"
+            " LLAMACPP_STALL_SECONDS."
         )
 
     def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> None:
+        failure = self._failure or (None if asked else reason)
+        if failure and not (self._found and last_failure(self._config)):
+            note_failure(self._config, failure)
         self._end(Exited(self.generation, reason, time.monotonic(), repeats, asked))
 
     def _end(self, report: Report) -> None:

@@ -66,7 +66,7 @@ async def launch(
     with profile_lock(config) as ours:
         owner, leaving = await anyio.to_thread.run_sync(_others, config, ours)
         if owner:
-            raise ServerFailedError(f"{owner}; this panel shows it in a moment.")
+            raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
         if leaving:
             say(f"Waiting for the last server (PID {leaving.pid}) to end.")
             await leaving.terminate(config.stop_grace_seconds)

@@ -24,7 +24,13 @@ from pydantic import (
 from kitty_nb.config import RECORDED, ServerConfig
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record_file import RECORD, record_path, withdraw, withdrawn_path
+from kitty_nb.supervisor.record_file import (
+    RECORD,
+    failure_path,
+    record_path,
+    withdraw,
+    withdrawn_path,
+)
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
@@ -125,6 +131,7 @@ def write_record(record: ServerRecord) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(record.model_dump_json(context=RECORDED))
         Path(name).replace(path)
+        failure_path(path).unlink(missing_ok=True)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 RECORD = ".server.json"
 _WITHDRAWN = ".leaving.json"
+_FAILURE = ".failure.txt"
 
 
 def record_path(config: ServerConfig) -> Path:
@@ -23,6 +24,11 @@ def withdrawn_path(record: Path) -> Path:
     return record.with_name(record.name.removesuffix(RECORD) + _WITHDRAWN)
 
 
+def failure_path(record: Path) -> Path:
+    """Where it stands why the last server failed, until the next start or stop."""
+    return record.with_name(record.name.removesuffix(RECORD) + _FAILURE)
+
+
 def withdraw(record: Path) -> None:
     """Say that a server is being ended. Until it has, nobody may start another one.
 
@@ -30,3 +36,4 @@ def withdraw(record: Path) -> None:
         OSError: It is not there, or its folder cannot be written.
     """
     record.replace(withdrawn_path(record))
+    failure_path(record).unlink(missing_ok=True)

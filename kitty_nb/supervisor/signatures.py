@@ -158,13 +158,13 @@ SIGNATURES = (
     _row(
         _OPEN + r"No such file",
         "There is no file {file}.",
-        "Press Rescan and pick a model that is there, or correct the path.",
+        "Choose a model that is there, or correct the path.",
         repeats=True,
     ),
     _row(
         r"failed to open (?:GGUF file )?'(?P<file>[^']+)'",  # until 2026 the reason was not said
         "{file} cannot be opened.",
-        "Press Rescan and pick a model that is there and that you may read.",
+        "Choose a model that is there and that you may read.",
         repeats=True,
     ),
     _row(
@@ -314,7 +314,7 @@ SIGNATURES = (
 )
 
 STOPPED = Reading(
-    "Something other than this panel asked it to end.", "Start it again when you need it."
+    "Another program or a person asked it to end.", "Start it again when you need it."
 )
 NO_SERVER = Reading(
     "It ended by itself without becoming a server.",
@@ -327,7 +327,8 @@ KILLED_BY_HAND = Reading(
     "Another program or a person killed it; the system's memory did not run out.",
     "Start it again when you need it.",
 )
-UNKNOWN = Reading("This ending is not one that kitty_nb knows.", "The log below tells more.")
+UNKNOWN = Reading("The reason is not known.", "See the end of the server's log.")
+UNKNOWN_REFUSAL = Reading("The system does not say more.", "Check {file}.")
 
 # What a signal means where the log does not say it better.
 SIGNALS = {
@@ -383,7 +384,8 @@ LAUNCH = {
     errno.ENOSPC: Reading("The disk that holds {file} is full.", "Make room on it."),
     errno.EDQUOT: Reading("The disk quota is used up.", "Make room in it."),
     errno.EMFILE: Reading(
-        "The limit on open files is reached.", "Restart the kernel, or raise it with `ulimit -n`."
+        "The limit on open files is reached.",
+        "End programs that hold files open, or raise it with `ulimit -n`.",
     ),
     errno.EAGAIN: Reading("The limit on processes is reached.", "End other programs."),
     errno.ENOMEM: Reading("There is no memory left to start a program.", _SMALLER),

@@ -345,7 +345,9 @@ class ControlPanel(VBox):
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state.status, self._progress)
-        self.notice.show(self._problem or state.error or (model.problem if model else None))
+        problem = self._problem or state.error or (model.problem if model else None)
+        use_it = " Or press Attach to use that llama-server as it is." if state.attachable else ""
+        self.notice.show(f"{problem}{use_it}" if problem else None)
         told, self._activities = self._activities, []  # clicks tell something at any time
         self.activity_log.show(told)
         if self._log_begins:
