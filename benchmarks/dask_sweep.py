@@ -1,16 +1,15 @@
 """What a second worker is worth: the same trials on one worker, and on two.
 
 Each worker is pinned to a core of its own, with the servers that it starts; both clusters are up
-all the time, and take turns. The model is small enough for a core's own cache, so that the two do
-not wait for the same memory. The machine should do nothing else meanwhile.
+all the time, and take turns. The demo model fits into a core's own cache, so that the two do not
+wait for the same memory; answers of another model are kept short. The machine should do nothing
+else meanwhile.
 
-    python -m benchmarks.dask_sweep
+    python -m benchmarks.dask_sweep [--engine PATH] [--model PATH]
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,32 +20,36 @@ from typing import TYPE_CHECKING
 import psutil
 from distributed import Client, LocalCluster
 
-from kitty_nb import ServerConfig, write_demo_model
+from benchmarks.subject import read_subject
 from kitty_nb.experiments import Outcome, Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kitty_nb import ServerConfig
+
 _ROUNDS = 3
 _TRIALS = 8
 _PROMPTS = [f"Who are you? {number}" for number in range(12)]
-_ANSWER = 768  # tokens
+_ANSWER, _SHORT_ANSWER = 768, 16  # tokens
 
 
 def main() -> None:
     """Print the table."""
+    subject = read_subject(__doc__)
     cores = sorted(psutil.Process().cpu_affinity() or ())[:2]
-    print(f"{platform.platform()}, {os.cpu_count()} cores, workers pinned to {cores}\n")
+    print(f"{subject}; workers pinned to {cores}\n")
     print(f"{'':<12}{'one worker':>14}{'two':>12}{'ratio':>10}")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        write_demo_model(folder / "demo.gguf")
+        config = subject.config(folder, context_size=1024, threads=1, parallel=1)
+        answer = _SHORT_ANSWER if subject.model else _ANSWER
         clients = [stack.enter_context(_cluster(folder, cores[:count])) for count in (1, 2)]
         for client in clients:
-            _seconds(client, folder, repeats=2)
+            _seconds(client, config, answer, repeats=2)
         ratios = []
         for number in range(1, _ROUNDS + 1):
-            one, two = (_seconds(client, folder, repeats=_TRIALS) for client in clients)
+            one, two = (_seconds(client, config, answer, repeats=_TRIALS) for client in clients)
             ratios.append(one / two)
             print(f"{f'round {number}':<12}{one:>12.1f} s{two:>10.1f} s{one / two:>8.2f} x")
         print(f"{'median':<12}{statistics.median(ratios):>36.2f} x")
@@ -71,21 +74,13 @@ def _cluster(folder: Path, cores: list[int]) -> Iterator[Client]:
         yield client
 
 
-def _seconds(client: Client, folder: Path, repeats: int) -> float:
-    config = ServerConfig(
-        models_dir=folder,
-        model=folder / "demo.gguf",
-        history=folder / "history.sqlite3",
-        context_size=1024,
-        threads=1,
-        parallel=1,
-    )
+def _seconds(client: Client, config: ServerConfig, answer: int, repeats: int) -> float:
     with Sweep(
         config=config,
         prompts=_PROMPTS,
-        max_tokens=_ANSWER,
+        max_tokens=answer,
         repeats=repeats,
-        store=folder / f"{time.monotonic_ns()}.sqlite3",
+        store=config.log_dir / f"{time.monotonic_ns()}.sqlite3",
     ) as sweep:
         began = time.perf_counter()
         rows = sweep.run(client=client).wait().rows

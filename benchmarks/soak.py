@@ -1,11 +1,11 @@
 """Whether anything piles up: starts and stops in one process, some ended by a kill.
 
-Each cycle starts the real engine on the demo model and ends it by a stop, a forced stop, a restart
+Each cycle starts the engine and ends it by a stop, a forced stop, a restart
 or SIGKILL, at a random moment. Threads, files, processes and what Python holds (`blocks`) stay as
 they are from the first tenth on. Resident memory (MB) grows a little in the first half, while the
 history of loads grows to the 200 that each start recalls and the allocator settles.
 
-    python -m benchmarks.soak [cycles] [seed]
+    python -m benchmarks.soak [--cycles 500] [--seed 0] [--engine PATH] [--model PATH]
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.free_port import free_port
-from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
+from benchmarks.subject import subject_of, subject_parser
+from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import ServerError
 
 _CYCLES = 500
@@ -46,8 +46,13 @@ class _Left:
 
 def main() -> None:
     """Print the table."""
-    cycles = int(sys.argv[1]) if len(sys.argv) > 1 else _CYCLES
-    dice = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)  # noqa: S311
+    parser = subject_parser(__doc__)
+    parser.add_argument("--cycles", type=int, default=_CYCLES)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    cycles, dice = asked.cycles, random.Random(asked.seed)  # noqa: S311
+    subject = subject_of(asked)
+    print(f"{subject}\n")
     shown = {max(1, round(cycles * share)) for share in _SHOWN_AT}
     print(
         f"{'cycles':>8}{'kills':>8}{'seconds':>9}{'threads':>9}{'files':>7}{'processes':>11}{'MB':>8}"
@@ -55,16 +60,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = ServerConfig(
-            models_dir=folder,
-            model=write_demo_model(folder / "demo.gguf"),
-            port=free_port(),
-            log_dir=folder / "logs",
-            history=folder / "history.sqlite3",
-            context_size=512,
-            threads=1,
-            restart_max=0,
-        )
+        config = subject.config(folder, context_size=512, threads=1, restart_max=0)
         began, kills = time.monotonic(), 0
         with ModelManager(config=config) as manager:
             for cycle in range(1, cycles + 1):

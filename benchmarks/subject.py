@@ -41,7 +41,7 @@ class Subject:
             f" {self.engine.version}; {self.model.name if self.model else 'demo model'}"
         )
 
-    def config(self, folder: Path, size: int, **settings: Any) -> ServerConfig:
+    def config(self, folder: Path, size: int | None = None, **settings: Any) -> ServerConfig:
         """Return settings that serve the model, or a demo model of `size` bytes, from `folder`."""
         model = self.model or write_demo_model(folder / "demo.gguf", size=size)
         return ServerConfig(
@@ -57,6 +57,11 @@ class Subject:
 
 def read_subject(purpose: str | None) -> Subject:
     """Read `--engine` and `--model`, by default `LLAMACPP_BIN` and `KITTY_REAL_MODEL`."""
+    return subject_of(subject_parser(purpose).parse_args())
+
+
+def subject_parser(purpose: str | None) -> argparse.ArgumentParser:
+    """Return a parser with these two options, for a benchmark that has more of its own."""
     parser = argparse.ArgumentParser(
         description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,5 +76,9 @@ def read_subject(purpose: str | None) -> Subject:
             metavar="PATH",
             help=f"default: {variable}, else {default}",
         )
-    asked = parser.parse_args()
+    return parser
+
+
+def subject_of(asked: argparse.Namespace) -> Subject:
+    """Find the engine and the model that the options name."""
     return Subject(asked.engine, anyio.run(locate_engine, asked.engine), asked.model)
