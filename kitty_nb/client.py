@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import ssl
+from contextlib import aclosing
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from httpx_sse import EventSource, SSEError
 
-from kitty_nb.errors import ServerError
+from kitty_nb.errors import NoAnswerError, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from pydantic import SecretStr
 
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # a long answer on a slow machine takes minutes
+_QUOTED = 200  # characters of what came in place of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +85,46 @@ class Access:
             on_piece: Called with each piece.
 
         Raises:
-            ServerError: The server refused the request, or broke off.
+            NoAnswerError: The model said nothing: it only thought, or called a tool.
+            ServerError: The server refused the request, broke off, or is no llama-server.
         """
-        answer = []
+        said, thought, finish = "", False, None
+        tools: dict[int, str] = {}
+        part: dict[str, Any] = {}
         try:
             async with (
-                httpx.AsyncClient(**self._settings()) as http,
+                self.async_http() as http,
                 http.stream(
                     "POST", "/v1/chat/completions", json={**request, "stream": True}
                 ) as response,
+                aclosing(answer_parts(response)) as parts,
             ):
                 if response.is_error:
                     raise ServerError(f"The server refused this: {_reason(await response.aread())}")
-                async for line in response.aiter_lines():
-                    for piece in _pieces(line):
-                        on_piece(piece)
-                        answer += [] if piece.thinking else [piece.text]
+                async for part in parts:
+                    if part.get("error"):
+                        raise ServerError(f"The server could not go on: {_reason(part)}")
+                    choice: dict[str, Any] = next(iter(part.get("choices") or ()), {})
+                    delta = choice.get("delta") or choice.get("message") or {}
+                    if thinking := delta.get("reasoning_content"):
+                        thought = True
+                        on_piece(Piece(thinking, thinking=True))
+                    if text := delta.get("content"):
+                        said += text
+                        on_piece(Piece(text))
+                    for place, call in enumerate(delta.get("tool_calls") or ()):
+                        number, function = call.get("index", place), call.get("function", {})
+                        tools.setdefault(number, function.get("name", ""))
+                    finish = choice.get("finish_reason") or finish
         except httpx.HTTPError as error:
-            raise ServerError(
-                f"The server broke off its answer ({type(error).__name__}). See its log: it was"
-                " stopped, or has crashed."
-            ) from None
-        return "".join(answer)
+            raise ServerError(_broken_off(type(error).__name__)) from None
+        if finish is None and not (said or thought or tools):
+            raise ServerError(not_an_answer(response, json.dumps(part) if part else ""))
+        if finish is None:
+            raise ServerError(_broken_off("its end is missing"))
+        if not said and (missing := _missing(tuple(tools.values()), finish, thought=thought)):
+            raise NoAnswerError(missing)
+        return said
 
     def _settings(self) -> dict[str, Any]:
         key = self.api_key
@@ -121,33 +142,72 @@ class Access:
         return {"base_url": self.base_url, "api_key": key}
 
 
-def _pieces(line: str) -> list[Piece]:
-    """What a line of a streamed answer says.
+async def answer_parts(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the JSON objects of a streamed answer, also of one that comes whole.
 
     Raises:
-        ServerError: It says that the server cannot go on.
+        ServerError: What came is no answer of llama-server.
+        httpx.HTTPError: The server broke off.
     """
-    kind, _, data = line.partition(": ")
-    if kind not in {"data", "error"} or data == "[DONE]":
-        return []
-    event = json.loads(data)
-    if kind == "error" or "error" in event:
-        raise ServerError(f"The server could not go on: {_reason(data.encode())}")
-    pieces = []
-    for choice in event["choices"]:
-        delta = choice["delta"]
-        if thought := delta.get("reasoning_content"):
-            pieces.append(Piece(thought, thinking=True))
-        if text := delta.get("content"):
-            pieces.append(Piece(text))
-    return pieces
-
-
-def _reason(body: bytes) -> str:
-    """What an error's body says: llama-server puts the sentence at `error.message`."""
+    if response.headers.get("Content-Type", "").startswith("application/json"):
+        yield _part(response, (await response.aread()).decode(errors="replace"))
+        return
     try:
-        said = json.loads(body)
-        error = said.get("error", said)
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        return body.decode(errors="replace")
+        async with aclosing(EventSource(response).aiter_sse()) as events:
+            async for event in events:
+                if event.data == "[DONE]":
+                    return
+                if event.data:
+                    yield _part(response, event.data)
+    except SSEError:
+        text = (await response.aread()).decode(errors="replace")
+        raise ServerError(not_an_answer(response, text)) from None
+
+
+def _broken_off(how: str) -> str:
+    """Say that an answer has no end."""
+    return f"The server broke off its answer ({how}). See its log: it was stopped, or has crashed."
+
+
+def _part(response: httpx.Response, text: str) -> dict[str, Any]:
+    try:
+        part = json.loads(text)
+    except ValueError:
+        part = None
+    if isinstance(part, dict):
+        return part
+    raise ServerError(not_an_answer(response, text))
+
+
+def not_an_answer(response: httpx.Response, text: str) -> str:
+    """Say what came where an answer of llama-server should."""
+    kind = response.headers.get("Content-Type", "no content type")
+    start = " ".join(text[:_QUOTED].split())
+    return (
+        f"{response.url} sent no answer of llama-server, but {response.status_code} with {kind}:"
+        f" {start!r}. Check what listens there: a proxy, a login page or another program."
+    )
+
+
+def _missing(tools: tuple[str, ...], finish: str, *, thought: bool) -> str:
+    """Say what came in place of an answer in words; empty where the model chose to say nothing."""
+    if tools:
+        return (
+            f"The model called a tool instead of answering: {', '.join(tools)}. To run tools, send"
+            " the request with `manager.client` or `manager.http`."
+        )
+    if finish == "length":
+        what = "was still thinking" if thought else "had said nothing yet"
+        return f"The model {what} when max_tokens or the context cut its answer off. Raise them."
+    return "The model thought, but then gave no answer. Ask it in other words." if thought else ""
+
+
+def _reason(said: Any) -> str:
+    """What an error says: llama-server puts the sentence at `error.message`."""
+    if isinstance(said, bytes):
+        try:
+            said = json.loads(said)
+        except ValueError:
+            return str(said, errors="replace")
+    error = said.get("error", said) if isinstance(said, dict) else said
+    return str(error.get("message", error) if isinstance(error, dict) else error)

@@ -13,7 +13,8 @@
     │   │   └── PortBusyError     another program has its port; `.free_port` is one that is free,
     │   │                         `.attachable` whether that program is a llama-server
     │   ├── ServerCrashedError    its process ended by itself
-    │   └── StartCancelledError   it was stopped, or replaced, before it was ready
+    │   ├── StartCancelledError   it was stopped, or replaced, before it was ready
+    │   └── NoAnswerError         the model said nothing: it only thought, or called a tool
     ├── HubError             a model cannot be had from the Hugging Face Hub
     │   ├── HubAccessError        it is not there, or not for everybody
     │   ├── HubOfflineError       the Hub cannot be reached
@@ -45,6 +46,7 @@ __all__ = [
     "KittyError",
     "ModelFileCutShortError",
     "ModelFileError",
+    "NoAnswerError",
     "PortBusyError",
     "Problem",
     "ResultStoreError",
@@ -145,6 +147,10 @@ class ServerCrashedError(ServerError):
 
 class StartCancelledError(ServerError):
     """A start was overtaken by a stop, a restart or a switch."""
+
+
+class NoAnswerError(ServerError):
+    """A model said nothing in answer to a request."""
 
 
 class HubError(KittyError):

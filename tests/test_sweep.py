@@ -670,7 +670,8 @@ def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
         if request.url.path == "/props":
             return httpx.Response(200, json={})
         if json.loads(request.content)["stream"]:
-            return httpx.Response(200, text='data: {"content": "blue", "timings": {}}\n\n')
+            text = 'data: {"content": "blue", "timings": {}}\n\n'
+            return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, text=text)
         lowest = -3.4028234663852886e38  # what llama-server writes for the logarithm of 0
         tokens = [{"logprob": lowest, "bytes": [98]}, {"logprob": -0.1, "bytes": []}]
         return httpx.Response(200, json={"content": "blue", "completion_probabilities": tokens})

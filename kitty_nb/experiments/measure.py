@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from statistics import median
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import httpx
 
+from kitty_nb.client import answer_parts
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.schedule import first_of
@@ -187,21 +189,16 @@ class Interview:
         async with self._http.stream("POST", "/completion", json=request) as response:
             if response.status_code != HTTPStatus.OK:
                 _refuse(response.status_code, await response.aread())
-            async for line in response.aiter_lines():
-                kind, _, data = line.partition(": ")
-                if kind == "error":
-                    _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, data.encode())
-                if kind != "data" or data == "[DONE]":
-                    continue
-                if first_token is None:
-                    first_token = time.perf_counter() - began
-                part = json.loads(data)
-                if "error" in part:
-                    _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, data.encode())
-                pieces.append(part.get("content", ""))
-                if "timings" in part:
-                    finish = _FINISHED.get(part.get("stop_type", ""))
-                    return Answer(prompt, "".join(pieces), first_token, part["timings"], finish)
+            async with aclosing(answer_parts(response)) as parts:
+                async for part in parts:
+                    if first_token is None:
+                        first_token = time.perf_counter() - began
+                    if part.get("error"):
+                        _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, json.dumps(part).encode())
+                    pieces.append(part.get("content", ""))
+                    if "timings" in part:
+                        finish = _FINISHED.get(part.get("stop_type", ""))
+                        return Answer(prompt, "".join(pieces), first_token, part["timings"], finish)
         raise httpx.RemoteProtocolError("the answer ended early")
 
 

@@ -12,6 +12,7 @@ import httpx
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
+from kitty_nb.client import not_an_answer
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.host_facts import host_facts, library_versions
@@ -189,9 +190,12 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
         ) from error
     if response.is_error:
         raise ExperimentError(_refusal(response))
-    answer = response.json()
-    choice = answer["choices"][0]
-    message = choice.get("message", {"content": choice.get("text")})
+    try:
+        answer = response.json()
+        choice = answer["choices"][0]
+        message = choice.get("message", {"content": choice.get("text")})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ExperimentError(not_an_answer(response, response.text)) from None
     calls = message.get("tool_calls") or ()
     timings = answer.get("timings")
     return Exchange(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ssl
 import time
+from contextlib import aclosing
 from dataclasses import replace
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from httpx_sse import EventSource, SSEError
 
 from kitty_nb.engine.command_line import sleeps
 from kitty_nb.supervisor.answer_pace import AnswerPace
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _TIMEOUT = httpx.Timeout(5.0, connect=1.0)
 _LISTENING = httpx.Timeout(5.0, connect=1.0, read=None)
-_SSE_DATA = "data:"
 
 
 class Recognition(Enum):
@@ -133,10 +134,10 @@ class HealthProbe:
             async with self._client.stream("GET", "/models/sse", timeout=_LISTENING) as response:
                 if response.status_code == HTTPStatus.OK:
                     yield ""
-                    async for line in response.aiter_lines():
-                        if line.startswith(_SSE_DATA):
-                            yield line.removeprefix(_SSE_DATA)
-        except httpx.HTTPError:
+                    async with aclosing(EventSource(response).aiter_sse()) as events:
+                        async for event in events:
+                            yield event.data
+        except (httpx.HTTPError, SSEError):
             return
 
     async def _get(self, path: str) -> Any:

@@ -1,0 +1,148 @@
+"""Reading answers: those of the real engine, and what comes where an answer should."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import anyio
+import pytest
+
+from kitty_nb import ModelManager, ServerConfig
+from kitty_nb.client import Access, Piece
+from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
+from kitty_nb.experiments.measure import Interview
+from kitty_nb.experiments.recording import ask
+from kitty_nb.experiments.run_record import Request
+from kitty_nb.experiments.workload import Workload
+
+Says = Callable[..., Access]
+STREAM = "text/event-stream"
+SEPARATORS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"
+
+
+@pytest.fixture
+def says() -> Iterator[Says]:
+    """A server that answers each request by the same bytes."""
+    answer = {"kind": STREAM, "body": b""}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", answer["kind"])
+            self.end_headers()
+            self.wfile.write(answer["body"])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+
+    def say(body: str, kind: str = STREAM) -> Access:
+        answer.update(kind=kind, body=body.encode())
+        return Access(f"http://127.0.0.1:{server.server_port}", None)
+
+    yield say
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def chat(access: Access) -> tuple[str, list[Piece]]:
+    pieces: list[Piece] = []
+    return anyio.run(access.chat, {"messages": []}, pieces.append), pieces
+
+
+def events(*deltas: dict[str, object], finish: str | None = "stop", space: str = " ") -> str:
+    ends = [{"delta": {}, "finish_reason": finish}] if finish else []
+    chunks = [{"choices": [choice]} for choice in [*({"delta": one} for one in deltas), *ends]]
+    return "".join(f"data:{space}{json.dumps(one)}\n\n" for one in chunks) + "data: [DONE]\n\n"
+
+
+def test_an_answer_may_hold_any_separator_of_lines(config: ServerConfig) -> None:
+    grammar = "".join(f"\\u{ord(letter):04x}" for letter in SEPARATORS)
+    options = {"grammar": f'root ::= "{grammar}"', "max_tokens": 64}
+    with ModelManager(config=config) as manager:
+        manager.start().wait(60)
+        assert manager.chat("Say it.", **options).wait(60) == SEPARATORS
+
+
+def test_a_trial_reads_them_too(says: Says) -> None:
+    part = {"content": SEPARATORS, "timings": {"prompt_n": 0, "predicted_n": 1}}
+    access = says(f"data:{json.dumps(part, ensure_ascii=False)}\n\n")
+
+    async def trial() -> str:
+        async with access.async_http() as http:
+            interview = Interview(http, Workload(prompts=("Say it.",), chat=False), {})
+            await interview.warm_up()
+            _, (answer,) = await interview.speed(1, lambda _: None)
+        return answer.text
+
+    assert anyio.run(trial) == SEPARATORS
+
+
+def test_an_answer_is_read_however_it_is_spelled(says: Says) -> None:
+    parts = {"role": "assistant", "content": None}, {"content": "so"}, {"content": "!"}
+    assert chat(says(events(*parts, space=""))) == ("so!", [Piece("so"), Piece("!")])
+    unasked = 'data: {"usage": {"total_tokens": 3}}\n\n: ping\n\ndata: {"choices": []}\n\n'
+    assert chat(says(unasked + events(*parts)))[0] == "so!"
+    assert chat(says(events(*parts).replace("\n", "\r\n")))[0] == "so!"
+    whole = {"choices": [{"message": {"content": "so!"}, "finish_reason": "stop"}]}
+    assert chat(says(json.dumps(whole), "application/json; charset=utf-8"))[0] == "so!"
+    assert chat(says(events())) == ("", [])  # the model chose to say nothing
+
+
+CALL = {"index": 0, "function": {"name": "weather", "arguments": "{"}}
+MORE = {"index": 0, "function": {"arguments": "}"}}
+THOUGHT = {"reasoning_content": "Hm"}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "finish", "reason"),
+    [
+        ([THOUGHT, THOUGHT], "length", "still thinking when max_tokens"),
+        ([THOUGHT], "stop", "thought, but then gave no answer"),
+        ([], "length", "said nothing yet when max_tokens"),
+        ([{"tool_calls": [CALL]}, {"tool_calls": [MORE]}], "tool_calls", "tool .*: weather[.] "),
+    ],
+)
+def test_what_came_in_place_of_an_answer_is_told(
+    says: Says, deltas: list[dict[str, object]], finish: str, reason: str
+) -> None:
+    with pytest.raises(NoAnswerError, match=reason):
+        chat(says(events(*deltas, finish=finish)))
+
+
+PAGE = "<!doctype html>\n<title>Log in</title>" + "x" * 1000
+NOT_OURS = [
+    (PAGE, "text/html", "200 with text/html: '<!doctype html> <title>Log in</title>x"),
+    ('{"detail": "Log in first"}', "application/json", "Log in first"),
+    ("[1]", "application/json", "Check what listens there"),
+    ("data: <html>\n\n", STREAM, "Check what listens there"),
+    ("", STREAM, "Check what listens there"),
+]
+
+
+@pytest.mark.parametrize(("body", "kind", "reason"), NOT_OURS)
+def test_another_program_is_told_from_a_server(
+    says: Says, body: str, kind: str, reason: str
+) -> None:
+    access = says(body, kind)
+    with pytest.raises(ServerError, match=reason) as caught:
+        chat(access)
+    assert access.endpoint in str(caught.value)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(ExperimentError, match="sent no answer"):
+        anyio.run(ask, access, [Request(text="a")])
+
+
+def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
+    with pytest.raises(ServerError, match="broke off"):
+        chat(says(events({"content": "half"}, finish=None)))
+    with pytest.raises(ServerError, match="could not go on: it is full"):
+        chat(says('data: {"error": {"message": "it is full"}}\n\n'))
