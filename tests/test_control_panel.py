@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import socket
 import threading
@@ -502,6 +503,59 @@ def test_running_the_cell_again_shows_the_same_server(env: Path) -> None:
     assert second.manager.state.status is ServerStatus.STOPPED
 
 
+def test_what_runs_is_chosen_by_a_panel_that_finds_it(env: Path) -> None:
+    """As after the kernel was restarted: `.env` names another model and context."""
+    elsewhere = ModelManager(env)
+    config = elsewhere.state.config.replace(model="one.gguf", context_size=768, threads=2)
+    elsewhere.start(config).wait(30)
+    try:
+        for _ in range(2):  # and when the cell is run again
+            panel = ControlPanel(env)
+            wait_for(panel, "READY")
+            assert panel.picker.model
+            assert panel.picker.model.name == "one.gguf"
+            fields = panel.settings.fields
+            assert (fields["context_size"].value, fields["threads"].value) == ("768", "2")
+            eventually(lambda shown=panel: enabled(shown) == {"Stop", "Restart"})
+        panel.buttons.restart.click()
+        eventually(lambda: panel.manager.state.restart_count == 1)
+        wait_for(panel, "READY")
+        config = panel.manager.state.config
+        assert (config.model, config.context_size, config.threads) == (
+            *(env.parent / "models" / "one.gguf", 768),
+            2,
+        )
+        panel.close()
+    finally:
+        elsewhere.close()
+
+
+def test_what_somebody_else_starts_is_chosen_unless_something_was_edited(
+    panel: ControlPanel,
+) -> None:
+    fields, config = panel.settings.fields, panel.manager.state.config
+    panel.manager.start(config.replace(model="one.gguf", context_size=768)).wait(30)
+    eventually(lambda: panel.picker.model and panel.picker.model.name == "one.gguf")
+    eventually(lambda: enabled(panel) == {"Stop", "Restart"})
+    assert fields["context_size"].value == "768"
+    fields["threads"].value = "2"
+    panel.manager.restart(config.replace(parallel=2)).wait(30)
+    wait_for(panel, "READY")
+    eventually(lambda: enabled(panel) == {"Switch", "Stop", "Restart"})
+    assert (fields["threads"].value, fields["parallel"].value) == ("2", "")
+
+
+def test_a_complaint_about_the_env_stays_where_a_server_is_found(env: Path) -> None:
+    with ModelManager(env) as elsewhere:
+        elsewhere.start(elsewhere.state.config.replace(model="one.gguf")).wait(30)
+        env.write_text(f"{env.read_text()}LLAMACPP_TOP_P=7\n")
+        panel = ControlPanel(env)
+        eventually(lambda: "LLAMACPP_TOP_P" in panel.notice.value)
+        assert panel.picker.model
+        assert panel.picker.model.name == "one.gguf"
+        panel.close()
+
+
 def test_running_the_cell_again_leaves_one_panel(
     sent: list[tuple[str, dict[str, object]]], env: Path
 ) -> None:
@@ -610,11 +664,24 @@ def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     misbehaving_panel: Callable[..., ControlPanel],
 ) -> None:
     panel = misbehaving_panel("--exit-after", "2", "--exit-code", "-11", restart_delay_seconds=30)
+    seen: list[int] = []
+
+    def note(_change: object) -> None:
+        if found := re.search(r"starting again in (\d+) s", panel.status_line.value):
+            seen.append(int(found[1]))
+
+    panel.status_line.observe(note, names="value")
     panel.buttons.start.click()
     wait_for(panel, "RESTARTING")
     eventually(lambda: "starting again in" in panel.status_line.value)
     eventually(lambda: "SIGSEGV" in panel.notice.value, why=panel.notice.value)
+    assert "press Cancel" in panel.notice.value
+    assert "tart it again" not in panel.notice.value
+    assert (panel.load_bar.bar.value, panel.load_bar.text.value) == (0, "")
     eventually(lambda: enabled(panel) == {"Start", "Cancel"})
+    eventually(lambda: "fits" in panel.memory.value and "given back" not in panel.memory.value)
+    eventually(lambda: len(set(seen)) >= 5)
+    assert sorted(set(seen), reverse=True) == [*range(max(seen), min(seen) - 1, -1)]
     panel.buttons.stop.click()
     wait_for(panel, "STOPPED")
 

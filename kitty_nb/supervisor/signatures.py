@@ -53,7 +53,8 @@ _UPDATE = "Update llama.cpp, or pick another model."
 _SMALLER = "Lower the context, pick a smaller quantization, or end other programs."
 _GPU_SMALLER = "Lower the GPU layers or the context, or end what else uses the GPU."
 _CONTEXT = "Lower the context (CTX) or the number of parallel requests (PARALLEL)."
-_RETRY = "Start it again; if that repeats, update llama.cpp and leave EXTRA_ARGS empty."
+# It may be started again by itself, so no remedy asks for that.
+_RETRY = "If that repeats, update llama.cpp and leave EXTRA_ARGS empty."
 
 # The first row that matches any line wins, so what names the cause stands before what merely
 # reports it: a shard is a file too, and a lack of memory may end in a failed check.
@@ -281,7 +282,7 @@ SIGNATURES = (
     _row(
         r"(?:CUDA|ROCm|MUSA) error|DeviceLost|device lost|command buffer \d+ failed",
         "The GPU reported a fault.",
-        "Start it again; if that repeats, update the driver and llama.cpp.",
+        "If that repeats, update the driver and llama.cpp.",
     ),
     _row(
         _DAMAGED,
@@ -314,7 +315,7 @@ SIGNATURES = (
 )
 
 STOPPED = Reading(
-    "Another program or a person asked it to end.", "Start it again when you need it."
+    "Another program or a person asked it to end.", "If nobody meant that, find out which."
 )
 NO_SERVER = Reading(
     "It ended by itself without becoming a server.",
@@ -325,7 +326,7 @@ KILLED = Reading("Something killed it; often that is the system, because memory 
 KILLED_FOR_MEMORY = Reading("The system killed it because memory ran out.", _SMALLER)
 KILLED_BY_HAND = Reading(
     "Another program or a person killed it; the system's memory did not run out.",
-    "Start it again when you need it.",
+    "If nobody meant that, find out which.",
 )
 UNKNOWN = Reading("The reason is not known.", "See the end of the server's log.")
 UNKNOWN_REFUSAL = Reading("The system does not say more.", "Check {file}.")
@@ -342,7 +343,7 @@ SIGNALS = {
     signal.SIGFPE: Reading("llama.cpp crashed on a mistake of its own.", _RETRY),
     signal.SIGBUS: Reading(
         "The model's file was cut short, or its disk went away, while it was in use.",
-        "Check the disk and the file's size, then start it again.",
+        "Check the disk and the file's size.",
     ),
     signal.SIGXCPU: Reading(
         "It used up the processor time that this user is allowed.",

@@ -50,14 +50,15 @@ if TYPE_CHECKING:
 # Seconds. A refresh sends at most six messages; 20 a second for a whole panel stays far below
 # what jupyter_server lets through.
 _REFRESH_EVERY = 0.25
-_CLOCK_EVERY = 1.0
+_LOOK_EVERY = 1.0
 
 
 class ControlPanel(VBox):
     """Pick a model, start it, watch it load, use it, stop or switch it.
 
     What shows facts is written by the manager's thread only, so that it stays live while a cell
-    keeps the kernel busy; what the user edits is written by callbacks only.
+    keeps the kernel busy; what the user edits is written by callbacks, and when a server begins
+    that somebody else has started.
 
     A panel takes the place of an earlier one of its file and profile, as the cell is run again. For
     two side by side, give the second one the manager of the first.
@@ -79,7 +80,8 @@ class ControlPanel(VBox):
         self._problem: str | None = None
         earlier: ControlPanel | None = None
         self._config: ServerConfig
-        self._given: ServerConfig  # as it was read; `use` changes the other one
+        self._given: ServerConfig  # what the fields began with; `use` changes the other one
+        self._edited = False  # since the fields were filled, or a server was started with them
         if manager is None:
             self._problem = self._read_env()
             # That of an earlier run of this cell, with its server, where there is one.
@@ -101,6 +103,7 @@ class ControlPanel(VBox):
         self._log_begins = False
         self._clicks = Clicks(manager, self._tell)
         self._memory_stale = False
+        self._begun: ServerConfig | None = None
         self._taken: frozenset[str] = frozenset()
         self._changed = anyio.Event()
 
@@ -143,6 +146,8 @@ class ControlPanel(VBox):
         receive_while_busy(tree(self))
 
         self._scan()
+        if _is_own(manager.state):
+            self._follow(manager.state.config)
         self._refreshing = manager.run(self._refresh_forever)
         self._look_again()
         if earlier:
@@ -162,14 +167,14 @@ class ControlPanel(VBox):
 
     def rescan(self) -> None:
         """Read the `.env` file and look for models again. What has been edited here stays."""
-        edits, problem = self.settings.edits(self._given), None
+        edits, problem, edited = self.settings.edits(self._given), None, self._edited
         try:
             if self.manager.env is not None:
                 problem = self._read_env()
                 self.settings.fill(self._config, edits)
         except ConfigError as error:
             problem = str(error)
-        self._problem = problem
+        self._problem, self._edited = problem, edited
         self._scan()
         self._look_again()
 
@@ -258,8 +263,22 @@ class ControlPanel(VBox):
 
     def _choose(self) -> None:
         """Somebody has chosen another model or setting; what was wrong before no longer counts."""
-        self._problem = None
+        self._problem, self._edited = None, True
         self._look_again()
+
+    def _follow(self, config: ServerConfig) -> None:
+        """Choose what a server runs with, unless somebody has chosen otherwise since the last."""
+        settings, problem = dict(config), self._problem
+        runs = self.picker.dropdown.value == config.model and not self.settings.differing(settings)
+        if self._edited and not runs:
+            return
+        if not runs:
+            shown = {name: settings[name] for name in self.settings.fields}
+            self._given = self._given.model_copy(update=shown)
+            self.settings.apply(settings)
+            if config.model:
+                self.picker.choose(config.model)
+        self._problem, self._edited = problem, False
 
     def _look_again(self) -> None:
         """The model or a setting is another one."""
@@ -298,9 +317,11 @@ class ControlPanel(VBox):
                     self._log_lines.clear()
                     self._log_begins = True
                     self._router_load = None
+                    self._begun = None if state.foreign else state.config
                 if self._status is not state.status:
                     self.browser.note_change()
-                    self._memory_stale = self._memory_stale or state.status.settled
+                    gone = state.status.absent
+                    self._memory_stale = self._memory_stale or state.status.settled or gone
                     if state.status is ServerStatus.READY:
                         self._problem = None
                 self._status = state.status
@@ -318,16 +339,21 @@ class ControlPanel(VBox):
 
     async def _refresh_forever(self) -> None:
         self._log_lines.extend(self.manager.log_lines)
+        if _is_own(self.manager.state):
+            self._begun = self.manager.state.config
         unsubscribe = self.manager.subscribe(self._collect)
         try:
             while True:
                 self._changed = anyio.Event()
+                if self._begun:
+                    begun, self._begun = self._begun, None
+                    await anyio.to_thread.run_sync(self._follow, begun)
                 self._refresh()
                 if self._memory_stale:
                     self._memory_stale = False
                     await anyio.to_thread.run_sync(self.memory.refresh)
                 await anyio.sleep(_REFRESH_EVERY)
-                with anyio.move_on_after(_CLOCK_EVERY):
+                with anyio.move_on_after(_next_second(self.manager.state)):
                     await self._changed.wait()
         finally:
             unsubscribe()
@@ -346,8 +372,7 @@ class ControlPanel(VBox):
         else:
             self.load_bar.show(state.status, self._progress)
         problem = self._problem or state.error or (model.problem if model else None)
-        use_it = " Or press Attach to use that llama-server as it is." if state.attachable else ""
-        self.notice.show(f"{problem}{use_it}" if problem else None)
+        self.notice.show(f"{problem}{_what_to_press(state)}" if problem else None)
         told, self._activities = self._activities, []  # clicks tell something at any time
         self.activity_log.show(told)
         if self._log_begins:
@@ -358,6 +383,24 @@ class ControlPanel(VBox):
         self.server_log.flush()
         # Last: whoever waits for a state finds all that belongs to it.
         self.status_line.show(state)
+
+
+def _is_own(state: ServerState) -> bool:
+    """Whether a server runs that was started, here or elsewhere, for the panel's profile."""
+    return not state.status.absent and state.foreign is None
+
+
+def _what_to_press(state: ServerState) -> str:
+    if state.status is ServerStatus.RESTARTING:
+        return " It starts again by itself; press Cancel to prevent that."
+    return " Or press Attach to use that llama-server as it is." if state.attachable else ""
+
+
+def _next_second(state: ServerState) -> float:
+    """Seconds until the clock that is shown has moved on by one."""
+    if state.retry_in is not None:
+        return state.retry_in % 1
+    return _LOOK_EVERY if state.uptime is None else 1 - state.uptime % 1
 
 
 _newest: WeakValueDictionary[tuple[Path, str], ControlPanel] = WeakValueDictionary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
@@ -109,7 +110,7 @@ def _detail(state: ServerState, progress: LoadProgress | None) -> str:
     if progress:
         return describe(progress)
     if state.retry_in is not None:
-        return f"starting again in {state.retry_in:.0f} s"
+        return f"starting again in {ceil(state.retry_in)} s"
     if state.uptime is None:
         return ""
     health = state.last_health_check

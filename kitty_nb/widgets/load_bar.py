@@ -29,7 +29,7 @@ class LoadBar(HBox):
 
     def show(self, status: ServerStatus, progress: LoadProgress | None) -> None:
         """Show how far the load is, coloured by what became of it."""
-        if status in {ServerStatus.STOPPED, ServerStatus.STOPPING}:
+        if status in {ServerStatus.STOPPED, ServerStatus.STOPPING, ServerStatus.RESTARTING}:
             progress = None
         elif progress and status in {ServerStatus.FAILED, ServerStatus.CRASHED}:
             progress = replace(progress, eta=None)

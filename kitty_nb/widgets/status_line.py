@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from math import ceil
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def _shortened(name: str) -> str:
 
 def _facts(state: ServerState) -> Iterator[str]:
     if state.retry_in is not None:
-        yield f"starting again in {state.retry_in:.0f} s"
+        yield f"starting again in {ceil(state.retry_in)} s"
     if not state.config.local_only:
         hint = "Set LLAMACPP_HOST=127.0.0.1 to keep it to this machine."
         host = escape(state.config.host)
