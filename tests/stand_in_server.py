@@ -44,6 +44,7 @@ FLAGS = [
     (("--flood",), "N", "write so many log lines a second, many at once, once it is ready"),
     (("--work",), "SECONDS", "keep a core busy for so long once it is ready"),
     (("--blurt",), "FILE", "write what this file holds to the log once it is ready"),
+    (("--tell-keys",), "FILE", "write each path that was asked for, and whether with the key"),
     (("--ready-mark",), "FILE", "touch this the moment before the first 200"),
 ]
 
@@ -96,6 +97,10 @@ class Server:
                     and self.path != "/health"
                     and self.headers["Authorization"] != f"Bearer {key}"
                 )
+                if server.options.tell_keys:
+                    keyed = "key" if self.headers["Authorization"] else "no key"
+                    with Path(server.options.tell_keys).open("a") as told:
+                        told.write(f"{self.path} {keyed}\n")
                 status = 401 if refused else 404 if body is None else 200 if ready else 503
                 data = json.dumps(body if ready else loading).encode()
                 self.send_response(status)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import anyio
@@ -22,6 +24,31 @@ from kitty_nb.supervisor.record_file import record_path
 
 QUESTION = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 CHAT = "/v1/chat/completions"
+
+
+@contextmanager
+def squatter(port: int) -> Iterator[list[tuple[str, str | None]]]:
+    """Take a port and say that all is well; yields each path asked for, and with which key."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "demo"}]}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_only_who_has_the_key_is_answered(config: ServerConfig) -> None:
@@ -142,6 +169,50 @@ def test_a_server_started_again_keeps_its_key(
         assert manager.reveal_api_key() == key
         manager.restart().wait(30)
         assert manager.http.get("/slots").status_code == 200
+
+
+@pytest.mark.parametrize("changes", [{}, {"idle_shutdown_seconds": 60}])
+def test_who_takes_the_port_before_our_server_does_is_not_told_the_key(
+    misbehaving: Callable[..., ServerConfig], changes: dict[str, int]
+) -> None:
+    config = misbehaving("--bind-after", "30", api_key="sesame-open", **changes)
+    with ModelManager(config=config) as manager:
+        manager.start(wait_for_ready=False)
+        eventually(lambda: manager.state.pid is not None)
+        with squatter(config.port) as asked:
+            eventually(lambda: len(asked) > 3)
+            assert manager.check_health().wait(10).status is ServerStatus.STARTING
+            assert manager.state.status in {ServerStatus.STARTING, ServerStatus.LOADING}
+            assert {*asked} == {("/health", None)}
+            manager.stop(force=True).wait(10)
+    assert {*asked} == {("/health", None)}
+
+
+def test_our_own_server_is_asked_for_its_health_without_the_key(
+    misbehaving: Callable[..., ServerConfig], tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    with ModelManager(config=misbehaving("--tell-keys", str(told))) as manager:
+        manager.start().wait(30)
+        assert manager.check_health().wait(10).slots_total == 1
+    lines = told.read_text().splitlines()
+    assert "/health no key" in lines
+    assert "/slots key" in lines
+    assert "/health key" not in lines
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_key_is_used_again_only_after_a_start_that_became_ready(
+    misbehaving: Callable[..., ServerConfig], ready: bool
+) -> None:
+    config = misbehaving(*(() if ready else ("--never-ready",)))
+    with ModelManager(config=config) as manager:
+        manager.start(wait_for_ready=ready).wait(30)
+        eventually(lambda: manager.state.pid)
+        key = manager.reveal_api_key()
+        manager.stop().wait(10)
+        manager.start(misbehaving()).wait(30)
+        assert (manager.reveal_api_key() == key) is ready
 
 
 @pytest.mark.parametrize("key", ["two words", "one,two", "schlüssel"])

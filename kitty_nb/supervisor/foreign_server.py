@@ -72,7 +72,7 @@ class ForeignServer:
         self.generation = generation
         self.holder = holder
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
-        self.probe = HealthProbe(config, self.api_key)
+        self.probe = HealthProbe(config, self.api_key, trusted=True)
         self._report, self._publish, self._note_health = report, publish, note_health
         self._router = RouterWatch(config, holder.pid, self.probe, publish, self._serves)
         self._watching = anyio.CancelScope()

@@ -43,21 +43,28 @@ class HealthProbe:
     Args:
         config: What the server was started with.
         api_key: What it asks for.
+        trusted: Whether the process that listens on its port is known to be that server.
+
+    Attributes:
+        trusted: Likewise. Until then, only `/health` is asked, without the key.
     """
 
-    def __init__(self, config: ServerConfig, api_key: SecretStr | None = None) -> None:
+    def __init__(
+        self, config: ServerConfig, api_key: SecretStr | None = None, *, trusted: bool = False
+    ) -> None:
+        self.trusted = trusted
         self._alias = config.served_alias
         self._sleeps = config.idle_shutdown_seconds is not None or sleeps(config.extra_args)
         self._pace = AnswerPace()
         self._client = httpx.AsyncClient(
             base_url=config.endpoint,
-            headers={"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None,
             timeout=_TIMEOUT,
             trust_env=False,  # a proxy for the internet must not see local requests
             verify=ssl.SSLContext(
                 ssl.PROTOCOL_TLS_CLIENT
             ),  # no certificates: loading them takes 30 ms of every start
         )
+        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
         # Put together once, because a load is asked every second and that is much of its cost.
         self._health = self._client.build_request("GET", "/health")
 
@@ -85,6 +92,9 @@ class HealthProbe:
     async def check_activity(self) -> HealthCheckResult:
         """Like `check`, with what is known of its slots, or of its sleep."""
         result = await self.check()
+        if result.status is ServerStatus.READY and not self.trusted:
+            unknown = "who answers is not known yet"
+            return replace(result, status=ServerStatus.STARTING, message=unknown)
         if self._sleeps:  # to be asked for its slots would keep it awake
             props = await self._get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
@@ -131,7 +141,9 @@ class HealthProbe:
         Once it listens to it, and before anything is told, an empty text comes.
         """
         try:
-            async with self._client.stream("GET", "/models/sse", timeout=_LISTENING) as response:
+            async with self._client.stream(
+                "GET", "/models/sse", headers=self._key, timeout=_LISTENING
+            ) as response:
                 if response.status_code == HTTPStatus.OK:
                     yield ""
                     async with aclosing(EventSource(response).aiter_sse()) as events:
@@ -141,8 +153,10 @@ class HealthProbe:
             return
 
     async def _get(self, path: str) -> Any:
+        if not self.trusted:
+            return None
         try:
-            response = await self._client.get(path)
+            response = await self._client.get(path, headers=self._key)
             if response.status_code in _KEY_REFUSED:
                 return HTTPStatus(response.status_code)
             return response.json() if response.status_code == HTTPStatus.OK else None

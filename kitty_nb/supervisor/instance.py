@@ -136,7 +136,7 @@ class ServerInstance:
         self._tell_health = note_health
         # Of the last two answers: a kill between an answer and the end is this server's.
         self._oom_kills = deque([oom_kills()], maxlen=2)
-        self._foreseen = self._over = self._has_port = False
+        self._foreseen = self._over = False
         self._hint = ""
         self._failure: str | None = None
         self._leash: Leash | None = None
@@ -145,6 +145,11 @@ class ServerInstance:
         self._helpers: TaskGroup
         self._ready = anyio.Event()
         self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether it has been ready, so that clients may have its key."""
+        return self._ready.is_set()
 
     async def run(self) -> None:
         """Start the process and watch it until it has ended."""
@@ -360,7 +365,7 @@ class ServerInstance:
         """See whether it is our process that listens: once it does, it goes on until it ends."""
         if self._process:
             listens = await anyio.to_thread.run_sync(self._process.listens_on, self._config.port)
-            self._has_port = self._has_port or listens is not False  # two may look at once
+            self.probe.trusted = self.probe.trusted or listens is not False  # two may look at once
 
     async def _port_holder(self) -> PortHolder | None:
         return await anyio.to_thread.run_sync(holder_of, self._config.host, self._config.port)
@@ -368,16 +373,14 @@ class ServerInstance:
     async def _doubt(self) -> str | None:
         """Why what answers on our port is not our server, in words; None when it is."""
         port = self._config.port
-        async with anyio.create_task_group() as tasks:
-            if not self._has_port:
-                tasks.start_soon(self._look_at_port)
-            recognition = await self.probe.recognise()
-        if not self._has_port:
+        if not self.probe.trusted:
+            await self._look_at_port()
+        if not self.probe.trusted:
             holder = await self._port_holder()
             who = holder.who if holder else "another server"
             self._hint = f" Port {port} has been taken by {who}."
             return f"{who} answers on this port"
-        match recognition:
+        match await self.probe.recognise():
             case Recognition.KEY_REFUSED:
                 self._give_up(_KEY_REFUSED)
                 return "it refuses our API key"

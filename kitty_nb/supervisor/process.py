@@ -25,6 +25,7 @@ AT_WORK = 0.05
 _SAME_TIME = 0.0 if psutil.LINUX else 1.0  # seconds; so exact are creation times elsewhere
 _PROC = Path("/proc")
 _HIGHEST = re.compile(rb"^VmHWM:\s+(\d+) kB", re.MULTILINE)  # proc_pid_status(5)
+_LISTENING = "0A"  # a socket's state in /proc/net/tcp
 _START_TICKS = 19  # the place of starttime behind the name in /proc/pid/stat; proc_pid_stat(5)
 
 
@@ -154,8 +155,8 @@ class ServerProcess:
         """
         try:
             return any(_listens(process, port) for process in self._family())
-        except psutil.AccessDenied:
-            return None
+        except psutil.AccessDenied:  # as of a program that the system gives more rights than to us
+            return _user_listens(port) if psutil.LINUX else None
 
     async def _ended(self) -> None:
         descriptor = _exit_descriptor(self.pid)
@@ -261,6 +262,19 @@ def _listens(process: psutil.Process, port: int) -> bool:
         )
     except psutil.NoSuchProcess:
         return False
+
+
+def _user_listens(port: int) -> bool:
+    """Whether this user listens on a port, and nobody else; proc_net_tcp in Linux's sources."""
+    tables = (_PROC / "net" / "tcp", _PROC / "net" / "tcp6")  # without IPv6, only the first
+    lines = (line for table in tables if table.exists() for line in table.read_text().splitlines())
+    rows = (line.split() for line in lines if not line.lstrip().startswith("sl"))
+    users = {
+        row[7]
+        for row in rows
+        if row[3] == _LISTENING and int(row[1].rpartition(":")[2], 16) == port
+    }
+    return users == {str(os.getuid())}
 
 
 def _create_time(process: psutil.Process) -> float:

@@ -418,8 +418,10 @@ class Supervisor:
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
         """The key of the server to come: that of the last one where its clients can go on so."""
-        last = self._instance and not self._foreign and self._instance.api_key
-        return last if last and config.api_key is None else choose_api_key(config)
+        last = self._instance
+        if config.api_key is None and isinstance(last, ServerInstance) and last.was_ready:
+            return last.api_key or choose_api_key(config)
+        return choose_api_key(config)
 
     @property
     def _foreign(self) -> PortHolder | None:
