@@ -331,6 +331,7 @@ def main() -> None:
 def _config(env: Path, profile: str) -> ServerConfig:
     from kitty_nb.config import ServerConfig
 
+    _warn(env, profile)
     return ServerConfig.from_env(env, profile)
 
 
@@ -338,10 +339,18 @@ def _settings(env: Path, profile: str) -> ServerConfig:
     """For what needs no model: a wrong setting must not be in the way of stopping a server."""
     from kitty_nb.config import salvage_settings
 
+    _warn(env, profile)
     config, complaint = salvage_settings(env, profile)
     if complaint:
         typer.echo(f"kitty-nb: {complaint}", err=True)
     return config
+
+
+def _warn(env: Path, profile: str) -> None:
+    from kitty_nb.config import env_warnings
+
+    for warning in env_warnings(env, profile):
+        typer.echo(f"kitty-nb: {warning}", err=True)
 
 
 def _show_load(

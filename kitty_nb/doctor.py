@@ -16,7 +16,7 @@ import anyio.to_thread
 from rich.filesize import decimal
 
 from kitty_nb.catalog import ModelCatalog
-from kitty_nb.config import ServerConfig, configured_profiles, salvage_settings
+from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, salvage_settings
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine
@@ -67,10 +67,11 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     findings = [_versions(), _kernel()]
     try:
         config, complaint = await anyio.to_thread.run_sync(salvage_settings, env, profile)
-        source = str((await anyio.to_thread.run_sync(read_env, env)).path)
+        source = (await anyio.to_thread.run_sync(read_env, env)).path
+        warnings = env_warnings(env, profile)
     except ConfigError as error:
         return [*findings, Finding(".env", Verdict.BAD, str(error), "Correct these lines.")]
-    findings.append(_settings(source, complaint))
+    findings.append(_settings(source, complaint, warnings))
     findings.append(await _engine(config))
     checks = (_models, _model, _port, _memory, _disk)
     findings += [await anyio.to_thread.run_sync(check, config) for check in checks]
@@ -102,11 +103,15 @@ def _kernel() -> Finding:
     return Finding("JupyterLab", Verdict.ODD, found, advice)
 
 
-def _settings(source: str, complaint: ConfigError | None) -> Finding:
-    if complaint is None:
-        return Finding(".env", Verdict.GOOD, source)
-    found = f"{len(complaint.problems)} wrong in {source}"
-    return Finding(".env", Verdict.BAD, found, "\n".join(map(str, complaint.problems)))
+def _settings(source: Path, complaint: ConfigError | None, warnings: tuple[str, ...]) -> Finding:
+    advice = "\n".join([*map(str, complaint.problems if complaint else ()), *warnings])
+    if complaint:
+        found = f"{len(complaint.problems)} wrong in {source}"
+        return Finding(".env", Verdict.BAD, found, advice)
+    if not source.exists():
+        found = f"There is none in {source.parent} or above: every setting has its default."
+        return Finding(".env", Verdict.ODD if warnings else Verdict.GOOD, found, advice)
+    return Finding(".env", Verdict.ODD if warnings else Verdict.GOOD, str(source), advice)
 
 
 async def _engine(config: ServerConfig) -> Finding:

@@ -1,6 +1,7 @@
 """`.env` text becomes a validated, frozen `ServerConfig`, one per profile."""
 
 from kitty_nb.config.api_key import choose_api_key, server_environment
+from kitty_nb.config.env_warnings import env_warnings
 from kitty_nb.config.env_writer import SavedEnv
 from kitty_nb.config.saved_settings import env_lines, salvage_settings, save_settings
 from kitty_nb.config.server_config import (
@@ -24,6 +25,7 @@ __all__ = [
     "configured_profiles",
     "env_lines",
     "env_settings",
+    "env_warnings",
     "salvage_settings",
     "save_settings",
     "server_environment",

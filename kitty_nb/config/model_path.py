@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)
+_FILE_ENDING = re.compile(r"\.[A-Za-z]{2,12}$")
 _HUB_FOLDER = re.compile(r"(?P<folder>[\w.-]+-GGUF)/(?P<file>.+)", re.ASCII | re.IGNORECASE)
 
 
@@ -134,7 +135,7 @@ def _download_commands(value: str, models_dir: Path) -> str | None:
         repository, file = f"OWNER/{folder['folder']}", folder["file"]
     elif hub := _HUB_REPOSITORY.fullmatch(value):
         repository, file = hub["repository"], hub["file"]
-        if repository.lower().endswith(".gguf"):
+        if _FILE_ENDING.search(repository):  # a mistyped file
             return None
     else:
         return None

@@ -33,7 +33,7 @@ def named_profiles(keys: Iterable[str], suffixes: Collection[str]) -> tuple[str,
     found = dict.fromkeys(
         name.lower()
         for key in keys
-        for name, suffix in [_split(key, suffixes)]
+        for name, suffix in [split_key(key, suffixes)]
         if suffix == "MODEL" or name.lower() in ROLES
     )
     roles = [role for role in ROLES if role in found]
@@ -43,8 +43,11 @@ def named_profiles(keys: Iterable[str], suffixes: Collection[str]) -> tuple[str,
     return (*roles, *others) or ("primary",)
 
 
-def _split(key: str, suffixes: Collection[str]) -> tuple[str, str]:
-    """The profile in a key and what follows it; no profile where it is for all of them."""
+def split_key(key: str, suffixes: Collection[str]) -> tuple[str, str]:
+    """Return the profile in a key, none where it is for all of them, and the setting's suffix.
+
+    Both are empty where it is no setting.
+    """
     rest = key.removeprefix(PREFIX)
     if rest in suffixes:
         return "", rest

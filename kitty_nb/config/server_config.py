@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import shlex
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
@@ -411,10 +412,18 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
     return named_profiles((key for key, value in given.items() if value), suffixes)
 
 
+def _no_setting(name: str) -> str:
+    if name == "profile":
+        return "Write a letter, and after it letters, digits and underscores."
+    near = get_close_matches(name, ServerConfig.model_fields, n=1)
+    return f"There is no such setting.{f' Did you mean {near[0]}?' if near else ''}"
+
+
 def _problem(error: dict[str, Any], source: _Source) -> Problem:
     name = str(error["loc"][0])
     setting = env_settings().get(name)
     context = error.get("ctx", {})
-    reason = context.get("reason") or error["msg"].removeprefix("Value error, ").rstrip(".") + "."
-    fix = context.get("fix") or (f"Write {setting.expected}." if setting else "Leave it out.")
+    reason = context.get("reason") or str(context.get("error", "it is not valid")).rstrip(".") + "."
+    fix = context.get("fix") or (f"Write {setting.expected}." if setting else _no_setting(name))
+    reason = reason[0].upper() + reason[1:]
     return Problem(source.keys.get(name, name), shown(name, error["input"]), reason, fix)

@@ -11,7 +11,7 @@ import anyio
 import anyio.to_thread
 from ipywidgets import VBox
 
-from kitty_nb.config import ServerConfig, salvage_settings, save_settings
+from kitty_nb.config import ServerConfig, env_warnings, salvage_settings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import (
@@ -78,6 +78,7 @@ class ControlPanel(VBox):
     ) -> None:
         self._env, self._profile = env, profile
         self._problem: str | None = None
+        self._hints = ""
         earlier: ControlPanel | None = None
         self._config: ServerConfig
         self._given: ServerConfig  # what the fields began with; `use` changes the other one
@@ -215,6 +216,7 @@ class ControlPanel(VBox):
         """Read the settings; return a complaint of wrong ones, and go on without them."""
         self._config, complaint = salvage_settings(self._env, self._profile)
         self._given = self._config
+        self._hints = "\n".join(env_warnings(self._env, self._profile))
         return str(complaint) if complaint else None
 
     def _hand_over(self, later: ControlPanel) -> DownloadForm:
@@ -371,7 +373,7 @@ class ControlPanel(VBox):
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state.status, self._progress)
-        problem = self._problem or state.error or (model.problem if model else None)
+        problem = self._problem or state.error or (model.problem if model else None) or self._hints
         self.notice.show(f"{problem}{_what_to_press(state)}" if problem else None)
         told, self._activities = self._activities, []  # clicks tell something at any time
         self.activity_log.show(told)
