@@ -70,6 +70,9 @@ class ControlPanel(VBox):
             from; without one the panel makes its own and closes it.
     """
 
+    _problem: str | None = None
+    _hints = ""  # what .env says in vain
+
     def __init__(
         self,
         env: str | Path = ".env",
@@ -77,8 +80,6 @@ class ControlPanel(VBox):
         manager: ModelManager | None = None,
     ) -> None:
         self._env, self._profile = env, profile
-        self._problem: str | None = None
-        self._hints = ""
         earlier: ControlPanel | None = None
         self._config: ServerConfig
         self._given: ServerConfig  # what the fields began with; `use` changes the other one
