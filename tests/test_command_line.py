@@ -8,7 +8,7 @@ import pytest
 
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.config import FlashAttention, ServerConfig
-from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.command_line import build_command, sleeps
 from kitty_nb.engine.dialect import parse_help
 from kitty_nb.engine.locate import Engine, EngineKind
 from kitty_nb.errors import EngineError, UnknownFlagError
@@ -156,7 +156,6 @@ def test_tool_calling_that_this_build_lacks(bare: ServerConfig) -> None:
     "extra",
     [
         "--metrics -np 4",
-        "--top_p 0.9",
         "--predict -1 --temp -.5",
         "--override-kv tokenizer.ggml.add_bos_token=bool:false",
         "--override-kv --looks-like-a-flag",
@@ -165,6 +164,27 @@ def test_tool_calling_that_this_build_lacks(bare: ServerConfig) -> None:
 )
 def test_extra_args_pass_unchanged(bare: ServerConfig, extra: str) -> None:
     assert settings(NEW, bare.replace(extra_args=extra)) == tuple(extra.split())
+
+
+def test_a_flag_with_underscores_is_the_same_one(bare: ServerConfig) -> None:
+    config = bare.replace(extra_args="--top_p 0.9 --override-kv a_b=bool:true")
+    assert settings(NEW, config) == ("--top-p", "0.9", "--override-kv", "a_b=bool:true")
+    assert config == bare.replace(extra_args=("--top-p", "0.9", "--override-kv", "a_b=bool:true"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "does"),
+    [("5", True), ("0", True), ("-1", False), ("5 --sleep_idle_seconds -1", False)],
+)
+def test_whether_an_idle_model_is_freed(bare: ServerConfig, seconds: str, does: bool) -> None:
+    assert sleeps(bare.replace(extra_args=f"--sleep_idle_seconds {seconds}").extra_args) is does
+
+
+@pytest.mark.parametrize("flag", ["--api-prefix", "--api_prefix", "--ssl-key-file"])
+def test_what_could_not_be_talked_to_is_refused(bare: ServerConfig, flag: str) -> None:
+    known = f"{NEW}--api-prefix PREFIX\n--ssl-key-file FNAME\n"
+    with pytest.raises(EngineError, match=r"LLAMACPP_EXTRA_ARGS has .* plain HTTP"):
+        settings(known, bare.replace(extra_args=(flag, "/api")))
 
 
 @pytest.mark.parametrize(

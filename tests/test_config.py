@@ -187,6 +187,27 @@ def test_a_comma_in_a_models_name_is_not_in_its_alias(models: Path) -> None:
     assert ServerConfig(models_dir=models, model="one,two.gguf").served_alias == "one_two"
 
 
+@pytest.mark.parametrize(
+    ("file", "alias", "served"),
+    [
+        (" trailing .gguf", None, "trailing"),
+        ("tiny.gguf", " my model ", "my model"),
+        (" .gguf", None, "model"),
+        ("Big\tOne\u3000.gguf", None, "Big\tOne"),
+    ],
+)
+def test_spaces_around_a_name_are_none_of_it(
+    models: Path, file: str, alias: str | None, served: str
+) -> None:
+    (models / file).touch()
+    assert ServerConfig(models_dir=models, model=file, alias=alias).served_alias == served
+
+
+def test_an_alias_of_spaces_is_refused(models: Path) -> None:
+    with pytest.raises(ConfigError, match="one name, without commas"):
+        ServerConfig(models_dir=models, alias="  ")
+
+
 @pytest.mark.parametrize("value", ["../outside.gguf", "{outside}", "whole/../../outside.gguf"])
 def test_a_model_outside_the_models_folder_must_be_allowed(
     tmp_path: Path, models: Path, value: str

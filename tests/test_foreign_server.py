@@ -89,6 +89,26 @@ def test_its_end_is_noticed_though_nobody_has_waited_for_it(config: ServerConfig
             server.kill()
 
 
+def test_a_server_that_sleeps_by_its_own_flags_is_let_sleep(config: ServerConfig) -> None:
+    engine = anyio.run(locate_engine, config.binary)
+    command = build_command(engine, config.replace(extra_args=("--sleep_idle_seconds", "2")))
+    with (
+        subprocess.Popen(command) as server,
+        ModelManager(config=config.replace(profile="other")) as manager,
+    ):
+        try:
+            eventually(lambda: holder_of(config.host, config.port) is not None)
+            manager.attach().wait(60)
+
+            def asleep() -> bool:
+                health = manager.state.last_health_check
+                return health is not None and health.asleep
+
+            eventually(asleep, within=20, why="watching keeps it awake")
+        finally:
+            server.kill()
+
+
 def test_only_a_llama_server_can_be_attached_to(config: ServerConfig) -> None:
     with ModelManager(config=config) as manager:
         with pytest.raises(ServerFailedError, match="listens on port"):

@@ -111,7 +111,7 @@ def test_a_slow_load_is_no_rest(misbehaving: Callable[..., ServerConfig]) -> Non
 
 
 @pytest.mark.parametrize(
-    "said", [{"idle_shutdown_seconds": 2}, {"extra_args": ("--sleep-idle-seconds", "2")}]
+    "said", [{"idle_shutdown_seconds": 2}, {"extra_args": ("--sleep_idle_seconds", "2")}]
 )
 def test_an_idle_model_sleeps_though_a_panel_looks_on(
     config: ServerConfig, said: dict[str, object]

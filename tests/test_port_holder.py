@@ -13,6 +13,7 @@ import psutil
 import pytest
 from conftest import eventually
 
+from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.engine import embedded
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ServerFailedError
@@ -86,6 +87,46 @@ def test_a_llama_server_is_told_by_its_program(tmp_path: Path, free_port: int) -
             f"Port {free_port} on 127.0.0.1 is in use by llama-server (PID {server.pid})"
             " serving qwen.gguf as main."
         )
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "unspoken", "sleeps"),
+    [
+        ((), {}, None, False),
+        (("--api-prefix", "/api"), {}, "--api-prefix", False),
+        (("--ssl_key_file", "k.pem"), {}, "--ssl-key-file", False),
+        ((), {"LLAMA_ARG_SSL_CERT_FILE": "c.pem"}, "--ssl-cert-file", False),
+        (("--sleep_idle_seconds", "5"), {}, None, True),
+        ((), {"LLAMA_ARG_SLEEP_IDLE_SECONDS": "5"}, None, True),
+        (("--sleep-idle-seconds", "-1"), {"LLAMA_ARG_SLEEP_IDLE_SECONDS": "5"}, None, False),
+    ],
+)
+def test_how_a_llama_server_is_to_be_treated_is_told_by_its_flags(
+    tmp_path: Path,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    environment: dict[str, str],
+    unspoken: str | None,
+    sleeps: bool,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    program = tmp_path / "llama-server"
+    program.symlink_to(Path(sys.executable).resolve())
+    with running(str(program), "-ISc", LISTEN, str(free_port), *flags):
+        eventually(lambda: holder_of("127.0.0.1", free_port))
+        holder = holder_of("127.0.0.1", free_port)
+        assert holder
+        assert (holder.unspoken, holder.sleeps) == (unspoken, sleeps)
+        assert holder.attachable is (unspoken is None)
+        config = ServerConfig(port=free_port, log_dir=tmp_path, history=tmp_path / "history")
+        if unspoken:
+            with (
+                ModelManager(config=config) as manager,
+                pytest.raises(ServerFailedError, match=f"with {unspoken}, but .* plain HTTP"),
+            ):
+                manager.attach().wait(30)
 
 
 def test_the_programs_own_flags_are_not_the_servers(free_port: int) -> None:

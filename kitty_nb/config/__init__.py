@@ -1,6 +1,12 @@
 """`.env` text becomes a validated, frozen `ServerConfig`, one per profile."""
 
-from kitty_nb.config.api_key import choose_api_key, server_environment
+from kitty_nb.config.api_key import (
+    FLAG_VARIABLE,
+    choose_api_key,
+    flags_left_out,
+    server_environment,
+)
+from kitty_nb.config.engine_flags import spelled, value_of
 from kitty_nb.config.env_warnings import env_warnings
 from kitty_nb.config.env_writer import SavedEnv
 from kitty_nb.config.saved_settings import env_lines, salvage_settings, save_settings
@@ -15,6 +21,7 @@ from kitty_nb.config.server_config import (
 )
 
 __all__ = [
+    "FLAG_VARIABLE",
     "RECORDED",
     "Env",
     "FlashAttention",
@@ -26,7 +33,10 @@ __all__ = [
     "env_lines",
     "env_settings",
     "env_warnings",
+    "flags_left_out",
     "salvage_settings",
     "save_settings",
     "server_environment",
+    "spelled",
+    "value_of",
 ]

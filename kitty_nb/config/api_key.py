@@ -1,4 +1,4 @@
-"""The key that a server asks its clients for, and how the server itself learns it."""
+"""The key that a server asks its clients for, and the environment in which it learns it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
+FLAG_VARIABLE = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
 _BYTES = 32
 
 
@@ -27,6 +28,22 @@ def server_environment(api_key: SecretStr | None) -> dict[str, str]:
     """Return the environment to start a server in: ours, with its key and no other.
 
     A command line can be read by every user of the machine, an environment only by its owner.
+    Flags in it are left out: they would change what is previewed, measured and shown.
     """
-    environment = {name: value for name, value in os.environ.items() if name != _VARIABLE}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != _VARIABLE and not name.startswith(FLAG_VARIABLE)
+    }
     return environment | ({_VARIABLE: api_key.get_secret_value()} if api_key else {})
+
+
+def flags_left_out() -> str:
+    """Say which flags the environment has that no server is given; empty where it has none."""
+    names = sorted(name for name in os.environ if name.startswith(FLAG_VARIABLE))
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)} in this program's environment: not passed on to llama-server. Write"
+        " the flag into LLAMACPP_EXTRA_ARGS."
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dotenv.parser import parse_stream
 
+from kitty_nb.config.api_key import flags_left_out
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.profiles import PREFIX, ROLES, split_key
 from kitty_nb.config.server_config import env_settings
@@ -115,3 +116,5 @@ def _environment(env: EnvFile, profile: str) -> Iterator[str]:
             f"{', '.join(names)} in this program's environment {has} no effect: settings are read"
             f" from {env.path} alone. Write {them} there."
         )
+    if flags := flags_left_out():
+        yield flags

@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from kitty_nb.config.engine_flags import spelled
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.model_path import check_model, name_in_store
 from kitty_nb.config.model_stores import model_stores
@@ -115,7 +116,10 @@ def _host(value: str) -> str:
 
 
 def _words(value: object) -> object:
-    return shlex.split(value) if isinstance(value, str) else value
+    words = shlex.split(value) if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        return words
+    return tuple(spelled(word) if isinstance(word, str) else word for word in words)
 
 
 def _folder(value: object, info: ValidationInfo) -> object:
@@ -159,7 +163,8 @@ class ServerConfig(BaseModel):
     # What the store that has the model calls it: worked out from the model, never set.
     known_as: Annotated[str | None, Field(validate_default=True)] = None
     alias: Annotated[
-        str | None, Field(pattern="^[^,]+$"), Env("ALIAS", "one name, without commas")
+        Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")] | None,
+        Env("ALIAS", "one name, without commas"),
     ] = None
     binary: Annotated[_Folder | None, Env("BIN", "the path of a llama-server program")] = None
     host: Annotated[
@@ -298,8 +303,9 @@ class ServerConfig(BaseModel):
     @property
     def served_alias(self) -> str:
         """The name that the server answers to: the alias, else the model's own name."""
-        own = self.model.stem.replace(",", "_") if self.model else ""  # commas separate names
-        return self.alias or self.known_as or own
+        name = self.alias or self.known_as or (self.model.stem if self.model else "")
+        # To llama-server commas separate names, and spaces around one are none of it.
+        return name.replace(",", "_").strip() or ("model" if name else "")
 
     @property
     def endpoint(self) -> str:

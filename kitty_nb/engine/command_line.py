@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kitty_nb.config import FlashAttention, env_settings
+from kitty_nb.config import FlashAttention, env_settings, value_of
 from kitty_nb.engine.spelling import is_flag, spell
 from kitty_nb.errors import EngineError, UnknownFlagError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.dialect import Option
@@ -42,6 +42,8 @@ _OWNED = {
     "--alias": "alias",
     "--api-key": "api_key",
 }
+# Flags that change how a server is talked to, in a way that the manager does not know.
+UNSPOKEN_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
 
 
 def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
@@ -67,9 +69,9 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
     )
 
 
-def sleeps(command: tuple[str, ...]) -> bool:
-    """Whether a server started like this frees an idle model by itself."""
-    return _SLEEP in command
+def sleeps(command: Sequence[str]) -> bool:
+    """Whether a server started like this frees an idle model by itself; a negative time is off."""
+    return not (value_of(command, {_SLEEP}) or "-").startswith("-")
 
 
 def _sleeping(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
@@ -126,6 +128,11 @@ def _checked_flag(engine: Engine, word: str) -> Option:
     for owned in option.flags:
         if owned in _OWNED:
             raise EngineError(f"{key} has {flag}: set {_key(_OWNED[owned])} instead.")
+        if owned in UNSPOKEN_FLAGS:
+            raise EngineError(
+                f"{key} has {flag}, but kitty_nb talks to its server by plain HTTP, without a"
+                " prefix. Leave it out, and let a reverse proxy add the prefix or TLS."
+            )
     if equals:
         raise UnknownFlagError(
             f"{key} has {flag}=…: llama-server does not take '='. Put a space in its place."

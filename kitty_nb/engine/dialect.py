@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 
+from kitty_nb.config import spelled
+
 # Descriptions start at column 26 or later in every build, options well before it.
 _OPTION_LINE = re.compile(r" {0,12}(?P<text>--?[A-Za-z].*)")
 _FLAG = re.compile(r"--?[A-Za-z][\w.-]*", re.ASCII)
@@ -46,11 +48,11 @@ class Dialect:
 
     def option(self, flag: str) -> Option | None:
         """Return the option that a flag names, or None where this build does not know it."""
-        return self._by_flag.get(_spelled(flag))
+        return self._by_flag.get(spelled(flag))
 
     def nearest(self, flag: str) -> str | None:
         """Return the flag of this build that looks most like the given one, if any does."""
-        return next(iter(get_close_matches(_spelled(flag), self._by_flag, n=1)), None)
+        return next(iter(get_close_matches(spelled(flag), self._by_flag, n=1)), None)
 
 
 def parse_help(text: str) -> Dialect:
@@ -79,8 +81,3 @@ def _parse_line(line: str) -> Option | None:
     listed = _CHOICES.fullmatch(value["first"])
     choices = re.split(r"[|,]", listed["bars"] or listed["commas"]) if listed else ()
     return Option(flags, 2 if value["second"] else 1, tuple(choices))
-
-
-def _spelled(flag: str) -> str:
-    """llama-server reads `--ctx_size` as `--ctx-size`."""
-    return flag.replace("_", "-") if flag.startswith("--") else flag

@@ -15,6 +15,7 @@ from subprocess import DEVNULL, STDOUT
 import anyio
 import anyio.to_thread
 
+from kitty_nb.config import server_environment
 from kitty_nb.engine.dialect import Dialect, parse_help
 from kitty_nb.errors import EngineError, EngineNotFoundError
 
@@ -147,7 +148,13 @@ async def _output(command: tuple[str, ...], answer_within: float) -> str:
     """What a command prints, or why it prints nothing."""
     try:
         with anyio.fail_after(answer_within):
-            done = await anyio.run_process(command, stdin=DEVNULL, stderr=STDOUT, check=False)
+            done = await anyio.run_process(
+                command,
+                stdin=DEVNULL,
+                stderr=STDOUT,
+                check=False,
+                env=server_environment(api_key=None),
+            )
     except TimeoutError:
         return f"nothing within {answer_within:g} s."
     except OSError as error:

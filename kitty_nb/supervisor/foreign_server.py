@@ -43,6 +43,11 @@ async def find_foreign_server(config: ServerConfig) -> PortHolder:
         )
     if holder.engine is None:
         raise ServerFailedError(f"{holder.sentence} That is not a llama-server.")
+    if holder.unspoken:
+        raise ServerFailedError(
+            f"{holder.sentence} It was started with {holder.unspoken}, but kitty_nb talks to a"
+            " server by plain HTTP, without a prefix. Start it without, or use it as it is."
+        )
     return holder
 
 
@@ -72,7 +77,7 @@ class ForeignServer:
         self.generation = generation
         self.holder = holder
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
-        self.probe = HealthProbe(config, self.api_key, trusted=True)
+        self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=holder.sleeps)
         self._report, self._publish, self._note_health = report, publish, note_health
         self._router = RouterWatch(config, holder.pid, self.probe, publish, self._serves)
         self._watching = anyio.CancelScope()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from httpx_sse import EventSource, SSEError
 
-from kitty_nb.engine.command_line import sleeps
+from kitty_nb.engine.command_line import sleeps as frees_itself
 from kitty_nb.supervisor.answer_pace import AnswerPace
 from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
 
@@ -44,17 +44,24 @@ class HealthProbe:
         config: What the server was started with.
         api_key: What it asks for.
         trusted: Whether the process that listens on its port is known to be that server.
+        sleeps: Whether it frees an idle model by itself; None where the settings tell.
 
     Attributes:
         trusted: Likewise. Until then, only `/health` is asked, without the key.
     """
 
     def __init__(
-        self, config: ServerConfig, api_key: SecretStr | None = None, *, trusted: bool = False
+        self,
+        config: ServerConfig,
+        api_key: SecretStr | None = None,
+        *,
+        trusted: bool = False,
+        sleeps: bool | None = None,
     ) -> None:
         self.trusted = trusted
         self._alias = config.served_alias
-        self._sleeps = config.idle_shutdown_seconds is not None or sleeps(config.extra_args)
+        by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
+        self._sleeps = by_settings if sleeps is None else sleeps
         self._pace = AnswerPace()
         self._client = httpx.AsyncClient(
             base_url=config.endpoint,

@@ -18,6 +18,7 @@ import anyio.to_thread
 from kitty_nb.catalog.gguf_outline import write_outline
 from kitty_nb.catalog.memory import Needs, Place
 from kitty_nb.catalog.model_shape import read_layouts
+from kitty_nb.config import server_environment
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.supervisor.log_file import LogTail
 from kitty_nb.supervisor.process import ServerProcess
@@ -73,7 +74,7 @@ async def ask_engine(engine: Engine, config: ServerConfig) -> Answer | None:
         folder = Path(name)
         outline = await anyio.to_thread.run_sync(write_outline, layouts, folder)
         command = probe_command(engine, config, outline)
-        process = ServerProcess.spawn(command, folder / "log")
+        process = ServerProcess.spawn(command, folder / "log", server_environment(api_key=None))
         try:
             with LogTail(folder / "log") as log, anyio.move_on_after(_ANSWER_WITHIN):
                 return await _wait_for_answer(process, log)

@@ -28,6 +28,6 @@ def refuse_busy_port(config: ServerConfig) -> None:
         holder = holder_of(config.host, config.port)
         record = holder and record_of(holder.pid, config.log_dir)
         whose = f" It is the server of the profile {record.config.profile!r}." if record else ""
-        attachable = holder is not None and holder.engine is not None
+        attachable = holder is not None and holder.attachable
         advice = f"Stop what holds it, or set {key} to another port: {free_port} is free."
         raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)

@@ -7,13 +7,15 @@ import ipaddress
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from kitty_nb.config import FLAG_VARIABLE, spelled, value_of
 from kitty_nb.engine import embedded
+from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ServerFailedError
 
@@ -41,6 +43,8 @@ class PortHolder:
         engine: Which kind of llama-server it is; None for anything else.
         model: The file name of the model that a llama-server was started with.
         alias: The name under which it serves that model.
+        sleeps: Whether it frees an idle model by itself, and would be kept awake by many questions.
+        unspoken: The flag for which kitty_nb cannot talk to it, such as one for TLS.
     """
 
     port: int
@@ -49,6 +53,13 @@ class PortHolder:
     engine: EngineKind | None = None
     model: str | None = None
     alias: str | None = None
+    sleeps: bool = False
+    unspoken: str | None = None
+
+    @property
+    def attachable(self) -> bool:
+        """Whether it is a llama-server that kitty_nb can talk to."""
+        return self.engine is not None and self.unspoken is None
 
     @property
     def who(self) -> str:
@@ -216,8 +227,28 @@ def _describe(pid: int, port: int) -> PortHolder | None:
         return PortHolder(port, pid, name)
     if engine is EngineKind.EMBEDDED:
         words = words[words.index(embedded.__name__) :]  # Python has an -m of its own
+    else:
+        words = [*_from_environment(process), *words]
     model, alias = served_by(words)
-    return PortHolder(port, pid, name, engine, PurePath(model).name if model else None, alias)
+    return PortHolder(
+        port,
+        pid,
+        name,
+        engine,
+        model=PurePath(model).name if model else None,
+        alias=alias,
+        sleeps=sleeps(words),
+        unspoken=next((flag for flag in UNSPOKEN_FLAGS if value_of(words, {flag})), None),
+    )
+
+
+def _from_environment(process: psutil.Process) -> Iterator[str]:
+    """Yield the flags that a llama-server has from its environment; its command line goes first."""
+    with suppress(psutil.Error):
+        for name, value in process.environ().items():
+            if name.startswith(FLAG_VARIABLE):
+                flag = name.removeprefix(FLAG_VARIABLE).lower()
+                yield from (spelled(f"--{flag}"), value)
 
 
 def _engine(words: list[str]) -> EngineKind | None:
@@ -229,10 +260,4 @@ def _engine(words: list[str]) -> EngineKind | None:
 
 def served_by(words: Sequence[str]) -> tuple[str | None, str | None]:
     """Return which model a llama-server's command line names, and under which alias."""
-    return _value(words, _MODEL), _value(words, _ALIAS)
-
-
-def _value(words: Sequence[str], flags: set[str]) -> str | None:
-    """What follows the last of some flags; nothing else of a command line may be shown."""
-    values = [value for flag, value in pairwise(words) if flag in flags]
-    return values[-1] if values else None
+    return value_of(words, _MODEL), value_of(words, _ALIAS)
