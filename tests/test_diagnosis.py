@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import subprocess
 import tomllib
@@ -61,6 +62,7 @@ ENDINGS = [
         Path(__file__).with_name("endings.toml").read_text(encoding="utf-8")
     ).items()
 ]
+LOGS = Path("/state/kitty_nb/logs")
 NO_SUCH_FILE = ENDINGS[0].lines
 
 FULL_LIFE = """\
@@ -202,7 +204,7 @@ def test_what_went_wrong_before_the_model_was_loaded_did_not_end_it() -> None:
 
 @pytest.mark.parametrize("number", LAUNCH, ids=errno.errorcode.get)
 def test_a_program_that_cannot_be_started_is_explained(number: int) -> None:
-    diagnosis = diagnose_launch(OSError(number, "said by the system", "/opt/llama-server"))
+    diagnosis = diagnose_launch(OSError(number, "said by the system", "/opt/llama-server"), LOGS)
     assert str(diagnosis).startswith(
         "The server could not be started: said by the system: /opt/llama-server. "
     )
@@ -216,7 +218,24 @@ def test_a_program_that_is_none_is_explained(tmp_path: Path) -> None:
     program.chmod(0o755)
     with pytest.raises(OSError) as refused:  # noqa: PT011  the system's message, not ours
         subprocess.Popen([program])
-    assert "not a program that this machine can run" in str(diagnose_launch(refused.value))
+    assert "not a program that this machine can run" in str(diagnose_launch(refused.value, LOGS))
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "says"),
+    [
+        (errno.EACCES, "/state", "/state/kitty_nb/logs, cannot be made .* Set LLAMACPP_LOG_DIR"),
+        (errno.ENOENT, f"{LOGS}", "/state/kitty_nb/logs, cannot be made .* Set LLAMACPP_LOG_DIR"),
+        (errno.ENOSPC, f"{LOGS}/primary.log", "logs, /state/kitty_nb/logs, is full. .*LOG_DIR"),
+        (errno.ENOSPC, None, "No space left: /state/kitty_nb/logs. The disk that holds the folder"),
+        (errno.EACCES, "/opt/llama-server", "may not use /opt/llama-server. Give permission"),
+    ],
+)
+def test_a_log_that_cannot_be_written_is_not_blamed_on_the_program(
+    number: int, file: str | None, says: str
+) -> None:
+    error = OSError(number, "No space left", file) if file else OSError(number, "No space left")
+    assert re.search(says, str(diagnose_launch(error, LOGS)))
 
 
 def test_oom_kills_are_counted(tmp_path: Path) -> None:

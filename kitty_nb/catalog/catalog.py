@@ -18,6 +18,7 @@ from kitty_nb.catalog.rows import Part, rows
 from kitty_nb.catalog.scan_cache import ScanCache, Stamp
 from kitty_nb.catalog.shards import shard_paths
 from kitty_nb.catalog.stores import Store, files_in
+from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.catalog.watch import watch
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class ModelCatalog:
             store if isinstance(store, Store) else Store(Path(store)) for store in directories
         )
         self._cache = ScanCache(
-            cache or platformdirs.user_cache_path("kitty_nb") / "catalog.sqlite3"
+            cache or user_folder(platformdirs.user_cache_path) / "catalog.sqlite3"
         )
 
     @property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import platformdirs
 
 from kitty_nb.catalog.file_facts import FileFacts
+from kitty_nb.catalog.user_folders import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -159,5 +160,5 @@ class DigestCache(FileCache[str]):
     """Remembers the SHA-256 of whole files, in hexadecimal digits."""
 
     def __init__(self) -> None:
-        path = platformdirs.user_cache_path("kitty_nb") / "digests.sqlite3"
+        path = user_folder(platformdirs.user_cache_path) / "digests.sqlite3"
         super().__init__(path, _DIGESTS_VERSION, str, str)

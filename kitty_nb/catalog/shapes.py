@@ -13,6 +13,7 @@ from kitty_nb.catalog.folder import stamp_of, too_young
 from kitty_nb.catalog.model_shape import Layer, ModelShape, read_shape
 from kitty_nb.catalog.scan_cache import FileCache, Stamp
 from kitty_nb.catalog.shards import shard_paths
+from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Shapes:
     """
 
     def __init__(self, cache: Path | None = None) -> None:
-        path = cache or platformdirs.user_cache_path("kitty_nb") / "shapes.sqlite3"
+        path = cache or user_folder(platformdirs.user_cache_path) / "shapes.sqlite3"
         self._cache = FileCache(path, _VERSION, _from_json, _to_json)
         self._known: dict[str, tuple[Stamp, ModelShape]] = {}
 

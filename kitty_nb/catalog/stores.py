@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.catalog.folder import FoundFile, find_files, is_folder, stamp_of
 from kitty_nb.catalog.shards import ShardName
+from kitty_nb.catalog.user_folders import NO_HOME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
             `HF_HUB_CACHE`, `HF_HOME`, `LLAMA_CACHE`, `OLLAMA_MODELS`, `XDG_CACHE_HOME`.
         home: The user's home folder; None for the real one.
     """
-    home = home or Path.home()
+    home = home or _home()
 
     def named(variable: str) -> list[Path]:
         value = variables.get(variable)
@@ -82,6 +83,13 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
     return [
         Store(path, kind) for kind, paths in places.items() for path in paths if is_folder(path)
     ]
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        return NO_HOME
 
 
 def files_in(store: Store) -> list[FoundFile]:

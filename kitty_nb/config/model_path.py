@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from stat import S_ISREG
@@ -42,6 +43,7 @@ def check_model(
         PydanticCustomError: With `reason` and `fix` in its context, for `ServerConfig` to report.
     """
     path = models_dir / os.path.expanduser(value)  # noqa: PTH111 (leaves a name that nobody has as it is)
+    check_letters(path)
     known = next((store for store in stores if _is_inside(path, store.path)), None)
     if not anywhere and known is None and not _is_inside(path, models_dir):
         reason = f"It is outside the models folder, {models_dir}."
@@ -88,6 +90,18 @@ def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file is in a folder; what the links in that folder lead to counts as in it."""
     direct = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
     return direct or path.resolve().is_relative_to(folder.resolve())
+
+
+def check_letters(path: str | Path) -> None:
+    """Refuse a name that the locale has no letters for: the system could not be asked for it.
+
+    Raises:
+        PydanticCustomError: With `reason` and `fix` in its context.
+    """
+    encoding = sys.getfilesystemencoding()
+    if "utf" not in encoding and not str(path).isascii():
+        reason = f"It has letters that this program's locale ({encoding}) lacks."
+        raise _refusal(reason, "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1, and start it again.")
 
 
 def _is_file(path: Path) -> bool:

@@ -28,10 +28,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from kitty_nb.catalog.user_folders import NO_HOME, user_folder
 from kitty_nb.config.engine_flags import spelled
 from kitty_nb.config.env_file import read_env
-from kitty_nb.config.model_path import check_model, name_in_store
+from kitty_nb.config.model_path import check_letters, check_model, name_in_store
 from kitty_nb.config.model_stores import model_stores
 from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
 from kitty_nb.errors import ConfigError, Problem
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.stores import Store
     from kitty_nb.config.env_file import EnvFile
 
-_DATA = platformdirs.user_data_path("kitty_nb")
-_STATE = platformdirs.user_state_path("kitty_nb")
+_DATA = user_folder(platformdirs.user_data_path)
+_STATE = user_folder(platformdirs.user_state_path)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
@@ -128,10 +130,24 @@ def _folder(value: object, info: ValidationInfo) -> object:
         return None
     source = cast("_Source", info.context or _NO_SOURCE)
     path = os.path.expanduser(str(value))  # noqa: PTH111 (leaves a name that nobody has as it is)
-    return str(source.folder.absolute() / path)
+    whole = str(source.folder.absolute() / path)
+    check_letters(whole)
+    return whole
+
+
+def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
+    if path.is_relative_to(NO_HOME):
+        key = PREFIX + env_settings()[str(info.field_name)].suffix
+        reason = "This user has no home folder, which its default is in."
+        fix = f"Set {key}, or HOME."
+        raise PydanticCustomError("home", "{reason}", {"key": key, "reason": reason, "fix": fix})
+    return path
 
 
 _Folder = Annotated[Path, BeforeValidator(_folder)]
+_HomeFolder = Annotated[
+    Path, BeforeValidator(_folder), AfterValidator(_there_is_a_home), Field(validate_default=True)
+]
 
 
 class ServerConfig(BaseModel):
@@ -148,7 +164,7 @@ class ServerConfig(BaseModel):
     profile: Annotated[str, StringConstraints(to_lower=True)] = Field(
         default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$"
     )
-    models_dir: Annotated[_Folder, Env("MODELS_DIR", "a folder with .gguf files")] = (
+    models_dir: Annotated[_HomeFolder, Env("MODELS_DIR", "a folder with .gguf files")] = (
         _DATA / "models"
     )
     allow_absolute_paths: Annotated[
@@ -219,12 +235,14 @@ class ServerConfig(BaseModel):
         BeforeValidator(_words),
         Env("EXTRA_ARGS", "flags of llama-server, quoted as in a shell"),
     ] = ()
-    log_dir: Annotated[_Folder, Env("LOG_DIR", "a folder for the server's log")] = _STATE / "logs"
+    log_dir: Annotated[_HomeFolder, Env("LOG_DIR", "a folder for the server's log")] = (
+        _STATE / "logs"
+    )
     log_max_mb: Annotated[float, Field(gt=0), Env("LOG_MAX_MB", "a size in megabytes above 0")] = (
         16.0
     )
     log_keep: Annotated[int, Field(ge=1), Env("LOG_KEEP", "a number of older logs, 1 or more")] = 3
-    history: Annotated[_Folder, Env("HISTORY", "a file for the history of loads")] = (
+    history: Annotated[_HomeFolder, Env("HISTORY", "a file for the history of loads")] = (
         _STATE / "history.sqlite3"
     )
     health_max_attempts: Annotated[
@@ -432,4 +450,7 @@ def _problem(error: dict[str, Any], source: _Source) -> Problem:
     reason = context.get("reason") or str(context.get("error", "it is not valid")).rstrip(".") + "."
     fix = context.get("fix") or (f"Write {setting.expected}." if setting else _no_setting(name))
     reason = reason[0].upper() + reason[1:]
-    return Problem(source.keys.get(name, name), shown(name, error["input"]), reason, fix)
+    key = source.keys.get(name, name)
+    if context.get("key"):
+        return Problem(context["key"], "", reason, fix)
+    return Problem(key, shown(name, error["input"]), reason, fix)

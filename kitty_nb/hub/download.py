@@ -162,8 +162,8 @@ class Download:
         except OSError as error:
             kind = DiskFullError if error.errno in _NO_ROOM else HubError
             raise kind(
-                f"{self._folder} cannot be written: {error}. What has come is kept; try again once"
-                " that is mended."
+                f"{self._folder} cannot be written: {error}. Make room or give permission, or set"
+                " LLAMACPP_MODELS_DIR to another folder. What has come is kept."
             ) from error
         return self.model
 

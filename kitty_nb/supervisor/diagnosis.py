@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.supervisor.signatures import (
@@ -13,6 +15,7 @@ from kitty_nb.supervisor.signatures import (
     KILLED_BY_HAND,
     KILLED_FOR_MEMORY,
     LAUNCH,
+    LOG_FOLDER,
     NO_SERVER,
     SIGNALS,
     SIGNATURES,
@@ -100,11 +103,19 @@ def diagnose(
     return _diagnosis(ending, UNKNOWN, _errors(lines, last=loaded >= 0))
 
 
-def diagnose_launch(error: OSError) -> Diagnosis:
-    """Say why a server's process could not even be started and what to do."""
+def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
+    """Say why a server's process could not even be started and what to do.
+
+    Args:
+        error: What the system said. Without a file it is about one that was being written.
+        log_dir: The folder that the server's log and record are written to.
+    """
     said = error.strerror or str(error)
-    file = str(error.filename2 or error.filename or "the program")
+    path = Path(os.fsdecode(error.filename2 or error.filename or log_dir))
     reading = LAUNCH.get(error.errno or 0, UNKNOWN_REFUSAL)
+    file = str(path)
+    if path.is_relative_to(log_dir) or log_dir.is_relative_to(path):
+        file, reading = str(log_dir), LOG_FOLDER.get(error.errno or 0, reading)
     return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
 
 

@@ -172,7 +172,11 @@ class ServerInstance:
             process = self._attach(self._record) if self._record else await self._start()
         except (KittyError, OSError) as error:
             self._outcome = Outcome.FAILED
-            reason = diagnose_launch(error) if isinstance(error, OSError) else error
+            reason = (
+                diagnose_launch(error, self._config.log_dir)
+                if isinstance(error, OSError)
+                else error
+            )
             refused = Refused(self.generation, str(reason))
             if not await anyio.to_thread.run_sync(find_server, self._config):
                 note_failure(self._config, refused.reason)

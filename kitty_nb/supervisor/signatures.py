@@ -391,3 +391,17 @@ LAUNCH = {
     errno.EAGAIN: Reading("The limit on processes is reached.", "End other programs."),
     errno.ENOMEM: Reading("There is no memory left to start a program.", _SMALLER),
 }
+
+# The same of the folder for logs, whose files are written before there is a process.
+_NO_LOGS = Reading(
+    "The folder for logs, {file}, cannot be made or written to.",
+    "Set LLAMACPP_LOG_DIR to a folder that can.",
+)
+LOG_FOLDER = dict.fromkeys(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), _NO_LOGS
+) | {
+    errno.ENOSPC: Reading(
+        "The disk that holds the folder for logs, {file}, is full.",
+        "Make room on it, or set LLAMACPP_LOG_DIR to a folder on another one.",
+    ),
+}

@@ -105,7 +105,8 @@ class StateFile:
                 return await anyio.to_thread.run_sync(self._open_and, work)
         except (sqlite3.Error, OSError) as error:
             self._complain(
-                f"is not used: {error}. Loads go on, without a forecast from it; favourites and"
+                f"is not used: {error}. Set LLAMACPP_HISTORY to a file that can be written."
+                " Loads go on, without a forecast from it; favourites and"
                 " last settings are not remembered."
             )
         return otherwise
