@@ -32,6 +32,7 @@ FLAGS = [
     (("--bind-after",), "SECONDS", "say nothing and bind nothing for so long"),
     (("--load-seconds",), "SECONDS", "read the model at an even pace for so long"),
     (("--prepare-seconds",), "SECONDS", "keep answering 503 for so long after the weights"),
+    (("--compile",), "SECONDS", "then keep a core busy for so long, without a word"),
     (("--never-ready",), None, "answer 503 for ever"),
     (("--answer-as",), "STRING", "list another model than the one asked for"),
     (("--exit-after",), "SECONDS", "end by itself so long after the weights are there"),
@@ -45,6 +46,9 @@ FLAGS = [
     (("--work",), "SECONDS", "keep a core busy for so long once it is ready"),
     (("--blurt",), "FILE", "write what this file holds to the log once it is ready"),
     (("--tell-keys",), "FILE", "write each path that was asked for, and whether with the key"),
+    (("--first-answer",), "SECONDS", "let the first request wait for so long"),
+    (("--later-answers",), "SECONDS", "let every other request wait for so long"),
+    (("--fail-requests",), "STRING", "answer each request with this error"),
     (("--ready-mark",), "FILE", "touch this the moment before the first 200"),
 ]
 
@@ -70,10 +74,23 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def work(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
 class Server:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.ready = threading.Event()
+        self.posted: list[str] = []
+        self.busy = False
+
+    def slot(self) -> dict[str, object]:
+        idle = {"id": 0, "is_processing": self.busy}
+        task = {"id_task": len(self.posted), "next_token": [{"n_decoded": 0}]}
+        return idle | task if self.busy else idle
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -87,7 +104,7 @@ class Server:
                 answers = {
                     "/health": {"status": "ok"},
                     "/v1/models": {"data": [{"id": alias}]},
-                    "/slots": [{"id": 0, "is_processing": False}],
+                    "/slots": [server.slot()],
                 }
                 body = answers.get(self.path)
                 key = os.environ.get("LLAMA_API_KEY")
@@ -108,6 +125,22 @@ class Server:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"] or 0))
+                server.posted.append(self.path)
+                first = len(server.posted) == 1
+                pause = server.options.first_answer if first else server.options.later_answers
+                server.busy = True
+                time.sleep(float(pause or 0))
+                server.busy = False
+                failure = server.options.fail_requests
+                error = {"error": {"code": 500, "message": failure, "type": "server_error"}}
+                data = json.dumps(error if failure else {"content": "a"}).encode()
+                self.send_response(500 if failure else 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -124,6 +157,7 @@ class Server:
                 weights += block
                 time.sleep(max(0.0, began + seconds * len(weights) / size - time.monotonic()))
         time.sleep(float(self.options.prepare_seconds or 0))
+        work(float(self.options.compile or 0))
         return weights
 
     def run(self) -> None:
@@ -149,9 +183,7 @@ class Server:
         self.ready.set()
         log("srv          main: model loaded")
         log(f"srv          main: server is listening on http://{options.host}:{options.port}")
-        work_until = time.monotonic() + float(options.work or 0)
-        while time.monotonic() < work_until:
-            pass
+        work(float(options.work or 0))
         while options.flood:
             began, lines = time.monotonic(), int(options.flood) // 10
             sys.stderr.write("".join(f"flood {n:08} {'~' * 80}\n" for n in range(lines)))

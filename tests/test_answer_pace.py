@@ -42,3 +42,33 @@ def test_builds_of_before_have_no_list_and_no_numbers() -> None:
 
     assert pace.measure([slot(8)], 2.0) == 4
     assert pace.measure([slot(6)], 4.0) == 3
+
+
+def test_a_token_that_takes_longer_than_a_look_counts() -> None:
+    """A token every five seconds, looked at every two."""
+    pace = AnswerPace()
+    pace.measure([IDLE], 0.0)
+    told = [pace.measure([busy(0, 1, second // 5)], second) for second in range(2, 42, 2)]
+    assert told[:2] == [0, 0]
+    assert told[2] == 1 / 2
+    assert all(rate == pytest.approx(0.2, abs=0.06) for rate in told[4:])
+
+
+def test_two_looks_in_a_row_do_not_hide_a_pace() -> None:
+    """A panel looks, and a moment later a program does."""
+    pace = AnswerPace()
+    pace.measure([busy(0, 1, 0)], 0.0)
+    assert pace.measure([busy(0, 1, 3)], 2.0) == 1.5
+    assert pace.measure([busy(0, 1, 3)], 2.1) == 1.5
+    assert pace.measure([busy(0, 1, 6)], 4.0) == 1.5
+
+
+def test_it_is_known_how_long_the_first_token_is_waited_for() -> None:
+    pace = AnswerPace()
+    for at in range(0, 60, 2):
+        pace.measure([busy(0, 1, 0), IDLE], at)
+    assert pace.silence(60) == 60
+    pace.measure([busy(0, 1, 1), IDLE], 62)
+    assert pace.silence(62) == 0
+    pace.measure([IDLE, IDLE], 64)
+    assert pace.silence(64) == 0

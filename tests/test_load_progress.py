@@ -276,3 +276,13 @@ def test_a_stage_that_was_not_seen_took_no_time() -> None:
     meter.reach(Stage.STARTING, 1)
     meter.reach(Stage.READY, 3)
     assert [meter.seconds(stage, 3) for stage in Stage] == [2, 0, 0, 0]
+
+
+def test_work_is_a_sign_of_life_and_answering_health_checks_is_none() -> None:
+    meter = loading()
+    for second in range(1, 61):
+        meter.measure(Usage(BASE, BASE, processor=second * 0.9), second)
+    assert meter.moved_at == 60
+    for second in range(61, 121):
+        meter.measure(Usage(BASE, BASE, processor=54 + (second - 60) * 0.002), second)
+    assert meter.moved_at == 60

@@ -15,9 +15,14 @@ class AnswerPace:
     def __init__(self) -> None:
         self._counts: dict[tuple[Any, Any], int] = {}
         self._at: float | None = None
+        self._pace = 0.0
+        self._silent_since: float | None = None
 
     def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
-        """Return the tokens a second since the last look; None at the first, or untold.
+        """Return the tokens a second since the last ones; None at the first look, or untold.
+
+        A slow server's next token may come after several looks: until then the pace is the last
+        one, or that of a token which came now.
 
         Args:
             slots: What `/slots` answers.
@@ -27,14 +32,30 @@ class AnswerPace:
         counts = {(slot.get("id"), slot.get("id_task")): _decoded(slot) for slot in busy}
         told = {slot: count for slot, count in counts.items() if count is not None}
         before, self._counts = self._counts, told
-        since, self._at = self._at, at
-        if len(told) < len(counts) or since is None or at <= since:
+        whole = len(told) == len(counts)
+        silent = whole and bool(busy) and not any(told.values())
+        if not silent:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = at
+        since = self._at
+        if not whole or since is None:
+            self._at = at
+            return None
+        if at <= since:
             return None
         # A count that falls is another request's, in a build that does not number them.
-        fresh = (
+        fresh = sum(
             n if n < before.get(slot, 0) else n - before.get(slot, 0) for slot, n in told.items()
         )
-        return sum(fresh) / (at - since)
+        if not fresh and any(told.values()):
+            return min(self._pace, 1 / (at - since))
+        self._pace, self._at = fresh / (at - since), at
+        return self._pace
+
+    def silence(self, at: float) -> float:
+        """Return for how many seconds requests have been worked on without a first token."""
+        return 0.0 if self._silent_since is None else at - self._silent_since
 
 
 def _decoded(slot: dict[str, Any]) -> int | None:

@@ -16,6 +16,7 @@ from kitty_nb.supervisor.signatures import (
     KILLED_FOR_MEMORY,
     LAUNCH,
     LOG_FOLDER,
+    NO_ANSWER,
     NO_SERVER,
     SIGNALS,
     SIGNATURES,
@@ -91,16 +92,25 @@ def diagnose(
         return _diagnosis(ending, STOPPED if served else NO_SERVER, ())
     loaded = max((at for at, line in enumerate(log) if _LOADED.search(line)), default=-1)
     lines = [line for line in log[loaded + 1 :] if _may_tell(line)]
-    bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
-    for row in SIGNATURES:
-        if found := [match for line in bare if (match := row.pattern.search(line))]:
-            groups = {name: value or "" for name, value in found[0].groupdict().items()}
-            return _diagnosis(ending, row.reading, (match.string for match in found), groups)
+    if known := _known(ending, lines):
+        return known
     if number in SIGNALS:
         return _diagnosis(ending, SIGNALS[number], ())
     if exit_code is None and out_of_memory:
         return _diagnosis(ending, KILLED_FOR_MEMORY, ())
     return _diagnosis(ending, UNKNOWN, _errors(lines, last=loaded >= 0))
+
+
+def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
+    """Say why a server that has loaded its model fails at its first request and what to do.
+
+    Args:
+        said: What the server answered.
+        log: The last lines that it wrote.
+    """
+    ending = "loaded the model but failed its first request"
+    lines = [said, *filter(_may_tell, log)]
+    return _known(ending, lines) or _diagnosis(ending, NO_ANSWER, (said,))
 
 
 def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
@@ -117,6 +127,16 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
     if path.is_relative_to(log_dir) or log_dir.is_relative_to(path):
         file, reading = str(log_dir), LOG_FOLDER.get(error.errno or 0, reading)
     return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
+
+
+def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
+    """What the lines prove, where one of them matches a signature."""
+    bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
+    for row in SIGNATURES:
+        if found := [match for line in bare if (match := row.pattern.search(line))]:
+            groups = {name: value or "" for name, value in found[0].groupdict().items()}
+            return _diagnosis(ending, row.reading, (match.string for match in found), groups)
+    return None
 
 
 def _diagnosis(

@@ -84,6 +84,7 @@ class HealthCheckResult:
         slots_total: Requests that can be worked on at once, where the build tells.
         asleep: Whether it has freed its model until the next request.
         tokens_per_second: How fast it answers now, all requests together, where the build tells.
+        silent_for: Seconds that it has worked on requests without a first token.
     """
 
     status: ServerStatus
@@ -93,6 +94,7 @@ class HealthCheckResult:
     slots_total: int | None = None
     asleep: bool = False
     tokens_per_second: float | None = None
+    silent_for: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,7 @@ class HealthChecked:
     Attributes:
         result: What the server answered.
         attempt: Which check of this start it is, from 1; checks in between are not counted.
-        max_attempts: How many are made unless the load visibly moves.
+        max_attempts: The number at which the count stands; a load that moves goes on.
     """
 
     result: HealthCheckResult

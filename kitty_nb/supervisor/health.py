@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ssl
 import time
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import httpx
 from httpx_sse import EventSource, SSEError
 
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _TIMEOUT = httpx.Timeout(5.0, connect=1.0)
 _LISTENING = httpx.Timeout(5.0, connect=1.0, read=None)
+# The least that a server can be asked for, by what it is for.
+_FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}),
+    ("/v1/embeddings", {"input": "Hello"}),
+    ("/v1/rerank", {"query": "Hello", "documents": ["Hello"]}),
+)
+_ANOTHER_KIND = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
+_ASK_AGAIN = 0.2  # seconds
 
 
 class Recognition(Enum):
@@ -109,11 +118,13 @@ class HealthProbe:
         slots = await self._get("/slots") if result.status is ServerStatus.READY else None
         if not isinstance(slots, list):
             return result
+        now = time.monotonic()
         return replace(
             result,
             slots_busy=sum(bool(slot.get("is_processing")) for slot in slots),
             slots_total=len(slots),
-            tokens_per_second=self._pace.measure(slots, time.monotonic()),
+            tokens_per_second=self._pace.measure(slots, now),
+            silent_for=self._pace.silence(now),
         )
 
     async def recognise(self) -> Recognition:
@@ -130,6 +141,40 @@ class HealthProbe:
             name for model in models["data"] for name in (model["id"], *model.get("aliases", ()))
         }
         return Recognition.OURS if self._alias in names else Recognition.OTHER_MODEL
+
+    async def first_answer(self) -> str | None:
+        """Have it compute one token, or the embedding of one word, however long that takes.
+
+        A device that failed while the model was loaded may leave a server whose `/health` is good.
+
+        Returns:
+            What the server says went wrong in it; None when it has answered.
+        """
+        response = None
+        for path, request in _FIRST_REQUESTS:
+            response = await self._post(path, request)
+            if response.status_code not in _ANOTHER_KIND:
+                break
+        if (
+            response is None
+            or not response.is_server_error
+            or response.status_code in _ANOTHER_KIND
+        ):
+            return None  # what it refuses is its own affair
+        try:
+            return str(response.json()["error"]["message"])
+        except (ValueError, LookupError, TypeError):
+            return f"answered {response.status_code} {response.reason_phrase}"
+
+    async def _post(self, path: str, request: dict[str, Any]) -> httpx.Response:
+        while True:
+            with suppress(httpx.HTTPError):  # its end is noticed elsewhere
+                response = await self._client.post(
+                    path, json=request, headers=self._key, timeout=_LISTENING
+                )
+                if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                    return response
+            await anyio.sleep(_ASK_AGAIN)
 
     async def is_router(self) -> bool:
         """Ask whether it serves many models, each by a child of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,6 +20,8 @@ from kitty_nb.supervisor.events import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from anyio.abc import TaskGroup
+
     from kitty_nb.supervisor.health import HealthProbe
     from kitty_nb.supervisor.load_progress import LoadMeter
 
@@ -29,6 +32,9 @@ _POLL_LONGEST = 1.0
 _POLL_FACTOR = 4
 _POLL_READY = 2.0
 _ATTEMPT_EVERY = 1.0
+_AT_ONCE = 0.3  # a first answer that takes no longer is not worth a word
+_SILENT = 10.0  # from here on, a request without a first token is worth a word
+_FIRST_ANSWER = "no first answer yet"
 
 
 class HealthWatch:
@@ -38,12 +44,13 @@ class HealthWatch:
         probe: What asks the server.
         meter: Told of every sign of life.
         elapsed: The clock: seconds since the start was asked for.
-        attempts: How many once-a-second checks are counted unless the load visibly moves.
+        attempts: How many once-a-second checks are counted.
         enter: Called with each other status, and when it was entered; returns what the load has
             taken by then, which is less where it ended before this watch began.
         publish: Called with each event for the user.
         note: Called with every answer.
         doubt: Asked before ready is believed: why it is not our server that answers, in words.
+        prove: Asked after that: whether the server answers a request, once it does.
         ending: Asked before silence is told of: whether somebody is ending the server.
     """
 
@@ -57,6 +64,7 @@ class HealthWatch:
         publish: Callable[[Event], None],
         note: Callable[[HealthCheckResult], None],
         doubt: Callable[[], Awaitable[str | None]],
+        prove: Callable[[], Awaitable[bool]],
         ending: Callable[[], bool],
     ) -> None:
         self._probe = probe
@@ -67,7 +75,11 @@ class HealthWatch:
         self._publish = publish
         self._note = note
         self._doubt = doubt
+        self._prove = prove
         self._ending = ending
+        self._proving = False
+        self._proven = anyio.Event()
+        self._tasks: TaskGroup
         self._news = anyio.Event()
 
     def hint(self) -> None:
@@ -76,11 +88,23 @@ class HealthWatch:
 
     async def run(self) -> None:
         """Ask until the server is ready, then ever after."""
-        await self._until_ready()
-        answering = True
+        async with anyio.create_task_group() as self._tasks:
+            await self._until_ready()
+        await self._ever_after()
+
+    async def _ever_after(self) -> None:
+        answering, silent_for = True, 0.0
         while True:
             result = await self._probe.check_activity()
             self._note(result)
+            silent_before, silent_for = silent_for, result.silent_for
+            if silent_before < _SILENT <= silent_for:
+                self._say(
+                    f"A request has been worked on for {silent_for:.0f} s without a first token:"
+                    " its prompt is long, or the device compiles its programs for it."
+                )
+            elif silent_for < _SILENT <= silent_before:
+                self._say(f"The server answers, after more than {silent_before:.0f} s.")
             answered, answering = answering, result.status is ServerStatus.READY
             if answered and not answering and not self._ending():
                 self._say(
@@ -104,9 +128,8 @@ class HealthWatch:
                 elapsed = self._enter(status, elapsed)
             self._note(result)
             due = elapsed >= next_attempt
-            moving = elapsed - self._meter.moved_at < _ATTEMPT_EVERY
-            if due and (attempt < self._attempts or moving):
-                attempt += 1
+            if due:
+                attempt = min(attempt + 1, self._attempts)
             if due or status is ServerStatus.READY:
                 # Not one for each second missed: the load may be older than this watch.
                 next_attempt = max(next_attempt, elapsed // _ATTEMPT_EVERY) + _ATTEMPT_EVERY
@@ -122,16 +145,35 @@ class HealthWatch:
         result = await self._probe.check()
         if result.status is not ServerStatus.READY:
             return result
-        doubt = await self._doubt()
-        return HealthCheckResult(ServerStatus.STARTING, result.latency, doubt) if doubt else result
+        if not self._proving:
+            if doubt := await self._doubt():
+                return replace(result, status=ServerStatus.STARTING, message=doubt)
+            self._proving = True
+            self._tasks.start_soon(self._note_first_answer)
+            with anyio.move_on_after(_AT_ONCE):
+                await self._proven.wait()
+        if self._proven.is_set():
+            return result
+        return replace(result, status=ServerStatus.LOADING, message=_FIRST_ANSWER)
+
+    async def _note_first_answer(self) -> None:
+        if await self._prove():
+            self._proven.set()
+            self.hint()
 
     def _tell(self, result: HealthCheckResult, attempt: int, elapsed: float) -> None:
         self._publish(HealthChecked(result, attempt, self._attempts))
         if result.status is ServerStatus.READY:
             checks = "1 check" if attempt == 1 else f"{attempt} checks"
             self._say(f"Model loaded ({checks}, {elapsed:.0f}s elapsed)", Level.SUCCESS)
+        elif result.message == _FIRST_ANSWER:
+            self._say(
+                "The model is loaded; waiting for its first answer, before which some devices"
+                f" compile their programs for minutes… ({elapsed:.0f}s elapsed)"
+            )
         elif result.status is ServerStatus.LOADING:
-            self._say(f"Loading model… ({attempt}/{self._attempts}, {elapsed:.0f}s elapsed)")
+            count = f"{attempt}/{self._attempts}, " if elapsed < self._attempts else ""
+            self._say(f"Loading model… ({count}{elapsed:.0f}s elapsed)")
         elif attempt > 1:
             self._say(f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)")
 

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.errors import KittyError, PortBusyError
-from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
+from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -131,6 +131,7 @@ class ServerInstance:
             publish,
             self._note_health,
             self._doubt,
+            self._prove,
             self._being_ended,
         )
         self._tell_health = note_health
@@ -394,6 +395,15 @@ class ServerInstance:
                 return f"it does not answer as {name}"
         return None
 
+    async def _prove(self) -> bool:
+        """Whether the server answers a request; where that fails, it is given up."""
+        if self._record and self._record.ready is not None:
+            return True
+        said = await self.probe.first_answer()
+        if said:
+            self._give_up(str(diagnose_first_answer(said, tuple(self._last_lines))))
+        return said is None
+
     def _note_ready(self, elapsed: float) -> tuple[float, float]:
         """Return since when it is ready, by the monotonic clock, and what the load took."""
         now, record = time.monotonic(), self._record
@@ -423,10 +433,10 @@ class ServerInstance:
 
     def _stalled(self) -> str:
         return (
-            f"The load stalled in the stage '{self._meter.stage.label}': neither bytes nor log nor"
-            f" health moved for {self._config.stall_seconds:.0f} s.{self._hint} The server's log"
-            " shows its last words; a slower disk than that needs a larger"
-            " LLAMACPP_STALL_SECONDS."
+            f"The load stalled in the stage '{self._meter.stage.label}': for"
+            f" {self._config.stall_seconds:.0f} s the server used no processor time, read nothing,"
+            f" logged nothing and answered nothing new.{self._hint} See the end of its log. If it"
+            " was only slow, set a larger LLAMACPP_STALL_SECONDS."
         )
 
     def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.supervisor.events import LoadProgress, Stage
 from kitty_nb.supervisor.load_estimate import Basis, LoadEstimate
+from kitty_nb.supervisor.process import AT_WORK
 
 if TYPE_CHECKING:
     from kitty_nb.supervisor.process import Usage
@@ -42,6 +43,8 @@ _HALVED, _SLOWEST = 0.02, 0.2
 # second, together with the health check.
 _STEPS = 16
 _SHORTEST, _STARTING, _LONGEST = 0.005, 0.02, 0.6
+# Processor time is looked at over so many seconds: a single health check takes a burst of it.
+_WORKING = 1.0
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class LoadMeter:
     _flowing: float | None = None
     _measured: float = 0.0
     _base: Usage | None = None
+    _worked: tuple[float, float] = (0.0, 0.0)
     _fraction: float = 0.0
     _shown: float = 0.0
 
@@ -90,7 +94,10 @@ class LoadMeter:
         self.moved_at = elapsed
 
     def measure(self, usage: Usage, elapsed: float) -> None:
-        """Note the process's usage; its rise since loading began is what has been loaded."""
+        """Note the process's usage.
+
+        The rise of its bytes since loading began is what has been loaded; work is a sign of life.
+        """
         if self.stage is Stage.STARTING:
             self._base = usage
         else:
@@ -98,6 +105,11 @@ class LoadMeter:
             rise = max(usage.resident - self._base.resident, usage.read - self._base.read)
             self._see(rise, elapsed)
         self._measured = elapsed
+        processor, since = self._worked
+        if elapsed - since >= _WORKING:
+            if usage.processor - processor > AT_WORK * (elapsed - since):
+                self.moved_at = elapsed
+            self._worked = usage.processor, elapsed
 
     def hear(self, share: float, elapsed: float) -> None:
         """Note which share of the weights, 0 to 1, the server itself says is there."""

@@ -322,6 +322,10 @@ NO_SERVER = Reading(
     "Remove what only prints, such as --help or --version, from EXTRA_ARGS.",
     repeats=True,
 )
+NO_ANSWER = Reading(
+    "llama.cpp cannot compute with this model here, though it says that it is ready.",
+    "Start it again; if that repeats, set N_GPU_LAYERS to 0, or update llama.cpp and the driver.",
+)
 KILLED = Reading("Something killed it; often that is the system, because memory ran out.", _SMALLER)
 KILLED_FOR_MEMORY = Reading("The system killed it because memory ran out.", _SMALLER)
 KILLED_BY_HAND = Reading(

@@ -192,7 +192,7 @@ class Supervisor:
             config: The settings; without them those of the last start.
             wait_for_ready: Return only when the server answers requests.
             on_progress: Called with each once-a-second health check of the start, its number and
-                how many are made unless the load visibly moves. An error in it is logged.
+                the highest number; a load that moves goes on. An error in it is logged.
 
         Raises:
             ConfigError: The settings, or the model file since, are not usable.

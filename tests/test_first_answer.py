@@ -1,0 +1,109 @@
+"""READY means that the server has answered a request, not only that `/health` is good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.errors import ServerFailedError
+from kitty_nb.supervisor.events import Activity, HealthChecked
+
+Misbehaving = Callable[..., ServerConfig]
+
+
+def tokens_computed(manager: ModelManager) -> float:
+    """What the server itself counts, of prompts and answers, since it was started."""
+    lines = manager.http.get("/metrics").text.splitlines()
+    counts = dict(line.split() for line in lines if not line.startswith("#"))
+    return float(counts["llamacpp:prompt_tokens_total"])
+
+
+def activities(manager: ModelManager) -> list[str]:
+    said: list[str] = []
+    manager.subscribe(lambda event: isinstance(event, Activity) and said.append(event.message))
+    return said
+
+
+def test_a_server_that_fails_each_request_is_not_ready(misbehaving: Misbehaving) -> None:
+    config = misbehaving("--fail-requests", "Compute error.")
+    with ModelManager(config=config) as manager:
+        with pytest.raises(ServerFailedError, match=r"failed its first request: Compute error\. "):
+            manager.start().wait(30)
+        assert manager.state.status is ServerStatus.FAILED
+        assert manager.state.pid is None
+
+
+def test_what_the_error_names_is_explained(misbehaving: Misbehaving) -> None:
+    config = misbehaving("--fail-requests", "vk::Queue::submit: ErrorDeviceLost")
+    with (
+        ModelManager(config=config) as manager,
+        pytest.raises(ServerFailedError, match="The GPU reported a fault"),
+    ):
+        manager.start().wait(30)
+
+
+def test_a_slow_first_answer_is_waited_for_with_words(misbehaving: Misbehaving) -> None:
+    config = misbehaving("--first-answer", "3.5", health_max_attempts=2, stall_seconds=60)
+    with ModelManager(config=config) as manager:
+        said, counts = activities(manager), []
+        manager.subscribe(
+            lambda event: (
+                counts.append((event.attempt, event.max_attempts))
+                if isinstance(event, HealthChecked)
+                else None
+            )
+        )
+        state = manager.start().wait(30)
+        assert state.status is ServerStatus.READY
+        waiting = [line for line in said if "waiting for its first answer" in line]
+        assert 2 <= len(waiting) <= 5
+        assert all(attempt <= most for attempt, most in counts)
+
+
+def test_a_first_answer_that_never_comes_is_a_stall(misbehaving: Misbehaving) -> None:
+    config = misbehaving("--first-answer", "60", stall_seconds=2)
+    with (
+        ModelManager(config=config) as manager,
+        pytest.raises(ServerFailedError, match="used no processor time"),
+    ):
+        manager.start().wait(30)
+
+
+def test_stop_does_not_wait_for_it(misbehaving: Misbehaving) -> None:
+    with ModelManager(config=misbehaving("--first-answer", "60")) as manager:
+        said = activities(manager)
+        manager.start()
+        eventually(lambda: any("first answer" in line for line in said))
+        assert manager.stop().wait(5).status is ServerStatus.STOPPED
+
+
+@pytest.mark.parametrize("flags", ["--metrics", "--metrics --embedding", "--metrics --rerank"])
+def test_each_kind_of_server_is_asked_once(
+    config: ServerConfig, engine: Path | None, flags: str
+) -> None:
+    config = config.replace(binary=engine, extra_args=flags)
+    with ModelManager(config=config) as manager:
+        manager.start().wait(60)
+        computed = tokens_computed(manager)
+        assert 0 < computed < 20
+        with ModelManager(config=config) as other:
+            eventually(lambda: other.state.status is ServerStatus.READY)
+            assert other.state.pid == manager.state.pid
+            assert tokens_computed(manager) == computed
+
+
+def test_a_later_request_without_a_token_is_spoken_of(
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.health_watch._SILENT", 1.5)
+    with ModelManager(config=misbehaving("--later-answers", "5")) as manager:
+        said = activities(manager)
+        manager.start().wait(30)
+        manager.http.post("/completion", json={}, timeout=30)
+        eventually(lambda: any(line.startswith("The server answers, after") for line in said))
+        (waiting,) = [line for line in said if "without a first token" in line]
+        assert "compiles its programs" in waiting
