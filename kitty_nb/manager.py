@@ -16,7 +16,14 @@ from anyio.from_thread import start_blocking_portal
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit, ServerConfig
 from kitty_nb.errors import KittyError, WaitTimeoutError
-from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, ServerState, ServerStatus
+from kitty_nb.supervisor.events import (
+    Event,
+    LoadProgress,
+    ProgressMade,
+    RouterLoad,
+    ServerState,
+    ServerStatus,
+)
 from kitty_nb.supervisor.model_shelf import ModelShelf
 from kitty_nb.supervisor.supervisor import Supervisor
 
@@ -288,8 +295,19 @@ class ModelManager:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        request = {"messages": messages, **options}
-        return self.run(self.access.chat, request, on_piece or (lambda _: None))
+        access, state = self.access, self.state
+        if (
+            "model" not in options
+            and state.foreign
+            and state.foreign.models
+            and not state.foreign.alias
+        ):
+            raise KittyError(
+                "The router has not loaded a model yet. Name one by chat(…, model=…) or"
+                f" switch_model(…): {', '.join(state.foreign.models)}."
+            )
+        request = {"model": state.alias, "messages": messages, **options}
+        return self.run(access.chat, request, on_piece or (lambda _: None))
 
     def memory_use(self) -> Operation[MemoryUse | None]:
         """See `Supervisor.memory_use`."""
@@ -342,5 +360,5 @@ class ModelManager:
         self.close()
 
     def _remember(self, event: Event) -> None:
-        if isinstance(event, ProgressMade):
+        if isinstance(event, ProgressMade | RouterLoad):
             self._progress = event.progress

@@ -25,7 +25,7 @@ TOLD = {"stages": ["text_model"], "current": "text_model"}
 class Router:
     def __init__(self, folder: Path, flags: list[str], *, silent: bool) -> None:
         self.silent = silent
-        self.models = {path.stem: path for path in folder.glob("*.gguf")}
+        self.models = {path.stem: path for path in sorted(folder.glob("*.gguf"))}
         self.status = dict.fromkeys(self.models, "unloaded")
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.flags = flags
@@ -44,7 +44,6 @@ class Router:
         command = [sys.executable, "-P", str(STAND_IN), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--alias", name, "--model", str(self.models[name]), *self.flags]
         self.children[name] = child = subprocess.Popen(command)
-        self.tell(name, "model_status", "loading")
         self.tell(name, "status_change", "loading", progress={**TOLD, "value": 0.0})
         while child.poll() is None and not answers(port):
             time.sleep(0.02)
@@ -73,6 +72,7 @@ class Router:
             def do_POST(self) -> None:
                 name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
                 if self.path == "/models/load":
+                    router.tell(name, "model_status", "loading")
                     threading.Thread(target=router.load, args=(name,), daemon=True).start()
                 else:
                     router.children[name].terminate()

@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from conftest import eventually
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.errors import KittyError, ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Event, LoadProgress, RouterLoad, Stage
 
 STAND_IN = Path(__file__).with_name("stand_in_router.py")
@@ -64,6 +66,12 @@ def router(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Start
                 process.send_signal(signal.SIGINT)
 
     return start
+
+
+def child_of(manager: ModelManager, model: str) -> int:
+    """The process that a router has started for a model."""
+    children = psutil.Process(manager.state.pid).children()
+    return next(child.pid for child in children if model in child.cmdline())
 
 
 def loads(told: list[Event]) -> list[LoadProgress | None]:
@@ -205,3 +213,88 @@ def test_a_router_that_ends_amid_a_load_is_a_stop(
             eventually(lambda: any(loads(told)))
         eventually(lambda: manager.state.status is ServerStatus.STOPPED)
         assert manager.state.error is None
+
+
+def test_its_models_are_loaded_there(config: ServerConfig, router: Callable[..., Start]) -> None:
+    with router("--load-seconds", "0.3") as there, ModelManager(config=config) as manager:
+        manager.attach().wait(60)
+        with pytest.raises(KittyError, match=r"not loaded a model yet.*switch_model.*large, small"):
+            manager.chat("Who are you?")
+        with pytest.raises(ServerFailedError, match="serves no model"):
+            manager.restart().wait(60)
+        switching = manager.switch_model("large")
+        state = switching.wait(60)
+        assert (state.status, state.alias, there.status()) == (
+            ServerStatus.READY,
+            "large",
+            "loaded",
+        )
+        assert switching.progress
+        first = child_of(manager, "large")
+        assert manager.switch_model("large").wait(60).alias == "large"
+        assert child_of(manager, "large") == first  # it is there already
+        assert manager.restart().wait(60).alias == "large"
+        assert child_of(manager, "large") != first
+        assert manager.switch_model("somewhere/small.gguf").wait(60).alias == "small"
+        with pytest.raises(ServerFailedError, match=r"no model 'huge'. Its models: large, small"):
+            manager.switch_model("huge").wait(60)
+        assert manager.state.alias == "small"
+        assert there.status() == "loaded"  # others may use it
+
+
+def test_a_load_there_that_fails_or_is_called_off(
+    config: ServerConfig, router: Callable[..., Start]
+) -> None:
+    with (
+        router("--never-ready", "--exit-after", "2", "--exit-code", "1") as there,
+        ModelManager(config=config) as manager,
+    ):
+        manager.attach().wait(60)
+        with pytest.raises(ServerFailedError, match="has not loaded small"):
+            manager.switch_model("small").wait(60)
+        loading = manager.switch_model("large")
+        eventually(lambda: there.status() == "loading")
+        loading.cancel()
+        eventually(lambda: there.status() == "unloaded")
+        loading = manager.switch_model("large")
+        eventually(lambda: there.status() == "loading")
+        manager.stop().wait(60)
+        with pytest.raises(StartCancelledError, match="let go before it had loaded large"):
+            loading.wait(60)
+
+
+def test_a_real_router_is_used(
+    config: ServerConfig, native_engine: Path, demo_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "router"
+    folder.mkdir()
+    (folder / "one.gguf").symlink_to(demo_model)
+    (folder / "two\u2028.gguf").symlink_to(demo_model)
+    command = [native_engine, "--models-dir", folder, "--port", str(config.port), "-c", "512"]
+    with (
+        subprocess.Popen([*command, "-ngl", "0"]) as process,
+        ModelManager(config=config) as manager,
+    ):
+        try:
+            eventually(Router(config.endpoint).answers, within=30)
+            manager.attach().wait(60)
+            for name in ("one", "two\u2028"):
+                assert manager.switch_model(name).wait(60).alias == name
+                assert manager.chat("Who are you?").wait(60).startswith("Hello! I am")
+            assert manager.restart().wait(60).alias == "two\u2028"
+            assert manager.chat("Who are you?", model="one").wait(60).startswith("Hello! I am")
+        finally:
+            process.terminate()
+
+
+def test_another_server_that_was_attached_to_is_kept(config: ServerConfig) -> None:
+    with (
+        ModelManager(config=config.replace(profile="coder")) as other,
+        ModelManager(config=config) as manager,
+    ):
+        other.start().wait(60)
+        manager.attach().wait(60)
+        for ask in (manager.restart, lambda: manager.switch_model("demo.gguf")):
+            with pytest.raises(ServerFailedError, match="not started by kitty_nb"):
+                ask().wait(60)
+        assert manager.start().wait(60).pid == other.state.pid

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 import psutil
 
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Event, HealthCheckResult, Level, ServerStatus
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, Report
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from anyio.abc import TaskGroup
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
@@ -80,7 +82,9 @@ class ForeignServer:
         self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=holder.sleeps)
         self._report, self._publish, self._note_health = report, publish, note_health
         self._router = RouterWatch(config, holder.pid, self.probe, publish, self._serves)
-        self._watching = anyio.CancelScope()
+        self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
+        self._asking = anyio.Lock()
+        self._over = False
 
     async def run(self) -> None:
         """Watch it. When it ends, or is let go, it has stopped as far as we are concerned."""
@@ -88,13 +92,15 @@ class ForeignServer:
         try:
             with self._watching:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._router.run)
                     with suppress(psutil.Error):  # it has ended
-                        await self._watch(psutil.Process(self.holder.pid))
+                        await self._watch(psutil.Process(self.holder.pid), tasks)
                     tasks.cancel_scope.cancel()
         finally:
+            self._over = True
+            self._loading.cancel()
             with anyio.CancelScope(shield=True):
-                await self.probe.aclose()
+                async with self._asking:
+                    await self.probe.aclose()
         going = "let go; it runs on" if self._watching.cancel_called else "has ended"
         self._say(f"{self.holder.who}: {going}.")
         self._report(Exited(self.generation, going, time.monotonic(), asked=True))
@@ -103,7 +109,34 @@ class ForeignServer:
         """Let it go."""
         self._watching.cancel()
 
-    async def _watch(self, process: psutil.Process) -> None:
+    async def load(self, model: str | Path | None, *, fresh: bool) -> None:
+        """Have a router serve one of its models. Called off, it is unloaded again.
+
+        Args:
+            model: Its name there, or a file of that name; None for the one that it serves.
+            fresh: Unload it before, where it is loaded.
+
+        Raises:
+            ServerFailedError: The router has no such model, or does not load it.
+            StartCancelledError: It was let go, or has ended, before it had loaded it.
+        """
+        models = self.holder.models or ()
+        names = (self.holder.alias,) if model is None else (str(model), PurePath(model).stem)
+        name = next((name for name in names if name in models), None)
+        if name is None:
+            what = "serves no model" if model is None else f"has no model {str(model)!r}"
+            there = ", ".join(models) or "none"
+            raise ServerFailedError(f"The router {self.holder.who} {what}. Its models: {there}.")
+        async with self._asking:
+            self._loading = anyio.CancelScope()
+            with self._loading:
+                if self._over:
+                    self._loading.cancel()
+                await self._router.load(name, fresh=fresh)
+        if self._loading.cancelled_caught:
+            raise StartCancelledError(f"The router was let go before it had loaded {name}.")
+
+    async def _watch(self, process: psutil.Process, tasks: TaskGroup) -> None:
         status, began = ServerStatus.STARTING, process.create_time()
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             health = await self.probe.check_activity()
@@ -113,12 +146,16 @@ class ForeignServer:
                 if status is ServerStatus.LOADING:
                     self._report(LoadBegan(self.generation))
                 elif status is ServerStatus.READY:
+                    if self.holder.models is None and await self.probe.is_router():
+                        await self._router.look()  # before it is used
+                        tasks.start_soon(self._router.run)
                     since = time.monotonic() - (time.time() - began)
                     self._report(BecameReady(self.generation, since))
             await anyio.sleep(_LOOK_EVERY)
 
-    def _serves(self, alias: str | None, model: Path | None) -> None:
-        self.holder = replace(self.holder, alias=alias, model=model.name if model else None)
+    def _serves(self, alias: str | None, model: Path | None, models: tuple[str, ...]) -> None:
+        name = model.name if model else None
+        self.holder = replace(self.holder, alias=alias, model=name, models=models)
 
     def _say(self, message: str) -> None:
         self._publish(Activity(message, Level.INFO, time.time()))

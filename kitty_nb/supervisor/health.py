@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _TIMEOUT = httpx.Timeout(5.0, connect=1.0)
+_QUOTED = 300  # characters
 _LISTENING = httpx.Timeout(5.0, connect=1.0, read=None)
 # The least that a server can be asked for, by what it is for.
 _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -186,6 +187,16 @@ class HealthProbe:
         models = await self._get("/v1/models")
         entries = models.get("data", ()) if isinstance(models, dict) else ()
         return {entry["id"]: entry.get("status", {}).get("value", "") for entry in entries}
+
+    async def order(self, verb: str, model: str) -> str:
+        """Tell a router to load or unload a model; return why it does not, empty where it does."""
+        try:
+            response = await self._client.post(
+                f"/models/{verb}", json={"model": model}, headers=self._key
+            )
+        except httpx.HTTPError as error:
+            return f"it does not answer ({type(error).__name__})"
+        return "" if response.is_success else response.text[:_QUOTED]
 
     async def router_events(self) -> AsyncGenerator[str, None]:
         """Yield what a router tells of its models, as JSON, until it ends the connection.

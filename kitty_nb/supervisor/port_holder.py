@@ -43,6 +43,7 @@ class PortHolder:
         engine: Which kind of llama-server it is; None for anything else.
         model: The file name of the model that a llama-server was started with.
         alias: The name under which it serves that model.
+        models: What it can load, by name, where it is a router that was asked; None for others.
         sleeps: Whether it frees an idle model by itself, and would be kept awake by many questions.
         unspoken: The flag for which kitty_nb cannot talk to it, such as one for TLS.
     """
@@ -53,6 +54,7 @@ class PortHolder:
     engine: EngineKind | None = None
     model: str | None = None
     alias: str | None = None
+    models: tuple[str, ...] | None = None
     sleeps: bool = False
     unspoken: str | None = None
 

@@ -14,6 +14,7 @@ import anyio.to_thread
 import psutil
 from pydantic import BaseModel, Field, ValidationError
 
+from kitty_nb.errors import ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, Level, RouterLoad, Stage
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.load_journal import LoadJournal
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.health import HealthProbe
 
 _LOADING, _LOADED, _UNLOADED = "loading", "loaded", "unloaded"
+_NOT_THERE = {_LOADING, _UNLOADED}  # one that sleeps is loaded again by a request
 # Seconds. A child that is not seen within that, the system hides.
 _CHILD_WITHIN, _LOOK_AGAIN = 0.2, 0.02
-_LISTEN_AGAIN = 1.0
+_LISTEN_AGAIN, _ASK_AGAIN = 1.0, 0.1
 
 
 class _Told(BaseModel):
@@ -91,7 +93,7 @@ class _Child:
 
 
 class RouterWatch:
-    """Follows the loads of a router, where the server is one.
+    """Follows the loads of a router, and has it load and unload.
 
     A router tells of them, but of a mapped model only that nothing is there and then that all is:
     what the child has in memory and has read counts as well, and the history of loads.
@@ -101,7 +103,8 @@ class RouterWatch:
         pid: The router.
         probe: What asks it.
         publish: Called with each event for the user.
-        serves: Called with the name and the file of a model that it has loaded; None without one.
+        serves: Called with the name and the file of a model that it has loaded, None without one,
+            and with the names of all that it could load.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class RouterWatch:
         pid: int,
         probe: HealthProbe,
         publish: Callable[[Event], None],
-        serves: Callable[[str | None, Path | None], None],
+        serves: Callable[[str | None, Path | None, tuple[str, ...]], None],
     ) -> None:
         self._config = config
         self._pid = pid
@@ -119,11 +122,62 @@ class RouterWatch:
         self._serves = serves
         self._loads: dict[str, _Load] = {}
         self._listening = False
+        self._served: str | None = None
+        self._names: tuple[str, ...] = ()
+
+    async def look(self) -> dict[str, str]:
+        """See which models it has, and which it serves; return how each of them is."""
+        models = await self._probe.router_models()
+        loaded = [name for name, status in models.items() if status not in _NOT_THERE]
+        name = self._served if self._served in loaded else next(iter(loaded), None)
+        self._names = tuple(models)
+        child = await anyio.to_thread.run_sync(_child, self._pid, name) if name else None
+        self._serve(name, child.model if child else None)
+        return models
+
+    async def load(self, name: str, *, fresh: bool) -> None:
+        """Have it serve a model, and wait until it does. Called off, it is unloaded again.
+
+        Args:
+            name: Which of its models.
+            fresh: Unload it before, where it is loaded.
+
+        Raises:
+            ServerFailedError: It does not.
+        """
+        try:
+            status = await self._until(name, {_UNLOADED, _LOADING, _LOADED})
+            if fresh and status != _UNLOADED:
+                await self._order("unload", name)
+                status = await self._until(name, {_UNLOADED})
+            if status == _UNLOADED:
+                await self._order("load", name)
+            status = await self._until(name, {_UNLOADED, _LOADED})
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self._probe.order("unload", name)
+            raise
+        if status == _UNLOADED:
+            raise ServerFailedError(f"The router has not loaded {name}. Its own log says why.")
+        self._served = name
+        await self.look()
+
+    async def _order(self, verb: str, name: str) -> None:
+        if reason := await self._probe.order(verb, name):
+            raise ServerFailedError(f"The router does not {verb} {name}: {reason}")
+
+    async def _until(self, name: str, wanted: set[str]) -> str:
+        """Wait until a model is in one of some conditions, and return it; gone, it is unloaded."""
+        while True:
+            models = await self._probe.router_models()
+            if models or not psutil.pid_exists(self._pid):  # else it is too busy to answer
+                status = models.get(name, _UNLOADED)
+                if status in wanted or (status not in _NOT_THERE and _LOADED in wanted):
+                    return status
+            await anyio.sleep(_ASK_AGAIN)
 
     async def run(self) -> None:
-        """Follow its loads until cancelled; return at once where the server is no router."""
-        if not await self._probe.is_router():
-            return
+        """Follow its loads until cancelled."""
         async with anyio.create_task_group() as tasks:
             while True:
                 async with aclosing(self._probe.router_events()) as events:
@@ -139,12 +193,13 @@ class RouterWatch:
 
     async def _catch_up(self, tasks: TaskGroup) -> None:
         """See which models it has loaded, or loads already."""
-        models = await self._probe.router_models()
+        models = await self.look()
         for name in (name for name, status in models.items() if status == _LOADING):
             self._begin(name, tasks, whole=False)
-        served = next((name for name, status in models.items() if status == _LOADED), None)
-        child = await anyio.to_thread.run_sync(_child, self._pid, served) if served else None
-        self._serves(served, child.model if child else None)
+
+    def _serve(self, name: str | None, model: Path | None) -> None:
+        self._served = name
+        self._serves(name, model, self._names)
 
     def _take(self, event: _RouterEvent, tasks: TaskGroup) -> None:
         told, load = event.data, self._loads.get(event.model)
@@ -194,7 +249,7 @@ class RouterWatch:
         elapsed = load.elapsed()
         if load.loaded:
             load.meter.reach(Stage.READY, elapsed)
-            self._serves(load.name, child.model if child else None)
+            self._serve(load.name, child.model if child else None)
             self._show(load, elapsed)
             self._say(f"The router has loaded {load.name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:

@@ -18,6 +18,7 @@ from kitty_nb.errors import (
     PortBusyError,
     Problem,
     ServerCrashedError,
+    ServerError,
     ServerFailedError,
     StartCancelledError,
 )
@@ -200,6 +201,9 @@ class Supervisor:
             ServerCrashedError: The process ended by itself.
             StartCancelledError: It was stopped or replaced before it was ready.
         """
+        router = self._foreign is not None and self._foreign.models is not None
+        if config and self._attached(config) and (router or config != self._now.wanted):
+            return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
         asked = StartAsked(await self._checked(config))
         return await self._launch(asked, wait_for_ready, on_progress)
 
@@ -210,6 +214,9 @@ class Supervisor:
         on_progress: OnProgress | None = None,
     ) -> ServerState:
         """Like `start`, but always with a fresh process."""
+        if self._attached(config):
+            model = config.model if config else None
+            return await self._load_there(model, fresh=True, wait=wait_for_ready)
         asked = RestartAsked(await self._checked(config))
         return await self._launch(asked, wait_for_ready, on_progress)
 
@@ -223,11 +230,15 @@ class Supervisor:
         """Serve another model with the same settings.
 
         Args:
-            model: Its file, absolute or relative to the models folder.
-            alias: The name that clients ask for; without it the configured one stays.
+            model: Its file, absolute or relative to the models folder; where a router was attached
+                to, its name there.
+            alias: The name that clients ask for; without it the configured one stays. A router has
+                names of its own.
             wait_for_ready: As for `start`.
             on_progress: As for `start`.
         """
+        if self._attached():
+            return await self._load_there(model, fresh=False, wait=wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
         config = await anyio.to_thread.run_sync(lambda: self._now.wanted.replace(**changes))
         return await self.restart(config, wait_for_ready, on_progress)
@@ -344,6 +355,40 @@ class Supervisor:
         finally:
             unsubscribe()
         return self._outcome(generation)
+
+    def _attached(self, config: ServerConfig | None = None) -> bool:
+        """Whether a server that was not started here is where the settings want one."""
+        here = config is None or config.endpoint == self._now.config.endpoint
+        return here and self._foreign is not None and self._now.status is ServerStatus.READY
+
+    async def _load_there(
+        self, model: str | Path | None, *, fresh: bool, wait: bool
+    ) -> ServerState:
+        """Have the router that was attached to serve a model.
+
+        Raises:
+            ServerFailedError: It is no router, has no such model, or does not load it.
+        """
+        server = self._instance
+        if not isinstance(server, ForeignServer) or server.holder.models is None:
+            who = server.holder.who if isinstance(server, ForeignServer) else "It"
+            raise ServerFailedError(
+                f"{who} was not started by kitty_nb, so it cannot be restarted or switched. Stop"
+                " lets it go."
+            )
+        if wait:
+            await server.load(model, fresh=fresh)
+        else:
+            self._tasks.start_soon(self._load_later, server, model, fresh)
+        return self.state
+
+    async def _load_later(
+        self, server: ForeignServer, model: str | Path | None, fresh: bool
+    ) -> None:
+        try:
+            await server.load(model, fresh=fresh)
+        except ServerError as error:
+            self._publish(Activity(str(error), Level.ERROR, time.time()))
 
     def _is_present(self, generation: int) -> bool:
         return self._now.generation == generation and self._now.status is not ServerStatus.STOPPING
