@@ -545,6 +545,44 @@ def test_a_model_is_downloaded_and_its_setting_printed(
     assert err.startswith("kitty-nb: The Hub has no repository nobody/nothing")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "pip install socksio"),
+        ("HTTPS_PROXY", "foo://127.0.0.1:9", "HTTPS_PROXY cannot be used"),
+        ("HF_TOKEN", "t\u00f6ken", "token for the Hub is not plain ASCII"),
+        ("SSL_CERT_FILE", "/nowhere.pem", "SSL_CERT_FILE names cannot be read: No such file"),
+        ("SSL_CERT_FILE", __file__, "SSL_CERT_DIR names cannot be used"),
+    ],
+)
+def test_surroundings_that_keep_the_hub_away_are_named(
+    hub_kitty: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    says: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    asking = hub_kitty(ONE, "--list")
+    _, err = asking.communicate(timeout=60)
+    assert asking.returncode == 1
+    assert err.startswith("kitty-nb: ")
+    assert says in err
+
+
+def test_a_proxy_is_not_asked_for_what_is_on_this_machine(
+    kitty: Kitty, env: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    assert kitty("start", "--env", env).returncode == 0
+    assert run("status", "--env", env).stdout.startswith("READY")
+    with ModelManager(env) as manager:
+        assert manager.chat("Who are you?", max_tokens=4).wait(30)
+        assert manager.http.get("/health").status_code == 200
+
+
 def test_ctrl_c_keeps_what_has_come(
     hub_kitty: Callable[..., subprocess.Popen[str]], hub: Hub, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,9 +14,11 @@ from kitty_nb.errors import HubAccessError, HubError, HubOfflineError, KittyErro
 from kitty_nb.hub.offers import HubFile, Offer, list_offers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kitty_nb.hub.reference import HubReference
 
-__all__ = ["Repository", "explain", "find_repository", "hub_is_installed"]
+__all__ = ["Repository", "explain", "find_repository", "hub_is_installed", "usable_surroundings"]
 
 _TIMEOUT = 20.0  # seconds
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
@@ -70,12 +74,13 @@ def _ask(reference: HubReference, endpoint: str | None) -> Repository:
 
     api = HfApi(endpoint=endpoint, library_name="kitty_nb")
     try:
-        info = api.model_info(
-            reference.repository,
-            revision=reference.revision,
-            files_metadata=True,
-            timeout=_TIMEOUT,
-        )
+        with usable_surroundings():
+            info = api.model_info(
+                reference.repository,
+                revision=reference.revision,
+                files_metadata=True,
+                timeout=_TIMEOUT,
+            )
     except HFValidationError as error:
         raise HubError(f"{reference.repository!r} is no name of a repository: {error}") from None
     except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
@@ -87,6 +92,43 @@ def _ask(reference: HubReference, endpoint: str | None) -> Repository:
         and (checksum := file.lfs.sha256 if file.lfs else file.blob_id) is not None
     ]
     return Repository(info.id, info.sha or reference.revision, list_offers(files), api.endpoint)
+
+
+@contextmanager
+def usable_surroundings() -> Iterator[None]:
+    """Ask the Hub, or make what asks it, in surroundings that may not let it.
+
+    Raises:
+        HubError: A variable of the environment, or the user's token, is of no use for that.
+    """
+    try:
+        yield
+    except UnicodeEncodeError:
+        raise HubError(
+            f"The token for the Hub is not plain ASCII, as tokens are. Copy it again and {_LOG_IN}."
+        ) from None
+    except ImportError as error:  # of what a SOCKS proxy takes
+        raise HubError(
+            f"The proxy that ALL_PROXY or HTTPS_PROXY names needs a package: {error} Run pip"
+            " install socksio, or name an HTTP proxy."
+        ) from None
+    except ssl.SSLError as error:
+        raise HubError(
+            f"The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be used:"
+            f" {error.reason or error}. Correct the variable, or unset it."
+        ) from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise HubError(
+            f"The certificates that SSL_CERT_FILE names cannot be read: {error.strerror or error}."
+            " Correct the variable, or unset it."
+        ) from None
+    except ValueError as error:
+        if "proxy" not in str(error).lower():
+            raise
+        raise HubError(
+            f"ALL_PROXY, HTTP_PROXY or HTTPS_PROXY cannot be used: {error}. Correct it, or unset"
+            " it."
+        ) from None
 
 
 def explain(error: Exception, repository: str, endpoint: str) -> KittyError:
