@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from conftest import eventually
 from model_files import write_header
 from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
@@ -75,6 +77,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
         f"LLAMACPP_SLOW_PORT={ports[1]}\n"
         "LLAMACPP_SLOW_HISTORY=slow.sqlite3\n"  # else the other engine's loads are expected
         f"LLAMACPP_SLOW_BIN={stand_in}\n"
+        "LLAMACPP_SLOW_RESTART_DELAY_SECONDS=60\n"
         f"LLAMACPP_SLOW_EXTRA_ARGS='--load-seconds {_LOAD_SECONDS} --prepare-seconds 0.5'\n"
     )
     return folder
@@ -173,6 +176,24 @@ class Notebook:
                 "bar => parseFloat(bar.style.width)"
             )
         )
+
+    def set_theme(self, theme: str) -> None:
+        change = "theme => jupyterapp.commands.execute('apputils:change-theme', { theme })"
+        self.page.evaluate(change, theme)
+        light = str(theme.endswith("Light")).lower()
+        expect(self.page.locator("body")).to_have_attribute("data-jp-theme-light", light)
+
+    def barriers(self) -> list[str]:
+        """What axe finds in the panel that the WCAG's level AA forbids."""
+        # JupyterLab's body has no height, so axe would take all that is in it for hidden.
+        self.page.add_style_tag(content="body { height: 100vh !important }")
+        rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+        found = Axe().run(self.page, ".kitty-panel", rules).response
+        passed = {rule["id"] for rule in found["passes"]}
+        assert "color-contrast" in passed  # it has seen something
+        return [
+            f"{rule['id']} {part['html']}" for rule in found["violations"] for part in rule["nodes"]
+        ]
 
     def save(self) -> None:
         def is_save(response: Response) -> bool:
@@ -283,6 +304,66 @@ def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
         expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
 
 
+def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
+    open_notebook: Callable[..., Notebook],
+) -> None:
+    notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel(profile='slow')")
+    notebook.set_theme("JupyterLab Light")
+    notebook.run(0)
+    notebook.expect_status("STOPPED")
+    panel, page = notebook.panel, notebook.page
+    region = page.get_by_role("region", name="kitty_nb control panel of the profile slow")
+    expect(region).to_be_visible()
+    expect(panel.get_by_label("Context")).to_have_attribute(
+        "title", re.compile("Tokens of context")
+    )
+    fold = panel.get_by_role("button", name="Download a model")
+    fold.focus()
+    page.keyboard.press("Enter")
+    expect(panel.get_by_label("Repository")).to_be_visible()
+    expect(fold).to_have_attribute("aria-expanded", "true")
+    page.keyboard.press(" ")
+    expect(panel.get_by_label("Repository")).to_be_hidden()
+    expect(notebook.cell(0).locator(".jp-InputPrompt")).to_have_text("[1]:")
+    notebook.choose("medium")
+    notebook.button("Start").click()
+    bar = panel.get_by_role("progressbar").first
+    expect(bar).to_have_attribute("aria-valuenow", re.compile(r"^[1-9]\d$"))
+    expect(bar).to_have_attribute("aria-valuetext", re.compile("loading weights"))
+    expect(panel.get_by_role("status").first).to_have_text("LOADING")
+    notebook.expect_status("READY")
+    expect(panel.get_by_role("status").first).to_have_text("READY")
+    expect(bar).to_have_attribute("aria-valuenow", "100")
+    pid = int(re.findall(r"PID (\d+)", panel.locator(".kitty-status").inner_text())[0])
+    psutil.Process(pid).send_signal(signal.SIGSEGV)
+    notebook.expect_status("RESTARTING")
+    expect(panel.get_by_role("alert").first).to_contain_text("SIGSEGV")
+    expect(panel.locator(".kitty-activity .ansi-yellow-fg").last).to_contain_text("SIGSEGV")
+    assert notebook.barriers() == []
+    notebook.set_theme("JupyterLab Dark")
+    assert notebook.barriers() == []
+    panel.locator(".kitty-buttons button", has_text="Cancel").click()
+    notebook.expect_status("STOPPED")
+    notebook.set_theme("JupyterLab Light")
+
+
+def test_a_narrow_panel_shows_what_is_chosen_and_no_idle_scrollbar(
+    open_notebook: Callable[..., Notebook],
+) -> None:
+    notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel()")
+    notebook.run(0)
+    notebook.expect_status("STOPPED")
+    row = notebook.panel.locator(".kitty-picker")
+    for width in (1280, 350):  # the latter is 700 at 200 %
+        notebook.page.set_viewport_size({"width": width, "height": 1400})
+        select = row.locator("select").bounding_box()
+        panel = notebook.panel.bounding_box()
+        assert select
+        assert panel
+        assert select["width"] > min(panel["width"] * 0.6, 600)
+        assert row.evaluate("row => getComputedStyle(row).overflowY") == "visible"
+
+
 def test_a_failure_is_explained_in_the_panel(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:
@@ -356,6 +437,34 @@ def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
     fleet.get_by_role("button", name="Stop all").click()
     expect(rows.locator(".kitty-badge")).to_have_text(["STOPPED", "STOPPED"], timeout=60_000)
     expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
+
+
+def test_what_is_offered_for_copying_runs_and_the_key_is_copied(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel()", "")
+    panel, page = notebook.panel, notebook.page
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    notebook.run(0)
+    notebook.choose("small")
+    notebook.button("Start").click()
+    notebook.expect_status("READY")
+    panel.get_by_text("Use it from code").click()
+    code = panel.locator(".kitty-snippet pre").inner_text()
+    notebook.cell(1).locator(".cm-content").click()
+    page.keyboard.insert_text(f"{code}\nkey")
+    page.keyboard.press("Control+Enter")
+    result = notebook.cell(1).locator(".jp-OutputArea-executeResult pre")
+    expect(result).to_have_text(re.compile("'.+'"))
+    key = result.inner_text().strip("'\n")
+    answers = notebook.cell(1).locator(".jp-OutputArea-output pre").first
+    assert answers.inner_text().count("Hello! I am the kitty_nb demo model") >= 2
+    panel.get_by_role("button", name="Copy key").click()
+    expect(panel.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == key
+    assert key not in panel.inner_html()
+    notebook.button("Stop").click()
+    notebook.expect_status("STOPPED")
 
 
 def test_the_servers_own_web_page_opens_through_jupyterlab(
@@ -499,12 +608,12 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     )
     notebook.run(0)
     notebook.expect_status("NOT STARTED")
-    rows = notebook.panel.locator(".kitty-table tbody tr")
+    rows = notebook.panel.locator(".kitty-sweep-table tbody tr")
     expect(rows).to_have_count(3)
     expect(rows.filter(has_text="waiting")).to_have_count(3)
     notebook.run(1, wait=False)
     notebook.button("Start").click()
-    expect(rows.filter(has_text="MiB").first).to_be_visible(timeout=60_000)
+    expect(rows.filter(has_text="MB").first).to_be_visible(timeout=60_000)
     expect(notebook.panel.locator(".kitty-now")).to_contain_text("small.gguf")
     notebook.button("Pause").click()
     notebook.expect_status("PAUSED")

@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets
 import psutil
 import pytest
 from conftest import eventually
+from IPython.core.formatters import DisplayFormatter
 from ipywidgets.embed import embed_data
 
 from kitty_nb import (
@@ -124,11 +127,55 @@ def test_how_to_use_the_model_is_told_once_it_is_ready(panel: ControlPanel) -> N
     eventually(lambda: panel.snippet.layout.display is None)
     text = html.unescape(panel.snippet.value)
     code = text.partition("<pre>")[2].partition("</pre>")[0]
-    lines = [line for line in code.splitlines() if "manager.client" not in line]
     printed: list[str] = []
-    exec("\n".join(lines), {"panel": panel, "print": printed.append})
-    assert printed[0].startswith("Hello! I am")
+    exec(code, {"panel": panel, "print": printed.append})
+    assert [text.startswith("Hello! I am") for text in printed] == [True] * (
+        3 if find_spec("openai") else 2
+    )
     assert f"{panel.manager.base_url} " in code
+
+
+def test_code_names_the_panel_as_the_notebook_does(
+    panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells: dict[str, object] = {"_": panel, "_3": panel, "other": object()}
+    shell = SimpleNamespace(user_ns=cells)
+    monkeypatch.setattr("kitty_nb.widgets.snippet.get_ipython", lambda: shell)
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    eventually(lambda: "print(_3.manager.chat(" in panel.snippet.value)
+    cells["mine"] = panel
+    eventually(lambda: "print(mine.manager.chat(" in panel.snippet.value)
+
+
+def test_the_key_is_copied_by_a_message_that_nothing_keeps(
+    sent: list[tuple[str, dict[str, object]]], env: Path
+) -> None:
+    env.write_text(f"{env.read_text()}LLAMACPP_API_KEY=hush-hush\n")
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: panel.picker.model)
+        panel.buttons.start.click()
+        wait_for(panel, "READY")
+        assert "hush-hush" not in str(sent)
+        panel.web_page._handle_custom_msg({"kind": "key", "for": "me"}, [])
+        answer = {"kind": "key", "for": "me", "key": "hush-hush"}
+        told = [data for _, data in sent if "hush-hush" in str(data)]
+        assert told == [{"method": "custom", "content": answer}]
+        assert "hush-hush" not in str(embed_data([panel]))
+        assert "hush-hush" not in panel._repr_html_()
+    finally:
+        panel.close()
+
+
+def test_an_exported_notebook_shows_how_it_was(panel: ControlPanel) -> None:
+    data, _ = DisplayFormatter().format(panel)
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert "<b>kitty_nb, profile primary</b> · STOPPED · two.gguf<br>" in data["text/html"]
+    panel.buttons.start.click()
+    wait_for(panel, "READY")
+    data, _ = DisplayFormatter().format(panel)
+    assert f"READY · two.gguf · {panel.manager.state.endpoint}<br>" in data["text/html"]
 
 
 def test_a_flood_of_log_lines_grows_nothing(

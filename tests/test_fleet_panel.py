@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import eventually
+from IPython.core.formatters import DisplayFormatter
 
 from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.errors import ConfigError, KittyError
@@ -87,6 +88,8 @@ def test_two_profiles_run_at_once(open_: Open, env: Path) -> None:
         answer = panel.manager(profile).chat("Who are you?").wait(30)
         assert answer.startswith("Hello! I am")
         assert row(panel, profile)["model"] == "demo.gguf"
+    data, _ = DisplayFormatter().format(panel)
+    assert "<tr><td>coder</td><td>READY</td><td>demo.gguf</td>" in data["text/html"]
     click(panel, "stop all")
     wait_for(panel, primary="STOPPED", coder="STOPPED")
     click(panel, "start all")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
+from IPython.core.formatters import DisplayFormatter
 
 from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.experiments import (
@@ -109,6 +110,10 @@ def test_from_start_to_the_lines_of_the_best(
     for name in ("load_seconds", "memory_gib", "generation_tokens_per_second"):
         assert f">{figure(name, best.metrics[name].median)}<" in marked
     assert enabled(panel) == {"Use the best"}
+    for shown in (panel, sweep):
+        still = DisplayFormatter().format(shown)[0]["text/html"]
+        assert "8 of 8 trials" in still
+        assert panel.table.table in still
     panel.buttons.use.click()
     assert f"LLAMACPP_PRIMARY_THREADS={best.value('threads')}" in panel.lines.value
     assert f"--cache-type-k {best.value('cache_type_k')}" in panel.lines.value
@@ -412,7 +417,7 @@ def test_a_row_for_each_combination_in_the_order_of_its_values(config: ServerCon
     assert "11.0<small>10.0&ndash;30.0</small>" in table
     assert "12 s" in table
     assert "12 ms" in table
-    assert "1.50 GiB" in table
+    assert "1.6 GB" in table
     assert "1,234" in table
     assert "It died<br>of &lt;thirst&gt;." in table
     assert "colspan='6'>It will not fit.</td>" in table

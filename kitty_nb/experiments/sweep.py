@@ -197,7 +197,8 @@ class Sweep:
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         """A notebook shows its panel."""
         panel = import_module("kitty_nb.widgets.sweep_panel").panel_of(self)
-        return {**panel._repr_mimebundle_(), "text/plain": repr(self)}
+        still = {"text/html": panel._repr_html_(), "text/plain": repr(self)}
+        return {**panel._repr_mimebundle_(), **still}
 
     @property
     def running(self) -> bool:

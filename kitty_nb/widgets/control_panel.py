@@ -25,6 +25,7 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     StateChanged,
 )
+from kitty_nb.widgets.accessible import Accessible
 from kitty_nb.widgets.activity_log import ActivityLog
 from kitty_nb.widgets.clicks import Clicks
 from kitty_nb.widgets.download_form import DownloadForm
@@ -40,6 +41,7 @@ from kitty_nb.widgets.server_log import ServerLog
 from kitty_nb.widgets.settings_form import SettingsForm
 from kitty_nb.widgets.snippet import Snippet
 from kitty_nb.widgets.status_line import StatusLine
+from kitty_nb.widgets.still import still
 from kitty_nb.widgets.subshells import receive_while_busy
 from kitty_nb.widgets.tree import tree
 from kitty_nb.widgets.web_page import WebPage
@@ -122,8 +124,8 @@ class ControlPanel(VBox):
         self.buttons = ServerButtons()
         self.load_bar = LoadBar()
         self.notice = Notice()
-        self.snippet = Snippet()
-        self.web_page = WebPage()
+        self.snippet = Snippet(self)
+        self.web_page = WebPage(manager.reveal_api_key)
         self.activity_log = ActivityLog()
         self.server_log = ServerLog(self._wake)
         super().__init__(
@@ -141,11 +143,11 @@ class ControlPanel(VBox):
                 self.web_page,
                 self.activity_log,
                 self.server_log,
+                Accessible(f"kitty_nb control panel of the profile {self._profile}"),
             ]
         )
         self.add_class("kitty-panel")
         self._answer_clicks()
-        receive_while_busy(tree(self))
 
         self._scan()
         if _is_own(manager.state):
@@ -163,9 +165,16 @@ class ControlPanel(VBox):
         self.buttons.attach.on_click(lambda _: self._clicks.act(self.manager.attach))
         self.settings.save.on_click(lambda _: self._save())
         self.picker.rescan.on_click(lambda _: self.rescan())
+        receive_while_busy(tree(self))
 
     def __repr__(self) -> str:
         return f"ControlPanel(profile={self._profile!r})"
+
+    def _repr_html_(self) -> str:
+        state = self.manager.state
+        ready = state.status is ServerStatus.READY
+        facts = state.status, state.model_name or "", state.endpoint if ready else ""
+        return still(f"kitty_nb, profile {self._profile}", facts)
 
     def rescan(self) -> None:
         """Read the `.env` file and look for models again. What has been edited here stays."""

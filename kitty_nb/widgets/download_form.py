@@ -22,6 +22,7 @@ from kitty_nb.hub import (
     hub_is_installed,
     usual,
 )
+from kitty_nb.widgets.accessible import labelled
 from kitty_nb.widgets.notice import Notice, explain
 
 if TYPE_CHECKING:
@@ -63,15 +64,14 @@ class DownloadForm(Accordion):
         self._looking: Operation[None] | None = None
         self._fetching: Operation[None] | None = None
         self.repository = Text(
-            description="Repository",
             placeholder="owner/name, owner/name:Q4_K_M, or the address of its page",
-            tooltip="A repository with GGUF files on huggingface.co",
+            **labelled("Repository", "A repository with GGUF files on huggingface.co"),
         )
         self.show_files = Button(
             description="Show files", icon="search", tooltip="What there is, and how large"
         )
         self.choice = Dropdown(
-            description="Model", tooltip="Quantizations, the smallest first", disabled=True
+            disabled=True, **labelled("Model", "Quantizations, the smallest first")
         )
         self.download = Button(
             description="Download", icon="download", button_style="primary", disabled=True

@@ -30,9 +30,14 @@ function createRow(profile, send) {
     return cell;
   });
   const [state, model, port, memory, pace, actions] = cells;
-  const badge = element("span", "kitty-badge");
+  const badge = element("span", "kitty-badge", { role: "status" });
   const detail = element("span", "kitty-fact");
-  const bar = element("div", "kitty-fleet-bar");
+  const bar = element("div", "kitty-fleet-bar", {
+    role: "progressbar",
+    ariaLabel: `Load of ${profile}`,
+    ariaValueMin: "0",
+    ariaValueMax: "100",
+  });
   const filled = bar.appendChild(element("div", ""));
   state.append(badge, " ", detail, bar);
   const start = button("Start", `Start ${profile}`, () => send({ kind: "start", profile }));
@@ -41,7 +46,7 @@ function createRow(profile, send) {
   row.append(name, ...cells);
   const problem = element("tr", "kitty-fleet-problem");
   const whole = problem.appendChild(element("td", "", { colSpan: COLUMNS.length }));
-  const text = whole.appendChild(element("div", ""));
+  const text = whole.appendChild(element("div", "", { role: "alert" }));
 
   const update = (facts) => {
     badge.className = `kitty-badge kitty-${facts.tone}`;
@@ -49,6 +54,8 @@ function createRow(profile, send) {
     say(detail, facts.detail);
     bar.hidden = facts.fraction === null;
     filled.style.width = `${100 * (facts.fraction ?? 0)}%`;
+    bar.ariaValueNow = String(Math.round(100 * (facts.fraction ?? 0)));
+    bar.ariaValueText = facts.detail;
     say(model, facts.model);
     model.title = facts.model;
     say(port, String(facts.port));
@@ -82,6 +89,8 @@ function render({ model, el }) {
     head.append(element("th", "", { textContent: label, scope: "col" }));
   }
   const body = table.createTBody();
+  el.role = "region";
+  el.ariaLabel = "kitty_nb fleet";
   el.append(bar, notice, table);
 
   const drawn = new Map();

@@ -22,6 +22,7 @@ from kitty_nb.widgets.fleet_row import Profile, fleet_rows
 from kitty_nb.widgets.kernel_managers import borrow, lent, let_go, wanted
 from kitty_nb.widgets.notice import explain
 from kitty_nb.widgets.second_ask import SecondAsk
+from kitty_nb.widgets.still import still, table
 from kitty_nb.widgets.subshells import receive_while_busy
 
 if TYPE_CHECKING:
@@ -79,6 +80,12 @@ class FleetPanel(AnyWidget):
 
     def __repr__(self) -> str:
         return f"FleetPanel(profiles={[*self._members]!r})"
+
+    def _repr_html_(self) -> str:
+        rows = fleet_rows([member.look() for member in self._members.values()])
+        cells = [(row.profile, row.status, row.model, str(row.port), row.problem) for row in rows]
+        head = "Profile", "State", "Model", "Port", ""
+        return still("kitty_nb fleet", [f"{len(rows)} profiles"], table(head, cells))
 
     def manager(self, profile: str) -> ModelManager:
         """The manager of a profile.

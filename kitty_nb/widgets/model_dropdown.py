@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ipywidgets import Dropdown
 
+from kitty_nb.widgets.accessible import labelled
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
@@ -34,7 +36,7 @@ class ModelDropdown(Dropdown):
         self.turn = threading.RLock()
         self._filling = False
         self._on_choice = on_choice
-        super().__init__(description="Model", tooltip="Models in the models folder and elsewhere")
+        super().__init__(**labelled("Model", "Models in the models folder and elsewhere"))
         self.add_class("kitty-model")
         self.observe(lambda _change: self._filling or self._on_choice(), names="value")
 

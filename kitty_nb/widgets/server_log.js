@@ -45,13 +45,13 @@ function render(el, store) {
     ariaLabel: "Filter the server log",
   });
   const follow = element("button", "kitty-log-button", { type: "button" });
-  const copy = element("button", "kitty-log-button", { type: "button", textContent: "Copy" });
+  const copyAll = element("button", "kitty-log-button", { type: "button", textContent: "Copy" });
   const bar = element("div", "kitty-log-bar");
   bar.append(
     element("span", "kitty-heading", { textContent: "Server log" }),
     filter,
     follow,
-    copy,
+    copyAll,
   );
   const list = element("div", "kitty-log", { tabIndex: 0, role: "log" });
   list.ariaLabel = "Server log";
@@ -100,20 +100,9 @@ function render(el, store) {
   for (const kind of ["wheel", "touchmove", "keyup", "pointerup"]) {
     list.addEventListener(kind, () => requestAnimationFrame(follows), { passive: true });
   }
-  copy.addEventListener("click", async () => {
-    const text = shown().join("\n");
-    try {
-      await navigator.clipboard.writeText(text);
-    } catch {
-      // A page that is not served over https or from localhost has no clipboard of its own.
-      const area = element("textarea", "", { value: text });
-      document.body.append(area);
-      area.select();
-      document.execCommand("copy");
-      area.remove();
-    }
-    copy.textContent = "Copied";
-    setTimeout(() => (copy.textContent = "Copy"), 1500);
+  copyAll.addEventListener("click", async () => {
+    await copy(shown().join("\n"));
+    copied(copyAll);
   });
 
   setFollowing(true);

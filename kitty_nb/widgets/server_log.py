@@ -27,7 +27,9 @@ class ServerLog(AnyWidget):
             because a page asks for all the lines there are.
     """
 
-    _esm: ClassVar[Path] = _HERE / "server_log.js"
+    _esm: ClassVar[str] = "".join(
+        (_HERE / f"{n}.js").read_text() for n in ("clipboard", "server_log")
+    )
     # The style of the whole panel, here alone: each that carries it adds it to saved notebooks.
     _css: ClassVar[Path] = _HERE / "panel.css"
 

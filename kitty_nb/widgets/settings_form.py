@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ipywidgets import Button, Dropdown, GridBox, Text, Widget
 
 from kitty_nb.config import FlashAttention
+from kitty_nb.widgets.accessible import labelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,6 +21,10 @@ _NUMBERS = {
     "batch_size": ("Batch", "Tokens of a prompt worked on at once"),
     "parallel": ("Parallel", "Requests served at once; they share the context"),
 }
+_FLASH_ATTENTION = "Flash attn", "Flash attention, which saves memory and time where it can be used"
+_LABELS = {name: label for name, (label, _) in _NUMBERS.items()} | {
+    "flash_attention": _FLASH_ATTENTION[0]
+}
 
 
 class SettingsForm(GridBox):
@@ -32,18 +37,10 @@ class SettingsForm(GridBox):
 
     def __init__(self, config: ServerConfig, on_change: Callable[[], object]) -> None:
         self.fields: dict[str, Widget] = {
-            name: Text(
-                description=label,
-                placeholder="auto",
-                tooltip=tooltip,
-                continuous_update=False,
-            )
-            for name, (label, tooltip) in _NUMBERS.items()
+            name: Text(placeholder="auto", continuous_update=False, **labelled(*words))
+            for name, words in _NUMBERS.items()
         }
-        self.fields["flash_attention"] = Dropdown(
-            description="Flash attn",
-            tooltip="Flash attention",
-        )
+        self.fields["flash_attention"] = Dropdown(**labelled(*_FLASH_ATTENTION))
         self.fill(config)
         for field in self.fields.values():
             field.observe(lambda _change: on_change(), names="value")
@@ -75,7 +72,7 @@ class SettingsForm(GridBox):
     def differing(self, settings: Mapping[str, object]) -> list[str]:
         """Name what other settings say that is not in the fields, e.g. `Context 8192`."""
         return [
-            f"{field.description} {value or 'auto'}"
+            f"{_LABELS[name]} {value or 'auto'}"
             for name, field in self.fields.items()
             if (value := self._value(name, settings)) != field.value
         ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from IPython import get_ipython
 from ipywidgets import HTML
 
 from kitty_nb.supervisor.events import ServerStatus
@@ -13,29 +15,53 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import ServerState
 
 _CODE = """\
-messages = [{{"role": "user", "content": "Who are you?"}}]
+print({panel}.manager.chat("Who are you?").wait())
 
-# panel.manager.http is an httpx.Client that knows the server's address and key.
-answer = panel.manager.http.post("/v1/chat/completions", json={{"messages": messages}})
+# The same in OpenAI's protocol, by an httpx.Client that knows the server's address and key.
+request = {{"model": {alias!r}, "messages": [{{"role": "user", "content": "Who are you?"}}]}}
+answer = {panel}.manager.http.post("/v1/chat/completions", json=request)
 print(answer.json()["choices"][0]["message"]["content"])
 
-# With `pip install openai`, panel.manager.client is an openai.OpenAI.
-panel.manager.client.chat.completions.create(model={alias!r}, messages=messages)
+{openai}
 
 # Other programs need the address {endpoint}/v1 and the key:
-key = panel.manager.reveal_api_key()"""
+key = {panel}.manager.reveal_api_key()"""
+_OPENAI = """\
+# And by an openai.OpenAI.
+print({panel}.manager.client.chat.completions.create(**request).choices[0].message.content)"""
+_NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
 
 
 class Snippet(HTML):
-    """Folded code; hidden until the server is ready."""
+    """Folded code; hidden until the server is ready.
 
-    def __init__(self) -> None:
+    Args:
+        panel: The panel that the code goes through.
+    """
+
+    def __init__(self, panel: object) -> None:
         super().__init__()
         self.add_class("kitty-snippet")
+        self._panel = panel
+        self._openai = _OPENAI if find_spec("openai") else _NO_OPENAI
 
     def show(self, state: ServerState) -> None:
         """Show the code for a server."""
-        code = _CODE.format(alias=state.alias, endpoint=state.endpoint)
-        summary = "<summary>Use it from code</summary>"
-        self.value = f"<details>{summary}<pre>{escape(code)}</pre></details>"
-        self.layout.display = None if state.status is ServerStatus.READY else "none"
+        ready = state.status is ServerStatus.READY
+        self.layout.display = None if ready else "none"
+        if ready:
+            panel = _name_of(self._panel)
+            openai = self._openai.format(panel=panel)
+            code = _CODE.format(
+                panel=panel, alias=state.alias, endpoint=state.endpoint, openai=openai
+            )
+            summary = "<summary>Use it from code</summary>"
+            self.value = f"<details>{summary}<pre>{escape(code)}</pre></details>"
+
+
+def _name_of(thing: object) -> str:
+    """The name by which cells reach something, if only by the number of the cell that made it."""
+    shell = get_ipython()
+    names = shell.user_ns.copy().items() if shell else ()
+    found = [name for name, value in names if value is thing and name.strip("_")]
+    return min(found, key=lambda name: name.startswith("_"), default="panel")

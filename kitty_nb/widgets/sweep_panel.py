@@ -24,8 +24,10 @@ from kitty_nb.experiments.events import (
 from kitty_nb.experiments.results import OBJECTIVE
 from kitty_nb.experiments.settings import FIELDS
 from kitty_nb.supervisor.events import ServerStatus, Stage
+from kitty_nb.widgets.accessible import Accessible
 from kitty_nb.widgets.load_bar import LoadBar
 from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.still import still
 from kitty_nb.widgets.subshells import receive_while_busy
 from kitty_nb.widgets.sweep_buttons import SweepButtons
 from kitty_nb.widgets.sweep_status import NowLine, SweepStatusLine, TrialsBar, status_of
@@ -114,6 +116,7 @@ class SweepPanel(VBox):
                 self.notice,
                 self.table,
                 self.lines,
+                Accessible("kitty_nb sweep"),
             ]
         )
         self.add_class("kitty-panel")
@@ -131,6 +134,11 @@ class SweepPanel(VBox):
 
     def __repr__(self) -> str:
         return f"SweepPanel({len(self.sweep.trials)} trials)"
+
+    def _repr_html_(self) -> str:
+        progress = self.sweep.progress
+        done = f"{progress.done} of {progress.total} trials"
+        return still("kitty_nb sweep", [done, *self._facts], self.table.table)
 
     def close(self) -> None:
         """Remove the widgets. A sweep that runs goes on."""

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, ClassVar
 
 from anywidget import AnyWidget
+from rich.filesize import decimal
 from traitlets import Unicode
 
 from kitty_nb.experiments import Outcome, Perplexity
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.trial import Value
 
 _HERE = Path(__file__).parent
-_MIB_PER_GIB = 1024
+_BYTES_PER_GIB = 2**30
 _ENDS = (Outcome.DONE, Outcome.SKIPPED, Outcome.FAILED)
 _WHOLE_FROM = 100  # a rate from which decimals only distract
 
@@ -126,13 +127,13 @@ def model_name(trial: Trial) -> str:
 
 
 def figure(name: str, value: float) -> str:
-    """A number as the table says it: `0.4 s`, `12 ms`, `104`, `1.31 GiB`."""
+    """A number as the table says it: `0.4 s`, `12 ms`, `104`, `1.4 GB`."""
     if name == "time_to_first_token" and value < 1:
         return f"{value * 1000:.0f} ms"
     if name in {"load_seconds", "time_to_first_token"}:
         return duration(value)
     if name.startswith("memory_gib"):
-        return f"{value:.2f} GiB" if value >= 1 else f"{value * _MIB_PER_GIB:.0f} MiB"
+        return decimal(round(value * _BYTES_PER_GIB))
     if "_per_second" in name:
         return f"{value:,.0f}" if value >= _WHOLE_FROM else f"{value:.1f}"
     return f"{value:.3g}"
@@ -159,7 +160,7 @@ class SweepTable(AnyWidget):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_class("kitty-table")
+        self.add_class("kitty-sweep-table")
 
     def show(self, rows: Sequence[Row], headings: Mapping[str, str]) -> None:
         """Draw these rows."""
@@ -184,7 +185,9 @@ def _row(row: Row, settings: Iterable[str], headings: Mapping[str, str], *, mode
     cells = [f"<td>{escape(model_name(row.trial))}</td>"] if models else []
     words = (word(given[name]) if name in given else "—" for name in settings)
     cells += [f"<td>{escape(word)}</td>" for word in words]
-    star = " <span class='kitty-star' title='The best so far'>★ best</span>" if row.best else ""
+    star = (
+        " <span class='kitty-sweep-star' title='The best so far'>★ best</span>" if row.best else ""
+    )
     state = f"<span class='kitty-{row.tone}'>{row.state}</span>{star}"
     cells.append(f"<td class='kitty-state'>{state}</td>")
     tag = "<tr class='kitty-best'>" if row.best else "<tr>"

@@ -27,16 +27,40 @@ function code(text) {
   return Object.assign(document.createElement("code"), { textContent: text });
 }
 
+// Every page that shows the panel hears the answer; only the one that asked takes the key.
+function keyButton(model) {
+  const button = Object.assign(document.createElement("button"), {
+    type: "button",
+    className: "kitty-log-button",
+    textContent: "Copy key",
+    title: "Copy the server's key, to be pasted there or into another program",
+  });
+  button.addEventListener("click", () => {
+    const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    const take = async (message) => {
+      if (message.kind !== "key" || message.for !== asker) return;
+      model.off("msg:custom", take);
+      await copy(message.key);
+      copied(button);
+    };
+    model.on("msg:custom", take);
+    model.send({ kind: "key", for: asker });
+  });
+  return button;
+}
+
 async function describe(model) {
   const endpoint = model.get("endpoint");
   if (!endpoint) return [];
   const address = (await proxied(endpoint)) ?? (isWithinReach(endpoint) ? `${endpoint}/` : null);
+  const key = model.get("asks_key") ? [keyButton(model)] : [];
   if (!address) {
     return [
       "The server has a web page of its own, which this browser cannot reach. To open it through",
       " JupyterLab: ",
       code("pip install jupyter-server-proxy"),
-      " there, and restart JupyterLab.",
+      " there, and restart JupyterLab. ",
+      ...key,
     ];
   }
   const link = Object.assign(document.createElement("a"), {
@@ -45,8 +69,7 @@ async function describe(model) {
     rel: "noopener",
     textContent: "Open the server’s own web page",
   });
-  if (!model.get("asks_key")) return [link];
-  return [link, " · it asks for the key: ", code("panel.manager.reveal_api_key()")];
+  return key.length ? [link, " · it denies access until you enter the key: ", ...key] : [link];
 }
 
 function render({ model, el }) {

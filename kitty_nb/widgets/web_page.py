@@ -11,7 +11,12 @@ from anywidget import AnyWidget
 from kitty_nb.supervisor.events import ServerStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kitty_nb.supervisor.events import ServerState
+
+
+_HERE = Path(__file__).parent
 
 
 class WebPage(AnyWidget):
@@ -21,16 +26,24 @@ class WebPage(AnyWidget):
     JupyterHub or a tunnel, so the page itself finds out: where jupyter-server-proxy answers, the
     link goes through the notebook's own server; else it is the server's address, on this machine.
 
-    The server asks for its key there. The key is in neither the link nor this widget's state.
+    The server asks for its key there. The key is in neither the link nor this widget's state: it
+    travels when somebody presses *Copy key*, in a message that nothing keeps.
+
+    Args:
+        reveal_key: Returns the key.
     """
 
-    _esm: ClassVar[Path] = Path(__file__).parent / "web_page.js"
+    _esm: ClassVar[str] = "".join(
+        (_HERE / f"{n}.js").read_text() for n in ("clipboard", "web_page")
+    )
     endpoint: Any = traitlets.Unicode("").tag(sync=True)
     asks_key: Any = traitlets.Bool(True).tag(sync=True)
 
-    def __init__(self) -> None:
+    def __init__(self, reveal_key: Callable[[], str | None]) -> None:
         super().__init__()
         self.add_class("kitty-web")
+        self._reveal_key = reveal_key
+        self.on_msg(self._receive)
 
     def show(self, state: ServerState, asks_key: bool) -> None:
         """Show the link to a server, or hide.
@@ -42,3 +55,8 @@ class WebPage(AnyWidget):
         with self.hold_sync():
             self.endpoint = state.endpoint if state.status is ServerStatus.READY else ""
             self.asks_key = asks_key
+
+    def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
+        match message:
+            case {"kind": "key", "for": str(asker)}:
+                self.send({"kind": "key", "for": asker, "key": self._reveal_key() or ""})

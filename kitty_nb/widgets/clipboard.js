@@ -1,0 +1,20 @@
+// Copies a text, as an answer to a click. Put before the page's sides of widgets that copy.
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // A page that is not served over https or from localhost has no clipboard of its own.
+    const area = Object.assign(document.createElement("textarea"), { value: text });
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+}
+
+function copied(button) {
+  const words = (button.dataset.words ??= button.textContent);
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = words), 1500);
+}
