@@ -6,17 +6,26 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import anyio
 import anyio.to_thread
 from rich.filesize import decimal
 
-from kitty_nb.catalog import ModelCatalog
-from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, salvage_settings
+from kitty_nb.catalog import ModelCatalog, write_demo_model
+from kitty_nb.config import (
+    OnKernelExit,
+    ServerConfig,
+    configured_profiles,
+    env_warnings,
+    salvage_settings,
+)
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine
@@ -24,11 +33,11 @@ from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedEr
 from kitty_nb.supervisor.free_memory import free_memory
 from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
 from kitty_nb.supervisor.record import find_server
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from kitty_nb.supervisor.supervisor import Supervisor
 
 _KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
+_NO_ENGINE = "none that can be run"
+_LOADED_WITHIN = 60.0  # seconds
 _LITTLE_SPACE = 1_000_000_000  # bytes; a log of a busy day and the next small model
 
 
@@ -58,7 +67,7 @@ class Finding:
 
 
 async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
-    """Check all that a start needs, without starting anything.
+    """Check all that a start needs, and let the engine load a demo model beside what runs.
 
     Args:
         env: The `.env` file with the settings.
@@ -73,6 +82,8 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
         return [*findings, Finding(".env", Verdict.BAD, str(error), "Correct these lines.")]
     findings.append(_settings(source, complaint, warnings))
     findings.append(await _engine(config))
+    if findings[-1].found != _NO_ENGINE:
+        findings.append(await _load(config))
     checks = (_models, _model, _port, _memory, _disk)
     findings += [await anyio.to_thread.run_sync(check, config) for check in checks]
     others = [
@@ -118,7 +129,7 @@ async def _engine(config: ServerConfig) -> Finding:
     try:
         engine = await locate_engine(config.binary)
     except EngineError as error:
-        return Finding("Engine", Verdict.BAD, "none that can be run", str(error))
+        return Finding("Engine", Verdict.BAD, _NO_ENGINE, str(error))
     found = f"llama-server {engine.version} ({engine.kind})"
     if config.model:
         try:
@@ -126,6 +137,45 @@ async def _engine(config: ServerConfig) -> Finding:
         except KittyError as error:
             return Finding("Engine", Verdict.BAD, found, str(error))
     return Finding("Engine", Verdict.GOOD, found)
+
+
+async def _load(config: ServerConfig) -> Finding:
+    """Start the engine on a small model of its own: on a free port, in a folder that goes again."""
+    began = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="kitty_nb-") as name:
+            trial = await anyio.to_thread.run_sync(_trial, config, Path(name))
+            async with Supervisor(trial) as supervisor:
+                with anyio.fail_after(_LOADED_WITHIN):
+                    await supervisor.start()
+    except TimeoutError:
+        advice = (
+            "Some devices compile their programs for minutes the first time. Start a server: its"
+            " activities and its log say how far it is."
+        )
+        found = f"no answer from the demo model within {_LOADED_WITHIN:.0f} s"
+        return Finding("Load", Verdict.ODD, found, advice)
+    except (KittyError, OSError) as error:
+        return Finding("Load", Verdict.BAD, "the engine does not serve a demo model", str(error))
+    seconds = time.monotonic() - began
+    return Finding("Load", Verdict.GOOD, f"a demo model was loaded and answered in {seconds:.1f} s")
+
+
+def _trial(config: ServerConfig, folder: Path) -> ServerConfig:
+    return ServerConfig(
+        profile="doctor",
+        binary=config.binary,
+        models_dir=folder,
+        model=write_demo_model(folder / "demo.gguf"),
+        port=next_free_port("127.0.0.1", config.port),
+        log_dir=folder,
+        history=folder / "history.sqlite3",
+        context_size=256,
+        parallel=1,
+        restart_max=0,
+        stop_grace_seconds=2,
+        on_kernel_exit=OnKernelExit.STOP,
+    )
 
 
 def _models(config: ServerConfig) -> Finding:
