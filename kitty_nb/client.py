@@ -198,7 +198,10 @@ def _missing(tools: tuple[str, ...], finish: str, *, thought: bool) -> str:
         )
     if finish == "length":
         what = "was still thinking" if thought else "had said nothing yet"
-        return f"The model {what} when max_tokens or the context cut its answer off. Raise them."
+        return (
+            f"The model {what} when max_tokens or the context ran out. Raise max_tokens, or the"
+            " context size."
+        )
     return "The model thought, but then gave no answer. Ask it in other words." if thought else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import anyio
@@ -64,10 +65,12 @@ def events(*deltas: dict[str, object], finish: str | None = "stop", space: str =
     return "".join(f"data:{space}{json.dumps(one)}\n\n" for one in chunks) + "data: [DONE]\n\n"
 
 
-def test_an_answer_may_hold_any_separator_of_lines(config: ServerConfig) -> None:
+def test_an_answer_may_hold_any_separator_of_lines(
+    config: ServerConfig, engine: Path | None
+) -> None:
     grammar = "".join(f"\\u{ord(letter):04x}" for letter in SEPARATORS)
     options = {"grammar": f'root ::= "{grammar}"', "max_tokens": 64}
-    with ModelManager(config=config) as manager:
+    with ModelManager(config=config.replace(binary=engine)) as manager:
         manager.start().wait(60)
         assert manager.chat("Say it.", **options).wait(60) == SEPARATORS
 
@@ -116,6 +119,40 @@ def test_what_came_in_place_of_an_answer_is_told(
 ) -> None:
     with pytest.raises(NoAnswerError, match=reason):
         chat(says(events(*deltas, finish=finish)))
+
+
+THINKING = """\
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}
+"""
+
+
+def test_a_model_that_only_thought_has_not_answered(
+    config: ServerConfig, engine: Path | None, tmp_path: Path
+) -> None:
+    template = tmp_path / "thinking.jinja"
+    template.write_text(THINKING)
+    flags = ("--chat-template-file", str(template))
+    pieces: list[Piece] = []
+    options = {"grammar": 'root ::= "<think>\\n" [a-z ]*', "max_tokens": 32}
+    wanted = config.replace(binary=engine, extra_args=flags, tool_calling=True)
+    with ModelManager(config=wanted) as manager:
+        manager.start().wait(60)
+        with pytest.raises(NoAnswerError, match="still thinking when max_tokens"):
+            manager.chat("Think.", pieces.append, **options).wait(60)
+    assert pieces
+    assert all(piece.thinking for piece in pieces)
 
 
 PAGE = "<!doctype html>\n<title>Log in</title>" + "x" * 1000

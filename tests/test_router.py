@@ -271,16 +271,19 @@ def test_a_real_router_is_used(
     (folder / "one.gguf").symlink_to(demo_model)
     (folder / "two\u2028.gguf").symlink_to(demo_model)
     command = [native_engine, "--models-dir", folder, "--port", str(config.port), "-c", "512"]
+    told: list[Event] = []
     with (
         subprocess.Popen([*command, "-ngl", "0"]) as process,
         ModelManager(config=config) as manager,
     ):
+        manager.subscribe(told.append)
         try:
             eventually(Router(config.endpoint).answers, within=30)
             manager.attach().wait(60)
             for name in ("one", "two\u2028"):
                 assert manager.switch_model(name).wait(60).alias == name
                 assert manager.chat("Who are you?").wait(60).startswith("Hello! I am")
+            eventually(lambda: "has loaded two\u2028 in" in said(told))
             assert manager.restart().wait(60).alias == "two\u2028"
             assert manager.chat("Who are you?", model="one").wait(60).startswith("Hello! I am")
         finally:
