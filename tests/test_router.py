@@ -16,7 +16,8 @@ import pytest
 from conftest import eventually
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
-from kitty_nb.errors import KittyError, ServerFailedError, StartCancelledError
+from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, StartCancelledError
+from kitty_nb.experiments import record_run
 from kitty_nb.supervisor.events import Activity, Event, LoadProgress, RouterLoad, Stage
 
 STAND_IN = Path(__file__).with_name("stand_in_router.py")
@@ -297,6 +298,8 @@ def test_another_server_that_was_attached_to_is_kept(config: ServerConfig) -> No
     ):
         other.start().wait(60)
         manager.attach().wait(60)
+        with pytest.raises(ExperimentError, match="which model and settings"):
+            record_run(manager, "Who are you?")
         for ask in (manager.restart, lambda: manager.switch_model("demo.gguf")):
             with pytest.raises(ServerFailedError, match="not started by kitty_nb"):
                 ask().wait(60)

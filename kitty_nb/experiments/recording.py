@@ -73,9 +73,9 @@ def record_run(
         parameters: What else llama-server takes with a request, such as `top_k=1`.
 
     Raises:
-        KittyError: The server is not ready, or a prompt is nothing to ask. Waiting for the result
-            raises ExperimentError when the server refuses a request, such as one that is longer
-            than its context.
+        KittyError: The server is not ready or was not started by kitty_nb, or a prompt is nothing
+            to ask. Waiting for the result raises ExperimentError when the server refuses a request,
+            such as one that is longer than its context.
     """
     sampling: dict[str, JsonValue] = {
         "max_tokens": max_tokens,
@@ -89,6 +89,11 @@ def record_run(
         for prompt in ([prompts] if isinstance(prompts, str | Request) else prompts)
     )
     access, state = manager.access, manager.state
+    if state.foreign:
+        raise ExperimentError(
+            f"{state.foreign.who} was not started by kitty_nb, so which model and settings answer is"
+            " not known. Start a server of your own, and record that."
+        )
 
     async def run() -> RunRecord:
         exchanges = await ask(access, requests)
