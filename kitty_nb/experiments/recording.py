@@ -91,8 +91,8 @@ def record_run(
     access, state = manager.access, manager.state
     if state.foreign:
         raise ExperimentError(
-            f"{state.foreign.who} was not started by kitty_nb, so which model and settings answer is"
-            " not known. Start a server of your own, and record that."
+            f"{state.foreign.who} was not started by kitty_nb, so which model and settings answer"
+            " is not known. Start a server of your own, and record that."
         )
 
     async def run() -> RunRecord:
