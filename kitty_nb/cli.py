@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import ServerState
+    from kitty_nb.supervisor.events import MemoryUse, ServerState
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _DEMO_NAME = "kitty-demo.gguf"
@@ -103,6 +103,10 @@ def start(
     profile: _Profile = _PROFILE,
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
+    print_command: Annotated[
+        bool,
+        typer.Option("--print-command", help="Only print what would be run, for a shell."),
+    ] = False,
 ) -> None:
     """Start the profile's server; it stays when this command ends.
 
@@ -111,6 +115,9 @@ def start(
     """
     from kitty_nb.terminal import commands
 
+    if print_command:
+        typer.echo(anyio.run(commands.command_text, _config(env, profile)))
+        return
     _show_load(commands.start, _config(env, profile), not no_wait, anyway)
 
 
@@ -167,12 +174,12 @@ def status(
 ) -> None:
     """Say how the profile's server is. The exit code is 3 when none is running."""
     from kitty_nb.config import configured_profiles
-    from kitty_nb.terminal.glance import glance
+    from kitty_nb.terminal.glance import glance, measure
 
     names = configured_profiles(env) if every else (profile,)
     states = [anyio.run(glance, _settings(env, name)) for name in names]
     if as_json:
-        facts = [*map(_facts, states)]
+        facts = [_facts(state, *anyio.run(measure, state)) for state in states]
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
     else:
         for state in states:
@@ -368,7 +375,9 @@ def _show_load(
     return state is not None
 
 
-def _facts(state: ServerState) -> dict[str, Any]:
+def _facts(
+    state: ServerState, memory: MemoryUse | None, tokens_per_second: float | None
+) -> dict[str, Any]:
     return {
         "profile": state.config.profile,
         "status": state.status.value,
@@ -379,6 +388,8 @@ def _facts(state: ServerState) -> dict[str, Any]:
         "uptime_seconds": state.uptime,
         "error": state.error,
         "log": str(state.config.log_path),
+        "memory": memory and {"ram": memory.resident, "devices": memory.gpu},
+        "tokens_per_second": tokens_per_second,
     }
 
 

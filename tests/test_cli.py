@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import socket
@@ -106,6 +107,9 @@ def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
     with ModelManager(env) as manager:
         state = manager.start().wait(30)
         found = facts(env)
+        memory = found.pop("memory")
+        assert isinstance(memory, dict)
+        assert memory["ram"] == pytest.approx(psutil.Process(state.pid).memory_info().rss, rel=0.2)
         assert {**found, "uptime_seconds": None} == {
             "profile": "primary",
             "status": "READY",
@@ -116,6 +120,7 @@ def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
             "uptime_seconds": None,
             "error": None,
             "log": str(config.log_path),
+            "tokens_per_second": 0.0,
         }
         assert 0 < float(str(found["uptime_seconds"])) < 60
         assert run("wait-ready", "--env", env, "--profile", "PRIMARY").exit_code == 0
@@ -269,6 +274,52 @@ def test_why_a_start_failed_is_known_until_the_next_one(
     assert kitty("start", "--env", env).returncode == 0
     assert run("stop", "--env", env).exit_code == 0
     assert run("status", "--env", env).stdout.startswith("No server")
+
+
+def test_tokens_a_second_are_told_while_it_answers(env: Path) -> None:
+    idle = facts(env)
+    assert (idle["memory"], idle["tokens_per_second"]) == (None, None)
+    env.write_text(f"{env.read_text()}LLAMACPP_EXTRA_ARGS='--ignore-eos --context-shift'\n")
+    with ModelManager(env) as manager:
+        manager.start().wait(30)
+        endless = manager.chat("Who are you?")
+        eventually(lambda: float(str(facts(env)["tokens_per_second"])) > 0)
+        endless.cancel()
+
+
+def test_the_command_is_printed_for_a_shell_and_nothing_is_started(
+    tmp_path: Path, config: ServerConfig, stand_in: Path, demo_model: Path
+) -> None:
+    model = tmp_path / "a model's name.gguf"
+    shutil.copy(demo_model, model)
+    more = ("LLAMACPP_ALLOW_ABSOLUTE_PATHS=1", f"LLAMACPP_BIN={stand_in}")
+    env = write_env(tmp_path, config, *more, "LLAMACPP_API_KEY=very-secret")
+    env.write_text(f'{env.read_text()}LLAMACPP_PRIMARY_MODEL="{model}"\n')
+    printed = run("start", "--print-command", "--env", env)
+    assert printed.exit_code == 0
+    assert "very-secret" not in printed.output
+    words = shlex.split(printed.stdout)
+    assert words[:3] == [str(stand_in), "--model", str(model)]
+    assert words[words.index("--ctx-size") + 1] == "512"
+    assert not config.log_dir.exists()
+    env.write_text(f"{env.read_text()}LLAMACPP_EXTRA_ARGS=--no-such-flag\n")
+    refused = run("start", "--print-command", "--env", env)
+    assert refused.exit_code == 1
+    assert "--no-such-flag" in refused.stderr
+
+
+def test_a_secret_among_other_flags_is_not_printed(tmp_path: Path, config: ServerConfig) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho '--model FNAME  x'\necho '-hft, --hf-token TOKEN  x'\n")
+    program.chmod(0o755)
+    env = write_env(
+        tmp_path, config, f"LLAMACPP_BIN={program}", "LLAMACPP_CTX=", "LLAMACPP_THREADS="
+    )
+    env.write_text(
+        env.read_text() + "LLAMACPP_PARALLEL=\nLLAMACPP_EXTRA_ARGS=--hf-token hf_secret\n"
+    )
+    printed = run("start", "--print-command", "--env", env)
+    assert printed.stdout.endswith("--hf-token '(hidden)'\n")
 
 
 def test_what_will_not_fit_is_refused_unless_wanted_anyway(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
+
+
+# Flags whose value is a secret itself, rather than a file that holds it.
+_SECRET = re.compile(r"(?i)--?[\w-]*(?:token|password|secret|api[-_]key)$")
+_HIDDEN = "(hidden)"
 
 
 class Launched(NamedTuple):
@@ -80,6 +87,19 @@ async def launch(
         rotate(config.log_path, config.log_keep)
         note_engine(engine)
         return await _spawn(config, command, api_key, began)
+
+
+async def public_command(config: ServerConfig) -> tuple[str, ...]:
+    """Return the words that would be run. What may be a secret in `extra_args` is replaced.
+
+    The key that clients need is not among them: the server learns it from its environment.
+
+    Raises:
+        KittyError: There is no engine, or it does not know a setting.
+    """
+    command = build_command(await locate_engine(config.binary), config)
+    hidden = (_HIDDEN if _SECRET.match(flag) else word for flag, word in pairwise(command))
+    return command[0], *hidden
 
 
 def make_leash(config: ServerConfig) -> Leash | None:

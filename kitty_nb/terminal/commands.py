@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,7 @@ from kitty_nb.errors import (
     WaitTimeoutError,
 )
 from kitty_nb.supervisor.events import ServerState, ServerStatus
+from kitty_nb.supervisor.launch import public_command
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from kitty_nb.terminal.load_display import LoadDisplay
 
 T = TypeVar("T")
+
+
+async def command_text(config: ServerConfig) -> str:
+    """Return what would be run to start a server, quoted for a shell and without secrets.
+
+    Raises:
+        KittyError: There is no engine, or it does not know a setting.
+    """
+    return shlex.join(await public_command(config))
 
 
 async def start(

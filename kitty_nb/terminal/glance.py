@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import anyio
+import anyio.to_thread
+
 from kitty_nb.supervisor.diagnosis import diagnose
 from kitty_nb.supervisor.events import ServerState, ServerStatus
+from kitty_nb.supervisor.free_memory import memory_use
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.last_failure import last_failure
 from kitty_nb.supervisor.record import find_server, read_record
@@ -13,6 +17,9 @@ from kitty_nb.terminal.logs import log_lines
 
 if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import MemoryUse
+
+_PACE_OVER = 0.5  # seconds
 
 
 async def glance(config: ServerConfig) -> ServerState:
@@ -32,6 +39,32 @@ async def glance(config: ServerConfig) -> ServerState:
         record.ready,
         last_health_check=health,
     )
+
+
+async def measure(state: ServerState) -> tuple[MemoryUse | None, float | None]:
+    """Measure what a server holds, and how many tokens a second it answers with now.
+
+    Args:
+        state: As `glance` has found it.
+
+    Returns:
+        None for what there is not, or what its build does not tell.
+    """
+    record = find_server(state.config)
+    if record is None or record.pid != state.pid:
+        return None, None
+    use = await anyio.to_thread.run_sync(memory_use, record.pid)
+    if record.ready is None:
+        return use, None
+    probe = HealthProbe(record.config, record.api_key, trusted=True)
+    try:
+        health = await probe.check_activity()
+        if health.slots_busy:
+            await anyio.sleep(_PACE_OVER)
+            health = await probe.check_activity()
+    finally:
+        await probe.aclose()
+    return use, 0.0 if health.slots_busy == 0 else health.tokens_per_second
 
 
 def _after_the_end(config: ServerConfig) -> ServerState:
