@@ -217,7 +217,7 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
         "flash_attention": config.flash_attention is not FlashAttention.OFF,
         "fits": has_fit,
         "scores_all": engine is not None and not can_answer(engine),
-    } | _from_words(config.extra_args)
+    } | _from_words(config.extra_args, config.projector)
     if (given["sequences"] or 0) < 1:  # llama-server's automatic choice, as -1 layers are
         given |= {"sequences": 4 if has_fit else 1, "unified": True}
     else:
@@ -228,9 +228,9 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
     return MemorySettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def _from_words(words: tuple[str, ...]) -> dict[str, Any]:
+def _from_words(words: tuple[str, ...], projector: Path | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    files: list[Path] = []
+    files = [projector] if projector else []
     for flag, value in pairwise((*words, "")):
         if flag in _SWITCHES:
             name, choice = _SWITCHES[flag]

@@ -107,6 +107,7 @@ def probe_command(engine: Engine, config: ServerConfig, outline: Path) -> tuple[
     missing = ("--lora", str(outline.with_name("none"))) if has_adapters else ()
     changes = {
         "model": outline,
+        "projector": None,
         "host": "127.0.0.1",
         "port": 0,
         "extra_args": (*words, "--fit", "on", *missing),
