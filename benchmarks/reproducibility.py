@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.free_port import free_port
 
-_NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "reproducible_run.ipynb"
+_NOTEBOOK = Path(__file__).parents[1] / "tests" / "notebooks" / "reproducible_run.ipynb"
 _RUNS = 20
 _SECONDS = 240  # for a run, with room for a busy machine
 

@@ -248,7 +248,11 @@ def test_the_control_notebook_starts_a_model_and_stops_it(
     open_notebook: Callable[..., Notebook],
 ) -> None:
     notebook = open_notebook()
+    expect(notebook.page.locator(".jp-OutputArea-output")).to_have_count(0)
     notebook.run(0)
+    notebook.expect_status("STOPPED")
+    notebook.save()
+    notebook.page.reload()
     notebook.expect_status("STOPPED")
     expect(notebook.button("Stop")).to_be_disabled()
     notebook.choose("small")

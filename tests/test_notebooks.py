@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat import NotebookNode
 
-from kitty_nb import ServerConfig, write_demo_model
+from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.experiments import Outcome, RunRecord, Sweep
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+# The same with outputs: JupyterLab would distrust a notebook that comes with some.
+RUN_ONCE = Path(__file__).parent / "notebooks"
 
 
 def at_home(folder: Path, port: int) -> None:
@@ -23,8 +28,22 @@ def at_home(folder: Path, port: int) -> None:
     (folder / "models").mkdir()
 
 
+def cells(notebook: Path) -> list[NotebookNode]:
+    return [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_gives_the_outputs_saved_in_it(
+def test_a_notebook_is_shipped_as_nobody_has_run_it(notebook: Path) -> None:
+    shipped, run = nbformat.read(notebook, 4), nbformat.read(RUN_ONCE / notebook.name, 4)
+    assert any(cell.get("outputs") for cell in run.cells)
+    for cell in run.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    assert shipped == run
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_gives_the_outputs_kept_of_it(
     notebook: Path, tmp_path: Path, free_port: int
 ) -> None:
     at_home(tmp_path, free_port)
@@ -32,12 +51,48 @@ def test_a_notebook_gives_the_outputs_saved_in_it(
         *(sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=120"),
         # Cells run in their order, whatever shuffles the tests of this suite.
         *("-p", "no:cacheprovider", "-p", "no:randomly"),
-        shutil.copy(notebook, tmp_path),
+        shutil.copy(RUN_ONCE / notebook.name, tmp_path),
     ]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_all(name: str, folder: Path, **environment: str) -> list[NotebookNode]:
+    """Run a notebook from its first cell to its last, or to the first that fails."""
+    notebook = next(path for path in NOTEBOOKS if path.stem == name)
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, "done.ipynb"]
+    given = os.environ | environment
+    subprocess.run(command, cwd=folder, capture_output=True, timeout=300, env=given, check=False)
+    return cells(folder / "done.ipynb")
+
+
+def test_run_all_asks_the_users_own_server_and_leaves_it_running(
+    tmp_path: Path, free_port: int
+) -> None:
+    at_home(tmp_path, free_port)
+    for name in ("first", "second"):
+        write_demo_model(tmp_path / "models" / f"{name}.gguf")
+    with ModelManager(tmp_path / ".env") as manager:
+        config = manager.state.config.replace(model="second.gguf", context_size=256)
+        pid = manager.start(config.replace(on_kernel_exit="keep")).wait(30).pid
+        done = run_all("control_panel", tmp_path)
+        assert not [out for cell in done for out in cell.outputs if out.output_type == "error"]
+        assert "READY · second.gguf" in done[0].outputs[0].data["text/html"]
+        assert "Hello! I am the kitty_nb demo model" in done[1].outputs[0].text
+        assert (manager.state.status, manager.state.pid) == (ServerStatus.READY, pid)
+
+
+def test_a_notebook_says_what_it_lacks_before_anything_runs(tmp_path: Path, free_port: int) -> None:
+    at_home(tmp_path, free_port)
+    begin = tmp_path / "ipython" / "profile_default" / "startup" / "begin.py"
+    begin.parent.mkdir(parents=True)
+    begin.write_text("import sys\nsys.modules['pandas'] = None")  # as if it were not installed
+    first, *others = run_all("experiments", tmp_path, IPYTHONDIR=str(tmp_path / "ipython"))
+    assert first.outputs[-1].evalue == "Tables and plots need: pip install pandas"
+    assert not any(cell.execution_count for cell in others)
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_a_run_is_recorded_headless_with_parameters(tmp_path: Path, free_port: int) -> None:

@@ -176,6 +176,16 @@ class ControlPanel(VBox):
         facts = state.status, state.model_name or "", state.endpoint if ready else ""
         return still(f"kitty_nb, profile {self._profile}", facts)
 
+    @property
+    def choice(self) -> ServerConfig:
+        """What *Start* would start. While models are still being listed, it waits for one.
+
+        Raises:
+            ConfigError: A setting that is shown is wrong.
+        """
+        self.picker.wait_for_choice()
+        return self._wanted()
+
     def rescan(self) -> None:
         """Read the `.env` file and look for models again. What has been edited here stays."""
         edits, problem, edited = self.settings.edits(self._given), None, self._edited

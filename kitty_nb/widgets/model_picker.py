@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kitty_nb.manager import ModelManager, Operation
 
 _PATIENCE = 0.3  # seconds that a search may take before it goes on in the background
+_CHOICE_WITHIN = 60.0  # seconds; a search of a slow disk
 _LIST_EVERY = 1.0  # seconds; a longer list each time is a message, and moves under the mouse
 
 
@@ -117,6 +118,11 @@ class ModelPicker(VBox):
                 self._list([*self._models.values(), *([fresh] if fresh else [])], finished=False)
             if path in self._models:
                 self.dropdown.value = self._choice = path
+
+    def wait_for_choice(self) -> None:
+        """Wait until there is a model, or none was found."""
+        if self.dropdown.value is None:
+            self._complete.wait(_CHOICE_WITHIN)
 
     def stop(self) -> None:
         """Keep the list as it is."""
