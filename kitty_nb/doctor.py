@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -28,9 +29,10 @@ from kitty_nb.config import (
 )
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
-from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
 from kitty_nb.supervisor.record import find_server
 from kitty_nb.supervisor.supervisor import Supervisor
@@ -84,7 +86,8 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     findings.append(await _engine(config))
     if findings[-1].found != _NO_ENGINE:
         findings.append(await _load(config))
-    checks = (_models, _model, _port, _memory, _disk)
+    findings.append(await _memory(config))
+    checks = (_models, _model, _port, _disk)
     findings += [await anyio.to_thread.run_sync(check, config) for check in checks]
     others = [
         salvage_settings(env, name)[0]
@@ -222,20 +225,31 @@ def _port(config: ServerConfig) -> Finding:
     return Finding(what, Verdict.BAD, refusal, advice)
 
 
-def _memory(config: ServerConfig) -> Finding:
-    record = find_server(config)
-    memory = free_memory(record.pid if record else None)
-    places = (memory.ram, *memory.gpus)
-    found = ", ".join(
-        f"{place.name}: {decimal(place.free)} of {decimal(place.total)} free" for place in places
-    )
-    if memory.gpus or sys.platform == "darwin":
-        return Finding("GPU, memory", Verdict.GOOD, found)
-    if find_spec("pynvml"):
-        advice = "No NVIDIA GPU answers: models run on the processor, or on a GPU of another make."
-    else:
+async def _memory(config: ServerConfig) -> Finding:
+    what = "GPU, memory"
+    record = await anyio.to_thread.run_sync(find_server, config)
+    measured = await anyio.to_thread.run_sync(free_memory, record.pid if record else None)
+    devices = None
+    with suppress(EngineError):  # another finding says what is wrong with it
+        _, devices = await engine_devices(config)
+    memory = with_devices(measured, devices)
+    rows = [
+        f"{place.name}: {decimal(place.free)} of {decimal(place.total)} free"
+        for place in memory.places
+    ]
+    if devices is None and record and record.devices:  # machines of --rpc that serve it
+        rows += [f"{name}: in use by the server (PID {record.pid})" for name in record.devices]
+    found = ", ".join(rows)
+    if measured.gpus and devices == ():
+        names = ", ".join(gpu.name for gpu in measured.gpus)
+        advice = f"This llama-server does not use {names}. Install a build that does."
+        return Finding(what, Verdict.ODD, found, advice)
+    if len(rows) > 1 or sys.platform == "darwin":
+        return Finding(what, Verdict.GOOD, found)
+    advice = "This llama-server lists no GPU: models run on the processor."
+    if devices is None and not find_spec("pynvml"):
         advice = "To see an NVIDIA GPU: pip install 'kitty_nb[gpu]'"
-    return Finding("GPU, memory", Verdict.GOOD, found, advice)
+    return Finding(what, Verdict.GOOD, found, advice)
 
 
 def _disk(config: ServerConfig) -> Finding:

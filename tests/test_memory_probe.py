@@ -29,8 +29,9 @@ from kitty_nb.engine.dialect import parse_help
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
 from kitty_nb.supervisor import memory_preview
 from kitty_nb.supervisor.free_memory import free_memory
-from kitty_nb.supervisor.memory_preview import settings_of
-from kitty_nb.supervisor.memory_probe import Answer, ask_engine, probe_command, read_answer
+from kitty_nb.supervisor.memory_preview import MemoryPreviewer, Running
+from kitty_nb.supervisor.memory_probe import Answer, AnswerReader, ask_engine, probe_command
+from kitty_nb.supervisor.memory_settings import settings_of
 
 MIB = 1 << 20
 
@@ -52,9 +53,11 @@ case " $* " in
        --tools A,B                tools
        --log-jsonl, --no-log-jsonl  log as JSON
 -fit,  --fit [on|off]             fit
+       --list-devices             list what is in the file beside it
 END
 exit;;
 *" --version "*) echo "version: 1 (teller)"; exit;;
+*" --list-devices "*) cat "$0.devices"; exit;;
 esac
 echo "$*" >> "$0.calls"
 {body}
@@ -203,14 +206,38 @@ CUDA = ("device", "CUDA0", (100, 30, 5), 9000, 10000)
 
 
 def test_rows_are_sorted_into_ram_and_devices() -> None:
-    answer = read_answer(breakdown(CUDA, HOST, REPACKED))
+    answer = AnswerReader().read(breakdown(CUDA, HOST, REPACKED))
     assert answer == Answer(
         Needs(30 * MIB, 0, 5 * MIB),
         ((Place("CUDA0", 9000 * MIB, 10000 * MIB), Needs(100 * MIB, 30 * MIB, 5 * MIB)),),
     )
-    assert read_answer('{"type":"log","msg":"fit_memory_breakdown"}') is None
-    assert read_answer("fit_memory_breakdown") is None
-    assert read_answer('["fit_memory_breakdown"]') is None
+    assert AnswerReader().read('{"type":"log","msg":"fit_memory_breakdown"}') is None
+    assert AnswerReader().read("fit_memory_breakdown") is None
+    assert AnswerReader().read('["fit_memory_breakdown"]') is None
+
+
+# As b10434 logs it with `--verbosity 5`, on a machine with a GPU.
+ROW = "0.04.1 I common_memory_breakdown_print: |"
+TABLE = f"""\
+{ROW} memory breakdown [MiB] | total   free    self   model   context   compute    unaccounted |
+{ROW}   - Vulkan0 (llvmpipe (LLVM 15.0.6, 256 bits)) |  2048 = 1990 + ( 137 =    65 +      49 + \
+     23) +         -79 |
+{ROW}   - Host                                       |                  179 =   170 +       0 + \
+      9                |
+{ROW}   - CPU_REPACK                                 |                   12 =    12 +       0 + \
+      0                |
+0.05.4 I common_params_fit_impl: projected to use 137 MiB of device memory vs. 2048 MiB
+"""
+
+
+def test_a_table_is_read_to_its_end() -> None:
+    reader = AnswerReader()
+    *rows, after = TABLE.splitlines()
+    assert [reader.read(row) for row in rows] == [None] * 4
+    gpu = Place("Vulkan0 (llvmpipe (LLVM 15.0.6, 256 bits))", 1990 * MIB, 2048 * MIB)
+    assert reader.read(after) == Answer(
+        Needs(182 * MIB, 0, 9 * MIB), ((gpu, Needs(65 * MIB, 49 * MIB, 23 * MIB)),)
+    )
 
 
 def look(config: ServerConfig) -> list[MemoryPreview]:
@@ -337,6 +364,32 @@ def test_extra_args_have_the_last_word(config: ServerConfig, demo_model: Path) -
     assert settings.extra_weights == demo_model.stat().st_size
 
 
+def test_every_adapter_counts_with_its_scale_or_without(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    names = []
+    for letter, size in (("a", 1000), ("b", 20_000), ("c", 300_000), ("d:1", 4_000_000)):
+        path = tmp_path / f"{letter}.gguf"
+        path.write_bytes(bytes(size))
+        names.append(str(path))
+    a, b, c, d = names
+    words = ["--lora", f"{a},{b}", "--lora-scaled", f"{c}:0.5,{d}:2"]
+    assert settings_of(config.replace(extra_args=words)).extra_weights == 4_321_000
+
+
+def test_scores_are_kept_of_all_that_is_asked_for(config: ServerConfig) -> None:
+    def settings(words: str) -> tuple[bool, int]:
+        found = settings_of(config.replace(extra_args=words))
+        return found.scores_all, found.drafted
+
+    assert settings("") == (False, 0)
+    for words in ("--embeddings", "--embedding", "--reranking", "--pooling mean", "--rerank"):
+        assert settings(words) == (True, 0)
+    assert settings("--pooling none") == (False, 0)
+    assert settings("--spec-type ngram-mod") == (False, 64)
+    assert settings("--spec-type draft-simple --spec_draft_n_max 16") == (False, 16)
+
+
 def test_old_builds_have_other_defaults(misbehaving: Callable[..., ServerConfig]) -> None:
     config = misbehaving().replace(context_size=None, parallel=None)
     engine = anyio.run(locate_engine, config.binary)
@@ -357,6 +410,31 @@ def test_what_a_server_holds_counts_as_free() -> None:
     assert memory.ram.returned < memory.ram.free <= memory.ram.total
     assert free_memory(holder.pid).ram.returned == 0
     assert free_memory().ram.total == psutil.virtual_memory().total
+
+
+def test_what_a_server_holds_on_another_device_comes_back(
+    config: ServerConfig, teller: Callable[[str], Path], tmp_path: Path
+) -> None:
+    program = teller("exit 1")
+    gpu = "  ROCm0: AMD Radeon RX 7900 XTX (16000 MiB, 9000 MiB free)"
+    Path(f"{program}.devices").write_text(f"Available devices:\n{gpu}\n")
+    layers = {"width": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 300}
+    path = write_model(tmp_path / "held.gguf", **layers)
+    config = config.replace(binary=program, models_dir=tmp_path, model=path, context_size=4096)
+    running = Running(psutil.Process().pid, config.replace(n_gpu_layers=999))
+
+    def place(before: Running | None) -> Place:
+        wanted = (config, before, lambda _: None, 0.0)
+        return anyio.run(MemoryPreviewer().preview, *wanted).parts[-1].place
+
+    name = "ROCm0 (AMD Radeon RX 7900 XTX)"
+    assert place(None) == Place(name, 9000 * MIB, 16000 * MIB)
+    held = place(running)
+    # All layers, with keys and values of 8 heads of 128 numbers, each of two bytes, in 8 layers.
+    least = path.stat().st_size - 8 * MIB + 4096 * 8 * 2 * 8 * 128 * 2
+    assert least < held.returned < least * 1.1
+    assert held.free == 9000 * MIB + held.returned
+    assert place(Running(running.pid, None)) == Place(name, 9000 * MIB, 16000 * MIB)
 
 
 class FakeError(Exception):

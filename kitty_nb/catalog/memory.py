@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kitty_nb.catalog.model_shape import ModelShape
 
 __all__ = [
     "CACHE_TYPES",
     "MARGIN",
+    "Draft",
     "Memory",
     "MemoryPreview",
     "MemorySettings",
@@ -54,8 +59,10 @@ class MemorySettings:
         cache_on_gpu: Whether the cache of those layers goes there too.
         fits: Whether the engine shrinks what is left to it until it fits (`--fit`).
         scores_all: Whether the engine makes room for the scores of all tokens of a batch, as it
-            did before it could log as JSON.
+            does for embeddings, and did for everything before it had `--fit`.
+        drafted: Tokens that speculation proposes at once, which need scores too.
         extra_weights: Bytes of files that are loaded beside the model, such as a projector.
+        draft: The model that proposes them.
     """
 
     context: int | None = None
@@ -71,12 +78,27 @@ class MemorySettings:
     cache_on_gpu: bool = True
     fits: bool = True
     scores_all: bool = False
+    drafted: int = 0
     extra_weights: int = 0
+    draft: Draft | None = None
 
     @property
     def caches(self) -> int:
         """How many caches share the context between them."""
         return 1 if self.unified else self.sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A smaller model that is loaded beside another, to propose what comes next.
+
+    Attributes:
+        shape: It.
+        settings: Its own; its context is that of the other model.
+    """
+
+    shape: ModelShape
+    settings: MemorySettings
 
 
 @dataclass(frozen=True, slots=True)

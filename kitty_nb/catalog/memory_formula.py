@@ -9,7 +9,9 @@ what its allocator was seen to take: a few vectors for each token of a batch, an
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import replace
 from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.memory import CACHE_TYPES, Needs
@@ -62,7 +64,11 @@ def estimate(
     computes[0] = max(computes[0], inputs)
     if not shape.cache_known:
         return tuple(Needs(weight, None, None) for weight in weights)
-    return tuple(map(Needs, weights, cache, computes))
+    needs = tuple(map(Needs, weights, cache, computes))
+    if draft := settings.draft:
+        beside = replace(draft.settings, context=settings.context)
+        return tuple(map(add, needs, estimate(draft.shape, beside, gpus)))
+    return needs
 
 
 def _homes(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
@@ -94,7 +100,8 @@ def _compute(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
     keys = max((layer.keys + layer.values for layer in shape.layers), default=0)
     scores = 0 if settings.flash_attention else cells * shape.heads
     attention = 2 * shape.queries + keys + scores
-    outputs = tokens if settings.scores_all else min(sequences, tokens)
+    scored = sequences * (1 + settings.drafted)
+    outputs = tokens if settings.scores_all else min(scored, tokens)
     widest = max(
         tokens * (_VECTORS * shape.width + max(shape.activations, attention)),
         outputs * shape.vocabulary + tokens * shape.width,

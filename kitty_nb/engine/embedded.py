@@ -183,10 +183,7 @@ OPTIONS: dict[str, Setter] = {
     "-np, --parallel N": _to("n_parallel", int),
     "-cb, --cont-batching, -nocb, --no-cont-batching": _to("cont_batching"),
     "-mm, --mmproj FILE": _to("mmproj.path"),
-    "--mmproj-auto, --no-mmproj, --no-mmproj-auto": _to("no_mmproj", not_),
     "--mmproj-offload, --no-mmproj-offload": _to("mmproj_use_gpu"),
-    "--image-min-tokens N": _to("image_min_tokens", int),
-    "--image-max-tokens N": _to("image_max_tokens", int),
     "-a, --alias STRING": _to("model_alias", lambda value: set(_items(value))),
     "--host HOST": _to("hostnames", _items),
     "--port PORT": _to("port", int),
@@ -251,7 +248,7 @@ def _refuse(flag: str, reason: object) -> NoReturn:
 
 def help_text() -> str:
     """What `--help` prints: every option, laid out as llama-server does."""
-    heads = ("-h, --help, --usage", "--version", *OPTIONS)
+    heads = ("-h, --help, --usage", "--version", "--list-devices", *OPTIONS)
     aligned = (re.sub(r"^-\w+, ", lambda short: f"{short[0]:<7}", head) for head in heads)
     return _HELP.format(options="\n".join(aligned))
 
@@ -262,6 +259,19 @@ def version_text() -> str:
     return f"version: {wheel.rpartition('.')[2]} (xllamacpp {wheel})"
 
 
+def devices_text() -> str:
+    """What `--list-devices` prints: all but the processor."""
+    xllamacpp = import_module("xllamacpp")
+    mib = 1 << 20
+    lines = [
+        f"  {device['name']}: {device['description']} ({device['memory_total'] // mib} MiB,"
+        f" {device['memory_free'] // mib} MiB free)"
+        for device in xllamacpp.get_device_info()
+        if device["type"] != xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    ]
+    return "\n".join(["Available devices:", *(lines or ["  (none)"])])
+
+
 def main(words: Sequence[str]) -> None:
     """Be llama-server, until a signal ends it or the model does not load."""
     if {"-h", "--help", "--usage"} & set(words):
@@ -269,6 +279,9 @@ def main(words: Sequence[str]) -> None:
         return
     if "--version" in words:
         print(version_text())
+        return
+    if "--list-devices" in words:
+        print(devices_text())
         return
     # Loading keeps the interpreter busy: only a signal's default action can end it then.
     for number in (signal.SIGINT, signal.SIGTERM):

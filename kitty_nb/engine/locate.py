@@ -126,7 +126,7 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     answers: dict[str, str] = {}
 
     async def ask(flag: str) -> None:
-        answers[flag] = await _output((*candidate.command, flag), answer_within)
+        answers[flag] = await output_of((*candidate.command, flag), answer_within)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask, "--help")
@@ -144,7 +144,7 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     )
 
 
-async def _output(command: tuple[str, ...], answer_within: float) -> str:
+async def output_of(command: tuple[str, ...], answer_within: float) -> str:
     """What a command prints, or why it prints nothing."""
     try:
         with anyio.fail_after(answer_within):

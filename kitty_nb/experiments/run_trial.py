@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,10 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from kitty_nb.catalog.memory import Verdict
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import ExperimentError, KittyError, ModelFileError, PortBusyError
+from kitty_nb.errors import ExperimentError, KittyError, PortBusyError
 from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
 from kitty_nb.experiments.measure import Interview
 from kitty_nb.experiments.model_mark import mark_of
@@ -35,7 +34,7 @@ from kitty_nb.experiments.trial import (
 from kitty_nb.supervisor.events import ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import free_memory
 from kitty_nb.supervisor.load_facts import this_host
-from kitty_nb.supervisor.memory_preview import MemoryPreviewer, preview_by_formula
+from kitty_nb.supervisor.memory_preview import MemoryPreviewer
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
 
@@ -146,14 +145,7 @@ class _Run:
         self.engine = engine.version
         own = await anyio.to_thread.run_sync(self._own_config, config, folder, engine)
         self.mark = await anyio.to_thread.run_sync(mark_of, self._trial.model, config)
-        refusal = ""
-        with suppress(ModelFileError):  # the formula is not for all models; the engine will say
-            preview = await anyio.to_thread.run_sync(preview_by_formula, own, engine)
-            if preview.verdict is Verdict.WILL_NOT_FIT:
-                # The formula knows no engine's devices, so a refusal is the engine's own word.
-                preview = await MemoryPreviewer().preview(own, None, lambda _: None, 0.0)
-            refusal = preview.refusal
-        return own, refusal
+        return own, await MemoryPreviewer().refusal(own, None)
 
     def _own_config(self, config: ServerConfig, folder: Path, engine: Engine) -> ServerConfig:
         name = f"trial_{self._trial.key}"
@@ -255,9 +247,9 @@ class _Run:
             held = {"memory": self._memory, "gpu_memory": self._gpu_memory}
             speeds.append(replace(speed, **held))
             first = first or answers
-        perplexity = bits = None
+        perplexity = None
         if isinstance(workload.quality, Perplexity):
-            perplexity, bits = await interview.surprise(workload.quality)
+            perplexity = await interview.perplexity(workload.quality)
             await self._weigh(pid)
         self._exchanges = interview.exchanges(first)
         texts = {answer.prompt: answer.text for answer in first}
@@ -269,7 +261,6 @@ class _Run:
             context=context,
             answers=tuple(texts[index] for index in sorted(texts)),
             perplexity=perplexity,
-            bits_per_character=bits,
         )
 
     async def _weigh(self, pid: int) -> None:

@@ -8,8 +8,6 @@ from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.port_holder import PortHolder
 
@@ -128,6 +126,7 @@ class ServerState:
         free_port: A port to take instead, when its own was held by another program.
         attachable: Whether that program is a llama-server, to be watched and used as it is.
         foreign: The server, where it is one that was attached to, not started.
+        devices: What it has put the model on beside the processor, as its engine names them.
     """
 
     status: ServerStatus
@@ -141,6 +140,7 @@ class ServerState:
     free_port: int | None = None
     attachable: bool = False
     foreign: PortHolder | None = None
+    devices: tuple[str, ...] = ()
 
     @property
     def alias(self) -> str:
@@ -167,24 +167,19 @@ class ServerState:
         return None if self.ready_since is None else time.monotonic() - self.ready_since
 
     @property
-    def projector(self) -> Path | None:
-        """What the model takes in images and sound by; None where it takes in text only."""
-        return None if self.foreign else self.config.projector
-
-    @property
     def sentence(self) -> str:
         """How it is, in a sentence to print."""
         if self.error:
             return f"{self.status}: {self.error}"
         if self.status.idle:
             return f"No server of the profile {self.config.profile!r} is running."
-        sight = f" with {self.projector.name}" if self.projector else ""
-        model = f"{self.alias}{sight} at {self.endpoint}"
+        model = f"{self.alias} at {self.endpoint}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status
         doubt = f" But it does not serve now: {health.message}." if health and silent else ""
-        return f"{self.status}: {model} (PID {self.pid}{uptime}).{doubt}"
+        where = f" on {', '.join(self.devices)}" if self.devices else ""
+        return f"{self.status}: {model} (PID {self.pid}{uptime}){where}.{doubt}"
 
     @property
     def retry_in(self) -> float | None:

@@ -79,6 +79,7 @@ class ForeignServer:
         self.generation = generation
         self.holder = holder
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
+        self.devices = (record and record.devices) or ()
         self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=holder.sleeps)
         self._report, self._publish, self._note_health = report, publish, note_health
         self._router = RouterWatch(config, holder.pid, self.probe, publish, self._serves)

@@ -1,21 +1,27 @@
-"""How much memory this machine has to give, and a server holds: RAM, and each GPU's own."""
+"""How much memory there is to give, and a server holds: RAM, and each device's own."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from kitty_nb.catalog.memory import Memory, Place
 from kitty_nb.supervisor.events import MemoryUse
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kitty_nb.engine.devices import Device
+
 
 def free_memory(pid: int | None = None) -> Memory:
     """Measure what is free, counting in what a running server will give back.
 
-    Without NVIDIA's library or a GPU of theirs there is only RAM. A Mac's GPU shares it.
+    The GPUs are those that NVIDIA's library knows; see `with_devices` for others.
 
     Args:
         pid: The server that ends before another starts. What its children hold counts too.
@@ -27,6 +33,27 @@ def free_memory(pid: int | None = None) -> Memory:
         Place("RAM", min(ram.available + returned, ram.total), ram.total, returned),
         _gpus({process.pid for process in holders}),
     )
+
+
+def with_devices(memory: Memory, devices: Iterable[Device] | None) -> Memory:
+    """Replace the GPUs by the devices that the engine lists, keeping what a server gives back.
+
+    Args:
+        memory: As `free_memory` measures it.
+        devices: As the engine lists them; None where it does not. A Mac's GPU shares the RAM, and
+            so does not count.
+    """
+    if devices is None or sys.platform == "darwin":
+        return memory
+    left, places = [*memory.gpus], []
+    for device in devices:
+        known = next((gpu for gpu in left if gpu.name == device.about), None)
+        returned = known.returned if known else 0
+        if known:
+            left.remove(known)
+        free = min(device.free + returned, device.total)
+        places.append(Place(str(device), free, device.total, returned))
+    return Memory(memory.ram, tuple(places))
 
 
 def memory_use(pid: int) -> MemoryUse | None:

@@ -14,6 +14,8 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from kitty_nb.engine.devices import list_devices, remote_machines
+from kitty_nb.engine.locate import EngineKind, locate_engine
 from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
@@ -46,6 +48,7 @@ from kitty_nb.supervisor.load_journal import LoadJournal
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log_file import LogTail
 from kitty_nb.supervisor.log_text import readable
+from kitty_nb.supervisor.memory_settings import offloads
 from kitty_nb.supervisor.oom_kills import oom_kills
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage
@@ -146,11 +149,17 @@ class ServerInstance:
         self._helpers: TaskGroup
         self._ready = anyio.Event()
         self._last_lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._devices: tuple[str, ...] | None = None
 
     @property
     def was_ready(self) -> bool:
         """Whether it has been ready, so that clients may have its key."""
         return self._ready.is_set()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What it has put the model on beside the processor, as far as that is known yet."""
+        return (self._record and self._record.devices) or ()
 
     async def run(self) -> None:
         """Start the process and watch it until it has ended."""
@@ -233,6 +242,9 @@ class ServerInstance:
             )
         self._helpers.start_soon(self._foresee)
         with self._preparing:
+            if remote_machines(self._config):  # they answer one client at a time
+                with suppress(KittyError, OSError):  # the launch says what is wrong
+                    self._devices = await self._list_devices()
             take = partial(self._journal.take, self._meter)
             launched = await launch(self._config, self.api_key, self._began, self._say, take)
             self._process, self._record, self._leash = launched
@@ -263,6 +275,7 @@ class ServerInstance:
                     watchers.start_soon(self._watch_progress, process, log)
                     watchers.start_soon(self._health.run)
                     watchers.start_soon(self._see_to_keeper)
+                    watchers.start_soon(self._name_devices)
                     code = await process.wait()
                     watchers.cancel_scope.cancel()
             finally:  # this program may end before its server
@@ -285,6 +298,24 @@ class ServerInstance:
             withdrawn_path(record_path(self._config)).unlink()
         if self._keeper:
             await self._keeper.ended()
+
+    async def _name_devices(self) -> None:
+        """Learn which devices the server uses. Its load does not wait for that."""
+        if self._record is None or self._record.devices is not None:
+            return
+        with suppress(KittyError, OSError):  # people can do without
+            if self._devices is None:
+                self._devices = await self._list_devices()
+            self._record = self._record.model_copy(update={"devices": self._devices})
+            if not self._found and not self._being_ended():
+                write_record(self._record)
+
+    async def _list_devices(self) -> tuple[str, ...] | None:
+        engine = await locate_engine(self._config.binary)
+        if engine.kind is EngineKind.EMBEDDED or not offloads(self._config):
+            return ()  # the embedded one is slow to list them, and seldom has any
+        found = await list_devices(engine, self._config)
+        return None if found is None else tuple(map(str, found))
 
     async def _see_to_keeper(self) -> None:
         """Start a keeper, unless the program that started this server has done so."""

@@ -3,61 +3,52 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import anyio.to_thread
 import psutil
 
-from kitty_nb.catalog.memory import (
-    CACHE_TYPES,
-    Memory,
-    MemoryPreview,
-    MemorySettings,
-    Needs,
-)
+from kitty_nb.catalog.memory import Memory, MemoryPreview, Needs, Verdict
 from kitty_nb.catalog.memory_formula import estimate
 from kitty_nb.catalog.memory_plan import plan, preview
-from kitty_nb.catalog.model_shape import ModelShape, read_shape
-from kitty_nb.catalog.shards import total_size
-from kitty_nb.config import FlashAttention
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError, ModelFileError
-from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.memory_probe import Answer, ask_engine, can_answer
+from kitty_nb.supervisor.memory_settings import settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from kitty_nb.catalog.memory import Place
+    from kitty_nb.catalog.model_shape import ModelShape
     from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.devices import Device
     from kitty_nb.engine.locate import Engine
 
-_NUMBERS = {
-    "-c": "context", "--ctx-size": "context",
-    "-np": "sequences", "--parallel": "sequences",
-    "-b": "batch", "--batch-size": "batch",
-    "-ub": "micro_batch", "--ubatch-size": "micro_batch",
-    "-ngl": "gpu_layers", "--gpu-layers": "gpu_layers", "--n-gpu-layers": "gpu_layers",
-}  # fmt: skip
-_WORDS = {
-    "-ctk": "cache_type_k", "--cache-type-k": "cache_type_k",
-    "-ctv": "cache_type_v", "--cache-type-v": "cache_type_v",
-}  # fmt: skip
-_SWITCHES = {
-    "-kvu": ("unified", True), "--kv-unified": ("unified", True),
-    "-no-kvu": ("unified", False), "--no-kv-unified": ("unified", False),
-    "-nkvo": ("cache_on_gpu", False), "--no-kv-offload": ("cache_on_gpu", False),
-    "--swa-full": ("full_window", True),
-}  # fmt: skip
-_FILES = {"-mm", "--mmproj", "-md", "--model-draft", "--spec-draft-model", "--lora"}
-_ALL_LAYERS = 999
-_OLD_CONTEXT = 4096  # what builds without --fit take unless told
 # Tokens. Though the engine allocates no cache to answer, it was seen to take 50 bytes for each.
 _LONGEST_ASKED = 1 << 22
+_BUSY = (
+    "The machines that --rpc names do not answer: they serve one client at a time. Stop the server"
+    " that uses them to see whether it fits."
+)
 _ROUNDED = 2 << 20  # bytes that an answer may lack: a fraction of a MiB for each kind of buffer
+
+
+class Running(NamedTuple):
+    """A server that ends before another starts.
+
+    Attributes:
+        pid: Its process.
+        config: What it was started with; None where somebody else has started it.
+    """
+
+    pid: int
+    config: ServerConfig | None
 
 
 class MemoryPreviewer:
@@ -65,7 +56,9 @@ class MemoryPreviewer:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
-        self._devices: int | None = None
+        self._devices: tuple[Device, ...] | None = None
+        self._remote: str | None = None
+        self._devices_busy = False
         self._looks: set[anyio.CancelScope] = set()
 
     def close(self) -> None:
@@ -76,7 +69,7 @@ class MemoryPreviewer:
     async def preview(
         self,
         config: ServerConfig,
-        pid: int | None,
+        running: Running | None,
         on_preview: Callable[[MemoryPreview], object],
         delay: float,
     ) -> MemoryPreview:
@@ -84,7 +77,7 @@ class MemoryPreviewer:
 
         Args:
             config: What would be started.
-            pid: The server that would end before.
+            running: The server that would end before.
             on_preview: Called with the formula's result at once, and with the engine's.
             delay: Seconds to wait before the engine is asked.
         """
@@ -96,86 +89,134 @@ class MemoryPreviewer:
                 latest = result
                 on_preview(result)
 
+        with self._look():
+            try:
+                if config.model is None:
+                    tell(MemoryPreview(problem="No model is chosen."))
+                    return latest
+                shape = await anyio.to_thread.run_sync(read_shape, config.model)
+                measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
+                known = with_devices(measured, self._devices)
+                tell(await _by_formula(config, self._engine, shape, known))
+                await anyio.sleep(delay)
+                with suppress(KittyError, OSError, psutil.Error):  # starting says what is wrong
+                    engine, memory = await self._find_devices(config, running, measured)
+                    if memory is None:
+                        tell(MemoryPreview(problem=_BUSY))
+                    elif self._devices_busy:
+                        tell(await _by_formula(config, engine, shape, memory))
+                    else:
+                        tell(await _ask(engine, config, shape, memory))
+            except ModelFileError as error:
+                tell(MemoryPreview(problem=str(error)))
+        return latest
+
+    async def refusal(self, config: ServerConfig, running: Running | None) -> str:
+        """Say why a model will not fit, as the preview has it; empty where it may.
+
+        The engine is asked only where that could change the answer.
+        """
+        with self._look(), suppress(ModelFileError):  # starting says what is wrong
+            if config.model is None:
+                return ""
+            shape = await anyio.to_thread.run_sync(read_shape, config.model)
+            measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
+            wanted = await anyio.to_thread.run_sync(settings_of, config)
+            told = await _by_formula(config, None, shape, Memory(measured.ram))
+            # What is left to the engine goes to its devices as far as they have room.
+            its_choice = wanted.fits and not wanted.gpu_layers and not wanted.draft
+            if its_choice and told.verdict is Verdict.FITS:
+                return ""
+            with suppress(KittyError, OSError, psutil.Error):
+                engine, memory = await self._find_devices(config, running, measured)
+                if memory is None:
+                    return ""
+                told = await _by_formula(config, engine, shape, memory)
+                if told.verdict is not Verdict.FITS and not self._devices_busy:
+                    told = await _ask(engine, config, shape, memory)
+            return told.refusal
+        return ""
+
+    @contextmanager
+    def _look(self) -> Iterator[None]:
         with anyio.CancelScope() as look:
             self._looks.add(look)
             try:
-                await self._look(config, pid, tell, delay)
-            except ModelFileError as error:
-                tell(MemoryPreview(problem=str(error)))
+                yield
             finally:
                 self._looks.discard(look)
-        return latest
 
-    async def _look(
-        self,
-        config: ServerConfig,
-        pid: int | None,
-        tell: Callable[[MemoryPreview], None],
-        delay: float,
-    ) -> None:
-        if config.model is None:
-            tell(MemoryPreview(problem="No model is chosen."))
-            return
-        shape = await anyio.to_thread.run_sync(read_shape, config.model)
-        memory = await anyio.to_thread.run_sync(free_memory, pid)
-        known = Memory(memory.ram, memory.gpus[: self._devices])
-        wanted = await anyio.to_thread.run_sync(settings_of, config, self._engine)
-        tell(preview(shape, plan(shape, wanted, known), known))
-        await anyio.sleep(delay)
-        with suppress(KittyError, OSError, psutil.Error):  # starting it says what is wrong
-            self._engine = await locate_engine(config.binary)
-            wanted = await anyio.to_thread.run_sync(settings_of, config, self._engine)
-            tell(await self._ask(self._engine, config, shape, wanted, memory))
-
-    async def _ask(
-        self,
-        engine: Engine,
-        config: ServerConfig,
-        shape: ModelShape,
-        wanted: MemorySettings,
-        memory: Memory,
-    ) -> MemoryPreview:
-        """Ask the engine, and once more when it has other devices than was thought."""
-        seen = Memory(memory.ram, memory.gpus[: self._devices])
-        settings = plan(shape, wanted, seen)
-        if not can_answer(engine) or (settings.context or 0) > _LONGEST_ASKED:
-            return preview(shape, settings, seen)
-        for _ in range(2):
-            changes: dict[str, object] = {"context_size": settings.context}
-            if seen.gpus:
-                changes["n_gpu_layers"] = settings.gpu_layers
-            answer = await ask_engine(engine, config.model_copy(update=changes))
-            if answer is None:
-                return preview(shape, settings, seen)
-            self._devices = len(answer.gpus)
-            asked, (seen, needs) = settings, _placed(answer, memory)
-            settings = plan(shape, wanted, seen)
-            if settings == asked:
-                break
-        needs = (*needs[:-1], needs[-1] + Needs(wanted.extra_weights, 0, 0))
-        formula = estimate(shape, asked, seen.gpus)
-        return preview(shape, asked, seen, tuple(map(_finer, needs, formula)))
+    async def _find_devices(
+        self, config: ServerConfig, running: Running | None, measured: Memory
+    ) -> tuple[Engine, Memory | None]:
+        """Measure the memory with that of all devices; None where nobody can tell."""
+        self._engine, devices = await engine_devices(config)
+        remote = remote_machines(config)
+        self._devices_busy = remote is not None and devices is None
+        if not self._devices_busy:
+            self._devices, self._remote = devices, remote
+        elif self._remote != remote:
+            return self._engine, None
+        memory = with_devices(measured, self._devices)
+        if running and running.config and memory.gpus:
+            memory = await anyio.to_thread.run_sync(
+                _given_back, memory, running.config, self._engine
+            )
+        return self._engine, memory
 
 
-def preview_by_formula(
-    config: ServerConfig, engine: Engine | None = None, pid: int | None = None
+async def _by_formula(
+    config: ServerConfig, engine: Engine | None, shape: ModelShape, memory: Memory
 ) -> MemoryPreview:
-    """Say what a model would need with some settings, without asking the engine.
+    wanted = await anyio.to_thread.run_sync(settings_of, config, engine)
+    return preview(shape, plan(shape, wanted, memory), memory)
 
-    It takes a millisecond or a few: run it in a worker thread.
 
-    Args:
-        config: What would be started.
-        engine: By what; None stands for a build of today.
-        pid: The server that would end before.
+async def _ask(
+    engine: Engine, config: ServerConfig, shape: ModelShape, memory: Memory
+) -> MemoryPreview:
+    """Ask the engine, and once more when it uses other devices than it lists."""
+    wanted = await anyio.to_thread.run_sync(settings_of, config, engine)
+    settings = plan(shape, wanted, memory)
+    if not can_answer(engine) or (settings.context or 0) > _LONGEST_ASKED:
+        return preview(shape, settings, memory)
+    for _ in range(2):
+        changes: dict[str, object] = {"context_size": settings.context}
+        if memory.gpus:
+            changes["n_gpu_layers"] = settings.gpu_layers
+        answer = await ask_engine(engine, config.model_copy(update=changes))
+        if answer is None:
+            return preview(shape, settings, memory)
+        asked, (memory, needs) = settings, _placed(answer, memory)
+        settings = plan(shape, wanted, memory)
+        if settings == asked:
+            break
+    needs = (*needs[:-1], needs[-1] + Needs(wanted.extra_weights, 0, 0))
+    formula = estimate(shape, asked, memory.gpus)
+    return preview(shape, asked, memory, tuple(map(_finer, needs, formula)))
 
-    Raises:
-        ModelFileError: The model cannot be read.
-    """
-    if config.model is None:
-        return MemoryPreview(problem="No model is chosen.")
-    shape, memory = read_shape(config.model), free_memory(pid)
-    return preview(shape, plan(shape, settings_of(config, engine), memory), memory)
+
+def _pid(running: Running | None) -> int | None:
+    return running.pid if running else None
+
+
+def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory:
+    """Count in what a server holds on devices where nobody can measure that, by formula."""
+    if running.model is None:
+        return memory
+    try:
+        shape = read_shape(running.model)
+    except ModelFileError:
+        return memory
+    empty = Memory(memory.ram, tuple(replace(gpu, free=gpu.total) for gpu in memory.gpus))
+    settings = plan(shape, settings_of(running, engine), empty)
+
+    def credited(gpu: Place, needs: Needs) -> Place:
+        held = min(needs.total or needs.weights, gpu.total - gpu.free)
+        return gpu if gpu.returned else replace(gpu, free=gpu.free + held, returned=held)
+
+    needs = estimate(shape, settings, empty.gpus)[1:]
+    return Memory(memory.ram, tuple(map(credited, memory.gpus, needs)))
 
 
 def _finer(told: Needs, formula: Needs) -> Needs:
@@ -194,59 +235,12 @@ def _placed(answer: Answer, memory: Memory) -> tuple[Memory, tuple[Needs, ...]]:
     """Bring together what the engine and the system say of this machine's memory."""
     if sys.platform == "darwin":  # its GPU works in RAM
         return Memory(memory.ram), (sum((needs for _, needs in answer.gpus), answer.ram),)
-    gpus = tuple(place for place, _ in answer.gpus)
-    if len(gpus) == len(memory.gpus):
-        gpus = memory.gpus  # they count in what the running server will give back
+    # What is known already counts in what the running server will give back.
+    known = {_id(place): place for place in memory.gpus}
+    gpus = tuple(known.get(_id(place), place) for place, _ in answer.gpus)
     return Memory(memory.ram, gpus), (answer.ram, *(needs for _, needs in answer.gpus))
 
 
-def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySettings:
-    """Read what decides about memory from a server's settings, `extra_args` last.
-
-    Args:
-        config: The settings. Values that the engine would refuse are passed over.
-        engine: Older builds have other defaults; None stands for a build of today.
-    """
-    has_fit = engine is None or engine.dialect.option("--fit") is not None
-    given: dict[str, Any] = {
-        "context": config.context_size,
-        "sequences": config.parallel,
-        "batch": config.batch_size,
-        "micro_batch": config.ubatch_size,
-        "gpu_layers": None if config.n_gpu_layers == -1 else config.n_gpu_layers,
-        "flash_attention": config.flash_attention is not FlashAttention.OFF,
-        "fits": has_fit,
-        "scores_all": engine is not None and not can_answer(engine),
-    } | _from_words(config.extra_args, config.projector)
-    if (given["sequences"] or 0) < 1:  # llama-server's automatic choice, as -1 layers are
-        given |= {"sequences": 4 if has_fit else 1, "unified": True}
-    else:
-        given.setdefault("unified", False)
-    if not has_fit:
-        given["gpu_layers"] = given["gpu_layers"] or 0
-        given["context"] = _OLD_CONTEXT if given["context"] is None else given["context"]
-    return MemorySettings(**{name: value for name, value in given.items() if value is not None})
-
-
-def _from_words(words: tuple[str, ...], projector: Path | None) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    files = [projector] if projector else []
-    for flag, value in pairwise((*words, "")):
-        if flag in _SWITCHES:
-            name, choice = _SWITCHES[flag]
-            given[name] = choice
-        elif flag in _WORDS and value in CACHE_TYPES:
-            given[_WORDS[flag]] = value
-        elif flag in _NUMBERS:
-            with suppress(ValueError):
-                number = _ALL_LAYERS if value == "all" else int(value)
-                given[_NUMBERS[flag]] = number if number >= 0 else None
-        elif flag in {"-fa", "--flash-attn"}:
-            given["flash_attention"] = value != "off"
-        elif flag in {"-fit", "--fit"} and value == "off":
-            given["fits"] = False
-        elif flag in _FILES:
-            files.append(Path(value))
-    if files:
-        given["extra_weights"] = sum(map(total_size, files))
-    return given
+def _id(place: Place) -> str:
+    """What the engine calls a device, e.g. `CUDA0`."""
+    return place.name.partition(" (")[0]

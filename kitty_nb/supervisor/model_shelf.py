@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio.from_thread
@@ -11,9 +12,11 @@ from kitty_nb.catalog.memory import MemoryPreview, Part, Verdict
 from kitty_nb.catalog.memory_formula import estimate
 from kitty_nb.catalog.memory_plan import plan
 from kitty_nb.catalog.shapes import Shapes
-from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.engine.devices import engine_devices
+from kitty_nb.errors import KittyError
+from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.memory_preview import settings_of
+from kitty_nb.supervisor.memory_settings import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,10 +63,12 @@ class ModelShelf:
             models: Their first files; their headers are read where that was not done before.
             config: With what settings.
         """
-        pid = self._pid()
+        pid, devices = self._pid(), None
+        with suppress(KittyError):  # a start says what is wrong with the engine
+            _, devices = await engine_devices(config)
 
         def look() -> dict[Path, Verdict]:
-            settings, memory = settings_of(config), free_memory(pid)
+            settings, memory = settings_of(config), with_devices(free_memory(pid), devices)
 
             def verdict(shape: ModelShape | None) -> Verdict:
                 if shape is None:

@@ -55,6 +55,7 @@ class ServerRecord(BaseModel):
         load_seconds: What the load took; None before it was ready.
         api_key: What it asks its clients for; None when it asks for nothing.
         idle_seconds: How long it may be unused before its keeper ends it; 0 is for ever.
+        devices: What it can put the model on beside the processor; None while nobody has asked.
         config: What it was started with.
     """
 
@@ -68,6 +69,7 @@ class ServerRecord(BaseModel):
     load_seconds: float | None = None
     api_key: SecretStr | None = None
     idle_seconds: int = 0
+    devices: tuple[str, ...] | None = None
     config: ServerConfig
 
     @field_serializer("api_key", when_used="json")

@@ -204,14 +204,14 @@ SIGNATURES = (
     _row(
         r"CLIP cannot be used as main model",
         "This file is only the part of a model that sees (mmproj).",
-        "Pick the model itself; this file is used with it by itself where it lies beside it.",
+        "Pick the model itself, and name this file with --mmproj in EXTRA_ARGS.",
         repeats=True,
     ),
     _row(
         r"mismatch between text model|mismatch between vision and audio"
         r"|[Ff]ailed to load (?:CLIP|multimodal) model",
-        "The projector given with --mmproj does not fit the model.",
-        "Set LLAMACPP_MMPROJ to the mmproj file that comes with this model, or to off.",
+        "The file given with --mmproj does not fit the model.",
+        "Name the mmproj file that comes with this model, or remove --mmproj from EXTRA_ARGS.",
         repeats=True,
     ),
     _row(
@@ -240,6 +240,11 @@ SIGNATURES = (
         r"|ggml_(?:backend_)?metal\S* (?:error: )?failed to allocate buffer",
         "The GPU has too little free memory.",
         _GPU_SMALLER,
+    ),
+    _row(
+        r"allocate (?P<device>RPC\d+\[[^\]]+\]) buffer",
+        "{device} has too little free memory.",
+        "Lower the GPU layers or the context, or end other programs on that machine.",
     ),
     _row(
         r"failed to allocate buffer for kv cache",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -14,7 +13,6 @@ import anyio.to_thread
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
     ConfigError,
-    ModelFileError,
     PortBusyError,
     Problem,
     ServerCrashedError,
@@ -55,7 +53,7 @@ from kitty_nb.supervisor.lifecycle import (
     WaitOver,
     step,
 )
-from kitty_nb.supervisor.memory_preview import MemoryPreviewer, preview_by_formula
+from kitty_nb.supervisor.memory_preview import MemoryPreviewer, Running
 from kitty_nb.supervisor.port_holder import PortHolder
 from kitty_nb.supervisor.record import find_server
 
@@ -169,6 +167,7 @@ class Supervisor:
             free_port=now.free_port,
             attachable=now.attachable,
             foreign=None if now.status.idle else self._foreign,
+            devices=() if now.pid is None or not self._instance else self._instance.devices,
         )
 
     @property
@@ -299,22 +298,18 @@ class Supervisor:
         """
         return await self._previewer.preview(
             config or self._now.wanted,
-            self._now.pid,
+            self._running,
             on_preview or (lambda _: None),
             _PREVIEW_PAUSE,
         )
 
     async def refusal(self, config: ServerConfig | None = None) -> str:
-        """Say by formula why a model will not fit into memory; empty where it may.
+        """Say why a model will not fit into memory, as `preview_memory` has it; empty where it may.
 
         Args:
             config: What would be started in place of the present server; without it that again.
         """
-        with suppress(ModelFileError):  # starting it says what is wrong
-            wanted, pid = config or self._now.wanted, self._now.pid
-            preview = await anyio.to_thread.run_sync(preview_by_formula, wanted, None, pid)
-            return preview.refusal
-        return ""
+        return await self._previewer.refusal(config or self._now.wanted, self._running)
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""
@@ -467,6 +462,12 @@ class Supervisor:
         if config.api_key is None and isinstance(last, ServerInstance) and last.was_ready:
             return last.api_key or choose_api_key(config)
         return choose_api_key(config)
+
+    @property
+    def _running(self) -> Running | None:
+        """The server that a start would end."""
+        now = self._now
+        return Running(now.pid, None if self._foreign else now.config) if now.pid else None
 
     @property
     def _foreign(self) -> PortHolder | None:

@@ -38,6 +38,7 @@ async def glance(config: ServerConfig) -> ServerState:
         record.pid,
         record.ready,
         last_health_check=health,
+        devices=record.devices or (),
     )
 
 

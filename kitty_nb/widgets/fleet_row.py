@@ -98,7 +98,7 @@ def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
         fraction=moving.fraction if moving else None,
         model=model.name if model else _UNKNOWN,
         port=profile.port,
-        memory=_memory(profile.memory) if state.pid else _UNKNOWN,
+        memory=_memory(profile.memory, state.devices) if state.pid else _UNKNOWN,
         pace=_pace(state),
         problem="\n".join(filter(None, (profile.problem or state.error, clash))),
         start=can.start,
@@ -121,11 +121,14 @@ def _detail(state: ServerState, progress: LoadProgress | None) -> str:
     return f"up {up}{asleep}"
 
 
-def _memory(use: MemoryUse | None) -> str:
+def _memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
     if use is None:
         return _UNKNOWN
+    names = ", ".join(name.partition(" (")[0] for name in devices) or "GPU"
     resident = decimal(use.resident)
-    return resident if use.gpu is None else f"{resident} + {decimal(use.gpu)} GPU"
+    if use.gpu is not None:
+        return f"{resident} + {decimal(use.gpu)} {names}"
+    return f"{resident} + {names}" if devices else resident
 
 
 def _pace(state: ServerState) -> str:

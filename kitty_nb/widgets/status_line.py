@@ -61,12 +61,12 @@ def _facts(state: ServerState) -> Iterator[str]:
         return
     if state.model_name:
         yield escape(_shortened(state.model_name))
-    if state.projector:
-        yield f"with {escape(_shortened(state.projector.name))}"
     yield f"as <b>{escape(state.alias)}</b>"
     yield f"PID {state.pid}"
     if state.foreign:
         yield "not started here"
+    if state.devices:
+        yield f"on {escape(', '.join(state.devices))}"
     if state.uptime is None:
         return
     url = escape(state.endpoint)

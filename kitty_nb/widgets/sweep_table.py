@@ -63,10 +63,8 @@ def columns(workload: Workload) -> dict[str, str]:
         chosen[f"memory_gib_{least}"] = f"Memory, {least} at once"
     chosen["memory_gib"] = "Peak memory"
     if workload.quality is not None:
-        if isinstance(workload.quality, Perplexity):
-            chosen |= {"perplexity": "Perplexity", "bits_per_character": "Bits per character"}
-        else:
-            chosen["quality"] = "Quality"
+        quality = "perplexity" if isinstance(workload.quality, Perplexity) else "quality"
+        chosen[quality] = quality.capitalize()
     return chosen
 
 

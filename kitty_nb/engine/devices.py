@@ -1,0 +1,103 @@
+"""The devices that an engine can put a model on, as it lists them itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kitty_nb.config import value_of
+from kitty_nb.engine.locate import EngineKind, locate_engine, output_of
+
+if TYPE_CHECKING:
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
+
+__all__ = ["Device", "engine_devices", "list_devices", "parse_devices", "remote_machines"]
+
+_MIB = 1 << 20
+_ANSWER_WITHIN = 20.0  # seconds; a GPU's driver can take its time when it is used first
+# Seconds. Machines of --rpc serve one client at a time: a server that runs keeps others waiting.
+_REMOTE_WITHIN = 2.0
+_LISTED = "Available devices"
+_without: set[str] = set()  # embedded engines for the processor alone: Python is slow to say so
+_DEVICE = re.compile(
+    r"^  (?P<name>\S+): (?P<about>.*) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device with its memory, such as a GPU, or a machine that serves as one.
+
+    Attributes:
+        name: What the engine calls it, e.g. `Vulkan0`.
+        about: What it is, e.g. `AMD Radeon RX 7900 XTX`; where another machine is meant, its
+            address.
+        free: Bytes of its memory that are free.
+        total: Bytes in all.
+    """
+
+    name: str
+    about: str
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.about})"
+
+
+def parse_devices(text: str) -> tuple[Device, ...]:
+    """Read what `llama-server --list-devices` prints."""
+    return tuple(
+        Device(found["name"], found["about"], int(found["free"]) * _MIB, int(found["total"]) * _MIB)
+        for found in _DEVICE.finditer(text)
+    )
+
+
+async def engine_devices(config: ServerConfig) -> tuple[Engine, tuple[Device, ...] | None]:
+    """Find the engine of some settings, and its devices as `list_devices` returns them.
+
+    Raises:
+        EngineError: There is no engine that can be run.
+    """
+    engine = await locate_engine(config.binary)
+    return engine, await list_devices(engine, config)
+
+
+async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ...] | None:
+    """Ask an engine for the devices that it would use with some settings, as it orders them.
+
+    Returns:
+        None where this build does not list them, or machines of `--rpc` are busy.
+    """
+    if engine.dialect.option("--list-devices") is None:
+        return None
+    if engine.version in _without:
+        return ()
+    remote = remote_machines(config)
+    servers = ("--rpc", remote) if remote else ()
+    command = (*engine.command, *servers, "--list-devices")
+    answer = await output_of(command, _REMOTE_WITHIN if remote else _ANSWER_WITHIN)
+    if _LISTED not in answer:
+        return None
+    found = parse_devices(answer)
+    if engine.kind is EngineKind.EMBEDDED and not found:
+        _without.add(engine.version)
+    chosen = _value(engine, config, "--device")
+    if chosen is not None:
+        by_name = {device.name: device for device in found}
+        return tuple(by_name[name] for name in chosen.split(",") if name in by_name)
+    # Other machines come first, as llama.cpp has it: their part of the model travels less.
+    return tuple(sorted(found, key=lambda device: not device.name.startswith("RPC")))
+
+
+def remote_machines(config: ServerConfig) -> str | None:
+    """The addresses of other machines that lend their devices; None without any."""
+    return value_of(config.extra_args, {"--rpc"})
+
+
+def _value(engine: Engine, config: ServerConfig, flag: str) -> str | None:
+    """The value that `extra_args` has for a flag, under any of its names."""
+    option = engine.dialect.option(flag)
+    return value_of(config.extra_args, option.flags) if option else None
