@@ -202,6 +202,28 @@ def test_the_panel_shows_whose_load_it_is(
             panel.close()
 
 
+def test_the_panel_switches_there(
+    config: ServerConfig, router: Callable[..., Start], tmp_path: Path
+) -> None:
+    config = config.replace(models_dir=tmp_path / "router", model=None, alias=None)
+    with router(), ModelManager(config=config) as manager:
+        panel = ControlPanel(manager=manager)
+        try:
+            manager.attach().wait(60)
+            eventually(lambda: panel.picker.dropdown.options)
+            for name in ("small", "large"):
+                panel.picker.choose(tmp_path / "router" / f"{name}.gguf")
+                eventually(lambda: panel.buttons.start.description == "Switch")
+                assert not panel.buttons.start.disabled
+                panel.buttons.start.click()
+                eventually(lambda: manager.state.alias == name)  # noqa: B023 - within the loop
+                eventually(lambda: panel.buttons.start.disabled)
+            assert not panel.buttons.restart.disabled
+            assert panel.buttons.stop.description == "Let go"
+        finally:
+            panel.close()
+
+
 def test_a_router_that_ends_amid_a_load_is_a_stop(
     config: ServerConfig, router: Callable[..., Start]
 ) -> None:

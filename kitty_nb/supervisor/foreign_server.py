@@ -110,16 +110,14 @@ class ForeignServer:
         """Let it go."""
         self._watching.cancel()
 
-    async def load(self, model: str | Path | None, *, fresh: bool) -> None:
-        """Have a router serve one of its models. Called off, it is unloaded again.
+    def named(self, model: str | Path | None) -> str:
+        """Return a router's own name of one of its models.
 
         Args:
-            model: Its name there, or a file of that name; None for the one that it serves.
-            fresh: Unload it before, where it is loaded.
+            model: That name, or a file that is called so; None for the model that it serves.
 
         Raises:
-            ServerFailedError: The router has no such model, or does not load it.
-            StartCancelledError: It was let go, or has ended, before it had loaded it.
+            ServerFailedError: The router has no such model.
         """
         models = self.holder.models or ()
         names = (self.holder.alias,) if model is None else (str(model), PurePath(model).stem)
@@ -128,6 +126,19 @@ class ForeignServer:
             what = "serves no model" if model is None else f"has no model {str(model)!r}"
             there = ", ".join(models) or "none"
             raise ServerFailedError(f"The router {self.holder.who} {what}. Its models: {there}.")
+        return name
+
+    async def load(self, name: str, *, fresh: bool) -> None:
+        """Have a router serve one of its models. Called off, it is unloaded again.
+
+        Args:
+            name: Which one.
+            fresh: Unload it before, where it is loaded.
+
+        Raises:
+            ServerFailedError: The router does not load it.
+            StartCancelledError: It was let go, or has ended, before it had loaded it.
+        """
         async with self._asking:
             self._loading = anyio.CancelScope()
             with self._loading:

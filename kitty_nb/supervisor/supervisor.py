@@ -371,17 +371,16 @@ class Supervisor:
                 f"{who} was not started by kitty_nb, so it cannot be restarted or switched. Stop"
                 " lets it go."
             )
+        name = server.named(model)
         if wait:
-            await server.load(model, fresh=fresh)
+            await server.load(name, fresh=fresh)
         else:
-            self._tasks.start_soon(self._load_later, server, model, fresh)
+            self._tasks.start_soon(self._load_later, server, name, fresh)
         return self.state
 
-    async def _load_later(
-        self, server: ForeignServer, model: str | Path | None, fresh: bool
-    ) -> None:
+    async def _load_later(self, server: ForeignServer, name: str, fresh: bool) -> None:
         try:
-            await server.load(model, fresh=fresh)
+            await server.load(name, fresh=fresh)
         except ServerError as error:
             self._publish(Activity(str(error), Level.ERROR, time.time()))
 

@@ -384,7 +384,11 @@ class ControlPanel(VBox):
 
     def _refresh(self) -> None:
         state, model = self.manager.state, self.picker.model
-        differs = model is not None and model.path != state.config.model
+        differs = model is not None and (
+            model.path.name != state.model_name
+            if state.foreign
+            else model.path != state.config.model
+        )
         startable = model is not None and model.startable
         self.buttons.show(choices(state, startable=startable, differs=differs))
         self.snippet.show(state)

@@ -50,12 +50,12 @@ def choices(state: ServerState, *, startable: bool, differs: bool) -> Choices:
     """
     running, waiting = state.status in _RUNNING, state.status is ServerStatus.RESTARTING
     foreign = state.foreign is not None
-    ours = running and not foreign
+    usable = running and (state.foreign is None or state.foreign.models is not None)
     return Choices(
-        start=startable and (state.status.idle or waiting or (ours and differs)),
+        start=startable and (state.status.idle or waiting or (usable and differs)),
         stop=running or waiting,
-        restart=ours and startable,
-        switch=ours and differs,
+        restart=usable and startable,
+        switch=usable and differs,
         cancel=waiting,
         port=state.free_port if startable else None,
         attach=state.attachable,
