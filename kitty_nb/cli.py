@@ -85,10 +85,19 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
             f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model"
         )
         return
-    table = Table("Model", "Quantization", "Size", "Shards", "Context", "Problem", box=None)
+    table = Table(
+        "Model", "Quantization", "Size", "Shards", "Context", "Takes in", "Problem", box=None
+    )
     for model in models:
         context = str(model.context_length or "")
-        cells = (model.quantization or "", decimal(model.size), str(model.shard_count), context)
+        takes = ", ".join(model.modalities)
+        cells = (
+            model.quantization or "",
+            decimal(model.size),
+            str(model.shard_count),
+            context,
+            takes,
+        )
         name = f"{model.known_as} ({model.name})" if model.known_as else model.name
         table.add_row(name, *cells, model.problem or "")
     console = Console(markup=False)
@@ -382,6 +391,7 @@ def _facts(
         "profile": state.config.profile,
         "status": state.status.value,
         "model": str(state.config.model) if state.config.model else None,
+        "projector": str(state.projector) if state.projector else None,
         "alias": state.config.served_alias or None,
         "endpoint": state.endpoint,
         "pid": state.pid,

@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from kitty_nb.catalog.quantization import named_quantization
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -135,6 +137,54 @@ def write_header(
         begin = writer.fout[0].tell()
     if tensors:
         os.truncate(path, gguf.GGUFWriter.ggml_pad(begin, 32) + end)
+    return path
+
+
+def write_projector(path: Path, width: int) -> Path:
+    """Write a projector for images that sees nothing, as small as an engine accepts.
+
+    Args:
+        path: Where.
+        width: Numbers in the vectors that it makes: the model's embedding length.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    inner, side, patch = 64, 32, 8
+    keys = {"image_size": side, "patch_size": patch, "embedding_length": inner}
+    keys |= {"feed_forward_length": 2 * inner, "block_count": 1, "projection_dim": width}
+    keys |= {"attention.head_count": 2, "projector.scale_factor": 2}
+    more: dict[str, Any] = {"attention.layer_norm_epsilon": 1e-6}
+    more |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    matrices = {"v.patch_embd.weight": (inner, 3, patch, patch)}
+    matrices |= {"mm.input_projection.weight": (inner, width)}
+    vectors = {"v.patch_embd.bias": inner, "mm.soft_emb_norm.weight": inner}
+    vectors |= {"v.post_ln.weight": inner, "v.post_ln.bias": inner}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+        matrices[f"v.blk.0.{name}.weight"] = (inner, inner)
+    for name, rows, columns in (("up", 2 * inner, inner), ("down", inner, 2 * inner)):
+        matrices[f"v.blk.0.ffn_{name}.weight"] = (rows, columns)
+        vectors[f"v.blk.0.ffn_{name}.bias"] = rows
+    for name in ("ln1", "ln2"):
+        vectors |= {f"v.blk.0.{name}.weight": inner, f"v.blk.0.{name}.bias": inner}
+    with contextlib.closing(gguf.GGUFWriter(path, "clip")) as writer:
+        writer.add_type(gguf.GGUFType.MMPROJ)
+        writer.add_bool("clip.has_vision_encoder", True)
+        writer.add_string("clip.projector_type", "gemma3")
+        stored = named_quantization(path.stem) or "F16"
+        types = gguf.LlamaFileType
+        claims = {"F32": types.ALL_F32, "F16": types.MOSTLY_F16, "BF16": types.MOSTLY_BF16}
+        writer.add_file_type(claims[stored])
+        for key, value in (keys | more).items():
+            _add(writer, f"clip.vision.{key}", value)
+        for name, shape in matrices.items():
+            size = 4 if stored == "F32" else 2
+            zeros = np.zeros((*shape[:-1], size * shape[-1]), np.uint8)
+            writer.add_tensor(name, zeros, raw_dtype=Kind[stored])
+        for name, length in vectors.items():
+            writer.add_tensor(name, np.full(length, "norm" in name or "ln" in name, np.float32))
+        writer.add_tensor("v.position_embd.weight", np.zeros(((side // patch) ** 2, inner), "f4"))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     return path
 
 

@@ -114,6 +114,7 @@ def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
             "profile": "primary",
             "status": "READY",
             "model": str(config.model),
+            "projector": None,
             "alias": "demo",
             "endpoint": state.endpoint,
             "pid": state.pid,

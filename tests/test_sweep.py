@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import resource
@@ -17,19 +16,16 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-import httpx
 import psutil
 import pytest
 from conftest import MARK, eventually
 from model_files import write_model
 
-from kitty_nb import ServerConfig, Supervisor, write_demo_model
-from kitty_nb.client import Access
+from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError, WaitTimeoutError
 from kitty_nb.experiments import (
     ExactMatch,
     Outcome,
-    Perplexity,
     Sweep,
     Trial,
     TrialResult,
@@ -47,7 +43,6 @@ from kitty_nb.experiments.events import (
     TrialProgressed,
     TrialStarted,
 )
-from kitty_nb.experiments.measure import Interview
 from kitty_nb.experiments.run_trial import run_trial
 from kitty_nb.experiments.schedule import Execute
 from kitty_nb.experiments.store import ResultStore
@@ -628,65 +623,6 @@ def test_quality_may_be_a_function(sweep: Callable[..., Sweep]) -> None:
     assert row.measurement
     assert row.measurement.quality is None
     assert f"ValueError('{PROMPT}')" in row.reason
-
-
-def test_perplexity_is_that_of_the_text_token_by_token(
-    sweep: Callable[..., Sweep], base: ServerConfig
-) -> None:
-    text = "Hello! I am the cat"
-    quality = Perplexity({PROMPT: text})
-    (row,) = sweep(prompts=[PROMPT], chat=False, quality=quality).run().wait(WAIT).rows
-    assert row.measurement, row.reason
-    assert row.measurement.perplexity == pytest.approx(
-        anyio.run(_perplexity_by_hand, base, text), rel=1e-3
-    )
-    likely = Perplexity({PROMPT: "Hello! I am the kitty_nb demo model,"})
-    (row,) = sweep(prompts=[PROMPT], quality=likely).run().wait(WAIT).rows
-    assert row.measurement, row.reason
-    assert row.measurement.perplexity == pytest.approx(1, abs=1e-3)
-
-
-async def _perplexity_by_hand(config: ServerConfig, text: str) -> float:
-    """Ask for the whole distribution of each next token, and look the text's own up in it."""
-    async with Supervisor(config) as supervisor:
-        state = await supervisor.start()
-        async with Access(state.endpoint, supervisor.api_key).async_http() as http:
-            body = {"content": PROMPT, "add_special": True}
-            before = (await http.post("/tokenize", json=body)).json()["tokens"]
-            rest, surprise, count = text, 0.0, 0
-            while rest:
-                request = {"prompt": before, "n_predict": 1, "n_probs": 1000, "temperature": 0}
-                body = (await http.post("/completion", json=request)).json()
-                tops = body["completion_probabilities"][0]["top_logprobs"]
-                fitting = [one for one in tops if one["token"] and rest.startswith(one["token"])]
-                best = max(fitting, key=lambda one: (one["logprob"], len(one["token"])))
-                surprise, count = surprise - best["logprob"], count + 1
-                before, rest = [*before, best["id"]], rest.removeprefix(best["token"])
-    return math.exp(surprise / count)
-
-
-def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/props":
-            return httpx.Response(200, json={})
-        if json.loads(request.content)["stream"]:
-            text = 'data: {"content": "blue", "timings": {}}\n\n'
-            return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, text=text)
-        lowest = -3.4028234663852886e38  # what llama-server writes for the logarithm of 0
-        tokens = [{"logprob": lowest, "bytes": [98]}, {"logprob": -0.1, "bytes": []}]
-        return httpx.Response(200, json={"content": "blue", "completion_probabilities": tokens})
-
-    async def ask() -> None:
-        quality = Perplexity({PROMPT: "blue"})
-        workload = Workload(prompts=(PROMPT,), chat=False, quality=quality)
-        transport = httpx.MockTransport(answer)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            interview = Interview(http, workload, {})
-            await interview.warm_up()
-            with pytest.raises(ExperimentError, match="impossible"):
-                await interview.perplexity(quality)
-
-    anyio.run(ask)
 
 
 def test_a_script_without_a_thread(sweep: Callable[..., Sweep]) -> None:

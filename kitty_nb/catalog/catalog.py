@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
+from kitty_nb.catalog.description import describe
 from kitty_nb.catalog.file_facts import FileFacts, Kind, read_facts
-from kitty_nb.catalog.folder import FoundFile, is_folder, settled, stamp_of
+from kitty_nb.catalog.folder import FoundFile, is_folder, settled
 from kitty_nb.catalog.rows import Part, rows
 from kitty_nb.catalog.scan_cache import ScanCache, Stamp
-from kitty_nb.catalog.shards import shard_paths
 from kitty_nb.catalog.stores import Store, files_in
 from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.catalog.watch import watch
@@ -140,13 +140,7 @@ class ModelCatalog:
 
         Outside the catalog's folder its name is the whole path.
         """
-        shards = shard_paths(path)
-        found = [FoundFile(shard, stamp_of(shard)) for shard in shards]
-        if len(found) > 1:
-            found = [file for file in found if file.stamp] or found[:1]
-        parts = [Part(file, read_facts(file.path)) for file in found]
-        (row,) = rows(parts, self.directory, time.time())
-        return row if row.kind is Kind.MODEL else None
+        return describe(path, [store.path for store in self.stores])
 
     def watch(
         self, kind: Kind = Kind.MODEL, on_step: Callable[[ScanStep], object] | None = None

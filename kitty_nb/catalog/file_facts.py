@@ -56,6 +56,7 @@ class FileFacts:
         tensor_count: How many tensors it holds.
         context_length: The longest context it was trained for, in tokens.
         layers: How many blocks it has.
+        width: Numbers in the vector of one token; of a projector, in those that it makes.
         heads: Attention heads, of the layer with the most.
         vocabulary: How many tokens it knows.
         chat_template: In Jinja.
@@ -83,6 +84,7 @@ class FileFacts:
     tensor_count: int = 0
     context_length: int | None = None
     layers: int | None = None
+    width: int | None = None
     heads: int | None = None
     vocabulary: int | None = None
     chat_template: str | None = None
@@ -149,6 +151,7 @@ def _facts(contents: GgufContents, path: Path) -> FileFacts:
         tensor_count=len(contents.entries),
         context_length=says.of_architecture("context_length"),
         layers=says.of_architecture("block_count"),
+        width=_width(says),
         heads=says.of_architecture("attention.head_count"),
         vocabulary=says.length("tokenizer.ggml.tokens") or says.of_architecture("vocab_size"),
         chat_template=template,
@@ -180,6 +183,15 @@ def _kind(says: _Says) -> Kind:
             return Kind.PROJECTOR
         case _:
             return Kind.OTHER
+
+
+def _width(says: _Says) -> int | None:
+    if says.header.architecture != "clip":
+        return says.of_architecture("embedding_length")
+    # Converters that do not say their file's type meant something else by this key.
+    if says.text("general.type") is None:
+        return None
+    return says.number("clip.vision.projection_dim") or says.number("clip.audio.projection_dim")
 
 
 def _base_model(says: _Says) -> str | None:

@@ -49,6 +49,7 @@ class Model:
         license: E.g. `apache-2.0`.
         parameters: How many numbers its weights are.
         layers: How many blocks it has.
+        width: Numbers in the vector of one token; of a projector, in those that it makes.
         heads: Attention heads, of the layer with the most.
         vocabulary: How many tokens it knows.
         chat_template: In Jinja.
@@ -78,6 +79,7 @@ class Model:
     license: str | None = None
     parameters: int | None = None
     layers: int | None = None
+    width: int | None = None
     heads: int | None = None
     vocabulary: int | None = None
     chat_template: str | None = field(default=None, repr=False)

@@ -1,7 +1,8 @@
 """Which projector goes with which model.
 
 A model that sees or hears needs a second file, its projector (`mmproj`). Nothing in the two files
-names the other, so they are matched by folder, by title and by the names of the files.
+names the other, so they are matched by folder, by title and by the names of the files. A projector
+lies beside its model or in the folder above, as where each quantization has a folder of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.model import Model
 
-__all__ = ["own_name", "plain_name", "projector_rank", "with_projectors"]
+__all__ = ["is_projector_name", "own_name", "plain_name", "projector_rank", "with_projectors"]
 
 # The engine's backends all have kernels for F16; the others follow by what they cost.
 _PREFERRED = ("F16", "BF16", "Q8_0", "F32")
@@ -36,22 +37,27 @@ def with_projectors(rows: Iterable[Model]) -> list[Model]:
     """
     rows = list(rows)
     projectors = {row.path: row for row in rows if row.kind is Kind.PROJECTOR}
-    folders = {path.parent for path in projectors}
-    beside: defaultdict[tuple[Path, Kind], list[Model]] = defaultdict(list)
-    for row in rows:
-        if row.path.parent in folders:
-            beside[row.path.parent, row.kind].append(row)
+    near: defaultdict[Path, list[Model]] = defaultdict(list)
+    for row in projectors.values():
+        if is_projector_name(row.path):
+            near[row.path.parent].append(row)
+    names: defaultdict[Path, set[str]] = defaultdict(set)
+    for row in rows if near else ():
+        if not is_projector_name(row.path):
+            for folder in row.path.parents[:2]:
+                names[folder].add(own_name(row.stem))
 
     def paired(row: Model) -> Model:
-        folder = row.path.parent
         if row.kind is not Kind.MODEL:
             return row
         if row.projector:
             return _with(row, projectors.get(row.projector))
         if row.known_as:
             return row
-        near = beside.get((folder, Kind.PROJECTOR), ())
-        return _with(row, _choose(row, near, beside[folder, Kind.MODEL]) if near else None)
+        for folder in row.path.parents[:2]:
+            if found := _choose(row, near.get(folder, ()), len(names[folder]) == 1):
+                return _with(row, found)
+        return row
 
     return [paired(row) for row in rows]
 
@@ -64,19 +70,31 @@ def _with(model: Model, projector: Model | None) -> Model:
     )
 
 
-def _choose(model: Model, projectors: Sequence[Model], neighbours: Sequence[Model]) -> Model | None:
-    usable = [p for p in projectors if p.startable and _match(model, p, neighbours)]
+def _choose(model: Model, projectors: Sequence[Model], alone: bool) -> Model | None:
+    """Choose the one that is made for this model, by its name before by its format."""
+    usable = [p for p in projectors if p.startable and _match(model, p, alone)]
+    return min(
+        usable,
+        key=lambda p: (-len(own_name(p.stem)), projector_rank(p.quantization), p.path),
+        default=None,
+    )
 
-    return min(usable, key=lambda p: projector_rank(p.quantization), default=None)
 
-
-def _match(model: Model, projector: Model, neighbours: Sequence[Model]) -> bool:
+def _match(model: Model, projector: Model, alone: bool) -> bool:
+    """Tell whether a projector is for a model: not where its vectors are of another length."""
+    if model.width and projector.width and model.width != projector.width:
+        return False
     if model.title and projector.title and plain_name(model.title) == plain_name(projector.title):
         return True
     if name := own_name(projector.stem):
         return plain_name(model.stem).startswith(name)
     # A projector without a name of its own is meant for all that is beside it, if that is one.
-    return len({own_name(neighbour.stem) for neighbour in neighbours}) == 1
+    return alone
+
+
+def is_projector_name(path: Path) -> bool:
+    """Tell by a file's name whether it is a projector, as llama.cpp does."""
+    return "mmproj" in path.name.lower()
 
 
 def projector_rank(quantization: str | None) -> int:

@@ -112,6 +112,7 @@ def _row(group: Sequence[Part], root: Path, now: float) -> Model:
         license=facts.license,
         parameters=(sum(each.parameters for each in readable) or None) if not absent else None,
         layers=facts.layers,
+        width=facts.width,
         heads=facts.heads,
         vocabulary=facts.vocabulary,
         chat_template=facts.chat_template,

@@ -20,6 +20,7 @@ from kitty_nb.catalog.stores import StoreKind, files_in
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kitty_nb.catalog.folder import FoundFile
     from kitty_nb.catalog.stores import Store
 
 _SHOWN = 5
@@ -49,7 +50,7 @@ def check_model(
         reason = f"It is outside the models folder, {models_dir}."
         fix = "Move it there, set LLAMACPP_MODELS_DIR to a folder above it, or allow models"
         raise _refusal(reason, f"{fix} anywhere by LLAMACPP_ALLOW_ABSOLUTE_PATHS=1.")
-    if path.suffix.lower() != ".gguf" and not name_in_store(path, stores):
+    if path.suffix.lower() != ".gguf" and not file_in_store(path, stores):
         kind = "is a folder" if is_folder(path) else "does not end in .gguf"
         raise _refusal(f"It {kind}, so llama-server cannot load it.", _advice(value, models_dir))
     if not _is_file(path):
@@ -72,11 +73,11 @@ def check_model(
     return path
 
 
-def name_in_store(path: Path, stores: Sequence[Store]) -> str | None:
-    """Return what Ollama calls a model that it keeps, by the first name; None of any other."""
+def file_in_store(path: Path, stores: Sequence[Store]) -> FoundFile | None:
+    """Return what Ollama says of a model that it keeps; None of any other."""
     return next(
         (
-            file.known_as.partition(", ")[0]
+            file
             for store in stores
             if store.kind is StoreKind.OLLAMA and path.is_relative_to(store.path)
             for file in files_in(store)

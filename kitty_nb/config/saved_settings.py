@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -15,7 +16,8 @@ from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-    from pathlib import Path
+
+_MODEL_FILES = {"model", "mmproj"}
 
 
 def salvage_settings(
@@ -64,7 +66,7 @@ def save_settings(
         differs = value != getattr(given, name) or key in wrong
         if not differs or isinstance(value, SecretStr) or (names and name not in names):
             continue
-        changes[key] = _text(_in_folder(config.model, given) if name == "model" else value)
+        changes[key] = _text(name, value, given) or setting.unset
         if not changes[key] and env.values.get(shared):
             reason = "It holds for every profile, so one profile cannot be without it."
             fix = "Clear it in the file, or choose a value."
@@ -84,13 +86,9 @@ def env_lines(config: ServerConfig, names: Collection[str]) -> tuple[str, ...]:
         names: The fields to write.
     """
     return tuple(
-        f"{PREFIX}{config.profile.upper()}_{setting.suffix}={quoted(_text(value))}"
+        f"{PREFIX}{config.profile.upper()}_{setting.suffix}={quoted(_text(name, value, config))}"
         for name, setting in env_settings().items()
-        if name in names
-        and not isinstance(
-            value := _in_folder(config.model, config) if name == "model" else getattr(config, name),
-            SecretStr,
-        )
+        if name in names and not isinstance(value := getattr(config, name), SecretStr)
     )
 
 
@@ -109,16 +107,8 @@ def _salvage(env: EnvFile, profile: str) -> tuple[ServerConfig, ConfigError | No
             return config, ConfigError(str(env.path), wrong) if wrong else None
 
 
-def _in_folder(model: Path | None, given: ServerConfig) -> Path | None:
-    """A model as it is named in `.env`: by its path in the models folder, if it is there."""
-    if model is None or not model.is_relative_to(given.models_dir):
-        return model
-    inside = model.relative_to(given.models_dir)
-    return model if str(inside).startswith("~") else inside
-
-
-def _text(value: object) -> str:
-    """Write a value as `ServerConfig.from_env` reads it."""
+def _text(name: str, value: object, given: ServerConfig) -> str:
+    """Write a value as `ServerConfig.from_env` reads it: a model by its path in its folder."""
     match value:
         case None:
             return ""
@@ -126,4 +116,7 @@ def _text(value: object) -> str:
             return str(int(value))
         case tuple():
             return shlex.join(value)
+        case Path() if name in _MODEL_FILES and value.is_relative_to(given.models_dir):
+            inside = str(value.relative_to(given.models_dir))
+            return str(value) if inside.startswith("~") else inside
     return str(value)

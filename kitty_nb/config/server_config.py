@@ -9,7 +9,7 @@ import shlex
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 
 import platformdirs
 from pydantic import (
@@ -30,10 +30,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from kitty_nb.catalog.description import find_projector
 from kitty_nb.catalog.user_folders import NO_HOME, user_folder
 from kitty_nb.config.engine_flags import spelled
 from kitty_nb.config.env_file import read_env
-from kitty_nb.config.model_path import check_letters, check_model, name_in_store
+from kitty_nb.config.model_path import check_letters, check_model, file_in_store
 from kitty_nb.config.model_stores import model_stores
 from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
 from kitty_nb.errors import ConfigError, Problem
@@ -48,6 +49,7 @@ _DATA = user_folder(platformdirs.user_data_path)
 _STATE = user_folder(platformdirs.user_state_path)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
+_PROJECTOR_FLAGS = {"-mm", "--mmproj", "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
 
 
@@ -72,10 +74,12 @@ class Env(NamedTuple):
     Attributes:
         suffix: What follows `LLAMACPP_` (or `LLAMACPP_<PROFILE>_`).
         expected: What to write there, in words; it ends every complaint about the value.
+        unset: What stands there for `None`.
     """
 
     suffix: str
     expected: str
+    unset: str = ""
 
 
 class _Source(NamedTuple):
@@ -235,6 +239,12 @@ class ServerConfig(BaseModel):
         BeforeValidator(_words),
         Env("EXTRA_ARGS", "flags of llama-server, quoted as in a shell"),
     ] = ()
+    mmproj: Annotated[
+        Path | Literal["off"] | None,
+        Env("MMPROJ", "auto, off, or the path of the model's mmproj file", unset="auto"),
+    ] = None
+    # The file that `mmproj` comes to for this model: worked out, never set.
+    projector: Annotated[Path | None, Field(validate_default=True)] = None
     log_dir: Annotated[_HomeFolder, Env("LOG_DIR", "a folder for the server's log")] = (
         _STATE / "logs"
     )
@@ -316,7 +326,11 @@ class ServerConfig(BaseModel):
         Raises:
             ConfigError: When a changed value, or the model file since, is not usable.
         """
-        return type(self).model_validate({**dict(self), **changes})
+        config = type(self).model_validate({**dict(self), **changes})
+        if isinstance(self.mmproj, Path) and self.model not in {None, config.model}:
+            # A projector goes with the model that it was named for.
+            return config if "mmproj" in changes else config.replace(mmproj=None)
+        return config
 
     @property
     def served_alias(self) -> str:
@@ -376,7 +390,31 @@ class ServerConfig(BaseModel):
         if model is None:
             return None
         _, *others = model_stores(info.data["models_dir"], others=info.data["other_stores"])
-        return name_in_store(model, others)
+        file = file_in_store(model, others)
+        return file.known_as.partition(", ")[0] if file and file.known_as else None
+
+    @field_validator("mmproj", mode="before")
+    @classmethod
+    def _check_mmproj(cls, value: object, info: ValidationInfo) -> object:
+        word = str(value).strip().lower()
+        if value is None or word == "auto":
+            return None
+        return "off" if word in _FALSE else cls._check_model(value, info)
+
+    @field_validator("projector", mode="before")
+    @classmethod
+    def _pair(cls, value: object, info: ValidationInfo) -> object:
+        """The user's own flags decide, then the setting, then what lies beside the model."""
+        if not (info.context or _NO_SOURCE).check_files:
+            return value
+        model, wanted = info.data.get("model"), info.data.get("mmproj")
+        own = _PROJECTOR_FLAGS.intersection(info.data.get("extra_args", ()))
+        if model is None or wanted == "off" or own:
+            return None
+        stores = model_stores(info.data["models_dir"], others=info.data["other_stores"])
+        kept = file_in_store(model, stores[1:])
+        found = kept.projector if kept else find_projector(model, [store.path for store in stores])
+        return wanted or found
 
     @field_validator("alias")
     @classmethod

@@ -32,7 +32,8 @@ _FLAGS = {
     "tool_calling": ("--jinja",),
 }
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
-SERVER_SETTINGS = (*_FLAGS, "extra_args")
+SERVER_SETTINGS = (*_FLAGS, "mmproj", "extra_args")
+_MMPROJ = "--mmproj"
 _SLEEP = "--sleep-idle-seconds"
 # Flags that the manager writes itself, by the field that they come from.
 _OWNED = {
@@ -63,6 +64,7 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
         *("--model", str(config.model), "--alias", config.served_alias),
         *("--host", config.host, "--port", str(config.port)),
         *(word for field in _FLAGS for word in _words(engine, config, field)),
+        *_projecting(engine, config),
         *_sleeping(engine, config),
         *(("--log-jsonl",) if engine.dialect.option("--log-jsonl") else ()),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
@@ -72,6 +74,19 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
 def sleeps(command: Sequence[str]) -> bool:
     """Whether a server started like this frees an idle model by itself; a negative time is off."""
     return not (value_of(command, {_SLEEP}) or "-").startswith("-")
+
+
+def leaves_out_projector(engine: Engine, config: ServerConfig) -> bool:
+    """Whether a model is served without its projector because this build takes none."""
+    return config.projector is not None and not engine.dialect.option(_MMPROJ)
+
+
+def _projecting(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
+    if leaves_out_projector(engine, config):
+        if config.mmproj is None:
+            return ()
+        raise UnknownFlagError(_lacks(engine, _MMPROJ, "mmproj"))
+    return (_MMPROJ, str(config.projector)) if config.projector else ()
 
 
 def _sleeping(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
@@ -97,8 +112,12 @@ def _known(engine: Engine, field: str) -> tuple[str, Option]:
     for flag in _FLAGS[field]:
         if option := engine.dialect.option(flag):
             return flag, option
-    raise UnknownFlagError(
-        f"This build of llama-server ({engine.version}) has no {_FLAGS[field][0]}, which"
+    raise UnknownFlagError(_lacks(engine, _FLAGS[field][0], field))
+
+
+def _lacks(engine: Engine, flag: str, field: str) -> str:
+    return (
+        f"This build of llama-server ({engine.version}) has no {flag}, which"
         f" {_key(field)} needs. Leave {_key(field)} empty, or update llama.cpp."
     )
 

@@ -34,7 +34,11 @@ _TOO_LONG = "exceed_context_size_error"
 _FULL = "Context size has been exceeded"
 # What the server says of an answer's end, as OpenAI's protocol has it.
 _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
+_CERTAIN = 1e6  # added to a token's logit, so that it is taken whatever the others' are
+_LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no vocabulary has more
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
+
+_Piece = str | list[int]  # of a text; its bytes where they are no whole characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,43 +136,81 @@ class Interview:
             for answer in answers
         )
 
-    async def perplexity(self, quality: Perplexity) -> float:
-        """Make the server write the expected texts, and return their perplexity."""
+    async def surprise(self, quality: Perplexity) -> tuple[float, float]:
+        """Measure the perplexity of the expected texts, and their bits per character."""
         likelihoods: list[float] = []
+        characters = 0
         for index, prompt in enumerate(self._workload.prompts):
             if text := quality.expected.get(prompt):
                 likelihoods += await self._likelihoods(index, text)
+                characters += len(text)
         if not likelihoods:
             raise ExperimentError("Perplexity has no expected text for any of the prompts.")
+        surprise = -sum(likelihoods)
         try:
-            return math.exp(-sum(likelihoods) / len(likelihoods))
+            perplexity = math.exp(surprise / len(likelihoods))
         except OverflowError:
             raise ExperimentError(
                 "The perplexity is without bound: the model holds a token of an expected text for"
                 " impossible. Give another text, or leave perplexity out."
             ) from None
+        return perplexity, surprise / math.log(2) / characters
 
-    async def _likelihoods(self, prompt: int, text: str) -> Iterable[float]:
-        """Log-probabilities of a text's tokens as the answer to a prompt."""
-        request = self._request | {
-            "prompt": self._prompts[prompt],
-            "stream": False,
-            "grammar": f"root ::= {json.dumps(text, ensure_ascii=False)}",
-            "n_probs": 1,
-            "n_predict": len(text.encode()) + 1,  # as many tokens at most, and the end
+    async def _likelihoods(self, prompt: int, text: str) -> list[float]:
+        """Log-probabilities of a text's tokens, as the tokenizer spells it, after a prompt."""
+        before = await self._tokens(self._prompts[prompt])
+        whole = await self._tokens(self._prompts[prompt] + text)
+        if whole[: len(before)] != before:  # a token reaches across the seam
+            whole = before + await self._tokens(text, add_special=False)
+        ids = [token for token, _ in whole]
+        return [
+            await self._likelihood(ids[:end], *whole[end]) for end in range(len(before), len(whole))
+        ]
+
+    async def _likelihood(self, before: list[int], token: int, piece: _Piece) -> float:
+        """Log-probability of the next token.
+
+        A server tells that of the token it takes, so it is made to take this one; a request each,
+        because it tells nothing of tokens that it speculates on. Nor does it of a part of a
+        character: that is looked up among all tokens while a whole one is taken.
+        """
+        taken, counts = token, [1]
+        if not isinstance(piece, str):
+            taken, counts = (await self._tokens("a", add_special=False))[-1][0], [*_LIKELIEST]
+        for count in counts:
+            if token in (found := await self._probabilities(before, taken, count)):
+                return found[token]
+        raise ExperimentError(
+            "Perplexity cannot be measured: this build of llama-server does not say how likely a"
+            " given token is. Update llama.cpp, or leave it out."
+        )
+
+    async def _probabilities(self, before: list[int], taken: int, count: int) -> dict[int, float]:
+        """Log-probabilities of the token that is taken next and of the likeliest, by token."""
+        request = {
+            "prompt": before,
+            "n_predict": 1,
+            "n_probs": count,
             "temperature": 0.0,
-            "ignore_eos": False,
+            "logit_bias": [[taken, _CERTAIN]],
+            "cache_prompt": True,
+            "id_slot": 0,
         }
         response = await self._http.post("/completion", json=request)
         _refuse(response.status_code, response.content)
-        body = _body(response)
-        tokens = body.get("completion_probabilities") or []
-        if body.get("content") != text or not all("logprob" in token for token in tokens):
-            raise ExperimentError(
-                "Perplexity cannot be measured: this build of llama-server does not write a given"
-                " text and tell the likelihood of its tokens. Update llama.cpp, or leave it out."
-            )
-        return [token["logprob"] for token in tokens if token["bytes"]]
+        return {
+            one["id"]: one["logprob"]
+            for told in _body(response).get("completion_probabilities", ())
+            for one in (told, *told.get("top_logprobs", ()))
+            if {"id", "logprob"} <= one.keys()
+        }
+
+    async def _tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, _Piece]]:
+        body = {"content": text, "add_special": add_special, "with_pieces": True}
+        response = await self._http.post("/tokenize", json=body)
+        _refuse(response.status_code, response.content)
+        tokens = _body(response).get("tokens", ())
+        return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
 
     async def _templated(self, prompt: str) -> str:
         if not self._workload.chat:

@@ -33,7 +33,9 @@ __all__ = [
 
 _GIB = 1 << 30
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
-_SMALL = re.compile(r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|perplexity")
+_SMALL = re.compile(
+    r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|perplexity|bits_per_character"
+)
 _RATE = re.compile(r"\w*_per_second(_\d+)?")
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
 _CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
@@ -74,7 +76,8 @@ def metric_names(parallel: Iterable[int]) -> frozenset[str]:
         parallel: Numbers of requests at once, ascending.
     """
     speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0, memory=1) for level in parallel)
-    full = Measurement(LoadSeconds(1.0, 1.0, 1.0), speeds, 1, 1, 1, quality=1.0, perplexity=1.0)
+    load = LoadSeconds(1.0, 1.0, 1.0)
+    full = Measurement(load, speeds, 1, 1, 1, (), *(1.0, 1.0, 1.0))
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
 
 
@@ -170,8 +173,7 @@ def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
     yield "gpu_memory_gib", measured.gpu_memory / _GIB
     if measured.context is not None:
         yield "context", float(measured.context)
-    if measured.quality is not None:
-        yield "quality", measured.quality
-    if measured.perplexity is not None:
-        yield "perplexity", measured.perplexity
+    for name in ("quality", "perplexity", "bits_per_character"):
+        if (value := getattr(measured, name)) is not None:
+            yield name, value
     yield "seconds", result.seconds.overall

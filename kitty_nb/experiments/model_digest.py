@@ -86,9 +86,10 @@ async def digest_model(config: ServerConfig, on_progress: OnProgress | None = No
         ModelFileError: A file is missing, cannot be read, or changes meanwhile.
     """
     shards = shard_paths(config.model) if config.model else ()
+    paired = (config.projector,) if config.projector else ()
     words = (part for word in config.extra_args for part in word.split(","))
-    companions = tuple(Path(found[1]) for word in words if (found := _GGUF.fullmatch(word)))
-    digests = await run_sync(_digest, (*shards, *companions), on_progress or (lambda *_: None))
+    named = tuple(Path(found[1]) for word in words if (found := _GGUF.fullmatch(word)))
+    digests = await run_sync(_digest, (*shards, *paired, *named), on_progress or (lambda *_: None))
     return ModelDigest(shards=digests[: len(shards)], companions=digests[len(shards) :])
 
 

@@ -33,9 +33,9 @@ class ExactMatch:
 class Perplexity:
     """How much a model is surprised by given texts as answers; lower is better, 1 is not at all.
 
-    The server is made to write each text and says how likely it held every token of it, before
-    any sampling. It spells a text in the tokens it likes best, which nearly always are those that
-    the tokenizer would choose.
+    The server says how likely it held every token of a text, before any sampling. The tokens are
+    those of the model's own tokenizer, so models with different ones compare by the bits per
+    character that are measured along with it.
 
     Attributes:
         expected: The text to each prompt. Prompts without one do not count.
@@ -52,7 +52,9 @@ def identity(quality: Quality | Perplexity | None) -> str:
     """
     if quality is None:
         return ""
-    if isinstance(quality, ExactMatch | Perplexity):
+    if isinstance(quality, Perplexity):
+        return f"by token {quality!r}"
+    if isinstance(quality, ExactMatch):
         return repr(quality)
     text = repr([_plain(part) for part in _parts(quality)])
     return f"{_name(quality)} {hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"

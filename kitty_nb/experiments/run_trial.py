@@ -247,9 +247,9 @@ class _Run:
             held = {"memory": self._memory, "gpu_memory": self._gpu_memory}
             speeds.append(replace(speed, **held))
             first = first or answers
-        perplexity = None
+        perplexity = bits = None
         if isinstance(workload.quality, Perplexity):
-            perplexity = await interview.perplexity(workload.quality)
+            perplexity, bits = await interview.surprise(workload.quality)
             await self._weigh(pid)
         self._exchanges = interview.exchanges(first)
         texts = {answer.prompt: answer.text for answer in first}
@@ -261,6 +261,7 @@ class _Run:
             context=context,
             answers=tuple(texts[index] for index in sorted(texts)),
             perplexity=perplexity,
+            bits_per_character=bits,
         )
 
     async def _weigh(self, pid: int) -> None:

@@ -121,6 +121,7 @@ class Measurement:
         answers: To each prompt, asked one at a time.
         quality: Mean over the answers of what the sweep's `quality` gave; None without one.
         perplexity: Of the expected texts; None unless asked for.
+        bits_per_character: Of the same texts, for models that split them into other tokens.
     """
 
     load: LoadSeconds
@@ -131,6 +132,7 @@ class Measurement:
     answers: tuple[str, ...] = ()
     quality: float | None = None
     perplexity: float | None = None
+    bits_per_character: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

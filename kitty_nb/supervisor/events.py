@@ -8,6 +8,8 @@ from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.port_holder import PortHolder
 
@@ -167,13 +169,19 @@ class ServerState:
         return None if self.ready_since is None else time.monotonic() - self.ready_since
 
     @property
+    def projector(self) -> Path | None:
+        """What the model takes in images and sound by; None where it takes in text only."""
+        return None if self.foreign else self.config.projector
+
+    @property
     def sentence(self) -> str:
         """How it is, in a sentence to print."""
         if self.error:
             return f"{self.status}: {self.error}"
         if self.status.idle:
             return f"No server of the profile {self.config.profile!r} is running."
-        model = f"{self.alias} at {self.endpoint}"
+        sight = f" with {self.projector.name}" if self.projector else ""
+        model = f"{self.alias}{sight} at {self.endpoint}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status

@@ -11,7 +11,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.config import OnKernelExit, flags_left_out, server_environment
-from kitty_nb.engine.command_line import build_command, sleeps
+from kitty_nb.engine.command_line import build_command, leaves_out_projector, sleeps
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ServerFailedError
 from kitty_nb.supervisor.leash import Leash
@@ -79,6 +79,11 @@ async def launch(
             await leaving.terminate(config.stop_grace_seconds)
         engine = await locate_engine(config.binary)
         command = build_command(engine, config)
+        if leaves_out_projector(engine, config):
+            say(
+                f"This build of llama-server ({engine.version}) has no --mmproj, so the model takes"
+                " in text only. Update llama.cpp for images and sound."
+            )
         await anyio.to_thread.run_sync(refuse_busy_port, config)
         # Called off while a thread tried the port, it is told so only now.
         await anyio.lowlevel.checkpoint_if_cancelled()

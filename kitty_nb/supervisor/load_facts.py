@@ -112,6 +112,8 @@ def active_share(model: Path) -> float:
 def _files(config: ServerConfig) -> Iterator[Path]:
     if config.model:
         yield from shard_paths(config.model)
+    if config.projector:
+        yield config.projector
     yield from (Path(value) for flag, value in pairwise(config.extra_args) if flag in _PROJECTOR)
 
 

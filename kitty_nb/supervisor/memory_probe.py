@@ -130,6 +130,7 @@ def probe_command(engine: Engine, config: ServerConfig, outline: Path) -> tuple[
     telling = () if engine.dialect.option("--log-jsonl") else ("--verbosity", _TELLING)
     changes = {
         "model": outline,
+        "projector": None,
         "host": "127.0.0.1",
         "port": 0,
         "extra_args": (*words, "--fit", "on", *telling, *missing),

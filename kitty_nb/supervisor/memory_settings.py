@@ -86,7 +86,7 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
         "flash_attention": config.flash_attention is not FlashAttention.OFF,
         "fits": has_fit,
         "draft": _draft_model(config, engine),
-    } | _from_words(config.extra_args)
+    } | _from_words(config.extra_args, config.projector)
     if not has_fit:
         given["scores_all"] = True
     if (given["sequences"] or 0) < 1:  # llama-server's automatic choice, as -1 layers are
@@ -116,7 +116,12 @@ def draft_config(config: ServerConfig) -> ServerConfig | None:
     if model is None:
         return None
     shared = _without(config.extra_args, _NOT_OF_DRAFT)
-    changes = {"model": Path(model), "n_gpu_layers": None, "extra_args": (*shared, *words)}
+    changes = {
+        "model": Path(model),
+        "projector": None,
+        "n_gpu_layers": None,
+        "extra_args": (*shared, *words),
+    }
     return config.model_copy(update=changes)
 
 
@@ -140,9 +145,9 @@ def _without(words: tuple[str, ...], flags: Collection[str]) -> tuple[str, ...]:
     return tuple(compress(words, kept))
 
 
-def _from_words(words: tuple[str, ...]) -> dict[str, Any]:
+def _from_words(words: tuple[str, ...], projector: Path | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    files: list[str] = []
+    files = [str(projector)] if projector else []
     kinds: list[str] = []
     most = _DRAFTED
     for flag, value in pairwise((*words, "")):

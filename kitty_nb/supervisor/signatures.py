@@ -204,14 +204,14 @@ SIGNATURES = (
     _row(
         r"CLIP cannot be used as main model",
         "This file is only the part of a model that sees (mmproj).",
-        "Pick the model itself, and name this file with --mmproj in EXTRA_ARGS.",
+        "Pick the model itself; this file is used with it by itself where it lies beside it.",
         repeats=True,
     ),
     _row(
         r"mismatch between text model|mismatch between vision and audio"
         r"|[Ff]ailed to load (?:CLIP|multimodal) model",
-        "The file given with --mmproj does not fit the model.",
-        "Name the mmproj file that comes with this model, or remove --mmproj from EXTRA_ARGS.",
+        "The projector given with --mmproj does not fit the model.",
+        "Set LLAMACPP_MMPROJ to the mmproj file that comes with this model, or to off.",
         repeats=True,
     ),
     _row(

@@ -275,7 +275,7 @@ class ControlPanel(VBox):
     def _save(self) -> None:
         """Write the choice into the `.env` file."""
         try:
-            names = {"model", *self.settings.fields, *self._taken}
+            names = {"model", "mmproj", *self.settings.fields, *self._taken}
             saved = save_settings(self._wanted(), self._env, names)
         except KittyError as error:
             self._tell(str(error))

@@ -61,6 +61,8 @@ def _facts(state: ServerState) -> Iterator[str]:
         return
     if state.model_name:
         yield escape(_shortened(state.model_name))
+    if state.projector:
+        yield f"with {escape(_shortened(state.projector.name))}"
     yield f"as <b>{escape(state.alias)}</b>"
     yield f"PID {state.pid}"
     if state.foreign:

@@ -63,8 +63,10 @@ def columns(workload: Workload) -> dict[str, str]:
         chosen[f"memory_gib_{least}"] = f"Memory, {least} at once"
     chosen["memory_gib"] = "Peak memory"
     if workload.quality is not None:
-        quality = "perplexity" if isinstance(workload.quality, Perplexity) else "quality"
-        chosen[quality] = quality.capitalize()
+        if isinstance(workload.quality, Perplexity):
+            chosen |= {"perplexity": "Perplexity", "bits_per_character": "Bits per character"}
+        else:
+            chosen["quality"] = "Quality"
     return chosen
 
 
