@@ -116,8 +116,8 @@ class HealthProbe:
             props = await self._get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
-        slots = await self._get("/slots") if result.status is ServerStatus.READY else None
-        if not isinstance(slots, list):
+        slots = _objects(await self._get("/slots") if result.status is ServerStatus.READY else None)
+        if not slots:
             return result
         now = time.monotonic()
         return replace(
@@ -136,12 +136,9 @@ class HealthProbe:
         models = await self._get("/v1/models")
         if models in _KEY_REFUSED:
             return Recognition.KEY_REFUSED
-        if not isinstance(models, dict) or not models.get("data"):
-            return Recognition.OURS
-        names = {
-            name for model in models["data"] for name in (model["id"], *model.get("aliases", ()))
-        }
-        return Recognition.OURS if self._alias in names else Recognition.OTHER_MODEL
+        named = [(one.get("id"), *(one.get("aliases") or ())) for one in _listed(models)]
+        ours = not named or any(self._alias in names for names in named)
+        return Recognition.OURS if ours else Recognition.OTHER_MODEL
 
     async def first_answer(self) -> str | None:
         """Have it compute one token, or the embedding of one word, however long that takes.
@@ -184,9 +181,12 @@ class HealthProbe:
 
     async def router_models(self) -> dict[str, str]:
         """Return how each model of a router is, by name."""
-        models = await self._get("/v1/models")
-        entries = models.get("data", ()) if isinstance(models, dict) else ()
-        return {entry["id"]: entry.get("status", {}).get("value", "") for entry in entries}
+        models = _listed(await self._get("/v1/models"))
+        how = {str(one.get("id")): one.get("status") for one in models}
+        return {
+            name: str(status.get("value", "")) if isinstance(status, dict) else ""
+            for name, status in how.items()
+        }
 
     async def order(self, verb: str, model: str) -> str:
         """Tell a router to load or unload a model; return why it does not, empty where it does."""
@@ -225,3 +225,13 @@ class HealthProbe:
             return response.json() if response.status_code == HTTPStatus.OK else None
         except (httpx.HTTPError, ValueError):
             return None
+
+
+def _listed(answer: Any) -> list[dict[str, Any]]:
+    """The models in an answer of `/v1/models`."""
+    return _objects(answer.get("data")) if isinstance(answer, dict) else []
+
+
+def _objects(answer: Any) -> list[dict[str, Any]]:
+    """Those of a list, if it is one: what answers need not be a llama-server."""
+    return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
