@@ -224,9 +224,12 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
+    from kitty_nb.supervisor.record import refuse_open_folder
     from kitty_nb.terminal.logs import follow_log, has_log, log_lines
 
-    path = _settings(env, profile).log_path
+    config = _settings(env, profile)
+    refuse_open_folder(config)
+    path = config.log_path
     there = has_log(path)
     if follow:
         anyio.run(follow_log, path, typer.echo, lines)

@@ -16,10 +16,11 @@ PACKAGE = Path(kitty_nb.__file__).parent
 # Room → what it may import of the package, as the architecture draws it.
 ROOMS = {
     "errors": set(),
-    "catalog": {"errors"},
-    "config": {"errors", "catalog"},
-    "engine": {"errors", "config"},
-    "supervisor": {"errors", "config", "engine", "catalog"},
+    "trust": set(),
+    "catalog": {"errors", "trust"},
+    "config": {"errors", "catalog", "trust"},
+    "engine": {"errors", "config", "trust"},
+    "supervisor": {"errors", "config", "engine", "catalog", "trust"},
     "client": {"errors"},
     "manager": {"errors", "config", "engine", "catalog", "supervisor", "client"},
     "hub": {"errors", "catalog"},
@@ -44,7 +45,7 @@ ROOMS = {
     },
     "terminal": {"errors", "config", "supervisor", "catalog", "hub"},
     "doctor": {"errors", "config", "catalog", "engine", "supervisor"},
-    "cli": {"errors", "config", "catalog", "supervisor", "terminal", "doctor", "hub"},
+    "cli": {"errors", "trust", "config", "catalog", "supervisor", "terminal", "doctor", "hub"},
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

@@ -98,14 +98,15 @@ class ServerProcess:
 
     @classmethod
     def attach(cls, pid: int, create_time: float) -> Self | None:
-        """Return the process that began then, if it still runs; never another of the same pid."""
+        """Return this user's process that began then, if it still runs; never another's."""
         try:
             process = cls(pid, None)
             same = abs(process.create_time - create_time) <= _SAME_TIME
             alive = process._psutil.status() != psutil.STATUS_ZOMBIE
+            ours = is_ours(pid)
         except (psutil.Error, OSError):
             return None
-        return process if same and alive and _in_group(pid, pid) else None
+        return process if same and alive and ours and _in_group(pid, pid) else None
 
     async def wait(self) -> int | None:
         """Wait for the process to end, and end what it leaves behind.
@@ -262,6 +263,11 @@ def _listens(process: psutil.Process, port: int) -> bool:
         )
     except psutil.NoSuchProcess:
         return False
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process is one of this user."""
+    return psutil.Process(pid).uids().real == os.getuid()
 
 
 def _user_listens(port: int) -> bool:

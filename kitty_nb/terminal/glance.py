@@ -12,7 +12,7 @@ from kitty_nb.supervisor.events import ServerState, ServerStatus
 from kitty_nb.supervisor.free_memory import memory_use
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.last_failure import last_failure
-from kitty_nb.supervisor.record import find_server, read_record
+from kitty_nb.supervisor.record import find_server, read_record, refuse_open_folder
 from kitty_nb.terminal.logs import log_lines
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _PACE_OVER = 0.5  # seconds
 
 async def glance(config: ServerConfig) -> ServerState:
     """Say how a profile's server is; of one that has ended by itself, why."""
+    refuse_open_folder(config)
     record = find_server(config)
     if record is None:
         return _after_the_end(config)
