@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from kitty_nb.errors import KittyError, ServerCrashedError
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -327,6 +328,9 @@ def lab(context: typer.Context) -> None:
     import psutil
     from jupyterlab.labapp import LabApp
 
+    for path in (_NOTEBOOKS, *_NOTEBOOKS.glob("*.ipynb")):
+        if reason := distrust(path, folders=False):
+            raise KittyError(f"{reason} A notebook runs as you: open it in a folder of your own.")
     _NOTEBOOKS.mkdir(parents=True, exist_ok=True)
     # An editable install has no copies in the package: the checkout is around it.
     homes = (Path(__file__).parent, Path(__file__).parents[1])

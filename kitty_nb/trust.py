@@ -38,8 +38,8 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
 
 
 def _open_to_others(found: os.stat_result) -> bool:
-    if stat.S_ISLNK(found.st_mode):
-        return False
+    if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
+        return False  # everybody can write to a link, or to /dev/null, and changes nothing
     everybody, group = found.st_mode & stat.S_IWOTH, found.st_mode & stat.S_IWGRP
     return bool(everybody or (group and _has_others(found.st_gid)))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import anyio
 import psutil
 import pytest
 from conftest import eventually
@@ -17,7 +18,16 @@ from typer.testing import CliRunner
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli import app
-from kitty_nb.errors import PortBusyError, ServerFailedError
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import (
+    ConfigError,
+    EngineError,
+    PortBusyError,
+    ResultStoreError,
+    ServerFailedError,
+)
+from kitty_nb.experiments.store import ResultStore
+from kitty_nb.supervisor.history import LoadHistory
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.record import ServerRecord, find_server, write_record
 from kitty_nb.supervisor.record_file import record_path
@@ -156,3 +166,116 @@ def test_where_sockets_are_hidden_the_listeners_user_tells(second_user: User) ->
             os.seteuid(0)
         with theirs:
             assert me.listens_on(theirs.getsockname()[1]) is False
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where we work: a folder of ours below one that everybody can write to, as in `/tmp`."""
+    shared = tmp_path / "shared"
+    (shared / "project").mkdir(parents=True)
+    shared.chmod(0o1777)
+    monkeypatch.chdir(shared / "project")
+    return shared / "project"
+
+
+def test_settings_of_another_user_are_not_taken_up_on_the_way_up(
+    project: Path, second_user: User
+) -> None:
+    env = project.parent / ".env"
+    env.write_text("LLAMACPP_BIN=/tmp/evil\n")
+    assert ServerConfig.from_env().binary == Path("/tmp/evil")
+    give(env, second_user)
+    belongs = f"{env} belongs to the user {second_user.pw_name}"
+    with pytest.raises(ConfigError, match=belongs):
+        ServerConfig.from_env()
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 1
+    assert "belongs to the user" in result.output
+    assert ServerConfig.from_env(env).binary == Path("/tmp/evil")  # named, it is vouched for
+    (project / ".env").write_text("LLAMACPP_PORT=9000\n")  # the nearest counts
+    assert ServerConfig.from_env().port == 9000
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "mine"),
+    [
+        ("shared", 0o777, True),
+        ("shared/.env", 0o666, True),
+        ("shared/project", 0o777, True),
+        ("shared/project", 0o755, False),
+    ],
+)
+def test_settings_that_another_user_could_write_are_not_taken_up(
+    project: Path, second_user: User, place: str, mode: int, mine: bool
+) -> None:
+    env = (project if "project" in place else project.parent) / ".env"
+    env.write_text("LLAMACPP_PORT=9000\n")
+    assert ServerConfig.from_env().port == 9000
+    spot = project.parents[1] / place
+    spot.chmod(mode)
+    if not mine:
+        give(spot, second_user)
+    with pytest.raises(ConfigError, match=str(spot)):
+        ServerConfig.from_env()
+
+
+def test_a_group_of_ones_own_is_no_other_user(project: Path, second_user: User) -> None:
+    """As where everybody has a group to himself and files are made for user and group."""
+    env = project / ".env"
+    env.write_text("LLAMACPP_PORT=9000\n")
+    env.chmod(0o664)
+    assert ServerConfig.from_env().port == 9000
+    os.chown(env, -1, second_user.pw_gid)
+    with pytest.raises(ConfigError, match=r"Other users can write to .*\(mode 0664\)"):
+        ServerConfig.from_env()
+
+
+@pytest.mark.parametrize("place", ["llama-server", "", ".."])
+@pytest.mark.parametrize("how", ["owner", "mode"])
+def test_a_program_that_another_user_can_change_is_not_run(
+    config: ServerConfig, tmp_path: Path, second_user: User, place: str, how: str
+) -> None:
+    folder = tmp_path / "builds" / "llama"
+    folder.mkdir(parents=True)
+    program, mark = folder / "llama-server", tmp_path / "ran"
+    program.write_text(f"#!/bin/sh\ntouch '{mark}'\n")
+    program.chmod(0o755)
+    spot = Path(os.path.normpath(folder / place))
+    if how == "owner":
+        give(spot, second_user)
+    else:
+        spot.chmod(0o777)
+    with ModelManager(config=config.replace(binary=program)) as manager:
+        with pytest.raises(EngineError, match=f"{spot} ") as refused:
+            anyio.run(locate_engine, program)
+        assert "LLAMACPP_BIN" in str(refused.value)
+        with pytest.raises(ServerFailedError, match=f"{spot} "):
+            manager.start().wait(30)
+    assert not mark.exists()
+
+
+def test_results_and_history_of_another_user_are_not_believed(
+    config: ServerConfig, tmp_path: Path, second_user: User
+) -> None:
+    path = tmp_path / "sweep.sqlite3"
+    store = ResultStore(path, "conditions")
+    anyio.run(store.recall)
+    give(path, second_user)
+    with pytest.raises(ResultStoreError, match=f"belongs to the user {second_user.pw_name}"):
+        store.read()
+    told: list[str] = []
+    history = LoadHistory(path, told.append)
+    assert anyio.run(history.recall, "host", "model") == ()
+    assert second_user.pw_name in told[0]
+
+
+def test_notebooks_of_another_user_are_not_opened(
+    project: Path, second_user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "notebooks").mkdir()
+    notebook = project / "notebooks" / "control_panel.ipynb"
+    notebook.write_text("{}")
+    give(notebook, second_user)
+    result = CliRunner().invoke(app, ["lab", "--version"])
+    assert result.exit_code == 1
+    assert f"belongs to the user {second_user.pw_name}" in result.output

@@ -15,6 +15,7 @@ import platformdirs
 
 from kitty_nb.catalog.file_facts import FileFacts
 from kitty_nb.catalog.user_folders import user_folder
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -120,6 +121,8 @@ class FileCache(Generic[T]):
             self._complain(error)
 
     def _connect(self) -> sqlite3.Connection:
+        if reason := distrust(self._path, folders=False):
+            raise PermissionError(reason.rstrip("."))
         files = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
         try:
             (version,) = files.execute("PRAGMA user_version").fetchone()

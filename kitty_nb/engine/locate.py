@@ -18,6 +18,7 @@ import anyio.to_thread
 from kitty_nb.config import server_environment
 from kitty_nb.engine.dialect import Dialect, parse_help
 from kitty_nb.errors import EngineError, EngineNotFoundError
+from kitty_nb.trust import distrust
 
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
@@ -110,6 +111,11 @@ def _program(binary: Path) -> Path:
         )
     if not os.access(program, os.X_OK):
         raise EngineError(f"{program} (LLAMACPP_BIN) may not be run. Try: chmod +x '{program}'")
+    if reason := distrust(program):
+        raise EngineError(
+            f"Another user can change what {program} (LLAMACPP_BIN) does: {reason} Give it to"
+            f" yourself alone (chown, chmod go-w), or put {program.parent} on PATH if you trust it."
+        )
     return program
 
 
