@@ -187,7 +187,7 @@ def status(
     from kitty_nb.terminal.glance import glance, measure
 
     names = configured_profiles(env) if every else (profile,)
-    states = [anyio.run(glance, _settings(env, name)) for name in names]
+    states = [glance(_settings(env, name)) for name in names]
     if as_json:
         facts = [_facts(state, *anyio.run(measure, state)) for state in states]
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
@@ -380,11 +380,9 @@ def _show_load(
     command: Callable[..., Awaitable[ServerState | None]], config: ServerConfig, *words: object
 ) -> bool:
     """Run a command that may load a model, show its load, and say how the server is then."""
-    from rich.console import Console
-
     from kitty_nb.terminal.load_display import LoadDisplay
 
-    with LoadDisplay(Console(stderr=True)) as display:
+    with LoadDisplay() as display:
         state = anyio.run(command, config, display, *words)
     if state:
         typer.echo(state.sentence)

@@ -137,3 +137,14 @@ def test_importing_the_package_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["kitty_nb.terminal.commands, kitty_nb.terminal.load_display", "kitty_nb.terminal.glance"],
+)
+def test_a_command_does_not_wait_for_what_it_needs_later_or_never(modules: str) -> None:
+    late = {"httpx", "rich.console", "pygments", "gguf", "numpy", "ipywidgets"}
+    code = f"import sys, kitty_nb.cli, {modules}; print(sorted({late!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "[]"

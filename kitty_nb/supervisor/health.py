@@ -7,28 +7,41 @@ import time
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from enum import Enum, auto
+from functools import cached_property
 from http import HTTPStatus
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import httpx
-from httpx_sse import EventSource, SSEError
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
 from kitty_nb.supervisor.answer_pace import AnswerPace
 from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
+from kitty_nb.supervisor.health_answer import NOT_IN_TIME, NOT_YET, read_answer
+
+
+class _Late(ModuleType):
+    """A module that is imported when it is first used: a server loads meanwhile."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module(self.__name__), name)
+
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    import httpx
+    import httpx_sse
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
+else:
+    httpx, httpx_sse = _Late("httpx"), _Late("httpx_sse")
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-_TIMEOUT = httpx.Timeout(5.0, connect=1.0)
+_PATIENCE, _CONNECT_WITHIN = 5.0, 1.0  # seconds
 _QUOTED = 300  # characters
-_LISTENING = httpx.Timeout(5.0, connect=1.0, read=None)
 # The least that a server can be asked for, by what it is for.
 _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}),
@@ -73,21 +86,29 @@ class HealthProbe:
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
         self._sleeps = by_settings if sleeps is None else sleeps
         self._pace = AnswerPace()
-        self._client = httpx.AsyncClient(
-            base_url=config.endpoint,
-            timeout=_TIMEOUT,
+        self._endpoint = config.endpoint
+        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self._endpoint,
+            timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN),
             trust_env=False,  # a proxy for the internet must not see local requests
             verify=ssl.SSLContext(
                 ssl.PROTOCOL_TLS_CLIENT
             ),  # no certificates: loading them takes 30 ms of every start
         )
-        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
-        # Put together once, because a load is asked every second and that is much of its cost.
-        self._health = self._client.build_request("GET", "/health")
+
+    @cached_property
+    def _health(self) -> httpx.Request:
+        """Put together once, because a load is asked every second and that is much of its cost."""
+        return self._client.build_request("GET", "/health")
 
     async def aclose(self) -> None:
         """Close the connection."""
-        await self._client.aclose()
+        if "_client" in vars(self):
+            await self._client.aclose()
 
     async def check(self) -> HealthCheckResult:
         """Ask `/health`: no answer is STARTING, 503 is LOADING, 200 is READY."""
@@ -95,16 +116,11 @@ class HealthProbe:
         try:
             response = await self._client.send(self._health)
         except httpx.TimeoutException:
-            return HealthCheckResult(ServerStatus.STARTING, message="no answer in time")
+            return NOT_IN_TIME
         except httpx.HTTPError:
-            return HealthCheckResult(ServerStatus.STARTING, message="no answer yet")
+            return NOT_YET
         latency = time.perf_counter() - began
-        if response.status_code == HTTPStatus.OK:
-            return HealthCheckResult(ServerStatus.READY, latency, "ok")
-        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
-            return HealthCheckResult(ServerStatus.LOADING, latency, "loading model")
-        message = f"answered {response.status_code} {response.reason_phrase}"
-        return HealthCheckResult(ServerStatus.STARTING, latency, message)
+        return read_answer(response.status_code, response.reason_phrase, latency)
 
     async def check_activity(self) -> HealthCheckResult:
         """Like `check`, with what is known of its slots, or of its sleep."""
@@ -168,7 +184,10 @@ class HealthProbe:
         while True:
             with suppress(httpx.HTTPError):  # its end is noticed elsewhere
                 response = await self._client.post(
-                    path, json=request, headers=self._key, timeout=_LISTENING
+                    path,
+                    json=request,
+                    headers=self._key,
+                    timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
                 )
                 if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
                     return response
@@ -205,14 +224,17 @@ class HealthProbe:
         """
         try:
             async with self._client.stream(
-                "GET", "/models/sse", headers=self._key, timeout=_LISTENING
+                "GET",
+                "/models/sse",
+                headers=self._key,
+                timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
             ) as response:
                 if response.status_code == HTTPStatus.OK:
                     yield ""
-                    async with aclosing(EventSource(response).aiter_sse()) as events:
+                    async with aclosing(httpx_sse.EventSource(response).aiter_sse()) as events:
                         async for event in events:
                             yield event.data
-        except (httpx.HTTPError, SSEError):
+        except (httpx.HTTPError, httpx_sse.SSEError):
             return
 
     async def _get(self, path: str) -> Any:
