@@ -124,12 +124,17 @@ def write_header(
     endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
     **keys: int | float | str | bool | list[Any],
 ) -> Path:
-    """Write a GGUF file with any keys, with `__` for a dot, and tensors that are holes."""
+    """Write a GGUF file with any keys, with `__` for a dot, and tensors that are holes.
+
+    Without tensors it has one, and with no word on its tokenizer that it has none to speak of.
+    """
+    tensors = {"a.weight": ([32], Kind.F32)} if tensors is None else tensors
+    keys.setdefault("tokenizer__ggml__model", "no_vocab")
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(gguf.GGUFWriter(path, architecture, endianess=endian)) as writer:
         for key, value in keys.items():
             _add(writer, key.replace("__", "."), value)
-        end = sum(_describe(writer, name, *of) for name, of in (tensors or {}).items())
+        end = sum(_describe(writer, name, *of) for name, of in tensors.items())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

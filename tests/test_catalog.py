@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 import kitty_nb.catalog
@@ -29,6 +30,8 @@ def model_file(path: Path, **metadata: str | int) -> Path:
                 writer.add_string(key.replace("__", "."), value)
             else:
                 writer.add_uint32(key.replace("__", "."), value)
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_tensor("a.weight", np.zeros(32, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -101,6 +104,7 @@ def test_a_model_is_described_by_its_header(tmp_path: Path) -> None:
         missing=(),
         context_length=32768,
         problem=None,
+        parameters=32,
     )
     assert model.startable
     assert model.label == f"Qwen · Q4_K_M · {model.size:,} bytes"

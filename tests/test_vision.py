@@ -19,7 +19,6 @@ from kitty_nb.engine.dialect import parse_help
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
 from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.supervisor.load_facts import gather_facts
-from kitty_nb.supervisor.memory_settings import settings_of
 
 DEMO_WIDTH = 320  # of the demo model's vectors
 
@@ -129,8 +128,11 @@ def test_a_build_that_takes_no_projector_serves_text(seeing: ServerConfig) -> No
 def test_the_projector_is_in_the_preview_and_in_the_load(seeing: ServerConfig) -> None:
     assert seeing.projector
     blind, size = seeing.replace(mmproj="off"), seeing.projector.stat().st_size
-    beside = [settings_of(config).extra_weights for config in (seeing, blind)]
-    assert beside == [size, 0]
+    needs = []
+    for config in (seeing, blind):
+        with ModelManager(config=config) as manager:
+            needs.append(manager.preview_memory().wait(60).needs.weights)
+    assert needs[0] - needs[1] == size
     assert gather_facts(seeing).size - gather_facts(blind).size == size
 
 

@@ -12,6 +12,7 @@ from kitty_nb.catalog.folder import FoundFile, find_files, stamp_of, too_young
 from kitty_nb.catalog.projectors import is_projector_name
 from kitty_nb.catalog.rows import Part, rows
 from kitty_nb.catalog.shards import shard_paths
+from kitty_nb.catalog.unserved import doubt, why_never
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.model import Model
     from kitty_nb.catalog.scan_cache import Stamp
 
-__all__ = ["describe", "find_projector"]
+__all__ = ["describe", "find_projector", "why_not_served"]
 
 _REMEMBERED = 64  # files: a setting is validated at each key that is pressed
 
@@ -43,6 +44,15 @@ def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
     near = _near(path, roots)
     model = _describe(path, roots, near) if near else None
     return model.projector if model else None
+
+
+def why_not_served(path: Path) -> str | None:
+    """Say what a file is that is no model to serve; None of any other, also where it is damaged."""
+    facts = [read_facts(shard) for shard in shard_paths(path)]
+    if any(each.problem for each in facts):
+        return None
+    reason = why_never(path, facts[0], sum(each.tensor_count for each in facts))
+    return reason or doubt(path, facts[0], dict(facts[0].weights))
 
 
 def _describe(path: Path, roots: Sequence[Path], near: Iterable[Path]) -> Model | None:

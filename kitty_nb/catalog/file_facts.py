@@ -15,6 +15,7 @@ from kitty_nb.catalog.quantization import TENSOR_TYPES
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from kitty_nb.catalog.gguf_contents import GgufContents, GgufHeader, TensorEntry
@@ -24,6 +25,7 @@ __all__ = ["FileFacts", "Kind", "read_facts"]
 _LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in a header
 _IN_JINJA = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _TOOLS = re.compile(r"\btools\b")
+_OF_LORA = (".lora_a", ".lora_b")  # converters of 2024 do not say the file's type
 _REPOSITORY = re.compile(r"https?://[^/]+/(?P<name>.+?)/?")
 
 
@@ -59,6 +61,7 @@ class FileFacts:
         width: Numbers in the vector of one token; of a projector, in those that it makes.
         heads: Attention heads, of the layer with the most.
         vocabulary: How many tokens it knows.
+        tokenizer: Whether it says how to cut text into tokens.
         chat_template: In Jinja.
         tools: Whether the template takes tools; None without a template.
         sees: Whether it is a projector for images.
@@ -87,6 +90,7 @@ class FileFacts:
     width: int | None = None
     heads: int | None = None
     vocabulary: int | None = None
+    tokenizer: bool = False
     chat_template: str | None = None
     tools: bool | None = None
     sees: bool = False
@@ -138,7 +142,7 @@ def _facts(contents: GgufContents, path: Path) -> FileFacts:
             f"{path} claims to have {parameters} weights. It is damaged: download it again."
         )
     return FileFacts(
-        kind=_kind(says),
+        kind=_kind(says, contents.entries),
         architecture=contents.header.architecture,
         title=says.text("general.name"),
         basename=says.text("general.basename"),
@@ -154,6 +158,7 @@ def _facts(contents: GgufContents, path: Path) -> FileFacts:
         width=_width(says),
         heads=says.of_architecture("attention.head_count"),
         vocabulary=says.length("tokenizer.ggml.tokens") or says.of_architecture("vocab_size"),
+        tokenizer=says.text("tokenizer.ggml.model") is not None,
         chat_template=template,
         tools=_takes_tools(says, template),
         sees=says.flag("clip.has_vision_encoder"),
@@ -171,11 +176,13 @@ def _bytes(entry: TensorEntry) -> int:
     return prod(entry.shape) // kind.block * kind.size if kind else 0
 
 
-def _kind(says: _Says) -> Kind:
+def _kind(says: _Says, entries: Iterable[TensorEntry]) -> Kind:
     if says.header.architecture == "clip":
         return Kind.PROJECTOR
+    if says.text("adapter.type") or any(entry.name.endswith(_OF_LORA) for entry in entries):
+        return Kind.ADAPTER
     match says.text("general.type"):
-        case None | "model":
+        case None | "model" | "vocab":
             return Kind.MODEL
         case "adapter":
             return Kind.ADAPTER

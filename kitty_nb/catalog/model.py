@@ -40,6 +40,7 @@ class Model:
         missing: Names of those files that are not there.
         context_length: The longest context it was trained for, in tokens; None when unknown.
         problem: Why it cannot be served and what to do about it; None when nothing is known.
+        doubt: Why it may not be served, though an engine may load it; None when nothing tells.
         kind: Whether it is a model, or goes with one.
         confirmed: Whether the tensors are stored as `quantization` was said to be; where they are
             not, it names what most of them are. None when one of the two says nothing.
@@ -71,6 +72,7 @@ class Model:
     missing: tuple[str, ...]
     context_length: int | None
     problem: str | None
+    doubt: str | None = None
     kind: Kind = Kind.MODEL
     confirmed: bool | None = None
     title: str | None = None
@@ -119,6 +121,8 @@ class Model:
             parts.append(f"incomplete ({len(self.missing)} of {self.shard_count} shards missing)")
         elif self.problem:
             parts.append("unusable")
+        elif self.doubt:
+            parts.append("may not load")
         elif self.shard_count > 1:
             parts.append(f"{self.shard_count} shards")
         return " · ".join(parts)

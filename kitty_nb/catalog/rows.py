@@ -13,6 +13,7 @@ from kitty_nb.catalog.model import Modality, Model
 from kitty_nb.catalog.projectors import with_projectors
 from kitty_nb.catalog.quantization import stored_quantization
 from kitty_nb.catalog.shards import ShardName
+from kitty_nb.catalog.unserved import doubt, why_never
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,8 @@ def _row(group: Sequence[Part], root: Path, now: float) -> Model:
     quantization, confirmed = stored_quantization(facts.file_type, weights, path.stem)
     downloading = any(_on_its_way(part) or _growing(part, now) for part in group)
     problem = _problem(group, path, names, absent, now)
+    if problem is None and readable and facts.kind is Kind.MODEL:
+        problem = why_never(path, facts, sum(each.tensor_count for each in readable))
     return Model(
         path=path,
         name=(path.relative_to(root) if path.is_relative_to(root) else path).as_posix(),
@@ -104,6 +107,7 @@ def _row(group: Sequence[Part], root: Path, now: float) -> Model:
         missing=tuple(absent),
         context_length=facts.context_length,
         problem=problem,
+        doubt=None if problem else doubt(path, facts, weights),
         kind=facts.kind,
         confirmed=confirmed,
         title=facts.title,

@@ -40,6 +40,7 @@ _GENERIC = re.compile(
     r"exiting due to|the lines above say why|trying to fit params"
     r"|failed to (?:load model|create.context with model)"
 )
+_OF_MODEL = re.compile(r"error loading model|\bllama-model\.cpp\b")
 _SHELL_SIGNALLED = 128
 
 
@@ -66,7 +67,12 @@ class Diagnosis:
 
     def __str__(self) -> str:
         proof = f": {_sentence(self.evidence[0])}" if self.evidence else "."
-        return f"The server {self.ending}{proof} {self.cause} {self.remedy}"
+        return f"The server {self.ending}{proof} {self.cause} {self.remedy}".rstrip()
+
+    @property
+    def blames_model(self) -> bool:
+        """Whether it was the model that llama.cpp could not load."""
+        return any(_OF_MODEL.search(line) for line in self.evidence)
 
 
 def diagnose(

@@ -14,6 +14,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from kitty_nb.catalog.description import why_not_served
 from kitty_nb.engine.devices import list_devices, remote_machines
 from kitty_nb.engine.locate import EngineKind, locate_engine
 from kitty_nb.errors import KittyError, PortBusyError
@@ -167,7 +168,7 @@ class ServerInstance:
             async with anyio.create_task_group() as self._helpers:
                 await self._serve()
         except Exception:
-            await self.put_down()
+            await self._put_down()
             raise
         finally:
             with anyio.CancelScope(shield=True):
@@ -212,7 +213,7 @@ class ServerInstance:
         else:
             await self._process.terminate(self._config.stop_grace_seconds)
 
-    async def put_down(self) -> None:
+    async def _put_down(self) -> None:
         """Let no process run that nothing watches, unless others may."""
         if self._process is None or self._found:
             return
@@ -290,6 +291,8 @@ class ServerInstance:
         kills, before = oom_kills(), self._oom_kills[0]
         out_of_memory = None if kills is None else kills != before
         diagnosis = diagnose(code, tuple(self._last_lines), out_of_memory=out_of_memory)
+        if diagnosis.blames_model and (told := await self._why_not_served()):
+            diagnosis = replace(diagnosis, cause=told, remedy="", repeats=True)
         reason = str(diagnosis)
         if diagnosis.of_port and (holder := await self._port_holder()):
             reason = f"{reason} {holder.sentence}"
@@ -317,24 +320,25 @@ class ServerInstance:
         found = await list_devices(engine, self._config)
         return None if found is None else tuple(map(str, found))
 
+    async def _why_not_served(self) -> str | None:
+        """What the model's header says it is, where that is no model to serve."""
+        model = self._config.model
+        return await anyio.to_thread.run_sync(why_not_served, model) if model else None
+
     async def _see_to_keeper(self) -> None:
-        """Have a keeper, unless another program has seen to it; a new one where it was killed."""
+        """Start a keeper, unless the program that started this server has done so."""
         if not self._found:
             with anyio.move_on_after(_KEEPER_AFTER):
                 await self._ready.wait()
         else:
             await anyio.sleep(max(0.0, _KEEPER_THERE_WITHIN - self._elapsed()))
-        ours = not self._found
-        while True:
-            if ours or not has_keeper(self._config.log_path):
-                self._start_keeper()
-            ours = False
-            await anyio.sleep(_KEEPER_THERE_WITHIN)
+            if has_keeper(self._config.log_path):
+                return
+        self._start_keeper()
 
     def _start_keeper(self) -> None:
-        if self._record and (self._keeper is None or not self._keeper.runs):
-            with suppress(OSError):  # the next look tries again
-                self._keeper = Keeper(self._record, record_path(self._config))
+        if self._record and self._keeper is None:
+            self._keeper = Keeper(self._record, record_path(self._config))
 
     async def _watch_log(self, log: LogTail) -> None:
         with FileChanges(self._config.log_path) as changes:

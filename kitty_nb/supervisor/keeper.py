@@ -82,11 +82,6 @@ class Keeper:
             command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
         )
 
-    @property
-    def runs(self) -> bool:
-        """Whether the program has not ended yet."""
-        return self._program.poll() is None
-
     async def ended(self) -> None:
         """Wait for it to end, as it does when its server has ended."""
         with anyio.CancelScope(shield=True):
@@ -111,11 +106,11 @@ async def keep(duty: Duty) -> None:
 
 
 def has_keeper(log: Path) -> bool:
-    """Whether the program runs for the server that writes this log; True where nothing tells."""
+    """Whether the program runs for the server that writes this log."""
     try:
         with _lock_path(log).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # it is held, or cannot be opened
+    except BlockingIOError:
         return True
     return False
 

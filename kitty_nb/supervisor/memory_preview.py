@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import psutil
 
+from kitty_nb.catalog.description import why_not_served
 from kitty_nb.catalog.memory import Memory, MemoryPreview, Needs, Verdict
 from kitty_nb.catalog.memory_formula import estimate
 from kitty_nb.catalog.memory_plan import plan, preview
@@ -19,7 +20,7 @@ from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError, ModelFileError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.memory_probe import Answer, ask_engine, can_answer
-from kitty_nb.supervisor.memory_settings import projected, settings_of
+from kitty_nb.supervisor.memory_settings import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class MemoryPreviewer:
         self._engine: Engine | None = None
         self._devices: tuple[Device, ...] | None = None
         self._remote: str | None = None
+        self._devices_busy = False
         self._looks: set[anyio.CancelScope] = set()
 
     def close(self) -> None:
@@ -99,15 +101,16 @@ class MemoryPreviewer:
                 tell(await _by_formula(config, self._engine, shape, known))
                 await anyio.sleep(delay)
                 with suppress(KittyError, OSError, psutil.Error):  # starting says what is wrong
-                    engine, memory, busy = await self._find_devices(config, running, measured)
+                    engine, memory = await self._find_devices(config, running, measured)
                     if memory is None:
                         tell(MemoryPreview(problem=_BUSY))
-                    elif busy:
+                    elif self._devices_busy:
                         tell(await _by_formula(config, engine, shape, memory))
                     else:
                         tell(await _ask(engine, config, shape, memory))
             except ModelFileError as error:
-                tell(MemoryPreview(problem=str(error)))
+                told = config.model and await anyio.to_thread.run_sync(why_not_served, config.model)
+                tell(MemoryPreview(problem=told or str(error)))
         return latest
 
     async def refusal(self, config: ServerConfig, running: Running | None) -> str:
@@ -127,11 +130,11 @@ class MemoryPreviewer:
             if its_choice and told.verdict is Verdict.FITS:
                 return ""
             with suppress(KittyError, OSError, psutil.Error):
-                engine, memory, busy = await self._find_devices(config, running, measured)
+                engine, memory = await self._find_devices(config, running, measured)
                 if memory is None:
                     return ""
                 told = await _by_formula(config, engine, shape, memory)
-                if told.verdict is not Verdict.FITS and not busy:
+                if told.verdict is not Verdict.FITS and not self._devices_busy:
                     told = await _ask(engine, config, shape, memory)
             return told.refusal
         return ""
@@ -147,24 +150,21 @@ class MemoryPreviewer:
 
     async def _find_devices(
         self, config: ServerConfig, running: Running | None, measured: Memory
-    ) -> tuple[Engine, Memory | None, bool]:
-        """The engine, the memory with that of its devices, and whether they are too busy to ask.
-
-        The memory is None where nobody has seen those devices before.
-        """
+    ) -> tuple[Engine, Memory | None]:
+        """Measure the memory with that of all devices; None where nobody can tell."""
         self._engine, devices = await engine_devices(config)
         remote = remote_machines(config)
-        busy = remote is not None and devices is None
-        if not busy:
+        self._devices_busy = remote is not None and devices is None
+        if not self._devices_busy:
             self._devices, self._remote = devices, remote
         elif self._remote != remote:
-            return self._engine, None, busy
+            return self._engine, None
         memory = with_devices(measured, self._devices)
         if running and running.config and memory.gpus:
             memory = await anyio.to_thread.run_sync(
                 _given_back, memory, running.config, self._engine
             )
-        return self._engine, memory, busy
+        return self._engine, memory
 
 
 async def _by_formula(
@@ -195,9 +195,7 @@ async def _ask(
             break
     needs = (*needs[:-1], needs[-1] + Needs(wanted.extra_weights, 0, 0))
     formula = estimate(shape, asked, memory.gpus)
-    told = preview(shape, asked, memory, tuple(map(_finer, needs, formula)))
-    # What a projector needs beside its weights, nobody has said.
-    return replace(told, exact=not projected(config))
+    return preview(shape, asked, memory, tuple(map(_finer, needs, formula)))
 
 
 def _pid(running: Running | None) -> int | None:

@@ -145,12 +145,6 @@ SIGNATURES = (
         "Raise it with `ulimit -n`, or end other programs.",
     ),
     _row(
-        r"failed to load lora adapter file from (?P<file>.+)",
-        "The adapter given with --lora cannot be read: {file}.",
-        "Correct its path in EXTRA_ARGS, or remove --lora.",
-        repeats=True,
-    ),
-    _row(
         _OPEN + r"Permission denied",
         "This user may not read {file}.",
         "Give it read permission with chmod or chown, or pick another model.",
@@ -202,7 +196,13 @@ SIGNATURES = (
         repeats=True,
     ),
     _row(
-        r"unknown (?:model architecture|(?:pre-)?tokenizer(?: type)?): '(?P<name>[^']*)'",
+        r"unknown model architecture: '(?P<name>[^']*)'",
+        "This llama.cpp does not know the architecture '{name}'.",
+        "Update llama.cpp if the model is new; image, speech and video models need other programs.",
+        repeats=True,
+    ),
+    _row(
+        r"unknown (?:pre-)?tokenizer(?: type)?: '(?P<name>[^']*)'",
         "This llama.cpp is too old for the model: it does not know '{name}'.",
         _UPDATE,
         repeats=True,

@@ -397,7 +397,12 @@ class ControlPanel(VBox):
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state.status, self._progress)
-        problem = self._problem or state.error or (model.problem if model else None) or self._hints
+        problem = (
+            self._problem
+            or state.error
+            or (model and (model.problem or model.doubt))
+            or self._hints
+        )
         self.notice.show(f"{problem}{_what_to_press(state)}" if problem else None)
         told, self._activities = self._activities, []  # clicks tell something at any time
         self.activity_log.show(told)

@@ -80,7 +80,7 @@ def describe(model: Model) -> Iterator[tuple[str, str]]:
         "File": str(model.path),
         "Shards": f"{len(files)} files, to {files[-1].name}" if len(files) > 1 else None,
         "Missing": ", ".join(model.missing),
-        "Problem": model.problem,
+        "Problem": model.problem or model.doubt,
     }
     for name, value in known.items():
         if value:

@@ -104,7 +104,7 @@ def group_rows(
             load="" if note.load_seconds is None else duration(note.load_seconds),
             favourite=note.favourite,
             state=_state(model),
-            problem=model.problem or "",
+            problem=model.problem or model.doubt or "",
             words=" ".join(filter(None, (*said, model.repository, model.name))).casefold(),
         )
 
@@ -128,4 +128,6 @@ def _store(model: Model, stores: Sequence[Store]) -> str:
 def _state(model: Model) -> str:
     if model.downloading:
         return "downloading"
-    return "incomplete" if model.missing else "unusable" if model.problem else ""
+    if model.missing:
+        return "incomplete"
+    return "unusable" if model.problem else "may not load" if model.doubt else ""
