@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.errors import ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event
 
 
@@ -51,3 +52,17 @@ def test_names_with_spaces_at_an_end_are_served(
         assert manager.start().wait(60).status is ServerStatus.READY
         served = manager.http.get("/v1/models").json()["data"][0]["id"]
         assert served == manager.state.alias == (alias or model.stem).strip()
+
+
+def test_a_prefix_that_a_script_adds_is_suspected(
+    config: ServerConfig, native_engine: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "llama-server"
+    script.write_text(f'#!/bin/sh\nexec "{native_engine}" "$@" --api-prefix /api\n')
+    script.chmod(0o755)
+    wanted = config.replace(binary=script, stall_seconds=2.0, n_gpu_layers=0)
+    with (
+        ModelManager(config=wanted) as manager,
+        pytest.raises(ServerFailedError, match=r"/health answered 40\d.*--api-prefix"),
+    ):
+        manager.start().wait(60)

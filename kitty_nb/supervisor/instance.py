@@ -403,6 +403,11 @@ class ServerInstance:
     def _note_health(self, result: HealthCheckResult) -> None:
         if result.latency is not None:
             self._oom_kills.append(oom_kills())
+            if result.message.startswith("answered ") and not self._hint:
+                self._hint = (
+                    f" /health {result.message}: a script around the server may have told it to"
+                    " serve elsewhere (--api-prefix)."
+                )
         self._tell_health(result)
 
     async def _look_at_port(self) -> None:
