@@ -127,7 +127,7 @@ MODEL = [
         before=write("version https://git-lfs"),
     ),
     Fault("truncated model", CRASHED, "not within the file bounds.*download it", before=cut),
-    Fault("unknown architecture", CRASHED, "does not know the architecture 'other'", before=rename_architecture),
+    Fault("unknown architecture", CRASHED, "the architecture 'other'", before=rename_architecture),
     Fault("missing shard", STOPPED, "1 of its 3 shards are missing", before=lose_shard),
     Fault(
         "shard deleted after the last check", CRASHED, "shard of the model", before=lose_shard_late
