@@ -109,7 +109,8 @@ class MemoryPreviewer:
                     else:
                         tell(await _ask(engine, config, shape, memory))
             except ModelFileError as error:
-                told = config.model and await anyio.to_thread.run_sync(why_not_served, config.model)
+                model = config.model
+                told = await anyio.to_thread.run_sync(why_not_served, model) if model else None
                 tell(MemoryPreview(problem=told or str(error)))
         return latest
 
