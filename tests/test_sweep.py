@@ -43,6 +43,8 @@ from kitty_nb.experiments.events import (
     TrialProgressed,
     TrialStarted,
 )
+from kitty_nb.experiments.local import this_machine
+from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.run_trial import run_trial
 from kitty_nb.experiments.schedule import Execute
 from kitty_nb.experiments.store import ResultStore
@@ -186,6 +188,80 @@ def test_rows_that_do_not_say_which_file_it_was_count(sweep: Callable[..., Sweep
     assert sweep().progress.done == 1
 
 
+def test_failures_in_a_folder_that_was_wrong_do_not_count_in_the_right_one(
+    sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
+) -> None:
+    def of(folder: str) -> Sweep:
+        return sweep(
+            models=["m.gguf"], config=base.replace(models_dir=tmp_path / folder, model=None)
+        )
+
+    here = of("wrong").run(this_machine(of("wrong").config, Workload(), tmp_path))
+    (failed,) = here.wait(WAIT).rows
+    assert "wrong" in failed.reason
+    assert of("wrong").progress.done == 1
+    write_demo_model(tmp_path / "right" / "m.gguf")
+    assert of("right").progress.done == 0
+    (row,) = of("right").run().wait(WAIT).rows
+    assert row.outcome is Outcome.DONE, row.reason
+
+
+def test_every_model_that_is_not_here_is_told_before_the_first_trial(
+    sweep: Callable[..., Sweep], base: ServerConfig
+) -> None:
+    one = sweep(models=[base.model, "misstyped.gguf", "gone.gguf"])
+    events = heard(one)
+    with pytest.raises(ConfigError) as caught:
+        one.run().wait(WAIT)
+    assert [problem.value for problem in caught.value.problems] == ["misstyped.gguf", "gone.gguf"]
+    assert not any(isinstance(event, TrialStarted) for event in events)
+
+
+def test_what_is_to_be_tried_again_is_not_done_until_it_was(
+    sweep: Callable[..., Sweep], base: ServerConfig
+) -> None:
+    mark = mark_of(str(base.model), base)
+
+    @asynccontextmanager
+    async def failing() -> AsyncIterator[Execute]:
+        async def execute(trial: Trial, **_: object) -> TrialResult:
+            return TrialResult(trial, Outcome.FAILED, "a crash", mark=mark)
+
+        yield execute
+
+    @asynccontextmanager
+    async def lost() -> AsyncIterator[Execute]:
+        async def execute(trial: Trial, **_: object) -> TrialResult:
+            raise ExperimentError("The cluster is lost.")
+
+        yield execute
+
+    grid = {"threads": [1, 2]}
+    sweep(grid=grid).run(failing()).wait(WAIT)
+    assert sweep(grid=grid).progress.done == 2
+    with pytest.raises(ExperimentError, match="lost"):
+        sweep(grid=grid).run(lost(), retry=True).wait(WAIT)
+    assert sweep(grid=grid).progress.done == 0
+
+
+def test_what_the_environment_says_in_vain_is_told(
+    tmp_path: Path,
+    demo_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = f"LLAMACPP_MODELS_DIR={demo_model.parent}\nLLAMACPP_PRIMARY_MODEL={demo_model.name}\n"
+    (tmp_path / ".env").write_text(lines)
+    monkeypatch.setenv("LLAMACPP_THREADS", "3")
+    with Sweep(repeats=1) as one:
+        assert "LLAMACPP_THREADS" in " ".join(one.warnings)
+        one.run(no_server()).wait(WAIT)
+    assert "LLAMACPP_THREADS" in caplog.text
+    with Sweep(repeats=1, config=ServerConfig.from_env()) as one:
+        assert not one.warnings
+
+
 def test_names_in_another_order_are_the_same_combinations(sweep: Callable[..., Sweep]) -> None:
     grid: dict[str, list[object]] = {"threads": [1], "batch_size": [64, 128]}
     sweep(grid=grid).run().wait(WAIT)
@@ -198,8 +274,8 @@ def test_names_in_another_order_are_the_same_combinations(sweep: Callable[..., S
 def test_it_can_be_run_again_as_soon_as_it_has_ended(sweep: Callable[..., Sweep]) -> None:
     one = sweep(models=["gone.gguf"])
     for _ in range(20):
-        (row,) = one.run(retry=True).wait(WAIT).rows
-        assert row.outcome is Outcome.FAILED
+        (row,) = one.run(no_server(), retry=True).wait(WAIT).rows
+        assert row.outcome is Outcome.DONE
 
 
 _KILLED = """
@@ -430,15 +506,17 @@ def test_a_trial_can_be_recorded_and_replayed(
 
 
 def test_what_was_measured_without_a_record_is_measured_again_for_one(
-    sweep: Callable[..., Sweep],
+    sweep: Callable[..., Sweep], demo_model: Path, tmp_path: Path
 ) -> None:
-    without = sweep(repeats=2, models=[MODEL, "gone.gguf"]).run().wait(WAIT)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(demo_model.read_bytes()[:200_000])
+    without = sweep(repeats=2, models=[MODEL, broken]).run().wait(WAIT)
     assert [row.record for row in without.rows] == [None] * 4
-    one = sweep(repeats=2, models=[MODEL, "gone.gguf"], record=True)
+    one = sweep(repeats=2, models=[MODEL, broken], record=True)
     assert [row.outcome for row in one.results.rows] == [Outcome.FAILED] * 2
     rows = one.run().wait(WAIT).rows
     assert [bool(row.record) for row in rows] == [row.outcome is Outcome.DONE for row in rows]
-    assert sweep(repeats=2, models=[MODEL, "gone.gguf"]).results.rows == rows
+    assert sweep(repeats=2, models=[MODEL, broken]).results.rows == rows
 
 
 def test_answers_too_long_together_are_a_row(sweep: Callable[..., Sweep]) -> None:

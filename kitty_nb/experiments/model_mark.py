@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from kitty_nb.errors import ConfigError
+from kitty_nb.errors import ConfigError, Problem
 from kitty_nb.experiments.trial import ModelMark
 from kitty_nb.supervisor.load_facts import gather_facts
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
 
-__all__ = ["mark_of", "marks_here"]
+__all__ = ["check_models", "mark_of", "marks_here"]
 
 
 def mark_of(model: str, config: ServerConfig) -> ModelMark:
@@ -43,3 +43,23 @@ def marks_here(models: Iterable[str], config: ServerConfig) -> dict[str, ModelMa
         with suppress(ConfigError):
             marks[model] = mark_of(model, config)
     return {model: mark for model, mark in marks.items() if mark.digest}
+
+
+def check_models(models: Iterable[str], config: ServerConfig) -> None:
+    """Look whether the models are on this machine. It blocks.
+
+    Args:
+        models: As trials name them.
+        config: As for `mark_of`.
+
+    Raises:
+        ConfigError: Listing those that are not.
+    """
+    problems: list[Problem] = []
+    for model in dict.fromkeys(models):
+        try:
+            config.replace(model=model)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError("the sweep", tuple(problems))

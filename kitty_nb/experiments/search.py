@@ -16,7 +16,7 @@ from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ResultStoreError
 from kitty_nb.experiments.events import StoreFailed, TrialEnded, TrialProgressed, TrialStarted
 from kitty_nb.experiments.local import this_machine
-from kitty_nb.experiments.model_mark import marks_here
+from kitty_nb.experiments.model_mark import check_models, marks_here
 from kitty_nb.experiments.objective import glimpses, why_behind
 from kitty_nb.experiments.propose import propose
 from kitty_nb.experiments.schedule import row_of
@@ -96,13 +96,14 @@ class Search:
         """Search until the budget is spent or everything is tried.
 
         Raises:
-            ConfigError: The engine does not know a flag of the space.
+            ConfigError: The engine does not know a flag of the space, or the model is not here.
             EngineNotFoundError: There is no engine.
             ResultStoreError: The file of results cannot be used.
             ExperimentError: The user's objective failed.
         """
         began = time.monotonic()
         await self._check_flags()
+        await anyio.to_thread.run_sync(check_models, [self.model], self.config)
         here = await anyio.to_thread.run_sync(marks_here, [self.model], self.config)
         self.mark = here.get(self.model)
         self.rows = [own for row in await self.kept.recall() if (own := self._own(row))]

@@ -29,6 +29,7 @@ _CREATE = """
     )
 """
 _ADD = "INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)"
+_DROP = "DELETE FROM trials WHERE conditions = ? AND trial = ?"
 _RECALL = "SELECT result FROM trials WHERE conditions = ? ORDER BY at"
 
 
@@ -89,6 +90,18 @@ class ResultStore:
             for key, result in batch.items():
                 if self._unwritten.get(key) is result:
                     del self._unwritten[key]
+
+    async def drop(self, keys: Iterable[str]) -> None:
+        """Forget the rows of these trials.
+
+        Raises:
+            ResultStoreError: They cannot be removed.
+        """
+        rows = [(self._conditions, key) for key in keys]
+        async with self._writing:
+            for _, key in rows:
+                self._unwritten.pop(key, None)
+            await self._use(lambda trials: trials.executemany(_DROP, rows))
 
     async def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:

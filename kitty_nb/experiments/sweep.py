@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 import anyio.to_thread
 
-from kitty_nb.config import ServerConfig
+from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError
 from kitty_nb.experiments.background import in_background
@@ -32,7 +32,7 @@ from kitty_nb.experiments.events import (
 )
 from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.local import this_machine
-from kitty_nb.experiments.model_mark import marks_here
+from kitty_nb.experiments.model_mark import check_models, marks_here
 from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.schedule import Gate, carry_out, first_of, row_of
 from kitty_nb.experiments.settings import check_flags, digest
@@ -113,6 +113,13 @@ class Sweep:
         store: The SQLite file for the rows.
         logs: A folder in which to keep the servers' logs.
 
+    Attributes:
+        config: What holds where the grid says nothing.
+        warnings: What `.env` or the environment says in vain, in sentences.
+        workload: What is asked.
+        trials: In the order in which they are run.
+        store: The file for the rows.
+
     Raises:
         ConfigError: Listing every name and value that is wrong.
         ExperimentError: There is nothing to try.
@@ -138,6 +145,7 @@ class Sweep:
         logs: str | Path | None = None,
     ) -> None:
         self.config = config or ServerConfig.from_env()
+        self.warnings = () if config else env_warnings(profile=self.config.profile)
         self.workload = Workload(
             prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
             max_tokens=max_tokens,
@@ -284,7 +292,7 @@ class Sweep:
         """Like `run`, on the event loop that runs now, until it is over.
 
         Raises:
-            ConfigError: The engine does not know a flag of the grid.
+            ConfigError: The engine does not know a flag of the grid, or a model is not here.
             ResultStoreError: The file of results cannot be used.
             ExperimentError: It runs already, or a cluster cannot run it or is lost.
         """
@@ -297,7 +305,7 @@ class Sweep:
                 if client is not None:
                     where, slots = await self._cluster(client, slots)
                 self._slots = slots or 1
-                await self._run(where or self._here(), retry)
+                await self._run(where, retry)
         except Exception as failure:  # noqa: BLE001 (raised again below)
             # That nothing can be run there is told in the words of one trial.
             error = first_of(failure) if isinstance(failure, ExceptionGroup) else failure
@@ -336,14 +344,21 @@ class Sweep:
         """Call back with each event, on the sweep's thread, until the result is called."""
         return self._broadcast.subscribe(callback)
 
-    async def _run(self, where: AbstractAsyncContextManager[Execute], retry: bool) -> None:
+    async def _run(self, where: AbstractAsyncContextManager[Execute] | None, retry: bool) -> None:
+        for warning in self.warnings:
+            _log.warning(warning)
         await self._check_flags()
         self._take(await self._kept.recall(), await anyio.to_thread.run_sync(self._marks))
-        if retry:
-            done = (row for row in self._rows.values() if row.outcome is Outcome.DONE)
-            self._rows = {row.trial.key: row for row in done}
-        left = [trial for trial in self.trials if trial.key not in self._rows]
-        async with where as execute, anyio.create_task_group() as tasks:
+        again = {
+            key for key, row in self._rows.items() if retry and row.outcome is not Outcome.DONE
+        }
+        left = [t for t in self.trials if t.key in again or t.key not in self._rows]
+        if where is None:
+            models = [trial.model for trial in left]
+            await anyio.to_thread.run_sync(check_models, models, self.config)
+        await self._kept.drop(again)
+        self._rows = {key: row for key, row in self._rows.items() if key not in again}
+        async with where or self._here() as execute, anyio.create_task_group() as tasks:
             tasks.start_soon(self._forecast, [trial.model for trial in left])
 
             async def run(trial: Trial, free: Callable[[], None]) -> None:

@@ -199,8 +199,13 @@ class TrialResult:
     document: str = field(default="", repr=False)
 
     def may_be_of(self, mark: ModelMark | None) -> bool:
-        """Whether it may be of the model with this mark; what is not known is no objection."""
-        return self.mark is None or mark is None or self.mark == mark
+        """Whether it may be of the model with this mark; what is not known is no objection.
+
+        Where a trial saw no such model, its failure says nothing of one that is there.
+        """
+        if mark is None or self.mark == mark:
+            return True
+        return self.mark is None and self.outcome is Outcome.DONE
 
     @property
     def record(self) -> RunRecord | None:

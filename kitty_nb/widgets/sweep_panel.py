@@ -82,7 +82,7 @@ class SweepPanel(VBox):
         self.sweep, self.panel = sweep, panel
         self._constraints = constraints
         self._headings = columns(sweep.workload)
-        self._problem = ""
+        self._problem = "\n".join(sweep.warnings)
         self._broke_off = False
         self._starting = False
         self._insists = False
