@@ -192,6 +192,10 @@ def test_what_could_not_be_talked_to_is_refused(bare: ServerConfig, flag: str) -
     [
         ("--metrcs", "Did you mean --metrics?"),
         ("--zzz", "llama-server --help"),
+        ("--batch 512", "Did you mean --batch-size?"),
+        ("--context-size 512", "Did you mean --ctx-size?"),
+        ("--stop x", "llama-server --help"),
+        ("--max-tokens 5", "llama-server --help"),
         ("--metrcs=1", "--metrcs, which .* Did you mean --metrics?"),
         ("--metrics --stop", "--stop"),
         ("--control-vector-layer-range 1 2 --threds 3", "Did you mean --threads?"),
@@ -253,6 +257,7 @@ SPECULATIVE = (
     [
         (LOAD_MODE, "--no-mmap", "--load-mode none"),
         (LOAD_MODE, "--mmap", "--load-mode mmap"),
+        (LOAD_MODE, "--no_mmap", "--load-mode none"),
         (LOAD_MODE, "--metrics --mlock -np 4", "--metrics --load-mode mlock -np 4"),
         (LOAD_MODE, "--mlock --no-mmap", "--load-mode mlock"),
         (LOAD_MODE, "-dio", "--load-mode dio"),

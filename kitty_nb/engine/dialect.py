@@ -17,6 +17,7 @@ _CHOICES = re.compile(r"[\[<](?P<bars>[^|\s]+(?:\|[^|\s]+)+)[\]>]|\{(?P<commas>[
 # 2024, a description could follow by a single space.
 _VALUE = re.compile(r"(?P<first>(?:<[^<>]*>|\S)+)(?P<second> [A-Z]+$)?")
 
+_ALIKE = 0.81  # of 1; less is another flag that happens to share some letters
 _REMOVED = "the argument has been removed"  # it is listed, and ends the program when it is used
 
 
@@ -51,8 +52,11 @@ class Dialect:
         return self._by_flag.get(spelled(flag))
 
     def nearest(self, flag: str) -> str | None:
-        """Return the flag of this build that looks most like the given one, if any does."""
-        return next(iter(get_close_matches(spelled(flag), self._by_flag, n=1)), None)
+        """Return the flag of this build that was most likely meant, if any was."""
+        meant = spelled(flag)
+        longer = [name for name in self._by_flag if name.startswith(f"{meant}-")]
+        alike = get_close_matches(meant, self._by_flag, n=1, cutoff=_ALIKE)
+        return next(iter(alike), min(longer, key=len, default=None))
 
 
 def parse_help(text: str) -> Dialect:

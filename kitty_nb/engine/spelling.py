@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kitty_nb.engine.dialect import spelled
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -81,10 +83,10 @@ def _spell_first(dialect: Dialect, words: Sequence[str]) -> tuple[int, Sequence[
     if option:
         taken = 1 + option.values
         return taken, words[:taken]
-    name = next(filter(dialect.option, _NAMES.get(flag, ())), None)
+    name = next(filter(dialect.option, _NAMES.get(spelled(flag), ())), None)
     if name:
         return 1, (name,)
-    said = [_NAMES.get(word, (word,))[0] for word in words[:_LONGEST]]
+    said = [_NAMES.get(spelled(word), (spelled(word),))[0] for word in words[:_LONGEST]]
     for taken in range(len(said), 0, -1):
         for instead in _INSTEAD.get(" ".join(said[:taken]), ()):
             if all(map(dialect.option, filter(is_flag, instead.split()))):
