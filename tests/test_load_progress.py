@@ -286,3 +286,18 @@ def test_work_is_a_sign_of_life_and_answering_health_checks_is_none() -> None:
     for second in range(61, 121):
         meter.measure(Usage(BASE, BASE, processor=54 + (second - 60) * 0.002), second)
     assert meter.moved_at == 60
+
+
+def test_reading_a_large_vocabulary_is_no_flow_of_weights() -> None:
+    """As a small model with 262,144 tokens: a second of vocabulary, then all weights at once."""
+    size, header = 241_000_000, 7_000_000
+    expected = LoadEstimate(Basis.SAME_LOAD, 0.1, 1.0, 0.2)
+    meter = LoadMeter(size, header, expected)
+    meter.reach(Stage.STARTING, 0.0)
+    meter.measure(Usage(BASE, 0), 0.05)
+    meter.reach(Stage.LOADING, 0.1)
+    for at, read in ((0.2, header), (0.4, header), (0.6, 2 * header), (0.9, 2 * header)):
+        meter.measure(Usage(BASE, read), at)
+        assert meter.progress(at).fraction == pytest.approx(at / 1.3, abs=0.05)
+    meter.measure(Usage(BASE + size, 2 * header), 1.1)
+    assert meter.progress(1.1).stage is Stage.PREPARING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kitty_nb.engine.dialect import spelled
+from kitty_nb.config.engine_flags import spelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -156,7 +156,7 @@ async def _end_when_idle(process: ServerProcess, log: Path, seconds: float, duty
 def _work_of(process: ServerProcess) -> float:
     """What it has done so far; 1 is the least that counts as a second of work."""
     usage = process.usage() or Usage(0, 0)
-    return usage.processor / AT_WORK + max(usage.resident, usage.read) / _LOADS
+    return usage.processor / AT_WORK + (usage.resident + usage.read) / _LOADS
 
 
 def main(words: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitty_nb.catalog.gguf_header import read_header
+from kitty_nb.catalog.gguf_header import read_header, read_layout
 from kitty_nb.catalog.shards import shard_paths
 from kitty_nb.errors import ModelFileError
 from kitty_nb.supervisor.page_cache import cached_share
@@ -107,6 +107,14 @@ def active_share(model: Path) -> float:
         for key in ("expert_used_count", "expert_count")
     )
     return used / count if isinstance(used, int) and isinstance(count, int) and count else 1.0
+
+
+def header_bytes(model: Path) -> int:
+    """Return the bytes before the weights; 0 where the file cannot be read."""
+    try:
+        return read_layout(model).data_at
+    except ModelFileError:
+        return 0
 
 
 def _files(config: ServerConfig) -> Iterator[Path]:

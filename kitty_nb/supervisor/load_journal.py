@@ -16,6 +16,7 @@ from kitty_nb.supervisor.load_facts import (
     LoadFacts,
     active_share,
     gather_facts,
+    header_bytes,
     path_text,
     this_host,
 )
@@ -60,8 +61,10 @@ class LoadJournal:
             facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
         self._facts = facts
         self._expect(meter)
-        if meter.expected.basis is Basis.NOTHING and self._config.model:
-            model = self._config.model
+        model = self._config.model
+        if model and meter.total:
+            meter.header = await run_sync(header_bytes, model, abandon_on_cancel=True)
+        if meter.expected.basis is Basis.NOTHING and model:
             self._active = await run_sync(active_share, model, abandon_on_cancel=True)
             self._expect(meter)
 

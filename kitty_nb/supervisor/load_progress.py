@@ -18,8 +18,9 @@ _STAGES = list(Stage)
 _COMPLETE = 0.985
 _INSTANT = 1e-9  # seconds, instead of none in a division
 _UNKNOWN = LoadEstimate(Basis.NOTHING, 0.0, 0.0, 0.0)
-# Up to this share of them, bytes may be the engine's own, before it reads the first weight.
-_TRICKLE = 0.005
+# Up to this share of them, bytes may be the engine's own, before it reads the first weight; and it
+# reads the model's header, with a large vocabulary for most of a small load, up to so many times.
+_TRICKLE, _HEADERS = 0.005, 4
 # What the estimate's rate is worth against the bytes seen so far, as a share of all bytes. It is
 # worth less the less the two agree, once more than that share was to be there.
 _WORTH = {Basis.SAME_LOAD: 1.0, Basis.SAME_MODEL: 0.3, Basis.HOST: 0.15, Basis.NOTHING: 0.04}
@@ -62,6 +63,7 @@ class LoadMeter:
 
     Attributes:
         total: Bytes of the model, all files; 0 where they tell nothing, and the clock alone does.
+        header: Bytes of the files that are no weights.
         expected: How long the stages should take.
         stage: The stage reached.
         moved_at: When it last showed life, in seconds after the start.
@@ -69,6 +71,7 @@ class LoadMeter:
     """
 
     total: int = 0
+    header: int = 0
     expected: LoadEstimate = _UNKNOWN
     stage: Stage = Stage.STARTING
     moved_at: float = 0.0
@@ -119,7 +122,8 @@ class LoadMeter:
     def _see(self, loaded: int, elapsed: float) -> None:
         if loaded > self.loaded:
             self.loaded, self.moved_at = loaded, elapsed
-        if self._flowing is None and self.loaded > self.total * _TRICKLE > 0:
+        trickle = max(self.total * _TRICKLE, min(self.header * _HEADERS, self.total / 2))
+        if self._flowing is None and self.loaded > trickle > 0:
             self._flowing = max(self._measured, elapsed - self._flow_seconds())
         if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
             self.reach(Stage.PREPARING, elapsed)
@@ -177,7 +181,8 @@ class LoadMeter:
         ahead = self._fraction + step
         corrected = due + (ahead - due) * 0.5 ** (passed / whole / _HALVED)
         self._fraction = max(self._fraction + step * _SLOWEST, corrected)
-        known = not self._guessing or self.loaded > self.total * _EARLIEST_ETA > 0
+        flows = self._flowing is not None and self.loaded > self.total * _EARLIEST_ETA > 0
+        known = not self._guessing or flows
         return LoadProgress(self.stage, self._fraction, elapsed, left if known else None)
 
     @property

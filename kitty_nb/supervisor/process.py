@@ -34,7 +34,8 @@ class Usage:
     """What a server's processes show of its load so far.
 
     Attributes:
-        resident: Bytes of memory resident now; mapped weights count as they are touched.
+        resident: Bytes of mapped files resident now, as weights are once they are touched; of all
+            memory where the system does not tell (macOS).
         read: Bytes read through system calls or from disk, whichever is more; 0 where the system
             does not tell (macOS).
         processor: Seconds of processor time.
@@ -207,7 +208,10 @@ def _usage(process: psutil.Process) -> Usage | None:
     read = 0
     try:
         with process.oneshot():
-            resident, processor = process.memory_info().rss, sum(process.cpu_times()[:2])
+            # All memory would count vocabularies: a quarter of a small model with a large one.
+            memory = process.memory_info()
+            resident = getattr(memory, "shared", memory.rss)
+            processor = sum(process.cpu_times()[:2])
             with suppress(psutil.AccessDenied):
                 if hasattr(process, "io_counters"):
                     counters = process.io_counters()
