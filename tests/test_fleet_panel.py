@@ -151,6 +151,16 @@ def test_a_wrong_setting_is_shown_in_its_row_and_can_be_mended(
         panel.start("vision")
 
 
+def test_what_has_no_effect_is_told_until_it_is_corrected(open_: Open, env: Path) -> None:
+    right = env.read_text()
+    env.write_text(f"{right}LLAMACPP_CONTEXT=1024\n")
+    panel = open_(env)
+    eventually(lambda: "Did you mean LLAMACPP_CTX?" in panel.notice)
+    env.write_text(right)
+    click(panel, "rescan")
+    eventually(lambda: not panel.notice)
+
+
 def test_a_start_that_fails_says_why(
     open_: Open, tmp_path: Path, misbehaving: Callable[..., ServerConfig]
 ) -> None:

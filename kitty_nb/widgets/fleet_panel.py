@@ -14,7 +14,7 @@ import traitlets
 from anyio.from_thread import start_blocking_portal
 from anywidget import AnyWidget
 
-from kitty_nb.config import configured_profiles, salvage_settings
+from kitty_nb.config import configured_profiles, env_warnings, salvage_settings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import ServerStatus
@@ -62,10 +62,10 @@ class FleetPanel(AnyWidget):
         self._env = env
         try:
             self._members = self._read()
+            self._problem = "\n".join(env_warnings(env))
         except ConfigError:
             let_go(self)
             raise
-        self._problem = ""
         super().__init__(rows=self._describe())
         self.add_class("kitty-panel")
         self.add_class("kitty-fleet")
@@ -121,7 +121,7 @@ class FleetPanel(AnyWidget):
         """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
         try:
             self._members = self._read(self._members)
-            self._problem = ""
+            self._problem = "\n".join(env_warnings(self._env))
         except ConfigError as error:
             self._problem = str(error)
 

@@ -2,6 +2,7 @@
 
 function render({ model, el }) {
   const draw = () => (el.innerHTML = model.get("table"));
+  Object.assign(el, { role: "group", ariaLabel: "Trials", tabIndex: 0 }); // it scrolls
   model.on("change:table", draw);
   draw();
   return () => model.off("change:table", draw);
