@@ -6,11 +6,15 @@ from pathlib import Path
 
 import anyio
 import pytest
+from conftest import eventually
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
 
-from kitty_nb import ServerConfig
+from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.config import env_warnings
 from kitty_nb.doctor import Verdict, examine
 from kitty_nb.errors import ConfigError
+from kitty_nb.widgets import FleetPanel
 
 EXAMPLE = Path(__file__).parents[1] / ".env.example"
 
@@ -121,3 +125,32 @@ def test_a_mistyped_file_is_no_repository(tmp_path: Path) -> None:
         ServerConfig(models_dir=tmp_path, other_stores=False, model="mine/q4.ggu")
     assert "Did you mean mine/q4.gguf?" in str(refusal.value)
     assert "download" not in str(refusal.value)
+
+
+def test_every_front_end_tells_them(
+    tmp_path: Path, sent: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "LLAMACPP_CONTEXT is not a setting, so it has no effect. Did you mean LLAMACPP_CTX?"
+    env = tmp_path / "my.env"
+    env.write_text(
+        "LLAMACPP_CONTEXT=1\nLLAMACPP_OTHER_STORES=0\nLLAMACPP_MODELS_DIR=models\n"
+        "LLAMACPP_LOG_DIR=logs\nLLAMACPP_HISTORY=history.sqlite3\n"
+    )
+    (tmp_path / "models").mkdir()
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: told in panel.notice.value)
+    finally:
+        panel.close()
+    fleet = FleetPanel(env)
+    try:
+        eventually(lambda: told in fleet.notice)
+    finally:
+        fleet.close()
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    shell.run_line_magic("load_ext", "kitty_nb")
+    try:
+        shell.run_line_magic("kitty", f"status --env {env}")
+    finally:
+        shell.run_line_magic("unload_ext", "kitty_nb")
+    assert told in capsys.readouterr().out

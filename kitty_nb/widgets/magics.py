@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from kitty_nb.config import salvage_settings
+from kitty_nb.config import env_warnings, salvage_settings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError
 from kitty_nb.manager import ModelManager, Operation
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
@@ -57,6 +57,9 @@ class KittyMagics(Magics):
         """Start, stop or look at a profile's server."""
         given = _given(self.kitty, line)
         manager = self._manager(given)
+        if given.verb in {"start", "restart", "status"}:
+            for warning in env_warnings(given.env, given.profile):
+                print(warning)
         match given.verb:
             case "start":
                 self._load(manager.start, manager, wanted(given.env, given.profile))
