@@ -295,6 +295,7 @@ def download(
     """
     from rich.console import Console
 
+    from kitty_nb.catalog.description import why_not_served
     from kitty_nb.hub import HubReference
     from kitty_nb.terminal import downloads
 
@@ -311,6 +312,8 @@ def download(
             "Cancelled. What has come is kept; the same command goes on from there.", err=True
         )
         raise
+    if told := why_not_served(model):
+        typer.echo(told, err=True)
     typer.echo(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
 
 

@@ -18,7 +18,8 @@ import anyio
 import psutil
 import pytest
 from conftest import eventually
-from hub_server import MB, ONE, Hub
+from hub_server import MB, ONE, Hub, Repo
+from model_files import write_header
 from typer.testing import CliRunner, Result
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
@@ -634,6 +635,17 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(
     with ModelManager(env) as manager:
         assert manager.chat("Who are you?", max_tokens=4).wait(30)
         assert manager.http.get("/health").status_code == 200
+
+
+def test_a_download_that_is_no_model_to_serve_says_so(
+    hub_kitty: Callable[..., subprocess.Popen[str]], hub: Hub, tmp_path: Path
+) -> None:
+    painter = write_header(tmp_path / "source.gguf", "flux").read_bytes()
+    hub.repos["maker/Paint-GGUF"] = Repo({"paint-Q4_0.gguf": painter})
+    out, err = (coming := hub_kitty("maker/Paint-GGUF")).communicate(timeout=60)
+    assert coming.returncode == 0
+    assert "paint-Q4_0.gguf is an image model (flux)" in err
+    assert "paint-Q4_0.gguf" in out
 
 
 def test_ctrl_c_keeps_what_has_come(

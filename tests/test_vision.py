@@ -18,7 +18,9 @@ from kitty_nb.engine.command_line import build_command, leaves_out_projector
 from kitty_nb.engine.dialect import parse_help
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
 from kitty_nb.errors import ConfigError, UnknownFlagError
+from kitty_nb.experiments import record_run, replay
 from kitty_nb.supervisor.load_facts import gather_facts
+from kitty_nb.terminal.glance import glance
 
 DEMO_WIDTH = 320  # of the demo model's vectors
 
@@ -134,6 +136,24 @@ def test_the_projector_is_in_the_preview_and_in_the_load(seeing: ServerConfig) -
             needs.append(manager.preview_memory().wait(60).needs.weights)
     assert needs[0] - needs[1] == size
     assert gather_facts(seeing).size - gather_facts(blind).size == size
+
+
+def test_a_run_s_record_names_the_projector_and_is_repeated_with_it(
+    seeing: ServerConfig,
+) -> None:
+    with ModelManager(config=seeing) as manager:
+        manager.start().wait(60)
+        found = anyio.run(glance, seeing.replace(mmproj="off"))  # the server's record tells
+        assert found.projector == seeing.projector
+        record = record_run(manager, "Well?", max_tokens=4).wait(60)
+    assert [one.name for one in record.model.companions] == ["mmproj-F16.gguf"]
+    comparison = replay(record, config=seeing).wait(60)
+    assert comparison.same_outputs
+    assert not comparison.differences
+    assert seeing.projector
+    seeing.projector.unlink()
+    without = replay(record, config=seeing.replace()).wait(60)
+    assert {one.what.partition("[")[0] for one in without.differences} == {"model.companions"}
 
 
 def test_another_model_has_its_own_projector_or_none(seeing: ServerConfig) -> None:
