@@ -135,9 +135,49 @@ def test_flags_are_checked_against_the_engine(base: ServerConfig, dialect: Diale
     with pytest.raises(ConfigError) as caught:
         check_flags(trials, dialect)
     unknown, refused = caught.value.problems
-    assert "--cache-type-k" in unknown.fix
+    assert "cache_type_k" in unknown.fix
     assert refused.value == "q9"
     assert "q8_0" in refused.fix
+
+
+def test_every_flag_of_the_help_can_be_tried(base: ServerConfig, engine: Path | None) -> None:
+    dialect = anyio.run(locate_engine, engine).dialect
+    names = {
+        flag.removeprefix("--").replace("-", "_")
+        for option in dialect.options
+        for flag in option.flags
+        if flag.startswith("--")
+    }
+    assert {"top_k", "context_shift", "gpu_layers", "flash_attn"} <= names
+    decided = {"temp", "temperature", "seed", "predict", "n_predict", "ignore_eos", "cache_prompt"}
+    decided |= {"no_cache_prompt", "model", "host", "port", "alias", "api_key", "model_url"}
+    for name in names - set(ServerConfig.model_fields) - decided:
+        check_flags(combine(base, ["a.gguf"], {name: [None]}), dialect)
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ({"temp": [0.0, 1.0]}, "Write temperature instead"),
+        ({"repeat-penalty": [1.1]}, r"Did you mean repeat_penalty\?"),
+        ({"seed": [1, 2]}, "Write seed=… in the sweep"),
+        ({"predict": [9]}, "Write max_tokens=… in the sweep"),
+        ({"no_cache_prompt": [True]}, "each prompt is read anew"),
+        ({"extra_args": [("--mlock", "--seed", "7")]}, "Write seed=… in the sweep"),
+        ({"n_ctx": [512]}, r"Did you mean context_size\?"),
+        ({"ctk": ["q8_0"]}, r"Did you mean cache_type_k\?"),
+        ({"fa": ["on"]}, r"Did you mean flash_attn\?"),
+        ({"np": [2]}, r"Did you mean parallel\?"),
+        ({"cache_typ_k": ["q8_0"]}, r"Did you mean cache_type_k\?"),
+        ({"batchsize": [64]}, r"Did you mean batch_size\?"),
+    ],
+)
+def test_what_a_trial_cannot_decide_is_refused_with_where_to_say_it(
+    base: ServerConfig, engine: Path | None, grid: dict[str, list[object]], told: str
+) -> None:
+    dialect = anyio.run(locate_engine, engine).dialect
+    with pytest.raises(ConfigError, match=told):
+        check_flags(combine(base, ["a.gguf"], grid), dialect)
 
 
 def test_a_build_without_the_flag_refuses_it(base: ServerConfig) -> None:

@@ -73,6 +73,8 @@ def test_the_summary_has_medians_and_their_spread(results: Results) -> None:
 
 def test_the_best_is_the_best_median_within_the_constraints(results: Results) -> None:
     assert dict(results.best().trial.settings)["threads"] == 4
+    label = "demo.gguf, threads 4, cache_type_k q8_0"
+    assert repr(results.best()) == f"Combination({label}: 2 measured)"
     fits = results.best(constraints={"memory_gib": 5, "context_size>=": 8192})
     assert dict(fits.trial.settings)["threads"] == 2
     assert dict(results.best("memory_gib").trial.settings)["threads"] == 2

@@ -26,6 +26,7 @@ from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError, Wait
 from kitty_nb.experiments import (
     ExactMatch,
     Outcome,
+    Perplexity,
     Sweep,
     Trial,
     TrialResult,
@@ -542,12 +543,12 @@ def test_a_flag_that_the_engine_lacks_is_refused_before_the_first_trial(
 ) -> None:
     one = sweep(grid={"cache_typ_k": ["f16"]})
     events = heard(one)
-    with pytest.raises(ConfigError, match="--cache-type-k"):
+    with pytest.raises(ConfigError, match="cache_type_k"):
         one.run().wait(WAIT)
     (ended,) = events
     assert isinstance(ended, SweepEnded)
     assert not ended.complete
-    assert "--cache-type-k" in ended.problem
+    assert "Did you mean cache_type_k?" in ended.problem
 
 
 @pytest.mark.parametrize(
@@ -558,6 +559,9 @@ def test_a_flag_that_the_engine_lacks_is_refused_before_the_first_trial(
         ({"max_tokens": 1}, "2 or more"),
         ({"parallel": (0, 1)}, "1 or more"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"quality": "exact"}, "ExactMatch.* or a function"),
+        ({"quality": ExactMatch({"Who?": "I"})}, "ExactMatch lacks this prompt"),
+        ({"quality": Perplexity({"Who?": "I"})}, "text for none of the prompts"),
     ],
 )
 def test_what_cannot_be_run_is_refused(

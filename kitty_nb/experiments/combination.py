@@ -33,7 +33,7 @@ class Spread:
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Combination:
     """What is known of one combination of model and settings.
 
@@ -50,6 +50,9 @@ class Combination:
     done: int
     reasons: tuple[str, ...]
     metrics: Mapping[str, Spread]
+
+    def __repr__(self) -> str:
+        return f"Combination({self.trial.label}: {self.done} measured)"
 
     @property
     def config(self) -> ServerConfig:

@@ -9,7 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kitty_nb.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 Quality = Callable[[str, str], float]
 
@@ -42,6 +47,25 @@ class Perplexity:
     """
 
     expected: Mapping[str, str]
+
+
+def check_quality(
+    quality: Quality | Perplexity | None, prompts: Collection[str]
+) -> Iterator[Problem]:
+    """Yield what is wrong with a measure of quality for these prompts."""
+    match quality:
+        case ExactMatch(expected):
+            for prompt in dict.fromkeys(prompts):
+                if prompt not in expected:
+                    fix = "Give ExactMatch the right answer to each prompt."
+                    yield Problem("quality", prompt, "ExactMatch lacks this prompt.", fix)
+        case Perplexity(expected):
+            if not any(expected.get(prompt) for prompt in prompts):
+                fix = "Give Perplexity the text to a prompt, spelled as in prompts=[…]."
+                yield Problem("quality", "", "Perplexity has a text for none of the prompts.", fix)
+        case _ if quality is not None and not callable(quality):
+            fix = "Write ExactMatch({prompt: answer}), Perplexity({prompt: text}) or a function."
+            yield Problem("quality", repr(quality), "It measures nothing.", fix)
 
 
 def identity(quality: Quality | Perplexity | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -11,19 +12,48 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import ServerConfig
 from kitty_nb.engine.command_line import SERVER_SETTINGS
+from kitty_nb.engine.spelling import spell
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from kitty_nb.engine.dialect import Dialect
+    from kitty_nb.engine.dialect import Dialect, Option
     from kitty_nb.experiments.trial import Trial, Value
 
 __all__ = ["FIELDS", "as_value", "changes", "check_flags", "check_names", "conditions", "digest"]
 
 # A request says itself how long its answer may be, so a server's own limit would change nothing.
 FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
-_MISSPELT = 0.8  # likeness from which a name is taken for a misspelt field
+_MISSPELT = 0.92  # likeness from which a name is a misspelt field; real flags are less like one
+# Options that each request, or the sweep, decides by itself; and where to say what they should be.
+_DECIDED = {
+    "--seed": "Write seed=… in the sweep instead.",
+    "--predict": "Write max_tokens=… in the sweep instead.",
+    "--n-predict": "Write max_tokens=… in the sweep instead.",
+    "--ignore-eos": "Leave it out; with quality=… an answer ends where the model ends it.",
+    "--cache-prompt": "Leave it out; each prompt is read anew, so that its speed can be measured.",
+    "--temp": "Write temperature instead.",
+    "--top-p": "Write top_p instead.",
+    "--repeat-penalty": "Write repeat_penalty instead.",
+    "--model": "Write models=[…] in the sweep instead.",
+    **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
+}
+# What other programs call a setting.
+_ELSEWHERE = {
+    "n_ctx": "context_size",
+    "num_ctx": "context_size",
+    "n_batch": "batch_size",
+    "num_batch": "batch_size",
+    "n_ubatch": "ubatch_size",
+    "n_threads": "threads",
+    "num_thread": "threads",
+    "n_parallel": "parallel",
+    "num_gpu": "n_gpu_layers",
+    "type_k": "cache_type_k",
+    "type_v": "cache_type_v",
+}
+_NO_EFFECT = "It would change nothing, for each request or the sweep decides it."
 
 
 def check_names(names: Iterable[str]) -> Iterator[Problem]:
@@ -41,32 +71,63 @@ def check_names(names: Iterable[str]) -> Iterator[Problem]:
             yield Problem(name, "", "The sweep chooses it itself.", fix)
         elif near := get_close_matches(name, FIELDS, n=1, cutoff=_MISSPELT):
             yield Problem(name, "", "There is no such setting.", f"Did you mean {near[0]}?")
-        elif not name.replace("_", "").replace("-", "").isalnum():
+        elif not re.fullmatch(r"[\w.-]+", name):
             fix = f"Use one of {fields}, or a flag of llama-server."
             yield Problem(name, "", "It is no name of a setting.", fix)
 
 
 def check_flags(trials: Iterable[Trial], dialect: Dialect) -> None:
-    """Refuse flags that a build of the engine does not know, and words that they do not take.
+    """Refuse flags that a build of the engine does not know, or that a trial cannot decide.
+
+    So are words that a flag does not take.
 
     Raises:
         ConfigError: Listing all of them, each with the nearest name there is.
     """
     wanted = {pair for trial in trials for pair in trial.settings if pair[0] not in FIELDS}
+    extra = {v for trial in trials for name, v in trial.settings if name == "extra_args" and v}
     problems: dict[object, Problem] = {}
+    for word in dict.fromkeys(
+        word for words in extra if isinstance(words, tuple) for word in words
+    ):
+        if fix := _decided(dialect.option(word)):
+            problems[word] = Problem("extra_args", word, _NO_EFFECT, fix)
     for name, value in sorted(wanted, key=str):
+        words = _words(_flag(name), value, dialect)
         option = dialect.option(_flag(name))
-        if option is None:
-            fields = get_close_matches(name, FIELDS, n=1)
-            near = next(iter(fields), None) or dialect.nearest(_flag(name))
-            advice = f"Did you mean {near}?" if near else "See `llama-server --help`."
+        if fix := _decided(option):
+            problems[name] = Problem(name, str(value), _NO_EFFECT, fix)
+        elif option is None and tuple(spell(dialect, words)) == words:
             reason = f"It is neither a setting nor a flag of this llama-server ({_flag(name)})."
-            problems[name] = Problem(name, str(value), reason, advice)
-        elif option.choices and value is not None and str(value) not in option.choices:
+            problems[name] = Problem(name, str(value), reason, _advice(name, dialect))
+        elif option and option.choices and value is not None and str(value) not in option.choices:
             fix = f"Use one of {', '.join(option.choices)}."
             problems[name, value] = Problem(name, str(value), "llama-server refuses it.", fix)
     if problems:
         raise ConfigError("the sweep", tuple(problems.values()))
+
+
+def _decided(option: Option | None) -> str:
+    """Where to say what an option should be, if a trial cannot."""
+    flags = option.flags if option else ()
+    return next((_DECIDED[flag] for flag in flags if flag in _DECIDED), "")
+
+
+def _advice(name: str, dialect: Dialect) -> str:
+    """Name the setting that is meant, as a grid has it."""
+    near = _ELSEWHERE.get(name)
+    if near is None and (short := dialect.option(f"-{name}")):
+        near = _grid_name(short)
+    if near is None and (option := dialect.option(dialect.nearest(_flag(name)) or "")):
+        near = next(iter(get_close_matches(name, FIELDS, n=1)), None) or _grid_name(option)
+    return f"Did you mean {near}?" if near else "See `llama-server --help`."
+
+
+def _grid_name(option: Option) -> str:
+    """The name of an option in a grid: its field, else its longest flag that turns it on."""
+    names = [flag.lstrip("-").replace("-", "_") for flag in option.flags]
+    fields = [field for field in FIELDS if field in names]
+    return next(iter(fields), max((n for n in names if not n.startswith("no_")), key=len))
 
 
 def as_value(value: Any) -> Value:

@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
-from kitty_nb.experiments.quality import identity
+from kitty_nb.experiments.quality import check_quality, identity
 from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Workload:
         if not self.parallel or min(self.parallel) < 1:
             fix = "Write numbers of requests, such as (1, 4)."
             problems.append(Problem("parallel", str(self.parallel), "It must be 1 or more.", fix))
+        problems += check_quality(self.quality, self.prompts)
         if problems:
             raise ConfigError("the sweep", tuple(problems))
 

@@ -145,6 +145,12 @@ SIGNATURES = (
         "Raise it with `ulimit -n`, or end other programs.",
     ),
     _row(
+        r"failed to load lora adapter file from (?P<file>.+)",
+        "The adapter given with --lora cannot be read: {file}.",
+        "Correct its path in EXTRA_ARGS, or remove --lora.",
+        repeats=True,
+    ),
+    _row(
         _OPEN + r"Permission denied",
         "This user may not read {file}.",
         "Give it read permission with chmod or chown, or pick another model.",
