@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from kitty_nb.errors import KittyError, ServerCrashedError
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -186,7 +187,7 @@ def status(
     from kitty_nb.terminal.glance import glance, measure
 
     names = configured_profiles(env) if every else (profile,)
-    states = [anyio.run(glance, _settings(env, name)) for name in names]
+    states = [glance(_settings(env, name)) for name in names]
     if as_json:
         facts = [_facts(state, *anyio.run(measure, state)) for state in states]
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
@@ -224,9 +225,12 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
+    from kitty_nb.supervisor.record import refuse_open_folder
     from kitty_nb.terminal.logs import follow_log, has_log, log_lines
 
-    path = _settings(env, profile).log_path
+    config = _settings(env, profile)
+    refuse_open_folder(config)
+    path = config.log_path
     there = has_log(path)
     if follow:
         anyio.run(follow_log, path, typer.echo, lines)
@@ -327,6 +331,9 @@ def lab(context: typer.Context) -> None:
     import psutil
     from jupyterlab.labapp import LabApp
 
+    for path in (_NOTEBOOKS, *_NOTEBOOKS.glob("*.ipynb")):
+        if reason := distrust(path, folders=False):
+            raise KittyError(f"{reason} A notebook runs as you: open it in a folder of your own.")
     _NOTEBOOKS.mkdir(parents=True, exist_ok=True)
     # An editable install has no copies in the package: the checkout is around it.
     homes = (Path(__file__).parent, Path(__file__).parents[1])
@@ -376,11 +383,9 @@ def _show_load(
     command: Callable[..., Awaitable[ServerState | None]], config: ServerConfig, *words: object
 ) -> bool:
     """Run a command that may load a model, show its load, and say how the server is then."""
-    from rich.console import Console
-
     from kitty_nb.terminal.load_display import LoadDisplay
 
-    with LoadDisplay(Console(stderr=True)) as display:
+    with LoadDisplay() as display:
         state = anyio.run(command, config, display, *words)
     if state:
         typer.echo(state.sentence)

@@ -34,7 +34,7 @@ from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
-from kitty_nb.supervisor.record import find_server
+from kitty_nb.supervisor.record import find_server, refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
 
 _KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
@@ -253,6 +253,10 @@ async def _memory(config: ServerConfig) -> Finding:
 
 
 def _disk(config: ServerConfig) -> Finding:
+    try:
+        refuse_open_folder(config)
+    except ServerFailedError as error:
+        return Finding("Disk", Verdict.BAD, str(error))
     folders = {
         "LLAMACPP_LOG_DIR": _nearest(config.log_dir),
         "LLAMACPP_HISTORY": _nearest(config.history.parent),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -160,6 +161,19 @@ def free_port() -> int:
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         return int(trial.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def second_user() -> Iterator[pwd.struct_passwd]:
+    """Another user of this machine, for as long as the suite runs; root alone can make one."""
+    if os.getuid() != 0 or not (add := shutil.which("useradd")):
+        pytest.skip("needs root and useradd, to make a second user")
+    name = f"kitty-test-{os.getpid()}"
+    subprocess.run([add, "--no-create-home", "--shell", "/bin/false", name], check=True)
+    try:
+        yield pwd.getpwnam(name)
+    finally:
+        subprocess.run(["userdel", name], check=True, capture_output=True)
 
 
 @pytest.fixture

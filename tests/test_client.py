@@ -18,6 +18,7 @@ from kitty_nb.experiments.measure import Interview
 from kitty_nb.experiments.recording import ask
 from kitty_nb.experiments.run_record import Request
 from kitty_nb.experiments.workload import Workload
+from kitty_nb.supervisor.health import HealthProbe, Recognition
 
 Says = Callable[..., Access]
 STREAM = "text/event-stream"
@@ -36,6 +37,10 @@ def says() -> Iterator[Says]:
             self.send_header("Content-Type", answer["kind"])
             self.end_headers()
             self.wfile.write(answer["body"])
+
+        def do_GET(self) -> None:
+            self.headers["Content-Length"] = "0"
+            self.do_POST()
 
         def log_message(self, *_: object) -> None:
             pass
@@ -183,3 +188,21 @@ def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
         chat(says(events({"content": "half"}, finish=None)))
     with pytest.raises(ServerError, match="could not go on: it is full"):
         chat(says('data: {"error": {"message": "it is full"}}\n\n'))
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "[1]", "{}", '{"data": [1, {}, {"status": "?"}]}', "<html>"]
+)
+def test_whatever_a_server_says_of_itself_is_survived(says: Says, body: str) -> None:
+    async def look() -> None:
+        endpoint = says(body, "application/json").endpoint
+        port = int(endpoint.rpartition(":")[2])
+        probe = HealthProbe(ServerConfig(port=port, alias="ours"), trusted=True)
+        assert (await probe.check_activity()).slots_total is None
+        assert not await probe.is_router()
+        assert "loaded" not in (await probe.router_models()).values()
+        found = await probe.recognise()
+        assert found is (Recognition.OTHER_MODEL if "status" in body else Recognition.OURS)
+        await probe.aclose()
+
+    anyio.run(look)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import ipywidgets
+import platformdirs
 import psutil
 import pytest
 from conftest import eventually
@@ -256,7 +257,8 @@ def test_the_choice_is_saved_as_the_defaults(panel: ControlPanel, env: Path) -> 
     panel.settings.fields["context_size"].value = "1024"
     panel.settings.save.click()
     eventually(lambda: any("LLAMACPP_PRIMARY_CTX" in line for line in panel.activity_log.lines))
-    backup = next(env.parent.glob(".env.backup-*"))
+    folder = platformdirs.user_state_path("kitty_nb") / "env-backups"
+    backup = next(folder.glob(f"{env.parent.name}-*.backup-*"))
     assert backup.read_text() == before
     assert any(str(backup) in line for line in panel.activity_log.lines)
     saved = before.replace("two.gguf", "one.gguf") + "LLAMACPP_PRIMARY_CTX=1024\n"

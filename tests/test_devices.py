@@ -68,6 +68,11 @@ def listens(port: int) -> bool:
     )
 
 
+def needed(refusal: str) -> str:
+    """What a refusal says without what is free, which changes by the second."""
+    return refusal.partition(", of which")[0]
+
+
 def devices(config: ServerConfig) -> tuple[Device, ...] | None:
     return anyio.run(engine_devices, config)[1]
 
@@ -147,7 +152,7 @@ def test_what_the_device_cannot_hold_is_refused_and_named(
     everything = config.replace(n_gpu_layers=999)
     seen, refusal = previews(everything)
     assert seen[-1].verdict is Verdict.WILL_NOT_FIT
-    assert refusal == seen[-1].refusal
+    assert needed(refusal) == needed(seen[-1].refusal)
     assert f"GB of {software_gpu} (" in refusal
     assert previews(config)[1] == ""  # left to the engine, the rest stays in RAM
 
@@ -166,7 +171,7 @@ def test_start_and_memory_line_give_one_answer_about_other_machines(
     )
     seen, refusal = previews(alone)
     assert seen[-1].verdict is Verdict.WILL_NOT_FIT
-    assert refusal == seen[-1].refusal
+    assert needed(refusal) == needed(seen[-1].refusal)
     assert "GB of RAM" in refusal
     seen, refusal = previews(alone.replace(extra_args=["--rpc", workers]))
     assert refusal == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -208,6 +209,12 @@ def test_wheel_when_path_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     engine = locate()
 
     assert engine.kind is EngineKind.EMBEDDED
+    said = [
+        subprocess.run([*engine.command, flag], capture_output=True, text=True, check=True).stdout
+        for flag in ("--help", "--version")
+    ]
+    assert engine.dialect.options == parse_help(said[0]).options
+    assert engine.version in said[1]
     assert engine.command[0] == sys.executable
     assert "xllamacpp" in engine.version
     assert engine.dialect.option("--n-gpu-layers")

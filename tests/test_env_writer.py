@@ -5,6 +5,7 @@ import stat
 import sys
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from kitty_nb.config import FlashAttention, ServerConfig, salvage_settings, save_settings
@@ -26,7 +27,8 @@ _PIECES = (
 
 
 def backups(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(".env.backup-*"))
+    folder = platformdirs.user_state_path("kitty_nb") / "env-backups"
+    return sorted(folder.glob(f"{path.parent.name}-env.backup-*"))
 
 
 def given(tmp_path: Path, text: str) -> Path:
@@ -119,9 +121,21 @@ def test_rights_and_links_are_kept(tmp_path: Path) -> None:
     assert target.read_text() == "K=2\n"
     assert saved.backup
     assert saved.backup.read_text() == "K=1\n"
-    for file in (target, saved.backup):
-        assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert sorted(file.name for file in target.parent.iterdir()) == ["env", saved.backup.name]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert [file.name for file in target.parent.iterdir()] == ["env"]
+
+
+def test_the_backup_which_may_hold_a_key_is_for_its_owner_alone_and_not_in_the_project(
+    tmp_path: Path,
+) -> None:
+    path = given(tmp_path, "LLAMACPP_API_KEY=sesame\n")
+    path.chmod(0o644)
+    backup = write_env(read_env(path), {"K": "1"}).backup
+    assert backup
+    assert "sesame" in backup.read_text()
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o600
+    assert stat.S_IMODE(backup.parent.stat().st_mode) == 0o700
+    assert [file.name for file in tmp_path.iterdir()] == [".env"]
 
 
 @pytest.mark.parametrize("now", ["K=3\n", None])

@@ -80,6 +80,20 @@ def test_there_is_one_keeper_however_many_watch(config: ServerConfig) -> None:
     assert keepers(config) == []
 
 
+def test_a_keeper_that_is_killed_is_replaced(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.instance._KEEPER_THERE_WITHIN", 0.2)
+    with ModelManager(config=config) as manager:
+        manager.start().wait(30)
+        eventually(lambda: has_keeper(config.log_path))
+        first = keepers(config)
+        assert len(first) == 1
+        first[0].kill()
+        eventually(lambda: has_keeper(config.log_path) and keepers(config) not in ([], first))
+    assert keepers(config) == []
+
+
 def test_an_unused_server_is_stopped_without_a_notebook(
     misbehaving: Callable[..., ServerConfig],
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.errors import KittyError, ServerError
+from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.widgets.kernel_managers import lent
 
 
 def write_env(folder: Path, config: ServerConfig, *lines: str) -> Path:
@@ -279,3 +282,26 @@ def test_an_interrupt_calls_a_start_off(
     _, error = kernel.try_("%kitty start", interrupt)
     assert error == "StartCancelledError"
     assert "stopped" in kernel.run("%kitty stop") or "No server" in kernel.run("%kitty status")
+
+
+def test_a_router_that_a_panel_attached_to_is_switched(
+    run: Run, env: Path, config: ServerConfig, native_engine: Path, demo_model: Path
+) -> None:
+    folder = env.parent / "router"
+    folder.mkdir()
+    (folder / "one.gguf").symlink_to(demo_model)
+    command = [native_engine, "--models-dir", folder, "--port", str(config.port)]
+    with subprocess.Popen([*command, "-c", "512", "-ngl", "0"]) as router:
+        try:
+            run("%kitty status")
+            manager = lent(".env", "primary")
+            assert manager
+            eventually(lambda: holder_of(config.host, config.port), within=30)
+            manager.attach().wait(60)
+            assert run("%kitty switch one").startswith("READY: one at ")
+            assert run("%%kitty_chat\nWho are you?").startswith("Hello! I am")
+            assert "STOPPED" not in run("%kitty status")
+            run("%kitty stop")
+            assert router.poll() is None
+        finally:
+            router.terminate()

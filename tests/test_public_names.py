@@ -16,10 +16,11 @@ PACKAGE = Path(kitty_nb.__file__).parent
 # Room → what it may import of the package, as the architecture draws it.
 ROOMS = {
     "errors": set(),
-    "catalog": {"errors"},
-    "config": {"errors", "catalog"},
-    "engine": {"errors", "config"},
-    "supervisor": {"errors", "config", "engine", "catalog"},
+    "trust": set(),
+    "catalog": {"errors", "trust"},
+    "config": {"errors", "catalog", "trust"},
+    "engine": {"errors", "config", "trust"},
+    "supervisor": {"errors", "config", "engine", "catalog", "trust"},
     "client": {"errors"},
     "manager": {"errors", "config", "engine", "catalog", "supervisor", "client"},
     "hub": {"errors", "catalog"},
@@ -44,7 +45,7 @@ ROOMS = {
     },
     "terminal": {"errors", "config", "supervisor", "catalog", "hub"},
     "doctor": {"errors", "config", "catalog", "engine", "supervisor"},
-    "cli": {"errors", "config", "catalog", "supervisor", "terminal", "doctor", "hub"},
+    "cli": {"errors", "trust", "config", "catalog", "supervisor", "terminal", "doctor", "hub"},
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
@@ -134,5 +135,16 @@ def test_importing_the_package_is_light() -> None:
         "import sys, kitty_nb;"
         "print(sorted({'gguf', 'numpy', 'ipywidgets', 'pydantic', 'httpx'} & set(sys.modules)))"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["kitty_nb.terminal.commands, kitty_nb.terminal.load_display", "kitty_nb.terminal.glance"],
+)
+def test_a_command_does_not_wait_for_what_it_needs_later_or_never(modules: str) -> None:
+    late = {"httpx", "rich.console", "pygments", "gguf", "numpy", "ipywidgets"}
+    code = f"import sys, kitty_nb.cli, {modules}; print(sorted({late!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout.strip() == "[]"

@@ -20,6 +20,7 @@ from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
 from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.experiments import record_run, replay
 from kitty_nb.supervisor.load_facts import gather_facts
+from kitty_nb.supervisor.memory_settings import settings_of
 from kitty_nb.terminal.glance import glance
 
 DEMO_WIDTH = 320  # of the demo model's vectors
@@ -130,11 +131,8 @@ def test_a_build_that_takes_no_projector_serves_text(seeing: ServerConfig) -> No
 def test_the_projector_is_in_the_preview_and_in_the_load(seeing: ServerConfig) -> None:
     assert seeing.projector
     blind, size = seeing.replace(mmproj="off"), seeing.projector.stat().st_size
-    needs = []
-    for config in (seeing, blind):
-        with ModelManager(config=config) as manager:
-            needs.append(manager.preview_memory().wait(60).needs.weights)
-    assert needs[0] - needs[1] == size
+    beside = [settings_of(config).extra_weights for config in (seeing, blind)]
+    assert beside == [size, 0]
     assert gather_facts(seeing).size - gather_facts(blind).size == size
 
 

@@ -6,9 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from kitty_nb.catalog.scan_cache import Stamp
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +22,20 @@ _UNFINISHED = (
 _FILLING = ".aria2"  # beside a file that has its full length from the beginning
 _LM_STUDIO = "downloading_"
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file has changed.
+
+    Attributes:
+        size: Its bytes.
+        mtime_ns: When it was last written, in nanoseconds since the epoch.
+        inode: Its number in the file system.
+    """
+
+    size: int
+    mtime_ns: int
+    inode: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ import logging
 import os
 import sqlite3
 from contextlib import closing
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import platformdirs
 
 from kitty_nb.catalog.file_facts import FileFacts
+from kitty_nb.catalog.folder import Stamp
 from kitty_nb.catalog.user_folders import user_folder
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -38,20 +40,6 @@ _CREATE = """
 _FORGET = "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?"
 
 _log = logging.getLogger(__name__)
-
-
-class Stamp(NamedTuple):
-    """What tells whether a file has changed.
-
-    Attributes:
-        size: Its bytes.
-        mtime_ns: When it was last written, in nanoseconds since the epoch.
-        inode: Its number in the file system.
-    """
-
-    size: int
-    mtime_ns: int
-    inode: int
 
 
 class FileCache(Generic[T]):
@@ -120,6 +108,8 @@ class FileCache(Generic[T]):
             self._complain(error)
 
     def _connect(self) -> sqlite3.Connection:
+        if reason := distrust(self._path, folders=False):
+            raise PermissionError(reason.rstrip("."))
         files = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
         try:
             (version,) = files.execute("PRAGMA user_version").fetchone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
+from base64 import urlsafe_b64encode
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -20,7 +20,7 @@ _BYTES = 32
 def choose_api_key(config: ServerConfig) -> SecretStr | None:
     """Return the configured key, one made up for this server, or None when none is wanted."""
     if config.api_key is None:
-        return SecretStr(secrets.token_urlsafe(_BYTES))
+        return SecretStr(urlsafe_b64encode(os.urandom(_BYTES)).decode().rstrip("="))
     return None if config.api_key.get_secret_value() == NO_KEY else config.api_key
 
 

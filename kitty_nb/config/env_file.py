@@ -12,6 +12,7 @@ from dotenv import dotenv_values, find_dotenv
 from dotenv.parser import parse_stream
 
 from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,16 +31,22 @@ def read_env(path: str | Path) -> EnvFile:
     """Read a `.env` file without touching the process environment.
 
     Args:
-        path: The file; plain `.env` is looked for in the folders above too, and may be missing.
+        path: The file; plain `.env` is looked for in the folders above too, and may be missing. A
+            file that is found so may name a program to run, so it must be nobody else's; who names
+            one vouches for it.
 
     Raises:
-        ConfigError: When the file cannot be read, or a line in it cannot be understood.
+        ConfigError: When the file cannot be read, may be another user's, or a line in it cannot be
+            understood.
     """
     found = Path(os.path.expanduser(path))  # noqa: PTH111 (leaves a name that nobody has as it is)
     if found == Path(".env"):
         found = Path(find_dotenv(usecwd=True) or found)
         if not found.is_file():
             return EnvFile(found.absolute(), {})
+        if reason := distrust(found):
+            fix = f"To use it all the same, name it: {found} in place of .env."
+            raise ConfigError(str(found), (Problem("file", str(found), reason, fix),))
     try:
         raw = found.read_bytes()
         text = raw.decode("utf-8-sig")

@@ -9,8 +9,10 @@ from datetime import datetime
 from io import StringIO
 from typing import TYPE_CHECKING
 
+import platformdirs
 from dotenv.parser import parse_stream
 
+from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.config.whole_file import write_whole
 from kitty_nb.errors import ConfigError, Problem
 
@@ -61,7 +63,8 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
     """Set keys in a `.env` file, at once or not at all.
 
     Comments, order, line ends, permissions and links stay; keys that are not there yet come at the
-    end. The old file is kept beside it as `<name>.backup-<time>`.
+    end. The old file, which may hold a key, is kept in a folder of this user alone, away from what
+    git or a web server may hand out.
 
     Args:
         env: The file as it was read.
@@ -80,7 +83,7 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
         if _bytes(file) != env.raw:
             reason = "It has changed since it was read."
             raise _unwritten(env.path, reason, "Look at it and try again.")
-        backup = _back_up(file, env.raw) if file.exists() else None
+        backup = _back_up(env, file) if file.exists() else None
         write_whole(file, content, like=file)
     except (OSError, UnicodeEncodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
@@ -133,10 +136,18 @@ def _bytes(file: Path) -> bytes:
         return b""
 
 
-def _back_up(file: Path, content: bytes) -> Path:
+def _back_up(env: EnvFile, file: Path) -> Path:
     time = datetime.now().astimezone().strftime("%Y%m%dT%H%M%S.%f")
-    backup = file.with_name(f"{file.name}.backup-{time}")
-    write_whole(backup, content, like=file)
+    folder = user_folder(platformdirs.user_state_path) / "env-backups"
+    # Named by the folder too: a project's file is called .env everywhere.
+    backup = folder / f"{file.parent.name}-{file.name.lstrip('.')}.backup-{time}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(backup, env.raw)
+    except OSError as error:
+        reason = f"No backup of it can be kept in {folder}: {error.strerror}."
+        fix = "Make that folder writable, or say by XDG_STATE_HOME where another one is."
+        raise _unwritten(env.path, reason, fix) from None
     return backup
 
 

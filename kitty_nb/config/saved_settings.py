@@ -44,7 +44,7 @@ def save_settings(
     """Write the settings that differ from a `.env` file into it, for their profile alone.
 
     Each goes to `LLAMACPP_<PROFILE>_<NAME>`, so other profiles stay as they are. Secrets are never
-    written. The rest of the file stays, and the old one is kept beside it.
+    written. The rest of the file stays, and a backup of the old one is kept.
 
     Args:
         config: The settings.

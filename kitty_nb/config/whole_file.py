@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write_whole(file: Path, content: bytes, *, like: Path) -> None:
-    """Write a file, whole or not at all, with the rights of another; else for its owner alone.
+def write_whole(file: Path, content: bytes, *, like: Path | None = None) -> None:
+    """Write a file, whole or not at all, with the rights of another, or for its owner alone.
 
     Raises:
         OSError: It cannot be written; what was there before is still there.
@@ -21,8 +21,9 @@ def write_whole(file: Path, content: bytes, *, like: Path) -> None:
             new.write(content)
             new.flush()
             os.fsync(new.fileno())
-        with suppress(FileNotFoundError):
-            shutil.copymode(like, name)
+        if like:
+            with suppress(FileNotFoundError):
+                shutil.copymode(like, name)
         Path(name).replace(file)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -16,8 +16,10 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.config import server_environment
+from kitty_nb.engine import embedded
 from kitty_nb.engine.dialect import Dialect, parse_help
 from kitty_nb.errors import EngineError, EngineNotFoundError
+from kitty_nb.trust import distrust
 
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
@@ -110,6 +112,11 @@ def _program(binary: Path) -> Path:
         )
     if not os.access(program, os.X_OK):
         raise EngineError(f"{program} (LLAMACPP_BIN) may not be run. Try: chmod +x '{program}'")
+    if reason := distrust(program):
+        raise EngineError(
+            f"Another user can change what {program} (LLAMACPP_BIN) does: {reason} Give it to"
+            f" yourself alone (chown, chmod go-w), or put {program.parent} on PATH if you trust it."
+        )
     return program
 
 
@@ -123,6 +130,9 @@ def _candidate(kind: EngineKind, command: tuple[str, ...], file: Path) -> _Candi
 
 
 async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
+    if candidate.kind is EngineKind.EMBEDDED:  # its program would say the same, later
+        dialect, version = parse_help(embedded.help_text()), embedded.version_text()
+        return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
     answers: dict[str, str] = {}
 
     async def ask(flag: str) -> None:
@@ -138,10 +148,12 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
             f"{candidate.command[-1]} is not a llama-server that runs here. Asked for --help, it"
             f" said: {said}"
         )
-    version = _VERSION.search(answers["--version"])
-    return Engine(
-        candidate.kind, candidate.command, version[1].strip() if version else "unknown", dialect
-    )
+    return Engine(candidate.kind, candidate.command, _numbered(answers["--version"]), dialect)
+
+
+def _numbered(text: str) -> str:
+    version = _VERSION.search(text)
+    return version[1].strip() if version else "unknown"
 
 
 async def output_of(command: tuple[str, ...], answer_within: float) -> str:

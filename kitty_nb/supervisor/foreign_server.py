@@ -50,6 +50,11 @@ async def find_foreign_server(config: ServerConfig) -> PortHolder:
             f"{holder.sentence} It was started with {holder.unspoken}, but kitty_nb talks to a"
             " server by plain HTTP, without a prefix. Start it without, or use it as it is."
         )
+    if holder.user:
+        raise ServerFailedError(
+            f"{holder.sentence} What another user's server is asked, that user can read. Start a"
+            " server of your own, on another port."
+        )
     return holder
 
 

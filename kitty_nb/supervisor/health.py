@@ -7,28 +7,41 @@ import time
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from enum import Enum, auto
+from functools import cached_property
 from http import HTTPStatus
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import httpx
-from httpx_sse import EventSource, SSEError
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
 from kitty_nb.supervisor.answer_pace import AnswerPace
 from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
+from kitty_nb.supervisor.health_answer import NOT_IN_TIME, NOT_YET, read_answer
+
+
+class _Late(ModuleType):
+    """A module that is imported when it is first used: a server loads meanwhile."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module(self.__name__), name)
+
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    import httpx
+    import httpx_sse
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
+else:
+    httpx, httpx_sse = _Late("httpx"), _Late("httpx_sse")
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-_TIMEOUT = httpx.Timeout(5.0, connect=1.0)
+_PATIENCE, _CONNECT_WITHIN = 5.0, 1.0  # seconds
 _QUOTED = 300  # characters
-_LISTENING = httpx.Timeout(5.0, connect=1.0, read=None)
 # The least that a server can be asked for, by what it is for.
 _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}),
@@ -73,21 +86,29 @@ class HealthProbe:
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
         self._sleeps = by_settings if sleeps is None else sleeps
         self._pace = AnswerPace()
-        self._client = httpx.AsyncClient(
-            base_url=config.endpoint,
-            timeout=_TIMEOUT,
+        self._endpoint = config.endpoint
+        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self._endpoint,
+            timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN),
             trust_env=False,  # a proxy for the internet must not see local requests
             verify=ssl.SSLContext(
                 ssl.PROTOCOL_TLS_CLIENT
             ),  # no certificates: loading them takes 30 ms of every start
         )
-        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
-        # Put together once, because a load is asked every second and that is much of its cost.
-        self._health = self._client.build_request("GET", "/health")
+
+    @cached_property
+    def _health(self) -> httpx.Request:
+        """Put together once, because a load is asked every second and that is much of its cost."""
+        return self._client.build_request("GET", "/health")
 
     async def aclose(self) -> None:
         """Close the connection."""
-        await self._client.aclose()
+        if "_client" in vars(self):
+            await self._client.aclose()
 
     async def check(self) -> HealthCheckResult:
         """Ask `/health`: no answer is STARTING, 503 is LOADING, 200 is READY."""
@@ -95,16 +116,11 @@ class HealthProbe:
         try:
             response = await self._client.send(self._health)
         except httpx.TimeoutException:
-            return HealthCheckResult(ServerStatus.STARTING, message="no answer in time")
+            return NOT_IN_TIME
         except httpx.HTTPError:
-            return HealthCheckResult(ServerStatus.STARTING, message="no answer yet")
+            return NOT_YET
         latency = time.perf_counter() - began
-        if response.status_code == HTTPStatus.OK:
-            return HealthCheckResult(ServerStatus.READY, latency, "ok")
-        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
-            return HealthCheckResult(ServerStatus.LOADING, latency, "loading model")
-        message = f"answered {response.status_code} {response.reason_phrase}"
-        return HealthCheckResult(ServerStatus.STARTING, latency, message)
+        return read_answer(response.status_code, response.reason_phrase, latency)
 
     async def check_activity(self) -> HealthCheckResult:
         """Like `check`, with what is known of its slots, or of its sleep."""
@@ -116,8 +132,8 @@ class HealthProbe:
             props = await self._get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
-        slots = await self._get("/slots") if result.status is ServerStatus.READY else None
-        if not isinstance(slots, list):
+        slots = _objects(await self._get("/slots") if result.status is ServerStatus.READY else None)
+        if not slots:
             return result
         now = time.monotonic()
         return replace(
@@ -136,12 +152,9 @@ class HealthProbe:
         models = await self._get("/v1/models")
         if models in _KEY_REFUSED:
             return Recognition.KEY_REFUSED
-        if not isinstance(models, dict) or not models.get("data"):
-            return Recognition.OURS
-        names = {
-            name for model in models["data"] for name in (model["id"], *model.get("aliases", ()))
-        }
-        return Recognition.OURS if self._alias in names else Recognition.OTHER_MODEL
+        named = [(one.get("id"), *(one.get("aliases") or ())) for one in _listed(models)]
+        ours = not named or any(self._alias in names for names in named)
+        return Recognition.OURS if ours else Recognition.OTHER_MODEL
 
     async def first_answer(self) -> str | None:
         """Have it compute one token, or the embedding of one word, however long that takes.
@@ -171,7 +184,10 @@ class HealthProbe:
         while True:
             with suppress(httpx.HTTPError):  # its end is noticed elsewhere
                 response = await self._client.post(
-                    path, json=request, headers=self._key, timeout=_LISTENING
+                    path,
+                    json=request,
+                    headers=self._key,
+                    timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
                 )
                 if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
                     return response
@@ -184,9 +200,12 @@ class HealthProbe:
 
     async def router_models(self) -> dict[str, str]:
         """Return how each model of a router is, by name."""
-        models = await self._get("/v1/models")
-        entries = models.get("data", ()) if isinstance(models, dict) else ()
-        return {entry["id"]: entry.get("status", {}).get("value", "") for entry in entries}
+        models = _listed(await self._get("/v1/models"))
+        how = {str(one.get("id")): one.get("status") for one in models}
+        return {
+            name: str(status.get("value", "")) if isinstance(status, dict) else ""
+            for name, status in how.items()
+        }
 
     async def order(self, verb: str, model: str) -> str:
         """Tell a router to load or unload a model; return why it does not, empty where it does."""
@@ -205,14 +224,17 @@ class HealthProbe:
         """
         try:
             async with self._client.stream(
-                "GET", "/models/sse", headers=self._key, timeout=_LISTENING
+                "GET",
+                "/models/sse",
+                headers=self._key,
+                timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
             ) as response:
                 if response.status_code == HTTPStatus.OK:
                     yield ""
-                    async with aclosing(EventSource(response).aiter_sse()) as events:
+                    async with aclosing(httpx_sse.EventSource(response).aiter_sse()) as events:
                         async for event in events:
                             yield event.data
-        except (httpx.HTTPError, SSEError):
+        except (httpx.HTTPError, httpx_sse.SSEError):
             return
 
     async def _get(self, path: str) -> Any:
@@ -225,3 +247,13 @@ class HealthProbe:
             return response.json() if response.status_code == HTTPStatus.OK else None
         except (httpx.HTTPError, ValueError):
             return None
+
+
+def _listed(answer: Any) -> list[dict[str, Any]]:
+    """The models in an answer of `/v1/models`."""
+    return _objects(answer.get("data")) if isinstance(answer, dict) else []
+
+
+def _objects(answer: Any) -> list[dict[str, Any]]:
+    """Those of a list, if it is one: what answers need not be a llama-server."""
+    return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []

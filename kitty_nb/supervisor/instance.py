@@ -168,7 +168,7 @@ class ServerInstance:
             async with anyio.create_task_group() as self._helpers:
                 await self._serve()
         except Exception:
-            await self._put_down()
+            await self.put_down()
             raise
         finally:
             with anyio.CancelScope(shield=True):
@@ -213,7 +213,7 @@ class ServerInstance:
         else:
             await self._process.terminate(self._config.stop_grace_seconds)
 
-    async def _put_down(self) -> None:
+    async def put_down(self) -> None:
         """Let no process run that nothing watches, unless others may."""
         if self._process is None or self._found:
             return
@@ -326,19 +326,23 @@ class ServerInstance:
         return await anyio.to_thread.run_sync(why_not_served, model) if model else None
 
     async def _see_to_keeper(self) -> None:
-        """Start a keeper, unless the program that started this server has done so."""
+        """Have a keeper, unless another program has seen to it; a new one where it was killed."""
         if not self._found:
             with anyio.move_on_after(_KEEPER_AFTER):
                 await self._ready.wait()
         else:
             await anyio.sleep(max(0.0, _KEEPER_THERE_WITHIN - self._elapsed()))
-            if has_keeper(self._config.log_path):
-                return
-        self._start_keeper()
+        ours = not self._found
+        while True:
+            if ours or not has_keeper(self._config.log_path):
+                self._start_keeper()
+            ours = False
+            await anyio.sleep(_KEEPER_THERE_WITHIN)
 
     def _start_keeper(self) -> None:
-        if self._record and self._keeper is None:
-            self._keeper = Keeper(self._record, record_path(self._config))
+        if self._record and (self._keeper is None or not self._keeper.runs):
+            with suppress(OSError):  # the next look tries again
+                self._keeper = Keeper(self._record, record_path(self._config))
 
     async def _watch_log(self, log: LogTail) -> None:
         with FileChanges(self._config.log_path) as changes:

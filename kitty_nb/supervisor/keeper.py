@@ -82,6 +82,11 @@ class Keeper:
             command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
         )
 
+    @property
+    def runs(self) -> bool:
+        """Whether the program has not ended yet."""
+        return self._program.poll() is None
+
     async def ended(self) -> None:
         """Wait for it to end, as it does when its server has ended."""
         with anyio.CancelScope(shield=True):
@@ -106,11 +111,11 @@ async def keep(duty: Duty) -> None:
 
 
 def has_keeper(log: Path) -> bool:
-    """Whether the program runs for the server that writes this log."""
+    """Whether the program runs for the server that writes this log; True where nothing tells."""
     try:
         with _lock_path(log).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # it is held, or cannot be opened
         return True
     return False
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kitty_nb.supervisor.record_file import failure_path, record_path
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 def note_failure(config: ServerConfig, reason: str) -> None:
     """Keep the reason until the next start, or until the server is stopped."""
+    path = failure_path(record_path(config))
     with suppress(OSError):  # the folder may be what is wrong
-        failure_path(record_path(config)).write_text(reason, encoding="utf-8")
+        if not distrust(path.parent) and not distrust(path):
+            path.write_text(reason, encoding="utf-8")
 
 
 def last_failure(config: ServerConfig) -> str | None:
     """Return why the last server failed; None when it did not, or this user did not start it."""
     path = failure_path(record_path(config))
     with suppress(OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8") if path.stat().st_uid == os.geteuid() else None
+        return None if distrust(path) else path.read_text(encoding="utf-8")
     return None

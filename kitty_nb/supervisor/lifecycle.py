@@ -138,6 +138,7 @@ class Exited:
         at: When, in seconds of the monotonic clock.
         repeats: Whether starting it again would end the same way.
         asked: Whether somebody else has stopped it on purpose.
+        broken: Whether it is kitty_nb that failed, at watching or at ending it.
     """
 
     generation: int
@@ -145,6 +146,7 @@ class Exited:
     at: float
     repeats: bool = False
     asked: bool = False
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +289,7 @@ def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ..
         case GaveUp(_, reason) if now.status in _LOADABLE:
             given_up = replace(now, status=ServerStatus.STOPPING, error=reason)
             return given_up, (Terminate(now.generation),)
-        case Refused() | Exited():
+        case Refused() | Exited() if not now.status.absent:  # it can be told of twice
             return _gone(now, report)
         case WaitOver() if now.status is ServerStatus.RESTARTING:
             return _again(now)
@@ -300,7 +302,8 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
     if now.pending:
         return _begin(gone, now.pending)
     stopped = isinstance(report, Exited) and report.asked
-    if stopped or now.status is ServerStatus.STOPPING:
+    broken = isinstance(report, Exited) and report.broken
+    if stopped or (now.status is ServerStatus.STOPPING and not broken):
         status = ServerStatus.FAILED if now.error else ServerStatus.STOPPED
         return replace(gone, status=status), ()
     if isinstance(report, Refused):

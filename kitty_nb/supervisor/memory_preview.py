@@ -20,7 +20,7 @@ from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError, ModelFileError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.memory_probe import Answer, ask_engine, can_answer
-from kitty_nb.supervisor.memory_settings import settings_of
+from kitty_nb.supervisor.memory_settings import projected, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +59,6 @@ class MemoryPreviewer:
         self._engine: Engine | None = None
         self._devices: tuple[Device, ...] | None = None
         self._remote: str | None = None
-        self._devices_busy = False
         self._looks: set[anyio.CancelScope] = set()
 
     def close(self) -> None:
@@ -101,10 +100,10 @@ class MemoryPreviewer:
                 tell(await _by_formula(config, self._engine, shape, known))
                 await anyio.sleep(delay)
                 with suppress(KittyError, OSError, psutil.Error):  # starting says what is wrong
-                    engine, memory = await self._find_devices(config, running, measured)
+                    engine, memory, busy = await self._find_devices(config, running, measured)
                     if memory is None:
                         tell(MemoryPreview(problem=_BUSY))
-                    elif self._devices_busy:
+                    elif busy:
                         tell(await _by_formula(config, engine, shape, memory))
                     else:
                         tell(await _ask(engine, config, shape, memory))
@@ -131,11 +130,11 @@ class MemoryPreviewer:
             if its_choice and told.verdict is Verdict.FITS:
                 return ""
             with suppress(KittyError, OSError, psutil.Error):
-                engine, memory = await self._find_devices(config, running, measured)
+                engine, memory, busy = await self._find_devices(config, running, measured)
                 if memory is None:
                     return ""
                 told = await _by_formula(config, engine, shape, memory)
-                if told.verdict is not Verdict.FITS and not self._devices_busy:
+                if told.verdict is not Verdict.FITS and not busy:
                     told = await _ask(engine, config, shape, memory)
             return told.refusal
         return ""
@@ -151,21 +150,24 @@ class MemoryPreviewer:
 
     async def _find_devices(
         self, config: ServerConfig, running: Running | None, measured: Memory
-    ) -> tuple[Engine, Memory | None]:
-        """Measure the memory with that of all devices; None where nobody can tell."""
+    ) -> tuple[Engine, Memory | None, bool]:
+        """The engine, the memory with that of its devices, and whether they are too busy to ask.
+
+        The memory is None where nobody has seen those devices before.
+        """
         self._engine, devices = await engine_devices(config)
         remote = remote_machines(config)
-        self._devices_busy = remote is not None and devices is None
-        if not self._devices_busy:
+        busy = remote is not None and devices is None
+        if not busy:
             self._devices, self._remote = devices, remote
         elif self._remote != remote:
-            return self._engine, None
+            return self._engine, None, busy
         memory = with_devices(measured, self._devices)
         if running and running.config and memory.gpus:
             memory = await anyio.to_thread.run_sync(
                 _given_back, memory, running.config, self._engine
             )
-        return self._engine, memory
+        return self._engine, memory, busy
 
 
 async def _by_formula(
@@ -196,7 +198,9 @@ async def _ask(
             break
     needs = (*needs[:-1], needs[-1] + Needs(wanted.extra_weights, 0, 0))
     formula = estimate(shape, asked, memory.gpus)
-    return preview(shape, asked, memory, tuple(map(_finer, needs, formula)))
+    told = preview(shape, asked, memory, tuple(map(_finer, needs, formula)))
+    # What a projector needs beside its weights, nobody has said.
+    return replace(told, exact=not projected(config))
 
 
 def _pid(running: Running | None) -> int | None:

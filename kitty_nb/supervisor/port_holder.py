@@ -18,6 +18,7 @@ from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ServerFailedError
+from kitty_nb.supervisor.process import is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,6 +47,7 @@ class PortHolder:
         models: What it can load, by name, where it is a router that was asked; None for others.
         sleeps: Whether it frees an idle model by itself, and would be kept awake by many questions.
         unspoken: The flag for which kitty_nb cannot talk to it, such as one for TLS.
+        user: Whose process it is; None where it is this user's own.
     """
 
     port: int
@@ -57,11 +59,12 @@ class PortHolder:
     models: tuple[str, ...] | None = None
     sleeps: bool = False
     unspoken: str | None = None
+    user: str | None = None
 
     @property
     def attachable(self) -> bool:
-        """Whether it is a llama-server that kitty_nb can talk to."""
-        return self.engine is not None and self.unspoken is None
+        """Whether it is a llama-server of this user that kitty_nb can talk to."""
+        return self.engine is not None and self.unspoken is None and self.user is None
 
     @property
     def who(self) -> str:
@@ -69,7 +72,8 @@ class PortHolder:
         name = "the embedded llama-server" if self.engine is EngineKind.EMBEDDED else self.name
         serving = f" serving {self.model}" if self.model else ""
         known_as = f" as {self.alias}" if self.alias else ""
-        return f"{name} (PID {self.pid}){serving}{known_as}"
+        of = f" of the user {self.user}" if self.user else ""
+        return f"{name} (PID {self.pid}){of}{serving}{known_as}"
 
     @property
     def sentence(self) -> str:
@@ -218,6 +222,7 @@ def _describe(pid: int, port: int) -> PortHolder | None:
     try:
         process = psutil.Process(pid)
         name = process.name()
+        user = None if is_ours(pid) else process.username()
     except psutil.Error:  # gone meanwhile
         return None
     try:
@@ -226,7 +231,7 @@ def _describe(pid: int, port: int) -> PortHolder | None:
         words = []
     engine = _engine(words)
     if engine is None:
-        return PortHolder(port, pid, name)
+        return PortHolder(port, pid, name, user=user)
     if engine is EngineKind.EMBEDDED:
         words = words[words.index(embedded.__name__) :]  # Python has an -m of its own
     else:
@@ -240,6 +245,7 @@ def _describe(pid: int, port: int) -> PortHolder | None:
         model=PurePath(model).name if model else None,
         alias=alias,
         sleeps=sleeps(words),
+        user=user,
         unspoken=next((flag for flag in UNSPOKEN_FLAGS if value_of(words, {flag})), None),
     )
 

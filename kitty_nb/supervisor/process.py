@@ -99,14 +99,15 @@ class ServerProcess:
 
     @classmethod
     def attach(cls, pid: int, create_time: float) -> Self | None:
-        """Return the process that began then, if it still runs; never another of the same pid."""
+        """Return this user's process that began then, if it still runs; never another's."""
         try:
             process = cls(pid, None)
             same = abs(process.create_time - create_time) <= _SAME_TIME
             alive = process._psutil.status() != psutil.STATUS_ZOMBIE
+            ours = is_ours(pid)
         except (psutil.Error, OSError):
             return None
-        return process if same and alive and _in_group(pid, pid) else None
+        return process if same and alive and ours and _in_group(pid, pid) else None
 
     async def wait(self) -> int | None:
         """Wait for the process to end, and end what it leaves behind.
@@ -179,7 +180,7 @@ class ServerProcess:
         """The process, and the others of its session that have been seen so far."""
         # Once it has ended, and is no zombie of ours, its number may become another session's.
         if self._is_known():
-            for pid in psutil.pids():
+            for pid in _pids():
                 with suppress(psutil.Error, OSError):
                     if pid != self.pid and pid not in self._others and os.getsid(pid) == self.pid:
                         self._others[pid] = psutil.Process(pid)
@@ -200,7 +201,7 @@ class ServerProcess:
                 os.killpg(self.pid, number)
             others = [one for one in others if not _in_group(one.pid, self.pid)]
         for one in others:
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, OSError):
                 one.send_signal(number)  # never another process of the same number
 
 
@@ -216,7 +217,7 @@ def _usage(process: psutil.Process) -> Usage | None:
                 if hasattr(process, "io_counters"):
                     counters = process.io_counters()
                     read = max(counters.read_bytes, counters.read_chars)
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None
     return Usage(resident, read, processor)
 
@@ -226,6 +227,30 @@ def _runs(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+    except OSError:  # out of file descriptors, /proc cannot be read
+        return _answers(process.pid)
+
+
+def _answers(pid: int) -> bool:
+    """Whether a process runs, asked without a file descriptor."""
+    with suppress(ChildProcessError):
+        if hasattr(os, "waitid"):
+            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _pids() -> list[int]:
+    """All processes; none where the system cannot be asked, for want of file descriptors."""
+    try:
+        return psutil.pids()
+    except OSError:
+        return []
 
 
 def peak_memory(pid: int) -> int:
@@ -264,8 +289,13 @@ def _listens(process: psutil.Process, port: int) -> bool:
             one.status == psutil.CONN_LISTEN and one.laddr.port == port
             for one in process.net_connections("tcp")
         )
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, OSError):
         return False
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process is one of this user."""
+    return psutil.Process(pid).uids().real == os.getuid()
 
 
 def _user_listens(port: int) -> bool:

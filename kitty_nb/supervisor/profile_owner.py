@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from kitty_nb.supervisor.record import process_of, read_record
+from kitty_nb.supervisor.record import process_of, read_record, refuse_open_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +31,11 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
     holds the process id of who had it last.
 
     Raises:
-        OSError: When the folder cannot be written.
+        ServerFailedError: When others can write to the folder.
+        OSError: When it cannot be written.
     """
-    config.log_dir.mkdir(parents=True, exist_ok=True)
+    config.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    refuse_open_folder(config)
     with _lock_path(config).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

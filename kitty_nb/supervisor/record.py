@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from kitty_nb.config import RECORDED, ServerConfig
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.record_file import (
     RECORD,
@@ -31,6 +31,7 @@ from kitty_nb.supervisor.record_file import (
     withdraw,
     withdrawn_path,
 )
+from kitty_nb.trust import distrust
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
@@ -80,8 +81,21 @@ class ServerRecord(BaseModel):
 
 
 def read_record(config: ServerConfig) -> ServerRecord | None:
-    """Return the record of a profile, or None when there is none that can be understood."""
+    """Return the record of a profile, or None when there is none that can be believed."""
     return _read(record_path(config))
+
+
+def refuse_open_folder(config: ServerConfig) -> None:
+    """Refuse a log folder whose records and logs may be another user's.
+
+    Raises:
+        ServerFailedError: Whose it is, or that others can write there.
+    """
+    if reason := distrust(config.log_dir) or distrust(record_path(config)):
+        raise ServerFailedError(
+            f"{reason} Records of servers in {config.log_dir} may be false, so none is used. Set"
+            " LLAMACPP_LOG_DIR to a folder that only you can write to."
+        )
 
 
 def find_server(config: ServerConfig) -> ServerRecord | None:
@@ -114,6 +128,8 @@ def process_of(record: ServerRecord) -> ServerProcess | None:
 
 
 def _read(path: Path) -> ServerRecord | None:
+    if distrust(path):
+        return None
     try:
         return ServerRecord.model_validate_json(path.read_bytes(), context=RECORDED)
     except (OSError, ValidationError, KittyError):

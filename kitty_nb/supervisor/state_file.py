@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio.to_thread
 
+from kitty_nb.trust import distrust
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
@@ -37,7 +39,13 @@ def opened(
         tables: One statement that makes each table, where it is not there.
         version: One higher whenever the tables are others.
         patience: Seconds to wait while another program holds the file.
+
+    Raises:
+        sqlite3.Error: It is damaged, locked or newer than this program.
+        OSError: It cannot be written, or is another user's.
     """
+    if reason := distrust(path, folders=False):
+        raise PermissionError(reason.rstrip("."))
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=patience)) as file:
         (found,) = file.execute("PRAGMA user_version").fetchone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -58,7 +59,7 @@ from kitty_nb.supervisor.port_holder import PortHolder
 from kitty_nb.supervisor.record import find_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
     from types import TracebackType
 
@@ -94,7 +95,7 @@ class Supervisor:
         self._now = Lifecycle(config)
         self._health: HealthCheckResult | None = None
         self._instance: ServerInstance | ForeignServer | None = None
-        self._leaving = False
+        self._leaving = self._ended = False
         self._log_lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._previewer = MemoryPreviewer()
         self._changed = anyio.Event()
@@ -128,7 +129,7 @@ class Supervisor:
         self._previewer.close()
         being_ended = self._now.status is ServerStatus.STOPPING
         if being_ended or not (self._leaving or self._now.status.idle):
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), suppress(ServerFailedError):
                 await self.stop()
         self._tasks.cancel_scope.cancel()
         # Not told of the user's error, the task group lets it pass as it is, not in a group.
@@ -139,10 +140,14 @@ class Supervisor:
 
         A caller that is cancelled leaves the context, which stops the server; they must see that.
         """
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as self._tasks:
-                task_status.started()
-                await anyio.sleep_forever()
+        try:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as self._tasks:
+                    task_status.started()
+                    await anyio.sleep_forever()
+        finally:
+            self._ended = True
+            self._changed.set()
 
     def leave(self) -> None:
         """Let the server run on when this context ends; the next supervisor finds it.
@@ -375,7 +380,7 @@ class Supervisor:
         if wait:
             await server.load(name, fresh=fresh)
         else:
-            self._tasks.start_soon(self._load_later, server, name, fresh)
+            self._begin_task(self._load_later, server, name, fresh)
         return self.state
 
     async def _load_later(self, server: ForeignServer, name: str, fresh: bool) -> None:
@@ -408,7 +413,34 @@ class Supervisor:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
+            if self._ended:
+                raise ServerFailedError("This manager has ended. Make another one.")
             await self._changed.wait()
+
+    def _begin_task(self, work: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Have something done meanwhile. Its failure is told, and ends nothing else."""
+        generation = self._now.generation
+
+        async def guarded() -> None:
+            try:
+                await work(*args)
+            except Exception as error:  # noqa: BLE001 (a supervisor that fails must not look alive)
+                _log.exception("Looking after the server failed.")
+                reason = (
+                    f"kitty_nb failed to look after the server: {error!r}. Please report it. What"
+                    " was started here is ended."
+                )
+                self._feed(Exited(generation, reason, time.monotonic(), repeats=True, broken=True))
+
+        self._tasks.start_soon(guarded)
+
+    async def _terminate(self, instance: ServerInstance | ForeignServer, force: bool) -> None:
+        try:
+            await instance.terminate(force)
+        except Exception:
+            if isinstance(instance, ServerInstance):
+                await instance.put_down()
+            raise
 
     def _feed(self, stimulus: Stimulus) -> None:
         before = self._now
@@ -421,9 +453,9 @@ class Supervisor:
                     self._begin(generation, self._now.config, server)
                 case Terminate(_, force):
                     if self._instance:
-                        self._tasks.start_soon(self._instance.terminate, force)
+                        self._begin_task(self._terminate, self._instance, force)
                 case Wait(generation, seconds):
-                    self._tasks.start_soon(self._wait, generation, seconds)
+                    self._begin_task(self._wait, generation, seconds)
         if self._now != before:
             self._publish(StateChanged(self.state))
             if self._now.status is not before.status:
@@ -446,14 +478,14 @@ class Supervisor:
         told = (self._feed, self._publish, self._note_health)
         if isinstance(found, PortHolder):
             self._instance = ForeignServer(generation, config, found, *told)
-            self._tasks.start_soon(self._run, self._instance)
+            self._begin_task(self._instance.run)
             return
         if self._leaving:
             config = config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
         key = self._choose_key(config)
         self._instance = ServerInstance(generation, config, *told, key, found)
         self._publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
-        self._tasks.start_soon(self._run, self._instance)
+        self._begin_task(self._instance.run)
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
         """The key of the server to come: that of the last one where its clients can go on so."""
@@ -475,7 +507,10 @@ class Supervisor:
     async def _look_forever(self) -> None:
         while True:
             await anyio.sleep(_LOOK_EVERY)
-            await self._look_for_server()
+            try:
+                await self._look_for_server()
+            except Exception:  # noqa: BLE001 (the next look may succeed)
+                _log.exception("Looking for a server of another program failed.")
 
     async def _look_for_server(self) -> ServerRecord | None:
         """Find the server that another program or kernel has started for this profile."""
@@ -489,17 +524,6 @@ class Supervisor:
     async def _wait(self, generation: int, seconds: float) -> None:
         await anyio.sleep(seconds)
         self._feed(WaitOver(generation))
-
-    async def _run(self, instance: ServerInstance | ForeignServer) -> None:
-        try:
-            await instance.run()
-        except Exception as error:  # noqa: BLE001 (a supervisor that fails must not look alive)
-            _log.exception("Watching the server failed.")
-            reason = (
-                f"kitty_nb failed to watch the server: {error!r}. Please report it. What was"
-                " started here is ended."
-            )
-            self._feed(Exited(instance.generation, reason, time.monotonic(), repeats=True))
 
     def _announce(self) -> None:
         message, level = {

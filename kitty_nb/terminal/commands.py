@@ -18,6 +18,7 @@ from kitty_nb.errors import (
 )
 from kitty_nb.supervisor.events import ServerState, ServerStatus
 from kitty_nb.supervisor.launch import public_command
+from kitty_nb.supervisor.record import refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ async def wait_ready(
 
 async def _with_supervisor(config: ServerConfig, work: Callable[[Supervisor], Awaitable[T]]) -> T:
     """Do some work with a supervisor, and leave the server as it is then."""
+    refuse_open_folder(config)
     supervisor = Supervisor(config)
     supervisor.leave()
     async with supervisor:

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
-from kitty_nb.supervisor.diagnosis import diagnose
 from kitty_nb.supervisor.events import ServerState, ServerStatus
-from kitty_nb.supervisor.free_memory import memory_use
-from kitty_nb.supervisor.health import HealthProbe
+from kitty_nb.supervisor.health_answer import ask_once
 from kitty_nb.supervisor.last_failure import last_failure
-from kitty_nb.supervisor.record import find_server, read_record
+from kitty_nb.supervisor.record import find_server, read_record, refuse_open_folder
 from kitty_nb.terminal.logs import log_lines
 
 if TYPE_CHECKING:
@@ -22,16 +20,13 @@ if TYPE_CHECKING:
 _PACE_OVER = 0.5  # seconds
 
 
-async def glance(config: ServerConfig) -> ServerState:
+def glance(config: ServerConfig) -> ServerState:
     """Say how a profile's server is; of one that has ended by itself, why."""
+    refuse_open_folder(config)
     record = find_server(config)
     if record is None:
         return _after_the_end(config)
-    probe = HealthProbe(record.config)
-    try:
-        health = await probe.check()
-    finally:
-        await probe.aclose()
+    health = ask_once(record.config)
     return ServerState(
         health.status if record.ready is None else ServerStatus.READY,
         record.config,
@@ -51,6 +46,10 @@ async def measure(state: ServerState) -> tuple[MemoryUse | None, float | None]:
     Returns:
         None for what there is not, or what its build does not tell.
     """
+    # What a look alone needs not wait for.
+    from kitty_nb.supervisor.free_memory import memory_use  # noqa: PLC0415
+    from kitty_nb.supervisor.health import HealthProbe  # noqa: PLC0415
+
     record = find_server(state.config)
     if record is None or record.pid != state.pid:
         return None, None
@@ -74,6 +73,8 @@ def _after_the_end(config: ServerConfig) -> ServerState:
         status = ServerStatus.FAILED if failure else ServerStatus.STOPPED
         return ServerState(status, config, error=failure)
     if failure is None:  # nobody watched it
+        from kitty_nb.supervisor.diagnosis import diagnose  # noqa: PLC0415
+
         path = config.log_path
         failure = str(diagnose(None, [*log_lines(path)] if path.exists() else []))
     return ServerState(ServerStatus.CRASHED, record.config, error=failure)

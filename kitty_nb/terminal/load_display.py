@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Self
-
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from kitty_nb.supervisor.events import Activity, Event, Level, ProgressMade
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from kitty_nb.supervisor.events import LoadProgress
+
+_DRAWN_AFTER = 0.2  # seconds; until then there is nothing to see, and the server is to be started
 
 
 class LoadDisplay:
-    """Shows a load: a bar in a terminal, lines anywhere else. A context manager.
+    """Shows a load on the error stream: a bar in a terminal, lines anywhere else."""
 
-    Args:
-        console: Where to.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        # Drawn when something has moved, so that no thread is needed.
-        self._bar = Progress(
-            TextColumn("{task.description:<15}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[time]}"),
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            disable=not console.is_interactive,
-        )
-        self._task = self._bar.add_task("", total=1.0, time="")
+    def __init__(self) -> None:
+        self._bar: tuple[Progress, TaskID] | None = None
 
     def __enter__(self) -> Self:
-        self._bar.start()
         return self
 
     def __exit__(
@@ -46,22 +32,56 @@ class LoadDisplay:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._bar:
+            self._bar[0].stop()
 
     def show(self, event: Event) -> None:
         """Show what an event says of the load."""
         match event:
             case ProgressMade(progress):
-                left = "" if progress.eta is None else f", about {progress.eta:.0f} s left"
-                self._bar.update(
-                    self._task,
-                    completed=progress.fraction,
-                    description=progress.stage.label,
-                    time=f"{progress.elapsed:.0f} s{left}",
-                    refresh=True,
-                )
+                self._draw(progress)
             # How a command ends, its own last words say. The bar says what the lines in between do.
             case Activity(level=Level.ERROR):
                 pass
-            case Activity(message, level) if level is not Level.INFO or self._bar.disable:
-                self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            case Activity(message, level) if level is not Level.INFO or not sys.stderr.isatty():
+                if self._bar:
+                    self._bar[0].console.print(
+                        message, markup=False, highlight=False, soft_wrap=True
+                    )
+                else:
+                    print(message, file=sys.stderr, flush=True)
+
+    def _draw(self, progress: LoadProgress) -> None:
+        if not sys.stderr.isatty() or (not self._bar and progress.elapsed < _DRAWN_AFTER):
+            return
+        self._bar = self._bar or _new_bar()
+        bar, task = self._bar
+        left = "" if progress.eta is None else f", about {progress.eta:.0f} s left"
+        bar.update(
+            task,
+            completed=progress.fraction,
+            description=progress.stage.label,
+            time=f"{progress.elapsed:.0f} s{left}",
+            refresh=True,
+        )
+
+
+def _new_bar() -> tuple[Progress, TaskID]:
+    # Imported once the server loads: that takes longer than a small model does.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    # Drawn when something has moved, so that no thread is needed.
+    bar = Progress(
+        TextColumn("{task.description:<15}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[time]}"),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        disable=not console.is_interactive,
+    )
+    bar.start()
+    return bar, bar.add_task("", total=1.0, time="")

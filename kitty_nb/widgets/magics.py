@@ -68,6 +68,9 @@ class KittyMagics(Magics):
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
+                if manager.state.foreign:  # only its router knows what fits there
+                    print(_follow(manager.switch_model(given.model), lambda: None).sentence)
+                    return
                 config = manager.state.config.replace(model=given.model)
                 self._load(manager.restart, manager, config)
             case "stop":

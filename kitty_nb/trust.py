@@ -1,0 +1,66 @@
+"""Which files on a machine with several users can be believed."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from pathlib import Path
+
+_ROOT = Path("/")
+
+
+def distrust(file: Path, *, folders: bool = True) -> str | None:
+    """Say why others may have a hand in a file or folder; None where only this user and root do.
+
+    It need not exist. Others can write where everybody can, or a group with another member; in a
+    sticky folder such as `/tmp` they cannot touch what is not theirs, so owners decide.
+
+    Args:
+        file: The file, or a folder whose contents are meant.
+        folders: Whether the folders count: who can write there can put another file in its place.
+    """
+    # Never raises, as Path.resolve does where links lead in a circle.
+    ways = file.absolute(), Path(os.path.realpath(file))
+    folders_above = tuple(folder for way in ways for folder in way.parents) if folders else ()
+    for place in dict.fromkeys((*ways, *folders_above)):
+        try:
+            found = place.lstat()
+        except OSError:  # what cannot be looked at cannot be read either
+            continue
+        # Root has another number where a container maps users.
+        if found.st_uid not in {os.getuid(), 0, _ROOT.stat().st_uid}:
+            return f"{place} belongs to {_user(found.st_uid)}."
+        if _open_to_others(found) and not (place not in ways and found.st_mode & stat.S_ISVTX):
+            return f"Other users can write to {place} (mode {stat.S_IMODE(found.st_mode):04o})."
+    return None
+
+
+def _open_to_others(found: os.stat_result) -> bool:
+    if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
+        return False  # everybody can write to a link, or to /dev/null, and changes nothing
+    everybody, group = found.st_mode & stat.S_IWOTH, found.st_mode & stat.S_IWGRP
+    return bool(everybody or (group and _has_others(found.st_gid)))
+
+
+def _has_others(group: int) -> bool:
+    """Whether a group is for more than this user and root: many users have one to themselves."""
+    users = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group}
+    try:
+        names = grp.getgrgid(group).gr_mem
+    except KeyError:
+        names = []
+    for name in names:
+        try:
+            users.add(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            continue
+    return bool(users - {os.getuid(), 0})
+
+
+def _user(number: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(number).pw_name}"
+    except KeyError:
+        return f"the user with the id {number}"

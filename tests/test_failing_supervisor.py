@@ -1,0 +1,91 @@
+"""What goes wrong inside kitty_nb ends in a state and a sentence, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from conftest import eventually
+from other_kernel import runs
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.supervisor.process import ServerProcess
+
+# A program that runs out of file descriptors while its server is ready, and what it does then.
+_STARVED = """
+import os, resource, sys
+from kitty_nb import ModelManager, ServerConfig
+from kitty_nb.errors import KittyError
+
+config = ServerConfig.model_validate_json(sys.argv[1])
+manager = ModelManager(config=config)
+print(manager.start().wait(30).pid, flush=True)
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+held = []
+def starve():
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+starve()
+try:
+    if sys.argv[2] != "exit":
+        print(getattr(manager, sys.argv[2])().wait(30).status, flush=True)
+except KittyError as error:
+    print(manager.state.status, error, flush=True)
+if sys.argv[2] == "stop":
+    starve()
+    try:
+        manager.start().wait(30)
+    except KittyError as error:
+        print(manager.state.status, error, flush=True)
+    for one in held:
+        os.close(one)
+    print(manager.start().wait(30).status, flush=True)
+"""
+
+
+@pytest.mark.parametrize("verb", ["stop", "restart", "exit"])
+def test_a_program_out_of_file_descriptors_still_stops_its_server_and_ends(
+    misbehaving: Callable[..., ServerConfig], verb: str
+) -> None:
+    config = misbehaving(on_kernel_exit="stop")
+    command = [sys.executable, "-c", _STARVED, config.model_dump_json(), verb]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    pid, *said = done.stdout.splitlines()
+    eventually(lambda: not runs(int(pid)), why=f"its server outlives it: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    if verb == "stop":
+        assert said[0] == "STOPPED"
+        assert said[1].startswith("FAILED ")
+        assert "Too many open files" in said[1]
+        assert said[2] == "READY"
+    elif verb == "restart":
+        assert said[0].startswith("FAILED ")
+        assert "Too many open files" in said[0]
+
+
+def test_an_ending_that_fails_is_told_and_leaves_no_server(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise MemoryError("no memory is left")
+
+    with ModelManager(config=config) as manager:
+        pid = manager.start().wait(30).pid
+        assert pid
+        with monkeypatch.context() as patch:
+            patch.setattr(ServerProcess, "terminate", fail)
+            state = manager.stop().wait(20)
+            assert state.status is ServerStatus.CRASHED
+            assert "no memory is left" in (state.error or "")
+            eventually(lambda: not runs(pid))
+            second = manager.start().wait(30).pid
+            assert second
+            assert manager.restart().wait(30).status is ServerStatus.READY
+            assert not runs(second)
+        assert manager.stop().wait(10).status is ServerStatus.STOPPED

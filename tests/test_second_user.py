@@ -1,0 +1,281 @@
+"""What another user of the machine leaves in our way is neither believed nor run."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+from conftest import eventually
+from typer.testing import CliRunner
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.cli import app
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import (
+    ConfigError,
+    EngineError,
+    PortBusyError,
+    ResultStoreError,
+    ServerFailedError,
+)
+from kitty_nb.experiments.store import ResultStore
+from kitty_nb.supervisor.history import LoadHistory
+from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.record import ServerRecord, find_server, write_record
+from kitty_nb.supervisor.record_file import record_path
+
+User = pwd.struct_passwd
+
+
+@contextmanager
+def job(user: User | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that has nothing to do with us, and must survive."""
+    whose = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
+    with subprocess.Popen(["sleep", "60"], start_new_session=True, **whose) as process:
+        try:
+            yield process
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def give(path: Path, user: User) -> None:
+    os.chown(path, user.pw_uid, user.pw_gid)
+
+
+def record_about(process: subprocess.Popen[bytes], config: ServerConfig) -> Path:
+    config.log_dir.mkdir(exist_ok=True)
+    created = ServerProcess(process.pid, None).create_time
+    write_record(ServerRecord(pid=process.pid, create_time=created, began=0.0, config=config))
+    return record_path(config)
+
+
+def command(*words: str, config: ServerConfig) -> tuple[int, str]:
+    env = config.log_dir.parent / "settings.env"
+    env.write_text(f"LLAMACPP_LOG_DIR={config.log_dir}\nLLAMACPP_PORT={config.port}\n")
+    result = CliRunner().invoke(app, [*words, "--env", str(env)])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_a_record_of_another_user_stops_nothing(
+    config: ServerConfig, second_user: User, mode: int
+) -> None:
+    with job() as ours:
+        give(record_about(ours, config), second_user)
+        config.log_dir.chmod(mode)
+        assert find_server(config) is None
+        for verb in ("stop", "status", "logs"):
+            code, said = command(verb, config=config)
+            assert code == 1
+            assert str(config.log_dir) in said.replace("\n", "")
+            assert "LLAMACPP_LOG_DIR" in said
+
+
+def test_a_record_of_ours_about_a_process_of_another_user_is_not_believed(
+    config: ServerConfig, second_user: User
+) -> None:
+    with job(second_user) as theirs:
+        record_about(theirs, config)
+        assert find_server(config) is None
+        assert command("stop", config=config)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "mine", "says"),
+    [
+        (0o777, True, r"Other users can write to .*logs \(mode 0777\)"),
+        (0o1777, True, r"Other users can write to .*logs \(mode 1777\)"),
+        (0o755, False, "logs belongs to the user kitty-test-"),
+    ],
+)
+def test_nothing_is_started_into_a_folder_of_others(
+    config: ServerConfig, second_user: User, tmp_path: Path, mode: int, mine: bool, says: str
+) -> None:
+    """In the folder lies the log already: a link of the other user to a file of ours."""
+    mine_alone = tmp_path / "mine"
+    mine_alone.write_text("precious\n")
+    config.log_dir.mkdir()
+    config.log_path.symlink_to(mine_alone)
+    os.lchown(config.log_path, second_user.pw_uid, second_user.pw_gid)
+    config.log_dir.chmod(mode)
+    if not mine:
+        give(config.log_dir, second_user)
+    before = {path.name for path in config.log_dir.iterdir()}
+    with ModelManager(config=config) as manager:
+        with pytest.raises(ServerFailedError, match=says):
+            manager.start().wait(30)
+        assert {path.name for path in config.log_dir.iterdir()} == before
+    assert mine_alone.read_text() == "precious\n"
+
+
+def test_a_new_log_folder_is_for_its_owner_alone(misbehaving: Callable[..., ServerConfig]) -> None:
+    config = misbehaving()
+    with ModelManager(config=config) as manager:
+        manager.start().wait(30)
+    assert config.log_dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_server_of_another_user_is_not_attached_to(
+    config: ServerConfig, second_user: User
+) -> None:
+    with socket.create_server((config.host, config.port)) as listening:
+        theirs = subprocess.Popen(
+            ["llama-server", "60"],
+            executable="/bin/sleep",
+            user=second_user.pw_uid,
+            pass_fds=[listening.fileno()],
+            start_new_session=True,
+        )
+    try:
+        eventually(lambda: psutil.Process(theirs.pid).cmdline()[:1] == ["llama-server"])
+        with ModelManager(config=config) as manager:
+            with pytest.raises(PortBusyError, match=second_user.pw_name) as busy:
+                manager.start().wait(30)
+            assert not busy.value.attachable
+            with pytest.raises(ServerFailedError, match=f"of the user {second_user.pw_name}"):
+                manager.attach().wait(30)
+            assert manager.state.status is ServerStatus.FAILED
+        assert theirs.poll() is None
+    finally:
+        theirs.kill()
+        theirs.wait()
+
+
+def test_where_sockets_are_hidden_the_listeners_user_tells(second_user: User) -> None:
+    def hide(*_: object) -> None:
+        raise psutil.AccessDenied
+
+    me = ServerProcess(os.getpid(), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil.Process, "net_connections", hide)
+        with closing(socket.create_server(("127.0.0.1", 0))) as ours:
+            assert me.listens_on(ours.getsockname()[1])
+        os.seteuid(second_user.pw_uid)
+        try:
+            theirs = socket.create_server(("127.0.0.1", 0))
+        finally:
+            os.seteuid(0)
+        with theirs:
+            assert me.listens_on(theirs.getsockname()[1]) is False
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where we work: a folder of ours below one that everybody can write to, as in `/tmp`."""
+    shared = tmp_path / "shared"
+    (shared / "project").mkdir(parents=True)
+    shared.chmod(0o1777)
+    monkeypatch.chdir(shared / "project")
+    return shared / "project"
+
+
+def test_settings_of_another_user_are_not_taken_up_on_the_way_up(
+    project: Path, second_user: User
+) -> None:
+    env = project.parent / ".env"
+    env.write_text("LLAMACPP_BIN=/tmp/evil\n")
+    assert ServerConfig.from_env().binary == Path("/tmp/evil")
+    give(env, second_user)
+    belongs = f"{env} belongs to the user {second_user.pw_name}"
+    with pytest.raises(ConfigError, match=belongs):
+        ServerConfig.from_env()
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 1
+    assert "belongs to the user" in result.output
+    assert ServerConfig.from_env(env).binary == Path("/tmp/evil")  # named, it is vouched for
+    (project / ".env").write_text("LLAMACPP_PORT=9000\n")  # the nearest counts
+    assert ServerConfig.from_env().port == 9000
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "mine"),
+    [
+        ("shared", 0o777, True),
+        ("shared/.env", 0o666, True),
+        ("shared/project", 0o777, True),
+        ("shared/project", 0o755, False),
+    ],
+)
+def test_settings_that_another_user_could_write_are_not_taken_up(
+    project: Path, second_user: User, place: str, mode: int, mine: bool
+) -> None:
+    env = (project if "project" in place else project.parent) / ".env"
+    env.write_text("LLAMACPP_PORT=9000\n")
+    assert ServerConfig.from_env().port == 9000
+    spot = project.parents[1] / place
+    spot.chmod(mode)
+    if not mine:
+        give(spot, second_user)
+    with pytest.raises(ConfigError, match=str(spot)):
+        ServerConfig.from_env()
+
+
+def test_a_group_of_ones_own_is_no_other_user(project: Path, second_user: User) -> None:
+    """As where everybody has a group to himself and files are made for user and group."""
+    env = project / ".env"
+    env.write_text("LLAMACPP_PORT=9000\n")
+    env.chmod(0o664)
+    assert ServerConfig.from_env().port == 9000
+    os.chown(env, -1, second_user.pw_gid)
+    with pytest.raises(ConfigError, match=r"Other users can write to .*\(mode 0664\)"):
+        ServerConfig.from_env()
+
+
+@pytest.mark.parametrize("place", ["llama-server", "", ".."])
+@pytest.mark.parametrize("how", ["owner", "mode"])
+def test_a_program_that_another_user_can_change_is_not_run(
+    config: ServerConfig, tmp_path: Path, second_user: User, place: str, how: str
+) -> None:
+    folder = tmp_path / "builds" / "llama"
+    folder.mkdir(parents=True)
+    program, mark = folder / "llama-server", tmp_path / "ran"
+    program.write_text(f"#!/bin/sh\ntouch '{mark}'\n")
+    program.chmod(0o755)
+    spot = Path(os.path.normpath(folder / place))
+    if how == "owner":
+        give(spot, second_user)
+    else:
+        spot.chmod(0o777)
+    with ModelManager(config=config.replace(binary=program)) as manager:
+        with pytest.raises(EngineError, match=f"{spot} ") as refused:
+            anyio.run(locate_engine, program)
+        assert "LLAMACPP_BIN" in str(refused.value)
+        with pytest.raises(ServerFailedError, match=f"{spot} "):
+            manager.start().wait(30)
+    assert not mark.exists()
+
+
+def test_results_and_history_of_another_user_are_not_believed(
+    config: ServerConfig, tmp_path: Path, second_user: User
+) -> None:
+    path = tmp_path / "sweep.sqlite3"
+    store = ResultStore(path, "conditions")
+    anyio.run(store.recall)
+    give(path, second_user)
+    with pytest.raises(ResultStoreError, match=f"belongs to the user {second_user.pw_name}"):
+        store.read()
+    told: list[str] = []
+    history = LoadHistory(path, told.append)
+    assert anyio.run(history.recall, "host", "model") == ()
+    assert second_user.pw_name in told[0]
+
+
+def test_notebooks_of_another_user_are_not_opened(
+    project: Path, second_user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "notebooks").mkdir()
+    notebook = project / "notebooks" / "control_panel.ipynb"
+    notebook.write_text("{}")
+    give(notebook, second_user)
+    result = CliRunner().invoke(app, ["lab", "--version"])
+    assert result.exit_code == 1
+    assert f"belongs to the user {second_user.pw_name}" in result.output
