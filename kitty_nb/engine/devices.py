@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import anyio.to_thread
 
 from kitty_nb.config import value_of
 from kitty_nb.engine.locate import EngineKind, locate_engine, output_of
@@ -20,7 +24,8 @@ _ANSWER_WITHIN = 20.0  # seconds; a GPU's driver can take its time when it is us
 # Seconds. Machines of --rpc serve one client at a time: a server that runs keeps others waiting.
 _REMOTE_WITHIN = 2.0
 _LISTED = "Available devices"
-_without: set[str] = set()  # embedded engines for the processor alone: Python is slow to say so
+# One of these is there where Linux has a GPU's driver, on a PC, in WSL or on a Jetson.
+_DRIVERS = ("/dev/dri", "/dev/kfd", "/dev/dxg", "/dev/nvidiactl", "/dev/nvmap")
 _DEVICE = re.compile(
     r"^  (?P<name>\S+): (?P<about>.*) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE
 )
@@ -73,7 +78,8 @@ async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ..
     """
     if engine.dialect.option("--list-devices") is None:
         return None
-    if engine.version in _without:
+    # Python is slow to say that there is none.
+    if engine.kind is EngineKind.EMBEDDED and not await anyio.to_thread.run_sync(_has_driver):
         return ()
     remote = remote_machines(config)
     servers = ("--rpc", remote) if remote else ()
@@ -82,14 +88,16 @@ async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ..
     if _LISTED not in answer:
         return None
     found = parse_devices(answer)
-    if engine.kind is EngineKind.EMBEDDED and not found:
-        _without.add(engine.version)
     chosen = _value(engine, config, "--device")
     if chosen is not None:
         by_name = {device.name: device for device in found}
         return tuple(by_name[name] for name in chosen.split(",") if name in by_name)
     # Other machines come first, as llama.cpp has it: their part of the model travels less.
     return tuple(sorted(found, key=lambda device: not device.name.startswith("RPC")))
+
+
+def _has_driver() -> bool:
+    return sys.platform != "linux" or any(Path(file).exists() for file in _DRIVERS)
 
 
 def remote_machines(config: ServerConfig) -> str | None:

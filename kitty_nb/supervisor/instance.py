@@ -15,8 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.catalog.description import why_not_served
-from kitty_nb.engine.devices import list_devices, remote_machines
-from kitty_nb.engine.locate import EngineKind, locate_engine
+from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
@@ -314,10 +313,9 @@ class ServerInstance:
                 write_record(self._record)
 
     async def _list_devices(self) -> tuple[str, ...] | None:
-        engine = await locate_engine(self._config.binary)
-        if engine.kind is EngineKind.EMBEDDED or not offloads(self._config):
-            return ()  # the embedded one is slow to list them, and seldom has any
-        found = await list_devices(engine, self._config)
+        if not offloads(self._config):
+            return ()
+        _, found = await engine_devices(self._config)
         return None if found is None else tuple(map(str, found))
 
     async def _why_not_served(self) -> str | None:
