@@ -20,6 +20,7 @@ from kitty_nb.catalog.memory import Memory, MemoryPreview, Place, Verdict
 from kitty_nb.doctor import examine
 from kitty_nb.engine.devices import Device, engine_devices, parse_devices
 from kitty_nb.errors import ServerCrashedError
+from kitty_nb.experiments.space import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import memory_use, with_devices
 from kitty_nb.terminal.glance import glance
@@ -180,6 +181,16 @@ def test_start_and_memory_line_give_one_answer_about_other_machines(
     assert [part.place.name for part in seen[-1].parts][1:] == [
         f"RPC{number} ({address})" for number, address in enumerate(workers.split(","))
     ]
+
+
+@pytest.mark.parametrize("chosen", ["RPC0", "none"])
+def test_a_search_varies_the_layers_on_any_device(
+    config: ServerConfig, native_engine: Path, workers: str, chosen: str
+) -> None:
+    words = ["--rpc", workers, "-dev", chosen]
+    base = config.replace(binary=native_engine, extra_args=words)
+    _, space = read_space(None, base, None, (), ())
+    assert ("n_gpu_layers" in space) == (chosen == "RPC0")
 
 
 def test_a_server_says_which_devices_it_uses(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import psutil
+from anyio.from_thread import start_blocking_portal
 
 from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.config import FlashAttention
-from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError, Problem
+from kitty_nb.engine.devices import engine_devices
+from kitty_nb.errors import ConfigError, EngineError, ExperimentError, ModelFileError, Problem
 from kitty_nb.experiments.grid import combine
 from kitty_nb.experiments.settings import FIELDS, as_value
 from kitty_nb.supervisor.free_memory import free_memory
@@ -218,9 +221,16 @@ def _default(model: object, base: ServerConfig) -> dict[str, Any]:
         "flash_attention": [FlashAttention.ON, FlashAttention.OFF],
     }
     path = base.model if model is None else base.models_dir / str(getattr(model, "path", model))
-    if path is not None and free_memory().gpus:
+    if path is not None and _has_devices(base):
         space["n_gpu_layers"] = _offloads(path)
     return space
+
+
+def _has_devices(base: ServerConfig) -> bool:
+    with start_blocking_portal() as portal, suppress(EngineError):  # the trials will say so
+        _, devices = portal.call(engine_devices, base)
+        return bool(free_memory().gpus if devices is None else devices)
+    return False
 
 
 def _offloads(path: Path) -> list[int]:
