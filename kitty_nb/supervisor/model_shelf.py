@@ -12,7 +12,7 @@ from kitty_nb.catalog.memory import MemoryPreview, Part, Verdict
 from kitty_nb.catalog.memory_formula import estimate
 from kitty_nb.catalog.memory_plan import plan
 from kitty_nb.catalog.shapes import Shapes
-from kitty_nb.engine.devices import engine_devices
+from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.history import LoadHistory
@@ -66,6 +66,8 @@ class ModelShelf:
         pid, devices = self._pid(), None
         with suppress(KittyError):  # a start says what is wrong with the engine
             _, devices = await engine_devices(config)
+            if devices is None and remote_machines(config):  # busy, so nobody knows
+                return dict.fromkeys(models, Verdict.UNKNOWN)
 
         def look() -> dict[Path, Verdict]:
             settings, memory = settings_of(config), with_devices(free_memory(pid), devices)
