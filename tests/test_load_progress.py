@@ -301,3 +301,16 @@ def test_reading_a_large_vocabulary_is_no_flow_of_weights() -> None:
         assert meter.progress(at).fraction == pytest.approx(at / 1.3, abs=0.05)
     meter.measure(Usage(BASE + size, 2 * header), 1.1)
     assert meter.progress(1.1).stage is Stage.PREPARING
+
+
+def test_a_large_vocabulary_is_foreseen_where_nothing_else_is_known() -> None:
+    size, header = 241_000_000, 7_000_000
+    meter = LoadMeter(size, header, LoadEstimate(Basis.NOTHING, 0.05, 0.02, 0.1))
+    meter.reach(Stage.STARTING, 0.0)
+    meter.measure(Usage(BASE, 0), 0.05)
+    meter.reach(Stage.LOADING, 0.1)
+    for at in (0.25, 0.5, 0.75, 1.0):
+        meter.measure(Usage(BASE, header), at)
+        progress = meter.progress(at)
+        assert progress.fraction == pytest.approx(at / 1.25, abs=0.1)
+        assert progress.eta is None

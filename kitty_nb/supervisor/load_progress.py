@@ -31,6 +31,8 @@ _OVERDUE = {Basis.SAME_LOAD: 0.1, Basis.SAME_MODEL: 0.15, Basis.HOST: 0.2, Basis
 # where bytes tell nothing so many times its square root, which moves on for ever; and preparing
 # takes this share of the weights' time on top of the rule of thumb.
 _BLIND, _BLIND_ROOT, _PREPARING = 6.0, 2.0, 0.05
+# Where nothing is known, bytes of a header a second: a vocabulary is read twice, and sorted.
+_VOCABULARY = 7e6
 # From this share of the bytes on, their rate alone gives an ETA.
 _EARLIEST_ETA = 0.05
 # Before ready, the bar is due to show no more than the first of these, and creeps on up to the
@@ -140,7 +142,7 @@ class LoadMeter:
         """Return how many seconds the load should still take."""
         match self.stage:
             case Stage.STARTING:
-                left = self._rest(self.expected.starting, elapsed) + self.expected.loading
+                left = self._rest(self.expected.starting, elapsed) + self._loading
             case Stage.LOADING:
                 left = self._loading_left(elapsed)
             case Stage.PREPARING:
@@ -149,7 +151,8 @@ class LoadMeter:
                 return 0.0
         left += self._preparing(elapsed + left)
         if self._guessing and self._flowing is None:
-            blind = elapsed * _BLIND if self.total else math.sqrt(elapsed) * _BLIND_ROOT
+            passed = max(elapsed - self._vocabulary, 0.0)
+            blind = passed * _BLIND if self.total else math.sqrt(elapsed) * _BLIND_ROOT
             return max(left, blind)
         return left
 
@@ -189,6 +192,15 @@ class LoadMeter:
     def _guessing(self) -> bool:
         return self.expected.basis is Basis.NOTHING
 
+    @property
+    def _vocabulary(self) -> float:
+        """The seconds until the first weight, which a load of the past would tell."""
+        return self.header / _VOCABULARY if self._guessing else 0.0
+
+    @property
+    def _loading(self) -> float:
+        return self.expected.loading + self._vocabulary
+
     def _flow_seconds(self) -> float:
         """How long the first bytes seen have come: at the known rate, else since the last look."""
         if self._guessing:
@@ -198,7 +210,7 @@ class LoadMeter:
     def _loading_left(self, elapsed: float) -> float:
         expected = self.expected.loading
         if self._flowing is None or self.total == 0:
-            return self._rest(expected, elapsed)
+            return self._rest(self._loading, elapsed)
         share, passed = min(self.loaded / self.total, 1.0), elapsed - self._flowing
         due, seen = expected * (share + _AGREED), passed + expected * _AGREED
         agreement = min(due, seen) / max(due, seen, _INSTANT)
