@@ -212,7 +212,7 @@ def test_a_server_says_which_devices_it_uses(
         (row,) = fleet_rows([Profile(config, manager.state, memory=manager.memory_use().wait(5))])
         assert row.memory.endswith(" + RPC0, RPC1")
         # Another program has it from the record.
-        eventually(lambda: anyio.run(glance, manager.state.config).devices == names)
+        eventually(lambda: glance(manager.state.config).devices == names)
         with ModelManager(env) as other:
             assert other.state.devices == names
             other_line = StatusLine()
