@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -15,7 +16,6 @@ from kitty_nb.errors import EngineError, EngineNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 HELP_2023 = """\
 usage: ./server [options]
@@ -200,6 +200,29 @@ def test_found_on_path_before_the_wheel(
     monkeypatch.setenv("PATH", str(path.parent), prepend=":")
 
     assert locate().command == (str(path),)
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_another_program_of_the_same_path_is_asked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, script: bool
+) -> None:
+    """What a program said is kept beyond this process; a script counts with what it starts."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = inside = tmp_path / "llama-server"
+    if script:
+        inside = tmp_path / "inside"
+        path.write_text(f'#!/bin/sh\necho >> asked\nexec {inside} "$@"\n')
+        path.chmod(0o755)
+    for version, times in (("1 (first)", 1), ("22 (second)", 2)):
+        text = f"echo '-m, --model FNAME  x'; echo 'version: {version}'"
+        inside.write_text(f"#!/bin/sh\n{text}\n")
+        inside.chmod(0o755)
+        for _ in range(2):
+            monkeypatch.setattr("kitty_nb.engine.locate._engines", {})  # as in another process
+            assert anyio.run(locate_engine, path).version == version
+        if script:  # for --help and for --version
+            assert len(Path("asked").read_text()) == 2 * times
 
 
 def test_wheel_when_path_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ROOMS = {
     "trust": set(),
     "catalog": {"errors", "trust"},
     "config": {"errors", "catalog", "trust"},
-    "engine": {"errors", "config", "trust"},
+    "engine": {"errors", "config", "catalog.user_folders", "trust"},
     "supervisor": {"errors", "config", "engine", "catalog", "trust"},
     "client": {"errors"},
     "manager": {"errors", "config", "engine", "catalog", "supervisor", "client"},

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.config import server_environment
-from kitty_nb.engine import embedded
+from kitty_nb.engine import embedded, said
 from kitty_nb.engine.dialect import Dialect, parse_help
 from kitty_nb.errors import EngineError, EngineNotFoundError
 from kitty_nb.trust import distrust
@@ -133,6 +134,12 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     if candidate.kind is EngineKind.EMBEDDED:  # its program would say the same, later
         dialect, version = parse_help(embedded.help_text()), embedded.version_text()
         return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
+    program, key = Path(candidate.command[0]), None
+    with suppress(OSError):
+        key = await anyio.to_thread.run_sync(said.signature, program, candidate.stamp)
+    if key and (known := await anyio.to_thread.run_sync(said.recall, key)):
+        dialect, version = parse_help(known["--help"]), known["--version"]
+        return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
     answers: dict[str, str] = {}
 
     async def ask(flag: str) -> None:
@@ -143,11 +150,13 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
         tasks.start_soon(ask, "--version")
     dialect = parse_help(answers["--help"])
     if not dialect.option("--model"):
-        said = next(filter(None, map(str.strip, answers["--help"].splitlines())), "nothing")
+        line = next(filter(None, map(str.strip, answers["--help"].splitlines())), "nothing")
         raise EngineError(
             f"{candidate.command[-1]} is not a llama-server that runs here. Asked for --help, it"
-            f" said: {said}"
+            f" said: {line}"
         )
+    if key and _VERSION.search(answers["--version"]):
+        await anyio.to_thread.run_sync(said.keep, key, answers)
     return Engine(candidate.kind, candidate.command, _numbered(answers["--version"]), dialect)
 
 

@@ -154,8 +154,6 @@ class FleetPanel(AnyWidget):
                 members[name].read()
             else:
                 members[name] = _Member(self._env, name, self)
-        told = dict.fromkeys(told for name in names for told in env_warnings(self._env, name))
-        self._hints = "\n".join(told)
         return members
 
     def _describe(self) -> list[dict[str, object]]:
@@ -166,7 +164,7 @@ class FleetPanel(AnyWidget):
         while True:
             with self.hold_sync():
                 self.rows = self._describe()
-                self.notice = self._problem or self._hints
+                self.notice = self._problem
             await anyio.sleep(_REFRESH_EVERY)
 
     async def _measure_forever(self) -> None:

@@ -1,0 +1,67 @@
+"""What programs said of their flags, kept from one command to the next."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from kitty_nb.catalog.user_folders import user_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_KEPT = 8  # programs
+_SCRIPT = 1 << 16  # bytes; what is longer is no script that only starts another program
+_PATH = re.compile(r"/[\w./+@-]+")
+
+
+def signature(program: Path, stamp: object) -> str | None:
+    """Return what is another text once a program may say something else.
+
+    A script counts with all files that it names; one that names none is not known.
+
+    Args:
+        program: The program.
+        stamp: What tells whether its own file has changed.
+    """
+    with program.open("rb") as file:
+        head = file.read(_SCRIPT)
+    if not head.startswith(b"#!"):
+        return repr(stamp)
+    lines = head.decode(errors="replace").partition("\n")[2]
+    named = [path for path in map(Path, _PATH.findall(lines)) if path.is_file()]
+    stats = [(str(path), path.stat()) for path in named]
+    found = [(name, status.st_mtime_ns, status.st_size) for name, status in stats]
+    return repr((stamp, found)) if found else None
+
+
+def recall(key: str) -> dict[str, str] | None:
+    """Return what the program of a signature said, by flag; None where that is not known."""
+    found = _read().get(key)
+    return found if isinstance(found, dict) and {"--help", "--version"} <= found.keys() else None
+
+
+def keep(key: str, answers: Mapping[str, str]) -> None:
+    """Keep what a program said. Where that cannot be written it is asked again."""
+    known = {name: value for name, value in _read().items() if name != key}
+    newest = dict([*known.items(), (key, dict(answers))][-_KEPT:])
+    path = _path()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(newest), encoding="utf-8")
+
+
+def _read() -> dict[str, dict[str, str]]:
+    with suppress(OSError, ValueError):
+        found = json.loads(_path().read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _path() -> Path:
+    return user_folder(platformdirs.user_cache_path) / "engines.json"
