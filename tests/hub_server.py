@@ -64,6 +64,7 @@ class Hub:
         refusals: Statuses to answer the next requests for bytes with.
         deaf: Whether ranges are ignored.
         asked: Requests for bytes, in order.
+        renamed: What it answers that repositories are called.
         leaked: Paths for which the server that has the bytes was sent a token.
     """
 
@@ -74,6 +75,7 @@ class Hub:
         self.wrong: set[str] = set()
         self.refusals: list[int] = []
         self.deaf = False
+        self.renamed: dict[str, str] = {}
         self.asked: list[Asked] = []
         self.leaked: list[str] = []
         self.closing = threading.Event()
@@ -180,7 +182,7 @@ def _handler(hub: Hub, has_bytes: int) -> type[BaseHTTPRequestHandler]:
                     row["lfs"] = {"sha256": sha256(data), "size": size, "pointerSize": 134}
                 siblings.append(row)
             info = {
-                "id": name,
+                "id": hub.renamed.get(name, name),
                 "sha": COMMIT,
                 "private": repo.private,
                 "gated": "auto" if repo.gated else False,

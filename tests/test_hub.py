@@ -470,3 +470,19 @@ def test_an_unknown_revision_is_told(hub: Hub, models: Path) -> None:
 def test_no_hub_is_told(hub: Hub, models: Path, free_port: int) -> None:
     with pytest.raises(HubOfflineError, match="cannot be reached"):
         anyio.run(find_repository, HubReference(ONE), f"http://127.0.0.1:{free_port}")
+
+
+@pytest.mark.parametrize("called", ["../../elsewhere", "/elsewhere/x", "kitty/other"])
+def test_what_a_mirror_calls_a_repository_leads_nowhere_else(
+    hub: Hub, models: Path, called: str
+) -> None:
+    hub.renamed[ONE] = called
+    download = prepare(hub, models)
+    fetch(download)
+    assert download.model.parent == models.joinpath(*ONE.split("/"))
+    assert [path.name for path in models.parent.iterdir()] == [models.name]
+
+
+def test_a_repository_has_the_letters_of_the_hub(hub: Hub, models: Path) -> None:
+    hub.renamed[ONE] = ONE.upper()
+    assert prepare(hub, models).model.is_relative_to(models.joinpath(*ONE.upper().split("/")))

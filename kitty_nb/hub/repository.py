@@ -91,7 +91,11 @@ def _ask(reference: HubReference, endpoint: str | None) -> Repository:
         if file.size is not None
         and (checksum := file.lfs.sha256 if file.lfs else file.blob_id) is not None
     ]
-    return Repository(info.id, info.sha or reference.revision, list_offers(files), api.endpoint)
+    # A renamed repository answers by its new name, a mirror as it likes: the folder is what was
+    # asked for, in the Hub's own letters where they are the same ones.
+    same = info.id.casefold() == reference.repository.casefold()
+    name = info.id if same else reference.repository
+    return Repository(name, info.sha or reference.revision, list_offers(files), api.endpoint)
 
 
 @contextmanager
