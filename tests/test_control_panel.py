@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import html
 import json
 import re
@@ -7,6 +8,7 @@ import shutil
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -841,3 +843,19 @@ def test_messages_stay_on_the_subshell_where_the_kernel_offers_it() -> None:
     receive_while_busy([routed, plain])  # type: ignore[list-item]
     assert routed.comm._reply_subshell_for({}, "subshell-1") == "subshell-1"  # type: ignore[attr-defined]
     assert not hasattr(plain.comm, "_reply_subshell_for")
+
+
+def test_a_closed_panel_is_freed(env: Path) -> None:
+    def opened_and_closed() -> list[weakref.ref[object]]:
+        panel = ControlPanel(env)
+        eventually(lambda: panel.picker.model)
+        panel.close()
+        return [weakref.ref(one) for one in (panel, panel.manager, *panel.children)]
+
+    left = opened_and_closed()
+
+    def freed() -> bool:
+        gc.collect()
+        return not any(ref() for ref in left)
+
+    eventually(freed, why="something holds it")

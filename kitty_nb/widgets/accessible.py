@@ -17,7 +17,7 @@ class Accessible(AnyWidget):
         label: The name of the panel.
     """
 
-    _esm: ClassVar[Path] = Path(__file__).parent / "accessible.js"
+    _esm: ClassVar[str] = (Path(__file__).parent / "accessible.js").read_text()
     label: Any = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, label: str) -> None:

@@ -53,7 +53,7 @@ class FleetPanel(AnyWidget):
         ConfigError: The file cannot be read.
     """
 
-    _esm: ClassVar[Path] = _HERE / "fleet_panel.js"
+    _esm: ClassVar[str] = (_HERE / "fleet_panel.js").read_text()
     _css: ClassVar[str] = "".join((_HERE / f"{n}.css").read_text() for n in ("panel", "fleet"))
     rows: Any = traitlets.List().tag(sync=True)
     notice: Any = traitlets.Unicode("").tag(sync=True)

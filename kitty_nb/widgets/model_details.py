@@ -32,7 +32,7 @@ class ModelDetails(AnyWidget):
         on_open: Called, on the front end's thread, when a page wants them.
     """
 
-    _esm: ClassVar[Path] = _HERE / "model_details.js"
+    _esm: ClassVar[str] = (_HERE / "model_details.js").read_text()
 
     def __init__(self, on_open: Callable[[], object]) -> None:
         super().__init__()

@@ -129,6 +129,8 @@ class ModelPicker(VBox):
         self._catalog = None
         if self._following is not None:
             self._following.cancel()
+        if _watching.get(self._manager) is self:  # it would keep itself and its manager for ever
+            del _watching[self._manager]
 
     async def _follow(self, catalog: ModelCatalog) -> None:
         try:

@@ -34,7 +34,7 @@ class ModelTable(AnyWidget):
         asked: Whether a page has ever wanted them.
     """
 
-    _esm: ClassVar[Path] = _HERE / "model_table.js"
+    _esm: ClassVar[str] = (_HERE / "model_table.js").read_text()
     asked = False
 
     def __init__(

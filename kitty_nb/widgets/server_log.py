@@ -31,7 +31,7 @@ class ServerLog(AnyWidget):
         (_HERE / f"{n}.js").read_text() for n in ("clipboard", "server_log")
     )
     # The style of the whole panel, here alone: each that carries it adds it to saved notebooks.
-    _css: ClassVar[Path] = _HERE / "panel.css"
+    _css: ClassVar[str] = (_HERE / "panel.css").read_text()
 
     def __init__(self, on_replay_asked: Callable[[], object]) -> None:
         super().__init__()

@@ -156,8 +156,8 @@ def word(value: Value) -> str:
 class SweepTable(AnyWidget):
     """Shows the table; its scroll position stays when a row comes in."""
 
-    _esm: ClassVar[Path] = _HERE / "sweep_table.js"
-    _css: ClassVar[Path] = _HERE / "panel.css"
+    _esm: ClassVar[str] = (_HERE / "sweep_table.js").read_text()
+    _css: ClassVar[str] = (_HERE / "panel.css").read_text()
     table = Unicode().tag(sync=True)
 
     def __init__(self) -> None:
