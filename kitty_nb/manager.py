@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from weakref import WeakSet
 
 import nest_asyncio2
 from anyio.from_thread import start_blocking_portal
@@ -140,7 +142,8 @@ class ModelManager:
             stack.callback(lambda: self._portal.call(self._portal.stop, True))
             stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
             self._resources = stack.pop_all()
-        self._closed = False
+        self._closed = self._forked = False
+        _managers.add(self)
         atexit.register(self._close_at_exit)
 
     def __enter__(self) -> Self:
@@ -333,12 +336,19 @@ class ModelManager:
         Raises:
             KittyError: The manager is closed.
         """
+        if self._forked:
+            raise KittyError(
+                "This manager is of the process that this one was forked from. Make one here, by"
+                " ModelManager()."
+            )
         if self._closed:
             raise KittyError("This manager is closed. Run the cell that made it again.")
         return Operation(self._portal.start_task_soon(function, *args), lambda: self._progress)
 
     def close(self) -> None:
         """Stop the server and end the thread. Closing twice does no harm."""
+        if self._forked:
+            return
         with self._closing:
             self._closed = True
             self._resources.close()
@@ -359,6 +369,25 @@ class ModelManager:
             self._supervisor.leave()
         self.close()
 
+    def _disown(self) -> None:
+        """Leave all to the process that this one was forked from: its thread is not here."""
+        self._closed = self._forked = True
+        self._http = None
+        _left.append(self._resources)  # what is freed would wait for the thread
+        atexit.unregister(self._close_at_exit)
+
     def _remember(self, event: Event) -> None:
         if isinstance(event, ProgressMade | RouterLoad):
             self._progress = event.progress
+
+
+_managers: WeakSet[ModelManager] = WeakSet()
+_left: list[ExitStack] = []
+
+
+def _disown_all() -> None:
+    for manager in tuple(_managers):
+        manager._disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)

@@ -219,3 +219,34 @@ def test_what_a_blocked_main_thread_cannot_see_still_happens(manager: ModelManag
     while time.monotonic() < deadline and manager.state.status is not ServerStatus.READY:
         pass  # holds the thread as a busy cell does
     assert manager.state.status is ServerStatus.READY
+
+
+_FORKS = """
+import os, sys
+from kitty_nb import ModelManager
+from kitty_nb.errors import KittyError
+
+manager = ModelManager(sys.argv[1])
+child = os.fork()
+if child == 0:
+    try:
+        manager.stop().wait(20)
+    except KittyError as error:
+        print(error, flush=True)
+    if sys.argv[2] == "close":
+        manager.close()
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(manager.stop().wait(20).status)
+"""
+
+
+@pytest.mark.parametrize("how", ["close", "exit"])
+def test_a_child_that_is_forked_leaves_the_manager_to_its_parent(tmp_path: Path, how: str) -> None:
+    env = tmp_path / "x.env"
+    env.write_text(f"LLAMACPP_LOG_DIR={tmp_path}/logs\n")
+    command = [sys.executable, "-W", "ignore", "-c", _FORKS, str(env), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    said, code, status = done.stdout.splitlines()
+    assert "forked from" in said
+    assert (code, status) == ("7", "STOPPED")
