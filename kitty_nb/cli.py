@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from kitty_nb.errors import KittyError, ServerCrashedError
+from kitty_nb.printable import printable
 from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class _Verbs(TyperGroup):
         except BrokenPipeError:  # whoever reads has seen enough, as `head`
             raise
         except (KittyError, OSError) as error:
-            typer.echo(f"kitty-nb: {error}", err=True)
+            _say(f"kitty-nb: {error}", err=True)
             if isinstance(error, ServerCrashedError):
-                typer.echo(_LOGS, err=True)
+                _say(_LOGS, err=True)
             raise typer.Exit(_FAILED) from None
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
@@ -73,18 +74,16 @@ _ENV, _PROFILE = Path(".env"), "primary"
 @app.command()
 def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     """List the models in the models folder, and those of other programs on this machine."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
     from kitty_nb.catalog import ModelCatalog
+    from kitty_nb.terminal.console import PlainConsole
 
     config = _settings(env, profile)
     models = ModelCatalog(config.stores).scan()
     if not models:
-        typer.echo(
-            f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model"
-        )
+        _say(f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model")
         return
     table = Table(
         "Model", "Quantization", "Size", "Shards", "Context", "Takes in", "Problem", box=None
@@ -101,7 +100,7 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
         )
         name = f"{model.known_as} ({model.name})" if model.known_as else model.name
         table.add_row(name, *cells, model.problem or model.doubt or "")
-    console = Console(markup=False)
+    console = PlainConsole(markup=False)
     if not console.is_terminal:
         console.width = 10_000  # what another program reads is not to be folded
     console.print(table)
@@ -126,7 +125,7 @@ def start(
     from kitty_nb.terminal import commands
 
     if print_command:
-        typer.echo(anyio.run(commands.command_text, _config(env, profile)))
+        _say(anyio.run(commands.command_text, _config(env, profile)))
         return
     _show_load(commands.start, _config(env, profile), not no_wait, anyway)
 
@@ -142,7 +141,7 @@ def stop(
 
     config = _settings(env, profile)
     pid = anyio.run(commands.stop, config, force)
-    typer.echo(_nothing_runs(config) if pid is None else f"The server (PID {pid}) is stopped.")
+    _say(_nothing_runs(config) if pid is None else f"The server (PID {pid}) is stopped.")
 
 
 @app.command()
@@ -193,7 +192,7 @@ def status(
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
     else:
         for state in states:
-            typer.echo(f"{state.config.profile}: {state.sentence}" if every else state.sentence)
+            _say(f"{state.config.profile}: {state.sentence}" if every else state.sentence)
     if all(state.status.idle for state in states):
         raise typer.Exit(_NOT_RUNNING)
 
@@ -211,7 +210,7 @@ def wait_ready(
 
     config = _settings(env, profile)
     if not _show_load(commands.wait_ready, config, timeout):
-        typer.echo(_nothing_runs(config), err=True)
+        _say(_nothing_runs(config), err=True)
         raise typer.Exit(_NOT_RUNNING)
 
 
@@ -233,20 +232,20 @@ def logs(
     path = config.log_path
     there = has_log(path)
     if follow:
-        anyio.run(follow_log, path, typer.echo, lines)
+        anyio.run(follow_log, path, _say, lines)
     if not there:
         raise KittyError(f"There is no log {path}: no server of this profile was started yet.")
     for line in deque(log_lines(path), maxlen=lines):
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()
 def doctor(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     """Check engine, models, port, GPU, .env, disk and versions, and say what to do."""
-    from rich.console import Console
     from rich.table import Table
 
     from kitty_nb.doctor import Verdict, examine
+    from kitty_nb.terminal.console import PlainConsole
 
     findings = anyio.run(examine, env, profile)
     table = Table("", "Checked", "Found, and what to do", box=None)
@@ -254,7 +253,7 @@ def doctor(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     for finding in findings:
         text = f"{finding.found}\n{finding.advice}".rstrip()
         table.add_row(finding.verdict, finding.what, text, style=colours[finding.verdict])
-    Console(markup=False, highlight=False).print(table)
+    PlainConsole(markup=False, highlight=False).print(table)
     if any(finding.verdict is Verdict.BAD for finding in findings):
         raise typer.Exit(_FAILED)
 
@@ -275,7 +274,7 @@ def demo_model(
         raise typer.BadParameter("Write a number of gigabytes, such as 0.5.", param_hint="--size")
     target = path or _settings(env, profile).models_dir / _DEMO_NAME
     written = write_demo_model(target, None if size is None else int(size * 1e9))
-    typer.echo(f"{written}: {written.stat().st_size:,} bytes")
+    _say(f"{written}: {written.stat().st_size:,} bytes")
 
 
 @app.command()
@@ -297,28 +296,27 @@ def download(
     All its shards come, and its projector. Ctrl-C keeps what has come: the same command goes on
     from there. For gated repositories log in by `hf auth login`.
     """
-    from rich.console import Console
-
     from kitty_nb.catalog.description import why_not_served
     from kitty_nb.hub import HubReference
     from kitty_nb.terminal import downloads
+    from kitty_nb.terminal.console import PlainConsole
 
     folder = _settings(env, profile).models_dir
     reference = HubReference.parse(repository)
     if only_list:
-        anyio.run(downloads.show_offers, reference, folder, Console(markup=False, highlight=False))
+        anyio.run(
+            downloads.show_offers, reference, folder, PlainConsole(markup=False, highlight=False)
+        )
         return
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = PlainConsole(stderr=True, markup=False, highlight=False)
     try:
         model = anyio.run(downloads.download, reference, quant, folder, console)
     except KeyboardInterrupt:
-        typer.echo(
-            "Cancelled. What has come is kept; the same command goes on from there.", err=True
-        )
+        _say("Cancelled. What has come is kept; the same command goes on from there.", err=True)
         raise
     if told := why_not_served(model):
-        typer.echo(told, err=True)
-    typer.echo(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
+        _say(told, err=True)
+    _say(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -354,6 +352,10 @@ def main() -> None:
     app(prog_name="kitty-nb")
 
 
+def _say(text: str, *, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
 def _config(env: Path, profile: str) -> ServerConfig:
     from kitty_nb.config import ServerConfig
 
@@ -368,7 +370,7 @@ def _settings(env: Path, profile: str) -> ServerConfig:
     _warn(env, profile)
     config, complaint = salvage_settings(env, profile)
     if complaint:
-        typer.echo(f"kitty-nb: {complaint}", err=True)
+        _say(f"kitty-nb: {complaint}", err=True)
     return config
 
 
@@ -376,7 +378,7 @@ def _warn(env: Path, profile: str) -> None:
     from kitty_nb.config import env_warnings
 
     for warning in env_warnings(env, profile):
-        typer.echo(f"kitty-nb: {warning}", err=True)
+        _say(f"kitty-nb: {warning}", err=True)
 
 
 def _show_load(
@@ -388,7 +390,7 @@ def _show_load(
     with LoadDisplay() as display:
         state = anyio.run(command, config, display, *words)
     if state:
-        typer.echo(state.sentence)
+        _say(state.sentence)
     return state is not None
 
 

@@ -32,6 +32,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kitty_nb.printable import printable
+
 __all__ = [
     "ChecksumError",
     "ConfigError",
@@ -65,7 +67,7 @@ class KittyError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """Show the sentence alone in a notebook: IPython prints this instead of a traceback."""
-        return [f"{type(self).__name__}: {self}"]
+        return [printable(f"{type(self).__name__}: {self}")]
 
 
 @dataclass(frozen=True, slots=True)

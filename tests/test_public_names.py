@@ -15,7 +15,8 @@ PACKAGE = Path(kitty_nb.__file__).parent
 
 # Room → what it may import of the package, as the architecture draws it.
 ROOMS = {
-    "errors": set(),
+    "printable": set(),
+    "errors": {"printable"},
     "trust": set(),
     "catalog": {"errors", "trust"},
     "config": {"errors", "catalog", "trust"},
@@ -35,6 +36,7 @@ ROOMS = {
     },
     "widgets": {
         "errors",
+        "printable",
         "config",
         "catalog",
         "supervisor.events",
@@ -43,9 +45,19 @@ ROOMS = {
         "hub",
         "experiments",
     },
-    "terminal": {"errors", "config", "supervisor", "catalog", "hub"},
+    "terminal": {"errors", "printable", "config", "supervisor", "catalog", "hub"},
     "doctor": {"errors", "config", "catalog", "engine", "supervisor"},
-    "cli": {"errors", "trust", "config", "catalog", "supervisor", "terminal", "doctor", "hub"},
+    "cli": {
+        "errors",
+        "printable",
+        "trust",
+        "config",
+        "catalog",
+        "supervisor",
+        "terminal",
+        "doctor",
+        "hub",
+    },
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

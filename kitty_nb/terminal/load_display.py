@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Self
 
+from kitty_nb.printable import printable
 from kitty_nb.supervisor.events import Activity, Event, Level, ProgressMade
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class LoadDisplay:
                         message, markup=False, highlight=False, soft_wrap=True
                     )
                 else:
-                    print(message, file=sys.stderr, flush=True)
+                    print(printable(message), file=sys.stderr, flush=True)
 
     def _draw(self, progress: LoadProgress) -> None:
         if not sys.stderr.isatty() or (not self._bar and progress.elapsed < _DRAWN_AFTER):
@@ -68,10 +69,11 @@ class LoadDisplay:
 
 def _new_bar() -> tuple[Progress, TaskID]:
     # Imported once the server loads: that takes longer than a small model does.
-    from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # noqa: PLC0415
 
-    console = Console(stderr=True)
+    from kitty_nb.terminal.console import PlainConsole  # noqa: PLC0415
+
+    console = PlainConsole(stderr=True)
     # Drawn when something has moved, so that no thread is needed.
     bar = Progress(
         TextColumn("{task.description:<15}"),

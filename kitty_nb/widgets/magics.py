@@ -13,6 +13,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from kitty_nb.config import env_warnings, salvage_settings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError
 from kitty_nb.manager import ModelManager, Operation
+from kitty_nb.printable import printable
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
 from kitty_nb.widgets.load_bar import describe
 from kitty_nb.widgets.second_ask import SecondAsk
@@ -69,16 +70,16 @@ class KittyMagics(Magics):
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
                 if manager.state.foreign:  # only its router knows what fits there
-                    print(_follow(manager.switch_model(given.model), lambda: None).sentence)
+                    _say(_follow(manager.switch_model(given.model), lambda: None).sentence)
                     return
                 config = manager.state.config.replace(model=given.model)
                 self._load(manager.restart, manager, config)
             case "stop":
                 pid = manager.state.pid
                 state = _follow(manager.stop(given.force), lambda: None)
-                print(state.sentence if pid is None else f"The server (PID {pid}) is stopped.")
+                _say(state.sentence if pid is None else f"The server (PID {pid}) is stopped.")
             case "status":
-                print(manager.state.sentence)
+                _say(manager.state.sentence)
             case "logs":
                 self._print_log(manager, given.lines)
 
@@ -142,7 +143,7 @@ class KittyMagics(Magics):
             raise KittyError(
                 "There is no log yet: %kitty start has not been run, or not in this kernel."
             )
-        print("\n".join(lines[-count:]))
+        _say("\n".join(lines[-count:]))
 
 
 def load(shell: InteractiveShell) -> None:
@@ -166,9 +167,14 @@ class _ChangingLine:
         self._shown = ""
 
     def show(self, text: str) -> None:
+        text = printable(text)
         if text != self._shown:
             print(f"\r{text:{len(self._shown)}}", end="", flush=True)
             self._shown = text
+
+
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
@@ -194,7 +200,8 @@ def _print_pieces(pieces: SimpleQueue[Piece]) -> None:
     text = ""
     while not pieces.empty():
         piece = pieces.get()
-        text += f"{_GREY}{piece.text}{_PLAIN}" if piece.thinking else piece.text
+        said = printable(piece.text)
+        text += f"{_GREY}{said}{_PLAIN}" if piece.thinking else said
     if text:
         print(text, end="", flush=True)
 
