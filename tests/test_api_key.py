@@ -148,6 +148,31 @@ def test_no_key_when_none_is_wanted(config: ServerConfig, monkeypatch: pytest.Mo
         assert manager.http.post(CHAT, json=QUESTION).status_code == 200
 
 
+def test_without_a_key_the_pages_of_others_are_kept_out(
+    config: ServerConfig, engine: Path | None
+) -> None:
+    with ModelManager(config=config.replace(api_key="none", binary=engine)) as manager:
+        manager.start().wait(60)
+        url = manager.state.endpoint + "/v1/models"
+
+        def allowed(origin: str) -> str | None:
+            answer = httpx.get(url, headers={"Origin": origin}, trust_env=False)
+            return answer.headers.get("Access-Control-Allow-Origin")
+
+        assert allowed("https://evil.example") not in {"https://evil.example", "*"}
+        assert allowed("http://localhost:8888") == "http://localhost:8888"
+
+
+def test_a_build_that_lets_every_page_in_without_a_key_is_told_of(
+    misbehaving: Callable[..., ServerConfig],
+) -> None:
+    said: list[str] = []
+    with ModelManager(config=misbehaving(api_key="none")) as manager:
+        manager.subscribe(lambda event: said.append(str(event)))
+        manager.start().wait(30)
+    assert any("any web page that you open" in event for event in said)
+
+
 def test_another_manager_has_the_key_too(config: ServerConfig) -> None:
     with ModelManager(config=config) as manager, ModelManager(config=config) as other:
         manager.start().wait(30)

@@ -109,6 +109,26 @@ def test_each_build_in_its_own_words(
     assert settings(NEW, bare.replace(**change)) == tuple(new.split())
 
 
+@pytest.mark.parametrize(("key", "fenced"), [("none", True), ("sesame", False), (None, False)])
+def test_without_a_key_only_pages_of_this_machine_may_ask(
+    bare: ServerConfig, key: str | None, fenced: bool
+) -> None:
+    fence = (
+        BASE + "--cors-origins ORIGINS                  comma-separated list of allowed origins\n"
+    )
+    words = ("--cors-origins", "localhost") if fenced else ()
+    assert settings(fence, bare.replace(api_key=key)) == words
+    assert settings(BASE, bare.replace(api_key=key)) == ()
+
+
+def test_a_fence_of_ones_own_stays(bare: ServerConfig) -> None:
+    fence = (
+        BASE + "--cors-origins ORIGINS                  comma-separated list of allowed origins\n"
+    )
+    own = ("--cors-origins", "https://example.org")
+    assert settings(fence, bare.replace(api_key="none", extra_args=own)) == own
+
+
 def test_value_that_the_help_text_forgot(bare: ServerConfig) -> None:
     assert settings(VAGUE, bare.replace(n_predict=-1)) == ("--n-predict", "-1")
     assert settings(VAGUE, bare.replace(extra_args="-n 7")) == ("-n", "7")

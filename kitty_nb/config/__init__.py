@@ -4,6 +4,7 @@ from kitty_nb.config.api_key import (
     FLAG_VARIABLE,
     choose_api_key,
     flags_left_out,
+    goes_without_key,
     server_environment,
 )
 from kitty_nb.config.engine_flags import spelled, value_of
@@ -34,6 +35,7 @@ __all__ = [
     "env_settings",
     "env_warnings",
     "flags_left_out",
+    "goes_without_key",
     "salvage_settings",
     "save_settings",
     "server_environment",

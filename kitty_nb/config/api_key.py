@@ -21,7 +21,12 @@ def choose_api_key(config: ServerConfig) -> SecretStr | None:
     """Return the configured key, one made up for this server, or None when none is wanted."""
     if config.api_key is None:
         return SecretStr(urlsafe_b64encode(os.urandom(_BYTES)).decode().rstrip("="))
-    return None if config.api_key.get_secret_value() == NO_KEY else config.api_key
+    return None if goes_without_key(config) else config.api_key
+
+
+def goes_without_key(config: ServerConfig) -> bool:
+    """Whether the server is to answer whoever asks."""
+    return config.api_key is not None and config.api_key.get_secret_value() == NO_KEY
 
 
 def server_environment(api_key: SecretStr | None) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kitty_nb.config import FlashAttention, env_settings, value_of
+from kitty_nb.config import FlashAttention, env_settings, goes_without_key, value_of
 from kitty_nb.engine.spelling import is_flag, spell
 from kitty_nb.errors import EngineError, UnknownFlagError
 
@@ -34,6 +34,7 @@ _FLAGS = {
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
 SERVER_SETTINGS = (*_FLAGS, "mmproj", "extra_args")
 _MMPROJ = "--mmproj"
+ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 # Flags that the manager writes itself, by the field that they come from.
 _OWNED = {
@@ -66,6 +67,7 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
         *(word for field in _FLAGS for word in _words(engine, config, field)),
         *_projecting(engine, config),
         *_sleeping(engine, config),
+        *_fencing(engine, config),
         *(("--log-jsonl",) if engine.dialect.option("--log-jsonl") else ()),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
     )
@@ -92,6 +94,17 @@ def _projecting(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
 def _sleeping(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
     seconds = config.idle_shutdown_seconds
     return (_SLEEP, str(seconds)) if seconds and engine.dialect.option(_SLEEP) else ()
+
+
+def open_to_pages(engine: Engine, config: ServerConfig) -> bool:
+    """Whether any page in the user's browser can use the server: it has no key, and no fence."""
+    return goes_without_key(config) and not engine.dialect.option(ORIGINS)
+
+
+def _fencing(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
+    chosen = value_of(config.extra_args, {ORIGINS})
+    fence = goes_without_key(config) and engine.dialect.option(ORIGINS) and not chosen
+    return (ORIGINS, "localhost") if fence else ()
 
 
 def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:

@@ -11,7 +11,13 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.config import OnKernelExit, flags_left_out, server_environment
-from kitty_nb.engine.command_line import build_command, leaves_out_projector, sleeps
+from kitty_nb.engine.command_line import (
+    ORIGINS,
+    build_command,
+    leaves_out_projector,
+    open_to_pages,
+    sleeps,
+)
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ServerFailedError
 from kitty_nb.supervisor.leash import Leash
@@ -83,6 +89,12 @@ async def launch(
             say(
                 f"This build of llama-server ({engine.version}) has no --mmproj, so the model takes"
                 " in text only. Update llama.cpp for images and sound."
+            )
+        if open_to_pages(engine, config):
+            say(
+                "The server has no API key, and this build of llama-server"
+                f" ({engine.version}) has no {ORIGINS}: any web page that you open can use the"
+                " model. Take LLAMACPP_API_KEY=none out, or update llama.cpp."
             )
         await anyio.to_thread.run_sync(refuse_busy_port, config)
         # Called off while a thread tried the port, it is told so only now.

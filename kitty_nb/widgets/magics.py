@@ -60,7 +60,7 @@ class KittyMagics(Magics):
         manager = self._manager(given)
         if given.verb in {"start", "restart", "status"}:
             for warning in env_warnings(given.env, given.profile):
-                print(warning)
+                _say(warning)
         match given.verb:
             case "start":
                 self._load(manager.start, manager, wanted(given.env, given.profile))
