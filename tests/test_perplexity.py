@@ -95,7 +95,7 @@ def test_quantized_caches_rank_as_they_should(real_config: ServerConfig, tmp_pat
     }
     # By the same program; with q4_0 its own values lie between 4.55 and 4.69.
     assert found == pytest.approx({"f16": 4.153, "q8_0": 4.225, "q4_0": 4.632}, rel=0.04)
-    assert results.best("bits_per_character") is results.best("perplexity")
+    assert results.best("bits_per_character") == results.best("perplexity")
 
 
 @pytest.fixture

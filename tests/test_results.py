@@ -84,6 +84,36 @@ def test_the_best_is_the_best_median_within_the_constraints(results: Results) ->
     assert dict(results.best(constraints={"cache_type_k==": "q8_0"}).trial.settings)["threads"] == 4
 
 
+def test_what_is_too_close_to_tell_is_said_and_the_settings_in_use_preferred(
+    demo_model: Path,
+) -> None:
+    config = ServerConfig(models_dir=demo_model.parent, model=demo_model, threads=2)
+
+    def results(*rates: tuple[int, tuple[float, ...]]) -> Results:
+        rows = [
+            row(demo_model.name, threads, n, rate, 4)
+            for threads, several in rates
+            for n, rate in enumerate(several, 1)
+        ]
+        return Results(config, tuple(rows))
+
+    noisy = results((8, (589.0, 23.0, 1155.0)), (4, (100.0, 99.0)), (2, (101.0, 98.0)))
+    best = noisy.best()
+    assert dict(best.trial.settings)["threads"] == 2
+    assert [dict(trial.settings)["threads"] for trial in best.close] == [8, 4]
+    assert "too close to tell from 2 others" in repr(best)
+    assert best.env_lines().startswith("# Too close to tell from 2 others; ")
+    clear = results((8, (30.0, 31.0)), (2, (20.0, 21.0))).best()
+    assert dict(clear.trial.settings)["threads"] == 8
+    assert not clear.close
+    assert "close" not in repr(clear) + clear.env_lines()
+    once = results((8, (21.0,)), (2, (20.0,)))
+    assert dict(once.best().trial.settings)["threads"] == 2
+    assert dict(results((8, (30.0,)), (2, (20.0,))).best().trial.settings)["threads"] == 8
+    slower = results((8, (20.0, 21.0)), (4, (20.5, 21.5)), (2, (30.0, 31.0)))
+    assert [dict(trial.settings)["threads"] for trial in slower.best().close] == []
+
+
 @pytest.mark.parametrize(
     ("objective", "constraints", "told"),
     [

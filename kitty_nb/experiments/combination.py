@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_lines
 from kitty_nb.experiments.metrics import metrics_of
-from kitty_nb.experiments.settings import changes
+from kitty_nb.experiments.settings import changes, in_use
 from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.trial import Trial, TrialResult
+
+_UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Combination:
         done: How many repeats were measured.
         reasons: Why others were not, each sentence once.
         metrics: The numbers of those measured, by name.
+        close: Others that were about as good when this one was chosen: too close to tell.
     """
 
     trial: Trial
@@ -50,9 +53,22 @@ class Combination:
     done: int
     reasons: tuple[str, ...]
     metrics: Mapping[str, Spread]
+    close: tuple[Trial, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Combination({self.trial.label}: {self.done} measured)"
+        told = f"; {self.doubt}" if self.close else ""
+        return f"Combination({self.trial.label}: {self.done} measured{told})"
+
+    @property
+    def doubt(self) -> str:
+        """From how many others it cannot be told apart, in words; empty if from none."""
+        others = len(self.close)
+        return f"too close to tell from {others} other{'s' * (others > 1)}" if others else ""
+
+    @property
+    def changed(self) -> int:
+        """How many of its settings are not those in use."""
+        return sum(value != in_use(name, self.base) for name, value in self.trial.settings)
 
     @property
     def config(self) -> ServerConfig:
@@ -88,7 +104,37 @@ class Combination:
         if profile:
             config = config.replace(profile=profile)
         names = changes(self.trial, self.base)
-        return "\n".join(env_lines(config, names))
+        told = [f"# {self.doubt.capitalize()}; these settings are nearest to those in use."]
+        return "\n".join([*(told if self.close else ()), *env_lines(config, names)])
+
+
+def choose(
+    found: Iterable[tuple[Combination, Spread]], *, smaller: bool, speed: bool
+) -> Combination | None:
+    """Return the best median; of those too close to it to tell, the nearest to the settings in use.
+
+    Two are too close where their ranges overlap. What was measured once has no range, so of a speed
+    some is assumed.
+
+    Args:
+        found: Each combination with the number that is compared.
+        smaller: Whether less of it is better.
+        speed: Whether it varies from one measurement to the next.
+    """
+    sign = 1 if smaller else -1
+    ranked = []
+    for one, spread in found:
+        unknown = _UNKNOWN * abs(spread.median) if speed and spread.low == spread.high else 0.0
+        ends = sorted((sign * spread.low, sign * spread.high))
+        ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, one))
+    if not ranked:
+        return None
+    worst = min(ranked, key=lambda entry: entry[0])[2]
+    close = sorted(
+        (entry for entry in ranked if entry[1] <= worst), key=lambda e: (e[3].changed, e[0])
+    )
+    best, *others = (entry[3] for entry in close)
+    return replace(best, close=tuple(one.trial for one in others))
 
 
 def combine_repeats(results: Iterable[TrialResult], base: ServerConfig) -> tuple[Combination, ...]:

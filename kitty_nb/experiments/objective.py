@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.combination import Spread
 from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
 from kitty_nb.experiments.metrics import known, metrics_of, smaller_is_better, tells_speed
 
@@ -37,14 +38,14 @@ class Objective:
     smaller: bool
     function: Callable[[TrialResult], float] | None = None
 
-    def of(self, rows: Iterable[TrialResult]) -> float | None:
-        """Return its median over rows that are done; None where no row has it.
+    def of(self, rows: Iterable[TrialResult]) -> Spread | None:
+        """Return its median and spread over rows that are done; None where no row has it.
 
         Raises:
             ExperimentError: The user's function failed.
         """
         values = [value for row in rows if (value := self._value(row)) is not None]
-        return median(values) if values else None
+        return Spread(median(values), min(values), max(values)) if values else None
 
     def better(self, one: float, other: float) -> bool:
         """Whether one value beats another."""

@@ -8,8 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.combination import combine_repeats
-from kitty_nb.experiments.metrics import constraints_of, known, metrics_of, smaller_is_better
+from kitty_nb.experiments.combination import choose, combine_repeats
+from kitty_nb.experiments.metrics import (
+    constraints_of,
+    known,
+    metrics_of,
+    smaller_is_better,
+    tells_speed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,6 +115,9 @@ class Results:
     ) -> Combination:
         """Return the combination with the best median.
 
+        Where others are too close to tell, it is the one nearest to the settings in use, and has
+        the others as `close`.
+
         Args:
             objective: A number of the table. Of seconds, memory and perplexity less is better.
             constraints: Bounds to keep, of numbers or settings, by name and sign; a name alone
@@ -141,8 +150,9 @@ class Results:
                 f"None of {len(measured)} combinations keeps {' and '.join(map(str, bounds))}."
                 " Loosen a constraint, or try other settings."
             )
-        pick = min if smaller_is_better(objective) else max
-        return pick(fitting, key=lambda one: one.metrics[objective].median)
+        found = ((one, one.metrics[objective]) for one in fitting)
+        best = choose(found, smaller=smaller_is_better(objective), speed=tells_speed(objective))
+        return best or fitting[0]
 
     def env_lines(
         self,

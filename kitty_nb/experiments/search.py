@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
+import psutil
 
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ResultStoreError
@@ -20,7 +21,7 @@ from kitty_nb.experiments.model_mark import check_models, marks_here
 from kitty_nb.experiments.objective import glimpses, why_behind
 from kitty_nb.experiments.propose import propose
 from kitty_nb.experiments.schedule import row_of
-from kitty_nb.experiments.settings import check_flags
+from kitty_nb.experiments.settings import check_flags, in_use
 from kitty_nb.experiments.space import Values
 from kitty_nb.experiments.standing import Standing
 from kitty_nb.experiments.trial import Outcome, Trial, TrialResult, TrialSeconds
@@ -152,7 +153,8 @@ class Search:
         unsure = standing.unsure
         if unsure and (len(self.rows) + 1) % _CONFIRMING == 0:
             return unsure
-        first = self.config.model_dump(mode="json", include=set(self.space))
+        cores = {"threads": psutil.cpu_count(logical=False)}  # as llama-server has it
+        first = {name: in_use(name, self.config) or cores.get(name) for name in self.space}
         smaller = self.objective.smaller
         settings = propose(self.space, standing.known, first, smaller, self.seed)
         return Trial(self.model, settings) if settings else unsure

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from kitty_nb.engine.dialect import Dialect, Option
     from kitty_nb.experiments.trial import Trial, Value
 
-__all__ = ["FIELDS", "as_value", "changes", "check_flags", "check_names", "conditions", "digest"]
+__all__ = [
+    "FIELDS",
+    "as_value",
+    "changes",
+    "check_flags",
+    "check_names",
+    "conditions",
+    "digest",
+    "in_use",
+]
 
 # A request says itself how long its answer may be, so a server's own limit would change nothing.
 FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
@@ -38,6 +47,14 @@ _DECIDED = {
     "--repeat-penalty": "Write repeat_penalty instead.",
     "--model": "Write models=[…] in the sweep instead.",
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
+}
+# What llama-server takes where it is told nothing.
+_ENGINE_DEFAULTS: Mapping[str, Value] = {
+    "batch_size": 2048,
+    "ubatch_size": 512,
+    "flash_attention": "auto",
+    "cache_type_k": "f16",
+    "cache_type_v": "f16",
 }
 # What other programs call a setting.
 _ELSEWHERE = {
@@ -171,6 +188,12 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
         first = base.replace(extra_args=fields.get("extra_args", base.extra_args))
         fields["extra_args"] = (*first.extra_args, *flags)
     return {"model": trial.model, **fields}
+
+
+def in_use(name: str, base: ServerConfig) -> Value:
+    """Return what holds of a setting where a trial says nothing; None where that is not known."""
+    value = as_value(getattr(base, name, None)) if name in FIELDS else None
+    return _ENGINE_DEFAULTS.get(name) if value is None else value
 
 
 def conditions(base: ServerConfig) -> Mapping[str, Any]:

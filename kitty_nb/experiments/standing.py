@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kitty_nb.experiments.combination import combine_repeats
+from kitty_nb.experiments.combination import choose, combine_repeats
 from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.combination import Combination
+    from kitty_nb.experiments.combination import Combination, Spread
     from kitty_nb.experiments.metrics import Constraint
     from kitty_nb.experiments.objective import Objective
     from kitty_nb.experiments.trial import Trial, TrialResult
@@ -34,11 +34,13 @@ class Known:
         combination: It.
         value: The objective; None where it could not be had, or was not worth waiting for.
         excess: How far it breaks each constraint, by the constraint's words; 0 where it does not.
+        spread: The objective's median and ends.
     """
 
     combination: Combination
     value: float | None
     excess: Mapping[str, float]
+    spread: Spread | None = None
 
     @property
     def counts(self) -> bool:
@@ -82,6 +84,13 @@ class Standing:
         return self._best_of(self.peers)
 
     @property
+    def chosen(self) -> Combination | None:
+        """The best, or the nearest to the settings in use of those that are too close to tell."""
+        found = ((one.combination, one.spread) for one in self.peers if one.spread)
+        objective = self.objective
+        return choose(found, smaller=objective.smaller, speed=objective.tells_speed)
+
+    @property
     def unsure(self) -> Trial | None:
         """Another measurement of the best among those that were measured too seldom."""
         times = Counter(row.trial.combination for row in self.rows)
@@ -120,8 +129,9 @@ class Standing:
                 done.setdefault(row.trial.combination, []).append(row)
         for one in combine_repeats(self.rows, self.config):
             excess = {str(bound): bound.excess(one.value(bound.name)) for bound in self.bounds}
-            value = self.objective.of(done.get(one.trial, ()))
-            yield Known(one, value, excess if one.done else {})
+            spread = self.objective.of(done.get(one.trial, ()))
+            value = spread.median if spread else None
+            yield Known(one, value, excess if one.done else {}, spread)
 
     def _best_of(self, some: Iterator[Known] | Sequence[Known]) -> Known | None:
         best: Known | None = None

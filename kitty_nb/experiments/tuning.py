@@ -40,7 +40,7 @@ class TuneResult:
     """What a search has found.
 
     Attributes:
-        best: The best combination that keeps all constraints.
+        best: The best combination that keeps all constraints; see `Results.best`.
         value: Its objective: the median of its measurements.
         objective: What that is.
         results: All rows, for tables and plots.
@@ -65,9 +65,11 @@ class TuneResult:
         rows = self.results.rows
         ends = Counter(row.outcome.value for row in rows)
         told = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
+        doubt = f" It is {self.best.doubt}, and nearest to the settings in use."
         return (
             f"{self.objective} {self.value:.4g} with {self.best.trial.label}. That is the best of"
             f" {len(self.results.combinations)} combinations in {len(rows)} trials ({told})."
+            f"{doubt if self.best.close else ''}"
         )
 
     def __repr__(self) -> str:
@@ -189,12 +191,13 @@ def tune(
 async def _find(search: Search) -> TuneResult:
     await search.run()
     standing = search.standing
-    best = standing.best
-    if best is None or best.value is None:
+    best = standing.chosen
+    if best is None:
         raise ExperimentError(standing.complaint)
+    values = {one.combination.trial: one.value for one in standing.peers}
     return TuneResult(
-        best=best.combination,
-        value=best.value,
+        best=best,
+        value=values[best.trial] or 0.0,
         objective=search.objective.name,
         results=Results(search.config, standing.rows),
         study=import_module("kitty_nb.experiments.propose").make_study(

@@ -39,6 +39,8 @@ class Row:
         metrics: Its numbers, by name; none before the first repeat is done.
         reason: Why repeats were skipped or failed, or empty.
         best: Whether it is the best so far.
+        doubt: From how many others the best cannot be told apart, in words.
+        close: Whether it is one of those.
     """
 
     trial: Trial
@@ -47,6 +49,8 @@ class Row:
     metrics: Mapping[str, Spread]
     reason: str = ""
     best: bool = False
+    doubt: str = ""
+    close: bool = False
 
 
 def columns(workload: Workload) -> dict[str, str]:
@@ -101,6 +105,8 @@ def rows_of(
                 metrics=one.metrics if one else {},
                 reason=" ".join(one.reasons) if one else "",
                 best=best is not None and trial == best.trial,
+                doubt=best.doubt if best else "",
+                close=best is not None and trial in best.close,
             )
         )
     return rows
@@ -202,6 +208,16 @@ def _row(row: Row, settings: Iterable[str], headings: Mapping[str, str], *, mode
     whole = len(cells) + len(headings)
     more = f"<td class='kitty-reason' colspan='{whole}'>{_lines(row.reason)}</td>"
     return f"{tag}{drawn}</tr><tr class='kitty-more'>{more}</tr>"
+
+
+def _star(row: Row) -> str:
+    if row.close:
+        return " <span title='Too close to the best to tell'>≈ best</span>"
+    if not row.best:
+        return ""
+    title = f"{row.doubt.capitalize()}, and nearest to the settings in use" if row.doubt else ""
+    words = "★ too close to tell" if row.doubt else "★ best"
+    return f" <span class='kitty-star' title='{title or 'The best so far'}'>{words}</span>"
 
 
 def _number(name: str, spread: Spread | None) -> str:
