@@ -190,6 +190,7 @@ def test_a_projector_in_the_folder_above_is_found(tmp_path: Path) -> None:
         write_header(tmp_path / "repo" / kind / f"Some-VL-{kind}.gguf", some__embedding_length=64)
     for kind in ("F32", "BF16", "F16"):
         write_projector(tmp_path / "repo" / f"mmproj-{kind}.gguf", 64)
+    write_header(tmp_path / "repo" / "Some-VL.imatrix.gguf", general__type="imatrix")
     model = tmp_path / "repo" / "UD-Q4_K_XL" / "Some-VL-UD-Q4_K_XL.gguf"
     assert paired(model, tmp_path) == tmp_path / "repo" / "mmproj-F16.gguf"
     (tmp_path / "repo" / "mmproj-F16.gguf").unlink()

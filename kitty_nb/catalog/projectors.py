@@ -28,6 +28,7 @@ __all__ = ["is_projector_name", "own_name", "plain_name", "projector_rank", "wit
 _PREFERRED = ("F16", "BF16", "Q8_0", "F32")
 _SEPARATORS = re.compile(r"[\s._-]+")
 _PROJECTOR = re.compile(r"mmproj(?:-model)?", re.IGNORECASE)
+_NO_MODEL = re.compile(r"mmproj|(?<![a-z])(?:imatrix|lora)(?![a-z])", re.IGNORECASE)
 
 
 def with_projectors(rows: Iterable[Model]) -> list[Model]:
@@ -43,7 +44,7 @@ def with_projectors(rows: Iterable[Model]) -> list[Model]:
             near[row.path.parent].append(row)
     names: defaultdict[Path, set[str]] = defaultdict(set)
     for row in rows if near else ():
-        if not is_projector_name(row.path):
+        if not _NO_MODEL.search(row.path.name):
             for folder in row.path.parents[:2]:
                 names[folder].add(own_name(row.stem))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["doubt", "why_never"]
 
-_ELSEWHERE = "llama-server does not run it. Use it in the program it was made for."
+_ELSEWHERE = "Use it in the program it was made for."
 _OF_OTHER_PROGRAMS = {
     **dict.fromkeys(("aura", "flux", "hidream", "lumina2", "qwen_image"), "an image model"),
     **dict.fromkeys(("sd1", "sd3", "sdxl"), "an image model"),
@@ -63,7 +63,7 @@ def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
     if architecture is None:
         return f"{name} does not say its architecture. Download another conversion of the model."
     if of_other := _OF_OTHER_PROGRAMS.get(architecture):
-        return f"{name} is {of_other} ({architecture}). {_ELSEWHERE}"
+        return f"{name} is {of_other} ({architecture}), which no llama-server runs. {_ELSEWHERE}"
     if companion := _COMPANIONS.get(architecture):
         return f"{name} is {companion}"
     if not facts.tokenizer:
