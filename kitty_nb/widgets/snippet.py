@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import ServerState
 
 _CODE = """\
-print({panel}.manager.chat("Who are you?").wait())
+print({panel}.manager.chat("Who are you?", max_tokens=500).wait())
 
 # The same in OpenAI's protocol, by an httpx.Client that knows the server's address and key.
-request = {{"model": {alias!r}, "messages": [{{"role": "user", "content": "Who are you?"}}]}}
+messages = [{{"role": "user", "content": "Who are you?"}}]
+request = {{"model": {alias!r}, "messages": messages, "max_tokens": 500}}
 answer = {panel}.manager.http.post("/v1/chat/completions", json=request)
 print(answer.json()["choices"][0]["message"]["content"])
 
