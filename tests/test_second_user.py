@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import anyio
+import platformdirs
 import psutil
 import pytest
 from conftest import eventually
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli import app
+from kitty_nb.engine import said
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import (
     ConfigError,
@@ -267,6 +269,23 @@ def test_results_and_history_of_another_user_are_not_believed(
     history = LoadHistory(path, told.append)
     assert anyio.run(history.recall, "host", "model") == ()
     assert second_user.pw_name in told[0]
+
+
+def test_what_another_user_has_an_engine_say_is_neither_believed_nor_overwritten(
+    second_user: User,
+) -> None:
+    answers = {"--help": "--model FNAME", "--version": "version: 1"}
+    said.keep("a build", answers)
+    assert said.recall("a build") == answers
+    path = platformdirs.user_cache_path("kitty_nb") / "engines.json"
+    give(path, second_user)
+    try:
+        before = path.read_bytes()
+        assert said.recall("a build") is None
+        said.keep("another build", answers)
+        assert path.read_bytes() == before
+    finally:
+        path.unlink()
 
 
 def test_notebooks_of_another_user_are_not_opened(

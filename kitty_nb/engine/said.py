@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from kitty_nb.catalog.user_folders import user_folder
+from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,13 +53,18 @@ def keep(key: str, answers: Mapping[str, str]) -> None:
     newest = dict([*known.items(), (key, dict(answers))][-_KEPT:])
     path = _path()
     with suppress(OSError):
+        if distrust(path, folders=False):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(newest), encoding="utf-8")
 
 
 def _read() -> dict[str, dict[str, str]]:
+    path = _path()
+    if distrust(path, folders=False):
+        return {}
     with suppress(OSError, ValueError):
-        found = json.loads(_path().read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
 
