@@ -1,33 +1,34 @@
 """What a sweep adds to its trials, and how true its speeds are.
 
-The models are dense, of zeros, and about as long to load and to ask as small real ones: `python -m
-benchmarks.sweep`. The yardstick for speeds is llama-bench's way on the same server in the same run:
-one request at a time, by our own clock, of so many tokens of prompt or of answer.
+`python -m benchmarks.sweep [--engine PATH] [--model PATH]`, by default on the engine found as usual
+and a dense model of zeros, about as long to load and to ask as a small real one. The yardstick for
+speeds is llama-bench's way on the same server in the same run: one request at a time, by our own
+clock, of so many tokens of prompt or of answer.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 
-from benchmarks.free_port import free_port
-from kitty_nb import ServerConfig, Supervisor
+from benchmarks.subject import read_subject
+from kitty_nb import Supervisor
 from kitty_nb.client import Access
 from kitty_nb.experiments import Outcome, Sweep, Workload
 from kitty_nb.experiments.measure import Interview
-from kitty_nb.supervisor.load_facts import this_host
 from tests.model_files import write_model
 
 if TYPE_CHECKING:
     import httpx
+
+    from kitty_nb import ServerConfig
 
 _ROUNDS = 20
 _ANSWER = 256  # tokens
@@ -36,21 +37,14 @@ _SHORT, _LONG = "hello", "hello " * 80
 
 def main() -> None:
     """Print the table."""
+    subject = read_subject(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = write_model(
+        model = subject.model or write_model(
             folder / "dense.gguf", layers=8, width=512, inner=1536, heads=8, kv_heads=4
         )
-        config = ServerConfig(
-            models_dir=folder,
-            model=model,
-            port=free_port(),
-            log_dir=folder / "logs",
-            history=folder / "history.sqlite3",
-            context_size=2048,
-            threads=1,
-        )
-        print(f"{platform.platform()}, {os.cpu_count()} cores, {this_host()}\n")
+        config = replace(subject, model=model).config(folder, context_size=2048, threads=1)
+        print(f"{subject}\n")
         _overhead(config, folder)
         anyio.run(_speeds, config)
 

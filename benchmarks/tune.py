@@ -1,28 +1,29 @@
 """How close `tune` comes to a full grid's best, with a quarter of its trials.
 
-The model is dense, of zeros, and about as long to ask as a small real one. All servers have one
-thread, for with as many as there are cores any neighbour on the machine decides what is fastest.
-Grid and searches are measured one after the other; their winners then once more side by side, in
-turns, because the best of many noisy figures is partly luck: `python -m benchmarks.tune`.
+By default the model is dense, of zeros, and about as long to ask as a small real one. All servers
+have one thread, for with as many as there are cores any neighbour on the machine decides what is
+fastest. Grid and searches are measured one after the other; their winners then once more side by
+side, in turns, because the best of many noisy figures is partly luck:
+
+    python -m benchmarks.tune [--engine PATH] [--model PATH]
 """
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb import ServerConfig
+from benchmarks.subject import read_subject
 from kitty_nb.experiments import Outcome, Sweep, TrialResult, tune
-from kitty_nb.supervisor.load_facts import this_host
 from tests.model_files import write_model
 
 if TYPE_CHECKING:
+    from kitty_nb import ServerConfig
     from kitty_nb.experiments import Combination, Results
 
 _OBJECTIVE = "total_tokens_per_second"
@@ -46,20 +47,14 @@ _ASKED: dict[str, Any] = {
 
 def main() -> None:
     """Print the table."""
+    subject = read_subject(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = write_model(
+        model = subject.model or write_model(
             folder / "dense.gguf", layers=2, width=512, inner=1536, heads=8, kv_heads=4
         )
-        config = ServerConfig(
-            models_dir=folder,
-            model=model,
-            log_dir=folder / "logs",
-            history=folder / "history.sqlite3",
-            context_size=4096,
-            threads=1,
-        )
-        print(f"{platform.platform()}, {os.cpu_count()} cores, {this_host()}\n")
+        config = replace(subject, model=model).config(folder, context_size=4096, threads=1)
+        print(f"{subject}\n")
         began = time.monotonic()
         grid = _sweep(config, folder / "grid.sqlite3", grid=_GRID)
         best = grid.best(_OBJECTIVE)

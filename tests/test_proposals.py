@@ -262,4 +262,5 @@ def test_the_usual_space_has_the_threads_of_this_machine(tmp_path: Path) -> None
     name, space = read_space(None, config, None, (), NAMES)
     assert name == "demo.gguf"
     assert 1 in space["threads"]
-    assert {"batch_size", "ubatch_size", "flash_attention"} < space.keys()
+    assert {"threads", "flash_attention"} <= space.keys()
+    assert "batch_size" not in space

@@ -163,6 +163,20 @@ def test_every_plot_is_a_picture(results: Results, kind: str) -> None:
     assert "generation" in words or kind == "pareto"
 
 
+def test_plots_show_noise_as_such_and_units(results: Results) -> None:
+    (axes,) = results.plot("pareto", y="time_to_first_token_4", x="load_seconds").axes
+    assert axes.get_ylabel() == "time to first token, s, 4 at once"
+    assert axes.get_xlabel() == "load, s"
+    assert axes.get_xlim()[0] <= 0 >= axes.get_ylim()[0]
+    (axes,) = results.plot("pareto").axes
+    assert axes.get_xlabel() == "memory GiB"
+    ends = [s for bar in axes.collections for s in getattr(bar, "get_segments", list)()]
+    assert any({low[1], high[1]} == {20.0, 26.0} for low, high in ends)
+    (axes,) = results.plot("parallel").axes
+    heights = sorted(float(line.get_ydata()[-1]) for line in axes.lines)  # type: ignore[index]
+    assert heights == pytest.approx([21 / 33, 1])
+
+
 def test_an_unknown_plot_names_the_others(results: Results) -> None:
     with pytest.raises(ExperimentError, match="bars, parallel, pareto"):
         results.plot("pie")

@@ -520,6 +520,18 @@ def test_what_was_measured_without_a_record_is_measured_again_for_one(
     assert sweep(repeats=2, models=[MODEL, broken]).results.rows == rows
 
 
+def test_more_requests_than_slots_are_called_a_queue(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(grid={"parallel": [2, 3]}, parallel=(1, 3), prompts=PROMPT)
+    rows = {dict(row.trial.settings)["parallel"]: row for row in one.run().wait(WAIT).rows}
+    assert rows[2].outcome is rows[3].outcome is Outcome.DONE
+    assert "3 requests at once waited for the server's 2 slots" in rows[2].reason
+    assert not rows[3].reason
+    measured = rows[3].measurement
+    assert measured
+    assert measured.slots == 3
+    assert 0 <= (measured.machine_load or 0) <= 1
+
+
 def test_answers_too_long_together_are_a_row(sweep: Callable[..., Sweep]) -> None:
     one = sweep(grid={"context_size": [1024]}, max_tokens=900, parallel=8)
     (row,) = one.run().wait(WAIT).rows

@@ -87,15 +87,23 @@ class Interview:
             **{name: value for name, value in _GREEDY.items() if name not in settings},
         }
 
-    async def warm_up(self) -> int | None:
-        """Prepare the prompts and answer one for nothing; return the context of a request."""
+    async def warm_up(self) -> tuple[int | None, int | None]:
+        """Prepare the prompts and answer one for nothing.
+
+        Returns:
+            The context of a request, and how many requests the server answers at once.
+        """
         workload = self._workload
         self._prompts = tuple([await self._templated(prompt) for prompt in workload.prompts])
         await self._ask(0, n_predict=min(workload.max_tokens, _WARM_UP_TOKENS))
         response = await self._http.get("/props")
-        settings = _body(response).get("default_generation_settings", {})
-        context = settings.get("n_ctx")
-        return context if isinstance(context, int) else None
+        body = _body(response)
+        context = body.get("default_generation_settings", {}).get("n_ctx")
+        slots = body.get("total_slots")
+        return (
+            context if isinstance(context, int) else None,
+            slots if isinstance(slots, int) else None,
+        )
 
     async def speed(
         self, parallel: int, tell: Callable[[Answer], None]

@@ -35,6 +35,7 @@ _GIB = 1 << 30
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
     r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|perplexity|bits_per_character"
+    r"|machine_load"
 )
 _RATE = re.compile(r"\w*_per_second(_\d+)?")
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
@@ -77,7 +78,7 @@ def metric_names(parallel: Iterable[int]) -> frozenset[str]:
     """
     speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0, memory=1) for level in parallel)
     load = LoadSeconds(1.0, 1.0, 1.0)
-    full = Measurement(load, speeds, 1, 1, 1, (), *(1.0, 1.0, 1.0))
+    full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
 
 
@@ -173,7 +174,7 @@ def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
     yield "gpu_memory_gib", measured.gpu_memory / _GIB
     if measured.context is not None:
         yield "context", float(measured.context)
-    for name in ("quality", "perplexity", "bits_per_character"):
+    for name in ("slots", "machine_load", "quality", "perplexity", "bits_per_character"):
         if (value := getattr(measured, name)) is not None:
             yield name, value
     yield "seconds", result.seconds.overall

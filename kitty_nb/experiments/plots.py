@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,8 @@ def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> lis
     """Where each combination crosses an axis, from 0 to 1; its ticks are written beside it."""
     if name in drawn[0].metrics:
         medians = [one.metrics[name].median for one in drawn]
-        low, high = min(medians), max(medians)
+        # As low as zero, so that noise is not drawn at full height.
+        low, high = min(0.0, *medians), max(medians)
         places = [(median - low) / ((high - low) or 1.0) for median in medians]
         ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
     else:
@@ -121,7 +123,10 @@ def _pareto(drawn: list[Combination], y: str, x: str) -> Figure:
     figure, axes = _figure()
     points = [(one.metrics[x].median, one.metrics[y].median) for one in drawn]
     best = front(points, x, y)
-    axes.scatter(*zip(*points, strict=True), color="0.7")
+    for one, (across, up) in zip(drawn, points, strict=True):
+        ends = [one.metrics[name] for name in (x, y)]
+        wide, high = ([[s.median - s.low], [s.high - s.median]] for s in ends)
+        axes.errorbar(across, up, high, wide, color="0.7", marker="o", capsize=3)
     axes.plot(*zip(*(points[index] for index in best), strict=True), color="0.5")
     labels = _labels(drawn)
     for index in best:
@@ -129,6 +134,8 @@ def _pareto(drawn: list[Combination], y: str, x: str) -> Figure:
     figure.legend(loc="outside lower center")
     axes.set_xlabel(_words(x))
     axes.set_ylabel(_words(y))
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))  # 21.2 and 22.1 should look alike
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     return figure
 
 
@@ -159,4 +166,8 @@ def _labels(drawn: list[Combination]) -> list[str]:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("gib", "GiB")
+    at_once = re.fullmatch(r"(.+?)_(\d+)", name)
+    words = (at_once[1] if at_once else name).replace("_", " ").replace("gib", "GiB")
+    unit = ", s" if words == "time to first token" or words.endswith("seconds") else ""
+    words = words.removesuffix(" seconds") if words != "seconds" else "trial"
+    return f"{words}{unit}, {at_once[2]} at once" if at_once else f"{words}{unit}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 import httpx
+import psutil
 
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _HOST = "127.0.0.1"
 _DEATH_WITHIN = 5.0  # seconds in which a server that fell silent must be seen to have ended
 _PORTS_TRIED = 3
+_LOOKED_AT = 0.1  # seconds for which what else the machine does is looked at
 
 
 async def run_trial(
@@ -85,7 +87,7 @@ async def run_trial(
             outcome, reason = Outcome.SKIPPED, refusal
         else:
             await run.serve(own, free)
-            reason = await run.judge()
+            reason = " ".join(filter(None, (await run.judge(), run.queued())))
     except KittyError as error:
         outcome, reason = Outcome.FAILED, str(error)
     except OSError as error:
@@ -134,6 +136,7 @@ class _Run:
         self._exchanges: tuple[Exchange, ...] = ()
         self._memory = self._gpu_memory = 0
         self._answered = 0
+        self._machine_load = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the trial began."""
@@ -141,6 +144,8 @@ class _Run:
 
     async def prepare(self, config: ServerConfig, folder: Path) -> tuple[ServerConfig, str]:
         """Return the settings of the trial's server, and why it need not be tried, if so."""
+        busy = await anyio.to_thread.run_sync(psutil.cpu_percent, _LOOKED_AT)
+        self._machine_load = busy / 100
         engine = await engine_of(self._trial, config)
         self.engine = engine.version
         own = await anyio.to_thread.run_sync(self._own_config, config, folder, engine)
@@ -202,6 +207,17 @@ class _Run:
             return f"quality failed with {error!r}; it must return a number for every answer."
         return ""
 
+    def queued(self) -> str:
+        """Say that more requests were under way than the server answers at once, if so."""
+        slots = self.measurement.slots if self.measurement else None
+        most = self._workload.levels[-1]
+        if slots is None or most <= slots:
+            return ""
+        return (
+            f"{most} requests at once waited for the server's {slots} slots, so these numbers are"
+            f" those of a queue. Set parallel to {most} or more in the grid or in .env."
+        )
+
     async def _start(self, supervisor: Supervisor, config: ServerConfig) -> None:
         began = time.monotonic()
         try:
@@ -223,11 +239,12 @@ class _Run:
             async with access.async_http() as http:
                 interview = Interview(http, self._workload, dict(self._trial.settings))
                 try:
-                    context = await interview.warm_up()
+                    context, slots = await interview.warm_up()
                 finally:
                     warm_up = time.monotonic() - began
                     self.seconds = replace(self.seconds, warm_up=warm_up)
-                return await self._interview(interview, supervisor, context)
+                measured = await self._interview(interview, supervisor, context)
+                return replace(measured, slots=slots, machine_load=self._machine_load)
         except httpx.HTTPError as error:
             raise ExperimentError(await _why_silent(supervisor, error)) from error
         finally:

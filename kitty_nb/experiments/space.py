@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Range", "Space", "Values", "read_space"]
 
 _ENDS = 2  # of a range
-_BATCHES = (256, 512, 1024, 2048)
-_MICRO_BATCHES = (64, 128, 256, 512, 1024)
 _ALL_LAYERS = 999
 _GPU_STEPS = 4
 
@@ -210,15 +208,16 @@ def _number(value: Value) -> float:
 
 
 def _default(model: object, base: ServerConfig) -> dict[str, Any]:
-    """What changes the speed on this machine, and not what is answered."""
+    """What changes the speed on this machine, and not what is answered.
+
+    Batch sizes are none of it: they matter for prompts that are longer than they are.
+    """
     cores = psutil.cpu_count(logical=False) or 1
     logical = psutil.cpu_count() or cores
     doubled = {1 << power for power in range(logical.bit_length())}
     space: dict[str, Any] = {
         "threads": sorted(doubled | {cores, logical}),
-        "batch_size": _BATCHES,
-        "ubatch_size": _MICRO_BATCHES,
-        "flash_attention": [FlashAttention.ON, FlashAttention.OFF],
+        "flash_attention": [FlashAttention.AUTO, FlashAttention.ON, FlashAttention.OFF],
     }
     path = base.model if model is None else base.models_dir / str(getattr(model, "path", model))
     if path is not None and _has_devices(base):

@@ -122,6 +122,8 @@ class Measurement:
         quality: Mean over the answers of what the sweep's `quality` gave; None without one.
         perplexity: Of the expected texts; None unless asked for.
         bits_per_character: Of the same texts, for models that split them into other tokens.
+        slots: Requests that the server answers at once; None where a build hides it.
+        machine_load: Share of the processors that was busy before the server was started.
     """
 
     load: LoadSeconds
@@ -133,6 +135,8 @@ class Measurement:
     quality: float | None = None
     perplexity: float | None = None
     bits_per_character: float | None = None
+    slots: int | None = None
+    machine_load: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,8 +117,8 @@ def tune(
         objective: A number of the table, after a minus sign one of which less is better; or a
             function of a row that is done, the higher the better.
         space: What to choose from, by name of setting as in a `Sweep`: a list of values, or the
-            lowest and the highest number as a tuple. By default threads, batch sizes and flash
-            attention, and layers on a GPU where there is one.
+            lowest and the highest number as a tuple. By default threads and flash attention, and
+            layers on a GPU where there is one.
         constraints: Bounds to keep, of numbers or settings, by name and sign; a name alone means
             at most: `{"memory_gib": 20, "context_size>=": 16384}`. What breaks one on a setting
             is never tried.
