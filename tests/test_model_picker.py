@@ -86,6 +86,17 @@ def test_a_long_search_goes_on_behind_the_panel(env: Path, monkeypatch: pytest.M
         panel.close()
 
 
+def test_a_search_that_fails_within_says_so(env: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("<no number>")
+
+    monkeypatch.setattr(ModelCatalog, "steps", fail)
+    panel = ControlPanel(env)
+    eventually(lambda: "&lt;no number&gt;" in panel.picker.scan_line.value)
+    assert panel.choice.model is None  # nothing is waited for
+    panel.close()
+
+
 def test_of_two_panels_on_one_manager_the_later_watches(env: Path) -> None:
     first = ControlPanel(env)
     second = ControlPanel(manager=first.manager)

@@ -15,6 +15,7 @@ from ipywidgets import Button, HBox, VBox
 from kitty_nb.catalog import Model, ModelCatalog
 from kitty_nb.errors import KittyError
 from kitty_nb.widgets.model_dropdown import ModelDropdown
+from kitty_nb.widgets.notice import explain
 from kitty_nb.widgets.scan_line import ScanLine
 
 if TYPE_CHECKING:
@@ -142,6 +143,9 @@ class ModelPicker(VBox):
             self.scan_line.say(
                 f"The list is not kept current: {escape(str(error))}. Press Rescan to look again."
             )
+        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
+            self.scan_line.say(escape(explain(error)))
+            self._complete.set()
 
     def _take(self, catalog: ModelCatalog, step: ScanStep) -> None:
         """Show one step of a search, in a worker thread."""
