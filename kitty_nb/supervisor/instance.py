@@ -359,6 +359,7 @@ class ServerInstance:
         self._meter.touch(self._elapsed())
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
             self._meter.reach(Stage.LOADING, self._elapsed())
+            self._helpers.start_soon(self._look_at_port)  # it is bound before that line
         self._publish(LogLines(lines))
         if not self._ready.is_set() and any(map(_NEWS.search, lines)):
             self._health.hint()
