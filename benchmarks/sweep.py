@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from kitty_nb import ServerConfig
 
-_ROUNDS = 20
-_ANSWER = 256  # tokens
+_ROUNDS, _FEWER = 20, 3  # of a dense model, of another one
+_ANSWER, _SHORTER = 256, 32  # tokens
 _SHORT, _LONG = "hello", "hello " * 80
 
 
@@ -45,15 +45,17 @@ def main() -> None:
         )
         config = replace(subject, model=model).config(folder, context_size=2048, threads=1)
         print(f"{subject}\n")
-        _overhead(config, folder)
-        anyio.run(_speeds, config)
+        short = subject.model is not None
+        _overhead(config, folder, short=short)
+        anyio.run(_speeds, config, *((_FEWER, _SHORTER) if short else (_ROUNDS, _ANSWER)))
 
 
-def _overhead(config: ServerConfig, folder: Path) -> None:
+def _overhead(config: ServerConfig, folder: Path, *, short: bool) -> None:
     grid = {"context_size": [1024, 2048], "cache_type_k": ["f16", "q8_0"]}
     sweep = Sweep(
         grid=grid,
-        repeats=3,
+        repeats=1 if short else 3,
+        max_tokens=_SHORTER if short else 64,
         parallel=(1, 4),
         config=config,
         store=folder / "sweep.sqlite3",
@@ -68,31 +70,33 @@ def _overhead(config: ServerConfig, folder: Path) -> None:
     _row("sweep over its trials' load, warm-up and requests", f"{seconds / sum(own):.3f} x")
 
 
-async def _speeds(config: ServerConfig) -> None:
+async def _speeds(config: ServerConfig, rounds: int, tokens_of_answer: int) -> None:
     async with Supervisor(config) as supervisor:
         state = await supervisor.start()
         async with Access(state.endpoint, supervisor.api_key).async_http() as http:
-            short = Interview(http, Workload((_SHORT,), max_tokens=_ANSWER, chat=False), {})
+            short = Interview(
+                http, Workload((_SHORT,), max_tokens=tokens_of_answer, chat=False), {}
+            )
             long = Interview(http, Workload((_LONG,), max_tokens=2, chat=False), {})
             await short.warm_up()
             await long.warm_up()
             _, (long_answer,) = await long.speed(1, lambda _: None)
             tokens = long_answer.timings["prompt_n"]
             prompts, answers = [], []
-            for _ in range(_ROUNDS):
-                before = await _bench(http, 1, _ANSWER)
+            for _ in range(rounds):
+                before = await _bench(http, 1, tokens_of_answer)
                 speed, _ = await short.speed(1, lambda _: None)
-                after = await _bench(http, 1, _ANSWER)
+                after = await _bench(http, 1, tokens_of_answer)
                 answers.append((speed.generation_tokens_per_second or 0.0, before, after))
                 before = await _bench(http, tokens, 0)
                 speed, _ = await long.speed(1, lambda _: None)
                 after = await _bench(http, tokens, 0)
                 prompts.append((speed.prompt_tokens_per_second or 0.0, before, after))
-    for what, rounds in (("prompt", prompts), ("generation", answers)):
+    for what, each in (("prompt", prompts), ("generation", answers)):
         # Each round against its own two neighbours, for what else the machine does comes and goes.
-        ratio = statistics.median(ours / statistics.mean(theirs) for ours, *theirs in rounds)
-        ours = statistics.median(ours for ours, *_ in rounds)
-        figure = f"{ratio:.3f} x at {ours:.0f} (medians of {_ROUNDS})"
+        ratio = statistics.median(ours / statistics.mean(theirs) for ours, *theirs in each)
+        ours = statistics.median(ours for ours, *_ in each)
+        figure = f"{ratio:.3f} x at {ours:.0f} (medians of {rounds})"
         _row(f"{what} tokens/s, ours over llama-bench's way", figure)
 
 
