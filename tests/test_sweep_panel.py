@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,12 @@ def test_a_row_for_each_combination_in_the_order_of_its_values(config: ServerCon
     assert "1,234" in table
     assert "It died<br>of &lt;thirst&gt;." in table
     assert "colspan='6'>It will not fit.</td>" in table
+    told = [line for line in table.split("<tr") if "best" in line]
+    assert ["★ too close to tell" in line for line in told] == [True, False]  # 18 to 22, 10 to 30
+    assert "title='Too close to tell from 1 other, and" in told[0]
+    assert "≈ best" in told[1]
+    clear = rows_of(trials, results, best=replace(results.best(), close=()))
+    assert "★ best" in as_html(clear, columns(Workload()))
 
 
 def test_the_columns_are_those_that_the_requests_give() -> None:

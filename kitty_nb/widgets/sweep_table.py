@@ -193,10 +193,7 @@ def _row(row: Row, settings: Iterable[str], headings: Mapping[str, str], *, mode
     cells = [f"<td>{escape(model_name(row.trial))}</td>"] if models else []
     words = (word(given[name]) if name in given else "—" for name in settings)
     cells += [f"<td>{escape(word)}</td>" for word in words]
-    star = (
-        " <span class='kitty-sweep-star' title='The best so far'>★ best</span>" if row.best else ""
-    )
-    state = f"<span class='kitty-{row.tone}'>{row.state}</span>{star}"
+    state = f"<span class='kitty-{row.tone}'>{row.state}</span>{_star(row)}"
     cells.append(f"<td class='kitty-state'>{state}</td>")
     tag = "<tr class='kitty-best'>" if row.best else "<tr>"
     if row.reason and not row.metrics:
@@ -217,7 +214,7 @@ def _star(row: Row) -> str:
         return ""
     title = f"{row.doubt.capitalize()}, and nearest to the settings in use" if row.doubt else ""
     words = "★ too close to tell" if row.doubt else "★ best"
-    return f" <span class='kitty-star' title='{title or 'The best so far'}'>{words}</span>"
+    return f" <span class='kitty-sweep-star' title='{title or 'The best so far'}'>{words}</span>"
 
 
 def _number(name: str, spread: Spread | None) -> str:
