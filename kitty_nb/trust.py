@@ -7,8 +7,13 @@ import os
 import pwd
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _ROOT = Path("/")
+_MOST_STEPS = 4096  # more than a path can have; links in a circle end there
 
 
 def distrust(file: Path, *, folders: bool = True) -> str | None:
@@ -21,10 +26,9 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
         file: The file, or a folder whose contents are meant.
         folders: Whether the folders count: who can write there can put another file in its place.
     """
-    # Never raises, as Path.resolve does where links lead in a circle.
-    ways = file.absolute(), Path(os.path.realpath(file))
-    folders_above = tuple(folder for way in ways for folder in way.parents) if folders else ()
-    for place in dict.fromkeys((*ways, *folders_above)):
+    steps = tuple(_steps(file))
+    ends = file.absolute(), steps[-1]
+    for place in dict.fromkeys(steps if folders else ends):
         try:
             found = place.lstat()
         except OSError:  # what cannot be looked at cannot be read either
@@ -32,9 +36,23 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
         # Root has another number where a container maps users.
         if found.st_uid not in {os.getuid(), 0, _ROOT.stat().st_uid}:
             return f"{place} belongs to {_user(found.st_uid)}."
-        if _open_to_others(found) and not (place not in ways and found.st_mode & stat.S_ISVTX):
+        if _open_to_others(found) and not (place not in ends and found.st_mode & stat.S_ISVTX):
             return f"Other users can write to {place} (mode {stat.S_IMODE(found.st_mode):04o})."
     return None
+
+
+def _steps(file: Path) -> Iterator[Path]:
+    """Yield the folders and links that lead to a file, also those behind links, and the file."""
+    at, rest = _ROOT, [*reversed(file.absolute().parts)]
+    for _ in range(_MOST_STEPS):
+        if not rest:
+            return
+        step = Path(os.path.normpath(at / rest.pop()))
+        yield step
+        try:
+            rest += reversed(step.readlink().parts)
+        except OSError:  # no link
+            at = step
 
 
 def _open_to_others(found: os.stat_result) -> bool:

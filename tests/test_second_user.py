@@ -256,6 +256,24 @@ def test_a_program_that_another_user_can_change_is_not_run(
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("link", ["folder", "program"])
+def test_a_program_behind_a_link_that_others_can_change_is_not_run(
+    tmp_path: Path, link: str
+) -> None:
+    (program := tmp_path / "build" / "llama-server").parent.mkdir()
+    program.touch(mode=0o755)
+    (shared := tmp_path / "shared").mkdir()
+    (shared / "current").symlink_to(program if link == "program" else program.parent)
+    named = tmp_path / "llama"
+    named.symlink_to(Path("shared") / "current")
+    shared.chmod(0o777)
+    with pytest.raises(EngineError, match=f"Other users can write to {shared} "):
+        anyio.run(locate_engine, named)
+    shared.chmod(0o755)
+    with pytest.raises(EngineError, match="not a llama-server that runs here"):
+        anyio.run(locate_engine, named)
+
+
 def test_results_and_history_of_another_user_are_not_believed(
     config: ServerConfig, tmp_path: Path, second_user: User
 ) -> None:
