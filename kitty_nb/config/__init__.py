@@ -7,7 +7,7 @@ from kitty_nb.config.api_key import (
     goes_without_key,
     server_environment,
 )
-from kitty_nb.config.engine_flags import spelled, value_of
+from kitty_nb.config.engine_flags import PROJECTOR, spelled, value_of
 from kitty_nb.config.env_warnings import env_warnings
 from kitty_nb.config.env_writer import SavedEnv
 from kitty_nb.config.saved_settings import env_lines, salvage_settings, save_settings
@@ -23,6 +23,7 @@ from kitty_nb.config.server_config import (
 
 __all__ = [
     "FLAG_VARIABLE",
+    "PROJECTOR",
     "RECORDED",
     "Env",
     "FlashAttention",

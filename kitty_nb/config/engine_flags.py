@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+PROJECTOR = frozenset({"-mm", "--mmproj"})
+
 
 def spelled(word: str) -> str:
     """Write a long flag with hyphens: llama-server reads `--ctx_size` as `--ctx-size`."""

@@ -32,7 +32,7 @@ from pydantic_core import PydanticCustomError
 
 from kitty_nb.catalog.description import find_projector
 from kitty_nb.catalog.user_folders import NO_HOME, user_folder
-from kitty_nb.config.engine_flags import spelled
+from kitty_nb.config.engine_flags import PROJECTOR, spelled
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.model_path import check_letters, check_model, file_in_store
 from kitty_nb.config.model_stores import model_stores
@@ -49,7 +49,7 @@ _DATA = user_folder(platformdirs.user_data_path)
 _STATE = user_folder(platformdirs.user_state_path)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
-_PROJECTOR_FLAGS = {"-mm", "--mmproj", "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
+_PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
 
 

@@ -88,7 +88,7 @@ async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ..
     if _LISTED not in answer:
         return None
     found = parse_devices(answer)
-    chosen = _value(engine, config, "--device")
+    chosen = value_of(config.extra_args, {"-dev", "--device"})
     if chosen is not None:
         by_name = {device.name: device for device in found}
         return tuple(by_name[name] for name in chosen.split(",") if name in by_name)
@@ -103,9 +103,3 @@ def _has_driver() -> bool:
 def remote_machines(config: ServerConfig) -> str | None:
     """The addresses of other machines that lend their devices; None without any."""
     return value_of(config.extra_args, {"--rpc"})
-
-
-def _value(engine: Engine, config: ServerConfig, flag: str) -> str | None:
-    """The value that `extra_args` has for a flag, under any of its names."""
-    option = engine.dialect.option(flag)
-    return value_of(config.extra_args, option.flags) if option else None

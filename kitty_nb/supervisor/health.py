@@ -125,14 +125,16 @@ class HealthProbe:
     async def check_activity(self) -> HealthCheckResult:
         """Like `check`, with what is known of its slots, or of its sleep."""
         result = await self.check()
-        if result.status is ServerStatus.READY and not self.trusted:
-            unknown = "who answers is not known yet"
+        if result.status is not ServerStatus.READY:
+            return result
+        if not self.trusted:
+            unknown = "not yet known to be the server that was started"
             return replace(result, status=ServerStatus.STARTING, message=unknown)
         if self._sleeps:  # to be asked for its slots would keep it awake
             props = await self._get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
-        slots = _objects(await self._get("/slots") if result.status is ServerStatus.READY else None)
+        slots = _objects(await self._get("/slots"))
         if not slots:
             return result
         now = time.monotonic()
@@ -164,21 +166,12 @@ class HealthProbe:
         Returns:
             What the server says went wrong in it; None when it has answered.
         """
-        response = None
         for path, request in _FIRST_REQUESTS:
             response = await self._post(path, request)
             if response.status_code not in _ANOTHER_KIND:
-                break
-        if (
-            response is None
-            or not response.is_server_error
-            or response.status_code in _ANOTHER_KIND
-        ):
-            return None  # what it refuses is its own affair
-        try:
-            return str(response.json()["error"]["message"])
-        except (ValueError, LookupError, TypeError):
-            return f"answered {response.status_code} {response.reason_phrase}"
+                # What it refuses is its own affair.
+                return _failure(response) if response.is_server_error else None
+        return None
 
     async def _post(self, path: str, request: dict[str, Any]) -> httpx.Response:
         while True:
@@ -247,6 +240,13 @@ class HealthProbe:
             return response.json() if response.status_code == HTTPStatus.OK else None
         except (httpx.HTTPError, ValueError):
             return None
+
+
+def _failure(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"answered {response.status_code} {response.reason_phrase}"
 
 
 def _listed(answer: Any) -> list[dict[str, Any]]:

@@ -313,7 +313,7 @@ class ServerInstance:
                 write_record(self._record)
 
     async def _list_devices(self) -> tuple[str, ...] | None:
-        if not offloads(self._config):
+        if not await anyio.to_thread.run_sync(offloads, self._config):
             return ()
         _, found = await engine_devices(self._config)
         return None if found is None else tuple(map(str, found))

@@ -7,12 +7,12 @@ import json
 import os
 import platform
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.gguf_header import read_header, read_layout
 from kitty_nb.catalog.shards import shard_paths
+from kitty_nb.config import PROJECTOR, value_of
 from kitty_nb.errors import ModelFileError
 from kitty_nb.supervisor.page_cache import cached_share
 
@@ -31,7 +31,6 @@ _SETTINGS = {
     "parallel",
     "flash_attention",
 }
-_PROJECTOR = {"-mm", "--mmproj"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,8 @@ def _files(config: ServerConfig) -> Iterator[Path]:
         yield from shard_paths(config.model)
     if config.projector:
         yield config.projector
-    yield from (Path(value) for flag, value in pairwise(config.extra_args) if flag in _PROJECTOR)
+    if named := value_of(config.extra_args, PROJECTOR):
+        yield Path(named)
 
 
 def _size(file: Path) -> int:

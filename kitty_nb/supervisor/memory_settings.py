@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kitty_nb.catalog.memory import CACHE_TYPES, Draft, MemorySettings
 from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.catalog.shards import total_size
-from kitty_nb.config import FlashAttention, value_of
+from kitty_nb.config import PROJECTOR, FlashAttention, value_of
 from kitty_nb.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ _SWITCHES = {
     "--embedding": ("scores_all", True), "--embeddings": ("scores_all", True),
     "--rerank": ("scores_all", True), "--reranking": ("scores_all", True),
 }  # fmt: skip
-_PROJECTOR = {"-mm", "--mmproj"}
-_FILES = {*_PROJECTOR, "--lora", "--lora-scaled"}
+_FILES = {*PROJECTOR, "--lora", "--lora-scaled"}
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
 # What a draft model has settings of its own for, by the flag of the model's.
 _DRAFT_FLAGS = {
@@ -101,13 +100,13 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
 
 
 def offloads(config: ServerConfig) -> bool:
-    """Whether a device, where there is one, gets a part of the model."""
+    """Whether a device, where there is one, gets a part of the model. It blocks."""
     return settings_of(config).gpu_layers != 0
 
 
 def projected(config: ServerConfig) -> bool:
     """Whether a projector is loaded beside the model."""
-    return config.projector is not None or value_of(config.extra_args, _PROJECTOR) is not None
+    return config.projector is not None or value_of(config.extra_args, PROJECTOR) is not None
 
 
 def draft_config(config: ServerConfig) -> ServerConfig | None:
