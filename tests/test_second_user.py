@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli import app
-from kitty_nb.engine import said
+from kitty_nb.engine import help_cache
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import (
     ConfigError,
@@ -293,14 +293,14 @@ def test_what_another_user_has_an_engine_say_is_neither_believed_nor_overwritten
     second_user: User,
 ) -> None:
     answers = {"--help": "--model FNAME", "--version": "version: 1"}
-    said.keep("a build", answers)
-    assert said.recall("a build") == answers
+    help_cache.store("a build", answers)
+    assert help_cache.load("a build") == answers
     path = platformdirs.user_cache_path("kitty_nb") / "engines.json"
     give(path, second_user)
     try:
         before = path.read_bytes()
-        assert said.recall("a build") is None
-        said.keep("another build", answers)
+        assert help_cache.load("a build") is None
+        help_cache.store("another build", answers)
         assert path.read_bytes() == before
     finally:
         path.unlink()

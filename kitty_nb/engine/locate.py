@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.config import server_environment
-from kitty_nb.engine import embedded, said
+from kitty_nb.engine import embedded, help_cache
 from kitty_nb.engine.dialect import Dialect, parse_help
 from kitty_nb.errors import EngineError, EngineNotFoundError
 from kitty_nb.trust import distrust
@@ -136,8 +136,8 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
         return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
     program, key = Path(candidate.command[0]), None
     with suppress(OSError):
-        key = await anyio.to_thread.run_sync(said.signature, program, candidate.stamp)
-    if key and (known := await anyio.to_thread.run_sync(said.recall, key)):
+        key = await anyio.to_thread.run_sync(help_cache.key_of, program, candidate.stamp)
+    if key and (known := await anyio.to_thread.run_sync(help_cache.load, key)):
         dialect, version = parse_help(known["--help"]), known["--version"]
         return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
     answers: dict[str, str] = {}
@@ -156,7 +156,7 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
             f" said: {line}"
         )
     if key and _VERSION.search(answers["--version"]):
-        await anyio.to_thread.run_sync(said.keep, key, answers)
+        await anyio.to_thread.run_sync(help_cache.store, key, answers)
     return Engine(candidate.kind, candidate.command, _numbered(answers["--version"]), dialect)
 
 

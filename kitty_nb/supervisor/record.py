@@ -6,8 +6,6 @@ server withdraws it first. So a server that ends while its record is there has d
 
 from __future__ import annotations
 
-import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from pydantic import (
 )
 
 from kitty_nb.config import RECORDED, ServerConfig
+from kitty_nb.config.whole_file import write_whole
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.record_file import (
@@ -143,16 +142,8 @@ def write_record(record: ServerRecord) -> None:
         OSError: When the folder cannot be written.
     """
     path = record_path(record.config)
-    # Made by mkstemp, a file is readable by its owner only.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(record.model_dump_json(context=RECORDED))
-        Path(name).replace(path)
-        failure_path(path).unlink(missing_ok=True)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, record.model_dump_json(context=RECORDED).encode(), durable=False)
+    failure_path(path).unlink(missing_ok=True)
 
 
 def withdraw_record(config: ServerConfig, pid: int, create_time: float) -> None:

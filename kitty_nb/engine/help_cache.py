@@ -1,4 +1,4 @@
-"""What programs said of their flags, kept from one command to the next."""
+"""A cache of what engines print of their flags and version, for the next command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from kitty_nb.catalog.user_folders import user_folder
+from kitty_nb.config.whole_file import write_whole
 from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ _SCRIPT = 1 << 16  # bytes; what is longer is no script that only starts another
 _PATH = re.compile(r"/[\w./+@-]+")
 
 
-def signature(program: Path, stamp: object) -> str | None:
-    """Return what is another text once a program may say something else.
+def key_of(program: Path, stamp: object) -> str | None:
+    """Return a text that changes once a program may print something else.
 
     A script counts with all files that it names; one that names none is not known.
 
@@ -41,14 +42,14 @@ def signature(program: Path, stamp: object) -> str | None:
     return repr((stamp, found)) if found else None
 
 
-def recall(key: str) -> dict[str, str] | None:
-    """Return what the program of a signature said, by flag; None where that is not known."""
+def load(key: str) -> dict[str, str] | None:
+    """Return what a program printed, by flag; None where that is not known."""
     found = _read().get(key)
     return found if isinstance(found, dict) and {"--help", "--version"} <= found.keys() else None
 
 
-def keep(key: str, answers: Mapping[str, str]) -> None:
-    """Keep what a program said. Where that cannot be written it is asked again."""
+def store(key: str, answers: Mapping[str, str]) -> None:
+    """Store what a program printed. Where that cannot be written it is asked again."""
     known = {name: value for name, value in _read().items() if name != key}
     newest = dict([*known.items(), (key, dict(answers))][-_KEPT:])
     path = _path()
@@ -56,7 +57,7 @@ def keep(key: str, answers: Mapping[str, str]) -> None:
         if distrust(path, folders=False):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(newest), encoding="utf-8")
+        write_whole(path, json.dumps(newest).encode())
 
 
 def _read() -> dict[str, dict[str, str]]:
