@@ -27,7 +27,7 @@ __all__ = ["DigestCache", "FileCache", "ScanCache", "Stamp"]
 T = TypeVar("T")
 
 # One higher whenever `FileFacts` changes or is worked out otherwise: older rows are read again.
-_FACTS_VERSION = 3
+_FACTS_VERSION = 4
 _DIGESTS_VERSION = 1
 _BUSY_SECONDS = 0.2
 _ROWS_KEPT = 20_000
