@@ -227,11 +227,14 @@ STATE = [
     Fault(
         "state folder that cannot be written",
         FAILED,
-        "may not use|does not let this program use",
+        "folder for logs, .*, cannot be made or written to",
         before=forbidden_folder,
     ),
     Fault(
-        "state folder below a file", FAILED, "is a file, not a folder", before=folder_below_a_file
+        "state folder below a file",
+        FAILED,
+        "file/logs, cannot be made or written to",
+        before=folder_below_a_file,
     ),
     Fault("state folder is a file", FAILED, "where a folder has to be", before=folder_is_a_file),
     Fault(

@@ -128,10 +128,12 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
     """
     said = error.strerror or str(error)
     path = Path(os.fsdecode(error.filename2 or error.filename or log_dir))
-    reading = LAUNCH.get(error.errno or 0, UNKNOWN_REFUSAL)
+    number = error.errno or 0
+    reading = LAUNCH.get(number, UNKNOWN_REFUSAL)
     file = str(path)
-    if path.is_relative_to(log_dir) or log_dir.is_relative_to(path):
-        file, reading = str(log_dir), LOG_FOLDER.get(error.errno or 0, reading)
+    near_logs = path.is_relative_to(log_dir) or log_dir.is_relative_to(path)
+    if near_logs and number in LOG_FOLDER:
+        file, reading = str(log_dir), LOG_FOLDER[number]
     return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
 
 
