@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kitty_nb import ServerConfig
@@ -112,6 +113,10 @@ def test_what_is_too_close_to_tell_is_said_and_the_settings_in_use_preferred(
     assert dict(results((8, (30.0,)), (2, (20.0,))).best().trial.settings)["threads"] == 8
     slower = results((8, (20.0, 21.0)), (4, (20.5, 21.5)), (2, (30.0, 31.0)))
     assert [dict(trial.settings)["threads"] for trial in slower.best().close] == []
+    config = config.replace(threads=None)  # so llama-server has one for each core
+    cores = psutil.cpu_count(logical=False) or 1
+    unset = results((cores + 1, (21.0,)), (cores, (20.0,)))
+    assert dict(unset.best().trial.settings)["threads"] == cores
 
 
 @pytest.mark.parametrize(

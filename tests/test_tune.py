@@ -55,6 +55,12 @@ def test_it_finds_the_best_with_a_part_of_the_trials(search: Search) -> None:
     assert not servers()
 
 
+def test_it_begins_with_the_settings_in_use(search: Search, config: ServerConfig) -> None:
+    space = {"n_gpu_layers": [4, 3, 2, 1, 0], "batch_size": [64, 128, 2048]}
+    found = search(space=space, config=config.replace(n_gpu_layers=0), budget=1).wait(WAIT)
+    assert found.settings == {"n_gpu_layers": 0, "batch_size": 2048}
+
+
 def test_a_measured_objective_is_compared_by_its_median(search: Search) -> None:
     found = search(objective="generation_tokens_per_second", budget=4).wait(WAIT)
     assert found.value > 0

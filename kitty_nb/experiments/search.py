@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
-import psutil
 
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ResultStoreError
@@ -153,8 +152,7 @@ class Search:
         unsure = standing.unsure
         if unsure and (len(self.rows) + 1) % _CONFIRMING == 0:
             return unsure
-        cores = {"threads": psutil.cpu_count(logical=False)}  # as llama-server has it
-        first = {name: in_use(name, self.config) or cores.get(name) for name in self.space}
+        first = {name: in_use(name, self.config) for name in self.space}
         smaller = self.objective.smaller
         settings = propose(self.space, standing.known, first, smaller, self.seed)
         return Trial(self.model, settings) if settings else unsure

@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from kitty_nb.config import ServerConfig
 from kitty_nb.engine.command_line import SERVER_SETTINGS
 from kitty_nb.engine.spelling import spell
@@ -48,8 +50,9 @@ _DECIDED = {
     "--model": "Write models=[…] in the sweep instead.",
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
 }
-# What llama-server takes where it is told nothing.
+# What llama-server takes where it is told nothing. Threads: one for each core.
 _ENGINE_DEFAULTS: Mapping[str, Value] = {
+    "threads": psutil.cpu_count(logical=False),
     "batch_size": 2048,
     "ubatch_size": 512,
     "flash_attention": "auto",
