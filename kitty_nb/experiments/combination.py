@@ -110,14 +110,14 @@ class Combination:
 
 def choose(
     found: Iterable[tuple[Combination, Spread]], *, smaller: bool, speed: bool
-) -> Combination | None:
+) -> tuple[Combination, Spread]:
     """Return the best median; of those too close to it to tell, the nearest to the settings in use.
 
     Two are too close where their ranges overlap. What was measured once has no range, so of a speed
     some is assumed.
 
     Args:
-        found: Each combination with the number that is compared.
+        found: Each combination with the number that is compared; one at least.
         smaller: Whether less of it is better.
         speed: Whether it varies from one measurement to the next.
     """
@@ -126,15 +126,13 @@ def choose(
     for one, spread in found:
         unknown = _UNKNOWN * abs(spread.median) if speed and spread.low == spread.high else 0.0
         ends = sorted((sign * spread.low, sign * spread.high))
-        ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, one))
-    if not ranked:
-        return None
+        ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, one, spread))
     worst = min(ranked, key=lambda entry: entry[0])[2]
     close = sorted(
         (entry for entry in ranked if entry[1] <= worst), key=lambda e: (e[3].changed, e[0])
     )
-    best, *others = (entry[3] for entry in close)
-    return replace(best, close=tuple(one.trial for one in others))
+    (*_, best, spread), *others = close
+    return replace(best, close=tuple(one.trial for *_, one, _ in others)), spread
 
 
 def combine_repeats(results: Iterable[TrialResult], base: ServerConfig) -> tuple[Combination, ...]:

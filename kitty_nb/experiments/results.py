@@ -151,8 +151,8 @@ class Results:
                 " Loosen a constraint, or try other settings."
             )
         found = ((one, one.metrics[objective]) for one in fitting)
-        best = choose(found, smaller=smaller_is_better(objective), speed=tells_speed(objective))
-        return best or fitting[0]
+        smaller, speed = smaller_is_better(objective), tells_speed(objective)
+        return choose(found, smaller=smaller, speed=speed)[0]
 
     def env_lines(
         self,

@@ -32,15 +32,18 @@ class Known:
 
     Attributes:
         combination: It.
-        value: The objective; None where it could not be had, or was not worth waiting for.
+        spread: The objective; None where it could not be had, or was not worth waiting for.
         excess: How far it breaks each constraint, by the constraint's words; 0 where it does not.
-        spread: The objective's median and ends.
     """
 
     combination: Combination
-    value: float | None
+    spread: Spread | None
     excess: Mapping[str, float]
-    spread: Spread | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The objective's median."""
+        return self.spread.median if self.spread else None
 
     @property
     def counts(self) -> bool:
@@ -79,25 +82,24 @@ class Standing:
         return tuple(one for one in self.known if one.counts)
 
     @property
-    def best(self) -> Known | None:
-        """The best median; None as long as nothing counts."""
-        return self._best_of(self.peers)
-
-    @property
-    def chosen(self) -> Combination | None:
-        """The best, or the nearest to the settings in use of those that are too close to tell."""
-        found = ((one.combination, one.spread) for one in self.peers if one.spread)
-        objective = self.objective
-        return choose(found, smaller=objective.smaller, speed=objective.tells_speed)
+    def best(self) -> tuple[Combination, Spread] | None:
+        """The best by `choose`, with its objective; None as long as nothing counts."""
+        found = [(one.combination, one.spread) for one in self.peers if one.spread]
+        smaller, speed = self.objective.smaller, self.objective.tells_speed
+        return choose(found, smaller=smaller, speed=speed) if found else None
 
     @property
     def unsure(self) -> Trial | None:
         """Another measurement of the best among those that were measured too seldom."""
         times = Counter(row.trial.combination for row in self.rows)
-        best = self._best_of(one for one in self.peers if times[one.combination.trial] < _SURE)
-        if best is None:
+        doubtful = {
+            one.combination.trial: one.value
+            for one in self.peers
+            if one.value is not None and times[one.combination.trial] < _SURE
+        }
+        if not doubtful:
             return None
-        trial = best.combination.trial
+        trial = (min if self.objective.smaller else max)(doubtful, key=doubtful.__getitem__)
         return replace(trial, repeat=times[trial] + 1)
 
     @property
@@ -130,17 +132,7 @@ class Standing:
         for one in combine_repeats(self.rows, self.config):
             excess = {str(bound): bound.excess(one.value(bound.name)) for bound in self.bounds}
             spread = self.objective.of(done.get(one.trial, ()))
-            value = spread.median if spread else None
-            yield Known(one, value, excess if one.done else {}, spread)
-
-    def _best_of(self, some: Iterator[Known] | Sequence[Known]) -> Known | None:
-        best: Known | None = None
-        for one in some:
-            if one.value is not None and (
-                best is None or best.value is None or self.objective.better(one.value, best.value)
-            ):
-                best = one
-        return best
+            yield Known(one, spread, excess if one.done else {})
 
 
 def _short(reason: str) -> str:

@@ -191,13 +191,12 @@ def tune(
 async def _find(search: Search) -> TuneResult:
     await search.run()
     standing = search.standing
-    best = standing.chosen
-    if best is None:
+    if standing.best is None:
         raise ExperimentError(standing.complaint)
-    values = {one.combination.trial: one.value for one in standing.peers}
+    best, spread = standing.best
     return TuneResult(
         best=best,
-        value=values[best.trial] or 0.0,
+        value=spread.median,
         objective=search.objective.name,
         results=Results(search.config, standing.rows),
         study=import_module("kitty_nb.experiments.propose").make_study(
