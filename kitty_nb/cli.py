@@ -22,7 +22,7 @@ from kitty_nb.printable import printable
 from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import MemoryUse, ServerState
@@ -186,7 +186,7 @@ def status(
     from kitty_nb.terminal.glance import glance, measure
 
     names = configured_profiles(env) if every else (profile,)
-    states = [glance(_settings(env, name)) for name in names]
+    states = [*map(glance, _all_settings(env, names))]
     if as_json:
         facts = [_facts(state, *anyio.run(measure, state)) for state in states]
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
@@ -241,7 +241,7 @@ def logs(
 
 @app.command()
 def doctor(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
-    """Check engine, models, port, GPU, .env, disk and versions, and say what to do."""
+    """Check engine (on a demo model), models, port, GPU, .env, disk, versions; say what to do."""
     from rich.table import Table
 
     from kitty_nb.doctor import Verdict, examine
@@ -357,27 +357,29 @@ def _say(text: str, *, err: bool = False) -> None:
 
 
 def _config(env: Path, profile: str) -> ServerConfig:
-    from kitty_nb.config import ServerConfig
+    from kitty_nb.config import ServerConfig, env_warnings
 
-    _warn(env, profile)
+    _warn(env_warnings(env, profile))
     return ServerConfig.from_env(env, profile)
 
 
 def _settings(env: Path, profile: str) -> ServerConfig:
     """For what needs no model: a wrong setting must not be in the way of stopping a server."""
-    from kitty_nb.config import salvage_settings
-
-    _warn(env, profile)
-    config, complaint = salvage_settings(env, profile)
-    if complaint:
-        _say(f"kitty-nb: {complaint}", err=True)
-    return config
+    return _all_settings(env, [profile])[0]
 
 
-def _warn(env: Path, profile: str) -> None:
-    from kitty_nb.config import env_warnings
+def _all_settings(env: Path, profiles: Iterable[str]) -> list[ServerConfig]:
+    from kitty_nb.config import env_warnings, salvage_settings
 
-    for warning in env_warnings(env, profile):
+    read = [(*salvage_settings(env, name), env_warnings(env, name)) for name in profiles]
+    _warn(warning for _, _, warnings in read for warning in warnings)
+    _warn(str(complaint) for _, complaint, _ in read if complaint)
+    return [config for config, *_ in read]
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    """Say each once: profiles share most settings."""
+    for warning in dict.fromkeys(warnings):
         _say(f"kitty-nb: {warning}", err=True)
 
 

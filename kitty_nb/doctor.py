@@ -79,7 +79,7 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     try:
         config, complaint = await anyio.to_thread.run_sync(salvage_settings, env, profile)
         source = (await anyio.to_thread.run_sync(read_env, env)).path
-        warnings = env_warnings(env, profile)
+        warnings = await anyio.to_thread.run_sync(env_warnings, env, profile)
     except ConfigError as error:
         return [*findings, Finding(".env", Verdict.BAD, str(error), "Correct these lines.")]
     findings.append(_settings(source, complaint, warnings))

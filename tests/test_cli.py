@@ -137,9 +137,10 @@ def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
 
 
 def test_the_status_of_all_profiles(env: Path, config: ServerConfig) -> None:
-    env.write_text(f"{env.read_text()}LLAMACPP_CODER_PORT=1\n")
+    env.write_text(f"{env.read_text()}LLAMACPP_CODER_PORT=1\nLLAMACPP_ZZZ=1\n")
     nobody = run("status", "--all", "--env", env)
     assert nobody.exit_code == 3
+    assert nobody.stderr.count("LLAMACPP_ZZZ is not a setting") == 1
     assert [line.partition(":")[0] for line in nobody.stdout.splitlines()] == ["primary", "coder"]
     with ModelManager(env) as manager:
         manager.start().wait(30)
