@@ -397,13 +397,12 @@ class ControlPanel(VBox):
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state.status, self._progress)
-        problem = (
+        self.notice.show(
             self._problem
-            or state.error
+            or (state.error and f"{state.error}{_what_to_press(state)}")
             or (model and (model.problem or model.doubt))
             or self._hints
         )
-        self.notice.show(f"{problem}{_what_to_press(state)}" if problem else None)
         told, self._activities = self._activities, []  # clicks tell something at any time
         self.activity_log.show(told)
         if self._log_begins:
