@@ -114,7 +114,7 @@ def start(
     anyway: _Anyway = False,
     print_command: Annotated[
         bool,
-        typer.Option("--print-command", help="Only print what would be run, for a shell."),
+        typer.Option("--print-command", help="Only print the command that would start it."),
     ] = False,
 ) -> None:
     """Start the profile's server; it stays when this command ends.

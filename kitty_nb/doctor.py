@@ -143,7 +143,7 @@ async def _engine(config: ServerConfig) -> Finding:
 
 
 async def _load(config: ServerConfig) -> Finding:
-    """Start the engine on a small model of its own: on a free port, in a folder that goes again."""
+    """Start the engine on a demo model, on a free port and in a temporary folder."""
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="kitty_nb-") as name:
@@ -154,7 +154,7 @@ async def _load(config: ServerConfig) -> Finding:
     except TimeoutError:
         advice = (
             "Some devices compile their programs for minutes the first time. Start a server: its"
-            " activities and its log say how far it is."
+            " activity and its log show how far it is."
         )
         found = f"no answer from the demo model within {_LOADED_WITHIN:.0f} s"
         return Finding("Load", Verdict.ODD, found, advice)

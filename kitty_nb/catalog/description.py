@@ -39,7 +39,7 @@ def describe(path: Path, roots: Sequence[Path]) -> Model | None:
 def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
     """Find the projector for images or sound that goes with a model; None where there is none.
 
-    Only where one lies near, headers are read.
+    Headers are read only if there is a projector nearby.
     """
     near = _near(path, roots)
     model = _describe(path, roots, near) if near else None
@@ -68,7 +68,7 @@ def _describe(path: Path, roots: Sequence[Path], near: Iterable[Path]) -> Model 
 
 
 def _near(path: Path, roots: Sequence[Path]) -> list[Path]:
-    """The folders with a projector that may be the model's: its own and, in a root, that above."""
+    """List the folders that may have its projector: its own and, in a root, the one above."""
     own, above = path.parent, path.parent.parent
     folders = [own, above] if any(above.is_relative_to(root) for root in roots) else [own]
     return [folder for folder in folders if any(map(is_projector_name, _gguf_in(folder)))]

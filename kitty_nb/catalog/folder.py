@@ -25,7 +25,7 @@ _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file has changed.
+    """A file's signature: another one once the file has changed.
 
     Attributes:
         size: Its bytes.

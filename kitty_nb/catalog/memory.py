@@ -93,7 +93,7 @@ class Draft:
     """A smaller model that is loaded beside another, to propose what comes next.
 
     Attributes:
-        shape: It.
+        shape: The smaller model.
         settings: Its own; its context is that of the other model.
     """
 

@@ -61,13 +61,13 @@ class Combination:
 
     @property
     def doubt(self) -> str:
-        """From how many others it cannot be told apart, in words; empty if from none."""
+        """The number of others it cannot be told apart from, in words; empty if there are none."""
         others = len(self.close)
         return f"too close to tell from {others} other{'s' * (others > 1)}" if others else ""
 
     @property
     def changed(self) -> int:
-        """How many of its settings are not those in use."""
+        """The number of its settings that are not those in use."""
         return sum(value != in_use(name, self.base) for name, value in self.trial.settings)
 
     @property

@@ -88,7 +88,7 @@ class Interview:
         }
 
     async def warm_up(self) -> tuple[int | None, int | None]:
-        """Prepare the prompts and answer one for nothing.
+        """Prepare the prompts and have one answered before anything is measured.
 
         Returns:
             The context of a request, and how many requests the server answers at once.
@@ -165,7 +165,7 @@ class Interview:
         return perplexity, surprise / math.log(2) / characters
 
     async def _likelihoods(self, prompt: int, text: str) -> list[float]:
-        """Log-probabilities of a text's tokens, as the tokenizer spells it, after a prompt."""
+        """Return the log-probabilities of a text's own tokens after a prompt."""
         before = await self._tokens(self._prompts[prompt])
         whole = await self._tokens(self._prompts[prompt] + text)
         if whole[: len(before)] != before:  # a token reaches across the seam
@@ -176,7 +176,7 @@ class Interview:
         ]
 
     async def _likelihood(self, before: list[int], token: int, piece: _Piece) -> float:
-        """Log-probability of the next token.
+        """Return the log-probability of the next token.
 
         A server tells that of the token it takes, so it is made to take this one; a request each,
         because it tells nothing of tokens that it speculates on. Nor does it of a part of a
@@ -194,7 +194,7 @@ class Interview:
         )
 
     async def _probabilities(self, before: list[int], taken: int, count: int) -> dict[int, float]:
-        """Log-probabilities of the token that is taken next and of the likeliest, by token."""
+        """Return the log-probabilities of the token taken and of the likeliest, by token."""
         request = {
             "prompt": before,
             "n_predict": 1,

@@ -46,7 +46,7 @@ def marks_here(models: Iterable[str], config: ServerConfig) -> dict[str, ModelMa
 
 
 def check_models(models: Iterable[str], config: ServerConfig) -> None:
-    """Look whether the models are on this machine. It blocks.
+    """Check that the models are on this machine. It blocks.
 
     Args:
         models: As trials name them.

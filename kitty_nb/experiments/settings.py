@@ -97,9 +97,7 @@ def check_names(names: Iterable[str]) -> Iterator[Problem]:
 
 
 def check_flags(trials: Iterable[Trial], dialect: Dialect) -> None:
-    """Refuse flags that a build of the engine does not know, or that a trial cannot decide.
-
-    So are words that a flag does not take.
+    """Refuse flags that the engine does not know or a trial cannot decide, and values not taken.
 
     Raises:
         ConfigError: Listing all of them, each with the nearest name there is.
@@ -128,7 +126,7 @@ def check_flags(trials: Iterable[Trial], dialect: Dialect) -> None:
 
 
 def _decided(option: Option | None) -> str:
-    """Where to say what an option should be, if a trial cannot."""
+    """Say where to set an option that a trial cannot decide; empty of any other."""
     flags = option.flags if option else ()
     return next((_DECIDED[flag] for flag in flags if flag in _DECIDED), "")
 
@@ -144,7 +142,7 @@ def _advice(name: str, dialect: Dialect) -> str:
 
 
 def _grid_name(option: Option) -> str:
-    """The name of an option in a grid: its field, else its longest flag that turns it on."""
+    """Return an option's name in a grid: its field, else its longest flag that turns it on."""
     names = [flag.lstrip("-").replace("-", "_") for flag in option.flags]
     fields = [field for field in FIELDS if field in names]
     return next(iter(fields), max((n for n in names if not n.startswith("no_")), key=len))
@@ -194,7 +192,7 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
 
 
 def in_use(name: str, base: ServerConfig) -> Value:
-    """Return what holds of a setting where a trial says nothing; None where that is not known."""
+    """Return the value a setting has where a trial does not set it; None if that is not known."""
     value = as_value(getattr(base, name, None)) if name in FIELDS else None
     return _ENGINE_DEFAULTS.get(name) if value is None else value
 

@@ -208,9 +208,9 @@ def _number(value: Value) -> float:
 
 
 def _default(model: object, base: ServerConfig) -> dict[str, Any]:
-    """What changes the speed on this machine, and not what is answered.
+    """Return what changes the speed on this machine, and not the answers.
 
-    Batch sizes are none of it: they matter for prompts that are longer than they are.
+    Batch sizes are left out: they matter only for prompts that are longer than a batch.
     """
     cores = psutil.cpu_count(logical=False) or 1
     logical = psutil.cpu_count() or cores

@@ -203,7 +203,7 @@ class TrialResult:
     document: str = field(default="", repr=False)
 
     def may_be_of(self, mark: ModelMark | None) -> bool:
-        """Whether it may be of the model with this mark; what is not known is no objection.
+        """Tell whether it may be of the model with this mark; an unknown mark is no objection.
 
         Where a trial saw no such model, its failure says nothing of one that is there.
         """

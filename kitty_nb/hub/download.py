@@ -19,7 +19,7 @@ from kitty_nb.errors import DiskFullError, HubError
 from kitty_nb.hub.checksums import Checksums
 from kitty_nb.hub.part_file import PartFile
 from kitty_nb.hub.progress import DownloadProgress, DownloadStep, Meter
-from kitty_nb.hub.repository import Repository, explain, usable_surroundings
+from kitty_nb.hub.repository import Repository, environment_explained, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -173,7 +173,7 @@ class Download:
 
         headers = await run_sync(partial(build_hf_headers, library_name="kitty_nb"))
         sums = Checksums()
-        with usable_surroundings():
+        with environment_explained():
             session = get_async_session()
         try:
             async with session as client:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.hub.reference import HubReference
 
-__all__ = ["Repository", "explain", "find_repository", "hub_is_installed", "usable_surroundings"]
+__all__ = ["Repository", "environment_explained", "explain", "find_repository", "hub_is_installed"]
 
 _TIMEOUT = 20.0  # seconds
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
@@ -74,7 +74,7 @@ def _ask(reference: HubReference, endpoint: str | None) -> Repository:
 
     api = HfApi(endpoint=endpoint, library_name="kitty_nb")
     try:
-        with usable_surroundings():
+        with environment_explained():
             info = api.model_info(
                 reference.repository,
                 revision=reference.revision,
@@ -99,11 +99,11 @@ def _ask(reference: HubReference, endpoint: str | None) -> Repository:
 
 
 @contextmanager
-def usable_surroundings() -> Iterator[None]:
-    """Ask the Hub, or make what asks it, in surroundings that may not let it.
+def environment_explained() -> Iterator[None]:
+    """Say what is wrong with the environment, where that keeps a block from asking the Hub.
 
     Raises:
-        HubError: A variable of the environment, or the user's token, is of no use for that.
+        HubError: The user's token, proxy or certificates cannot be used.
     """
     try:
         yield

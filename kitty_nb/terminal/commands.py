@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 async def command_text(config: ServerConfig) -> str:
-    """Return what would be run to start a server, quoted for a shell and without secrets.
+    """Return the command that would start a server, quoted for a shell and without secrets.
 
     Raises:
         KittyError: There is no engine, or it does not know a setting.

@@ -1,4 +1,4 @@
-"""rich's console, on which no text gives orders to the terminal."""
+"""rich's console, without control characters in what it is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PlainConsole(Console):
-    """Writes what it is given as text; colours and cursor movements are rich's own alone."""
+    """Escapes control characters in what it is given; only rich itself controls the terminal."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -46,7 +46,7 @@ async def measure(state: ServerState) -> tuple[MemoryUse | None, float | None]:
     Returns:
         None for what there is not, or what its build does not tell.
     """
-    # What a look alone needs not wait for.
+    # Imported here, so that a look alone does not wait for them.
     from kitty_nb.supervisor.free_memory import memory_use  # noqa: PLC0415
     from kitty_nb.supervisor.health import HealthProbe  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""What keyboards and screen readers need and ipywidgets leaves out."""
+"""Roles, labels and keys that screen readers and keyboards need and ipywidgets leaves out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from anywidget import AnyWidget
 
 
 class Accessible(AnyWidget):
-    """Gives the panel that it is in a name, roles, live regions and keys; shows nothing itself.
+    """Gives its panel a name, roles, live regions and keys; shows nothing itself.
 
     Args:
         label: The name of the panel.
@@ -26,7 +26,7 @@ class Accessible(AnyWidget):
 
 
 def labelled(text: str, tip: str) -> dict[str, Any]:
-    """Return what a field is made with to have a label with a tooltip.
+    """Return the keywords that give a field a label with a tooltip.
 
     ipywidgets shows the tooltip of a field only where the field has no label.
     """

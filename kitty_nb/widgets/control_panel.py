@@ -178,7 +178,7 @@ class ControlPanel(VBox):
 
     @property
     def choice(self) -> ServerConfig:
-        """What *Start* would start. While models are still being listed, it waits for one.
+        """The settings that *Start* would start. While models are being listed, it waits for one.
 
         Raises:
             ConfigError: A setting that is shown is wrong.
@@ -289,7 +289,7 @@ class ControlPanel(VBox):
         self._look_again()
 
     def _follow(self, config: ServerConfig) -> None:
-        """Choose what a server runs with, unless somebody has chosen otherwise since the last."""
+        """Choose what a server runs with, unless the user has chosen otherwise since the last."""
         settings, problem = dict(config), self._problem
         runs = self.picker.dropdown.value == config.model and not self.settings.differing(settings)
         if self._edited and not runs:
@@ -416,7 +416,7 @@ class ControlPanel(VBox):
 
 
 def _is_own(state: ServerState) -> bool:
-    """Whether a server runs that was started, here or elsewhere, for the panel's profile."""
+    """Tell whether the profile's server runs: started here or elsewhere, not merely attached to."""
     return not state.status.absent and state.foreign is None
 
 
@@ -427,7 +427,7 @@ def _what_to_press(state: ServerState) -> str:
 
 
 def _next_second(state: ServerState) -> float:
-    """Seconds until the clock that is shown has moved on by one."""
+    """Return the seconds until the clock that is shown moves on."""
     if state.retry_in is not None:
         return state.retry_in % 1
     return _LOOK_EVERY if state.uptime is None else 1 - state.uptime % 1

@@ -61,7 +61,7 @@ class Snippet(HTML):
 
 
 def _name_of(thing: object) -> str:
-    """The name by which cells reach something, if only by the number of the cell that made it."""
+    """Return a name that cells have for something, if only `_3`, the output of a cell."""
     shell = get_ipython()
     names = shell.user_ns.copy().items() if shell else ()
     found = [name for name, value in names if value is thing and name.strip("_")]

@@ -1,4 +1,4 @@
-"""What is left of a widget where none can live, as in an exported notebook."""
+"""A still picture of a panel, for pages where widgets cannot live, as an exported notebook."""
 
 from __future__ import annotations
 

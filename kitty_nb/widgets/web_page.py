@@ -27,7 +27,7 @@ class WebPage(AnyWidget):
     link goes through the notebook's own server; else it is the server's address, on this machine.
 
     The server asks for its key there. The key is in neither the link nor this widget's state: it
-    travels when somebody presses *Copy key*, in a message that nothing keeps.
+    travels when the user presses *Copy key*, in a message that nothing keeps.
 
     Args:
         reveal_key: Returns the key.
