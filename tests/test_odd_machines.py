@@ -141,3 +141,5 @@ def test_a_locale_without_the_letters_of_a_name_is_meant(tmp_path: Path, demo_mo
             assert "locale (ascii) lacks. Set LC_ALL=C.UTF-8" in done.stderr
             assert "Traceback" not in done.stderr
             assert "codec" not in done.stderr
+    panels = "from kitty_nb.widgets import ControlPanel, FleetPanel, SweepPanel"
+    assert not run(sys.executable, "-c", panels, env=plain).stderr

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import Any, ClassVar
 
 import traitlets
 from anywidget import AnyWidget
+
+from kitty_nb.widgets.assets import asset
 
 
 class Accessible(AnyWidget):
@@ -17,7 +18,7 @@ class Accessible(AnyWidget):
         label: The name of the panel.
     """
 
-    _esm: ClassVar[str] = (Path(__file__).parent / "accessible.js").read_text()
+    _esm: ClassVar[str] = asset("accessible.js")
     label: Any = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, label: str) -> None:

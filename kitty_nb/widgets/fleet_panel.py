@@ -6,7 +6,6 @@ import asyncio
 import atexit
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
@@ -18,6 +17,7 @@ from kitty_nb.config import configured_profiles, env_warnings, salvage_settings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.widgets.assets import asset
 from kitty_nb.widgets.fleet_row import Profile, fleet_rows
 from kitty_nb.widgets.kernel_managers import borrow, lent, let_go, wanted
 from kitty_nb.widgets.notice import explain
@@ -27,10 +27,10 @@ from kitty_nb.widgets.subshells import receive_while_busy
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from kitty_nb.supervisor.events import MemoryUse
 
-_HERE = Path(__file__).parent
 # Seconds. A refresh is one message at most, whatever has changed in however many rows.
 _REFRESH_EVERY = 0.25
 _MEASURE_EVERY = 2.0
@@ -53,8 +53,8 @@ class FleetPanel(AnyWidget):
         ConfigError: The file cannot be read.
     """
 
-    _esm: ClassVar[str] = (_HERE / "fleet_panel.js").read_text()
-    _css: ClassVar[str] = "".join((_HERE / f"{n}.css").read_text() for n in ("panel", "fleet"))
+    _esm: ClassVar[str] = asset("fleet_panel.js")
+    _css: ClassVar[str] = asset("panel.css", "fleet.css")
     rows: Any = traitlets.List().tag(sync=True)
     notice: Any = traitlets.Unicode("").tag(sync=True)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anywidget import AnyWidget
 from rich.filesize import decimal
 
 from kitty_nb.catalog import shard_paths
+from kitty_nb.widgets.assets import asset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kitty_nb.catalog import Model
 
-_HERE = Path(__file__).parent
 _CONFIRMED = {
     True: "as the tensors say too",
     False: "by most of the tensors; the file says otherwise",
@@ -32,7 +31,7 @@ class ModelDetails(AnyWidget):
         on_open: Called, on the front end's thread, when a page wants them.
     """
 
-    _esm: ClassVar[str] = (_HERE / "model_details.js").read_text()
+    _esm: ClassVar[str] = asset("model_details.js")
 
     def __init__(self, on_open: Callable[[], object]) -> None:
         super().__init__()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anywidget import AnyWidget
 
 from kitty_nb.catalog.memory import Verdict
+from kitty_nb.widgets.assets import asset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from kitty_nb.widgets.model_rows import Group
 
-_HERE = Path(__file__).parent
 _WORDS = {Verdict.FITS: "fits", Verdict.TIGHT: "tight", Verdict.WILL_NOT_FIT: "too big"}
 
 
@@ -34,7 +34,7 @@ class ModelTable(AnyWidget):
         asked: Whether a page has ever wanted them.
     """
 
-    _esm: ClassVar[str] = (_HERE / "model_table.js").read_text()
+    _esm: ClassVar[str] = asset("model_table.js")
     asked = False
 
     def __init__(

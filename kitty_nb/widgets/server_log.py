@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anywidget import AnyWidget
+
+from kitty_nb.widgets.assets import asset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 LINES_KEPT = 2000
-_HERE = Path(__file__).parent
 
 
 class ServerLog(AnyWidget):
@@ -27,11 +27,9 @@ class ServerLog(AnyWidget):
             because a page asks for all the lines there are.
     """
 
-    _esm: ClassVar[str] = "".join(
-        (_HERE / f"{n}.js").read_text() for n in ("clipboard", "server_log")
-    )
+    _esm: ClassVar[str] = asset("clipboard.js", "server_log.js")
     # The style of the whole panel, here alone: each that carries it adds it to saved notebooks.
-    _css: ClassVar[str] = (_HERE / "panel.css").read_text()
+    _css: ClassVar[str] = asset("panel.css")
 
     def __init__(self, on_replay_asked: Callable[[], object]) -> None:
         super().__init__()

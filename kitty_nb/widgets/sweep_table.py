@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, ClassVar
 
 from anywidget import AnyWidget
@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from traitlets import Unicode
 
 from kitty_nb.experiments import Outcome, Perplexity
+from kitty_nb.widgets.assets import asset
 from kitty_nb.widgets.load_bar import duration
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.combination import Spread
     from kitty_nb.experiments.trial import Value
 
-_HERE = Path(__file__).parent
 _BYTES_PER_GIB = 2**30
 _ENDS = (Outcome.DONE, Outcome.SKIPPED, Outcome.FAILED)
 _WHOLE_FROM = 100  # a rate from which decimals only distract
@@ -162,8 +162,8 @@ def word(value: Value) -> str:
 class SweepTable(AnyWidget):
     """Shows the table; its scroll position stays when a row comes in."""
 
-    _esm: ClassVar[str] = (_HERE / "sweep_table.js").read_text()
-    _css: ClassVar[str] = (_HERE / "panel.css").read_text()
+    _esm: ClassVar[str] = asset("sweep_table.js")
+    _css: ClassVar[str] = asset("panel.css")
     table = Unicode().tag(sync=True)
 
     def __init__(self) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import traitlets
 from anywidget import AnyWidget
 
 from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.widgets.assets import asset
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kitty_nb.supervisor.events import ServerState
-
-
-_HERE = Path(__file__).parent
 
 
 class WebPage(AnyWidget):
@@ -33,9 +30,7 @@ class WebPage(AnyWidget):
         reveal_key: Returns the key.
     """
 
-    _esm: ClassVar[str] = "".join(
-        (_HERE / f"{n}.js").read_text() for n in ("clipboard", "web_page")
-    )
+    _esm: ClassVar[str] = asset("clipboard.js", "web_page.js")
     endpoint: Any = traitlets.Unicode("").tag(sync=True)
     asks_key: Any = traitlets.Bool(True).tag(sync=True)
 
