@@ -156,6 +156,16 @@ def test_an_error_reaches_whoever_waits(misbehaving: Callable[..., ServerConfig]
         assert "exit code 5" in (manager.state.error or "")
 
 
+def test_commands_take_effect_in_the_order_they_come_in(endless: ModelManager) -> None:
+    for _ in range(3):
+        operations = endless.start(), endless.restart(), endless.stop()
+        assert operations[-1].wait(20).status is ServerStatus.STOPPED
+        for called_off in operations[:-1]:
+            with pytest.raises(StartCancelledError, match="stopped before it was ready"):
+                called_off.wait(20)
+        assert endless.state.status is ServerStatus.STOPPED
+
+
 def test_ending_a_wait_does_not_end_the_work(endless: ModelManager) -> None:
     async def impatient() -> None:
         operation = endless.start()

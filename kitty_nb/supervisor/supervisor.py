@@ -6,7 +6,8 @@ import logging
 import time
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
@@ -59,7 +60,7 @@ from kitty_nb.supervisor.port_holder import PortHolder
 from kitty_nb.supervisor.record import find_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -78,6 +79,7 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; one that hangs is shown before it answers
 _LINES_KEPT = 2_000
+_STOPPED = "The server was stopped before it was ready."
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine is asked
 
 
@@ -96,6 +98,8 @@ class Supervisor:
         self._health: HealthCheckResult | None = None
         self._instance: ServerInstance | ForeignServer | None = None
         self._leaving = self._ended = False
+        self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
+        self._stops = 0
         self._log_lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._previewer = MemoryPreviewer()
         self._changed = anyio.Event()
@@ -208,8 +212,7 @@ class Supervisor:
         router = self._foreign is not None and self._foreign.models is not None
         if config and self._attached(config) and (router or config != self._now.wanted):
             return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
-        asked = StartAsked(await self._checked(config))
-        return await self._launch(asked, wait_for_ready, on_progress)
+        return await self._launch(StartAsked, config, wait_for_ready, on_progress)
 
     async def restart(
         self,
@@ -221,8 +224,7 @@ class Supervisor:
         if self._attached(config):
             model = config.model if config else None
             return await self._load_there(model, fresh=True, wait=wait_for_ready)
-        asked = RestartAsked(await self._checked(config))
-        return await self._launch(asked, wait_for_ready, on_progress)
+        return await self._launch(RestartAsked, config, wait_for_ready, on_progress)
 
     async def switch_model(
         self,
@@ -244,8 +246,7 @@ class Supervisor:
         if self._attached():
             return await self._load_there(model, fresh=False, wait=wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
-        config = await anyio.to_thread.run_sync(lambda: self._now.wanted.replace(**changes))
-        return await self.restart(config, wait_for_ready, on_progress)
+        return await self._launch(RestartAsked, None, wait_for_ready, on_progress, changes)
 
     async def stop(self, force: bool = False) -> ServerState:
         """Stop the server, also while it loads, and wait until its process is gone.
@@ -253,6 +254,7 @@ class Supervisor:
         Args:
             force: Do not ask it first.
         """
+        self._stops += 1
         self._feed(StopAsked(force))
         generation = self._now.issued
         await self._until(lambda: self._now.status.idle or self._now.issued > generation)
@@ -324,9 +326,12 @@ class Supervisor:
         """Call back with each event, on the supervisor's loop, until the result is called."""
         return self._broadcast.subscribe(callback)
 
-    async def _checked(self, config: ServerConfig | None) -> ServerConfig:
+    async def _checked(
+        self, config: ServerConfig | None, changes: Mapping[str, Any]
+    ) -> ServerConfig:
         """The settings to start with, looked at once more: files come and go."""
-        config = await anyio.to_thread.run_sync((config or self._now.wanted).replace)
+        replace = partial((config or self._now.wanted).replace, **changes)
+        config = await anyio.to_thread.run_sync(replace)
         if config.model is None:
             key = f"LLAMACPP_{config.profile.upper()}_MODEL"
             fix = f"Pick a model, or set {key} to a .gguf file in {config.models_dir}."
@@ -334,9 +339,19 @@ class Supervisor:
         return config
 
     async def _launch(
-        self, asked: StartAsked | RestartAsked, wait_for_ready: bool, on_progress: OnProgress | None
+        self,
+        wish: type[StartAsked | RestartAsked],
+        config: ServerConfig | None,
+        wait_for_ready: bool,
+        on_progress: OnProgress | None,
+        changes: Mapping[str, Any] | None = None,
     ) -> ServerState:
-        self._feed(asked)
+        stops = self._stops
+        async with self._turn:
+            config = await self._checked(config, changes or {})
+            if stops != self._stops:  # asked for later, though there was nothing yet to stop
+                raise StartCancelledError(_STOPPED)
+            self._feed(wish(config))
         generation = self._now.latest
         if not wait_for_ready:
             return self.state
@@ -408,7 +423,7 @@ class Supervisor:
             case ServerStatus.CRASHED:
                 raise ServerCrashedError(now.error)
             case ServerStatus.STOPPED:
-                raise StartCancelledError("The server was stopped before it was ready.")
+                raise StartCancelledError(_STOPPED)
         return self.state
 
     async def _until(self, condition: Callable[[], bool]) -> None:
