@@ -375,6 +375,8 @@ def test_every_adapter_counts_with_its_scale_or_without(
     a, b, c, d = names
     words = ["--lora", f"{a},{b}", "--lora-scaled", f"{c}:0.5,{d}:2"]
     assert settings_of(config.replace(extra_args=words)).extra_weights == 4_321_000
+    for absent in (f"{tmp_path}/none.gguf", f"{tmp_path}/none.gguf:1", ":", "/"):
+        assert settings_of(config.replace(extra_args=["--lora", absent])).extra_weights == 0
 
 
 def test_scores_are_kept_of_all_that_is_asked_for(config: ServerConfig) -> None:

@@ -185,5 +185,4 @@ def _from_words(words: tuple[str, ...], projector: Path | None) -> dict[str, Any
 
 def _file_size(name: str) -> int:
     """The size of a file, which may be followed by `:` and a scale."""
-    path = Path(name)
-    return total_size(path) or total_size(path.with_name(path.name.rpartition(":")[0]))
+    return total_size(Path(name)) or total_size(Path(name.rpartition(":")[0]))
