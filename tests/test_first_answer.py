@@ -81,6 +81,20 @@ def test_stop_does_not_wait_for_it(misbehaving: Misbehaving) -> None:
         assert manager.stop().wait(5).status is ServerStatus.STOPPED
 
 
+def test_nothing_is_said_of_a_load_that_is_being_stopped(
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.health_watch._ATTEMPT_EVERY", 0.05)
+    mark = tmp_path / "tidied"
+    with ModelManager(config=misbehaving("--never-ready", "--tidy-up", str(mark))) as manager:
+        said = activities(manager)
+        manager.start()
+        eventually(lambda: any("Loading model" in line for line in said))
+        manager.stop().wait(20)
+        assert mark.exists()
+        assert said[said.index("Server stopping…") :] == ["Server stopping…", "Server stopped."]
+
+
 @pytest.mark.parametrize("flags", ["--metrics", "--metrics --embedding", "--metrics --rerank"])
 def test_each_kind_of_server_is_asked_once(
     config: ServerConfig, engine: Path | None, flags: str

@@ -51,7 +51,7 @@ class HealthWatch:
         note: Called with every answer.
         doubt: Asked before ready is believed: why it is not our server that answers, in words.
         prove: Asked after that: whether the server answers a request, once it does.
-        ending: Asked before silence is told of: whether somebody is ending the server.
+        ending: Asked before anything is told: whether somebody is ending the server.
     """
 
     def __init__(
@@ -132,8 +132,10 @@ class HealthWatch:
                 attempt = min(attempt + 1, self._attempts)
             if due or status is ServerStatus.READY:
                 # Not one for each second missed: the load may be older than this watch.
-                next_attempt = max(next_attempt, elapsed // _ATTEMPT_EVERY) + _ATTEMPT_EVERY
-                self._tell(result, max(attempt, 1), elapsed)
+                whole = elapsed // _ATTEMPT_EVERY * _ATTEMPT_EVERY
+                next_attempt = max(next_attempt, whole) + _ATTEMPT_EVERY
+                if not self._ending():
+                    self._tell(result, max(attempt, 1), elapsed)
             if self._news.is_set():
                 pause = _POLL_FIRST
             self._news = anyio.Event()
