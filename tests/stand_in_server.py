@@ -48,6 +48,7 @@ FLAGS = [
     (("--tell-keys",), "FILE", "write each path that was asked for, and whether with the key"),
     (("--first-answer",), "SECONDS", "let the first request wait for so long"),
     (("--later-answers",), "SECONDS", "let every other request wait for so long"),
+    (("--tokens",), "N", "tell of so many tokens of the request under way"),
     (("--fail-requests",), "STRING", "answer each request with this error"),
     (("--ready-mark",), "FILE", "touch this the moment before the first 200"),
 ]
@@ -89,7 +90,8 @@ class Server:
 
     def slot(self) -> dict[str, object]:
         idle = {"id": 0, "is_processing": self.busy}
-        task = {"id_task": len(self.posted), "next_token": [{"n_decoded": 0}]}
+        tokens = {"n_decoded": int(self.options.tokens or 0)}
+        task = {"id_task": len(self.posted), "next_token": [tokens]}
         return idle | task if self.busy else idle
 
     def handler(self) -> type[BaseHTTPRequestHandler]:

@@ -73,6 +73,11 @@ def test_a_first_answer_that_never_comes_is_a_stall(misbehaving: Misbehaving) ->
         manager.start().wait(30)
 
 
+def test_another_clients_answer_will_do(misbehaving: Misbehaving) -> None:
+    with ModelManager(config=misbehaving("--first-answer", "60", "--tokens", "3")) as manager:
+        assert manager.start().wait(30).status is ServerStatus.READY
+
+
 def test_stop_does_not_wait_for_it(misbehaving: Misbehaving) -> None:
     with ModelManager(config=misbehaving("--first-answer", "60")) as manager:
         said = activities(manager)

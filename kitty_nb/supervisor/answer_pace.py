@@ -58,6 +58,11 @@ class AnswerPace:
         return 0.0 if self._silent_since is None else at - self._silent_since
 
 
+def any_answering(slots: list[dict[str, Any]]) -> bool:
+    """Whether a request has got its first token: its server does compute."""
+    return any(slot.get("is_processing") and _decoded(slot) for slot in slots)
+
+
 def _decoded(slot: dict[str, Any]) -> int | None:
     """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
     tokens = slot.get("next_token")

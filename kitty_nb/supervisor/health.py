@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
-from kitty_nb.supervisor.answer_pace import AnswerPace
+from kitty_nb.supervisor.answer_pace import AnswerPace, any_answering
 from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
 from kitty_nb.supervisor.health_answer import NOT_IN_TIME, NOT_YET, read_answer
 
@@ -49,7 +49,7 @@ _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/rerank", {"query": "Hello", "documents": ["Hello"]}),
 )
 _ANOTHER_KIND = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
-_ASK_AGAIN = 0.2  # seconds
+_ASK_AGAIN, _LOOK_AGAIN = 0.2, 1.0  # seconds
 
 
 class Recognition(Enum):
@@ -162,10 +162,26 @@ class HealthProbe:
         """Have it compute one token, or the embedding of one word, however long that takes.
 
         A device that failed while the model was loaded may leave a server whose `/health` is good.
+        A client that was quicker may keep all slots for long: the tokens that it gets do as well.
 
         Returns:
             What the server says went wrong in it; None when it has answered.
         """
+        said = None
+        async with anyio.create_task_group() as tasks:
+
+            async def look_at_slots() -> None:
+                while True:
+                    await anyio.sleep(_LOOK_AGAIN)
+                    if any_answering(_objects(await self._get("/slots"))):
+                        tasks.cancel_scope.cancel()
+
+            tasks.start_soon(look_at_slots)
+            said = await self._first_failure()
+            tasks.cancel_scope.cancel()
+        return said
+
+    async def _first_failure(self) -> str | None:
         for path, request in _FIRST_REQUESTS:
             response = await self._post(path, request)
             if response.status_code not in _ANOTHER_KIND:
