@@ -25,6 +25,7 @@ TOLD = {"stages": ["text_model"], "current": "text_model"}
 class Router:
     def __init__(self, folder: Path, flags: list[str], *, silent: bool) -> None:
         self.silent = silent
+        self.asked = 0
         self.models = {path.stem: path for path in sorted(folder.glob("*.gguf"))}
         self.status = dict.fromkeys(self.models, "unloaded")
         self.children: dict[str, subprocess.Popen[bytes]] = {}
@@ -67,7 +68,11 @@ class Router:
                     "/props": {"role": "router"},
                     "/v1/models": {"data": models},
                 }
-                self.answer(answers.get(self.path))
+                self.answer(None if self.busy() else answers.get(self.path))
+
+            def busy(self) -> bool:
+                router.asked += self.path == "/v1/models"
+                return self.path == "/v1/models" and router.silent and router.asked % 2 == 0
 
             def do_POST(self) -> None:
                 name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
@@ -111,7 +116,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--models-dir", type=Path)
-    parser.add_argument("--silent", action="store_true", help="have no /models/sse")
+    parser.add_argument("--silent", action="store_true", help="no /models/sse, every other list fails")
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     router = Router(options.models_dir, options.flags, silent=options.silent)

@@ -140,7 +140,7 @@ def test_a_load_that_was_under_way_is_taken_up(
 def test_a_router_that_tells_nothing_is_asked(
     config: ServerConfig, router: Callable[..., Start]
 ) -> None:
-    """As those of the first builds."""
+    """As those of the first builds; one that is busy has no answer for a while."""
     told: list[Event] = []
     with (
         router("--load-seconds", "4", silent=True) as there,
@@ -150,6 +150,7 @@ def test_a_router_that_tells_nothing_is_asked(
         manager.attach().wait(60)
         there.ask("load")
         eventually(lambda: "has loaded large" in said(told))
+        assert "has not loaded" not in said(told)
         assert len([one for one in loads(told) if one and 0.1 < one.fraction < 0.9]) > 2
 
 

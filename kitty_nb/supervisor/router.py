@@ -128,6 +128,8 @@ class RouterWatch:
     async def look(self) -> dict[str, str]:
         """See which models it has, and which it serves; return how each of them is."""
         models = await self._probe.router_models()
+        if not models:  # it is too busy to answer
+            return models
         loaded = [name for name, status in models.items() if status not in _NOT_THERE]
         name = self._served if self._served in loaded else next(iter(loaded), None)
         self._names = tuple(models)
@@ -242,9 +244,9 @@ class RouterWatch:
             with anyio.move_on_after(pause):
                 await load.ended.wait()
             if not (load.whole and self._listening):  # its end may not be told
-                status = (await self._probe.router_models()).get(load.name)
-                if status != _LOADING:
-                    load.end(loaded=status == _LOADED)
+                models = await self._probe.router_models()
+                if models and models.get(load.name) != _LOADING:
+                    load.end(loaded=models.get(load.name) == _LOADED)
         del self._loads[load.name]
         elapsed = load.elapsed()
         if load.loaded:
