@@ -9,24 +9,23 @@ import psutil
 import pytest
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.config import env_warnings
 from kitty_nb.errors import ServerFailedError
-from kitty_nb.supervisor.events import Activity, Event
 
 
 def test_flags_in_the_environment_are_left_out_and_named(
-    misbehaving: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
+    misbehaving: Callable[..., ServerConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "1024")
     monkeypatch.setenv("LLAMA_CACHE", "/elsewhere")
-    told: list[Event] = []
     with ModelManager(config=misbehaving()) as manager:
-        manager.subscribe(told.append)
         pid = manager.start().wait(30).pid
         environment = psutil.Process(pid).environ()
         assert "LLAMA_ARG_CTX_SIZE" not in environment
         assert environment["LLAMA_CACHE"] == "/elsewhere"
-    said = [event.message for event in told if isinstance(event, Activity)]
-    (message,) = [one for one in said if "LLAMA_ARG_CTX_SIZE" in one]
+    (tmp_path / ".env").touch()
+    (message,) = env_warnings(tmp_path / ".env")
+    assert "LLAMA_ARG_CTX_SIZE" in message
     assert "not passed on" in message
     assert "LLAMACPP_EXTRA_ARGS" in message
 

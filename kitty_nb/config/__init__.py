@@ -3,7 +3,6 @@
 from kitty_nb.config.api_key import (
     FLAG_VARIABLE,
     choose_api_key,
-    flags_left_out,
     goes_without_key,
     server_environment,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "env_lines",
     "env_settings",
     "env_warnings",
-    "flags_left_out",
     "goes_without_key",
     "salvage_settings",
     "save_settings",

@@ -41,14 +41,3 @@ def server_environment(api_key: SecretStr | None) -> dict[str, str]:
         if name != _VARIABLE and not name.startswith(FLAG_VARIABLE)
     }
     return environment | ({_VARIABLE: api_key.get_secret_value()} if api_key else {})
-
-
-def flags_left_out() -> str:
-    """Say which flags the environment has that no server is given; empty where it has none."""
-    names = sorted(name for name in os.environ if name.startswith(FLAG_VARIABLE))
-    if not names:
-        return ""
-    return (
-        f"{', '.join(names)} in this program's environment: not passed on to llama-server. Write"
-        " the flag into LLAMACPP_EXTRA_ARGS."
-    )

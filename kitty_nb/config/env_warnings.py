@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dotenv.parser import parse_stream
 
-from kitty_nb.config.api_key import flags_left_out
+from kitty_nb.config.api_key import FLAG_VARIABLE
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.profiles import PREFIX, ROLES, split_key
 from kitty_nb.config.server_config import env_settings
@@ -116,5 +116,8 @@ def _environment(env: EnvFile, profile: str) -> Iterator[str]:
             f"{', '.join(names)} in this program's environment {has} no effect: settings are read"
             f" from {env.path} alone. Write {them} there."
         )
-    if flags := flags_left_out():
-        yield flags
+    if flags := sorted(name for name in os.environ if name.startswith(FLAG_VARIABLE)):
+        yield (
+            f"{', '.join(flags)} in this program's environment: not passed on to llama-server."
+            " Write the flag into LLAMACPP_EXTRA_ARGS."
+        )

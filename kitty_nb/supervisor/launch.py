@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from kitty_nb.config import OnKernelExit, flags_left_out, server_environment
+from kitty_nb.config import OnKernelExit, server_environment
 from kitty_nb.engine.command_line import (
     ORIGINS,
     build_command,
@@ -99,8 +99,6 @@ async def launch(
         await anyio.to_thread.run_sync(refuse_busy_port, config)
         # Called off while a thread tried the port, it is told so only now.
         await anyio.lowlevel.checkpoint_if_cancelled()
-        if warning := flags_left_out():
-            say(warning)
         rotate(config.log_path, config.log_keep)
         note_engine(engine)
         return await _spawn(config, command, api_key, began)
