@@ -189,3 +189,8 @@ class RunRecordError(ExperimentError):
 
 class WaitTimeoutError(KittyError, TimeoutError):
     """`Operation.wait` ran out of time; the operation itself goes on."""
+
+
+def first_of(error: Exception) -> Exception:
+    """Return the first of the errors that a task group has raised."""
+    return first_of(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

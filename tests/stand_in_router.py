@@ -116,9 +116,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--models-dir", type=Path)
-    parser.add_argument(
-        "--silent", action="store_true", help="no /models/sse, every other list fails"
-    )
+    parser.add_argument("--silent", action="store_true", help="have no /models/sse, seldom a list")
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     router = Router(options.models_dir, options.flags, silent=options.silent)

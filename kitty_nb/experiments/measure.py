@@ -15,9 +15,8 @@ import anyio
 import httpx
 
 from kitty_nb.client import answer_parts
-from kitty_nb.errors import ExperimentError
+from kitty_nb.errors import ExperimentError, first_of
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
-from kitty_nb.experiments.schedule import first_of
 from kitty_nb.experiments.trial import Speed
 
 if TYPE_CHECKING:

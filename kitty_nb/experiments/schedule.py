@@ -127,8 +127,3 @@ async def row_of(
         _log.exception("Running a trial failed.")
         reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
         return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
-
-
-def first_of(error: Exception) -> Exception:
-    """Return the first of the errors that a task group has raised."""
-    return first_of(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

@@ -17,7 +17,7 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError
+from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError, first_of
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.eta import forecast_loads, seconds_left
 from kitty_nb.experiments.events import (
@@ -34,7 +34,7 @@ from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.local import this_machine
 from kitty_nb.experiments.model_mark import check_models, marks_here
 from kitty_nb.experiments.results import Results, extra
-from kitty_nb.experiments.schedule import Gate, carry_out, first_of, row_of
+from kitty_nb.experiments.schedule import Gate, carry_out, row_of
 from kitty_nb.experiments.settings import check_flags, digest
 from kitty_nb.experiments.store import ResultStore
 from kitty_nb.experiments.trial import Outcome, Trial
@@ -308,7 +308,7 @@ class Sweep:
                 await self._run(where, retry)
         except Exception as failure:  # noqa: BLE001 (raised again below)
             # That nothing can be run there is told in the words of one trial.
-            error = first_of(failure) if isinstance(failure, ExceptionGroup) else failure
+            error = first_of(failure)
             known = isinstance(error, KittyError)
             problem = str(error) if known else f"kitty_nb failed to run the sweep: {error!r}."
             raise error from None

@@ -174,6 +174,8 @@ class ServerInstance:
                 await self.probe.aclose()
                 if self._over:
                     await self._journal.close(self._meter, self._elapsed(), self._outcome)
+                    if self._keeper:
+                        await self._keeper.ended()
                     if self._leash:
                         await self._leash.let_go()
 
@@ -220,6 +222,7 @@ class ServerInstance:
             self._process.kill()
             await self._process.wait()
         withdraw_record(self._config, self._process.pid, self._process.create_time)
+        self._over = True
 
     def _attach(self, record: ServerRecord) -> ServerProcess | None:
         process = ServerProcess.attach(record.pid, record.create_time)
@@ -298,8 +301,6 @@ class ServerInstance:
         self._exited(reason, asked=asked, repeats=diagnosis.repeats)
         with suppress(OSError):
             withdrawn_path(record_path(self._config)).unlink()
-        if self._keeper:
-            await self._keeper.ended()
 
     async def _name_devices(self) -> None:
         """Learn which devices the server uses. Its load does not wait for that."""

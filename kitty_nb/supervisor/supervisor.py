@@ -21,6 +21,7 @@ from kitty_nb.errors import (
     ServerError,
     ServerFailedError,
     StartCancelledError,
+    first_of,
 )
 from kitty_nb.supervisor.broadcast import Broadcast
 from kitty_nb.supervisor.events import (
@@ -440,10 +441,10 @@ class Supervisor:
             try:
                 await work(*args)
             except Exception as error:  # noqa: BLE001 (a supervisor that fails must not look alive)
-                _log.exception("Looking after the server failed.")
+                _log.exception("Supervising the server failed.")
                 reason = (
-                    f"kitty_nb failed to look after the server: {error!r}. Please report it. What"
-                    " was started here is ended."
+                    f"Internal error while supervising the server: {first_of(error)!r}. Please"
+                    " report this. The server was stopped, unless it was started elsewhere."
                 )
                 self._feed(Exited(generation, reason, time.monotonic(), repeats=True, broken=True))
 
