@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -117,6 +118,15 @@ def test_what_is_too_close_to_tell_is_said_and_the_settings_in_use_preferred(
     cores = psutil.cpu_count(logical=False) or 1
     unset = results((cores + 1, (21.0,)), (cores, (20.0,)))
     assert dict(unset.best().trial.settings)["threads"] == cores
+
+
+def test_flags_of_the_extra_arguments_are_settings_in_use(demo_model: Path) -> None:
+    config = ServerConfig(
+        models_dir=demo_model.parent, model=demo_model, extra_args="--cache_type_k q8_0"
+    )
+    trials = [Trial(demo_model.name, (("cache_type_k", name),)) for name in ("f16", "q8_0")]
+    rows = (replace(row(demo_model.name, 1, 1, 20.0, 4), trial=trial) for trial in trials)
+    assert dict(Results(config, tuple(rows)).best().trial.settings)["cache_type_k"] == "q8_0"
 
 
 @pytest.mark.parametrize(

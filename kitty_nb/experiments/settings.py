@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.config import ServerConfig
+from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.engine.command_line import SERVER_SETTINGS
 from kitty_nb.engine.spelling import spell
 from kitty_nb.errors import ConfigError, Problem
@@ -193,7 +193,8 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
 
 def in_use(name: str, base: ServerConfig) -> Value:
     """Return the value a setting has where a trial does not set it; None if that is not known."""
-    value = as_value(getattr(base, name, None)) if name in FIELDS else None
+    field = name in FIELDS
+    value = as_value(getattr(base, name)) if field else value_of(base.extra_args, {_flag(name)})
     return _ENGINE_DEFAULTS.get(name) if value is None else value
 
 
