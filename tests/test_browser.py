@@ -628,7 +628,7 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     notebook.expect_status("DONE")
     expect(notebook.panel.get_by_text("6 of 6 trials")).to_be_visible()
     expect(rows.filter(has_text="done")).to_have_count(3)
-    expect(rows.filter(has_text="best")).to_have_count(1)
+    expect(rows.filter(has_text="★")).to_have_count(1)
     notebook.page.set_viewport_size({"width": 700, "height": 1400})
     assert notebook.barriers() == []
     notebook.button("Use the best").click()
