@@ -206,7 +206,7 @@ def _missing(tools: tuple[str, ...], finish: str, *, thought: bool) -> str:
 
 
 def _reason(said: Any) -> str:
-    """What an error says: llama-server puts the sentence at `error.message`."""
+    """Return the sentence of an error, which llama-server puts at `error.message`."""
     if isinstance(said, bytes):
         try:
             said = json.loads(said)

@@ -1,4 +1,4 @@
-"""Which files on a machine with several users can be believed."""
+"""Trust in files on a machine with several users."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _open_to_others(found: os.stat_result) -> bool:
 
 
 def _has_others(group: int) -> bool:
-    """Whether a group is for more than this user and root: many users have one to themselves."""
+    """Tell whether a group is for more than this user and root: many have one to themselves."""
     users = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group}
     try:
         names = grp.getgrgid(group).gr_mem

@@ -1,7 +1,7 @@
 """`.env` text becomes a validated, frozen `ServerConfig`, one per profile."""
 
 from kitty_nb.config.api_key import (
-    FLAG_VARIABLE,
+    FLAG_PREFIX,
     choose_api_key,
     goes_without_key,
     server_environment,
@@ -21,7 +21,7 @@ from kitty_nb.config.server_config import (
 )
 
 __all__ = [
-    "FLAG_VARIABLE",
+    "FLAG_PREFIX",
     "PROJECTOR",
     "RECORDED",
     "Env",

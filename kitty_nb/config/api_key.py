@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
-FLAG_VARIABLE = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
+FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
 _BYTES = 32
 
 
@@ -25,7 +25,7 @@ def choose_api_key(config: ServerConfig) -> SecretStr | None:
 
 
 def goes_without_key(config: ServerConfig) -> bool:
-    """Whether the server is to answer whoever asks."""
+    """Tell whether the server is to answer whoever asks."""
     return config.api_key is not None and config.api_key.get_secret_value() == NO_KEY
 
 
@@ -38,6 +38,6 @@ def server_environment(api_key: SecretStr | None) -> dict[str, str]:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name != _VARIABLE and not name.startswith(FLAG_VARIABLE)
+        if name != _VARIABLE and not name.startswith(FLAG_PREFIX)
     }
     return environment | ({_VARIABLE: api_key.get_secret_value()} if api_key else {})

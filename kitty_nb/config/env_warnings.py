@@ -1,4 +1,4 @@
-"""What a `.env` file, or the environment, says in vain: misspelled keys, paths that are none."""
+"""Warnings of what a `.env` file or the environment says in vain, such as misspelled keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dotenv.parser import parse_stream
 
-from kitty_nb.config.api_key import FLAG_VARIABLE
+from kitty_nb.config.api_key import FLAG_PREFIX
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.profiles import PREFIX, ROLES, split_key
 from kitty_nb.config.server_config import env_settings
@@ -64,7 +64,7 @@ def _keys(env: EnvFile) -> Iterator[str]:
 
 
 def _related(name: str, profile: str) -> bool:
-    """Whether one of two names is the other with something added, as coder and coder2."""
+    """Tell whether one of two names is the other with something added, as coder and coder2."""
     return name.startswith(profile) or profile.startswith(name)
 
 
@@ -116,7 +116,7 @@ def _environment(env: EnvFile, profile: str) -> Iterator[str]:
             f"{', '.join(names)} in this program's environment {has} no effect: settings are read"
             f" from {env.path} alone. Write {them} there."
         )
-    if flags := sorted(name for name in os.environ if name.startswith(FLAG_VARIABLE)):
+    if flags := sorted(name for name in os.environ if name.startswith(FLAG_PREFIX)):
         yield (
             f"{', '.join(flags)} in this program's environment: not passed on to llama-server."
             " Write the flag into LLAMACPP_EXTRA_ARGS."

@@ -74,12 +74,12 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
 
 
 def sleeps(command: Sequence[str]) -> bool:
-    """Whether a server started like this frees an idle model by itself; a negative time is off."""
+    """Tell whether a server started so frees an idle model by itself; a negative time is off."""
     return not (value_of(command, {_SLEEP}) or "-").startswith("-")
 
 
 def leaves_out_projector(engine: Engine, config: ServerConfig) -> bool:
-    """Whether a model is served without its projector because this build takes none."""
+    """Tell whether a model goes without its projector because this build takes none."""
     return config.projector is not None and not engine.dialect.option(_MMPROJ)
 
 
@@ -97,7 +97,7 @@ def _sleeping(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
 
 
 def open_to_pages(engine: Engine, config: ServerConfig) -> bool:
-    """Whether any page in the user's browser can use the server: it has no key, and no fence."""
+    """Tell whether any web page can use the server: it has no key, and no fence."""
     return goes_without_key(config) and not engine.dialect.option(ORIGINS)
 
 

@@ -263,7 +263,7 @@ def version_text() -> str:
 
 
 def devices_text() -> str:
-    """What `--list-devices` prints: all but the processor."""
+    """Return what `--list-devices` prints: all but the processor."""
     xllamacpp = import_module("xllamacpp")
     mib = 1 << 20
     lines = [

@@ -66,7 +66,7 @@ def spell(dialect: Dialect, words: Sequence[str]) -> Iterator[str]:
 
 
 def is_flag(word: str) -> bool:
-    """Whether a word is a flag rather than a value such as -1."""
+    """Tell whether a word is a flag rather than a value such as -1."""
     return word.startswith("-") and not word[1:2].isdigit() and word[1:2] != "."
 
 

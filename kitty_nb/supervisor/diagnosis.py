@@ -71,7 +71,7 @@ class Diagnosis:
 
     @property
     def blames_model(self) -> bool:
-        """Whether it was the model that llama.cpp could not load."""
+        """True if it was the model that llama.cpp could not load."""
         return any(_OF_MODEL.search(line) for line in self.evidence)
 
 
@@ -138,7 +138,7 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
 
 
 def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
-    """What the lines prove, where one of them matches a signature."""
+    """Return what the lines prove, where one of them matches a signature."""
     bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
     for row in SIGNATURES:
         if found := [match for line in bare if (match := row.pattern.search(line))]:

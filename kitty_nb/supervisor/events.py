@@ -170,7 +170,7 @@ class ServerState:
 
     @property
     def projector(self) -> Path | None:
-        """What the model takes in images and sound by; None where it takes in text only."""
+        """The file by which the model takes in images and sound; None where it takes text only."""
         return None if self.foreign else self.config.projector
 
     @property

@@ -1,4 +1,4 @@
-"""How much memory there is to give, and a server holds: RAM, and each device's own."""
+"""The memory that is free, and that a server holds: RAM, and each device's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import psutil
 
 from kitty_nb.catalog.memory import Memory, Place
 from kitty_nb.supervisor.events import MemoryUse
+from kitty_nb.supervisor.process import family
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +28,7 @@ def free_memory(pid: int | None = None) -> Memory:
         pid: The server that ends before another starts. What its children hold counts too.
     """
     ram = psutil.virtual_memory()
-    holders = _family(pid)
+    holders = [] if pid is None else family(pid)
     returned = sum(map(_held, holders))
     return Memory(
         Place("RAM", min(ram.available + returned, ram.total), ram.total, returned),
@@ -58,26 +59,15 @@ def with_devices(memory: Memory, devices: Iterable[Device] | None) -> Memory:
 
 def memory_use(pid: int) -> MemoryUse | None:
     """Measure what a server and its children hold; None when it has just ended."""
-    family = _family(pid)
+    processes = family(pid)
     resident = 0
-    for process in family:
+    for process in processes:
         with suppress(psutil.Error):
             resident += process.memory_info().rss
     if not resident:
         return None
-    held = sum(place.returned for place in _gpus({process.pid for process in family}))
+    held = sum(place.returned for place in _gpus({process.pid for process in processes}))
     return MemoryUse(resident, held or None)
-
-
-def _family(pid: int | None) -> list[psutil.Process]:
-    """A process and its children; none when it has just ended."""
-    if pid is None:
-        return []
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return []
 
 
 def _held(process: psutil.Process) -> int:

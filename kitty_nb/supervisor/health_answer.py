@@ -1,4 +1,4 @@
-"""What a server's `/health` says, and asking for it once, for whoever does not watch."""
+"""Answers of a server's `/health`, and asking for one, for whoever does not watch."""
 
 from __future__ import annotations
 

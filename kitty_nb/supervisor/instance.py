@@ -153,12 +153,12 @@ class ServerInstance:
 
     @property
     def was_ready(self) -> bool:
-        """Whether it has been ready, so that clients may have its key."""
+        """True once it has been ready, so that clients may have its key."""
         return self._ready.is_set()
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """What it has put the model on beside the processor, as far as that is known yet."""
+        """The devices beside the processor that it has put the model on, as far as known yet."""
         return (self._record and self._record.devices) or ()
 
     async def run(self) -> None:
@@ -320,7 +320,7 @@ class ServerInstance:
         return None if found is None else tuple(map(str, found))
 
     async def _why_not_served(self) -> str | None:
-        """What the model's header says it is, where that is no model to serve."""
+        """Return what the model's header says it is, where that is no model to serve."""
         model = self._config.model
         return await anyio.to_thread.run_sync(why_not_served, model) if model else None
 
@@ -444,7 +444,7 @@ class ServerInstance:
         return None
 
     async def _prove(self) -> bool:
-        """Whether the server answers a request; where that fails, it is given up."""
+        """Tell whether the server answers a request; where that fails, it is given up."""
         if self._record and self._record.ready is not None:
             return True
         said = await self.probe.first_answer()

@@ -84,7 +84,7 @@ class Keeper:
 
     @property
     def runs(self) -> bool:
-        """Whether the program has not ended yet."""
+        """True until the program has ended."""
         return self._program.poll() is None
 
     async def ended(self) -> None:
@@ -111,7 +111,7 @@ async def keep(duty: Duty) -> None:
 
 
 def has_keeper(log: Path) -> bool:
-    """Whether the program runs for the server that writes this log; True where nothing tells."""
+    """Tell whether the program runs for this log; True where nothing tells."""
     try:
         with _lock_path(log).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

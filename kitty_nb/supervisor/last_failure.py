@@ -1,4 +1,4 @@
-"""Why a profile's last server failed, kept for whoever asks when nothing watches any more."""
+"""The reason why a profile's last server failed, for whoever asks when nothing watches."""
 
 from __future__ import annotations
 

@@ -249,5 +249,5 @@ def _placed(answer: Answer, memory: Memory) -> tuple[Memory, tuple[Needs, ...]]:
 
 
 def _id(place: Place) -> str:
-    """What the engine calls a device, e.g. `CUDA0`."""
+    """Return the engine's name of a device, e.g. `CUDA0`."""
     return place.name.partition(" (")[0]

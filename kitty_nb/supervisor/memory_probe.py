@@ -160,7 +160,7 @@ async def _wait_for_answer(process: ServerProcess, log: LogTail) -> Answer | Non
 
 
 class _Row(NamedTuple):
-    """What goes to one place; None is RAM."""
+    """The needs in one place; None is RAM."""
 
     place: Place | None
     needs: Needs
@@ -183,7 +183,7 @@ class AnswerReader:
 
 
 def _together(answer: Answer, beside: Answer) -> Answer:
-    """What two models need in each place."""
+    """Add up what two models need in each place."""
     gpus = {place.name: (place, needs) for place, needs in answer.gpus}
     for place, needs in beside.gpus:
         _, already = gpus.get(place.name, (place, Needs(0, 0, 0)))

@@ -1,4 +1,4 @@
-"""What decides about memory, read from a server's settings."""
+"""The part of a server's settings that decides about memory."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
 
 
 def offloads(config: ServerConfig) -> bool:
-    """Whether a device, where there is one, gets a part of the model. It blocks."""
+    """Tell whether a device, where there is one, gets a part of the model. It blocks."""
     return settings_of(config).gpu_layers != 0
 
 
 def projected(config: ServerConfig) -> bool:
-    """Whether a projector is loaded beside the model."""
+    """Tell whether a projector is loaded beside the model."""
     return config.projector is not None or value_of(config.extra_args, PROJECTOR) is not None
 
 

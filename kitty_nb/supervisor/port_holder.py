@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.config import FLAG_VARIABLE, spelled, value_of
+from kitty_nb.config import FLAG_PREFIX, spelled, value_of
 from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind
@@ -63,7 +63,7 @@ class PortHolder:
 
     @property
     def attachable(self) -> bool:
-        """Whether it is a llama-server of this user that kitty_nb can talk to."""
+        """True for a llama-server of this user that kitty_nb can talk to."""
         return self.engine is not None and self.unspoken is None and self.user is None
 
     @property
@@ -254,8 +254,8 @@ def _from_environment(process: psutil.Process) -> Iterator[str]:
     """Yield the flags that a llama-server has from its environment; its command line goes first."""
     with suppress(psutil.Error):
         for name, value in process.environ().items():
-            if name.startswith(FLAG_VARIABLE):
-                flag = name.removeprefix(FLAG_VARIABLE).lower()
+            if name.startswith(FLAG_PREFIX):
+                flag = name.removeprefix(FLAG_PREFIX).lower()
                 yield from (spelled(f"--{flag}"), value)
 
 

@@ -31,7 +31,7 @@ _START_TICKS = 19  # the place of starttime behind the name in /proc/pid/stat; p
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a server's processes show of its load so far.
+    """The signs that a server's processes show of its load so far.
 
     Attributes:
         resident: Bytes of mapped files resident now, as weights are once they are touched; of all
@@ -144,11 +144,11 @@ class ServerProcess:
         return sum(filter(None, others), first) if first else None
 
     def includes(self, pid: int) -> bool:
-        """Whether a process is this one, or another of its session."""
+        """Tell whether a process is this one, or another of its session."""
         return any(pid == process.pid for process in self._family())
 
     def listens_on(self, port: int) -> bool | None:
-        """Whether the process or another of its session listens on a TCP port.
+        """Tell whether the process or another of its session listens on a TCP port.
 
         It takes some milliseconds.
 
@@ -232,7 +232,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _answers(pid: int) -> bool:
-    """Whether a process runs, asked without a file descriptor."""
+    """Tell whether a process runs, without a file descriptor."""
     with suppress(ChildProcessError):
         if hasattr(os, "waitid"):
             return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
@@ -258,11 +258,16 @@ def peak_memory(pid: int) -> int:
 
     Linux remembers the highest; elsewhere it is what they have now, so ask often.
     """
+    return sum(map(_peak, family(pid)))
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and its children; none once it has ended."""
     try:
         process = psutil.Process(pid)
-        return sum(map(_peak, (process, *process.children(recursive=True))))
+        return [process, *process.children(recursive=True)]
     except psutil.Error:
-        return 0
+        return []
 
 
 def _peak(process: psutil.Process) -> int:
@@ -294,12 +299,12 @@ def _listens(process: psutil.Process, port: int) -> bool:
 
 
 def is_ours(pid: int) -> bool:
-    """Whether a process is one of this user."""
+    """Tell whether a process is one of this user."""
     return psutil.Process(pid).uids().real == os.getuid()
 
 
 def _user_listens(port: int) -> bool:
-    """Whether this user listens on a port, and nobody else; proc_net_tcp in Linux's sources."""
+    """Tell whether this user alone listens on a port; proc_net_tcp in Linux's sources."""
     tables = (_PROC / "net" / "tcp", _PROC / "net" / "tcp6")  # without IPv6, only the first
     lines = (line for table in tables if table.exists() for line in table.read_text().splitlines())
     rows = (line.split() for line in lines if not line.lstrip().startswith("sl"))

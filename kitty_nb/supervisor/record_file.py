@@ -25,7 +25,7 @@ def withdrawn_path(record: Path) -> Path:
 
 
 def failure_path(record: Path) -> Path:
-    """Where it stands why the last server failed, until the next start or stop."""
+    """Return where the reason of the last failure stands until the next start or stop."""
     return record.with_name(record.name.removesuffix(RECORD) + _FAILURE)
 
 

@@ -373,7 +373,7 @@ class Supervisor:
         return self._outcome(generation)
 
     def _attached(self, config: ServerConfig | None = None) -> bool:
-        """Whether a server that was not started here is where the settings want one."""
+        """Tell whether a server that was not started here is where the settings want one."""
         here = config is None or config.endpoint == self._now.config.endpoint
         return here and self._foreign is not None and self._now.status is ServerStatus.READY
 
