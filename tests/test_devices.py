@@ -20,6 +20,8 @@ from kitty_nb.catalog.memory import Memory, MemoryPreview, Place, Verdict
 from kitty_nb.doctor import examine
 from kitty_nb.engine.devices import Device, engine_devices, parse_devices
 from kitty_nb.errors import ServerCrashedError
+from kitty_nb.experiments import Results, Sweep
+from kitty_nb.experiments.metrics import metrics_of
 from kitty_nb.experiments.space import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import memory_use, with_devices
@@ -223,6 +225,29 @@ def test_a_server_says_which_devices_it_uses(
         for name in names:
             assert f"{name}: " in found["GPU, memory"].found
     assert manager.state.devices == ()
+
+
+@pytest.mark.parametrize("chosen", ["RPC0", "none"])
+def test_a_trial_names_its_devices_and_claims_nothing_of_their_memory(
+    config: ServerConfig, native_engine: Path, workers: str, tmp_path: Path, chosen: str
+) -> None:
+    base = config.replace(
+        binary=native_engine, extra_args=["--rpc", workers, "-dev", chosen], n_gpu_layers=99
+    )
+    with Sweep(
+        config=base, repeats=1, max_tokens=4, record=True, store=tmp_path / "s.sqlite3"
+    ) as sweep:
+        (row,) = sweep.run().wait(120).rows
+    assert row.record, row.reason
+    names = (f"RPC0 ({workers.split(',')[0]})",) if chosen == "RPC0" else ()
+    assert row.record.engine.devices == names
+    assert row.measurement
+    held = None if names else 0
+    assert row.measurement.gpu_memory == row.measurement.speeds[0].gpu_memory == held
+    told = metrics_of(row)
+    assert ("memory_gib" in told) == ("gpu_memory_gib" in told) == (not names)
+    assert told["ram_gib"] == row.measurement.memory / (1 << 30) > 0
+    assert Results(base, (row,)).best("ram_gib").done == 1
 
 
 def test_the_bar_does_not_move_back_when_weights_leave_for_a_device(

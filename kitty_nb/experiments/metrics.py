@@ -34,7 +34,7 @@ __all__ = [
 _GIB = 1 << 30
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
-    r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|perplexity|bits_per_character"
+    r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
     r"|machine_load"
 )
 _RATE = re.compile(r"\w*_per_second(_\d+)?")
@@ -56,6 +56,7 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
     Those of requests are at the least number in parallel; with each other number behind the name,
     as in `total_tokens_per_second_4`, at that one. `memory_gib` is RAM and GPUs together, the most
     of the whole trial; where there are several such numbers, `memory_gib_1` is the most up to then.
+    What a server has of a device is not always told: then there is `ram_gib` alone.
     """
     return dict(_numbers(result))
 
@@ -165,13 +166,16 @@ def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
             if value is not None:
                 yield name + end, value
         if speed.memory and len(measured.speeds) > 1:
-            yield f"memory_gib_{speed.parallel}", (speed.memory + speed.gpu_memory) / _GIB
+            if speed.gpu_memory is not None:
+                yield f"memory_gib_{speed.parallel}", (speed.memory + speed.gpu_memory) / _GIB
     yield "load_seconds", measured.load.total
     yield "starting_seconds", measured.load.starting
     yield "loading_seconds", measured.load.loading
     yield "preparing_seconds", measured.load.preparing
-    yield "memory_gib", (measured.memory + measured.gpu_memory) / _GIB
-    yield "gpu_memory_gib", measured.gpu_memory / _GIB
+    yield "ram_gib", measured.memory / _GIB
+    if measured.gpu_memory is not None:
+        yield "memory_gib", (measured.memory + measured.gpu_memory) / _GIB
+        yield "gpu_memory_gib", measured.gpu_memory / _GIB
     if measured.context is not None:
         yield "context", float(measured.context)
     for name in ("slots", "machine_load", "quality", "perplexity", "bits_per_character"):

@@ -152,7 +152,12 @@ async def describe_run(
         config=config,
         model=await digest_model(config, on_progress),
         header=facts.digest,
-        engine=EngineFacts(kind=engine.kind, version=engine.version, build=await _build(access)),
+        engine=EngineFacts(
+            kind=engine.kind,
+            version=engine.version,
+            build=await _build(access),
+            devices=state.devices,
+        ),
         host=await run_sync(host_facts),
         libraries=await run_sync(library_versions),
         seed=seed,

@@ -43,11 +43,13 @@ class EngineFacts(_Facts):
         kind: A llama-server of its own, or the one inside a wheel.
         version: What the program calls itself, e.g. `11434 (abc123)`.
         build: What the running server calls itself, e.g. `b11434-abc123`; empty where it does not.
+        devices: What it had put the model on beside the processor, as it names them.
     """
 
     kind: EngineKind
     version: str
     build: str = ""
+    devices: tuple[str, ...] = ()
 
 
 class LoadSeconds(_Facts):

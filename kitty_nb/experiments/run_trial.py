@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -134,7 +135,8 @@ class _Run:
         self._began = time.monotonic()
         self._stages: dict[Stage, float] = {}
         self._exchanges: tuple[Exchange, ...] = ()
-        self._memory = self._gpu_memory = 0
+        self._memory = 0
+        self._gpu_memory: int | None = 0
         self._answered = 0
         self._machine_load = 0.0
 
@@ -260,14 +262,14 @@ class _Run:
         for parallel in workload.levels:
             note = partial(self._note, pid, parallel)
             speed, answers = await interview.speed(parallel, note)
-            await self._weigh(pid)
+            await self._weigh(supervisor, pid)
             held = {"memory": self._memory, "gpu_memory": self._gpu_memory}
             speeds.append(replace(speed, **held))
             first = first or answers
         perplexity = bits = None
         if isinstance(workload.quality, Perplexity):
             perplexity, bits = await interview.surprise(workload.quality)
-            await self._weigh(pid)
+            await self._weigh(supervisor, pid)
         self._exchanges = interview.exchanges(first)
         texts = {answer.prompt: answer.text for answer in first}
         return Measurement(
@@ -281,10 +283,13 @@ class _Run:
             bits_per_character=bits,
         )
 
-    async def _weigh(self, pid: int) -> None:
+    async def _weigh(self, supervisor: Supervisor, pid: int) -> None:
         """Take down the most memory that the server has had."""
         gpus = (await anyio.to_thread.run_sync(free_memory, pid)).gpus
-        self._gpu_memory = max(self._gpu_memory, sum(gpu.returned for gpu in gpus))
+        held = max(self._gpu_memory or 0, sum(gpu.returned for gpu in gpus))
+        # Only NVIDIA's library says what a process holds of a device; a Mac's shares the RAM.
+        untold = supervisor.state.devices and not held and sys.platform != "darwin"
+        self._gpu_memory = None if untold else held
         self._memory = max(self._memory, peak_memory(pid))
 
     def _follow(self, event: Event) -> None:

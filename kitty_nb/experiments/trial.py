@@ -94,7 +94,8 @@ class Speed:
         total_tokens_per_second: Tokens of all answers over `seconds`.
         memory: The most RAM that the server's processes had had by then, in bytes: since their
             beginning, so with fewer requests at once, too. 0 where it is not known.
-        gpu_memory: What they had of NVIDIA GPUs' own memory then, in bytes.
+        gpu_memory: What they had of GPUs' own memory then, in bytes; None where nobody tells.
+        prompt_tokens: Tokens of the longest prompt; 0 where that is not known.
     """
 
     parallel: int
@@ -105,7 +106,8 @@ class Speed:
     generation_tokens_per_second: float | None
     total_tokens_per_second: float
     memory: int = 0
-    gpu_memory: int = 0
+    gpu_memory: int | None = 0
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ class Measurement:
         load: How long its stages of loading took.
         speeds: One for each number of parallel requests, in ascending order.
         memory: The most RAM its processes had, in bytes; mapped weights count as they are touched.
-        gpu_memory: The most that they had of NVIDIA GPUs' own memory after requests, in bytes.
+        gpu_memory: The most that they had of GPUs' own memory after requests, in bytes; None where
+            nobody tells.
         context: Tokens that one request may have, prompt and answer; None where a build hides it.
         answers: To each prompt, asked one at a time.
         quality: Mean over the answers of what the sweep's `quality` gave; None without one.
@@ -129,7 +132,7 @@ class Measurement:
     load: LoadSeconds
     speeds: tuple[Speed, ...]
     memory: int
-    gpu_memory: int = 0
+    gpu_memory: int | None = 0
     context: int | None = None
     answers: tuple[str, ...] = ()
     quality: float | None = None
