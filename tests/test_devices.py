@@ -239,7 +239,7 @@ def test_a_trial_names_its_devices_and_claims_nothing_of_their_memory(
     ) as sweep:
         (row,) = sweep.run().wait(120).rows
     assert row.record, row.reason
-    names = (f"RPC0 ({workers.split(',')[0]})",) if chosen == "RPC0" else ()
+    names = (f"RPC0 ({workers.partition(',')[0]})",) if chosen == "RPC0" else ()
     assert row.record.engine.devices == names
     assert row.measurement
     held = None if names else 0

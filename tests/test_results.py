@@ -104,12 +104,13 @@ def test_what_is_too_close_to_tell_is_said_and_the_settings_in_use_preferred(
     assert dict(best.trial.settings)["threads"] == 2
     assert [dict(trial.settings)["threads"] for trial in best.close] == [8, 4]
     assert "too close to tell from 2 others" in repr(best)
-    assert best.env_lines().startswith("# Too close to tell from 2 others; ")
+    assert best.env_lines().startswith("# Too close to tell from 2 others, nearest ")
     clear = results((8, (30.0, 31.0)), (2, (20.0, 21.0))).best()
     assert dict(clear.trial.settings)["threads"] == 8
     assert not clear.close
     assert "close" not in repr(clear) + clear.env_lines()
     once = results((8, (21.0,)), (2, (20.0,)))
+    assert "measured once, so 10 % either way may be chance" in once.best().doubt
     assert dict(once.best().trial.settings)["threads"] == 2
     assert dict(results((8, (30.0,)), (2, (20.0,))).best().trial.settings)["threads"] == 8
     slower = results((8, (20.0, 21.0)), (4, (20.5, 21.5)), (2, (30.0, 31.0)))

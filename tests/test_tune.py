@@ -68,6 +68,34 @@ def test_a_measured_objective_is_compared_by_its_median(search: Search) -> None:
     assert {row.outcome for row in found.results.rows} <= {Outcome.DONE, Outcome.PRUNED}
 
 
+def test_what_is_in_vain_is_said_first_and_what_is_too_close_at_the_end(
+    config: ServerConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"MODELS_DIR": config.models_dir, "MODEL": config.model, "CONTEXT": 512}
+    settings |= {"LOG_DIR": config.log_dir, "HISTORY": config.history, "CTX": 1024}
+    lines = (f"LLAMACPP_{name}={value}\n" for name, value in settings.items() if value)
+    (tmp_path / ".env").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    warned: list[list[str]] = []
+
+    def note(event: SweepEvent) -> None:
+        if isinstance(event, TrialStarted):
+            warned.append([record.getMessage() for record in caplog.records])
+
+    space = {"ubatch_size": [256, 1024]}
+    found = tune(space=space, budget=2, max_tokens=4, on_event=note).wait(WAIT)
+    told = "\n".join(warned[0])
+    assert "LLAMACPP_CONTEXT is not a setting" in told
+    assert "generation_tokens_per_second of one request at a time does not depend on batch" in told
+    assert "too close to tell from 1 other" in found.summary
+    assert found.env_lines().startswith("# Too close to tell from 1 other")
+    assert "UBATCH_SIZE=" not in found.env_lines()  # 20 tokens are in no batch of 256
+    assert found.best.config.ubatch_size is None
+
+
 def test_constraints_on_settings_are_never_broken(search: Search) -> None:
     found = search(constraints={"batch_size>=": 256}, budget=5).wait(WAIT)
     tried = [dict(row.trial.settings)["batch_size"] for row in found.results.rows]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_lines
-from kitty_nb.experiments.metrics import metrics_of
+from kitty_nb.experiments import batches
+from kitty_nb.experiments.metrics import batch_tokens, metrics_of
 from kitty_nb.experiments.settings import changes, in_use
 from kitty_nb.experiments.trial import Outcome
 
@@ -46,6 +47,9 @@ class Combination:
         reasons: Why others were not, each sentence once.
         metrics: The numbers of those measured, by name.
         close: Others that were about as good when this one was chosen: too close to tell.
+        batch_tokens: The most tokens that a batch may have had, by name of the speed.
+        idle: Batch sizes that made no difference when it was chosen: no batch was as large.
+        once: Whether it was chosen by a speed that was measured once.
     """
 
     trial: Trial
@@ -54,30 +58,45 @@ class Combination:
     reasons: tuple[str, ...]
     metrics: Mapping[str, Spread]
     close: tuple[Trial, ...] = ()
+    batch_tokens: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+    once: bool = False
 
     def __repr__(self) -> str:
-        told = f"; {self.doubt}" if self.close else ""
+        told = f"; {self.doubt}" if self.doubt else ""
         return f"Combination({self.trial.label}: {self.done} measured{told})"
 
     @property
     def doubt(self) -> str:
-        """The number of others it cannot be told apart from, in words; empty if there are none."""
-        others = len(self.close)
-        return f"too close to tell from {others} other{'s' * (others > 1)}" if others else ""
+        """Why the choice is not sure, in words; empty if nothing speaks against it."""
+        others, told = len(self.close), []
+        if others:
+            told.append(f"too close to tell from {others} other{'s' * (others > 1)}")
+        if self.once:
+            told.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
+        if others:
+            told.append("nearest to the settings in use")
+        return ", ".join(told)
 
     @property
     def changed(self) -> int:
-        """The number of its settings that are not those in use."""
-        return sum(value != in_use(name, self.base) for name, value in self.trial.settings)
+        """How many of its settings are not those in use, and make a difference."""
+        given = ((name, value) for name, value in self.trial.settings if name not in self.idle)
+        return sum(value != in_use(name, self.base) for name, value in given)
 
     @property
     def config(self) -> ServerConfig:
-        """Its settings, to start a server with.
+        """Its settings, to start a server with; those that made no difference are as in use.
 
         Raises:
             ConfigError: The model is not there any more.
         """
-        return self.base.replace(**changes(self.trial, self.base))
+        return self.base.replace(**self._changes)
+
+    @property
+    def _changes(self) -> dict[str, Any]:
+        made = changes(self.trial, self.base)
+        return {name: value for name, value in made.items() if name not in self.idle}
 
     def value(self, name: str) -> Any:
         """Return a setting or the median of a metric, None where it has none.
@@ -103,36 +122,51 @@ class Combination:
         config = self.config
         if profile:
             config = config.replace(profile=profile)
-        names = changes(self.trial, self.base)
-        told = [f"# {self.doubt.capitalize()}; these settings are nearest to those in use."]
-        return "\n".join([*(told if self.close else ()), *env_lines(config, names)])
+        told = [f"# {self.doubt.capitalize()}."] if self.doubt else []
+        if self.idle:
+            told.append(f"# Without {' and '.join(self.idle)}: no batch measured was so large.")
+        return "\n".join([*told, *env_lines(config, self._changes)])
 
 
 def choose(
-    found: Iterable[tuple[Combination, Spread]], *, smaller: bool, speed: bool
+    found: Iterable[tuple[Combination, Spread]], metric: str, *, smaller: bool, speed: bool
 ) -> tuple[Combination, Spread]:
     """Return the best median; of those too close to it to tell, the nearest to the settings in use.
 
-    Two are too close where their ranges overlap. What was measured once has no range, so of a speed
-    some is assumed.
+    Two are too close where their ranges overlap, or where they differ in batch sizes alone that no
+    batch was large enough for. What was measured once has no range, so of a speed some is assumed.
 
     Args:
         found: Each combination with the number that is compared; one at least.
+        metric: Its name.
         smaller: Whether less of it is better.
         speed: Whether it varies from one measurement to the next.
     """
     sign = 1 if smaller else -1
     ranked = []
     for one, spread in found:
-        unknown = _UNKNOWN * abs(spread.median) if speed and spread.low == spread.high else 0.0
+        once = speed and one.done == 1
+        unknown = _UNKNOWN * abs(spread.median) if once else 0.0
         ends = sorted((sign * spread.low, sign * spread.high))
-        ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, one, spread))
-    worst = min(ranked, key=lambda entry: entry[0])[2]
+        tokens = one.batch_tokens.get(metric) if speed else None
+        idle = batches.idle(one.trial.settings, one.base, tokens) if tokens else ()
+        judged = replace(one, idle=idle, once=once)
+        ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, judged, spread))
+    _, _, worst, first, _ = min(ranked, key=lambda entry: entry[0])
     close = sorted(
-        (entry for entry in ranked if entry[1] <= worst), key=lambda e: (e[3].changed, e[0])
+        (entry for entry in ranked if entry[1] <= worst or _same(entry[3], first, metric)),
+        key=lambda entry: (entry[3].changed, len(entry[3].idle), entry[0]),
     )
     (*_, best, spread), *others = close
     return replace(best, close=tuple(one.trial for *_, one, _ in others)), spread
+
+
+def _same(one: Combination, other: Combination, metric: str) -> bool:
+    """Whether two differ in nothing that a speed can show."""
+    tokens = max(each.batch_tokens.get(metric, 0) for each in (one, other))
+    settings = one.trial.settings, other.trial.settings
+    same = tokens > 0 and batches.alike(*settings, one.base, tokens)
+    return same and one.trial.model == other.trial.model
 
 
 def combine_repeats(results: Iterable[TrialResult], base: ServerConfig) -> tuple[Combination, ...]:
@@ -147,10 +181,12 @@ def _combined(trial: Trial, rows: list[TrialResult], base: ServerConfig) -> Comb
     measured = [metrics_of(row) for row in rows if row.outcome is Outcome.DONE]
     names = dict.fromkeys(name for one in measured for name in one)
     values = {name: [one[name] for one in measured if name in one] for name in names}
+    tokens = [batch_tokens(row) for row in rows]
     return Combination(
         trial=trial,
         base=base,
         done=len(measured),
         reasons=tuple(dict.fromkeys(row.reason for row in rows if row.reason)),
         metrics={name: Spread(median(v), min(v), max(v)) for name, v in values.items()},
+        batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
     )

@@ -8,6 +8,7 @@ import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
+from math import ceil
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +94,15 @@ class Interview:
             The context of a request, and how many requests the server answers at once.
         """
         workload = self._workload
-        self._prompts = tuple([await self._templated(prompt) for prompt in workload.prompts])
-        await self._ask(0, n_predict=min(workload.max_tokens, _WARM_UP_TOKENS))
         response = await self._http.get("/props")
         body = _body(response)
         context = body.get("default_generation_settings", {}).get("n_ctx")
         slots = body.get("total_slots")
-        return (
-            context if isinstance(context, int) else None,
-            slots if isinstance(slots, int) else None,
-        )
+        context = context if isinstance(context, int) else None
+        prompts = [await self._filled(prompt, context or 0) for prompt in workload.prompts]
+        self._prompts = tuple([await self._templated(prompt) for prompt in prompts])
+        await self._ask(0, n_predict=min(workload.max_tokens, _WARM_UP_TOKENS))
+        return context, slots if isinstance(slots, int) else None
 
     async def speed(
         self, parallel: int, tell: Callable[[Answer], None]
@@ -219,6 +219,18 @@ class Interview:
         tokens = _body(response).get("tokens", ())
         return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
 
+    async def _filled(self, prompt: str, context: int) -> str:
+        """Repeat a prompt until it is as long as it should be."""
+        workload = self._workload
+        if not workload.fill:
+            return prompt
+        once, twice = [len(await self._tokens(t)) for t in (prompt, f"{prompt} {prompt}")]
+        size, templated = twice - once, len(await self._tokens(await self._templated(prompt)))
+        if size < 1:  # this build does not tell
+            return prompt
+        room = context // workload.levels[-1] - workload.max_tokens - (templated - size)
+        return " ".join([prompt] * max(1, min(ceil(workload.fill / size), room // size)))
+
     async def _templated(self, prompt: str) -> str:
         if not self._workload.chat:
             return prompt
@@ -260,6 +272,7 @@ def _speed(parallel: int, seconds: float, answers: list[Answer]) -> Speed:
         prompt_tokens_per_second=_typical(answers, "prompt"),
         generation_tokens_per_second=_typical(answers, "predicted"),
         total_tokens_per_second=sum(answer.timings["predicted_n"] for answer in answers) / seconds,
+        prompt_tokens=max(answer.timings["prompt_n"] for answer in answers),
     )
 
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 __all__ = [
+    "OBJECTIVE",
     "Constraint",
+    "batch_tokens",
     "constraints_of",
     "known",
     "metric_names",
@@ -32,6 +34,14 @@ __all__ = [
 ]
 
 _GIB = 1 << 30
+OBJECTIVE = "generation_tokens_per_second"
+_SPECULATED = 64  # tokens that are looked at together for one answer, at most
+_SPEEDS = (
+    OBJECTIVE,
+    "prompt_tokens_per_second",
+    "total_tokens_per_second",
+    "time_to_first_token",
+)
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
     r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
@@ -61,6 +71,21 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
     return dict(_numbers(result))
 
 
+def batch_tokens(result: TrialResult) -> dict[str, int]:
+    """Return the most tokens that a batch may have had, by name of the speed that rests on it."""
+    speeds = result.measurement.speeds if result.measurement else ()
+    return {
+        f"{name}_{speed.parallel}" if number else name: (
+            min(speed.prompt_tokens, _SPECULATED)
+            if name == OBJECTIVE and speed.parallel == 1
+            else speed.prompt_tokens * speed.parallel
+        )
+        for number, speed in enumerate(speeds)
+        for name in _SPEEDS
+        if speed.prompt_tokens
+    }
+
+
 def smaller_is_better(name: str) -> bool:
     """Whether less of it is better: seconds, memory, perplexity."""
     return bool(_SMALL.fullmatch(name)) and not _RATE.fullmatch(name)
@@ -77,7 +102,7 @@ def metric_names(parallel: Iterable[int]) -> frozenset[str]:
     Args:
         parallel: Numbers of requests at once, ascending.
     """
-    speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0, memory=1) for level in parallel)
+    speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1, 1) for level in parallel)
     load = LoadSeconds(1.0, 1.0, 1.0)
     full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
@@ -156,18 +181,14 @@ def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
         return
     for number, speed in enumerate(measured.speeds):
         end = f"_{speed.parallel}" if number else ""
-        for name in (
-            "generation_tokens_per_second",
-            "prompt_tokens_per_second",
-            "total_tokens_per_second",
-            "time_to_first_token",
-        ):
+        for name in _SPEEDS:
             value = getattr(speed, name)
             if value is not None:
                 yield name + end, value
-        if speed.memory and len(measured.speeds) > 1:
-            if speed.gpu_memory is not None:
-                yield f"memory_gib_{speed.parallel}", (speed.memory + speed.gpu_memory) / _GIB
+        if speed.memory and len(measured.speeds) > 1 and speed.gpu_memory is not None:
+            yield f"memory_gib_{speed.parallel}", (speed.memory + speed.gpu_memory) / _GIB
+    if longest := max((speed.prompt_tokens for speed in measured.speeds), default=0):
+        yield "prompt_tokens", longest
     yield "load_seconds", measured.load.total
     yield "starting_seconds", measured.load.starting
     yield "loading_seconds", measured.load.loading

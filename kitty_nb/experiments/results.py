@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.combination import choose, combine_repeats
 from kitty_nb.experiments.metrics import (
+    OBJECTIVE,
     constraints_of,
     known,
     metrics_of,
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.trial import TrialResult
 
 __all__ = ["OBJECTIVE", "Results", "extra"]
-
-OBJECTIVE = "generation_tokens_per_second"
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Results:
             )
         found = ((one, one.metrics[objective]) for one in fitting)
         smaller, speed = smaller_is_better(objective), tells_speed(objective)
-        return choose(found, smaller=smaller, speed=speed)[0]
+        return choose(found, objective, smaller=smaller, speed=speed)[0]
 
     def env_lines(
         self,

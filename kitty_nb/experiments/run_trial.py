@@ -263,8 +263,7 @@ class _Run:
             note = partial(self._note, pid, parallel)
             speed, answers = await interview.speed(parallel, note)
             await self._weigh(supervisor, pid)
-            held = {"memory": self._memory, "gpu_memory": self._gpu_memory}
-            speeds.append(replace(speed, **held))
+            speeds.append(replace(speed, memory=self._memory, gpu_memory=self._gpu_memory))
             first = first or answers
         perplexity = bits = None
         if isinstance(workload.quality, Perplexity):

@@ -21,7 +21,6 @@ from kitty_nb.experiments.objective import glimpses, why_behind
 from kitty_nb.experiments.propose import propose
 from kitty_nb.experiments.schedule import row_of
 from kitty_nb.experiments.settings import check_flags, in_use
-from kitty_nb.experiments.space import Values
 from kitty_nb.experiments.standing import Standing
 from kitty_nb.experiments.trial import Outcome, Trial, TrialResult, TrialSeconds
 from kitty_nb.supervisor.load_facts import this_host
@@ -122,11 +121,7 @@ class Search:
 
     async def _check_flags(self) -> None:
         engine = await locate_engine(self.config.binary)
-        values = (
-            (name, value)
-            for name, axis in self.space.items()
-            for value in (axis.values if isinstance(axis, Values) else (axis.low, axis.high))
-        )
+        values = ((name, value) for name, axis in self.space.items() for value in axis.samples)
         check_flags([Trial(self.model, (one,)) for one in values], engine.dialect)
 
     def _own(self, row: TrialResult) -> TrialResult | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.trial import Trial, Value
 
 __all__ = [
+    "ENGINE_DEFAULTS",
     "FIELDS",
     "as_value",
     "changes",
@@ -51,7 +52,7 @@ _DECIDED = {
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
 }
 # What llama-server takes where it is told nothing. Threads: one for each core.
-_ENGINE_DEFAULTS: Mapping[str, Value] = {
+ENGINE_DEFAULTS: Mapping[str, Value] = {
     "threads": psutil.cpu_count(logical=False),
     "batch_size": 2048,
     "ubatch_size": 512,
@@ -195,7 +196,7 @@ def in_use(name: str, base: ServerConfig) -> Value:
     """Return the value a setting has where a trial does not set it; None if that is not known."""
     field = name in FIELDS
     value = as_value(getattr(base, name)) if field else value_of(base.extra_args, {_flag(name)})
-    return _ENGINE_DEFAULTS.get(name) if value is None else value
+    return ENGINE_DEFAULTS.get(name) if value is None else value
 
 
 def conditions(base: ServerConfig) -> Mapping[str, Any]:

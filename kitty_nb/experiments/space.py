@@ -45,6 +45,11 @@ class Values:
         """Whether neighbours are alike."""
         return all(map(_is_number, self.values))
 
+    @property
+    def samples(self) -> tuple[Value, ...]:
+        """Some of its values, the first and the last among them."""
+        return self.values
+
     def __contains__(self, value: object) -> bool:
         return value in self.values
 
@@ -64,6 +69,11 @@ class Range:
     def whole(self) -> bool:
         """Whether it has whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def samples(self) -> tuple[Value, ...]:
+        """Some of its values, the first and the last among them."""
+        return self.low, self.high
 
     def __contains__(self, value: object) -> bool:
         kinds = (int,) if self.whole else (int, float)

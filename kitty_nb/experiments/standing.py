@@ -86,7 +86,8 @@ class Standing:
         """The best by `choose`, with its objective; None as long as nothing counts."""
         found = [(one.combination, one.spread) for one in self.peers if one.spread]
         smaller, speed = self.objective.smaller, self.objective.tells_speed
-        return choose(found, smaller=smaller, speed=speed) if found else None
+        name = self.objective.name
+        return choose(found, name, smaller=smaller, speed=speed) if found else None
 
     @property
     def unsure(self) -> Trial | None:

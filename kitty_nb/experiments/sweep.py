@@ -18,6 +18,7 @@ import anyio.to_thread
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError, first_of
+from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.eta import forecast_loads, seconds_left
 from kitty_nb.experiments.events import (
@@ -96,7 +97,8 @@ class Sweep:
             the one in `config`.
         grid: Values to try by name: a field of `ServerConfig` (`context_size`), or a flag of
             llama-server (`cache_type_k` for `--cache-type-k`).
-        prompts: What to ask, one request each; 1 or more.
+        prompts: What to ask, one request each; 1 or more. By default a question, which is repeated
+            to fill the batches where their sizes are varied.
         repeats: How often each combination is measured.
         seed: Of the order of trials and of the server's sampling.
         parallel: Numbers of requests to have under way at once, each measured on its own.
@@ -115,7 +117,7 @@ class Sweep:
 
     Attributes:
         config: What holds where the grid says nothing.
-        warnings: What `.env` or the environment says in vain, in sentences.
+        warnings: What `.env`, the environment or the grid says in vain, in sentences.
         workload: What is asked.
         trials: In the order in which they are run.
         store: The file for the rows.
@@ -160,6 +162,9 @@ class Sweep:
         if repeats < 1:
             raise ExperimentError(f"repeats is {repeats}, so nothing is tried. Write 1 or more.")
         self.trials = in_order(combinations, repeats, seed)
+        tried = [trial.settings for trial in combinations]
+        self.workload = batches.filled(self.workload, tried, self.config)
+        self.warnings += tuple(batches.warn(tried, self.config, self.workload))
         self.store = Path(store).expanduser().absolute()
         self._logs = Path(logs).expanduser().absolute() if logs else None
         self._kept = ResultStore(self.store, digest(self.config, self.workload.conditions()))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.config import ServerConfig
+from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.metrics import constraints_of, metric_names
 from kitty_nb.experiments.objective import read_objective
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.trial import TrialResult
 
 __all__ = ["TuneResult", "tune"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,11 +69,11 @@ class TuneResult:
         rows = self.results.rows
         ends = Counter(row.outcome.value for row in rows)
         told = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
-        doubt = f" It is {self.best.doubt}, and nearest to the settings in use."
+        doubt = f" It is {self.best.doubt}." if self.best.doubt else ""
         return (
             f"{self.objective} {self.value:.4g} with {self.best.trial.label}. That is the best of"
             f" {len(self.results.combinations)} combinations in {len(rows)} trials ({told})."
-            f"{doubt if self.best.close else ''}"
+            f"{doubt}"
         )
 
     def __repr__(self) -> str:
@@ -123,7 +127,8 @@ def tune(
             at most: `{"memory_gib": 20, "context_size>=": 16384}`. What breaks one on a setting
             is never tried.
         budget: How many trials there shall be, with those in the store.
-        prompts: What to ask, one request each; 1 or more.
+        prompts: What to ask, one request each; 1 or more. By default a question, which is repeated
+            to fill the batches where their sizes are chosen and the objective depends on them.
         seconds: After how long no further trial begins; None for no limit.
         seed: Of the search and of the server's sampling.
         parallel: Numbers of requests to have under way at once, each measured on its own.
@@ -146,6 +151,7 @@ def tune(
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
     extra("optuna", "tune")
+    warnings = () if config else env_warnings()
     config = config or ServerConfig.from_env()
     workload = Workload(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
@@ -161,10 +167,15 @@ def tune(
     names = metric_names(workload.levels)
     bounds = constraints_of(constraints)
     name, choices = read_space(model, config, space, bounds, names)
+    aim = read_objective(objective, names)
+    tried = [*batches.of_space(choices)]
+    workload = batches.filled(workload, tried, config, aim.name)
+    for warning in (*warnings, *batches.warn(tried, config, workload, aim.name)):
+        _log.warning(warning)
     search: Search = import_module("kitty_nb.experiments.search").Search(
         model=name,
         space=choices,
-        objective=read_objective(objective, names),
+        objective=aim,
         bounds=bounds,
         budget=budget,
         seconds=seconds,

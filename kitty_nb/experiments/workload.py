@@ -33,6 +33,7 @@ class Workload:
         chat: Whether prompts go through the model's chat template.
         quality: How good an answer is, or which texts' perplexity to measure.
         record: Whether each trial's run record is made, too, by which it can be repeated.
+        fill: Tokens up to which prompts are repeated, as far as the context has room.
     """
 
     prompts: tuple[str, ...] = (DEFAULT_PROMPT,)
@@ -42,6 +43,7 @@ class Workload:
     chat: bool = True
     quality: Quality | Perplexity | None = None
     record: bool = False
+    fill: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -85,3 +87,5 @@ class Workload:
             yield name, getattr(self, name)
         yield "parallel", self.levels
         yield "quality", identity(self.quality)
+        if self.fill:
+            yield "fill", self.fill

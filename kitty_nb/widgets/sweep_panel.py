@@ -205,7 +205,7 @@ class SweepPanel(VBox):
             self.panel.use(model=config.model, **{name: getattr(config, name) for name in FIELDS})
             profile = self.panel.manager.state.config.profile
             where = "The control panel has it now; press <i>Start</i> there. In <code>.env</code>:"
-        doubt = f" is {best.doubt}, and nearest to the settings in use" if best.close else ""
+        doubt = f" is {best.doubt}" if best.doubt else ""
         head = f"<b>{escape(best.trial.label)}</b>{doubt}. {where}"
         self.lines.value = f"{head}<pre>{escape(best.env_lines(profile))}</pre>"
         self.lines.layout.display = None

@@ -39,7 +39,8 @@ class Row:
         metrics: Its numbers, by name; none before the first repeat is done.
         reason: Why repeats were skipped or failed, or empty.
         best: Whether it is the best so far.
-        doubt: From how many others the best cannot be told apart, in words.
+        doubt: Why it is not sure that it is the best, in words.
+        tied: Whether others are too close to it to tell.
         close: Whether it is one of those.
     """
 
@@ -50,6 +51,7 @@ class Row:
     reason: str = ""
     best: bool = False
     doubt: str = ""
+    tied: bool = False
     close: bool = False
 
 
@@ -106,6 +108,7 @@ def rows_of(
                 reason=" ".join(one.reasons) if one else "",
                 best=best is not None and trial == best.trial,
                 doubt=best.doubt if best else "",
+                tied=best is not None and bool(best.close),
                 close=best is not None and trial in best.close,
             )
         )
@@ -212,9 +215,9 @@ def _star(row: Row) -> str:
         return " <span title='Too close to the best to tell'>≈ best</span>"
     if not row.best:
         return ""
-    title = f"{row.doubt.capitalize()}, and nearest to the settings in use" if row.doubt else ""
-    words = "★ too close to tell" if row.doubt else "★ best"
-    return f" <span class='kitty-sweep-star' title='{title or 'The best so far'}'>{words}</span>"
+    title = row.doubt.capitalize() or "The best so far"
+    words = "★ too close to tell" if row.tied else "★ best"
+    return f" <span class='kitty-sweep-star' title='{title}'>{words}</span>"
 
 
 def _number(name: str, spread: Spread | None) -> str:
