@@ -189,8 +189,13 @@ def test_plots_show_noise_as_such_and_units(results: Results) -> None:
     ends = [s for bar in axes.collections for s in getattr(bar, "get_segments", list)()]
     assert any({low[1], high[1]} == {20.0, 26.0} for low, high in ends)
     (axes,) = results.plot("parallel").axes
-    heights = sorted(float(line.get_ydata()[-1]) for line in axes.lines)  # type: ignore[index]
-    assert heights == pytest.approx([21 / 33, 1])
+    drawn = [bars.lines for bars in axes.containers]  # type: ignore[attr-defined]
+    assert sorted(points.get_ydata()[-1] for points, *_ in drawn) == pytest.approx(
+        [21 / 35, 33 / 35]
+    )
+    last = [bar.get_segments()[-1] for *_, (bar,) in drawn]
+    ends = sorted(float(y) for segment in last for _, y in segment)
+    assert ends == pytest.approx([20 / 35, 26 / 35, 31 / 35, 1])
 
 
 def test_an_unknown_plot_names_the_others(results: Results) -> None:

@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.combination import Spread
 from kitty_nb.experiments.metrics import known, smaller_is_better
 
 if TYPE_CHECKING:
@@ -88,30 +89,43 @@ def _parallel(drawn: list[Combination], y: str, _: str) -> Figure:
     names = [*varying, *costs, y]
     figure, axes = _figure(width=1.6 * max(len(names), 3))
     columns = [_places(axes, column, name, drawn) for column, name in enumerate(names)]
-    shades = columns[-1]
-    for index, heights in enumerate(zip(*columns, strict=True)):
-        colour = colormaps["viridis"](shades[index])
-        axes.plot(range(len(names)), heights, color=colour, marker="o", alpha=0.8)
+    for spreads in zip(*columns, strict=True):
+        low, heights, high = zip(*((one.low, one.median, one.high) for one in spreads), strict=True)
+        ends = [
+            [at - end for at, end in zip(heights, low, strict=True)],
+            [end - at for at, end in zip(heights, high, strict=True)],
+        ]
+        colour = colormaps["viridis"](heights[-1])
+        axes.errorbar(
+            range(len(names)), heights, ends, color=colour, marker="o", capsize=3, alpha=0.8
+        )
+    axes.set_xlabel("(points are medians, bars from the least to the greatest of the repeats)")
     axes.set_xticks(range(len(names)), [_words(name).replace(" ", "\n", 1) for name in names])
     axes.set_yticks([])
     axes.grid(visible=True, axis="x")
     return figure
 
 
-def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> list[float]:
+def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> list[Spread]:
     """Where each combination crosses an axis, from 0 to 1; its ticks are written beside it."""
     if name in drawn[0].metrics:
-        medians = [one.metrics[name].median for one in drawn]
+        spreads = [one.metrics[name] for one in drawn]
         # As low as zero, so that noise is not drawn at full height.
-        low, high = min(0.0, *medians), max(medians)
-        places = [(median - low) / ((high - low) or 1.0) for median in medians]
+        low = min(0.0, *(spread.low for spread in spreads))
+        high = max(spread.high for spread in spreads)
+        size = (high - low) or 1.0
+        places = [
+            Spread(*((end - low) / size for end in (one.median, one.low, one.high)))
+            for one in spreads
+        ]
         ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
     else:
         values = [one.value(name) for one in drawn]
         numbers = all(type(value) in {int, float} for value in values)
         ordered = sorted(set(values), key=None if numbers else str)
         steps = max(len(ordered) - 1, 1)
-        places = [ordered.index(value) / steps for value in values]
+        heights = [ordered.index(value) / steps for value in values]
+        places = [Spread(height, height, height) for height in heights]
         ticks = {index / steps: str(value) for index, value in enumerate(ordered)}
     for place, text in ticks.items():
         axes.annotate(text, (column, place), xytext=(4, 2), textcoords="offset points", fontsize=8)
