@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import sys
 from collections import deque
@@ -31,7 +32,6 @@ _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _DEMO_NAME = "kitty-demo.gguf"
 _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
-_LOGS = "To see the end of its log: kitty-nb logs -n 20"
 _EXIT_CODES = (
     "Exit codes: 0 it went well; 1 it failed, and a sentence on stderr says why; 2 wrong arguments;"
     " 3 no server is running (status, wait-ready); 130 interrupted by Ctrl-C."
@@ -48,8 +48,6 @@ class _Verbs(TyperGroup):
             raise
         except (KittyError, OSError) as error:
             _say(f"kitty-nb: {error}", err=True)
-            if isinstance(error, ServerCrashedError):
-                _say(_LOGS, err=True)
             raise typer.Exit(_FAILED) from None
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
@@ -127,7 +125,7 @@ def start(
     if print_command:
         _say(anyio.run(commands.command_text, _config(env, profile)))
         return
-    _show_load(commands.start, _config(env, profile), not no_wait, anyway)
+    _show_load(env, commands.start, _config(env, profile), not no_wait, anyway)
 
 
 @app.command()
@@ -154,7 +152,7 @@ def restart(
     """End the profile's server and start it with the settings as they are in the file."""
     from kitty_nb.terminal import commands
 
-    _show_load(commands.restart, _config(env, profile), not no_wait, anyway)
+    _show_load(env, commands.restart, _config(env, profile), not no_wait, anyway)
 
 
 @app.command()
@@ -169,7 +167,7 @@ def switch(
     """Serve another model with the settings of the server that runs."""
     from kitty_nb.terminal import commands
 
-    _show_load(commands.switch, _settings(env, profile), model, alias, not no_wait, anyway)
+    _show_load(env, commands.switch, _settings(env, profile), model, alias, not no_wait, anyway)
 
 
 @app.command()
@@ -209,7 +207,7 @@ def wait_ready(
     from kitty_nb.terminal import commands
 
     config = _settings(env, profile)
-    if not _show_load(commands.wait_ready, config, timeout):
+    if not _show_load(env, commands.wait_ready, config, timeout):
         _say(_nothing_runs(config), err=True)
         raise typer.Exit(_NOT_RUNNING)
 
@@ -384,13 +382,20 @@ def _warn(warnings: Iterable[str]) -> None:
 
 
 def _show_load(
-    command: Callable[..., Awaitable[ServerState | None]], config: ServerConfig, *words: object
+    env: Path,
+    command: Callable[..., Awaitable[ServerState | None]],
+    config: ServerConfig,
+    *words: object,
 ) -> bool:
     """Run a command that may load a model, show its load, and say how the server is then."""
     from kitty_nb.terminal.load_display import LoadDisplay
 
-    with LoadDisplay() as display:
-        state = anyio.run(command, config, display, *words)
+    try:
+        with LoadDisplay() as display:
+            state = anyio.run(command, config, display, *words)
+    except ServerCrashedError as error:
+        logs = ("kitty-nb", "logs", "-n", "20", "--env", str(env), "--profile", config.profile)
+        raise KittyError(f"{error}\nTo see the end of its log: {shlex.join(logs)}") from None
     if state:
         _say(state.sentence)
     return state is not None

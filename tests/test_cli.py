@@ -271,6 +271,10 @@ def test_why_a_start_failed_is_known_until_the_next_one(
     assert failed.returncode == 1
     reason = failed.stderr.partition("kitty-nb: ")[2].splitlines()[0]
     assert says in reason
+    if hint := failed.stderr.partition("To see the end of its log: kitty-nb ")[2]:
+        assert run(*shlex.split(hint)).exit_code == 0
+        assert str(env) in hint
+    assert bool(hint) == ("exit code" in says)
     asked = run("status", "--env", env)
     assert asked.exit_code == 3
     assert asked.stdout.rstrip().endswith(f": {reason}")
