@@ -328,6 +328,8 @@ def test_a_secret_among_other_flags_is_not_printed(tmp_path: Path, config: Serve
     )
     printed = run("start", "--print-command", "--env", env)
     assert printed.stdout.endswith("--hf-token '(hidden)'\n")
+    env.write_text(env.read_text().replace("--hf-token", "-hft"))
+    assert run("start", "--print-command", "--env", env).stdout.endswith("-hft '(hidden)'\n")
 
 
 def test_what_will_not_fit_is_refused_unless_wanted_anyway(

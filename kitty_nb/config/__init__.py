@@ -6,7 +6,7 @@ from kitty_nb.config.api_key import (
     goes_without_key,
     server_environment,
 )
-from kitty_nb.config.engine_flags import PROJECTOR, spelled, value_of
+from kitty_nb.config.engine_flags import PROJECTOR, spelled, takes_secret, value_of
 from kitty_nb.config.env_warnings import env_warnings
 from kitty_nb.config.env_writer import SavedEnv
 from kitty_nb.config.saved_settings import env_lines, salvage_settings, save_settings
@@ -39,5 +39,6 @@ __all__ = [
     "save_settings",
     "server_environment",
     "spelled",
+    "takes_secret",
     "value_of",
 ]

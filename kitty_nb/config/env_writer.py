@@ -146,7 +146,7 @@ def _back_up(env: EnvFile, file: Path) -> Path:
         write_whole(backup, env.raw)
     except OSError as error:
         reason = f"No backup of it can be kept in {folder}: {error.strerror}."
-        fix = "Make that folder writable, or say by XDG_STATE_HOME where another one is."
+        fix = "Make that folder writable, or set XDG_STATE_HOME to another one."
         raise _unwritten(env.path, reason, fix) from None
     return backup
 

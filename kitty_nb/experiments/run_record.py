@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from kitty_nb.config import RECORDED, ServerConfig
+from kitty_nb.config import RECORDED, ServerConfig, takes_secret
 from kitty_nb.config.whole_file import write_whole
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ConfigError, RunRecordError
@@ -29,7 +28,6 @@ from kitty_nb.experiments.model_digest import ModelDigest
 
 # One higher whenever an older version of this package would misread a record.
 SCHEMA_VERSION = 1
-_SECRET_FLAG = re.compile(r"-hft|-{1,2}[\w-]*(?:key|token|password|secret)")
 
 
 class _Facts(BaseModel):
@@ -266,7 +264,7 @@ class RunRecord(_Facts):
         kept = (
             word
             for before, word in zip(("", *words), words, strict=False)
-            if not _SECRET_FLAG.fullmatch(word) and not _SECRET_FLAG.fullmatch(before)
+            if not takes_secret(word) and not takes_secret(before)
         )
         return config.model_copy(update={"api_key": None, "extra_args": tuple(kept)})
 

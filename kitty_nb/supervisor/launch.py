@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from kitty_nb.config import OnKernelExit, server_environment
+from kitty_nb.config import OnKernelExit, server_environment, takes_secret
 from kitty_nb.engine.command_line import (
     ORIGINS,
     build_command,
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
 
-
-# Flags whose value is a secret itself, rather than a file that holds it.
-_SECRET = re.compile(r"(?i)--?[\w-]*(?:token|password|secret|api[-_]key)$")
 _HIDDEN = "(hidden)"
 
 
@@ -94,7 +90,7 @@ async def launch(
             say(
                 "The server has no API key, and this build of llama-server"
                 f" ({engine.version}) has no {ORIGINS}: any web page that you open can use the"
-                " model. Take LLAMACPP_API_KEY=none out, or update llama.cpp."
+                " model. Remove LLAMACPP_API_KEY=none, or update llama.cpp."
             )
         await anyio.to_thread.run_sync(refuse_busy_port, config)
         # Called off while a thread tried the port, it is told so only now.
@@ -113,7 +109,7 @@ async def public_command(config: ServerConfig) -> tuple[str, ...]:
         KittyError: There is no engine, or it does not know a setting.
     """
     command = build_command(await locate_engine(config.binary), config)
-    hidden = (_HIDDEN if _SECRET.match(flag) else word for flag, word in pairwise(command))
+    hidden = (_HIDDEN if takes_secret(flag) else word for flag, word in pairwise(command))
     return command[0], *hidden
 
 
