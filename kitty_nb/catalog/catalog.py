@@ -18,8 +18,8 @@ from kitty_nb.catalog.folder import FoundFile, is_folder, settled
 from kitty_nb.catalog.rows import Part, rows
 from kitty_nb.catalog.scan_cache import ScanCache, Stamp
 from kitty_nb.catalog.stores import Store, files_in
-from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.catalog.watch import watch
+from kitty_nb.user_folders import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Iterable

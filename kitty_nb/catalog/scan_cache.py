@@ -15,8 +15,8 @@ import platformdirs
 
 from kitty_nb.catalog.file_facts import FileFacts
 from kitty_nb.catalog.folder import Stamp
-from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.trust import distrust
+from kitty_nb.user_folders import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -13,8 +13,8 @@ from kitty_nb.catalog.folder import stamp_of, too_young
 from kitty_nb.catalog.model_shape import Layer, ModelShape, read_shape
 from kitty_nb.catalog.scan_cache import FileCache, Stamp
 from kitty_nb.catalog.shards import shard_paths
-from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.errors import ModelFileError
+from kitty_nb.user_folders import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

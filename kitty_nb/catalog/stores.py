@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.catalog.folder import FoundFile, find_files, is_folder, stamp_of
 from kitty_nb.catalog.shards import ShardName
-from kitty_nb.catalog.user_folders import NO_HOME
+from kitty_nb.user_folders import NO_HOME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import platformdirs
 from dotenv.parser import parse_stream
 
-from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.config.whole_file import write_whole
 from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.user_folders import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -31,13 +31,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from kitty_nb.catalog.description import find_projector
-from kitty_nb.catalog.user_folders import NO_HOME, user_folder
 from kitty_nb.config.engine_flags import PROJECTOR, spelled
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.model_path import check_letters, check_model, file_in_store
 from kitty_nb.config.model_stores import model_stores
 from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
 from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.user_folders import NO_HOME, user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
-from kitty_nb.catalog.user_folders import user_folder
 from kitty_nb.config.whole_file import write_whole
 from kitty_nb.trust import distrust
+from kitty_nb.user_folders import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
