@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
@@ -13,6 +14,7 @@ from model_files import write_header, write_model
 
 from kitty_nb.catalog import ModelCatalog
 from kitty_nb.catalog.shapes import Shapes
+from kitty_nb.user_folders import NO_HOME
 
 OLD = 1_700_000_000_000_000_000
 AHEAD = 4_000_000_000_000_000_000
@@ -114,19 +116,21 @@ def test_a_name_that_is_no_text_is_remembered(tmp_path: Path) -> None:
     assert titles(folder, cache) == ["one"]
 
 
-@pytest.mark.parametrize("damage", ["garbage", "rows", "schema"])
+@pytest.mark.parametrize("damage", ["garbage", "rows", "shorter rows", "schema"])
 def test_a_damaged_cache_costs_the_cache_alone(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
     path = model(folder / "m.gguf", "one")
-    titles(folder, cache)
+    assert titles(folder, cache) == ["one"]
     changed(path, "two")
     if damage == "garbage":
         cache.write_bytes(b"no database" * 1000)
     else:
         with closing(sqlite3.connect(cache)) as files, files:
-            files.execute("UPDATE files SET facts = '[1, 2'")
+            (facts,) = files.execute("SELECT facts FROM files").fetchone()
+            less = json.dumps(json.loads(facts)[:-1]) if damage == "shorter rows" else "[1, 2"
+            files.execute("UPDATE files SET facts = ?", (less,))
             if damage == "schema":
                 files.execute("ALTER TABLE files RENAME TO others")
     assert titles(folder, cache) == ["two"]
@@ -149,6 +153,14 @@ def test_a_cache_of_another_version(tmp_path: Path) -> None:
         files.execute("PRAGMA user_version = 0")
     changed(path, "3rd")
     assert titles(folder, cache) == ["3rd"], "older: begun anew"
+
+
+def test_without_a_home_folder_nothing_is_kept_and_nothing_complained_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model(tmp_path / "models" / "m.gguf", "one")
+    assert titles(tmp_path / "models", NO_HOME / "cache.sqlite3") == ["one"]
+    assert not caplog.text
 
 
 def test_a_locked_or_impossible_cache_costs_the_cache_alone(tmp_path: Path) -> None:

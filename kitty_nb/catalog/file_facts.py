@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Self
@@ -113,6 +113,8 @@ class FileFacts:
             TypeError: Likewise.
         """
         problem, cut_short, kind, *values = json.loads(text)
+        if len(values) != len(fields(cls)) - 3:
+            raise ValueError("it was written by another version of kitty_nb")
         facts = cls(problem, cut_short, Kind(kind), *values)
         object.__setattr__(facts, "weights", tuple(map(tuple, facts.weights)))
         return facts

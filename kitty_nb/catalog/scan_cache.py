@@ -16,7 +16,7 @@ import platformdirs
 from kitty_nb.catalog.file_facts import FileFacts
 from kitty_nb.catalog.folder import Stamp
 from kitty_nb.trust import distrust
-from kitty_nb.user_folders import user_folder
+from kitty_nb.user_folders import NO_HOME, user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -87,6 +87,8 @@ class FileCache(Generic[T]):
             gone_from: Folders of which all files are known: others in them are forgotten.
             there: Paths of the files that are there.
         """
+        if self._path.is_relative_to(NO_HOME):
+            return
         folders = tuple(os.path.join(folder, "") for folder in gone_from)  # noqa: PTH118 - text
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
