@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from kitty_nb.engine.dialect import parse_help
+from kitty_nb.engine.help_cache import key_of
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
 from kitty_nb.errors import EngineError, EngineNotFoundError
 
@@ -295,3 +296,15 @@ def test_binary_of_another_machine(program: Callable[[str], Path]) -> None:
 
     with pytest.raises(EngineError, match="Exec format error"):
         locate(path)
+
+
+def test_a_script_is_known_by_the_program_that_it_names(tmp_path: Path) -> None:
+    script, program = tmp_path / "llama-server", tmp_path / "build" / "llama-server"
+    program.parent.mkdir()
+    program.write_bytes(b"ELF")
+    script.write_text('#!/bin/sh\nexec "$(/usr/bin/env dirname "$0")/build/llama-server" "$@"\n')
+    assert key_of(script, "stamp") is None
+    script.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    before = key_of(script, "stamp")
+    program.write_bytes(b"ELF, and more")
+    assert None is not before != key_of(script, "stamp")

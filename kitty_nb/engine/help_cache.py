@@ -25,7 +25,8 @@ _PATH = re.compile(r"/[\w./+@-]+")
 def key_of(program: Path, stamp: object) -> str | None:
     """Return a text that changes once a program may print something else.
 
-    A script counts with all files that it names; one that names none is not known.
+    A script counts with all files that it names; one that names none, or works out which program
+    it starts, is not known.
 
     Args:
         program: The program.
@@ -39,7 +40,9 @@ def key_of(program: Path, stamp: object) -> str | None:
     named = [path for path in map(Path, _PATH.findall(lines)) if path.is_file()]
     stats = [(str(path), path.stat()) for path in named]
     found = [(name, status.st_mtime_ns, status.st_size) for name, status in stats]
-    return repr((stamp, found)) if found else None
+    starts = [line for line in lines.splitlines() if "$@" in line]
+    worked_out = any(line.count("$") > 1 for line in starts)
+    return repr((stamp, found)) if found and starts and not worked_out else None
 
 
 def load(key: str) -> dict[str, str] | None:
