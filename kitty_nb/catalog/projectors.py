@@ -18,7 +18,7 @@ from kitty_nb.catalog.quantization import named_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from pathlib import Path, PurePath
 
     from kitty_nb.catalog.model import Model
 
@@ -93,7 +93,7 @@ def _match(model: Model, projector: Model, alone: bool) -> bool:
     return alone
 
 
-def is_projector_name(path: Path) -> bool:
+def is_projector_name(path: PurePath) -> bool:
     """Tell by a file's name whether it is a projector, as llama.cpp does."""
     return "mmproj" in path.name.lower()
 

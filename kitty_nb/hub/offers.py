@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from kitty_nb.catalog.projectors import own_name, plain_name, projector_rank
+from kitty_nb.catalog.projectors import is_projector_name, own_name, plain_name, projector_rank
 from kitty_nb.catalog.quantization import named_quantization
 from kitty_nb.catalog.shards import ShardName
 from kitty_nb.errors import HubError
@@ -75,7 +75,7 @@ def list_offers(files: Iterable[HubFile]) -> tuple[Offer, ...]:
     and names that lead out of the repository's folder.
     """
     usable = [file for file in files if _usable(file.inside)]
-    projectors = [file for file in usable if "mmproj" in file.inside.name.lower()]
+    projectors = [file for file in usable if is_projector_name(file.inside)]
     shards: defaultdict[tuple[PurePosixPath, str, int], dict[int, HubFile]] = defaultdict(dict)
     for file in usable:
         if file in projectors:
