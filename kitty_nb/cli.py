@@ -369,10 +369,10 @@ def _settings(env: Path, profile: str) -> ServerConfig:
 def _all_settings(env: Path, profiles: Iterable[str]) -> list[ServerConfig]:
     from kitty_nb.config import env_warnings, salvage_settings
 
-    read = [(*salvage_settings(env, name), env_warnings(env, name)) for name in profiles]
-    _warn(warning for _, _, warnings in read for warning in warnings)
-    _warn(str(complaint) for _, complaint, _ in read if complaint)
-    return [config for config, *_ in read]
+    _warn(env_warnings(env, *profiles))
+    read = [salvage_settings(env, name) for name in profiles]
+    _warn(str(complaint) for _, complaint in read if complaint)
+    return [config for config, _ in read]
 
 
 def _warn(warnings: Iterable[str]) -> None:

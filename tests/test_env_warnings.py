@@ -128,7 +128,10 @@ def test_a_mistyped_file_is_no_repository(tmp_path: Path) -> None:
 
 
 def test_every_front_end_tells_them(
-    tmp_path: Path, sent: object, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    sent: object,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told = "LLAMACPP_CONTEXT is not a setting, so it has no effect. Did you mean LLAMACPP_CTX?"
     env = tmp_path / "my.env"
@@ -142,9 +145,12 @@ def test_every_front_end_tells_them(
         eventually(lambda: told in panel.notice.value)
     finally:
         panel.close()
+    env.write_text(f"{env.read_text()}LLAMACPP_CODER_PARALLEL=1\n")
+    monkeypatch.setenv("LLAMACPP_CODER_PORT", "9000")  # of another profile than primary
     fleet = FleetPanel(env)
     try:
         eventually(lambda: told in fleet.notice)
+        assert fleet.notice.count("LLAMACPP_CODER_PORT in this program's environment") == 1
     finally:
         fleet.close()
     shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))

@@ -28,20 +28,20 @@ _BRACED = re.compile(r"\$\{(?P<name>[^}:]+)\}")
 _SO_ALIKE = 0.85  # of 1: a slip, rather than another name
 
 
-def env_warnings(path: str | Path = ".env", profile: str = "primary") -> tuple[str, ...]:
+def env_warnings(path: str | Path, *profiles: str) -> tuple[str, ...]:
     """Say what has no effect, or another one than it seems to; each in a sentence with its fix.
 
     No values are shown.
 
     Args:
         path: The file, found as by `ServerConfig.from_env`.
-        profile: Whose settings are read from it.
+        profiles: Those whose settings are read from it.
 
     Raises:
         ConfigError: It cannot be read, or a line in it cannot be understood.
     """
     env = read_env(path)
-    return (*_keys(env), *_values(env), *_environment(env, profile))
+    return (*_keys(env), *_values(env), *_environment(env, profiles))
 
 
 def _keys(env: EnvFile) -> Iterator[str]:
@@ -102,13 +102,14 @@ def _values(env: EnvFile) -> Iterator[str]:
         known.add(key)
 
 
-def _environment(env: EnvFile, profile: str) -> Iterator[str]:
+def _environment(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:
     suffixes = {setting.suffix for setting in env_settings().values()}
+    whose = {"", *map(str.lower, profiles)}
     names = [
         key
         for key, value in sorted(os.environ.items())
         if value and key.startswith(PREFIX) and value != env.values.get(key)
-        if (split := split_key(key, suffixes))[1] and split[0].lower() in {"", profile.lower()}
+        if (split := split_key(key, suffixes))[1] and split[0].lower() in whose
     ]
     if names:
         has, them = ("has", "it") if len(names) == 1 else ("have", "them")

@@ -147,7 +147,7 @@ class Sweep:
         logs: str | Path | None = None,
     ) -> None:
         self.config = config or ServerConfig.from_env()
-        self.warnings = () if config else env_warnings(profile=self.config.profile)
+        self.warnings = () if config else env_warnings(".env", self.config.profile)
         self.workload = Workload(
             prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
             max_tokens=max_tokens,

@@ -151,7 +151,7 @@ def tune(
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
     extra("optuna", "tune")
-    warnings = () if config else env_warnings()
+    warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
     workload = Workload(
         prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),

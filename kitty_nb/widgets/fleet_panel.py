@@ -62,7 +62,7 @@ class FleetPanel(AnyWidget):
         self._env = env
         try:
             self._members = self._read()
-            self._problem = "\n".join(env_warnings(env))
+            self._problem = self._warnings()
         except ConfigError:
             let_go(self)
             raise
@@ -121,7 +121,7 @@ class FleetPanel(AnyWidget):
         """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
         try:
             self._members = self._read(self._members)
-            self._problem = "\n".join(env_warnings(self._env))
+            self._problem = self._warnings()
         except ConfigError as error:
             self._problem = str(error)
 
@@ -155,6 +155,9 @@ class FleetPanel(AnyWidget):
             else:
                 members[name] = _Member(self._env, name, self)
         return members
+
+    def _warnings(self) -> str:
+        return "\n".join(env_warnings(self._env, *configured_profiles(self._env)))
 
     def _describe(self) -> list[dict[str, object]]:
         profiles = [member.look() for member in self._members.values()]
