@@ -41,7 +41,6 @@ else:
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _PATIENCE, _CONNECT_WITHIN = 5.0, 1.0  # seconds
-_QUOTED = 300  # characters
 # The least that a server can be asked for, by what it is for.
 _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}),
@@ -224,7 +223,7 @@ class HealthProbe:
             )
         except httpx.HTTPError as error:
             return f"it does not answer ({type(error).__name__})"
-        return "" if response.is_success else response.text[:_QUOTED]
+        return "" if response.is_success else _failure(response)
 
     async def router_events(self) -> AsyncGenerator[str, None]:
         """Yield what a router tells of its models, as JSON, until it ends the connection.
@@ -259,6 +258,7 @@ class HealthProbe:
 
 
 def _failure(response: httpx.Response) -> str:
+    """Return what a server says went wrong."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
