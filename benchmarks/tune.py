@@ -1,6 +1,7 @@
 """How close `tune` comes to a full grid's best, with a quarter of its trials.
 
-By default the model is dense, of zeros, and about as long to ask as a small real one. All servers
+By default the model is dense, of zeros, and about as long to ask as a small real one; of another
+one the grid is smaller. All servers
 have one thread, for with as many as there are cores any neighbour on the machine decides what is
 fastest. Grid and searches are measured one after the other; their winners then once more side by
 side, in turns, because the best of many noisy figures is partly luck:
@@ -34,9 +35,10 @@ _GRID: dict[str, list[Any]] = {
     "cache_type_k": ["f16", "q8_0"],
     "batch_size": [64, 512],
 }
+_SMALL_GRID = _GRID | {"ubatch_size": [4, 16, 256], "parallel": [1, 4], "batch_size": [512]}
 _SHARE_OF_TRIALS = 0.25
 _SEEDS = (0, 1, 2)
-_ROUNDS = 9
+_ROUNDS, _FEWER = 9, 3
 _LIMIT = 0.95
 _ASKED: dict[str, Any] = {
     "prompts": [f"{number} {'hello ' * 40}" for number in range(4)],
@@ -56,15 +58,16 @@ def main() -> None:
         config = replace(subject, model=model).config(folder, context_size=4096, threads=1)
         print(f"{subject}\n")
         began = time.monotonic()
-        grid = _sweep(config, folder / "grid.sqlite3", grid=_GRID)
+        choices, rounds = (_SMALL_GRID, _FEWER) if subject.model else (_GRID, _ROUNDS)
+        grid = _sweep(config, folder / "grid.sqlite3", grid=choices)
         # Not the one nearest to the settings in use, as `Results.best` has it.
         best = max(grid.combinations, key=lambda one: one.value(_OBJECTIVE))
         spread = [one.value(_OBJECTIVE) for one in grid.combinations]
         _row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
         _row("its objective, lowest, median, best", ", ".join(map(_short, _quartiles(spread))))
         budget = math.floor(_SHARE_OF_TRIALS * len(grid))
-        winners = [_search(config, folder, seed, budget) for seed in _SEEDS]
-        shares = _side_by_side(config, folder, best, winners)
+        winners = [_search(config, folder, choices, seed, budget) for seed in _SEEDS]
+        shares = _side_by_side(config, folder, best, winners, rounds)
         _row("the grid's best", best.trial.label)
         for seed, winner, share in zip(_SEEDS, winners, shares, strict=True):
             _row(f"share of it, seed {seed}", f"{share:.3f} with {winner.trial.label}")
@@ -78,11 +81,13 @@ def _sweep(config: ServerConfig, store: Path, **what: Any) -> Results:
     return results
 
 
-def _search(config: ServerConfig, folder: Path, seed: int, budget: int) -> Combination:
+def _search(
+    config: ServerConfig, folder: Path, choices: dict[str, list[Any]], seed: int, budget: int
+) -> Combination:
     began = time.monotonic()
     found = tune(
         objective=_OBJECTIVE,
-        space=_GRID,
+        space=choices,
         budget=budget,
         seed=seed,
         config=config,
@@ -98,11 +103,11 @@ def _search(config: ServerConfig, folder: Path, seed: int, budget: int) -> Combi
 
 
 def _side_by_side(
-    config: ServerConfig, folder: Path, best: Combination, winners: list[Combination]
+    config: ServerConfig, folder: Path, best: Combination, winners: list[Combination], rounds: int
 ) -> list[float]:
     """What each winner reaches of the best, by medians of as many rounds."""
     configs = [dict(one.trial.settings) for one in (best, *winners)]
-    results = _sweep(config, folder / "again.sqlite3", configs=configs, repeats=_ROUNDS)
+    results = _sweep(config, folder / "again.sqlite3", configs=configs, repeats=rounds)
     rates = {frozenset(one.trial.settings): one.value(_OBJECTIVE) for one in results.combinations}
     reached: list[float] = [rates[frozenset(one.trial.settings)] for one in (best, *winners)]
     return [one / reached[0] for one in reached[1:]]
