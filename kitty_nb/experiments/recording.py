@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _TOO_LONG = "exceed_context_size_error"
 _SAME_MOMENT = 2.0  # seconds between a server's becoming ready and its row in the history
+_CLOCKS_APART = 0.05  # seconds; the one clock is read a moment after the other
 _LOOK_AGAIN = 0.05  # seconds
 
 
@@ -251,9 +252,10 @@ async def _find_load(state: ServerState) -> LoadRecord | None:
     while (uptime := state.uptime) is not None:
         ready = time.time() - uptime
         rows = [row for row in await history.recall(host, path) if row.path == path]
-        nearest = min(rows, key=lambda row: abs(row.at - ready), default=None)
-        if nearest and abs(nearest.at - ready) < _SAME_MOMENT:
-            return nearest
+        # A row that is older is of a server that was ready shortly before this one.
+        after = [row for row in rows if -_CLOCKS_APART < row.at - ready < _SAME_MOMENT]
+        if after:
+            return min(after, key=lambda row: row.at)
         if uptime > _SAME_MOMENT:
             break
         await anyio.sleep(_LOOK_AGAIN)
