@@ -186,7 +186,7 @@ def _models(config: ServerConfig) -> Finding:
     try:
         any(folder.iterdir())
     except FileNotFoundError:
-        advice = "Create it, or correct LLAMACPP_MODELS_DIR. The panel makes its default itself."
+        advice = "Correct LLAMACPP_MODELS_DIR, or make it, with a small model: kitty-nb demo-model"
         return Finding("Models", Verdict.ODD, f"There is no folder {folder}.", advice)
     except OSError as error:
         found = f"{folder} cannot be looked into ({error.strerror})."

@@ -97,7 +97,8 @@ class ConfigError(KittyError):
         self.source = source
         self.problems = problems
         count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
-        super().__init__("\n".join([f"{count} wrong in {source}:", *(f"- {p}" for p in problems)]))
+        where = f" in {source}" if source else ""
+        super().__init__("\n".join([f"{count} wrong{where}:", *(f"- {p}" for p in problems)]))
 
 
 class ModelFileError(KittyError):

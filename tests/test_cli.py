@@ -470,7 +470,15 @@ def test_models_are_listed_and_a_demo_model_is_written_among_them(
     env = tmp_path / "my.env"
     env.write_text(f"LLAMACPP_MODELS_DIR='{folder}'\n")
     assert "kitty-nb demo-model" in run("scan", "--env", env).stdout
+    assert f"There are no models in {folder}." in run("start", "--env", env).stderr
     assert run("demo-model", "--env", env).exit_code == 0
+    for options in ((), ("--print-command",)):
+        none = run("start", *options, "--env", env)
+        assert none.exit_code == 1
+        assert none.stderr == (
+            "kitty-nb: 1 setting is wrong:\n- LLAMACPP_PRIMARY_MODEL='': No model is chosen. Choose"
+            f" one, or set LLAMACPP_PRIMARY_MODEL. Models in {folder}: kitty-demo.gguf.\n"
+        )
     long = folder / f"{'x' * 90}.gguf"
     long.write_bytes((folder / "kitty-demo.gguf").read_bytes())
     (folder / "broken.gguf").write_bytes(b"no model")

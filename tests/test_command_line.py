@@ -11,7 +11,7 @@ from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.engine.command_line import build_command, sleeps
 from kitty_nb.engine.dialect import parse_help
 from kitty_nb.engine.locate import Engine, EngineKind
-from kitty_nb.errors import EngineError, UnknownFlagError
+from kitty_nb.errors import ConfigError, EngineError, UnknownFlagError
 
 BASE = """\
 -m,    --model FNAME                    model path to load
@@ -85,7 +85,7 @@ def test_without_an_alias_it_answers_to_the_file_name(bare: ServerConfig) -> Non
 
 
 def test_without_a_model(bare: ServerConfig) -> None:
-    with pytest.raises(EngineError, match="LLAMACPP_MODEL"):
+    with pytest.raises(ConfigError, match="LLAMACPP_PRIMARY_MODEL"):
         build_command(engine(NEW), bare.replace(model=None))
 
 

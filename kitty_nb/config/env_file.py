@@ -52,7 +52,8 @@ def read_env(path: str | Path) -> EnvFile:
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fix = "Copy .env.example there, or name another file."
-        problem = Problem("file", str(found), f"It cannot be read: {error}.", fix)
+        why = getattr(error, "strerror", None) or error
+        problem = Problem("file", str(found), f"It cannot be read ({why}).", fix)
         raise ConfigError(str(found), (problem,)) from None
     problems = tuple(
         Problem(

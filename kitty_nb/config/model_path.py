@@ -121,12 +121,7 @@ def _refusal(reason: str, fix: str) -> PydanticCustomError:
 
 def _advice(value: str, models_dir: Path) -> str:
     """Say what could be meant: the closest models, what there is, where to download it."""
-    names = sorted(
-        _relative(file.path, models_dir)
-        for file in find_files(models_dir)
-        if file.stamp and file.downloading is None
-        if (shard := ShardName.parse(file.path)) is None or shard.number == 1
-    )
+    names = _names(models_dir)
     wanted = value.lower().removesuffix(".gguf")
     by_key = {key: name for name in names for key in (name.lower(), Path(name).stem.lower())}
     close = list(dict.fromkeys(by_key[k] for k in get_close_matches(wanted, by_key, n=6)))
@@ -134,14 +129,31 @@ def _advice(value: str, models_dir: Path) -> str:
     parts = []
     if near := list(dict.fromkeys(inside + close))[:_SHOWN]:
         parts.append(f"Did you mean {' or '.join(near)}?")
-    if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        parts.append(f"Models in {models_dir}: {', '.join(names[:_SHOWN])}{more}.")
-    else:
-        parts.append(f"There are no models in {models_dir}.")
+    parts.append(_listed(names, models_dir))
     if commands := _download_commands(value, models_dir):
         parts.append(f"To download it: {commands}")
     return " ".join(parts)
+
+
+def list_models(models_dir: Path) -> str:
+    """Name what there is in a models folder."""
+    return _listed(_names(models_dir), models_dir)
+
+
+def _names(models_dir: Path) -> list[str]:
+    return sorted(
+        _relative(file.path, models_dir)
+        for file in find_files(models_dir)
+        if file.stamp and file.downloading is None
+        if (shard := ShardName.parse(file.path)) is None or shard.number == 1
+    )
+
+
+def _listed(names: list[str], models_dir: Path) -> str:
+    if not names:
+        return f"There are no models in {models_dir}."
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"Models in {models_dir}: {', '.join(names[:_SHOWN])}{more}."
 
 
 def _download_commands(value: str, models_dir: Path) -> str | None:

@@ -33,7 +33,7 @@ from pydantic_core import PydanticCustomError
 from kitty_nb.catalog.description import find_projector
 from kitty_nb.config.engine_flags import PROJECTOR, spelled
 from kitty_nb.config.env_file import read_env
-from kitty_nb.config.model_path import check_letters, check_model, file_in_store
+from kitty_nb.config.model_path import check_letters, check_model, file_in_store, list_models
 from kitty_nb.config.model_stores import model_stores
 from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
 from kitty_nb.errors import ConfigError, Problem
@@ -94,7 +94,7 @@ class _Source(NamedTuple):
 # What a running server was started with holds, whatever has become of its files since.
 RECORDED = _Source("the record of a running server", Path("/"), {}, check_files=False)
 _NOT_LOOKED_AT = "default_factory_not_called"  # a default that depends on what is wrong
-_NO_SOURCE = _Source("the settings", Path(), {})
+_NO_SOURCE = _Source("", Path(), {})
 
 
 def _flash_attention(value: object) -> object:
@@ -331,6 +331,18 @@ class ServerConfig(BaseModel):
             # A projector goes with the model that it was named for.
             return config if "mmproj" in changes else config.replace(mmproj=None)
         return config
+
+    def require_model(self) -> Path:
+        """Return the model that is chosen.
+
+        Raises:
+            ConfigError: None is.
+        """
+        if self.model is None:
+            key = f"{PREFIX}{self.profile.upper()}_MODEL"
+            fix = f"Choose one, or set {key}. {list_models(self.models_dir)}"
+            raise ConfigError("", (Problem(key, "", "No model is chosen.", fix),))
+        return self.model
 
     @property
     def served_alias(self) -> str:

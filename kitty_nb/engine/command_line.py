@@ -56,13 +56,12 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
 
     Raises:
         UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
-        EngineError: When no model is chosen, or `extra_args` has a flag that the manager sets.
+        EngineError: When `extra_args` has a flag that the manager sets.
+        ConfigError: When no model is chosen.
     """
-    if config.model is None:
-        raise EngineError(f"No model is chosen. Pick one, or set {_key('model')}.")
     return (
         *engine.command,
-        *("--model", str(config.model), "--alias", config.served_alias),
+        *("--model", str(config.require_model()), "--alias", config.served_alias),
         *("--host", config.host, "--port", str(config.port)),
         *(word for field in _FLAGS for word in _words(engine, config, field)),
         *_projecting(engine, config),

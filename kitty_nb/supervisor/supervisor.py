@@ -14,9 +14,7 @@ import anyio.to_thread
 
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
-    ConfigError,
     PortBusyError,
-    Problem,
     ServerCrashedError,
     ServerError,
     ServerFailedError,
@@ -333,10 +331,7 @@ class Supervisor:
         """The settings to start with, looked at once more: files come and go."""
         replace = partial((config or self._now.wanted).replace, **changes)
         config = await anyio.to_thread.run_sync(replace)
-        if config.model is None:
-            key = f"LLAMACPP_{config.profile.upper()}_MODEL"
-            fix = f"Pick a model, or set {key} to a .gguf file in {config.models_dir}."
-            raise ConfigError("the settings", (Problem(key, "", "No model is chosen.", fix),))
+        await anyio.to_thread.run_sync(config.require_model)
         return config
 
     async def _launch(
