@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from kitty_nb.config import env_settings
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
 from kitty_nb.supervisor.oom_kills import oom_kills
 from kitty_nb.supervisor.signatures import (
@@ -80,6 +81,8 @@ def test_every_ending_has_its_cause_its_remedy_and_its_proof(ending: Ending) -> 
 
     assert ending.cause in diagnosis.cause
     assert ending.remedy in diagnosis.remedy
+    suffixes = "|".join(setting.suffix for setting in env_settings().values())
+    assert not re.search(rf"\b({suffixes})\b", diagnosis.remedy)  # without LLAMACPP_ it is no key
     assert diagnosis.repeats == ending.lasting
     assert str(diagnosis).startswith(f"The server {diagnosis.ending}: ")
     assert str(diagnosis).endswith(f" {diagnosis.cause} {diagnosis.remedy}")

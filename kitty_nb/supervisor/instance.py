@@ -81,7 +81,7 @@ _LOADING = re.compile(r"loading model")
 _NEWS = re.compile(r"loading model|model loaded|listening on")
 _KEY_REFUSED = (
     "The server refuses the API key that it was started with: something has told it to ask for"
-    " another one. Remove that from EXTRA_ARGS (--api-key-file) or from the script that"
+    " another one. Remove that from LLAMACPP_EXTRA_ARGS (--api-key-file) or from the script that"
     " LLAMACPP_BIN names, and set LLAMACPP_API_KEY to the key that you want."
 )
 _LINES_KEPT = 2_000  # builds of 2024 print their whole usage after a bad flag

@@ -52,9 +52,11 @@ _DOWNLOAD = "Delete the file and download it again."
 _UPDATE = "Update llama.cpp, or pick another model."
 _SMALLER = "Lower the context, pick a smaller quantization, or end other programs."
 _GPU_SMALLER = "Lower the GPU layers or the context, or end what else uses the GPU."
-_CONTEXT = "Lower the context (CTX) or the number of parallel requests (PARALLEL)."
+_CONTEXT = (
+    "Lower the context (LLAMACPP_CTX) or the number of parallel requests (LLAMACPP_PARALLEL)."
+)
 # It may be started again by itself, so no remedy asks for that.
-_RETRY = "If that repeats, update llama.cpp and leave EXTRA_ARGS empty."
+_RETRY = "If that repeats, update llama.cpp and leave LLAMACPP_EXTRA_ARGS empty."
 
 # The first row that matches any line wins, so what names the cause stands before what merely
 # reports it: a shard is a file too, and a lack of memory may end in a failed check.
@@ -109,13 +111,13 @@ SIGNATURES = (
     _row(
         r"(?:invalid|unknown) argument: (?P<flag>\S+)",
         "This build of llama.cpp does not know {flag}.",
-        "Correct it in EXTRA_ARGS; `llama-server --help` lists the flags.",
+        "Correct it in LLAMACPP_EXTRA_ARGS; `llama-server --help` lists the flags.",
         repeats=True,
     ),
     _row(
         r'while handling argument "(?P<flag>[^"]+)"|invalid parameter for argument: (?P<old>\S+)',
         "llama.cpp refused the value of {flag}{old}.",
-        "Correct it in EXTRA_ARGS, or in the setting that it comes from.",
+        "Correct it in LLAMACPP_EXTRA_ARGS, or in the setting that it comes from.",
         repeats=True,
     ),
     _row(
@@ -147,7 +149,7 @@ SIGNATURES = (
     _row(
         r"failed to load lora adapter file from (?P<file>.+)",
         "The adapter given with --lora cannot be read: {file}.",
-        "Correct its path in EXTRA_ARGS, or remove --lora.",
+        "Correct its path in LLAMACPP_EXTRA_ARGS, or remove --lora.",
         repeats=True,
     ),
     _row(
@@ -229,20 +231,20 @@ SIGNATURES = (
     _row(
         r"failed to (?:load|apply) lora adapter",
         "The file given with --lora is no adapter for this model.",
-        "Name an adapter made for it, or remove --lora from EXTRA_ARGS.",
+        "Name an adapter made for it, or remove --lora from LLAMACPP_EXTRA_ARGS.",
         repeats=True,
     ),
     _row(
         r"chat template (?:parsing error|is not supported)|failed to initialize chat template"
         r"|common_chat_templates_init: error:",
         "llama.cpp cannot use the chat template.",
-        "Set --chat-template chatml in EXTRA_ARGS, or correct the template named there.",
+        "Set --chat-template chatml in LLAMACPP_EXTRA_ARGS, or correct the template named there.",
         repeats=True,
     ),
     _row(
         r"V cache .*requires (?:flash|Flash)",
         "A quantized V cache needs flash attention.",
-        "Set LLAMACPP_FLASH_ATTN=on, or remove -ctv from EXTRA_ARGS.",
+        "Set LLAMACPP_FLASH_ATTN=on, or remove -ctv from LLAMACPP_EXTRA_ARGS.",
         repeats=True,
     ),
     _row(
@@ -266,7 +268,7 @@ SIGNATURES = (
     _row(
         r"failed to allocate compute|failed to reserve",
         "There is too little memory to compute with these batch sizes and this context.",
-        "Lower the batch sizes (BATCH_SIZE, UBATCH_SIZE) or the context (CTX).",
+        "Lower the batch sizes (LLAMACPP_BATCH_SIZE, LLAMACPP_UBATCH_SIZE) or LLAMACPP_CTX.",
     ),
     _row(
         r"unable to allocate \S+ buffer|mmap failed: Cannot allocate",
@@ -281,12 +283,12 @@ SIGNATURES = (
     _row(
         r"Resource temporarily unavailable|can't start new thread",
         "The limit on processes and threads is reached.",
-        "End other programs, lower THREADS, or raise the limit with `ulimit -u`.",
+        "End other programs, lower LLAMACPP_THREADS, or raise the limit with `ulimit -u`.",
     ),
     _row(
         r"no kernel image is available|invalid device function|PTX was compiled with",
         "This build of llama.cpp was not made for this GPU.",
-        "Use a build made for it, or set N_GPU_LAYERS to 0.",
+        "Use a build made for it, or set LLAMACPP_N_GPU_LAYERS to 0.",
         repeats=True,
     ),
     _row(
@@ -341,12 +343,13 @@ STOPPED = Reading(
 )
 NO_SERVER = Reading(
     "It ended by itself without becoming a server.",
-    "Remove what only prints, such as --help or --version, from EXTRA_ARGS.",
+    "Remove what only prints, such as --help or --version, from LLAMACPP_EXTRA_ARGS.",
     repeats=True,
 )
 NO_ANSWER = Reading(
     "llama.cpp cannot compute with this model here, though it says that it is ready.",
-    "Start it again; if that repeats, set N_GPU_LAYERS to 0, or update llama.cpp and the driver.",
+    "Start it again; if that repeats, set LLAMACPP_N_GPU_LAYERS to 0, or update llama.cpp and the"
+    " driver.",
 )
 KILLED = Reading("Something killed it; often that is the system, because memory ran out.", _SMALLER)
 KILLED_FOR_MEMORY = Reading("The system killed it because memory ran out.", _SMALLER)
