@@ -184,6 +184,7 @@ def test_plots_show_noise_as_such_and_units(results: Results) -> None:
     assert axes.get_ylabel() == "time to first token, s, 4 at once"
     assert axes.get_xlabel() == "load, s"
     assert axes.get_xlim()[0] <= 0 >= axes.get_ylim()[0]
+    assert axes.get_xlim()[1] > 1.04 * 1.3  # the loads' own 1.3 s; no point sits on the frame
     (axes,) = results.plot("pareto").axes
     assert axes.get_xlabel() == "memory GiB"
     ends = [s for bar in axes.collections for s in getattr(bar, "get_segments", list)()]
@@ -196,6 +197,9 @@ def test_plots_show_noise_as_such_and_units(results: Results) -> None:
     last = [bar.get_segments()[-1] for *_, (bar,) in drawn]
     ends = sorted(float(y) for segment in last for _, y in segment)
     assert ends == pytest.approx([20 / 35, 26 / 35, 31 / 35, 1])
+    quick = [row("m.gguf", threads, 1, 1480.0 * threads, 4) for threads in (2, 3)]
+    (axes,) = Results(results.config, quick).plot("parallel").axes
+    assert {"4,440", "1.3", "0"} < {text.get_text() for text in axes.texts}
 
 
 def test_an_unknown_plot_names_the_others(results: Results) -> None:

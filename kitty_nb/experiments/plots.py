@@ -118,7 +118,7 @@ def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> lis
             Spread(*((end - low) / size for end in (one.median, one.low, one.high)))
             for one in spreads
         ]
-        ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
+        ticks = {0.0: _number(low), 1.0: _number(high)}
     else:
         values = [one.value(name) for one in drawn]
         numbers = all(type(value) in {int, float} for value in values)
@@ -148,8 +148,8 @@ def _pareto(drawn: list[Combination], y: str, x: str) -> Figure:
     figure.legend(loc="outside lower center")
     axes.set_xlabel(_words(x))
     axes.set_ylabel(_words(y))
-    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))  # 21.2 and 22.1 should look alike
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.update_datalim([(0.0, 0.0)])  # 21.2 and 22.1 should look alike
+    axes.autoscale_view()
     return figure
 
 
@@ -177,6 +177,11 @@ def _labels(drawn: list[Combination]) -> list[str]:
         or one.trial.label
         for one in drawn
     ]
+
+
+def _number(value: float) -> str:
+    """A number to three digits, but never with an exponent as 4.44e+03."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004
 
 
 def _words(name: str) -> str:
