@@ -346,6 +346,9 @@ def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     assert notebook.barriers() == []
     notebook.set_theme("JupyterLab Dark")
     assert notebook.barriers() == []
+    colours = "field => ['', '::placeholder'].map(part => getComputedStyle(field, part).color)"
+    value, placeholder = panel.get_by_label("Context").evaluate(colours)
+    assert value != placeholder
     panel.locator(".kitty-buttons button", has_text="Cancel").click()
     notebook.expect_status("STOPPED")
     notebook.set_theme("JupyterLab Light")

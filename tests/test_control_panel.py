@@ -236,6 +236,7 @@ def test_a_model_is_picked_started_switched_and_stopped(panel: ControlPanel) -> 
     assert f"PID {state.pid}" in panel.status_line.value
     assert state.endpoint in panel.status_line.value
     assert panel.load_bar.bar.value == panel.load_bar.bar.max
+    assert panel.load_bar.bar.layout.visibility == "visible"
     assert panel.load_bar.bar.bar_style == "success"
     assert panel.activity_log.lines[0] == "Server starting…"
     eventually(lambda: any("model loaded" in line for line in panel.server_log.lines))
@@ -251,6 +252,7 @@ def test_a_model_is_picked_started_switched_and_stopped(panel: ControlPanel) -> 
     wait_for(panel, "STOPPED")
     eventually(lambda: enabled(panel) == {"Start"})
     assert panel.load_bar.bar.value == 0
+    assert panel.load_bar.bar.layout.visibility == "hidden"
 
 
 def test_the_choice_is_saved_as_the_defaults(panel: ControlPanel, env: Path) -> None:
@@ -390,10 +392,10 @@ def test_memory_is_looked_at_again_when_the_server_is_ready_and_when_it_is_stopp
     monkeypatch.setattr(memory_preview, "free_memory", free_memory)
     panel.buttons.start.click()
     wait_for(panel, "READY")
-    eventually(lambda: "has given back" in panel.memory.value)
+    eventually(lambda: "the running server gives back" in panel.memory.value)
     panel.buttons.stop.click()
     wait_for(panel, "STOPPED")
-    eventually(lambda: "fits" in panel.memory.value and "given back" not in panel.memory.value)
+    eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
 
 
 def test_incomplete_models_are_listed_but_not_startable(panel: ControlPanel) -> None:
@@ -730,7 +732,7 @@ def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     assert "tart it again" not in panel.notice.value
     assert (panel.load_bar.bar.value, panel.load_bar.text.value) == (0, "")
     eventually(lambda: enabled(panel) == {"Start", "Cancel"})
-    eventually(lambda: "fits" in panel.memory.value and "given back" not in panel.memory.value)
+    eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
     eventually(lambda: len(set(seen)) >= 5)
     assert sorted(set(seen), reverse=True) == [*range(max(seen), min(seen) - 1, -1)]
     panel.buttons.stop.click()

@@ -39,9 +39,9 @@ def part(name: str = "RAM", free: int = 24 * GB, returned: int = 0, **needs: flo
         ),
         (
             MemoryPreview((part(free=5 * GB, returned=3 * GB),), 4096, 0, exact=True),
-            "Memory: needs <b>21.4 GB</b> of 5.0 GB free once the running server has given back"
-            " 3.0 GB for a context of 4,096 · weights 18.9 GB · KV cache 2.1 GB · compute 400 MB —"
-            " <b class='kitty-bad'>will not fit</b>; no context is small enough",
+            "Memory: needs <b>21.4 GB</b> of 5.0 GB free (with 3.0 GB that the running"
+            " server gives back) for a context of 4,096 · weights 18.9 GB · KV cache 2.1 GB"
+            " · compute 400 MB — <b class='kitty-bad'>will not fit</b>; no context is small enough",
         ),
         (
             MemoryPreview((part(cache=None, compute=None),), 4096),

@@ -33,6 +33,8 @@ class LoadBar(HBox):
             progress = None
         elif progress and status in {ServerStatus.FAILED, ServerStatus.CRASHED}:
             progress = replace(progress, eta=None)
+        # Empty, it would look like a scrollbar.
+        self.bar.layout.visibility = "visible" if progress else "hidden"
         with self.bar.hold_sync():
             self.bar.value = int(progress.fraction * _STEPS) if progress else 0
             self.bar.bar_style = {

@@ -125,7 +125,7 @@ def _place(part: Part) -> str:
 
 def _free(part: Part) -> str:
     returned = part.place.returned
-    held = f" once the running server has given back {_size(returned)}"
+    held = f" (with {_size(returned)} that the running server gives back)"
     return f"{_size(part.place.free)} free{held if returned >= _WORTH_SAYING else ''}"
 
 
