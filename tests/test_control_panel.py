@@ -861,3 +861,15 @@ def test_a_closed_panel_is_freed(env: Path) -> None:
         return not any(ref() for ref in left)
 
     eventually(freed, why="something holds it")
+
+
+def test_a_panel_that_cannot_be_kept_current_says_so(
+    panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a widget that is gone")
+
+    monkeypatch.setattr(panel.load_bar, "show", fail)
+    panel.manager.start().wait(30)
+
+    eventually(lambda: "a widget that is gone" in panel.notice.value)

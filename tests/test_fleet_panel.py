@@ -254,3 +254,15 @@ def test_a_fleet_sends_few_messages(
     threading.Event().wait(seconds)  # the measured span itself, not a wait for something
     assert 1 <= len(sent) <= 20 * seconds
     wait_for(panel, primary="READY", coder="READY")
+
+
+def test_a_fleet_that_cannot_be_kept_current_says_so(
+    open_: Open, env: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a row that is gone")
+
+    fleet = open_(env)
+    monkeypatch.setattr(fleet, "_describe", fail)
+
+    eventually(lambda: "a row that is gone" in fleet.notice)

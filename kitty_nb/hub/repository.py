@@ -122,6 +122,10 @@ def environment_explained() -> Iterator[None]:
             f" {error.reason or error}. Correct the variable, or unset it."
         ) from None
     except (FileNotFoundError, PermissionError) as error:
+        if error.filename:  # the token's file, say; OpenSSL names none
+            raise HubError(
+                f"{error.filename} cannot be read: {error.strerror}. Check its permissions."
+            ) from None
         raise HubError(
             f"The certificates that SSL_CERT_FILE names cannot be read: {error.strerror or error}."
             " Correct the variable, or unset it."

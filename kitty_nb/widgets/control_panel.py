@@ -35,7 +35,7 @@ from kitty_nb.widgets.memory_line import MemoryLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
 from kitty_nb.widgets.models_folder import furnish
-from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.notice import Notice, explain
 from kitty_nb.widgets.server_buttons import ServerButtons, choices
 from kitty_nb.widgets.server_log import ServerLog
 from kitty_nb.widgets.settings_form import SettingsForm
@@ -377,6 +377,8 @@ class ControlPanel(VBox):
                 await anyio.sleep(_REFRESH_EVERY)
                 with anyio.move_on_after(_next_second(self.manager.state)):
                     await self._changed.wait()
+        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
+            self.notice.show(explain(error))
         finally:
             unsubscribe()
             if self.manager.closed:  # else the widgets are being closed, on another thread

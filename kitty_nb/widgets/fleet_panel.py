@@ -26,7 +26,7 @@ from kitty_nb.widgets.still import still, table
 from kitty_nb.widgets.subshells import receive_while_busy
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
     from pathlib import Path
 
     from kitty_nb.supervisor.events import MemoryUse
@@ -74,7 +74,7 @@ class FleetPanel(AnyWidget):
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
             for task in (self._refresh_forever, self._measure_forever):
-                stack.callback(self._portal.start_task_soon(task).cancel)
+                stack.callback(self._portal.start_task_soon(self._show_failure_of, task).cancel)
             self._resources = stack.pop_all()
         atexit.register(self._resources.close)
 
@@ -162,6 +162,12 @@ class FleetPanel(AnyWidget):
     def _describe(self) -> list[dict[str, object]]:
         profiles = [member.look() for member in self._members.values()]
         return [asdict(row) for row in fleet_rows(profiles)]
+
+    async def _show_failure_of(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await task()
+        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
+            self._problem = self.notice = explain(error)
 
     async def _refresh_forever(self) -> None:
         while True:
