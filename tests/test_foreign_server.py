@@ -13,7 +13,7 @@ from conftest import eventually
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import PortBusyError, ServerFailedError
+from kitty_nb.errors import PortBusyError, ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.port_holder import holder_of
 
@@ -60,6 +60,11 @@ def test_a_server_that_holds_the_port_is_attached_to_and_let_go(config: ServerCo
 def test_closing_the_manager_leaves_it_alone(config: ServerConfig) -> None:
     with another_profile(config) as other:
         with ModelManager(config=config) as manager:
+            called_off, stopped = manager.attach(), manager.stop()
+            assert stopped.wait(60).status is ServerStatus.STOPPED
+            with pytest.raises(StartCancelledError):
+                called_off.wait(60)
+            assert manager.state.status is ServerStatus.STOPPED
             manager.attach().wait(60)
         assert psutil.pid_exists(pid_of(other))
         assert other.check_health().wait(60).status is ServerStatus.READY

@@ -266,10 +266,15 @@ class Supervisor:
 
         Raises:
             ServerFailedError: There is none, or the profile has a server already.
+            StartCancelledError: It was stopped meanwhile.
         """
         if not self._now.status.idle:
             raise ServerFailedError(f"The profile's server is {self._now.status}. Stop it first.")
-        self._feed(Found(await find_foreign_server(self._now.config)))
+        stops = self._stops
+        found = Found(await find_foreign_server(self._now.config))
+        if stops != self._stops:
+            raise StartCancelledError(_STOPPED)
+        self._feed(found)
         generation = self._now.latest
         await self._until(lambda: self._is_over(generation))
         return self._outcome(generation)
