@@ -260,3 +260,13 @@ def test_a_child_that_is_forked_leaves_the_manager_to_its_parent(tmp_path: Path,
     said, code, status = done.stdout.splitlines()
     assert "forked from" in said
     assert (code, status) == ("7", "STOPPED")
+
+
+def test_a_server_does_not_wait_for_our_own_question_before_it_ends(
+    config: ServerConfig, native_engine: Path
+) -> None:
+    """Builds of 2025 end only when everybody who asked has an answer or has hung up."""
+    with ModelManager(config=config.replace(binary=native_engine)) as manager:
+        for _ in range(4):
+            manager.start().wait(30)
+            manager.stop().wait(4)

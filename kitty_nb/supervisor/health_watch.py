@@ -79,6 +79,7 @@ class HealthWatch:
         self._ending = ending
         self._proving = False
         self._proven = anyio.Event()
+        self._asking = anyio.CancelScope()
         self._tasks: TaskGroup
         self._news = anyio.Event()
 
@@ -87,10 +88,15 @@ class HealthWatch:
         self._news.set()
 
     async def run(self) -> None:
-        """Ask until the server is ready, then ever after."""
-        async with anyio.create_task_group() as self._tasks:
-            await self._until_ready()
-        await self._ever_after()
+        """Ask until the server is ready, then until `stop`."""
+        with self._asking:
+            async with anyio.create_task_group() as self._tasks:
+                await self._until_ready()
+            await self._ever_after()
+
+    def stop(self) -> None:
+        """Hang up: some builds wait for those who still ask before they end."""
+        self._asking.cancel()
 
     async def _ever_after(self) -> None:
         answering, silent_for = True, 0.0

@@ -209,6 +209,8 @@ class ServerInstance:
             self._preparing.cancel()
             return
         withdraw_record(self._config, self._process.pid, self._process.create_time)
+        self._health.stop()
+        await anyio.lowlevel.checkpoint()  # the connection is closed before the signal is sent
         if force:
             self._process.kill()
         else:
