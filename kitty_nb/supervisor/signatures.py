@@ -147,7 +147,7 @@ SIGNATURES = (
         "Raise it with `ulimit -n`, or end other programs.",
     ),
     _row(
-        r"failed to load lora adapter file from (?P<file>.+)",
+        r"(?:failed to load lora adapter file from |lora_init: failed to open ')(?P<file>[^']+)",
         "The adapter given with --lora cannot be read: {file}.",
         "Correct its path in LLAMACPP_EXTRA_ARGS, or remove --lora.",
         repeats=True,
