@@ -278,6 +278,9 @@ def test_why_a_start_failed_is_known_until_the_next_one(
     asked = run("status", "--env", env)
     assert asked.exit_code == 3
     assert asked.stdout.rstrip().endswith(f": {reason}")
+    env.write_text(f"{good}LLAMACPP_CTX=99999999\n")
+    assert "will not fit" in run("start", "--env", env).stderr
+    assert "will not fit" in run("status", "--env", env).stdout
     env.write_text(good)
     assert kitty("start", "--env", env).returncode == 0
     assert run("stop", "--env", env).exit_code == 0

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
+import anyio.to_thread
 
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import (
@@ -17,6 +18,7 @@ from kitty_nb.errors import (
     WaitTimeoutError,
 )
 from kitty_nb.supervisor.events import ServerState, ServerStatus
+from kitty_nb.supervisor.last_failure import note_failure
 from kitty_nb.supervisor.launch import public_command
 from kitty_nb.supervisor.record import refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
@@ -171,6 +173,8 @@ async def _load(
 
 async def _agree(supervisor: Supervisor, config: ServerConfig, anyway: bool) -> None:
     if not anyway and (refusal := await supervisor.refusal(config)):
+        if supervisor.state.status.idle:
+            await anyio.to_thread.run_sync(note_failure, config, refusal)
         raise KittyError(f"{refusal} To start it all the same, say --anyway.")
 
 
