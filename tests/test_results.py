@@ -121,13 +121,22 @@ def test_what_is_too_close_to_tell_is_said_and_the_settings_in_use_preferred(
     assert dict(unset.best().trial.settings)["threads"] == cores
 
 
-def test_flags_of_the_extra_arguments_are_settings_in_use(demo_model: Path) -> None:
-    config = ServerConfig(
-        models_dir=demo_model.parent, model=demo_model, extra_args="--cache_type_k q8_0"
-    )
-    trials = [Trial(demo_model.name, (("cache_type_k", name),)) for name in ("f16", "q8_0")]
+@pytest.mark.parametrize(
+    ("extra", "name", "in_use", "other"),
+    [
+        ("--cache_type_k q8_0", "cache_type_k", "q8_0", "f16"),
+        ("-ctk q8_0", "cache_type_k", "q8_0", "f16"),
+        ("", "mmproj", "auto", "off"),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_settings_in_use_are_preferred_wherever_they_are_written(
+    demo_model: Path, extra: str, name: str, in_use: str, other: str, order: int
+) -> None:
+    config = ServerConfig(models_dir=demo_model.parent, model=demo_model, extra_args=extra)
+    trials = [Trial(demo_model.name, ((name, value),)) for value in (other, in_use)[::order]]
     rows = (replace(row(demo_model.name, 1, 1, 20.0, 4), trial=trial) for trial in trials)
-    assert dict(Results(config, tuple(rows)).best().trial.settings)["cache_type_k"] == "q8_0"
+    assert dict(Results(config, tuple(rows)).best().trial.settings)[name] == in_use
 
 
 @pytest.mark.parametrize(

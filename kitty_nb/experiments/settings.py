@@ -59,7 +59,9 @@ ENGINE_DEFAULTS: Mapping[str, Value] = {
     "flash_attention": "auto",
     "cache_type_k": "f16",
     "cache_type_v": "f16",
+    "mmproj": "auto",
 }
+_SHORT = {"cache_type_k": "-ctk", "cache_type_v": "-ctv"}
 # What other programs call a setting.
 _ELSEWHERE = {
     "n_ctx": "context_size",
@@ -194,8 +196,10 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
 
 def in_use(name: str, base: ServerConfig) -> Value:
     """Return the value a setting has where a trial does not set it; None if that is not known."""
-    field = name in FIELDS
-    value = as_value(getattr(base, name)) if field else value_of(base.extra_args, {_flag(name)})
+    if name in FIELDS:
+        value = as_value(getattr(base, name))
+    else:
+        value = value_of(base.extra_args, {_flag(name), _SHORT.get(name, "")})
     return ENGINE_DEFAULTS.get(name) if value is None else value
 
 
