@@ -610,7 +610,7 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
 ) -> None:
     notebook = open_notebook(
         "from kitty_nb.experiments import Sweep\n"
-        "Sweep(['small.gguf'], {'batch_size': [32, 64, 128]}, repeats=2, max_tokens=8)",
+        "Sweep(['small.gguf'], {'threads': [1, 2, 3]}, repeats=2, max_tokens=8)",
         "import time\ntime.sleep(120)",
     )
     notebook.run(0)
@@ -635,4 +635,4 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     notebook.page.set_viewport_size({"width": 700, "height": 1400})
     assert notebook.barriers() == []
     notebook.button("Use the best").click()
-    expect(notebook.panel.locator(".kitty-lines")).to_contain_text("LLAMACPP_PRIMARY_BATCH_SIZE=")
+    expect(notebook.panel.locator(".kitty-lines")).to_contain_text("LLAMACPP_PRIMARY_THREADS=")

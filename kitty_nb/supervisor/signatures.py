@@ -324,7 +324,8 @@ SIGNATURES = (
     _row(
         r"Remote RPC server crashed",
         "A machine of --rpc no longer answers, and the server ends with it.",
-        "Start ggml-rpc-server there again, or take that machine out of --rpc in EXTRA_ARGS.",
+        "Start ggml-rpc-server there again, or take that machine out of --rpc in"
+        " LLAMACPP_EXTRA_ARGS.",
     ),
     _row(
         r"GGML_ASSERT|^\S+\.(?:c|cpp|cu|cuh|h|m):\d+: ",
