@@ -125,11 +125,19 @@ def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
                 return False
 
         eventually(answers, within=60, why="JupyterLab does not start")
-        yield f"{address}/doc/tree/{{}}?token={token}&reset"
-        for session in httpx.get(f"{address}/api/sessions", headers=headers, timeout=60).json():
-            httpx.delete(f"{address}/api/sessions/{session['id']}", headers=headers, timeout=60)
+        lab = f"{address}/doc/tree/{{}}?token={token}&reset"
+        yield lab
+        end_kernels(lab)
         process.terminate()
         process.wait(30)
+
+
+def end_kernels(lab: str) -> None:
+    """End all notebooks' kernels: a panel that is left open restarts what a later test crashes."""
+    address, query = lab.partition("/doc/tree/")[0], lab.partition("?")[2]
+    with httpx.Client(params=query, timeout=60) as client:
+        for session in client.get(f"{address}/api/sessions").json():
+            client.delete(f"{address}/api/sessions/{session['id']}")
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +250,7 @@ def open_notebook(browser: Browser, lab: str, workspace: Path) -> Iterator[Calla
 
     yield open_
     context.close()
+    end_kernels(lab)
 
 
 def test_the_control_notebook_starts_a_model_and_stops_it(
