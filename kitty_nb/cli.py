@@ -132,7 +132,12 @@ def start(
 def stop(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
-    force: Annotated[bool, typer.Option("--force", help="Do not ask it first.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Kill the server immediately instead of shutting it down gracefully."
+        ),
+    ] = False,
 ) -> None:
     """Stop the profile's server, whoever started it. Without one there is nothing to do."""
     from kitty_nb.terminal import commands
@@ -216,9 +221,11 @@ def wait_ready(
 def logs(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Follow the log; press Ctrl-C to stop.")
+    ] = False,
     lines: Annotated[
-        int | None, typer.Option("--lines", "-n", min=1, help="Only so many of the last.")
+        int | None, typer.Option("--lines", "-n", min=1, help="Show only the last N lines.")
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""

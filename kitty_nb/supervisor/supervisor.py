@@ -251,7 +251,7 @@ class Supervisor:
         """Stop the server, also while it loads, and wait until its process is gone.
 
         Args:
-            force: Do not ask it first.
+            force: Kill it at once instead of asking it to end.
         """
         self._stops += 1
         self._feed(StopAsked(force))
