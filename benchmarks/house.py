@@ -128,8 +128,8 @@ def _circle(arrows: dict[str, set[str]]) -> str:
 def _measure_commit(commit: str) -> dict[str, str]:
     command = ["git", "archive", commit, _PACKAGE]
     archive = subprocess.run(command, cwd=_ROOT, check=True, capture_output=True).stdout
-    with tempfile.TemporaryDirectory() as name:
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(name, filter="data")
+    with tempfile.TemporaryDirectory() as name, tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(name, filter="data")
         return measure(Path(name))
 
 
