@@ -4,8 +4,9 @@ Names are imported when they are first used: the embedded engine is a module of 
 a server should not wait for the widgets of its manager.
 """
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -57,6 +58,19 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _show_sweep(sweep: object) -> Any:
+    return import_module(f"{__name__}.widgets.sweep_panel").bundle(sweep)
+
+
+def show_sweeps(formatter: Any) -> None:
+    """Let IPython's formatter show a `Sweep` as its panel, imported when the first is shown."""
+    formatter.for_type_by_name(f"{__name__}.experiments.sweep", "Sweep", _show_sweep)
+
+
+if (_ipython := sys.modules.get("IPython")) and (_shell := _ipython.get_ipython()):
+    show_sweeps(_shell.display_formatter.mimebundle_formatter)
 
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:

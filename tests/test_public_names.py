@@ -71,6 +71,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative import"
             found.add(node.module or "")
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return found
 
 

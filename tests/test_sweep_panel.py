@@ -10,7 +10,7 @@ import pytest
 from conftest import eventually
 from IPython.core.formatters import DisplayFormatter
 
-from kitty_nb import ControlPanel, ServerConfig
+from kitty_nb import ControlPanel, ServerConfig, show_sweeps
 from kitty_nb.experiments import (
     ExactMatch,
     Measurement,
@@ -26,8 +26,14 @@ from kitty_nb.experiments.events import RequestAnswered, SweepEvent, TrialEnded,
 from kitty_nb.experiments.sweep import SweepProgress
 from kitty_nb.experiments.trial import LoadSeconds, Speed
 from kitty_nb.widgets import SweepPanel
-from kitty_nb.widgets.sweep_status import SweepStatus, status_of
-from kitty_nb.widgets.sweep_table import as_html, columns, figure, rows_of
+from kitty_nb.widgets.sweep_panel import (
+    SweepStatus,
+    bundle,
+    columns,
+    draw_table,
+    figure,
+    status_of,
+)
 
 WAIT = 120.0
 GRID = {"threads": [1, 2], "cache_type_k": ["f16", "q8_0"]}
@@ -111,8 +117,10 @@ def test_from_start_to_the_lines_of_the_best(
     for name in ("load_seconds", "memory_gib", "generation_tokens_per_second"):
         assert f">{figure(name, best.metrics[name].median)}<" in marked
     assert enabled(panel) == {"Use the best"}
+    notebook = DisplayFormatter()
+    show_sweeps(notebook.mimebundle_formatter)
     for shown in (panel, sweep):
-        still = DisplayFormatter().format(shown)[0]["text/html"]
+        still = notebook.format(shown)[0]["text/html"]
         assert "8 of 8 trials" in still
         assert panel.table.table in still
     panel.buttons.use.click()
@@ -315,18 +323,18 @@ def test_a_sweep_has_one_panel(
 ) -> None:
     view = "application/vnd.jupyter.widget-view+json"
     sweep = made(repeats=4)
-    shown = sweep._repr_mimebundle_()
+    shown = bundle(sweep)
     assert shown["text/plain"] == "Sweep(4 trials)"
-    assert sweep._repr_mimebundle_()[view] == shown[view]
+    assert bundle(sweep)[view] == shown[view]
     panel = panel_for(sweep)
-    assert sweep._repr_mimebundle_()[view]["model_id"] == panel.model_id
+    assert bundle(sweep)[view]["model_id"] == panel.model_id
     closed = [message for message, _ in sent if message == "comm_close"]
     assert len(closed) == sum(message == "comm_open" for message, _ in sent) / 2
     panel.buttons.start.click()
     reach(panel, "RUNNING")
     again = panel_for(made(repeats=4))  # the cell is run once more
     assert panel.comm is None
-    assert "earlier run of the cell" in again.notice.value
+    assert "earlier run of this cell" in again.notice.value
     again.buttons.start.click()
     assert not sweep.running
     reach(again, "DONE")
@@ -408,11 +416,13 @@ def test_a_row_for_each_combination_in_the_order_of_its_values(config: ServerCon
             TrialResult(trials[2], Outcome.SKIPPED, "It will not fit."),
         ),
     )
-    rows = rows_of(trials, results, [trials[9]], results.best())
-    assert [dict(row.trial.settings)["threads"] for row in rows] == [2, 4, 8, 16]
-    assert [row.state for row in rows] == ["waiting", "running 3 of 3", "skipped", "done"]
-    assert [row.best for row in rows] == [False, True, False, False]
-    table = as_html(rows, columns(Workload(("a",), quality=ExactMatch({"a": "b"}))))
+    headings = columns(Workload(("a",), quality=ExactMatch({"a": "b"})))
+    table = draw_table(trials, results, headings, [trials[9]], results.best())
+    rows = [row for row in table.split("<tr") if "kitty-state" in row]
+    assert [row.split("<td>")[1].split("<")[0] for row in rows] == ["2", "4", "8", "16"]
+    states = ["waiting", "running 3 of 3", "skipped", "done"]
+    assert all(f">{state}<" in row for state, row in zip(states, rows, strict=True))
+    assert ["kitty-best" in row for row in rows] == [False, True, False, False]
     assert "<th>mlock</th>" in table
     assert "<td>on</td>" in table
     assert "11.0<small>10.0&ndash;30.0</small>" in table
@@ -426,8 +436,8 @@ def test_a_row_for_each_combination_in_the_order_of_its_values(config: ServerCon
     assert ["★ too close to tell" in line for line in told] == [True, False]  # 18 to 22, 10 to 30
     assert "title='Too close to tell from 1 other, measured once, so 10 % either way" in told[0]
     assert "≈ best" in told[1]
-    clear = rows_of(trials, results, best=replace(results.best(), close=()))
-    assert "★ best" in as_html(clear, columns(Workload()))
+    clear = replace(results.best(), close=())
+    assert "★ best" in draw_table(trials, results, columns(Workload()), best=clear)
 
 
 def test_the_columns_are_those_that_the_requests_give() -> None:

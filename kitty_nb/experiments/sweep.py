@@ -8,7 +8,6 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -206,12 +205,6 @@ class Sweep:
 
     def __repr__(self) -> str:
         return f"Sweep({len(self.trials)} trials)"
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        """A notebook shows its panel."""
-        panel = import_module("kitty_nb.widgets.sweep_panel").panel_of(self)
-        still = {"text/html": panel._repr_html_(), "text/plain": repr(self)}
-        return {**panel._repr_mimebundle_(), **still}
 
     @property
     def running(self) -> bool:

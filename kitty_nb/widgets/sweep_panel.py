@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from enum import StrEnum
 from html import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
 
-from ipywidgets import HTML, VBox
+from anywidget import AnyWidget
+from ipywidgets import HTML, Button, Dropdown, HBox, IntProgress, VBox
+from rich.filesize import decimal
+from traitlets import Unicode
 
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments import Outcome, Results, Sweep
+from kitty_nb.experiments import Outcome, Perplexity, Results, Sweep
 from kitty_nb.experiments.events import (
     RequestAnswered,
     SweepEnded,
@@ -25,20 +30,20 @@ from kitty_nb.experiments.results import OBJECTIVE
 from kitty_nb.experiments.settings import FIELDS
 from kitty_nb.supervisor.events import ServerStatus, Stage
 from kitty_nb.widgets.accessible import Accessible
-from kitty_nb.widgets.load_bar import LoadBar
-from kitty_nb.widgets.notice import Notice
+from kitty_nb.widgets.assets import asset
+from kitty_nb.widgets.load_bar import LoadBar, duration
+from kitty_nb.widgets.notice import Notice, explain
 from kitty_nb.widgets.still import still
 from kitty_nb.widgets.subshells import receive_while_busy
-from kitty_nb.widgets.sweep_buttons import SweepButtons
-from kitty_nb.widgets.sweep_status import NowLine, SweepStatusLine, TrialsBar, status_of
-from kitty_nb.widgets.sweep_table import SweepTable, columns, model_name, rows_of
 from kitty_nb.widgets.tree import tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
-    from kitty_nb.experiments import Combination, Trial
+    from kitty_nb.experiments import Combination, SweepProgress, Trial, Workload
+    from kitty_nb.experiments.combination import Spread
+    from kitty_nb.experiments.trial import Value
     from kitty_nb.supervisor.events import LoadProgress
     from kitty_nb.widgets.control_panel import ControlPanel
 
@@ -46,23 +51,110 @@ if TYPE_CHECKING:
 # has its share of what jupyter_server lets through, and the trials are left in peace.
 _REFRESH_EVERY = 0.5
 _CLOCK_EVERY = 1.0
-_ANOTHER = (
-    "Another sweep is running in this notebook, and two at once would spoil each other's numbers."
-    " Wait for it, or"
+_ENDS = (Outcome.DONE, Outcome.SKIPPED, Outcome.FAILED)
+_NAMED_AT_ONCE = 4  # trials under way that are named
+_BYTES_PER_GIB = 2**30
+_WHOLE_FROM = 100  # tokens a second from which decimals only distract
+
+
+class SweepStatus(StrEnum):
+    """Where a sweep is, as the panel says it."""
+
+    NOT_STARTED = "NOT STARTED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    PAUSING = "PAUSING"
+    PAUSED = "PAUSED"
+    INTERRUPTED = "INTERRUPTED"
+    FAILED = "FAILED"
+    DONE = "DONE"
+
+
+_TONES = {"PAUSED": "warn", "FAILED": "bad", "DONE": "good"} | dict.fromkeys(
+    ("STARTING", "RUNNING", "PAUSING"), "busy"
 )
-_EARLIER = (
-    "This sweep, as an earlier run of the cell made it, is still running. Start ends it and goes on"
-    " here;"
-)
-_KEPT = "what it has measured is kept."
+_UNDER_WAY = {SweepStatus.RUNNING, SweepStatus.PAUSING, SweepStatus.PAUSED}
+
+
+class SweepTable(AnyWidget):
+    """The table of combinations; its scroll position stays when a row comes in."""
+
+    _esm: ClassVar[str] = asset("sweep_table.js")
+    _css: ClassVar[str] = asset("panel.css")
+    table = Unicode().tag(sync=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("kitty-sweep-table")
+
+
+class TrialsBar(HBox):
+    """A bar over all trials, with their count and the time left beside it."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = IntProgress(min=0, max=total, value=0)
+        self.text = _html("kitty-bar-text")
+        self.bar.add_class("kitty-bar")
+        super().__init__([self.bar, self.text])
+        self.add_class("kitty-load")
+
+    def show(self, status: SweepStatus, progress: SweepProgress) -> None:
+        """Show how many trials have their row."""
+        told = [f"{progress.done} of {progress.total} trials"]
+        if status not in {SweepStatus.DONE, SweepStatus.NOT_STARTED}:
+            if progress.eta is not None:
+                told.append(f"about {duration(max(progress.eta, 1))} left")
+            elif status is SweepStatus.RUNNING:
+                told.append("time left not known yet")
+        with self.bar.hold_sync():
+            self.bar.value = progress.done
+            self.bar.bar_style = "success" if status is SweepStatus.DONE else ""
+        self.text.value = " · ".join(told)
+
+
+class SweepButtons(HBox):
+    """The buttons, each enabled only where it makes sense."""
+
+    def __init__(self, headings: Mapping[str, str], objective: str) -> None:
+        self.start = Button(icon="play", button_style="primary")
+        self.pause = Button()
+        self.cancel = Button(description="Cancel", icon="stop", tooltip="Keeps finished trials")
+        named = {objective: objective.replace("_", " "), **headings}
+        self.objective = Dropdown(
+            options=[(text, name) for name, text in named.items()],
+            value=objective,
+            description="Best by",
+        )
+        self.use = Button(description="Use the best", icon="star")
+        choosing = HBox([self.objective, self.use])
+        choosing.add_class("kitty-choosing")
+        super().__init__([self.start, self.pause, self.cancel, choosing])
+        self.add_class("kitty-buttons")
+
+    def show(self, status: SweepStatus, *, failed: bool, best: bool) -> None:
+        """Enable what makes sense now, and name what it does."""
+        running, paused = status in _UNDER_WAY, status in {SweepStatus.PAUSING, SweepStatus.PAUSED}
+        done = status is SweepStatus.DONE
+        begun = status in {SweepStatus.INTERRUPTED, SweepStatus.FAILED}
+        self.start.disabled = running or status is SweepStatus.STARTING or (done and not failed)
+        self.start.description = (
+            "Try failed again" if done and failed else "Go on" if begun else "Start"
+        )
+        self.pause.disabled = self.cancel.disabled = not running
+        self.pause.description = "Resume" if paused else "Pause"
+        self.pause.icon = "play" if paused else "pause"
+        self.pause.tooltip = (
+            "Begin the next trial" if paused else "Finish the running trial, then wait"
+        )
+        self.use.disabled = not best
 
 
 class SweepPanel(VBox):
-    """Start a sweep, watch it, pause it, call it off, and use what is best.
+    """Start a sweep, watch it, pause it, cancel it, and use the best settings.
 
-    It is written by the sweep's own thread, so that it stays live while a cell keeps the kernel
-    busy, and by callbacks, one at a time. Closing it leaves the sweep as it is. A sweep has one
-    panel: another one, also of the same sweep made again, takes its place.
+    The sweep's own thread writes it, so it stays live while a cell keeps the kernel busy; callbacks
+    write it too, one at a time. Closing it leaves the sweep running. A sweep has one panel: a
+    second one, also of the same sweep made again, replaces it.
 
     Args:
         sweep: The sweep.
@@ -83,10 +175,8 @@ class SweepPanel(VBox):
         self._constraints = constraints
         self._headings = columns(sweep.workload)
         self._problem = "\n".join(sweep.warnings)
-        self._broke_off = False
-        self._starting = False
-        self._insists = False
-        self._facts: tuple[str, ...] = ()
+        self._broke_off = self._starting = self._insists = False
+        self._facts: list[str] = []
         self._results = Results(sweep.config, ())
         self._best: Combination | None = None
         self._rows_changed = True
@@ -96,38 +186,21 @@ class SweepPanel(VBox):
         self._refreshed = 0.0
         self._writing = threading.Lock()
 
-        self.status_line = SweepStatusLine()
+        self.status_line = _html("kitty-status")
         self.trials_bar = TrialsBar(len(sweep.trials))
-        self.now = NowLine()
+        self.now = _html("kitty-now")
         self.load_bar = LoadBar()
         self.buttons = SweepButtons(self._headings, objective)
         self.notice = Notice()
         self.table = SweepTable()
-        self.lines = HTML()
-        self.lines.add_class("kitty-lines")
+        self.lines = _html("kitty-lines")
         self.lines.layout.display = "none"
-        super().__init__(
-            [
-                self.status_line,
-                self.trials_bar,
-                self.now,
-                self.load_bar,
-                self.buttons,
-                self.notice,
-                self.table,
-                self.lines,
-                Accessible("kitty_nb sweep"),
-            ]
-        )
+        shown = (self.status_line, self.trials_bar, self.now, self.load_bar, self.buttons)
+        below = (self.notice, self.table, self.lines, Accessible("kitty_nb sweep"))
+        super().__init__([*shown, *below])
         self.add_class("kitty-panel")
         self.add_class("kitty-sweep")
-        self.buttons.start.on_click(lambda _: self._act(self._start))
-        self.buttons.pause.on_click(lambda _: self._act(self._pause_or_resume))
-        self.buttons.cancel.on_click(lambda _: self._act(self.sweep.cancel))
-        self.buttons.use.on_click(lambda _: self._act(self._use_the_best))
-        self.buttons.objective.observe(lambda _: self._act(self._choose_anew), names="value")
-        receive_while_busy(tree(self))
-
+        self._connect()
         self._replace_earlier()
         self._unsubscribe = sweep.subscribe(self._collect)
         self._refresh()
@@ -150,6 +223,15 @@ class SweepPanel(VBox):
                 widget.close()
             super().close()
 
+    def _connect(self) -> None:
+        buttons = self.buttons
+        buttons.start.on_click(lambda _: self._act(self._start))
+        buttons.pause.on_click(lambda _: self._act(self._pause_or_resume))
+        buttons.cancel.on_click(lambda _: self._act(self.sweep.cancel))
+        buttons.use.on_click(lambda _: self._act(self._use_the_best))
+        buttons.objective.observe(lambda _: self._act(self._choose_again), names="value")
+        receive_while_busy(tree(self))
+
     def _replace_earlier(self) -> None:
         key = self.sweep.store, self.sweep.trials
         earlier = _panels.get(key)
@@ -160,17 +242,18 @@ class SweepPanel(VBox):
         earlier.close()
         if earlier.sweep is not self.sweep and earlier.sweep.running:
             self._insists = True
-            self._problem = f"{_EARLIER} {_KEPT}"
+            self._problem = (
+                "An earlier run of this cell started the sweep, and it is still running. Press"
+                " Start to end that run and go on here; finished trials are kept."
+            )
 
     def _act(self, action: Callable[[], object]) -> None:
-        """Do what a click asks; whatever goes wrong is shown."""
+        """Do what a click asks, and show what goes wrong."""
         self._problem = ""
         try:
             action()
-        except KittyError as error:
-            self._problem = str(error)
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self._problem = f"Something went wrong inside kitty_nb: {error!r}. Please report it."
+            self._problem = explain(error)
         self._refresh()
 
     def _start(self) -> None:
@@ -179,7 +262,10 @@ class SweepPanel(VBox):
         others = [sweep for sweep in _shown if sweep is not self.sweep and sweep.running]
         if others and not self._insists:
             self._insists = True
-            raise ExperimentError(f"{_ANOTHER} press Start again to end it; {_KEPT}")
+            raise ExperimentError(
+                "Another sweep is running in this notebook; two at once would distort each other's"
+                " numbers. Wait for it, or press Start again to end it; finished trials are kept."
+            )
         self._insists = False
         for sweep in (*others, self.sweep):
             sweep.close()  # of our own sweep, the thread of a run that has just ended
@@ -195,7 +281,7 @@ class SweepPanel(VBox):
     def _pause_or_resume(self) -> None:
         (self.sweep.resume if self.sweep.progress.paused else self.sweep.pause)()
 
-    def _choose_anew(self) -> None:
+    def _choose_again(self) -> None:
         self._rows_changed = True
 
     def _use_the_best(self) -> None:
@@ -229,14 +315,14 @@ class SweepPanel(VBox):
                 self._loads.clear()
                 self._answers.clear()
         if self.sweep.running:
-            loop = asyncio.get_running_loop()
-            self._refresh_in(max(0.0, self._refreshed + _REFRESH_EVERY - loop.time()))
+            now = asyncio.get_running_loop().time()
+            self._refresh_in(max(0.0, self._refreshed + _REFRESH_EVERY - now))
         else:
             self._stop_clock()
             self._refresh()
 
     def _refresh_in(self, seconds: float) -> None:
-        """On the sweep's own loop; an earlier refresh that is due already stands."""
+        """Refresh later, on the sweep's own loop, unless an earlier refresh is due."""
         loop = asyncio.get_running_loop()
         if self._timer and self._timer.when() <= loop.time() + seconds:
             return
@@ -261,23 +347,31 @@ class SweepPanel(VBox):
                 self._write()
 
     def _write(self) -> None:
+        progress, running = self.sweep.progress, self.sweep.running
         if self._rows_changed:
             self._rows_changed = False
-            self._read_rows()
-        progress, running = self.sweep.progress, self.sweep.running
+            self._read_rows(progress.running)
         status = status_of(
             progress, running=running, starting=self._starting, broken=self._broke_off
         )
         self.trials_bar.show(status, progress)
-        self.now.show(status, progress.running, self._answers)
+        paused = status is SweepStatus.PAUSED
+        self.now.value = (
+            "No trial runs. Press Resume to begin the next one."
+            if paused
+            else _under_way(progress.running, self._answers)
+        )
+        self.now.layout.display = None if self.now.value else "none"
         self._show_load(progress.running)
         failed = any(row.outcome is not Outcome.DONE for row in self._results.rows)
         self.buttons.show(status, failed=failed, best=self._best is not None)
         self.notice.show(self._problem or self.sweep.store_problem)
         # Last, so that whoever sees the status may rely on the rest being as it says.
-        self.status_line.show(status, self._facts)
+        facts = "".join(f"<span class='kitty-fact'>{escape(fact)}</span>" for fact in self._facts)
+        badge = f"<span class='kitty-badge kitty-{_TONES.get(status, 'idle')}'>{status}</span>"
+        self.status_line.value = f"{badge}<span class='kitty-heading'>Sweep</span>{facts}"
 
-    def _read_rows(self) -> None:
+    def _read_rows(self, running: Collection[Trial]) -> None:
         try:
             self._results = self.sweep.results
         except KittyError as error:
@@ -289,23 +383,11 @@ class SweepPanel(VBox):
             except ExperimentError as error:  # none keeps the constraints, or has this number
                 if not self.sweep.running:
                     self._problem = self._problem or str(error)
-        trials, running = self.sweep.trials, self.sweep.progress.running
-        rows = rows_of(trials, self._results, running, self._best)
-        self.table.show(rows, self._headings)
-        outcomes = Counter(row.outcome for row in self._results.rows)
-        models = {model_name(row.trial) for row in rows}
-        self._facts = (
-            f"{len(models)} models" if len(models) > 1 else models.pop(),
-            f"{len(rows)} combination{'s' if len(rows) > 1 else ''}",
-            *([f"{len(trials) // len(rows)} times each"] if len(trials) > len(rows) else []),
-            *(
-                f"{count} {outcome}"
-                for outcome in (Outcome.FAILED, Outcome.SKIPPED)
-                if (count := outcomes[outcome])
-            ),
-        )
+        trials = self.sweep.trials
+        self.table.table = draw_table(trials, self._results, self._headings, running, self._best)
+        self._facts = _facts(trials, self._results)
 
-    def _show_load(self, running: tuple[Trial, ...]) -> None:
+    def _show_load(self, running: Collection[Trial]) -> None:
         loads = [self._loads[trial] for trial in running if trial in self._loads]
         unfinished = [load for load in loads if load.stage is not Stage.READY]
         load = next(iter(unfinished or loads), None)
@@ -319,9 +401,212 @@ _panels: WeakValueDictionary[_Key, SweepPanel] = WeakValueDictionary()
 _shown: WeakSet[Sweep] = WeakSet()
 
 
-def panel_of(sweep: Sweep) -> SweepPanel:
-    """Return the panel of a sweep, made if it has none that is open."""
+def bundle(sweep: Sweep) -> dict[str, Any]:
+    """Return what a notebook shows of a sweep: its panel, made if none is open."""
     panel = _panels.get((sweep.store, sweep.trials))
     if panel is None or panel.sweep is not sweep or panel.comm is None:
-        return SweepPanel(sweep)
-    return panel
+        panel = SweepPanel(sweep)
+    still_picture = {"text/html": panel._repr_html_(), "text/plain": repr(sweep)}
+    return {**panel._repr_mimebundle_(), **still_picture}
+
+
+def status_of(
+    progress: SweepProgress, *, running: bool, starting: bool = False, broken: bool = False
+) -> SweepStatus:
+    """Name where a sweep is.
+
+    Args:
+        progress: How far it is.
+        running: Whether it runs.
+        starting: Whether a run was requested and has not reported yet.
+        broken: Whether its last run broke off.
+    """
+    if running:
+        if progress.paused:
+            return SweepStatus.PAUSING if progress.running else SweepStatus.PAUSED
+        return SweepStatus.RUNNING
+    if starting:
+        return SweepStatus.STARTING
+    if progress.done == progress.total:
+        return SweepStatus.DONE
+    if broken:
+        return SweepStatus.FAILED
+    return SweepStatus.INTERRUPTED if progress.done else SweepStatus.NOT_STARTED
+
+
+def columns(workload: Workload) -> dict[str, str]:
+    """Return the headings of the table's numbers, by name of the number."""
+    chosen = {
+        "load_seconds": "Load",
+        "time_to_first_token": "First token",
+        "prompt_tokens_per_second": "Prompt tokens/s",
+        "generation_tokens_per_second": "Generation tokens/s",
+    }
+    least, most = workload.levels[0], workload.levels[-1]
+    if most > least:
+        chosen[f"total_tokens_per_second_{most}"] = f"Tokens/s, {most} at once"
+        chosen[f"memory_gib_{least}"] = f"Memory, {least} at once"
+    chosen["memory_gib"] = "Peak memory"
+    if isinstance(workload.quality, Perplexity):
+        chosen |= {"perplexity": "Perplexity", "bits_per_character": "Bits per character"}
+    elif workload.quality is not None:
+        chosen["quality"] = "Quality"
+    return chosen
+
+
+def draw_table(
+    trials: Iterable[Trial],
+    results: Results,
+    headings: Mapping[str, str],
+    running: Iterable[Trial] = (),
+    best: Combination | None = None,
+) -> str:
+    """Draw a row for each combination, those not tried yet too, in the order of their values."""
+    repeats = Counter(trial.combination for trial in trials)
+    settings = list(dict.fromkeys(name for trial in repeats for name, _ in trial.settings))
+    several = len({trial.model for trial in repeats}) > 1 or not settings
+    left = [*(["model"] if several else []), *settings]
+    known = {one.trial: one for one in results.combinations}
+    outcomes = Counter((row.trial.combination, row.outcome) for row in results.rows)
+    at_work = {trial.combination for trial in running}
+    rows = []
+    for trial in sorted(repeats, key=_place):
+        given = {"model": model_name(trial), **{name: word(v) for name, v in trial.settings}}
+        done, *others = (outcomes[trial, end] for end in _ENDS)
+        state, tone = _state(repeats[trial], done, *others, at_work=trial in at_work)
+        cells = [f"<td>{escape(given.get(name, '—'))}</td>" for name in left]
+        badge = f"<span class='kitty-{tone}'>{state}</span>{_star(trial, best)}"
+        cells.append(f"<td class='kitty-state'>{badge}</td>")
+        winner = best is not None and trial == best.trial
+        rows.append(_row(cells, known.get(trial), headings, winner=winner))
+    head = "".join(f"<th>{escape(name)}</th>" for name in [*left, "state"])
+    head += "".join(f"<th class='kitty-number'>{escape(text)}</th>" for text in headings.values())
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def model_name(trial: Trial) -> str:
+    """A trial's model by its place in the models folder, or its file elsewhere."""
+    path = PurePath(trial.model)
+    return path.name if path.is_absolute() else str(path)
+
+
+def figure(name: str, value: float) -> str:
+    """A number as the table says it: `0.4 s`, `12 ms`, `104`, `1.4 GB`."""
+    if name == "time_to_first_token" and value < 1:
+        return f"{value * 1000:.0f} ms"
+    if name in {"load_seconds", "time_to_first_token"}:
+        return duration(value)
+    if name.startswith("memory_gib"):
+        return decimal(round(value * _BYTES_PER_GIB))
+    if "_per_second" in name:
+        return f"{value:,.0f}" if value >= _WHOLE_FROM else f"{value:.1f}"
+    return f"{value:.3g}"
+
+
+def word(value: Value) -> str:
+    """A setting's value as the table says it."""
+    match value:
+        case None:
+            return "auto"
+        case bool():
+            return "on" if value else "off"
+        case tuple():
+            return " ".join(value)
+    return str(value)
+
+
+def _html(css_class: str) -> HTML:
+    html = HTML("")
+    html.add_class(css_class)
+    return html
+
+
+def _facts(trials: Collection[Trial], results: Results) -> list[str]:
+    combinations = len({trial.combination for trial in trials})
+    models = {model_name(trial) for trial in trials}
+    outcomes = Counter(row.outcome for row in results.rows)
+    return [
+        f"{len(models)} models" if len(models) > 1 else models.pop(),
+        f"{combinations} combination{'s' if combinations > 1 else ''}",
+        *([f"{len(trials) // combinations} times each"] if len(trials) > combinations else []),
+        *(f"{n} {end}" for end in (Outcome.FAILED, Outcome.SKIPPED) if (n := outcomes[end])),
+    ]
+
+
+def _under_way(running: Collection[Trial], answers: Mapping[Trial, RequestAnswered]) -> str:
+    named = [_now(trial, answers.get(trial)) for trial in running][:_NAMED_AT_ONCE]
+    more = len(running) - len(named)
+    return "<br>".join([*named, *([f"and {more} more"] if more else [])])
+
+
+def _now(trial: Trial, answer: RequestAnswered | None) -> str:
+    settings = (f"{name} <b>{escape(word(value))}</b>" for name, value in trial.settings)
+    parts = [f"<b>{escape(model_name(trial))}</b>", *settings, f"repeat {trial.repeat}"]
+    if answer:
+        parts.append(f"request {answer.done} of {answer.total}")
+        if answer.parallel > 1:
+            parts.append(f"{answer.parallel} at once")
+        if answer.tokens_per_second:
+            parts.append(f"{answer.tokens_per_second:,.0f} tokens/s")
+    return " · ".join(parts)
+
+
+def _state(repeats: int, done: int, skipped: int, failed: int, *, at_work: bool) -> tuple[str, str]:
+    ended = done + failed + skipped
+    if at_work:
+        return (f"running {ended + 1} of {repeats}" if repeats > 1 else "running"), "busy"
+    if not ended:
+        return "waiting", "idle"
+    if not done:
+        return ("failed", "bad") if failed else ("skipped", "warn")
+    if done < repeats:
+        return f"{done} of {repeats} done", "warn" if ended > done else "idle"
+    return "done", "good"
+
+
+def _row(
+    cells: list[str], one: Combination | None, headings: Mapping[str, str], *, winner: bool
+) -> str:
+    tag = "<tr class='kitty-best'>" if winner else "<tr>"
+    reason = escape(" ".join(one.reasons)).replace("\n", "<br>") if one else ""
+    metrics = one.metrics if one else {}
+    if reason and not metrics:
+        told = f"<td class='kitty-reason' colspan='{len(headings)}'>{reason}</td>"
+        return f"{tag}{''.join(cells)}{told}</tr>"
+    numbers = (_number(name, metrics.get(name)) for name in headings)
+    drawn = f"{tag}{''.join([*cells, *numbers])}</tr>"
+    if not reason:
+        return drawn
+    told = f"<td class='kitty-reason' colspan='{len(cells) + len(headings)}'>{reason}</td>"
+    return f"{drawn}<tr class='kitty-more'>{told}</tr>"
+
+
+def _star(trial: Trial, best: Combination | None) -> str:
+    if best is None:
+        return ""
+    if trial in best.close:
+        return " <span title='Too close to the best to tell'>≈ best</span>"
+    if trial != best.trial:
+        return ""
+    title = best.doubt.capitalize() or "The best so far"
+    words = "★ too close to tell" if best.close else "★ best"
+    return f" <span class='kitty-sweep-star' title='{title}'>{words}</span>"
+
+
+def _number(name: str, spread: Spread | None) -> str:
+    if spread is None:
+        return "<td class='kitty-number kitty-none'>—</td>"
+    low, high = figure(name, spread.low), figure(name, spread.high)
+    (least, _, unit), (greatest, _, other) = low.partition(" "), high.partition(" ")
+    span = f"{least}&ndash;{greatest} {unit}" if unit == other else f"{low} &ndash; {high}"
+    apart = f"<small>{span.strip()}</small>" if low != high else ""
+    return f"<td class='kitty-number'>{figure(name, spread.median)}{apart}</td>"
+
+
+def _place(trial: Trial) -> tuple[object, ...]:
+    """Where a row stands: by model, then by values, numbers by their size."""
+    values = (
+        (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
+        for _, value in trial.settings
+    )
+    return trial.model, *values
