@@ -302,7 +302,7 @@ def download(
     from there. For gated repositories log in by `hf auth login`.
     """
     from kitty_nb.catalog.description import why_not_served
-    from kitty_nb.hub import HubReference
+    from kitty_nb.hub.repository import HubReference
     from kitty_nb.terminal import downloads
     from kitty_nb.terminal.console import PlainConsole
 
@@ -310,7 +310,7 @@ def download(
     reference = HubReference.parse(repository)
     if only_list:
         anyio.run(
-            downloads.show_offers, reference, folder, PlainConsole(markup=False, highlight=False)
+            downloads.show_variants, reference, folder, PlainConsole(markup=False, highlight=False)
         )
         return
     console = PlainConsole(stderr=True, markup=False, highlight=False)

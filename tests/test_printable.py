@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from kitty_nb import ServerConfig
 from kitty_nb.cli import app
 from kitty_nb.errors import KittyError
-from kitty_nb.hub import HubReference
+from kitty_nb.hub.repository import HubReference
 from kitty_nb.printable import printable
 from kitty_nb.terminal.console import PlainConsole
-from kitty_nb.terminal.downloads import show_offers
+from kitty_nb.terminal.downloads import show_variants
 
 # Sets the title, writes the clipboard, and a colour by the one letter of 8-bit terminals.
 EVIL = "\x1b]0;owned\x07\x1b]52;c;cm0gLXJm\x07\x9b31m"
@@ -78,7 +78,7 @@ def test_names_on_the_hub_and_what_is_said_of_them_are_tame(
     out = io.StringIO()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     console = PlainConsole(file=out, width=300)
-    anyio.run(show_offers, HubReference(ONE), tmp_path, console)
+    anyio.run(show_variants, HubReference(ONE), tmp_path, console)
     assert "owned" in out.getvalue()
     assert tame(out.getvalue())
     assert tame("".join(KittyError(f"no {EVIL}")._render_traceback_()))

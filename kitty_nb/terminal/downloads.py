@@ -1,39 +1,48 @@
-"""Downloads, as a terminal shows them."""
+"""Downloads from the Hub in a terminal."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
-from kitty_nb.hub import Download, DownloadProgress, choose, describe, find_repository
+from kitty_nb.hub.download import Download
+from kitty_nb.hub.repository import find_repository
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
 
-    from kitty_nb.hub import HubReference
+    from kitty_nb.hub.download import DownloadProgress
+    from kitty_nb.hub.repository import HubReference
 
 
-async def show_offers(reference: HubReference, models_dir: Path, console: Console) -> None:
-    """List what a repository has, with sizes, and whether there is room for it.
+async def show_variants(reference: HubReference, models_dir: Path, console: Console) -> None:
+    """List a repository's models, their sizes, and whether the disk has room for them.
 
     Raises:
-        HubError: The repository cannot be had, or has no models.
+        HubError: The repository can't be read, or has no models.
     """
     repository = await find_repository(reference)
-    if not repository.offers:
-        choose(repository.offers, None, repository.name)
-    table = Table("Model", "Size", "Files", "Still to come", box=None)
-    for offer in repository.offers:
-        plan = Download(repository, offer, models_dir).plan()
-        to_come = "complete" if not plan.to_come else decimal(plan.to_come)
-        room = "" if plan.to_come <= plan.free else ", more than is free"
-        names = "\n".join(file.path for file in offer.files)
-        table.add_row(offer.label, decimal(offer.size), names, to_come + room)
+    if not repository.variants:
+        repository.choose(None)
+    table = Table("Model", "Size", "Files", "To download", box=None)
+    for variant in repository.variants:
+        plan = Download(repository, variant, models_dir).plan()
+        missing = decimal(plan.missing) if plan.missing else "complete"
+        room = ", more than is free" if plan.shortage else ""
+        names = "\n".join(file.path for file in variant.files)
+        table.add_row(variant.label, decimal(variant.size), names, missing + room)
     console.print(table)
     console.print(f"{models_dir} has {decimal(plan.free)} free.", soft_wrap=True)
 
@@ -41,42 +50,41 @@ async def show_offers(reference: HubReference, models_dir: Path, console: Consol
 async def download(
     reference: HubReference, wanted: str | None, models_dir: Path, console: Console
 ) -> Path:
-    """Fetch a model and show how far it is: a bar in a terminal, two lines anywhere else.
+    """Fetch a model, with a progress bar in a terminal; return the file to give to the engine.
 
     Args:
         reference: The repository.
-        wanted: Which of its models; None where the reference says it, or there is no choice.
-        models_dir: Where to.
+        wanted: One of its models; None for the one that the reference names, or the usual one.
+        models_dir: The models folder.
         console: Shows the progress.
 
-    Returns:
-        The file to give to the engine.
-
     Raises:
-        HubError: It cannot be had. What has come is kept.
+        HubError: The download failed. The downloaded part is kept.
     """
     repository = await find_repository(reference)
-    offer = choose(repository.offers, wanted or reference.wanted, repository.name)
-    task = Download(repository, offer, models_dir)
+    variant = repository.choose(wanted or reference.wanted)
+    task = Download(repository, variant, models_dir)
     plan = task.plan()
-    for planned in plan.files:
-        console.print(f"{planned.file.path}: {decimal(planned.file.size)}", soft_wrap=True)
-    there = f", {decimal(plan.there)} of it there already" if plan.there else ""
+    for file in variant.files:
+        console.print(f"{file.path}: {decimal(file.size)}", soft_wrap=True)
+    there = f", {decimal(plan.there)} of it downloaded already" if plan.there else ""
     console.print(f"{decimal(plan.size)}{there}; {decimal(plan.free)} free.", soft_wrap=True)
     # Drawn when something has moved, so that no thread is needed.
     bar = Progress(
         BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.description}"),
         console=console,
         auto_refresh=False,
         transient=True,
         disable=not console.is_interactive,
     )
-    line = bar.add_task("", total=1.0)
+    line = bar.add_task("", total=plan.size)
 
     def show(progress: DownloadProgress) -> None:
-        text = describe(progress)
-        bar.update(line, completed=progress.fraction, description=text, refresh=True)
+        bar.update(line, completed=progress.done, description=progress.step, refresh=True)
 
     with bar:
         return await task.run(show)
