@@ -10,8 +10,9 @@
     │   └── UnknownFlagError      EXTRA_ARGS has a flag that this build does not know
     ├── ServerError
     │   ├── ServerFailedError     it never became ready: refused, stalled
-    │   │   └── PortBusyError     another program has its port; `.free_port` is one that is free,
-    │   │                         `.attachable` whether that program is a llama-server
+    │   │   ├── PortBusyError     another program has its port; `.free_port` is one that is free,
+    │   │   │                     `.attachable` whether that program is a llama-server
+    │   │   └── WillNotFitError   there is not enough memory for the model
     │   ├── ServerCrashedError    its process ended by itself
     │   ├── StartCancelledError   it was stopped, or replaced, before it was ready
     │   └── NoAnswerError         the model said nothing: it only thought, or called a tool
@@ -59,6 +60,7 @@ __all__ = [
     "StartCancelledError",
     "UnknownFlagError",
     "WaitTimeoutError",
+    "WillNotFitError",
 ]
 
 
@@ -142,6 +144,10 @@ class PortBusyError(ServerFailedError):
         super().__init__(message)
         self.free_port = free_port
         self.attachable = attachable
+
+
+class WillNotFitError(ServerFailedError):
+    """A model needs more memory than there is."""
 
 
 class ServerCrashedError(ServerError):

@@ -25,6 +25,7 @@ ROOMS = {
     "supervisor": {"errors", "config", "engine", "catalog", "trust"},
     "client": {"errors"},
     "manager": {"errors", "config", "engine", "catalog", "supervisor", "client"},
+    "isolated_server": {"errors", "config", "engine", "supervisor", "client"},
     "hub": {"errors", "catalog"},
     "experiments": {
         "errors",
@@ -34,6 +35,7 @@ ROOMS = {
         "supervisor",
         "client",
         "manager",
+        "isolated_server",
     },
     "widgets": {
         "errors",

@@ -33,7 +33,7 @@ from kitty_nb.experiments.dask_worker import (
 )
 from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.trial import Outcome, TrialResult
-from kitty_nb.supervisor.load_facts import this_host
+from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping

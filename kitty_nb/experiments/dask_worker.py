@@ -19,7 +19,7 @@ from kitty_nb.config import ServerConfig, salvage_settings
 from kitty_nb.errors import KittyError
 from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.run_trial import engine_of, run_trial
-from kitty_nb.supervisor.load_facts import this_host
+from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
     from distributed import Worker

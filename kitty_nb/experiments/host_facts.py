@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.isolated_server import free_memory
 
 _CPU_NAME = ("model name", "Model", "Hardware")  # of proc_cpuinfo(5), by architecture
 _LIBRARIES = ("kitty_nb", "xllamacpp", "gguf", "httpx", "anyio", "pydantic", "psutil", "numpy")

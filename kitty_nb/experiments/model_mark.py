@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ConfigError, Problem
 from kitty_nb.experiments.trial import ModelMark
-from kitty_nb.supervisor.load_facts import gather_facts
+from kitty_nb.isolated_server import gather_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-import anyio
 import httpx
 from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
 from kitty_nb.client import not_an_answer
-from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.host_facts import host_facts, library_versions
 from kitty_nb.experiments.model_digest import digest_model
-from kitty_nb.experiments.run_record import (
-    EngineFacts,
-    Exchange,
-    LoadSeconds,
-    Request,
-    RunRecord,
-    Timings,
-)
-from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.load_facts import gather_facts, path_text, this_host
+from kitty_nb.experiments.run_record import EngineFacts, Exchange, Request, RunRecord, Timings
+from kitty_nb.isolated_server import LoadSeconds, find_load, gather_facts, locate_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pydantic import JsonValue
 
+    from kitty_nb import ServerState
     from kitty_nb.client import Access
     from kitty_nb.experiments.model_digest import OnProgress
+    from kitty_nb.isolated_server import LoadRecord
     from kitty_nb.manager import ModelManager, Operation
-    from kitty_nb.supervisor.events import ServerState
-    from kitty_nb.supervisor.history import LoadRecord
 
     Prompt = str | Sequence[dict[str, JsonValue]] | Request
 
-_log = logging.getLogger(__name__)
 _TOO_LONG = "exceed_context_size_error"
-_SAME_MOMENT = 2.0  # seconds between a server's becoming ready and its row in the history
-_CLOCKS_APART = 0.05  # seconds; the one clock is read a moment after the other
-_LOOK_AGAIN = 0.05  # seconds
 
 
 def record_run(
@@ -140,7 +125,7 @@ async def describe_run(
     """
     config = state.config
     engine = await locate_engine(config.binary)
-    load = await _find_load(state)
+    load = await find_load(state)
     facts = await run_sync(gather_facts, config)
     ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
     if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
@@ -243,20 +228,3 @@ async def _build(access: Access) -> str:
         except (httpx.HTTPError, ValueError):
             return ""
     return str(answer.get("build_info", "")) if isinstance(answer, dict) else ""
-
-
-async def _find_load(state: ServerState) -> LoadRecord | None:
-    """Find the server's load in the history, into which it comes a moment after ready."""
-    history = LoadHistory(state.config.history, _log.warning)
-    host, path = this_host(), path_text(state.config.model)
-    while (uptime := state.uptime) is not None:
-        ready = time.time() - uptime
-        rows = [row for row in await history.recall(host, path) if row.path == path]
-        # A row that is older is of a server that was ready shortly before this one.
-        after = [row for row in rows if -_CLOCKS_APART < row.at - ready < _SAME_MOMENT]
-        if after:
-            return min(after, key=lambda row: row.at)
-        if uptime > _SAME_MOMENT:
-            break
-        await anyio.sleep(_LOOK_AGAIN)
-    return None

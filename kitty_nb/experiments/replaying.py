@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import anyio
@@ -14,24 +11,22 @@ from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
 from kitty_nb.catalog import ModelCatalog
-from kitty_nb.client import Access
-from kitty_nb.config import OnKernelExit, ServerConfig, salvage_settings
-from kitty_nb.engine.command_line import SERVER_SETTINGS
+from kitty_nb.config import ServerConfig, salvage_settings
 from kitty_nb.errors import RunRecordError
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.comparison import compare
 from kitty_nb.experiments.model_digest import digest_model
 from kitty_nb.experiments.recording import ask, describe_run
+from kitty_nb.isolated_server import SERVER_SETTINGS, gather_facts, isolated_server
 from kitty_nb.manager import Operation
-from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade
-from kitty_nb.supervisor.load_facts import gather_facts
-from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kitty_nb import LoadProgress
     from kitty_nb.experiments.comparison import Comparison
     from kitty_nb.experiments.run_record import RunRecord
 
-_HOST = "127.0.0.1"
 _DIGITS = 12  # of a digest, enough to tell by
 
 
@@ -57,43 +52,26 @@ def replay(
     here = config or salvage_settings(profile=record.profile)[0]
     progress: deque[LoadProgress] = deque(maxlen=1)
 
-    def follow(event: Event) -> None:
-        if isinstance(event, ProgressMade):
-            progress.append(event.progress)
-
     async def repeat() -> Comparison:
-        with TemporaryDirectory(prefix="kitty_nb-replay-", ignore_cleanup_errors=True) as folder:
-            own = await run_sync(partial(_own_settings, record, here, Path(folder)))
-            asked = await (_choose(own, model) if model else _find(record, own))
-            async with Supervisor(asked) as supervisor:
-                supervisor.subscribe(follow)
-                state = await supervisor.start()
-                access = Access(state.endpoint, supervisor.api_key)
-                exchanges = await ask(access, (one.request for one in record.exchanges))
-                return compare(record, await describe_run(state, access, exchanges, record.seed))
+        own = await run_sync(_own_settings, record, here)
+        asked = await (_choose(own, model) if model else _find(record, own))
+        async with isolated_server(asked, anyway=True, on_progress=progress.append) as server:
+            exchanges = await ask(server.access, (one.request for one in record.exchanges))
+            repeated = await describe_run(server.state, server.access, exchanges, record.seed)
+            return compare(record, repeated)
 
     _, future = in_background(repeat, "kitty_nb replay")
     return Operation(future, lambda: progress[-1] if progress else None)
 
 
-def _own_settings(record: RunRecord, here: ServerConfig, folder: Path) -> ServerConfig:
-    """The recorded settings at a place of their own."""
-    with socket.socket() as trial:
-        trial.bind((_HOST, 0))
-        port = trial.getsockname()[1]
+def _own_settings(record: RunRecord, here: ServerConfig) -> ServerConfig:
+    """The recorded settings on this machine."""
     return here.replace(
         **record.config.model_dump(include=set(SERVER_SETTINGS)),
         profile=record.profile,
         alias=record.config.alias,
         model=None,
         allow_absolute_paths=True,
-        host=_HOST,
-        port=port,
-        api_key=None,
-        log_dir=folder,
-        on_kernel_exit=OnKernelExit.STOP,
-        idle_shutdown_seconds=None,
-        restart_max=0,
     )
 
 

@@ -21,10 +21,10 @@ from pydantic import (
 
 from kitty_nb.config import RECORDED, ServerConfig, takes_secret
 from kitty_nb.config.whole_file import write_whole
-from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ConfigError, RunRecordError
 from kitty_nb.experiments.host_facts import HostFacts
 from kitty_nb.experiments.model_digest import ModelDigest
+from kitty_nb.isolated_server import EngineKind, LoadSeconds
 
 # One higher whenever an older version of this package would misread a record.
 SCHEMA_VERSION = 1
@@ -48,27 +48,6 @@ class EngineFacts(_Facts):
     version: str
     build: str = ""
     devices: tuple[str, ...] = ()
-
-
-class LoadSeconds(_Facts):
-    """How long a load took, by stage.
-
-    Attributes:
-        starting: Seconds from its process to its first sign of loading.
-        loading: Seconds that it read weights for.
-        preparing: Seconds from the last weight to ready.
-        cached: Share of the model that was in memory before; None where it cannot be told.
-    """
-
-    starting: float
-    loading: float
-    preparing: float
-    cached: float | None = None
-
-    @property
-    def total(self) -> float:
-        """Seconds of all stages."""
-        return self.starting + self.loading + self.preparing
 
 
 class Timings(_Facts):

@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import socket
-import sys
 import time
-from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
 import anyio.to_thread
-import httpx
 import psutil
 
-from kitty_nb.client import Access
-from kitty_nb.config import OnKernelExit
-from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import ExperimentError, KittyError, PortBusyError
+from kitty_nb.errors import KittyError, WillNotFitError
 from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
 from kitty_nb.experiments.measure import Interview
 from kitty_nb.experiments.model_mark import mark_of
 from kitty_nb.experiments.quality import Perplexity
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.settings import changes
-from kitty_nb.experiments.trial import (
-    LoadSeconds,
-    Measurement,
-    Outcome,
-    TrialResult,
-    TrialSeconds,
-)
-from kitty_nb.supervisor.events import ProgressMade, Stage
-from kitty_nb.supervisor.free_memory import free_memory
-from kitty_nb.supervisor.load_facts import this_host
-from kitty_nb.supervisor.memory_preview import MemoryPreviewer
-from kitty_nb.supervisor.process import peak_memory
-from kitty_nb.supervisor.supervisor import Supervisor
+from kitty_nb.experiments.trial import Measurement, Outcome, TrialResult, TrialSeconds
+from kitty_nb.isolated_server import isolated_server, locate_engine, this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
+    from kitty_nb import LoadProgress
     from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.locate import Engine
     from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.measure import Answer
     from kitty_nb.experiments.run_record import Exchange
     from kitty_nb.experiments.trial import ModelMark, Trial
     from kitty_nb.experiments.workload import Workload
-    from kitty_nb.supervisor.events import Event
+    from kitty_nb.isolated_server import Engine, IsolatedServer
 
-_HOST = "127.0.0.1"
-_DEATH_WITHIN = 5.0  # seconds in which a server that fell silent must be seen to have ended
-_PORTS_TRIED = 3
 _LOOKED_AT = 0.1  # seconds for which what else the machine does is looked at
 
 
@@ -83,12 +61,12 @@ async def run_trial(
     run = _Run(trial, workload, tell)
     outcome, reason = Outcome.DONE, ""
     try:
-        own, refusal = await run.prepare(config, folder)
-        if refusal:
-            outcome, reason = Outcome.SKIPPED, refusal
-        else:
-            await run.serve(own, free)
-            reason = " ".join(filter(None, (await run.judge(), run.queued())))
+        await run.serve(await run.prepare(config), folder)
+        free()
+        reason = " ".join(filter(None, (await run.judge(), run.queued())))
+    except WillNotFitError as error:
+        outcome, reason = Outcome.SKIPPED, str(error)
+        run.seconds = replace(run.seconds, load=0.0)
     except KittyError as error:
         outcome, reason = Outcome.FAILED, str(error)
     except OSError as error:
@@ -133,10 +111,7 @@ class _Run:
         self._workload = workload
         self._tell = tell
         self._began = time.monotonic()
-        self._stages: dict[Stage, float] = {}
         self._exchanges: tuple[Exchange, ...] = ()
-        self._memory = 0
-        self._gpu_memory: int | None = 0
         self._answered = 0
         self._machine_load = 0.0
 
@@ -144,50 +119,38 @@ class _Run:
         """Seconds since the trial began."""
         return time.monotonic() - self._began
 
-    async def prepare(self, config: ServerConfig, folder: Path) -> tuple[ServerConfig, str]:
-        """Return the settings of the trial's server, and why it need not be tried, if so."""
+    async def prepare(self, config: ServerConfig) -> ServerConfig:
+        """Return the settings of the trial's server."""
         busy = await anyio.to_thread.run_sync(psutil.cpu_percent, _LOOKED_AT)
         self._machine_load = busy / 100
         engine = await engine_of(self._trial, config)
         self.engine = engine.version
-        own = await anyio.to_thread.run_sync(self._own_config, config, folder, engine)
+        own = await anyio.to_thread.run_sync(self._own_config, config, engine)
         self.mark = await anyio.to_thread.run_sync(mark_of, self._trial.model, config)
-        return own, await MemoryPreviewer().refusal(own, None)
+        return own
 
-    def _own_config(self, config: ServerConfig, folder: Path, engine: Engine) -> ServerConfig:
+    def _own_config(self, config: ServerConfig, engine: Engine) -> ServerConfig:
         name = f"trial_{self._trial.key}"
         return config.replace(
-            **changes(self._trial, config, engine.dialect),
-            profile=name,
-            alias=name,
-            host=_HOST,
-            port=_free_port(),
-            api_key=None,
-            log_dir=folder,
-            on_kernel_exit=OnKernelExit.STOP,
-            idle_shutdown_seconds=None,
-            restart_max=0,
+            **changes(self._trial, config, engine.dialect), profile=name, alias=name
         )
 
-    async def serve(self, config: ServerConfig, free: Callable[[], None]) -> None:
+    async def serve(self, config: ServerConfig, folder: Path) -> None:
         """Start the server, measure it and stop it."""
-        async with Supervisor(config) as supervisor:
-            try:
-                supervisor.subscribe(self._follow)
-                await self._start(supervisor, config)
-                self.measurement = await self._measure(supervisor)
+        began = time.monotonic()
+        try:
+            async with isolated_server(config, folder, on_progress=self._follow) as server:
+                self.seconds = replace(self.seconds, load=server.load.total)
+                self.measurement = await self._measure(server)
                 if self._workload.record:
-                    self.document = await self._describe(supervisor)
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await supervisor.stop(force=True)
-                self.seconds = replace(self.seconds, overall=self.elapsed())
-                free()
+                    self.document = await self._describe(server)
+        finally:
+            load = self.seconds.load or time.monotonic() - began
+            self.seconds = replace(self.seconds, load=load, overall=self.elapsed())
 
-    async def _describe(self, supervisor: Supervisor) -> str:
-        access = Access(supervisor.state.endpoint, supervisor.api_key)
+    async def _describe(self, server: IsolatedServer) -> str:
         seed = self._workload.seed
-        record = await describe_run(supervisor.state, access, self._exchanges, seed)
+        record = await describe_run(server.state, server.access, self._exchanges, seed)
         return record.model_dump_json()
 
     async def judge(self) -> str:
@@ -220,86 +183,53 @@ class _Run:
             f" those of a queue. Set parallel to {most} or more in the grid or in .env."
         )
 
-    async def _start(self, supervisor: Supervisor, config: ServerConfig) -> None:
+    async def _measure(self, server: IsolatedServer) -> Measurement:
         began = time.monotonic()
         try:
-            for _ in range(_PORTS_TRIED):
-                try:
-                    await supervisor.start(config)
-                except PortBusyError as busy:  # somebody was faster
-                    config = config.replace(port=busy.free_port or _free_port())
-                else:
-                    break
-        finally:
-            load = self._stages.get(Stage.READY, time.monotonic() - began)
-            self.seconds = replace(self.seconds, load=load)
-
-    async def _measure(self, supervisor: Supervisor) -> Measurement:
-        began = time.monotonic()
-        access = Access(supervisor.state.endpoint, supervisor.api_key)
-        try:
-            async with access.async_http() as http:
+            async with server.access.async_http() as http:
                 interview = Interview(http, self._workload, dict(self._trial.settings))
                 try:
                     context, slots = await interview.warm_up()
                 finally:
                     warm_up = time.monotonic() - began
                     self.seconds = replace(self.seconds, warm_up=warm_up)
-                measured = await self._interview(interview, supervisor, context)
+                measured = await self._interview(interview, server, context)
                 return replace(measured, slots=slots, machine_load=self._machine_load)
-        except httpx.HTTPError as error:
-            raise ExperimentError(await _why_silent(supervisor, error)) from error
         finally:
             requests = time.monotonic() - began - self.seconds.warm_up
             self.seconds = replace(self.seconds, requests=requests)
 
     async def _interview(
-        self, interview: Interview, supervisor: Supervisor, context: int | None
+        self, interview: Interview, server: IsolatedServer, context: int | None
     ) -> Measurement:
-        pid = supervisor.state.pid or 0
         workload, speeds = self._workload, []
         first: tuple[Answer, ...] = ()
         for parallel in workload.levels:
-            note = partial(self._note, pid, parallel)
-            speed, answers = await interview.speed(parallel, note)
-            await self._weigh(supervisor, pid)
-            speeds.append(replace(speed, memory=self._memory, gpu_memory=self._gpu_memory))
+            speed, answers = await interview.speed(parallel, partial(self._note, parallel))
+            await server.sample_memory()
+            speeds.append(replace(speed, memory=server.memory, gpu_memory=server.gpu_memory))
             first = first or answers
         perplexity = bits = None
         if isinstance(workload.quality, Perplexity):
             perplexity, bits = await interview.surprise(workload.quality)
-            await self._weigh(supervisor, pid)
+            await server.sample_memory()
         self._exchanges = interview.exchanges(first)
         texts = {answer.prompt: answer.text for answer in first}
         return Measurement(
-            load=_load_seconds(self._stages),
+            load=server.load,
             speeds=tuple(speeds),
-            memory=self._memory,
-            gpu_memory=self._gpu_memory,
+            memory=server.memory,
+            gpu_memory=server.gpu_memory,
             context=context,
             answers=tuple(texts[index] for index in sorted(texts)),
             perplexity=perplexity,
             bits_per_character=bits,
         )
 
-    async def _weigh(self, supervisor: Supervisor, pid: int) -> None:
-        """Take down the most memory that the server has had."""
-        gpus = (await anyio.to_thread.run_sync(free_memory, pid)).gpus
-        held = max(self._gpu_memory or 0, sum(gpu.returned for gpu in gpus))
-        # Only NVIDIA's library says what a process holds of a device; a Mac's shares the RAM.
-        untold = supervisor.state.devices and not held and sys.platform != "darwin"
-        self._gpu_memory = None if untold else held
-        self._memory = max(self._memory, peak_memory(pid))
+    def _follow(self, progress: LoadProgress) -> None:
+        self._tell(TrialProgressed(self._trial, progress))
 
-    def _follow(self, event: Event) -> None:
-        if isinstance(event, ProgressMade):
-            if event.progress.elapsed == 0:
-                self._stages.clear()  # another port is tried
-            self._stages.setdefault(event.progress.stage, event.progress.elapsed)
-            self._tell(TrialProgressed(self._trial, event.progress))
-
-    def _note(self, pid: int, parallel: int, answer: Answer) -> None:
-        self._memory = max(self._memory, peak_memory(pid))
+    def _note(self, parallel: int, answer: Answer) -> None:
         self._answered += 1
         self._tell(
             RequestAnswered(
@@ -312,27 +242,3 @@ class _Run:
                 time_to_first_token=answer.first_token,
             )
         )
-
-
-async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
-    """What to tell of a server that did not answer: how it ended, if it did."""
-    with anyio.move_on_after(_DEATH_WITHIN):
-        async with aclosing(supervisor.events()) as events:
-            while not supervisor.state.status.idle:
-                await anext(events)
-    if supervisor.state.status.idle and supervisor.state.error:
-        return supervisor.state.error
-    return f"The server did not answer a request: {str(error) or type(error).__name__}."
-
-
-def _load_seconds(stages: Mapping[Stage, float]) -> LoadSeconds:
-    ready = stages.get(Stage.READY, 0.0)
-    prepared = stages.get(Stage.PREPARING, ready)
-    loaded = stages.get(Stage.LOADING, prepared)
-    return LoadSeconds(loaded, prepared - loaded, ready - prepared)
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind((_HOST, 0))
-        return int(trial.getsockname()[1])

@@ -11,8 +11,12 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from kitty_nb.isolated_server import LoadSeconds
+
 if TYPE_CHECKING:
     from kitty_nb.experiments.run_record import RunRecord
+
+__all__ = ["LoadSeconds", "Measurement", "ModelMark", "Outcome", "Speed", "Trial", "TrialResult"]
 
 Value = bool | int | float | str | tuple[str, ...] | None
 
@@ -56,26 +60,6 @@ class Trial:
         """A digest of all of it, the same in every process: what is stored is found by it."""
         text = json.dumps([self.model, sorted(self.settings), self.repeat])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSeconds:
-    """Seconds of a load's stages, which together are those from asking to ready.
-
-    Attributes:
-        starting: Until the first sign of loading.
-        loading: Until the last weight is there, or, of a small model, until it is ready.
-        preparing: From then on: context and the engine's own warm-up.
-    """
-
-    starting: float
-    loading: float
-    preparing: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.starting + self.loading + self.preparing
 
 
 @dataclass(frozen=True, slots=True)

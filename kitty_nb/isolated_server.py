@@ -1,0 +1,227 @@
+"""The waist between experiments and the rooms below: a server of one's own, and facts about it.
+
+Experiments import the package's public names, `kitty_nb.errors`, `kitty_nb.config`, what
+`kitty_nb.catalog` exports, and this module. `isolated_server` serves a `ServerConfig` beside
+whatever else runs, and is certain to end its server.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import anyio
+import httpx
+from anyio.to_thread import run_sync
+
+from kitty_nb.client import Access
+from kitty_nb.config import OnKernelExit
+from kitty_nb.engine.command_line import SERVER_SETTINGS
+from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
+from kitty_nb.errors import PortBusyError, ServerError, WillNotFitError
+from kitty_nb.supervisor.events import ProgressMade, Stage
+from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.supervisor.history import LoadHistory, LoadRecord
+from kitty_nb.supervisor.load_facts import gather_facts, path_text, this_host
+from kitty_nb.supervisor.process import peak_memory
+from kitty_nb.supervisor.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import Event, LoadProgress, ServerState
+
+__all__ = [
+    "SERVER_SETTINGS",
+    "Engine",
+    "EngineKind",
+    "IsolatedServer",
+    "LoadRecord",
+    "LoadSeconds",
+    "find_load",
+    "free_memory",
+    "gather_facts",
+    "isolated_server",
+    "locate_engine",
+    "this_host",
+]
+
+_HOST = "127.0.0.1"
+_PORTS_TRIED = 3
+_DEATH_WITHIN = 5.0  # seconds until the supervisor has noticed that a silent server has ended
+_SAME_MOMENT = 2.0  # seconds from a server's becoming ready to its row in the history
+_CLOCKS_APART = 0.05  # seconds; the one clock is read a moment after the other
+_LOOK_AGAIN = 0.05  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSeconds:
+    """Seconds of a load's stages, which together are those from asking to ready.
+
+    Attributes:
+        starting: Until the first sign of loading.
+        loading: Until the last weight is there, or, of a small model, until it is ready.
+        preparing: From then on: context and the engine's own warm-up.
+        cached: Share of the model that was in memory before; None where it cannot be told.
+    """
+
+    starting: float
+    loading: float
+    preparing: float
+    cached: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return self.starting + self.loading + self.preparing
+
+
+class IsolatedServer:
+    """A server that is ready and belongs to one experiment.
+
+    Attributes:
+        state: As it became ready.
+        access: How to reach it.
+        load: How long its load took.
+        memory: The most RAM that its processes had when `sample_memory` looked, in bytes.
+        gpu_memory: The most that they had of GPUs' own memory then, in bytes; None where the
+            driver does not say what a process holds.
+    """
+
+    def __init__(self, supervisor: Supervisor, load: LoadSeconds) -> None:
+        self.state: ServerState = supervisor.state
+        self.access = Access(self.state.endpoint, supervisor.api_key)
+        self.load = load
+        self.memory = 0
+        self.gpu_memory: int | None = 0
+
+    async def sample_memory(self) -> None:
+        """Look at what the server holds, and keep the highest."""
+        pid = self.state.pid or 0
+        gpus = (await run_sync(free_memory, pid)).gpus
+        held = max(self.gpu_memory or 0, sum(gpu.returned for gpu in gpus))
+        # Only NVIDIA's library says what a process holds of a device; a Mac's shares the RAM.
+        unknown = self.state.devices and not held and sys.platform != "darwin"
+        self.gpu_memory = None if unknown else held
+        self.memory = max(self.memory, await run_sync(peak_memory, pid))
+
+
+@asynccontextmanager
+async def isolated_server(
+    config: ServerConfig,
+    folder: Path | None = None,
+    *,
+    anyway: bool = False,
+    on_progress: Callable[[LoadProgress], object] = lambda _: None,
+) -> AsyncGenerator[IsolatedServer]:
+    """Serve a model on a server of its own, which ends with this context.
+
+    It has a free port and a folder of its own, needs no key and is never restarted. It ends also
+    when this is cancelled or this process is killed.
+
+    Args:
+        config: What to serve. Its profile names the log.
+        folder: Where the log goes; without it a temporary folder.
+        anyway: Start it even if it will not fit into memory.
+        on_progress: Called with each step of the load.
+
+    Raises:
+        WillNotFitError: There is not enough memory.
+        ConfigError: The settings, or the model file since, are not usable.
+        ServerError: It did not become ready, or fell silent while it was used.
+    """
+    stages: dict[Stage, float] = {}
+
+    def follow(event: Event) -> None:
+        if isinstance(event, ProgressMade):
+            if event.progress.elapsed == 0:
+                stages.clear()  # another port is tried
+            stages.setdefault(event.progress.stage, event.progress.elapsed)
+            on_progress(event.progress)
+
+    with TemporaryDirectory(prefix="kitty_nb-", ignore_cleanup_errors=True) as temporary:
+        own = await run_sync(_isolated, config, folder or Path(temporary))
+        async with Supervisor(own) as supervisor:
+            supervisor.subscribe(follow)
+            try:
+                if not anyway and (reason := await supervisor.refusal()):
+                    raise WillNotFitError(reason)
+                await _start(supervisor, own)
+                yield IsolatedServer(supervisor, _load_seconds(stages))
+            except httpx.HTTPError as error:
+                raise ServerError(await _why_silent(supervisor, error)) from error
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await supervisor.stop(force=True)
+
+
+async def find_load(state: ServerState) -> LoadRecord | None:
+    """Find the load of a server that is ready in the history, whichever program started it."""
+    history = LoadHistory(state.config.history, lambda _: None)
+    host, path = this_host(), path_text(state.config.model)
+    while (uptime := state.uptime) is not None:
+        ready = time.time() - uptime
+        rows = [row for row in await history.recall(host, path) if row.path == path]
+        # A row that is older is of a server that was ready shortly before this one.
+        after = [row for row in rows if -_CLOCKS_APART < row.at - ready < _SAME_MOMENT]
+        if after:
+            return min(after, key=lambda row: row.at)
+        if uptime > _SAME_MOMENT:
+            break
+        await anyio.sleep(_LOOK_AGAIN)
+    return None
+
+
+def _isolated(config: ServerConfig, folder: Path) -> ServerConfig:
+    return config.replace(
+        host=_HOST,
+        port=_free_port(),
+        api_key=None,
+        log_dir=folder,
+        on_kernel_exit=OnKernelExit.STOP,
+        idle_shutdown_seconds=None,
+        restart_max=0,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind((_HOST, 0))
+        return int(trial.getsockname()[1])
+
+
+async def _start(supervisor: Supervisor, config: ServerConfig) -> None:
+    for attempt in range(_PORTS_TRIED):
+        try:
+            await supervisor.start(config)
+        except PortBusyError as busy:  # another program was faster
+            if attempt + 1 == _PORTS_TRIED:
+                raise
+            config = config.replace(port=busy.free_port or _free_port())
+        else:
+            return
+
+
+async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
+    """Return why a server did not answer: how it ended, if it did."""
+    with anyio.move_on_after(_DEATH_WITHIN):
+        async with aclosing(supervisor.events()) as events:
+            while not supervisor.state.status.idle:
+                await anext(events)
+    if supervisor.state.status.idle and supervisor.state.error:
+        return supervisor.state.error
+    return f"The server did not answer a request: {str(error) or type(error).__name__}."
+
+
+def _load_seconds(stages: dict[Stage, float]) -> LoadSeconds:
+    ready = stages.get(Stage.READY, 0.0)
+    prepared = stages.get(Stage.PREPARING, ready)
+    loaded = stages.get(Stage.LOADING, prepared)
+    return LoadSeconds(loaded, prepared - loaded, ready - prepared)
