@@ -8,12 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.comparison import Comparison, compare
     from kitty_nb.experiments.quality import ExactMatch, Perplexity
     from kitty_nb.experiments.recording import record_run
     from kitty_nb.experiments.replaying import replay
-    from kitty_nb.experiments.results import Results
+    from kitty_nb.experiments.results import Combination, Results
     from kitty_nb.experiments.run_record import Exchange, Request, RunRecord
     from kitty_nb.experiments.sweep import Sweep, SweepProgress
     from kitty_nb.experiments.trial import Measurement, Outcome, Trial, TrialResult

@@ -1,11 +1,13 @@
-"""The numbers of a row by name, which of them should be small, and bounds on them. Pure."""
+"""The numbers of a row by name, what should be best among them, and bounds on them. Pure."""
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
@@ -19,16 +21,19 @@ from kitty_nb.experiments.trial import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "OBJECTIVE",
     "Constraint",
+    "Objective",
+    "Spread",
     "batch_tokens",
     "constraints_of",
     "known",
     "metric_names",
     "metrics_of",
+    "read_objective",
     "smaller_is_better",
     "tells_speed",
 ]
@@ -106,6 +111,71 @@ def metric_names(parallel: Iterable[int]) -> frozenset[str]:
     load = LoadSeconds(1.0, 1.0, 1.0)
     full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A number over the repeats: its median, least and greatest value."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of one value or more."""
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The number that a search makes best: one of the table, or what a function makes of a row."""
+
+    name: str
+    smaller: bool
+    function: Callable[[TrialResult], float] | None = None
+
+    @property
+    def tells_speed(self) -> bool:
+        """Whether a trial that takes long is a bad one."""
+        return self.function is None and tells_speed(self.name)
+
+    def of(self, row: TrialResult) -> float | None:
+        """Return its value in a row; None where the row has none.
+
+        Raises:
+            ExperimentError: The user's function failed.
+        """
+        if row.outcome is not Outcome.DONE:
+            return None
+        if self.function is None:
+            return metrics_of(row).get(self.name)
+        try:
+            value = float(self.function(row))
+        except Exception as error:
+            raise ExperimentError(
+                f"objective failed with {error!r} for {row.trial.label}. It gets the row of a"
+                " finished trial and must return a number, the higher the better."
+            ) from error
+        return value if math.isfinite(value) else None
+
+
+def read_objective(
+    given: str | Callable[[TrialResult], float], names: Collection[str]
+) -> Objective:
+    """Read an objective as a person writes it: a name, `-name` where less is better, a function.
+
+    Args:
+        given: What the person wrote.
+        names: The numbers that rows will have.
+
+    Raises:
+        ExperimentError: There is no such number.
+    """
+    if callable(given):
+        return Objective(getattr(given, "__name__", "objective"), smaller=False, function=given)
+    name = known(given.removeprefix("-"), names)
+    return Objective(name, smaller=given.startswith("-") or smaller_is_better(name))
 
 
 @dataclass(frozen=True, slots=True)

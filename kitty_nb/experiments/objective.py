@@ -8,9 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.combination import Spread
 from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
-from kitty_nb.experiments.metrics import known, metrics_of, smaller_is_better, tells_speed
+from kitty_nb.experiments.metrics import Spread, known, metrics_of, smaller_is_better, tells_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

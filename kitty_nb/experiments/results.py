@@ -2,39 +2,145 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kitty_nb.config import env_lines
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.combination import choose, combine_repeats
+from kitty_nb.experiments import batches
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
+    Spread,
+    batch_tokens,
     constraints_of,
     known,
     metrics_of,
     smaller_is_better,
     tells_speed,
 )
+from kitty_nb.experiments.settings import changes, in_use
+from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from types import ModuleType
 
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.trial import TrialResult
+    from kitty_nb.experiments.trial import Trial, TrialResult
 
-__all__ = ["OBJECTIVE", "Results", "extra"]
+__all__ = ["Combination", "Results", "choose", "extra"]
+
+_UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
+
+
+@dataclass(frozen=True, repr=False)
+class Combination:
+    """The rows of one combination of model and settings, taken together.
+
+    Attributes:
+        trial: The combination; its first repeat stands for all.
+        base: The settings that it changes.
+        done: How many repeats were measured.
+        reasons: Why others were not, each sentence once.
+        metrics: The numbers of those measured, by name.
+        close: Others that were about as good when this one was chosen: too close to tell.
+        batch_tokens: The most tokens that a batch may have had, by name of the speed.
+        idle: Batch sizes that made no difference when it was chosen: no batch was as large.
+        once: Whether it was chosen by a speed that was measured once.
+    """
+
+    trial: Trial
+    base: ServerConfig
+    done: int
+    reasons: tuple[str, ...]
+    metrics: Mapping[str, Spread]
+    close: tuple[Trial, ...] = ()
+    batch_tokens: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+    once: bool = False
+
+    @classmethod
+    def of(cls, rows: Sequence[TrialResult], base: ServerConfig) -> Combination:
+        """Take rows of the same combination together."""
+        measured = [metrics_of(row) for row in rows if row.outcome is Outcome.DONE]
+        names = dict.fromkeys(name for one in measured for name in one)
+        tokens = [batch_tokens(row) for row in rows]
+        return cls(
+            trial=rows[0].trial.combination,
+            base=base,
+            done=len(measured),
+            reasons=tuple(dict.fromkeys(row.reason for row in rows if row.reason)),
+            metrics={n: Spread.over([one[n] for one in measured if n in one]) for n in names},
+            batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
+        )
+
+    def __repr__(self) -> str:
+        doubt = f"; {self.doubt}" if self.doubt else ""
+        return f"Combination({self.trial.label}: {self.done} measured{doubt})"
+
+    @property
+    def doubt(self) -> str:
+        """Why the choice is not sure, in words; empty if nothing speaks against it."""
+        others = len(self.close)
+        told = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
+        if self.once:
+            told.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
+        return ", ".join([*told, *(["nearest to the settings in use"] if others else [])])
+
+    @property
+    def changed(self) -> int:
+        """How many of its settings differ from those in use, and make a difference."""
+        given = ((name, value) for name, value in self.trial.settings if name not in self.idle)
+        return sum(value != in_use(name, self.base) for name, value in given)
+
+    @property
+    def config(self) -> ServerConfig:
+        """Its settings, to start a server with; those that made no difference are as in use.
+
+        Raises:
+            ConfigError: The model is gone.
+        """
+        return self.base.replace(**self._changes)
+
+    @property
+    def _changes(self) -> dict[str, Any]:
+        made = changes(self.trial, self.base)
+        return {name: value for name, value in made.items() if name not in self.idle}
+
+    def value(self, name: str) -> Any:
+        """Return a setting or the median of a metric, None where it has none.
+
+        A `context_size` that was left to the engine is what a request had of it.
+        """
+        if name in self.metrics:
+            return self.metrics[name].median
+        given = {"model": self.trial.model, **dict(self.trial.settings)}
+        value = given[name] if name in given else getattr(self.base, name, None)
+        if name == "context_size" and not value and "context" in self.metrics:
+            return int(self.metrics["context"].median)
+        return value
+
+    def env_lines(self, profile: str | None = None) -> str:
+        """Return the lines to paste into `.env` so that a profile is served like this.
+
+        Args:
+            profile: Without it that of the sweep's own settings.
+        """
+        config = self.config.replace(profile=profile) if profile else self.config
+        told = [f"# {self.doubt.capitalize()}."] if self.doubt else []
+        if self.idle:
+            told.append(f"# Without {' and '.join(self.idle)}: no batch measured was so large.")
+        return "\n".join([*told, *env_lines(config, self._changes)])
 
 
 @dataclass(frozen=True)
 class Results:
-    """What is known of a sweep by now. It does not change while the sweep goes on.
+    """What a sweep has measured so far. It does not change while the sweep goes on.
 
     Attributes:
         config: The settings that the trials change.
@@ -55,17 +161,20 @@ class Results:
 
     @cached_property
     def combinations(self) -> tuple[Combination, ...]:
-        """The rows, those of the same model and settings taken together."""
-        return combine_repeats(self.rows, self.config)
+        """The rows of each combination taken together, in the order in which they first ended."""
+        groups: dict[Trial, list[TrialResult]] = {}
+        for row in self.rows:
+            groups.setdefault(row.trial.combination, []).append(row)
+        return tuple(Combination.of(rows, self.config) for rows in groups.values())
 
     @property
     def frame(self) -> DataFrame:
-        """A row for each trial: model, settings, outcome, reason and what was measured.
+        """A row for each trial: its settings, how it ended, and all that was measured.
 
         Raises:
             ExperimentError: pandas is missing.
         """
-        rows = [
+        return _frame(
             {
                 "model": row.trial.model,
                 **dict(row.trial.settings),
@@ -77,9 +186,7 @@ class Results:
                 "engine": row.engine,
             }
             for row in self.rows
-        ]
-        frame: DataFrame = extra("pandas").DataFrame(rows)
-        return frame
+        )
 
     @property
     def summary(self) -> DataFrame:
@@ -88,26 +195,18 @@ class Results:
         Raises:
             ExperimentError: pandas is missing.
         """
-        rows = [
+        return _frame(
             {
                 "model": one.trial.model,
                 **dict(one.trial.settings),
                 "trials": one.done,
                 "reason": " ".join(one.reasons),
-                **{
-                    name + end: value
-                    for name, spread in one.metrics.items()
-                    for end, value in (
-                        ("", spread.median),
-                        ("_low", spread.low),
-                        ("_high", spread.high),
-                    )
-                },
+                **{name: spread.median for name, spread in one.metrics.items()},
+                **{f"{name}_low": spread.low for name, spread in one.metrics.items()},
+                **{f"{name}_high": spread.high for name, spread in one.metrics.items()},
             }
             for one in self.combinations
-        ]
-        frame: DataFrame = extra("pandas").DataFrame(rows)
-        return frame
+        )
 
     def best(
         self, objective: str = OBJECTIVE, constraints: Mapping[str, Any] | None = None
@@ -125,21 +224,15 @@ class Results:
         Raises:
             ExperimentError: No combination keeps them, or a name is not known.
         """
-        measured = [one for one in self.combinations if one.done]
-        if not measured:
-            raise ExperimentError(
-                f"None of {len(self.rows)} trials was measured, so there is no best. The rows say"
-                " why."
-            )
+        measured = self._measured("there is no best")
         names = {name for one in measured for name in one.metrics}
         known(objective, names)
         settings = {name for one in measured for name, _ in one.trial.settings}
-        settings |= set(type(self.config).model_fields)
         bounds = constraints_of(constraints)
         for bound in bounds:
-            known(bound.name, names | settings)
+            known(bound.name, names | settings | set(type(self.config).model_fields))
         fitting = [
-            one
+            (one, one.metrics[objective])
             for one in measured
             if objective in one.metrics
             and all(bound.allows(one.value(bound.name)) for bound in bounds)
@@ -149,9 +242,8 @@ class Results:
                 f"None of {len(measured)} combinations keeps {' and '.join(map(str, bounds))}."
                 " Loosen a constraint, or try other settings."
             )
-        found = ((one, one.metrics[objective]) for one in fitting)
         smaller, speed = smaller_is_better(objective), tells_speed(objective)
-        return choose(found, objective, smaller=smaller, speed=speed)[0]
+        return choose(fitting, objective, smaller=smaller, speed=speed)[0]
 
     def env_lines(
         self,
@@ -163,7 +255,7 @@ class Results:
         return self.best(objective, constraints).env_lines(profile)
 
     def plot(self, kind: str = "bars", y: str = OBJECTIVE, x: str = "memory_gib") -> Figure:
-        """Draw what was measured; a notebook shows what this returns.
+        """Draw what was measured; a notebook shows the figure.
 
         Args:
             kind: `bars` of medians with their spread; `parallel` coordinates, one line for each
@@ -176,16 +268,59 @@ class Results:
             ExperimentError: Matplotlib is missing, nothing was measured, or a name is not known.
         """
         extra("matplotlib")
-        figure: Figure = import_module("kitty_nb.experiments.plots").draw(self, kind, y, x)
-        return figure
+        from kitty_nb.experiments.plots import KINDS  # noqa: PLC0415 (of an extra)
+
+        if kind not in KINDS:
+            raise ExperimentError(f"There is no plot {kind!r}. There are {', '.join(KINDS)}.")
+        measured = self._measured("there is nothing to draw")
+        names = {name for one in measured for name in one.metrics}
+        wanted = {known(name, names) for name in ((y, x) if kind == "pareto" else (y,))}
+        return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x)
+
+    def _measured(self, so: str) -> list[Combination]:
+        measured = [one for one in self.combinations if one.done]
+        if not measured:
+            raise ExperimentError(
+                f"None of {len(self.rows)} trials was measured, so {so}. The rows say why."
+            )
+        return measured
+
+
+def choose(
+    found: Iterable[tuple[Combination, Spread]], metric: str, *, smaller: bool, speed: bool
+) -> tuple[Combination, Spread]:
+    """Return the best median; of those too close to it to tell, the nearest to the settings in use.
+
+    Two are too close where their ranges overlap, or where they differ only in batch sizes that no
+    batch was large enough for. What was measured once has no range, so of a speed some is assumed.
+
+    Args:
+        found: Each combination with the number that is compared; one at least.
+        metric: Its name.
+        smaller: Whether less of it is better.
+        speed: Whether it varies from one measurement to the next.
+    """
+    sign = 1 if smaller else -1
+    ranked = []
+    for one, spread in found:
+        once = speed and one.done == 1
+        unknown = _UNKNOWN * abs(spread.median) if once else 0.0
+        ends = sorted((sign * spread.low, sign * spread.high))
+        tokens = one.batch_tokens.get(metric) if speed else None
+        idle = batches.idle(one.trial.settings, one.base, tokens) if tokens else ()
+        judged = replace(one, idle=idle, once=once)
+        ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, judged, spread))
+    _, _, worst, first, _ = min(ranked, key=lambda entry: entry[0])
+    close = sorted(
+        (entry for entry in ranked if entry[1] <= worst or _same(entry[3], first, metric)),
+        key=lambda entry: (entry[3].changed, len(entry[3].idle), entry[0]),
+    )
+    (*_, best, spread), *others = close
+    return replace(best, close=tuple(one.trial for *_, one, _ in others)), spread
 
 
 def extra(name: str, of: str = "experiments") -> ModuleType:
-    """Import a package of an extra.
-
-    Args:
-        name: Of the package.
-        of: The extra's name.
+    """Import a package of an extra of this one.
 
     Raises:
         ExperimentError: It is missing.
@@ -194,6 +329,19 @@ def extra(name: str, of: str = "experiments") -> ModuleType:
         return import_module(name)
     except ImportError as error:
         raise ExperimentError(
-            f"{name} is needed for this and cannot be imported: {error}. Install it:"
+            f"This needs {name}, which cannot be imported: {error}. Install it:"
             f" pip install 'kitty_nb[{of}]'"
         ) from error
+
+
+def _same(one: Combination, other: Combination, metric: str) -> bool:
+    """Whether two differ in nothing that a speed can show."""
+    tokens = max(each.batch_tokens.get(metric, 0) for each in (one, other))
+    settings = one.trial.settings, other.trial.settings
+    same = tokens > 0 and batches.alike(*settings, one.base, tokens)
+    return same and one.trial.model == other.trial.model
+
+
+def _frame(rows: Iterable[dict[str, Any]]) -> DataFrame:
+    frame: DataFrame = extra("pandas").DataFrame(list(rows))
+    return frame

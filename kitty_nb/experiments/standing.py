@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kitty_nb.experiments.combination import choose, combine_repeats
+from kitty_nb.experiments.results import Results, choose
 from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.combination import Combination, Spread
-    from kitty_nb.experiments.metrics import Constraint
+    from kitty_nb.experiments.metrics import Constraint, Spread
     from kitty_nb.experiments.objective import Objective
+    from kitty_nb.experiments.results import Combination
     from kitty_nb.experiments.trial import Trial, TrialResult
 
 __all__ = ["Known", "Standing"]
@@ -130,7 +130,7 @@ class Standing:
         for row in self.rows:
             if row.outcome is Outcome.DONE:
                 done.setdefault(row.trial.combination, []).append(row)
-        for one in combine_repeats(self.rows, self.config):
+        for one in Results(self.config, self.rows).combinations:
             excess = {str(bound): bound.excess(one.value(bound.name)) for bound in self.bounds}
             spread = self.objective.of(done.get(one.trial, ()))
             yield Known(one, spread, excess if one.done else {})

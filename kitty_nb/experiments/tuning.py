@@ -14,9 +14,9 @@ from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
-from kitty_nb.experiments.metrics import constraints_of, metric_names
+from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names
 from kitty_nb.experiments.objective import read_objective
-from kitty_nb.experiments.results import OBJECTIVE, Results, extra
+from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.settings import digest
 from kitty_nb.experiments.space import read_space
 from kitty_nb.experiments.store import ResultStore
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from optuna import Study
 
-    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.quality import Perplexity, Quality
+    from kitty_nb.experiments.results import Combination
     from kitty_nb.experiments.search import Search
     from kitty_nb.experiments.trial import TrialResult
 
@@ -150,7 +150,7 @@ def tune(
         ConfigError: Listing every name and value that is wrong.
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
-    extra("optuna", "tune")
+    extra("optuna")
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
     workload = Workload(

@@ -26,7 +26,7 @@ from kitty_nb.experiments.events import (
     TrialProgressed,
     TrialStarted,
 )
-from kitty_nb.experiments.results import OBJECTIVE
+from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.settings import FIELDS
 from kitty_nb.supervisor.events import ServerStatus, Stage
 from kitty_nb.widgets.accessible import Accessible
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kitty_nb.experiments import Combination, SweepProgress, Trial, Workload
-    from kitty_nb.experiments.combination import Spread
+    from kitty_nb.experiments.metrics import Spread
     from kitty_nb.experiments.trial import Value
     from kitty_nb.supervisor.events import LoadProgress
     from kitty_nb.widgets.control_panel import ControlPanel
