@@ -19,7 +19,7 @@ from distributed import Client
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import Outcome, Sweep, Trial
-from kitty_nb.experiments.events import (
+from kitty_nb.experiments.trial import (
     RequestAnswered,
     SweepEnded,
     SweepEvent,

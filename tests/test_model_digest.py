@@ -13,7 +13,7 @@ import pytest
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ModelFileError
-from kitty_nb.experiments.model_digest import FileDigest, ModelDigest, digest_model
+from kitty_nb.experiments.model_files import FileDigest, ModelDigest, digest_model
 
 OLD = 1_700_000_000_000_000_000
 

@@ -12,7 +12,6 @@ import pytest
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments.events import RequestAnswered
 from kitty_nb.experiments.metrics import constraints_of, metric_names
 from kitty_nb.experiments.objective import Objective, glimpses, read_objective, why_behind
 from kitty_nb.experiments.propose import make_study, propose
@@ -22,6 +21,7 @@ from kitty_nb.experiments.trial import (
     LoadSeconds,
     Measurement,
     Outcome,
+    RequestAnswered,
     Speed,
     Trial,
     TrialResult,

@@ -33,7 +33,12 @@ from kitty_nb.experiments import (
     replay,
 )
 from kitty_nb.experiments.eta import seconds_left
-from kitty_nb.experiments.events import (
+from kitty_nb.experiments.model_files import fingerprint_of
+from kitty_nb.experiments.run_trial import run_trial, this_machine
+from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.trial import (
+    Execute,
+    OnProgress,
     RequestAnswered,
     StoreFailed,
     SweepEnded,
@@ -42,14 +47,9 @@ from kitty_nb.experiments.events import (
     SweepResumed,
     TrialEnded,
     TrialProgressed,
+    TrialSeconds,
     TrialStarted,
 )
-from kitty_nb.experiments.local import this_machine
-from kitty_nb.experiments.model_mark import mark_of
-from kitty_nb.experiments.run_trial import run_trial
-from kitty_nb.experiments.schedule import Execute
-from kitty_nb.experiments.store import ResultStore
-from kitty_nb.experiments.trial import TrialSeconds
 from kitty_nb.experiments.workload import Workload
 
 WAIT = 120.0
@@ -185,7 +185,7 @@ def test_rows_that_do_not_say_which_file_it_was_count(sweep: Callable[..., Sweep
     one = sweep()
     one.run(no_server()).wait(WAIT)
     with closing(sqlite3.connect(one.store)) as store, store:
-        store.execute("UPDATE trials SET result = json_remove(result, '$.mark')")
+        store.execute("UPDATE trials SET result = json_remove(result, '$.fingerprint')")
     assert sweep().progress.done == 1
 
 
@@ -221,18 +221,18 @@ def test_every_model_that_is_not_here_is_told_before_the_first_trial(
 def test_what_is_to_be_tried_again_is_not_done_until_it_was(
     sweep: Callable[..., Sweep], base: ServerConfig
 ) -> None:
-    mark = mark_of(str(base.model), base)
+    mark = fingerprint_of(str(base.model), base)
 
     @asynccontextmanager
     async def failing() -> AsyncIterator[Execute]:
-        async def execute(trial: Trial, **_: object) -> TrialResult:
-            return TrialResult(trial, Outcome.FAILED, "a crash", mark=mark)
+        async def execute(trial: Trial, on_progress: OnProgress) -> TrialResult:
+            return TrialResult(trial, Outcome.FAILED, "a crash", fingerprint=mark)
 
         yield execute
 
     @asynccontextmanager
     async def lost() -> AsyncIterator[Execute]:
-        async def execute(trial: Trial, **_: object) -> TrialResult:
+        async def execute(trial: Trial, on_progress: OnProgress) -> TrialResult:
             raise ExperimentError("The cluster is lost.")
 
         yield execute
@@ -370,9 +370,7 @@ def test_a_paused_sweep_ends_its_trial_and_waits(sweep: Callable[..., Sweep]) ->
 async def no_server(seconds: float = 0.0) -> AsyncIterator[Execute]:
     """Runs trials that take no server, only their time."""
 
-    async def execute(
-        trial: Trial, *, tell: Callable[[SweepEvent], None], free: Callable[[], None]
-    ) -> TrialResult:
+    async def execute(trial: Trial, on_progress: OnProgress) -> TrialResult:
         await anyio.sleep(seconds)
         return TrialResult(trial, Outcome.DONE)
 
@@ -743,9 +741,7 @@ def test_trials_run_on_whatever_machine_the_executor_has(sweep: Callable[..., Sw
     running: list[int] = []
     most = 0
 
-    async def execute(
-        trial: Trial, *, tell: Callable[[SweepEvent], None], free: Callable[[], None]
-    ) -> TrialResult:
+    async def execute(trial: Trial, on_progress: OnProgress) -> TrialResult:
         nonlocal most
         running.append(trial.repeat)
         most = max(most, len(running))
@@ -773,7 +769,8 @@ def test_trials_run_on_whatever_machine_the_executor_has(sweep: Callable[..., Sw
 def test_a_trial_can_be_sent_to_another_process(base: ServerConfig, tmp_path: Path) -> None:
     workload = Workload(prompts=(PROMPT,), max_tokens=8, quality=ExactMatch({PROMPT: "x"}))
     trial = Trial("demo.gguf", (("threads", 1), ("extra_args", ("--mlock",))))
-    call = partial(run_trial, trial, base, workload, tmp_path / "logs")
+    given = {"config": base, "workload": workload, "folder": tmp_path / "logs"}
+    call = partial(run_trial, trial, print, **given)
     (tmp_path / "call.pickle").write_bytes(pickle.dumps(call))
     code = (
         "import anyio, pickle, sys; from pathlib import Path\n"

@@ -22,9 +22,15 @@ from kitty_nb.experiments import (
     TrialResult,
     Workload,
 )
-from kitty_nb.experiments.events import RequestAnswered, SweepEvent, TrialEnded, TrialStarted
 from kitty_nb.experiments.sweep import SweepProgress
-from kitty_nb.experiments.trial import LoadSeconds, Speed
+from kitty_nb.experiments.trial import (
+    LoadSeconds,
+    RequestAnswered,
+    Speed,
+    SweepEvent,
+    TrialEnded,
+    TrialStarted,
+)
 from kitty_nb.widgets import SweepPanel
 from kitty_nb.widgets.sweep_panel import (
     SweepStatus,

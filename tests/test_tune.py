@@ -10,8 +10,8 @@ from test_sweep import servers
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, local, tune
-from kitty_nb.experiments.events import SweepEvent, TrialEnded, TrialStarted
+from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, run_trial, tune
+from kitty_nb.experiments.trial import SweepEvent, TrialEnded, TrialStarted
 from kitty_nb.manager import Operation
 
 WAIT = 180.0
@@ -167,12 +167,12 @@ def test_when_nothing_can_be_measured_it_says_why(search: Search) -> None:
 def test_a_trial_that_fails_unforeseen_is_a_row(
     search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run(trial: Trial, **_: object) -> TrialResult:
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
         if dict(trial.settings)["batch_size"] == 64:
             raise RuntimeError("a bug")
         return TrialResult(trial, Outcome.DONE)
 
-    monkeypatch.setattr(local, "run_trial", run)
+    monkeypatch.setattr(run_trial, "run_trial", run)
     found = search(space={"batch_size": [64, 128], "threads": 1}, budget=2).wait(WAIT)
     assert found.settings["batch_size"] == 128
     (bad,) = [row for row in found.results.rows if row.outcome is Outcome.FAILED]

@@ -31,20 +31,18 @@ from kitty_nb.experiments.dask_worker import (
     run_order,
     stop_order,
 )
-from kitty_nb.experiments.model_mark import mark_of
+from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.trial import Outcome, TrialResult
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Mapping
     from pathlib import Path
 
     from distributed import Client
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.events import SweepEvent
-    from kitty_nb.experiments.schedule import Execute
-    from kitty_nb.experiments.trial import ModelMark, Trial
+    from kitty_nb.experiments.trial import Execute, ModelFingerprint, OnProgress, Trial
     from kitty_nb.experiments.workload import Workload
 
 _STOP_WITHIN = 30.0  # seconds; a worker that does not answer has ended, and so has its server
@@ -94,11 +92,11 @@ class _Cluster:
         self._logs = logs
         self._topic = f"kitty_nb-{uuid.uuid4().hex}"
         self._loop = asyncio.get_running_loop()
-        self._listeners: dict[str, Callable[[SweepEvent], None]] = {}
+        self._listeners: dict[str, OnProgress] = {}
         self._known: set[str] = set()
         self._useless: dict[str, str] = {}
         self._refused: dict[tuple[object, ...], dict[str, str]] = {}
-        self._marks: dict[str, ModelMark | None] = {}
+        self._marks: dict[str, ModelFingerprint | None] = {}
         self._resources: dict[str, float] = {}
 
     async def open(self) -> None:
@@ -119,11 +117,8 @@ class _Cluster:
         """Listen no more. On the client's loop."""
         self._client.unsubscribe_topic(self._topic)
 
-    async def run(
-        self, trial: Trial, *, tell: Callable[[SweepEvent], None], free: Callable[[], None]
-    ) -> TrialResult:
+    async def run(self, trial: Trial, on_progress: OnProgress) -> TrialResult:
         """Return a trial's row, from whichever worker can run it."""
-        del free  # the worker's slot is, once its answer is here
         if trial.model not in self._marks:
             self._marks[trial.model] = await self._mark_here(trial)
         lost = 0
@@ -132,7 +127,7 @@ class _Cluster:
             if workers == []:
                 reason = f"No worker can run this trial. {_listed(self._refusals(trial))}"
                 return _failed(trial, f"{_died(lost)} {reason}" if lost else reason)
-            answer = await self._order(trial, workers, tell)
+            answer = await self._order(trial, workers, on_progress)
             if isinstance(answer, TrialResult):
                 return answer
             if answer is None:
@@ -148,7 +143,7 @@ class _Cluster:
         return _failed(trial, _died(lost))
 
     async def _order(
-        self, trial: Trial, workers: list[str] | None, tell: Callable[[SweepEvent], None]
+        self, trial: Trial, workers: list[str] | None, on_progress: OnProgress
     ) -> Delivery | Refusal | TrialResult | None:
         order = Order(
             name=uuid.uuid4().hex,
@@ -161,7 +156,7 @@ class _Cluster:
             alone=not self._resources,
             keep_log=self._logs is not None,
         )
-        self._listeners[order.name] = tell
+        self._listeners[order.name] = on_progress
         try:
             return await on_its_loop(self._client, self._submit(order, workers))
         except KilledWorker as killed:
@@ -220,9 +215,9 @@ class _Cluster:
             await anyio.sleep(_LOOK_AFTER)  # others may take the places of those that are gone
         return None
 
-    async def _mark_here(self, trial: Trial) -> ModelMark | None:
+    async def _mark_here(self, trial: Trial) -> ModelFingerprint | None:
         try:
-            return await anyio.to_thread.run_sync(mark_of, trial.model, self._config)
+            return await anyio.to_thread.run_sync(fingerprint_of, trial.model, self._config)
         except ConfigError:  # only the workers have it
             return None
 

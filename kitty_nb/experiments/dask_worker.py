@@ -17,15 +17,14 @@ from distributed import get_worker
 
 from kitty_nb.config import ServerConfig, salvage_settings
 from kitty_nb.errors import KittyError
-from kitty_nb.experiments.model_mark import mark_of
+from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.run_trial import engine_of, run_trial
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
     from distributed import Worker
 
-    from kitty_nb.experiments.events import SweepEvent
-    from kitty_nb.experiments.trial import ModelMark, Trial, TrialResult
+    from kitty_nb.experiments.trial import ModelFingerprint, SweepEvent, Trial, TrialResult
     from kitty_nb.experiments.workload import Workload
 
 
@@ -51,7 +50,7 @@ class Order:
     config: ServerConfig
     workload: Workload
     host: str
-    model: ModelMark | None
+    model: ModelFingerprint | None
     alone: bool
     keep_log: bool
 
@@ -69,7 +68,7 @@ class Delivery:
 
     result: TrialResult
     worker: str
-    model: ModelMark
+    model: ModelFingerprint
     log: bytes = b""
 
 
@@ -158,7 +157,7 @@ async def _carry_out(order: Order, worker: Worker) -> Delivery | Refusal:
         config = order.config
         if order.host != this_host():
             config = await anyio.to_thread.run_sync(settings_here, config)
-        mark = await anyio.to_thread.run_sync(mark_of, order.trial.model, config)
+        mark = await anyio.to_thread.run_sync(fingerprint_of, order.trial.model, config)
         await engine_of(order.trial, config)
     except KittyError as error:
         return Refusal(worker.address, str(error))
@@ -169,7 +168,9 @@ async def _carry_out(order: Order, worker: Worker) -> Delivery | Refusal:
             prefix="kitty_nb-", dir=worker.local_directory, ignore_cleanup_errors=True
         ) as name:
             folder = Path(name)
-            result = await run_trial(order.trial, config, order.workload, folder, tell)
+            result = await run_trial(
+                order.trial, tell, config=config, workload=order.workload, folder=folder
+            )
             log = await anyio.to_thread.run_sync(_read, folder) if order.keep_log else b""
     except OSError as error:
         return Refusal(worker.address, f"{worker.local_directory} cannot be used: {error}.")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.trial import (
-    LoadSeconds,
     Measurement,
     Outcome,
     Speed,
     Trial,
     TrialResult,
 )
+from kitty_nb.isolated_server import LoadSeconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -8,14 +8,13 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
 from kitty_nb.experiments.metrics import Spread, known, metrics_of, smaller_is_better, tells_speed
+from kitty_nb.experiments.trial import RequestAnswered, TrialProgressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from kitty_nb.experiments.events import SweepEvent
-    from kitty_nb.experiments.trial import TrialResult
+    from kitty_nb.experiments.trial import SweepEvent, TrialResult
 
 __all__ = ["Objective", "glimpses", "read_objective", "why_behind"]
 

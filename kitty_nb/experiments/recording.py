@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kitty_nb.client import not_an_answer
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.host_facts import host_facts, library_versions
-from kitty_nb.experiments.model_digest import digest_model
+from kitty_nb.experiments.model_files import digest_model
 from kitty_nb.experiments.run_record import EngineFacts, Exchange, Request, RunRecord, Timings
 from kitty_nb.isolated_server import LoadSeconds, find_load, gather_facts, locate_engine
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kitty_nb import ServerState
     from kitty_nb.client import Access
-    from kitty_nb.experiments.model_digest import OnProgress
+    from kitty_nb.experiments.model_files import OnProgress
     from kitty_nb.isolated_server import LoadRecord
     from kitty_nb.manager import ModelManager, Operation
 

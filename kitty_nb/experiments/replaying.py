@@ -15,7 +15,7 @@ from kitty_nb.config import ServerConfig, salvage_settings
 from kitty_nb.errors import RunRecordError
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.comparison import compare
-from kitty_nb.experiments.model_digest import digest_model
+from kitty_nb.experiments.model_files import digest_model
 from kitty_nb.experiments.recording import ask, describe_run
 from kitty_nb.isolated_server import SERVER_SETTINGS, gather_facts, isolated_server
 from kitty_nb.manager import Operation

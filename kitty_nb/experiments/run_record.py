@@ -23,7 +23,7 @@ from kitty_nb.config import RECORDED, ServerConfig, takes_secret
 from kitty_nb.config.whole_file import write_whole
 from kitty_nb.errors import ConfigError, RunRecordError
 from kitty_nb.experiments.host_facts import HostFacts
-from kitty_nb.experiments.model_digest import ModelDigest
+from kitty_nb.experiments.model_files import ModelDigest
 from kitty_nb.isolated_server import EngineKind, LoadSeconds
 
 # One higher whenever an older version of this package would misread a record.

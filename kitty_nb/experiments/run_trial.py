@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import psutil
 
-from kitty_nb.errors import KittyError, WillNotFitError
-from kitty_nb.experiments.events import RequestAnswered, TrialProgressed
+from kitty_nb.errors import ExperimentError, KittyError, WillNotFitError
 from kitty_nb.experiments.measure import Interview
-from kitty_nb.experiments.model_mark import mark_of
+from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.quality import Perplexity
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.settings import changes
-from kitty_nb.experiments.trial import Measurement, Outcome, TrialResult, TrialSeconds
+from kitty_nb.experiments.trial import (
+    Measurement,
+    Outcome,
+    RequestAnswered,
+    TrialProgressed,
+    TrialResult,
+    TrialSeconds,
+)
 from kitty_nb.isolated_server import isolated_server, locate_engine, this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator
 
     from kitty_nb import LoadProgress
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.measure import Answer
     from kitty_nb.experiments.run_record import Exchange
-    from kitty_nb.experiments.trial import ModelMark, Trial
+    from kitty_nb.experiments.trial import Execute, ModelFingerprint, OnProgress, Trial
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer
 
 _LOOKED_AT = 0.1  # seconds for which what else the machine does is looked at
+_log = logging.getLogger(__name__)
 
 
 async def run_trial(
     trial: Trial,
+    on_progress: OnProgress,
+    *,
     config: ServerConfig,
     workload: Workload,
     folder: Path,
-    tell: Callable[[SweepEvent], None] = lambda _: None,
-    free: Callable[[], None] = lambda: None,
 ) -> TrialResult:
     """Measure a trial by a server of its own, and say what came of it. It does not raise.
 
@@ -51,18 +60,15 @@ async def run_trial(
 
     Args:
         trial: What to try.
+        on_progress: Called with the load's progress and with each answer.
         config: The settings that it changes, as they are on this machine.
         workload: What to ask.
         folder: Where the server's log goes.
-        tell: Called with the load's progress and with each answer.
-        free: Called once the server's process is gone, when the next trial may begin; some
-            milliseconds of tidying are still to come then.
     """
-    run = _Run(trial, workload, tell)
+    run = _Run(trial, workload, on_progress)
     outcome, reason = Outcome.DONE, ""
     try:
         await run.serve(await run.prepare(config), folder)
-        free()
         reason = " ".join(filter(None, (await run.judge(), run.queued())))
     except WillNotFitError as error:
         outcome, reason = Outcome.SKIPPED, str(error)
@@ -82,7 +88,7 @@ async def run_trial(
         host=this_host(),
         engine=run.engine,
         at=time.time(),
-        mark=run.mark,
+        fingerprint=run.fingerprint,
         document=run.document if done else "",
     )
 
@@ -97,16 +103,46 @@ async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
     return await locate_engine(Path(str(binary)) if binary else None)
 
 
+@asynccontextmanager
+async def this_machine(
+    config: ServerConfig, workload: Workload, logs: Path | None = None
+) -> AsyncGenerator[Execute]:
+    """Give what runs trials here.
+
+    Args:
+        config: The settings that trials change.
+        workload: What to ask each server.
+        logs: A folder for the servers' logs, to be looked at afterwards; without it they go with
+            this context.
+    """
+    with TemporaryDirectory(prefix="kitty_nb-sweep-", ignore_cleanup_errors=True) as temporary:
+        yield partial(run_trial, config=config, workload=workload, folder=logs or Path(temporary))
+
+
+async def row_of(trial: Trial, execute: Execute, on_progress: OnProgress) -> TrialResult:
+    """Return a trial's row, also when running it fails in a way nobody foresaw: others go on.
+
+    Raises:
+        ExperimentError: Nothing can be run there any more.
+    """
+    try:
+        return await execute(trial, on_progress)
+    except ExperimentError:
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever it is, it has its row)
+        _log.exception("Running a trial failed.")
+        reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
+        return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
+
+
 class _Run:
     """What is known of a trial while it runs."""
 
-    def __init__(
-        self, trial: Trial, workload: Workload, tell: Callable[[SweepEvent], None]
-    ) -> None:
+    def __init__(self, trial: Trial, workload: Workload, tell: OnProgress) -> None:
         self.measurement: Measurement | None = None
         self.seconds = TrialSeconds()
         self.engine = self.document = ""
-        self.mark: ModelMark | None = None
+        self.fingerprint: ModelFingerprint | None = None
         self._trial = trial
         self._workload = workload
         self._tell = tell
@@ -126,7 +162,7 @@ class _Run:
         engine = await engine_of(self._trial, config)
         self.engine = engine.version
         own = await anyio.to_thread.run_sync(self._own_config, config, engine)
-        self.mark = await anyio.to_thread.run_sync(mark_of, self._trial.model, config)
+        self.fingerprint = await anyio.to_thread.run_sync(fingerprint_of, self._trial.model, config)
         return own
 
     def _own_config(self, config: ServerConfig, engine: Engine) -> ServerConfig:

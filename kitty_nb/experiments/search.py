@@ -14,15 +14,22 @@ import anyio.to_thread
 
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ResultStoreError
-from kitty_nb.experiments.events import StoreFailed, TrialEnded, TrialProgressed, TrialStarted
-from kitty_nb.experiments.local import this_machine
-from kitty_nb.experiments.model_mark import check_models, marks_here
+from kitty_nb.experiments.model_files import check_models, fingerprints_here
 from kitty_nb.experiments.objective import glimpses, why_behind
 from kitty_nb.experiments.propose import propose
-from kitty_nb.experiments.schedule import row_of
+from kitty_nb.experiments.run_trial import row_of, this_machine
 from kitty_nb.experiments.settings import check_flags, in_use
 from kitty_nb.experiments.standing import Standing
-from kitty_nb.experiments.trial import Outcome, Trial, TrialResult, TrialSeconds
+from kitty_nb.experiments.trial import (
+    Outcome,
+    StoreFailed,
+    Trial,
+    TrialEnded,
+    TrialProgressed,
+    TrialResult,
+    TrialSeconds,
+    TrialStarted,
+)
 from kitty_nb.supervisor.load_facts import this_host
 
 if TYPE_CHECKING:
@@ -30,13 +37,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.metrics import Constraint
     from kitty_nb.experiments.objective import Objective
-    from kitty_nb.experiments.schedule import Execute
     from kitty_nb.experiments.space import Space
     from kitty_nb.experiments.store import ResultStore
-    from kitty_nb.experiments.trial import ModelMark
+    from kitty_nb.experiments.trial import Execute, ModelFingerprint, SweepEvent
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.supervisor.events import LoadProgress
 
@@ -67,7 +72,7 @@ class Search:
         on_event: Called with what happens.
         rows: Those there are by now.
         load: How far the latest load is.
-        mark: Of the model, once it was seen.
+        fingerprint: Of the model, once it was seen.
     """
 
     model: str
@@ -84,7 +89,7 @@ class Search:
     on_event: Callable[[SweepEvent], None]
     rows: list[TrialResult] = field(default_factory=list)
     load: LoadProgress | None = None
-    mark: ModelMark | None = None
+    fingerprint: ModelFingerprint | None = None
 
     @property
     def standing(self) -> Standing:
@@ -103,8 +108,8 @@ class Search:
         began = time.monotonic()
         await self._check_flags()
         await anyio.to_thread.run_sync(check_models, [self.model], self.config)
-        here = await anyio.to_thread.run_sync(marks_here, [self.model], self.config)
-        self.mark = here.get(self.model)
+        here = await anyio.to_thread.run_sync(fingerprints_here, [self.model], self.config)
+        self.fingerprint = here.get(self.model)
         self.rows = [own for row in await self.kept.recall() if (own := self._own(row))]
         try:
             async with this_machine(self.config, self.workload, self.logs) as execute:
@@ -131,7 +136,7 @@ class Search:
             return None
         if not all(settings[name] in axis for name, axis in self.space.items()):
             return None
-        if not self.workload.satisfied_by(row) or not row.may_be_of(self.mark):
+        if not self.workload.satisfied_by(row) or not row.may_be_of(self.fingerprint):
             return None
         if row.outcome is Outcome.PRUNED and not row.reason.startswith(self._pruned):
             return None
@@ -187,7 +192,7 @@ class Search:
         with anyio.CancelScope() as scope:
             if self.objective.tells_speed and len(peers) >= _PEERS and trial.repeat == 1:
                 scope.deadline = anyio.current_time() + _PATIENCE * median(usual)
-            row = await row_of(trial, execute, tell, lambda: None)
+            row = await row_of(trial, execute, tell)
         if row:
             return row
         passed = time.monotonic() - began
@@ -199,7 +204,7 @@ class Search:
             seconds=TrialSeconds(overall=passed),
             host=this_host(),
             at=time.time(),
-            mark=self.mark,
+            fingerprint=self.fingerprint,
         )
 
     def _publish(self, event: SweepEvent) -> None:

@@ -20,24 +20,25 @@ from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStor
 from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.eta import forecast_loads, seconds_left
-from kitty_nb.experiments.events import (
+from kitty_nb.experiments.grid import combine, in_order
+from kitty_nb.experiments.model_files import check_models, fingerprints_here
+from kitty_nb.experiments.results import Results, extra
+from kitty_nb.experiments.run_trial import row_of, this_machine
+from kitty_nb.experiments.schedule import Gate, carry_out
+from kitty_nb.experiments.settings import check_flags, digest
+from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.trial import (
+    Outcome,
     StoreFailed,
     SweepEnded,
     SweepEvent,
     SweepPaused,
     SweepResumed,
+    Trial,
     TrialEnded,
     TrialProgressed,
     TrialStarted,
 )
-from kitty_nb.experiments.grid import combine, in_order
-from kitty_nb.experiments.local import this_machine
-from kitty_nb.experiments.model_mark import check_models, marks_here
-from kitty_nb.experiments.results import Results, extra
-from kitty_nb.experiments.schedule import Gate, carry_out, row_of
-from kitty_nb.experiments.settings import check_flags, digest
-from kitty_nb.experiments.store import ResultStore
-from kitty_nb.experiments.trial import Outcome, Trial
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
 from kitty_nb.manager import Operation
 from kitty_nb.supervisor.broadcast import Broadcast
@@ -53,8 +54,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.experiments.grid import Skip
     from kitty_nb.experiments.quality import Perplexity, Quality
-    from kitty_nb.experiments.schedule import Execute
-    from kitty_nb.experiments.trial import ModelMark, TrialResult
+    from kitty_nb.experiments.trial import Execute, ModelFingerprint, TrialResult
     from kitty_nb.supervisor.events import LoadProgress
 
 __all__ = ["Sweep", "SweepProgress"]
@@ -359,16 +359,16 @@ class Sweep:
         async with where or self._here() as execute, anyio.create_task_group() as tasks:
             tasks.start_soon(self._forecast, [trial.model for trial in left])
 
-            async def run(trial: Trial, free: Callable[[], None]) -> None:
-                await self._try(trial, execute, free)
+            async def run(trial: Trial) -> None:
+                await self._try(trial, execute)
 
             await carry_out(left, run, self._slots, self._gate)
 
-    async def _try(self, trial: Trial, execute: Execute, free: Callable[[], None]) -> None:
+    async def _try(self, trial: Trial, execute: Execute) -> None:
         self._running[trial] = time.monotonic()
         self._publish(TrialStarted(trial))
         try:
-            result = await row_of(trial, execute, self._publish, free)
+            result = await row_of(trial, execute, self._publish)
         finally:
             self._running.pop(trial, None)
         self._rows[trial.key] = result
@@ -418,10 +418,10 @@ class Sweep:
             if not self._known:  # a run may have begun meanwhile
                 self._take(rows, marks)
 
-    def _marks(self) -> dict[str, ModelMark]:
-        return marks_here((trial.model for trial in self.trials), self.config)
+    def _marks(self) -> dict[str, ModelFingerprint]:
+        return fingerprints_here((trial.model for trial in self.trials), self.config)
 
-    def _take(self, rows: Iterable[TrialResult], marks: Mapping[str, ModelMark]) -> None:
+    def _take(self, rows: Iterable[TrialResult], marks: Mapping[str, ModelFingerprint]) -> None:
         own = {trial.key: trial for trial in self.trials}  # names may be in another order there
         self._rows = {
             key: replace(row, trial=own[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -11,12 +12,11 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from kitty_nb.isolated_server import LoadSeconds
+from kitty_nb.isolated_server import LoadSeconds  # noqa: TC001 (pydantic reads the types)
 
 if TYPE_CHECKING:
+    from kitty_nb import LoadProgress
     from kitty_nb.experiments.run_record import RunRecord
-
-__all__ = ["LoadSeconds", "Measurement", "ModelMark", "Outcome", "Speed", "Trial", "TrialResult"]
 
 Value = bool | int | float | str | tuple[str, ...] | None
 
@@ -149,7 +149,7 @@ class TrialSeconds:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelMark:
+class ModelFingerprint:
     """Tells one model from another of the same name.
 
     Attributes:
@@ -174,7 +174,7 @@ class TrialResult:
         host: The machine.
         engine: What the engine calls itself; empty where none was found.
         at: When it ended, in seconds since the epoch.
-        mark: Of the model, where it was seen.
+        fingerprint: Of the model, where it was seen.
         document: Its run record as JSON; empty unless the sweep was told to make one.
     """
 
@@ -186,17 +186,17 @@ class TrialResult:
     host: str = ""
     engine: str = ""
     at: float = 0.0
-    mark: ModelMark | None = None
+    fingerprint: ModelFingerprint | None = None
     document: str = field(default="", repr=False)
 
-    def may_be_of(self, mark: ModelMark | None) -> bool:
-        """Tell whether it may be of the model with this mark; an unknown mark is no objection.
+    def may_be_of(self, model: ModelFingerprint | None) -> bool:
+        """Whether it may be a row of this model; where the model is not here, any row may be.
 
-        Where a trial saw no such model, its failure says nothing of one that is there.
+        Where a trial saw no such model, its failure says nothing of one that is here.
         """
-        if mark is None or self.mark == mark:
+        if model is None or self.fingerprint == model:
             return True
-        return self.mark is None and self.outcome is Outcome.DONE
+        return self.fingerprint is None and self.outcome is Outcome.DONE
 
     @property
     def record(self) -> RunRecord | None:
@@ -207,3 +207,103 @@ class TrialResult:
         """
         run_record = import_module("kitty_nb.experiments.run_record")
         return run_record.RunRecord.parse(self.document) if self.document else None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialStarted:
+    """A trial has begun."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True, slots=True)
+class TrialProgressed:
+    """A trial's load has moved."""
+
+    trial: Trial
+    progress: LoadProgress
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAnswered:
+    """A trial has one more answer.
+
+    Attributes:
+        trial: Which.
+        done: Measured requests that are answered.
+        total: How many there are.
+        parallel: How many are under way at once.
+        tokens_per_second: At which this answer was written, as the server says.
+        prompt_tokens_per_second: At which its prompt was read, as the server says.
+        time_to_first_token: Seconds until its first token had arrived.
+    """
+
+    trial: Trial
+    done: int
+    total: int
+    parallel: int
+    tokens_per_second: float | None
+    prompt_tokens_per_second: float | None
+    time_to_first_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEnded:
+    """A trial has its row."""
+
+    result: TrialResult
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPaused:
+    """No further trial begins until the sweep is resumed; the one under way goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResumed:
+    """Trials begin again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepEnded:
+    """The run is over.
+
+    Attributes:
+        complete: Whether every trial has its row.
+        problem: Why it broke off, in a sentence; empty where it did not.
+    """
+
+    complete: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFailed:
+    """Rows could not be written; they are kept in memory and written with the next one.
+
+    Attributes:
+        problem: What is wrong and what to do, in a sentence.
+    """
+
+    problem: str
+
+
+SweepEvent = (
+    TrialStarted
+    | TrialProgressed
+    | RequestAnswered
+    | TrialEnded
+    | SweepPaused
+    | SweepResumed
+    | SweepEnded
+    | StoreFailed
+)
+
+
+OnProgress = Callable[[SweepEvent], object]
+Execute = Callable[[Trial, OnProgress], Awaitable[TrialResult]]
+"""Runs one trial somewhere, tells its progress on the event loop, and returns its row.
+
+Being cancelled ends the trial's server. An `ExperimentError` means that nothing more can be run
+there, and ends the sweep.
+"""

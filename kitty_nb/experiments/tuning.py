@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
     from optuna import Study
 
-    from kitty_nb.experiments.events import SweepEvent
     from kitty_nb.experiments.quality import Perplexity, Quality
     from kitty_nb.experiments.results import Combination
     from kitty_nb.experiments.search import Search
-    from kitty_nb.experiments.trial import TrialResult
+    from kitty_nb.experiments.trial import SweepEvent, TrialResult
 
 __all__ = ["TuneResult", "tune"]
 

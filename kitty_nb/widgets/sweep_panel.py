@@ -18,7 +18,9 @@ from traitlets import Unicode
 
 from kitty_nb.errors import ExperimentError, KittyError
 from kitty_nb.experiments import Outcome, Perplexity, Results, Sweep
-from kitty_nb.experiments.events import (
+from kitty_nb.experiments.metrics import OBJECTIVE
+from kitty_nb.experiments.settings import FIELDS
+from kitty_nb.experiments.trial import (
     RequestAnswered,
     SweepEnded,
     SweepEvent,
@@ -26,8 +28,6 @@ from kitty_nb.experiments.events import (
     TrialProgressed,
     TrialStarted,
 )
-from kitty_nb.experiments.metrics import OBJECTIVE
-from kitty_nb.experiments.settings import FIELDS
 from kitty_nb.supervisor.events import ServerStatus, Stage
 from kitty_nb.widgets.accessible import Accessible
 from kitty_nb.widgets.assets import asset

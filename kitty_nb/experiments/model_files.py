@@ -1,4 +1,4 @@
-"""The SHA-256 of the files that a server reads, worked out once for as long as they stay."""
+"""Which files a server reads: a fingerprint at a glance, and the SHA-256 of all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from kitty_nb.catalog import shard_paths
 from kitty_nb.catalog.folder import settled, stamp_of
 from kitty_nb.catalog.scan_cache import DigestCache, Stamp
-from kitty_nb.errors import ModelFileError
+from kitty_nb.errors import ConfigError, ModelFileError, Problem
+from kitty_nb.experiments.trial import ModelFingerprint
+from kitty_nb.isolated_server import gather_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from _typeshed import WriteableBuffer
 
@@ -160,3 +163,51 @@ class _Watched(io.FileIO):
             self._tell(self._untold)
             self._untold = 0
         return count
+
+
+def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
+    """Look at a model on this machine. It blocks.
+
+    Args:
+        model: As trials name it.
+        config: Of the sweep, which says where models are.
+
+    Raises:
+        ConfigError: It is not here.
+    """
+    facts = gather_facts(config.replace(model=model))
+    return ModelFingerprint(facts.size, facts.digest)
+
+
+def fingerprints_here(models: Iterable[str], config: ServerConfig) -> dict[str, ModelFingerprint]:
+    """Look at those of the models that can be read on this machine. It blocks.
+
+    Args:
+        models: As trials name them.
+        config: As for `fingerprint_of`.
+    """
+    found: dict[str, ModelFingerprint] = {}
+    for model in dict.fromkeys(models):
+        with suppress(ConfigError):
+            found[model] = fingerprint_of(model, config)
+    return {model: one for model, one in found.items() if one.digest}
+
+
+def check_models(models: Iterable[str], config: ServerConfig) -> None:
+    """Check that the models are on this machine. It blocks.
+
+    Args:
+        models: As trials name them.
+        config: As for `fingerprint_of`.
+
+    Raises:
+        ConfigError: Listing those that are not.
+    """
+    problems: list[Problem] = []
+    for model in dict.fromkeys(models):
+        try:
+            config.replace(model=model)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError("the sweep", tuple(problems))
