@@ -62,6 +62,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"kitty-nb {version('kitty_nb')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before the verb."""
+
+
 _Env = Annotated[Path, typer.Option("--env", metavar="FILE", help="The file with the settings.")]
 _Profile = Annotated[str, typer.Option(help="Which named set of settings to use.")]
 _NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the process is there.")]
