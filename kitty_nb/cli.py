@@ -309,18 +309,18 @@ def download(
         str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or its page's address.")
     ],
     quant: Annotated[
-        str | None, typer.Option(metavar="Q4_K_M", help="Which of its models, or a file's name.")
+        str | None, typer.Option(metavar="Q4_K_M", help="The quantization, or the name of a file.")
     ] = None,
     only_list: Annotated[
-        bool, typer.Option("--list", help="Only say what there is and how large it is.")
+        bool, typer.Option("--list", help="Only list its models and their sizes.")
     ] = False,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
-    """Fetch a model from the Hugging Face Hub into the models folder, checked.
+    """Download a model from the Hugging Face Hub into the models folder, and verify it.
 
-    All its shards come, and its projector. Ctrl-C keeps what has come: the same command goes on
-    from there. For gated repositories log in by `hf auth login`.
+    Its shards and its projector are included. Ctrl-C keeps the downloaded part: the same command
+    resumes there. For gated and private repositories, log in with `hf auth login`.
     """
     from kitty_nb.catalog.description import why_not_served
     from kitty_nb.hub.repository import HubReference
@@ -338,7 +338,7 @@ def download(
     try:
         model = anyio.run(downloads.download, reference, quant, folder, console)
     except KeyboardInterrupt:
-        _say("Cancelled. What has come is kept; the same command goes on from there.", err=True)
+        _say("Cancelled. The downloaded part is kept; the same command resumes there.", err=True)
         raise
     if told := why_not_served(model):
         _say(told, err=True)

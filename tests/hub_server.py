@@ -120,8 +120,7 @@ def usual_repositories() -> dict[str, Repo]:
             "Q8_0/vl-Q8_0-00001-of-00002.gguf": b"its second shard is missing",
             "mmproj-F16.gguf": some_bytes(100_000, 4),
             "mmproj-F32.gguf": some_bytes(150_000, 5),
-        },
-        in_git={"mmproj-F16.gguf"},
+        }
     )
     return {ONE: one, SPLIT: split}
 

@@ -60,7 +60,7 @@ def test_a_model_is_looked_up_chosen_and_fetched(make: Make, models: Path) -> No
     eventually(lambda: form.cancel.disabled)
     assert form.bar.value == form.bar.max
     assert form.bar.bar_style == "success"
-    assert form.text.value == "complete · 5.0 MB of 5.0 MB"
+    assert form.text.value == "complete · 5.0 MB"
     assert writers == {"kitty_nb"}
 
 
@@ -96,7 +96,7 @@ def test_where_no_choice_is_usual_the_smallest_is_offered(make: Make, hub: Hub) 
     hub.repos["a/b"] = Repo({"b-Q8_0.gguf": b"12345678", "b-Q2_K.gguf": b"12"})
     form, _done = make()
     look(form, "a/b")
-    assert form.choice.value.label == "Q2_K"
+    assert form.choice.value.variant.label == "Q2_K"
 
 
 @pytest.mark.parametrize(

@@ -13,27 +13,23 @@ import hashlib
 import os
 import shutil
 import time
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from enum import StrEnum
-from functools import partial
 from typing import IO, TYPE_CHECKING
 
 import anyio
+import psutil
 from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
 from kitty_nb.catalog.folder import is_folder, stamp_of
-from kitty_nb.catalog.scan_cache import DigestCache, Stamp
+from kitty_nb.catalog.scan_cache import DigestCache
 from kitty_nb.errors import ChecksumError, DiskFullError, HubError
 from kitty_nb.hub.repository import hub_errors
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from hashlib import _Hash
+    from collections.abc import Callable
     from pathlib import Path
 
-    from anyio import AsyncFile
     from httpx2 import AsyncClient
 
     from kitty_nb.hub.repository import HubFile, Repository, Variant
@@ -49,42 +45,15 @@ _REPORT_EVERY = 0.25  # seconds
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PARTIAL = 206
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
-_SHA256_DIGITS = 64
-
-
-class DownloadStep(StrEnum):
-    """The current activity of a download."""
-
-    CHECKING = "verifying"
-    DOWNLOADING = "downloading"
-    WAITING = "connection lost, retrying"
-    DONE = "complete"
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadProgress:
-    """The bytes of all files on disk, out of `total`, and the current activity."""
-
-    step: DownloadStep
-    done: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The size of a download against the free disk space.
-
-    Attributes:
-        size: Bytes of all files.
-        there: Bytes already on disk.
-        free: Bytes free on the disk of the models folder.
-        folder: The models folder.
-    """
+    """Bytes of a download: all of them, those on disk already, and the disk's free space."""
 
     size: int
     there: int
     free: int
-    folder: Path
 
     @property
     def missing(self) -> int:
@@ -93,17 +62,15 @@ class Plan:
 
     @property
     def shortage(self) -> int:
-        """Bytes of disk space missing; 0 when it fits."""
+        """Bytes of disk space that are lacking; 0 when it fits."""
         return max(self.missing - self.free, 0)
 
-    def check(self) -> None:
-        """Raise `DiskFullError` when it does not fit."""
-        if self.shortage:
-            raise DiskFullError(
-                f"Not enough disk space: {decimal(self.missing)} to download, {decimal(self.free)}"
-                f" free in {self.folder}. Free {decimal(self.shortage)} more, choose a smaller"
-                " quantization, or set LLAMACPP_MODELS_DIR to another disk."
-            )
+    @property
+    def warnings(self) -> list[str]:
+        """Facts that speak against this variant."""
+        ram = psutil.virtual_memory().total
+        found = [f"{decimal(self.shortage)} too little disk space"] if self.shortage else []
+        return [*found, f"larger than the {decimal(ram)} of RAM"] if self.size > ram else found
 
 
 class Download:
@@ -111,36 +78,41 @@ class Download:
 
     Files keep their paths in the repository, except the projector, which goes beside its model,
     where the catalog looks for it. While it is incomplete, a file is called
-    `<name>.<checksum>.incomplete`; the catalog lists it as downloading.
+    `<name>.<checksum>.incomplete`, and the catalog lists it as downloading.
+
+    Attributes:
+        variant: Which model.
+        models_dir: The models folder; need not exist.
+        model: The file to give to the engine: the first shard.
     """
 
     def __init__(self, repository: Repository, variant: Variant, models_dir: Path) -> None:
-        self._repository, self._variant, self._models_dir = repository, variant, models_dir
+        self.variant, self.models_dir, self._repository = variant, models_dir, repository
         self._folder = models_dir.joinpath(*repository.name.split("/"))
-
-    @property
-    def model(self) -> Path:
-        """The file to give to the engine: the first shard."""
-        return self._target(self._variant.model[0])
+        self.model = self._folder / variant.shards[0].path
+        self._targets = {file: self._folder / file.path for file in variant.files}
+        if variant.projector:
+            projector = self.model.with_name(variant.projector.path.name)
+            self._targets[variant.projector] = projector
+        self._digests = DigestCache()
+        self._done, self._reported = 0, 0.0
 
     def plan(self) -> Plan:
         """Compare what is there with what is needed. It reads the disk."""
         there = 0
-        for file in self._variant.files:
-            target = self._target(file)
-            sizes = (_size(target), min(_size(_part_path(target, file)), file.size))
-            there += file.size if sizes[0] == file.size else sizes[1]
+        for file, target in self._targets.items():
+            is_whole = _size(target) == file.size
+            there += file.size if is_whole else min(_size(_part_path(target, file)), file.size)
         existing = next(path for path in (self._folder, *self._folder.parents) if is_folder(path))
-        free = shutil.disk_usage(existing).free
-        return Plan(self._variant.size, there, free, self._models_dir)
+        return Plan(self.variant.size, there, shutil.disk_usage(existing).free)
 
-    async def run(self, on_progress: Callable[[DownloadProgress], object]) -> Path:
+    async def run(self, on_progress: Callable[[str, int], object]) -> Path:
         """Fetch what is missing; return the file to give to the engine.
 
         A cancelled or failed run keeps the downloaded part, and the next one resumes there.
 
         Args:
-            on_progress: Called a few times a second.
+            on_progress: Called a few times a second with the current step and the bytes on disk.
 
         Raises:
             DiskFullError: The disk is full, or too small.
@@ -150,18 +122,25 @@ class Download:
         from huggingface_hub import get_async_session  # noqa: PLC0415
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
 
-        (await run_sync(self.plan)).check()
-        meter = _Meter(self._variant.size, on_progress)
-        where = self._repository
+        plan = await run_sync(self.plan)
+        if plan.shortage:
+            raise DiskFullError(
+                f"Not enough disk space: {decimal(plan.missing)} to download, {decimal(plan.free)}"
+                f" free in {self.models_dir}. Free {decimal(plan.shortage)} more, choose a smaller"
+                " quantization, or set LLAMACPP_MODELS_DIR to another disk."
+            )
+        self._done, self._on_progress = 0, on_progress
         try:
-            with hub_errors(where.name, where.endpoint):
-                headers = await run_sync(partial(build_hf_headers, library_name="kitty_nb"))
+            with hub_errors(self._repository.name, self._repository.endpoint):
+                headers = await run_sync(build_hf_headers)
                 async with get_async_session() as client:
                     client.headers.update(headers)
-                    transfer = _Transfer(client, where, meter)
-                    for file in self._variant.files:
-                        await transfer.fetch(file, self._target(file))
-                    meter.enter(DownloadStep.DONE)
+                    for file, target in self._targets.items():
+                        self._enter("verifying")
+                        if await self._is_there(file, target):
+                            self._add(file.size)
+                        else:
+                            await self._fetch(client, file, target)
         except OSError as error:
             kind = DiskFullError if error.errno in _NO_ROOM else HubError
             raise kind(
@@ -170,178 +149,112 @@ class Download:
             ) from error
         return self.model
 
-    def _target(self, file: HubFile) -> Path:
-        if file is self._variant.projector:
-            return self.model.with_name(file.inside.name)
-        return self._folder / file.path
-
-
-class _Meter:
-    """Counts bytes and reports them now and then."""
-
-    def __init__(self, total: int, report: Callable[[DownloadProgress], object]) -> None:
-        self._total, self._report = total, report
-        self._step, self._done, self._reported = DownloadStep.CHECKING, 0, 0.0
-
-    def enter(self, step: DownloadStep) -> None:
-        self._step = step
-        self._tell()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if time.monotonic() - self._reported >= _REPORT_EVERY:
-            self._tell()
-
-    def _tell(self) -> None:
-        self._reported = time.monotonic()
-        self._report(DownloadProgress(self._step, self._done, self._total))
-
-
-class _Transfer:
-    """Brings files from one repository, one after the other."""
-
-    def __init__(self, client: AsyncClient, repository: Repository, meter: _Meter) -> None:
-        self._client, self._repository, self._meter = client, repository, meter
-        self._digests = DigestCache()
-
-    async def fetch(self, file: HubFile, target: Path) -> None:
-        """Put a file in place, unless it is there already."""
-        self._meter.enter(DownloadStep.CHECKING)
-        if await self._is_there(file, target):
-            return
-        path = _part_path(target, file)
-        async with _locked(path, target) as part:
-            digest = _new_digest(file)
-            await self._read(part, digest)
-            await self._complete(file, part, digest)
-            if digest.hexdigest() != file.checksum:
-                await anyio.Path(path).unlink()
-                raise ChecksumError(
-                    f"Checksum mismatch: {target.name} doesn't match the Hub. The damaged file was"
-                    " deleted; try again. If it happens again, a proxy on the way may alter files."
-                )
-            await part.flush()
-            await run_sync(os.fsync, part.wrapped.fileno())
-            await anyio.Path(path).replace(target)
-        stamp = await run_sync(stamp_of, target)
-        await run_sync(self._remember, target, stamp, file.checksum)
-
     async def _is_there(self, file: HubFile, target: Path) -> bool:
         """Whether the file is in place; it is read unless its checksum is remembered."""
         stamp = await run_sync(stamp_of, target)
         if stamp is None or stamp.size != file.size:
             return False
-        name = str(target)
-        found = (await run_sync(self._digests.recall, {name: stamp})).get(name, "")
-        if len(found) == len(file.checksum):
-            self._meter.add(file.size)
-        else:
-            digest = _new_digest(file)
-            async with await anyio.open_file(target, "rb") as opened:
-                await self._read(opened, digest)
-            found = digest.hexdigest()
-            await run_sync(self._remember, target, stamp, found)
-        if found == file.checksum:
-            return True
-        self._meter.add(-file.size)
-        return False
+        known = await run_sync(self._digests.recall, {str(target): stamp})
+        found = known.get(str(target)) or await _sha256(target)
+        await run_sync(self._digests.keep, {str(target): (stamp, found)}, (), set())
+        return found == file.sha256
 
-    def _remember(self, target: Path, stamp: Stamp | None, checksum: str) -> None:
-        if stamp and len(checksum) == _SHA256_DIGITS:
-            self._digests.keep({str(target): (stamp, checksum)}, (), set())
+    async def _fetch(self, client: AsyncClient, file: HubFile, target: Path) -> None:
+        """Receive the rest of a file, verify it, and put it in place."""
+        path = _part_path(target, file)
+        with await run_sync(_open_part, path, target) as part:
+            self._add(part.tell())
+            await self._complete(client, file, part)
+            part.flush()
+            await run_sync(os.fsync, part.fileno())
+            self._enter("verifying")
+            if await _sha256(path) != file.sha256:
+                await run_sync(path.unlink)
+                raise ChecksumError(
+                    f"Checksum mismatch: {target.name} doesn't match the Hub. The damaged file was"
+                    " deleted; try again. If it happens again, a proxy on the way may alter files."
+                )
+            await run_sync(path.replace, target)
+        if stamp := await run_sync(stamp_of, target):
+            await run_sync(self._digests.keep, {str(target): (stamp, file.sha256)}, (), set())
 
-    async def _read(self, opened: AsyncFile[bytes], digest: _Hash) -> None:
-        """Digest what is there."""
-        while data := await opened.read(_READ_BACK):
-            await run_sync(digest.update, data)
-            self._meter.add(len(data))
-
-    async def _complete(self, file: HubFile, part: AsyncFile[bytes], digest: _Hash) -> None:
+    async def _complete(self, client: AsyncClient, file: HubFile, part: IO[bytes]) -> None:
         """Receive the rest of a file, however often the connection is lost."""
         import httpx2  # noqa: PLC0415
         from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
         failures = 0
-        while (start := await part.tell()) < file.size:
-            self._meter.enter(DownloadStep.DOWNLOADING)
+        while (start := part.tell()) < file.size:
+            self._enter("downloading")
             try:
-                await self._receive(file, part, digest, start)
-                if await part.tell() == start:
+                await self._receive(client, file, part)
+                if part.tell() == start:
                     raise httpx2.RemoteProtocolError("it sends nothing")
             except (httpx2.TransportError, HfHubHTTPError) as error:
-                failures = failures + 1 if await part.tell() == start else 0
-                if failures == _ATTEMPTS or _is_final(error):
+                failures = failures + 1 if part.tell() == start else 0
+                response = getattr(error, "response", None)
+                is_final = response is not None and response.status_code not in _TRANSIENT
+                if is_final or failures == _ATTEMPTS:
                     raise
-                self._meter.enter(DownloadStep.WAITING)
+                self._enter("connection lost, retrying")
                 await anyio.sleep(_FIRST_PAUSE * 2**failures)
 
-    async def _receive(
-        self, file: HubFile, part: AsyncFile[bytes], digest: _Hash, start: int
-    ) -> None:
-        """Receive the bytes from `start` on, until the file ends or the connection does."""
+    async def _receive(self, client: AsyncClient, file: HubFile, part: IO[bytes]) -> None:
+        """Receive what follows the part, until the file or the connection ends."""
         from huggingface_hub import hf_hub_url, hf_raise_for_status  # noqa: PLC0415
 
-        where = self._repository
-        url = hf_hub_url(where.name, file.path, revision=where.commit, endpoint=where.endpoint)
+        where, start = self._repository, part.tell()
+        url = hf_hub_url(where.name, str(file.path), revision=where.commit, endpoint=where.endpoint)
         end = min(start + MAX_RANGE, file.size) - 1
         headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
-        async with self._client.stream("GET", url, headers=headers, timeout=_SILENCE) as response:
+        async with client.stream("GET", url, headers=headers, timeout=_SILENCE) as response:
             hf_raise_for_status(response)
             # A server that knows no ranges sends the file from its beginning.
             skip = 0 if response.status_code == _PARTIAL else start
             async for received in response.aiter_raw(_PIECE):
                 data, skip = received[skip:], max(skip - len(received), 0)
-                await run_sync(_append, part.wrapped, digest, data)
-                self._meter.add(len(data))
+                await run_sync(part.write, data)
+                self._add(len(data))
+
+    def _enter(self, step: str) -> None:
+        self._step, self._reported = step, time.monotonic()
+        self._on_progress(step, self._done)
+
+    def _add(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._reported >= _REPORT_EVERY:
+            self._enter(self._step)
 
 
-@asynccontextmanager
-async def _locked(path: Path, target: Path) -> AsyncIterator[AsyncFile[bytes]]:
+def _open_part(path: Path, target: Path) -> IO[bytes]:
     """Open an incomplete file for this process alone, and delete those of other versions."""
-    await anyio.Path(path.parent).mkdir(parents=True, exist_ok=True)
-    async with await anyio.open_file(path, "a+b") as part:
-        if not await run_sync(_lock, part.wrapped, path):
-            raise HubError(
-                f"{target.name} is being downloaded already. Wait for that download, or cancel it."
-            )
-        async for other in anyio.Path(path.parent).glob(f"{glob.escape(target.name)}.*.incomplete"):
-            if other.name != path.name:
-                await other.unlink(missing_ok=True)
-        await part.seek(0)
-        yield part
-
-
-def _lock(part: IO[bytes], path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.open("a+b")
     try:
         fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had the lock may have renamed the file meanwhile.
-        return os.path.samestat(os.fstat(part.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
+    except BlockingIOError:
+        part.close()
+        raise HubError(
+            f"{target.name} is being downloaded already. Wait for that download, or cancel it."
+        ) from None
+    for other in path.parent.glob(f"{glob.escape(target.name)}.*.incomplete"):
+        if other != path:
+            other.unlink(missing_ok=True)
+    return part
 
 
-def _is_final(error: Exception) -> bool:
-    response = getattr(error, "response", None)
-    return response is not None and response.status_code not in _TRANSIENT
-
-
-def _append(part: IO[bytes], digest: _Hash, data: bytes) -> None:
-    part.write(data)
-    digest.update(data)
-
-
-def _new_digest(file: HubFile) -> _Hash:
-    if len(file.checksum) == _SHA256_DIGITS:
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+async def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    async with await anyio.open_file(path, "rb") as opened:
+        while data := await opened.read(_READ_BACK):
+            await run_sync(digest.update, data)
+    return digest.hexdigest()
 
 
 def _part_path(target: Path, file: HubFile) -> Path:
-    return target.with_name(f"{target.name}.{file.checksum[:12]}.incomplete")
+    return target.with_name(f"{target.name}.{file.sha256[:12]}.incomplete")
 
 
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:
-        return 0
+    stamp = stamp_of(path)
+    return stamp.size if stamp else 0

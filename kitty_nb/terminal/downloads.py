@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import progress
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from kitty_nb.hub.download import Download
@@ -23,12 +16,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from kitty_nb.hub.download import DownloadProgress
     from kitty_nb.hub.repository import HubReference
 
 
 async def show_variants(reference: HubReference, models_dir: Path, console: Console) -> None:
-    """List a repository's models, their sizes, and whether the disk has room for them.
+    """List a repository's models, their sizes, and what speaks against them.
 
     Raises:
         HubError: The repository can't be read, or has no models.
@@ -40,9 +32,9 @@ async def show_variants(reference: HubReference, models_dir: Path, console: Cons
     for variant in repository.variants:
         plan = Download(repository, variant, models_dir).plan()
         missing = decimal(plan.missing) if plan.missing else "complete"
-        room = ", more than is free" if plan.shortage else ""
-        names = "\n".join(file.path for file in variant.files)
-        table.add_row(variant.label, decimal(variant.size), names, missing + room)
+        files = "\n".join(str(file.path) for file in variant.files)
+        notes = ", ".join([missing, *plan.warnings])
+        table.add_row(variant.label, decimal(variant.size), files, notes)
     console.print(table)
     console.print(f"{models_dir} has {decimal(plan.free)} free.", soft_wrap=True)
 
@@ -70,21 +62,21 @@ async def download(
     there = f", {decimal(plan.there)} of it downloaded already" if plan.there else ""
     console.print(f"{decimal(plan.size)}{there}; {decimal(plan.free)} free.", soft_wrap=True)
     # Drawn when something has moved, so that no thread is needed.
-    bar = Progress(
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+    meter = progress.Progress(
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
         console=console,
         auto_refresh=False,
         transient=True,
         disable=not console.is_interactive,
     )
-    line = bar.add_task("", total=plan.size)
+    with meter:
+        line = meter.add_task("", total=plan.size)
 
-    def show(progress: DownloadProgress) -> None:
-        bar.update(line, completed=progress.done, description=progress.step, refresh=True)
+        def show(step: str, done: int) -> None:
+            meter.update(line, completed=done, description=step, refresh=True)
 
-    with bar:
         return await task.run(show)

@@ -12,13 +12,8 @@ from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, IntProgress, Tex
 from rich.filesize import decimal
 
 from kitty_nb.errors import KittyError
-from kitty_nb.hub.download import Download, DownloadStep
-from kitty_nb.hub.repository import (
-    MISSING_EXTRA,
-    HubReference,
-    find_repository,
-    hub_is_installed,
-)
+from kitty_nb.hub.download import Download
+from kitty_nb.hub.repository import MISSING_EXTRA, HubReference, find_repository, hub_is_installed
 from kitty_nb.widgets.accessible import labelled
 from kitty_nb.widgets.notice import Notice, explain
 
@@ -27,10 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from rich.progress import Task
-
-    from kitty_nb.hub.download import DownloadProgress, Plan
-    from kitty_nb.hub.repository import Repository, Variant
     from kitty_nb.manager import ModelManager, Operation
 
 _STEPS = 1000
@@ -59,9 +50,7 @@ class DownloadForm(Accordion):
     ) -> None:
         self._manager, self.endpoint = manager, endpoint
         self.attach(models_dir, on_done)
-        self._repository: Repository | None = None
-        self._looking: Operation[None] | None = None
-        self._fetching: Operation[None] | None = None
+        self._running: Operation[None] | None = None
         self.repository = Text(
             placeholder="owner/name, owner/name:Q4_K_M, or the address of its page",
             **labelled("Repository", "A repository with GGUF files on huggingface.co"),
@@ -74,34 +63,21 @@ class DownloadForm(Accordion):
             description="Download", icon="download", button_style="primary", disabled=True
         )
         self.cancel = Button(
-            description="Cancel",
-            icon="stop",
-            tooltip="Stop, and keep the downloaded part",
-            disabled=True,
+            description="Cancel", icon="stop", tooltip="Keeps the downloaded part", disabled=True
         )
-        self.files, self.text, self.notice = HTML(), HTML(), Notice()
-        self.bar = IntProgress(min=0, max=_STEPS)
-        self.progress = HBox([self.bar, self.text])
+        self.files = HTML().add_class("kitty-files")
+        self.bar = IntProgress(min=0, max=_STEPS).add_class("kitty-bar")
+        self.text = HTML().add_class("kitty-bar-text")
+        self.progress = HBox([self.bar, self.text]).add_class("kitty-fetch")
         self.progress.layout.display = "none"
-        rows = [
-            HBox([self.repository, self.show_files]),
-            HBox([self.choice, self.download, self.cancel]),
-        ]
-        form = VBox([*rows, self.files, self.progress, self.notice])
+        self.notice = Notice()
+        where = HBox([self.repository, self.show_files]).add_class("kitty-form-row")
+        what = HBox([self.choice, self.download, self.cancel]).add_class("kitty-form-row")
+        form = VBox([where, what, self.files, self.progress, self.notice]).add_class("kitty-form")
         super().__init__([form], titles=("Download a model",), selected_index=None)
-        styled = [
-            (self, "kitty-download"),
-            (form, "kitty-form"),
-            *((row, "kitty-form-row") for row in rows),
-            (self.files, "kitty-files"),
-            (self.progress, "kitty-fetch"),
-            (self.bar, "kitty-bar"),
-            (self.text, "kitty-bar-text"),
-        ]
-        for widget, name in styled:
-            widget.add_class(name)
-        self.show_files.on_click(lambda _: self._show_files())
-        self.choice.observe(lambda _: self._describe_choice(), names="value")
+        self.add_class("kitty-download")
+        self.show_files.on_click(lambda _: self._list())
+        self.choice.observe(lambda _: self._choose(), names="value")
         self.download.on_click(lambda _: self._download())
         self.cancel.on_click(lambda _: self.stop())
         if not hub_is_installed():
@@ -114,23 +90,20 @@ class DownloadForm(Accordion):
 
     def stop(self) -> None:
         """Cancel a listing or a download; the downloaded part is kept."""
-        for operation in (self._looking, self._fetching):
-            if operation is not None:
-                operation.cancel()
+        if self._running:
+            self._running.cancel()
 
-    def _show_files(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-        self._looking = self._do(self._look, self.repository.value)
+    def _list(self) -> None:
+        self.stop()
+        self._running = self._do(self._look, self.repository.value)
 
-    def _describe_choice(self) -> None:
-        if self._repository and self.choice.value:
-            self._do(self._describe, self._repository, self.choice.value)
+    def _choose(self) -> None:
+        if not self.choice.disabled:  # else the listing sets it
+            self._do(self._describe, self.choice.value)
 
     def _download(self) -> None:
-        busy = self._fetching is not None and not self._fetching.done
-        if self._repository and self.choice.value and not busy:
-            self._fetching = self._do(self._fetch, self._repository, self.choice.value)
+        if not (self._running and not self._running.done):
+            self._running = self._do(self._fetch, self.choice.value)
 
     def _do(
         self, work: Callable[..., Coroutine[Any, Any, None]], *args: object
@@ -151,7 +124,6 @@ class DownloadForm(Accordion):
             return None
 
     async def _look(self, text: str) -> None:
-        self._repository = None
         self.choice.disabled = self.download.disabled = True
         self.choice.options = ()
         self.files.value = "Asking the Hub…"
@@ -159,38 +131,53 @@ class DownloadForm(Accordion):
             reference = HubReference.parse(text)
             repository = await find_repository(reference, self.endpoint)
             if reference.wanted or not repository.variants:
-                variant = repository.choose(reference.wanted)
+                wanted = repository.choose(reference.wanted)
             else:
-                variant = repository.usual or repository.variants[0]
+                wanted = repository.usual or repository.variants[0]
         except KittyError:
             self.files.value = ""
             raise
-        self.choice.options = [(f"{v.label} · {decimal(v.size)}", v) for v in repository.variants]
-        self.choice.value = variant
-        self._repository = repository
-        self.choice.disabled = self._is_fetching
-        await self._describe(repository, variant)
+        folder = self._models_dir()
+        downloads = [Download(repository, variant, folder) for variant in repository.variants]
+        self.choice.options = [
+            (f"{download.variant.label} · {decimal(download.variant.size)}", download)
+            for download in downloads
+        ]
+        self.choice.value = downloads[repository.variants.index(wanted)]
+        self.choice.disabled = False
+        await self._describe(self.choice.value)
 
-    async def _describe(self, repository: Repository, variant: Variant) -> None:
-        plan = await run_sync(Download(repository, variant, self._models_dir()).plan)
-        self.files.value = _describe_plan(variant, plan)
+    async def _describe(self, download: Download) -> None:
+        plan = await run_sync(download.plan)
+        files = [f"{escape(str(f.path))} · {decimal(f.size)}" for f in download.variant.files]
+        parts = [f"<b>{decimal(plan.size)}</b> into {escape(str(download.models_dir))}"]
+        if plan.there:
+            parts.append(f"{decimal(plan.there)} of it downloaded already")
+        parts.append(f"{decimal(plan.free)} free")
+        parts += [f"<span class='kitty-bad'>{warning}</span>" for warning in plan.warnings]
+        self.files.value = "<br>".join([*files, " · ".join(parts)])
         self.download.description = "Resume" if 0 < plan.there < plan.size else "Download"
-        self.download.disabled = self._is_fetching or plan.shortage > 0
+        self.download.disabled = plan.shortage > 0
 
-    async def _fetch(self, repository: Repository, variant: Variant) -> None:
+    async def _fetch(self, download: Download) -> None:
         from rich.progress import Progress  # noqa: PLC0415 - slow to import
 
-        # It works out rate and time left, and draws nothing.
-        meter = Progress(disable=True)
-        line = meter.add_task("")
+        size = download.variant.size
+        meter = Progress(disable=True)  # only to work out the rate
+        line = meter.add_task("", total=size)
 
-        def show(progress: DownloadProgress) -> None:
-            meter.update(line, completed=progress.done, total=progress.total)
-            self._show(progress, meter.tasks[0])
+        def show(step: str, done: int) -> None:
+            meter.update(line, completed=done)
+            parts = [step, f"{decimal(done)} of {decimal(size)}"]
+            if rate := meter.tasks[0].speed:
+                left = timedelta(seconds=round((size - done) / rate))
+                parts += [f"{decimal(int(rate))}/s", f"{left} left"]
+            self.bar.value = _STEPS * done // max(size, 1)
+            self.text.value = " · ".join(parts)
 
         self._set_busy(True)
         try:
-            model = await Download(repository, variant, self._models_dir()).run(show)
+            model = await download.run(show)
         except BaseException:
             self.bar.bar_style = "danger"
             self.text.value = "incomplete; the downloaded part is kept"
@@ -198,38 +185,13 @@ class DownloadForm(Accordion):
         finally:
             self._set_busy(False)
             with CancelScope(shield=True):
-                await self._describe(repository, variant)
+                await self._describe(download)
+        self.bar.value, self.bar.bar_style = _STEPS, "success"
+        self.text.value = f"complete · {decimal(size)}"
         await run_sync(self._on_done, model)
 
-    @property
-    def _is_fetching(self) -> bool:
-        return not self.cancel.disabled
-
     def _set_busy(self, busy: bool) -> None:
-        self.cancel.disabled = not busy
         self.choice.disabled = self.download.disabled = self.show_files.disabled = busy
+        self.cancel.disabled = not busy
         if busy:
-            self.progress.layout.display = None
-
-    def _show(self, progress: DownloadProgress, task: Task) -> None:
-        done = progress.step is DownloadStep.DONE
-        self.bar.value = int(_STEPS * progress.done / max(progress.total, 1))
-        self.bar.bar_style = "success" if done else ""
-        parts = [progress.step, f"{decimal(progress.done)} of {decimal(progress.total)}"]
-        if task.speed and not done:
-            parts.append(f"{decimal(int(task.speed))}/s")
-        if task.time_remaining and not done:
-            parts.append(f"{timedelta(seconds=round(task.time_remaining))} left")
-        self.text.value = " · ".join(parts)
-
-
-def _describe_plan(variant: Variant, plan: Plan) -> str:
-    """The files, and whether the disk has room for them, as HTML."""
-    rows = [f"{escape(file.path)} · {decimal(file.size)}" for file in variant.files]
-    total = f"<b>{decimal(plan.size)}</b> into {escape(str(plan.folder))}"
-    if plan.there:
-        total += f" · {decimal(plan.there)} of it downloaded already"
-    room = f"{decimal(plan.free)} free"
-    if plan.shortage:
-        room = f"<span class='kitty-bad'>{room}: {decimal(plan.shortage)} too little</span>"
-    return "<br>".join([*rows, f"{total} · {room}"])
+            self.progress.layout.display, self.bar.bar_style = None, ""
