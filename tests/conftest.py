@@ -1,3 +1,15 @@
+"""How the suite is organised.
+
+`pytest` runs what a change should be checked by, in several processes and some minutes; a named
+file or test runs in one process, so that a debugger and `-s` work. Markers choose parts:
+`pytest -m slow` what takes long (floods, killed sweeps, more browser journeys), `-m native` and
+`-m real_model` what needs a compiled engine or a real model, `-m browser` JupyterLab. `.ci/run`
+runs all of them.
+
+Each process has folders, ports and a home of its own. Tests that share a costly fixture of their
+module carry `xdist_group`, so that one process has them all.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -27,6 +39,13 @@ from hub_server import Hub, usual_repositories
 from other_kernel import runs
 
 from kitty_nb import ServerConfig, write_demo_model
+
+# The suite starts hundreds of programs: each module is compiled once, not in each of them.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    del os.environ["PYTHONDONTWRITEBYTECODE"]
 
 # Read when huggingface_hub is imported: nothing of the user's is used, and no test reaches the Hub.
 _HUB_HOME = tempfile.TemporaryDirectory(prefix="kitty_nb-hub-")
@@ -118,19 +137,54 @@ def snapshot(tasks: Iterable[object]) -> list[object]:
             return list(tasks)
 
 
+class Children:
+    """The processes that this one and its children started.
+
+    Listing them reads the table of all processes; a test that starts none does not pay for it.
+    """
+
+    def __init__(self) -> None:
+        self._started = True
+        self._living: set[object] = set()
+        sys.addaudithook(self._watch)
+
+    def _watch(self, event: str, _: object) -> None:
+        if event in {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty"}:
+            self._started = True
+
+    def living(self) -> set[object]:
+        if self._started:
+            found = psutil.Process().children(recursive=True)
+            self._living = {child for child in found if runs(child.pid)}
+            self._started = bool(self._living)
+        return self._living
+
+
+def open_sockets() -> set[object]:
+    found: set[object] = set()
+    for number in os.listdir("/dev/fd"):  # noqa: PTH208 - numbers, not files
+        with suppress(OSError):  # the listing's own
+            status = os.fstat(int(number))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((number, status.st_ino))
+    return found
+
+
+@pytest.fixture(scope="session")
+def children() -> Children:
+    return Children()
+
+
 @pytest.fixture(autouse=True)
-def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_leaks(request: pytest.FixtureRequest, children: Children) -> Iterator[None]:
     """Fail the test that leaves a process, a thread, a task or a socket behind."""
     if request.node.get_closest_marker("browser"):
         yield  # the browser's own helpers come and go; processes are checked for the whole suite
         return
 
     def living() -> set[object]:
-        me = psutil.Process()
         threads = {t for t in threading.enumerate() if not t.name.startswith("AnyIO worker")}
-        children = {child for child in me.children(recursive=True) if runs(child.pid)}
-        sockets = {(c.fd, c.laddr, c.raddr) for c in me.net_connections("inet")}
-        return threads | children | sockets | pending_tasks()
+        return threads | children.living() | open_sockets() | pending_tasks()
 
     before = living()
     yield
@@ -243,9 +297,18 @@ def real_config(config: ServerConfig, real_model: Path, engine: Path | None) -> 
     )
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The processes that share the tests: these wait more than they compute."""
+    named = [arg for arg in config.args if Path(arg).resolve() != Path(__file__).parent]
+    return 0 if named else 2 * (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by what it needs, so that `-m native` and `-m real_model` choose them all."""
     for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.xdist_group("browser"))
         names = set(getattr(item, "fixturenames", ()))
         if "real_model" in names:
             item.add_marker("real_model")
