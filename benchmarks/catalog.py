@@ -24,7 +24,8 @@ import gguf
 import numpy as np
 import platformdirs
 
-from kitty_nb.catalog import ModelCatalog, read_header
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.gguf import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

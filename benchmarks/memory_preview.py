@@ -21,13 +21,16 @@ import psutil
 
 from benchmarks.subject import read_subject
 from kitty_nb import ServerConfig
-from kitty_nb.catalog.memory import Memory, Needs, Place
-from kitty_nb.catalog.memory_formula import estimate
-from kitty_nb.catalog.memory_plan import plan
+from kitty_nb.catalog.memory import Memory, Needs, Place, estimate, plan
 from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.errors import UnknownFlagError
-from kitty_nb.supervisor.memory_probe import AnswerReader, ask_engine, can_answer, probe_command
-from kitty_nb.supervisor.memory_settings import settings_of
+from kitty_nb.supervisor.memory_preview import (
+    AnswerReader,
+    ask_engine,
+    can_answer,
+    probe_command,
+    settings_of,
+)
 from tests.model_files import MODELS, write_model
 
 if TYPE_CHECKING:

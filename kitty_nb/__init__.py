@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from kitty_nb.catalog import ModelCatalog, write_demo_model
+    from kitty_nb.catalog.catalog import ModelCatalog
+    from kitty_nb.catalog.demo_model import write_demo_model
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
     from kitty_nb.supervisor.events import (
@@ -27,13 +28,13 @@ _HOMES = {
     "ControlPanel": "widgets",
     "HealthCheckResult": "supervisor.events",
     "LoadProgress": "supervisor.events",
-    "ModelCatalog": "catalog",
+    "ModelCatalog": "catalog.catalog",
     "ModelManager": "manager",
     "ServerConfig": "config",
     "ServerState": "supervisor.events",
     "ServerStatus": "supervisor.events",
     "Supervisor": "supervisor.supervisor",
-    "write_demo_model": "catalog",
+    "write_demo_model": "catalog.demo_model",
 }
 
 __all__ = [

@@ -96,7 +96,7 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
-    from kitty_nb.catalog import ModelCatalog
+    from kitty_nb.catalog.catalog import ModelCatalog
     from kitty_nb.terminal.console import PlainConsole
 
     config = _settings(env, profile)
@@ -207,7 +207,7 @@ def status(
 ) -> None:
     """Say how the profile's server is. The exit code is 3 when none is running."""
     from kitty_nb.config import configured_profiles
-    from kitty_nb.terminal.glance import glance, measure
+    from kitty_nb.terminal.status import glance, measure
 
     names = configured_profiles(env) if every else (profile,)
     states = [*map(glance, _all_settings(env, names))]
@@ -251,7 +251,7 @@ def logs(
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
     from kitty_nb.supervisor.record import refuse_open_folder
-    from kitty_nb.terminal.logs import follow_log, has_log, log_lines
+    from kitty_nb.terminal.status import follow_log, has_log, log_lines
 
     config = _settings(env, profile)
     refuse_open_folder(config)
@@ -294,7 +294,7 @@ def demo_model(
     ] = None,
 ) -> None:
     """Write a small model to try things out with; by default into the models folder."""
-    from kitty_nb.catalog import write_demo_model
+    from kitty_nb.catalog.demo_model import write_demo_model
 
     if size is not None and not 0 < size <= _LARGEST_DEMO:  # nan is neither
         raise typer.BadParameter("Write a number of gigabytes, such as 0.5.", param_hint="--size")
@@ -322,7 +322,7 @@ def download(
     Its shards and its projector are included. Ctrl-C keeps the downloaded part: the same command
     resumes there. For gated and private repositories, log in with `hf auth login`.
     """
-    from kitty_nb.catalog.description import why_not_served
+    from kitty_nb.catalog.catalog import why_not_served
     from kitty_nb.hub.repository import HubReference
     from kitty_nb.terminal import downloads
     from kitty_nb.terminal.console import PlainConsole

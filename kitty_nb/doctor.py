@@ -19,7 +19,8 @@ import anyio
 import anyio.to_thread
 from rich.filesize import decimal
 
-from kitty_nb.catalog import ModelCatalog, write_demo_model
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.config import (
     OnKernelExit,
     ServerConfig,

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from kitty_nb.catalog.quantization import named_quantization
+from kitty_nb.catalog.gguf import named_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

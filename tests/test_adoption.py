@@ -25,8 +25,13 @@ from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.port_holder import holder_of
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.profile_owner import who_owns
-from kitty_nb.supervisor.record import ServerRecord, find_server, read_record, write_record
+from kitty_nb.supervisor.record import (
+    ServerRecord,
+    find_server,
+    read_record,
+    who_owns,
+    write_record,
+)
 from kitty_nb.supervisor.record_file import record_path
 
 LOOK_EVERY = "kitty_nb.supervisor.supervisor._LOOK_EVERY"

@@ -10,7 +10,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from model_files import write_header
 
-from kitty_nb.catalog import Kind, Modality, Model, ModelCatalog, families
+from kitty_nb.catalog.catalog import ModelCatalog, families
+from kitty_nb.catalog.model import Kind, Modality, Model
 
 OLD = (1_700_000_000, 1_700_000_000)
 AHEAD = (4_000_000_000, 4_000_000_000)

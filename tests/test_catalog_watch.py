@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 from model_files import write_header
 
-from kitty_nb.catalog import ModelCatalog, watch
+from kitty_nb.catalog import catalog as watch
+from kitty_nb.catalog.catalog import ModelCatalog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from kitty_nb.catalog import Model
+    from kitty_nb.catalog.model import Model
 
 
 async def until(lists: AsyncGenerator[list[Model]], names: set[str]) -> None:

@@ -23,7 +23,7 @@ from model_files import write_header
 from typer.testing import CliRunner, Result
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
-from kitty_nb.catalog import read_header
+from kitty_nb.catalog.gguf import read_header
 from kitty_nb.cli import app
 from kitty_nb.doctor import Verdict, examine
 from kitty_nb.supervisor.history import Outcome

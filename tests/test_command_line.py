@@ -9,8 +9,7 @@ import pytest
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.engine.command_line import build_command, sleeps
-from kitty_nb.engine.dialect import parse_help
-from kitty_nb.engine.locate import Engine, EngineKind
+from kitty_nb.engine.locate import Engine, EngineKind, parse_help
 from kitty_nb.errors import ConfigError, EngineError, UnknownFlagError
 
 BASE = """\

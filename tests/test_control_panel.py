@@ -34,11 +34,10 @@ from kitty_nb import (
 from kitty_nb.catalog.memory import Memory, Place
 from kitty_nb.supervisor import memory_preview
 from kitty_nb.supervisor.events import LoadProgress, Stage
-from kitty_nb.supervisor.log_file import previous
-from kitty_nb.widgets.load_bar import describe, duration
+from kitty_nb.supervisor.log import previous
+from kitty_nb.widgets.display import receive_while_busy
+from kitty_nb.widgets.load_bar import LINES_KEPT, describe, duration
 from kitty_nb.widgets.server_buttons import Choices, choices
-from kitty_nb.widgets.server_log import LINES_KEPT
-from kitty_nb.widgets.subshells import receive_while_busy
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_code_names_the_panel_as_the_notebook_does(
 ) -> None:
     cells: dict[str, object] = {"_": panel, "_3": panel, "other": object()}
     shell = SimpleNamespace(user_ns=cells)
-    monkeypatch.setattr("kitty_nb.widgets.snippet.get_ipython", lambda: shell)
+    monkeypatch.setattr("kitty_nb.widgets.server_buttons.get_ipython", lambda: shell)
     panel.buttons.start.click()
     wait_for(panel, "READY")
     eventually(lambda: "print(_3.manager.chat(" in panel.snippet.value)

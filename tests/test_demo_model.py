@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import gguf
 import pytest
 
-from kitty_nb.catalog import ModelCatalog, write_demo_model
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.errors import DemoModelSizeError, KittyError, ModelFileError
 
 if TYPE_CHECKING:

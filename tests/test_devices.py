@@ -25,9 +25,9 @@ from kitty_nb.experiments.metrics import metrics_of
 from kitty_nb.experiments.space import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import memory_use, with_devices
-from kitty_nb.terminal.glance import glance
-from kitty_nb.widgets.fleet_row import Profile, fleet_rows
-from kitty_nb.widgets.status_line import StatusLine
+from kitty_nb.terminal.status import glance
+from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
+from kitty_nb.widgets.load_bar import StatusLine
 
 MIB = 1 << 20
 

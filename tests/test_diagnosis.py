@@ -12,7 +12,7 @@ import pytest
 
 from kitty_nb.config import env_settings
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
-from kitty_nb.supervisor.oom_kills import oom_kills
+from kitty_nb.supervisor.process import oom_kills
 from kitty_nb.supervisor.signatures import (
     FROM_OUTSIDE,
     LAUNCH,

@@ -20,15 +20,14 @@ from conftest import eventually
 from kitty_nb.config import FlashAttention
 from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import build_command
-from kitty_nb.engine.dialect import parse_help
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.engine.locate import locate_engine, parse_help
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.dialect import Option
+    from kitty_nb.engine.locate import Option
 
 xllamacpp = pytest.importorskip("xllamacpp")
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from kitty_nb.engine.dialect import parse_help
-from kitty_nb.engine.help_cache import key_of
-from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
+from kitty_nb.engine.locate import Engine, EngineKind, key_of, locate_engine, parse_help
 from kitty_nb.errors import EngineError, EngineNotFoundError
 
 if TYPE_CHECKING:

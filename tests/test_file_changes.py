@@ -4,7 +4,7 @@ from pathlib import Path
 
 import anyio
 
-from kitty_nb.supervisor.file_changes import FileChanges
+from kitty_nb.supervisor.log import FileChanges
 
 
 def test_a_wait_ends_with_each_write_and_not_before(tmp_path: Path) -> None:

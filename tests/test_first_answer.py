@@ -89,7 +89,7 @@ def test_stop_does_not_wait_for_it(misbehaving: Misbehaving) -> None:
 def test_nothing_is_said_of_a_load_that_is_being_stopped(
     misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.health_watch._ATTEMPT_EVERY", 0.05)
+    monkeypatch.setattr("kitty_nb.supervisor.health._ATTEMPT_EVERY", 0.05)
     mark = tmp_path / "tidied"
     with ModelManager(config=misbehaving("--never-ready", "--tidy-up", str(mark))) as manager:
         said = activities(manager)
@@ -118,7 +118,7 @@ def test_each_kind_of_server_is_asked_once(
 def test_a_later_request_without_a_token_is_spoken_of(
     misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.health_watch._SILENT", 1.5)
+    monkeypatch.setattr("kitty_nb.supervisor.health._SILENT", 1.5)
     with ModelManager(config=misbehaving("--later-answers", "5")) as manager:
         said = activities(manager)
         manager.start().wait(30)

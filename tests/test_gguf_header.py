@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gguf
 import pytest
 
-from kitty_nb.catalog import ArrayInfo, read_header
+from kitty_nb.catalog.gguf import ArrayInfo, read_header
 from kitty_nb.errors import ModelFileError
 
 if TYPE_CHECKING:

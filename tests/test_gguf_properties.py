@@ -20,9 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_files import write_header
 
-from kitty_nb.catalog import ArrayInfo, ModelCatalog, read_header
-from kitty_nb.catalog.gguf_header import read_contents
-from kitty_nb.catalog.quantization import TENSOR_TYPES
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.gguf import TENSOR_TYPES, ArrayInfo, read_contents, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

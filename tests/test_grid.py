@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitty_nb import ServerConfig
-from kitty_nb.engine.dialect import Dialect, parse_help
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.engine.locate import Dialect, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.settings import changes, check_flags

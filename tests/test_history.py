@@ -17,8 +17,7 @@ from kitty_nb import ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.errors import ServerCrashedError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, ProgressMade
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, Outcome
-from kitty_nb.supervisor.load_facts import LoadFacts, gather_facts
-from kitty_nb.supervisor.page_cache import cached_share
+from kitty_nb.supervisor.load_facts import LoadFacts, cached_share, gather_facts
 
 RECORD = LoadRecord(
     path="/m.gguf",
@@ -212,7 +211,7 @@ def test_only_the_newest_rows_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_many_programs_can_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.state_file._BUSY_SECONDS", 30)
+    monkeypatch.setattr("kitty_nb.supervisor.history._BUSY_SECONDS", 30)
     path = tmp_path / "history.sqlite3"
     told: list[str] = []
 
@@ -278,7 +277,7 @@ def test_a_load_that_is_over_before_its_files_were_looked_at_is_written(
             looks[-1].wait(30)
         return gather_facts(config)
 
-    monkeypatch.setattr("kitty_nb.supervisor.load_journal.gather_facts", slow_at_first)
+    monkeypatch.setattr("kitty_nb.supervisor.load_progress.gather_facts", slow_at_first)
     config = misbehaving("--load-seconds", "0.1")
     load(config)
     with pytest.raises(ServerCrashedError):
@@ -294,7 +293,7 @@ def test_a_load_that_is_over_before_its_files_were_looked_at_is_written(
 def test_a_history_in_use_does_not_delay_a_crash(
     misbehaving: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.state_file._BUSY_SECONDS", 5)
+    monkeypatch.setattr("kitty_nb.supervisor.history._BUSY_SECONDS", 5)
     config = misbehaving("--never-ready", "--exit-after", "0.3", "--exit-code", "1")
     use(config.history, RECORD)
     connection = sqlite3.connect(config.history)

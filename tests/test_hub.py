@@ -11,7 +11,7 @@ import pytest
 from conftest import eventually
 from hub_server import ONE, SPLIT, TOKEN, Asked, Hub, Repo, sha256, some_bytes
 
-from kitty_nb.catalog import ModelCatalog
+from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.errors import (
     ChecksumError,
     DiskFullError,

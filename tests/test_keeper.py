@@ -15,7 +15,7 @@ from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.supervisor.keeper import has_keeper
-from kitty_nb.supervisor.log_file import LogTail, previous, rotate, shrink
+from kitty_nb.supervisor.log import LogTail, previous, rotate, shrink
 from kitty_nb.supervisor.record import find_server, read_record
 
 KERNEL = """

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kitty_nb.supervisor.log_file import LogTail, rotate
+from kitty_nb.supervisor.log import LogTail, rotate
 
 
 def test_only_whole_new_lines_come(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kitty_nb.supervisor.log_text import readable
+from kitty_nb.supervisor.log import readable
 
 
 @pytest.mark.parametrize(

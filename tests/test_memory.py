@@ -10,9 +10,7 @@ import gguf
 import pytest
 from model_files import write_model
 
-from kitty_nb.catalog import read_header
-from kitty_nb.catalog.gguf_header import read_layout
-from kitty_nb.catalog.gguf_outline import write_outline
+from kitty_nb.catalog.gguf import read_header, read_layout, write_outline
 from kitty_nb.catalog.memory import (
     CACHE_TYPES,
     Memory,
@@ -22,9 +20,10 @@ from kitty_nb.catalog.memory import (
     Part,
     Place,
     Verdict,
+    estimate,
+    plan,
+    preview,
 )
-from kitty_nb.catalog.memory_formula import estimate
-from kitty_nb.catalog.memory_plan import plan, preview
 from kitty_nb.catalog.model_shape import ModelShape, read_layouts, read_shape
 from kitty_nb.errors import ModelFileError
 

@@ -11,7 +11,7 @@ from conftest import eventually
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import MemoryPreview, Needs, Part, Place, Verdict
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.memory_line import MemoryLine, describe
+from kitty_nb.widgets.settings_form import MemoryLine, describe
 
 GB = 10**9
 

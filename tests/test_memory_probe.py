@@ -20,18 +20,21 @@ from model_files import MODELS, write_model
 from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.catalog.gguf_outline import write_outline
-from kitty_nb.catalog.memory import Memory, MemoryPreview, Needs, Place, Verdict
-from kitty_nb.catalog.memory_formula import estimate
-from kitty_nb.catalog.memory_plan import plan
+from kitty_nb.catalog.gguf import write_outline
+from kitty_nb.catalog.memory import Memory, MemoryPreview, Needs, Place, Verdict, estimate, plan
 from kitty_nb.catalog.model_shape import read_layouts, read_shape
-from kitty_nb.engine.dialect import parse_help
-from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
+from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
 from kitty_nb.supervisor import memory_preview
 from kitty_nb.supervisor.free_memory import free_memory
-from kitty_nb.supervisor.memory_preview import MemoryPreviewer, Running
-from kitty_nb.supervisor.memory_probe import Answer, AnswerReader, ask_engine, probe_command
-from kitty_nb.supervisor.memory_settings import settings_of
+from kitty_nb.supervisor.memory_preview import (
+    Answer,
+    AnswerReader,
+    MemoryPreviewer,
+    Running,
+    ask_engine,
+    probe_command,
+    settings_of,
+)
 
 MIB = 1 << 20
 
@@ -162,7 +165,7 @@ def test_an_engine_that_gives_no_answer_is_none(
 def test_an_engine_that_stays_silent_is_given_up(
     config: ServerConfig, teller: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.memory_probe._ANSWER_WITHIN", 0.2)
+    monkeypatch.setattr("kitty_nb.supervisor.memory_preview._ANSWER_WITHIN", 0.2)
     config = config.replace(binary=teller("sleep 60 & sleep 60"))
     assert anyio.run(ask, config)[1] is None
 

@@ -15,11 +15,11 @@ from ipywidgets.embed import embed_data
 from model_files import write_header, write_model
 
 from kitty_nb import ControlPanel, ServerStatus, write_demo_model
-from kitty_nb.catalog import Model, ModelCatalog, Store, StoreKind
-from kitty_nb.catalog.model_note import ModelNote
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.model import Model, ModelNote
+from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import model_picker
-from kitty_nb.widgets.model_details import describe
-from kitty_nb.widgets.model_rows import group_rows
+from kitty_nb.widgets.model_browser import describe, group_rows
 
 
 @pytest.fixture

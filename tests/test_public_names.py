@@ -162,7 +162,7 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize(
     "modules",
-    ["kitty_nb.terminal.commands, kitty_nb.terminal.load_display", "kitty_nb.terminal.glance"],
+    ["kitty_nb.terminal.commands, kitty_nb.terminal.load_display", "kitty_nb.terminal.status"],
 )
 def test_a_command_does_not_wait_for_what_it_needs_later_or_never(modules: str) -> None:
     late = {"httpx", "rich.console", "pygments", "gguf", "numpy", "ipywidgets"}

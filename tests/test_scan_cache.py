@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from model_files import write_header, write_model
 
-from kitty_nb.catalog import ModelCatalog
-from kitty_nb.catalog.shapes import Shapes
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.model_shape import Shapes
 from kitty_nb.user_folders import NO_HOME
 
 OLD = 1_700_000_000_000_000_000

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli import app
-from kitty_nb.engine import help_cache
+from kitty_nb.engine import locate as help_cache
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import (
     ConfigError,

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from model_files import write_header
 
-from kitty_nb.catalog import Modality, ModelCatalog, Store, StoreKind, known_stores
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.model import Modality
+from kitty_nb.catalog.stores import Store, StoreKind, known_stores
 
 
 def hub_file(hub: Path, repository: str, revision: str, name: str) -> Path:

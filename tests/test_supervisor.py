@@ -35,7 +35,7 @@ from kitty_nb.errors import (
     StartCancelledError,
 )
 from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade, Stage, StateChanged
-from kitty_nb.supervisor.log_text import readable
+from kitty_nb.supervisor.log import readable
 from kitty_nb.supervisor.record_file import record_path, withdraw
 
 Misbehaving = Callable[..., ServerConfig]
@@ -187,7 +187,7 @@ def test_ready_is_noticed_from_the_log(
 ) -> None:
     # Unless the log hints at news, health is asked twice a minute: only the hint can be quick.
     for name, value in (("_POLL_LONGEST", 30), ("_POLL_FACTOR", 10_000), ("_ATTEMPT_EVERY", 30)):
-        monkeypatch.setattr(f"kitty_nb.supervisor.health_watch.{name}", value)
+        monkeypatch.setattr(f"kitty_nb.supervisor.health.{name}", value)
     mark = tmp_path / "mark"
     config = misbehaving("--prepare-seconds", "1", "--ready-mark", str(mark))
 

@@ -11,7 +11,7 @@ from conftest import eventually
 from typer.testing import CliRunner, Result
 
 from kitty_nb import ControlPanel, ServerConfig
-from kitty_nb.catalog import ModelCatalog
+from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.cli import app
 from kitty_nb.doctor import Verdict, examine
 from kitty_nb.engine.locate import locate_engine

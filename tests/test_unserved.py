@@ -13,10 +13,9 @@ from gguf import GGMLQuantizationType as Type
 from model_files import write_header, write_model
 
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig
-from kitty_nb.catalog import Kind, Model
+from kitty_nb.catalog.model import Kind, Model
 from kitty_nb.errors import ServerCrashedError
-from kitty_nb.widgets.model_details import describe
-from kitty_nb.widgets.model_rows import group_rows
+from kitty_nb.widgets.model_browser import describe, group_rows
 
 LORA = {f"blk.0.attn_q.weight.lora_{side}": ([8, 64], Type.F16) for side in "ab"}
 

@@ -12,16 +12,15 @@ import pytest
 from model_files import write_header, write_projector
 
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig, write_demo_model
-from kitty_nb.catalog import Store, StoreKind
+from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.config import env_lines, save_settings
 from kitty_nb.engine.command_line import build_command, leaves_out_projector
-from kitty_nb.engine.dialect import parse_help
-from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
+from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.experiments import record_run, replay
 from kitty_nb.supervisor.load_facts import gather_facts
-from kitty_nb.supervisor.memory_settings import settings_of
-from kitty_nb.terminal.glance import glance
+from kitty_nb.supervisor.memory_preview import settings_of
+from kitty_nb.terminal.status import glance
 
 DEMO_WIDTH = 320  # of the demo model's vectors
 

@@ -1,26 +1,19 @@
-"""Memory: what there is of it, what a model needs, and whether that fits."""
+"""The memory that a server needs, by formula, and how it is spread over devices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from kitty_nb.catalog.model_shape import ModelShape
 
-__all__ = [
-    "CACHE_TYPES",
-    "MARGIN",
-    "Draft",
-    "Memory",
-    "MemoryPreview",
-    "MemorySettings",
-    "Needs",
-    "Part",
-    "Place",
-    "Verdict",
-]
 
 # Bytes of a block and numbers in it, by the names that --cache-type-k takes.
 CACHE_TYPES = {
@@ -232,3 +225,196 @@ class MemoryPreview:
         )
         advice = "Lower the context or the GPU layers, or pick a smaller model."
         return f"It will not fit: it needs {wants}. {advice}" if wants else ""
+
+
+CONTEXT_STEP = 256  # llama.cpp rounds contexts up to a multiple of this
+_FLOAT = 4  # bytes
+# Vectors as wide as the model that are held beside the widest step of a block.
+_VECTORS = 5
+
+
+def estimate(
+    shape: ModelShape, settings: MemorySettings, gpus: Sequence[Place] = ()
+) -> tuple[Needs, ...]:
+    """Work out what a model needs in RAM and then on each GPU, by formula.
+
+    Args:
+        shape: The model.
+        settings: With context and GPU layers settled, as `plan` returns them.
+        gpus: Layers are shared out in proportion to their free memory.
+    """
+    homes = _homes(len(shape.layers), settings.gpu_layers or 0, [gpu.free for gpu in gpus])
+    weights, cache = [0] * (1 + len(gpus)), [0] * (1 + len(gpus))
+    cells, window_cells = _cells(shape, settings)
+    bytes_k, per_k = CACHE_TYPES[settings.cache_type_k]
+    bytes_v, per_v = CACHE_TYPES[settings.cache_type_v]
+    # Without flash attention values are kept transposed, padded to the widest layer's.
+    widest = 0 if settings.flash_attention else max(layer.values for layer in shape.layers)
+    for layer, home in zip(shape.layers, homes, strict=False):
+        values = max(layer.values, widest) if layer.values else 0
+        row = layer.keys * bytes_k // per_k + values * bytes_v // per_v
+        weights[home] += layer.weights
+        kept = window_cells if layer.windowed else cells
+        cache[home if settings.cache_on_gpu else 0] += row * kept * settings.caches
+    weights[0] += shape.input_weights
+    weights[homes[-1]] += shape.output_weights
+    if shape.output_is_input and (homes[-1] or (shape.output_rearranged and not gpus)):
+        weights[homes[-1]] += shape.input_weights
+    weights[max(homes)] += settings.extra_weights
+    busy = set(homes)
+    compute, inputs = _compute(shape, settings)
+    computes = [compute if home in busy else 0 for home in range(len(weights))]
+    computes[0] = max(computes[0], inputs)
+    if not shape.cache_known:
+        return tuple(Needs(weight, None, None) for weight in weights)
+    needs = tuple(map(Needs, weights, cache, computes))
+    if draft := settings.draft:
+        beside = replace(draft.settings, context=settings.context)
+        return tuple(map(add, needs, estimate(draft.shape, beside, gpus)))
+    return needs
+
+
+def _homes(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
+    """Where each layer and at last the output go: 0 is RAM, GPUs count from 1."""
+    offloaded = min(offloaded, layers + 1) if sum(free) else 0
+    ends = list(accumulate(free))
+    on_gpus = [
+        1 + min(bisect_right(ends, number * ends[-1] // offloaded), len(free) - 1)
+        for number in range(offloaded)
+    ]
+    return [0] * (layers + 1 - offloaded) + on_gpus
+
+
+def _cells(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
+    """The tokens that each cache keeps: in all, and within a window."""
+    cells = _padded((settings.context or shape.trained_context) // settings.caches)
+    sharing = settings.sequences if settings.unified else 1
+    windowed = _padded(min(cells, shape.window * sharing + _micro_batch(settings)))
+    return cells, cells if settings.full_window else windowed
+
+
+def _compute(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
+    """Bytes for work in progress, and for the inputs alone, which are prepared in RAM."""
+    cells, window_cells = _cells(shape, settings)
+    sequences = settings.sequences
+    tokens = -(-_micro_batch(settings) // sequences) * sequences
+    mask_bytes = 2 if settings.flash_attention else _FLOAT
+    masks = tokens * mask_bytes * (cells + (window_cells if shape.window else 0))
+    keys = max((layer.keys + layer.values for layer in shape.layers), default=0)
+    scores = 0 if settings.flash_attention else cells * shape.heads
+    attention = 2 * shape.queries + keys + scores
+    scored = sequences * (1 + settings.drafted)
+    outputs = tokens if settings.scores_all else min(scored, tokens)
+    widest = max(
+        tokens * (_VECTORS * shape.width + max(shape.activations, attention)),
+        outputs * shape.vocabulary + tokens * shape.width,
+    )
+    return masks + _FLOAT * widest, masks + _FLOAT * tokens * shape.width
+
+
+def _micro_batch(settings: MemorySettings) -> int:
+    return min(settings.context or settings.batch, settings.batch, settings.micro_batch)
+
+
+def _padded(tokens: int) -> int:
+    return max(-(-tokens // CONTEXT_STEP), 1) * CONTEXT_STEP
+
+
+_LEAST_CONTEXT = 4096  # llama.cpp's --fit-ctx: --fit shrinks no further
+
+
+def plan(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemorySettings:
+    """Settle what is left to the engine, context and GPU layers, as its `--fit` would.
+
+    It shortens a context that was not asked for, and then takes layers off the GPUs, until its
+    margin is left free on each of them; without a GPU it measures by all of the RAM.
+    """
+    trained = shape.trained_context * settings.caches
+    least = _LEAST_CONTEXT * settings.caches
+    layers = settings.gpu_layers
+    most = (len(shape.layers) + 1) if memory.gpus else 0
+    settled = replace(
+        settings,
+        context=settings.context or trained,
+        gpu_layers=min(most if layers is None or layers < 0 else layers, most),
+    )
+    if not settings.fits or not shape.cache_known:
+        return settled
+
+    def agrees(trial: MemorySettings) -> bool:
+        needs = estimate(shape, trial, memory.gpus)
+        if not memory.gpus:
+            return _within(needs[0], memory.ram.total - MARGIN)
+        return all(map(_within, needs[1:], (gpu.free - MARGIN for gpu in memory.gpus)))
+
+    if settings.context is None and not agrees(settled) and trained > least:
+        step = CONTEXT_STEP * settings.caches
+        longest = _most(lambda n: agrees(replace(settled, context=n)), trained, step)
+        settled = replace(settled, context=max(longest, least))
+    if layers is None and memory.gpus and not agrees(settled):
+        count = _most(lambda n: agrees(replace(settled, gpu_layers=n)), most, 1)
+        settled = replace(settled, gpu_layers=count)
+    return settled
+
+
+def preview(
+    shape: ModelShape,
+    settings: MemorySettings,
+    memory: Memory,
+    answer: Sequence[Needs] | None = None,
+) -> MemoryPreview:
+    """Compare what a model needs with the memory there is.
+
+    Args:
+        shape: The model.
+        settings: As `plan` returns them.
+        memory: What there is.
+        answer: What the engine says it needs in each of `memory.places`; without it the formula
+            holds. The formula then still tells how the needs change with the context.
+    """
+    formula = estimate(shape, settings, memory.gpus)
+    needs = formula if answer is None else answer
+
+    def fits(context: int) -> bool:
+        trial = estimate(shape, replace(settings, context=context), memory.gpus)
+        return all(
+            Part(place, _shifted(then, now, said)).verdict is Verdict.FITS
+            for place, then, now, said in zip(memory.places, trial, formula, needs, strict=True)
+            if then.weights
+        )
+
+    upmost = shape.trained_context * settings.caches
+    return MemoryPreview(
+        parts=tuple(
+            Part(place, part)
+            for place, part in zip(memory.places, needs, strict=True)
+            if part.total != 0
+        ),
+        context=settings.context,
+        largest_context=_most(fits, upmost, CONTEXT_STEP * settings.caches)
+        if shape.cache_known
+        else None,
+        exact=answer is not None,
+    )
+
+
+def _within(needs: Needs, limit: int) -> bool:
+    return needs.total is not None and needs.total <= limit
+
+
+def _shifted(then: Needs, now: Needs, said: Needs) -> Needs:
+    """`then` by formula, corrected by what the engine says of `now`."""
+    if then.total is None or now.total is None or said.total is None:
+        return then
+    return Needs(then.total - now.total + said.total, 0, 0)
+
+
+def _most(fits: Callable[[int], bool], upmost: int, step: int) -> int:
+    """The largest number up to `upmost` that fits, else in whole steps; 0 when none does."""
+    if fits(upmost):
+        return upmost
+    low, high = 0, -(-upmost // step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step

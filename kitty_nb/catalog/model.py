@@ -1,20 +1,327 @@
-"""One row of the catalog: a model on disk, or what goes with models."""
+"""A model: its files, what their headers say, and how the user knows it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import re
+from dataclasses import astuple, dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Self
 
 from rich.filesize import decimal
 
-from kitty_nb.catalog.file_facts import Kind
-from kitty_nb.catalog.shards import ShardName
+from kitty_nb.catalog.gguf import TENSOR_TYPES, ArrayInfo, read_contents
+from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path, PurePath
 
-__all__ = ["Modality", "Model"]
+    from kitty_nb.catalog.gguf import GgufContents, GgufHeader, TensorEntry
+
+
+_SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardName:
+    """What the name of one shard says.
+
+    Attributes:
+        prefix: The file name up to the shard's number, e.g. `qwen2.5-coder-32b-q8_0`.
+        number: Which shard it is, from 1 to `count`.
+        count: How many shards the whole model has.
+    """
+
+    prefix: str
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, path: PurePath) -> Self | None:
+        """Read the name of `path`; None when it is not the name of a shard."""
+        match = _SHARD.fullmatch(path.name)
+        if match is None:
+            return None
+        number, count = int(match["number"]), int(match["count"])
+        return cls(match["prefix"], number, count) if 1 <= number <= count else None
+
+    def file_name(self, number: int) -> str:
+        """Name shard `number` (from 1) of the same model."""
+        return f"{self.prefix}-{number:05d}-of-{self.count:05d}.gguf"
+
+
+def shard_paths(path: Path) -> tuple[Path, ...]:
+    """List all files of the model that `path` belongs to, first to last, existing or not.
+
+    A model in one file gives `(path,)`.
+    """
+    shard = ShardName.parse(path)
+    if shard is None:
+        return (path,)
+    return tuple(path.with_name(shard.file_name(n)) for n in range(1, shard.count + 1))
+
+
+def missing_shards(path: Path) -> tuple[Path, ...]:
+    """List the files of the model that `path` belongs to which are not there, first to last."""
+    return tuple(shard for shard in shard_paths(path) if _size(shard) is None)
+
+
+def total_size(path: Path) -> int:
+    """Add up the bytes of those files of the model that `path` belongs to which are there."""
+    return sum(_size(shard) or 0 for shard in shard_paths(path))
+
+
+def _size(path: Path) -> int | None:
+    """Give the bytes of a file; None when it is absent or its folder may not be entered."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+_LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in a header
+_IN_JINJA = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_TOOLS = re.compile(r"\btools\b")
+_OF_LORA = (".lora_a", ".lora_b")  # converters of 2024 do not say the file's type
+_REPOSITORY = re.compile(r"https?://[^/]+/(?P<name>.+?)/?")
+
+
+class Kind(StrEnum):
+    """What a GGUF file is."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
+    PROJECTOR = "projector"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What one GGUF file says about itself.
+
+    Attributes:
+        problem: Why the file cannot be read, as a sentence; all else is empty then.
+        cut_short: Whether that is because it ends too early.
+        kind: What it is: a model, an adapter, a projector for images or sound, or something else.
+        architecture: The family of network, e.g. `qwen2`.
+        title: What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`.
+        basename: The title without size and fine-tune, e.g. `Qwen2.5-Coder`.
+        size_label: Its size in its author's words, e.g. `32B`.
+        base_model: What it was made from.
+        license: E.g. `apache-2.0`.
+        file_type: Its quantization, by llama.cpp's `enum llama_ftype`.
+        weights: Bytes of its matrices, by llama.cpp's `enum ggml_type`.
+        parameters: How many numbers all its tensors hold.
+        tensor_count: How many tensors it holds.
+        context_length: The longest context it was trained for, in tokens.
+        layers: How many blocks it has.
+        width: Numbers in the vector of one token; of a projector, in those that it makes.
+        heads: Attention heads, of the layer with the most.
+        vocabulary: How many tokens it knows.
+        tokenizer: Whether it says how to cut text into tokens.
+        chat_template: In Jinja.
+        tools: Whether the template takes tools; None without a template.
+        sees: Whether it is a projector for images.
+        hears: Whether it is a projector for sound.
+        split_number: Which shard it is, from 0; None for a whole model.
+        split_count: How many shards there are; 1 for a whole model.
+        split_tensors: How many tensors all shards hold together; None when unsaid.
+        needed: Bytes that the file has when it is complete.
+    """
+
+    problem: str | None = None
+    cut_short: bool = False
+    kind: Kind = Kind.MODEL
+    architecture: str | None = None
+    title: str | None = None
+    basename: str | None = None
+    size_label: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    file_type: int | None = None
+    weights: tuple[tuple[int, int], ...] = ()
+    parameters: int = 0
+    tensor_count: int = 0
+    context_length: int | None = None
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    vocabulary: int | None = None
+    tokenizer: bool = False
+    chat_template: str | None = None
+    tools: bool | None = None
+    sees: bool = False
+    hears: bool = False
+    split_number: int | None = None
+    split_count: int = 1
+    split_tensors: int | None = None
+    needed: int = 0
+
+    def to_json(self) -> str:
+        """Write all of it as text."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It is something else.
+            TypeError: Likewise.
+        """
+        problem, cut_short, kind, *values = json.loads(text)
+        if len(values) != len(fields(cls)) - 3:
+            raise ValueError("it was written by another version of kitty_nb")
+        facts = cls(problem, cut_short, Kind(kind), *values)
+        object.__setattr__(facts, "weights", tuple(map(tuple, facts.weights)))
+        return facts
+
+
+def read_facts(path: Path) -> FileFacts:
+    """Read what a file says about itself; what is wrong with it becomes its `problem`."""
+    try:
+        return _facts(read_contents(path), path)
+    except ModelFileError as error:
+        return FileFacts(str(error), isinstance(error, ModelFileCutShortError))
+
+
+def _facts(contents: GgufContents, path: Path) -> FileFacts:
+    says = _Says(contents.header)
+    template = says.text("tokenizer.chat_template")
+    weights: dict[int, int] = {}
+    needed = 0
+    for entry in contents.entries:
+        size = _bytes(entry)
+        needed = max(needed, contents.data_at + entry.offset + size)
+        if len(entry.shape) > 1:
+            weights[entry.type] = weights.get(entry.type, 0) + size
+    parameters = sum(prod(entry.shape) for entry in contents.entries)
+    if max(needed, parameters) > _LARGEST:
+        raise ModelFileError(
+            f"{path} claims to have {parameters} weights. It is damaged: download it again."
+        )
+    return FileFacts(
+        kind=_kind(says, contents.entries),
+        architecture=contents.header.architecture,
+        title=says.text("general.name"),
+        basename=says.text("general.basename"),
+        size_label=says.text("general.size_label"),
+        base_model=_base_model(says),
+        license=says.text("general.license"),
+        file_type=says.number("general.file_type"),
+        weights=tuple(weights.items()),
+        parameters=parameters,
+        tensor_count=len(contents.entries),
+        context_length=says.of_architecture("context_length"),
+        layers=says.of_architecture("block_count"),
+        width=_width(says),
+        heads=says.of_architecture("attention.head_count"),
+        vocabulary=says.length("tokenizer.ggml.tokens") or says.of_architecture("vocab_size"),
+        tokenizer=says.text("tokenizer.ggml.model") is not None,
+        chat_template=template,
+        tools=_takes_tools(says, template),
+        sees=says.flag("clip.has_vision_encoder"),
+        hears=says.flag("clip.has_audio_encoder"),
+        split_number=says.number("split.no"),
+        split_count=says.number("split.count") or 1,
+        split_tensors=says.number("split.tensors.count"),
+        needed=needed,
+    )
+
+
+def _bytes(entry: TensorEntry) -> int:
+    """The bytes of a tensor; of a type that this table does not have, none."""
+    kind = TENSOR_TYPES.get(entry.type)
+    return prod(entry.shape) // kind.block * kind.size if kind else 0
+
+
+def _kind(says: _Says, entries: Iterable[TensorEntry]) -> Kind:
+    if says.header.architecture == "clip":
+        return Kind.PROJECTOR
+    if says.text("adapter.type") or any(entry.name.endswith(_OF_LORA) for entry in entries):
+        return Kind.ADAPTER
+    match says.text("general.type"):
+        case None | "model" | "vocab":
+            return Kind.MODEL
+        case "adapter":
+            return Kind.ADAPTER
+        case "mmproj":
+            return Kind.PROJECTOR
+        case _:
+            return Kind.OTHER
+
+
+def _width(says: _Says) -> int | None:
+    if says.header.architecture != "clip":
+        return says.of_architecture("embedding_length")
+    # Converters that do not say their file's type meant something else by this key.
+    if says.text("general.type") is None:
+        return None
+    return says.number("clip.vision.projection_dim") or says.number("clip.audio.projection_dim")
+
+
+def _base_model(says: _Says) -> str | None:
+    if name := says.text("general.base_model.0.name"):
+        return name
+    url = _REPOSITORY.fullmatch(says.text("general.base_model.0.repo_url") or "")
+    return url["name"].rsplit("/", 1)[-1] if url else None
+
+
+def _takes_tools(says: _Says, template: str | None) -> bool | None:
+    if says.text("tokenizer.chat_template.tool_use"):
+        return True
+    if template is None:
+        return None
+    return any(_TOOLS.search(code) for code in _IN_JINJA.findall(template))
+
+
+class _Says:
+    """Looks values of the right kind up in a header; whatever else is there counts as unsaid."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+
+    def text(self, key: str) -> str | None:
+        value = self.header.metadata.get(key)
+        return value if isinstance(value, str) and value else None
+
+    def flag(self, key: str) -> bool:
+        return self.header.metadata.get(key) is True
+
+    def length(self, key: str) -> int | None:
+        value = self.header.metadata.get(key)
+        return value.length if isinstance(value, ArrayInfo) else None
+
+    def number(self, key: str) -> int | None:
+        value = self.header.metadata.get(key)
+        return value if type(value) is int and 0 <= value <= _LARGEST else None
+
+    def of_architecture(self, key: str) -> int | None:
+        """A number, or the largest where each layer has its own."""
+        full_key = f"{self.header.architecture}.{key}"
+        if listed := self.header.per_layer.get(full_key):
+            return max((n for n in listed if type(n) is int and 0 <= n <= _LARGEST), default=None)
+        return self.number(full_key)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNote:
+    """How a model was used.
+
+    Attributes:
+        favourite: Whether the user marked it.
+        last_used: When it last became ready, in seconds since the epoch; None when it never did.
+        load_seconds: How long that load took.
+        settings: What it was started with then, by field of `ServerConfig`; what is left out was
+            left to the engine.
+    """
+
+    favourite: bool = False
+    last_used: float | None = None
+    load_seconds: float | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 class Modality(StrEnum):

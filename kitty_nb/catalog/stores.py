@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.catalog.folder import FoundFile, find_files, is_folder, stamp_of
-from kitty_nb.catalog.shards import ShardName
+from kitty_nb.catalog.model import ShardName
 from kitty_nb.user_folders import NO_HOME
 
 if TYPE_CHECKING:

@@ -6,11 +6,10 @@ from kitty_nb.config.api_key import (
     goes_without_key,
     server_environment,
 )
-from kitty_nb.config.engine_flags import PROJECTOR, spelled, takes_secret, value_of
 from kitty_nb.config.env_warnings import env_warnings
-from kitty_nb.config.env_writer import SavedEnv
-from kitty_nb.config.saved_settings import env_lines, salvage_settings, save_settings
+from kitty_nb.config.env_writer import SavedEnv, env_lines, salvage_settings, save_settings
 from kitty_nb.config.server_config import (
+    PROJECTOR,
     RECORDED,
     Env,
     FlashAttention,
@@ -18,6 +17,9 @@ from kitty_nb.config.server_config import (
     ServerConfig,
     configured_profiles,
     env_settings,
+    spelled,
+    takes_secret,
+    value_of,
 )
 
 __all__ = [

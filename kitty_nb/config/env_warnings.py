@@ -12,8 +12,7 @@ from dotenv.parser import parse_stream
 
 from kitty_nb.config.api_key import FLAG_PREFIX
 from kitty_nb.config.env_file import read_env
-from kitty_nb.config.profiles import PREFIX, ROLES, split_key
-from kitty_nb.config.server_config import env_settings
+from kitty_nb.config.server_config import PREFIX, ROLES, env_settings, split_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

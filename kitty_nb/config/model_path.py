@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 from kitty_nb.catalog.folder import find_files, is_folder
-from kitty_nb.catalog.quantization import named_quantization
-from kitty_nb.catalog.shards import ShardName, missing_shards, shard_paths
+from kitty_nb.catalog.gguf import named_quantization
+from kitty_nb.catalog.model import ShardName, missing_shards, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in
 
 if TYPE_CHECKING:

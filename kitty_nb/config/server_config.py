@@ -1,4 +1,4 @@
-"""`ServerConfig`: everything one llama-server is started with, validated and frozen."""
+"""ServerConfig: one server's settings, validated and frozen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 from difflib import get_close_matches
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -30,20 +31,98 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from kitty_nb.catalog.description import find_projector
-from kitty_nb.config.engine_flags import PROJECTOR, spelled
+from kitty_nb.catalog.catalog import find_projector
+from kitty_nb.catalog.stores import Store, known_stores
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.model_path import check_letters, check_model, file_in_store, list_models
-from kitty_nb.config.model_stores import model_stores
-from kitty_nb.config.profiles import PREFIX, default_port, named_profiles
 from kitty_nb.errors import ConfigError, Problem
 from kitty_nb.user_folders import NO_HOME, user_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from kitty_nb.catalog.stores import Store
     from kitty_nb.config.env_file import EnvFile
+
+
+def model_stores(models_dir: Path, *, others: bool) -> tuple[Store, ...]:
+    """List the models folder, and after it the folders of other programs that are there.
+
+    Args:
+        models_dir: The models folder.
+        others: Whether models of other programs may be chosen too.
+    """
+    return (Store(models_dir), *(known_stores(os.environ) if others else ()))
+
+
+_SECRET = re.compile(r"-hft|--?[\w-]*(?:key|token|password|secret)")
+PROJECTOR = frozenset({"-mm", "--mmproj"})
+
+
+def spelled(word: str) -> str:
+    """Write a long flag with hyphens: llama-server reads `--ctx_size` as `--ctx-size`."""
+    return word.replace("_", "-") if word.startswith("--") else word
+
+
+def takes_secret(word: str) -> bool:
+    """Tell whether a word is a flag whose value is a secret itself, rather than in a file."""
+    return _SECRET.fullmatch(spelled(word)) is not None
+
+
+def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
+    """Return what follows the last of some flags, which is what llama-server takes."""
+    values = [value for flag, value in pairwise(words) if spelled(flag) in flags]
+    return values[-1] if values else None
+
+
+ROLES = ("primary", "coder", "q4", "f16", "summary", "vision")
+PREFIX = "LLAMACPP_"
+_FIRST_PORT = 8082
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+def default_port(profile: str) -> int:
+    """The port of a profile that names none: each role has its own, so that all can run at once."""
+    role = profile.lower()
+    return _FIRST_PORT + (ROLES.index(role) if role in ROLES else 0)
+
+
+def named_profiles(keys: Iterable[str], suffixes: Collection[str]) -> tuple[str, ...]:
+    """The profiles that some keys of a `.env` file are about; roles first, then as they come.
+
+    A role is there when it has any key of its own, another profile when it has a model, and
+    `primary` when there is no other.
+
+    Args:
+        keys: The keys that have a value.
+        suffixes: What can follow `LLAMACPP_<PROFILE>_`.
+    """
+    found = dict.fromkeys(
+        name.lower()
+        for key in keys
+        for name, suffix in [split_key(key, suffixes)]
+        if suffix == "MODEL" or name.lower() in ROLES
+    )
+    roles = [role for role in ROLES if role in found]
+    others = [name for name in found if name and name not in ROLES]
+    if "" in found and "primary" not in roles:  # LLAMACPP_MODEL, a model for whoever has none
+        roles.insert(0, "primary")
+    return (*roles, *others) or ("primary",)
+
+
+def split_key(key: str, suffixes: Collection[str]) -> tuple[str, str]:
+    """Return the profile in a key, none where it is for all of them, and the setting's suffix.
+
+    Both are empty where it is no setting.
+    """
+    rest = key.removeprefix(PREFIX)
+    if rest in suffixes:
+        return "", rest
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        name = rest.removesuffix(f"_{suffix}")
+        if key.startswith(PREFIX) and name != rest and _NAME.fullmatch(name):
+            return name, suffix
+    return "", ""
+
 
 _DATA = user_folder(platformdirs.user_data_path)
 _STATE = user_folder(platformdirs.user_state_path)

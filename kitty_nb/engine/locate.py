@@ -1,26 +1,174 @@
-"""Which llama-server to run: the user's own, the one on `PATH`, or the one inside a wheel."""
+"""Which llama-server runs, which dialect it speaks, and what its help says."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
+import platformdirs
 
-from kitty_nb.config import server_environment
-from kitty_nb.engine import embedded, help_cache
-from kitty_nb.engine.dialect import Dialect, parse_help
+from kitty_nb.config import server_environment, spelled
+from kitty_nb.config.whole_file import write_whole
+from kitty_nb.engine import embedded
 from kitty_nb.errors import EngineError, EngineNotFoundError
 from kitty_nb.trust import distrust
+from kitty_nb.user_folders import user_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+# Descriptions start at column 26 or later in every build, options well before it.
+_OPTION_LINE = re.compile(r" {0,12}(?P<text>--?[A-Za-z].*)")
+_FLAG = re.compile(r"--?[A-Za-z][\w.-]*", re.ASCII)
+_CHOICES = re.compile(r"[\[<](?P<bars>[^|\s]+(?:\|[^|\s]+)+)[\]>]|\{(?P<commas>[^\s{}]+)\}")
+# `<tensor name pattern>=<buffer type>` is one word to llama-server, `FNAME SCALE` are two. In early
+# 2024, a description could follow by a single space.
+_VALUE = re.compile(r"(?P<first>(?:<[^<>]*>|\S)+)(?P<second> [A-Z]+$)?")
+
+_ALIKE = 0.81  # of 1; less is another flag that happens to share some letters
+_REMOVED = "the argument has been removed"  # it is listed, and ends the program when it is used
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option, under all its names.
+
+    Attributes:
+        flags: Every spelling, long and short, including the negative ones (`--no-jinja`).
+        values: How many words follow the flag, 0 for a switch. Builds of early 2024 leave the
+            value of `--host` and `--n-predict` out, so 0 is a hint rather than a proof.
+        choices: The words allowed as its value, where `--help` lists them, as in `[on|off|auto]`.
+    """
+
+    flags: tuple[str, ...]
+    values: int
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """All options of a build."""
+
+    options: tuple[Option, ...]
+
+    @cached_property
+    def _by_flag(self) -> dict[str, Option]:
+        return {flag: option for option in self.options for flag in option.flags}
+
+    def option(self, flag: str) -> Option | None:
+        """Return the option that a flag names, or None where this build does not know it."""
+        return self._by_flag.get(spelled(flag))
+
+    def nearest(self, flag: str) -> str | None:
+        """Return the flag of this build that was most likely meant, if any was."""
+        meant = spelled(flag)
+        longer = [name for name in self._by_flag if name.startswith(f"{meant}-")]
+        alike = get_close_matches(meant, self._by_flag, n=1, cutoff=_ALIKE)
+        return next(iter(alike), min(longer, key=len, default=None))
+
+
+def parse_help(text: str) -> Dialect:
+    """Read the options from what `llama-server --help` prints.
+
+    Three layouts are in use: `-t N, --threads N` (until mid 2024), `-t,    --threads N` with the
+    long flags indented (2024), and the same without indentation (since). A long option pushes
+    its description to the next line.
+    """
+    return Dialect(tuple(filter(None, map(_parse_line, text.splitlines()))))
+
+
+def _parse_line(line: str) -> Option | None:
+    match = _OPTION_LINE.fullmatch(line)
+    if not match or _REMOVED in line:
+        return None
+    # Two spaces end the option, except behind the comma that aligns its long flags.
+    head = re.split(r"(?<![,\s])\s{2,}", match["text"].rstrip(), maxsplit=1)[0]
+    names = [name.partition(" ") for name in re.split(r",\s+(?=-)", head)]
+    flags = tuple(flag for flag, _, _ in names)
+    if not all(map(_FLAG.fullmatch, flags)):
+        return None
+    value = _VALUE.match(names[-1][2])
+    if value is None:
+        return Option(flags, 0)
+    listed = _CHOICES.fullmatch(value["first"])
+    choices = re.split(r"[|,]", listed["bars"] or listed["commas"]) if listed else ()
+    return Option(flags, 2 if value["second"] else 1, tuple(choices))
+
+
+_KEPT = 8  # programs
+_SCRIPT = 1 << 16  # bytes; what is longer is no script that only starts another program
+_PATH = re.compile(r"/[\w./+@-]+")
+
+
+def key_of(program: Path, stamp: object) -> str | None:
+    """Return a text that changes once a program may print something else.
+
+    A script counts with all files that it names; one that names none, or works out which program
+    it starts, is not known.
+
+    Args:
+        program: The program.
+        stamp: What tells whether its own file has changed.
+    """
+    with program.open("rb") as file:
+        head = file.read(_SCRIPT)
+    if not head.startswith(b"#!"):
+        return repr(stamp)
+    lines = head.decode(errors="replace").partition("\n")[2]
+    named = [path for path in map(Path, _PATH.findall(lines)) if path.is_file()]
+    stats = [(str(path), path.stat()) for path in named]
+    found = [(name, status.st_mtime_ns, status.st_size) for name, status in stats]
+    starts = [line for line in lines.splitlines() if "$@" in line]
+    worked_out = any(line.count("$") > 1 for line in starts)
+    return repr((stamp, found)) if found and starts and not worked_out else None
+
+
+def load(key: str) -> dict[str, str] | None:
+    """Return what a program printed, by flag; None where that is not known."""
+    found = _read().get(key)
+    return found if isinstance(found, dict) and {"--help", "--version"} <= found.keys() else None
+
+
+def store(key: str, answers: Mapping[str, str]) -> None:
+    """Store what a program printed. Where that cannot be written it is asked again."""
+    known = {name: value for name, value in _read().items() if name != key}
+    newest = dict([*known.items(), (key, dict(answers))][-_KEPT:])
+    path = _path()
+    with suppress(OSError):
+        if distrust(path, folders=False):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(newest).encode())
+
+
+def _read() -> dict[str, dict[str, str]]:
+    path = _path()
+    if distrust(path, folders=False):
+        return {}
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _path() -> Path:
+    return user_folder(platformdirs.user_cache_path) / "engines.json"
+
 
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
@@ -136,8 +284,8 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
         return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
     program, key = Path(candidate.command[0]), None
     with suppress(OSError):
-        key = await anyio.to_thread.run_sync(help_cache.key_of, program, candidate.stamp)
-    if key and (known := await anyio.to_thread.run_sync(help_cache.load, key)):
+        key = await anyio.to_thread.run_sync(key_of, program, candidate.stamp)
+    if key and (known := await anyio.to_thread.run_sync(load, key)):
         dialect, version = parse_help(known["--help"]), known["--version"]
         return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
     answers: dict[str, str] = {}
@@ -156,7 +304,7 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
             f" said: {line}"
         )
     if key and _VERSION.search(answers["--version"]):
-        await anyio.to_thread.run_sync(help_cache.store, key, answers)
+        await anyio.to_thread.run_sync(store, key, answers)
     return Engine(candidate.kind, candidate.command, _numbered(answers["--version"]), dialect)
 
 

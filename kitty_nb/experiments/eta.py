@@ -11,8 +11,7 @@ import anyio.to_thread
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import KittyError
 from kitty_nb.experiments.trial import Outcome
-from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.load_estimate import Basis, estimate_load
+from kitty_nb.supervisor.history import Basis, LoadHistory, estimate_load
 from kitty_nb.supervisor.load_facts import gather_facts
 
 if TYPE_CHECKING:

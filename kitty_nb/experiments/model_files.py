@@ -14,9 +14,8 @@ from anyio.from_thread import check_cancelled
 from anyio.to_thread import run_sync
 from pydantic import BaseModel, ConfigDict
 
-from kitty_nb.catalog import shard_paths
-from kitty_nb.catalog.folder import settled, stamp_of
-from kitty_nb.catalog.scan_cache import DigestCache, Stamp
+from kitty_nb.catalog.folder import DigestCache, Stamp, settled, stamp_of
+from kitty_nb.catalog.model import shard_paths
 from kitty_nb.errors import ConfigError, ModelFileError, Problem
 from kitty_nb.experiments.trial import ModelFingerprint
 from kitty_nb.isolated_server import gather_facts

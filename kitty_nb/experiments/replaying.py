@@ -10,7 +10,7 @@ import anyio
 from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
-from kitty_nb.catalog import ModelCatalog
+from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.config import ServerConfig, salvage_settings
 from kitty_nb.errors import RunRecordError
 from kitty_nb.experiments.background import in_background

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from kitty_nb.config import ServerConfig, value_of
-from kitty_nb.engine.command_line import SERVER_SETTINGS
-from kitty_nb.engine.spelling import spell
+from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from kitty_nb.engine.dialect import Dialect, Option
+    from kitty_nb.engine.locate import Dialect, Option
     from kitty_nb.experiments.trial import Trial, Value
 
 __all__ = [

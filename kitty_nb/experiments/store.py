@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kitty_nb.errors import ResultStoreError
 from kitty_nb.experiments.trial import TrialResult
-from kitty_nb.supervisor.state_file import opened
+from kitty_nb.supervisor.history import opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -41,7 +41,7 @@ from kitty_nb.experiments.trial import (
 )
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
 from kitty_nb.manager import Operation
-from kitty_nb.supervisor.broadcast import Broadcast
+from kitty_nb.supervisor.events import Broadcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -21,8 +21,7 @@ import psutil
 from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
-from kitty_nb.catalog.folder import is_folder, stamp_of
-from kitty_nb.catalog.scan_cache import DigestCache
+from kitty_nb.catalog.folder import DigestCache, is_folder, stamp_of
 from kitty_nb.errors import ChecksumError, DiskFullError, HubError
 from kitty_nb.hub.repository import hub_errors
 

@@ -85,7 +85,7 @@ def diagnose(
             server, which the system tells its parent only.
         log: The last lines that the server wrote.
         out_of_memory: Whether the system killed a process for memory meanwhile, see
-            `kitty_nb.supervisor.oom_kills`; None where it does not tell.
+            `kitty_nb.supervisor.process`; None where it does not tell.
     """
     number = _signal(exit_code)
     ending = _ending(exit_code, number)

@@ -1,4 +1,4 @@
-"""Asking a server how it is, over HTTP."""
+"""Health checks: asking a server how it is, and deciding when it is ready."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
-from kitty_nb.supervisor.answer_pace import AnswerPace, any_answering
-from kitty_nb.supervisor.events import HealthCheckResult, ServerStatus
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    HealthChecked,
+    HealthCheckResult,
+    Level,
+    ServerStatus,
+)
 from kitty_nb.supervisor.health_answer import NOT_IN_TIME, NOT_YET, read_answer
 
 
@@ -29,15 +35,85 @@ class _Late(ModuleType):
 
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     import httpx
     import httpx_sse
+    from anyio.abc import TaskGroup
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.load_progress import LoadMeter
 else:
     httpx, httpx_sse = _Late("httpx"), _Late("httpx_sse")
+
+
+class AnswerPace:
+    """Measures between one look at `/slots` and the next.
+
+    The server counts tokens of a request while it works on it, so this costs it nothing more than
+    the look. What a request brought between the last look and its end is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Any, Any], int] = {}
+        self._at: float | None = None
+        self._pace = 0.0
+        self._silent_since: float | None = None
+
+    def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
+        """Return the tokens a second since the last ones; None at the first look, or untold.
+
+        A slow server's next token may come after several looks: until then the pace is the last
+        one, or that of a token which came now.
+
+        Args:
+            slots: What `/slots` answers.
+            at: When it did, in seconds of any clock.
+        """
+        busy = [slot for slot in slots if slot.get("is_processing")]
+        counts = {(slot.get("id"), slot.get("id_task")): _decoded(slot) for slot in busy}
+        told = {slot: count for slot, count in counts.items() if count is not None}
+        before, self._counts = self._counts, told
+        whole = len(told) == len(counts)
+        silent = whole and bool(busy) and not any(told.values())
+        if not silent:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = at
+        since = self._at
+        if not whole or since is None:
+            self._at = at
+            return None
+        if at <= since:
+            return None
+        # A count that falls is another request's, in a build that does not number them.
+        fresh = sum(
+            n if n < before.get(slot, 0) else n - before.get(slot, 0) for slot, n in told.items()
+        )
+        if not fresh and any(told.values()):
+            return min(self._pace, 1 / (at - since))
+        self._pace, self._at = fresh / (at - since), at
+        return self._pace
+
+    def silence(self, at: float) -> float:
+        """Return for how many seconds requests have been worked on without a first token."""
+        return 0.0 if self._silent_since is None else at - self._silent_since
+
+
+def any_answering(slots: list[dict[str, Any]]) -> bool:
+    """Whether a request has got its first token: its server does compute."""
+    return any(slot.get("is_processing") and _decoded(slot) for slot in slots)
+
+
+def _decoded(slot: dict[str, Any]) -> int | None:
+    """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
+    tokens = slot.get("next_token")
+    if isinstance(tokens, list):
+        tokens = tokens[0] if tokens else None
+    count = tokens.get("n_decoded") if isinstance(tokens, dict) else None
+    return count if isinstance(count, int) else None
+
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _PATIENCE, _CONNECT_WITHIN = 5.0, 1.0  # seconds
@@ -273,3 +349,167 @@ def _listed(answer: Any) -> list[dict[str, Any]]:
 def _objects(answer: Any) -> list[dict[str, Any]]:
     """Those of a list, if it is one: what answers need not be a llama-server."""
     return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
+
+
+# Seconds. The log announces ready first: health is asked when the log hints at news, else ever
+# more rarely, each pause so many times the last.
+_POLL_FIRST = 0.01
+_POLL_LONGEST = 1.0
+_POLL_FACTOR = 4
+_POLL_READY = 2.0
+_ATTEMPT_EVERY = 1.0
+_AT_ONCE = 0.3  # a first answer that takes no longer is not worth a word
+_SILENT = 10.0  # from here on, a request without a first token is worth a word
+_FIRST_ANSWER = "no first answer yet"
+
+
+class HealthWatch:
+    """Follows one server's health.
+
+    Args:
+        probe: What asks the server.
+        meter: Told of every sign of life.
+        elapsed: The clock: seconds since the start was asked for.
+        attempts: How many once-a-second checks are counted.
+        enter: Called with each other status, and when it was entered; returns what the load has
+            taken by then, which is less where it ended before this watch began.
+        publish: Called with each event for the user.
+        note: Called with every answer.
+        doubt: Asked before ready is believed: why it is not our server that answers, in words.
+        prove: Asked after that: whether the server answers a request, once it does.
+        ending: Asked before anything is told: whether somebody is ending the server.
+    """
+
+    def __init__(
+        self,
+        probe: HealthProbe,
+        meter: LoadMeter,
+        elapsed: Callable[[], float],
+        attempts: int,
+        enter: Callable[[ServerStatus, float], float],
+        publish: Callable[[Event], None],
+        note: Callable[[HealthCheckResult], None],
+        doubt: Callable[[], Awaitable[str | None]],
+        prove: Callable[[], Awaitable[bool]],
+        ending: Callable[[], bool],
+    ) -> None:
+        self._probe = probe
+        self._meter = meter
+        self._elapsed = elapsed
+        self._attempts = attempts
+        self._enter = enter
+        self._publish = publish
+        self._note = note
+        self._doubt = doubt
+        self._prove = prove
+        self._ending = ending
+        self._proving = False
+        self._proven = anyio.Event()
+        self._asking = anyio.CancelScope()
+        self._tasks: TaskGroup
+        self._news = anyio.Event()
+
+    def hint(self) -> None:
+        """Ask soon: there is reason to expect another answer."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Ask until the server is ready, then until `stop`."""
+        with self._asking:
+            async with anyio.create_task_group() as self._tasks:
+                await self._until_ready()
+            await self._ever_after()
+
+    def stop(self) -> None:
+        """Hang up: some builds wait for those who still ask before they end."""
+        self._asking.cancel()
+
+    async def _ever_after(self) -> None:
+        answering, silent_for = True, 0.0
+        while True:
+            result = await self._probe.check_activity()
+            self._note(result)
+            silent_before, silent_for = silent_for, result.silent_for
+            if silent_before < _SILENT <= silent_for:
+                self._say(
+                    f"A request has been worked on for {silent_for:.0f} s without a first token:"
+                    " its prompt is long, or the device compiles its programs for it."
+                )
+            elif silent_for < _SILENT <= silent_before:
+                self._say(f"The server answers, after more than {silent_before:.0f} s.")
+            answered, answering = answering, result.status is ServerStatus.READY
+            if answered and not answering and not self._ending():
+                self._say(
+                    f"The server runs but does not serve ({result.message}): it hangs, or somebody"
+                    " has paused it. Restart it if it does not come back.",
+                    Level.WARNING,
+                )
+            elif answering and not answered:
+                self._say("The server serves again.", Level.SUCCESS)
+            await anyio.sleep(_POLL_READY)
+
+    async def _until_ready(self) -> None:
+        attempt, next_attempt, pause = 0, 0.0, _POLL_FIRST
+        status = ServerStatus.STARTING
+        while status is not ServerStatus.READY:
+            result = await self._check()
+            elapsed = self._elapsed()
+            if result.status is not status:
+                status = result.status
+                self._meter.touch(elapsed)
+                elapsed = self._enter(status, elapsed)
+            self._note(result)
+            due = elapsed >= next_attempt
+            if due:
+                attempt = min(attempt + 1, self._attempts)
+            if due or status is ServerStatus.READY:
+                # Not one for each second missed: the load may be older than this watch.
+                whole = elapsed // _ATTEMPT_EVERY * _ATTEMPT_EVERY
+                next_attempt = max(next_attempt, whole) + _ATTEMPT_EVERY
+                if not self._ending():
+                    self._tell(result, max(attempt, 1), elapsed)
+            if self._news.is_set():
+                pause = _POLL_FIRST
+            self._news = anyio.Event()
+            with anyio.move_on_after(min(pause, max(0.0, next_attempt - elapsed))):
+                await self._news.wait()
+            pause = min(pause * _POLL_FACTOR, _POLL_LONGEST)
+
+    async def _check(self) -> HealthCheckResult:
+        result = await self._probe.check()
+        if result.status is not ServerStatus.READY:
+            return result
+        if not self._proving:
+            if doubt := await self._doubt():
+                return replace(result, status=ServerStatus.STARTING, message=doubt)
+            self._proving = True
+            self._tasks.start_soon(self._note_first_answer)
+            with anyio.move_on_after(_AT_ONCE):
+                await self._proven.wait()
+        if self._proven.is_set():
+            return result
+        return replace(result, status=ServerStatus.LOADING, message=_FIRST_ANSWER)
+
+    async def _note_first_answer(self) -> None:
+        if await self._prove():
+            self._proven.set()
+            self.hint()
+
+    def _tell(self, result: HealthCheckResult, attempt: int, elapsed: float) -> None:
+        self._publish(HealthChecked(result, attempt, self._attempts))
+        if result.status is ServerStatus.READY:
+            checks = "1 check" if attempt == 1 else f"{attempt} checks"
+            self._say(f"Model loaded ({checks}, {elapsed:.0f}s elapsed)", Level.SUCCESS)
+        elif result.message == _FIRST_ANSWER:
+            self._say(
+                "The model is loaded; waiting for its first answer, before which some devices"
+                f" compile their programs for minutes… ({elapsed:.0f}s elapsed)"
+            )
+        elif result.status is ServerStatus.LOADING:
+            count = f"{attempt}/{self._attempts}, " if elapsed < self._attempts else ""
+            self._say(f"Loading model… ({count}{elapsed:.0f}s elapsed)")
+        elif attempt > 1:
+            self._say(f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)")
+
+    def _say(self, message: str, level: Level = Level.INFO) -> None:
+        self._publish(Activity(message, level, time.time()))

@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from kitty_nb.catalog.description import why_not_served
+from kitty_nb.catalog.catalog import why_not_served
 from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
@@ -28,12 +28,9 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     Stage,
 )
-from kitty_nb.supervisor.file_changes import FileChanges
-from kitty_nb.supervisor.health import HealthProbe, Recognition
-from kitty_nb.supervisor.health_watch import HealthWatch
+from kitty_nb.supervisor.health import HealthProbe, HealthWatch, Recognition
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.keeper import Keeper, has_keeper
-from kitty_nb.supervisor.last_failure import last_failure, note_failure
 from kitty_nb.supervisor.launch import launch, make_leash
 from kitty_nb.supervisor.lifecycle import (
     BecameReady,
@@ -44,17 +41,16 @@ from kitty_nb.supervisor.lifecycle import (
     Report,
     Spawned,
 )
-from kitty_nb.supervisor.load_journal import LoadJournal
-from kitty_nb.supervisor.load_progress import LoadMeter
-from kitty_nb.supervisor.log_file import LogTail
-from kitty_nb.supervisor.log_text import readable
-from kitty_nb.supervisor.memory_settings import offloads
-from kitty_nb.supervisor.oom_kills import oom_kills
+from kitty_nb.supervisor.load_progress import LoadJournal, LoadMeter
+from kitty_nb.supervisor.log import FileChanges, LogTail, readable
+from kitty_nb.supervisor.memory_preview import offloads
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
-from kitty_nb.supervisor.process import ServerProcess, Usage
+from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
 from kitty_nb.supervisor.record import (
     ServerRecord,
     find_server,
+    last_failure,
+    note_failure,
     was_stopped,
     withdraw_record,
     write_record,

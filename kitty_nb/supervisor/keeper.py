@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import anyio
 import anyio.to_thread
 
-from kitty_nb.supervisor.log_file import shrink
+from kitty_nb.supervisor.log import shrink
 from kitty_nb.supervisor.process import AT_WORK, ServerProcess, Usage
 from kitty_nb.supervisor.record_file import withdraw
 

@@ -1,4 +1,4 @@
-"""From settings to a process: all that has to hold before there is one, and what goes with it."""
+"""What must hold before there is a process, and the launch itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from kitty_nb.engine.command_line import (
     sleeps,
 )
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import PortBusyError, ServerFailedError
 from kitty_nb.supervisor.leash import Leash
-from kitty_nb.supervisor.log_file import rotate
-from kitty_nb.supervisor.port_check import refuse_busy_port
+from kitty_nb.supervisor.log import rotate
+from kitty_nb.supervisor.port_holder import holder_of, next_free_port, port_refusal
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.profile_owner import profile_lock, who_owns
-from kitty_nb.supervisor.record import ServerRecord, leaving_server, write_record
+from kitty_nb.supervisor.record import (
+    ServerRecord,
+    leaving_server,
+    profile_lock,
+    record_of,
+    who_owns,
+    write_record,
+)
 from kitty_nb.supervisor.record_file import record_path
 
 if TYPE_CHECKING:
@@ -34,6 +40,28 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
+
+
+def refuse_busy_port(config: ServerConfig) -> None:
+    """Try the port with a real bind. Run it in a worker thread.
+
+    Raises:
+        PortBusyError: Somebody listens there; the message says who, and what can be done.
+        ServerFailedError: No port of this address can be listened on.
+    """
+    if problem := port_refusal(config.host, config.port):
+        try:
+            free_port = next_free_port(config.host, config.port)
+        except ServerFailedError:  # no port will do: the address itself is wrong
+            raise ServerFailedError(f"{problem} Correct LLAMACPP_HOST.") from None
+        key = f"LLAMACPP_{config.profile.upper()}_PORT"
+        holder = holder_of(config.host, config.port)
+        record = holder and record_of(holder.pid, config.log_dir)
+        whose = f" It is the server of the profile {record.config.profile!r}." if record else ""
+        attachable = holder is not None and holder.attachable
+        advice = f"Stop what holds it, or set {key} to another port: {free_port} is free."
+        raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
+
 
 _HIDDEN = "(hidden)"
 

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 import anyio.from_thread
 import anyio.to_thread
 
-from kitty_nb.catalog.memory import MemoryPreview, Part, Verdict
-from kitty_nb.catalog.memory_formula import estimate
-from kitty_nb.catalog.memory_plan import plan
-from kitty_nb.catalog.shapes import Shapes
+from kitty_nb.catalog.memory import MemoryPreview, Part, Verdict, estimate, plan
+from kitty_nb.catalog.model_shape import Shapes
 from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.memory_settings import settings_of
+from kitty_nb.supervisor.memory_preview import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from kitty_nb.catalog.model_note import ModelNote
+    from kitty_nb.catalog.model import ModelNote
     from kitty_nb.catalog.model_shape import ModelShape
     from kitty_nb.config import ServerConfig
 

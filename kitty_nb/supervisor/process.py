@@ -1,4 +1,4 @@
-"""The server's process: the one place that spawns, measures and signals it."""
+"""A server's process: started, watched, signalled and measured."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
 
 _EXIT_POLL = 0.02  # seconds, where the system has no file descriptors of processes
 # Seconds that the server of a wrapper has to end after it, where somebody else ends the two.
@@ -328,3 +329,25 @@ def _in_group(pid: int, group: int) -> bool:
         return os.getpgid(pid) == group
     except OSError:
         return False
+
+
+_COUNTERS = Path("/proc/vmstat")
+
+
+def oom_kills(counters: Path = _COUNTERS) -> int | None:
+    """Count the processes that Linux has killed for memory since it started.
+
+    It counts those in control groups too, containers' among them, and needs no rights. A server
+    that was ended by SIGKILL while the count rose was most likely one of them.
+
+    Args:
+        counters: Where Linux (since 4.13) keeps its counters.
+
+    Returns:
+        None where the system does not tell.
+    """
+    try:
+        lines = counters.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

@@ -1,14 +1,15 @@
-"""What a running server leaves on disk, so that another kernel finds it.
-
-The record stands beside the log and is there while the server is meant to run: whoever stops the
-server withdraws it first. So a server that ends while its record is there has died by itself.
-"""
+"""The registry of running servers: records, owners and the last failure of each profile."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import fcntl
+import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
 
+import psutil
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,6 +32,10 @@ from kitty_nb.supervisor.record_file import (
     withdrawn_path,
 )
 from kitty_nb.trust import distrust
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
@@ -164,3 +169,91 @@ def was_stopped(config: ServerConfig, pid: int, create_time: float) -> bool:
     if record := read_record(config):
         return (record.pid, record.create_time) != (pid, create_time)
     return config.log_dir.is_dir() and not record_path(config).exists()
+
+
+def note_failure(config: ServerConfig, reason: str) -> None:
+    """Keep the reason until the next start, or until the server is stopped."""
+    path = failure_path(record_path(config))
+    with suppress(OSError):  # the folder may be what is wrong
+        if not distrust(path.parent) and not distrust(path):
+            path.write_text(reason, encoding="utf-8")
+
+
+def last_failure(config: ServerConfig) -> str | None:
+    """Return why the last server failed; None when it did not, or this user did not start it."""
+    path = failure_path(record_path(config))
+    with suppress(OSError, UnicodeDecodeError):
+        return None if distrust(path) else path.read_text(encoding="utf-8")
+    return None
+
+
+# Who has just got the lock writes down who that is in a moment.
+_LOOKS, _PAUSE = 5, 0.02  # seconds
+
+
+@contextmanager
+def profile_lock(config: ServerConfig) -> Iterator[bool]:
+    """Hold the right to start this profile's server; yields False where another has it.
+
+    The system frees it when its holder ends, in whatever way, so it cannot become stale. The file
+    holds the process id of who had it last.
+
+    Raises:
+        ServerFailedError: When others can write to the folder.
+        OSError: When it cannot be written.
+    """
+    config.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    refuse_open_folder(config)
+    with _lock_path(config).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield True
+
+
+def who_owns(config: ServerConfig, locked: bool) -> str | None:
+    """Say who keeps a profile's server from being started; None where nobody does.
+
+    Run it in a worker thread.
+
+    Args:
+        config: Settings of the profile.
+        locked: Whether we hold the profile's lock ourselves.
+    """
+    profile = f"the server of the profile {config.profile!r}"
+    record = read_record(config)
+    if record and process_of(record):
+        server = _name(record.pid) or "it"
+        return f"Another program has started {profile}: {server} (PID {record.pid}) runs"
+    if locked:
+        return None
+    pid = _last_holder(config)
+    if pid == os.getpid():
+        return f"Another panel or manager of this program (PID {pid}) is starting {profile}"
+    starter = _name(pid) if pid else None
+    who = f"Another program, {starter} (PID {pid})," if starter else "Another program"
+    return f"{who} is starting {profile}"
+
+
+def _lock_path(config: ServerConfig) -> Path:
+    return config.log_dir / f"{config.profile}.lock"
+
+
+def _last_holder(config: ServerConfig) -> int | None:
+    for _ in range(_LOOKS):
+        with suppress(OSError, ValueError):
+            return int(_lock_path(config).read_text())
+        Event().wait(_PAUSE)
+    return None
+
+
+def _name(pid: int) -> str | None:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return None

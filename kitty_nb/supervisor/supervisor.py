@@ -21,9 +21,9 @@ from kitty_nb.errors import (
     StartCancelledError,
     first_of,
 )
-from kitty_nb.supervisor.broadcast import Broadcast
 from kitty_nb.supervisor.events import (
     Activity,
+    Broadcast,
     Event,
     HealthChecked,
     HealthCheckResult,
@@ -36,7 +36,7 @@ from kitty_nb.supervisor.events import (
     Stage,
     StateChanged,
 )
-from kitty_nb.supervisor.foreign_server import ForeignServer, find_foreign_server
+from kitty_nb.supervisor.external_server import ForeignServer, find_foreign_server
 from kitty_nb.supervisor.free_memory import memory_use
 from kitty_nb.supervisor.instance import ServerInstance
 from kitty_nb.supervisor.lifecycle import (

@@ -18,9 +18,8 @@ from kitty_nb.errors import (
     WaitTimeoutError,
 )
 from kitty_nb.supervisor.events import ServerState, ServerStatus
-from kitty_nb.supervisor.last_failure import note_failure
 from kitty_nb.supervisor.launch import public_command
-from kitty_nb.supervisor.record import refuse_open_folder
+from kitty_nb.supervisor.record import note_failure, refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:

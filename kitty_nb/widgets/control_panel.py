@@ -25,26 +25,15 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     StateChanged,
 )
-from kitty_nb.widgets.accessible import Accessible
-from kitty_nb.widgets.activity_log import ActivityLog
-from kitty_nb.widgets.clicks import Clicks
+from kitty_nb.widgets.actions import Clicks, Notice, explain
+from kitty_nb.widgets.display import Accessible, receive_while_busy, still, tree
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.kernel_managers import borrow, let_go
-from kitty_nb.widgets.load_bar import LoadBar
-from kitty_nb.widgets.memory_line import MemoryLine
+from kitty_nb.widgets.load_bar import ActivityLog, LoadBar, ServerLog, StatusLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
-from kitty_nb.widgets.models_folder import furnish
-from kitty_nb.widgets.notice import Notice, explain
-from kitty_nb.widgets.server_buttons import ServerButtons, choices
-from kitty_nb.widgets.server_log import ServerLog
-from kitty_nb.widgets.settings_form import SettingsForm
-from kitty_nb.widgets.snippet import Snippet
-from kitty_nb.widgets.status_line import StatusLine
-from kitty_nb.widgets.still import still
-from kitty_nb.widgets.subshells import receive_while_busy
-from kitty_nb.widgets.tree import tree
-from kitty_nb.widgets.web_page import WebPage
+from kitty_nb.widgets.server_buttons import ServerButtons, Snippet, WebPage, choices
+from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, furnish
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable

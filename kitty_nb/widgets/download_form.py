@@ -14,8 +14,8 @@ from rich.filesize import decimal
 from kitty_nb.errors import KittyError
 from kitty_nb.hub.download import Download
 from kitty_nb.hub.repository import MISSING_EXTRA, HubReference, find_repository, hub_is_installed
-from kitty_nb.widgets.accessible import labelled
-from kitty_nb.widgets.notice import Notice, explain
+from kitty_nb.widgets.actions import Notice, explain
+from kitty_nb.widgets.display import labelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

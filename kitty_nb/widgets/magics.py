@@ -14,9 +14,9 @@ from kitty_nb.config import env_warnings, salvage_settings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError
 from kitty_nb.manager import ModelManager, Operation
 from kitty_nb.printable import printable
+from kitty_nb.widgets.actions import SecondAsk
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
 from kitty_nb.widgets.load_bar import describe
-from kitty_nb.widgets.second_ask import SecondAsk
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,29 +1,117 @@
-"""Choosing a model among those on disk."""
+"""The model dropdown and the scan that fills it."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from contextlib import aclosing, suppress
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import anyio
-from ipywidgets import Button, HBox, VBox
+from ipywidgets import HTML, Button, Dropdown, HBox, VBox
 
-from kitty_nb.catalog import Model, ModelCatalog
+from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.model_dropdown import ModelDropdown
-from kitty_nb.widgets.notice import explain
-from kitty_nb.widgets.scan_line import ScanLine
+from kitty_nb.widgets.actions import explain
+from kitty_nb.widgets.display import labelled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from kitty_nb.catalog import ScanStep, Store
+    from kitty_nb.catalog.catalog import ScanStep
+    from kitty_nb.catalog.model import Model
+    from kitty_nb.catalog.stores import Store
     from kitty_nb.manager import ModelManager, Operation
+
+
+class ScanLine(HTML):
+    """A thin bar and a few words; hidden unless models are being read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("kitty-scan")
+        self.hide()
+
+    def show(self, step: ScanStep) -> None:
+        """Show a step, or hide after the last."""
+        if step.done >= step.total:
+            self.hide()
+            return
+        percent = 100 * step.done / step.total
+        self.value = (
+            f"<div class='kitty-scan-bar'><div style='width:{percent:.1f}%'></div></div>"
+            f"Reading models: {step.done:,} of {step.total:,}"
+        )
+        self.layout.display = None
+
+    def say(self, message: str) -> None:
+        """Show a sentence instead."""
+        self.value = message
+        self.layout.display = None
+
+    def hide(self) -> None:
+        """Show nothing."""
+        self.value = ""
+        self.layout.display = "none"
+
+
+class ModelDropdown(Dropdown):
+    """Lists models by their labels; its value is the chosen one's path.
+
+    Two threads write it: people choose, and the list changes. They take turns.
+
+    Args:
+        on_choice: Called when somebody has chosen another model; not when the list has changed.
+
+    Attributes:
+        turn: Held while one of them writes.
+    """
+
+    options: Any
+    value: Any
+
+    def __init__(self, on_choice: Callable[[], object]) -> None:
+        self.turn = threading.RLock()
+        self._filling = False
+        self._on_choice = on_choice
+        super().__init__(**labelled("Model", "Models in the models folder and elsewhere"))
+        self.add_class("kitty-model")
+        self.observe(lambda _change: self._filling or self._on_choice(), names="value")
+
+    def fill(self, models: Sequence[Model], chosen: Path | None) -> None:
+        """List other models, as one message to the page.
+
+        Args:
+            models: What to list.
+            chosen: The one to choose; one of them, or None.
+        """
+        seen = Counter(model.label for model in models)
+        options = tuple(
+            # Models of one name in two folders are told apart by their paths.
+            (model.label if seen[model.label] == 1 else f"{model.label} · {model.name}", model.path)
+            for model in models
+        )
+        with self.turn:
+            if options == self.options and chosen == self.value:
+                return
+            self._filling = True
+            try:
+                with self.hold_sync():
+                    self.index = None  # else the first of the list would be chosen in between
+                    self.options = options
+                    self.value = chosen
+            finally:
+                self._filling = False
+
+    def set_state(self, sync_data: Any) -> None:
+        """Take what a page has chosen."""
+        with self.turn:
+            super().set_state(sync_data)
+
 
 _PATIENCE = 0.3  # seconds that a search may take before it goes on in the background
 _CHOICE_WITHIN = 60.0  # seconds; a search of a slow disk

@@ -29,13 +29,9 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
 )
 from kitty_nb.supervisor.events import ServerStatus, Stage
-from kitty_nb.widgets.accessible import Accessible
-from kitty_nb.widgets.assets import asset
+from kitty_nb.widgets.actions import Notice, explain
+from kitty_nb.widgets.display import Accessible, asset, receive_while_busy, still, tree
 from kitty_nb.widgets.load_bar import LoadBar, duration
-from kitty_nb.widgets.notice import Notice, explain
-from kitty_nb.widgets.still import still
-from kitty_nb.widgets.subshells import receive_while_busy
-from kitty_nb.widgets.tree import tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,15 +1,25 @@
-"""The server's log file, read as it grows."""
+"""A server's log file: written, rotated, followed and made readable."""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import select
 import shutil
-from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, Self
+import sys
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+import anyio
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
+
+    Notifier = tuple[int, Callable[[], object]]
+
 
 _BYTES_PER_READ = 1 << 18
 _LONGEST_LINE = 1 << 14
@@ -143,3 +153,96 @@ class LogTail:
                 return file.read(_BYTES_PER_READ)
         except OSError:
             return None
+
+
+_LETTERS = {"debug": "D", "info": "I", "warn": "W", "error": "E"}
+
+
+def readable(line: str) -> str:
+    """Return one line of a server's log for a person to read.
+
+    A structured line becomes what llama-server writes when it is not asked for structure,
+    `minutes.seconds.ms.us LEVEL message`, so that everything behind this knows one format. Any
+    other line stays as it is.
+    """
+    if not line.startswith("{"):
+        return line
+    try:
+        entry = json.loads(line)
+        match entry:
+            case {"type": "log", "time": int(time), "level": level, "msg": str(message)}:
+                return f"{_clock(time)} {_LETTERS.get(level, 'I')} {message.rstrip()}"
+            case {"type": "fit_memory_breakdown", "data": {"unit": unit, "rows": rows}}:
+                return "; ".join(_memory(row, unit) for row in rows)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # a cut line, or one that the server did not mean as structure
+    return line
+
+
+def _clock(microseconds: int) -> str:
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return f"{seconds // 60}.{seconds % 60:02}.{rest // 1000:03}.{rest % 1000:03}"
+
+
+def _memory(row: dict[str, Any], unit: str) -> str:
+    parts = ", ".join(f"{part} {row[part]}" for part in ("model", "context", "compute"))
+    return f"memory on {row['name']} in {unit}: {parts}"
+
+
+_IN_MODIFY = 0x2  # inotify(7)
+_POLL = 0.05  # seconds, where the system has nothing better or no more of it
+
+
+class FileChanges:
+    """Waits for writes to one file. A context manager: it holds file descriptors.
+
+    Linux tells by inotify and macOS by kqueue; elsewhere, and where their limits are reached, a
+    wait ends after a moment whether or not there was a write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with ExitStack() as resources:
+            self._notifier = _notifier(path, resources)
+            self._resources = resources.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._resources.close()
+
+    async def wait(self) -> None:
+        """Return when the file has been written to since the last wait."""
+        if self._notifier is None:
+            await anyio.sleep(_POLL)
+            return
+        descriptor, drain = self._notifier
+        await anyio.wait_readable(descriptor)
+        drain()
+
+
+def _notifier(path: Path, resources: ExitStack) -> Notifier | None:
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if descriptor < 0:
+            return None
+        resources.callback(os.close, descriptor)
+        if libc.inotify_add_watch(descriptor, os.fsencode(path), _IN_MODIFY) < 0:
+            return None
+        return descriptor, lambda: os.read(descriptor, 1 << 16)
+    if sys.platform == "darwin":
+        queue = select.kqueue()
+        resources.callback(queue.close)
+        file = os.open(path, os.O_EVTONLY)
+        resources.callback(os.close, file)
+        flags = select.KQ_EV_ADD | select.KQ_EV_CLEAR
+        write = select.kevent(file, select.KQ_FILTER_VNODE, flags, select.KQ_NOTE_WRITE)
+        queue.control([write], 0)
+        return queue.fileno(), lambda: queue.control(None, 8, 0)
+    return None

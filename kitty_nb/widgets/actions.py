@@ -1,13 +1,14 @@
-"""What clicks ask of a manager, and what becomes of it."""
+"""Buttons become actions: run beside the kernel, confirmed, and failures shown."""
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
+from ipywidgets import HTML
 
-from kitty_nb.widgets.notice import explain
-from kitty_nb.widgets.second_ask import SecondAsk
+from kitty_nb.errors import KittyError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -15,6 +16,53 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager, Operation
     from kitty_nb.supervisor.events import ServerState
+
+
+class Notice(HTML):
+    """A message in plain words; hidden while there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("kitty-notice")
+        self.show(None)
+
+    def show(self, message: str | None) -> None:
+        """Show a message, or hide."""
+        self.value = escape(message or "").replace("\n", "<br>")
+        self.layout.display = None if message else "none"
+
+
+def explain(error: BaseException) -> str:
+    """Say what went wrong, in a sentence to show."""
+    if isinstance(error, KittyError):
+        return str(error)
+    return f"Something went wrong inside kitty_nb: {error!r}. Please report it."
+
+
+class SecondAsk:
+    """Remembers what has been refused once.
+
+    Args:
+        again: How to ask once more, in words.
+    """
+
+    def __init__(self, again: str) -> None:
+        self._again = again
+        self._refused: ServerConfig | None = None
+
+    def agree(self, config: ServerConfig, refusal: str) -> None:
+        """Let these settings pass, or refuse them the first time.
+
+        Args:
+            config: What is to be started.
+            refusal: Why that will not do, in words; empty where it may.
+
+        Raises:
+            KittyError: The refusal, and how to insist.
+        """
+        if refusal and config != self._refused:
+            self._refused = config
+            raise KittyError(f"{refusal} To start it all the same, {self._again}.")
 
 
 class Clicks:

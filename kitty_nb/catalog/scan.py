@@ -1,27 +1,189 @@
-"""From files and what they say to rows: shards joined, what is wrong told, projectors paired."""
+"""From files to models: shards joined, projectors paired, what cannot be served told apart."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from kitty_nb.catalog.file_facts import FileFacts, Kind
-from kitty_nb.catalog.model import Modality, Model
-from kitty_nb.catalog.projectors import with_projectors
-from kitty_nb.catalog.quantization import stored_quantization
-from kitty_nb.catalog.shards import ShardName
-from kitty_nb.catalog.unserved import doubt, why_never
+from kitty_nb.catalog.gguf import TENSOR_TYPES, named_quantization, stored_quantization
+from kitty_nb.catalog.model import FileFacts, Kind, Modality, Model, ShardName
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from pathlib import Path, PurePath
 
     from kitty_nb.catalog.folder import FoundFile
 
-__all__ = ["Part", "rows"]
+
+_ELSEWHERE = "Use it in the program it was made for."
+_OF_OTHER_PROGRAMS = {
+    **dict.fromkeys(("aura", "flux", "hidream", "lumina2", "qwen_image"), "an image model"),
+    **dict.fromkeys(("sd1", "sd3", "sdxl"), "an image model"),
+    **dict.fromkeys(("cosmos", "hyvid", "ltxv", "wan"), "a video model"),
+    **dict.fromkeys(("dia", "kokoro", "parler-tts"), "a speech model"),
+}
+# What goes with a model, and what to do with it.
+_COMPANIONS = {
+    "controlvector": "a control vector. Pick a model, and name this with --control-vector"
+    " in LLAMACPP_EXTRA_ARGS.",
+}
+_KINDS = {
+    Kind.ADAPTER: "an adapter (LoRA). Pick the model it was made for, and name this with --lora"
+    " in LLAMACPP_EXTRA_ARGS.",
+    Kind.PROJECTOR: "a projector (mmproj). Pick the model itself; a projector beside it is used"
+    " by itself.",
+    Kind.OTHER: f"data about a model. {_ELSEWHERE}",
+}
+# Engines load these, but not to chat with.
+_DRAFTER = "a drafter. Pick the model it was made for, and name this as its draft model."
+_NOT_FOR_CHAT = {
+    "dflash": _DRAFTER,
+    "eagle3": _DRAFTER,
+    "t5encoder": "a text encoder, as image models use one. It answers no chat.",
+    "wavtokenizer-dec": "the part of a speech model that makes sound. It answers no chat.",
+}
+
+
+def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
+    """Say what a file is that is no model to serve, and what to do; None of any other.
+
+    Args:
+        path: The file, the first of a split model.
+        facts: What it says.
+        tensors: How many it holds, with all its shards.
+    """
+    name, architecture = path.name, facts.architecture
+    if of_kind := _KINDS.get(facts.kind):
+        return f"{name} is {of_kind}"
+    if architecture is None:
+        return f"{name} does not say its architecture. Download another conversion of the model."
+    if of_other := _OF_OTHER_PROGRAMS.get(architecture):
+        return f"{name} is {of_other} ({architecture}), which no llama-server runs. {_ELSEWHERE}"
+    if companion := _COMPANIONS.get(architecture):
+        return f"{name} is {companion}"
+    if not facts.tokenizer:
+        return f"{name} has no vocabulary: it is no language model ({architecture}). {_ELSEWHERE}"
+    if tensors == 0:
+        return f"{name} holds a vocabulary and no weights. Download the model itself."
+    if facts.layers == 0:
+        return f"{name} has no layers. Download another conversion of the model."
+    return None
+
+
+def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
+    """Say why a model may not be served though an engine may load it; None where nothing tells.
+
+    Args:
+        path: The file, the first of a split model.
+        facts: What it says.
+        types: How its matrices are stored, by llama.cpp's `enum ggml_type`.
+    """
+    if unusual := _NOT_FOR_CHAT.get(facts.architecture or ""):
+        return f"{path.name} is {unusual}"
+    if unknown := sorted(set(types) - TENSOR_TYPES.keys()):
+        numbers = ", ".join(map(str, unknown))
+        return (
+            f"{path.name} stores weights in a way that is unknown here (type {numbers}). The engine"
+            " may know it; if it does not, download another quantization."
+        )
+    return None
+
+
+# The engine's backends all have kernels for F16; the others follow by what they cost.
+_PREFERRED = ("F16", "BF16", "Q8_0", "F32")
+_SEPARATORS = re.compile(r"[\s._-]+")
+_PROJECTOR = re.compile(r"mmproj(?:-model)?", re.IGNORECASE)
+_NO_MODEL = re.compile(r"mmproj|(?<![a-z])(?:imatrix|lora)(?![a-z])", re.IGNORECASE)
+
+
+def with_projectors(rows: Iterable[Model]) -> list[Model]:
+    """Give each model its projector, if there is one, and with it what it can take in.
+
+    A model of which its store says what its projector is keeps that.
+    """
+    rows = list(rows)
+    projectors = {row.path: row for row in rows if row.kind is Kind.PROJECTOR}
+    near: defaultdict[Path, list[Model]] = defaultdict(list)
+    for row in projectors.values():
+        if is_projector_name(row.path):
+            near[row.path.parent].append(row)
+    names: defaultdict[Path, set[str]] = defaultdict(set)
+    for row in rows if near else ():
+        if not _NO_MODEL.search(row.path.name):
+            for folder in row.path.parents[:2]:
+                names[folder].add(own_name(row.stem))
+
+    def paired(row: Model) -> Model:
+        if row.kind is not Kind.MODEL:
+            return row
+        if row.projector:
+            return _with(row, projectors.get(row.projector))
+        if row.known_as:
+            return row
+        for folder in row.path.parents[:2]:
+            if found := _choose(row, near.get(folder, ()), len(names[folder]) == 1):
+                return _with(row, found)
+        return row
+
+    return [paired(row) for row in rows]
+
+
+def _with(model: Model, projector: Model | None) -> Model:
+    if projector is None:
+        return replace(model, projector=None) if model.projector else model
+    return replace(
+        model, projector=projector.path, modalities=(Modality.TEXT, *projector.modalities)
+    )
+
+
+def _choose(model: Model, projectors: Sequence[Model], alone: bool) -> Model | None:
+    """Choose the one that is made for this model, by its name before by its format."""
+    usable = [p for p in projectors if p.startable and _match(model, p, alone)]
+    return min(
+        usable,
+        key=lambda p: (-len(own_name(p.stem)), projector_rank(p.quantization), p.path),
+        default=None,
+    )
+
+
+def _match(model: Model, projector: Model, alone: bool) -> bool:
+    """Tell whether a projector is for a model: not where its vectors are of another length."""
+    if model.width and projector.width and model.width != projector.width:
+        return False
+    if model.title and projector.title and plain_name(model.title) == plain_name(projector.title):
+        return True
+    if name := own_name(projector.stem):
+        return plain_name(model.stem).startswith(name)
+    # A projector without a name of its own is meant for all that is beside it, if that is one.
+    return alone
+
+
+def is_projector_name(path: PurePath) -> bool:
+    """Tell by a file's name whether it is a projector, as llama.cpp does."""
+    return "mmproj" in path.name.lower()
+
+
+def projector_rank(quantization: str | None) -> int:
+    """Where a projector stored like this stands among those that would do; 0 is the best."""
+    return _PREFERRED.index(quantization) if quantization in _PREFERRED else len(_PREFERRED)
+
+
+def own_name(stem: str) -> str:
+    """What a file is called, without what it is and how it is stored."""
+    stem = _PROJECTOR.sub("", stem)
+    if tag := named_quantization(stem):
+        stem = re.sub(rf"(?i)(?:UD-)?{tag}", "", stem)
+    return plain_name(stem)
+
+
+def plain_name(name: str) -> str:
+    """A name without what people write differently: case, and what separates its words."""
+    return _SEPARATORS.sub("-", name.casefold()).strip("-")
+
 
 _NAMED_MISSING = 3
 _JUST_NOW = 120  # seconds in which a download that still runs has written something
