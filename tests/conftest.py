@@ -231,13 +231,16 @@ def second_user() -> Iterator[pwd.struct_passwd]:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    """A Hugging Face Hub on loopback."""
-    import huggingface_hub  # noqa: PLC0415 - by then its settings are set
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hugging Face Hub on loopback, which clients take for the real one."""
+    from huggingface_hub import close_session, constants  # noqa: PLC0415 - its settings are set
 
     with Hub(usual_repositories()).serving() as hub:
+        files = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + files)
         yield hub
-        huggingface_hub.close_session()
+        close_session()
 
 
 @pytest.fixture(scope="session")

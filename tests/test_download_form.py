@@ -28,7 +28,7 @@ def make(config: ServerConfig, hub: Hub, models: Path) -> Iterator[Make]:
 
         def form() -> tuple[DownloadForm, list[Path]]:
             done: list[Path] = []
-            return DownloadForm(manager, lambda: models, done.append, hub.url), done
+            return DownloadForm(manager, lambda: models, done.append), done
 
         yield form
         Widget.close_all()
@@ -156,7 +156,6 @@ def test_the_panel_chooses_what_has_come(
     (tmp_path / "models").mkdir()
     first = ControlPanel(tmp_path / ".env")
     form = first.download
-    form.endpoint = hub.url
     hub.rate = 0.1 * MB  # until there is another panel to hand it to
     look(form, f"{ONE}:F16")
     form.download.click()

@@ -70,13 +70,10 @@ def test_file_names_and_logs_are_tame(
     assert "owned" in result.output.replace("\n", "")
 
 
-def test_names_on_the_hub_and_what_is_said_of_them_are_tame(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_on_the_hub_and_what_is_said_of_them_are_tame(hub: Hub, tmp_path: Path) -> None:
     files = hub.repos[ONE].files
     files[f"tiny-{EVIL}-Q5_K_M.gguf"] = b"x"
     out = io.StringIO()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     console = PlainConsole(file=out, width=300)
     anyio.run(show_variants, HubReference(ONE), tmp_path, console)
     assert "owned" in out.getvalue()

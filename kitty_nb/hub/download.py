@@ -55,14 +55,9 @@ class Plan:
     free: int
 
     @property
-    def missing(self) -> int:
-        """Bytes still to download."""
-        return self.size - self.there
-
-    @property
     def shortage(self) -> int:
         """Bytes of disk space that are lacking; 0 when it fits."""
-        return max(self.missing - self.free, 0)
+        return max(self.size - self.there - self.free, 0)
 
     @property
     def warnings(self) -> list[str]:
@@ -124,13 +119,13 @@ class Download:
         plan = await run_sync(self.plan)
         if plan.shortage:
             raise DiskFullError(
-                f"Not enough disk space: {decimal(plan.missing)} to download, {decimal(plan.free)}"
-                f" free in {self.models_dir}. Free {decimal(plan.shortage)} more, choose a smaller"
-                " quantization, or set LLAMACPP_MODELS_DIR to another disk."
+                f"Not enough disk space: {decimal(plan.size - plan.there)} to download,"
+                f" {decimal(plan.free)} free in {self.models_dir}. Free {decimal(plan.shortage)}"
+                " more, choose a smaller quantization, or set LLAMACPP_MODELS_DIR to another disk."
             )
         self._done, self._on_progress = 0, on_progress
         try:
-            with hub_errors(self._repository.name, self._repository.endpoint):
+            with hub_errors(self._repository.name):
                 headers = await run_sync(build_hf_headers)
                 async with get_async_session() as client:
                     client.headers.update(headers)
@@ -203,7 +198,7 @@ class Download:
         from huggingface_hub import hf_hub_url, hf_raise_for_status  # noqa: PLC0415
 
         where, start = self._repository, part.tell()
-        url = hf_hub_url(where.name, str(file.path), revision=where.commit, endpoint=where.endpoint)
+        url = hf_hub_url(where.name, str(file.path), revision=where.commit)
         end = min(start + MAX_RANGE, file.size) - 1
         headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
         async with client.stream("GET", url, headers=headers, timeout=_SILENCE) as response:

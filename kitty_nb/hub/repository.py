@@ -118,13 +118,11 @@ class Repository:
         name: `owner/name`.
         commit: The commit that all its files are of.
         variants: Its models, smallest first.
-        endpoint: The address of the Hub.
     """
 
     name: str
     commit: str
     variants: tuple[Variant, ...]
-    endpoint: str
 
     @property
     def usual(self) -> Variant | None:
@@ -162,31 +160,25 @@ def hub_is_installed() -> bool:
     return find_spec("huggingface_hub") is not None
 
 
-async def find_repository(reference: HubReference, endpoint: str | None = None) -> Repository:
-    """Ask the Hub for a repository's models, sizes and checksums.
-
-    Args:
-        reference: The repository and its revision.
-        endpoint: The Hub's address; None for `HF_ENDPOINT`, or huggingface.co.
+async def find_repository(reference: HubReference) -> Repository:
+    """Ask the Hub, or the one that `HF_ENDPOINT` names, for a repository's models.
 
     Raises:
         HubError: With the reason and the remedy.
     """
-    return await run_sync(_ask, reference, endpoint, abandon_on_cancel=True)
+    return await run_sync(_ask, reference, abandon_on_cancel=True)
 
 
-def _ask(reference: HubReference, endpoint: str | None) -> Repository:
+def _ask(reference: HubReference) -> Repository:
     if not hub_is_installed():
         raise HubError(MISSING_EXTRA)
     from huggingface_hub import HfApi  # noqa: PLC0415
 
     asked = reference.repository
-    api = HfApi(endpoint=endpoint, library_name="kitty_nb")
+    ask = HfApi(library_name="kitty_nb").model_info
     try:
-        with hub_errors(asked, api.endpoint):
-            info = api.model_info(
-                asked, revision=reference.revision, files_metadata=True, timeout=_TIMEOUT
-            )
+        with hub_errors(asked):
+            info = ask(asked, revision=reference.revision, files_metadata=True, timeout=_TIMEOUT)
     except (ImportError, OSError, ValueError) as error:
         # UnicodeError quotes the token that it could not encode.
         detail = "the token is not plain ASCII" if isinstance(error, UnicodeError) else error
@@ -202,16 +194,16 @@ def _ask(reference: HubReference, endpoint: str | None) -> Repository:
     # A renamed repository answers with its new name, a mirror with any: the folder keeps the name
     # that was asked for, in the Hub's own upper and lower case.
     name = info.id if info.id.casefold() == asked.casefold() else asked
-    return Repository(name, info.sha or reference.revision, list_variants(files), api.endpoint)
+    return Repository(name, info.sha or reference.revision, list_variants(files))
 
 
 @contextmanager
-def hub_errors(repository: str, endpoint: str) -> Iterator[None]:
+def hub_errors(repository: str) -> Iterator[None]:
     """Raise the errors of the Hub's client as sentences with a remedy."""
     import httpx2  # noqa: PLC0415
-    from huggingface_hub import errors  # noqa: PLC0415
+    from huggingface_hub import constants, errors  # noqa: PLC0415
 
-    page = f"{endpoint}/{repository}"
+    page = f"{constants.ENDPOINT}/{repository}"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -232,8 +224,8 @@ def hub_errors(repository: str, endpoint: str) -> Iterator[None]:
         ) from error
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
         raise HubOfflineError(
-            f"Can't reach the Hub at {endpoint} ({type(error).__name__}: {error}). Check the"
-            " connection and try again. The downloaded part is kept."
+            f"Can't reach the Hub at {constants.ENDPOINT} ({type(error).__name__}: {error}). Check"
+            " the connection and try again. The downloaded part is kept."
         ) from error
 
 

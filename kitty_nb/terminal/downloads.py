@@ -31,7 +31,7 @@ async def show_variants(reference: HubReference, models_dir: Path, console: Cons
     table = Table("Model", "Size", "Files", "To download", box=None)
     for variant in repository.variants:
         plan = Download(repository, variant, models_dir).plan()
-        missing = decimal(plan.missing) if plan.missing else "complete"
+        missing = decimal(plan.size - plan.there) if plan.there < plan.size else "complete"
         files = "\n".join(str(file.path) for file in variant.files)
         notes = ", ".join([missing, *plan.warnings])
         table.add_row(variant.label, decimal(variant.size), files, notes)

@@ -38,7 +38,6 @@ class DownloadForm(Accordion):
         manager: Its thread does the work.
         models_dir: Returns the models folder.
         on_done: Called with the file of a downloaded model, on a worker thread.
-        endpoint: The Hub's address; None for the usual one.
     """
 
     def __init__(
@@ -46,9 +45,8 @@ class DownloadForm(Accordion):
         manager: ModelManager,
         models_dir: Callable[[], Path],
         on_done: Callable[[Path], object],
-        endpoint: str | None = None,
     ) -> None:
-        self._manager, self.endpoint = manager, endpoint
+        self._manager = manager
         self.attach(models_dir, on_done)
         self._running: Operation[None] | None = None
         self.repository = Text(
@@ -129,7 +127,7 @@ class DownloadForm(Accordion):
         self.files.value = "Asking the Hub…"
         try:
             reference = HubReference.parse(text)
-            repository = await find_repository(reference, self.endpoint)
+            repository = await find_repository(reference)
             if reference.wanted or not repository.variants:
                 wanted = repository.choose(reference.wanted)
             else:
