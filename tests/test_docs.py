@@ -23,6 +23,7 @@ from kitty_nb.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW = {"clusters", "command-line", "experiments"}  # trials, and a start for each verb
 FENCE = re.compile(
     r"^(?:<!-- not run: (?P<why_not>.+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -65,7 +66,14 @@ def runnable(page: Path) -> list[Example]:
     return [one for one in examples(page, "python", "console") if not one.why_not]
 
 
-@pytest.mark.parametrize("page", [*filter(runnable, PAGES)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in SLOW))
+        for page in PAGES
+        if runnable(page)
+    ],
+)
 def test_the_examples_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, free_port: int, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
