@@ -40,7 +40,7 @@ def look(form: DownloadForm, text: str) -> None:
     eventually(lambda: not form.choice.disabled and not form.download.disabled)
 
 
-def test_a_model_is_looked_up_chosen_and_fetched(make: Make, models: Path) -> None:
+def test_a_model_is_listed_chosen_and_downloaded(make: Make, models: Path) -> None:
     form, done = make()
     assert form.selected_index is None
     assert form.download.disabled
@@ -92,7 +92,7 @@ def test_shards_and_projector_are_listed(make: Make) -> None:
         assert part in form.files.value
 
 
-def test_where_no_choice_is_usual_the_smallest_is_offered(make: Make, hub: Hub) -> None:
+def test_without_the_usual_quantization_the_smallest_is_preselected(make: Make, hub: Hub) -> None:
     hub.repos["a/b"] = Repo({"b-Q8_0.gguf": b"12345678", "b-Q2_K.gguf": b"12"})
     form, _done = make()
     look(form, "a/b")
@@ -107,7 +107,7 @@ def test_where_no_choice_is_usual_the_smallest_is_offered(make: Make, hub: Hub) 
         (f"{ONE}:F32", "has no F32. Choose one of Q4_K_M, Q8_0"),
     ],
 )
-def test_what_is_wrong_is_said(make: Make, text: str, said: str) -> None:
+def test_an_error_is_shown(make: Make, text: str, said: str) -> None:
     form, _done = make()
     form.repository.value = text
     form.show_files.click()
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said(make: Make, text: str, said: str) -> None:
     assert not form.show_files.disabled
 
 
-def test_wrong_bytes_are_said(make: Make, hub: Hub) -> None:
+def test_a_checksum_mismatch_is_shown(make: Make, hub: Hub) -> None:
     hub.wrong = {"tiny-Q4_K_M.gguf"}
     form, done = make()
     look(form, ONE)
@@ -127,12 +127,13 @@ def test_wrong_bytes_are_said(make: Make, hub: Hub) -> None:
     assert not done
 
 
-def test_what_does_not_fit_cannot_be_fetched(make: Make, hub: Hub) -> None:
+def test_a_model_larger_than_the_disk_cannot_be_downloaded(make: Make, hub: Hub) -> None:
     hub.repos[ONE].claimed["tiny-Q4_K_M.gguf"] = 10**18
     form, _done = make()
     form.repository.value = f"{ONE}:Q4_K_M"
     form.show_files.click()
-    eventually(lambda: "too little" in form.files.value)
+    eventually(lambda: "too little disk space" in form.files.value)
+    assert " of RAM" in form.files.value
     assert form.download.disabled
 
 
@@ -145,7 +146,7 @@ def test_without_the_extra_it_says_what_to_install(
     assert form.show_files.disabled
 
 
-def test_the_panel_chooses_what_has_come(
+def test_the_panel_selects_a_downloaded_model(
     tmp_path: Path, hub: Hub, demo_model: Path, free_port: int
 ) -> None:
     hub.repos[ONE].files["tiny-F16.gguf"] = demo_model.read_bytes()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,11 @@ MB = 10**6
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
+
+
+@pytest.fixture(autouse=True)
+def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloading, "FIRST_PAUSE", 0.01)
 
 
 def prepare(models: Path, text: str = f"{ONE}:Q4_K_M") -> Download:
@@ -98,14 +104,14 @@ def parts(models: Path) -> list[Path]:
         ),
     ],
 )
-def test_a_repository_is_named_in_many_ways(
+def test_a_reference_has_many_spellings(
     text: str, repository: str, wanted: str | None, revision: str
 ) -> None:
     assert HubReference.parse(text) == HubReference(repository, wanted, revision)
 
 
 @pytest.mark.parametrize("text", ["", "gpt2", "a/b/c", "/etc/passwd", "owner/na me", "a/b:"])
-def test_what_names_no_repository_is_refused(text: str) -> None:
+def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(HubError, match="owner/name"):
         HubReference.parse(text)
 
@@ -196,7 +202,7 @@ def repository_of(*paths: str) -> Repository:
     return Repository("a/b", "main", list_variants(files))
 
 
-def test_what_is_wanted_is_chosen() -> None:
+def test_a_variant_is_chosen_by_label_file_or_folder() -> None:
     repository = repository_of(
         "x-Q4_K_M.gguf", "x-UD-Q4_K_XL.gguf", "Q8_0/x-Q8_0.gguf", "big/x.gguf"
     )
@@ -217,7 +223,7 @@ def test_what_is_wanted_is_chosen() -> None:
         repository_of().choose(None)
 
 
-def test_a_model_comes_whole_and_the_catalog_finds_it(
+def test_a_download_is_found_by_the_catalog_and_not_repeated(
     hub: Hub, models: Path, demo_model: Path
 ) -> None:
     hub.repos[ONE].files["tiny-F16.gguf"] = demo_model.read_bytes()
@@ -236,7 +242,7 @@ def test_a_model_comes_whole_and_the_catalog_finds_it(
     assert len(hub.asked) == before
 
 
-def test_shards_and_projector_come_together(hub: Hub, models: Path) -> None:
+def test_shards_and_projector_are_fetched_with_the_model(hub: Hub, models: Path) -> None:
     download = prepare(models, SPLIT)
     fetch(download)
     folder = models / SPLIT / "Q4_K_M"
@@ -257,7 +263,7 @@ def test_two_repositories_with_the_same_names_do_not_collide(hub: Hub, models: P
     assert found == [f"{ONE}/tiny-Q4_K_M.gguf", "other/Tiny-GGUF/tiny-Q4_K_M.gguf"]
 
 
-def test_a_cancelled_download_goes_on_where_it_was(hub: Hub, models: Path) -> None:
+def test_a_cancelled_download_resumes(hub: Hub, models: Path) -> None:
     hub.rate = 2 * MB
     download = prepare(models)
     fetch_until(download, lambda: bool(parts(models)) and parts(models)[0].stat().st_size > MB)
@@ -279,7 +285,7 @@ def test_a_cancelled_download_goes_on_where_it_was(hub: Hub, models: Path) -> No
     assert not parts(models)
 
 
-def test_cancelling_needs_not_wait_for_a_silent_hub(hub: Hub, models: Path) -> None:
+def test_cancelling_does_not_wait_for_a_silent_hub(hub: Hub, models: Path) -> None:
     hub.rate = 1000.0  # a block each 16 seconds
     download = prepare(models)
     threads = set(threading.enumerate())
@@ -299,7 +305,7 @@ def test_cancelling_needs_not_wait_for_a_silent_hub(hub: Hub, models: Path) -> N
     eventually(lambda: not left())
 
 
-def test_a_lost_connection_is_taken_up_again(hub: Hub, models: Path) -> None:
+def test_a_lost_connection_is_resumed(hub: Hub, models: Path) -> None:
     size = len(hub.repos[ONE].files["tiny-Q4_K_M.gguf"])
     hub.cuts = [1_000_000, 500_000]
     seen = fetch(prepare(models))
@@ -311,20 +317,20 @@ def test_a_lost_connection_is_taken_up_again(hub: Hub, models: Path) -> None:
     assert "connection lost, retrying" in {step for step, _ in seen}
 
 
-def test_a_busy_hub_is_asked_again(hub: Hub, models: Path) -> None:
+def test_a_busy_hub_is_retried(hub: Hub, models: Path) -> None:
     hub.refusals = [503, 429]
     fetch(prepare(models))
     assert len(hub.asked) == 3
 
 
-def test_a_hub_that_knows_no_ranges_sends_all_again(hub: Hub, models: Path) -> None:
+def test_a_server_without_ranges_sends_the_whole_file_again(hub: Hub, models: Path) -> None:
     hub.cuts, hub.deaf = [1_000_000], True
     download = prepare(models)
     fetch(download)
     assert sha256(download.model.read_bytes()) == sha256(hub.repos[ONE].files["tiny-Q4_K_M.gguf"])
 
 
-def test_large_files_are_asked_for_in_pieces(
+def test_large_files_are_requested_in_pieces(
     hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloading, "MAX_RANGE", 2 * MB)
@@ -332,7 +338,7 @@ def test_large_files_are_asked_for_in_pieces(
     assert [(a.first, a.last) for a in hub.asked] == [(0, 2 * MB - 1), (2 * MB, 3 * MB - 1)]
 
 
-def test_wrong_bytes_are_deleted(hub: Hub, models: Path) -> None:
+def test_a_damaged_file_is_deleted(hub: Hub, models: Path) -> None:
     hub.wrong = {"tiny-Q4_K_M.gguf"}
     with pytest.raises(ChecksumError, match="try again"):
         fetch(prepare(models))
@@ -341,7 +347,7 @@ def test_wrong_bytes_are_deleted(hub: Hub, models: Path) -> None:
     fetch(prepare(models))
 
 
-def test_a_file_that_has_changed_on_the_hub_is_fetched_anew(hub: Hub, models: Path) -> None:
+def test_a_part_of_an_older_version_is_discarded(hub: Hub, models: Path) -> None:
     hub.rate = 2 * MB
     download = prepare(models)
     fetch_until(download, lambda: bool(parts(models)) and parts(models)[0].stat().st_size > MB)
@@ -352,9 +358,7 @@ def test_a_file_that_has_changed_on_the_hub_is_fetched_anew(hub: Hub, models: Pa
     assert not parts(models)
 
 
-def test_a_file_that_has_changed_and_is_as_long_as_before_is_fetched_anew(
-    hub: Hub, models: Path
-) -> None:
+def test_a_changed_file_of_the_same_size_is_fetched_again(hub: Hub, models: Path) -> None:
     first = prepare(models)
     fetch(first)
     size = first.plan().size
@@ -382,7 +386,7 @@ def test_a_file_in_place_is_read_once(hub: Hub, models: Path) -> None:
     assert download.model.read_bytes() == whole
 
 
-def test_what_does_not_fit_is_not_begun(hub: Hub, models: Path) -> None:
+def test_disk_space_is_checked_first(hub: Hub, models: Path) -> None:
     hub.repos[ONE].claimed["tiny-Q4_K_M.gguf"] = 10**18
     download = prepare(models)
     with pytest.raises(DiskFullError, match=r"1\.0 EB to download.*Free .* more"):
@@ -391,66 +395,92 @@ def test_what_does_not_fit_is_not_begun(hub: Hub, models: Path) -> None:
     assert not hub.asked
 
 
-def test_a_folder_that_cannot_be_written_is_named(hub: Hub, models: Path) -> None:
+def test_an_unwritable_folder_is_named(hub: Hub, models: Path) -> None:
     models.mkdir()
     (models / "maker").write_text("a file where a folder should be")
     with pytest.raises(HubError, match=r"Can't write to .*maker/Tiny-GGUF"):
         fetch(prepare(models))
 
 
-def test_two_downloads_of_one_file_do_not_meet(hub: Hub, models: Path) -> None:
+def test_a_disk_that_fills_up_keeps_the_part(hub: Hub, models: Path) -> None:
+    download = prepare(models)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MB, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match="Free some space"):
+            fetch(download)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert download.plan().there > MB
+    fetch(download)
+    assert hub.asked[-1].first > MB
+
+
+def test_a_second_download_of_the_same_file_is_refused(hub: Hub, models: Path) -> None:
     hub.rate = 2 * MB
-    refused: list[HubError] = []
+    first, second = prepare(models), prepare(models)
 
     async def run() -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(prepared.run, ignore)
+            tasks.start_soon(first.run, ignore)
             while not parts(models):
                 await anyio.sleep(0.01)
-            try:
-                await prepared.run(ignore)
-            except HubError as error:
-                refused.append(error)
+            with pytest.raises(HubError, match="is being downloaded already"):
+                await second.run(ignore)
 
-    prepared = prepare(models)
     anyio.run(run)
-    assert "is being downloaded already" in str(refused[0])
-    assert sha256(prepared.model.read_bytes()) == sha256(hub.repos[ONE].files["tiny-Q4_K_M.gguf"])
+    assert first.model.read_bytes() == hub.repos[ONE].files["tiny-Q4_K_M.gguf"]
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", ONE])
-def test_what_is_not_there_or_private_is_told(hub: Hub, models: Path, name: str) -> None:
+def test_a_missing_or_private_repository_is_explained(hub: Hub, models: Path, name: str) -> None:
     hub.repos[ONE].private = True
     with pytest.raises(HubAccessError, match=f"no repository {name}.*hf auth login"):
         prepare(models, name)
 
 
 def test_a_gated_repository_needs_a_login(
-    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.repos[ONE].gated = True
     download = prepare(models)
     with pytest.raises(HubAccessError, match=f"Accept its authors' terms at {hub.url}/{ONE}"):
         fetch(download)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    fetch(prepare(models))
+    download = prepare(models)
+    with caplog.at_level("DEBUG"):
+        fetch(download)
     assert len(hub.asked) == 1
     assert not hub.leaked
+    assert TOKEN not in caplog.text + repr(vars(download))
 
 
-def test_an_unknown_revision_is_told(hub: Hub, models: Path) -> None:
+def test_a_file_that_is_gone_is_explained(hub: Hub, models: Path) -> None:
+    download = prepare(models)
+    del hub.repos[ONE].files["tiny-Q4_K_M.gguf"]
+    with pytest.raises(HubAccessError, match=f"{ONE} has no such revision or file"):
+        fetch(download)
+
+
+def test_offline_mode_is_explained(hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubOfflineError, match="HF_HUB_OFFLINE"):
+        prepare(models)
+
+
+def test_an_unknown_revision_is_explained(hub: Hub, models: Path) -> None:
     with pytest.raises(HubAccessError, match="no such revision"):
         prepare(models, f"https://hf.co/{ONE}/tree/v9")
 
 
-def test_no_hub_is_told(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
+def test_an_unreachable_hub_is_explained(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port}")
     with pytest.raises(HubOfflineError, match="Can't reach the Hub"):
         anyio.run(find_repository, HubReference(ONE))
 
 
 @pytest.mark.parametrize("called", ["../../elsewhere", "/elsewhere/x", "kitty/other"])
-def test_what_a_mirror_calls_a_repository_leads_nowhere_else(
+def test_a_mirrors_name_for_a_repository_stays_in_the_models_folder(
     hub: Hub, models: Path, called: str
 ) -> None:
     hub.renamed[ONE] = called
@@ -460,6 +490,6 @@ def test_what_a_mirror_calls_a_repository_leads_nowhere_else(
     assert [path.name for path in models.parent.iterdir()] == [models.name]
 
 
-def test_a_repository_has_the_letters_of_the_hub(hub: Hub, models: Path) -> None:
+def test_a_folder_has_the_upper_and_lower_case_of_the_hub(hub: Hub, models: Path) -> None:
     hub.renamed[ONE] = ONE.upper()
     assert prepare(models).model.is_relative_to(models.joinpath(*ONE.upper().split("/")))

@@ -34,11 +34,10 @@ if TYPE_CHECKING:
     from kitty_nb.hub.repository import HubFile, Repository, Variant
 
 MAX_RANGE = 8 << 30  # bytes per request; the Hub refuses more than 50 GB
-
+FIRST_PAUSE = 0.5  # seconds before a retry; doubled by each failure
 _PIECE = 1 << 18  # bytes received at once
 _READ_BACK = 16 << 20  # bytes read at once
 _SILENCE = 30.0  # seconds without a byte before the connection counts as lost
-_FIRST_PAUSE = 0.5  # seconds; doubled by each failure
 _ATTEMPTS = 6  # without a byte in between
 _REPORT_EVERY = 0.25  # seconds
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -191,7 +190,7 @@ class Download:
                 if is_final or failures == _ATTEMPTS:
                     raise
                 self._enter("connection lost, retrying")
-                await anyio.sleep(_FIRST_PAUSE * 2**failures)
+                await anyio.sleep(FIRST_PAUSE * 2**failures)
 
     async def _receive(self, client: AsyncClient, file: HubFile, part: IO[bytes]) -> None:
         """Receive what follows the part, until the file or the connection ends."""

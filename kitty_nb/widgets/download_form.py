@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from kitty_nb.hub.download import Download
 from kitty_nb.hub.repository import MISSING_EXTRA, HubReference, find_repository, hub_is_installed
 from kitty_nb.widgets.actions import Notice, explain
 from kitty_nb.widgets.display import labelled
+from kitty_nb.widgets.load_bar import duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -168,8 +168,8 @@ class DownloadForm(Accordion):
             meter.update(line, completed=done)
             parts = [step, f"{decimal(done)} of {decimal(size)}"]
             if rate := meter.tasks[0].speed:
-                left = timedelta(seconds=round((size - done) / rate))
-                parts += [f"{decimal(int(rate))}/s", f"{left} left"]
+                left = duration((size - done) / rate)
+                parts += [f"{decimal(int(rate))}/s", f"about {left} left"]
             self.bar.value = _STEPS * done // max(size, 1)
             self.text.value = " · ".join(parts)
 
