@@ -6,8 +6,8 @@ file or test runs in one process, so that a debugger and `-s` work. Markers choo
 `-m real_model` what needs a compiled engine or a real model, `-m browser` JupyterLab. `.ci/run`
 runs all of them.
 
-Each process has folders, ports and a home of its own. Tests that share a costly fixture of their
-module carry `xdist_group`, so that one process has them all.
+Each process has folders, ports and a home of its own. One process has all tests of a module whose
+fixtures are costly (`TOGETHER`); those of the others go wherever there is time.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ import comm
 import platformdirs
 import psutil
 import pytest
+import xdist
 from comm.base_comm import BaseComm
 from hub_server import Hub, usual_repositories
 from other_kernel import runs
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from kitty_nb import ServerConfig, write_demo_model
 
@@ -61,6 +64,7 @@ for _secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
 # A wish of whoever runs the tests; where a program finds it, it says that it has no effect.
 _NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None)
 
+TOGETHER = {"test_browser", "test_dask_sweep"}
 STAND_IN = Path(__file__).parent / "stand_in_server.py"
 MARK = "KITTY_NB_TEST_RUN"
 
@@ -97,19 +101,35 @@ def nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def no_process_survives() -> Iterator[None]:
     """Every process that the suite starts inherits a mark; in the end none may be left."""
-    os.environ[MARK] = run = uuid.uuid4().hex
+    whole = os.environ[MARK]
+    os.environ[MARK] = mine = f"{whole}-{uuid.uuid4().hex}"
     yield
-    del os.environ[MARK]
+    os.environ[MARK] = whole
+    eventually(lambda: not marked(mine), why=f"processes survive the suite: {marked(mine)}")
 
-    def marked() -> list[str]:
-        found = []
-        for process in psutil.process_iter(["pid", "environ", "cmdline", "status"]):
-            environ = process.info["environ"] or {}
-            if environ.get(MARK) == run and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.info['pid']} {process.info['cmdline']}")
-        return [line for line in found if not line.startswith(f"{os.getpid()} ")]
 
-    eventually(lambda: not marked(), why=f"processes survive the suite: {marked()}")
+def marked(run: str) -> list[psutil.Process]:
+    """The living processes that a run, or a part of it, started."""
+    return [
+        process
+        for process in psutil.process_iter(["environ", "cmdline", "status"])
+        if (process.info["environ"] or {}).get(MARK, "").startswith(run)
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+        and process.pid != os.getpid()
+    ]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not xdist.is_xdist_worker(session):
+        os.environ[MARK] = uuid.uuid4().hex
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End what the processes of an interrupted suite could not."""
+    if not xdist.is_xdist_worker(session):
+        for process in marked(os.environ.pop(MARK)):
+            process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -306,12 +326,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if named else 2 * (os.cpu_count() or 1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class Scheduling(LoadScopeScheduling):
+    """Each test goes where there is time, and the modules with costly fixtures come first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return module if Path(module).stem in TOGETHER else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by what it needs, so that `-m native` and `-m real_model` choose them all."""
     for item in items:
-        if item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.xdist_group("browser"))
         names = set(getattr(item, "fixturenames", ()))
         if "real_model" in names:
             item.add_marker("real_model")

@@ -124,12 +124,14 @@ def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
             except httpx.HTTPError:
                 return False
 
-        eventually(answers, within=60, why="JupyterLab does not start")
-        lab = f"{address}/doc/tree/{{}}?token={token}&reset"
-        yield lab
-        end_kernels(lab)
-        process.terminate()
-        process.wait(30)
+        try:
+            eventually(answers, within=90, why="JupyterLab does not start")
+            lab = f"{address}/doc/tree/{{}}?token={token}&reset"
+            yield lab
+            end_kernels(lab)
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 def end_kernels(lab: str) -> None:
@@ -388,9 +390,9 @@ def test_a_failure_is_explained_in_the_panel(
     try:
         notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel()")
         notebook.run(0)
-        with broken.open("r+b") as file:
-            file.truncate(100_000)
         notebook.choose("broken")
+        with broken.open("r+b") as file:  # at the last moment: the catalog looks at what changes
+            file.truncate(100_000)
         notebook.button("Start").click()
         notebook.expect_status("CRASHED")
         expect(notebook.panel.locator("> .kitty-notice")).to_contain_text(

@@ -183,13 +183,13 @@ def test_an_exported_notebook_shows_how_it_was(panel: ControlPanel) -> None:
 def test_a_flood_of_log_lines_grows_nothing(
     misbehaving_panel: Callable[..., ControlPanel],
 ) -> None:
-    """A hundred thousand lines a second for twenty seconds: two hundred megabytes."""
+    """A hundred thousand lines a second for five seconds: fifty megabytes."""
     panel = misbehaving_panel("--flood", "100000", log_max_mb=5, log_keep=2)
     me, folder = psutil.Process(), panel.manager.state.config.log_dir
     wait_for(panel, "STOPPED")
     panel.buttons.start.click()
     wait_for(panel, "READY")
-    before, largest, until = me.memory_info().rss, 0, time.monotonic() + 20
+    before, largest, until = me.memory_info().rss, 0, time.monotonic() + 5
     while time.monotonic() < until:
         size = 0
         for file in folder.glob("*.log*"):
@@ -197,8 +197,8 @@ def test_a_flood_of_log_lines_grows_nothing(
                 size += file.stat().st_size
         largest = max(largest, size)
         time.sleep(0.1)
-    assert me.memory_info().rss - before < 100e6
-    assert largest < 150e6  # not all of it; the busier the machine, the more
+    assert me.memory_info().rss - before < 40e6
+    assert largest < 38e6  # not all of it; the busier the machine, the more
     eventually(previous(panel.manager.state.config.log_path, 2).exists)
     assert len(panel.server_log.lines) <= LINES_KEPT
     assert len(json.dumps(embed_data([panel]), default=repr)) < 1e6
