@@ -24,7 +24,7 @@ from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.command_line import SERVER_SETTINGS
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
-from kitty_nb.errors import PortBusyError, ServerError, WillNotFitError
+from kitty_nb.errors import PortBusyError, ServerError
 from kitty_nb.supervisor.events import ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord
@@ -151,9 +151,7 @@ async def isolated_server(
         async with Supervisor(own) as supervisor:
             supervisor.subscribe(follow)
             try:
-                if not anyway and (reason := await supervisor.refusal()):
-                    raise WillNotFitError(reason)
-                await _start(supervisor, own)
+                await _start(supervisor, own, anyway=anyway)
                 yield IsolatedServer(supervisor, _load_seconds(stages))
             except httpx.HTTPError as error:
                 raise ServerError(await _why_silent(supervisor, error)) from error
@@ -197,10 +195,10 @@ def _free_port() -> int:
         return int(trial.getsockname()[1])
 
 
-async def _start(supervisor: Supervisor, config: ServerConfig) -> None:
+async def _start(supervisor: Supervisor, config: ServerConfig, *, anyway: bool) -> None:
     for attempt in range(_PORTS_TRIED):
         try:
-            await supervisor.start(config)
+            await supervisor.start(config, anyway=anyway)
         except PortBusyError as busy:  # another program was faster
             if attempt + 1 == _PORTS_TRIED:
                 raise

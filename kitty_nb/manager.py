@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from weakref import WeakSet
 
@@ -245,18 +246,24 @@ class ModelManager:
         config: ServerConfig | None = None,
         wait_for_ready: bool = True,
         on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
     ) -> Operation[ServerState]:
         """See `Supervisor.start`. `on_progress` is called on the manager's thread."""
-        return self.run(self._supervisor.start, config, wait_for_ready, on_progress)
+        call = partial(self._supervisor.start, anyway=anyway)
+        return self.run(call, config, wait_for_ready, on_progress)
 
     def restart(
         self,
         config: ServerConfig | None = None,
         wait_for_ready: bool = True,
         on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
     ) -> Operation[ServerState]:
         """See `Supervisor.restart`."""
-        return self.run(self._supervisor.restart, config, wait_for_ready, on_progress)
+        call = partial(self._supervisor.restart, anyway=anyway)
+        return self.run(call, config, wait_for_ready, on_progress)
 
     def switch_model(
         self,
@@ -264,9 +271,12 @@ class ModelManager:
         alias: str | None = None,
         wait_for_ready: bool = True,
         on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
     ) -> Operation[ServerState]:
         """See `Supervisor.switch_model`."""
-        return self.run(self._supervisor.switch_model, model, alias, wait_for_ready, on_progress)
+        call = partial(self._supervisor.switch_model, anyway=anyway)
+        return self.run(call, model, alias, wait_for_ready, on_progress)
 
     def stop(self, force: bool = False) -> Operation[ServerState]:
         """See `Supervisor.stop`."""

@@ -33,6 +33,7 @@ from kitty_nb.errors import (
     PortBusyError,
     ServerFailedError,
     StartCancelledError,
+    WillNotFitError,
 )
 from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade, Stage, StateChanged
 from kitty_nb.supervisor.log import readable
@@ -138,6 +139,22 @@ def test_the_real_engine_restarts_and_switches(config: ServerConfig, tmp_path: P
         assert models["data"][0]["id"] == "other"
 
     supervised(config, scenario)
+
+
+def test_what_will_not_fit_is_refused_and_leaves_the_server_alone(
+    misbehaving: Misbehaving,
+) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        before = await supervisor.start()
+        too_large = before.config.replace(context_size=2_000_000_000)
+        for launch in (supervisor.start, supervisor.restart):
+            with pytest.raises(WillNotFitError, match="it needs"):
+                await launch(too_large)
+        assert (supervisor.state.pid, supervisor.state.config) == (before.pid, before.config)
+        after = await supervisor.start(too_large, anyway=True)
+        assert (after.status, after.config) == (ServerStatus.READY, too_large)
+
+    supervised(misbehaving(), scenario)
 
 
 def test_the_context_ends_with_the_server(config: ServerConfig) -> None:

@@ -19,6 +19,7 @@ from kitty_nb.errors import (
     ServerError,
     ServerFailedError,
     StartCancelledError,
+    WillNotFitError,
     first_of,
 )
 from kitty_nb.supervisor.events import (
@@ -193,6 +194,8 @@ class Supervisor:
         config: ServerConfig | None = None,
         wait_for_ready: bool = True,
         on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
     ) -> ServerState:
         """Serve a model. A server that already runs with these settings is left as it is.
 
@@ -201,9 +204,11 @@ class Supervisor:
             wait_for_ready: Return only when the server answers requests.
             on_progress: Called with each once-a-second health check of the start, its number and
                 the highest number; a load that moves goes on. An error in it is logged.
+            anyway: Start a model even if the memory forecast says that it will not fit.
 
         Raises:
             ConfigError: The settings, or the model file since, are not usable.
+            WillNotFitError: There is not enough memory; whatever ran before still runs.
             ServerFailedError: It was refused or given up before it was ready.
             ServerCrashedError: The process ended by itself.
             StartCancelledError: It was stopped or replaced before it was ready.
@@ -211,19 +216,21 @@ class Supervisor:
         router = self._foreign is not None and self._foreign.models is not None
         if config and self._attached(config) and (router or config != self._now.wanted):
             return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
-        return await self._launch(StartAsked, config, wait_for_ready, on_progress)
+        return await self._launch(StartAsked, config, wait_for_ready, on_progress, anyway=anyway)
 
     async def restart(
         self,
         config: ServerConfig | None = None,
         wait_for_ready: bool = True,
         on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
     ) -> ServerState:
         """Like `start`, but always with a fresh process."""
         if self._attached(config):
             model = config.model if config else None
             return await self._load_there(model, fresh=True, wait=wait_for_ready)
-        return await self._launch(RestartAsked, config, wait_for_ready, on_progress)
+        return await self._launch(RestartAsked, config, wait_for_ready, on_progress, anyway=anyway)
 
     async def switch_model(
         self,
@@ -231,6 +238,8 @@ class Supervisor:
         alias: str | None = None,
         wait_for_ready: bool = True,
         on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
     ) -> ServerState:
         """Serve another model with the same settings.
 
@@ -241,11 +250,14 @@ class Supervisor:
                 names of its own.
             wait_for_ready: As for `start`.
             on_progress: As for `start`.
+            anyway: As for `start`.
         """
         if self._attached():
             return await self._load_there(model, fresh=False, wait=wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
-        return await self._launch(RestartAsked, None, wait_for_ready, on_progress, changes)
+        return await self._launch(
+            RestartAsked, None, wait_for_ready, on_progress, changes, anyway=anyway
+        )
 
     async def stop(self, force: bool = False) -> ServerState:
         """Stop the server, also while it loads, and wait until its process is gone.
@@ -346,10 +358,16 @@ class Supervisor:
         wait_for_ready: bool,
         on_progress: OnProgress | None,
         changes: Mapping[str, Any] | None = None,
+        *,
+        anyway: bool,
     ) -> ServerState:
         stops = self._stops
         async with self._turn:
             config = await self._checked(config, changes or {})
+            if not (anyway or self._serves(wish, config)) and (
+                reason := await self.refusal(config)
+            ):
+                raise WillNotFitError(reason)
             if stops != self._stops:  # asked for later, though there was nothing yet to stop
                 raise StartCancelledError(_STOPPED)
             self._feed(wish(config))
@@ -371,6 +389,10 @@ class Supervisor:
         finally:
             unsubscribe()
         return self._outcome(generation)
+
+    def _serves(self, wish: type[StartAsked | RestartAsked], config: ServerConfig) -> bool:
+        """Tell whether a server with these settings runs already and is to be left alone."""
+        return wish is StartAsked and not self._now.status.absent and self._now.wanted == config
 
     def _attached(self, config: ServerConfig | None = None) -> bool:
         """Tell whether a server that was not started here is where the settings want one."""

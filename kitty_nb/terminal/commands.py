@@ -61,7 +61,7 @@ async def start(
             wanted = running.config
         else:
             await _agree(supervisor, wanted, anyway)
-        return await _load(supervisor, display, supervisor.start(wanted, wait))
+        return await _load(supervisor, display, supervisor.start(wanted, wait, anyway=True))
 
     return await _with_supervisor(config, work)
 
@@ -73,7 +73,9 @@ async def restart(
 
     async def work(supervisor: Supervisor) -> ServerState:
         await _agree(supervisor, config, anyway)
-        return await _load(supervisor, display, supervisor.restart(_kept(config), wait))
+        return await _load(
+            supervisor, display, supervisor.restart(_kept(config), wait, anyway=True)
+        )
 
     return await _with_supervisor(config, work)
 
@@ -94,7 +96,9 @@ async def switch(
 
     async def work(supervisor: Supervisor) -> ServerState:
         await _agree(supervisor, supervisor.state.config.replace(model=model), anyway)
-        return await _load(supervisor, display, supervisor.switch_model(model, alias, wait))
+        return await _load(
+            supervisor, display, supervisor.switch_model(model, alias, wait, anyway=True)
+        )
 
     return await _with_supervisor(config, work)
 

@@ -101,7 +101,9 @@ class Clicks:
         async def agreed() -> ServerState:
             self._second_ask.agree(config, await refusal)
             # In a thread: the manager takes no orders on its own loop.
-            operation = await anyio.to_thread.run_sync(lambda: launch(config, wait_for_ready=False))
+            operation = await anyio.to_thread.run_sync(
+                lambda: launch(config, wait_for_ready=False, anyway=True)
+            )
             return await operation
 
         return agreed()

@@ -393,7 +393,7 @@ class _Member:
         manager = self.manager
         config = wanted(self._env, self._profile) or manager.state.config
         self._second_ask.agree(config, await manager.refusal(config))
-        await manager.start(config, wait_for_ready=False)
+        await manager.start(config, wait_for_ready=False, anyway=True)
 
     async def stop(self) -> None:
         """Stop it."""

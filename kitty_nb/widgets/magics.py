@@ -115,14 +115,14 @@ class KittyMagics(Magics):
 
     def _load(
         self,
-        launch: Callable[[ServerConfig], Operation[ServerState]],
+        launch: Callable[..., Operation[ServerState]],
         manager: ModelManager,
         config: ServerConfig | None,
     ) -> None:
         """Start something, and show its load in one line that changes."""
         config = config or manager.state.config
         self._second_ask.agree(config, _follow(manager.refusal(config), lambda: None))
-        operation, line = launch(config), _ChangingLine()
+        operation, line = launch(config, anyway=True), _ChangingLine()
 
         def show() -> None:
             if operation.progress:
