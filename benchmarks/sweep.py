@@ -22,7 +22,7 @@ from benchmarks.subject import read_subject
 from kitty_nb import Supervisor
 from kitty_nb.client import Access
 from kitty_nb.experiments import Outcome, Sweep, Workload
-from kitty_nb.experiments.measure import Interview
+from kitty_nb.experiments.measure import BenchmarkClient
 from tests.model_files import write_model
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ async def _speeds(config: ServerConfig, rounds: int, tokens_of_answer: int) -> N
     async with Supervisor(config) as supervisor:
         state = await supervisor.start()
         async with Access(state.endpoint, supervisor.api_key).async_http() as http:
-            short = Interview(
+            short = BenchmarkClient(
                 http, Workload((_SHORT,), max_tokens=tokens_of_answer, chat=False), {}
             )
-            long = Interview(http, Workload((_LONG,), max_tokens=2, chat=False), {})
+            long = BenchmarkClient(http, Workload((_LONG,), max_tokens=2, chat=False), {})
             await short.warm_up()
             await long.warm_up()
             _, (long_answer,) = await long.speed(1, lambda _: None)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # a long answer on a slow machine takes minutes
 _QUOTED = 200  # characters of what came in place of an answer
+# What llama-server says of a prompt, and of all prompts and answers at once, that are too long.
+_TOO_LONG = "exceed_context_size_error"
+_FULL = "Context size has been exceeded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +103,10 @@ class Access:
                 aclosing(answer_parts(response)) as parts,
             ):
                 if response.is_error:
-                    raise ServerError(f"The server refused this: {_reason(await response.aread())}")
+                    raise ServerError(refusal(await response.aread(), response.status_code))
                 async for part in parts:
                     if part.get("error"):
-                        raise ServerError(f"The server could not go on: {_reason(part)}")
+                        raise ServerError(refusal(part))
                     choice: dict[str, Any] = next(iter(part.get("choices") or ()), {})
                     delta = choice.get("delta") or choice.get("message") or {}
                     if thinking := delta.get("reasoning_content"):
@@ -205,12 +208,32 @@ def _missing(tools: tuple[str, ...], finish: str, *, thought: bool) -> str:
     return "The model thought, but then gave no answer. Ask it in other words." if thought else ""
 
 
-def _reason(said: Any) -> str:
-    """Return the sentence of an error, which llama-server puts at `error.message`."""
+def refusal(said: Any, status: int | None = None) -> str:
+    """Return what an error of llama-server means for the user.
+
+    Args:
+        said: The body of its answer, as bytes or as JSON.
+        status: That of the answer; None where the error came in the middle of one.
+    """
     if isinstance(said, bytes):
         try:
             said = json.loads(said)
         except ValueError:
-            return str(said, errors="replace")
+            said = str(said, errors="replace").strip()
     error = said.get("error", said) if isinstance(said, dict) else said
-    return str(error.get("message", error) if isinstance(error, dict) else error)
+    facts = error if isinstance(error, dict) else {"message": error}
+    message = str(facts.get("message", error))
+    if facts.get("type") == _TOO_LONG:
+        return (
+            f"A prompt of {facts.get('n_prompt_tokens', '?')} tokens is longer than the context of"
+            f" a request, {facts.get('n_ctx', '?')} tokens. Raise context_size, lower parallel, or"
+            " shorten the prompt."
+        )
+    if _FULL in message:
+        return (
+            "The requests under way at once and their answers are longer than the server's whole"
+            " context. Raise context_size, or lower max_tokens or parallel."
+        )
+    if status is None:
+        return f"The server could not go on: {message}"
+    return f"The server refused a request with status {status}: {message}"

@@ -14,9 +14,8 @@ import pytest
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.client import Access, Piece
 from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
-from kitty_nb.experiments.measure import Interview
-from kitty_nb.experiments.recording import ask
-from kitty_nb.experiments.run_record import Request
+from kitty_nb.experiments.measure import BenchmarkClient
+from kitty_nb.experiments.run_record import Request, ask
 from kitty_nb.experiments.workload import Workload
 from kitty_nb.supervisor.health import HealthProbe, Recognition
 
@@ -86,9 +85,9 @@ def test_a_trial_reads_them_too(says: Says) -> None:
 
     async def trial() -> str:
         async with access.async_http() as http:
-            interview = Interview(http, Workload(prompts=("Say it.",), chat=False), {})
-            await interview.warm_up()
-            _, (answer,) = await interview.speed(1, lambda _: None)
+            client = BenchmarkClient(http, Workload(prompts=("Say it.",), chat=False), {})
+            await client.warm_up()
+            _, (answer,) = await client.speed(1, lambda _: None)
         return answer.text
 
     assert anyio.run(trial) == SEPARATORS

@@ -16,7 +16,7 @@ from kitty_nb import ServerConfig, Supervisor
 from kitty_nb.client import Access
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import Perplexity, Sweep, Workload
-from kitty_nb.experiments.measure import Interview
+from kitty_nb.experiments.measure import BenchmarkClient
 
 WAIT = 120.0
 PROMPT = "Who are you?"
@@ -57,9 +57,9 @@ async def surprises(config: ServerConfig, *texts: dict[str, str]) -> list[tuple[
         async with Access(state.endpoint, supervisor.api_key).async_http() as http:
             for expected in texts:
                 workload = Workload(tuple(expected), max_tokens=2, chat=False)
-                interview = Interview(http, workload, {})
-                await interview.warm_up()
-                found.append(await interview.surprise(Perplexity(expected)))
+                client = BenchmarkClient(http, workload, {})
+                await client.warm_up()
+                found.append(await client.surprise(Perplexity(expected)))
     return found
 
 
@@ -156,9 +156,9 @@ def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
         workload = Workload(prompts=(PROMPT,), chat=False, quality=quality)
         transport = httpx.MockTransport(answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            interview = Interview(http, workload, {})
-            await interview.warm_up()
+            client = BenchmarkClient(http, workload, {})
+            await client.warm_up()
             with pytest.raises(ExperimentError, match="impossible"):
-                await interview.surprise(quality)
+                await client.surprise(quality)
 
     anyio.run(ask)

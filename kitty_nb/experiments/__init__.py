@@ -8,20 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kitty_nb.experiments.comparison import Comparison, compare
     from kitty_nb.experiments.quality import ExactMatch, Perplexity
-    from kitty_nb.experiments.recording import record_run
-    from kitty_nb.experiments.replaying import replay
+    from kitty_nb.experiments.replaying import Comparison, compare, replay
     from kitty_nb.experiments.results import Combination, Results
-    from kitty_nb.experiments.run_record import Exchange, Request, RunRecord
+    from kitty_nb.experiments.run_record import Exchange, Request, RunRecord, record_run
     from kitty_nb.experiments.sweep import Sweep, SweepProgress
     from kitty_nb.experiments.trial import Measurement, Outcome, Trial, TrialResult
     from kitty_nb.experiments.tuning import TuneResult, tune
     from kitty_nb.experiments.workload import Workload
 
 _HOMES = {
-    "Combination": "combination",
-    "Comparison": "comparison",
+    "Combination": "results",
+    "Comparison": "replaying",
     "ExactMatch": "quality",
     "Exchange": "run_record",
     "Measurement": "trial",
@@ -36,8 +34,8 @@ _HOMES = {
     "TrialResult": "trial",
     "TuneResult": "tuning",
     "Workload": "workload",
-    "compare": "comparison",
-    "record_run": "recording",
+    "compare": "replaying",
+    "record_run": "run_record",
     "replay": "replaying",
     "tune": "tuning",
 }

@@ -1,21 +1,19 @@
-"""Asking a server that is ready, and reading off how fast and how well it answers."""
+"""`BenchmarkClient`: measures how fast, and how well, a ready server answers."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
-from math import ceil
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
 
-from kitty_nb.client import answer_parts
+from kitty_nb.client import answer_parts, refusal
 from kitty_nb.errors import ExperimentError, first_of
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.trial import Speed
@@ -30,9 +28,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.workload import Workload
 
 _WARM_UP_TOKENS = 16
-_TOO_LONG = "exceed_context_size_error"
-_FULL = "Context size has been exceeded"
-# What the server says of an answer's end, as OpenAI's protocol has it.
+# llama-server's reasons for an answer's end, in the words of OpenAI's protocol.
 _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
 _CERTAIN = 1e6  # added to a token's logit, so that it is taken whatever the others' are
 _LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no vocabulary has more
@@ -43,15 +39,13 @@ _Piece = str | list[int]  # of a text; its bytes where they are no whole charact
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one request.
+    """A measured answer.
 
     Attributes:
-        prompt: Which of the prompts it was.
-        text: The answer.
-        first_token: Seconds until its first token had arrived.
-        timings: What the server says of it.
-        finish_reason: Why it ended: `stop`, or `length` when it was cut short; None where the build
-            does not say.
+        prompt: Index of its prompt.
+        first_token: Seconds until its first token arrived.
+        timings: The server's own.
+        finish_reason: `stop`, or `length` when it was cut short; None where the build does not say.
     """
 
     prompt: int
@@ -61,13 +55,16 @@ class Answer:
     finish_reason: str | None = None
 
 
-class Interview:
-    """One server's requests. It raises `httpx.HTTPError` where the server falls silent.
+class BenchmarkClient:
+    """The requests of a workload to one server.
+
+    Its methods raise ExperimentError where the server refuses a request, and `httpx.HTTPError`
+    where it falls silent.
 
     Args:
         http: A client of the server; from now on it makes a connection for each request.
         workload: What to ask.
-        settings: Of the trial; requests leave alone what they try.
+        settings: Those of the trial; requests leave alone what it tries.
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class Interview:
         http.headers["Connection"] = "close"
         self._http = http
         self._workload = workload
-        self._prompts: tuple[str, ...] = ()
+        self._prompts: list[str] = []
         self._request: dict[str, JsonValue] = {
             "n_predict": workload.max_tokens,
             "seed": workload.seed,
@@ -91,47 +88,43 @@ class Interview:
         """Prepare the prompts and have one answered before anything is measured.
 
         Returns:
-            The context of a request, and how many requests the server answers at once.
+            The context of a request, and the number of requests that the server answers at once;
+            None where a build does not say.
         """
         workload = self._workload
-        response = await self._http.get("/props")
-        body = _body(response)
-        context = body.get("default_generation_settings", {}).get("n_ctx")
-        slots = body.get("total_slots")
-        context = context if isinstance(context, int) else None
-        prompts = [await self._filled(prompt, context or 0) for prompt in workload.prompts]
-        self._prompts = tuple([await self._templated(prompt) for prompt in prompts])
+        props = _body(await self._http.get("/props"))
+        context = props.get("default_generation_settings", {}).get("n_ctx")
+        for prompt in workload.prompts:
+            filled = await self._filled(prompt, context or 0)
+            self._prompts.append(await self._templated(filled))
         await self._ask(0, n_predict=min(workload.max_tokens, _WARM_UP_TOKENS))
-        return context, slots if isinstance(slots, int) else None
+        return context, props.get("total_slots")
 
     async def speed(
-        self, parallel: int, tell: Callable[[Answer], None]
+        self, parallel: int, on_answer: Callable[[Answer], object]
     ) -> tuple[Speed, tuple[Answer, ...]]:
-        """Ask every prompt, so many at once, and call `tell` with each answer."""
+        """Ask every prompt, so many at once, and call back with each answer."""
         answers: list[Answer] = []
-        rest = iter(self._workload.asked(parallel))
 
-        async def ask_on(rest: Iterator[int]) -> None:
-            for index in rest:
+        async def ask_on(left: Iterator[int]) -> None:
+            for index in left:
                 answer = await self._ask(index)
                 answers.append(answer)
-                tell(answer)
+                on_answer(answer)
 
+        left = iter(self._workload.asked(parallel))
         began = time.perf_counter()
-        if parallel == 1:
-            await ask_on(rest)
-        else:
-            try:
-                async with anyio.create_task_group() as tasks:
-                    for _ in range(parallel):
-                        tasks.start_soon(ask_on, rest)
-            except ExceptionGroup as group:
-                raise first_of(group) from None
+        try:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(parallel):
+                    tasks.start_soon(ask_on, left)
+        except ExceptionGroup as group:
+            raise first_of(group) from None
         seconds = time.perf_counter() - began
         return _speed(parallel, seconds, answers), tuple(answers)
 
     def exchanges(self, answers: Iterable[Answer]) -> tuple[Exchange, ...]:
-        """Say what was asked and answered as a run record has it."""
+        """Return what was asked and answered in the form of a run record."""
         parameters = {name: value for name, value in self._request.items() if name != "stream"}
         return tuple(
             Exchange(
@@ -149,7 +142,7 @@ class Interview:
         characters = 0
         for index, prompt in enumerate(self._workload.prompts):
             if text := quality.expected.get(prompt):
-                likelihoods += await self._likelihoods(index, text)
+                likelihoods += await self._likelihoods(self._prompts[index], text)
                 characters += len(text)
         if not likelihoods:
             raise ExperimentError("Perplexity has no expected text for any of the prompts.")
@@ -158,15 +151,15 @@ class Interview:
             perplexity = math.exp(surprise / len(likelihoods))
         except OverflowError:
             raise ExperimentError(
-                "The perplexity is without bound: the model holds a token of an expected text for"
+                "The perplexity is infinite: the model holds a token of an expected text for"
                 " impossible. Give another text, or leave perplexity out."
             ) from None
         return perplexity, surprise / math.log(2) / characters
 
-    async def _likelihoods(self, prompt: int, text: str) -> list[float]:
+    async def _likelihoods(self, prompt: str, text: str) -> list[float]:
         """Return the log-probabilities of a text's own tokens after a prompt."""
-        before = await self._tokens(self._prompts[prompt])
-        whole = await self._tokens(self._prompts[prompt] + text)
+        before = await self._tokens(prompt)
+        whole = await self._tokens(prompt + text)
         if whole[: len(before)] != before:  # a token reaches across the seam
             whole = before + await self._tokens(text, add_special=False)
         ids = [token for token, _ in whole]
@@ -185,7 +178,8 @@ class Interview:
         if not isinstance(piece, str):
             taken, counts = (await self._tokens("a", add_special=False))[-1][0], [*_LIKELIEST]
         for count in counts:
-            if token in (found := await self._probabilities(before, taken, count)):
+            found = await self._probabilities(before, taken, count)
+            if token in found:
                 return found[token]
         raise ExperimentError(
             "Perplexity cannot be measured: this build of llama-server does not say how likely a"
@@ -194,33 +188,32 @@ class Interview:
 
     async def _probabilities(self, before: list[int], taken: int, count: int) -> dict[int, float]:
         """Return the log-probabilities of the token taken and of the likeliest, by token."""
-        request = {
-            "prompt": before,
-            "n_predict": 1,
-            "n_probs": count,
-            "temperature": 0.0,
-            "logit_bias": [[taken, _CERTAIN]],
-            "cache_prompt": True,
-            "id_slot": 0,
-        }
-        response = await self._http.post("/completion", json=request)
-        _refuse(response.status_code, response.content)
+        body = await self._post(
+            "/completion",
+            prompt=before,
+            n_predict=1,
+            n_probs=count,
+            temperature=0.0,
+            logit_bias=[[taken, _CERTAIN]],
+            cache_prompt=True,
+            id_slot=0,
+        )
         return {
             one["id"]: one["logprob"]
-            for told in _body(response).get("completion_probabilities", ())
+            for told in body.get("completion_probabilities", ())
             for one in (told, *told.get("top_logprobs", ()))
             if {"id", "logprob"} <= one.keys()
         }
 
     async def _tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, _Piece]]:
-        body = {"content": text, "add_special": add_special, "with_pieces": True}
-        response = await self._http.post("/tokenize", json=body)
-        _refuse(response.status_code, response.content)
-        tokens = _body(response).get("tokens", ())
+        body = await self._post(
+            "/tokenize", content=text, add_special=add_special, with_pieces=True
+        )
+        tokens = body.get("tokens", ())
         return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
 
     async def _filled(self, prompt: str, context: int) -> str:
-        """Repeat a prompt until it is as long as it should be."""
+        """Repeat a prompt until it is as long as the workload wants, or the context allows."""
         workload = self._workload
         if not workload.fill:
             return prompt
@@ -229,33 +222,37 @@ class Interview:
         if size < 1:  # this build does not tell
             return prompt
         room = context // workload.levels[-1] - workload.max_tokens - (templated - size)
-        return " ".join([prompt] * max(1, min(ceil(workload.fill / size), room // size)))
+        return " ".join([prompt] * max(1, min(math.ceil(workload.fill / size), room // size)))
 
     async def _templated(self, prompt: str) -> str:
         if not self._workload.chat:
             return prompt
         messages = [{"role": "user", "content": prompt}]
-        response = await self._http.post("/apply-template", json={"messages": messages})
+        return str((await self._post("/apply-template", messages=messages))["prompt"])
+
+    async def _post(self, path: str, **request: object) -> dict[str, Any]:
+        response = await self._http.post(path, json=request)
         if response.status_code == HTTPStatus.NOT_FOUND:
             raise ExperimentError(
-                "This build of llama-server does not apply chat templates by itself. Update"
-                " llama.cpp, or write chat=False to send prompts as they are."
+                f"This build of llama-server has no {path}, which chat templates and perplexity"
+                " need. Update llama.cpp, or write chat=False to send prompts as they are."
             )
-        _refuse(response.status_code, response.content)
-        return str(_body(response)["prompt"])
+        if response.is_error:
+            raise ExperimentError(refusal(response.content, response.status_code))
+        return _body(response)
 
     async def _ask(self, prompt: int, **changes: object) -> Answer:
         request = self._request | {"prompt": self._prompts[prompt]} | changes
         began, first_token, pieces = time.perf_counter(), None, []
         async with self._http.stream("POST", "/completion", json=request) as response:
-            if response.status_code != HTTPStatus.OK:
-                _refuse(response.status_code, await response.aread())
+            if response.is_error:
+                raise ExperimentError(refusal(await response.aread(), response.status_code))
             async with aclosing(answer_parts(response)) as parts:
                 async for part in parts:
                     if first_token is None:
                         first_token = time.perf_counter() - began
                     if part.get("error"):
-                        _refuse(HTTPStatus.INTERNAL_SERVER_ERROR, json.dumps(part).encode())
+                        raise ExperimentError(refusal(part))
                     pieces.append(part.get("content", ""))
                     if "timings" in part:
                         finish = _FINISHED.get(part.get("stop_type", ""))
@@ -269,15 +266,14 @@ def _speed(parallel: int, seconds: float, answers: list[Answer]) -> Speed:
         requests=len(answers),
         seconds=seconds,
         time_to_first_token=median(answer.first_token for answer in answers),
-        prompt_tokens_per_second=_typical(answers, "prompt"),
-        generation_tokens_per_second=_typical(answers, "predicted"),
+        prompt_tokens_per_second=_typical(answers, "prompt", least=1),
+        generation_tokens_per_second=_typical(answers, "predicted", least=2),
         total_tokens_per_second=sum(answer.timings["predicted_n"] for answer in answers) / seconds,
         prompt_tokens=max(answer.timings["prompt_n"] for answer in answers),
     )
 
 
-def _typical(answers: list[Answer], what: str) -> float | None:
-    least = {"prompt": 1, "predicted": 2}[what]
+def _typical(answers: list[Answer], what: str, least: int) -> float | None:
     rates = [
         rate
         for answer in answers
@@ -293,26 +289,3 @@ def _body(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
-
-
-def _refuse(status: int, content: bytes) -> None:
-    """Raise what a server's refusal means to the user."""
-    if status == HTTPStatus.OK:
-        return
-    try:
-        error = json.loads(content).get("error", {})
-        said, kind = str(error.get("message", "")), error.get("type")
-    except (ValueError, AttributeError):
-        error, said, kind = {}, content.decode(errors="replace").strip(), None
-    if kind == _TOO_LONG:
-        raise ExperimentError(
-            f"A prompt of {error.get('n_prompt_tokens', '?')} tokens is longer than the context of"
-            f" a request, {error.get('n_ctx', '?')} tokens. Raise context_size, lower parallel, or"
-            " shorten the prompt."
-        )
-    if _FULL in said:
-        raise ExperimentError(
-            "The requests under way at once and their answers are longer than the server's whole"
-            " context. Raise context_size, or lower max_tokens or parallel."
-        )
-    raise ExperimentError(f"The server refused a request with status {status}: {said}")

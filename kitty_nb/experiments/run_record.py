@@ -1,11 +1,17 @@
-"""`RunRecord`: all that is needed to repeat what a served model was asked, as one JSON document."""
+"""`RunRecord`: what a served model was asked and all that its answers depend on, as JSON."""
 
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import httpx
+from anyio.to_thread import run_sync
 from pydantic import (
     AwareDatetime,
     BaseModel,
@@ -19,19 +25,59 @@ from pydantic import (
     model_validator,
 )
 
+from kitty_nb.catalog.digest import FileDigest, digest_files
+from kitty_nb.catalog.model import shard_paths
+from kitty_nb.client import not_an_answer, refusal
 from kitty_nb.config import RECORDED, ServerConfig, takes_secret
-from kitty_nb.config.whole_file import write_whole
-from kitty_nb.errors import ConfigError, RunRecordError
-from kitty_nb.experiments.host_facts import HostFacts
-from kitty_nb.experiments.model_files import ModelDigest
-from kitty_nb.isolated_server import EngineKind, LoadSeconds
+from kitty_nb.errors import ConfigError, ExperimentError, RunRecordError
+from kitty_nb.experiments.host import HostFacts, host_facts, library_versions
+from kitty_nb.isolated_server import (
+    EngineKind,
+    LoadSeconds,
+    find_load,
+    gather_facts,
+    locate_engine,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kitty_nb import ModelManager, ServerState
+    from kitty_nb.client import Access
+    from kitty_nb.manager import Operation
+
+    OnBytes = Callable[[int, int], object]
 
 # One higher whenever an older version of this package would misread a record.
 SCHEMA_VERSION = 1
+_GGUF = re.compile(r"(.+\.gguf)(:[^:/]*)?", re.IGNORECASE | re.DOTALL)  # with an adapter's scale
 
 
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class ModelDigest(_Facts):
+    """Which model it is.
+
+    Attributes:
+        shards: Its own files, first to last.
+        companions: The other GGUF files that the server reads: a projector, adapters, a draft
+            model.
+    """
+
+    shards: tuple[FileDigest, ...]
+    companions: tuple[FileDigest, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its first file."""
+        return self.shards[0].name if self.shards else ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the shards."""
+        return sum(shard.size for shard in self.shards)
 
 
 class EngineFacts(_Facts):
@@ -41,7 +87,7 @@ class EngineFacts(_Facts):
         kind: A llama-server of its own, or the one inside a wheel.
         version: What the program calls itself, e.g. `11434 (abc123)`.
         build: What the running server calls itself, e.g. `b11434-abc123`; empty where it does not.
-        devices: What it had put the model on beside the processor, as it names them.
+        devices: The devices beside the processor that it had put the model on.
     """
 
     kind: EngineKind
@@ -69,12 +115,12 @@ class Timings(_Facts):
 
 
 class Request(_Facts):
-    """What a model is asked: a conversation, or a text to go on from.
+    """What a model is asked: a conversation, or a text to continue.
 
     Attributes:
-        messages: The conversation, as OpenAI's protocol has it.
+        messages: The conversation in OpenAI's protocol.
         text: The text, without any template; instead of messages.
-        parameters: What else is sent: of sampling, the seed, the length of the answer.
+        parameters: What else is sent, such as sampling, seed and length of the answer.
     """
 
     messages: tuple[dict[str, JsonValue], ...] = ()
@@ -89,7 +135,7 @@ class Request(_Facts):
 
     @property
     def path(self) -> str:
-        """Where the server takes it."""
+        """The server's path for it."""
         return "/v1/chat/completions" if self.text is None else "/v1/completions"
 
     @property
@@ -101,15 +147,13 @@ class Request(_Facts):
 
 
 class Exchange(_Facts):
-    """A request and what came of it.
+    """A request and its answer.
 
     Attributes:
-        request: What was asked.
         output: The answer.
-        reasoning: What the model has thought before, where it tells apart.
-        tool_calls: Which tools it calls, and with what, as OpenAI's protocol has it; without the
-            ids, which are others each time.
-        finish_reason: Why it ended: `stop`, or `length` when it was cut short.
+        reasoning: What the model thought before, where the server keeps it apart.
+        tool_calls: The tools that it calls in OpenAI's protocol, without ids: they never repeat.
+        finish_reason: Why the answer ended: `stop`, or `length` when it was cut short.
         timings: What the server says of it, if it does.
     """
 
@@ -122,29 +166,25 @@ class Exchange(_Facts):
 
     @property
     def text(self) -> str:
-        """All that the model has written."""
+        """All that the model wrote."""
         calls = (json.dumps(one, ensure_ascii=False, sort_keys=True) for one in self.tool_calls)
         return self.reasoning + self.output + "".join(calls)
 
 
 class RunRecord(_Facts):
-    """What a served model was asked and has answered, and all that this depends on.
+    """What a served model was asked and answered, and all that this depends on.
 
     No key is in it: neither the server's, nor those that `extra_args` may hold.
 
     Attributes:
-        schema_version: Of this document.
         made: When.
-        config: What the server was started with. What a replay takes from it is what goes to
-            llama-server itself; folders, port and the like are those of the replay.
-        model: Which model that was.
+        config: What the server was started with. A replay takes from it what goes to llama-server
+            itself, and uses its own folders, port and the like.
         header: Hash of the beginning of the model's first file, which tells most models apart.
-        engine: What served it.
-        host: On which machine.
-        libraries: Versions of libraries.
+        libraries: Versions by name.
         seed: Of all sampling.
         load_seconds: How long the load took; None where that is not known.
-        exchanges: What was asked, and what was answered, in order.
+        exchanges: In order.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
@@ -166,7 +206,7 @@ class RunRecord(_Facts):
 
     @property
     def profile(self) -> str:
-        """Which named set of settings the server was started with."""
+        """The named set of settings that the server was started with."""
         return self.config.profile
 
     @property
@@ -179,44 +219,39 @@ class RunRecord(_Facts):
         """Read a record that `save` wrote.
 
         Raises:
-            RunRecordError: There is none, it is damaged, or a later version has written it.
+            RunRecordError: There is none, it is damaged, or a later version wrote it.
         """
         try:
             text = Path(path).read_bytes()
         except OSError as error:
             raise RunRecordError(
-                f"{path} cannot be read: {error.strerror or error}. Correct the path."
+                f"Can't read {path}: {error.strerror or error}. Check the path."
             ) from error
         return cls.parse(text, str(path))
 
     @classmethod
     def parse(cls, text: str | bytes, source: str = "The text") -> Self:
-        """Read a record from what a file of one holds.
-
-        Args:
-            text: JSON.
-            source: Where it comes from, for a complaint.
+        """Read a record from the JSON of its file; `source` names it in errors.
 
         Raises:
-            RunRecordError: It is damaged, or a later version has written it.
+            RunRecordError: It is damaged, or a later version wrote it.
         """
         try:
             version = _Version.model_validate_json(text).schema_version
             if version > SCHEMA_VERSION:
                 raise RunRecordError(
-                    f"A later version of kitty_nb has written {source} (schema {version}, known is"
-                    f" {SCHEMA_VERSION}). Update: pip install --upgrade kitty_nb"
+                    f"A later version of kitty_nb wrote {source} (schema {version}; this version"
+                    f" reads {SCHEMA_VERSION}). Update: pip install --upgrade kitty_nb"
                 )
             return cls.model_validate_json(text, context=RECORDED)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            reason = f"{where}: {first['msg']}" if where else first["msg"]
+            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
         except ConfigError as error:
             reason = " ".join(map(str, error.problems))
         raise RunRecordError(
-            f"{source} is not a run record that can be understood: {reason.rstrip('.')}. It is"
-            " damaged, or something else: take a copy that is whole."
+            f"{source} is not a run record, or is damaged: {reason.rstrip('.')}. Use an intact"
+            " copy."
         )
 
     def save(self, path: str | Path) -> Path:
@@ -226,13 +261,15 @@ class RunRecord(_Facts):
             RunRecordError: The file cannot be written.
         """
         path = Path(path)
+        partial = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, f"{self.model_dump_json(indent=2)}\n".encode(), like=path)
+            partial.write_text(f"{self.model_dump_json(indent=2)}\n", encoding="utf-8")
+            partial.replace(path)
         except OSError as error:
             raise RunRecordError(
-                f"{path} cannot be written: {error.strerror or error}. Make room, give permission,"
-                " or choose another place."
+                f"Can't write {path}: {error.strerror or error}. Free some space, check the"
+                " folder's permissions, or choose another place."
             ) from error
         return path
 
@@ -256,3 +293,183 @@ class RunRecord(_Facts):
 
 class _Version(BaseModel):
     schema_version: int
+
+
+Prompt = str | Sequence[dict[str, JsonValue]] | Request
+
+
+def record_run(
+    manager: ModelManager,
+    prompts: str | Request | Iterable[Prompt],
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_progress: OnBytes | None = None,
+    **parameters: JsonValue,
+) -> Operation[RunRecord]:
+    """Ask the server that a manager runs, one request after the other, and record the run.
+
+    Answers are greedy, so that they can be repeated; with a temperature, the seed makes them so.
+
+    Args:
+        manager: Its server must be ready.
+        prompts: What a user says, one conversation each; or whole conversations, as lists of
+            messages; or requests, whose own parameters go before those given here.
+        max_tokens: The longest answer, in tokens.
+        temperature: Of sampling; 0 takes the likeliest token each time.
+        seed: Of sampling.
+        on_progress: Called in a worker thread with the bytes of the model that are hashed, and
+            their total: only the first time that a model is recorded.
+        parameters: What else llama-server takes with a request, such as `top_k=1`.
+
+    Raises:
+        KittyError: The server is not ready or was not started by kitty_nb, or a prompt cannot be
+            asked. Waiting for the result raises ExperimentError when the server refuses a request,
+            such as one that is longer than its context.
+    """
+    sampling: dict[str, JsonValue] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "cache_prompt": False,  # what was asked before must not change how this is computed
+        **parameters,
+    }
+    given = [prompts] if isinstance(prompts, str | Request) else prompts
+    requests = [_request(prompt, sampling) for prompt in given]
+    access, state = manager.access, manager.state
+    if state.foreign:
+        raise ExperimentError(
+            f"{state.foreign.who} was not started by kitty_nb, so which model and settings answer"
+            " is not known. Start a server of your own, and record that."
+        )
+
+    async def run() -> RunRecord:
+        exchanges = await ask(access, requests)
+        if manager.state.ready_since != state.ready_since:
+            raise ExperimentError(
+                "The server was replaced or ended during the run, so the answers are not one"
+                " server's. Start it, and record again."
+            )
+        return await describe_run(state, access, exchanges, seed, on_progress)
+
+    return manager.run(run)
+
+
+async def ask(access: Access, requests: Iterable[Request]) -> tuple[Exchange, ...]:
+    """Send requests to a server, one after the other.
+
+    Raises:
+        ExperimentError: The server refuses one, or breaks off.
+    """
+    async with access.async_http() as http:
+        return tuple([await _ask(http, request) for request in requests])
+
+
+async def describe_run(
+    state: ServerState,
+    access: Access,
+    exchanges: tuple[Exchange, ...],
+    seed: int,
+    on_progress: OnBytes | None = None,
+) -> RunRecord:
+    """Put together the record of a server that is ready and has answered.
+
+    Raises:
+        ModelFileError: A file of the model is missing or cannot be read.
+        ExperimentError: The model's file has changed since it was loaded.
+    """
+    config = state.config
+    engine = await locate_engine(config.binary)
+    load = await find_load(state)
+    facts = await run_sync(gather_facts, config)
+    ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
+    if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
+        raise ExperimentError(
+            f"{config.model} has changed since this server loaded it, so which model answered is"
+            " not known. Restart the server, and record again."
+        )
+    return RunRecord(
+        made=datetime.now(UTC),
+        config=config,
+        model=await digest_model(config, on_progress),
+        header=facts.digest,
+        engine=EngineFacts(
+            kind=engine.kind,
+            version=engine.version,
+            build=await _build(access),
+            devices=state.devices,
+        ),
+        host=await run_sync(host_facts),
+        libraries=await run_sync(library_versions),
+        seed=seed,
+        load_seconds=LoadSeconds(load.starting, load.loading, load.preparing, load.cached)
+        if load
+        else None,
+        exchanges=exchanges,
+    )
+
+
+async def digest_model(config: ServerConfig, on_progress: OnBytes | None = None) -> ModelDigest:
+    """Work out which model a server with these settings serves.
+
+    Raises:
+        ModelFileError: A file is missing, cannot be read, or changes meanwhile.
+    """
+    shards = shard_paths(config.model) if config.model else ()
+    paired = (config.projector,) if config.projector else ()
+    words = (part for word in config.extra_args for part in word.split(","))
+    named = (Path(found[1]) for word in words if (found := _GGUF.fullmatch(word)))
+    files = (*shards, *paired, *named)
+    digests = await run_sync(digest_files, files, on_progress or (lambda *_: None))
+    return ModelDigest(shards=digests[: len(shards)], companions=digests[len(shards) :])
+
+
+def _request(prompt: Prompt, sampling: dict[str, JsonValue]) -> Request:
+    if isinstance(prompt, Request):
+        return prompt.model_copy(update={"parameters": {**sampling, **prompt.parameters}})
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    try:
+        return Request.model_validate({"messages": prompt, "parameters": sampling})
+    except ValidationError as error:
+        raise ExperimentError(
+            f"This cannot be asked: {prompt!r}. Write a text, a list of messages such as"
+            ' {"role": "user", "content": "…"}, or a Request.'
+        ) from error
+
+
+async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
+    try:
+        response = await http.post(request.path, json=request.body)
+    except httpx.HTTPError as error:
+        raise ExperimentError(
+            f"The server broke off its answer ({type(error).__name__}): it was stopped, or has"
+            " crashed. See its log."
+        ) from error
+    if response.is_error:
+        raise ExperimentError(refusal(response.content, response.status_code))
+    try:
+        answer = response.json()
+        choice = answer["choices"][0]
+        message = choice.get("message", {"content": choice.get("text")})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ExperimentError(not_an_answer(response, response.text)) from None
+    calls = message.get("tool_calls") or ()
+    return Exchange(
+        request=request,
+        output=message.get("content") or "",
+        reasoning=message.get("reasoning_content") or "",
+        tool_calls=tuple({key: call[key] for key in call if key != "id"} for call in calls),
+        finish_reason=choice.get("finish_reason"),
+        timings=answer.get("timings"),
+    )
+
+
+async def _build(access: Access) -> str:
+    """What the running server calls itself; older builds do not."""
+    async with access.async_http() as http:
+        try:
+            return str((await http.get("/props")).json()["build_info"])
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return ""

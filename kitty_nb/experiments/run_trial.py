@@ -15,10 +15,10 @@ import anyio.to_thread
 import psutil
 
 from kitty_nb.errors import ExperimentError, KittyError, WillNotFitError
-from kitty_nb.experiments.measure import Interview
+from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.quality import Perplexity
-from kitty_nb.experiments.recording import describe_run
+from kitty_nb.experiments.run_record import describe_run
 from kitty_nb.experiments.settings import changes
 from kitty_nb.experiments.trial import (
     Measurement,
@@ -223,7 +223,7 @@ class _Run:
         began = time.monotonic()
         try:
             async with server.access.async_http() as http:
-                interview = Interview(http, self._workload, dict(self._trial.settings))
+                interview = BenchmarkClient(http, self._workload, dict(self._trial.settings))
                 try:
                     context, slots = await interview.warm_up()
                 finally:
@@ -236,7 +236,7 @@ class _Run:
             self.seconds = replace(self.seconds, requests=requests)
 
     async def _interview(
-        self, interview: Interview, server: IsolatedServer, context: int | None
+        self, interview: BenchmarkClient, server: IsolatedServer, context: int | None
     ) -> Measurement:
         workload, speeds = self._workload, []
         first: tuple[Answer, ...] = ()

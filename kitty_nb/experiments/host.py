@@ -1,10 +1,12 @@
-"""What a run was made on: the machine, and the libraries."""
+"""The machine that a run was made on, and the libraries that it went through."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,17 +15,12 @@ from pydantic import BaseModel, ConfigDict
 
 from kitty_nb.isolated_server import free_memory
 
-_CPU_NAME = ("model name", "Model", "Hardware")  # of proc_cpuinfo(5), by architecture
+_CPU_NAME = re.compile(r"^(?:model name|Model)\s*:\s*(.+)$", re.MULTILINE)  # proc_cpuinfo(5)
 _LIBRARIES = ("kitty_nb", "xllamacpp", "gguf", "httpx", "anyio", "pydantic", "psutil", "numpy")
 
 
 class Gpu(BaseModel):
-    """A GPU.
-
-    Attributes:
-        name: What its driver calls it.
-        memory: All of its own, in bytes.
-    """
+    """A GPU as its driver names it, and its own memory in bytes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,13 +32,13 @@ class HostFacts(BaseModel):
     """A machine.
 
     Attributes:
-        name: What it is called on its network.
-        cpu: What its processor is called.
+        name: Its name on the network.
+        cpu: The processor's name.
         cores: Cores of the processor, where the system tells.
-        threads: What it can run at once, by the processor.
-        usable_threads: What this program may use of that.
+        threads: Hardware threads of the processor.
+        usable_threads: Those that this program may use.
         ram: Bytes of memory.
-        gpus: Those of NVIDIA; a Mac's belongs to its processor.
+        gpus: NVIDIA's GPUs; a Mac's belongs to its processor.
         os: The operating system with its version.
         python: Python's implementation and version.
     """
@@ -62,12 +59,13 @@ class HostFacts(BaseModel):
 def host_facts() -> HostFacts:
     """Describe this machine. It asks drivers and programs: call it in a worker thread."""
     memory = free_memory()
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS pins nothing
     return HostFacts(
         name=platform.node(),
-        cpu=_cpu_name(),
+        cpu=_cpu_name() or platform.machine(),
         cores=psutil.cpu_count(logical=False),
         threads=psutil.cpu_count(),
-        usable_threads=_usable_threads(),
+        usable_threads=len(affinity(0)) if affinity else psutil.cpu_count(),
         ram=memory.ram.total,
         gpus=tuple(Gpu(name=gpu.name, memory=gpu.total) for gpu in memory.gpus),
         os=platform.platform(),
@@ -76,29 +74,19 @@ def host_facts() -> HostFacts:
 
 
 def library_versions() -> dict[str, str]:
-    """Give the versions of those libraries that are there and that a run goes through."""
+    """Return the versions of the installed libraries that a run goes through."""
     versions = {}
     for name in _LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
-
-
-def _usable_threads() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS pins nothing
-    return len(affinity(0)) if affinity else psutil.cpu_count()
 
 
 def _cpu_name() -> str:
     if psutil.MACOS:
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        return told or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    says = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return next((says[key] for key in _CPU_NAME if says.get(key)), platform.machine())
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    with suppress(OSError):
+        if found := _CPU_NAME.search(Path("/proc/cpuinfo").read_text(errors="replace")):
+            return found[1]
+    return ""
