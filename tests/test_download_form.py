@@ -142,8 +142,9 @@ def test_without_the_extra_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     form, _done = make()
-    assert "pip install &#x27;kitty_nb[hub]&#x27;" in form.notice.value
-    assert form.show_files.disabled
+    form.repository.value = ONE
+    form.show_files.click()
+    eventually(lambda: "pip install 'kitty_nb[hub]'" in html.unescape(form.notice.value))
 
 
 def test_the_panel_selects_a_downloaded_model(

@@ -219,8 +219,12 @@ def test_a_variant_is_chosen_by_label_file_or_folder() -> None:
         label("Q2_K")
     with pytest.raises(HubError, match="several models"):
         repository_of("x-Q8_0.gguf", "x-Q2_K.gguf").choose(None)
+
+
+def test_a_repository_without_models_is_explained(hub: Hub, models: Path) -> None:
+    hub.repos["a/b"] = Repo({"README.md": b"# b", "model.safetensors": b"x"})
     with pytest.raises(HubError, match="ends in -GGUF"):
-        repository_of().choose(None)
+        prepare(models, "a/b")
 
 
 def test_a_download_is_found_by_the_catalog_and_not_repeated(

@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote
@@ -20,8 +19,6 @@ from kitty_nb.errors import HubAccessError, HubError, HubOfflineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-MISSING_EXTRA = "Downloads need the package huggingface_hub: pip install 'kitty_nb[hub]'"
 
 _HOST = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)", re.IGNORECASE)
 _REFERENCE = re.compile(
@@ -117,32 +114,26 @@ class Repository:
     Attributes:
         name: `owner/name`.
         commit: The commit that all its files are of.
-        variants: Its models, smallest first.
+        variants: Its models, at least one, smallest first.
     """
 
     name: str
     commit: str
     variants: tuple[Variant, ...]
 
-    @property
-    def usual(self) -> Variant | None:
-        """The only variant, or the one with the usual quantization."""
-        only = len(self.variants) == 1
-        return next((v for v in self.variants if only or v.label == _USUAL), None)
-
-    def choose(self, wanted: str | None) -> Variant:
+    def choose(self, wanted: str | None, *, or_smallest: bool = False) -> Variant:
         """Find a variant by its label or by a file or folder; the usual one for None.
 
+        Args:
+            wanted: The label, file or folder.
+            or_smallest: Whether the smallest will do where none is usual.
+
         Raises:
-            HubError: There is none, or several would do.
+            HubError: There is no such variant, or several would do.
         """
-        if not self.variants:
-            raise HubError(
-                f"{self.name} has no GGUF model that llama-server could load. Look for a"
-                " repository of the same model whose name ends in -GGUF."
-            )
-        if wanted is None and self.usual:
-            return self.usual
+        usual = [variant for variant in self.variants if variant.label == _USUAL]
+        if wanted is None and (usual or or_smallest or len(self.variants) == 1):
+            return (usual or self.variants)[0]
         name = (wanted or "").strip("/").casefold()
         for variant in self.variants:
             paths = [shard.path for shard in variant.shards]
@@ -155,11 +146,6 @@ class Repository:
         raise HubError(f"{problem}. Choose one of {labels}.")
 
 
-def hub_is_installed() -> bool:
-    """Whether the extra `hub` is installed."""
-    return find_spec("huggingface_hub") is not None
-
-
 async def find_repository(reference: HubReference) -> Repository:
     """Ask the Hub, or the one that `HF_ENDPOINT` names, for a repository's models.
 
@@ -170,10 +156,10 @@ async def find_repository(reference: HubReference) -> Repository:
 
 
 def _ask(reference: HubReference) -> Repository:
-    if not hub_is_installed():
-        raise HubError(MISSING_EXTRA)
-    from huggingface_hub import HfApi  # noqa: PLC0415
-
+    try:
+        from huggingface_hub import HfApi  # noqa: PLC0415
+    except ImportError:
+        raise HubError("Downloads need another package: pip install 'kitty_nb[hub]'") from None
     asked = reference.repository
     ask = HfApi(library_name="kitty_nb").model_info
     try:
@@ -191,10 +177,16 @@ def _ask(reference: HubReference) -> Repository:
         for file in info.siblings or ()
         if file.lfs  # the Hub keeps all binary files so
     ]
+    variants = list_variants(files)
+    if not variants:
+        raise HubError(
+            f"{asked} has no GGUF model that llama-server could load. Look for a repository of the"
+            " same model whose name ends in -GGUF."
+        )
     # A renamed repository answers with its new name, a mirror with any: the folder keeps the name
     # that was asked for, in the Hub's own upper and lower case.
     name = info.id if info.id.casefold() == asked.casefold() else asked
-    return Repository(name, info.sha or reference.revision, list_variants(files))
+    return Repository(name, info.sha or reference.revision, variants)
 
 
 @contextmanager

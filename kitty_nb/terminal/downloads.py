@@ -26,8 +26,6 @@ async def show_variants(reference: HubReference, models_dir: Path, console: Cons
         HubError: The repository can't be read, or has no models.
     """
     repository = await find_repository(reference)
-    if not repository.variants:
-        repository.choose(None)
     table = Table("Model", "Size", "Files", "To download", box=None)
     for variant in repository.variants:
         plan = Download(repository, variant, models_dir).plan()

@@ -9,10 +9,11 @@ from anyio import CancelScope
 from anyio.to_thread import run_sync
 from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, IntProgress, Text, VBox
 from rich.filesize import decimal
+from rich.progress import Progress
 
 from kitty_nb.errors import KittyError
 from kitty_nb.hub.download import Download
-from kitty_nb.hub.repository import MISSING_EXTRA, HubReference, find_repository, hub_is_installed
+from kitty_nb.hub.repository import HubReference, find_repository
 from kitty_nb.widgets.actions import Notice, explain
 from kitty_nb.widgets.display import labelled
 from kitty_nb.widgets.load_bar import duration
@@ -78,9 +79,6 @@ class DownloadForm(Accordion):
         self.choice.observe(lambda _: self._choose(), names="value")
         self.download.on_click(lambda _: self._download())
         self.cancel.on_click(lambda _: self.stop())
-        if not hub_is_installed():
-            self.show_files.disabled = True
-            self.notice.show(MISSING_EXTRA)
 
     def attach(self, models_dir: Callable[[], Path], on_done: Callable[[Path], object]) -> None:
         """Serve another panel from now on; a running download goes on."""
@@ -128,10 +126,7 @@ class DownloadForm(Accordion):
         try:
             reference = HubReference.parse(text)
             repository = await find_repository(reference)
-            if reference.wanted or not repository.variants:
-                wanted = repository.choose(reference.wanted)
-            else:
-                wanted = repository.usual or repository.variants[0]
+            wanted = repository.choose(reference.wanted, or_smallest=True)
         except KittyError:
             self.files.value = ""
             raise
@@ -158,8 +153,6 @@ class DownloadForm(Accordion):
         self.download.disabled = plan.shortage > 0
 
     async def _fetch(self, download: Download) -> None:
-        from rich.progress import Progress  # noqa: PLC0415 - slow to import
-
         size = download.variant.size
         meter = Progress(disable=True)  # only to work out the rate
         line = meter.add_task("", total=size)
