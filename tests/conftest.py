@@ -49,6 +49,9 @@ if sys.dont_write_bytecode:
     sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     del os.environ["PYTHONDONTWRITEBYTECODE"]
+LIGHT = str(Path(__file__).parent / "light")
+sys.path.insert(0, LIGHT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [LIGHT, os.environ.get("PYTHONPATH")]))
 
 # Read when huggingface_hub is imported: nothing of the user's is used, and no test reaches the Hub.
 _HUB_HOME = tempfile.TemporaryDirectory(prefix="kitty_nb-hub-")

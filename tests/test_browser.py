@@ -282,7 +282,13 @@ def test_the_control_notebook_starts_a_model_and_stops_it(
     assert not psutil.pid_exists(pid)
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle kernel", "kernel in time.sleep"])
+@pytest.mark.parametrize(
+    "busy",
+    [
+        pytest.param(False, id="idle kernel", marks=pytest.mark.slow),
+        pytest.param(True, id="kernel in time.sleep"),
+    ],
+)
 def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
     open_notebook: Callable[..., Notebook], busy: bool
 ) -> None:
@@ -365,6 +371,7 @@ def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     notebook.set_theme("JupyterLab Light")
 
 
+@pytest.mark.slow
 def test_a_narrow_panel_shows_what_is_chosen_and_no_idle_scrollbar(
     open_notebook: Callable[..., Notebook],
 ) -> None:
@@ -428,6 +435,7 @@ def test_the_log_filters_pauses_and_survives_a_reload(
     notebook.expect_status("STOPPED")
 
 
+@pytest.mark.slow
 def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:
@@ -457,6 +465,7 @@ def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
     expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
 
 
+@pytest.mark.slow
 def test_what_is_offered_for_copying_runs_and_the_key_is_copied(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:
@@ -485,6 +494,7 @@ def test_what_is_offered_for_copying_runs_and_the_key_is_copied(
     notebook.expect_status("STOPPED")
 
 
+@pytest.mark.slow
 def test_the_servers_own_web_page_opens_through_jupyterlab(
     open_notebook: Callable[..., Notebook],
 ) -> None:
@@ -518,6 +528,7 @@ def test_the_servers_own_web_page_opens_through_jupyterlab(
     expect(link).to_be_hidden()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "elsewhere.example"])
 def test_without_a_proxy_the_link_is_shown_where_it_can_work(
     open_notebook: Callable[..., Notebook], lab_without_proxy: str, host: str
@@ -539,6 +550,7 @@ def test_without_a_proxy_the_link_is_shown_where_it_can_work(
     notebook.expect_status("STOPPED")
 
 
+@pytest.mark.slow
 def test_one_of_five_hundred_models_is_found(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:
@@ -565,6 +577,7 @@ def test_one_of_five_hundred_models_is_found(
     expect(panel.locator(".kitty-model option:checked")).to_contain_text("m-457")
 
 
+@pytest.mark.slow
 def test_a_model_is_found_by_typing_and_chosen_by_keys(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:
@@ -616,6 +629,7 @@ def test_a_model_is_found_by_typing_and_chosen_by_keys(
     assert all("document.title" not in notebook.read_text() for notebook in saved)
 
 
+@pytest.mark.slow
 def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     open_notebook: Callable[..., Notebook],
 ) -> None:
