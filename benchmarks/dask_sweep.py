@@ -80,7 +80,7 @@ def _seconds(client: Client, config: ServerConfig, answer: int, repeats: int) ->
         prompts=_PROMPTS,
         max_tokens=answer,
         repeats=repeats,
-        store=config.log_dir / f"{time.monotonic_ns()}.sqlite3",
+        store=config.log_dir / f"{time.monotonic_ns()}.journal",
     ) as sweep:
         began = time.perf_counter()
         rows = sweep.run(client=client).wait().rows

@@ -58,7 +58,7 @@ def _overhead(config: ServerConfig, folder: Path, *, short: bool) -> None:
         max_tokens=_SHORTER if short else 64,
         parallel=(1, 4),
         config=config,
-        store=folder / "sweep.sqlite3",
+        store=folder / "sweep.journal",
     )
     with sweep:
         began = time.monotonic()

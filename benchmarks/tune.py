@@ -59,7 +59,7 @@ def main() -> None:
         print(f"{subject}\n")
         began = time.monotonic()
         choices, rounds = (_SMALL_GRID, _FEWER) if subject.model else (_GRID, _ROUNDS)
-        grid = _sweep(config, folder / "grid.sqlite3", grid=choices)
+        grid = _sweep(config, folder / "grid.journal", grid=choices)
         # Not the one nearest to the settings in use, as `Results.best` has it.
         best = max(grid.combinations, key=lambda one: one.value(_OBJECTIVE))
         spread = [one.value(_OBJECTIVE) for one in grid.combinations]
@@ -91,7 +91,7 @@ def _search(
         budget=budget,
         seed=seed,
         config=config,
-        store=folder / f"tune_{seed}.sqlite3",
+        store=folder / f"tune_{seed}.journal",
         **_ASKED,
     ).wait()
     rows: tuple[TrialResult, ...] = found.results.rows
@@ -107,7 +107,7 @@ def _side_by_side(
 ) -> list[float]:
     """What each winner reaches of the best, by medians of as many rounds."""
     configs = [dict(one.trial.settings) for one in (best, *winners)]
-    results = _sweep(config, folder / "again.sqlite3", configs=configs, repeats=rounds)
+    results = _sweep(config, folder / "again.journal", configs=configs, repeats=rounds)
     rates = {frozenset(one.trial.settings): one.value(_OBJECTIVE) for one in results.combinations}
     reached: list[float] = [rates[frozenset(one.trial.settings)] for one in (best, *winners)]
     return [one / reached[0] for one in reached[1:]]

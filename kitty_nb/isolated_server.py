@@ -23,8 +23,9 @@ from anyio.to_thread import run_sync
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.command_line import SERVER_SETTINGS
+from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
-from kitty_nb.errors import PortBusyError, ServerError
+from kitty_nb.errors import EngineError, PortBusyError, ServerError
 from kitty_nb.supervisor.events import ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord
@@ -48,6 +49,7 @@ __all__ = [
     "find_load",
     "free_memory",
     "gather_facts",
+    "has_gpu",
     "isolated_server",
     "locate_engine",
     "this_host",
@@ -158,6 +160,15 @@ async def isolated_server(
             finally:
                 with anyio.CancelScope(shield=True):
                     await supervisor.stop(force=True)
+
+
+async def has_gpu(config: ServerConfig) -> bool:
+    """Whether the engine has a device to offload layers to; False where there is no engine."""
+    try:
+        _, devices = await engine_devices(config)
+    except EngineError:
+        return False
+    return bool((await run_sync(free_memory)).gpus if devices is None else devices)
 
 
 async def find_load(state: ServerState) -> LoadRecord | None:

@@ -72,7 +72,7 @@ def test_sizes_that_made_no_difference_are_not_written(config: ServerConfig) -> 
 def test_too_short_a_prompt_is_said_before_the_first_trial(
     config: ServerConfig, tmp_path: Path, grid: dict[str, list[int]], prompts: str, told: str
 ) -> None:
-    with Sweep(grid=grid, prompts=prompts, config=config, store=tmp_path / "s.sqlite3") as sweep:
+    with Sweep(grid=grid, prompts=prompts, config=config, store=tmp_path / "s.journal") as sweep:
         assert (told in " ".join(sweep.warnings)) if told else not sweep.warnings
 
 
@@ -82,7 +82,7 @@ def test_the_default_prompt_fills_the_batches_as_far_as_the_context_has_room(
     # The smaller context has no room for a prompt that fills a batch.
     grid = {"ubatch_size": [32, 256], "context_size": [256, 1024]}
     base = config.replace(binary=engine, parallel=1)
-    store = tmp_path / "s.sqlite3"
+    store = tmp_path / "s.journal"
     with Sweep(grid=grid, config=base, repeats=1, max_tokens=8, store=store) as sweep:
         assert not sweep.warnings
         rows = sweep.run().wait(120).rows

@@ -84,7 +84,7 @@ def sweep(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]
     made: list[Sweep] = []
 
     def make(**more: object) -> Sweep:
-        store = tmp_path / f"{len(made)}.sqlite3"
+        store = tmp_path / f"{len(made)}.journal"
         given = {"config": config, "max_tokens": 8, "repeats": 1, "store": store}
         made.append(Sweep(**(given | more)))  # type: ignore[arg-type]
         return made[-1]

@@ -22,7 +22,7 @@ from kitty_nb.engine.devices import Device, engine_devices, parse_devices
 from kitty_nb.errors import ServerCrashedError
 from kitty_nb.experiments import Results, Sweep
 from kitty_nb.experiments.metrics import metrics_of
-from kitty_nb.experiments.space import read_space
+from kitty_nb.experiments.study import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import memory_use, with_devices
 from kitty_nb.terminal.status import glance
@@ -235,7 +235,7 @@ def test_a_trial_names_its_devices_and_claims_nothing_of_their_memory(
         binary=native_engine, extra_args=["--rpc", workers, "-dev", chosen], n_gpu_layers=99
     )
     with Sweep(
-        config=base, repeats=1, max_tokens=4, record=True, store=tmp_path / "s.sqlite3"
+        config=base, repeats=1, max_tokens=4, record=True, store=tmp_path / "s.journal"
     ) as sweep:
         (row,) = sweep.run().wait(120).rows
     assert row.record, row.reason

@@ -125,7 +125,7 @@ def test_a_sweep_runs_headless_with_parameters(
     command = [
         *(sys.executable, "-m", "papermill", "--no-progress-bar", notebook, "done.ipynb"),
         *("-y", "{models: [mine.gguf], grid: {batch_size: [32, 64]}}"),
-        *("-p", "repeats", "1", "-p", "max_tokens", "4", "-p", "store", "mine.sqlite3"),
+        *("-p", "repeats", "1", "-p", "max_tokens", "4", "-p", "store", "mine.journal"),
         *("-p", "save_to", "mine.env"),
     ]
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_a_sweep_runs_headless_with_parameters(
     )
     assert done.returncode == 0, done.stderr
     config = ServerConfig.from_env(tmp_path / ".env")
-    store = tmp_path / "mine.sqlite3"
+    store = tmp_path / "mine.journal"
     grid = {"batch_size": [32, 64]}
     again = Sweep(
         ["mine.gguf"], grid, "Who are you?", repeats=1, max_tokens=4, config=config, store=store

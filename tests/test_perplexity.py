@@ -85,7 +85,7 @@ def test_quantized_caches_rank_as_they_should(real_config: ServerConfig, tmp_pat
         max_tokens=2,
         quality=Perplexity({prompt: text}),
         config=real_config.replace(flash_attention="on", threads=1),
-        store=tmp_path / "sweep.sqlite3",
+        store=tmp_path / "sweep.journal",
     )
     with sweep:
         results = sweep.run().wait(WAIT)

@@ -9,14 +9,20 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution as Values
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution as Range
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments.metrics import constraints_of, metric_names
-from kitty_nb.experiments.objective import Objective, glimpses, read_objective, why_behind
-from kitty_nb.experiments.propose import make_study, propose
-from kitty_nb.experiments.space import Range, Space, Values, read_space
-from kitty_nb.experiments.standing import Standing
+from kitty_nb.experiments.metrics import (
+    Objective,
+    constraints_of,
+    metric_names,
+    metrics_of,
+    read_objective,
+)
+from kitty_nb.experiments.study import Search, Space, partial_metrics, read_space
 from kitty_nb.experiments.trial import (
     LoadSeconds,
     Measurement,
@@ -36,6 +42,7 @@ SPACE: Space = {
     "cache_type_k": Values(("f16", "q8_0", "q4_0")),
 }
 COMBINATIONS = 4 * 5 * 2 * 3
+MODEL = "m.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -58,42 +65,37 @@ def rate_of(settings: tuple[tuple[str, Any], ...]) -> float:
     return 100 * speed * {"f16": 0.9, "q8_0": 1.0, "q4_0": 0.8}[given["cache_type_k"]]
 
 
-def searched(
-    base: ServerConfig,
-    budget: int,
-    seed: int,
-    rows: tuple[TrialResult, ...] = (),
-    space: Space = SPACE,
-    rate: Callable[[tuple[tuple[str, Any], ...]], float] = rate_of,
-) -> Any:
-    while len(rows) < budget:
-        known = Standing(rows, base, RATE, ()).known
-        settings = propose(space, known, {"threads": 2}, smaller=False, seed=seed)
-        if settings is None:
-            break
-        rows += (row(Trial("m.gguf", settings), rate(settings)),)
-    return rows
+def search_of(base: ServerConfig, space: Space = SPACE, seed: int = 0, **more: Any) -> Search:
+    given = {"objective": RATE, "bounds": (), "config": base, "seed": seed}
+    return Search(MODEL, space, **(given | more))
+
+
+def searched(search: Search, budget: int, measure: Callable[[Trial], TrialResult]) -> Search:
+    while len(search.rows) < budget and (asked := search.ask()):
+        search.tell(measure(asked[0]), asked[1])
+    return search
+
+
+def known(base: ServerConfig, *rows: TrialResult, **more: Any) -> Search:
+    search = search_of(base, {"threads": Values((1, 2))}, **more)
+    search.resume(rows)
+    return search
 
 
 def test_a_quarter_of_the_trials_finds_nearly_the_best(base: ServerConfig) -> None:
     shares = []
-    for seed in range(12):
-        known = Standing(searched(base, COMBINATIONS // 4, seed), base, RATE, ()).known
-        shares.append(max(one.value or 0 for one in known) / 100)
+    for seed in range(9):
+        search = search_of(base, seed=seed)
+        searched(search, COMBINATIONS // 4, lambda trial: row(trial, rate_of(trial.settings)))
+        rates = [metrics_of(one)["generation_tokens_per_second"] for one in search.rows]
+        shares.append(max(rates) / 100)
     assert median(shares) >= 0.95, shares
 
 
-def test_proposals_depend_on_rows_and_seed_alone(base: ServerConfig) -> None:
-    whole = searched(base, 12, seed=3)
-    assert searched(base, 12, seed=3) == whole
-    assert searched(base, 12, seed=3, rows=whole[:5]) == whole
-    assert searched(base, 12, seed=4) != whole
-    assert dict(whole[0].trial.settings)["threads"] == 2  # the settings in use come first
-
-
-def test_nothing_is_proposed_twice_and_everything_once(base: ServerConfig) -> None:
-    rows = searched(base, 1000, seed=0)
-    assert len({one.trial for one in rows}) == len(rows) == COMBINATIONS
+def test_the_settings_in_use_come_first(base: ServerConfig) -> None:
+    (trial, _) = search_of(base).ask() or (None, None)
+    assert trial
+    assert dict(trial.settings)["threads"] == 2
 
 
 @pytest.mark.parametrize(
@@ -104,24 +106,27 @@ def test_nothing_is_proposed_twice_and_everything_once(base: ServerConfig) -> No
         {"threads": Values((1, 2, 4)), "cache_type_k": Values((None, "q8_0"))},
     ],
 )
-def test_a_small_range_is_tried_whole_and_nothing_is_a_value(
+def test_everything_is_tried_once_and_then_the_best_is_measured_again(
     base: ServerConfig, space: Space
 ) -> None:
-    rows = searched(base, 20, 3, space=space, rate=lambda settings: len(str(settings)))
-    assert len({one.trial.settings for one in rows}) == len(rows) == 6
+    def measure(trial: Trial) -> TrialResult:
+        return row(trial, len(str(trial.settings)))
+
+    search = searched(search_of(base, space), 30, measure)
+    first = [one.trial.settings for one in search.rows if one.trial.repeat == 1]
+    assert len(set(first)) == len(first) == 6
+    assert len({one.trial for one in search.rows}) == len(search.rows) == 6 * 3
+    assert search.ask() is None
 
 
 def test_failures_are_avoided(base: ServerConfig) -> None:
-    space: Space = {"threads": Range(1, 1000)}
-    rows: tuple[TrialResult, ...] = ()
-    for _ in range(40):
-        settings = propose(space, Standing(rows, base, RATE, ()).known, {}, smaller=False, seed=0)
-        assert settings
-        trial = Trial("m.gguf", settings)
-        threads: Any = dict(settings)["threads"]
+    def measure(trial: Trial) -> TrialResult:
+        threads: Any = dict(trial.settings)["threads"]
         failed = TrialResult(trial, Outcome.FAILED, "It crashed.")
-        rows += (failed if threads > 500 else row(trial, 1000 - abs(threads - 200)),)
-    late = [one.outcome for one in rows[20:]]
+        return failed if threads > 500 else row(trial, 1000 - abs(threads - 200))
+
+    search = searched(search_of(base, {"threads": Range(1, 1000)}), 40, measure)
+    late = [one.outcome for one in search.rows[20:]]
     assert late.count(Outcome.DONE) >= 15
 
 
@@ -129,35 +134,50 @@ def test_optuna_is_quiet_and_its_level_left_alone(
     base: ServerConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     optuna.logging.set_verbosity(optuna.logging.INFO)
-    make_study(SPACE, Standing(searched(base, 8, 0), base, RATE, ()).known, smaller=False)
+    searched(search_of(base), 8, lambda trial: row(trial, rate_of(trial.settings)))
     assert optuna.logging.get_verbosity() == logging.INFO
     assert not capfd.readouterr().err
 
 
 def test_repeats_count_by_their_median_and_the_best_is_measured_again(base: ServerConfig) -> None:
-    lucky, steady = (Trial("m.gguf", (("threads", n),)) for n in (1, 2))
-    rows = (row(lucky, 30.0), row(steady, 20.0))
-    assert Standing(rows, base, RATE, ()).unsure == replace(lucky, repeat=2)
-    rows += (row(replace(lucky, repeat=2), 5.0), row(replace(lucky, repeat=3), 5.0))
-    standing = Standing(rows, base, RATE, ())
-    assert standing.best
-    assert standing.best[0].trial == steady
-    assert standing.unsure == replace(steady, repeat=2)
+    lucky, steady = (Trial(MODEL, (("threads", n),)) for n in (1, 2))
+    search = known(base, row(lucky, 30.0), row(steady, 20.0))
+    again, asked = search.ask() or (None, None)
+    assert again == replace(lucky, repeat=2)
+    assert asked
+    search.tell(row(again, 5.0), asked)
+    search.resume([row(replace(lucky, repeat=3), 5.0)])
+    assert search.best
+    assert search.best[0].trial == steady
+    assert (search.ask() or (None,))[0] == replace(steady, repeat=2)
 
 
-def test_what_breaks_a_constraint_is_no_peer(base: ServerConfig) -> None:
-    rows = tuple(
-        row(Trial("m.gguf", (("threads", n),)), rate, memory)
+def test_what_breaks_a_constraint_does_not_win(base: ServerConfig) -> None:
+    rows = (
+        row(Trial(MODEL, (("threads", n),)), rate, memory)
         for n, rate, memory in ((1, 10.0, 1.0), (2, 99.0, 30.0))
     )
-    bounds = constraints_of({"memory_gib": 20})
-    standing = Standing(rows, base, RATE, bounds)
-    assert standing.best
-    assert standing.best[1].median == 10.0
-    assert len(standing.peers) == 1
-    study = make_study({"threads": Values((1, 2))}, standing.known, smaller=False)
-    assert study.best_value == 10.0
-    assert study.best_trial.user_attrs == {"threads": 1}
+    search = known(base, *rows, bounds=constraints_of({"memory_gib": 20}))
+    assert search.best
+    assert search.best[1].median == 10.0
+    assert search.study.best_value == 10.0
+    assert search.study.best_trial.params == {"threads": 1}
+
+
+def test_rows_that_are_no_part_of_the_search_do_not_count(base: ServerConfig) -> None:
+    pruned = TrialResult(
+        Trial(MODEL, (("threads", 1),)), Outcome.PRUNED, "Pruned: its load_seconds was 9"
+    )
+    search = known(
+        base,
+        pruned,
+        row(Trial(MODEL, (("threads", 3),)), 1.0),
+        row(Trial("other.gguf", (("threads", 1),)), 1.0),
+        row(Trial(MODEL), 1.0),
+    )
+    assert not search.rows
+    search.resume([replace(pruned, reason=f"Pruned: its {RATE.name} was 1")])
+    assert len(search.rows) == 1
 
 
 def test_less_is_better_by_name_and_by_a_minus_sign() -> None:
@@ -168,27 +188,41 @@ def test_less_is_better_by_name_and_by_a_minus_sign() -> None:
         read_objective("-time_to_frist_token", NAMES)
 
 
-def test_a_function_that_fails_is_named(base: ServerConfig) -> None:
+def test_a_function_that_fails_is_named() -> None:
     objective = Objective("broken", smaller=False, function=lambda _: 1 / 0)
     with pytest.raises(ExperimentError, match="ZeroDivisionError"):
-        assert Standing((row(Trial("m"), 1.0),), base, objective, ()).known
+        objective.of(row(Trial("m"), 1.0))
 
 
 @pytest.mark.parametrize(
-    ("smaller", "sofar", "behind"),
-    [(False, 89.0, True), (False, 91.0, False), (True, 111.0, True), (True, 109.0, False)],
+    ("objective", "sofar", "behind"),
+    [
+        (RATE, 89.0, True),
+        (RATE, 91.0, False),
+        (read_objective("-generation_tokens_per_second", NAMES), 111.0, True),
+        (read_objective("-generation_tokens_per_second", NAMES), 109.0, False),
+    ],
 )
-def test_clearly_behind_is_more_than_a_tenth(smaller: bool, sofar: float, behind: bool) -> None:
-    objective = Objective("load_seconds", smaller)
-    assert bool(why_behind(objective, sofar, [90.0, 100.0, 100.0, 300.0])) == behind
-    assert not why_behind(objective, sofar, [100.0] * 3)
+def test_clearly_behind_is_more_than_a_tenth(
+    base: ServerConfig, objective: Objective, sofar: float, behind: bool
+) -> None:
+    def pruned(rates: list[float]) -> str:
+        search = search_of(base, {"threads": Range(1, 9)}, objective=objective)
+        rows = (row(Trial(MODEL, (("threads", n),)), r) for n, r in enumerate(rates, 1))
+        search.resume(rows)
+        _, asked = search.ask() or (None, None)
+        assert asked
+        return search.prune_reason(asked, [sofar, 1.0, 1000.0])
+
+    assert bool(pruned([90.0, 100.0, 100.0, 300.0])) == behind
+    assert not pruned([100.0] * 3)
 
 
 def test_answers_tell_of_the_number_that_they_make_up() -> None:
     event = RequestAnswered(Trial("m"), 1, 8, 4, 50.0, 500.0, 0.2)
-    assert dict(glimpses(event, least=1))["generation_tokens_per_second_4"] == 50.0
-    assert dict(glimpses(event, least=4))["time_to_first_token"] == 0.2
-    assert not dict(glimpses(replace(event, done=8), least=1))  # nothing is spared any more
+    assert partial_metrics(event, least=1)["generation_tokens_per_second_4"] == 50.0
+    assert partial_metrics(event, least=4)["time_to_first_token"] == 0.2
+    assert not partial_metrics(replace(event, done=8), least=1)  # nothing is spared any more
 
 
 Read = Callable[..., Space]
@@ -205,11 +239,11 @@ def read(base: ServerConfig) -> Read:
 def test_lists_ranges_and_single_values(read: Read) -> None:
     space = read({"threads": [4, 1, 2], "batch_size": (64, 2048), "cache_type_k": "q8_0"})
     assert space == {
-        "threads": Values((1, 2, 4)),
-        "batch_size": Range(64, 2048),
+        "threads": Values((4, 1, 2)),
+        "batch_size": Range(64, 2048, log=True),
         "cache_type_k": Values(("q8_0",)),
     }
-    assert read({"temperature": (0.0, 1.0)}) == {"temperature": Range(0.0, 1.0)}
+    assert read({"temperature": (0.0, 1.0)}) == {"temperature": FloatDistribution(0.0, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +294,8 @@ def test_the_usual_space_has_the_threads_of_this_machine(tmp_path: Path) -> None
     config = ServerConfig(models_dir=tmp_path, model=model)
     name, space = read_space(None, config, None, (), NAMES)
     assert name == "demo.gguf"
-    assert 1 in space["threads"]
+    threads = space["threads"]
+    assert isinstance(threads, Values)
+    assert 1 in threads.choices
     assert {"threads", "flash_attention"} <= space.keys()
     assert "batch_size" not in space

@@ -28,7 +28,7 @@ from kitty_nb.errors import (
     ResultStoreError,
     ServerFailedError,
 )
-from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.store import RowStore
 from kitty_nb.supervisor.history import LoadHistory
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.record import ServerRecord, find_server, write_record
@@ -277,14 +277,17 @@ def test_a_program_behind_a_link_that_others_can_change_is_not_run(
 def test_results_and_history_of_another_user_are_not_believed(
     config: ServerConfig, tmp_path: Path, second_user: User
 ) -> None:
-    path = tmp_path / "sweep.sqlite3"
-    store = ResultStore(path, "conditions")
+    path = tmp_path / "sweep.journal"
+    store = RowStore(path, "conditions")
     anyio.run(store.recall)
     give(path, second_user)
     with pytest.raises(ResultStoreError, match=f"belongs to the user {second_user.pw_name}"):
         store.read()
     told: list[str] = []
-    history = LoadHistory(path, told.append)
+    sqlite = tmp_path / "history.sqlite3"
+    sqlite.touch()
+    give(sqlite, second_user)
+    history = LoadHistory(sqlite, told.append)
     assert anyio.run(history.recall, "host", "model") == ()
     assert second_user.pw_name in told[0]
 

@@ -3,15 +3,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -32,10 +32,10 @@ from kitty_nb.experiments import (
     TrialResult,
     replay,
 )
-from kitty_nb.experiments.eta import seconds_left
 from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.run_trial import run_trial, this_machine
-from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.store import RowStore
+from kitty_nb.experiments.sweep import seconds_left
 from kitty_nb.experiments.trial import (
     Execute,
     OnProgress,
@@ -69,7 +69,7 @@ def sweep(base: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
     made: list[Sweep] = []
 
     def make(**more: object) -> Sweep:
-        given = {"config": base, "max_tokens": 8, "repeats": 1, "store": tmp_path / "sweep.sqlite3"}
+        given = {"config": base, "max_tokens": 8, "repeats": 1, "store": tmp_path / "sweep.journal"}
         made.append(Sweep(**(given | more)))  # type: ignore[arg-type]
         return made[-1]
 
@@ -184,8 +184,8 @@ def test_rows_of_another_file_of_the_same_name_are_not_taken(
 def test_rows_that_do_not_say_which_file_it_was_count(sweep: Callable[..., Sweep]) -> None:
     one = sweep()
     one.run(no_server()).wait(WAIT)
-    with closing(sqlite3.connect(one.store)) as store, store:
-        store.execute("UPDATE trials SET result = json_remove(result, '$.fingerprint')")
+    one.store.write_text(re.sub(r',"fingerprint":(null|{.*?})', "", one.store.read_text()))
+    assert "fingerprint" not in one.store.read_text()
     assert sweep().progress.done == 1
 
 
@@ -294,7 +294,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
     sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
 ) -> None:
     program = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, base.model_dump_json(), str(tmp_path / "sweep.sqlite3")]
+        [sys.executable, "-c", _KILLED, base.model_dump_json(), str(tmp_path / "sweep.journal")]
     )
     one = sweep(grid={"threads": [1, 2], "batch_size": [64, 128, 256]}, repeats=2)
 
@@ -430,7 +430,7 @@ def test_a_server_that_never_gets_ready_is_a_row_with_its_diagnosis(
     misbehaving: Callable[..., ServerConfig], tmp_path: Path
 ) -> None:
     config = misbehaving("--never-ready", "--exit-after", "0.1", "--exit-code", "5")
-    store = tmp_path / "sweep.sqlite3"
+    store = tmp_path / "sweep.journal"
     with Sweep(config=config, store=store, repeats=1, logs=tmp_path / "trials") as one:
         (row,) = one.run().wait(WAIT).rows
         assert row.outcome is Outcome.FAILED
@@ -446,7 +446,7 @@ def test_a_model_that_no_formula_knows_is_tried(
 ) -> None:
     model = write_model(tmp_path / "odd.gguf", context_length=None)
     config = misbehaving("--never-ready", "--exit-after", "0.1", model=model)
-    with Sweep(config=config, store=tmp_path / "sweep.sqlite3", repeats=1) as one:
+    with Sweep(config=config, store=tmp_path / "sweep.journal", repeats=1) as one:
         (row,) = one.run().wait(WAIT).rows
     assert "exit code" in row.reason
 
@@ -786,18 +786,17 @@ def test_a_trial_can_be_sent_to_another_process(base: ServerConfig, tmp_path: Pa
 
 
 def test_the_time_left_is_that_of_like_trials() -> None:
-    def ended(model: str, threads: int, seconds: float, load: float = 0.0) -> TrialResult:
+    def ended(model: str, threads: int, seconds: float) -> TrialResult:
         trial = Trial(model, (("threads", threads),))
-        return TrialResult(trial, Outcome.DONE, seconds=TrialSeconds(load=load, overall=seconds))
+        return TrialResult(trial, Outcome.DONE, seconds=TrialSeconds(overall=seconds))
 
-    rows = [ended("a", 1, 10), ended("a", 2, 20, 5), ended("a", 2, 30, 5)]
-    assert seconds_left(rows, [], {}) == 0
-    assert seconds_left([], [Trial("a")], {"a": 1.0}) is None
-    assert seconds_left(rows, [Trial("a", (("threads", 1),), 2)], {}) == 10
-    assert seconds_left(rows, [Trial("a", (("threads", 3),))], {}) == 20
-    assert seconds_left(rows, [Trial("b")], {"b": 100.0}) == 100 + 15
-    assert seconds_left(rows, [Trial("b")], {}, passed=4) == 16
-    assert seconds_left(rows, [Trial("b")], {}, passed=40) == 0
+    rows = [ended("a", 1, 10), ended("a", 2, 20), ended("a", 2, 30)]
+    assert seconds_left(rows, []) == 0
+    assert seconds_left([], [Trial("a")]) is None
+    assert seconds_left(rows, [Trial("a", (("threads", 1),), 2)]) == 10
+    assert seconds_left(rows, [Trial("a", (("threads", 3),))]) == 20
+    assert seconds_left(rows, [Trial("b")], passed=4) == 16
+    assert seconds_left(rows, [Trial("b")], passed=40) == 0
 
 
 @contextmanager
@@ -817,13 +816,14 @@ def rows_of(count: int) -> list[TrialResult]:
 
 def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path: Path) -> None:
     async def write() -> None:
-        store = ResultStore(tmp_path / "sub" / "rows.sqlite3", "conditions")
+        store = RowStore(tmp_path / "sub" / "rows.journal", "conditions")
         rows = rows_of(50)
         await store.add(rows[:2])
         with full_disk(20_000), pytest.raises(ResultStoreError, match="results are kept in memory"):
             await store.add(rows[2:40])
-        assert store.unwritten == 38
-        assert [row.trial.repeat for row in await store.recall()] == [0, 1]
+        assert 0 < store.unwritten <= 38
+        written = 40 - store.unwritten
+        assert [row.trial.repeat for row in store.read()] == [*range(written)]
         await store.add(rows[40:])
         assert store.unwritten == 0
         assert await store.recall() == tuple(rows)
@@ -831,59 +831,102 @@ def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path: Path) -> None
     anyio.run(write)
 
 
-def test_a_file_that_another_program_is_just_making_is_waited_for(tmp_path: Path) -> None:
-    path = tmp_path / "rows.sqlite3"
-    with closing(sqlite3.connect(path, check_same_thread=False)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        release = threading.Timer(0.3, other.rollback)
-        release.start()
-        anyio.run(ResultStore(path, "conditions").add, rows_of(2))
-        release.join()
-    assert len(ResultStore(path, "conditions").read()) == 2
+def test_a_line_that_a_killed_program_left_half_written_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.journal"
+    anyio.run(RowStore(path, "conditions").add, rows_of(2))
+    with path.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"x","stu')
+    store = RowStore(path, "conditions")
+    assert len(store.read()) == 2
+    anyio.run(store.add, rows_of(3))
+    assert len(RowStore(path, "conditions").read()) == 3
 
 
-def is_failure(event: SweepEvent) -> bool:
-    return isinstance(event, StoreFailed)
+_WRITES = """
+import sys, anyio
+from pathlib import Path
+from kitty_nb.experiments import Outcome, Trial, TrialResult
+from kitty_nb.experiments.store import RowStore
+store = RowStore(Path(sys.argv[1]), "conditions")
+for n in range(20):
+    anyio.run(store.add, [TrialResult(Trial(sys.argv[2], (), n), Outcome.DONE)])
+"""
 
 
-def test_a_locked_file_costs_no_row(sweep: Callable[..., Sweep]) -> None:
+def test_two_programs_can_write_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.journal"
+    programs = [
+        subprocess.Popen([sys.executable, "-c", _WRITES, str(path), name]) for name in ("a", "b")
+    ]
+    assert [program.wait(WAIT) for program in programs] == [0, 0]
+    rows = RowStore(path, "conditions").read()
+    assert sorted(row.trial.key for row in rows) == sorted(
+        Trial(model, (), n).key for model in ("a", "b") for n in range(20)
+    )
+
+
+def test_the_lock_of_a_program_that_was_killed_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "rows.journal"
+    store = RowStore(path, "conditions")
+    anyio.run(store.add, rows_of(1))
+    path.with_name("rows.journal.lock").touch()
+    anyio.run(store.add, rows_of(2))
+    assert len(store.read()) == 2
+
+
+def test_a_file_that_cannot_be_written_costs_no_row(sweep: Callable[..., Sweep]) -> None:
     one = sweep(repeats=2)
     events = heard(one)
-    with closing(sqlite3.connect(one.store, check_same_thread=False)) as other:
+    aside = one.store.with_suffix(".aside")
 
-        def hold(event: SweepEvent) -> None:
-            if is_failure(event):
-                other.rollback()
-            elif isinstance(event, TrialStarted) and not (
-                other.in_transaction or any(map(is_failure, events))
-            ):
-                other.execute("BEGIN IMMEDIATE")
+    def hold(event: SweepEvent) -> None:
+        if isinstance(event, StoreFailed):
+            one.store.rmdir()
+            aside.rename(one.store)
+        elif isinstance(event, TrialStarted) and event.trial == one.trials[0]:
+            one.store.rename(aside)
+            one.store.mkdir()
 
-        one.subscribe(hold)
-        assert len(one.run().wait(WAIT).rows) == 2
+    one.subscribe(hold)
+    assert len(one.run(no_server()).wait(WAIT).rows) == 2
     (failed,) = [event for event in events if isinstance(event, StoreFailed)]
     assert "kept in memory" in failed.problem
     assert one.store_problem == ""
     assert len(sweep(repeats=2).results.rows) == 2
 
 
-@pytest.mark.parametrize("content", [b"no database" * 100, None])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no journal" * 100, "isn't a file of results"),
+        (b"SQLite format 3\0" + bytes(100), "an earlier version of kitty_nb wrote it"),
+        (b'{"op_code":0}\n{"op_code":9}\n', "results file"),
+        (b'{"op_code":0\nnothing\n{}\n', "results file"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_told_before_the_first_trial(
-    sweep: Callable[..., Sweep], content: bytes | None
+    sweep: Callable[..., Sweep], content: bytes, told: str
 ) -> None:
     one = sweep()
     events = heard(one)
-    if content is None:
-        with closing(sqlite3.connect(one.store)) as newer:
-            newer.execute("PRAGMA user_version = 99")
-    else:
-        one.store.write_bytes(content)
-    with pytest.raises(ResultStoreError, match="name another file"):
+    one.store.write_bytes(content)
+    with pytest.raises(ResultStoreError, match=f"{told}.*name another file"):
         one.run().wait(WAIT)
     with pytest.raises(ResultStoreError, match="name another file"):
         _ = one.results
     assert one.progress.done == 0
+    assert one.store.read_bytes() == content
     assert not any(isinstance(event, TrialStarted) for event in events)
+
+
+def test_results_of_an_earlier_version_are_spoken_of(sweep: Callable[..., Sweep]) -> None:
+    one = sweep()
+    assert not one.warnings
+    one.store.with_suffix(".sqlite3").touch()
+    (warning,) = sweep().warnings
+    assert "sweep.sqlite3 holds results of an earlier version" in warning
+    anyio.run(RowStore(one.store, "conditions").add, rows_of(1))
+    assert not sweep().warnings
 
 
 def test_no_key_is_in_the_store(sweep: Callable[..., Sweep], base: ServerConfig) -> None:

@@ -52,7 +52,7 @@ def made(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]
 
     def make(**more: object) -> Sweep:
         given = {"config": config.replace(context_size=1024), "max_tokens": 8, "repeats": 1}
-        store = tmp_path / "sweep.sqlite3"
+        store = tmp_path / "sweep.journal"
         sweeps.append(Sweep(**({"store": store} | given | more)))  # type: ignore[arg-type]
         return sweeps[-1]
 
@@ -236,7 +236,7 @@ def test_a_sweep_that_breaks_off_says_why(
 def test_a_store_that_cannot_be_read_is_told(
     made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel], tmp_path: Path
 ) -> None:
-    store = tmp_path / "no.sqlite3"
+    store = tmp_path / "no.journal"
     store.write_text("this is no database, " * 100)
     panel = panel_for(made(store=store))
     assert "cannot be used" in panel.notice.value

@@ -38,7 +38,7 @@ def search(config: ServerConfig, tmp_path: Path) -> Search:
             "budget": 6,
             "max_tokens": 4,
             "config": base,
-            "store": tmp_path / "tune.sqlite3",
+            "store": tmp_path / "tune.journal",
         }
         return tune(**(given | more))  # type: ignore[arg-type]
 

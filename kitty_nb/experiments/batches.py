@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.settings import ENGINE_DEFAULTS, in_use
 from kitty_nb.experiments.workload import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.space import Space
     from kitty_nb.experiments.trial import Value
     from kitty_nb.experiments.workload import Workload
 
     Settings = tuple[tuple[str, Value], ...]
 
-__all__ = ["alike", "filled", "idle", "of_space", "warn"]
+__all__ = ["alike", "filled", "idle", "of_space", "samples", "warn"]
 
 _NAMES = ("batch_size", "ubatch_size")
 _BYTES_PER_TOKEN = 4  # of most texts, with most tokenizers
@@ -58,11 +57,18 @@ def _largest(tried: Iterable[Settings], base: ServerConfig) -> int:
     return max((value for values in varied for value in values), default=0)
 
 
-def of_space(space: Space) -> Iterator[Settings]:
+def samples(space: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    """Yield the values of a search's space, of a range its ends, each with its name."""
+    for name, axis in space.items():
+        ends = axis.choices if hasattr(axis, "choices") else (axis.low, axis.high)
+        yield from ((name, value) for value in ends)
+
+
+def of_space(space: Mapping[str, Any]) -> Iterator[Settings]:
     """Yield the batch sizes that a search may choose, of a range its ends."""
-    axes = {name: space[name].samples for name in _NAMES if name in space}
-    for point in product(*axes.values()):
-        yield tuple(zip(axes, point, strict=True))
+    sizes = [*samples({name: space[name] for name in _NAMES if name in space})]
+    names = dict.fromkeys(name for name, _ in sizes)
+    yield from product(*([one for one in sizes if one[0] == name] for name in names))
 
 
 def warn(

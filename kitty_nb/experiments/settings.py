@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,7 @@ from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from kitty_nb.engine.locate import Dialect, Option
     from kitty_nb.experiments.trial import Trial, Value
@@ -169,6 +170,12 @@ def as_value(value: Any) -> Value:
     if callable(item):
         return as_value(item())
     raise TypeError(f"{value!r} is not a value that a setting can have")
+
+
+def listed(choice: Any) -> list[Any]:
+    """Return what a person gave as values, one alone as a list, too."""
+    alone = isinstance(choice, str | bytes) or not isinstance(choice, Iterable)
+    return [choice] if alone else list(choice)
 
 
 def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) -> dict[str, Any]:

@@ -9,57 +9,51 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
-from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError, first_of
 from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
-from kitty_nb.experiments.eta import forecast_loads, seconds_left
 from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.model_files import check_models, fingerprints_here
 from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.run_trial import row_of, this_machine
-from kitty_nb.experiments.schedule import Gate, carry_out
 from kitty_nb.experiments.settings import check_flags, digest
-from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.store import RowStore, earlier_store
 from kitty_nb.experiments.trial import (
     Outcome,
     StoreFailed,
     SweepEnded,
-    SweepEvent,
     SweepPaused,
     SweepResumed,
-    Trial,
     TrialEnded,
     TrialProgressed,
     TrialStarted,
 )
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
+from kitty_nb.isolated_server import locate_engine
 from kitty_nb.manager import Operation
-from kitty_nb.supervisor.events import Broadcast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
     from contextlib import AbstractAsyncContextManager
     from threading import Thread
-    from types import TracebackType
 
     from distributed import Client
 
+    from kitty_nb import LoadProgress
     from kitty_nb.experiments.grid import Skip
     from kitty_nb.experiments.quality import Perplexity, Quality
-    from kitty_nb.experiments.trial import Execute, ModelFingerprint, TrialResult
-    from kitty_nb.supervisor.events import LoadProgress
+    from kitty_nb.experiments.trial import Execute, SweepEvent, Trial, TrialResult
 
-__all__ = ["Sweep", "SweepProgress"]
+__all__ = ["Sweep", "SweepProgress", "seconds_left"]
 
-_RUNNING = "This sweep is running. Wait for it, or cancel it first."
 _log = logging.getLogger(__name__)
 
 
@@ -111,12 +105,12 @@ class Sweep:
         chat: Whether prompts go through the model's chat template.
         record: Whether to make each trial's run record, too; `row.record` can be replayed. Each
             model is hashed for that, once. Trials that were measured without one are run again.
-        store: The SQLite file for the rows.
+        store: The file for the rows.
         logs: A folder in which to keep the servers' logs.
 
     Attributes:
         config: What holds where the grid says nothing.
-        warnings: What `.env`, the environment or the grid says in vain, in sentences.
+        warnings: Settings of `.env`, the environment or the grid that change nothing, in sentences.
         workload: What is asked.
         trials: In the order in which they are run.
         store: The file for the rows.
@@ -142,12 +136,11 @@ class Sweep:
         quality: Quality | Perplexity | None = None,
         chat: bool = True,
         record: bool = False,
-        store: str | Path = "sweep.sqlite3",
+        store: str | Path = "sweep.journal",
         logs: str | Path | None = None,
     ) -> None:
         self.config = config or ServerConfig.from_env()
-        self.warnings = () if config else env_warnings(".env", self.config.profile)
-        self.workload = Workload(
+        workload = Workload(
             prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
             max_tokens=max_tokens,
             parallel=(parallel,) if isinstance(parallel, int) else tuple(parallel),
@@ -162,19 +155,23 @@ class Sweep:
             raise ExperimentError(f"repeats is {repeats}, so nothing is tried. Write 1 or more.")
         self.trials = in_order(combinations, repeats, seed)
         tried = [trial.settings for trial in combinations]
-        self.workload = batches.filled(self.workload, tried, self.config)
-        self.warnings += tuple(batches.warn(tried, self.config, self.workload))
+        self.workload = batches.filled(workload, tried, self.config)
         self.store = Path(store).expanduser().absolute()
+        self.warnings = (
+            *(() if config else env_warnings(".env", self.config.profile)),
+            *batches.warn(tried, self.config, self.workload),
+            *filter(None, [earlier_store(self.store)]),
+        )
         self._logs = Path(logs).expanduser().absolute() if logs else None
-        self._kept = ResultStore(self.store, digest(self.config, self.workload.conditions()))
+        self._kept = RowStore(self.store, digest(self.config, self.workload.conditions()))
         self._rows: dict[str, TrialResult] = {}
-        self._known = False
-        self._broadcast: Broadcast[SweepEvent] = Broadcast()
+        self._rows_read = False
+        self._subscribers: list[Callable[[SweepEvent], object]] = []
         self._running: dict[Trial, float] = {}
         self._load: LoadProgress | None = None
-        self._forecasts: dict[str, float] = {}
         self._slots = 1
-        self._gate = Gate()
+        self._paused = False
+        self._resumed: anyio.Event | None = None
         self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
         self._thread: Thread | None = None
         self._future: Future[Results] | None = None
@@ -183,23 +180,13 @@ class Sweep:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.close)
 
@@ -208,17 +195,17 @@ class Sweep:
 
     @property
     def running(self) -> bool:
-        """Whether it is being run."""
+        """Whether it runs."""
         return self._control is not None
 
     @property
     def results(self) -> Results:
-        """What is known by now, from this run and those before.
+        """The rows there are by now, from this run and those before.
 
         Raises:
             ResultStoreError: The file of results cannot be read.
         """
-        self._look_back()
+        self._read_rows()
         return Results(self.config, tuple(self._rows.values()))
 
     @property
@@ -230,19 +217,19 @@ class Sweep:
     def progress(self) -> SweepProgress:
         """How far it is, by this run and those before."""
         with suppress(ResultStoreError):  # `results` and `run` tell it
-            self._look_back()
+            self._read_rows()
         rows, running = dict(self._rows), dict(self._running)
         left = [trial for trial in self.trials if trial.key not in rows]
         now = time.monotonic()
         passed = sum(now - began for began in running.values())
-        eta = seconds_left(tuple(rows.values()), left, self._forecasts, passed)
+        eta = seconds_left(tuple(rows.values()), left, passed)
         return SweepProgress(
             done=len(self.trials) - len(left),
             total=len(self.trials),
             running=tuple(running),
             load=self._load if running else None,
             eta=None if eta is None else eta / self._slots,
-            paused=not self._gate.open,
+            paused=self._paused,
         )
 
     def run(
@@ -256,7 +243,7 @@ class Sweep:
         """Run what is left, on an event loop in a thread of its own, and return at once.
 
         Args:
-            where: Gives what runs the trials; by default this machine, one at a time.
+            where: Gives the callable that runs a trial; by default this machine, one at a time.
             slots: How many run at once there; 1, or as many as the workers of a cluster take.
             client: A `dask.distributed.Client`, to run trials on its cluster.
             retry: Whether trials that failed or were skipped are tried again.
@@ -271,7 +258,7 @@ class Sweep:
         if self._thread and ended:
             self._thread.join()  # it outlives its result by a moment
         if self.running or (self._thread and self._thread.is_alive()):
-            raise ExperimentError(_RUNNING)
+            raise ExperimentError("This sweep is running. Wait for it, or cancel it first.")
         self._thread, self._future = in_background(
             lambda: self.run_here(where, slots, client=client, retry=retry), "kitty_nb sweep"
         )
@@ -295,7 +282,7 @@ class Sweep:
             ExperimentError: It runs already, or a cluster cannot run it or is lost.
         """
         if self.running:
-            raise ExperimentError(_RUNNING)
+            raise ExperimentError("This sweep is running. Wait for it, or cancel it first.")
         problem = ""
         try:
             with anyio.CancelScope() as scope:
@@ -321,11 +308,23 @@ class Sweep:
 
     def pause(self) -> None:
         """Let no further trial begin; the one under way goes on to its row."""
-        self._on_loop(self._gate.close, SweepPaused())
+
+        def pause() -> None:
+            self._paused = True
+            self._publish(SweepPaused())
+
+        self._on_loop(pause)
 
     def resume(self) -> None:
         """Let trials begin again."""
-        self._on_loop(self._gate.reopen, SweepResumed())
+
+        def resume() -> None:
+            self._paused = False
+            if self._resumed:
+                self._resumed.set()
+            self._publish(SweepResumed())
+
+        self._on_loop(resume)
 
     def cancel(self) -> None:
         """End the run and the server under way. What is done is kept; `run` goes on from there."""
@@ -340,29 +339,45 @@ class Sweep:
 
     def subscribe(self, callback: Callable[[SweepEvent], object]) -> Callable[[], None]:
         """Call back with each event, on the sweep's thread, until the result is called."""
-        return self._broadcast.subscribe(callback)
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
 
     async def _run(self, where: AbstractAsyncContextManager[Execute] | None, retry: bool) -> None:
         for warning in self.warnings:
             _log.warning(warning)
-        await self._check_flags()
-        self._take(await self._kept.recall(), await anyio.to_thread.run_sync(self._marks))
-        again = {
-            key for key, row in self._rows.items() if retry and row.outcome is not Outcome.DONE
-        }
+        with suppress(EngineError):  # another machine may have one; else the trials say so
+            engine = await locate_engine(self.config.binary)
+            check_flags(self.trials, engine.dialect)
+        await self._kept.recall()  # creates the file, so that a wrong one is told first
+        await anyio.to_thread.run_sync(self._read_rows, True)
+        failed = [key for key, row in self._rows.items() if row.outcome is not Outcome.DONE]
+        again = set(failed if retry else [])
         left = [t for t in self.trials if t.key in again or t.key not in self._rows]
         if where is None:
             models = [trial.model for trial in left]
             await anyio.to_thread.run_sync(check_models, models, self.config)
-        await self._kept.drop(again)
+        await self._kept.add(dropped=again)
         self._rows = {key: row for key, row in self._rows.items() if key not in again}
-        async with where or self._here() as execute, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._forecast, [trial.model for trial in left])
+        async with where or this_machine(self.config, self.workload, self._logs) as execute:
+            await self._carry_out(left, execute)
 
-            async def run(trial: Trial) -> None:
+    async def _carry_out(self, trials: Iterable[Trial], execute: Execute) -> None:
+        """Run trials in order, as many at once as there are slots, while it is not paused."""
+        slots = anyio.Semaphore(self._slots)
+
+        async def run(trial: Trial) -> None:
+            try:
                 await self._try(trial, execute)
+            finally:
+                slots.release()
 
-            await carry_out(left, run, self._slots, self._gate)
+        async with anyio.create_task_group() as tasks:
+            for trial in trials:
+                await slots.acquire()
+                while self._paused:
+                    self._resumed = anyio.Event()
+                    await self._resumed.wait()
+                tasks.start_soon(run, trial)
 
     async def _try(self, trial: Trial, execute: Execute) -> None:
         self._running[trial] = time.monotonic()
@@ -386,17 +401,6 @@ class Sweep:
         else:
             self._store_problem = ""
 
-    async def _check_flags(self) -> None:
-        with suppress(EngineError):  # another machine may have one; else the trials say so
-            engine = await locate_engine(self.config.binary)
-            check_flags(self.trials, engine.dialect)
-
-    async def _forecast(self, models: list[str]) -> None:
-        self._forecasts = await forecast_loads(models, self.config, _log.warning)
-
-    def _here(self) -> AbstractAsyncContextManager[Execute]:
-        return this_machine(self.config, self.workload, self._logs)
-
     async def _cluster(
         self, client: Client, slots: int | None
     ) -> tuple[AbstractAsyncContextManager[Execute], int]:
@@ -411,44 +415,68 @@ class Sweep:
         slots = slots or await count_slots(client)
         return dask_cluster(client, self.config, self.workload, self._logs), slots
 
-    def _look_back(self) -> None:
-        """Read the rows of earlier runs, unless that is done."""
-        if not self._known:
-            rows, marks = self._kept.read(), self._marks()
-            if not self._known:  # a run may have begun meanwhile
-                self._take(rows, marks)
-
-    def _marks(self) -> dict[str, ModelFingerprint]:
-        return fingerprints_here((trial.model for trial in self.trials), self.config)
-
-    def _take(self, rows: Iterable[TrialResult], marks: Mapping[str, ModelFingerprint]) -> None:
+    def _read_rows(self, again: bool = False) -> None:
+        """Read the rows of earlier runs that are of these trials, unless that is done."""
+        if self._rows_read and not again:
+            return
+        rows = self._kept.read()
+        here = fingerprints_here((trial.model for trial in self.trials), self.config)
         own = {trial.key: trial for trial in self.trials}  # names may be in another order there
+        if self._rows_read and not again:  # a run has begun meanwhile
+            return
         self._rows = {
             key: replace(row, trial=own[key])
             for row in (*rows, *self._rows.values())
             if (key := row.trial.key) in own
             and row.outcome is not Outcome.PRUNED
             and self.workload.satisfied_by(row)
-            and row.may_be_of(marks.get(row.trial.model))
+            and row.may_be_of(here.get(row.trial.model))
         }
-        self._known = True
+        self._rows_read = True
 
-    def _on_loop(self, act: Callable[[], None], event: SweepEvent | None = None) -> None:
+    def _on_loop(self, act: Callable[[], None]) -> None:
         """Act on the loop of the run, from whatever thread; at once when there is no run."""
-
-        def work() -> None:
-            act()
-            if event:
-                self._publish(event)
-
         control = self._control
         if control is None:
-            work()
+            act()
             return
         with suppress(RuntimeError):  # it has just ended
-            control[0].call_soon_threadsafe(work)
+            control[0].call_soon_threadsafe(act)
 
     def _publish(self, event: SweepEvent) -> None:
         if isinstance(event, TrialStarted | TrialProgressed):
             self._load = event.progress if isinstance(event, TrialProgressed) else None
-        self._broadcast.tell(event)
+        for callback in tuple(self._subscribers):
+            try:
+                callback(event)
+            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
+                _log.exception("A subscriber failed; the sweep goes on.")
+
+
+def seconds_left(
+    results: Sequence[TrialResult], left: Sequence[Trial], passed: float = 0.0
+) -> float | None:
+    """Forecast how long trials take one after the other; None while nothing is known. Pure.
+
+    The best that there is for each: the same combination, else the same model, else all trials.
+
+    Args:
+        results: Trials that have ended.
+        left: Those that have not.
+        passed: Seconds for which trials of `left` have been under way already.
+    """
+    if not left:
+        return 0.0
+    taken: dict[Hashable, list[float]] = {}
+    for row in results:
+        taken.setdefault(row.trial.combination, []).append(row.seconds.overall)
+        if row.outcome is Outcome.DONE:
+            for group in (row.trial.model, None):
+                taken.setdefault(group, []).append(row.seconds.overall)
+    if None not in taken:
+        return None
+    expected = (
+        next(median(taken[key]) for key in (t.combination, t.model, None) if key in taken)
+        for t in left
+    )
+    return max(0.0, sum(expected) - passed)

@@ -4,37 +4,55 @@ from __future__ import annotations
 
 import atexit
 import logging
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import anyio.to_thread
+
 from kitty_nb.config import ServerConfig, env_warnings
-from kitty_nb.errors import ExperimentError
+from kitty_nb.errors import ExperimentError, ResultStoreError
 from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
-from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names
-from kitty_nb.experiments.objective import read_objective
+from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
+from kitty_nb.experiments.model_files import check_models, fingerprints_here
 from kitty_nb.experiments.results import Results, extra
-from kitty_nb.experiments.settings import digest
-from kitty_nb.experiments.space import read_space
-from kitty_nb.experiments.store import ResultStore
+from kitty_nb.experiments.run_trial import row_of, this_machine
+from kitty_nb.experiments.settings import check_flags, digest
+from kitty_nb.experiments.store import RowStore, earlier_store
+from kitty_nb.experiments.trial import (
+    Outcome,
+    StoreFailed,
+    Trial,
+    TrialEnded,
+    TrialProgressed,
+    TrialResult,
+    TrialSeconds,
+    TrialStarted,
+)
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
+from kitty_nb.isolated_server import locate_engine, this_host
 from kitty_nb.manager import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from optuna import Study
+    import optuna
 
+    from kitty_nb import LoadProgress
+    from kitty_nb.experiments.metrics import Objective
     from kitty_nb.experiments.quality import Perplexity, Quality
     from kitty_nb.experiments.results import Combination
-    from kitty_nb.experiments.search import Search
-    from kitty_nb.experiments.trial import SweepEvent, TrialResult
+    from kitty_nb.experiments.study import Search
+    from kitty_nb.experiments.trial import Execute, ModelFingerprint, SweepEvent
 
 __all__ = ["TuneResult", "tune"]
 
+_PATIENCE = 4.0  # times as long as others a trial may take
 _log = logging.getLogger(__name__)
 
 
@@ -47,15 +65,14 @@ class TuneResult:
         value: Its objective: the median of its measurements.
         objective: What that is.
         results: All rows, for tables and plots.
-        study: What Optuna knows of them, for its own plots and importances. Ordered values are
-            there by their place; the settings themselves are each trial's `user_attrs`.
+        study: Optuna's study, for its own plots and importances.
     """
 
     best: Combination
     value: float
     objective: str
     results: Results
-    study: Study = field(compare=False)
+    study: optuna.Study = field(compare=False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -64,7 +81,7 @@ class TuneResult:
 
     @property
     def summary(self) -> str:
-        """What was done, and what came of it, in a sentence or two."""
+        """What was found after how many trials, in a sentence or two."""
         rows = self.results.rows
         ends = Counter(row.outcome.value for row in rows)
         told = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
@@ -103,17 +120,17 @@ def tune(
     quality: Quality | Perplexity | None = None,
     chat: bool = True,
     record: bool = False,
-    store: str | Path = "tune.sqlite3",
+    store: str | Path = "tune.journal",
     logs: str | Path | None = None,
-    on_event: Callable[[SweepEvent], None] = lambda _: None,
+    on_event: Callable[[SweepEvent], object] = lambda _: None,
 ) -> Operation[TuneResult]:
     """Search for the settings that are best at something, and return at once.
 
     Trials run here one after the other, as those of a `Sweep` do. The settings in use come first,
     then some by chance, then what Optuna expects to be better; every eighth trial measures the best
     so far again, up to three times, for medians are compared. A trial that is clearly behind the
-    others is broken off. Rows are in the `store` as soon as they are there, and count: the same
-    call goes on where the last one ended.
+    others is pruned. Rows are in the `store` as soon as they are there, and count: the same call
+    goes on where the last one ended.
 
     Args:
         model: The file, absolute or in the models folder; by default the one in `config`.
@@ -136,7 +153,7 @@ def tune(
         quality: As for a `Sweep`.
         chat: Whether prompts go through the model's chat template.
         record: As for a `Sweep`; trials that were measured without a run record do not count.
-        store: The SQLite file for the rows.
+        store: The file for the rows.
         logs: A folder in which to keep the servers' logs.
         on_event: Called on the search's thread with what happens: a trial has begun, made
             progress, ended.
@@ -150,6 +167,8 @@ def tune(
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
     extra("optuna")
+    from kitty_nb.experiments.study import Search, read_space  # noqa: PLC0415 (of an extra)
+
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
     workload = Workload(
@@ -169,25 +188,24 @@ def tune(
     aim = read_objective(objective, names)
     tried = [*batches.of_space(choices)]
     workload = batches.filled(workload, tried, config, aim.name)
-    for warning in (*warnings, *batches.warn(tried, config, workload, aim.name)):
+    path = Path(store).expanduser().absolute()
+    vain = batches.warn(tried, config, workload, aim.name)
+    for warning in filter(None, (*warnings, *vain, earlier_store(path))):
         _log.warning(warning)
-    search: Search = import_module("kitty_nb.experiments.search").Search(
+    run = _Run(
+        search=Search(name, choices, aim, bounds, config, seed),
         model=name,
-        space=choices,
         objective=aim,
-        bounds=bounds,
+        flags=[Trial(name, (one,)) for one in batches.samples(choices)],
         budget=budget,
         seconds=seconds,
-        seed=seed,
         config=config,
         workload=workload,
-        kept=ResultStore(
-            Path(store).expanduser().absolute(), digest(config, workload.conditions())
-        ),
+        store=RowStore(path, digest(config, workload.conditions())),
         logs=Path(logs).expanduser().absolute() if logs else None,
         on_event=on_event,
     )
-    thread, future = in_background(lambda: _find(search), "kitty_nb tune")
+    thread, future = in_background(run.to_the_end, "kitty_nb tune")
 
     def close() -> None:
         future.cancel()
@@ -195,21 +213,128 @@ def tune(
 
     atexit.register(close)
     future.add_done_callback(lambda _: atexit.unregister(close))
-    return Operation(future, lambda: search.load)
+    return Operation(future, lambda: run.load)
 
 
-async def _find(search: Search) -> TuneResult:
-    await search.run()
-    standing = search.standing
-    if standing.best is None:
-        raise ExperimentError(standing.complaint)
-    best, spread = standing.best
-    return TuneResult(
-        best=best,
-        value=spread.median,
-        objective=search.objective.name,
-        results=Results(search.config, standing.rows),
-        study=import_module("kitty_nb.experiments.propose").make_study(
-            search.space, standing.known, search.objective.smaller
-        ),
-    )
+@dataclass
+class _Run:
+    """A search under way. For one event loop."""
+
+    search: Search
+    model: str
+    objective: Objective
+    flags: list[Trial]
+    budget: int
+    seconds: float | None
+    config: ServerConfig
+    workload: Workload
+    store: RowStore
+    logs: Path | None
+    on_event: Callable[[SweepEvent], object]
+    load: LoadProgress | None = None
+    fingerprint: ModelFingerprint | None = None
+
+    async def to_the_end(self) -> TuneResult:
+        """Search until the budget is spent or everything is tried.
+
+        Raises:
+            ConfigError: The engine does not know a flag of the space, or the model is not here.
+            EngineNotFoundError: There is no engine.
+            ResultStoreError: The file of results cannot be used.
+            ExperimentError: The user's objective failed, or nothing is best.
+        """
+        began = time.monotonic()
+        check_flags(self.flags, (await locate_engine(self.config.binary)).dialect)
+        await anyio.to_thread.run_sync(check_models, [self.model], self.config)
+        here = await anyio.to_thread.run_sync(fingerprints_here, [self.model], self.config)
+        self.fingerprint = here.get(self.model)
+        rows = await self.store.recall()
+        may_count = (row.may_be_of(self.fingerprint) for row in rows)
+        known = [row for row, may in zip(rows, may_count, strict=True) if may]
+        self.search.resume(row for row in known if self.workload.satisfied_by(row))
+        try:
+            async with this_machine(self.config, self.workload, self.logs) as execute:
+                while len(self.search.rows) < self.budget:
+                    late = self.seconds is not None and time.monotonic() - began > self.seconds
+                    asked = None if late and self.search.rows else self.search.ask()
+                    if asked is None:
+                        break
+                    await self._try(*asked, execute)
+        finally:
+            with anyio.CancelScope(shield=True), suppress(ResultStoreError):
+                await self.store.add()
+        return self._result()
+
+    def _result(self) -> TuneResult:
+        found = self.search.best
+        if found is None:
+            raise ExperimentError(self.search.complaint)
+        best, spread = found
+        results = Results(self.config, tuple(self.search.rows))
+        return TuneResult(best, spread.median, self.objective.name, results, self.search.study)
+
+    async def _try(self, trial: Trial, asked: optuna.Trial, execute: Execute) -> None:
+        self._publish(TrialStarted(trial))
+        row = await self._measure(trial, asked, execute)
+        self._publish(TrialEnded(row))
+        with anyio.CancelScope(shield=True):
+            try:
+                await self.store.add([row])
+            except ResultStoreError as error:
+                self._publish(StoreFailed(str(error)))
+        self.search.tell(row, asked)
+
+    async def _measure(self, trial: Trial, asked: optuna.Trial, execute: Execute) -> TrialResult:
+        """Return the trial's row; it is pruned where it cannot win any more."""
+        began, usual = time.monotonic(), self.search.usual_seconds
+        sofar: list[float] = []
+        why = ""
+        row: TrialResult | None = None
+        with anyio.CancelScope() as scope:
+
+            def on_progress(event: SweepEvent) -> None:
+                nonlocal why
+                self._publish(event)
+                why = why or self._prune_reason(trial, asked, event, sofar)
+                if why:
+                    scope.cancel()
+
+            if self.objective.tells_speed and usual and trial.repeat == 1:
+                scope.deadline = anyio.current_time() + _PATIENCE * usual
+            row = await row_of(trial, execute, on_progress)
+        if row:
+            return row
+        passed = time.monotonic() - began
+        late = (
+            f"{self.objective.name} cannot win: {passed:.1f} s by then, {usual or 0:.1f} s usual."
+        )
+        return TrialResult(
+            trial,
+            Outcome.PRUNED,
+            f"Pruned: {why or late}",
+            seconds=TrialSeconds(overall=passed),
+            host=this_host(),
+            at=time.time(),
+            fingerprint=self.fingerprint,
+        )
+
+    def _prune_reason(
+        self, trial: Trial, asked: optuna.Trial, event: SweepEvent, sofar: list[float]
+    ) -> str:
+        from kitty_nb.experiments.study import partial_metrics  # noqa: PLC0415 (of an extra)
+
+        found = partial_metrics(event, self.workload.levels[0]).get(self.objective.name)
+        if found is None or trial.repeat > 1:
+            return ""
+        if isinstance(event, TrialProgressed):
+            sofar.clear()  # a load's time so far, of which the latest counts
+        sofar.append(found)
+        return self.search.prune_reason(asked, sofar)
+
+    def _publish(self, event: SweepEvent) -> None:
+        if isinstance(event, TrialProgressed):
+            self.load = event.progress
+        try:
+            self.on_event(event)
+        except Exception:  # noqa: BLE001 (whatever a user's callback raises)
+            _log.exception("on_event failed; the search goes on.")
