@@ -22,9 +22,9 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
-from kitty_nb.engine.command_line import SERVER_SETTINGS
+from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
 from kitty_nb.engine.devices import engine_devices
-from kitty_nb.engine.locate import Engine, EngineKind, locate_engine
+from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
 from kitty_nb.supervisor.events import ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import free_memory
@@ -41,17 +41,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SERVER_SETTINGS",
+    "Dialect",
     "Engine",
     "EngineKind",
     "IsolatedServer",
     "LoadRecord",
     "LoadSeconds",
+    "Option",
     "find_load",
     "free_memory",
     "gather_facts",
     "has_gpu",
     "isolated_server",
     "locate_engine",
+    "spell",
     "this_host",
 ]
 

@@ -29,10 +29,9 @@ ROOMS = {
     "hub": {"errors", "catalog"},
     "experiments": {
         "errors",
+        "trust",
         "config",
         "catalog",
-        "engine",
-        "supervisor",
         "client",
         "manager",
         "isolated_server",

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from kitty_nb.config import ServerConfig, value_of
-from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
 from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.isolated_server import SERVER_SETTINGS, spell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from kitty_nb.engine.locate import Dialect, Option
     from kitty_nb.experiments.trial import Trial, Value
+    from kitty_nb.isolated_server import Dialect, Option
 
 __all__ = [
     "ENGINE_DEFAULTS",
