@@ -250,7 +250,7 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
-    from kitty_nb.supervisor.record import refuse_open_folder
+    from kitty_nb.supervisor.registry import refuse_open_folder
     from kitty_nb.terminal.status import follow_log, has_log, log_lines
 
     config = _settings(env, profile)

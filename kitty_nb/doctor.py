@@ -35,7 +35,7 @@ from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
-from kitty_nb.supervisor.record import find_server, refuse_open_folder
+from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
 
 _KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs

@@ -23,7 +23,7 @@ from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import Activity, Event, LogLines
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record_file import record_path
+from kitty_nb.supervisor.registry import record_path
 
 READY, LOADING, STOPPED = ServerStatus.READY, ServerStatus.LOADING, ServerStatus.STOPPED
 FAILED, CRASHED = ServerStatus.FAILED, ServerStatus.CRASHED
@@ -174,7 +174,7 @@ def _leaves_nothing(case: Case) -> None:
     assert not record_path(case.healthy).exists()
     names = {path.name for path in case.healthy.log_dir.iterdir()}
     logs = {f"primary.log.{age}" for age in (1, 2, 3)}
-    assert names <= {"primary.lock", "primary.keeper.lock", "primary.log", *logs}
+    assert names <= {"primary.lock", "primary.sidecar.lock", "primary.log", *logs}
     for process in psutil.process_iter(["cmdline"]):
         assert str(case.folder) not in " ".join(process.info["cmdline"] or ())
 

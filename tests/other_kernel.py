@@ -12,12 +12,12 @@ from kitty_nb import ServerConfig
 _KERNEL = """
 import os, sys, time
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.supervisor.leash import Leash
+from kitty_nb.supervisor.sidecar import Sidecar
 if sys.argv[2] == "die":
-    def die(leash, process):
+    def die(sidecar, process, idle_seconds):
         print(process.pid, flush=True)
         os.kill(os.getpid(), 9)
-    Leash.hold = die
+    Sidecar.watch = die
 config = ServerConfig.model_validate_json(sys.argv[1])
 manager = ModelManager(config=config)
 start = manager.start()

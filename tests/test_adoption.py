@@ -25,14 +25,14 @@ from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.port_holder import holder_of
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record import (
+from kitty_nb.supervisor.registry import (
     ServerRecord,
     find_server,
     read_record,
+    record_path,
     who_owns,
     write_record,
 )
-from kitty_nb.supervisor.record_file import record_path
 
 LOOK_EVERY = "kitty_nb.supervisor.supervisor._LOOK_EVERY"
 

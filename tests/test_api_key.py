@@ -19,8 +19,7 @@ from ipywidgets.embed import embed_data
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, EngineError, KittyError
-from kitty_nb.supervisor.record import read_record
-from kitty_nb.supervisor.record_file import record_path
+from kitty_nb.supervisor.registry import read_record, record_path
 
 QUESTION = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 CHAT = "/v1/chat/completions"

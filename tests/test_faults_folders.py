@@ -24,8 +24,7 @@ from faults import CRASHED, FAILED, LOADING, READY, Case, Fault
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ConfigError
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record import ServerRecord, write_record
-from kitty_nb.supervisor.record_file import record_path
+from kitty_nb.supervisor.registry import ServerRecord, record_path, write_record
 
 Strike = Callable[[Case], object]
 
@@ -151,7 +150,7 @@ def lose_folder(case: Case) -> None:
         shutil.rmtree(case.config.log_dir, ignore_errors=True)
         return not case.config.log_dir.exists()
 
-    eventually(gone)  # a keeper that starts just then makes its lock there
+    eventually(gone)  # a sidecar that starts just then makes its lock there
 
 
 def lose_folder_and_die(case: Case) -> None:

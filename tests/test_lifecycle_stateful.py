@@ -42,7 +42,7 @@ from kitty_nb.supervisor.lifecycle import (
     WaitOver,
     step,
 )
-from kitty_nb.supervisor.record import ServerRecord
+from kitty_nb.supervisor.registry import ServerRecord
 
 CONFIGS = [ServerConfig(port=port, restart_max=2) for port in (9001, 9002)]
 RECORD = ServerRecord(pid=7, create_time=1.0, began=0.0, config=CONFIGS[1])

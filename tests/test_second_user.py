@@ -31,8 +31,7 @@ from kitty_nb.errors import (
 from kitty_nb.experiments.store import RowStore
 from kitty_nb.supervisor.history import LoadHistory
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record import ServerRecord, find_server, write_record
-from kitty_nb.supervisor.record_file import record_path
+from kitty_nb.supervisor.registry import ServerRecord, find_server, record_path, write_record
 
 User = pwd.struct_passwd
 

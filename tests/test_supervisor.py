@@ -37,7 +37,8 @@ from kitty_nb.errors import (
 )
 from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade, Stage, StateChanged
 from kitty_nb.supervisor.log import readable
-from kitty_nb.supervisor.record_file import record_path, withdraw
+from kitty_nb.supervisor.registry import record_path
+from kitty_nb.supervisor.sidecar import withdraw
 
 Misbehaving = Callable[..., ServerConfig]
 

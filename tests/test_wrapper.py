@@ -19,7 +19,7 @@ from kitty_nb.supervisor.events import ProgressMade, Stage
 from kitty_nb.supervisor.history import LoadHistory
 from kitty_nb.supervisor.load_facts import path_text, this_host
 from kitty_nb.supervisor.port_holder import holder_of
-from kitty_nb.supervisor.record import record_of
+from kitty_nb.supervisor.registry import record_of
 
 Wrapped = Callable[..., ServerConfig]
 

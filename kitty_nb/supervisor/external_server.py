@@ -30,7 +30,7 @@ from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, Report
 from kitty_nb.supervisor.load_progress import LoadJournal, LoadMeter
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
-from kitty_nb.supervisor.record import record_of
+from kitty_nb.supervisor.registry import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

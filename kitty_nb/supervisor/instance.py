@@ -15,6 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from kitty_nb.catalog.catalog import why_not_served
+from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
@@ -30,8 +31,7 @@ from kitty_nb.supervisor.events import (
 )
 from kitty_nb.supervisor.health import HealthProbe, HealthWatch, Recognition
 from kitty_nb.supervisor.history import Outcome
-from kitty_nb.supervisor.keeper import Keeper, has_keeper
-from kitty_nb.supervisor.launch import launch, make_leash
+from kitty_nb.supervisor.launch import launch, make_guard
 from kitty_nb.supervisor.lifecycle import (
     BecameReady,
     Exited,
@@ -46,16 +46,17 @@ from kitty_nb.supervisor.log import FileChanges, LogTail, readable
 from kitty_nb.supervisor.memory_preview import offloads
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
-from kitty_nb.supervisor.record import (
+from kitty_nb.supervisor.registry import (
     ServerRecord,
     find_server,
     last_failure,
     note_failure,
+    record_path,
     was_stopped,
     withdraw_record,
     write_record,
 )
-from kitty_nb.supervisor.record_file import record_path, withdrawn_path
+from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,15 +65,14 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.leash import Leash
 
 # Seconds. Pauses between two reads of the log let a flood come in few pieces.
 _LOG_PAUSE_LOADING = 0.005
 _LOG_PAUSE_READY = 0.1
 _UNFORESEEN = 0.005
-# Seconds, or once it is ready: started together, a server and its keeper hold each other up.
-_KEEPER_AFTER = 0.2
-_KEEPER_THERE_WITHIN = 10.0  # on a busy machine too
+# Seconds, or once it is ready: started together, a server and its sidecar hold each other up.
+_SIDECAR_AFTER = 0.2
+_SIDECAR_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
 _NEWS = re.compile(r"loading model|model loaded|listening on")
 _KEY_REFUSED = (
@@ -139,8 +139,7 @@ class ServerInstance:
         self._foreseen = self._over = False
         self._hint = ""
         self._failure: str | None = None
-        self._leash: Leash | None = None
-        self._keeper: Keeper | None = None
+        self._sidecar: Sidecar | None = None
         self._outcome = Outcome.CRASHED
         self._helpers: TaskGroup
         self._ready = anyio.Event()
@@ -170,10 +169,8 @@ class ServerInstance:
                 await self.probe.aclose()
                 if self._over:
                     await self._journal.close(self._meter, self._elapsed(), self._outcome)
-                    if self._keeper:
-                        await self._keeper.ended()
-                    if self._leash:
-                        await self._leash.let_go()
+                    if self._sidecar:
+                        await self._sidecar.ended()
 
     async def _serve(self) -> None:
         try:
@@ -248,7 +245,7 @@ class ServerInstance:
                     self._devices = await self._list_devices()
             take = partial(self._journal.take, self._meter)
             launched = await launch(self._config, self.api_key, self._began, self._say, take)
-            self._process, self._record, self._leash = launched
+            self._process, self._record, self._sidecar = launched
         return self._process
 
     async def _foresee(self) -> None:
@@ -266,22 +263,22 @@ class ServerInstance:
         self._report(Spawned(self.generation, process.pid))
         self._show_progress()
         if self._found:
-            self._leash = make_leash(self._config)
-            if self._leash:
-                self._leash.hold(process)
+            self._sidecar = make_guard(self._config)
+            if self._sidecar and self._record:
+                self._sidecar.watch(process, self._record.idle_seconds)
         with LogTail(self._config.log_path) as log:
             try:
                 async with anyio.create_task_group() as watchers:
                     watchers.start_soon(self._watch_log, log)
                     watchers.start_soon(self._watch_progress, process, log)
                     watchers.start_soon(self._health.run)
-                    watchers.start_soon(self._see_to_keeper)
+                    watchers.start_soon(self._see_to_sidecar)
                     watchers.start_soon(self._name_devices)
                     code = await process.wait()
                     watchers.cancel_scope.cancel()
             finally:  # this program may end before its server
                 if process.runs() and not self._found:
-                    self._start_keeper()
+                    self._start_sidecar()
             while self._read_log(log):
                 await anyio.lowlevel.checkpoint()
             self._read_log(log, to_end=True)
@@ -322,24 +319,27 @@ class ServerInstance:
         model = self._config.model
         return await anyio.to_thread.run_sync(why_not_served, model) if model else None
 
-    async def _see_to_keeper(self) -> None:
-        """Have a keeper, unless another program has seen to it; a new one where it was killed."""
+    async def _see_to_sidecar(self) -> None:
+        """Have a sidecar, unless another program has seen to it; a new one where it was killed."""
         if not self._found:
-            with anyio.move_on_after(_KEEPER_AFTER):
+            with anyio.move_on_after(_SIDECAR_AFTER):
                 await self._ready.wait()
         else:
-            await anyio.sleep(max(0.0, _KEEPER_THERE_WITHIN - self._elapsed()))
+            await anyio.sleep(max(0.0, _SIDECAR_THERE_WITHIN - self._elapsed()))
         ours = not self._found
         while True:
-            if ours or not has_keeper(self._config.log_path):
-                self._start_keeper()
+            if ours or not has_sidecar(self._config.log_path):
+                self._start_sidecar()
             ours = False
-            await anyio.sleep(_KEEPER_THERE_WITHIN)
+            await anyio.sleep(_SIDECAR_THERE_WITHIN)
 
-    def _start_keeper(self) -> None:
-        if self._record and (self._keeper is None or not self._keeper.runs):
+    def _start_sidecar(self) -> None:
+        if self._record and self._process and not (self._sidecar and self._sidecar.runs):
+            guards = self._config.on_kernel_exit is OnKernelExit.STOP
             with suppress(OSError):  # the next look tries again
-                self._keeper = Keeper(self._record, record_path(self._config))
+                sidecar = Sidecar(self._config, record_path(self._config), guards=guards)
+                sidecar.watch(self._process, self._record.idle_seconds)
+                self._sidecar = sidecar
 
     async def _watch_log(self, log: LogTail) -> None:
         with FileChanges(self._config.log_path) as changes:

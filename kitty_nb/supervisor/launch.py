@@ -19,19 +19,19 @@ from kitty_nb.engine.command_line import (
 )
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import PortBusyError, ServerFailedError
-from kitty_nb.supervisor.leash import Leash
 from kitty_nb.supervisor.log import rotate
 from kitty_nb.supervisor.port_holder import holder_of, next_free_port, port_refusal
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record import (
+from kitty_nb.supervisor.registry import (
     ServerRecord,
     leaving_server,
     profile_lock,
     record_of,
+    record_path,
     who_owns,
     write_record,
 )
-from kitty_nb.supervisor.record_file import record_path
+from kitty_nb.supervisor.sidecar import Sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,12 +72,12 @@ class Launched(NamedTuple):
     Attributes:
         process: Its process.
         record: What is written down of it.
-        leash: What ends it with this kernel, where that is wanted.
+        sidecar: What ends it with this kernel, where that is wanted.
     """
 
     process: ServerProcess
     record: ServerRecord
-    leash: Leash | None
+    sidecar: Sidecar | None
 
 
 async def launch(
@@ -141,11 +141,11 @@ async def public_command(config: ServerConfig) -> tuple[str, ...]:
     return command[0], *hidden
 
 
-def make_leash(config: ServerConfig) -> Leash | None:
+def make_guard(config: ServerConfig) -> Sidecar | None:
     """Make what ends a server with this kernel, where the settings say that it shall."""
     if config.on_kernel_exit is not OnKernelExit.STOP:
         return None
-    return Leash(record_path(config), config.stop_grace_seconds)
+    return Sidecar(config, record_path(config), guards=True)
 
 
 def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess | None]:
@@ -156,19 +156,20 @@ def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess
 async def _spawn(
     config: ServerConfig, command: tuple[str, ...], api_key: SecretStr | None, began: float
 ) -> Launched:
-    leash = make_leash(config)
+    sidecar = make_guard(config)
     process: ServerProcess | None = None
     try:
-        environment = server_environment(api_key) | (leash.environment if leash else {})
+        environment = server_environment(api_key) | (sidecar.environment if sidecar else {})
         process = ServerProcess.spawn(command, config.log_path, environment)
-        if leash:
-            leash.hold(process)
+        idle_seconds = 0 if sleeps(command) else config.idle_shutdown_seconds or 0
+        if sidecar:
+            sidecar.watch(process, idle_seconds)
         record = ServerRecord(
             pid=process.pid,
             create_time=process.create_time,
             began=began,
             api_key=api_key,
-            idle_seconds=0 if sleeps(command) else config.idle_shutdown_seconds or 0,
+            idle_seconds=idle_seconds,
             config=config,
         )
         write_record(record)
@@ -177,7 +178,7 @@ async def _spawn(
             if process:
                 process.kill()
                 await process.wait()
-            if leash:
-                await leash.let_go()
+            if sidecar:
+                await sidecar.ended()
         raise
-    return Launched(process, record, leash)
+    return Launched(process, record, sidecar)

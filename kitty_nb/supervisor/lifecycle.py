@@ -15,7 +15,7 @@ from kitty_nb.supervisor.port_holder import PortHolder
 
 if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.record import ServerRecord
+    from kitty_nb.supervisor.registry import ServerRecord
 
 _LOADABLE = {ServerStatus.STARTING, ServerStatus.LOADING}
 _LIVE = {*_LOADABLE, ServerStatus.READY}

@@ -121,7 +121,7 @@ class LogTail:
         """
         notes: list[str] = []
         position, end = self._file.tell(), self._file.seek(0, os.SEEK_END)
-        if end < position:  # emptied by the keeper, or by logrotate's `copytruncate`
+        if end < position:  # emptied by the sidecar, or by logrotate's `copytruncate`
             missed = self._cut_off(position)
             if missed is None:
                 notes.append("… the log was emptied …")

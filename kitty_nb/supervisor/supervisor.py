@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
+import psutil
 
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
@@ -57,7 +58,7 @@ from kitty_nb.supervisor.lifecycle import (
 )
 from kitty_nb.supervisor.memory_preview import MemoryPreviewer, Running
 from kitty_nb.supervisor.port_holder import PortHolder
-from kitty_nb.supervisor.record import find_server
+from kitty_nb.supervisor.registry import find_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.memory import MemoryPreview
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import MemoryUse
-    from kitty_nb.supervisor.record import ServerRecord
+    from kitty_nb.supervisor.registry import ServerRecord
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]
     OnPreview = Callable[[MemoryPreview], object]
@@ -332,7 +333,9 @@ class Supervisor:
         Args:
             config: What would be started in place of the present server; without it that again.
         """
-        return await self._previewer.refusal(config or self._now.wanted, self._running)
+        with suppress(OSError, psutil.Error):  # starting says what is wrong
+            return await self._previewer.refusal(config or self._now.wanted, self._running)
+        return ""
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""

@@ -19,7 +19,7 @@ from kitty_nb.errors import (
 )
 from kitty_nb.supervisor.events import ServerState, ServerStatus
 from kitty_nb.supervisor.launch import public_command
-from kitty_nb.supervisor.record import note_failure, refuse_open_folder
+from kitty_nb.supervisor.registry import note_failure, refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:

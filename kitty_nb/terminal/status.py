@@ -13,7 +13,7 @@ from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ServerState, ServerStatus
 from kitty_nb.supervisor.health_answer import ask_once
 from kitty_nb.supervisor.log import FileChanges, LogTail, readable
-from kitty_nb.supervisor.record import find_server, last_failure, read_record, refuse_open_folder
+from kitty_nb.supervisor.registry import find_server, last_failure, read_record, refuse_open_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

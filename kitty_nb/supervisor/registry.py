@@ -1,4 +1,4 @@
-"""The registry of running servers: records, owners and the last failure of each profile."""
+"""The registry of running servers, by profile: records, the lock of a start, the last failure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import fcntl
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,13 +23,7 @@ from kitty_nb.config import RECORDED, ServerConfig
 from kitty_nb.config.whole_file import write_whole
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.record_file import (
-    RECORD,
-    failure_path,
-    record_path,
-    withdraw,
-    withdrawn_path,
-)
+from kitty_nb.supervisor.sidecar import RECORD, failure_path, withdraw, withdrawn_path
 from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
@@ -59,7 +52,7 @@ class ServerRecord(BaseModel):
         ready: When it became ready, likewise; None before.
         load_seconds: What the load took; None before it was ready.
         api_key: What it asks its clients for; None when it asks for nothing.
-        idle_seconds: How long it may be unused before its keeper ends it; 0 is for ever.
+        idle_seconds: How long it may be unused before its sidecar ends it; 0 is for ever.
         devices: What it can put the model on beside the processor; None while nobody has asked.
         config: What it was started with.
     """
@@ -82,6 +75,11 @@ class ServerRecord(BaseModel):
         if key is None:
             return None
         return key.get_secret_value() if info.context is RECORDED else str(key)
+
+
+def record_path(config: ServerConfig) -> Path:
+    """Where the record of a profile is while its server is meant to run."""
+    return config.log_dir / f"{config.profile}{RECORD}"
 
 
 def read_record(config: ServerConfig) -> ServerRecord | None:
@@ -187,10 +185,6 @@ def last_failure(config: ServerConfig) -> str | None:
     return None
 
 
-# Who has just got the lock writes down who that is in a moment.
-_LOOKS, _PAUSE = 5, 0.02  # seconds
-
-
 @contextmanager
 def profile_lock(config: ServerConfig) -> Iterator[bool]:
     """Hold the right to start this profile's server; yields False where another has it.
@@ -245,10 +239,8 @@ def _lock_path(config: ServerConfig) -> Path:
 
 
 def _last_holder(config: ServerConfig) -> int | None:
-    for _ in range(_LOOKS):
-        with suppress(OSError, ValueError):
-            return int(_lock_path(config).read_text())
-        Event().wait(_PAUSE)
+    with suppress(OSError, ValueError):
+        return int(_lock_path(config).read_text())
     return None
 
 

@@ -14,9 +14,9 @@ from conftest import eventually
 from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
-from kitty_nb.supervisor.keeper import has_keeper
 from kitty_nb.supervisor.log import LogTail, previous, rotate, shrink
-from kitty_nb.supervisor.record import find_server, read_record
+from kitty_nb.supervisor.registry import find_server, read_record
+from kitty_nb.supervisor.sidecar import has_sidecar
 
 KERNEL = """
 import sys, time
@@ -29,11 +29,11 @@ time.sleep(600)
 """
 
 
-def keepers(config: ServerConfig) -> list[psutil.Process]:
+def sidecars(config: ServerConfig) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "kitty_nb.supervisor.keeper" in words and str(config.log_path) in words:
+        if "kitty_nb.supervisor.sidecar" in words and str(config.log_path) in words:
             found.append(process)
     return found
 
@@ -44,7 +44,7 @@ def without_kernel(config: ServerConfig) -> int:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kernel:
         assert kernel.stdout
         pid = int(kernel.stdout.readline())
-        eventually(lambda: has_keeper(config.log_path))
+        eventually(lambda: has_sidecar(config.log_path))
         kernel.kill()
     return pid
 
@@ -60,38 +60,38 @@ def test_a_log_is_put_aside_while_no_notebook_is_open(
     config = misbehaving("--flood", "20000", log_max_mb=0.5, log_keep=2)
     pid = without_kernel(config)
     try:
-        assert len(keepers(config)) == 1
+        assert len(sidecars(config)) == 1
         eventually(lambda: previous(config.log_path, 2).exists(), within=30)
         eventually(lambda: config.log_path.stat().st_size < 500_000, within=30)
         assert not previous(config.log_path, 3).exists()
         assert runs(pid)
     finally:
         end(pid)
-    eventually(lambda: not keepers(config), why="the keeper outlives its server")
+    eventually(lambda: not sidecars(config), why="the sidecar outlives its server")
 
 
-def test_there_is_one_keeper_however_many_watch(config: ServerConfig) -> None:
+def test_there_is_one_sidecar_however_many_watch(config: ServerConfig) -> None:
     with ModelManager(config=config) as one, ModelManager(config=config) as other:
         pid = one.start().wait(30).pid
         eventually(lambda: other.state.pid == pid)
-        eventually(lambda: len(keepers(config)) == 1)
+        eventually(lambda: len(sidecars(config)) == 1)
         one.stop().wait(10)
         eventually(lambda: other.state.status is ServerStatus.STOPPED)
-    assert keepers(config) == []
+    assert sidecars(config) == []
 
 
-def test_a_keeper_that_is_killed_is_replaced(
+def test_a_sidecar_that_is_killed_is_replaced(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.instance._KEEPER_THERE_WITHIN", 0.2)
+    monkeypatch.setattr("kitty_nb.supervisor.instance._SIDECAR_THERE_WITHIN", 0.2)
     with ModelManager(config=config) as manager:
         manager.start().wait(30)
-        eventually(lambda: has_keeper(config.log_path))
-        first = keepers(config)
+        eventually(lambda: has_sidecar(config.log_path))
+        first = sidecars(config)
         assert len(first) == 1
         first[0].kill()
-        eventually(lambda: has_keeper(config.log_path) and keepers(config) not in ([], first))
-    assert keepers(config) == []
+        eventually(lambda: has_sidecar(config.log_path) and sidecars(config) not in ([], first))
+    assert sidecars(config) == []
 
 
 def test_an_unused_server_is_stopped_without_a_notebook(
@@ -104,7 +104,7 @@ def test_an_unused_server_is_stopped_without_a_notebook(
     assert record.idle_seconds == 2
     eventually(lambda: not runs(pid), within=30, why="it is not stopped")
     assert find_server(config) is None
-    assert config.log_path.read_text().endswith("not used for 2 s, so it is stopped\n")
+    assert config.log_path.read_text().endswith("stopped after 2 s without use\n")
 
 
 def test_a_server_at_work_is_not_idle(misbehaving: Callable[..., ServerConfig]) -> None:

@@ -1,0 +1,236 @@
+"""The helper process of one server: it rotates the log, stops an idle server, and ends an orphan.
+
+It runs as long as its server, also when no notebook is open any more, so it stays light: neither
+pydantic nor httpx is imported. Its kernel tells it through a pipe which server to watch. Where the
+settings say that the server ends with the kernel, the pipe stays open: when the kernel is gone,
+however that happened, the system closes its end, and the sidecar ends the server. The server of a
+kernel that was killed before it could tell is known by a mark in its environment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import secrets
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from typing import TYPE_CHECKING, NamedTuple, TextIO
+
+import anyio
+import anyio.to_thread
+import psutil
+
+from kitty_nb.supervisor.log import shrink
+from kitty_nb.supervisor.process import AT_WORK, ServerProcess, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kitty_nb.config import ServerConfig
+
+RECORD = ".server.json"
+_WITHDRAWN = ".leaving.json"
+_FAILURE = ".failure.txt"
+_MARK = "KITTY_NB_SIDECAR"
+# Seconds.
+_LOOK_EVERY = 1.0
+_LOCK_EVERY, _OTHER_ENDS_WITHIN = 0.1, 2.0
+# Bytes a second that a server reads or maps: a load from a slow disk uses little processor time.
+_LOADS = 1 << 14
+
+
+def withdrawn_path(record: Path) -> Path:
+    """Where a record is from when its server is being ended."""
+    return record.with_name(record.name.removesuffix(RECORD) + _WITHDRAWN)
+
+
+def failure_path(record: Path) -> Path:
+    """Where the reason of the last failure stands until the next start or stop."""
+    return record.with_name(record.name.removesuffix(RECORD) + _FAILURE)
+
+
+def withdraw(record: Path) -> None:
+    """Mark a server as being ended. Until it has ended, nobody may start another one.
+
+    Raises:
+        OSError: There is no record, or its folder cannot be written.
+    """
+    record.replace(withdrawn_path(record))
+    failure_path(record).unlink(missing_ok=True)
+
+
+class SidecarArgs(NamedTuple):
+    """The sidecar's command line.
+
+    Attributes:
+        record: The server's record, to be withdrawn before the server is ended.
+        log: The server's log.
+        log_bytes: The size from which the log is rotated.
+        logs_kept: The number of rotated logs that are kept.
+        grace: Seconds from asking the server to end until it is killed.
+        mark: What the server's environment holds; empty where the server outlives its kernel.
+    """
+
+    record: str
+    log: str
+    log_bytes: str
+    logs_kept: str
+    grace: str
+    mark: str
+
+
+class Sidecar:
+    """The process, seen from the kernel that starts it.
+
+    A sidecar that guards is started before its server, so that a kernel which is killed just then
+    leaves no server behind. Where another sidecar has the log already, it only guards, or ends.
+    """
+
+    def __init__(self, config: ServerConfig, record: Path, *, guards: bool) -> None:
+        self._mark = secrets.token_hex() if guards else ""
+        args = SidecarArgs(
+            record=str(record),
+            log=str(config.log_path),
+            log_bytes=str(int(config.log_max_mb * 1e6)),
+            logs_kept=str(config.log_keep),
+            grace=str(config.stop_grace_seconds),
+            mark=self._mark,
+        )
+        command = (sys.executable, "-P", "-m", __name__, *args)
+        self._program = Popen(
+            command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the environment of the server must hold."""
+        return {_MARK: self._mark} if self._mark else {}
+
+    @property
+    def runs(self) -> bool:
+        """True until the process has ended."""
+        return self._program.poll() is None
+
+    def watch(self, process: ServerProcess, idle_seconds: int) -> None:
+        """Tell it which server to watch, and how long that may be unused; 0 is for ever."""
+        assert self._program.stdin  # noqa: S101 (it was asked for)
+        with suppress(BrokenPipeError):  # killed already; another one is started
+            line = f"{process.pid} {process.create_time!r} {idle_seconds}\n"
+            self._program.stdin.write(line.encode())
+            self._program.stdin.flush()
+            if not self._mark:
+                self._program.stdin.close()
+
+    async def ended(self) -> None:
+        """Wait for its end, which follows that of its server."""
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._program.communicate)
+
+
+def has_sidecar(log: Path) -> bool:
+    """Tell whether a sidecar has this log; True where the system does not tell."""
+    try:
+        with _lock_path(log).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # it is held, or cannot be opened
+        return True
+    return False
+
+
+async def attend(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> None:
+    """Attend to a server until it has ended."""
+    async with anyio.create_task_group() as tasks:
+        if args.mark:
+            tasks.start_soon(_guard, args, process)
+
+        async def keep() -> None:
+            if not await _keep(args, process, idle_seconds):
+                tasks.cancel_scope.cancel()
+
+        tasks.start_soon(keep)
+        await process.wait()
+        tasks.cancel_scope.cancel()
+
+
+async def _guard(args: SidecarArgs, process: ServerProcess) -> None:
+    await anyio.wait_readable(sys.stdin.fileno())  # at its end: nothing more is written
+    await _end(args, process)
+
+
+async def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> bool:
+    """Rotate the log and end an idle server; return False where another sidecar does that."""
+    log, used_at, before = Path(args.log), time.monotonic(), _work_of(process)
+    with _lock_path(log).open("a") as lock:
+        with anyio.move_on_after(math.inf if args.mark else _OTHER_ENDS_WITHIN) as waiting:
+            await _lock(lock)
+        if waiting.cancelled_caught:
+            return False
+        while not idle_seconds or time.monotonic() - used_at < idle_seconds:
+            shrink(log, int(args.log_bytes), int(args.logs_kept))
+            await anyio.sleep(_LOOK_EVERY)
+            now = _work_of(process)
+            if now - before > _LOOK_EVERY:
+                used_at = time.monotonic()
+            before = now
+        _note(log, f"kitty_nb: stopped after {idle_seconds:.0f} s without use")
+        await _end(args, process)
+    return True
+
+
+async def _end(args: SidecarArgs, process: ServerProcess) -> None:
+    with suppress(OSError):  # a folder that is full, or gone, is no reason to let the server live
+        withdraw(Path(args.record))
+    await process.terminate(float(args.grace))
+
+
+def _note(log: Path, line: str) -> None:
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def _lock_path(log: Path) -> Path:
+    return log.with_suffix(".sidecar.lock")
+
+
+async def _lock(file: TextIO) -> None:
+    """Become the one sidecar of this log, as soon as an earlier one has ended."""
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            await anyio.sleep(_LOCK_EVERY)
+
+
+def _work_of(process: ServerProcess) -> float:
+    """The work done so far, in units of what counts as a second of work."""
+    usage = process.usage() or Usage(0, 0)
+    return usage.processor / AT_WORK + (usage.resident + usage.read) / _LOADS
+
+
+def _marked(mark: str) -> ServerProcess | None:
+    """Find the server with this mark: the first of its processes, which leads their group."""
+    for process in psutil.process_iter(["environ"]):
+        if mark and (process.info["environ"] or {}).get(_MARK) == mark:
+            with suppress(psutil.Error, OSError):
+                return ServerProcess(os.getpgid(process.pid), None)
+    return None
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the sidecar."""
+    args = SidecarArgs(*words)
+    told = sys.stdin.buffer.readline().split()
+    if told:
+        process = ServerProcess.attach(int(told[0]), float(told[1]))
+        if process:
+            anyio.run(attend, args, process, float(told[2]))
+    elif process := _marked(args.mark):
+        anyio.run(_end, args, process)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
