@@ -1,4 +1,4 @@
-"""How true the memory preview is, and how fast: formula over the engine's own breakdown.
+"""How true the memory forecast is, and how fast: formula over the engine's own breakdown.
 
 `python -m benchmarks.memory_preview [--engine PATH] [--model PATH]` asks that engine about that
 model, or else the one found as usual about headers as long as real ones, made by the tests.
@@ -7,30 +7,21 @@ model, or else the one found as usual about headers as long as real ones, made b
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import psutil
 
 from benchmarks.subject import read_subject
 from kitty_nb import ServerConfig
-from kitty_nb.catalog.memory import Memory, Needs, Place, estimate, plan
+from kitty_nb.catalog.memory import Memory, MemoryPool, Requirement, estimate, plan
 from kitty_nb.catalog.model_shape import read_shape
-from kitty_nb.errors import UnknownFlagError
-from kitty_nb.supervisor.memory_preview import (
-    AnswerReader,
-    ask_engine,
-    can_answer,
-    probe_command,
-    settings_of,
-)
+from kitty_nb.engine.devices import list_devices
+from kitty_nb.supervisor.forecast import settings_of
+from tests.engine_memory import breakdown
 from tests.model_files import MODELS, write_model
 
 if TYPE_CHECKING:
@@ -38,10 +29,9 @@ if TYPE_CHECKING:
     from kitty_nb.engine.locate import Engine
 
 _RUNS = 15
-_LIMIT = 0.3  # seconds that asking the engine may take
 _REAL_VOCABULARY = 152_064  # Qwen's; that of Gemma 3 is 262,144
 _MIB = 1 << 20
-_ITSELF = "MODEL"  # stands for the model's path
+_ITSELF = "8k, itself as draft"
 _CHANGES: dict[str, dict[str, Any]] = {
     "8k": {"context_size": 8192},
     "unset": {},
@@ -53,7 +43,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "16k, -fa off": {"context_size": 16384, "flash_attention": "off"},
     "32k, --swa-full": {"context_size": 32768, "extra_args": "--swa-full"},
     "8k, embeddings": {"context_size": 8192, "extra_args": "--embeddings"},
-    "8k, itself as draft": {"context_size": 8192, "extra_args": f"--model-draft {_ITSELF}"},
+    _ITSELF: {"context_size": 8192},
 }
 
 
@@ -61,8 +51,6 @@ def main() -> None:
     """Print the tables."""
     subject = read_subject(__doc__)
     print(f"{subject}\n")
-    if not can_answer(subject.engine):
-        sys.exit("This llama-server does not say how much memory it needs.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = (
@@ -82,7 +70,7 @@ def _model(folder: Path, name: str, **details: Any) -> Path:
 def _config(subject: Subject, model: Path, changes: dict[str, Any]) -> ServerConfig:
     """Settings for the processor alone, where the formula can be compared row by row."""
     hidden = "-dev none" if subject.engine.dialect.option("--device") else ""
-    words = f"{changes.get('extra_args', '')} {hidden}".replace(_ITSELF, shlex.quote(str(model)))
+    words = f"{changes.get('extra_args', '')} {hidden}"
     config = ServerConfig(models_dir=model.parent, model=model, binary=subject.binary)
     return config.replace(**changes | {"extra_args": words})
 
@@ -94,14 +82,11 @@ def _truth(subject: Subject, models: dict[str, Path]) -> None:
     for name, path in models.items():
         for label, changes in _CHANGES.items():
             config = _config(subject, path, changes)
-            try:
-                answer = anyio.run(ask_engine, subject.engine, config)
-            except UnknownFlagError as error:
-                print(f"{f'{name} {label}':<32} left out: {error}")
-                continue
-            if answer is None:
-                sys.exit(f"{name} {label}: the engine gave no answer.")
-            told = answer.ram
+            told = breakdown(subject.engine, config)["RAM"]
+            if label == _ITSELF:
+                told += told
+                words = (*config.extra_args, "--model-draft", str(path))
+                config = config.replace(extra_args=words)
             formula = _formula(subject.engine, config)
             ratios = {
                 part: (getattr(formula, part) // _MIB) / (getattr(told, part) // _MIB)
@@ -117,62 +102,35 @@ def _truth(subject: Subject, models: dict[str, Path]) -> None:
         print(f"farthest off, {part:<10}{off:.2%} (at most {limits[part]:.1%})")
 
 
-def _formula(engine: Engine, config: ServerConfig) -> Needs:
+def _formula(engine: Engine, config: ServerConfig) -> Requirement:
     assert config.model
-    everywhere = Memory(Place("RAM", 1 << 60, 1 << 60))
+    everywhere = Memory(MemoryPool("RAM", 1 << 60, 1 << 60))
     shape = read_shape(config.model)
     return estimate(shape, plan(shape, settings_of(config, engine), everywhere))[0]
 
 
 def _speed(subject: Subject, folder: Path) -> None:
-    """Time the formula and the engine on the model, or a header of a large one of today."""
+    """Time the formula, on the model or a header of a large one of today, and the devices' list."""
     details = {**MODELS["qwen2"], "layers": 64, "vocabulary": _REAL_VOCABULARY}
     path = subject.model or _model(folder, "qwen2", **details)
     engine, config = subject.engine, _config(subject, path, {"context_size": 8192})
-    formulas, answers, whole = [], [], []
+    formulas, listings = [], []
     for _ in range(_RUNS):
         os.utime(path)  # the header is read again when the file has changed
         began = time.perf_counter()
         _formula(engine, config)
         formulas.append(time.perf_counter() - began)
         began = time.perf_counter()
-        assert anyio.run(ask_engine, engine, config)
-        answers.append(time.perf_counter() - began)
-        whole.append(_ask_with_the_model(engine, config))
+        anyio.run(list_devices, engine, config)
+        listings.append(time.perf_counter() - began)
     began = time.perf_counter()
     _formula(engine, config)
     again = time.perf_counter() - began
-    typical, slowest = statistics.median(answers), max(answers)
     shape = read_shape(path)
     print(f"\n{len(shape.layers)} layers, {shape.vocabulary:,} tokens; median of {_RUNS}")
     print(f"formula, header read        {statistics.median(formulas) * 1000:6.1f} ms")
     print(f"formula, header known       {again * 1000:6.1f} ms")
-    print(f"engine asked                {typical * 1000:6.1f} ms, slowest {slowest * 1000:.1f} ms")
-    print(f"  of the {_LIMIT * 1000:.0f} ms allowed      {typical / _LIMIT:6.2f} x")
-    print(f"  of asking with the model  {typical / statistics.median(whole):6.2f} x")
-    for step in range(_RUNS):
-        anyio.run(_call_off, engine, config, step * 1.2 * typical / _RUNS)
-    left = psutil.Process().children(recursive=True)
-    print(f"processes left after {_RUNS} answers and {_RUNS} calls off: {len(left)}")
-
-
-def _ask_with_the_model(engine: Engine, config: ServerConfig) -> float:
-    """The yardstick: the engine on the model itself, to the same line, then ended."""
-    assert config.model
-    reader, began = AnswerReader(), time.perf_counter()
-    command = probe_command(engine, config, config.model)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
-        assert server.stdout
-        lines = (line.decode(errors="replace") for line in server.stdout)
-        if not any(map(reader.read, lines)):
-            sys.exit("The engine gave no answer on the model itself.")
-        server.kill()
-    return time.perf_counter() - began
-
-
-async def _call_off(engine: Engine, config: ServerConfig, seconds: float) -> None:
-    with anyio.move_on_after(seconds):
-        await ask_engine(engine, config)
+    print(f"devices listed              {statistics.median(listings) * 1000:6.1f} ms")
 
 
 if __name__ == "__main__":

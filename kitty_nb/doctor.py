@@ -235,8 +235,7 @@ async def _memory(config: ServerConfig) -> Finding:
         _, devices = await engine_devices(config)
     memory = with_devices(measured, devices)
     rows = [
-        f"{place.name}: {decimal(place.free)} of {decimal(place.total)} free"
-        for place in memory.places
+        f"{pool.name}: {decimal(pool.free)} of {decimal(pool.total)} free" for pool in memory.pools
     ]
     if devices is None and record and record.devices:  # machines of --rpc that serve it
         rows += [f"{name}: in use by the server (PID {record.pid})" for name in record.devices]

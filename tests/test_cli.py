@@ -345,7 +345,7 @@ def test_what_will_not_fit_is_refused_unless_wanted_anyway(
     for verb in ("start", "restart"):
         refused = kitty(verb, "--env", env)
         assert refused.returncode == 1
-        assert "It will not fit: it needs" in refused.stderr
+        assert "Not enough memory: needs" in refused.stderr
         assert "--anyway" in refused.stderr
     assert facts(env)["pid"] == pid
     assert kitty("restart", "--anyway", "--env", env).returncode == 0

@@ -31,8 +31,8 @@ from kitty_nb import (
     ServerStatus,
     write_demo_model,
 )
-from kitty_nb.catalog.memory import Memory, Place
-from kitty_nb.supervisor import memory_preview
+from kitty_nb.catalog.memory import Memory, MemoryPool
+from kitty_nb.supervisor import forecast
 from kitty_nb.supervisor.events import LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
 from kitty_nb.widgets.display import receive_while_busy
@@ -354,7 +354,7 @@ def test_memory_is_asked_for_afresh_by_each_start(
     panel.settings.fields["context_size"].value = "512"
     panel.buttons.start.click()  # while the line still says that it will not fit
     wait_for(panel, "READY")
-    monkeypatch.setattr(memory_preview, "free_memory", lambda _: Memory(Place("RAM", 1, 1, 0)))
+    monkeypatch.setattr(forecast, "free_memory", lambda _: Memory(MemoryPool("RAM", 1, 1, 0)))
     panel.buttons.restart.click()
     eventually(lambda: "press the button again" in panel.notice.value)
     assert panel.manager.state.restart_count == 0
@@ -370,9 +370,9 @@ def test_a_stop_calls_off_a_start_that_still_asks_for_memory(
     def slow(*_: object) -> Memory:
         asked.set()
         assert answer.wait(10)
-        return Memory(Place("RAM", 10**9, 10**9, 0))
+        return Memory(MemoryPool("RAM", 10**9, 10**9, 0))
 
-    monkeypatch.setattr(memory_preview, "free_memory", slow)
+    monkeypatch.setattr(forecast, "free_memory", slow)
     panel.buttons.restart.click()
     eventually(asked.is_set)
     panel.buttons.stop.click()
@@ -386,9 +386,9 @@ def test_memory_is_looked_at_again_when_the_server_is_ready_and_when_it_is_stopp
     panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def free_memory(pid: int | None) -> Memory:
-        return Memory(Place("RAM", 10**12, 10**12, 10**9 if pid else 0))
+        return Memory(MemoryPool("RAM", 10**12, 10**12, 10**9 if pid else 0))
 
-    monkeypatch.setattr(memory_preview, "free_memory", free_memory)
+    monkeypatch.setattr(forecast, "free_memory", free_memory)
     panel.buttons.start.click()
     wait_for(panel, "READY")
     eventually(lambda: "the running server gives back" in panel.memory.value)

@@ -16,7 +16,7 @@ from conftest import eventually
 from model_files import write_model
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.catalog.memory import Memory, MemoryPreview, Place, Verdict
+from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict
 from kitty_nb.doctor import examine
 from kitty_nb.engine.devices import Device, engine_devices, parse_devices
 from kitty_nb.errors import ServerCrashedError
@@ -73,7 +73,7 @@ def listens(port: int) -> bool:
 
 def needed(refusal: str) -> str:
     """What a refusal says without what is free, which changes by the second."""
-    return refusal.partition(", of which")[0]
+    return re.sub(r" [\d.]+ GB free", "", refusal)
 
 
 def devices(config: ServerConfig) -> tuple[Device, ...] | None:
@@ -105,12 +105,12 @@ Available devices:
 
 
 def test_nvidias_library_adds_what_comes_back_and_no_device() -> None:
-    ram = Place("RAM", 10, 20)
-    nvidia = (Place("GPU A", 700, 1000, 300), Place("GPU B", 400, 1000, 10))
+    ram = MemoryPool("RAM", 10, 20)
+    nvidia = (MemoryPool("GPU A", 700, 1000, 300), MemoryPool("GPU B", 400, 1000, 10))
     listed = (Device("Vulkan0", "GPU C", 5, 9), Device("CUDA0", "GPU A", 450, 1000))
     assert with_devices(Memory(ram, nvidia), listed).gpus == (
-        Place("Vulkan0 (GPU C)", 5, 9),
-        Place("CUDA0 (GPU A)", 750, 1000, 300),
+        MemoryPool("Vulkan0 (GPU C)", 5, 9),
+        MemoryPool("CUDA0 (GPU A)", 750, 1000, 300),
     )
     assert with_devices(Memory(ram, nvidia), None).gpus == nvidia
 
@@ -132,16 +132,15 @@ def test_a_device_that_is_not_nvidias_has_its_row(
     seen, refusal = previews(config)
     assert refusal == ""
     last = seen[-1]
-    assert last.exact
-    rows = {part.place.name.partition(" (")[0]: part for part in last.parts}
+    rows = {one.pool.name.partition(" (")[0]: one for one in last.allocations}
     if words == "-dev none":
         assert [*rows] == ["RAM"]
         return
     assert [*rows] == ["RAM", software_gpu]
     # What b10434 says of itself: 65 + 49 + 23 MiB there, and 170 + 9 here.
-    assert rows[software_gpu].needs.total == pytest.approx(137 * MIB, rel=0.02)
-    assert rows["RAM"].needs.total == pytest.approx(179 * MIB, rel=0.02)
-    assert 0 < rows[software_gpu].place.free <= rows[software_gpu].place.total
+    assert rows[software_gpu].requirement.total == pytest.approx(137 * MIB, rel=0.02)
+    assert rows["RAM"].requirement.total == pytest.approx(179 * MIB, rel=0.02)
+    assert 0 < rows[software_gpu].pool.free <= rows[software_gpu].pool.total
 
 
 def test_what_the_device_cannot_hold_is_refused_and_named(
@@ -155,7 +154,7 @@ def test_what_the_device_cannot_hold_is_refused_and_named(
     everything = config.replace(n_gpu_layers=999)
     seen, refusal = previews(everything)
     assert seen[-1].verdict is Verdict.WILL_NOT_FIT
-    assert needed(refusal) == needed(seen[-1].refusal)
+    assert needed(refusal) == needed(seen[-1].why_not())
     assert f"GB of {software_gpu} (" in refusal
     assert previews(config)[1] == ""  # left to the engine, the rest stays in RAM
 
@@ -174,13 +173,12 @@ def test_start_and_memory_line_give_one_answer_about_other_machines(
     )
     seen, refusal = previews(alone)
     assert seen[-1].verdict is Verdict.WILL_NOT_FIT
-    assert needed(refusal) == needed(seen[-1].refusal)
+    assert needed(refusal) == needed(seen[-1].why_not())
     assert "GB of RAM" in refusal
     seen, refusal = previews(alone.replace(extra_args=["--rpc", workers]))
     assert refusal == ""
-    assert seen[-1].exact
     assert seen[-1].verdict is not Verdict.WILL_NOT_FIT
-    assert [part.place.name for part in seen[-1].parts][1:] == [
+    assert [one.pool.name for one in seen[-1].allocations][1:] == [
         f"RPC{number} ({address})" for number, address in enumerate(workers.split(","))
     ]
 
@@ -329,8 +327,7 @@ def test_formula_and_engine_agree_on_a_real_model(real_config: ServerConfig, cas
     if config.binary:
         config = config.replace(extra_args=(*config.extra_args, "-dev", "none"))
     seen, refusal = previews(config)
-    first, last = seen[0].needs, seen[-1].needs
-    assert seen[-1].exact
+    first, last = seen[0].requirement, seen[-1].requirement
     assert refusal == ""
     assert first.total == pytest.approx(last.total, rel=0.01)
     # What both engines say of themselves, in MiB, on the model itself.
@@ -349,8 +346,7 @@ def test_a_draft_model_is_counted_whole(
     both = alone.replace(extra_args=(*alone.extra_args, "--model-draft", str(real_model)))
     (*_, one), _ = previews(alone)
     (first, *_, two), _ = previews(both)
-    assert two.exact
-    assert one.needs.total
+    assert one.requirement.total
     # It is the same model, with a cache and buffers of its own.
-    assert two.needs.total == pytest.approx(2 * one.needs.total, rel=0.01)
-    assert first.needs.total == pytest.approx(two.needs.total, rel=0.01)
+    assert two.requirement.total == pytest.approx(2 * one.requirement.total, rel=0.01)
+    assert first.requirement.total == pytest.approx(two.requirement.total, rel=0.01)

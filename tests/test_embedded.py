@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -285,12 +284,3 @@ def test_key_from_the_environment(demo_model: Path, free_port: int, tmp_path: Pa
         assert server.http.get("/v1/models").status_code == 401
         bearer = {"Authorization": "Bearer secret"}
         assert server.http.get("/v1/models", headers=bearer).status_code == 200
-
-
-def test_json_log_tells_the_memory(demo_model: Path, free_port: int, tmp_path: Path) -> None:
-    with serving(demo_model, free_port, tmp_path / "log", "--log-jsonl") as server:
-        server.until(200)
-
-        first, *_ = server.log.splitlines()
-        assert json.loads(first)["type"] == "log"
-        assert '"type":"fit_memory_breakdown"' in server.log

@@ -124,7 +124,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
 
 def test_what_will_not_fit_is_asked_for_twice(run: Run, env: Path, stand_in: Path) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\nLLAMACPP_PRIMARY_CTX=2000000000\n")
-    with pytest.raises(KittyError, match=r"It will not fit: it needs .* GB .*run this again"):
+    with pytest.raises(KittyError, match=r"Not enough memory: needs .* GB .*run this again"):
         run("%kitty start")
     assert "No server" in run("%kitty status")
     assert "READY" in run("%kitty start")

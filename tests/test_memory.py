@@ -10,15 +10,15 @@ import gguf
 import pytest
 from model_files import write_model
 
-from kitty_nb.catalog.gguf import read_header, read_layout, write_outline
+from kitty_nb.catalog.gguf import read_header, read_layout
 from kitty_nb.catalog.memory import (
     CACHE_TYPES,
+    Allocation,
     Memory,
+    MemoryPool,
     MemoryPreview,
     MemorySettings,
-    Needs,
-    Part,
-    Place,
+    Requirement,
     Verdict,
     estimate,
     plan,
@@ -28,7 +28,7 @@ from kitty_nb.catalog.model_shape import ModelShape, read_layouts, read_shape
 from kitty_nb.errors import ModelFileError
 
 GIB = 1 << 30
-ROOM = Place("RAM", 1 << 60, 1 << 60)
+ROOM = MemoryPool("RAM", 1 << 60, 1 << 60)
 ONE = MemorySettings(context=4096, sequences=1)
 
 
@@ -61,30 +61,12 @@ def test_a_layout_says_where_everything_lies(tmp_path: Path, endian: gguf.GGUFEn
     for mine, theirs in zip(layout.tensors, truth.tensors, strict=True):
         assert (mine.name, mine.shape) == (theirs.name, tuple(map(int, theirs.shape)))
         assert mine.type == theirs.tensor_type
-        assert 0 <= mine.size - theirs.n_bytes < layout.alignment
+        assert 0 <= mine.size - theirs.n_bytes < 32
 
 
 def test_the_cache_types_are_those_of_llama_cpp() -> None:
     for name, (size, count) in CACHE_TYPES.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] == (count, size)
-
-
-@pytest.mark.parametrize("endian", gguf.GGUFEndian)
-def test_an_outline_has_all_but_weights_and_vocabulary(
-    tmp_path: Path, endian: gguf.GGUFEndian
-) -> None:
-    path = write_model(tmp_path / "m.gguf", vocabulary=5000, endian=endian, attention__causal=True)
-    (tmp_path / "outline").mkdir()
-    outline = write_outline(read_layouts(path), tmp_path / "outline")
-    was, now = read_layout(path), read_layout(outline)
-    assert now.tensors == was.tensors
-    assert now.size - now.data_at == was.size - was.data_at
-    assert now.header.metadata.keys() - was.header.metadata.keys() == {"llama.vocab_size"}
-    assert now.header.metadata["llama.vocab_size"] == 5000
-    assert now.header.metadata["tokenizer.ggml.model"] == "no_vocab"
-    assert "tokenizer.ggml.tokens" not in now.header.metadata
-    assert now.header.metadata["llama.attention.causal"] is True
-    assert outline.stat().st_blocks * 512 < 100_000
 
 
 def split(path: Path, folder: Path) -> Path:
@@ -101,9 +83,6 @@ def test_all_shards_count(tmp_path: Path, model: Callable[..., Path]) -> None:
     blocks = sum(layer.weights for layer in read_shape(whole).layers)
     assert twice.weights == once.weights + blocks
     assert twice.cache == once.cache
-    (tmp_path / "outline").mkdir()
-    assert write_outline(read_layouts(first), tmp_path / "outline").name == first.name
-    assert len(list((tmp_path / "outline").iterdir())) == 2
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf is not there"):
         read_shape(first)
@@ -207,13 +186,15 @@ def test_what_a_model_remembers_otherwise_is_not_guessed(
     shape: Callable[..., ModelShape], key: str
 ) -> None:
     model = shape("whatever", **{key: 4})
-    shown = preview(model, plan(model, MemorySettings(), Memory(ROOM)), Memory(ROOM))
+    shown = preview(model, MemorySettings(), Memory(ROOM))
     assert shown.verdict is Verdict.UNKNOWN
-    assert (shown.needs.cache, shown.needs.compute, shown.needs.total) == (None, None, None)
-    assert shown.needs.weights > 0
+    assert (shown.requirement.cache, shown.requirement.compute, shown.requirement.total) == (
+        None,
+        None,
+        None,
+    )
+    assert shown.requirement.weights > 0
     assert shown.largest_context is None
-    told = preview(model, ONE, Memory(ROOM), [Needs(1, 2, 3)])
-    assert (told.verdict, told.needs.total, told.exact) == (Verdict.FITS, 6, True)
 
 
 def test_old_builds_make_room_for_the_scores_of_all_tokens(
@@ -226,7 +207,7 @@ def test_old_builds_make_room_for_the_scores_of_all_tokens(
     assert then.compute > 512 * 100_000 * 4 > 10 * now.compute
 
 
-GPUS = (Place("one", 3 * GIB, 4 * GIB), Place("two", GIB, 2 * GIB))
+GPUS = (MemoryPool("one", 3 * GIB, 4 * GIB), MemoryPool("two", GIB, 2 * GIB))
 
 
 def test_layers_go_to_the_gpus_by_their_free_memory(shape: Callable[..., ModelShape]) -> None:
@@ -264,7 +245,7 @@ def test_embeddings_that_are_the_output_too_are_needed_twice(
 
 
 def part(needed: int, free: int) -> Verdict:
-    return Part(Place("RAM", free, free), Needs(needed, 0, 0)).verdict
+    return Allocation(MemoryPool("RAM", free, free), Requirement(needed, 0, 0)).verdict
 
 
 def test_the_verdict_leaves_a_margin() -> None:
@@ -277,7 +258,8 @@ def test_the_verdict_leaves_a_margin() -> None:
 
 def test_the_worst_place_decides() -> None:
     fits, tight, bad = (
-        Part(Place("RAM", free, free), Needs(100, 0, 0)) for free in (1000, 101, 99)
+        Allocation(MemoryPool("RAM", free, free), Requirement(100, 0, 0))
+        for free in (1000, 101, 99)
     )
     assert MemoryPreview((fits, tight)).verdict is Verdict.TIGHT
     assert MemoryPreview((fits, bad, tight)).verdict is Verdict.WILL_NOT_FIT
@@ -289,7 +271,7 @@ def test_the_largest_context_is_the_largest(
     shape: Callable[..., ModelShape], settings: MemorySettings
 ) -> None:
     model = shape(context=1 << 20)
-    memory = Memory(Place("RAM", GIB, GIB))
+    memory = Memory(MemoryPool("RAM", GIB, GIB))
     shown = preview(model, settings, memory)
     largest = shown.largest_context
     assert largest
@@ -297,15 +279,7 @@ def test_the_largest_context_is_the_largest(
     longer = largest + 256 * settings.caches
     for context, verdict in [(largest, Verdict.FITS), (longer, Verdict.TIGHT)]:
         assert preview(model, replace(settings, context=context), memory).verdict is verdict
-    # What the engine says in excess of the formula holds for other contexts too.
-    (formula,) = estimate(model, settings)
-    assert formula.compute
-    told = [replace(formula, compute=formula.compute + GIB // 10)]
-    corrected = preview(model, settings, memory, told).largest_context
-    assert corrected
-    per_token = cache(model, settings) / 4096
-    assert largest - corrected == pytest.approx(GIB / 10 / per_token, rel=0.35)
-    assert preview(model, settings, Memory(Place("RAM", 1000, 1000))).largest_context == 0
+    assert preview(model, settings, Memory(MemoryPool("RAM", 1000, 1000))).largest_context == 0
     assert preview(model, settings, Memory(ROOM)).largest_context == (1 << 20) * settings.caches
 
 
@@ -316,7 +290,7 @@ def test_what_is_left_to_the_engine_is_settled_as_it_would(
     free = MemorySettings(sequences=1)
     assert plan(model, free, Memory(ROOM)).context == 1 << 20
     # Without a GPU, llama.cpp goes by all RAM that there is, not by what is free.
-    two = Memory(Place("RAM", 0, 2 * GIB))
+    two = Memory(MemoryPool("RAM", 0, 2 * GIB))
     settled = plan(model, free, two)
     assert settled.context
     assert settled.context % 256 == 0
@@ -325,13 +299,13 @@ def test_what_is_left_to_the_engine_is_settled_as_it_would(
     assert 0.99 * GIB < needs.total <= GIB
     assert plan(model, replace(free, context=0), two).context == 1 << 20
     assert plan(model, replace(free, fits=False), two).context == 1 << 20
-    assert plan(model, free, Memory(Place("RAM", 0, 0))).context == 4096
+    assert plan(model, free, Memory(MemoryPool("RAM", 0, 0))).context == 4096
     # With a GPU: first the context, down to 4096, then layers.
-    gpu = Memory(ROOM, (Place("GPU", 2 * GIB, 2 * GIB),))
+    gpu = Memory(ROOM, (MemoryPool("GPU", 2 * GIB, 2 * GIB),))
     settled = plan(model, free, gpu)
     assert settled.gpu_layers == 17
     assert 4096 < (settled.context or 0) < 1 << 20
-    scarce = Memory(ROOM, (Place("GPU", GIB + 60_000_000, 2 * GIB),))
+    scarce = Memory(ROOM, (MemoryPool("GPU", GIB + 60_000_000, 2 * GIB),))
     settled = plan(model, free, scarce)
     assert settled.context == 4096
     assert 0 < (settled.gpu_layers or 0) < 17
@@ -367,21 +341,9 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, model: Callable[..., Path])
     path = model(vocabulary=300)
     layout = read_layout(path)
     last = layout.size - layout.tensors[-1].size
-    for length in [*range(0, layout.tensors_at[1], 97), layout.data_at, last]:
+    for length in [*range(0, layout.data_at, 97), layout.data_at, last]:
         short = tmp_path / "short.gguf"
         shutil.copy(path, short)
         os.truncate(short, length)
         with pytest.raises(ModelFileError, match="download it again"):
             read_layout(short)
-
-
-def test_an_outline_of_a_file_that_shrinks_meanwhile_does_no_harm(
-    tmp_path: Path, model: Callable[..., Path]
-) -> None:
-    path = model()
-    layouts = read_layouts(path)
-    os.truncate(path, 100)
-    (tmp_path / "outline").mkdir()
-    outline = write_outline(layouts, tmp_path / "outline")
-    with pytest.raises(ModelFileError):
-        read_layout(outline)

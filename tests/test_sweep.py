@@ -543,7 +543,7 @@ def test_what_will_not_fit_is_skipped_with_the_reason(sweep: Callable[..., Sweep
     assert rows[1024].outcome is Outcome.DONE
     skipped = rows[2_000_000_000]
     assert skipped.outcome is Outcome.SKIPPED
-    assert skipped.reason.startswith("It will not fit: it needs ")
+    assert skipped.reason.startswith("Not enough memory: needs ")
     assert "GB of RAM" in skipped.reason
     assert skipped.seconds.load == 0
 

@@ -18,8 +18,8 @@ from kitty_nb.engine.command_line import build_command, leaves_out_projector
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.experiments import record_run, replay
+from kitty_nb.supervisor.forecast import settings_of
 from kitty_nb.supervisor.load_facts import gather_facts
-from kitty_nb.supervisor.memory_preview import settings_of
 from kitty_nb.terminal.status import glance
 
 DEMO_WIDTH = 320  # of the demo model's vectors

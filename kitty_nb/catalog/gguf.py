@@ -1,4 +1,4 @@
-"""GGUF files: their header, what a quantization is, and stubs with a header alone."""
+"""GGUF files: their header, and what a quantization is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 
@@ -182,21 +182,15 @@ class GgufLayout:
         path: The file.
         size: How long the file is.
         header: What it says about itself.
-        entries: Begin and end of each metadata entry.
         tensors: Its weight tensors.
-        tensors_at: Begin and end of the list that describes them.
         data_at: Where the weights begin.
-        alignment: Of what tensors' places are multiples.
     """
 
     path: Path
     size: int
     header: GgufHeader
-    entries: Mapping[str, tuple[int, int]]
     tensors: tuple[Tensor, ...]
-    tensors_at: tuple[int, int]
     data_at: int
-    alignment: int
 
 
 class TensorEntry(NamedTuple):
@@ -223,17 +217,13 @@ class GgufContents:
         size: How long the file is.
         header: What it says about itself.
         entries: Its list of tensors.
-        entries_at: Begin and end of that list.
         data_at: Where the weights begin.
-        alignment: Of what tensors' places are multiples.
     """
 
     size: int
     header: GgufHeader
     entries: tuple[TensorEntry, ...]
-    entries_at: tuple[int, int]
     data_at: int
-    alignment: int
 
 
 T = TypeVar("T")
@@ -310,7 +300,6 @@ class _Reader:
         self._start = 0  # of the window, in the file
         self._at = 0  # the next byte, from the window's start; beyond its end after a skip
         self._numbers: tuple[bool | int | float, ...] = ()  # of the latest array, if it is short
-        self._entries: dict[str, tuple[int, int]] = {}
 
     def header(self) -> GgufHeader:
         if self._size == 0:
@@ -334,13 +323,11 @@ class _Reader:
         metadata: dict[str, bool | int | float | str | ArrayInfo] = {}
         per_layer: dict[str, tuple[bool | int | float, ...]] = {}
         for _ in range(entries):
-            begin = self._position
             key = self._string()
             if key in metadata:
                 raise self._damaged(f"has the key {key[:_SHOWN]!r} twice")
             self._numbers = ()
             metadata[key] = self._value(self._scalar("I"))
-            self._entries[key] = begin, self._position
             if self._numbers:
                 per_layer[key] = self._numbers
         self._require(0)
@@ -348,22 +335,18 @@ class _Reader:
 
     def contents(self) -> GgufContents:
         header = self.header()
-        begin = self._position
         entries: dict[str, TensorEntry] = {}
         for _ in range(header.tensor_count):
             entry = self._tensor()
             if entry.name in entries:
                 raise self._damaged(f"has the tensor {entry.name[:_SHOWN]!r} twice")
             entries[entry.name] = entry
-        end = self._position
         self._require(0)
         alignment = header.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment < _LIMIT:
             raise self._damaged(f"has the alignment {alignment}")
-        data_at = -(-end // alignment) * alignment
-        return GgufContents(
-            self._size, header, tuple(entries.values()), (begin, end), data_at, alignment
-        )
+        data_at = -(-(self._start + self._at) // alignment) * alignment
+        return GgufContents(self._size, header, tuple(entries.values()), data_at)
 
     def layout(self) -> GgufLayout:
         found = self.contents()
@@ -375,16 +358,7 @@ class _Reader:
             Tensor(name, shape, kind, ends[found.data_at + offset] - found.data_at - offset)
             for name, shape, kind, offset in found.entries
         )
-        return GgufLayout(
-            self._path,
-            self._size,
-            found.header,
-            self._entries,
-            tensors,
-            found.entries_at,
-            found.data_at,
-            found.alignment,
-        )
+        return GgufLayout(self._path, self._size, found.header, tensors, found.data_at)
 
     def _tensor(self) -> TensorEntry:
         name = self._string()
@@ -394,10 +368,6 @@ class _Reader:
         layout = f"{self._order}{dimensions}QIQ"
         *shape, kind, offset = struct.unpack(layout, self._take(struct.calcsize(layout)))
         return TensorEntry(name, tuple(shape), kind, offset)
-
-    @property
-    def _position(self) -> int:
-        return self._start + self._at
 
     def _value(self, value_type: int) -> bool | int | float | str | ArrayInfo:
         if value_type == _STRING:
@@ -483,66 +453,3 @@ class _Reader:
 
     def _sentence(self, what: str) -> str:
         return f"{self._path} {what}. It is damaged or incomplete: download it again."
-
-
-_UINT32, _STRING_GGUF_OUTLINE = 4, 8  # types of a value in the GGUF format
-
-
-def write_outline(layouts: Iterable[GgufLayout], folder: Path) -> Path:
-    """Write the outline of a model, file by file under the same names.
-
-    Args:
-        layouts: Of the model's files, first to last.
-        folder: Where to write them; it must exist.
-
-    Returns:
-        The first of them.
-
-    Raises:
-        OSError: A file of the model cannot be read, or the outline cannot be written.
-    """
-    written = [_write(layout, folder / layout.path.name) for layout in layouts]
-    return written[0]
-
-
-def _write(layout: GgufLayout, path: Path) -> Path:
-    order = layout.header.byte_order
-    with layout.path.open("rb") as source:
-        entries = [
-            _range(source, *where)
-            for key, where in layout.entries.items()
-            if not key.startswith("tokenizer.")
-        ]
-        tensors = _range(source, *layout.tensors_at)
-    entries += _vocabulary(layout)
-    counts = struct.pack(f"{order}IQQ", layout.header.version, len(layout.tensors), len(entries))
-    described = b"GGUF" + counts + b"".join(entries) + tensors
-    with path.open("wb") as outline:
-        outline.write(described)
-        weights_at = -(-len(described) // layout.alignment) * layout.alignment
-        outline.truncate(weights_at + layout.size - layout.data_at)
-    return path
-
-
-def _vocabulary(layout: GgufLayout) -> list[bytes]:
-    """What stands for the vocabulary: that there is none, and how large it is."""
-    tokens = layout.header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, ArrayInfo):
-        return []
-    order = layout.header.byte_order
-    none = _text(order, "tokenizer.ggml.model") + struct.pack(f"{order}I", _STRING_GGUF_OUTLINE)
-    entries = [none + _text(order, "no_vocab")]
-    key = f"{layout.header.architecture}.vocab_size"
-    if key not in layout.entries:
-        entries.append(_text(order, key) + struct.pack(f"{order}II", _UINT32, tokens.length))
-    return entries
-
-
-def _text(order: str, text: str) -> bytes:
-    encoded = text.encode()
-    return struct.pack(f"{order}Q", len(encoded)) + encoded
-
-
-def _range(file: BinaryIO, begin: int, end: int) -> bytes:
-    file.seek(begin)
-    return file.read(end - begin)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.model_shape import ModelShape
 
-
 # Bytes of a block and numbers in it, by the names that --cache-type-k takes.
 CACHE_TYPES = {
     "f32": (4, 1), "f16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32), "q5_1": (24, 32),
@@ -23,10 +22,14 @@ CACHE_TYPES = {
 _GB = 1_000_000_000
 MARGIN = 1 << 30  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
 _MARGIN_SHARE = 10  # of a small memory, a tenth is margin enough
+CONTEXT_STEP = 256  # llama.cpp rounds contexts up to a multiple of this
+_LEAST_CONTEXT = 4096  # llama.cpp's --fit-ctx: --fit shrinks no further
+_FLOAT = 4  # bytes
+_VECTORS = 5  # as wide as the model, held beside the widest step of a block
 
 
 class Verdict(StrEnum):
-    """Whether a model goes into the memory there is."""
+    """Whether a model fits into the free memory."""
 
     FITS = "fits"
     TIGHT = "tight"
@@ -44,8 +47,6 @@ class MemorySettings:
         unified: Whether they share one cache, rather than a part of it each.
         batch: Tokens of a prompt handed over at once.
         micro_batch: Tokens of a prompt worked on at once.
-        cache_type_k: How keys are kept, one of `CACHE_TYPES`.
-        cache_type_v: How values are kept.
         flash_attention: Whether attention is worked out without a matrix of all scores.
         full_window: Whether layers with a sliding window keep all tokens nevertheless.
         gpu_layers: Layers to put on GPUs, the output being one more; None is what fits.
@@ -55,7 +56,7 @@ class MemorySettings:
             does for embeddings, and did for everything before it had `--fit`.
         drafted: Tokens that speculation proposes at once, which need scores too.
         extra_weights: Bytes of files that are loaded beside the model, such as a projector.
-        draft: The model that proposes them.
+        draft: The smaller model that proposes tokens, with settings of its own but this context.
     """
 
     context: int | None = None
@@ -73,36 +74,23 @@ class MemorySettings:
     scores_all: bool = False
     drafted: int = 0
     extra_weights: int = 0
-    draft: Draft | None = None
+    draft: tuple[ModelShape, MemorySettings] | None = None
 
     @property
     def caches(self) -> int:
-        """How many caches share the context between them."""
+        """The caches that share the context between them."""
         return 1 if self.unified else self.sequences
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A smaller model that is loaded beside another, to propose what comes next.
-
-    Attributes:
-        shape: The smaller model.
-        settings: Its own; its context is that of the other model.
-    """
-
-    shape: ModelShape
-    settings: MemorySettings
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A memory that a model can be put into.
+class MemoryPool:
+    """RAM, or the memory of one GPU, in bytes.
 
     Attributes:
         name: `RAM`, or the GPU's.
-        free: Bytes to be had once the server that runs now has ended.
-        total: Bytes in all.
-        returned: Bytes of `free` that the running server still holds.
+        free: What is free once the server that runs now has exited.
+        total: Its size.
+        returned: The part of `free` that the running server still holds.
     """
 
     name: str
@@ -113,31 +101,20 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """All memory of a machine.
+    """All memory of a machine; a GPU that shares the RAM is not among the GPUs."""
 
-    Attributes:
-        ram: What the processor uses; the GPU too, where they share it.
-        gpus: Each GPU with a memory of its own.
-    """
-
-    ram: Place
-    gpus: tuple[Place, ...] = ()
+    ram: MemoryPool
+    gpus: tuple[MemoryPool, ...] = ()
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def pools(self) -> tuple[MemoryPool, ...]:
         """RAM and then the GPUs."""
         return (self.ram, *self.gpus)
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """Bytes that a model needs in one place, or in all.
-
-    Attributes:
-        weights: For its weights.
-        cache: For what it remembers of the context; None when that cannot be worked out.
-        compute: For work in progress; None when that cannot be worked out.
-    """
+class Requirement:
+    """Bytes that a model needs; None for a part that the formula does not know."""
 
     weights: int
     cache: int | None
@@ -145,98 +122,84 @@ class Needs:
 
     @property
     def total(self) -> int | None:
-        """All of it; None when a part is not known."""
+        """All parts together; None when one is unknown."""
         if self.cache is None or self.compute is None:
             return None
         return self.weights + self.cache + self.compute
 
-    def __add__(self, other: Needs) -> Needs:
+    def __add__(self, other: Requirement) -> Requirement:
         if self.total is None or other.total is None:
-            return Needs(self.weights + other.weights, None, None)
+            return Requirement(self.weights + other.weights, None, None)
         cache = (self.cache or 0) + (other.cache or 0)
         compute = (self.compute or 0) + (other.compute or 0)
-        return Needs(self.weights + other.weights, cache, compute)
+        return Requirement(self.weights + other.weights, cache, compute)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What goes where.
+class Allocation:
+    """What a model would take from one pool."""
 
-    Attributes:
-        place: Where.
-        needs: How much.
-    """
-
-    place: Place
-    needs: Needs
+    pool: MemoryPool
+    requirement: Requirement
 
     @property
     def verdict(self) -> Verdict:
-        """Whether it goes in there, `tight` where it leaves less than the margin."""
-        needed = self.needs.total
+        """Whether the pool has room, `tight` where less than the margin is left."""
+        needed = self.requirement.total
         if needed is None:
             return Verdict.UNKNOWN
-        left = self.place.free - needed
-        margin = min(MARGIN, self.place.free // _MARGIN_SHARE)
-        return (
-            Verdict.WILL_NOT_FIT if left < 0 else Verdict.TIGHT if left < margin else Verdict.FITS
-        )
+        left = self.pool.free - needed
+        if left < 0:
+            return Verdict.WILL_NOT_FIT
+        margin = min(MARGIN, self.pool.free // _MARGIN_SHARE)
+        return Verdict.TIGHT if left < margin else Verdict.FITS
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPreview:
-    """What a model would need with some settings, and whether there is that much.
+    """The memory that a model would take with some settings.
 
     Attributes:
-        parts: What goes where; only places that get something. Empty when nothing is known.
+        allocations: By pool, of those that the model uses. Empty when nothing is known.
         context: The context that this is for, in tokens.
         largest_context: The longest one that fits, with a margin; 0 when none does, None when that
-            cannot be worked out.
-        exact: Whether the engine itself said so, rather than the formula.
+            is unknown.
         problem: Why nothing is known, in a sentence.
     """
 
-    parts: tuple[Part, ...] = ()
+    allocations: tuple[Allocation, ...] = ()
     context: int | None = None
     largest_context: int | None = None
-    exact: bool = False
     problem: str | None = None
 
     @property
-    def needs(self) -> Needs:
-        """What it needs in all places together."""
-        return sum((part.needs for part in self.parts), Needs(0, 0, 0))
+    def requirement(self) -> Requirement:
+        """The need in all pools together."""
+        return sum((one.requirement for one in self.allocations), Requirement(0, 0, 0))
 
     @property
     def verdict(self) -> Verdict:
-        """The worst that holds of any place."""
-        found = {part.verdict for part in self.parts} or {Verdict.UNKNOWN}
+        """The worst verdict of any pool."""
+        found = {one.verdict for one in self.allocations} or {Verdict.UNKNOWN}
         worst_first = (Verdict.WILL_NOT_FIT, Verdict.UNKNOWN, Verdict.TIGHT, Verdict.FITS)
         return next(verdict for verdict in worst_first if verdict in found)
 
-    @property
-    def refusal(self) -> str:
-        """Why not to try, and what to do, in words; empty where it may fit."""
-        wants = ", ".join(
-            f"{(part.needs.total or 0) / _GB:.1f} GB of {part.place.name}, of which"
-            f" {part.place.free / _GB:.1f} GB are free"
-            for part in self.parts
-            if part.verdict is Verdict.WILL_NOT_FIT
+    def why_not(self) -> str:
+        """Say why the model will not fit, and the remedy; empty where it may fit."""
+        short = ", ".join(
+            f"needs {(one.requirement.total or 0) / _GB:.1f} GB of {one.pool.name},"
+            f" {one.pool.free / _GB:.1f} GB free"
+            for one in self.allocations
+            if one.verdict is Verdict.WILL_NOT_FIT
         )
         advice = "Lower the context or the GPU layers, or pick a smaller model."
-        return f"It will not fit: it needs {wants}. {advice}" if wants else ""
-
-
-CONTEXT_STEP = 256  # llama.cpp rounds contexts up to a multiple of this
-_FLOAT = 4  # bytes
-# Vectors as wide as the model that are held beside the widest step of a block.
-_VECTORS = 5
+        return f"Not enough memory: {short}. {advice}" if short else ""
 
 
 def estimate(
-    shape: ModelShape, settings: MemorySettings, gpus: Sequence[Place] = ()
-) -> tuple[Needs, ...]:
-    """Work out what a model needs in RAM and then on each GPU, by formula.
+    shape: ModelShape, settings: MemorySettings, gpus: Sequence[MemoryPool] = ()
+) -> tuple[Requirement, ...]:
+    """Work out what a model needs in RAM and then on each GPU.
 
     Args:
         shape: The model.
@@ -261,17 +224,17 @@ def estimate(
     if shape.output_is_input and (homes[-1] or (shape.output_rearranged and not gpus)):
         weights[homes[-1]] += shape.input_weights
     weights[max(homes)] += settings.extra_weights
-    busy = set(homes)
-    compute, inputs = _compute(shape, settings)
-    computes = [compute if home in busy else 0 for home in range(len(weights))]
-    computes[0] = max(computes[0], inputs)
     if not shape.cache_known:
-        return tuple(Needs(weight, None, None) for weight in weights)
-    needs = tuple(map(Needs, weights, cache, computes))
-    if draft := settings.draft:
-        beside = replace(draft.settings, context=settings.context)
-        return tuple(map(add, needs, estimate(draft.shape, beside, gpus)))
-    return needs
+        return tuple(Requirement(weight, None, None) for weight in weights)
+    compute, inputs = _compute(shape, settings)
+    computes = [compute if home in homes else 0 for home in range(len(weights))]
+    computes[0] = max(computes[0], inputs)
+    needs = tuple(map(Requirement, weights, cache, computes))
+    if settings.draft is None:
+        return needs
+    smaller, own = settings.draft
+    beside = estimate(smaller, replace(own, context=settings.context), gpus)
+    return tuple(map(add, needs, beside))
 
 
 def _homes(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
@@ -320,9 +283,6 @@ def _padded(tokens: int) -> int:
     return max(-(-tokens // CONTEXT_STEP), 1) * CONTEXT_STEP
 
 
-_LEAST_CONTEXT = 4096  # llama.cpp's --fit-ctx: --fit shrinks no further
-
-
 def plan(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemorySettings:
     """Settle what is left to the engine, context and GPU layers, as its `--fit` would.
 
@@ -344,8 +304,9 @@ def plan(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemoryS
     def agrees(trial: MemorySettings) -> bool:
         needs = estimate(shape, trial, memory.gpus)
         if not memory.gpus:
-            return _within(needs[0], memory.ram.total - MARGIN)
-        return all(map(_within, needs[1:], (gpu.free - MARGIN for gpu in memory.gpus)))
+            return (needs[0].total or 0) <= memory.ram.total - MARGIN
+        on_gpus = zip(needs[1:], memory.gpus, strict=True)
+        return all((need.total or 0) <= gpu.free - MARGIN for need, gpu in on_gpus)
 
     if settings.context is None and not agrees(settled) and trained > least:
         step = CONTEXT_STEP * settings.caches
@@ -357,56 +318,28 @@ def plan(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemoryS
     return settled
 
 
-def preview(
-    shape: ModelShape,
-    settings: MemorySettings,
-    memory: Memory,
-    answer: Sequence[Needs] | None = None,
-) -> MemoryPreview:
-    """Compare what a model needs with the memory there is.
+def allocate(shape: ModelShape, settings: MemorySettings, memory: Memory) -> tuple[Allocation, ...]:
+    """Spread a model over the pools, with settings as `plan` returns them; unused ones left out."""
+    needs = estimate(shape, settings, memory.gpus)
+    pairs = zip(memory.pools, needs, strict=True)
+    return tuple(Allocation(pool, need) for pool, need in pairs if need.total != 0)
 
-    Args:
-        shape: The model.
-        settings: As `plan` returns them.
-        memory: What there is.
-        answer: What the engine says it needs in each of `memory.places`; without it the formula
-            holds. The formula then still tells how the needs change with the context.
-    """
-    formula = estimate(shape, settings, memory.gpus)
-    needs = formula if answer is None else answer
+
+def preview(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemoryPreview:
+    """Compare a model's need with the memory there is, and find the longest context that fits."""
+    settled = plan(shape, settings, memory)
 
     def fits(context: int) -> bool:
-        trial = estimate(shape, replace(settings, context=context), memory.gpus)
-        return all(
-            Part(place, _shifted(then, now, said)).verdict is Verdict.FITS
-            for place, then, now, said in zip(memory.places, trial, formula, needs, strict=True)
-            if then.weights
-        )
+        trial = replace(settled, context=context)
+        return MemoryPreview(allocate(shape, trial, memory)).verdict is Verdict.FITS
 
-    upmost = shape.trained_context * settings.caches
+    caches = settled.caches
+    upmost, step = shape.trained_context * caches, CONTEXT_STEP * caches
     return MemoryPreview(
-        parts=tuple(
-            Part(place, part)
-            for place, part in zip(memory.places, needs, strict=True)
-            if part.total != 0
-        ),
-        context=settings.context,
-        largest_context=_most(fits, upmost, CONTEXT_STEP * settings.caches)
-        if shape.cache_known
-        else None,
-        exact=answer is not None,
+        allocations=allocate(shape, settled, memory),
+        context=settled.context,
+        largest_context=_most(fits, upmost, step) if shape.cache_known else None,
     )
-
-
-def _within(needs: Needs, limit: int) -> bool:
-    return needs.total is not None and needs.total <= limit
-
-
-def _shifted(then: Needs, now: Needs, said: Needs) -> Needs:
-    """`then` by formula, corrected by what the engine says of `now`."""
-    if then.total is None or now.total is None or said.total is None:
-        return then
-    return Needs(then.total - now.total + said.total, 0, 0)
 
 
 def _most(fits: Callable[[int], bool], upmost: int, step: int) -> int:

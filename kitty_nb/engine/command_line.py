@@ -15,10 +15,23 @@ if TYPE_CHECKING:
     from kitty_nb.engine.locate import Dialect, Engine, Option
 
 
-# Names of one option, of different times and builds.
+# Names of one option, of different times and builds, the canonical one first.
 _RENAMED = (
+    ("--ctx-size", "-c"),
     ("--n-predict", "--predict", "-n"),
+    ("--batch-size", "-b"),
+    ("--ubatch-size", "-ub"),
+    ("--parallel", "-np"),
     ("--gpu-layers", "--n-gpu-layers", "-ngl"),
+    ("--flash-attn", "-fa"),
+    ("--cache-type-k", "-ctk"),
+    ("--cache-type-v", "-ctv"),
+    ("--kv-unified", "-kvu"),
+    ("--no-kv-unified", "-no-kvu"),
+    ("--no-kv-offload", "-nkvo"),
+    ("--fit", "-fit"),
+    ("--device", "-dev"),
+    ("--mmproj", "-mm"),
     ("--temp", "--temperature"),
     ("--verbosity", "--log-verbosity", "-lv"),
     ("--embedding", "--embeddings"),
@@ -74,6 +87,11 @@ def is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit() and word[1:2] != "."
 
 
+def canonical(flag: str) -> str:
+    """Return the one name under which kitty_nb knows a flag."""
+    return _NAMES.get(spelled(flag), (spelled(flag),))[0]
+
+
 def _spell_first(dialect: Dialect, words: Sequence[str]) -> tuple[int, Sequence[str]]:
     """Return how many words the first option is, and what to say for them."""
     flag, value = words[0], words[1] if words[1:] else "-"
@@ -90,7 +108,7 @@ def _spell_first(dialect: Dialect, words: Sequence[str]) -> tuple[int, Sequence[
     name = next(filter(dialect.option, _NAMES.get(spelled(flag), ())), None)
     if name:
         return 1, (name,)
-    said = [_NAMES.get(spelled(word), (spelled(word),))[0] for word in words[:_LONGEST]]
+    said = [canonical(word) for word in words[:_LONGEST]]
     for taken in range(len(said), 0, -1):
         for instead in _INSTEAD.get(" ".join(said[:taken]), ()):
             if all(map(dialect.option, filter(is_flag, instead.split()))):
@@ -98,21 +116,20 @@ def _spell_first(dialect: Dialect, words: Sequence[str]) -> tuple[int, Sequence[
     return 1, (flag,)
 
 
-# Fields whose value follows a flag, and that flag's spellings; the first that the build knows is
-# used.
+# Fields whose value follows a flag.
 _FLAGS = {
-    "context_size": ("--ctx-size",),
-    "n_predict": ("--n-predict", "--predict"),
-    "temperature": ("--temp", "--temperature"),
-    "top_p": ("--top-p",),
-    "repeat_penalty": ("--repeat-penalty",),
-    "n_gpu_layers": ("--n-gpu-layers", "--gpu-layers"),
-    "threads": ("--threads",),
-    "batch_size": ("--batch-size",),
-    "ubatch_size": ("--ubatch-size",),
-    "parallel": ("--parallel",),
-    "flash_attention": ("--flash-attn",),
-    "tool_calling": ("--jinja",),
+    "context_size": "--ctx-size",
+    "n_predict": "--n-predict",
+    "temperature": "--temp",
+    "top_p": "--top-p",
+    "repeat_penalty": "--repeat-penalty",
+    "n_gpu_layers": "--n-gpu-layers",
+    "threads": "--threads",
+    "batch_size": "--batch-size",
+    "ubatch_size": "--ubatch-size",
+    "parallel": "--parallel",
+    "flash_attention": "--flash-attn",
+    "tool_calling": "--jinja",
 }
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
 SERVER_SETTINGS = (*_FLAGS, "mmproj", "extra_args")
@@ -204,10 +221,11 @@ def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
 
 
 def _known(engine: Engine, field: str) -> tuple[str, Option]:
-    for flag in _FLAGS[field]:
-        if option := engine.dialect.option(flag):
-            return flag, option
-    raise UnknownFlagError(_lacks(engine, _FLAGS[field][0], field))
+    flag = _FLAGS[field]
+    for name in (flag, *_NAMES.get(flag, ())):
+        if option := engine.dialect.option(name):
+            return name, option
+    raise UnknownFlagError(_lacks(engine, flag, field))
 
 
 def _lacks(engine: Engine, flag: str, field: str) -> str:

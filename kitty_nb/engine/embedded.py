@@ -7,7 +7,6 @@ llama-server, and answers without loading the wheel.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -112,11 +111,6 @@ def _rerank(params: Any, value: bool) -> None:
     _enum("pooling_type", "llama_pooling_type")(params, "rank")
 
 
-def _log_jsonl(_: Any, value: bool) -> None:
-    # CommonParams.log_json alone changes nothing: llama-server's parser calls this function too.
-    ctypes.CDLL(import_module("xllamacpp").xllamacpp.__file__)._Z20common_log_set_jsonlb(value)
-
-
 _KV_TYPES = "{f32,f16,bf16,q8_0,q4_0,q4_1,iq4_nl,q5_0,q5_1}"
 
 # What --help shows of an option, and how it is set. Without a value it is a switch, set to False
@@ -159,7 +153,6 @@ OPTIONS: dict[str, Setter] = {
     "--check-tensors": _to("check_tensors"),
     "--lora FNAME": _lora,
     "-m, --model FNAME": _to("model.path"),
-    "--log-jsonl, --no-log-jsonl": _log_jsonl,
     "-v, --verbose, --log-verbose": _to("verbosity", lambda _: 2**31 - 1),
     "-lv, --verbosity, --log-verbosity N": _to("verbosity", int),
     "--samplers SAMPLERS": _to("sampling.samplers"),

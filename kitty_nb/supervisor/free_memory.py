@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.catalog.memory import Memory, Place
+from kitty_nb.catalog.memory import Memory, MemoryPool
 from kitty_nb.supervisor.events import MemoryUse
 from kitty_nb.supervisor.process import family
 
@@ -31,7 +31,7 @@ def free_memory(pid: int | None = None) -> Memory:
     holders = [] if pid is None else family(pid)
     returned = sum(map(_held, holders))
     return Memory(
-        Place("RAM", min(ram.available + returned, ram.total), ram.total, returned),
+        MemoryPool("RAM", min(ram.available + returned, ram.total), ram.total, returned),
         _gpus({process.pid for process in holders}),
     )
 
@@ -46,15 +46,15 @@ def with_devices(memory: Memory, devices: Iterable[Device] | None) -> Memory:
     """
     if devices is None or sys.platform == "darwin":
         return memory
-    left, places = [*memory.gpus], []
+    left, pools = [*memory.gpus], []
     for device in devices:
         known = next((gpu for gpu in left if gpu.name == device.about), None)
         returned = known.returned if known else 0
         if known:
             left.remove(known)
         free = min(device.free + returned, device.total)
-        places.append(Place(str(device), free, device.total, returned))
-    return Memory(memory.ram, tuple(places))
+        pools.append(MemoryPool(str(device), free, device.total, returned))
+    return Memory(memory.ram, tuple(pools))
 
 
 def memory_use(pid: int) -> MemoryUse | None:
@@ -66,7 +66,7 @@ def memory_use(pid: int) -> MemoryUse | None:
             resident += process.memory_info().rss
     if not resident:
         return None
-    held = sum(place.returned for place in _gpus({process.pid for process in processes}))
+    held = sum(pool.returned for pool in _gpus({process.pid for process in processes}))
     return MemoryUse(resident, held or None)
 
 
@@ -82,7 +82,7 @@ def _held(process: psutil.Process) -> int:
     return max(0, usage.rss - getattr(usage, "shared", 0))  # macOS does not tell the shared part
 
 
-def _gpus(pids: set[int]) -> tuple[Place, ...]:
+def _gpus(pids: set[int]) -> tuple[MemoryPool, ...]:
     """The GPUs that NVIDIA's library knows. Whatever is amiss with it, there are none."""
     try:
         # Optional (`kitty_nb[gpu]`), and slow to begin with: it talks to the driver.
@@ -100,14 +100,14 @@ def _gpus(pids: set[int]) -> tuple[Place, ...]:
             nvml.nvmlShutdown()
 
 
-def _gpu(nvml: Any, handle: Any, pids: set[int]) -> Place:
+def _gpu(nvml: Any, handle: Any, pids: set[int]) -> MemoryPool:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     name = nvml.nvmlDeviceGetName(handle)
     returned = 0
     with suppress(nvml.NVMLError):  # a container may not see who holds what
         running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
         returned = sum(p.usedGpuMemory or 0 for p in running if p.pid in pids)
-    return Place(
+    return MemoryPool(
         name.decode() if isinstance(name, bytes) else name,
         min(memory.free + returned, memory.total),
         memory.total,

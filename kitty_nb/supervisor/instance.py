@@ -29,6 +29,7 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     Stage,
 )
+from kitty_nb.supervisor.forecast import offloads
 from kitty_nb.supervisor.health import HealthProbe, HealthWatch, Recognition
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.launch import launch, make_guard
@@ -43,7 +44,6 @@ from kitty_nb.supervisor.lifecycle import (
 )
 from kitty_nb.supervisor.load_progress import LoadJournal, LoadMeter
 from kitty_nb.supervisor.log import FileChanges, LogTail, readable
-from kitty_nb.supervisor.memory_preview import offloads
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
 from kitty_nb.supervisor.registry import (

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import anyio.from_thread
 import anyio.to_thread
 
-from kitty_nb.catalog.memory import MemoryPreview, Part, Verdict, estimate, plan
+from kitty_nb.catalog.memory import MemoryPreview, Verdict, allocate, plan
 from kitty_nb.catalog.model_shape import Shapes
 from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.errors import KittyError
+from kitty_nb.supervisor.forecast import settings_of
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.memory_preview import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,9 +73,8 @@ class ModelShelf:
             def verdict(shape: ModelShape | None) -> Verdict:
                 if shape is None:
                     return Verdict.UNKNOWN
-                needs = estimate(shape, plan(shape, settings, memory), memory.gpus)
-                parts = zip(memory.places, needs, strict=True)
-                return MemoryPreview(tuple(Part(*part) for part in parts if part[1].total)).verdict
+                settled = plan(shape, settings, memory)
+                return MemoryPreview(allocate(shape, settled, memory)).verdict
 
             verdicts: dict[Path, Verdict] = {}
             for model, shape in self._shapes.look_up(models):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
-import psutil
 
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
@@ -39,6 +38,7 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.supervisor.external_server import ForeignServer, find_foreign_server
+from kitty_nb.supervisor.forecast import Forecaster, Running
 from kitty_nb.supervisor.free_memory import memory_use
 from kitty_nb.supervisor.instance import ServerInstance
 from kitty_nb.supervisor.lifecycle import (
@@ -56,7 +56,6 @@ from kitty_nb.supervisor.lifecycle import (
     WaitOver,
     step,
 )
-from kitty_nb.supervisor.memory_preview import MemoryPreviewer, Running
 from kitty_nb.supervisor.port_holder import PortHolder
 from kitty_nb.supervisor.registry import find_server
 
@@ -102,7 +101,7 @@ class Supervisor:
         self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
         self._stops = 0
         self._log_lines: deque[str] = deque(maxlen=_LINES_KEPT)
-        self._previewer = MemoryPreviewer()
+        self._forecaster = Forecaster()
         self._changed = anyio.Event()
         self._broadcast: Broadcast[Event] = Broadcast()
         self._host: TaskGroup
@@ -131,7 +130,6 @@ class Supervisor:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._previewer.close()
         being_ended = self._now.status is ServerStatus.STOPPING
         if being_ended or not (self._leaving or self._now.status.idle):
             with anyio.CancelScope(shield=True), suppress(ServerFailedError):
@@ -320,7 +318,7 @@ class Supervisor:
         Returns:
             The engine's result, else the formula's. Its `problem` says why nothing is known.
         """
-        return await self._previewer.preview(
+        return await self._forecaster.preview(
             config or self._now.wanted,
             self._running,
             on_preview or (lambda _: None),
@@ -333,9 +331,7 @@ class Supervisor:
         Args:
             config: What would be started in place of the present server; without it that again.
         """
-        with suppress(OSError, psutil.Error):  # starting says what is wrong
-            return await self._previewer.refusal(config or self._now.wanted, self._running)
-        return ""
+        return await self._forecaster.why_not(config or self._now.wanted, self._running)
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from kitty_nb.catalog.memory import MemoryPreview, Part
+    from kitty_nb.catalog.memory import Allocation, MemoryPreview
     from kitty_nb.manager import ModelManager, Operation
 
 
@@ -165,30 +165,29 @@ class MemoryLine(HTML):
 def describe(preview: MemoryPreview) -> str:
     """The sentence, as HTML.
 
-    E.g. `Memory: needs 21.4 GB of 24.0 GB free for a context of 32,768 · weights 18.9 GB · KV cache
-    2.1 GB · compute 412 MB — tight; the largest context that fits is 24,576`. What goes where
-    follows on a second line when there is more than one place.
+    E.g. `Memory: needs about 21.4 GB of 24.0 GB free for a context of 32,768 · weights 18.9 GB · KV
+    cache 2.1 GB · compute 412 MB — tight; the largest context that fits is 24,576`. A second line
+    has the share of each pool when there is more than one.
     """
     tone = f"kitty-{_TONES[preview.verdict]}"
-    if not preview.parts:
+    if not preview.allocations:
         return f"Memory: <span class='{tone}'>unknown</span>. {escape(preview.problem or '')}"
-    free = f" of {_free(preview.parts[0])}" if len(preview.parts) == 1 else ""
-    about = "" if preview.exact else "about "
-    needs = preview.needs
+    free = f" of {_free(preview.allocations[0])}" if len(preview.allocations) == 1 else ""
+    needs = preview.requirement
     if needs.total is None or needs.cache is None or needs.compute is None:
         what = f"weights <b>{_size(needs.weights)}</b>{free} · KV cache and compute not known yet"
     else:
         context = f" for a context of {preview.context:,}" if preview.context else ""
         what = (
-            f"needs {about}<b>{_size(needs.total)}</b>{free}{context}"
+            f"needs about <b>{_size(needs.total)}</b>{free}{context}"
             f" · weights {_size(needs.weights)} · KV cache {_size(needs.cache)}"
             f" · compute {_size(needs.compute)}"
         )
     line = f"Memory: {what} — <b class='{tone}'>{preview.verdict}</b>{_advice(preview)}"
     if free:
         return line
-    places = " · ".join(map(_place, preview.parts))
-    return f"{line}<br><span class='kitty-fact'>{places}</span>"
+    pools = " · ".join(map(_pool, preview.allocations))
+    return f"{line}<br><span class='kitty-fact'>{pools}</span>"
 
 
 def _advice(preview: MemoryPreview) -> str:
@@ -201,15 +200,15 @@ def _advice(preview: MemoryPreview) -> str:
             return f"; the largest context that fits is {largest:,}"
 
 
-def _place(part: Part) -> str:
-    needed = part.needs.weights if part.needs.total is None else part.needs.total
-    return f"{escape(part.place.name)} {_size(needed)} of {_free(part)}"
+def _pool(one: Allocation) -> str:
+    needed = one.requirement.weights if one.requirement.total is None else one.requirement.total
+    return f"{escape(one.pool.name)} {_size(needed)} of {_free(one)}"
 
 
-def _free(part: Part) -> str:
-    returned = part.place.returned
+def _free(one: Allocation) -> str:
+    returned = one.pool.returned
     held = f" (with {_size(returned)} that the running server gives back)"
-    return f"{_size(part.place.free)} free{held if returned >= _WORTH_SAYING else ''}"
+    return f"{_size(one.pool.free)} free{held if returned >= _WORTH_SAYING else ''}"
 
 
 def _size(count: float) -> str:

@@ -4,10 +4,9 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from pathlib import Path
@@ -16,63 +15,45 @@ import anyio
 import psutil
 import pytest
 from conftest import eventually
+from engine_memory import breakdown
 from model_files import MODELS, write_model
-from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.catalog.gguf import write_outline
-from kitty_nb.catalog.memory import Memory, MemoryPreview, Needs, Place, Verdict, estimate, plan
-from kitty_nb.catalog.model_shape import read_layouts, read_shape
-from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
-from kitty_nb.supervisor import memory_preview
+from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict, estimate, plan
+from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.supervisor.forecast import Forecaster, Running, settings_of
 from kitty_nb.supervisor.free_memory import free_memory
-from kitty_nb.supervisor.memory_preview import (
-    Answer,
-    AnswerReader,
-    MemoryPreviewer,
-    Running,
-    ask_engine,
-    probe_command,
-    settings_of,
-)
 
 MIB = 1 << 20
 
-# An engine that can tell, and notes in a file beside it how it was started.
+# An engine that lists devices, and notes in a file beside it that it was asked for them.
 TELLER = """\
 #!/bin/sh
 case " $* " in
 *" --help "*) cat <<'END'
 -m,    --model FNAME              model path to load
--a,    --alias STRING             set alias
-       --host HOST                address to listen on
-       --port PORT                port to listen on
 -c,    --ctx-size N               size of the context
--t,    --threads N                threads
--np,   --parallel N               slots
 -ngl,  --gpu-layers, --n-gpu-layers N   layers in VRAM
--mm,   --mmproj FILE              projector
-       --log-file FNAME           log to a file
-       --tools A,B                tools
-       --log-jsonl, --no-log-jsonl  log as JSON
 -fit,  --fit [on|off]             fit
-       --list-devices             list what is in the file beside it
+       --list-devices             list devices
 END
 exit;;
 *" --version "*) echo "version: 1 (teller)"; exit;;
-*" --list-devices "*) cat "$0.devices"; exit;;
+*" --list-devices "*) echo "$*" >> "$0.calls"; {body}; exit;;
 esac
-echo "$*" >> "$0.calls"
-{body}
+exit 1
 """
+GPU = "  ROCm0: AMD Radeon RX 7900 XTX (16000 MiB, 9000 MiB free)"
 
 
 @pytest.fixture
-def teller(tmp_path: Path) -> Callable[[str], Path]:
-    def make(body: str) -> Path:
+def teller(tmp_path: Path) -> Callable[..., Path]:
+    def make(devices: str, body: str = "") -> Path:
         (tmp_path / "teller").mkdir(exist_ok=True)
         program = tmp_path / "teller" / "llama-server"
-        program.write_text(TELLER.replace("{body}", body))
+        listing = f"echo 'Available devices:'; echo '{devices}'"
+        program.write_text(TELLER.replace("{body}", body or listing))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         return program
 
@@ -88,21 +69,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         architecture = details.get("architecture", name)
         found[name] = write_model(folder / f"{name}.gguf", architecture, **rest)
     return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_in_the_temporary_folder(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("temporary")
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield
-    assert not list(folder.iterdir())
-
-
-async def ask(config: ServerConfig) -> tuple[Engine, Answer | None]:
-    engine = await locate_engine(config.binary)
-    return engine, await ask_engine(engine, config)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,121 +92,19 @@ def test_the_formula_agrees_with_the_engine(
         context_size=None,
         parallel=None,
     ).replace(**changes)
-    engine, answer = anyio.run(ask, config)
-    assert answer
-    if answer.gpus:
+    engine = anyio.run(locate_engine)
+    told, *gpus = breakdown(engine, config).values()
+    if gpus:
         pytest.skip("the formula is checked where the engine has the processor alone")
     shape = read_shape(models[name])
     settings = settings_of(config, engine)
     assert settings == settings_of(config)
-    everywhere = Memory(Place("RAM", 1 << 60, 1 << 60))
+    everywhere = Memory(MemoryPool("RAM", 1 << 60, 1 << 60))
     (formula,) = estimate(shape, plan(shape, settings, everywhere))
-    told = answer.ram
     # The engine leaves out fractions of a MiB, once for each of two kinds of buffer.
     assert formula.weights == pytest.approx(told.weights, rel=0.005, abs=2 * MIB)
     assert formula.cache == pytest.approx(told.cache, rel=0.005, abs=MIB)
     assert formula.total == pytest.approx(told.total, rel=0.005)
-
-
-def test_the_engine_is_ended_at_any_moment(config: ServerConfig) -> None:
-    async def ask_for(seconds: float) -> None:
-        engine = await locate_engine(None)
-        with anyio.move_on_after(seconds):
-            await ask_engine(engine, config)
-
-    for step in range(20):
-        anyio.run(ask_for, step * 0.008)
-        children = psutil.Process().children(recursive=True)
-        assert not [one for one in children if runs(one.pid)]
-
-
-def test_an_engine_that_gives_no_answer_is_none(
-    config: ServerConfig, teller: Callable[[str], Path]
-) -> None:
-    for body in ("exit 1", 'echo \'{"type":"log"}\'', "echo 'fit_memory_breakdown {'"):
-        config = config.replace(binary=teller(body))
-        assert anyio.run(ask, config)[1] is None
-
-
-def test_an_engine_that_stays_silent_is_given_up(
-    config: ServerConfig, teller: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.memory_preview._ANSWER_WITHIN", 0.2)
-    config = config.replace(binary=teller("sleep 60 & sleep 60"))
-    assert anyio.run(ask, config)[1] is None
-
-
-def test_what_leaves_traces_is_not_handed_on(config: ServerConfig) -> None:
-    engine = Engine(EngineKind.NATIVE, ("engine",), "1", parse_help(TELLER))
-    words = "--log-file /a/b --threads 2 --mmproj c.gguf --fit off --tools all"
-    config = config.replace(extra_args=words, context_size=None, threads=None, parallel=None)
-    command = probe_command(engine, config, Path("outline.gguf"))
-    assert command == (
-        *("engine", "--model", "outline.gguf", "--alias", "demo"),
-        *("--host", "127.0.0.1", "--port", "0"),
-        *("--log-jsonl", "--threads", "2", "--fit", "on"),
-    )
-
-
-def test_an_engine_that_nobody_ends_ends_by_itself(config: ServerConfig, tmp_path: Path) -> None:
-    assert config.model
-    engine = anyio.run(locate_engine)
-    outline = write_outline(read_layouts(config.model), tmp_path)
-    done = subprocess.run(
-        probe_command(engine, config, outline), capture_output=True, check=False, timeout=60
-    )
-    assert done.returncode > 0
-    assert b"fit_memory_breakdown" in done.stdout
-
-
-def breakdown(*rows: tuple[object, ...]) -> str:
-    listed = [
-        f'{{"kind":"{kind}","name":"{name}","model":{needs[0]},"context":{needs[1]},'
-        f'"compute":{needs[2]}' + (f',"free":{free},"total":{total}}}' if total else "}")
-        for kind, name, needs, free, total in rows
-    ]
-    rest = ",".join(listed)
-    return f'{{"type":"fit_memory_breakdown","data":{{"unit":"MiB","rows":[{rest}]}}}}'
-
-
-HOST = ("host", "Host", (10, 0, 5), 0, 0)
-REPACKED = ("buffer_type", "CPU_REPACK", (20, 0, 0), 0, 0)
-CUDA = ("device", "CUDA0", (100, 30, 5), 9000, 10000)
-
-
-def test_rows_are_sorted_into_ram_and_devices() -> None:
-    answer = AnswerReader().read(breakdown(CUDA, HOST, REPACKED))
-    assert answer == Answer(
-        Needs(30 * MIB, 0, 5 * MIB),
-        ((Place("CUDA0", 9000 * MIB, 10000 * MIB), Needs(100 * MIB, 30 * MIB, 5 * MIB)),),
-    )
-    assert AnswerReader().read('{"type":"log","msg":"fit_memory_breakdown"}') is None
-    assert AnswerReader().read("fit_memory_breakdown") is None
-    assert AnswerReader().read('["fit_memory_breakdown"]') is None
-
-
-# As b10434 logs it with `--verbosity 5`, on a machine with a GPU.
-ROW = "0.04.1 I common_memory_breakdown_print: |"
-TABLE = f"""\
-{ROW} memory breakdown [MiB] | total   free    self   model   context   compute    unaccounted |
-{ROW}   - Vulkan0 (llvmpipe (LLVM 15.0.6, 256 bits)) |  2048 = 1990 + ( 137 =    65 +      49 + \
-     23) +         -79 |
-{ROW}   - Host                                       |                  179 =   170 +       0 + \
-      9                |
-{ROW}   - CPU_REPACK                                 |                   12 =    12 +       0 + \
-      0                |
-0.05.4 I common_params_fit_impl: projected to use 137 MiB of device memory vs. 2048 MiB
-"""
-
-
-def test_a_table_is_read_to_its_end() -> None:
-    reader = AnswerReader()
-    *rows, after = TABLE.splitlines()
-    assert [reader.read(row) for row in rows] == [None] * 4
-    gpu = Place("Vulkan0 (llvmpipe (LLVM 15.0.6, 256 bits))", 1990 * MIB, 2048 * MIB)
-    assert reader.read(after) == Answer(
-        Needs(182 * MIB, 0, 9 * MIB), ((gpu, Needs(65 * MIB, 49 * MIB, 23 * MIB)),)
-    )
 
 
 def look(config: ServerConfig) -> list[MemoryPreview]:
@@ -250,51 +114,43 @@ def look(config: ServerConfig) -> list[MemoryPreview]:
     return seen
 
 
-def test_the_formula_comes_first_and_then_the_engine(config: ServerConfig) -> None:
-    first, second = look(config)
-    assert (first.exact, second.exact) == (False, True)
-    assert first.context == second.context == 512
-    assert first.verdict is second.verdict is Verdict.FITS
-    assert first.largest_context == second.largest_context == 4096
-    assert first.needs == second.needs
+def test_what_does_not_change_is_told_once(config: ServerConfig) -> None:
+    (only,) = look(config)
+    assert only.context == 512
+    assert only.verdict is Verdict.FITS
+    assert only.largest_context == 4096
 
 
-def test_an_engine_that_cannot_tell_is_not_asked(
+def test_an_old_build_changes_the_forecast(
     misbehaving: Callable[..., ServerConfig], tmp_path: Path
 ) -> None:
     path = write_model(tmp_path / "model.gguf", vocabulary=50_000)
     first, second = look(misbehaving(models_dir=tmp_path, model=path))
-    assert not second.exact
     # An old build makes more room for work; all else is the same.
-    assert first.needs.weights == second.needs.weights
-    assert first.needs.cache == second.needs.cache
-    assert first.needs.compute
-    assert second.needs.compute
-    assert second.needs.compute > 512 * 50_000 * 4 > first.needs.compute
+    assert first.requirement.weights == second.requirement.weights
+    assert first.requirement.cache == second.requirement.cache
+    assert first.requirement.compute
+    assert second.requirement.compute
+    assert second.requirement.compute > 512 * 50_000 * 4 > first.requirement.compute
 
 
 def test_devices_that_only_the_engine_knows_are_taken_up(
-    config: ServerConfig, teller: Callable[[str], Path]
+    config: ServerConfig, teller: Callable[..., Path]
 ) -> None:
-    program = teller(f"echo '{breakdown(CUDA, HOST)}'; sleep 60")
-    first, second = look(config.replace(binary=program))
-    assert [part.place.name for part in first.parts] == ["RAM"]
-    assert [part.place.name for part in second.parts] == ["RAM", "CUDA0"]
-    assert second.parts[1].place.free == 9000 * MIB
-    assert second.parts[1].needs.weights == 100 * MIB
+    first, second = look(config.replace(binary=teller(GPU)))
+    assert [one.pool.name for one in first.allocations] == ["RAM"]
+    names = [one.pool.name for one in second.allocations]
+    assert names == ["RAM", "ROCm0 (AMD Radeon RX 7900 XTX)"]
+    assert second.allocations[1].pool.free == 9000 * MIB
     assert second.verdict is Verdict.FITS
-    assert second.needs.total == pytest.approx(150 * MIB, abs=4 * MIB)
-    # Asked again, now that there is a GPU to put layers on.
-    calls = Path(f"{program}.calls").read_text().splitlines()
-    assert ["--n-gpu-layers" in call for call in calls] == [False, True]
 
 
 def test_a_setting_that_moves_on_never_reaches_the_engine(
-    config: ServerConfig, teller: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    config: ServerConfig, teller: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # For the last setting too: by then the others, if they went on, would have asked.
     monkeypatch.setattr("kitty_nb.supervisor.supervisor._PREVIEW_PAUSE", 3)
-    program = teller(f"echo '{breakdown(HOST)}'; sleep 60")
+    program = teller(GPU)
     seen: list[MemoryPreview] = []
     with ModelManager(config=config.replace(binary=program)) as manager:
         for context in range(256, 5000, 512):
@@ -307,15 +163,15 @@ def test_a_setting_that_moves_on_never_reaches_the_engine(
     assert len(Path(f"{program}.calls").read_text().splitlines()) == 1
 
 
-def test_closing_waits_for_no_preview(config: ServerConfig, teller: Callable[[str], Path]) -> None:
-    program = teller("sleep 60")
+def test_closing_waits_for_no_preview(config: ServerConfig, teller: Callable[..., Path]) -> None:
+    program = teller(GPU, "exec sleep 60")
     with ModelManager(config=config.replace(binary=program)) as manager:
         looking = manager.preview_memory()
         eventually(Path(f"{program}.calls").exists)
         began = time.monotonic()
     assert time.monotonic() - began < 5
-    with suppress(CancelledError):  # or it was called off with the rest
-        assert not looking.wait(5).exact
+    with suppress(CancelledError):
+        looking.wait(5)
 
 
 @pytest.mark.parametrize(
@@ -326,11 +182,10 @@ def test_closing_waits_for_no_preview(config: ServerConfig, teller: Callable[[st
         ({"context_size": 2_000_000_000}, Verdict.WILL_NOT_FIT),
     ],
 )
-def test_what_the_engine_cannot_answer_the_formula_does(
+def test_the_formula_needs_no_engine(
     config: ServerConfig, changes: dict[str, object], expected: Verdict
 ) -> None:
     (only,) = look(config.replace(**changes))
-    assert not only.exact
     assert only.verdict is expected
 
 
@@ -418,28 +273,26 @@ def test_what_a_server_holds_counts_as_free() -> None:
 
 
 def test_what_a_server_holds_on_another_device_comes_back(
-    config: ServerConfig, teller: Callable[[str], Path], tmp_path: Path
+    config: ServerConfig, teller: Callable[..., Path], tmp_path: Path
 ) -> None:
-    program = teller("exit 1")
-    gpu = "  ROCm0: AMD Radeon RX 7900 XTX (16000 MiB, 9000 MiB free)"
-    Path(f"{program}.devices").write_text(f"Available devices:\n{gpu}\n")
+    program = teller(GPU)
     layers = {"width": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 300}
     path = write_model(tmp_path / "held.gguf", **layers)
     config = config.replace(binary=program, models_dir=tmp_path, model=path, context_size=4096)
     running = Running(psutil.Process().pid, config.replace(n_gpu_layers=999))
 
-    def place(before: Running | None) -> Place:
+    def place(before: Running | None) -> MemoryPool:
         wanted = (config, before, lambda _: None, 0.0)
-        return anyio.run(MemoryPreviewer().preview, *wanted).parts[-1].place
+        return anyio.run(Forecaster().preview, *wanted).allocations[-1].pool
 
     name = "ROCm0 (AMD Radeon RX 7900 XTX)"
-    assert place(None) == Place(name, 9000 * MIB, 16000 * MIB)
+    assert place(None) == MemoryPool(name, 9000 * MIB, 16000 * MIB)
     held = place(running)
     # All layers, with keys and values of 8 heads of 128 numbers, each of two bytes, in 8 layers.
     least = path.stat().st_size - 8 * MIB + 4096 * 8 * 2 * 8 * 128 * 2
     assert least < held.returned < least * 1.1
     assert held.free == 9000 * MIB + held.returned
-    assert place(Running(running.pid, None)) == Place(name, 9000 * MIB, 16000 * MIB)
+    assert place(Running(running.pid, None)) == MemoryPool(name, 9000 * MIB, 16000 * MIB)
 
 
 class FakeError(Exception):
@@ -467,8 +320,8 @@ def fake_nvml(**changes: object) -> types.SimpleNamespace:
 def test_gpus_are_measured_by_nvidias_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     assert free_memory(psutil.Process().pid).gpus == (
-        Place("GPU A", 7000, 10000, 3000),
-        Place("GPU B", 4000, 10000, 0),
+        MemoryPool("GPU A", 7000, 10000, 3000),
+        MemoryPool("GPU B", 4000, 10000, 0),
     )
     assert free_memory().gpus[0].free == 4000
 
@@ -507,19 +360,17 @@ def test_a_gpu_that_the_engine_does_not_use_is_left_out(
     seen: list[MemoryPreview] = []
     with ModelManager(config=config) as manager:
         manager.preview_memory(on_preview=seen.append).wait(30)
-        assert [part.place.name for part in seen[0].parts] == ["RAM", "GPU A", "GPU B"]
-        assert [part.place.name for part in seen[-1].parts] == ["RAM"]
-        assert seen[-1].exact
+        assert [one.pool.name for one in seen[0].allocations] == ["RAM", "GPU A", "GPU B"]
+        assert [one.pool.name for one in seen[-1].allocations] == ["RAM"]
         seen.clear()
         manager.preview_memory(on_preview=seen.append).wait(30)
-        assert {part.place.name for shown in seen for part in shown.parts} == {"RAM"}
+        assert {one.pool.name for shown in seen for one in shown.allocations} == {"RAM"}
 
 
 def test_on_a_mac_the_gpu_works_in_ram(
-    config: ServerConfig, teller: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    config: ServerConfig, teller: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_preview.sys, "platform", "darwin")
-    program = teller(f"echo '{breakdown(CUDA, HOST)}'; sleep 60")
+    monkeypatch.setattr("sys.platform", "darwin")
+    program = teller("  Metal: Apple M4 (16000 MiB, 9000 MiB free)")
     shown = look(config.replace(binary=program))[-1]
-    assert [part.place.name for part in shown.parts] == ["RAM"]
-    assert shown.needs.total == pytest.approx(150 * MIB, abs=4 * MIB)
+    assert [one.pool.name for one in shown.allocations] == ["RAM"]

@@ -1,0 +1,310 @@
+"""Memory forecasts: what a server will need with its settings, and whether it fits."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import anyio
+import anyio.to_thread
+import psutil
+
+from kitty_nb.catalog.catalog import why_not_served
+from kitty_nb.catalog.memory import (
+    CACHE_TYPES,
+    Memory,
+    MemoryPool,
+    MemoryPreview,
+    MemorySettings,
+    Requirement,
+    Verdict,
+    estimate,
+    plan,
+    preview,
+)
+from kitty_nb.catalog.model import total_size
+from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.config import PROJECTOR, FlashAttention
+from kitty_nb.engine.command_line import canonical, is_flag
+from kitty_nb.engine.devices import list_devices, remote_machines
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import KittyError, ModelFileError
+from kitty_nb.supervisor.free_memory import free_memory, with_devices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.devices import Device
+    from kitty_nb.engine.locate import Engine
+
+Options = list[tuple[str, str]]
+
+_NUMBERS = {
+    "--ctx-size": "context", "--parallel": "sequences", "--batch-size": "batch",
+    "--ubatch-size": "micro_batch", "--gpu-layers": "gpu_layers",
+}  # fmt: skip
+_TYPES = {"--cache-type-k": "cache_type_k", "--cache-type-v": "cache_type_v"}
+_SWITCHES = {
+    "--kv-unified": ("unified", True), "--no-kv-unified": ("unified", False),
+    "--no-kv-offload": ("cache_on_gpu", False), "--swa-full": ("full_window", True),
+    "--embedding": ("scores_all", True), "--rerank": ("scores_all", True),
+}  # fmt: skip
+_ADAPTERS = {"--lora", "--lora-scaled"}
+_FILES = {*PROJECTOR, *_ADAPTERS}
+_DRAFT = "--spec-draft-model"
+# What a draft model has settings of its own for, by the flag of the model's.
+_DRAFT_FLAGS = {
+    "--spec-draft-ngl": "--gpu-layers",
+    "--spec-draft-type-k": "--cache-type-k",
+    "--spec-draft-type-v": "--cache-type-v",
+}
+_NOT_OF_DRAFT = {_DRAFT, *_FILES, *_DRAFT_FLAGS.values(), "--spec-type"}
+# Tokens that speculation without a draft model proposes at once.
+_DRAFTED_BY = {
+    "none": 0, "ngram-simple": 48, "ngram-map-k": 48, "ngram-map-k4v": 48, "ngram-mod": 64,
+    "ngram-cache": 8,
+}  # fmt: skip
+_DRAFTED = 3  # unless told
+_ALL_LAYERS = 999
+_OLD_CONTEXT = 4096  # what builds without --fit take unless told
+_BUSY = (
+    "The machines named by --rpc do not answer: they serve one client at a time. Stop the server"
+    " that uses them to see whether the model fits."
+)
+
+
+def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySettings:
+    """Read what decides about memory from a server's settings, `extra_args` last. It blocks.
+
+    Args:
+        config: The settings. Values that the engine would refuse are ignored.
+        engine: Older builds have other defaults; None stands for a build of today.
+    """
+    words = pairwise((*config.extra_args, ""))
+    options = [(canonical(flag), value) for flag, value in words if is_flag(flag)]
+    settings = _settings(config, options, engine)
+    model = dict(options).get(_DRAFT)
+    if model is None:
+        return settings
+    own = [(_DRAFT_FLAGS.get(flag, flag), v) for flag, v in options if flag not in _NOT_OF_DRAFT]
+    alone = config.model_copy(update={"projector": None, "n_gpu_layers": None})
+    draft = _settings(alone, own, engine)
+    layers = _ALL_LAYERS if draft.gpu_layers is None else draft.gpu_layers
+    with suppress(ModelFileError):  # starting it says what is wrong
+        beside = read_shape(Path(model)), replace(draft, gpu_layers=layers)
+        return replace(settings, draft=beside)
+    return settings
+
+
+def offloads(config: ServerConfig) -> bool:
+    """Tell whether a device, where there is one, gets a part of the model. It blocks."""
+    return settings_of(config).gpu_layers != 0
+
+
+def _settings(config: ServerConfig, options: Options, engine: Engine | None) -> MemorySettings:
+    has_fit = engine is None or engine.dialect.option("--fit") is not None
+    given: dict[str, Any] = {
+        "context": config.context_size,
+        "sequences": config.parallel,
+        "batch": config.batch_size,
+        "micro_batch": config.ubatch_size,
+        "gpu_layers": None if config.n_gpu_layers == -1 else config.n_gpu_layers,
+        "flash_attention": config.flash_attention is not FlashAttention.OFF,
+        "fits": has_fit,
+        "drafted": _drafted(options),
+        "extra_weights": _weights_beside(config, options),
+    }
+    for flag, value in options:
+        given |= _given(flag, value)
+    if not has_fit:
+        given["scores_all"] = True
+    if (given["sequences"] or 0) < 1:  # llama-server's automatic choice, as -1 layers are
+        given |= {"sequences": 4 if has_fit else 1, "unified": True}
+    else:
+        given.setdefault("unified", False)
+    if not has_fit:
+        given["gpu_layers"] = given["gpu_layers"] or 0
+        given["context"] = _OLD_CONTEXT if given["context"] is None else given["context"]
+    return MemorySettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _given(flag: str, value: str) -> dict[str, Any]:
+    """The setting that one option of the command line stands for, if it concerns memory."""
+    if flag in _SWITCHES:
+        return dict([_SWITCHES[flag]])
+    if flag in _TYPES and value in CACHE_TYPES:
+        return {_TYPES[flag]: value}
+    if flag in _NUMBERS:
+        with suppress(ValueError):
+            number = _ALL_LAYERS if value == "all" else int(value)
+            return {_NUMBERS[flag]: number if number >= 0 else None}
+    match flag, value:
+        case "--flash-attn", _:
+            return {"flash_attention": value != "off"}
+        case "--fit", "off":
+            return {"fits": False}
+        case "--pooling", _ if value != "none":
+            return {"scores_all": True}
+    return {}
+
+
+def _drafted(options: Options) -> int:
+    """The tokens that speculation proposes at once."""
+    given = dict(options)
+    most = given.get("--spec-draft-n-max", "")
+    otherwise = int(most) if most.isdigit() else _DRAFTED
+    kinds = given.get("--spec-type", "none").split(",")
+    return max(_DRAFTED_BY.get(kind, otherwise) for kind in kinds)
+
+
+def _weights_beside(config: ServerConfig, options: Options) -> int:
+    """Bytes of the projector and the adapters, whose names may end in `:` and a scale."""
+    names = [str(config.projector)] if config.projector else []
+    for flag, value in options:
+        if flag in _FILES:
+            names += value.split(",") if flag in _ADAPTERS else [value]
+    return sum(total_size(Path(n)) or total_size(Path(n.rpartition(":")[0])) for n in names)
+
+
+class Running(NamedTuple):
+    """A server that exits before another starts.
+
+    Attributes:
+        pid: Its process.
+        config: What it was started with; None where somebody else has started it.
+    """
+
+    pid: int
+    config: ServerConfig | None
+
+
+class _Found(NamedTuple):
+    """An engine with the memory that it can use; no memory where nobody can tell."""
+
+    engine: Engine
+    memory: Memory | None
+
+
+class Forecaster:
+    """Forecasts one profile's memory. It remembers the engine's devices while those are busy."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._devices: tuple[Device, ...] | None = None
+        self._remote: str | None = None
+
+    async def preview(
+        self,
+        config: ServerConfig,
+        running: Running | None,
+        on_preview: Callable[[MemoryPreview], object],
+        delay: float,
+    ) -> MemoryPreview:
+        """Preview what a model needs. See `Supervisor.preview_memory`.
+
+        Args:
+            config: What would be started.
+            running: The server that would exit before.
+            on_preview: Called at once, and again where the engine's devices change the result.
+            delay: Seconds to wait before the engine is asked for its devices.
+        """
+        if config.model is None:
+            return _told(MemoryPreview(problem="No model is chosen."), on_preview)
+        latest: MemoryPreview | None = None
+        try:
+            measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
+            known = with_devices(measured, self._devices)
+            first = await anyio.to_thread.run_sync(_preview, config, self._engine, known)
+            latest = _told(first, on_preview)
+            await anyio.sleep(delay)
+            final = await self._final_preview(config, running, measured)
+        except ModelFileError as error:
+            why = await anyio.to_thread.run_sync(why_not_served, config.model)
+            final = MemoryPreview(problem=why or str(error))
+        except (KittyError, OSError, psutil.Error):  # starting says what is wrong
+            return latest or MemoryPreview(problem="The free memory cannot be measured.")
+        return final if final == latest else _told(final, on_preview)
+
+    async def why_not(self, config: ServerConfig, running: Running | None) -> str:
+        """Say why a model will not fit, as the preview has it; empty where it may.
+
+        The engine is asked for its devices only where these could change the answer.
+        """
+        with suppress(KittyError, OSError, psutil.Error):  # starting says what is wrong
+            if config.model is None:
+                return ""
+            measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
+            in_ram = Memory(measured.ram)
+            wanted = await anyio.to_thread.run_sync(settings_of, config)
+            told = await anyio.to_thread.run_sync(_preview, config, None, in_ram)
+            # What is left to the engine goes to its devices as far as they have room.
+            its_choice = wanted.fits and not wanted.gpu_layers and not wanted.draft
+            if its_choice and told.verdict is Verdict.FITS:
+                return ""
+            engine, memory = await self._find(config, running, measured)
+            if memory:
+                told = await anyio.to_thread.run_sync(_preview, config, engine, memory)
+                return told.why_not()
+        return ""
+
+    async def _final_preview(
+        self, config: ServerConfig, running: Running | None, measured: Memory
+    ) -> MemoryPreview:
+        """The preview with the devices that the engine lists."""
+        engine, memory = await self._find(config, running, measured)
+        if memory is None:
+            return MemoryPreview(problem=_BUSY)
+        return await anyio.to_thread.run_sync(_preview, config, engine, memory)
+
+    async def _find(
+        self, config: ServerConfig, running: Running | None, measured: Memory
+    ) -> _Found:
+        self._engine = await locate_engine(config.binary)
+        devices = await list_devices(self._engine, config)
+        remote = remote_machines(config)
+        if devices is not None or remote is None:
+            self._devices, self._remote = devices, remote
+        elif self._remote != remote:  # busy, and never seen free
+            return _Found(self._engine, None)
+        memory = with_devices(measured, self._devices)
+        if running and running.config and memory.gpus:
+            memory = await anyio.to_thread.run_sync(
+                _given_back, memory, running.config, self._engine
+            )
+        return _Found(self._engine, memory)
+
+
+def _told(preview: MemoryPreview, on_preview: Callable[[MemoryPreview], object]) -> MemoryPreview:
+    on_preview(preview)
+    return preview
+
+
+def _preview(config: ServerConfig, engine: Engine | None, memory: Memory) -> MemoryPreview:
+    return preview(read_shape(config.require_model()), settings_of(config, engine), memory)
+
+
+def _pid(running: Running | None) -> int | None:
+    return running.pid if running else None
+
+
+def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory:
+    """Count in what a server holds on devices where nobody can measure that, by formula."""
+    if running.model is None:
+        return memory
+    try:
+        shape = read_shape(running.model)
+    except ModelFileError:
+        return memory
+    empty = Memory(memory.ram, tuple(replace(gpu, free=gpu.total) for gpu in memory.gpus))
+    settings = plan(shape, settings_of(running, engine), empty)
+
+    def credited(gpu: MemoryPool, need: Requirement) -> MemoryPool:
+        held = min(need.total or need.weights, gpu.total - gpu.free)
+        return gpu if gpu.returned else replace(gpu, free=gpu.free + held, returned=held)
+
+    needs = estimate(shape, settings, empty.gpus)[1:]
+    return Memory(memory.ram, tuple(map(credited, memory.gpus, needs)))
