@@ -9,7 +9,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 COPY . /opt/kitty_nb
-RUN pip install --no-cache-dir '/opt/kitty_nb[embedded,experiments,hub,proxy,tune]' \
+RUN pip install --no-cache-dir '/opt/kitty_nb[embedded,experiments,hub,proxy]' \
     && useradd --create-home kitty
 
 USER kitty
