@@ -26,7 +26,7 @@ from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
 from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
-from kitty_nb.supervisor.events import ProgressMade, Stage
+from kitty_nb.supervisor.events import LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.free_memory import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord
 from kitty_nb.supervisor.load_facts import gather_facts, path_text, this_host
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import Event, LoadProgress, ServerState
+    from kitty_nb.supervisor.events import Event
 
 __all__ = [
     "SERVER_SETTINGS",
@@ -45,9 +45,11 @@ __all__ = [
     "Engine",
     "EngineKind",
     "IsolatedServer",
+    "LoadProgress",
     "LoadRecord",
     "LoadSeconds",
     "Option",
+    "ServerState",
     "find_load",
     "free_memory",
     "gather_facts",

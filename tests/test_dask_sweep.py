@@ -250,15 +250,15 @@ def test_a_model_that_only_the_workers_have(
         rows = one.run(client=client).wait(WAIT).rows
     assert [row.outcome for row in rows] == [Outcome.DONE] * 4, rows
     assert len({row.host for row in rows}) == 1  # whose file was taken for the model
-    assert rows[0].mark
-    assert {row.mark for row in rows} == {rows[0].mark}
+    assert rows[0].fingerprint
+    assert {row.fingerprint for row in rows} == {rows[0].fingerprint}
 
 
 def test_a_worker_without_kitty_nb_gets_no_trial(
     sweep: Callable[..., Sweep], client: Client
 ) -> None:
     workers = sorted(client.scheduler_info()["workers"])
-    name = "kitty_nb.experiments.dask_worker"
+    name = "kitty_nb.experiments.cluster"
     client.run(_hide, name, workers=workers[:1])
     try:
         rows = sweep(repeats=2).run(client=client).wait(WAIT).rows

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from kitty_nb import LoadProgress
     from kitty_nb.experiments.run_record import RunRecord
+    from kitty_nb.isolated_server import LoadProgress
 
 _DIGITS = 12  # of a checksum, enough to tell by
 _COMPARED: dict[str, Any] = {

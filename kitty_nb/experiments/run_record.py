@@ -42,9 +42,9 @@ from kitty_nb.isolated_server import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kitty_nb import ModelManager, ServerState
     from kitty_nb.client import Access
-    from kitty_nb.manager import Operation
+    from kitty_nb.isolated_server import ServerState
+    from kitty_nb.manager import ModelManager, Operation
 
     OnBytes = Callable[[int, int], object]
 

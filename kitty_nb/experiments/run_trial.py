@@ -33,13 +33,12 @@ from kitty_nb.isolated_server import isolated_server, locate_engine, this_host
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from kitty_nb import LoadProgress
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.measure import Answer
     from kitty_nb.experiments.run_record import Exchange
     from kitty_nb.experiments.trial import Execute, ModelFingerprint, OnProgress, Trial
     from kitty_nb.experiments.workload import Workload
-    from kitty_nb.isolated_server import Engine, IsolatedServer
+    from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
 
 _LOOKED_AT = 0.1  # seconds for which what else the machine does is looked at
 _log = logging.getLogger(__name__)

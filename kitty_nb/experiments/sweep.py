@@ -409,8 +409,7 @@ class Sweep:
                 f"client is {client!r}, not a dask.distributed.Client. Make one of a cluster, or of"
                 " a scheduler's address: Client('tcp://…:8786')."
             )
-        from kitty_nb.experiments.dask_client import count_slots  # noqa: PLC0415 (of an extra)
-        from kitty_nb.experiments.dask_cluster import dask_cluster  # noqa: PLC0415
+        from kitty_nb.experiments.cluster import count_slots, dask_cluster  # noqa: PLC0415 (of an extra)
 
         slots = slots or await count_slots(client)
         return dask_cluster(client, self.config, self.workload, self._logs), slots

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from kitty_nb.isolated_server import LoadSeconds  # noqa: TC001 (pydantic reads the types)
 
 if TYPE_CHECKING:
-    from kitty_nb import LoadProgress
     from kitty_nb.experiments.run_record import RunRecord
+    from kitty_nb.isolated_server import LoadProgress
 
 Value = bool | int | float | str | tuple[str, ...] | None
 
