@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import anyio
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from kitty_nb import ServerConfig
 from kitty_nb.engine.locate import Dialect, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments.grid import combine, in_order
-from kitty_nb.experiments.settings import changes, check_flags
+from kitty_nb.experiments.space import changes, combine, in_order
+from kitty_nb.experiments.space import check_flags as check_settings
 from kitty_nb.experiments.trial import Trial
 
 
@@ -27,6 +28,10 @@ def base() -> ServerConfig:
 @pytest.fixture(scope="module")
 def dialect() -> Dialect:
     return anyio.run(locate_engine).dialect
+
+
+def check_flags(trials: Iterable[Trial], dialect: Dialect) -> None:
+    check_settings((one for trial in trials for one in trial.settings), dialect)
 
 
 def chosen(trials: tuple[Trial, ...]) -> list[dict[str, object]]:
@@ -163,7 +168,6 @@ def test_every_flag_of_the_help_can_be_tried(base: ServerConfig, engine: Path | 
         ({"predict": [9]}, "Write max_tokens=… in the sweep"),
         ({"no_cache_prompt": [True]}, "each prompt is read anew"),
         ({"extra_args": [("--mlock", "--seed", "7")]}, "Write seed=… in the sweep"),
-        ({"n_ctx": [512]}, r"Did you mean context_size\?"),
         ({"ctk": ["q8_0"]}, r"Did you mean cache_type_k\?"),
         ({"fa": ["on"]}, r"Did you mean flash_attn\?"),
         ({"np": [2]}, r"Did you mean parallel\?"),

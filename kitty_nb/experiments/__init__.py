@@ -8,37 +8,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kitty_nb.experiments.quality import ExactMatch, Perplexity
     from kitty_nb.experiments.replaying import Comparison, compare, replay
     from kitty_nb.experiments.results import Combination, Results
     from kitty_nb.experiments.run_record import Exchange, Request, RunRecord, record_run
     from kitty_nb.experiments.sweep import Sweep, SweepProgress
     from kitty_nb.experiments.trial import Measurement, Outcome, Trial, TrialResult
     from kitty_nb.experiments.tuning import TuneResult, tune
-    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.experiments.workload import ExactMatch, Perplexity, Workload
 
 _HOMES = {
-    "Combination": "results",
-    "Comparison": "replaying",
-    "ExactMatch": "quality",
-    "Exchange": "run_record",
-    "Measurement": "trial",
-    "Outcome": "trial",
-    "Perplexity": "quality",
-    "Request": "run_record",
-    "Results": "results",
-    "RunRecord": "run_record",
-    "Sweep": "sweep",
-    "SweepProgress": "sweep",
-    "Trial": "trial",
-    "TrialResult": "trial",
-    "TuneResult": "tuning",
-    "Workload": "workload",
-    "compare": "replaying",
-    "record_run": "run_record",
-    "replay": "replaying",
-    "tune": "tuning",
+    "replaying": ("Comparison", "compare", "replay"),
+    "results": ("Combination", "Results"),
+    "run_record": ("Exchange", "Request", "RunRecord", "record_run"),
+    "sweep": ("Sweep", "SweepProgress"),
+    "trial": ("Measurement", "Outcome", "Trial", "TrialResult"),
+    "tuning": ("TuneResult", "tune"),
+    "workload": ("ExactMatch", "Perplexity", "Workload"),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Combination",
@@ -65,9 +52,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

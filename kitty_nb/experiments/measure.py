@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
     from pydantic import JsonValue
 
-    from kitty_nb.experiments.quality import Perplexity
     from kitty_nb.experiments.trial import Value
-    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.experiments.workload import Perplexity, Workload
 
 _WARM_UP_TOKENS = 16
 # llama-server's reasons for an answer's end, in the words of OpenAI's protocol.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_lines
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments import batches
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     Spread,
@@ -20,7 +19,7 @@ from kitty_nb.experiments.metrics import (
     smaller_is_better,
     tells_speed,
 )
-from kitty_nb.experiments.settings import changes, in_use
+from kitty_nb.experiments.space import alike, changes, idle_batches, in_use
 from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
@@ -307,7 +306,7 @@ def choose(
         unknown = _UNKNOWN * abs(spread.median) if once else 0.0
         ends = sorted((sign * spread.low, sign * spread.high))
         tokens = one.batch_tokens.get(metric) if speed else None
-        idle = batches.idle(one.trial.settings, one.base, tokens) if tokens else ()
+        idle = idle_batches(one.trial.settings, one.base, tokens) if tokens else ()
         judged = replace(one, idle=idle, once=once)
         ranked.append((sign * spread.median, ends[0] - unknown, ends[1] + unknown, judged, spread))
     _, _, worst, first, _ = min(ranked, key=lambda entry: entry[0])
@@ -338,7 +337,7 @@ def _same(one: Combination, other: Combination, metric: str) -> bool:
     """Whether two differ in nothing that a speed can show."""
     tokens = max(each.batch_tokens.get(metric, 0) for each in (one, other))
     settings = one.trial.settings, other.trial.settings
-    same = tokens > 0 and batches.alike(*settings, one.base, tokens)
+    same = tokens > 0 and alike(*settings, one.base, tokens)
     return same and one.trial.model == other.trial.model
 
 

@@ -7,32 +7,37 @@ create tables), a row 0.4 ms instead of 8 ms.
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 from pydantic import TypeAdapter
 
-from kitty_nb.errors import ResultStoreError
+from kitty_nb.errors import ExperimentError, ResultStoreError
 from kitty_nb.experiments.metrics import OBJECTIVE, metrics_of
-from kitty_nb.experiments.results import extra
 from kitty_nb.experiments.trial import TrialResult
 from kitty_nb.trust import distrust
+
+try:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from optuna.trial import TrialState, create_trial
+except ImportError as error:
+    raise ExperimentError(
+        f"A sweep needs Optuna, which cannot be imported: {error}. Install it:"
+        " pip install 'kitty_nb[experiments]'"
+    ) from error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from optuna import Study
-    from optuna.storages import BaseStorage
-
-__all__ = ["RowStore", "earlier_store"]
-
 _JOURNAL = b'{"op_code"'  # how each line of a journal begins
 _SQLITE = b"SQLite for"  # how earlier versions' files begin
 _LOCK_SECONDS = 5  # for which a lock may stand still before its owner counts as dead
-_TROUBLE = (OSError, ValueError, LookupError, TypeError, AssertionError)
+_TROUBLE = (OSError, ValueError, LookupError, TypeError, AssertionError)  # of a damaged journal
 _ROW = TypeAdapter(TrialResult)
 _Row = TrialResult | None
 
@@ -52,6 +57,7 @@ class RowStore:
         self._conditions = conditions
         self._unwritten: dict[str, _Row] = {}
         self._writing = anyio.Lock()
+        self._lock = JournalFileOpenLock(str(path), grace_period=_LOCK_SECONDS)
 
     @property
     def unwritten(self) -> int:
@@ -64,12 +70,10 @@ class RowStore:
         Raises:
             ResultStoreError: The file cannot be used.
         """
-        if not self._path.exists():
-            return ()
         rows: dict[str, TrialResult] = {}
         try:
-            study = self._study()
-            for trial in study.get_trials(deepcopy=False) if study else ():
+            trials = self._study().get_trials(deepcopy=False) if self._path.exists() else ()
+            for trial in trials:
                 key, row = trial.user_attrs["trial"], trial.user_attrs["row"]
                 rows.pop(key, None)
                 if row is not None:
@@ -102,58 +106,37 @@ class RowStore:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab"), self._locked():
                 _cut_half_line(self._path)
-            study = self._study() or self._create_study()
+            study = self._study(create=True)
             for key, row in rows.items():
-                _tell(study, key, row)
+                study.add_trial(_as_optuna(key, row))
                 if self._unwritten.get(key) is row:
                     del self._unwritten[key]
         except _TROUBLE as error:
             raise self._problem(error) from error
 
-    def _study(self) -> Study | None:
-        """The study of these conditions; None where it is not in the file."""
-        storage = self._storage()
-        with suppress(KeyError):
-            study: Study = extra("optuna").load_study(study_name=self._conditions, storage=storage)
-            return study
-        return None
-
-    def _create_study(self) -> Study:
-        logging = extra("optuna").logging
-        before = logging.get_verbosity()
-        logging.set_verbosity(logging.WARNING)  # it would announce the study
-        try:
-            study: Study = extra("optuna").create_study(
-                storage=self._storage(),
-                study_name=self._conditions,
-                load_if_exists=True,  # another program may have been faster
-            )
-        finally:
-            logging.set_verbosity(before)
-        return study
-
-    def _storage(self) -> BaseStorage:
+    def _study(self, *, create: bool = False) -> optuna.Study:
+        """The study of these conditions; an empty one where the file has none."""
         if reason := distrust(self._path, folders=False):
             raise PermissionError(reason.rstrip("."))
         with self._path.open("rb") as file:
             _check_format(file.read(len(_JOURNAL)))
-        storages = extra("optuna").storages
-        backend = storages.journal.JournalFileBackend(str(self._path), lock_obj=self._lock())
-        storage: BaseStorage = storages.JournalStorage(backend)
-        return storage
-
-    def _lock(self) -> Any:
-        journal = extra("optuna").storages.journal
-        return journal.JournalFileOpenLock(str(self._path), grace_period=_LOCK_SECONDS)
+        storage = JournalStorage(JournalFileBackend(str(self._path), lock_obj=self._lock))
+        if self._conditions in optuna.get_all_study_names(storage):
+            return optuna.load_study(study_name=self._conditions, storage=storage)
+        with quiet():
+            return optuna.create_study(
+                storage=storage if create else None,
+                study_name=self._conditions,
+                load_if_exists=True,  # another program may have been faster
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = self._lock()
-        lock.acquire()
+        self._lock.acquire()
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     def _problem(self, error: Exception) -> ResultStoreError:
         kept = f" {self.unwritten} results are kept in memory." if self._unwritten else ""
@@ -161,6 +144,17 @@ class RowStore:
             f"Can't use the results file {self._path}: {error}.{kept} Free some disk space, fix the"
             " file's permissions, or name another file."
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Optuna from announcing a study; its user's own choice holds again afterwards."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def earlier_store(path: Path) -> str:
@@ -174,31 +168,25 @@ def earlier_store(path: Path) -> str:
     )
 
 
-def _tell(study: Study, key: str, row: _Row) -> None:
-    """Add a row to a study as a finished trial, or that a trial's row counts no more."""
-    trial = extra("optuna").trial
+def _as_optuna(key: str, row: _Row) -> optuna.trial.FrozenTrial:
+    """A row as a finished trial; without a row, that the trial's earlier row counts no more."""
     value = metrics_of(row).get(OBJECTIVE) if row else None
-    study.add_trial(
-        trial.create_trial(
-            state=trial.TrialState.FAIL if value is None else trial.TrialState.COMPLETE,
-            value=value,
-            user_attrs={"trial": key, "row": _ROW.dump_python(row, mode="json") if row else None},
-        )
+    return create_trial(
+        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+        value=value,
+        user_attrs={"trial": key, "row": _ROW.dump_python(row, mode="json") if row else None},
     )
 
 
 def _cut_half_line(path: Path) -> None:
     """Remove a last line that a killed program or a full disk left incomplete."""
     with path.open("rb+") as file:
-        if not file.seek(0, os.SEEK_END):
-            return
-        file.seek(-1, os.SEEK_END)
-        if file.read() == b"\n":
-            return
-        file.seek(0)
-        text = file.read()
-        if text.startswith(_JOURNAL):
-            file.truncate(text.rfind(b"\n") + 1)
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            whole = file.read() == b"\n"
+            file.seek(0)
+            if not whole and (text := file.read()).startswith(_JOURNAL):
+                file.truncate(text.rfind(b"\n") + 1)
 
 
 def _check_format(beginning: bytes) -> None:

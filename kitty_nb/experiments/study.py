@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from random import Random
@@ -29,15 +30,15 @@ from optuna.trial import TrialState, create_trial
 
 from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
-from kitty_nb.experiments.grid import combine
 from kitty_nb.experiments.metrics import Spread
 from kitty_nb.experiments.results import Results, choose
-from kitty_nb.experiments.settings import FIELDS, as_value, in_use, listed
+from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
+from kitty_nb.experiments.store import quiet
 from kitty_nb.experiments.trial import Outcome, RequestAnswered, Trial, TrialProgressed
 from kitty_nb.isolated_server import has_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from optuna.distributions import BaseDistribution
 
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.trial import SweepEvent, TrialResult
 
     Choice = bool | int | float | str | None
-
-__all__ = ["Search", "Space", "partial_metrics", "read_space"]
 
 Axis = CategoricalDistribution | IntDistribution | FloatDistribution
 Space = dict[str, Axis]
@@ -309,11 +308,11 @@ def read_space(
     problems = [
         Problem(name, str(choice), "There is no value in it.", f"Write {name}=[…].")
         for name, choice in given.items()
-        if not listed(choice) or (_is_range(choice) and choice[0] > choice[1])
+        if not _listed(choice) or (_is_range(choice) and choice[0] > choice[1])
     ]
     if problems:
         raise ConfigError("the space", tuple(problems))
-    each = [{name: value} for name, choice in given.items() for value in listed(choice)]
+    each = [{name: value} for name, choice in given.items() for value in _listed(choice)]
     try:
         trials = combine(base, [] if model is None else [model], configs=each)
     except ConfigError as error:
@@ -355,7 +354,7 @@ def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
                 return IntDistribution(low, high, log=wide)
             return FloatDistribution(low, high, log=wide)
     else:
-        values = dict.fromkeys(map(as_value, listed(choice)))
+        values = dict.fromkeys(map(as_value, _listed(choice)))
         if left := [value for value in values if all(b.allows(value) for b in bounds)]:
             return CategoricalDistribution(cast("list[Choice]", left))
     raise ExperimentError(
@@ -405,19 +404,26 @@ def _points(space: Space) -> list[tuple[tuple[str, Any], ...]]:
 
 
 def _make_study(objective: Objective, seed: int) -> optuna.Study:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=_RANDOM, multivariate=True
-            )
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM, multivariate=True)
         return optuna.create_study(
             direction="minimize" if objective.smaller else "maximize", sampler=sampler
         )
-    finally:
-        optuna.logging.set_verbosity(before)
+
+
+def samples(space: Space) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a space, of a range its ends, each with its name."""
+    for name, axis in space.items():
+        if isinstance(axis, CategoricalDistribution):
+            yield from ((name, value) for value in axis.choices)
+        else:
+            yield from ((name, axis.low), (name, axis.high))
+
+
+def _listed(choice: Any) -> list[Any]:
+    alone = isinstance(choice, str | bytes) or not isinstance(choice, Iterable)
+    return [choice] if alone else list(choice)
 
 
 def _is_range(choice: object) -> bool:

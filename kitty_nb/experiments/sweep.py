@@ -17,13 +17,11 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, KittyError, ResultStoreError, first_of
-from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
-from kitty_nb.experiments.grid import combine, in_order
 from kitty_nb.experiments.model_files import check_models, fingerprints_here
 from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.run_trial import row_of, this_machine
-from kitty_nb.experiments.settings import check_flags, digest
+from kitty_nb.experiments.space import check_flags, combine, digest, fill_batches, in_order
 from kitty_nb.experiments.store import RowStore, earlier_store
 from kitty_nb.experiments.trial import (
     Outcome,
@@ -48,9 +46,9 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from kitty_nb import LoadProgress
-    from kitty_nb.experiments.grid import Skip
-    from kitty_nb.experiments.quality import Perplexity, Quality
+    from kitty_nb.experiments.space import Skip
     from kitty_nb.experiments.trial import Execute, SweepEvent, Trial, TrialResult
+    from kitty_nb.experiments.workload import Perplexity, Quality
 
 __all__ = ["Sweep", "SweepProgress", "seconds_left"]
 
@@ -155,15 +153,15 @@ class Sweep:
             raise ExperimentError(f"repeats is {repeats}, so nothing is tried. Write 1 or more.")
         self.trials = in_order(combinations, repeats, seed)
         tried = [trial.settings for trial in combinations]
-        self.workload = batches.filled(workload, tried, self.config)
+        self.workload, useless = fill_batches(workload, tried, self.config)
         self.store = Path(store).expanduser().absolute()
         self.warnings = (
             *(() if config else env_warnings(".env", self.config.profile)),
-            *batches.warn(tried, self.config, self.workload),
+            *useless,
             *filter(None, [earlier_store(self.store)]),
         )
         self._logs = Path(logs).expanduser().absolute() if logs else None
-        self._kept = RowStore(self.store, digest(self.config, self.workload.conditions()))
+        self._kept = RowStore(self.store, digest(self.config, self.workload))
         self._rows: dict[str, TrialResult] = {}
         self._rows_read = False
         self._subscribers: list[Callable[[SweepEvent], object]] = []
@@ -347,7 +345,7 @@ class Sweep:
             _log.warning(warning)
         with suppress(EngineError):  # another machine may have one; else the trials say so
             engine = await locate_engine(self.config.binary)
-            check_flags(self.trials, engine.dialect)
+            check_flags((one for t in self.trials for one in t.settings), engine.dialect)
         await self._kept.recall()  # creates the file, so that a wrong one is told first
         await anyio.to_thread.run_sync(self._read_rows, True)
         failed = [key for key, row in self._rows.items() if row.outcome is not Outcome.DONE]

@@ -131,7 +131,7 @@ class TrialSeconds:
     """Where a trial's time went, in seconds.
 
     Attributes:
-        load: From asking for the server to ready, or to its failure.
+        load: From asking for the server to ready; 0 where it never was.
         warm_up: The requests that are not measured.
         requests: Those that are.
         overall: From the trial's beginning to the end of its server.

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,14 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError, ResultStoreError
-from kitty_nb.experiments import batches
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
 from kitty_nb.experiments.model_files import check_models, fingerprints_here
-from kitty_nb.experiments.results import Results, extra
+from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_trial import row_of, this_machine
-from kitty_nb.experiments.settings import check_flags, digest
+from kitty_nb.experiments.space import check_flags, digest, fill_batches
 from kitty_nb.experiments.store import RowStore, earlier_store
+from kitty_nb.experiments.study import Search, partial_metrics, read_space, samples
 from kitty_nb.experiments.trial import (
     Outcome,
     StoreFailed,
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
 
     from kitty_nb import LoadProgress
     from kitty_nb.experiments.metrics import Objective
-    from kitty_nb.experiments.quality import Perplexity, Quality
     from kitty_nb.experiments.results import Combination
-    from kitty_nb.experiments.study import Search
+    from kitty_nb.experiments.study import Space
     from kitty_nb.experiments.trial import Execute, ModelFingerprint, SweepEvent
+    from kitty_nb.experiments.workload import Perplexity, Quality
 
 __all__ = ["TuneResult", "tune"]
 
@@ -166,9 +167,6 @@ def tune(
         ConfigError: Listing every name and value that is wrong.
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
-    extra("optuna")
-    from kitty_nb.experiments.study import Search, read_space  # noqa: PLC0415 (of an extra)
-
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
     workload = Workload(
@@ -186,22 +184,20 @@ def tune(
     bounds = constraints_of(constraints)
     name, choices = read_space(model, config, space, bounds, names)
     aim = read_objective(objective, names)
-    tried = [*batches.of_space(choices)]
-    workload = batches.filled(workload, tried, config, aim.name)
+    workload, useless = fill_batches(workload, _batches(choices), config, aim.name)
     path = Path(store).expanduser().absolute()
-    vain = batches.warn(tried, config, workload, aim.name)
-    for warning in filter(None, (*warnings, *vain, earlier_store(path))):
+    for warning in filter(None, (*warnings, *useless, earlier_store(path))):
         _log.warning(warning)
     run = _Run(
         search=Search(name, choices, aim, bounds, config, seed),
         model=name,
         objective=aim,
-        flags=[Trial(name, (one,)) for one in batches.samples(choices)],
+        space=choices,
         budget=budget,
         seconds=seconds,
         config=config,
         workload=workload,
-        store=RowStore(path, digest(config, workload.conditions())),
+        store=RowStore(path, digest(config, workload)),
         logs=Path(logs).expanduser().absolute() if logs else None,
         on_event=on_event,
     )
@@ -223,7 +219,7 @@ class _Run:
     search: Search
     model: str
     objective: Objective
-    flags: list[Trial]
+    space: Space
     budget: int
     seconds: float | None
     config: ServerConfig
@@ -244,14 +240,17 @@ class _Run:
             ExperimentError: The user's objective failed, or nothing is best.
         """
         began = time.monotonic()
-        check_flags(self.flags, (await locate_engine(self.config.binary)).dialect)
+        engine = await locate_engine(self.config.binary)
+        check_flags(samples(self.space), engine.dialect)
         await anyio.to_thread.run_sync(check_models, [self.model], self.config)
         here = await anyio.to_thread.run_sync(fingerprints_here, [self.model], self.config)
         self.fingerprint = here.get(self.model)
         rows = await self.store.recall()
-        may_count = (row.may_be_of(self.fingerprint) for row in rows)
-        known = [row for row, may in zip(rows, may_count, strict=True) if may]
-        self.search.resume(row for row in known if self.workload.satisfied_by(row))
+        self.search.resume(
+            row
+            for row in rows
+            if row.may_be_of(self.fingerprint) and self.workload.satisfied_by(row)
+        )
         try:
             async with this_machine(self.config, self.workload, self.logs) as execute:
                 while len(self.search.rows) < self.budget:
@@ -287,6 +286,7 @@ class _Run:
     async def _measure(self, trial: Trial, asked: optuna.Trial, execute: Execute) -> TrialResult:
         """Return the trial's row; it is pruned where it cannot win any more."""
         began, usual = time.monotonic(), self.search.usual_seconds
+        name, least = self.objective.name, self.workload.levels[0]
         sofar: list[float] = []
         why = ""
         row: TrialResult | None = None
@@ -295,7 +295,13 @@ class _Run:
             def on_progress(event: SweepEvent) -> None:
                 nonlocal why
                 self._publish(event)
-                why = why or self._prune_reason(trial, asked, event, sofar)
+                found = partial_metrics(event, least).get(name)
+                if found is None or trial.repeat > 1 or why:
+                    return
+                if isinstance(event, TrialProgressed):
+                    sofar.clear()  # of a load's time so far the latest counts
+                sofar.append(found)
+                why = self.search.prune_reason(asked, sofar)
                 if why:
                     scope.cancel()
 
@@ -318,19 +324,6 @@ class _Run:
             fingerprint=self.fingerprint,
         )
 
-    def _prune_reason(
-        self, trial: Trial, asked: optuna.Trial, event: SweepEvent, sofar: list[float]
-    ) -> str:
-        from kitty_nb.experiments.study import partial_metrics  # noqa: PLC0415 (of an extra)
-
-        found = partial_metrics(event, self.workload.levels[0]).get(self.objective.name)
-        if found is None or trial.repeat > 1:
-            return ""
-        if isinstance(event, TrialProgressed):
-            sofar.clear()  # a load's time so far, of which the latest counts
-        sofar.append(found)
-        return self.search.prune_reason(asked, sofar)
-
     def _publish(self, event: SweepEvent) -> None:
         if isinstance(event, TrialProgressed):
             self.load = event.progress
@@ -338,3 +331,9 @@ class _Run:
             self.on_event(event)
         except Exception:  # noqa: BLE001 (whatever a user's callback raises)
             _log.exception("on_event failed; the search goes on.")
+
+
+def _batches(space: Space) -> list[tuple[tuple[str, Any], ...]]:
+    """The batch sizes that may be chosen, of a range its ends."""
+    names = [name for name in space if name in {"batch_size", "ubatch_size"}]
+    return [*product(*([*samples({name: space[name]})] for name in names))]

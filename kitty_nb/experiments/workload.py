@@ -1,22 +1,56 @@
-"""What every trial of a sweep is asked."""
+"""What every trial is asked, and how good its answers are."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
-from kitty_nb.experiments.quality import check_quality, identity
 from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kitty_nb.experiments.quality import Perplexity, Quality
     from kitty_nb.experiments.trial import TrialResult
 
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
+
+Quality = Callable[[str, str], float]
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """1 where an answer is the expected one but for space around it, else 0.
+
+    Attributes:
+        expected: The right answer to each prompt.
+    """
+
+    expected: Mapping[str, str]
+
+    def __call__(self, prompt: str, answer: str) -> float:
+        """Compare one answer."""
+        return float(answer.strip() == self.expected[prompt].strip())
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How much a model is surprised by given texts as answers; lower is better, 1 is not at all.
+
+    The server says how likely it held every token of a text, before any sampling. The tokens are
+    those of the model's own tokenizer, so models with different ones compare by the bits per
+    character that are measured along with it.
+
+    Attributes:
+        expected: The text to each prompt. Prompts without one do not count.
+    """
+
+    expected: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -46,21 +80,8 @@ class Workload:
     fill: int = 0
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.prompts or not all(self.prompts):
-            fix = "Write prompts=[…] with at least one, none of them empty."
-            problems.append(Problem("prompts", str(self.prompts), "There is an empty one.", fix))
-        if self.max_tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
-            fix = "Write 2 or more; 64 is a good start."
-            problems.append(
-                Problem("max_tokens", str(self.max_tokens), "A rate needs 2 tokens.", fix)
-            )
-        if not self.parallel or min(self.parallel) < 1:
-            fix = "Write numbers of requests, such as (1, 4)."
-            problems.append(Problem("parallel", str(self.parallel), "It must be 1 or more.", fix))
-        problems += check_quality(self.quality, self.prompts)
-        if problems:
-            raise ConfigError("the sweep", tuple(problems))
+        if problems := tuple(self._problems()):
+            raise ConfigError("the sweep", problems)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -81,11 +102,91 @@ class Workload:
         """Whether a row has all that is asked for, so that its trial need not be run."""
         return not self.record or bool(row.document) or row.outcome is not Outcome.DONE
 
-    def conditions(self) -> Iterator[tuple[str, Any]]:
-        """Yield what results depend on, as JSON has it."""
-        for name in ("prompts", "max_tokens", "seed", "chat"):
-            yield name, getattr(self, name)
-        yield "parallel", self.levels
-        yield "quality", identity(self.quality)
-        if self.fill:
-            yield "fill", self.fill
+    def conditions(self) -> dict[str, Any]:
+        """Return what results depend on, as JSON has it."""
+        same = {name: getattr(self, name) for name in ("prompts", "max_tokens", "seed", "chat")}
+        more = {"parallel": self.levels, "quality": identity(self.quality), "fill": self.fill}
+        return same | more
+
+    def _problems(self) -> Iterator[Problem]:
+        if not self.prompts or not all(self.prompts):
+            fix = "Write prompts=[…] with at least one, none of them empty."
+            yield Problem("prompts", str(self.prompts), "There is an empty one.", fix)
+        if self.max_tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
+            fix = "Write 2 or more; 64 is a good start."
+            yield Problem("max_tokens", str(self.max_tokens), "A rate needs 2 tokens.", fix)
+        if not self.parallel or min(self.parallel) < 1:
+            fix = "Write numbers of requests, such as (1, 4)."
+            yield Problem("parallel", str(self.parallel), "It must be 1 or more.", fix)
+        match self.quality:
+            case ExactMatch(expected):
+                for prompt in (p for p in dict.fromkeys(self.prompts) if p not in expected):
+                    fix = "Give ExactMatch the right answer to each prompt."
+                    yield Problem("quality", prompt, "ExactMatch lacks this prompt.", fix)
+            case Perplexity(expected):
+                if not any(expected.get(prompt) for prompt in self.prompts):
+                    fix = "Give Perplexity the text to a prompt, spelled as in prompts=[…]."
+                    reason = "Perplexity has a text for none of the prompts."
+                    yield Problem("quality", "", reason, fix)
+            case quality if quality is not None and not callable(quality):
+                fix = "Use ExactMatch({prompt: answer}), Perplexity({prompt: text}) or a function."
+                yield Problem("quality", repr(quality), "It measures nothing.", fix)
+
+
+def identity(quality: Quality | Perplexity | None) -> str:
+    """Name a measure of quality, the same in every process.
+
+    A function is known by its code and by the values bound to it, so that one that was edited is
+    another. What it finds by a global name is not looked into.
+    """
+    match quality:
+        case None:
+            return ""
+        case ExactMatch() | Perplexity():
+            return repr(quality)
+    text = repr(_plain(quality))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _parts(call: Any) -> Iterator[object]:
+    """Yield what makes a callable the one it is."""
+    yield getattr(call, "__module__", ""), getattr(call, "__qualname__", type(call).__qualname__)
+    match call:
+        case partial():
+            yield from (call.func, call.args, call.keywords)
+        case FunctionType():
+            yield from (call.__code__, call.__defaults__, call.__kwdefaults__)
+            for cell in call.__closure__ or ():
+                with suppress(ValueError):  # nothing is in it yet
+                    yield cell.cell_contents
+        case MethodType():
+            yield from (call.__func__, getattr(call.__self__, "__dict__", None))
+        case object(__wrapped__=inner):  # as functools.cache keeps it
+            yield inner
+        case _ if isinstance(call.__call__, MethodType):  # an object whose class can be called
+            yield call.__call__
+
+
+def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
+    """Return what a value holds, in a form whose `repr` is the same in every process.
+
+    Args:
+        value: It.
+        within: The callables that it is bound to, for one may be bound to itself.
+    """
+    match value:
+        case CodeType():
+            return value.co_code, value.co_names, _plain(value.co_consts)
+        case tuple() | list():
+            return [_plain(one, within) for one in value]
+        case set() | frozenset():
+            return sorted(repr(_plain(one, within)) for one in value)
+        case dict():
+            return [(_plain(name), _plain(one, within)) for name, one in value.items()]
+        case re.Pattern():
+            return value.pattern, value.flags
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            return value
+    if callable(value) and not any(value is one for one in within):
+        return [_plain(part, (*within, value)) for part in _parts(value)]
+    return type(value).__qualname__

@@ -19,7 +19,7 @@ from traitlets import Unicode
 from kitty_nb.errors import ExperimentError, KittyError
 from kitty_nb.experiments import Outcome, Perplexity, Results, Sweep
 from kitty_nb.experiments.metrics import OBJECTIVE
-from kitty_nb.experiments.settings import FIELDS
+from kitty_nb.experiments.space import FIELDS
 from kitty_nb.experiments.trial import (
     RequestAnswered,
     SweepEnded,

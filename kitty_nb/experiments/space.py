@@ -1,0 +1,390 @@
+"""What can be tried: settings by name, their combinations, and whether batch sizes matter. Pure.
+
+A name is a field of `ServerConfig`, or a flag of llama-server that has no field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from difflib import get_close_matches
+from enum import Enum
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, cast
+
+import psutil
+
+from kitty_nb.config import ServerConfig, value_of
+from kitty_nb.errors import ConfigError, ExperimentError, Problem
+from kitty_nb.experiments.metrics import OBJECTIVE
+from kitty_nb.experiments.trial import Trial
+from kitty_nb.experiments.workload import DEFAULT_PROMPT
+from kitty_nb.isolated_server import SERVER_SETTINGS, spell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from kitty_nb.experiments.trial import Value
+    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.isolated_server import Dialect, Option
+
+    Settings = tuple[tuple[str, Value], ...]
+    Skip = Callable[[Mapping[str, Any]], object]
+
+# A request says itself how long its answer may be, so a server's own limit would change nothing.
+FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
+# Options that each request, or the sweep, decides by itself; and where to say what they should be.
+_DECIDED = {
+    "--seed": "Write seed=… in the sweep instead.",
+    "--predict": "Write max_tokens=… in the sweep instead.",
+    "--n-predict": "Write max_tokens=… in the sweep instead.",
+    "--ignore-eos": "Leave it out; with quality=… an answer ends where the model ends it.",
+    "--cache-prompt": "Leave it out; each prompt is read anew, so that its speed can be measured.",
+    "--temp": "Write temperature instead.",
+    "--top-p": "Write top_p instead.",
+    "--repeat-penalty": "Write repeat_penalty instead.",
+    "--model": "Write models=[…] in the sweep instead.",
+    **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
+}
+_NO_EFFECT = "It would change nothing, because each request or the sweep decides it."
+_MISSPELT = 0.92  # likeness from which a name is a misspelt field; real flags are less like one
+# What llama-server takes where it is told nothing. Threads: one for each core.
+_ENGINE_DEFAULTS: Mapping[str, Value] = {
+    "threads": psutil.cpu_count(logical=False),
+    "batch_size": 2048,
+    "ubatch_size": 512,
+    "flash_attention": "auto",
+    "cache_type_k": "f16",
+    "cache_type_v": "f16",
+    "mmproj": "auto",
+}
+_SHORT = {"cache_type_k": "-ctk", "cache_type_v": "-ctv"}
+_BATCHES = ("batch_size", "ubatch_size")
+_BYTES_PER_TOKEN = 4  # of most texts, with most tokenizers
+_ENDLESS = 1 << 62
+
+
+def combine(
+    base: ServerConfig,
+    models: Sequence[object] = (),
+    grid: Mapping[str, Iterable[Any]] | None = None,
+    configs: Iterable[ServerConfig | Mapping[str, Any]] | None = None,
+    skip: Skip | None = None,
+) -> tuple[Trial, ...]:
+    """Return every combination of models and settings once.
+
+    Args:
+        base: What holds where a combination says nothing.
+        models: Files, absolute or in the models folder; without any, that of `base`.
+        grid: Values by name of setting: all combinations of them are tried.
+        configs: Combinations one by one, as whole settings or as changes to `base`. With a grid,
+            each is combined with all of it.
+        skip: Called with each combination, its model as `model`; what it returns true for is left
+            out.
+
+    Raises:
+        ConfigError: Listing all names and values that are wrong.
+        ExperimentError: Nothing is left to try.
+    """
+    problems: list[Problem] = []
+    axes = {name: _values(name, values, problems) for name, values in (grid or {}).items()}
+    listed = [_one_config(one, base, problems) for one in ([{}] if configs is None else configs)]
+    problems += _check_names([*axes, *(name for _, settings in listed for name in settings)])
+    if problems:
+        raise ConfigError("the sweep", tuple(problems))
+    named = [_model_name(model, base) for model in models or filter(None, (base.model,))]
+    if not named and not all(model for model, _ in listed):
+        raise ExperimentError("No model is chosen. Write models=[…], or set one in .env.")
+    combinations = dict.fromkeys(
+        Trial(model, tuple((settings | dict(zip(axes, point, strict=True))).items()))
+        for own_model, settings in listed
+        for model in ([own_model] if own_model else named)
+        for point in product(*axes.values())
+    )
+    left = tuple(trial for trial in combinations if not _skipped(trial, skip))
+    if not left:
+        emptied = [name for name, values in axes.items() if not values]
+        what = f"no values are given for {', '.join(emptied)}" if emptied else "skip leaves none"
+        what = "configs is empty" if configs is not None and not listed else what
+        raise ExperimentError(f"There is nothing to try: {what}. Give at least one combination.")
+    _check_values(left, base)
+    return left
+
+
+def in_order(
+    combinations: Sequence[Trial], repeats: int = 1, seed: int | None = 0
+) -> tuple[Trial, ...]:
+    """Return all trials: each combination once, then each once more, every round shuffled.
+
+    What drifts, such as a machine that grows warm, so falls on all combinations alike.
+
+    Args:
+        combinations: What is to be tried.
+        repeats: How often each is measured.
+        seed: Decides the order; None keeps every round in the order given.
+    """
+    rounds = []
+    for repeat in range(1, repeats + 1):
+        trials = [Trial(one.model, one.settings, repeat) for one in combinations]
+        if seed is not None:
+            Random(f"{seed} {repeat}").shuffle(trials)  # noqa: S311 (an order, not a secret)
+        rounds += trials
+    return tuple(rounds)
+
+
+def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None:
+    """Refuse flags that the engine does not know or a trial cannot decide, and values not taken.
+
+    Raises:
+        ConfigError: Listing all of them, each with the nearest name there is.
+    """
+    problems: dict[object, Problem] = {}
+    for name, value in sorted(set(settings), key=str):
+        words = value if name == "extra_args" and isinstance(value, tuple) else ()
+        for word in words:
+            if fix := _decided(dialect.option(word)):
+                problems[word] = Problem(name, word, _NO_EFFECT, fix)
+        if name in FIELDS:
+            continue
+        option, words = dialect.option(_flag(name)), _words(name, value, dialect)
+        if fix := _decided(option):
+            problems[name] = Problem(name, str(value), _NO_EFFECT, fix)
+        elif option is None and tuple(spell(dialect, words)) == words:
+            reason = f"It is neither a setting nor a flag of this llama-server ({_flag(name)})."
+            problems[name] = Problem(name, str(value), reason, _advice(name, dialect))
+        elif option and option.choices and value is not None and str(value) not in option.choices:
+            fix = f"Use one of {', '.join(option.choices)}."
+            problems[name, value] = Problem(name, str(value), "llama-server refuses it.", fix)
+    if problems:
+        raise ConfigError("the sweep", tuple(problems.values()))
+
+
+def as_value(value: Any) -> Value:
+    """Bring a value into the form in which trials are compared and stored.
+
+    Raises:
+        TypeError: It cannot be a setting.
+    """
+    match value:
+        case Enum():
+            return as_value(value.value)
+        case Path():
+            return str(value)
+        case list() | tuple():
+            return tuple(map(str, value))
+        case None | bool() | int() | float() | str():
+            return value
+    if callable(item := getattr(value, "item", None)):  # a number of NumPy, as its ranges hold them
+        return as_value(item())
+    raise TypeError(f"{value!r} is not a value that a setting can have")
+
+
+def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) -> dict[str, Any]:
+    """Return the fields of `ServerConfig` that a trial changes, `extra_args` with its flags last.
+
+    Args:
+        trial: What is to be tried.
+        base: What the sweep starts from.
+        dialect: Tells how the engine spells a switch that is off.
+    """
+    fields: dict[str, Any] = {name: value for name, value in trial.settings if name in FIELDS}
+    flags = [
+        word
+        for name, value in trial.settings
+        if name not in FIELDS
+        for word in _words(name, value, dialect)
+    ]
+    if flags:
+        first = base.replace(extra_args=fields.get("extra_args", base.extra_args))
+        fields["extra_args"] = (*first.extra_args, *flags)
+    return {"model": trial.model, **fields}
+
+
+def in_use(name: str, base: ServerConfig) -> Value:
+    """Return the value a setting has where a trial does not set it; None if that is not known."""
+    if name in FIELDS:
+        value = as_value(getattr(base, name))
+    else:
+        value = value_of(base.extra_args, {_flag(name), _SHORT.get(name, "")})
+    return _ENGINE_DEFAULTS.get(name) if value is None else value
+
+
+def digest(base: ServerConfig, workload: Workload) -> str:
+    """Return what rows that may be compared have in common, in a few letters."""
+    config = base.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
+    text = json.dumps({"config": config, **dict(workload.conditions())}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[str, ...]:
+    """Name the batch sizes that do to so many tokens what those in use do."""
+    return tuple(
+        name
+        for name, value in settings
+        if name in _BATCHES
+        and value != in_use(name, base)
+        and alike(settings, tuple(one for one in settings if one[0] != name), base, tokens)
+    )
+
+
+def alike(one: Settings, other: Settings, base: ServerConfig, tokens: int) -> bool:
+    """Whether two combinations do the same to batches that get so many tokens at most."""
+    return _effect(one, base, tokens) == _effect(other, base, tokens)
+
+
+def fill_batches(
+    workload: Workload, tried: Sequence[Settings], base: ServerConfig, objective: str = ""
+) -> tuple[Workload, tuple[str, ...]]:
+    """Let the default prompt fill the batches where their sizes are varied and matter.
+
+    Returns:
+        The workload, and a warning where it cannot tell apart the batch sizes that are tried.
+    """
+    sizes = zip(*(_sizes(settings, base) for settings in tried), strict=True)
+    largest = max((max(values) for values in sizes if len(set(values)) > 1), default=0)
+    if largest and objective == OBJECTIVE and workload.levels[0] == 1:  # made token by token
+        return workload, (
+            f"{objective} of one request at a time does not depend on batch sizes. Leave them out,"
+            " or compare prompt_tokens_per_second or time_to_first_token.",
+        )
+    if workload.prompts == (DEFAULT_PROMPT,) and not workload.quality:
+        workload = replace(workload, fill=largest)
+    size = max(len(prompt.encode()) for prompt in workload.prompts) / _BYTES_PER_TOKEN
+    tokens = max(round(size), workload.fill) * workload.levels[-1]
+    told, whole = (
+        {_effect(settings, base, limit) for settings in tried} for limit in (tokens, _ENDLESS)
+    )
+    if len(told) == len(whole):
+        return workload, ()
+    return workload, (
+        f"Prompts of about {tokens} tokens cannot tell apart all batch sizes that are tried: no"
+        f" batch gets more. Give prompts of {largest} tokens or more.",
+    )
+
+
+def _check_names(names: Iterable[str]) -> Iterator[Problem]:
+    """Yield what is wrong with names of settings, as far as that can be told without an engine."""
+    for name in dict.fromkeys(names):
+        if name in FIELDS:
+            continue
+        fields = ", ".join(FIELDS)
+        if name == "model":
+            yield Problem(name, "", "Models are not a setting.", "Write models=[…] instead.")
+        elif name == "n_predict":
+            yield Problem(name, "", "The sweep's max_tokens decides.", "Leave it out.")
+        elif name in ServerConfig.model_fields:
+            fix = f"Leave it out; what can be tried is {fields}, or a flag of llama-server."
+            yield Problem(name, "", "The sweep chooses it itself.", fix)
+        elif near := get_close_matches(name, FIELDS, n=1, cutoff=_MISSPELT):
+            yield Problem(name, "", "There is no such setting.", f"Did you mean {near[0]}?")
+        elif not re.fullmatch(r"[\w.-]+", name):
+            fix = f"Use one of {fields}, or a flag of llama-server."
+            yield Problem(name, "", "It is no name of a setting.", fix)
+
+
+def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:
+    """Validate the settings of all trials; their models are looked at when their turn comes."""
+    bare = base.model_copy(update={"model": None})
+    problems: dict[tuple[str, str], Problem] = {}
+    for trial in trials:
+        wanted = changes(trial, bare)
+        try:
+            bare.replace(**{name: wanted[name] for name in wanted if name != "model"})
+        except ConfigError as error:
+            problems |= {(one.key, one.value): one for one in error.problems}
+    if problems:
+        raise ConfigError("the sweep", tuple(problems.values()))
+
+
+def _one_config(
+    config: ServerConfig | Mapping[str, Any], base: ServerConfig, problems: list[Problem]
+) -> tuple[str | None, dict[str, Value]]:
+    """The model of a config, if it names one, and its other settings."""
+    if isinstance(config, ServerConfig):
+        whole = {name: getattr(config, name) for name in (*FIELDS, "model")}
+        config = {name: value for name, value in whole.items() if value != getattr(base, name)}
+    model = _model_name(config["model"], base) if config.get("model") else None
+    named = {name: _values(name, [config[name]], problems) for name in config if name != "model"}
+    return model, {name: values[0] for name, values in named.items() if values}
+
+
+def _values(name: str, values: Iterable[Any], problems: list[Problem]) -> tuple[Value, ...]:
+    fix = f"Write {name}=[…] with the values to try."
+    if isinstance(values, (str, bytes)):
+        problems.append(Problem(name, str(values), "It is one value, not several.", fix))
+        return ()
+    try:
+        return tuple(dict.fromkeys(map(as_value, values)))
+    except TypeError as error:
+        problems.append(Problem(name, str(values), f"{error}.", fix))
+        return ()
+
+
+def _model_name(model: object, base: ServerConfig) -> str:
+    """How a trial names a model: by its place in the models folder, which any machine can have."""
+    path, folder = Path(str(getattr(model, "path", model))).expanduser(), base.models_dir
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _skipped(trial: Trial, skip: Skip | None) -> bool:
+    combination = {"model": trial.model, **dict(trial.settings)}
+    try:
+        return skip is not None and bool(skip(combination))
+    except Exception as error:
+        raise ExperimentError(
+            f"skip failed with {error!r} for {combination}. It gets the settings of a combination,"
+            " and must return whether to leave it out."
+        ) from error
+
+
+def _decided(option: Option | None) -> str:
+    """Say where to set an option that a trial cannot decide; empty of any other."""
+    return next(
+        (_DECIDED[flag] for flag in (option.flags if option else ()) if flag in _DECIDED), ""
+    )
+
+
+def _advice(name: str, dialect: Dialect) -> str:
+    """Name the setting that is meant, as a grid has it: its field, or the option's longest flag."""
+    option = dialect.option(f"-{name}") or dialect.option(dialect.nearest(_flag(name)) or "")
+    if option is None:
+        return "See `llama-server --help`."
+    names = [flag.lstrip("-").replace("-", "_") for flag in option.flags]
+    fields = [field for field in FIELDS if field in names] or get_close_matches(name, FIELDS, n=1)
+    near = next(iter(fields), max((n for n in names if not n.startswith("no_")), key=len))
+    return f"Did you mean {near}?"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _words(name: str, value: Value, dialect: Dialect | None) -> tuple[str, ...]:
+    """How a flag with a value is written on the command line."""
+    flag = _flag(name)
+    match value:
+        case None:
+            return ()
+        case True:
+            return (flag,)
+        case False:
+            negative = f"--no-{flag.removeprefix('--')}"
+            return (negative,) if dialect and dialect.option(negative) else ()
+        case tuple():
+            return (flag, *value)
+    return flag, str(value)
+
+
+def _effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[object, ...]:
+    batch, ubatch = _sizes(settings, base)
+    rest = frozenset(one for one in settings if one[0] not in _BATCHES)
+    return rest, min(batch, tokens), min(ubatch, batch, tokens)
+
+
+def _sizes(settings: Settings, base: ServerConfig) -> list[int]:
+    given = {name: in_use(name, base) for name in _BATCHES} | dict(settings)
+    return [cast("int", given[name] or _ENGINE_DEFAULTS[name]) for name in _BATCHES]
