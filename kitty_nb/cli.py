@@ -18,9 +18,8 @@ import anyio
 import typer
 from typer.core import TyperGroup
 
-from kitty_nb.errors import KittyError, ServerCrashedError
-from kitty_nb.printable import printable
-from kitty_nb.trust import distrust
+from kitty_nb.errors import KittyError, ServerCrashedError, printable
+from kitty_nb.safe_files import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -97,10 +96,11 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     from rich.table import Table
 
     from kitty_nb.catalog.catalog import ModelCatalog
+    from kitty_nb.catalog.stores import model_stores
     from kitty_nb.terminal.console import PlainConsole
 
     config = _settings(env, profile)
-    models = ModelCatalog(config.stores).scan()
+    models = ModelCatalog(model_stores(config)).scan()
     if not models:
         _say(f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model")
         return
@@ -383,10 +383,14 @@ def _say(text: str, *, err: bool = False) -> None:
 
 
 def _config(env: Path, profile: str) -> ServerConfig:
-    from kitty_nb.config import ServerConfig, env_warnings
+    from kitty_nb.catalog.resolve import load_profile
+    from kitty_nb.config import env_warnings
 
     _warn(env_warnings(env, profile))
-    return ServerConfig.from_env(env, profile)
+    config, complaint = load_profile(env, profile)
+    if complaint:
+        raise complaint
+    return config
 
 
 def _settings(env: Path, profile: str) -> ServerConfig:
@@ -395,10 +399,11 @@ def _settings(env: Path, profile: str) -> ServerConfig:
 
 
 def _all_settings(env: Path, profiles: Iterable[str]) -> list[ServerConfig]:
-    from kitty_nb.config import env_warnings, salvage_settings
+    from kitty_nb.catalog.resolve import load_profile
+    from kitty_nb.config import env_warnings
 
     _warn(env_warnings(env, *profiles))
-    read = [salvage_settings(env, name) for name in profiles]
+    read = [load_profile(env, name) for name in profiles]
     _warn(str(complaint) for _, complaint in read if complaint)
     return [config for config, _ in read]
 

@@ -21,12 +21,14 @@ from rich.filesize import decimal
 
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.demo_model import write_demo_model
+from kitty_nb.catalog.resolve import load_profile
+from kitty_nb.catalog.stores import model_stores
 from kitty_nb.config import (
     OnKernelExit,
     ServerConfig,
     configured_profiles,
     env_warnings,
-    salvage_settings,
+    load_lenient,
 )
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
@@ -78,7 +80,7 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     """
     findings = [_versions(), _kernel()]
     try:
-        config, complaint = await anyio.to_thread.run_sync(salvage_settings, env, profile)
+        config, complaint = await anyio.to_thread.run_sync(load_profile, env, profile)
         source = (await anyio.to_thread.run_sync(read_env, env)).path
         warnings = await anyio.to_thread.run_sync(env_warnings, env, profile)
     except ConfigError as error:
@@ -91,9 +93,7 @@ async def examine(env: str | Path = ".env", profile: str = "primary") -> list[Fi
     checks = (_models, _model, _port, _disk)
     findings += [await anyio.to_thread.run_sync(check, config) for check in checks]
     others = [
-        salvage_settings(env, name)[0]
-        for name in configured_profiles(env)
-        if name != config.profile
+        load_lenient(env, name)[0] for name in configured_profiles(env) if name != config.profile
     ]
     return findings + [await anyio.to_thread.run_sync(_port, other) for other in others]
 
@@ -193,12 +193,13 @@ def _models(config: ServerConfig) -> Finding:
         found = f"{folder} cannot be looked into ({error.strerror})."
         advice = "Correct LLAMACPP_MODELS_DIR, or the rights of that folder and of those above it."
         return Finding("Models", Verdict.BAD, found, advice)
-    models = ModelCatalog(config.stores).scan()
+    stores = model_stores(config)
+    models = ModelCatalog(stores).scan()
     if not models:
         advice = "Put .gguf files there, or try it out with: kitty-nb demo-model"
         return Finding("Models", Verdict.ODD, f"none in {folder}", advice)
     troubles = [f"{model.name}: {model.problem}" for model in models if model.problem]
-    places = f"{folder} and what other programs keep" if len(config.stores) > 1 else str(folder)
+    places = f"{folder} and what other programs keep" if len(stores) > 1 else str(folder)
     found = f"{len(models) - len(troubles)} of {len(models)} can be served, in {places}"
     return Finding("Models", Verdict.ODD if troubles else Verdict.GOOD, found, "\n".join(troubles))
 

@@ -31,9 +31,8 @@ A message is written for the person at the notebook: what happened, why, and wha
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-
-from kitty_nb.printable import printable
 
 __all__ = [
     "ChecksumError",
@@ -62,6 +61,16 @@ __all__ = [
     "WaitTimeoutError",
     "WillNotFitError",
 ]
+
+
+# Those of C0 and C1 but for tab and newline: a terminal takes them for orders, such as to write
+# its title or the clipboard.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Write control characters as Python does, by their numbers, in text from anywhere."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class KittyError(Exception):

@@ -154,7 +154,7 @@ async def isolated_server(
             on_progress(event.progress)
 
     with TemporaryDirectory(prefix="kitty_nb-", ignore_cleanup_errors=True) as temporary:
-        own = await run_sync(_isolated, config, folder or Path(temporary))
+        own = _isolated(config, folder or Path(temporary))
         async with Supervisor(own) as supervisor:
             supervisor.subscribe(follow)
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
+from kitty_nb.catalog.resolve import load_profile, resolve_model
 from kitty_nb.config import FlashAttention, ServerConfig, configured_profiles, env_settings
 from kitty_nb.errors import ConfigError
 
@@ -36,10 +37,10 @@ def write_env(tmp_path: Path, *lines: str) -> Path:
 
 
 def problems(path: Path, profile: str = "primary") -> dict[str, str]:
-    with pytest.raises(ConfigError) as caught:
-        ServerConfig.from_env(path, profile)
-    assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
-    return {problem.key: f"{problem.reason} {problem.fix}" for problem in caught.value.problems}
+    _, complaint = load_profile(path, profile)
+    assert complaint
+    assert all(str(problem) in str(complaint) for problem in complaint.problems)
+    return {problem.key: f"{problem.reason} {problem.fix}" for problem in complaint.problems}
 
 
 def test_every_setting_of_the_example_is_a_field_and_every_field_is_in_the_example() -> None:
@@ -169,7 +170,8 @@ def test_a_bad_model_path_is_explained(tmp_path: Path, models: Path, value: str,
 
 def test_a_complete_split_model_is_accepted(tmp_path: Path, models: Path) -> None:
     path = write_env(tmp_path, "LLAMACPP_PRIMARY_MODEL=whole/whole-00001-of-00002.gguf")
-    assert ServerConfig.from_env(path).model == models / "whole/whole-00001-of-00002.gguf"
+    config = resolve_model(ServerConfig.from_env(path))
+    assert config.model == models / "whole/whole-00001-of-00002.gguf"
 
 
 def test_a_name_that_is_no_text_is_to_be_changed(models: Path) -> None:
@@ -179,7 +181,7 @@ def test_a_name_that_is_no_text_is_to_be_changed(models: Path) -> None:
     except OSError:
         pytest.skip("this system has no such names")
     with pytest.raises(ConfigError, match="not written in UTF-8"):
-        ServerConfig(models_dir=models, model=path)
+        resolve_model(ServerConfig(models_dir=models, model=path))
 
 
 def test_a_comma_in_a_models_name_is_not_in_its_alias(models: Path) -> None:
@@ -219,7 +221,7 @@ def test_a_model_outside_the_models_folder_must_be_allowed(
     assert f"outside the models folder, {models}." in said
     assert "LLAMACPP_ALLOW_ABSOLUTE_PATHS=1" in said
     path = write_env(tmp_path, line, "LLAMACPP_ALLOW_ABSOLUTE_PATHS=1")
-    model = ServerConfig.from_env(path).model
+    model = resolve_model(ServerConfig.from_env(path)).model
     assert model
     assert model.samefile(outside)
 
@@ -235,13 +237,14 @@ def test_a_model_in_the_models_folder_may_be_named_in_any_way(tmp_path: Path, mo
         tmp_path / "short/tiny.gguf",
     ):
         path = write_env(tmp_path, f"LLAMACPP_PRIMARY_MODEL={value}")
-        assert ServerConfig.from_env(path).model == models / value
+        assert resolve_model(ServerConfig.from_env(path)).model == models / value
 
 
 def test_an_unreadable_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.write_text("LLAMACPP_PORT=1\nLLAMACPP_CTX='open\n")
-    assert "close every quote" in problems(path)["line 2"]
+    with pytest.raises(ConfigError, match=r"line 2.*close every quote"):
+        ServerConfig.from_env(path)
 
 
 def test_a_named_file_must_exist_but_plain_dot_env_may_be_missing(
@@ -249,7 +252,8 @@ def test_a_named_file_must_exist_but_plain_dot_env_may_be_missing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert ServerConfig.from_env() == ServerConfig()
-    assert "cannot be read" in problems(tmp_path / "my.env")["file"]
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ServerConfig.from_env(tmp_path / "my.env")
 
 
 def test_plain_dot_env_is_found_in_a_folder_above(
@@ -260,6 +264,16 @@ def test_plain_dot_env_is_found_in_a_folder_above(
     monkeypatch.chdir(tmp_path / "notebooks")
     config = ServerConfig.from_env()
     assert (config.port, config.models_dir) == (9005, models)
+
+
+def test_a_sweep_or_script_hears_of_a_wrong_model_under_the_name_of_its_field(
+    models: Path,
+) -> None:
+    config = ServerConfig(models_dir=models, model="tinny.gguf", mmproj="nope.gguf")
+    with pytest.raises(ConfigError, match=r"(?s)model='tinny.gguf'.*mmproj='nope.gguf'"):
+        resolve_model(config)
+    with pytest.raises(ConfigError, match=r"No model is chosen.*Models in"):
+        resolve_model(config.replace(model=None))
 
 
 def test_replace_validates_like_the_original() -> None:

@@ -13,8 +13,8 @@ from model_files import write_header
 from typer.testing import CliRunner
 
 from kitty_nb import ControlPanel, ServerConfig, ServerStatus
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.cli import app
-from kitty_nb.config import RECORDED
 from kitty_nb.errors import ConfigError
 
 
@@ -62,11 +62,11 @@ def test_a_model_of_ollama_is_chosen_started_and_saved(env: Path, blob: Path) ->
 def test_the_name_that_a_store_gives_its_model_does_not_go_on_to_the_next(
     env: Path, blob: Path
 ) -> None:
-    config = ServerConfig.from_env(env).replace(model=blob)
+    config = resolve_model(ServerConfig.from_env(env).replace(model=blob))
     assert config.served_alias == "kitty:1b"
-    assert config.replace(alias="kitty:1b").replace(model="own.gguf").served_alias == "own"
+    assert resolve_model(config.replace(model="own.gguf")).served_alias == "own"
     assert config.replace(alias="mine").replace(model="own.gguf").served_alias == "mine"
-    recorded = ServerConfig.model_validate_json(config.model_dump_json(), context=RECORDED)
+    recorded = ServerConfig.model_validate_json(config.model_dump_json())
     shutil.rmtree(blob.parents[1] / "manifests")
     assert recorded.served_alias == "kitty:1b"
 
@@ -108,9 +108,9 @@ def test_a_model_in_a_known_folder_may_be_named(
     model = tmp_path / folders[place] / "m.gguf"
     write_header(model)
     config = ServerConfig.from_env(env).replace(model=model)
-    assert config.model == model
+    assert resolve_model(config).model == model
     with pytest.raises(ConfigError, match="outside the models folder"):
-        config.replace(other_stores=False)
+        resolve_model(config.replace(other_stores=False))
     panel = ControlPanel(env)
     try:
         eventually(lambda: model in [found.path for found in panel.picker.models])
@@ -120,9 +120,9 @@ def test_a_model_in_a_known_folder_may_be_named(
 
 def test_only_blobs_that_are_models_may_be_named(env: Path, blob: Path) -> None:
     config = ServerConfig.from_env(env)
-    assert config.replace(model=blob).model == blob
+    assert resolve_model(config.replace(model=blob)).model == blob
     with pytest.raises(ConfigError, match=r"does not end in \.gguf"):
-        config.replace(model=blob.with_name("sha256-stray"))
+        resolve_model(config.replace(model=blob.with_name("sha256-stray")))
 
 
 def test_the_command_lists_them_unless_told_otherwise(env: Path, blob: Path) -> None:

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from kitty_nb import ServerConfig
 from kitty_nb.cli import app
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import KittyError, printable
 from kitty_nb.hub.repository import HubReference
-from kitty_nb.printable import printable
 from kitty_nb.terminal.console import PlainConsole
 from kitty_nb.terminal.downloads import show_variants
 

@@ -14,7 +14,7 @@ from model_files import write_header, write_model
 
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model_shape import Shapes
-from kitty_nb.user_folders import NO_HOME
+from kitty_nb.safe_files import NO_HOME
 
 OLD = 1_700_000_000_000_000_000
 AHEAD = 4_000_000_000_000_000_000

@@ -21,8 +21,7 @@ from kitty_nb.supervisor.sidecar import has_sidecar
 KERNEL = """
 import sys, time
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.config import RECORDED
-config = ServerConfig.model_validate_json(sys.argv[1], context=RECORDED)
+config = ServerConfig.model_validate_json(sys.argv[1])
 manager = ModelManager(config=config)
 print(manager.start().wait(30).pid, flush=True)
 time.sleep(600)

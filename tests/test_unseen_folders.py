@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.cli import app
 from kitty_nb.doctor import Verdict, examine
 from kitty_nb.engine.locate import locate_engine
@@ -37,8 +38,10 @@ def env(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("model", ["one.gguf", "one", UNSEEN])
 def test_a_model_that_may_not_be_looked_at_is_explained(tmp_path: Path, model: str) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be looked at .*rights|does not end in \.gguf"):
-        ServerConfig(models_dir=tmp_path / UNSEEN, model=model)
+    with pytest.raises(
+        ConfigError, match=r"cannot be looked at .*permissions|does not end in \.gguf"
+    ):
+        resolve_model(ServerConfig(models_dir=tmp_path / UNSEEN, model=model))
 
 
 @pytest.mark.parametrize(("verb", "code"), [("status", 3), ("stop", 0), ("scan", 0)])

@@ -12,6 +12,7 @@ import pytest
 from model_files import write_header, write_projector
 
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig, write_demo_model
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.config import env_lines, save_settings
 from kitty_nb.engine.command_line import build_command, leaves_out_projector
@@ -46,14 +47,14 @@ def seeing(config: ServerConfig, tmp_path: Path) -> ServerConfig:
     folder = tmp_path / "models"
     model = write_demo_model(folder / "demo" / "demo.gguf")
     write_projector(folder / "demo" / "mmproj-F16.gguf", DEMO_WIDTH)
-    return config.replace(models_dir=folder, model=model)
+    return resolve_model(config.replace(models_dir=folder, model=model))
 
 
 def paired(model: Path, root: Path) -> Path | None:
     """What a start would use; the catalog must say the same."""
     (row,) = [row for row in ModelCatalog(root).scan() if row.path == model]
     described = ModelCatalog(root).describe(model)
-    config = ServerConfig(models_dir=root, model=model)
+    config = resolve_model(ServerConfig(models_dir=root, model=model))
     assert described
     assert row.projector == described.projector == config.projector
     return row.projector
@@ -100,7 +101,7 @@ def test_a_projector_is_passed_on_unless_it_is_left_out(
     other = write_projector(seeing.models_dir / "other.gguf", DEMO_WIDTH)
 
     async def words(**changes: object) -> list[str]:
-        config = seeing.replace(binary=engine, **changes)
+        config = resolve_model(seeing.replace(binary=engine, **changes))
         command = build_command(await locate_engine(config.binary), config)
         return [word for word in command if word.endswith(".gguf") or "mmproj" in word]
 
@@ -120,11 +121,11 @@ def test_a_build_that_takes_no_projector_serves_text(seeing: ServerConfig) -> No
     old = Engine(
         EngineKind.NATIVE, ("llama-server",), "4000", parse_help("-m, --model FNAME  path")
     )
-    bare = seeing.replace(context_size=None, threads=None, parallel=None)
+    bare = resolve_model(seeing.replace(context_size=None, threads=None, parallel=None))
     assert leaves_out_projector(old, bare)
     assert not any("mmproj" in word for word in build_command(old, bare))
     with pytest.raises(UnknownFlagError, match="no --mmproj, which LLAMACPP_MMPROJ needs"):
-        build_command(old, bare.replace(mmproj="demo/mmproj-F16.gguf"))
+        build_command(old, resolve_model(bare.replace(mmproj="demo/mmproj-F16.gguf")))
 
 
 def test_the_projector_is_in_the_preview_and_in_the_load(seeing: ServerConfig) -> None:
@@ -159,17 +160,18 @@ def test_another_model_has_its_own_projector_or_none(seeing: ServerConfig) -> No
     eye = write_projector(seeing.models_dir / "other" / "mmproj-other.gguf", DEMO_WIDTH)
     for mmproj in (None, "demo/mmproj-F16.gguf"):
         config = seeing.replace(mmproj=mmproj)
-        assert config.replace(context_size=1024).projector == seeing.projector
-        assert config.replace(model=blind).projector is None
-        assert config.replace(model=blind).replace(model=other).projector == eye
-        assert config.replace(model=other, mmproj="demo/mmproj-F16.gguf").projector != eye
-        assert config.replace(model=other).replace(model=seeing.model).projector
+        assert resolve_model(config.replace(context_size=1024)).projector == seeing.projector
+        assert resolve_model(config.replace(model=blind)).projector is None
+        assert resolve_model(config.replace(model=blind).replace(model=other)).projector == eye
+        named = config.replace(model=other, mmproj="demo/mmproj-F16.gguf")
+        assert resolve_model(named).projector != eye
+        assert resolve_model(config.replace(model=other).replace(model=seeing.model)).projector
 
 
 @pytest.mark.parametrize("value", ["nowhere.gguf", "demo", "demo/demo.txt"])
 def test_a_projector_that_is_not_there_is_told(seeing: ServerConfig, value: str) -> None:
     with pytest.raises(ConfigError, match="mmproj"):
-        seeing.replace(mmproj=value)
+        resolve_model(seeing.replace(mmproj=value))
 
 
 def test_the_setting_goes_into_the_file_and_back(seeing: ServerConfig, tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_the_setting_goes_into_the_file_and_back(seeing: ServerConfig, tmp_path:
     for config in (named, seeing, seeing.replace(mmproj="off")):
         save_settings(config, env, {"model", "mmproj"})
         assert ServerConfig.from_env(env).mmproj == config.mmproj
-    assert ServerConfig.from_env(env).projector is None
+    assert resolve_model(ServerConfig.from_env(env)).projector is None
 
 
 def test_a_projector_in_the_folder_above_is_found(tmp_path: Path) -> None:
@@ -228,5 +230,5 @@ def test_a_snapshot_of_the_hub_s_cache_has_its_projector(tmp_path: Path) -> None
         (revision / name).symlink_to(repository / "blobs" / blob)
     (row,) = ModelCatalog(Store(tmp_path / "hub", StoreKind.HUGGING_FACE)).scan()
     assert row.projector == revision / "mmproj-F16.gguf"
-    anywhere = ServerConfig(models_dir=tmp_path / "hub", model=row.path)
+    anywhere = resolve_model(ServerConfig(models_dir=tmp_path / "hub", model=row.path))
     assert anywhere.projector == row.projector

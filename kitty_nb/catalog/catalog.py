@@ -31,7 +31,7 @@ from kitty_nb.catalog.folder import (
 from kitty_nb.catalog.model import FileFacts, Kind, read_facts, shard_paths
 from kitty_nb.catalog.scan import Part, doubt, is_projector_name, plain_name, rows, why_never
 from kitty_nb.catalog.stores import Store, files_in
-from kitty_nb.user_folders import user_folder
+from kitty_nb.safe_files import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence

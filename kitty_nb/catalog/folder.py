@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import platformdirs
 
 from kitty_nb.catalog.model import FileFacts
-from kitty_nb.trust import distrust
-from kitty_nb.user_folders import NO_HOME, user_folder
+from kitty_nb.safe_files import NO_HOME, distrust, user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

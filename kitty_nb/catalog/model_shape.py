@@ -16,7 +16,7 @@ from kitty_nb.catalog.folder import FileCache, Stamp, stamp_of, too_young
 from kitty_nb.catalog.gguf import ArrayInfo, GgufLayout, read_layout
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.errors import ModelFileError
-from kitty_nb.user_folders import user_folder
+from kitty_nb.safe_files import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.catalog.folder import FoundFile, find_files, is_folder, stamp_of
 from kitty_nb.catalog.model import ShardName
-from kitty_nb.user_folders import NO_HOME
+from kitty_nb.config import user_variables
+from kitty_nb.safe_files import NO_HOME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Store", "StoreKind", "files_in", "known_stores"]
+    from kitty_nb.config import ServerConfig
 
 _OLLAMA_LAYER = "application/vnd.ollama.image."
 _OLLAMA_DEFAULT = ("registry.ollama.ai", "library")
@@ -52,6 +53,15 @@ class Store:
 
     path: Path
     kind: StoreKind = StoreKind.FOLDER
+
+
+_VARIABLES = ("HF_HUB_CACHE", "HF_HOME", "LLAMA_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME")
+
+
+def model_stores(config: ServerConfig) -> tuple[Store, ...]:
+    """The models folder, and after it the folders of other programs if they may be used."""
+    others = known_stores(user_variables(_VARIABLES)) if config.other_stores else ()
+    return (Store(config.models_dir), *others)
 
 
 def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list[Store]:

@@ -1,35 +1,43 @@
 """`.env` text becomes a validated, frozen `ServerConfig`, one per profile."""
 
-from kitty_nb.config.api_key import (
-    FLAG_PREFIX,
-    choose_api_key,
-    goes_without_key,
-    server_environment,
+from kitty_nb.config.env_file import SavedEnv
+from kitty_nb.config.profiles import (
+    configured_profiles,
+    env_lines,
+    env_warnings,
+    load_lenient,
+    save_settings,
 )
-from kitty_nb.config.env_warnings import env_warnings
-from kitty_nb.config.env_writer import SavedEnv, env_lines, salvage_settings, save_settings
 from kitty_nb.config.server_config import (
-    PROJECTOR,
-    RECORDED,
+    SHOW_SECRETS,
     Env,
     FlashAttention,
     OnKernelExit,
+    Secret,
     ServerConfig,
-    configured_profiles,
     env_settings,
+)
+from kitty_nb.config.server_environment import (
+    FLAG_PREFIX,
+    PROJECTOR,
+    choose_api_key,
+    goes_without_key,
+    server_environment,
     spelled,
     takes_secret,
+    user_variables,
     value_of,
 )
 
 __all__ = [
     "FLAG_PREFIX",
     "PROJECTOR",
-    "RECORDED",
+    "SHOW_SECRETS",
     "Env",
     "FlashAttention",
     "OnKernelExit",
     "SavedEnv",
+    "Secret",
     "ServerConfig",
     "choose_api_key",
     "configured_profiles",
@@ -37,10 +45,11 @@ __all__ = [
     "env_settings",
     "env_warnings",
     "goes_without_key",
-    "salvage_settings",
+    "load_lenient",
     "save_settings",
     "server_environment",
     "spelled",
     "takes_secret",
+    "user_variables",
     "value_of",
 ]

@@ -1,21 +1,29 @@
-"""`.env` text to key-value pairs, with every unreadable line named."""
+"""`.env` files: keys and values read from them, and written back with a backup."""
 
 from __future__ import annotations
 
 import os
+import re
+from codecs import BOM_UTF8
 from dataclasses import dataclass
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dotenv import dotenv_values, find_dotenv
+import platformdirs
+from dotenv import dotenv_values, find_dotenv, set_key
 from dotenv.parser import parse_stream
 
 from kitty_nb.errors import ConfigError, Problem
-from kitty_nb.trust import distrust
+from kitty_nb.safe_files import distrust, user_folder, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_NEEDS_NO_QUOTES = re.compile(r"[^\s'\"#\\$]*")
+_NEEDS_ESCAPES = re.compile(r"['\\\r\n]")
+_ESCAPES = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +84,96 @@ def _hidden(line: str) -> str:
     """A line without what may be a secret."""
     key, equals, _ = line.strip().partition("=")
     return f"{key}=…" if equals else "…"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedEnv:
+    """What was written into a `.env` file.
+
+    Attributes:
+        path: The file.
+        keys: The keys whose values have changed; none when nothing was written.
+        backup: The previous file; None when there was none or nothing was written.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    backup: Path | None
+
+    @property
+    def sentence(self) -> str:
+        """What was written, and where the backup is, for a person."""
+        if not self.keys:
+            return f"{self.path} already says this; nothing was written."
+        kept = f" The previous file is kept as {self.backup}." if self.backup else ""
+        return f"Saved to {self.path}: {', '.join(self.keys)}.{kept}"
+
+
+def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
+    """Set keys in a `.env` file; other lines, permissions and links stay, other keys come last.
+
+    The previous file, which may hold a key, is kept in a folder of this user alone, away from what
+    git or a web server may hand out.
+
+    Args:
+        env: The file as it was read.
+        changes: Values by key. They are taken as they are: `${NAME}` in one means just that.
+
+    Raises:
+        ConfigError: The file cannot be written, or has changed since it was read.
+    """
+    keys = tuple(key for key, value in changes.items() if (env.values.get(key) or "") != value)
+    if not keys:
+        return SavedEnv(env.path, (), None)
+    encoding = "utf-8-sig" if env.raw.startswith(BOM_UTF8) else "utf-8"
+    try:
+        if _bytes(env.path) != env.raw:
+            raise _unwritten(env.path, "It has changed since it was read.", "Read it again.")
+        backup = _back_up(env) if env.path.exists() else None
+        for key in keys:
+            value = quoted(changes[key])
+            set_key(env.path, key, value, "never", encoding=encoding, follow_symlinks=True)
+    except (OSError, UnicodeEncodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        lines = " ".join(f"{key}={quoted(changes[key])}" for key in keys)
+        fix = f"Make the file and its folder writable, or write by hand: {lines}"
+        raise _unwritten(env.path, f"It cannot be written: {why}.", fix) from None
+    return SavedEnv(env.path, keys, backup)
+
+
+def quoted(value: str) -> str:
+    """Write a value such that python-dotenv reads it back."""
+    if _NEEDS_NO_QUOTES.fullmatch(value):
+        return value
+    # What looks like a variable is one inside every kind of quotes. This one has no name, and so
+    # its default for a value.
+    plain = value.replace("${", "${:-$}{")
+    if not _NEEDS_ESCAPES.search(plain):
+        return f"'{plain}'"
+    return '"' + "".join(_ESCAPES.get(letter, letter) for letter in plain) + '"'
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _back_up(env: EnvFile) -> Path:
+    file, time = env.path.resolve(), datetime.now().astimezone().strftime("%Y%m%dT%H%M%S.%f")
+    folder = user_folder(platformdirs.user_state_path) / "env-backups"
+    # Named by the folder too: a project's file is called .env everywhere.
+    backup = folder / f"{file.parent.name}-{file.name.lstrip('.')}.backup-{time}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(backup, env.raw)
+    except OSError as error:
+        reason = f"No backup of it can be kept in {folder}: {error.strerror}."
+        fix = "Make that folder writable, or set XDG_STATE_HOME to another one."
+        raise _unwritten(env.path, reason, fix) from None
+    return backup
+
+
+def _unwritten(path: Path, reason: str, fix: str) -> ConfigError:
+    return ConfigError(str(path), (Problem("file", str(path), reason, fix),))

@@ -1,4 +1,4 @@
-"""ServerConfig: one server's settings, validated and frozen."""
+"""ServerConfig: one server's settings, validated and frozen; nothing here looks at a disk."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ipaddress
 import os
 import re
 import shlex
+import sys
 from difflib import get_close_matches
 from enum import StrEnum
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -19,116 +19,36 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    FieldSerializationInfo,
     ModelWrapValidatorHandler,
+    PlainSerializer,
     SecretStr,
+    SerializationInfo,
     StringConstraints,
     ValidationError,
     ValidationInfo,
-    field_serializer,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from kitty_nb.catalog.catalog import find_projector
-from kitty_nb.catalog.stores import Store, known_stores
 from kitty_nb.config.env_file import read_env
-from kitty_nb.config.model_path import check_letters, check_model, file_in_store, list_models
+from kitty_nb.config.server_environment import spelled
 from kitty_nb.errors import ConfigError, Problem
-from kitty_nb.user_folders import NO_HOME, user_folder
+from kitty_nb.safe_files import NO_HOME, user_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
     from kitty_nb.config.env_file import EnvFile
-
-
-def model_stores(models_dir: Path, *, others: bool) -> tuple[Store, ...]:
-    """List the models folder, and after it the folders of other programs that are there.
-
-    Args:
-        models_dir: The models folder.
-        others: Whether models of other programs may be chosen too.
-    """
-    return (Store(models_dir), *(known_stores(os.environ) if others else ()))
-
-
-_SECRET = re.compile(r"-hft|--?[\w-]*(?:key|token|password|secret)")
-PROJECTOR = frozenset({"-mm", "--mmproj"})
-
-
-def spelled(word: str) -> str:
-    """Write a long flag with hyphens: llama-server reads `--ctx_size` as `--ctx-size`."""
-    return word.replace("_", "-") if word.startswith("--") else word
-
-
-def takes_secret(word: str) -> bool:
-    """Tell whether a word is a flag whose value is a secret itself, rather than in a file."""
-    return _SECRET.fullmatch(spelled(word)) is not None
-
-
-def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
-    """Return what follows the last of some flags, which is what llama-server takes."""
-    values = [value for flag, value in pairwise(words) if spelled(flag) in flags]
-    return values[-1] if values else None
-
 
 ROLES = ("primary", "coder", "q4", "f16", "summary", "vision")
 PREFIX = "LLAMACPP_"
 _FIRST_PORT = 8082
-_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-
-
-def default_port(profile: str) -> int:
-    """The port of a profile that names none: each role has its own, so that all can run at once."""
-    role = profile.lower()
-    return _FIRST_PORT + (ROLES.index(role) if role in ROLES else 0)
-
-
-def named_profiles(keys: Iterable[str], suffixes: Collection[str]) -> tuple[str, ...]:
-    """The profiles that some keys of a `.env` file are about; roles first, then as they come.
-
-    A role is there when it has any key of its own, another profile when it has a model, and
-    `primary` when there is no other.
-
-    Args:
-        keys: The keys that have a value.
-        suffixes: What can follow `LLAMACPP_<PROFILE>_`.
-    """
-    found = dict.fromkeys(
-        name.lower()
-        for key in keys
-        for name, suffix in [split_key(key, suffixes)]
-        if suffix == "MODEL" or name.lower() in ROLES
-    )
-    roles = [role for role in ROLES if role in found]
-    others = [name for name in found if name and name not in ROLES]
-    if "" in found and "primary" not in roles:  # LLAMACPP_MODEL, a model for whoever has none
-        roles.insert(0, "primary")
-    return (*roles, *others) or ("primary",)
-
-
-def split_key(key: str, suffixes: Collection[str]) -> tuple[str, str]:
-    """Return the profile in a key, none where it is for all of them, and the setting's suffix.
-
-    Both are empty where it is no setting.
-    """
-    rest = key.removeprefix(PREFIX)
-    if rest in suffixes:
-        return "", rest
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        name = rest.removesuffix(f"_{suffix}")
-        if key.startswith(PREFIX) and name != rest and _NAME.fullmatch(name):
-            return name, suffix
-    return "", ""
-
 
 _DATA = user_folder(platformdirs.user_data_path)
 _STATE = user_folder(platformdirs.user_state_path)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
-_PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
 
 
@@ -167,13 +87,25 @@ class _Source(NamedTuple):
     name: str
     folder: Path
     keys: Mapping[str, str]
-    check_files: bool = True
 
 
-# What a running server was started with holds, whatever has become of its files since.
-RECORDED = _Source("the record of a running server", Path("/"), {}, check_files=False)
-_NOT_LOOKED_AT = "default_factory_not_called"  # a default that depends on what is wrong
 _NO_SOURCE = _Source("", Path(), {})
+_DEPENDS = "default_factory_not_called"  # of a default that depends on a wrong value
+
+SHOW_SECRETS = {"show_secrets": True}  # as the context of a dump: for files of this user alone
+
+
+def _dump_secret(secret: SecretStr, info: SerializationInfo) -> str:
+    return secret.get_secret_value() if info.context == SHOW_SECRETS else str(secret)
+
+
+Secret = Annotated[SecretStr, PlainSerializer(_dump_secret, when_used="json-unless-none")]
+
+
+def default_port(profile: str) -> int:
+    """The port of a profile that names none: each role has its own, so that all can run at once."""
+    role = profile.lower()
+    return _FIRST_PORT + (ROLES.index(role) if role in ROLES else 0)
 
 
 def _flash_attention(value: object) -> object:
@@ -212,10 +144,22 @@ def _folder(value: object, info: ValidationInfo) -> object:
     if value is None:
         return None
     source = cast("_Source", info.context or _NO_SOURCE)
-    path = os.path.expanduser(str(value))  # noqa: PTH111 (leaves a name that nobody has as it is)
-    whole = str(source.folder.absolute() / path)
-    check_letters(whole)
-    return whole
+    return _absolute(source.folder.absolute(), value)
+
+
+def _absolute(folder: Path, value: object) -> str:
+    """A path in a folder.
+
+    Raises:
+        PydanticCustomError: The locale has no letters for it: the system could not be asked.
+    """
+    path = str(folder / os.path.expanduser(str(value)))  # noqa: PTH111 (leaves a name that nobody has as it is)
+    encoding = sys.getfilesystemencoding()
+    if "utf" not in encoding and not path.isascii():
+        reason = f"It has letters that this program's locale ({encoding}) lacks."
+        fix = "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1, and start it again."
+        raise PydanticCustomError("letters", "{reason}", {"reason": reason, "fix": fix})
+    return path
 
 
 def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
@@ -259,8 +203,8 @@ class ServerConfig(BaseModel):
     model: Annotated[Path | None, Env("MODEL", "the path of a .gguf file in the models folder")] = (
         None
     )
-    # What the store that has the model calls it: worked out from the model, never set.
-    known_as: Annotated[str | None, Field(validate_default=True)] = None
+    # The name that its store gives the model. `resolve_model` finds it.
+    known_as: str | None = None
     alias: Annotated[
         Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")] | None,
         Env("ALIAS", "one name, without commas"),
@@ -273,7 +217,7 @@ class ServerConfig(BaseModel):
         Field(default_factory=lambda values: default_port(values.get("profile", "")))
     )
     api_key: Annotated[
-        SecretStr | None,
+        Secret | None,
         BeforeValidator(_printable),
         Env("API_KEY", "letters, digits and signs without spaces or commas, or none"),
     ] = None
@@ -322,8 +266,8 @@ class ServerConfig(BaseModel):
         Path | Literal["off"] | None,
         Env("MMPROJ", "auto, off, or the path of the model's mmproj file", unset="auto"),
     ] = None
-    # The file that `mmproj` comes to for this model: worked out, never set.
-    projector: Annotated[Path | None, Field(validate_default=True)] = None
+    # The file that `mmproj` means for this model. `resolve_model` finds it.
+    projector: Path | None = None
     log_dir: Annotated[_HomeFolder, Env("LOG_DIR", "a folder for the server's log")] = (
         _STATE / "logs"
     )
@@ -390,22 +334,20 @@ class ServerConfig(BaseModel):
         cls, env: EnvFile, profile: str = "primary", ignore: Collection[str] = ()
     ) -> Self:
         """Like `from_env`, of a file that has been read."""
-        values: dict[str, Any] = {"profile": profile}
-        keys: dict[str, str] = {}
-        for name, setting in env_settings().items():
-            for key in (f"{PREFIX}{profile.upper()}_{setting.suffix}", PREFIX + setting.suffix):
-                if env.values.get(key) and key not in ignore:
-                    values[name], keys[name] = env.values[key], key
-                    break
+        keys = setting_keys(env, profile, ignore)
+        values = {"profile": profile} | {name: env.values[key] for name, key in keys.items()}
         return cls.model_validate(values, context=_Source(str(env.path), env.path.parent, keys))
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some settings changed, validated like the original.
 
+        What `resolve_model` has found is left out of it: the files are to be looked up again.
+
         Raises:
-            ConfigError: When a changed value, or the model file since, is not usable.
+            ConfigError: A changed value is wrong.
         """
-        config = type(self).model_validate({**dict(self), **changes})
+        given = {**dict(self), "known_as": None, "projector": None, **changes}
+        config = type(self).model_validate(given)
         if isinstance(self.mmproj, Path) and self.model not in {None, config.model}:
             # A projector goes with the model that it was named for.
             return config if "mmproj" in changes else config.replace(mmproj=None)
@@ -419,7 +361,7 @@ class ServerConfig(BaseModel):
         """
         if self.model is None:
             key = f"{PREFIX}{self.profile.upper()}_MODEL"
-            fix = f"Choose one, or set {key}. {list_models(self.models_dir)}"
+            fix = f"Choose one, or set {key}."
             raise ConfigError("", (Problem(key, "", "No model is chosen.", fix),))
         return self.model
 
@@ -445,73 +387,25 @@ class ServerConfig(BaseModel):
             return self.host == "localhost"
 
     @property
-    def stores(self) -> tuple[Store, ...]:
-        """The folders that models are listed from, the models folder first."""
-        return model_stores(self.models_dir, others=self.other_stores)
-
-    @property
     def log_path(self) -> Path:
         """The file that the server's output goes to."""
         return self.log_dir / f"{self.profile}.log"
 
-    @field_serializer("api_key", when_used="json")
-    def _hide_key(self, key: SecretStr | None, info: FieldSerializationInfo) -> str | None:
-        if key is None:
-            return None
-        return key.get_secret_value() if info.context is RECORDED else str(key)
-
     @field_validator("model", mode="before")
     @classmethod
-    def _check_model(cls, value: object, info: ValidationInfo) -> str | None:
-        needed = {"models_dir", "allow_absolute_paths", "other_stores"}
-        if value is None or not needed <= info.data.keys():
+    def _locate(cls, value: object, info: ValidationInfo) -> str | None:
+        """A path as a person writes it, relative to the models folder."""
+        if value is None or "models_dir" not in info.data:
             return None
-        if not (info.context or _NO_SOURCE).check_files:
-            return str(value)
-        folder, *others = model_stores(info.data["models_dir"], others=info.data["other_stores"])
-        anywhere = info.data["allow_absolute_paths"]
-        return str(check_model(str(value), folder.path, others, anywhere=anywhere))
-
-    @field_validator("known_as", mode="before")
-    @classmethod
-    def _ask_stores(cls, value: object, info: ValidationInfo) -> object:
-        if not (info.context or _NO_SOURCE).check_files:
-            return value
-        model = info.data.get("model")
-        if model is None:
-            return None
-        _, *others = model_stores(info.data["models_dir"], others=info.data["other_stores"])
-        file = file_in_store(model, others)
-        return file.known_as.partition(", ")[0] if file and file.known_as else None
+        return _absolute(info.data["models_dir"], value)
 
     @field_validator("mmproj", mode="before")
     @classmethod
-    def _check_mmproj(cls, value: object, info: ValidationInfo) -> object:
+    def _locate_mmproj(cls, value: object, info: ValidationInfo) -> object:
         word = str(value).strip().lower()
         if value is None or word == "auto":
             return None
-        return "off" if word in _FALSE else cls._check_model(value, info)
-
-    @field_validator("projector", mode="before")
-    @classmethod
-    def _pair(cls, value: object, info: ValidationInfo) -> object:
-        """The user's own flags decide, then the setting, then what lies beside the model."""
-        if not (info.context or _NO_SOURCE).check_files:
-            return value
-        model, wanted = info.data.get("model"), info.data.get("mmproj")
-        own = _PROJECTOR_FLAGS.intersection(info.data.get("extra_args", ()))
-        if model is None or wanted == "off" or own:
-            return None
-        stores = model_stores(info.data["models_dir"], others=info.data["other_stores"])
-        kept = file_in_store(model, stores[1:])
-        found = kept.projector if kept else find_projector(model, [store.path for store in stores])
-        return wanted or found
-
-    @field_validator("alias")
-    @classmethod
-    def _drop_store_name(cls, alias: str | None, info: ValidationInfo) -> str | None:
-        """A name that the model has from its store goes with that model, not on to the next."""
-        return None if alias == info.data.get("known_as") else alias
+        return "off" if word in _FALSE else cls._locate(value, info)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -525,7 +419,7 @@ class ServerConfig(BaseModel):
             problems = tuple(
                 _problem(dict(error), source)
                 for error in invalid.errors()
-                if error["type"] != _NOT_LOOKED_AT
+                if error["type"] != _DEPENDS
             )
             raise ConfigError(source.name, problems) from None
 
@@ -540,29 +434,20 @@ def env_settings() -> dict[str, Env]:
     }
 
 
-def shown(name: str, value: object) -> str:
-    """The value of a field as a complaint may show it: without what may be a secret.
+def setting_keys(env: EnvFile, profile: str, ignore: Collection[str] = ()) -> dict[str, str]:
+    """The key of a `.env` file that sets each field for a profile; fields without one left out."""
+    keys = {}
+    for name, setting in env_settings().items():
+        own, shared = f"{PREFIX}{profile.upper()}_{setting.suffix}", PREFIX + setting.suffix
+        if key := next((k for k in (own, shared) if env.values.get(k) and k not in ignore), None):
+            keys[name] = key
+    return keys
 
-    Args:
-        name: The field.
-        value: What was given for it.
-    """
+
+def shown(name: str, value: object) -> str:
+    """The value of a field as a complaint may show it: without what may be a secret."""
     # Among the words of extra_args may be a key, too.
     return "(hidden)" if name in {"api_key", "extra_args"} else str(value)
-
-
-def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
-    """The profiles that a `.env` file is about: those with a model, and the original's six roles.
-
-    Args:
-        path: The file, found as by `ServerConfig.from_env`.
-
-    Raises:
-        ConfigError: It cannot be read, or a line in it cannot be understood.
-    """
-    given = read_env(path).values
-    suffixes = {setting.suffix for setting in env_settings().values()}
-    return named_profiles((key for key, value in given.items() if value), suffixes)
 
 
 def _no_setting(name: str) -> str:

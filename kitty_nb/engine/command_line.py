@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kitty_nb.config import FlashAttention, env_settings, goes_without_key, value_of
-from kitty_nb.config.server_config import spelled
+from kitty_nb.config import FlashAttention, env_settings, goes_without_key, spelled, value_of
 from kitty_nb.errors import EngineError, UnknownFlagError
 
 if TYPE_CHECKING:

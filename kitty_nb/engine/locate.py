@@ -22,11 +22,9 @@ import anyio.to_thread
 import platformdirs
 
 from kitty_nb.config import server_environment, spelled
-from kitty_nb.config.whole_file import write_whole
 from kitty_nb.engine import embedded
 from kitty_nb.errors import EngineError, EngineNotFoundError
-from kitty_nb.trust import distrust
-from kitty_nb.user_folders import user_folder
+from kitty_nb.safe_files import distrust, user_folder, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -153,7 +151,7 @@ def store(key: str, answers: Mapping[str, str]) -> None:
         if distrust(path, folders=False):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(newest).encode())
+        write_atomic(path, json.dumps(newest).encode())
 
 
 def _read() -> dict[str, dict[str, str]]:

@@ -24,7 +24,7 @@ from distributed import CancelledError, get_worker
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from kitty_nb.config import ServerConfig, salvage_settings
+from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError
 from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.run_trial import engine_of, run_trial
@@ -444,7 +444,7 @@ def _settings_here(config: ServerConfig) -> ServerConfig:
     Raises:
         ConfigError: The file cannot be read.
     """
-    own, _ = salvage_settings(profile=config.profile)
+    own, _ = load_lenient(profile=config.profile)
     shared = "models_dir" not in own.model_fields_set and config.models_dir.is_dir()
     binary = config.binary if config.binary and config.binary.exists() else None
     return config.model_copy(

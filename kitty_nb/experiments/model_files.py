@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.errors import ConfigError, Problem
 from kitty_nb.experiments.trial import ModelFingerprint
 from kitty_nb.isolated_server import gather_facts
@@ -25,7 +26,7 @@ def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
     Raises:
         ConfigError: It is not here.
     """
-    facts = gather_facts(config.replace(model=model))
+    facts = gather_facts(resolve_model(config.replace(model=model)))
     return ModelFingerprint(facts.size, facts.digest)
 
 
@@ -56,7 +57,7 @@ def check_models(models: Iterable[str], config: ServerConfig) -> None:
     problems: list[Problem] = []
     for model in dict.fromkeys(models):
         try:
-            config.replace(model=model)
+            resolve_model(config.replace(model=model))
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -12,7 +12,8 @@ from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.config import ServerConfig, salvage_settings
+from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.errors import RunRecordError
 from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.run_record import ask, describe_run, digest_model
@@ -144,7 +145,7 @@ def replay(
         ConfigError: `.env` cannot be read. Waiting for the result raises RunRecordError when the
             recorded model is not found, and what starting a server and asking it raises.
     """
-    here = config or salvage_settings(profile=record.profile)[0]
+    here = config or load_lenient(profile=record.profile)[0]
     progress: deque[LoadProgress] = deque(maxlen=1)
 
     async def repeat() -> Comparison:
@@ -171,7 +172,7 @@ def _own_settings(record: RunRecord, here: ServerConfig) -> ServerConfig:
 
 
 async def _with_model(own: ServerConfig, model: str | Path) -> ServerConfig:
-    return await run_sync(lambda: own.replace(model=model))
+    return await run_sync(resolve_model, own.replace(model=model))
 
 
 async def _find(record: RunRecord, own: ServerConfig) -> ServerConfig:

@@ -28,7 +28,7 @@ from pydantic import (
 from kitty_nb.catalog.digest import FileDigest, digest_files
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.client import not_an_answer, refusal
-from kitty_nb.config import RECORDED, ServerConfig, takes_secret
+from kitty_nb.config import ServerConfig, takes_secret
 from kitty_nb.errors import ConfigError, ExperimentError, RunRecordError
 from kitty_nb.experiments.host import HostFacts, host_facts, library_versions
 from kitty_nb.isolated_server import (
@@ -243,7 +243,7 @@ class RunRecord(_Facts):
                     f"A later version of kitty_nb wrote {source} (schema {version}; this version"
                     f" reads {SCHEMA_VERSION}). Update: pip install --upgrade kitty_nb"
                 )
-            return cls.model_validate_json(text, context=RECORDED)
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))

@@ -165,7 +165,7 @@ class _Run:
         busy = await run_sync(psutil.cpu_percent, _LOOKED_AT)
         engine = await engine_of(self.trial, config)
         self.engine = engine.version
-        own = await run_sync(self._own_config, config, engine)
+        own = self._own_config(config, engine)
         self.fingerprint = await run_sync(fingerprint_of, self.trial.model, config)
         async with isolated_server(own, folder, on_progress=self._loading) as server:
             self.seconds = replace(self.seconds, load=server.load.total)

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from kitty_nb.errors import ExperimentError, ResultStoreError
 from kitty_nb.experiments.metrics import OBJECTIVE, metrics_of
 from kitty_nb.experiments.trial import TrialResult
-from kitty_nb.trust import distrust
+from kitty_nb.safe_files import distrust
 
 try:
     import optuna

@@ -27,11 +27,12 @@ from kitty_nb.catalog.memory import (
 )
 from kitty_nb.catalog.model import total_size
 from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import PROJECTOR, FlashAttention
 from kitty_nb.engine.command_line import canonical, is_flag
 from kitty_nb.engine.devices import list_devices, remote_machines
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.errors import KittyError, ModelFileError
+from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ class Forecaster:
             on_preview: Called at once, and again where the engine's devices change the result.
             delay: Seconds to wait before the engine is asked for its devices.
         """
+        config = await _with_files(config)
         if config.model is None:
             return _told(MemoryPreview(problem="No model is chosen."), on_preview)
         latest: MemoryPreview | None = None
@@ -235,6 +237,7 @@ class Forecaster:
         The engine is asked for its devices only where these could change the answer.
         """
         with suppress(KittyError, OSError, psutil.Error):  # starting says what is wrong
+            config = await _with_files(config)
             if config.model is None:
                 return ""
             measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
@@ -276,6 +279,13 @@ class Forecaster:
                 _given_back, memory, running.config, self._engine
             )
         return _Found(self._engine, memory)
+
+
+async def _with_files(config: ServerConfig) -> ServerConfig:
+    """The settings with the model's projector, where the files are as they should be."""
+    with suppress(ConfigError):  # starting says what is wrong
+        return await anyio.to_thread.run_sync(resolve_model, config)
+    return config
 
 
 def _told(preview: MemoryPreview, on_preview: Callable[[MemoryPreview], object]) -> MemoryPreview:

@@ -19,8 +19,8 @@ import anyio.to_thread
 
 from kitty_nb.catalog.model import ModelNote
 from kitty_nb.engine.locate import EngineKind
+from kitty_nb.safe_files import distrust
 from kitty_nb.supervisor.load_facts import LoadFacts, path_text, this_host
-from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

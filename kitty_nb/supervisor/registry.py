@@ -13,18 +13,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    FieldSerializationInfo,
-    SecretStr,
     ValidationError,
-    field_serializer,
 )
 
-from kitty_nb.config import RECORDED, ServerConfig
-from kitty_nb.config.whole_file import write_whole
+from kitty_nb.config import SHOW_SECRETS, Secret, ServerConfig
 from kitty_nb.errors import KittyError, ServerFailedError
+from kitty_nb.safe_files import distrust, write_atomic
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.sidecar import RECORD, failure_path, withdraw, withdrawn_path
-from kitty_nb.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,16 +61,10 @@ class ServerRecord(BaseModel):
     began: float
     ready: float | None = None
     load_seconds: float | None = None
-    api_key: SecretStr | None = None
+    api_key: Secret | None = None
     idle_seconds: int = 0
     devices: tuple[str, ...] | None = None
     config: ServerConfig
-
-    @field_serializer("api_key", when_used="json")
-    def _hide_key(self, key: SecretStr | None, info: FieldSerializationInfo) -> str | None:
-        if key is None:
-            return None
-        return key.get_secret_value() if info.context is RECORDED else str(key)
 
 
 def record_path(config: ServerConfig) -> Path:
@@ -133,7 +123,7 @@ def _read(path: Path) -> ServerRecord | None:
     if distrust(path):
         return None
     try:
-        return ServerRecord.model_validate_json(path.read_bytes(), context=RECORDED)
+        return ServerRecord.model_validate_json(path.read_bytes())
     except (OSError, ValidationError, KittyError):
         return None
 
@@ -145,7 +135,7 @@ def write_record(record: ServerRecord) -> None:
         OSError: When the folder cannot be written.
     """
     path = record_path(record.config)
-    write_whole(path, record.model_dump_json(context=RECORDED).encode(), durable=False)
+    write_atomic(path, record.model_dump_json(context=SHOW_SECRETS).encode(), durable=False)
     failure_path(path).unlink(missing_ok=True)
 
 

@@ -6,12 +6,12 @@ import logging
 import time
 from collections import deque
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.to_thread
 
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
     PortBusyError,
@@ -213,7 +213,8 @@ class Supervisor:
             StartCancelledError: It was stopped or replaced before it was ready.
         """
         router = self._foreign is not None and self._foreign.models is not None
-        if config and self._attached(config) and (router or config != self._now.wanted):
+        other = config and config.replace() != self._now.wanted.replace()
+        if config and self._attached(config) and (router or other):
             return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
         return await self._launch(StartAsked, config, wait_for_ready, on_progress, anyway=anyway)
 
@@ -345,10 +346,8 @@ class Supervisor:
         self, config: ServerConfig | None, changes: Mapping[str, Any]
     ) -> ServerConfig:
         """The settings to start with, looked at once more: files come and go."""
-        replace = partial((config or self._now.wanted).replace, **changes)
-        config = await anyio.to_thread.run_sync(replace)
-        await anyio.to_thread.run_sync(config.require_model)
-        return config
+        wanted = (config or self._now.wanted).replace(**changes)
+        return await anyio.to_thread.run_sync(resolve_model, wanted)
 
     async def _launch(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 import anyio.to_thread
 
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import (
     KittyError,
@@ -35,8 +36,9 @@ async def command_text(config: ServerConfig) -> str:
     """Return the command that would start a server, quoted for a shell and without secrets.
 
     Raises:
-        KittyError: There is no engine, or it does not know a setting.
+        KittyError: There is no model or engine, or it does not know a setting.
     """
+    config = await anyio.to_thread.run_sync(resolve_model, config)
     return shlex.join(await public_command(config))
 
 

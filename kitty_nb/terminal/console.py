@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.segment import Segment
 
-from kitty_nb.printable import printable
+from kitty_nb.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

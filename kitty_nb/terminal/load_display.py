@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Self
 
-from kitty_nb.printable import printable
+from kitty_nb.errors import printable
 from kitty_nb.supervisor.events import Activity, Event, Level, ProgressMade
 
 if TYPE_CHECKING:

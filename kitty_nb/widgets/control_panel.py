@@ -11,7 +11,9 @@ import anyio
 import anyio.to_thread
 from ipywidgets import VBox
 
-from kitty_nb.config import ServerConfig, env_warnings, salvage_settings, save_settings
+from kitty_nb.catalog.resolve import load_profile, resolve_model
+from kitty_nb.catalog.stores import model_stores
+from kitty_nb.config import ServerConfig, env_warnings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import (
@@ -200,6 +202,7 @@ class ControlPanel(VBox):
             ConfigError: A value is wrong.
         """
         config = self._config.replace(**settings)
+        config = resolve_model(config) if config.model else config
         self._config, self._taken = config, self._taken | settings.keys()
         self.settings.fill(config)
         if config.model:
@@ -223,7 +226,7 @@ class ControlPanel(VBox):
 
     def _read_env(self) -> str | None:
         """Read the settings; return a complaint of wrong ones, and go on without them."""
-        self._config, complaint = salvage_settings(self._env, self._profile)
+        self._config, complaint = load_profile(self._env, self._profile)
         self._given = self._config
         self._hints = "\n".join(env_warnings(self._env, self._profile))
         return str(complaint) if complaint else None
@@ -241,7 +244,7 @@ class ControlPanel(VBox):
                 self._say(done)
         except ModelFileError as error:
             self._problem = str(error)
-        self.picker.scan(self._config.stores, preferred=self._config.model)
+        self.picker.scan(model_stores(self._config), preferred=self._config.model)
 
     def _models_dir(self) -> Path:
         return self._config.models_dir
@@ -298,11 +301,7 @@ class ControlPanel(VBox):
         self._wake()
 
     def _wanted(self) -> ServerConfig:
-        model = self.picker.model
-        alias = self._config.alias or (model.alias if model else None)
-        return self._config.replace(
-            model=self.picker.dropdown.value, alias=alias, **self.settings.changes()
-        )
+        return self._config.replace(model=self.picker.dropdown.value, **self.settings.changes())
 
     def _tell(self, problem: str | None) -> None:
         self._problem = problem

@@ -15,7 +15,8 @@ from anyio.from_thread import start_blocking_portal
 from anywidget import AnyWidget
 from rich.filesize import decimal
 
-from kitty_nb.config import configured_profiles, env_warnings, salvage_settings
+from kitty_nb.catalog.resolve import load_profile
+from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import ServerStatus
@@ -365,7 +366,7 @@ class _Member:
 
     def read(self) -> None:
         """Read the settings again."""
-        self._config, complaint = salvage_settings(self._env, self._profile)
+        self._config, complaint = load_profile(self._env, self._profile)
         self._mishap: str | None = None
         self._complaint = "\n".join(map(str, complaint.problems)) if complaint else None
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitty_nb.config import ServerConfig
+from kitty_nb.catalog.resolve import load_profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
 
 
@@ -78,5 +79,7 @@ def wanted(env: str | Path, profile: str) -> ServerConfig | None:
     Raises:
         ConfigError: Listing every wrong setting.
     """
-    config = ServerConfig.from_env(env, profile)
+    config, complaint = load_profile(env, profile)
+    if complaint:
+        raise complaint
     return config if config.model else None

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from kitty_nb.config import env_warnings, salvage_settings
-from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError
+from kitty_nb.config import env_warnings, load_lenient
+from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError, printable
 from kitty_nb.manager import ModelManager, Operation
-from kitty_nb.printable import printable
 from kitty_nb.widgets.actions import SecondAsk
 from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
 from kitty_nb.widgets.load_bar import describe
@@ -109,7 +108,7 @@ class KittyMagics(Magics):
         """The kernel's manager of a profile; a wrong setting is not in the way of stopping."""
 
         def make() -> ModelManager:
-            return ModelManager(config=salvage_settings(given.env, given.profile)[0])
+            return ModelManager(config=load_lenient(given.env, given.profile)[0])
 
         return borrow(given.env, given.profile, self, make)
 

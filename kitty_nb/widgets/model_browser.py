@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from kitty_nb.catalog.catalog import families
 from kitty_nb.catalog.memory import Verdict
 from kitty_nb.catalog.model import ModelNote, shard_paths
-from kitty_nb.catalog.stores import StoreKind
+from kitty_nb.catalog.stores import StoreKind, model_stores
 from kitty_nb.errors import KittyError
 from kitty_nb.widgets.display import asset
 from kitty_nb.widgets.load_bar import duration
@@ -406,7 +406,8 @@ class ModelBrowser(VBox):
         if not self.table.asked:
             return
         ids = self.table.number(paths)
-        groups = await anyio.to_thread.run_sync(group_rows, models, config.stores, notes, ids)
+        stores = model_stores(config)
+        groups = await anyio.to_thread.run_sync(group_rows, models, stores, notes, ids)
         self.table.show(groups)
         self.table.show_chosen(model.path if model else None)
         if right:

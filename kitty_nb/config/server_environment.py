@@ -1,20 +1,42 @@
-"""The key that a server asks its clients for, and the environment in which it learns it."""
+"""The words and the environment that a llama-server is started with, and its key."""
 
 from __future__ import annotations
 
 import os
+import re
 from base64 import urlsafe_b64encode
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
     from kitty_nb.config.server_config import ServerConfig
 
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
 FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
 _BYTES = 32
+_SECRET = re.compile(r"-hft|--?[\w-]*(?:key|token|password|secret)")
+PROJECTOR = frozenset({"-mm", "--mmproj"})
+
+
+def spelled(word: str) -> str:
+    """Write a long flag with hyphens: llama-server reads `--ctx_size` as `--ctx-size`."""
+    return word.replace("_", "-") if word.startswith("--") else word
+
+
+def takes_secret(word: str) -> bool:
+    """Tell whether a word is a flag whose value is a secret itself, rather than in a file."""
+    return _SECRET.fullmatch(spelled(word)) is not None
+
+
+def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
+    """Return what follows the last of some flags, which is what llama-server takes."""
+    values = [value for flag, value in pairwise(words) if spelled(flag) in flags]
+    return values[-1] if values else None
 
 
 def choose_api_key(config: ServerConfig) -> SecretStr | None:
@@ -41,3 +63,8 @@ def server_environment(api_key: SecretStr | None) -> dict[str, str]:
         if name != _VARIABLE and not name.startswith(FLAG_PREFIX)
     }
     return environment | ({_VARIABLE: api_key.get_secret_value()} if api_key else {})
+
+
+def user_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return those of some variables of this program's environment that are set."""
+    return {name: value for name in names if (value := os.environ.get(name))}

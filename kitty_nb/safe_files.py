@@ -1,23 +1,70 @@
-"""Trust in files on a machine with several users."""
+"""Files on a machine with several users: whom to trust, our folders, whole writes."""
 
 from __future__ import annotations
 
 import grp
 import os
 import pwd
+import shutil
 import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+# Of users without an account, as in containers: nothing can be there, and nobody else put it there.
+NO_HOME = Path(os.devnull) / "no home folder"
 _ROOT = Path("/")
-_MOST_STEPS = 4096  # more than a path can have; links in a circle end there
+_MAX_STEPS = 4096  # more than a path can have; links in a circle end there
+
+
+def user_folder(find: Callable[[str], Path]) -> Path:
+    """Return kitty_nb's folder, or one below `NO_HOME`.
+
+    Args:
+        find: A finder of folders, such as `platformdirs.user_cache_path`.
+    """
+    try:
+        return find("kitty_nb")
+    except RuntimeError:
+        return NO_HOME
+
+
+def write_atomic(
+    file: Path, content: bytes, *, like: Path | None = None, durable: bool = True
+) -> None:
+    """Write a file whole or not at all, for its owner alone.
+
+    Args:
+        file: The file.
+        content: All of it.
+        like: A file whose permissions it gets instead.
+        durable: Whether it must survive a power cut; a disk takes a while to promise that.
+
+    Raises:
+        OSError: It cannot be written; the previous content is still there.
+    """
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as written:
+            written.write(content)
+            if durable:
+                written.flush()
+                os.fsync(written.fileno())
+        if like:
+            with suppress(FileNotFoundError):
+                shutil.copymode(like, name)
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def distrust(file: Path, *, folders: bool = True) -> str | None:
-    """Say why others may have a hand in a file or folder; None where only this user and root do.
+    """Say why others may have changed a file or folder; None where only this user and root can.
 
     It need not exist. Others can write where everybody can, or a group with another member; in a
     sticky folder such as `/tmp` they cannot touch what is not theirs, so owners decide.
@@ -44,7 +91,7 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
 def _steps(file: Path) -> Iterator[Path]:
     """Yield the folders and links that lead to a file, also those behind links, and the file."""
     at, rest = _ROOT, [*reversed(file.absolute().parts)]
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         if not rest:
             return
         step = Path(os.path.normpath(at / rest.pop()))
@@ -65,15 +112,10 @@ def _open_to_others(found: os.stat_result) -> bool:
 def _has_others(group: int) -> bool:
     """Tell whether a group is for more than this user and root: many have one to themselves."""
     users = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group}
-    try:
-        names = grp.getgrgid(group).gr_mem
-    except KeyError:
-        names = []
-    for name in names:
-        try:
-            users.add(pwd.getpwnam(name).pw_uid)
-        except KeyError:
-            continue
+    with suppress(KeyError):
+        for name in grp.getgrgid(group).gr_mem:
+            with suppress(KeyError):
+                users.add(pwd.getpwnam(name).pw_uid)
     return bool(users - {os.getuid(), 0})
 
 

@@ -1,0 +1,208 @@
+"""The files that settings name, looked up on this machine before a start."""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from stat import S_ISREG
+from typing import TYPE_CHECKING
+
+from kitty_nb.catalog.catalog import find_projector
+from kitty_nb.catalog.folder import find_files, is_folder
+from kitty_nb.catalog.gguf import named_quantization
+from kitty_nb.catalog.model import ShardName, missing_shards, shard_paths
+from kitty_nb.catalog.stores import StoreKind, files_in, model_stores
+from kitty_nb.config import PROJECTOR, load_lenient
+from kitty_nb.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kitty_nb.catalog.folder import FoundFile
+    from kitty_nb.catalog.stores import Store
+    from kitty_nb.config import ServerConfig
+
+_SHOWN = 5
+_PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
+_HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)
+_FILE_ENDING = re.compile(r"\.[A-Za-z]{2,12}$")
+_HUB_FOLDER = re.compile(r"(?P<folder>[\w.-]+-GGUF)/(?P<file>.+)", re.ASCII | re.IGNORECASE)
+
+
+def resolve_model(config: ServerConfig) -> ServerConfig:
+    """Look up the files that settings name, as the last check before a start. It reads the disk.
+
+    Returns:
+        The settings with the name that its store gives the model, and with its projector.
+
+    Raises:
+        ConfigError: No model is chosen, or listing what is wrong with its path and its projector's.
+    """
+    if config.model is None:
+        key = f"LLAMACPP_{config.profile.upper()}_MODEL"
+        fix = f"Choose one, or set {key}. {_listed(_names(config.models_dir), config.models_dir)}"
+        raise ConfigError("", (Problem(key, "", "No model is chosen.", fix),))
+    folder, *others = model_stores(config)
+    named = {"model": config.model, "mmproj": config.mmproj}
+    problems = tuple(
+        Problem(name, _relative(path, folder.path), *wrong)
+        for name, path in named.items()
+        if isinstance(path, Path) and (wrong := _what_is_wrong(path, config, others))
+    )
+    if problems:
+        raise ConfigError("", problems)
+    kept = _file_in_store(config.model, others)
+    known_as = kept.known_as.partition(", ")[0] if kept and kept.known_as else None
+    projector = _projector(config, kept)
+    return config.model_copy(update={"known_as": known_as, "projector": projector})
+
+
+def load_profile(
+    path: str | Path = ".env", profile: str = "primary"
+) -> tuple[ServerConfig, ConfigError | None]:
+    """Load the settings of a profile and look up its model, skipping what is wrong.
+
+    Args:
+        path: The file, found as by `ServerConfig.from_env`.
+        profile: The named set of settings to read.
+
+    Returns:
+        The settings, and the complaint about those that were skipped.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line in it cannot be understood.
+    """
+    return load_lenient(path, profile, lambda read: resolve_model(read) if read.model else read)
+
+
+def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
+    """The user's own flags decide, then the setting, then what lies beside the model."""
+    if config.model is None or config.mmproj == "off":
+        return None
+    if _PROJECTOR_FLAGS.intersection(config.extra_args):
+        return None
+    if config.mmproj:
+        return config.mmproj
+    roots = [store.path for store in model_stores(config)]
+    return kept.projector if kept else find_projector(config.model, roots)
+
+
+def _what_is_wrong(
+    path: Path, config: ServerConfig, others: Sequence[Store]
+) -> tuple[str, str] | None:
+    """Why a model cannot be loaded from its path, and what to do; None where it can."""
+    models_dir = config.models_dir
+    inside = any(_is_inside(path, folder) for folder in (models_dir, *(s.path for s in others)))
+    if not config.allow_absolute_paths and not inside:
+        reason = f"It is outside the models folder, {models_dir}."
+        fix = "Move it there, set LLAMACPP_MODELS_DIR to a folder above it, or allow models"
+        return reason, f"{fix} anywhere by LLAMACPP_ALLOW_ABSOLUTE_PATHS=1."
+    if path.suffix.lower() != ".gguf" and not _file_in_store(path, others):
+        kind = "is a folder" if is_folder(path) else "does not end in .gguf"
+        return f"It {kind}, so llama-server cannot load it.", _advice(path, models_dir)
+    try:
+        regular = S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        regular = False
+    except OSError as error:
+        return (
+            f"It cannot be looked at ({error.strerror}).",
+            "Check the path and the permissions of the folders above it.",
+        )
+    if not regular:
+        return f"There is no such file (looked in {path.parent}).", _advice(path, models_dir)
+    if str(path).encode(errors="ignore") != os.fsencode(path):
+        return "Its name, or that of a folder above it, is not written in UTF-8.", "Rename it."
+    return _wrong_shard(path, models_dir)
+
+
+def _wrong_shard(path: Path, models_dir: Path) -> tuple[str, str] | None:
+    shard, shards = ShardName.parse(path), shard_paths(path)
+    if shard and shard.number > 1:
+        reason = f"It is shard {shard.number} of {shard.count}; a model is named by its first."
+        return reason, f"Write {_relative(shards[0], models_dir)}."
+    if missing := missing_shards(path):
+        names = ", ".join(p.name for p in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        return (
+            f"{len(missing)} of its {len(shards)} shards are missing from {path.parent}: "
+            f"{names}{more}.",
+            "Download the missing files beside the others.",
+        )
+    return None
+
+
+def _file_in_store(path: Path, stores: Sequence[Store]) -> FoundFile | None:
+    """Return what Ollama says of a model that it keeps; None of any other."""
+    return next(
+        (
+            file
+            for store in stores
+            if store.kind is StoreKind.OLLAMA and path.is_relative_to(store.path)
+            for file in files_in(store)
+            if file.path == path and file.known_as
+        ),
+        None,
+    )
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder; what the links in that folder lead to counts as in it."""
+    direct = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
+    return direct or path.resolve().is_relative_to(folder.resolve())
+
+
+def _advice(path: Path, models_dir: Path) -> str:
+    """Say what could be meant: the closest models, what there is, where to download it."""
+    value, names = _relative(path, models_dir), _names(models_dir)
+    wanted = value.lower().removesuffix(".gguf")
+    by_key = {key: name for name in names for key in (name.lower(), Path(name).stem.lower())}
+    close = list(dict.fromkeys(by_key[k] for k in get_close_matches(wanted, by_key, n=6)))
+    inside = [n for n in names if n.lower().startswith(wanted.rstrip("/") + "/")]
+    parts = []
+    if near := list(dict.fromkeys(inside + close))[:_SHOWN]:
+        parts.append(f"Did you mean {' or '.join(near)}?")
+    parts.append(_listed(names, models_dir))
+    if commands := _download_commands(value, models_dir):
+        parts.append(f"To download it: {commands}")
+    return " ".join(parts)
+
+
+def _names(models_dir: Path) -> list[str]:
+    return sorted(
+        _relative(file.path, models_dir)
+        for file in find_files(models_dir)
+        if file.stamp and file.downloading is None
+        if (shard := ShardName.parse(file.path)) is None or shard.number == 1
+    )
+
+
+def _listed(names: list[str], models_dir: Path) -> str:
+    if not names:
+        return f"There are no models in {models_dir}."
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"Models in {models_dir}: {', '.join(names[:_SHOWN])}{more}."
+
+
+def _download_commands(value: str, models_dir: Path) -> str | None:
+    """Our line and the `hf download` line, where the name looks like a Hub repository."""
+    if folder := _HUB_FOLDER.fullmatch(value):
+        repository, file = f"OWNER/{folder['folder']}", folder["file"]
+    elif hub := _HUB_REPOSITORY.fullmatch(value):
+        repository, file = hub["repository"], hub["file"]
+        if _FILE_ENDING.search(repository):  # a mistyped file
+            return None
+    else:
+        return None
+    pattern = f"*{Path(file).name.removesuffix('.gguf')}*.gguf" if file else "*.gguf"
+    target = models_dir / repository.split("/")[1]
+    quantization = named_quantization(Path(file).name.removesuffix(".gguf")) if file else None
+    ours = f"kitty-nb download {repository}" + (f":{quantization}" if quantization else "")
+    theirs = f"hf download {repository} --include '{pattern}' --local-dir '{target}'"
+    return f"{ours} (or: {theirs})"
+
+
+def _relative(path: Path, models_dir: Path) -> str:
+    return path.relative_to(models_dir).as_posix() if path.is_relative_to(models_dir) else str(path)

@@ -1,0 +1,284 @@
+"""The profiles of a `.env` file: loaded leniently, saved back, and warned about."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import replace
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dotenv.parser import parse_stream
+from pydantic import SecretStr
+
+from kitty_nb.config.env_file import quoted, read_env, write_env
+from kitty_nb.config.server_config import (
+    PREFIX,
+    ROLES,
+    ServerConfig,
+    env_settings,
+    setting_keys,
+    shown,
+)
+from kitty_nb.config.server_environment import FLAG_PREFIX
+from kitty_nb.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+    from kitty_nb.config.env_file import EnvFile, SavedEnv
+
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+_MODEL_FILES = {"model", "mmproj"}
+_PATHS = {"MODELS_DIR", "MODEL", "BIN", "LOG_DIR", "HISTORY"}
+_CURLY = "\u201c\u201d\u2018\u2019\u201e"
+_BARE = re.compile(r"\$(?P<name>[A-Za-z_]\w*)")
+_BRACED = re.compile(r"\$\{(?P<name>[^}:]+)\}")
+_SO_ALIKE = 0.85  # of 1: a slip, rather than another name
+
+
+def load_lenient(
+    path: str | Path = ".env",
+    profile: str = "primary",
+    check: Callable[[ServerConfig], ServerConfig] | None = None,
+) -> tuple[ServerConfig, ConfigError | None]:
+    """Load the settings of a profile, skipping those that are wrong.
+
+    Args:
+        path: The file, found as by `ServerConfig.from_env`.
+        profile: The named set of settings to read.
+        check: A further check of the settings, which raises `ConfigError`.
+
+    Returns:
+        The settings, and the complaint about those that were skipped.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line in it cannot be understood.
+    """
+    env = read_env(path)
+    wrong: dict[str, Problem] = {}
+    while True:  # behind a wrong value may be another one, such as that of every profile
+        try:
+            config = ServerConfig.from_file(env, profile, wrong)
+            config = check(config) if check else config
+        except ConfigError as error:
+            keys = setting_keys(env, profile, wrong)
+            found = dict(_as_written(problem, env, keys) for problem in error.problems)
+            if found.keys() <= wrong.keys():
+                raise
+            wrong |= found
+        else:
+            problems = tuple(wrong.values())
+            return config, ConfigError(str(env.path), problems) if problems else None
+
+
+def _as_written(problem: Problem, env: EnvFile, keys: Mapping[str, str]) -> tuple[str, Problem]:
+    """The key of a problem in the file, and the problem with what stands there."""
+    if key := keys.get(problem.key):
+        problem = replace(problem, key=key, value=str(env.values[key]))
+    return problem.key, problem
+
+
+def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
+    """The profiles that a `.env` file is about, roles first, then as they come.
+
+    A role is there when it has any key of its own, another profile when it has a model, and
+    `primary` when there is no other.
+
+    Args:
+        path: The file, found as by `ServerConfig.from_env`.
+
+    Raises:
+        ConfigError: It cannot be read, or a line in it cannot be understood.
+    """
+    found = dict.fromkeys(
+        name.lower()
+        for key, value in read_env(path).values.items()
+        if value
+        for name, suffix in [_split_key(key)]
+        if suffix == "MODEL" or name.lower() in ROLES
+    )
+    roles = [role for role in ROLES if role in found]
+    others = [name for name in found if name and name not in ROLES]
+    if "" in found and "primary" not in roles:  # LLAMACPP_MODEL, a model for whoever has none
+        roles.insert(0, "primary")
+    return (*roles, *others) or ("primary",)
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    """The profile in a key, none where it is for all of them, and the setting's suffix.
+
+    Both are empty where it is no setting.
+    """
+    suffixes = {setting.suffix for setting in env_settings().values()}
+    rest = key.removeprefix(PREFIX)
+    if rest in suffixes:
+        return "", rest
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        name = rest.removesuffix(f"_{suffix}")
+        if key.startswith(PREFIX) and name != rest and _NAME.fullmatch(name):
+            return name, suffix
+    return "", ""
+
+
+def save_settings(
+    config: ServerConfig, path: str | Path = ".env", names: Collection[str] | None = None
+) -> SavedEnv:
+    """Write the settings that differ from a `.env` file into it, for their profile alone.
+
+    Each goes to `LLAMACPP_<PROFILE>_<NAME>`, so other profiles stay as they are. Secrets are never
+    written. The rest of the file stays, and a backup of the old one is kept.
+
+    Args:
+        config: The settings.
+        path: The file, found as by `ServerConfig.from_env`; made when it is missing.
+        names: The fields to write; all of them without it.
+
+    Raises:
+        ConfigError: The file cannot be read or written, or a setting is to be unset that is set
+            for every profile.
+    """
+    env = read_env(path)
+    given, complaint = load_lenient(env.path, config.profile)
+    wrong = {problem.key for problem in complaint.problems} if complaint else set()
+    changes: dict[str, str] = {}
+    problems = []
+    for name, setting in env_settings().items():
+        key, shared = f"{PREFIX}{config.profile.upper()}_{setting.suffix}", PREFIX + setting.suffix
+        value = getattr(config, name)
+        differs = value != getattr(given, name) or key in wrong
+        if not differs or isinstance(value, SecretStr) or (names and name not in names):
+            continue
+        changes[key] = _text(name, value, given) or setting.unset
+        if not changes[key] and env.values.get(shared):
+            reason = "It holds for every profile, so one profile cannot be without it."
+            fix = "Clear it in the file, or choose a value."
+            problems.append(Problem(shared, shown(name, env.values[shared]), reason, fix))
+    if problems:
+        raise ConfigError(str(env.path), tuple(problems))
+    return write_env(env, changes)
+
+
+def env_lines(config: ServerConfig, names: Collection[str]) -> tuple[str, ...]:
+    """Return settings as lines of a `.env` file, for their profile alone; never secrets.
+
+    Args:
+        config: The settings.
+        names: The fields to write.
+    """
+    return tuple(
+        f"{PREFIX}{config.profile.upper()}_{setting.suffix}={quoted(_text(name, value, config))}"
+        for name, setting in env_settings().items()
+        if name in names and not isinstance(value := getattr(config, name), SecretStr)
+    )
+
+
+def _text(name: str, value: object, given: ServerConfig) -> str:
+    """Write a value as `ServerConfig.from_env` reads it: a model by its path in its folder."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(int(value))
+        case tuple():
+            return shlex.join(value)
+        case Path() if name in _MODEL_FILES and value.is_relative_to(given.models_dir):
+            inside = str(value.relative_to(given.models_dir))
+            return str(value) if inside.startswith("~") else inside
+    return str(value)
+
+
+def env_warnings(path: str | Path, *profiles: str) -> tuple[str, ...]:
+    """Say what has no effect, or another one than it seems to; each in a sentence with its fix.
+
+    No values are shown.
+
+    Args:
+        path: The file, found as by `ServerConfig.from_env`.
+        profiles: Those whose settings are read from it.
+
+    Raises:
+        ConfigError: It cannot be read, or a line in it cannot be understood.
+    """
+    env = read_env(path)
+    return (*_keys(env), *_values(env), *_environment(env, profiles))
+
+
+def _keys(env: EnvFile) -> Iterator[str]:
+    profiles: dict[str, str] = {}
+    for key, value in env.values.items():
+        if not value or not key.startswith(PREFIX):
+            continue
+        profile, suffix = _split_key(key)
+        if not suffix:
+            yield f"{key} is not a setting, so it has no effect.{_nearest(key, profiles)}"
+        elif profile:
+            profiles.setdefault(profile.lower(), key)
+    for profile, key in profiles.items():
+        others = [name for name in (*ROLES, *profiles) if not _related(name, profile)]
+        near = get_close_matches(profile, others, n=1, cutoff=_SO_ALIKE)
+        if near and profile not in ROLES:
+            meant = key.replace(f"_{profile.upper()}_", f"_{near[0].upper()}_", 1)
+            yield f"{key} makes a profile {profile!r}. If you mean {near[0]!r}, write {meant}."
+
+
+def _related(name: str, profile: str) -> bool:
+    """Tell whether one of two names is the other with something added, as coder and coder2."""
+    return name.startswith(profile) or profile.startswith(name)
+
+
+def _nearest(key: str, profiles: Iterable[str]) -> str:
+    words = key.removeprefix(PREFIX)
+    role = next((name for name in (*ROLES, *profiles) if words.startswith(f"{name.upper()}_")), "")
+    rest = words[len(role) + 1 :] if role else words
+    names = {name.upper(): one.suffix for name, one in env_settings().items()}
+    names |= {one.suffix: one.suffix for one in env_settings().values()}
+    near = get_close_matches(rest.upper(), names, n=1)
+    whose = f"{role.upper()}_" if role else ""
+    return f" Did you mean {PREFIX}{whose}{names[near[0]]}?" if near else ""
+
+
+def _values(env: EnvFile) -> Iterator[str]:
+    known: set[str] = set()
+    for binding in parse_stream(StringIO(env.raw.decode("utf-8-sig"), newline=None)):
+        key, value = binding.key, binding.value
+        if not key:
+            continue
+        if value and key.startswith(PREFIX):
+            for match in _BRACED.finditer(value):
+                name = match["name"]
+                if name not in known and not os.environ.get(name):
+                    yield (
+                        f"{key} has ${{{name}}}, which is not set and counts as empty. Set {name}"
+                        " on a line above, or write its value there."
+                    )
+            if _split_key(key)[1] in _PATHS and (bare := _BARE.search(value)):
+                name = bare["name"]
+                yield f"{key} has ${name}, which is taken as it is. Write ${{{name}}}."
+            if value[0] in _CURLY or value[-1] in _CURLY:
+                yield f"{key} is in curly quotes, which belong to its value. Use \" or '."
+        known.add(key)
+
+
+def _environment(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:
+    whose = {"", *map(str.lower, profiles)}
+    names = [
+        key
+        for key, value in sorted(os.environ.items())
+        if value and key.startswith(PREFIX) and value != env.values.get(key)
+        if (split := _split_key(key))[1] and split[0].lower() in whose
+    ]
+    if names:
+        has, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        yield (
+            f"{', '.join(names)} in this program's environment {has} no effect: settings are read"
+            f" from {env.path} alone. Write {them} there."
+        )
+    if flags := sorted(name for name in os.environ if name.startswith(FLAG_PREFIX)):
+        yield (
+            f"{', '.join(flags)} in this program's environment: not passed on to llama-server."
+            " Write the flag into LLAMACPP_EXTRA_ARGS."
+        )
