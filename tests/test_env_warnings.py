@@ -11,6 +11,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ServerConfig
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import env_warnings
 from kitty_nb.doctor import Verdict, examine
 from kitty_nb.errors import ConfigError
@@ -122,7 +123,7 @@ def test_a_mistyped_file_is_no_repository(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "q4.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError) as refusal:
-        ServerConfig(models_dir=tmp_path, other_stores=False, model="mine/q4.ggu")
+        resolve_model(ServerConfig(models_dir=tmp_path, other_stores=False, model="mine/q4.ggu"))
     assert "Did you mean mine/q4.gguf?" in str(refusal.value)
     assert "download" not in str(refusal.value)
 

@@ -58,7 +58,12 @@ def load_lenient(
     Raises:
         ConfigError: The file cannot be read, or a line in it cannot be understood.
     """
-    env = read_env(path)
+    return _load(read_env(path), profile, check)
+
+
+def _load(
+    env: EnvFile, profile: str, check: Callable[[ServerConfig], ServerConfig] | None = None
+) -> tuple[ServerConfig, ConfigError | None]:
     wrong: dict[str, Problem] = {}
     while True:  # behind a wrong value may be another one, such as that of every profile
         try:
@@ -142,7 +147,7 @@ def save_settings(
             for every profile.
     """
     env = read_env(path)
-    given, complaint = load_lenient(env.path, config.profile)
+    given, complaint = _load(env, config.profile)
     wrong = {problem.key for problem in complaint.problems} if complaint else set()
     changes: dict[str, str] = {}
     problems = []
