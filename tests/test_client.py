@@ -17,7 +17,7 @@ from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.run_record import Request, ask
 from kitty_nb.experiments.workload import Workload
-from kitty_nb.supervisor.health import HealthProbe, Recognition
+from kitty_nb.supervisor.health import HealthProbe, Identity
 
 Says = Callable[..., Access]
 STREAM = "text/event-stream"
@@ -200,8 +200,8 @@ def test_whatever_a_server_says_of_itself_is_survived(says: Says, body: str) -> 
         assert (await probe.check_activity()).slots_total is None
         assert not await probe.is_router()
         assert "loaded" not in (await probe.router_models()).values()
-        found = await probe.recognise()
-        assert found is (Recognition.OTHER_MODEL if "status" in body else Recognition.OURS)
+        found = await probe.identify()
+        assert found is (Identity.OTHER_MODEL if "status" in body else Identity.OURS)
         await probe.aclose()
 
     anyio.run(look)

@@ -77,7 +77,7 @@ def set_clock(by: float) -> Strike:
         now = time.time
         patch.setattr(time, "time", lambda: now() + by)
         if psutil.LINUX:
-            booted = psutil.boot_time
+            booted = psutil._pslinux.boot_time
             patch.setattr(psutil._pslinux, "boot_time", lambda: booted() + by)
 
     return jump
@@ -259,7 +259,7 @@ HANGS = [
     Fault(
         "another model answers",
         FAILED,
-        "It answers, but not as",
+        "it answers, but not as",
         flags=("--answer-as", "stranger"),
         changes={"stall_seconds": 4},
     ),

@@ -87,9 +87,8 @@ def test_stop_does_not_wait_for_it(misbehaving: Misbehaving) -> None:
 
 
 def test_nothing_is_said_of_a_load_that_is_being_stopped(
-    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    misbehaving: Misbehaving, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.health._ATTEMPT_EVERY", 0.05)
     mark = tmp_path / "tidied"
     with ModelManager(config=misbehaving("--never-ready", "--tidy-up", str(mark))) as manager:
         said = activities(manager)

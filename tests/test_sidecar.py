@@ -82,7 +82,7 @@ def test_there_is_one_sidecar_however_many_watch(config: ServerConfig) -> None:
 def test_a_sidecar_that_is_killed_is_replaced(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.instance._SIDECAR_THERE_WITHIN", 0.2)
+    monkeypatch.setattr("kitty_nb.supervisor.server._SIDECAR_THERE_WITHIN", 0.2)
     with ModelManager(config=config) as manager:
         manager.start().wait(30)
         eventually(lambda: has_sidecar(config.log_path))

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import anyio
 
@@ -264,6 +264,11 @@ class Activity:
     message: str
     level: Level
     at: float
+
+    @classmethod
+    def now(cls, message: str, level: Level = Level.INFO) -> Self:
+        """Make one that happens now."""
+        return cls(message, level, time.time())
 
 
 @dataclass(frozen=True, slots=True)

@@ -343,9 +343,7 @@ class ForeignServer:
         generation: The number that its reports carry.
         config: Settings of the profile whose port it has.
         holder: The server.
-        report: Called with each fact that the lifecycle needs.
-        publish: Called with each event for the user.
-        note_health: Called with every answer to a health check.
+        emit: Called with each event, report and answer to a health check.
     """
 
     def __init__(
@@ -353,9 +351,7 @@ class ForeignServer:
         generation: int,
         config: ServerConfig,
         holder: PortHolder,
-        report: Callable[[Report], None],
-        publish: Callable[[Event], None],
-        note_health: Callable[[HealthCheckResult], None],
+        emit: Callable[[Event | Report | HealthCheckResult], None],
     ) -> None:
         # Another profile's server has left us its key; anybody else's may have the configured one.
         record = record_of(holder.pid, config.log_dir)
@@ -364,8 +360,8 @@ class ForeignServer:
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
         self.devices = (record and record.devices) or ()
         self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=holder.sleeps)
-        self._report, self._publish, self._note_health = report, publish, note_health
-        self._router = RouterWatch(config, holder.pid, self.probe, publish, self._serves)
+        self._emit = emit
+        self._router = RouterWatch(config, holder.pid, self.probe, emit, self._serves)
         self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
         self._asking = anyio.Lock()
         self._over = False
@@ -387,9 +383,9 @@ class ForeignServer:
                     await self.probe.aclose()
         going = "let go; it runs on" if self._watching.cancel_called else "has ended"
         self._say(f"{self.holder.who}: {going}.")
-        self._report(Exited(self.generation, going, time.monotonic(), asked=True))
+        self._emit(Exited(self.generation, going, time.monotonic(), asked=True))
 
-    async def terminate(self, _force: bool) -> None:
+    def stop(self, _force: bool) -> None:
         """Let it go."""
         self._watching.cancel()
 
@@ -435,17 +431,17 @@ class ForeignServer:
         status, began = ServerStatus.STARTING, process.create_time()
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             health = await self.probe.check_activity()
-            self._note_health(health)
+            self._emit(health)
             if health.status is not status:
                 status = health.status
                 if status is ServerStatus.LOADING:
-                    self._report(LoadBegan(self.generation))
+                    self._emit(LoadBegan(self.generation))
                 elif status is ServerStatus.READY:
                     if self.holder.models is None and await self.probe.is_router():
                         await self._router.look()  # before it is used
                         tasks.start_soon(self._router.run)
                     since = time.monotonic() - (time.time() - began)
-                    self._report(BecameReady(self.generation, since))
+                    self._emit(BecameReady(self.generation, since))
             await anyio.sleep(_LOOK_EVERY)
 
     def _serves(self, alias: str | None, model: Path | None, models: tuple[str, ...]) -> None:
@@ -453,4 +449,4 @@ class ForeignServer:
         self.holder = replace(self.holder, alias=alias, model=name, models=models)
 
     def _say(self, message: str) -> None:
-        self._publish(Activity(message, Level.INFO, time.time()))
+        self._emit(Activity(message, Level.INFO, time.time()))

@@ -35,15 +35,14 @@ class _Late(ModuleType):
 
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator
 
     import httpx
     import httpx_sse
-    from anyio.abc import TaskGroup
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.load_progress import LoadMeter
+    from kitty_nb.supervisor.process import ServerProcess
 else:
     httpx, httpx_sse = _Late("httpx"), _Late("httpx_sse")
 
@@ -127,8 +126,8 @@ _ANOTHER_KIND = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus
 _ASK_AGAIN, _LOOK_AGAIN = 0.2, 1.0  # seconds
 
 
-class Recognition(Enum):
-    """Whom a server turned out to be when it was asked for its model."""
+class Identity(Enum):
+    """What a server turned out to be when it was asked for its model."""
 
     OURS = auto()
     OTHER_MODEL = auto()
@@ -146,6 +145,7 @@ class HealthProbe:
 
     Attributes:
         trusted: Likewise. Until then, only `/health` is asked, without the key.
+        process: The server's process, by which it comes to be trusted.
     """
 
     def __init__(
@@ -157,6 +157,10 @@ class HealthProbe:
         sleeps: bool | None = None,
     ) -> None:
         self.trusted = trusted
+        self.process: ServerProcess | None = None
+        self._port = config.port
+        self._finding = anyio.Lock()
+        self._news = anyio.Event()
         self._alias = config.served_alias
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
         self._sleeps = by_settings if sleeps is None else sleeps
@@ -184,6 +188,26 @@ class HealthProbe:
         """Close the connection."""
         if "_client" in vars(self):
             await self._client.aclose()
+
+    def hint(self) -> None:
+        """Wake who asks: there is reason to expect another answer."""
+        self._news.set()
+
+    async def hinted(self, *, within: float) -> bool:
+        """Wait for the next hint; return whether it came."""
+        with anyio.move_on_after(within):
+            await self._news.wait()
+        hinted = self._news.is_set()
+        self._news = anyio.Event()
+        return hinted
+
+    async def find_listener(self) -> bool:
+        """Find out whether it is our process that listens: then it goes on until it ends."""
+        async with self._finding:
+            if not self.trusted and self.process:
+                listens = await anyio.to_thread.run_sync(self.process.listens_on, self._port)
+                self.trusted = listens is not False
+        return self.trusted
 
     async def check(self) -> HealthCheckResult:
         """Ask `/health`: no answer is STARTING, 503 is LOADING, 200 is READY."""
@@ -221,17 +245,17 @@ class HealthProbe:
             silent_for=self._pace.silence(now),
         )
 
-    async def recognise(self) -> Recognition:
+    async def identify(self) -> Identity:
         """Ask for the model's name, by which our own server is told from a stranger.
 
         Builds that do not list their models get the benefit of the doubt.
         """
         models = await self._get("/v1/models")
         if models in _KEY_REFUSED:
-            return Recognition.KEY_REFUSED
+            return Identity.KEY_REFUSED
         named = [(one.get("id"), *(one.get("aliases") or ())) for one in _listed(models)]
         ours = not named or any(self._alias in names for names in named)
-        return Recognition.OURS if ours else Recognition.OTHER_MODEL
+        return Identity.OURS if ours else Identity.OTHER_MODEL
 
     async def first_answer(self) -> str | None:
         """Have it compute one token, or the embedding of one word, however long that takes.
@@ -351,165 +375,75 @@ def _objects(answer: Any) -> list[dict[str, Any]]:
     return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
 
 
-# Seconds. The log announces ready first: health is asked when the log hints at news, else ever
-# more rarely, each pause so many times the last.
-_POLL_FIRST = 0.01
-_POLL_LONGEST = 1.0
-_POLL_FACTOR = 4
-_POLL_READY = 2.0
-_ATTEMPT_EVERY = 1.0
-_AT_ONCE = 0.3  # a first answer that takes no longer is not worth a word
-_SILENT = 10.0  # from here on, a request without a first token is worth a word
-_FIRST_ANSWER = "no first answer yet"
+_SILENT = 10.0  # seconds; from here on, a request without a first token is worth a word
+FIRST_ANSWER = "no first answer yet"
 
 
-class HealthWatch:
-    """Follows one server's health.
+class HealthReporter:
+    """Turns one server's answers into events for the user.
 
     Args:
-        probe: What asks the server.
-        meter: Told of every sign of life.
-        elapsed: The clock: seconds since the start was asked for.
-        attempts: How many once-a-second checks are counted.
-        enter: Called with each other status, and when it was entered; returns what the load has
-            taken by then, which is less where it ended before this watch began.
-        publish: Called with each event for the user.
-        note: Called with every answer.
-        doubt: Asked before ready is believed: why it is not our server that answers, in words.
-        prove: Asked after that: whether the server answers a request, once it does.
-        ending: Asked before anything is told: whether somebody is ending the server.
+        attempts: The number at which the count of a load's checks, one a second, stands.
     """
 
-    def __init__(
-        self,
-        probe: HealthProbe,
-        meter: LoadMeter,
-        elapsed: Callable[[], float],
-        attempts: int,
-        enter: Callable[[ServerStatus, float], float],
-        publish: Callable[[Event], None],
-        note: Callable[[HealthCheckResult], None],
-        doubt: Callable[[], Awaitable[str | None]],
-        prove: Callable[[], Awaitable[bool]],
-        ending: Callable[[], bool],
-    ) -> None:
-        self._probe = probe
-        self._meter = meter
-        self._elapsed = elapsed
+    def __init__(self, attempts: int) -> None:
         self._attempts = attempts
-        self._enter = enter
-        self._publish = publish
-        self._note = note
-        self._doubt = doubt
-        self._prove = prove
-        self._ending = ending
-        self._proving = False
-        self._proven = anyio.Event()
-        self._asking = anyio.CancelScope()
-        self._tasks: TaskGroup
-        self._news = anyio.Event()
+        self._attempt, self._due = 0, 0.0
+        self._serves, self._silent_for = True, 0.0
 
-    def hint(self) -> None:
-        """Ask soon: there is reason to expect another answer."""
-        self._news.set()
+    def loading(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
+        """Return the check of the second, where it is due or the last, and what it says."""
+        due = elapsed >= self._due
+        if due:
+            self._attempt = min(self._attempt + 1, self._attempts)
+            # Not one for each second missed: the load may be older than this watch.
+            self._due = max(self._due, elapsed // 1.0) + 1.0
+        if not due and result.status is not ServerStatus.READY:
+            return ()
+        attempt = max(self._attempt, 1)
+        said = self._load_sentence(result, attempt, elapsed)
+        level = Level.SUCCESS if result.status is ServerStatus.READY else Level.INFO
+        check = HealthChecked(result, attempt, self._attempts)
+        return (check, Activity.now(said, level)) if said else (check,)
 
-    async def run(self) -> None:
-        """Ask until the server is ready, then until `stop`."""
-        with self._asking:
-            async with anyio.create_task_group() as self._tasks:
-                await self._until_ready()
-            await self._ever_after()
+    def _load_sentence(self, result: HealthCheckResult, attempt: int, elapsed: float) -> str:
+        if result.status is ServerStatus.READY:
+            checks = "1 check" if attempt == 1 else f"{attempt} checks"
+            return f"Model loaded ({checks}, {elapsed:.0f}s elapsed)"
+        if result.message == FIRST_ANSWER:
+            return (
+                "The model is loaded; waiting for its first answer, before which some devices"
+                f" compile their programs for minutes… ({elapsed:.0f}s elapsed)"
+            )
+        if result.status is ServerStatus.LOADING:
+            count = f"{attempt}/{self._attempts}, " if elapsed < self._attempts else ""
+            return f"Loading model… ({count}{elapsed:.0f}s elapsed)"
+        if attempt > 1:
+            return f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)"
+        return ""
 
-    def stop(self) -> None:
-        """Hang up: some builds wait for those who still ask before they end."""
-        self._asking.cancel()
-
-    async def _ever_after(self) -> None:
-        answering, silent_for = True, 0.0
-        while True:
-            result = await self._probe.check_activity()
-            self._note(result)
-            silent_before, silent_for = silent_for, result.silent_for
-            if silent_before < _SILENT <= silent_for:
-                self._say(
-                    f"A request has been worked on for {silent_for:.0f} s without a first token:"
-                    " its prompt is long, or the device compiles its programs for it."
+    def serving(self, result: HealthCheckResult) -> tuple[Event, ...]:
+        """Return what has changed with a server that was ready."""
+        news: list[Event] = []
+        silent_before, self._silent_for = self._silent_for, result.silent_for
+        if silent_before < _SILENT <= result.silent_for:
+            news.append(
+                Activity.now(
+                    f"A request has been worked on for {result.silent_for:.0f} s without a first"
+                    " token: its prompt is long, or the device compiles its programs for it."
                 )
-            elif silent_for < _SILENT <= silent_before:
-                self._say(f"The server answers, after more than {silent_before:.0f} s.")
-            answered, answering = answering, result.status is ServerStatus.READY
-            if answered and not answering and not self._ending():
-                self._say(
+            )
+        elif result.silent_for < _SILENT <= silent_before:
+            news.append(Activity.now(f"The server answers, after more than {silent_before:.0f} s."))
+        served, self._serves = self._serves, result.status is ServerStatus.READY
+        if served and not self._serves:
+            news.append(
+                Activity.now(
                     f"The server runs but does not serve ({result.message}): it hangs, or somebody"
                     " has paused it. Restart it if it does not come back.",
                     Level.WARNING,
                 )
-            elif answering and not answered:
-                self._say("The server serves again.", Level.SUCCESS)
-            await anyio.sleep(_POLL_READY)
-
-    async def _until_ready(self) -> None:
-        attempt, next_attempt, pause = 0, 0.0, _POLL_FIRST
-        status = ServerStatus.STARTING
-        while status is not ServerStatus.READY:
-            result = await self._check()
-            elapsed = self._elapsed()
-            if result.status is not status:
-                status = result.status
-                self._meter.touch(elapsed)
-                elapsed = self._enter(status, elapsed)
-            self._note(result)
-            due = elapsed >= next_attempt
-            if due:
-                attempt = min(attempt + 1, self._attempts)
-            if due or status is ServerStatus.READY:
-                # Not one for each second missed: the load may be older than this watch.
-                whole = elapsed // _ATTEMPT_EVERY * _ATTEMPT_EVERY
-                next_attempt = max(next_attempt, whole) + _ATTEMPT_EVERY
-                if not self._ending():
-                    self._tell(result, max(attempt, 1), elapsed)
-            if self._news.is_set():
-                pause = _POLL_FIRST
-            self._news = anyio.Event()
-            with anyio.move_on_after(min(pause, max(0.0, next_attempt - elapsed))):
-                await self._news.wait()
-            pause = min(pause * _POLL_FACTOR, _POLL_LONGEST)
-
-    async def _check(self) -> HealthCheckResult:
-        result = await self._probe.check()
-        if result.status is not ServerStatus.READY:
-            return result
-        if not self._proving:
-            if doubt := await self._doubt():
-                return replace(result, status=ServerStatus.STARTING, message=doubt)
-            self._proving = True
-            self._tasks.start_soon(self._note_first_answer)
-            with anyio.move_on_after(_AT_ONCE):
-                await self._proven.wait()
-        if self._proven.is_set():
-            return result
-        return replace(result, status=ServerStatus.LOADING, message=_FIRST_ANSWER)
-
-    async def _note_first_answer(self) -> None:
-        if await self._prove():
-            self._proven.set()
-            self.hint()
-
-    def _tell(self, result: HealthCheckResult, attempt: int, elapsed: float) -> None:
-        self._publish(HealthChecked(result, attempt, self._attempts))
-        if result.status is ServerStatus.READY:
-            checks = "1 check" if attempt == 1 else f"{attempt} checks"
-            self._say(f"Model loaded ({checks}, {elapsed:.0f}s elapsed)", Level.SUCCESS)
-        elif result.message == _FIRST_ANSWER:
-            self._say(
-                "The model is loaded; waiting for its first answer, before which some devices"
-                f" compile their programs for minutes… ({elapsed:.0f}s elapsed)"
             )
-        elif result.status is ServerStatus.LOADING:
-            count = f"{attempt}/{self._attempts}, " if elapsed < self._attempts else ""
-            self._say(f"Loading model… ({count}{elapsed:.0f}s elapsed)")
-        elif attempt > 1:
-            self._say(f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)")
-
-    def _say(self, message: str, level: Level = Level.INFO) -> None:
-        self._publish(Activity(message, level, time.time()))
+        elif self._serves and not served:
+            news.append(Activity.now("The server serves again.", Level.SUCCESS))
+        return tuple(news)

@@ -24,7 +24,11 @@ def read_answer(status: int, reason: str, latency: float) -> HealthCheckResult:
         return HealthCheckResult(ServerStatus.READY, latency, "ok")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return HealthCheckResult(ServerStatus.LOADING, latency, "loading model")
-    return HealthCheckResult(ServerStatus.STARTING, latency, f"answered {status} {reason}")
+    elsewhere = status == HTTPStatus.NOT_FOUND
+    why = "; a script may have told it to serve elsewhere (--api-prefix)" if elsewhere else ""
+    return HealthCheckResult(
+        ServerStatus.STARTING, latency, f"/health answered {status} {reason}{why}"
+    )
 
 
 def ask_once(config: ServerConfig) -> HealthCheckResult:

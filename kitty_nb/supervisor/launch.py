@@ -82,19 +82,21 @@ class Launched(NamedTuple):
 
 async def launch(
     config: ServerConfig,
+    engine: Engine,
     api_key: SecretStr | None,
     began: float,
-    say: Callable[[str], None],
-    note_engine: Callable[[Engine], None],
+    notify: Callable[[str], None],
+    processes: type[ServerProcess] = ServerProcess,
 ) -> Launched:
     """Start a profile's server, if nobody else has it. Cancelled, or failing, it leaves none.
 
     Args:
         config: What to start.
+        engine: What to start it with.
         api_key: What it is to ask its clients for.
         began: When the start was asked for, in seconds of the monotonic clock.
-        say: Called with what the user may wait for.
-        note_engine: Called with the engine, before it is started.
+        notify: Called with what the user may wait for.
+        processes: The constructor of processes.
 
     Raises:
         KittyError: What is in the way, and what to do about it.
@@ -105,17 +107,16 @@ async def launch(
         if owner:
             raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
         if leaving:
-            say(f"Waiting for the last server (PID {leaving.pid}) to end.")
+            notify(f"Waiting for the last server (PID {leaving.pid}) to end.")
             await leaving.terminate(config.stop_grace_seconds)
-        engine = await locate_engine(config.binary)
         command = build_command(engine, config)
         if leaves_out_projector(engine, config):
-            say(
+            notify(
                 f"This build of llama-server ({engine.version}) has no --mmproj, so the model takes"
                 " in text only. Update llama.cpp for images and sound."
             )
         if open_to_pages(engine, config):
-            say(
+            notify(
                 "The server has no API key, and this build of llama-server"
                 f" ({engine.version}) has no {ORIGINS}: any web page that you open can use the"
                 " model. Remove LLAMACPP_API_KEY=none, or update llama.cpp."
@@ -124,8 +125,7 @@ async def launch(
         # Called off while a thread tried the port, it is told so only now.
         await anyio.lowlevel.checkpoint_if_cancelled()
         rotate(config.log_path, config.log_keep)
-        note_engine(engine)
-        return await _spawn(config, command, api_key, began)
+        return await _spawn(config, command, api_key, began, processes)
 
 
 async def public_command(config: ServerConfig) -> tuple[str, ...]:
@@ -141,11 +141,16 @@ async def public_command(config: ServerConfig) -> tuple[str, ...]:
     return command[0], *hidden
 
 
-def make_guard(config: ServerConfig) -> Sidecar | None:
-    """Make what ends a server with this kernel, where the settings say that it shall."""
-    if config.on_kernel_exit is not OnKernelExit.STOP:
-        return None
-    return Sidecar(config, record_path(config), guards=True)
+def start_sidecar(config: ServerConfig, process: ServerProcess, record: ServerRecord) -> Sidecar:
+    """Start the helper of a server that runs.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    guards = config.on_kernel_exit is OnKernelExit.STOP
+    sidecar = Sidecar(config, record_path(config), guards=guards)
+    sidecar.watch(process, record.idle_seconds)
+    return sidecar
 
 
 def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess | None]:
@@ -154,13 +159,18 @@ def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess
 
 
 async def _spawn(
-    config: ServerConfig, command: tuple[str, ...], api_key: SecretStr | None, began: float
+    config: ServerConfig,
+    command: tuple[str, ...],
+    api_key: SecretStr | None,
+    began: float,
+    processes: type[ServerProcess],
 ) -> Launched:
-    sidecar = make_guard(config)
+    guards = config.on_kernel_exit is OnKernelExit.STOP
+    sidecar = Sidecar(config, record_path(config), guards=True) if guards else None
     process: ServerProcess | None = None
     try:
         environment = server_environment(api_key) | (sidecar.environment if sidecar else {})
-        process = ServerProcess.spawn(command, config.log_path, environment)
+        process = processes.spawn(command, config.log_path, environment)
         idle_seconds = 0 if sleeps(command) else config.idle_shutdown_seconds or 0
         if sidecar:
             sidecar.watch(process, idle_seconds)

@@ -111,6 +111,10 @@ class LogTail:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def read(self, *, to_end: bool = False) -> tuple[str, ...]:

@@ -40,12 +40,12 @@ from kitty_nb.supervisor.events import (
 from kitty_nb.supervisor.external_server import ForeignServer, find_foreign_server
 from kitty_nb.supervisor.forecast import Forecaster, Running
 from kitty_nb.supervisor.free_memory import memory_use
-from kitty_nb.supervisor.instance import ServerInstance
 from kitty_nb.supervisor.lifecycle import (
     Attach,
     Exited,
     Found,
     Lifecycle,
+    Report,
     RestartAsked,
     Spawn,
     StartAsked,
@@ -57,7 +57,9 @@ from kitty_nb.supervisor.lifecycle import (
     step,
 )
 from kitty_nb.supervisor.port_holder import PortHolder
+from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import find_server
+from kitty_nb.supervisor.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -91,12 +93,21 @@ class Supervisor:
 
     Args:
         config: What to serve when `start` is not told otherwise.
+        clock: Seconds, as `time.monotonic` counts them.
+        process: The constructor of processes.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        process: type[ServerProcess] = ServerProcess,
+    ) -> None:
+        self._clock, self._processes = clock, process
         self._now = Lifecycle(config)
         self._health: HealthCheckResult | None = None
-        self._instance: ServerInstance | ForeignServer | None = None
+        self._server: Server | ForeignServer | None = None
         self._leaving = self._ended = False
         self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
         self._stops = 0
@@ -175,13 +186,13 @@ class Supervisor:
             free_port=now.free_port,
             attachable=now.attachable,
             foreign=None if now.status.idle else self._foreign,
-            devices=() if now.pid is None or not self._instance else self._instance.devices,
+            devices=() if now.pid is None or not self._server else self._server.devices,
         )
 
     @property
     def api_key(self) -> SecretStr | None:
         """What the server asks its clients for; None when it asks for nothing, or there is none."""
-        return self._instance.api_key if self._instance else None
+        return self._server.api_key if self._server else None
 
     @property
     def log_lines(self) -> tuple[str, ...]:
@@ -293,9 +304,9 @@ class Supervisor:
 
     async def check_health(self) -> HealthCheckResult:
         """Ask the server how it is, now."""
-        if self._instance is None or self._now.status.absent:
+        if self._server is None or self._now.status.absent:
             return HealthCheckResult(ServerStatus.STOPPED, message="no server is running")
-        self._health = await self._instance.probe.check_activity()
+        self._health = await self._server.probe.check_activity()
         return self._health
 
     async def memory_use(self) -> MemoryUse | None:
@@ -405,7 +416,7 @@ class Supervisor:
         Raises:
             ServerFailedError: It is no router, has no such model, or does not load it.
         """
-        server = self._instance
+        server = self._server
         if not isinstance(server, ForeignServer) or server.holder.models is None:
             who = server.holder.who if isinstance(server, ForeignServer) else "It"
             raise ServerFailedError(
@@ -423,7 +434,7 @@ class Supervisor:
         try:
             await server.load(name, fresh=fresh)
         except ServerError as error:
-            self._publish(Activity(str(error), Level.ERROR, time.time()))
+            self._publish(Activity.now(str(error), Level.ERROR))
 
     def _is_present(self, generation: int) -> bool:
         return self._now.generation == generation and self._now.status is not ServerStatus.STOPPING
@@ -466,17 +477,9 @@ class Supervisor:
                     f"Internal error while supervising the server: {first_of(error)!r}. Please"
                     " report this. The server was stopped, unless it was started elsewhere."
                 )
-                self._feed(Exited(generation, reason, time.monotonic(), repeats=True, broken=True))
+                self._feed(Exited(generation, reason, self._clock(), repeats=True, broken=True))
 
         self._tasks.start_soon(guarded)
-
-    async def _terminate(self, instance: ServerInstance | ForeignServer, force: bool) -> None:
-        try:
-            await instance.terminate(force)
-        except Exception:
-            if isinstance(instance, ServerInstance):
-                await instance.put_down()
-            raise
 
     def _feed(self, stimulus: Stimulus) -> None:
         before = self._now
@@ -488,8 +491,8 @@ class Supervisor:
                 case Attach(generation, server):
                     self._begin(generation, self._now.config, server)
                 case Terminate(_, force):
-                    if self._instance:
-                        self._begin_task(self._terminate, self._instance, force)
+                    if self._server:
+                        self._server.stop(force)
                 case Wait(generation, seconds):
                     self._begin_task(self._wait, generation, seconds)
         if self._now != before:
@@ -511,22 +514,29 @@ class Supervisor:
     ) -> None:
         self._health = None
         self._log_lines.clear()
-        told = (self._feed, self._publish, self._note_health)
         if isinstance(found, PortHolder):
-            self._instance = ForeignServer(generation, config, found, *told)
-            self._begin_task(self._instance.run)
+            self._server = ForeignServer(generation, config, found, self._hear)
+            self._begin_task(self._server.run)
             return
         if self._leaving:
             config = config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
         key = self._choose_key(config)
-        self._instance = ServerInstance(generation, config, *told, key, found)
+        self._server = Server(
+            generation,
+            config,
+            key,
+            self._hear,
+            found,
+            clock=self._clock,
+            process=self._processes,
+        )
         self._publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
-        self._begin_task(self._instance.run)
+        self._begin_task(self._server.run)
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
         """The key of the server to come: that of the last one where its clients can go on so."""
-        last = self._instance
-        if config.api_key is None and isinstance(last, ServerInstance) and last.was_ready:
+        last = self._server
+        if config.api_key is None and isinstance(last, Server) and last.was_ready:
             return last.api_key or choose_api_key(config)
         return choose_api_key(config)
 
@@ -538,7 +548,7 @@ class Supervisor:
 
     @property
     def _foreign(self) -> PortHolder | None:
-        return self._instance.holder if isinstance(self._instance, ForeignServer) else None
+        return self._server.holder if isinstance(self._server, ForeignServer) else None
 
     async def _look_forever(self) -> None:
         while True:
@@ -570,11 +580,17 @@ class Supervisor:
             ServerStatus.CRASHED: (self._now.error, Level.ERROR),
         }.get(self._now.status, (None, Level.INFO))
         if message:
-            self._publish(Activity(message, level, time.time()))
+            self._publish(Activity.now(message, level))
 
-    def _note_health(self, result: HealthCheckResult) -> None:
-        self._health = result
-        self._publish(StateChanged(self.state))
+    def _hear(self, fact: Event | Report | HealthCheckResult) -> None:
+        """Take in what a server reports."""
+        if isinstance(fact, HealthCheckResult):
+            self._health = fact
+            self._publish(StateChanged(self.state))
+        elif isinstance(fact, Event):
+            self._publish(fact)
+        else:
+            self._feed(fact)
 
     def _publish(self, event: Event) -> None:
         if isinstance(event, LogLines):
