@@ -294,6 +294,7 @@ def worker_of(server: psutil.Process) -> psutil.Process:
     return parent
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_gives_its_trial_away(
     sweep: Callable[..., Sweep], tmp_path: Path
 ) -> None:
@@ -312,6 +313,7 @@ def test_a_worker_that_dies_gives_its_trial_away(
         assert count(events, TrialStarted) == count(events, TrialEnded) == 3
 
 
+@pytest.mark.slow
 def test_a_trial_that_takes_its_workers_with_it_is_a_row(
     sweep: Callable[..., Sweep], demo_model: Path, tmp_path: Path
 ) -> None:
@@ -352,6 +354,7 @@ def kill_when_ready(event: SweepEvent) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_cluster_without_slots_runs_one_trial_per_worker_until_it_is_lost(
     sweep: Callable[..., Sweep], tmp_path: Path
 ) -> None:
