@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-import anyio
 import psutil
 import pytest
 from conftest import eventually
@@ -25,15 +24,14 @@ from typer.testing import CliRunner, Result
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.catalog.gguf import read_header
 from kitty_nb.cli import app
-from kitty_nb.doctor import Verdict, examine
+from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.supervisor.history import Outcome
 
-Kitty = Callable[..., "subprocess.CompletedProcess[str]"]
 _COMMAND = (sys.executable, "-m", "kitty_nb.cli")
 
 
 def run(*words: object) -> Result:
-    """A command that starts no server, without the cost of a process."""
+    """A command, without the cost of a process."""
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -66,28 +64,13 @@ def slow_env(tmp_path: Path, config: ServerConfig, stand_in: Path) -> Iterator[P
     run("stop", "--env", path, "--force")
 
 
-@pytest.fixture
-def kitty(tmp_path: Path) -> Kitty:
-    """The command line as a program."""
-
-    def call(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [*_COMMAND, *map(str, words)]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-        )
-
-    return call
-
-
 def facts(env: Path) -> dict[str, object]:
     return dict(json.loads(run("status", "--json", "--env", env).stdout))
 
 
-def test_a_server_started_in_a_terminal_is_seen_and_stopped_by_a_panel(
-    kitty: Kitty, env: Path
-) -> None:
-    started = kitty("start", "--env", env)
-    assert started.returncode == 0, started.stderr
+def test_a_server_started_in_a_terminal_is_seen_and_stopped_by_a_panel(env: Path) -> None:
+    started = run("start", "--env", env)
+    assert started.exit_code == 0, started.stderr
     assert started.stdout.startswith("READY: demo at http://127.0.0.1:")
     assert "Server starting…\n" in started.stderr
     pid = facts(env)["pid"]
@@ -150,61 +133,57 @@ def test_the_status_of_all_profiles(env: Path, config: ServerConfig) -> None:
         assert statuses == {"primary": "READY", "coder": "STOPPED"}
 
 
-def test_looking_at_a_server_does_not_tie_it_to_the_terminal(kitty: Kitty, env: Path) -> None:
+def test_looking_at_a_server_does_not_tie_it_to_the_terminal(env: Path) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_ON_KERNEL_EXIT=stop\n")
     with ModelManager(env) as manager:
         pid = manager.start().wait(30).pid
         for command in ("wait-ready", "status", "start"):
-            done = kitty(command, "--env", env)
-            assert done.returncode == 0, done.stderr
+            done = run(command, "--env", env)
+            assert done.exit_code == 0, done.stderr
         assert manager.state.status is ServerStatus.READY
         assert manager.state.pid == pid
         assert psutil.pid_exists(pid or 0)
 
 
 def test_what_is_started_in_a_terminal_stays_whatever_is_to_be_done_at_a_kernels_exit(
-    kitty: Kitty, env: Path
+    env: Path,
 ) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_ON_KERNEL_EXIT=stop\n")
-    assert kitty("start", "--env", env).returncode == 0
+    assert run("start", "--env", env).exit_code == 0
     pid = facts(env)["pid"]
-    again = kitty("start", "--env", env)
-    assert again.returncode == 0
+    again = run("start", "--env", env)
+    assert again.exit_code == 0
     assert facts(env)["pid"] == pid
     assert facts(env)["status"] == "READY"
 
 
-def test_a_load_is_remembered_after_the_command_has_ended(
-    kitty: Kitty, env: Path, config: ServerConfig
-) -> None:
-    assert kitty("start", "--env", env).returncode == 0
+def test_a_load_is_remembered_after_the_command_has_ended(env: Path, config: ServerConfig) -> None:
+    assert run("start", "--env", env).exit_code == 0
     with closing(sqlite3.connect(config.history)) as loads:
         assert loads.execute("SELECT outcome FROM loads").fetchall() == [(Outcome.READY.value,)]
 
 
-def test_restart_and_switch_replace_the_server(kitty: Kitty, env: Path, demo_model: Path) -> None:
+def test_restart_and_switch_replace_the_server(env: Path, demo_model: Path) -> None:
     other = demo_model.with_name("other.gguf")
     other.write_bytes(demo_model.read_bytes())
     pids = set()
     for words in (("start",), ("restart",), ("switch", "other.gguf", "--alias", "second")):
-        done = kitty(*words, "--env", env)
-        assert done.returncode == 0, done.stderr
+        done = run(*words, "--env", env)
+        assert done.exit_code == 0, done.stderr
         pids.add(facts(env)["pid"])
     assert len(pids) == 3
     assert (facts(env)["alias"], facts(env)["model"]) == ("second", str(other))
-    missing = kitty("switch", "none.gguf", "--env", env)
-    assert missing.returncode == 1
+    missing = run("switch", "none.gguf", "--env", env)
+    assert missing.exit_code == 1
     assert "There is no such file" in missing.stderr
     assert "Traceback" not in missing.stderr
     assert facts(env)["alias"] == "second"
     other.unlink()
 
 
-def test_no_wait_returns_during_the_load_and_wait_ready_gives_up(
-    kitty: Kitty, slow_env: Path
-) -> None:
-    started = kitty("start", "--no-wait", "--env", slow_env)
-    assert started.returncode == 0, started.stderr
+def test_no_wait_returns_during_the_load_and_wait_ready_gives_up(slow_env: Path) -> None:
+    started = run("start", "--no-wait", "--env", slow_env)
+    assert started.exit_code == 0, started.stderr
     assert "STARTING" in started.stdout
     eventually(lambda: facts(slow_env)["status"] == "LOADING")
     waited = run("wait-ready", "--timeout", "0.5", "--env", slow_env)
@@ -243,14 +222,14 @@ def test_a_load_is_a_bar_in_a_terminal_and_ctrl_c_ends_it(tmp_path: Path, slow_e
     assert run("status", "--env", slow_env).exit_code == 3
 
 
-def test_a_start_that_fails_says_why(kitty: Kitty, env: Path, config: ServerConfig) -> None:
+def test_a_start_that_fails_says_why(env: Path, config: ServerConfig) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_EXTRA_ARGS=--no-such-flag\n")
-    done = kitty("start", "--env", env)
-    assert done.returncode == 1
+    done = run("start", "--env", env)
+    assert done.exit_code == 1
     assert done.stderr.count("--no-such-flag") == 1
     assert "Traceback" not in done.stderr
-    empty = kitty("start", "--env", env, "--profile", "coder")
-    assert empty.returncode == 1
+    empty = run("start", "--env", env, "--profile", "coder")
+    assert empty.exit_code == 1
     assert "set LLAMACPP_CODER_MODEL" in empty.stderr
 
 
@@ -263,12 +242,12 @@ def test_a_start_that_fails_says_why(kitty: Kitty, env: Path, config: ServerConf
     ],
 )
 def test_why_a_start_failed_is_known_until_the_next_one(
-    kitty: Kitty, env: Path, stand_in: Path, flags: str, says: str
+    env: Path, stand_in: Path, flags: str, says: str
 ) -> None:
     good = f"{env.read_text()}LLAMACPP_BIN={stand_in}\nLLAMACPP_STALL_SECONDS=1\n"
     env.write_text(f"{good}LLAMACPP_EXTRA_ARGS={flags}\n")
-    failed = kitty("start", "--env", env)
-    assert failed.returncode == 1
+    failed = run("start", "--env", env)
+    assert failed.exit_code == 1
     reason = failed.stderr.partition("kitty-nb: ")[2].splitlines()[0]
     assert says in reason
     if hint := failed.stderr.partition("To see the end of its log: kitty-nb ")[2]:
@@ -282,7 +261,7 @@ def test_why_a_start_failed_is_known_until_the_next_one(
     assert "will not fit" in run("start", "--env", env).stderr
     assert "will not fit" in run("status", "--env", env).stdout
     env.write_text(good)
-    assert kitty("start", "--env", env).returncode == 0
+    assert run("start", "--env", env).exit_code == 0
     assert run("stop", "--env", env).exit_code == 0
     assert run("status", "--env", env).stdout.startswith("No server")
 
@@ -335,32 +314,30 @@ def test_a_secret_among_other_flags_is_not_printed(tmp_path: Path, config: Serve
     assert run("start", "--print-command", "--env", env).stdout.endswith("-hft '(hidden)'\n")
 
 
-def test_what_will_not_fit_is_refused_unless_wanted_anyway(
-    kitty: Kitty, env: Path, stand_in: Path
-) -> None:
+def test_what_will_not_fit_is_refused_unless_wanted_anyway(env: Path, stand_in: Path) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\n")
-    assert kitty("start", "--env", env).returncode == 0
+    assert run("start", "--env", env).exit_code == 0
     pid = facts(env)["pid"]
     env.write_text(f"{env.read_text()}LLAMACPP_PRIMARY_CTX=2000000000\n")
     for verb in ("start", "restart"):
-        refused = kitty(verb, "--env", env)
-        assert refused.returncode == 1
+        refused = run(verb, "--env", env)
+        assert refused.exit_code == 1
         assert "Not enough memory: needs" in refused.stderr
         assert "--anyway" in refused.stderr
     assert facts(env)["pid"] == pid
-    assert kitty("restart", "--anyway", "--env", env).returncode == 0
+    assert run("restart", "--anyway", "--env", env).exit_code == 0
     assert facts(env)["pid"] != pid
 
 
-def test_a_hung_server_is_not_said_to_serve(kitty: Kitty, env: Path, stand_in: Path) -> None:
+def test_a_hung_server_is_not_said_to_serve(env: Path, stand_in: Path) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\n")
-    assert kitty("start", "--env", env).returncode == 0
+    assert run("start", "--env", env).exit_code == 0
     os.kill(int(str(facts(env)["pid"])), signal.SIGSTOP)
     assert "does not serve now" in run("status", "--env", env).stdout
 
 
-def test_a_server_that_died_unwatched_is_said_to_have_crashed(kitty: Kitty, env: Path) -> None:
-    assert kitty("start", "--env", env).returncode == 0
+def test_a_server_that_died_unwatched_is_said_to_have_crashed(env: Path) -> None:
+    assert run("start", "--env", env).exit_code == 0
     pid = facts(env)["pid"]
     assert isinstance(pid, int)
     os.kill(pid, signal.SIGKILL)
@@ -441,8 +418,8 @@ def test_the_doctor_says_what_to_do_about_everything_that_is_wrong(
             f"LLAMACPP_MODELS_DIR=models\nLLAMACPP_PORT={port}\nLLAMACPP_BIN={tmp_path}/none\n"
             f"LLAMACPP_PRIMARY_MODEL=gone.gguf\nLLAMACPP_LOG_DIR={path}/logs\n"
         )
-        findings = {finding.what: finding for finding in anyio.run(examine, path)}
-    bad = {what for what, finding in findings.items() if finding.verdict is Verdict.BAD}
+        findings = {finding.what: finding for finding in examine(path)}
+    bad = {what for what, finding in findings.items() if finding.verdict is Verdict.ERROR}
     assert bad == {".env", "Engine", "Port of primary", "Disk"}
     assert "gone.gguf" in findings[".env"].advice
     assert "LLAMACPP_BIN" in findings["Engine"].advice
@@ -454,15 +431,15 @@ def test_the_doctor_says_what_to_do_about_everything_that_is_wrong(
     result = run("doctor", "--env", path)
     assert result.exit_code == 1
     path.write_text("LLAMACPP_PORT='open\n")
-    assert "close every quote" in anyio.run(examine, path)[-1].found
+    assert "close every quote" in examine(path)[-1].found
 
 
 def test_the_doctor_knows_flags_that_the_engine_does_not(
     tmp_path: Path, config: ServerConfig, stand_in: Path
 ) -> None:
     path = write_env(tmp_path, config, f"LLAMACPP_BIN={stand_in}", "LLAMACPP_EXTRA_ARGS=--nope")
-    engine = next(one for one in anyio.run(examine, path) if one.what == "Engine")
-    assert engine.verdict is Verdict.BAD
+    engine = next(one for one in examine(path) if one.what == "Engine")
+    assert engine.verdict is Verdict.ERROR
     assert "--nope" in engine.advice
 
 
@@ -515,7 +492,7 @@ def test_a_size_that_is_no_number_is_refused(tmp_path: Path, size: str) -> None:
 
 
 def test_a_log_is_read_from_its_beginning_by_a_program_that_stops_reading(
-    kitty: Kitty, env: Path, config: ServerConfig
+    env: Path, config: ServerConfig
 ) -> None:
     config.log_dir.mkdir()
     config.log_path.write_text("a line\n" * 200_000)
@@ -529,7 +506,7 @@ def test_a_log_is_read_from_its_beginning_by_a_program_that_stops_reading(
 
 
 def test_a_model_whose_name_is_no_text_is_listed(
-    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch, kitty: Kitty
+    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models").mkdir()
     try:
@@ -538,8 +515,8 @@ def test_a_model_whose_name_is_no_text_is_listed(
         pytest.skip("this file system takes text only")
     (tmp_path / ".env").write_text("LLAMACPP_MODELS_DIR=models\nLLAMACPP_OTHER_STORES=0\n")
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
-    listed = kitty("scan")
-    assert listed.returncode == 0, listed.stderr
+    listed = run("scan")
+    assert listed.exit_code == 0, listed.stderr
     assert "caf\\udce9.gguf" in listed.stdout
 
 
@@ -643,12 +620,12 @@ def test_surroundings_that_keep_the_hub_away_are_named(
 
 
 def test_a_proxy_is_not_asked_for_what_is_on_this_machine(
-    kitty: Kitty, env: Path, monkeypatch: pytest.MonkeyPatch
+    env: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "socks5://127.0.0.1:9")
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
-    assert kitty("start", "--env", env).returncode == 0
+    assert run("start", "--env", env).exit_code == 0
     assert run("status", "--env", env).stdout.startswith("READY")
     with ModelManager(env) as manager:
         assert manager.chat("Who are you?", max_tokens=4).wait(30)

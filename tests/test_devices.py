@@ -17,7 +17,8 @@ from model_files import write_model
 
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict
-from kitty_nb.doctor import examine
+from kitty_nb.cli.doctor import examine
+from kitty_nb.cli.status import read_status
 from kitty_nb.engine.devices import Device, engine_devices, parse_devices
 from kitty_nb.errors import ServerCrashedError
 from kitty_nb.experiments import Results, Sweep
@@ -25,7 +26,6 @@ from kitty_nb.experiments.metrics import metrics_of
 from kitty_nb.experiments.study import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import memory_use, with_devices
-from kitty_nb.terminal.status import glance
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
 from kitty_nb.widgets.load_bar import StatusLine
 
@@ -212,14 +212,14 @@ def test_a_server_says_which_devices_it_uses(
         (row,) = fleet_rows([Profile(config, manager.state, memory=manager.memory_use().wait(5))])
         assert row.memory.endswith(" + RPC0, RPC1")
         # Another program has it from the record.
-        eventually(lambda: glance(manager.state.config).devices == names)
+        eventually(lambda: read_status(manager.state.config).devices == names)
         with ModelManager(env) as other:
             assert other.state.devices == names
             other_line = StatusLine()
             other_line.show(other.state)
             assert names[0] in other_line.value
             other.run(leave, other).wait(5)
-        found = {finding.what: finding for finding in anyio.run(examine, env)}
+        found = {finding.what: finding for finding in examine(env)}
         for name in names:
             assert f"{name}: " in found["GPU, memory"].found
     assert manager.state.devices == ()

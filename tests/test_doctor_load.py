@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import anyio
 import pytest
 from conftest import STAND_IN
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.doctor import Finding, Verdict, examine
+from kitty_nb.cli.doctor import Finding, Verdict, examine
 
 
 def load_of(env: Path) -> Finding:
-    return next(one for one in anyio.run(examine, env) if one.what == "Load")
+    return next(one for one in examine(env) if one.what == "Load")
 
 
 def settings(path: Path, config: ServerConfig, engine: Path | None = None) -> Path:
@@ -39,7 +38,7 @@ def stand_in(path: Path, flags: str) -> Path:
 def test_an_engine_that_dies_at_every_load_is_wrong(config: ServerConfig, tmp_path: Path) -> None:
     engine = stand_in(tmp_path / "llama-server", "--exit-after 0 --exit-code -4")
     found = load_of(settings(tmp_path / "x.env", config, engine))
-    assert found.verdict is Verdict.BAD
+    assert found.verdict is Verdict.ERROR
     assert "ended by SIGILL" in found.advice
     assert "instructions that this processor lacks" in found.advice
 
@@ -47,10 +46,10 @@ def test_an_engine_that_dies_at_every_load_is_wrong(config: ServerConfig, tmp_pa
 def test_an_engine_that_takes_its_time_is_not_called_wrong(
     config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.doctor._LOADED_WITHIN", 1.0)
+    monkeypatch.setattr("kitty_nb.cli.doctor._LOADED_WITHIN", 1.0)
     engine = stand_in(tmp_path / "llama-server", "--never-ready")
     found = load_of(settings(tmp_path / "x.env", config, engine))
-    assert found.verdict is Verdict.ODD
+    assert found.verdict is Verdict.WARNING
     assert "within 1 s" in found.found
 
 
@@ -61,6 +60,6 @@ def test_an_engine_that_serves_is_good_beside_a_server_that_runs(
     with ModelManager(config=config) as manager:
         pid = manager.start().wait(60).pid
         found = load_of(env)
-        assert (found.verdict, found.advice) == (Verdict.GOOD, "")
+        assert (found.verdict, found.advice) == (Verdict.OK, "")
         assert manager.check_health().wait(10).latency is not None
         assert manager.state.pid == pid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anyio
 import pytest
 from conftest import eventually
 from IPython.core.interactiveshell import InteractiveShell
@@ -12,8 +11,8 @@ from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.config import env_warnings
-from kitty_nb.doctor import Verdict, examine
 from kitty_nb.errors import ConfigError
 from kitty_nb.widgets import FleetPanel
 
@@ -95,11 +94,11 @@ def test_the_doctor_tells_them_and_where_there_is_no_file(
 ) -> None:
     (tmp_path / ".env").write_text("LLAMACPP_CONTEXT=1\n")
     monkeypatch.chdir(tmp_path)
-    found = {one.what: one for one in anyio.run(examine)}[".env"]
-    assert found.verdict is Verdict.ODD
+    found = {one.what: one for one in examine()}[".env"]
+    assert found.verdict is Verdict.WARNING
     assert "LLAMACPP_CTX" in found.advice
     (tmp_path / ".env").unlink()
-    assert "There is none in" in {one.what: one for one in anyio.run(examine)}[".env"].found
+    assert "There is none in" in {one.what: one for one in examine()}[".env"].found
 
 
 @pytest.mark.parametrize(

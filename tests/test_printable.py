@@ -6,7 +6,6 @@ import io
 import shutil
 from pathlib import Path
 
-import anyio
 import pytest
 from hub_server import ONE, Hub
 from rich.table import Table
@@ -14,10 +13,8 @@ from typer.testing import CliRunner
 
 from kitty_nb import ServerConfig
 from kitty_nb.cli import app
+from kitty_nb.cli.console import PlainConsole
 from kitty_nb.errors import KittyError, printable
-from kitty_nb.hub.repository import HubReference
-from kitty_nb.terminal.console import PlainConsole
-from kitty_nb.terminal.downloads import show_variants
 
 # Sets the title, writes the clipboard, and a colour by the one letter of 8-bit terminals.
 EVIL = "\x1b]0;owned\x07\x1b]52;c;cm0gLXJm\x07\x9b31m"
@@ -72,9 +69,9 @@ def test_file_names_and_logs_are_tame(
 def test_names_on_the_hub_and_what_is_said_of_them_are_tame(hub: Hub, tmp_path: Path) -> None:
     files = hub.repos[ONE].files
     files[f"tiny-{EVIL}-Q5_K_M.gguf"] = b"x"
-    out = io.StringIO()
-    console = PlainConsole(file=out, width=300)
-    anyio.run(show_variants, HubReference(ONE), tmp_path, console)
-    assert "owned" in out.getvalue()
-    assert tame(out.getvalue())
+    env = tmp_path / "x.env"
+    env.write_text(f"LLAMACPP_MODELS_DIR={tmp_path}\n")
+    result = CliRunner().invoke(app, ["download", ONE, "--list", "--env", str(env)], color=True)
+    assert "owned" in result.output.replace("\n", "")
+    assert tame(result.output)
     assert tame("".join(KittyError(f"no {EVIL}")._render_traceback_()))

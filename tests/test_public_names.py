@@ -44,18 +44,7 @@ ROOMS = {
         "hub",
         "experiments",
     },
-    "terminal": {"errors", "config", "supervisor", "catalog", "hub"},
-    "doctor": {"errors", "config", "catalog", "engine", "supervisor"},
-    "cli": {
-        "errors",
-        "safe_files",
-        "config",
-        "catalog",
-        "supervisor",
-        "terminal",
-        "doctor",
-        "hub",
-    },
+    "cli": {"errors", "safe_files", "config", "engine", "catalog", "supervisor", "hub"},
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
@@ -157,7 +146,7 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize(
     "modules",
-    ["kitty_nb.terminal.commands, kitty_nb.terminal.load_display", "kitty_nb.terminal.status"],
+    ["kitty_nb.cli.commands", "kitty_nb.cli.status"],
 )
 def test_a_command_does_not_wait_for_what_it_needs_later_or_never(modules: str) -> None:
     late = {"httpx", "rich.console", "pygments", "gguf", "numpy", "ipywidgets"}

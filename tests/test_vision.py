@@ -14,6 +14,7 @@ from model_files import write_header, write_projector
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import Store, StoreKind
+from kitty_nb.cli.status import read_status
 from kitty_nb.config import env_lines, save_settings
 from kitty_nb.engine.command_line import build_command, leaves_out_projector
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
@@ -21,7 +22,6 @@ from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.experiments import record_run, replay
 from kitty_nb.supervisor.forecast import settings_of
 from kitty_nb.supervisor.load_facts import gather_facts
-from kitty_nb.terminal.status import glance
 
 DEMO_WIDTH = 320  # of the demo model's vectors
 
@@ -141,7 +141,7 @@ def test_a_run_s_record_names_the_projector_and_is_repeated_with_it(
 ) -> None:
     with ModelManager(config=seeing) as manager:
         manager.start().wait(60)
-        found = glance(seeing.replace(mmproj="off"))  # the server's record tells
+        found = read_status(seeing.replace(mmproj="off"))  # the server's record tells
         assert found.projector == seeing.projector
         record = record_run(manager, "Well?", max_tokens=4).wait(60)
     assert [one.name for one in record.model.companions] == ["mmproj-F16.gguf"]

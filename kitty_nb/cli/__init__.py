@@ -1,4 +1,4 @@
-"""`kitty-nb`: the same verbs for a terminal.
+"""`kitty-nb`: the verbs of the terminal.
 
 What takes long to import is imported by the verb that needs it.
 """
@@ -7,43 +7,41 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import shutil
 import sys
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import anyio
 import typer
 from typer.core import TyperGroup
 
-from kitty_nb.errors import KittyError, ServerCrashedError, printable
+from kitty_nb.errors import KittyError, printable
 from kitty_nb.safe_files import distrust
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Iterable
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import MemoryUse, ServerState
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _DEMO_NAME = "kitty-demo.gguf"
 _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
 _EXIT_CODES = (
-    "Exit codes: 0 it went well; 1 it failed, and a sentence on stderr says why; 2 wrong arguments;"
-    " 3 no server is running (status, wait-ready); 130 interrupted by Ctrl-C."
+    "Exit codes: 0 success; 1 failure, with the reason on stderr; 2 wrong arguments; 3 no server is"
+    " running (status, wait-ready, key); 130 interrupted by Ctrl-C."
 )
 
 
 class _Verbs(TyperGroup):
-    """Ends every error that is ours in its sentence, and every interruption quietly."""
+    """Prints each error of ours as a sentence, and ends quietly when interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # whoever reads has seen enough, as `head`
+        except BrokenPipeError:  # the reader has seen enough, as `head`
             raise
         except (KittyError, OSError) as error:
             _say(f"kitty-nb: {error}", err=True)
@@ -54,7 +52,7 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help="Start, watch and stop llama-server. A panel of the same profile sees the same server.",
+    help="Start, watch and stop llama-server. The panel of a profile controls the same server.",
     epilog=_EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -70,34 +68,35 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[
+    bool,
+    typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version."),
+]
+
+
 @app.callback()
-def _options(
-    _: Annotated[
-        bool,
-        typer.Option(
-            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
-        ),
-    ] = False,
-) -> None:
+def _options(_: _Version = False) -> None:
     """Take the options that stand before the verb."""
 
 
 _Env = Annotated[Path, typer.Option("--env", metavar="FILE", help="The file with the settings.")]
-_Profile = Annotated[str, typer.Option(help="Which named set of settings to use.")]
-_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the process is there.")]
-_Anyway = Annotated[bool, typer.Option("--anyway", help="Also where it will not fit into memory.")]
+_Profile = Annotated[str, typer.Option(help="The named set of settings to use.")]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as the process exists.")]
+_Anyway = Annotated[
+    bool, typer.Option("--anyway", help="Start the model even if it doesn't fit into memory.")
+]
 _ENV, _PROFILE = Path(".env"), "primary"
 
 
 @app.command()
 def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
-    """List the models in the models folder, and those of other programs on this machine."""
+    """List the models in the models folder and in other programs' stores."""
     from rich.filesize import decimal
     from rich.table import Table
 
     from kitty_nb.catalog.catalog import ModelCatalog
     from kitty_nb.catalog.stores import model_stores
-    from kitty_nb.terminal.console import PlainConsole
+    from kitty_nb.cli.console import PlainConsole
 
     config = _settings(env, profile)
     models = ModelCatalog(model_stores(config)).scan()
@@ -105,23 +104,21 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
         _say(f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model")
         return
     table = Table(
-        "Model", "Quantization", "Size", "Shards", "Context", "Takes in", "Problem", box=None
+        "Model", "Quantization", "Size", "Shards", "Context", "Input", "Problem", box=None
     )
     for model in models:
-        context = str(model.context_length or "")
-        takes = ", ".join(model.modalities)
-        cells = (
+        table.add_row(
+            f"{model.known_as} ({model.name})" if model.known_as else model.name,
             model.quantization or "",
             decimal(model.size),
             str(model.shard_count),
-            context,
-            takes,
+            str(model.context_length or ""),
+            ", ".join(model.modalities),
+            model.problem or model.doubt or "",
         )
-        name = f"{model.known_as} ({model.name})" if model.known_as else model.name
-        table.add_row(name, *cells, model.problem or model.doubt or "")
-    console = PlainConsole(markup=False)
+    console = PlainConsole()
     if not console.is_terminal:
-        console.width = 10_000  # what another program reads is not to be folded
+        console.width = 10_000  # a program reads one row a line
     console.print(table)
 
 
@@ -133,20 +130,21 @@ def start(
     anyway: _Anyway = False,
     print_command: Annotated[
         bool,
-        typer.Option("--print-command", help="Only print the command that would start it."),
+        typer.Option("--print-command", help="Print the command line instead of running it."),
     ] = False,
 ) -> None:
-    """Start the profile's server; it stays when this command ends.
+    """Start the profile's server; it keeps running when this command ends.
 
-    Ctrl-C before it is ready stops it. A server that runs already with these settings is left as
-    it is. LLAMACPP_ON_KERNEL_EXIT is for notebooks: what is started here stays until it is stopped.
+    Ctrl-C stops it before it is ready. A server that already runs with these settings is left
+    alone. LLAMACPP_ON_KERNEL_EXIT is for notebooks: a server started here runs until it is stopped.
     """
-    from kitty_nb.terminal import commands
+    from kitty_nb.cli import commands
 
+    config = _config(env, profile)
     if print_command:
-        _say(anyio.run(commands.command_text, _config(env, profile)))
-        return
-    _show_load(env, commands.start, _config(env, profile), not no_wait, anyway)
+        _say(anyio.run(commands.command_text, config))
+    else:
+        _say(anyio.run(commands.start, config, env, not no_wait, anyway))
 
 
 @app.command()
@@ -160,12 +158,10 @@ def stop(
         ),
     ] = False,
 ) -> None:
-    """Stop the profile's server, whoever started it. Without one there is nothing to do."""
-    from kitty_nb.terminal import commands
+    """Stop the profile's server, whoever started it; do nothing if none is running."""
+    from kitty_nb.cli import commands
 
-    config = _settings(env, profile)
-    pid = anyio.run(commands.stop, config, force)
-    _say(_nothing_runs(config) if pid is None else f"The server (PID {pid}) is stopped.")
+    _say(anyio.run(commands.stop, _settings(env, profile), env, force))
 
 
 @app.command()
@@ -175,25 +171,26 @@ def restart(
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
 ) -> None:
-    """End the profile's server and start it with the settings as they are in the file."""
-    from kitty_nb.terminal import commands
+    """Stop the profile's server and start it with the settings that the file has now."""
+    from kitty_nb.cli import commands
 
-    _show_load(env, commands.restart, _config(env, profile), not no_wait, anyway)
+    _say(anyio.run(commands.restart, _config(env, profile), env, not no_wait, anyway))
 
 
 @app.command()
 def switch(
-    model: Annotated[str, typer.Argument(help="A .gguf file, as a path in the models folder.")],
+    model: Annotated[str, typer.Argument(help="A .gguf file, relative to the models folder.")],
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
     alias: Annotated[str | None, typer.Option(help="The name that clients ask for.")] = None,
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
 ) -> None:
-    """Serve another model with the settings of the server that runs."""
-    from kitty_nb.terminal import commands
+    """Serve another model with the settings of the running server."""
+    from kitty_nb.cli import commands
 
-    _show_load(env, commands.switch, _settings(env, profile), model, alias, not no_wait, anyway)
+    config = _settings(env, profile)
+    _say(anyio.run(commands.switch, config, env, model, alias, not no_wait, anyway))
 
 
 @app.command()
@@ -201,18 +198,18 @@ def status(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
     every: Annotated[
-        bool, typer.Option("--all", help="Of every profile that the file names.")
+        bool, typer.Option("--all", help="Report every profile that the file names.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Say how the profile's server is. The exit code is 3 when none is running."""
+    """Report the state of the profile's server; exit with 3 if none is running."""
+    from kitty_nb.cli.status import read_status, status_facts
     from kitty_nb.config import configured_profiles
-    from kitty_nb.terminal.status import glance, measure
 
     names = configured_profiles(env) if every else (profile,)
-    states = [*map(glance, _all_settings(env, names))]
+    states = [read_status(config) for config in _all_settings(env, names)]
     if as_json:
-        facts = [_facts(state, *anyio.run(measure, state)) for state in states]
+        facts = [anyio.run(status_facts, state) for state in states]
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
     else:
         for state in states:
@@ -226,16 +223,33 @@ def wait_ready(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up after so long.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up after so many seconds.")
     ] = None,
 ) -> None:
-    """Wait until a server that was started answers. The exit code is 3 when none is running."""
-    from kitty_nb.terminal import commands
+    """Wait until the profile's server answers; exit with 3 if none is running."""
+    from kitty_nb.cli import commands
 
     config = _settings(env, profile)
-    if not _show_load(env, commands.wait_ready, config, timeout):
-        _say(_nothing_runs(config), err=True)
-        raise typer.Exit(_NOT_RUNNING)
+    ready = anyio.run(commands.wait_ready, config, env, timeout)
+    if ready is None:
+        _end_without_server(config)
+    _say(ready)
+
+
+@app.command()
+def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
+    """Print the API key that clients must send; exit with 3 if no server is running."""
+    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+
+    config = _settings(env, profile)
+    refuse_open_folder(config)
+    record = find_server(config)
+    if record is None:
+        _end_without_server(config)
+    if record.api_key:
+        typer.echo(record.api_key.get_secret_value())
+    else:
+        _say("The server asks for no key.", err=True)
 
 
 @app.command()
@@ -250,37 +264,36 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
+    from kitty_nb.cli.status import follow_log, has_log, log_lines
     from kitty_nb.supervisor.registry import refuse_open_folder
-    from kitty_nb.terminal.status import follow_log, has_log, log_lines
 
     config = _settings(env, profile)
     refuse_open_folder(config)
     path = config.log_path
-    there = has_log(path)
     if follow:
         anyio.run(follow_log, path, _say, lines)
-    if not there:
-        raise KittyError(f"There is no log {path}: no server of this profile was started yet.")
+    if not has_log(path):
+        raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
     for line in deque(log_lines(path), maxlen=lines):
         _say(line)
 
 
 @app.command()
 def doctor(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
-    """Check engine (on a demo model), models, port, GPU, .env, disk, versions; say what to do."""
+    """Check the engine (on a demo model), models, port, GPU, .env, disk and versions."""
     from rich.table import Table
 
-    from kitty_nb.doctor import Verdict, examine
-    from kitty_nb.terminal.console import PlainConsole
+    from kitty_nb.cli.console import PlainConsole
+    from kitty_nb.cli.doctor import Verdict, examine
 
-    findings = anyio.run(examine, env, profile)
-    table = Table("", "Checked", "Found, and what to do", box=None)
-    colours = {Verdict.GOOD: "green", Verdict.ODD: "yellow", Verdict.BAD: "red"}
+    findings = examine(env, profile)
+    table = Table("", "Check", "Result and advice", box=None)
+    colours = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.ERROR: "red"}
     for finding in findings:
         text = f"{finding.found}\n{finding.advice}".rstrip()
         table.add_row(finding.verdict, finding.what, text, style=colours[finding.verdict])
-    PlainConsole(markup=False, highlight=False).print(table)
-    if any(finding.verdict is Verdict.BAD for finding in findings):
+    PlainConsole().print(table)
+    if any(finding.verdict is Verdict.ERROR for finding in findings):
         raise typer.Exit(_FAILED)
 
 
@@ -293,7 +306,7 @@ def demo_model(
         float | None, typer.Option(metavar="GB", help="Pad it, so that it takes time to load.")
     ] = None,
 ) -> None:
-    """Write a small model to try things out with; by default into the models folder."""
+    """Write a small model to try things out with, by default into the models folder."""
     from kitty_nb.catalog.demo_model import write_demo_model
 
     if size is not None and not 0 < size <= _LARGEST_DEMO:  # nan is neither
@@ -306,13 +319,13 @@ def demo_model(
 @app.command()
 def download(
     repository: Annotated[
-        str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or its page's address.")
+        str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or the address of its page.")
     ],
     quant: Annotated[
         str | None, typer.Option(metavar="Q4_K_M", help="The quantization, or the name of a file.")
     ] = None,
     only_list: Annotated[
-        bool, typer.Option("--list", help="Only list its models and their sizes.")
+        bool, typer.Option("--list", help="List the models and their sizes; download nothing.")
     ] = False,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
@@ -323,25 +336,21 @@ def download(
     resumes there. For gated and private repositories, log in with `hf auth login`.
     """
     from kitty_nb.catalog.catalog import why_not_served
+    from kitty_nb.cli import console
     from kitty_nb.hub.repository import HubReference
-    from kitty_nb.terminal import downloads
-    from kitty_nb.terminal.console import PlainConsole
 
     folder = _settings(env, profile).models_dir
     reference = HubReference.parse(repository)
     if only_list:
-        anyio.run(
-            downloads.show_variants, reference, folder, PlainConsole(markup=False, highlight=False)
-        )
+        anyio.run(console.show_variants, reference, folder)
         return
-    console = PlainConsole(stderr=True, markup=False, highlight=False)
     try:
-        model = anyio.run(downloads.download, reference, quant, folder, console)
+        model = anyio.run(console.download, reference, quant, folder)
     except KeyboardInterrupt:
         _say("Cancelled. The downloaded part is kept; the same command resumes there.", err=True)
         raise
-    if told := why_not_served(model):
-        _say(told, err=True)
+    if problem := why_not_served(model):
+        _say(problem, err=True)
     _say(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
 
 
@@ -349,18 +358,18 @@ def download(
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on notebooks/control_panel.ipynb in this folder.
 
-    It and the notebooks beside it are written there where they are missing. Other options go to
-    JupyterLab, e.g. --no-browser. The notebook says which .env it reads.
+    Missing notebooks are copied there first. Other options, such as --no-browser, are passed on to
+    JupyterLab. The notebook says which .env it reads.
     """
     import psutil
     from jupyterlab.labapp import LabApp
 
     for path in (_NOTEBOOKS, *_NOTEBOOKS.glob("*.ipynb")):
         if reason := distrust(path, folders=False):
-            raise KittyError(f"{reason} A notebook runs as you: open it in a folder of your own.")
+            raise KittyError(f"{reason} A notebook runs as you: use a folder of your own.")
     _NOTEBOOKS.mkdir(parents=True, exist_ok=True)
     # An editable install has no copies in the package: the checkout is around it.
-    homes = (Path(__file__).parent, Path(__file__).parents[1])
+    homes = Path(__file__).parents[1:3]
     home = next(home for home in homes if (home / _NOTEBOOKS / _NOTEBOOK).exists())
     for notebook in (home / _NOTEBOOKS).glob("*.ipynb"):
         if not (copy := _NOTEBOOKS / notebook.name).exists():
@@ -373,13 +382,18 @@ def lab(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text in any encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be no text in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="kitty-nb")
 
 
 def _say(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
+
+
+def _end_without_server(config: ServerConfig) -> NoReturn:
+    _say(f"No server of the profile {config.profile!r} is running.", err=True)
+    raise typer.Exit(_NOT_RUNNING)
 
 
 def _config(env: Path, profile: str) -> ServerConfig:
@@ -394,7 +408,7 @@ def _config(env: Path, profile: str) -> ServerConfig:
 
 
 def _settings(env: Path, profile: str) -> ServerConfig:
-    """For what needs no model: a wrong setting must not be in the way of stopping a server."""
+    """Read what is right of the settings: a wrong one must not keep a server from being stopped."""
     return _all_settings(env, [profile])[0]
 
 
@@ -409,54 +423,6 @@ def _all_settings(env: Path, profiles: Iterable[str]) -> list[ServerConfig]:
 
 
 def _warn(warnings: Iterable[str]) -> None:
-    """Say each once: profiles share most settings."""
+    """Print each warning once: profiles share most settings."""
     for warning in dict.fromkeys(warnings):
         _say(f"kitty-nb: {warning}", err=True)
-
-
-def _show_load(
-    env: Path,
-    command: Callable[..., Awaitable[ServerState | None]],
-    config: ServerConfig,
-    *words: object,
-) -> bool:
-    """Run a command that may load a model, show its load, and say how the server is then."""
-    from kitty_nb.terminal.load_display import LoadDisplay
-
-    try:
-        with LoadDisplay() as display:
-            state = anyio.run(command, config, display, *words)
-    except ServerCrashedError as error:
-        logs = ("kitty-nb", "logs", "-n", "20", "--env", str(env), "--profile", config.profile)
-        raise KittyError(f"{error}\nTo see the end of its log: {shlex.join(logs)}") from None
-    if state:
-        _say(state.sentence)
-    return state is not None
-
-
-def _facts(
-    state: ServerState, memory: MemoryUse | None, tokens_per_second: float | None
-) -> dict[str, Any]:
-    return {
-        "profile": state.config.profile,
-        "status": state.status.value,
-        "model": str(state.config.model) if state.config.model else None,
-        "projector": str(state.projector) if state.projector else None,
-        "alias": state.config.served_alias or None,
-        "endpoint": state.endpoint,
-        "pid": state.pid,
-        "uptime_seconds": state.uptime,
-        "devices": list(state.devices),
-        "error": state.error,
-        "log": str(state.config.log_path),
-        "memory": memory and {"ram": memory.resident, "devices": memory.gpu},
-        "tokens_per_second": tokens_per_second,
-    }
-
-
-def _nothing_runs(config: ServerConfig) -> str:
-    return f"No server of the profile {config.profile!r} is running."
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,281 @@
+"""Checks of all that a start needs, each with advice where it fails."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from rich.filesize import decimal
+
+from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.demo_model import write_demo_model
+from kitty_nb.catalog.resolve import load_profile
+from kitty_nb.catalog.stores import model_stores
+from kitty_nb.config import (
+    OnKernelExit,
+    ServerConfig,
+    configured_profiles,
+    env_warnings,
+    load_lenient,
+)
+from kitty_nb.config.env_file import read_env
+from kitty_nb.engine.command_line import build_command
+from kitty_nb.engine.devices import engine_devices
+from kitty_nb.engine.locate import locate_engine
+from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
+from kitty_nb.supervisor.free_memory import free_memory, with_devices
+from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
+from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+from kitty_nb.supervisor.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
+_LOADED_WITHIN = 60.0  # seconds
+_LITTLE_SPACE = 1_000_000_000  # bytes; a log of a busy day and the next small model
+
+
+class Verdict(StrEnum):
+    """How serious a finding is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        what: The thing that was checked.
+        verdict: How serious it is.
+        found: What is there.
+        advice: What to do about it; empty when nothing is to be done.
+    """
+
+    what: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
+    """Check all that a start needs, and load a demo model beside whatever runs. It blocks.
+
+    Args:
+        env: The `.env` file with the settings.
+        profile: The named set of settings to check.
+    """
+    findings = [_versions(), _jupyterlab()]
+    try:
+        config, complaint = load_profile(env, profile)
+        findings.append(_settings(env, profile, complaint))
+    except ConfigError as error:
+        return [*findings, Finding(".env", Verdict.ERROR, str(error), "Correct these lines.")]
+    findings += _engine(config)
+    findings += [check(config) for check in (_memory, _models, _model, _disk, _port)]
+    others = (name for name in configured_profiles(env) if name != config.profile)
+    return findings + [_port(load_lenient(env, name)[0]) for name in others]
+
+
+def _versions() -> Finding:
+    found = f"kitty_nb {version('kitty_nb')}, Python {platform.python_version()}, {sys.platform}"
+    if sys.platform in {"linux", "darwin"}:
+        return Finding("Versions", Verdict.OK, found)
+    return Finding("Versions", Verdict.ERROR, found, "Use Linux or macOS; on Windows, WSL.")
+
+
+def _jupyterlab() -> Finding:
+    try:
+        lab, kernel = version("jupyterlab"), version("ipykernel")
+    except PackageNotFoundError as error:
+        advice = "To fix: pip install --force-reinstall kitty_nb"
+        return Finding("JupyterLab", Verdict.ERROR, f"{error.name} is not installed.", advice)
+    found = f"JupyterLab {lab}, ipykernel {kernel}"
+    if int(kernel.partition(".")[0]) >= _KERNEL_WITH_SUBSHELLS:
+        return Finding("JupyterLab", Verdict.OK, found)
+    advice = "Buttons don't respond while a cell runs. To fix: pip install --upgrade ipykernel"
+    return Finding("JupyterLab", Verdict.WARNING, found, advice)
+
+
+def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> Finding:
+    source, warnings = read_env(env).path, env_warnings(env, profile)
+    problems = complaint.problems if complaint else ()
+    advice = "\n".join([*map(str, problems), *warnings])
+    if problems:
+        count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
+        return Finding(".env", Verdict.ERROR, f"{count} wrong in {source}.", advice)
+    found = str(source)
+    if not source.exists():
+        found = f"There is no .env in {source.parent} or above; every setting has its default."
+    return Finding(".env", Verdict.WARNING if warnings else Verdict.OK, found, advice)
+
+
+def _engine(config: ServerConfig) -> Iterator[Finding]:
+    """Check which engine there is, and whether it serves a model."""
+    try:
+        engine = anyio.run(locate_engine, config.binary)
+    except EngineError as error:
+        yield Finding("Engine", Verdict.ERROR, "No usable llama-server found.", str(error))
+        return
+    verdict, advice = Verdict.OK, ""
+    try:
+        if config.model:
+            build_command(engine, config)
+    except KittyError as error:
+        verdict, advice = Verdict.ERROR, str(error)
+    yield Finding("Engine", verdict, f"llama-server {engine.version} ({engine.kind})", advice)
+    yield _load(config)
+
+
+def _load(config: ServerConfig) -> Finding:
+    """Start the engine on a demo model, on a free port and in a temporary folder."""
+    began = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="kitty_nb-") as folder:
+            anyio.run(_serve, _trial(config, Path(folder)))
+    except TimeoutError:
+        found = f"The engine did not serve a demo model within {_LOADED_WITHIN:.0f} s."
+        advice = (
+            "Some devices compile their programs for minutes the first time. To watch that, run"
+            " kitty-nb start and kitty-nb logs -f."
+        )
+        return Finding("Load", Verdict.WARNING, found, advice)
+    except (KittyError, OSError) as error:
+        return Finding("Load", Verdict.ERROR, "The engine can't serve a demo model.", str(error))
+    seconds = time.monotonic() - began
+    return Finding("Load", Verdict.OK, f"The engine served a demo model after {seconds:.1f} s.")
+
+
+async def _serve(config: ServerConfig) -> None:
+    async with Supervisor(config) as supervisor:
+        with anyio.fail_after(_LOADED_WITHIN):
+            await supervisor.start()
+
+
+def _trial(config: ServerConfig, folder: Path) -> ServerConfig:
+    return ServerConfig(
+        profile="doctor",
+        binary=config.binary,
+        models_dir=folder,
+        model=write_demo_model(folder / "demo.gguf"),
+        port=next_free_port("127.0.0.1", config.port),
+        log_dir=folder,
+        history=folder / "history.sqlite3",
+        context_size=256,
+        parallel=1,
+        restart_max=0,
+        stop_grace_seconds=2,
+        on_kernel_exit=OnKernelExit.STOP,
+    )
+
+
+def _memory(config: ServerConfig) -> Finding:
+    what = "GPU, memory"
+    record = find_server(config)
+    measured = free_memory(record.pid if record else None)
+    devices = None
+    with suppress(EngineError):  # the check of the engine says what is wrong with it
+        _, devices = anyio.run(engine_devices, config)
+    rows = [
+        f"{pool.name}: {decimal(pool.free)} of {decimal(pool.total)} free"
+        for pool in with_devices(measured, devices).pools
+    ]
+    if devices is None and record and record.devices:  # machines of --rpc that serve it
+        rows += [f"{name}: in use by the server (PID {record.pid})" for name in record.devices]
+    found = ", ".join(rows)
+    if measured.gpus and devices == ():
+        names = ", ".join(gpu.name for gpu in measured.gpus)
+        advice = f"This llama-server can't use {names}. Install a build that can."
+        return Finding(what, Verdict.WARNING, found, advice)
+    if len(rows) > 1 or sys.platform == "darwin":
+        return Finding(what, Verdict.OK, found)
+    advice = "This llama-server lists no GPU: models run on the processor."
+    if devices is None and not find_spec("pynvml"):
+        advice = "To detect NVIDIA GPUs: pip install 'kitty_nb[gpu]'"
+    return Finding(what, Verdict.OK, found, advice)
+
+
+def _models(config: ServerConfig) -> Finding:
+    folder = config.models_dir
+    try:
+        any(folder.iterdir())
+    except FileNotFoundError:
+        advice = "Check LLAMACPP_MODELS_DIR, or make the folder: kitty-nb demo-model"
+        return Finding("Models", Verdict.WARNING, f"There is no folder {folder}.", advice)
+    except OSError as error:
+        found = f"Can't read {folder} ({error.strerror})."
+        advice = "Check LLAMACPP_MODELS_DIR and the folder's permissions."
+        return Finding("Models", Verdict.ERROR, found, advice)
+    stores = model_stores(config)
+    models = ModelCatalog(stores).scan()
+    if not models:
+        advice = "Put .gguf files there, or try things out: kitty-nb demo-model"
+        return Finding("Models", Verdict.WARNING, f"There are no models in {folder}.", advice)
+    problems = [f"{model.name}: {model.problem}" for model in models if model.problem]
+    places = f"{folder} and other programs' stores" if len(stores) > 1 else str(folder)
+    found = f"{len(models) - len(problems)} of {len(models)} models in {places} can be served."
+    verdict = Verdict.WARNING if problems else Verdict.OK
+    return Finding("Models", verdict, found, "\n".join(problems))
+
+
+def _model(config: ServerConfig) -> Finding:
+    if config.model:
+        return Finding("Model", Verdict.OK, str(config.model))
+    advice = f"Set LLAMACPP_{config.profile.upper()}_MODEL to one that kitty-nb scan lists."
+    return Finding("Model", Verdict.WARNING, "No model is chosen.", advice)
+
+
+def _port(config: ServerConfig) -> Finding:
+    what, address = f"Port of {config.profile}", f"{config.host}:{config.port}"
+    if record := find_server(config):
+        found = f"{record.config.endpoint} is the profile's server (PID {record.pid})."
+        return Finding(what, Verdict.OK, found)
+    refusal = port_refusal(config.host, config.port)
+    if refusal is None:
+        return Finding(what, Verdict.OK, f"{address} is free.")
+    key = f"LLAMACPP_{config.profile.upper()}_PORT"
+    try:
+        free = next_free_port(config.host, config.port)
+        advice = f"Stop that program, or set {key}={free}."
+    except ServerFailedError as error:
+        advice = str(error)
+    return Finding(what, Verdict.ERROR, refusal, advice)
+
+
+def _disk(config: ServerConfig) -> Finding:
+    try:
+        refuse_open_folder(config)
+    except ServerFailedError as error:
+        return Finding("Disk", Verdict.ERROR, str(error))
+    logs, models = _nearest(config.log_dir), _nearest(config.models_dir)
+    written = {"LLAMACPP_LOG_DIR": logs, "LLAMACPP_HISTORY": _nearest(config.history.parent)}
+    for key, folder in written.items():
+        if not os.access(folder, os.W_OK | os.X_OK):
+            advice = f"Make it writable, or set {key} to a folder that is."
+            return Finding("Disk", Verdict.ERROR, f"Can't write to {folder}.", advice)
+    free, folder = min((shutil.disk_usage(folder).free, folder) for folder in (logs, models))
+    found = f"{decimal(free)} free in {folder}"
+    if free >= _LITTLE_SPACE:
+        return Finding("Disk", Verdict.OK, found)
+    return Finding("Disk", Verdict.WARNING, found, "Free some space: logs and models need it.")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that exists."""
+    places = (folder, *folder.parents)
+    return next(path for path in places if os.path.exists(path))  # noqa: PTH110 (never raises)
