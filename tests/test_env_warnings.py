@@ -98,7 +98,7 @@ def test_the_doctor_tells_them_and_where_there_is_no_file(
     assert found.verdict is Verdict.WARNING
     assert "LLAMACPP_CTX" in found.advice
     (tmp_path / ".env").unlink()
-    assert "There is none in" in {one.what: one for one in examine()}[".env"].found
+    assert "There is no .env in" in {one.what: one for one in examine()}[".env"].found
 
 
 @pytest.mark.parametrize(
