@@ -28,8 +28,13 @@ from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_e
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
 from kitty_nb.supervisor.events import LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.free_memory import free_memory
-from kitty_nb.supervisor.history import LoadHistory, LoadRecord
-from kitty_nb.supervisor.load_facts import gather_facts, path_text, this_host
+from kitty_nb.supervisor.history import (
+    LoadHistory,
+    LoadRecord,
+    gather_facts,
+    path_text,
+    this_host,
+)
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
 

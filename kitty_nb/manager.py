@@ -27,7 +27,7 @@ from kitty_nb.supervisor.events import (
     ServerState,
     ServerStatus,
 )
-from kitty_nb.supervisor.model_shelf import ModelShelf
+from kitty_nb.supervisor.history import ModelStats
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class ModelManager:
 
     Attributes:
         env: The `.env` file that its settings are from; None of ready-made ones.
-        shelf: What is known of the models on disk beyond their files; `run` its coroutines.
+        stats: Usage of the models on disk, and whether they fit; `run` its coroutines.
 
     Raises:
         ConfigError: Listing every wrong setting.
@@ -132,7 +132,7 @@ class ModelManager:
     ) -> None:
         self._supervisor = Supervisor(config or ServerConfig.from_env(env, profile))
         self.env: str | Path | None = env if config is None else None
-        self.shelf = ModelShelf(lambda: self.state.pid)
+        self.stats = ModelStats(lambda: self.state.pid)
         self._progress: LoadProgress | None = None
         self._http: tuple[Access, httpx.Client] | None = None
         self._closing = threading.Lock()

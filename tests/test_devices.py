@@ -303,7 +303,7 @@ def test_machines_that_are_busy_are_not_taken_for_missing(
             told = newcomer.preview_memory(other).wait(60)
             assert "serve one client at a time" in (told.problem or "")
             assert newcomer.refusal(other).wait(60) == ""
-            verdicts = newcomer.run(newcomer.shelf.judge, [path], other).wait(60)
+            verdicts = newcomer.run(newcomer.stats.fits, [path], other).wait(60)
             assert verdicts == {path: Verdict.UNKNOWN}
             newcomer.run(leave, newcomer).wait(5)
 

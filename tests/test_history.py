@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +15,13 @@ from other_kernel import runs
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.errors import ServerCrashedError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, ProgressMade
-from kitty_nb.supervisor.history import LoadHistory, LoadRecord, Outcome
-from kitty_nb.supervisor.load_facts import LoadFacts, cached_share, gather_facts
+from kitty_nb.supervisor.history import (
+    LoadHistory,
+    LoadRecord,
+    Outcome,
+    cached_share,
+    gather_facts,
+)
 
 RECORD = LoadRecord(
     path="/m.gguf",
@@ -264,30 +268,6 @@ def test_a_load_that_another_program_stops_has_not_crashed(
         second.stop().wait(20)
         eventually(lambda: first.state.status is ServerStatus.STOPPED)
     assert [outcome for outcome, *_ in rows(config.history)] == ["stopped"]
-
-
-def test_a_load_that_is_over_before_its_files_were_looked_at_is_written(
-    misbehaving: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks: list[threading.Event] = []
-
-    def slow_at_first(config: ServerConfig) -> LoadFacts:
-        looks.append(threading.Event())
-        if len(looks) % 2:
-            looks[-1].wait(30)
-        return gather_facts(config)
-
-    monkeypatch.setattr("kitty_nb.supervisor.load_progress.gather_facts", slow_at_first)
-    config = misbehaving("--load-seconds", "0.1")
-    load(config)
-    with pytest.raises(ServerCrashedError):
-        load(config.replace(extra_args=("--never-ready", "--exit-after", "0.1")))
-    for look in looks:
-        look.set()
-    assert [(row[0], row[2]) for row in rows(config.history)] == [
-        ("ready", None),
-        ("crashed", None),
-    ]
 
 
 def test_a_history_in_use_does_not_delay_a_crash(

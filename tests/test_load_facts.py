@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kitty_nb import ServerConfig, write_demo_model
-from kitty_nb.supervisor.load_facts import LoadFacts, active_share, gather_facts
+from kitty_nb.supervisor.history import LoadFacts, gather_facts
 
 
 def test_all_shards_and_the_projector_are_counted(config: ServerConfig, tmp_path: Path) -> None:
@@ -32,7 +32,6 @@ def test_files_that_vanish_count_for_nothing(config: ServerConfig, tmp_path: Pat
     model.unlink()
     facts = gather_facts(config)
     assert (facts.size, facts.digest, facts.cached) == (0, "", None)
-    assert active_share(model) == 1.0
     os.mkfifo(model)  # to open it would wait for ever
     assert gather_facts(config).size == 0
 
@@ -71,13 +70,6 @@ def test_a_name_that_is_no_text_can_be_written_down(config: ServerConfig, tmp_pa
         pytest.skip("this file system has only names that are text")
     facts = gather_facts(config.model_copy(update={"model": model}))
     assert facts.path.encode().endswith(rb"caf\xe9.gguf")
-
-
-def test_a_mixture_of_experts_warms_up_less_than_it_loads(tmp_path: Path) -> None:
-    mixture = write_demo_model(tmp_path / "mixture.gguf", size=20_000_000)
-    assert active_share(mixture) < 0.5
-    (tmp_path / "no model").write_bytes(b"?")
-    assert active_share(tmp_path / "no model") == 1.0
 
 
 def test_a_touched_model_is_another(config: ServerConfig, tmp_path: Path) -> None:

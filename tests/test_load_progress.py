@@ -18,9 +18,9 @@ def loading(total: int = 10 * GB, expected: LoadEstimate | None = None) -> LoadM
     meter = LoadMeter(total)
     if expected:
         meter.expected = expected
-    meter.reach(Stage.STARTING, 0.0)
+    meter.enter_stage(Stage.STARTING, 0.0)
     meter.measure(Usage(BASE, BASE), 0.1)
-    meter.reach(Stage.LOADING, 0.2)
+    meter.enter_stage(Stage.LOADING, 0.2)
     return meter
 
 
@@ -51,12 +51,12 @@ def test_bytes_read_count_where_memory_does_not_show() -> None:
 
 def test_what_the_server_itself_says_counts_where_it_is_more() -> None:
     meter = loading()
-    meter.hear(0.5, 5)
+    meter.set_share(0.5, 5)
     assert meter.loaded == 5 * GB
     meter.measure(Usage(BASE + 2 * GB, 0), 6)
-    meter.hear(0.1, 7)
+    meter.set_share(0.1, 7)
     assert meter.loaded == 5 * GB
-    meter.hear(1.0, 10)
+    meter.set_share(1.0, 10)
     assert meter.progress(10).stage is Stage.PREPARING
 
 
@@ -90,7 +90,7 @@ def test_all_bytes_there_is_preparing_and_never_complete() -> None:
 def test_only_ready_is_complete() -> None:
     meter = loading()
     assert meter.progress(5).fraction < 1
-    meter.reach(Stage.READY, 6)
+    meter.enter_stage(Stage.READY, 6)
     assert meter.progress(6).fraction == 1
     assert meter.progress(6).eta == 0
 
@@ -98,7 +98,7 @@ def test_only_ready_is_complete() -> None:
 def test_a_stage_is_not_left_backwards() -> None:
     meter = loading()
     meter.measure(Usage(11 * GB, 0), 10)
-    meter.reach(Stage.LOADING, 11)
+    meter.enter_stage(Stage.LOADING, 11)
     assert meter.stage is Stage.PREPARING
 
 
@@ -119,7 +119,7 @@ def test_a_model_too_small_to_count_moves_the_bar_at_whatever_pace_it_loads() ->
 
 def test_no_eta_before_anything_is_known() -> None:
     meter = LoadMeter(GB)
-    meter.reach(Stage.STARTING, 0.0)
+    meter.enter_stage(Stage.STARTING, 0.0)
     assert meter.progress(3).eta is None
 
 
@@ -136,7 +136,7 @@ def test_signs_of_life_are_remembered() -> None:
     assert meter.moved_at == 3
     meter.measure(Usage(GB, 0), 9)
     assert meter.moved_at == 3
-    meter.touch(10)
+    meter.heartbeat(10)
     assert meter.moved_at == 10
 
 
@@ -156,13 +156,13 @@ def played(
         burst: Share of the bytes that is there at once.
     """
     meter.total = size
-    meter.reach(Stage.STARTING, 0.0)
+    meter.enter_stage(Stage.STARTING, 0.0)
     total = starting + loading + preparing
     shown, error = [], 0.0
     for number in range(int(total / step)):
         at = number * step
         if at >= starting:
-            meter.reach(Stage.LOADING, at)
+            meter.enter_stage(Stage.LOADING, at)
         share = 0.0 if at < starting else min(1.0, burst + (at - starting) / loading)
         meter.measure(Usage(BASE + int(share * size), 0), at)
         shown.append(meter.progress(at))
@@ -218,11 +218,11 @@ def test_bytes_that_come_at_once_do_not_fill_the_bar() -> None:
 
 def test_a_cached_load_jumps_and_is_soon_ready() -> None:
     meter = meter_for(Basis.SAME_LOAD, 0.1, 0.03, 0.1)
-    meter.reach(Stage.STARTING, 0.0)
+    meter.enter_stage(Stage.STARTING, 0.0)
     meter.measure(Usage(BASE, 0), 0.09)
     before = meter.progress(0.1)
     meter.total = 10 * GB
-    meter.reach(Stage.LOADING, 0.1)
+    meter.enter_stage(Stage.LOADING, 0.1)
     meter.measure(Usage(BASE + 10 * GB, 0), 0.13)
     after = meter.progress(0.13)
     assert after.stage is Stage.PREPARING
@@ -238,7 +238,7 @@ def test_whatever_is_measured_the_bar_rises_and_stays_below_its_end() -> None:
         meter.total = chance.choice([0, 1, GB])
         at, last = 0.0, -1.0
         for stage in (Stage.STARTING, Stage.LOADING):
-            meter.reach(stage, at)
+            meter.enter_stage(stage, at)
             for _ in range(30):
                 at += chance.choice([0.001, 0.1, 5])
                 seen = Usage(chance.choice([0, BASE, GB]), chance.choice([0, GB // 3, 4 * GB]))
@@ -261,20 +261,20 @@ def test_a_clock_that_stands_or_falls_back_does_no_harm() -> None:
 def test_the_stages_are_timed() -> None:
     meter = LoadMeter(GB)
     assert meter.seconds(Stage.STARTING, 1) == 0
-    meter.reach(Stage.STARTING, 1)
-    meter.reach(Stage.LOADING, 3)
+    meter.enter_stage(Stage.STARTING, 1)
+    meter.enter_stage(Stage.LOADING, 3)
     assert meter.seconds(Stage.LOADING, 7) == 4
     meter.measure(Usage(BASE, 0), 3)
     meter.measure(Usage(BASE + GB, 0), 8)
-    meter.reach(Stage.READY, 8.5)
+    meter.enter_stage(Stage.READY, 8.5)
     stages = (Stage.STARTING, Stage.LOADING, Stage.PREPARING)
     assert [meter.seconds(stage, 99) for stage in stages] == [2, 5, 0.5]
 
 
 def test_a_stage_that_was_not_seen_took_no_time() -> None:
     meter = LoadMeter(GB)
-    meter.reach(Stage.STARTING, 1)
-    meter.reach(Stage.READY, 3)
+    meter.enter_stage(Stage.STARTING, 1)
+    meter.enter_stage(Stage.READY, 3)
     assert [meter.seconds(stage, 3) for stage in Stage] == [2, 0, 0, 0]
 
 
@@ -293,9 +293,9 @@ def test_reading_a_large_vocabulary_is_no_flow_of_weights() -> None:
     size, header = 241_000_000, 7_000_000
     expected = LoadEstimate(Basis.SAME_LOAD, 0.1, 1.0, 0.2)
     meter = LoadMeter(size, header, expected)
-    meter.reach(Stage.STARTING, 0.0)
+    meter.enter_stage(Stage.STARTING, 0.0)
     meter.measure(Usage(BASE, 0), 0.05)
-    meter.reach(Stage.LOADING, 0.1)
+    meter.enter_stage(Stage.LOADING, 0.1)
     for at, read in ((0.2, header), (0.4, header), (0.6, 2 * header), (0.9, 2 * header)):
         meter.measure(Usage(BASE, read), at)
         assert meter.progress(at).fraction == pytest.approx(at / 1.3, abs=0.05)
@@ -306,9 +306,9 @@ def test_reading_a_large_vocabulary_is_no_flow_of_weights() -> None:
 def test_a_large_vocabulary_is_foreseen_where_nothing_else_is_known() -> None:
     size, header = 241_000_000, 7_000_000
     meter = LoadMeter(size, header, LoadEstimate(Basis.NOTHING, 0.05, 0.02, 0.1))
-    meter.reach(Stage.STARTING, 0.0)
+    meter.enter_stage(Stage.STARTING, 0.0)
     meter.measure(Usage(BASE, 0), 0.05)
-    meter.reach(Stage.LOADING, 0.1)
+    meter.enter_stage(Stage.LOADING, 0.1)
     for at in (0.25, 0.5, 0.75, 1.0):
         meter.measure(Usage(BASE, header), at)
         progress = meter.progress(at)

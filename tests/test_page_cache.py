@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kitty_nb.supervisor.load_facts import cached_share
+from kitty_nb.supervisor.history import cached_share
 
 MB = 1_000_000
 honest = pytest.mark.skipif(

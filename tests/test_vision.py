@@ -21,7 +21,7 @@ from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.experiments import record_run, replay
 from kitty_nb.supervisor.forecast import settings_of
-from kitty_nb.supervisor.load_facts import gather_facts
+from kitty_nb.supervisor.history import gather_facts
 
 DEMO_WIDTH = 320  # of the demo model's vectors
 

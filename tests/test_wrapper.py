@@ -16,8 +16,7 @@ from other_kernel import Kernel, runs
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, Supervisor, write_demo_model
 from kitty_nb.config import OnKernelExit
 from kitty_nb.supervisor.events import ProgressMade, Stage
-from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.load_facts import path_text, this_host
+from kitty_nb.supervisor.history import LoadHistory, path_text, this_host
 from kitty_nb.supervisor.port_holder import holder_of
 from kitty_nb.supervisor.registry import record_of
 

@@ -296,7 +296,7 @@ def _from_json(text: str) -> ModelShape:
 
 
 class Shapes:
-    """Looks shapes up: in memory, then in a file, and at last in the models' headers.
+    """Looks shapes up in a file, else in the models' headers.
 
     Args:
         cache: The SQLite file that remembers; None for one in the user's cache folder.
@@ -305,33 +305,23 @@ class Shapes:
     def __init__(self, cache: Path | None = None) -> None:
         path = cache or user_folder(platformdirs.user_cache_path) / "shapes.sqlite3"
         self._cache = FileCache(path, _VERSION, _from_json, _to_json)
-        self._known: dict[str, tuple[Stamp, ModelShape]] = {}
 
     def look_up(self, models: Iterable[Path]) -> Iterator[tuple[Path, ModelShape | None]]:
         """Yield each model with its shape, or None where its header does not tell.
 
         It reads files, and may be left early: what was read until then is remembered.
         """
-        stamps = {os.fspath(model): (model, _stamp_shapes(model)) for model in models}
-        there = {key: stamp for key, (_, stamp) in stamps.items() if stamp}
-        unknown = {
-            key: stamp
-            for key, stamp in there.items()
-            if key not in self._known or self._known[key][0] != stamp
-        }
-        if unknown:
-            found = self._cache.recall(unknown)
-            self._known |= {key: (unknown[key], shape) for key, shape in found.items()}
+        there = [*models]
+        stamps = {os.fspath(model): stamp for model in there if (stamp := _stamp_shapes(model))}
+        known = self._cache.recall(stamps)
         fresh: dict[str, tuple[Stamp, ModelShape]] = {}
         try:
-            for key, (model, stamp) in stamps.items():
-                known = self._known.get(key)
-                if known is not None and known[0] == stamp:
-                    yield model, known[1]
-                    continue
-                shape = _read(model)
-                if shape and stamp and not too_young(stamp):
-                    fresh[key] = self._known[key] = stamp, shape
+            for model in there:
+                key = os.fspath(model)
+                shape = known.get(key) or _read(model)
+                stamp = stamps.get(key)
+                if shape and stamp and key not in known and not too_young(stamp):
+                    fresh[key] = stamp, shape
                 yield model, shape
         finally:
             if fresh:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
 
-__all__ = ["Device", "engine_devices", "list_devices", "parse_devices", "remote_machines"]
-
 _MIB = 1 << 20
 _ANSWER_WITHIN = 20.0  # seconds; a GPU's driver can take its time when it is used first
 # Seconds. Machines of --rpc serve one client at a time: a server that runs keeps others waiting.
@@ -70,12 +68,39 @@ async def engine_devices(config: ServerConfig) -> tuple[Engine, tuple[Device, ..
     return engine, await list_devices(engine, config)
 
 
+async def device_names(config: ServerConfig) -> tuple[str, ...] | None:
+    """Return the devices' names as last listed; the engine is asked only if it never was.
+
+    Raises:
+        EngineError: There is no engine that can be run.
+    """
+    engine = await locate_engine(config.binary)
+    if _question(engine, config) not in _names:
+        await list_devices(engine, config)
+    return _names.get(_question(engine, config))
+
+
 async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ...] | None:
     """Ask an engine for the devices that it would use with some settings, as it orders them.
 
     Returns:
         None where this build does not list them, or machines of `--rpc` are busy.
     """
+    found = await _ask(engine, config)
+    if found is not None:
+        _names[_question(engine, config)] = tuple(map(str, found))
+    return found
+
+
+_Question = tuple[tuple[str, ...], str | None, str | None]
+_names: dict[_Question, tuple[str, ...]] = {}
+
+
+def _question(engine: Engine, config: ServerConfig) -> _Question:
+    return engine.command, remote_machines(config), _chosen(config)
+
+
+async def _ask(engine: Engine, config: ServerConfig) -> tuple[Device, ...] | None:
     if engine.dialect.option("--list-devices") is None:
         return None
     # Python is slow to say that there is none.
@@ -88,12 +113,16 @@ async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ..
     if _LISTED not in answer:
         return None
     found = parse_devices(answer)
-    chosen = value_of(config.extra_args, {"-dev", "--device"})
+    chosen = _chosen(config)
     if chosen is not None:
         by_name = {device.name: device for device in found}
         return tuple(by_name[name] for name in chosen.split(",") if name in by_name)
     # Other machines come first, as llama.cpp has it: their part of the model travels less.
     return tuple(sorted(found, key=lambda device: not device.name.startswith("RPC")))
+
+
+def _chosen(config: ServerConfig) -> str | None:
+    return value_of(config.extra_args, {"-dev", "--device"})
 
 
 def _has_driver() -> bool:

@@ -27,7 +27,7 @@ from kitty_nb.supervisor.events import (
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, Report
-from kitty_nb.supervisor.load_progress import LoadJournal, LoadMeter
+from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
 from kitty_nb.supervisor.registry import record_of
@@ -219,7 +219,7 @@ class RouterWatch:
         if told.status == _LOADING:
             load = load or self._begin(event.model, tasks, whole=told.progress is None)
             if told.progress:
-                load.meter.hear(told.progress.share, load.elapsed())
+                load.meter.set_share(told.progress.share, load.elapsed())
         elif load:
             load.end(loaded=told.status == _LOADED)
         else:
@@ -240,12 +240,13 @@ class RouterWatch:
         if child and not load.whole:
             load.began -= child.age
             load.meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
-        load.meter.reach(Stage.STARTING, 0.0)
+        load.meter.enter_stage(Stage.STARTING, 0.0)
         # What a load is known by is the child's command line.
         known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
         config = self._config.model_copy(update={"model": None, **known_by})
-        journal = LoadJournal(config, self._warn, whole=load.whole and child is not None)
-        await journal.look(load.meter)
+        whole = load.whole and child is not None
+        recorder = LoadRecorder(config, load.meter, self._warn, whole=whole)
+        await recorder.forecast()
         while load.loaded is None:
             elapsed = load.elapsed()
             if child and (usage := child.process.usage()):
@@ -261,7 +262,7 @@ class RouterWatch:
         del self._loads[load.name]
         elapsed = load.elapsed()
         if load.loaded:
-            load.meter.reach(Stage.READY, elapsed)
+            load.meter.enter_stage(Stage.READY, elapsed)
             self._serve(load.name, child.model if child else None)
             self._show(load, elapsed)
             self._say(f"The router has loaded {load.name} in {elapsed:.1f} s.", Level.SUCCESS)
@@ -269,7 +270,7 @@ class RouterWatch:
             self._publish(RouterLoad(load.name, None))
             self._warn(f"The router has not loaded {load.name}. Its own log says why.")
         outcome = Outcome.READY if load.loaded else Outcome.CRASHED
-        await journal.close(load.meter, elapsed, outcome)
+        await recorder.record(elapsed, outcome)
 
     async def _find_child(self, name: str) -> _Child | None:
         with anyio.move_on_after(_CHILD_WITHIN):

@@ -1,157 +1,187 @@
-"""The history of loads, and the estimate of the next one."""
+"""The history of loads and favourites: recorded, recalled, and turned into estimates."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
+import mmap
 import os
+import platform
 import sqlite3
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from itertools import islice
 from math import log
+from pathlib import Path
 from statistics import median
-from threading import Event
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio.from_thread
 import anyio.to_thread
 
-from kitty_nb.catalog.model import ModelNote
+from kitty_nb.catalog.memory import MemoryPreview, Verdict, allocate, plan
+from kitty_nb.catalog.model import ModelNote, shard_paths
+from kitty_nb.catalog.model_shape import Shapes
+from kitty_nb.config import PROJECTOR, value_of
+from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.engine.locate import EngineKind
+from kitty_nb.errors import KittyError
 from kitty_nb.safe_files import distrust
-from kitty_nb.supervisor.load_facts import LoadFacts, path_text, this_host
+from kitty_nb.supervisor.forecast import settings_of
+from kitty_nb.supervisor.free_memory import free_memory, with_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
+
+    from kitty_nb.config import ServerConfig
 
     T = TypeVar("T")
 
+# Windows, spread evenly over all files, are looked at and not every page: a model of 400 GB has a
+# hundred million. Files are read and dropped in long runs, so that is exact enough.
+_WINDOWS = 24
+_WINDOW = 1 << 19  # bytes; whole pages on every system
+_NOT_RESIDENT = bytes(range(0, 256, 2))  # the lowest bit tells; macOS sets others too
+_DIGESTED = 1 << 18  # bytes of the header; two models that differ do so in there
+_SETTINGS = {
+    "context_size", "n_gpu_layers", "threads", "batch_size", "ubatch_size", "parallel",
+    "flash_attention",
+}  # fmt: skip
 
-_BUSY_SECONDS = 0.2
-_LOOK_AGAIN = 0.01  # seconds
-_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 
-_told: set[str] = set()
+def cached_share(paths: Sequence[Path]) -> float | None:
+    """Measure the share of the files' bytes that are in the page cache, 0 to 1. It blocks.
 
-
-@contextmanager
-def opened(
-    path: Path, tables: Iterable[str], version: int, patience: float
-) -> Iterator[sqlite3.Connection]:
-    """Open a SQLite file for one transaction, which ends with the block.
-
-    Args:
-        path: The file; it and its folder are made if they are missing.
-        tables: One statement that makes each table, where it is not there.
-        version: One higher whenever the tables are others.
-        patience: Seconds to wait while another program holds the file.
-
-    Raises:
-        sqlite3.Error: It is damaged, locked or newer than this program.
-        OSError: It cannot be written, or is another user's.
+    Returns:
+        None where it cannot be told: a file cannot be opened, all are empty, the system has no
+        `mincore`, or that would not be honest. Linux says "all of it" of a file that one neither
+        owns nor may write (`can_do_mincore` in its mm/mincore.c).
     """
-    if reason := distrust(path, folders=False):
-        raise PermissionError(reason.rstrip("."))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=patience)) as file:
-        (found,) = file.execute("PRAGMA user_version").fetchone()
-        if found > version:
-            raise sqlite3.NotSupportedError("a newer version of kitty_nb has written it")
-        if found < version:
-            _write_ahead(file, patience)
-            for table in tables:
-                file.execute(table)
-            file.execute(f"PRAGMA user_version = {version}")
-        with file:
-            yield file
+    total, cached = 0, 0.0
+    try:
+        for path in paths:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_uid != os.geteuid() and not os.access(path, os.W_OK):
+                    return None
+                share = _resident_share(file.fileno(), status.st_size, _WINDOWS // len(paths))
+            total += status.st_size
+            cached += status.st_size * share
+    except (OSError, ValueError, AttributeError):  # mmap's ValueError: the file became shorter
+        return None
+    return cached / total if total else None
 
 
-def _write_ahead(file: sqlite3.Connection, patience: float) -> None:
-    """Let readers and a writer not wait for each other.
+def _resident_share(file: int, size: int, windows: int) -> float:
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    looked, resident = 0, 0
+    for start in range(0, size, max(_WINDOW, size // max(windows, 1) // _WINDOW * _WINDOW)):
+        length = min(_WINDOW, size - start)
+        # A private copy, because ctypes takes the address of writable memory only; none is written.
+        with mmap.mmap(file, length, offset=start, access=mmap.ACCESS_COPY) as window:
+            pages = (ctypes.c_char * -(-length // mmap.PAGESIZE))()
+            address = ctypes.c_char.from_buffer(window)
+            failed = mincore(ctypes.addressof(address), length, pages)
+            del address  # a window that is still pointed to cannot be closed
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore failed")
+        looked += len(pages)
+        resident += len(pages.raw.translate(None, _NOT_RESIDENT))
+    return resident / looked if looked else 0.0
 
-    This turns a lock for reading into one for writing, and for that SQLite never waits by itself:
-    two programs that do so at once would wait for each other.
+
+@dataclass(frozen=True, slots=True)
+class LoadFacts:
+    """A load, before it begins.
+
+    Attributes:
+        path: The model's file; of a split model the first.
+        size: Bytes of all its files, a projector for images included.
+        mtime_ns: When the first file was last changed, in nanoseconds since the epoch.
+        digest: Hash of the first file's beginning.
+        engine: The engine's kind; empty while it is not known.
+        version: The engine's version; empty while it is not known.
+        host: The machine.
+        settings: Those that make a load longer or shorter, as one comparable text.
+        cached: Share of the bytes that are in the page cache, or None where it cannot be told.
     """
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            file.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-            if not busy or time.monotonic() > deadline:
-                raise
-            Event().wait(_LOOK_AGAIN)
-        else:
-            return
+
+    path: str
+    size: int
+    mtime_ns: int
+    digest: str
+    engine: str
+    version: str
+    host: str
+    settings: str
+    cached: float | None
 
 
-class StateFile:
-    """Lets work be done in the file. It never raises: it says once what is wrong.
-
-    Args:
-        path: The file; it and its folder are made when first needed.
-        tables: One statement that makes each table, where it is not there.
-        version: One higher whenever the tables are others.
-        tell: Called, on the event loop, with a sentence about what is wrong with the file.
-    """
-
-    def __init__(
-        self, path: Path, tables: tuple[str, ...], version: int, tell: Callable[[str], None]
-    ) -> None:
-        self._path, self._tables, self._version = path, tables, version
-        self._tell = tell
-
-    async def use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """Do some work in one transaction, in a worker thread.
-
-        Args:
-            work: What to do with the connection.
-            otherwise: The result where the file cannot be used.
-        """
-        try:
-            try:
-                return await anyio.to_thread.run_sync(self._open_and, work)
-            except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
-                    raise
-                kept = await anyio.to_thread.run_sync(self._set_aside)
-                self._complain(f"is damaged. It is kept as {kept.name}, and a new one is begun.")
-                return await anyio.to_thread.run_sync(self._open_and, work)
-        except (sqlite3.Error, OSError) as error:
-            self._complain(
-                f"is not used: {error}. Set LLAMACPP_HISTORY to a file that can be written."
-                " Loads go on, without a forecast from it; favourites and"
-                " last settings are not remembered."
-            )
-        return otherwise
-
-    def _open_and(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with opened(self._path, self._tables, self._version, _BUSY_SECONDS) as file:
-            file.execute("PRAGMA synchronous = NORMAL")  # a row lost to a power cut is no loss
-            return work(file)
-
-    def _set_aside(self) -> Path:
-        """Rename the file, and what SQLite keeps beside it."""
-        suffix = f".damaged-{time.strftime('%Y%m%dT%H%M%S')}"
-        for end in ("-wal", "-shm", ""):
-            part = self._path.with_name(self._path.name + end)
-            kept = part.with_name(part.name + suffix)
-            with suppress(FileNotFoundError):
-                part.replace(kept)
-        return kept
-
-    def _complain(self, what: str) -> None:
-        sentence = f"The history of loads, {self._path}, {what}"
-        if sentence not in _told:
-            _told.add(sentence)
-            self._tell(sentence)
+def gather_facts(config: ServerConfig) -> LoadFacts:
+    """Look at the files of a load; those that cannot be read count for nothing. It blocks."""
+    sizes = {file: size for file in _files(config) if (size := _size(file))}
+    files = tuple(sizes)
+    cached = cached_share(files)  # first: reading the header changes it
+    mtime_ns, digest = _fingerprint(files[0]) if files else (0, "")
+    return LoadFacts(
+        path=path_text(config.model),
+        size=sum(sizes.values()),
+        mtime_ns=mtime_ns,
+        digest=digest,
+        engine="",
+        version="",
+        host=this_host(),
+        settings=_settings(config),
+        cached=cached,
+    )
 
 
-_VERSION = 2
-_ROWS_KEPT = 10_000
-_ROWS_RECALLED = 200
+def this_host() -> str:
+    """Name the machine."""
+    return f"{platform.node()} {platform.machine()}"
+
+
+def path_text(model: Path | None) -> str:
+    """Write a model's path as text; file names need not be text."""
+    return os.fsencode(model).decode(errors="backslashreplace") if model else ""
+
+
+def _files(config: ServerConfig) -> Iterator[Path]:
+    if config.model:
+        yield from shard_paths(config.model)
+    if config.projector:
+        yield config.projector
+    if named := value_of(config.extra_args, PROJECTOR):
+        yield Path(named)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:
+        return 0
+
+
+def _fingerprint(file: Path) -> tuple[int, str]:
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.blake2b(opened.read(_DIGESTED), digest_size=16).hexdigest()
+        return file.stat().st_mtime_ns, digest
+    except OSError:
+        return 0, ""
+
+
+def _settings(config: ServerConfig) -> str:
+    settings = config.model_dump(mode="json", include=_SETTINGS, exclude_none=True)
+    if config.extra_args:
+        # Only a short hash, because an API key may be among them.
+        words = hashlib.blake2b("\0".join(config.extra_args).encode(), digest_size=4)
+        settings["extra_args"] = words.hexdigest()
+    return json.dumps(settings, sort_keys=True)
 
 
 class Outcome(StrEnum):
@@ -184,10 +214,16 @@ class LoadRecord(LoadFacts):
     at: float
 
 
+_VERSION = 2
+_BUSY_SECONDS = 0.5
+_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+_ROWS_KEPT = 10_000
+_ROWS_RECALLED = 200
 _COLUMNS = ", ".join(field.name for field in fields(LoadRecord))
 _TABLES = (
     f"CREATE TABLE IF NOT EXISTS loads (id INTEGER PRIMARY KEY, {_COLUMNS})",
     "CREATE TABLE IF NOT EXISTS favourites (path PRIMARY KEY)",
+    f"PRAGMA user_version = {_VERSION}",
 )
 _INSERT = f"INSERT INTO loads ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(LoadRecord)))})"  # noqa: S608 (our names)
 _FORGET = "DELETE FROM loads WHERE id <= (SELECT max(id) FROM loads) - ?"
@@ -205,44 +241,45 @@ _LAST = f"""
     SELECT path, settings, starting + loading + preparing, max(at) FROM loads
     WHERE {_BOUNDS} AND at BETWEEN 0 AND 1e12 GROUP BY path
 """  # noqa: S608 (our names)
+_complained: set[str] = set()
 
 
 class LoadHistory:
-    """Remembers loads and favourites.
+    """A SQLite file of loads and favourites.
 
-    Its methods never raise: they say once what is wrong and do without.
+    Its methods never raise: they say once what is wrong with the file, and do without.
 
     Args:
-        path: The SQLite file; it and its folder are made when first needed.
-        tell: Called, on the event loop, with a sentence about what is wrong with the file.
+        path: The file; it and its folder are made when first needed.
+        warn: Called, on the event loop, with a sentence about what is wrong with the file.
     """
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
-        self._file = StateFile(path, _TABLES, _VERSION, tell)
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path, self._warn = path, warn
 
     async def recall(self, host: str, path: str) -> tuple[LoadRecord, ...]:
-        """Return a host's loads that became ready: first those of the model at `path`, by age."""
+        """Return a host's loads that became ready, newest first, the model at `path` before all."""
         values = (host, path, _ROWS_RECALLED)
-        return await self._file.use(
-            lambda loads: tuple(LoadRecord(*row) for row in loads.execute(_RECALL, values)), ()
+        return await self._use(
+            lambda file: tuple(LoadRecord(*row) for row in file.execute(_RECALL, values)), ()
         )
 
     async def add(self, record: LoadRecord) -> None:
         """Write a row, and forget the oldest once there are very many."""
 
-        def insert(loads: sqlite3.Connection) -> None:
-            loads.execute(_INSERT, astuple(record))
-            loads.execute(_FORGET, (_ROWS_KEPT,))
+        def insert(file: sqlite3.Connection) -> None:
+            file.execute(_INSERT, astuple(record))
+            file.execute(_FORGET, (_ROWS_KEPT,))
 
-        await self._file.use(insert, None)
+        await self._use(insert, None)
 
     async def notes(self, models: Iterable[Path]) -> dict[Path, ModelNote]:
-        """Return what is remembered of some models, by this host's last load of each."""
+        """Return the usage of those models that were loaded here or are favourites."""
         texts = {path_text(model): model for model in models}
 
-        def look(loads: sqlite3.Connection) -> dict[Path, ModelNote]:
-            favourites = {path for (path,) in loads.execute("SELECT path FROM favourites")}
-            last = {row[0]: row for row in loads.execute(_LAST, (this_host(),)) if row[0] in texts}
+        def look(file: sqlite3.Connection) -> dict[Path, ModelNote]:
+            favourites = {path for (path,) in file.execute("SELECT path FROM favourites")}
+            last = {row[0]: row for row in file.execute(_LAST, (this_host(),)) if row[0] in texts}
             found: dict[Path, ModelNote] = {}
             for text in (favourites & texts.keys()) | last.keys():
                 _, settings, seconds, at = last.get(text, (text, "", None, None))
@@ -250,28 +287,118 @@ class LoadHistory:
                 found[texts[text]] = note
             return found
 
-        return await self._file.use(look, {})
+        return await self._use(look, {})
 
-    async def mark(self, model: Path, favourite: bool) -> None:
+    async def set_favorite(self, model: Path, favorite: bool) -> None:
         """Remember whether a model is a favourite."""
         statement = (
             "INSERT OR IGNORE INTO favourites VALUES (?)"
-            if favourite
+            if favorite
             else "DELETE FROM favourites WHERE path = ?"
         )
+        await self._use(lambda file: file.execute(statement, (path_text(model),)), None)
 
-        def write(loads: sqlite3.Connection) -> None:
-            loads.execute(statement, (path_text(model),))
+    async def _use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """Do some work in one transaction; `otherwise` is the result where that fails."""
+        try:
+            try:
+                return await anyio.to_thread.run_sync(self._transact, work)
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+                kept = await anyio.to_thread.run_sync(self._set_aside)
+                self._complain(f"is damaged. It is kept as {kept.name}, and a new one is begun.")
+                return await anyio.to_thread.run_sync(self._transact, work)
+        except (sqlite3.Error, OSError) as error:
+            self._complain(
+                f"is not used: {error}. Set LLAMACPP_HISTORY to a file that can be written."
+                " Loads go on, without a forecast from it; favourites and last settings are not"
+                " remembered."
+            )
+        return otherwise
 
-        await self._file.use(write, None)
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if reason := distrust(self._path, folders=False):
+            raise PermissionError(reason.rstrip("."))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as file:
+            file.execute("PRAGMA synchronous = NORMAL")  # a row lost to a power cut is no loss
+            (version,) = file.execute("PRAGMA user_version").fetchone()
+            if version > _VERSION:
+                raise sqlite3.NotSupportedError("a newer version of kitty_nb has written it")
+            if version < _VERSION:
+                for statement in _TABLES:
+                    file.execute(statement)
+            with file:
+                return work(file)
+
+    def _set_aside(self) -> Path:
+        """Rename the file, and what SQLite keeps beside it."""
+        suffix = f".damaged-{time.strftime('%Y%m%dT%H%M%S')}"
+        for end in ("-journal", "-wal", "-shm", ""):
+            part = self._path.with_name(self._path.name + end)
+            kept = part.with_name(part.name + suffix)
+            with suppress(FileNotFoundError):
+                part.replace(kept)
+        return kept
+
+    def _complain(self, what: str) -> None:
+        sentence = f"The history of loads, {self._path}, {what}"
+        if sentence not in _complained:
+            _complained.add(sentence)
+            self._warn(sentence)
 
 
-def _mapping(text: object) -> dict[str, object]:
+def _mapping(text: object) -> dict[str, Any]:
     """Settings as they were written; whatever else is there counts for none."""
     with suppress(ValueError):
         if isinstance(text, str) and isinstance(settings := json.loads(text), dict):
             return settings
     return {}
+
+
+class ModelStats:
+    """Usage of the models on disk, and whether they fit. For coroutines of the supervisor's loop.
+
+    Args:
+        pid: Returns the server that would exit before another starts.
+    """
+
+    def __init__(self, pid: Callable[[], int | None]) -> None:
+        self._pid = pid
+        self._shapes = Shapes()
+
+    async def load(
+        self, models: Sequence[Path], config: ServerConfig, warn: Callable[[str], None]
+    ) -> dict[Path, ModelNote]:
+        """Return the usage of models, given by their first files; nothing of unused ones."""
+        return await LoadHistory(config.history, warn).notes(models)
+
+    async def set_favorite(
+        self, model: Path, favorite: bool, config: ServerConfig, warn: Callable[[str], None]
+    ) -> None:
+        """Remember whether a model is a favourite."""
+        await LoadHistory(config.history, warn).set_favorite(model, favorite)
+
+    async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
+        """Judge by formula which models would fit into the memory that is free now."""
+        pid, devices = self._pid(), None
+        with suppress(KittyError):  # a start says what is wrong with the engine
+            _, devices = await engine_devices(config)
+            if devices is None and remote_machines(config):  # busy, so nobody knows
+                return dict.fromkeys(models, Verdict.UNKNOWN)
+
+        def judge() -> dict[Path, Verdict]:
+            settings, memory = settings_of(config), with_devices(free_memory(pid), devices)
+            verdicts = dict.fromkeys(models, Verdict.UNKNOWN)
+            for model, shape in self._shapes.look_up(models):
+                anyio.from_thread.check_cancelled()
+                if shape:
+                    parts = allocate(shape, plan(shape, settings, memory), memory)
+                    verdicts[model] = MemoryPreview(parts).verdict
+            return verdicts
+
+        return await anyio.to_thread.run_sync(judge)
 
 
 _RECENT = 5  # loads whose median counts: a disk's mood changes, so does the machine

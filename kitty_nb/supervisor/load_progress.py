@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.to_thread import run_sync
 
+from kitty_nb.catalog.model_shape import read_layouts
+from kitty_nb.errors import ModelFileError
 from kitty_nb.supervisor.events import LoadProgress, Stage
-from kitty_nb.supervisor.history import Basis, LoadEstimate, LoadHistory, LoadRecord, estimate_load
-from kitty_nb.supervisor.load_facts import (
+from kitty_nb.supervisor.history import (
+    Basis,
+    LoadEstimate,
     LoadFacts,
-    active_share,
+    LoadHistory,
+    LoadRecord,
+    estimate_load,
     gather_facts,
-    header_bytes,
     path_text,
     this_host,
 )
@@ -24,6 +28,7 @@ from kitty_nb.supervisor.process import AT_WORK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
@@ -104,7 +109,7 @@ class LoadMeter:
     _fraction: float = 0.0
     _shown: float = 0.0
 
-    def reach(self, stage: Stage, elapsed: float) -> None:
+    def enter_stage(self, stage: Stage, elapsed: float) -> None:
         """Note that the load is in this stage, or past it, `elapsed` seconds after the start.
 
         Reaching STARTING is having a process.
@@ -112,7 +117,7 @@ class LoadMeter:
         if stage not in self._began and _STAGES.index(stage) >= _STAGES.index(self.stage):
             self.stage, self._began[stage], self.moved_at = stage, elapsed, elapsed
 
-    def touch(self, elapsed: float) -> None:
+    def heartbeat(self, elapsed: float) -> None:
         """Note a sign of life: a new log line, another answer."""
         self.moved_at = elapsed
 
@@ -134,9 +139,9 @@ class LoadMeter:
                 self.moved_at = elapsed
             self._worked = usage.processor, elapsed
 
-    def hear(self, share: float, elapsed: float) -> None:
+    def set_share(self, share: float, elapsed: float) -> None:
         """Note which share of the weights, 0 to 1, the server itself says is there."""
-        self.reach(Stage.LOADING, elapsed)
+        self.enter_stage(Stage.LOADING, elapsed)
         self._see(int(share * self.total), elapsed)
 
     def _see(self, loaded: int, elapsed: float) -> None:
@@ -146,7 +151,7 @@ class LoadMeter:
         if self._flowing is None and self.loaded > trickle > 0:
             self._flowing = max(self._measured, elapsed - self._flow_seconds())
         if self.stage is Stage.LOADING and self.loaded >= self.total * _COMPLETE > 0:
-            self.reach(Stage.PREPARING, elapsed)
+            self.enter_stage(Stage.PREPARING, elapsed)
 
     def seconds(self, stage: Stage, elapsed: float) -> float:
         """Return how long a stage lasted, or has lasted so far; 0 when it was not reached."""
@@ -253,87 +258,91 @@ class LoadMeter:
 
 # Bytes from which a model's rise in memory stands out from that of the engine itself.
 _TELLING = 32 << 20
-_LAST_LOOK = 1.0  # seconds; a network drive may hang
 
 
-class LoadJournal:
-    """Looks up what is known of a load, and writes down how it went.
+class LoadRecorder:
+    """Tells a meter what to expect of a load, and records how it went.
 
     Args:
         config: What is to be started.
-        tell: Called with a sentence about what is wrong with the history.
+        meter: What measures the load.
+        warn: Called with a sentence about what is wrong with the history.
         whole: Whether the load is watched from its beginning; only then its row is true.
     """
 
-    def __init__(self, config: ServerConfig, tell: Callable[[str], None], *, whole: bool) -> None:
-        self._config = config
-        self._whole = whole
-        self._history = LoadHistory(config.history, tell)
+    def __init__(
+        self, config: ServerConfig, meter: LoadMeter, warn: Callable[[str], None], *, whole: bool
+    ) -> None:
+        self._config, self._meter, self._whole = config, meter, whole
+        self._history = LoadHistory(config.history, warn)
         self._engine: Engine | None = None
-        self._closed = False
         self._facts: LoadFacts | None = None
         self._records: tuple[LoadRecord, ...] = ()
         self._active = 1.0
 
-    async def look(self, meter: LoadMeter) -> None:
+    async def forecast(self) -> None:
         """Look at the model's files and their past, and tell the meter what to expect."""
+        model = self._config.model
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._recall)
             # Abandoned when cancelled: a network drive that hangs must not hold the supervisor.
             facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
         self._facts = facts
-        self._expect(meter)
-        model = self._config.model
-        if model and meter.total:
-            meter.header = await run_sync(header_bytes, model, abandon_on_cancel=True)
-        if meter.expected.basis is Basis.NOTHING and model:
-            self._active = await run_sync(active_share, model, abandon_on_cancel=True)
-            self._expect(meter)
+        self._expect()
+        if model and (self._meter.total or self._meter.expected.basis is Basis.NOTHING):
+            header = await run_sync(_read_header, model, abandon_on_cancel=True)
+            self._meter.header, self._active = header
+            self._expect()
 
     async def _recall(self) -> None:
         self._records = await self._history.recall(this_host(), path_text(self._config.model))
 
-    def take(self, meter: LoadMeter, engine: Engine) -> None:
+    def set_engine(self, engine: Engine) -> None:
         """Note by which engine the model will be loaded, which changes what to expect."""
         self._engine = engine
-        self._expect(meter)
+        self._expect()
 
-    def _expect(self, meter: LoadMeter) -> None:
+    def _expect(self) -> None:
         if self._facts is None:
             return
-        self._facts = self._by_engine(self._facts)
-        meter.total = self._facts.size if self._facts.size >= _TELLING else 0
-        meter.expected = estimate_load(self._records, self._facts, self._active)
+        if self._engine:
+            kind, version = self._engine.kind.value, self._engine.version
+            self._facts = replace(self._facts, engine=kind, version=version)
+        self._meter.total = self._facts.size if self._facts.size >= _TELLING else 0
+        self._meter.expected = estimate_load(self._records, self._facts, self._active)
 
-    def _by_engine(self, facts: LoadFacts) -> LoadFacts:
-        if self._engine is None:
-            return facts
-        return replace(facts, engine=self._engine.kind.value, version=self._engine.version)
-
-    async def close(self, meter: LoadMeter, elapsed: float, outcome: Outcome) -> None:
+    async def record(self, elapsed: float, outcome: Outcome) -> None:
         """Write the load's row, once, and let nothing stop that."""
-        if self._closed or not self._whole:
+        if self._facts is None or not self._whole:
             return
-        self._closed = True
+        self._whole = False
+        meter = self._meter
+        record = LoadRecord(
+            **asdict(self._facts),
+            starting=meter.seconds(Stage.STARTING, elapsed),
+            loading=meter.seconds(Stage.LOADING, elapsed),
+            preparing=meter.seconds(Stage.PREPARING, elapsed),
+            loaded=meter.loaded,
+            outcome=outcome.value,
+            at=time.time(),
+        )
         with anyio.CancelScope(shield=True):
-            facts = self._facts or await self._look_late()
-            if facts is None:
-                return
-            record = LoadRecord(
-                **asdict(facts),
-                starting=meter.seconds(Stage.STARTING, elapsed),
-                loading=meter.seconds(Stage.LOADING, elapsed),
-                preparing=meter.seconds(Stage.PREPARING, elapsed),
-                loaded=meter.loaded,
-                outcome=outcome.value,
-                at=time.time(),
-            )
             await self._history.add(record)
 
-    async def _look_late(self) -> LoadFacts | None:
-        """Look at the files of a load that has ended before that; None where it takes too long."""
-        with anyio.move_on_after(_LAST_LOOK):
-            facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
-            # What was in the page cache before the load, nobody knows any more.
-            return self._by_engine(replace(facts, cached=None))
-        return None
+
+def _read_header(model: Path) -> tuple[int, float]:
+    """The bytes before the weights, and the share of the weights that a token passes through.
+
+    That is less than 1 for a mixture of experts; what all tokens share is left out of account.
+    """
+    try:
+        layout = read_layouts(model)[0]
+    except ModelFileError:
+        return 0, 1.0
+    header = layout.header
+    used, count = (
+        header.metadata.get(f"{header.architecture}.{key}")
+        for key in ("expert_used_count", "expert_count")
+    )
+    share = used / count if isinstance(used, int) and isinstance(count, int) and count else 1.0
+    return layout.data_at, share

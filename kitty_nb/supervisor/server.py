@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from kitty_nb.catalog.catalog import why_not_served
 from kitty_nb.config import OnKernelExit
-from kitty_nb.engine.devices import engine_devices, remote_machines
+from kitty_nb.engine.devices import device_names, remote_machines
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
@@ -42,7 +42,7 @@ from kitty_nb.supervisor.lifecycle import (
     Report,
     Spawned,
 )
-from kitty_nb.supervisor.load_progress import LoadJournal, LoadMeter
+from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
 from kitty_nb.supervisor.log import LogTail, readable
 from kitty_nb.supervisor.port_holder import PortHolder, holder_of
 from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
@@ -159,8 +159,8 @@ class Server:
         self._log: LogTail | None = None
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._meter = LoadMeter()
-        self._recorder = LoadJournal(
-            config, lambda text: self._say(text, Level.WARNING), whole=found is None
+        self._recorder = LoadRecorder(
+            config, self._meter, lambda text: self._say(text, Level.WARNING), whole=found is None
         )
         self._foreseen = False
         self._devices: tuple[str, ...] | None = None
@@ -201,7 +201,7 @@ class Server:
             with anyio.CancelScope(shield=True):
                 await self.probe.aclose()
                 if self._over:
-                    await self._recorder.close(self._meter, self._elapsed(), self._outcome)
+                    await self._recorder.record(self._elapsed(), self._outcome)
                     if self._sidecar:
                         await self._sidecar.ended()
 
@@ -257,7 +257,7 @@ class Server:
                     with suppress(KittyError, OSError):  # the launch says what is wrong
                         self._devices = await self._list_devices()
                 engine = await locate_engine(config.binary)
-                self._recorder.take(self._meter, engine)
+                self._recorder.set_engine(engine)
                 item = await launch(
                     config, engine, self.api_key, self._began, self._say, self._processes
                 )
@@ -299,7 +299,7 @@ class Server:
         self._process, self._record, self._sidecar = launched
         self.probe.process = self._process
         self._log = LogTail(self._config.log_path)
-        self._meter.reach(Stage.STARTING, self._elapsed())
+        self._meter.enter_stage(Stage.STARTING, self._elapsed())
         self._emit(Spawned(self._generation, self._process.pid))
         self._tasks.start_soon(self._wait, self._process)
         for task in (self._ask_health, self._tend_sidecar, self._name_devices):
@@ -316,7 +316,7 @@ class Server:
     async def _forecast(self) -> None:
         """Learn how long the load should take."""
         if self._record is None or self._record.ready is None:
-            await self._recorder.look(self._meter)
+            await self._recorder.forecast()
             self._foreseen = True
 
     def _measure(self) -> float:
@@ -340,9 +340,9 @@ class Server:
         if not lines:
             return False
         self._lines.extend(lines)
-        self._meter.touch(self._elapsed())
+        self._meter.heartbeat(self._elapsed())
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
-            self._meter.reach(Stage.LOADING, self._elapsed())
+            self._meter.enter_stage(Stage.LOADING, self._elapsed())
             self._tasks.start_soon(self.probe.find_listener)  # it is bound before that line
         self._emit(LogLines(lines))
         if not self.was_ready and any(map(_NEWS.search, lines)):
@@ -424,7 +424,7 @@ class Server:
             news = self._reporter.serving(result)
         else:
             if result.status is not before.status:
-                self._meter.touch(elapsed)
+                self._meter.heartbeat(elapsed)
                 elapsed = self._enter(result.status, elapsed)
             news = self._reporter.loading(result, elapsed)
         self._emit(result)
@@ -435,16 +435,16 @@ class Server:
     def _enter(self, status: ServerStatus, elapsed: float) -> float:
         """Act on another status; return what the load has taken by then, in seconds."""
         if status is ServerStatus.LOADING:
-            self._meter.reach(Stage.LOADING, elapsed)
+            self._meter.enter_stage(Stage.LOADING, elapsed)
             self._emit(LoadBegan(self._generation))
             self._tasks.start_soon(self.probe.find_listener)
         elif status is ServerStatus.READY:
             self.was_ready = True
             since, elapsed = self._note_ready(elapsed)
-            self._meter.reach(Stage.READY, elapsed)
+            self._meter.enter_stage(Stage.READY, elapsed)
             self._emit(BecameReady(self._generation, since))
             self._emit(ProgressMade(self._meter.progress(elapsed)))
-            self._tasks.start_soon(self._recorder.close, self._meter, elapsed, Outcome.READY)
+            self._tasks.start_soon(self._recorder.record, elapsed, Outcome.READY)
         return elapsed
 
     def _note_ready(self, elapsed: float) -> tuple[float, float]:
@@ -480,8 +480,7 @@ class Server:
     async def _list_devices(self) -> tuple[str, ...] | None:
         if not await anyio.to_thread.run_sync(offloads, self._config):
             return ()
-        _, found = await engine_devices(self._config)
-        return None if found is None else tuple(map(str, found))
+        return await device_names(self._config)
 
     async def _tend_sidecar(self) -> None:
         """Have a sidecar, unless another program has one; replace one that was killed."""

@@ -382,7 +382,7 @@ class ModelBrowser(VBox):
 
     async def _remember(self, model: Path, favourite: bool) -> None:
         config = self._manager.state.config
-        await self._manager.shelf.mark(model, favourite, config, self._tell)
+        await self._manager.stats.set_favorite(model, favourite, config, self._tell)
         self.note_change()
 
     async def _look_forever(self) -> None:
@@ -401,7 +401,7 @@ class ModelBrowser(VBox):
             config, right = self._manager.state.config, False
         self.details.show(model)
         paths = [model.path for model in models]
-        notes = await self._manager.shelf.recall(paths, config, self._tell)
+        notes = await self._manager.stats.load(paths, config, self._tell)
         self.last_time.show(notes.get(model.path) if model else None)
         if not self.table.asked:
             return
@@ -417,4 +417,4 @@ class ModelBrowser(VBox):
         """Look which models fit, until something has changed again."""
         waiting = (model.path for model in models if model.startable)
         while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._stale.is_set():
-            self.table.show_fits(await self._manager.shelf.judge(some, config))
+            self.table.show_fits(await self._manager.stats.fits(some, config))
