@@ -1,115 +1,100 @@
-"""Buttons become actions: run beside the kernel, confirmed, and failures shown."""
+"""Clicks become calls of the manager; failures are shown, and doubtful starts confirmed."""
 
 from __future__ import annotations
 
-from html import escape
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import anyio.to_thread
-from ipywidgets import HTML
-
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import WillNotFitError
+from kitty_nb.widgets.display import explain
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Iterator
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager, Operation
     from kitty_nb.supervisor.events import ServerState
 
 
-class Notice(HTML):
-    """A message in plain words; hidden while there is none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_class("kitty-notice")
-        self.show(None)
-
-    def show(self, message: str | None) -> None:
-        """Show a message, or hide."""
-        self.value = escape(message or "").replace("\n", "<br>")
-        self.layout.display = None if message else "none"
-
-
-def explain(error: BaseException) -> str:
-    """Say what went wrong, in a sentence to show."""
-    if isinstance(error, KittyError):
-        return str(error)
-    return f"Something went wrong inside kitty_nb: {error!r}. Please report it."
-
-
-class SecondAsk:
-    """Remembers what has been refused once.
+class ConfirmOnce:
+    """Lets a start that will not fit into memory pass when it is asked for twice.
 
     Args:
-        again: How to ask once more, in words.
+        remedy: How to ask again, as a sentence.
     """
 
-    def __init__(self, again: str) -> None:
-        self._again = again
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
         self._refused: ServerConfig | None = None
 
-    def agree(self, config: ServerConfig, refusal: str) -> None:
-        """Let these settings pass, or refuse them the first time.
+    def confirmed(self, config: ServerConfig) -> bool:
+        """Whether a start with these settings was the last to be refused."""
+        return config == self._refused
 
-        Args:
-            config: What is to be started.
-            refusal: Why that will not do, in words; empty where it may.
+    @contextmanager
+    def watch(self, config: ServerConfig | None) -> Iterator[None]:
+        """Remember a refusal of a start inside the block, and add the remedy to it.
 
         Raises:
-            KittyError: The refusal, and how to insist.
+            WillNotFitError: The refusal.
         """
-        if refusal and config != self._refused:
+        try:
+            yield
+        except WillNotFitError as error:
             self._refused = config
-            raise KittyError(f"{refusal} To start it all the same, {self._again}.")
+            raise WillNotFitError(f"{error} {self._remedy}") from None
 
 
-class Clicks:
-    """Does what clicks ask; a later one calls off what an earlier one has not begun.
+class ActionRunner:
+    """Runs what clicks ask for.
 
     Args:
-        manager: It does it, on its own loop.
-        tell: Called with what went wrong, and with None at each click; never on that loop.
+        manager: Its loop waits for the ends.
+        show_problem: Called on any thread with what went wrong, and with None at each click.
     """
 
-    def __init__(self, manager: ModelManager, tell: Callable[[str | None], None]) -> None:
-        self._manager, self._tell = manager, tell
-        self._second_ask = SecondAsk("press the button again")
-        self._following: Operation[None] | None = None
+    def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
+        self._manager, self._show_problem = manager, show_problem
+        self._confirm = ConfirmOnce("Press the button again to start anyway.")
+        self._starting: Operation[ServerState] | None = None
 
-    def act(self, action: Callable[[], Awaitable[ServerState]]) -> None:
-        """Do what a click asks; whatever goes wrong is told."""
-        self._tell(None)
-        if self._following is not None:
-            self._following.cancel()  # a start that still asks for memory must not follow a stop
-        try:
-            self._following = self._manager.run(self._follow, action())
-        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self._tell(explain(error))
+    def run(self, action: Callable[[], Operation[ServerState]]) -> None:
+        """Run an action; a start whose memory is still being checked is cancelled."""
+        with self._click():
+            self._manager.run(self._follow, action(), None)
 
-    def launch(
-        self, launch: Callable[..., Operation[ServerState]], config: ServerConfig
-    ) -> Awaitable[ServerState]:
-        """Launch a server by a method of the manager; one that will not fit on a second ask only.
+    def start(
+        self, start: Callable[..., Operation[ServerState]], wanted: Callable[[], ServerConfig]
+    ) -> None:
+        """Start a server.
 
-        Raises:
-            KittyError: The manager is closed.
+        Args:
+            start: `start` or `restart` of the manager.
+            wanted: Returns the settings.
         """
-        refusal = self._manager.refusal(config)
+        with self._click():
+            config = wanted()
+            anyway = self._confirm.confirmed(config)
+            self._starting = start(config, wait_for_ready=False, anyway=anyway)
+            self._manager.run(self._follow, self._starting, config)
 
-        async def agreed() -> ServerState:
-            self._second_ask.agree(config, await refusal)
-            # In a thread: the manager takes no orders on its own loop.
-            operation = await anyio.to_thread.run_sync(
-                lambda: launch(config, wait_for_ready=False, anyway=True)
-            )
-            return await operation
+    async def _follow(
+        self, operation: Operation[ServerState], config: ServerConfig | None
+    ) -> None:
+        with self._showing_failures(), self._confirm.watch(config):
+            await operation
 
-        return agreed()
+    @contextmanager
+    def _click(self) -> Iterator[None]:
+        self._show_problem(None)
+        if self._starting is not None:
+            self._starting.cancel()
+        with self._showing_failures():
+            yield
 
-    async def _follow(self, action: Awaitable[ServerState]) -> None:
+    @contextmanager
+    def _showing_failures(self) -> Iterator[None]:
         try:
-            await action
-        except Exception as error:  # noqa: BLE001 (as above)
-            await anyio.to_thread.run_sync(self._tell, explain(error))
+            yield
+        except Exception as error:  # noqa: BLE001 (raised in a callback, nobody would see it)
+            self._show_problem(explain(error))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
-import anyio
-import anyio.to_thread
 from ipywidgets import VBox
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
 from kitty_nb.catalog.stores import model_stores
 from kitty_nb.config import ServerConfig, env_warnings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
-from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -27,10 +24,11 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     StateChanged,
 )
-from kitty_nb.widgets.actions import Clicks, Notice, explain
-from kitty_nb.widgets.display import Accessible, receive_while_busy, still, tree
+from kitty_nb.widgets import session
+from kitty_nb.widgets.actions import ActionRunner
+from kitty_nb.widgets.display import Accessible, Notice, receive_while_busy, still, tree
 from kitty_nb.widgets.download_form import DownloadForm
-from kitty_nb.widgets.kernel_managers import borrow, let_go
+from kitty_nb.widgets.live import LiveView
 from kitty_nb.widgets.load_bar import ActivityLog, LoadBar, ServerLog, StatusLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
@@ -38,12 +36,11 @@ from kitty_nb.widgets.server_buttons import ServerButtons, Snippet, WebPage, cho
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, furnish
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Callable
 
-# Seconds. A refresh sends at most six messages; 20 a second for a whole panel stays far below
-# what jupyter_server lets through.
-_REFRESH_EVERY = 0.25
-_LOOK_EVERY = 1.0
+    from kitty_nb.manager import ModelManager
+
+_LOOK_EVERY = 1.0  # seconds
 
 
 class ControlPanel(VBox):
@@ -63,28 +60,22 @@ class ControlPanel(VBox):
             from; without one the panel makes its own and closes it.
     """
 
-    _problem: str | None = None
-    _hints = ""  # what .env says in vain
-
     def __init__(
         self,
         env: str | Path = ".env",
         profile: str = "primary",
         manager: ModelManager | None = None,
     ) -> None:
-        self._env, self._profile = env, profile
-        earlier: ControlPanel | None = None
-        self._config: ServerConfig
-        self._given: ServerConfig  # what the fields began with; `use` changes the other one
+        self._problem: str | None = None
+        self._hints = ""  # settings that have no effect
         self._edited = False  # since the fields were filled, or a server was started with them
+        self._taken: frozenset[str] = frozenset()
+        earlier: ControlPanel | None = None
         if manager is None:
+            self._env, self._profile = env, profile
             self._problem = self._read_env()
-            # That of an earlier run of this cell, with its server, where there is one.
-            manager = borrow(
-                env, profile, self, lambda: ModelManager(config=self._config), take_over=(object,)
-            )
-            key = Path(env).absolute(), profile
-            earlier, _newest[key] = _newest.get(key), self
+            manager = session.acquire(env, profile, self, self._config)
+            earlier = session.succeed(self, Path(env).absolute(), profile)
         else:
             self._env = manager.env or env
             self._config = self._given = manager.state.config
@@ -96,18 +87,24 @@ class ControlPanel(VBox):
         self._activities: list[Activity] = []
         self._log_lines: list[str] = []
         self._log_begins = False
-        self._clicks = Clicks(manager, self._tell)
-        self._memory_stale = False
-        self._begun: ServerConfig | None = None
-        self._taken: frozenset[str] = frozenset()
-        self._changed = anyio.Event()
+        self._view = LiveView(self._subscribe, self._draw, self._show_error, self._tick)
+        self._make_parts(earlier)
+        self._scan()
+        if _is_own(manager.state):
+            self._follow(manager.state.config)
+        self._view.start(manager.run)
+        self._look_again()
+        if earlier:
+            earlier.close()
 
+    def _make_parts(self, earlier: ControlPanel | None) -> None:
+        manager = self.manager
         self.status_line = StatusLine()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.download = (
             earlier._hand_over(self)
             if earlier and earlier.manager is manager
-            else DownloadForm(manager, self._models_dir, self._take_download)
+            else DownloadForm(manager, self._models_dir, self.picker.choose)
         )
         self.settings = SettingsForm(self._config, self._choose)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
@@ -118,7 +115,7 @@ class ControlPanel(VBox):
         self.snippet = Snippet(self)
         self.web_page = WebPage(manager.reveal_api_key)
         self.activity_log = ActivityLog()
-        self.server_log = ServerLog(self._wake)
+        self.server_log = ServerLog(self._view.wake)
         super().__init__(
             [
                 self.status_line,
@@ -140,20 +137,14 @@ class ControlPanel(VBox):
         self.add_class("kitty-panel")
         self._answer_clicks()
 
-        self._scan()
-        if _is_own(manager.state):
-            self._follow(manager.state.config)
-        self._refreshing = manager.run(self._refresh_forever)
-        self._look_again()
-        if earlier:
-            earlier.close()
-
     def _answer_clicks(self) -> None:
-        self.buttons.start.on_click(lambda _: self._clicks.act(self._start))
-        self.buttons.stop.on_click(lambda _: self._clicks.act(self.manager.stop))
-        self.buttons.restart.on_click(lambda _: self._clicks.act(self._restart))
-        self.buttons.use_port.on_click(lambda _: self._clicks.act(self._start_on_free_port))
-        self.buttons.attach.on_click(lambda _: self._clicks.act(self.manager.attach))
+        actions = ActionRunner(self.manager, self._show_problem)
+        start, restart = self.manager.start, self.manager.restart
+        self.buttons.start.on_click(lambda _: actions.start(start, self._wanted))
+        self.buttons.use_port.on_click(lambda _: actions.start(start, self._on_free_port))
+        self.buttons.restart.on_click(lambda _: actions.start(restart, self._wanted))
+        self.buttons.stop.on_click(lambda _: actions.run(self.manager.stop))
+        self.buttons.attach.on_click(lambda _: actions.run(self.manager.attach))
         self.settings.save.on_click(lambda _: self._save())
         self.picker.rescan.on_click(lambda _: self.rescan())
         receive_while_busy(tree(self))
@@ -213,13 +204,13 @@ class ControlPanel(VBox):
         """Remove the widgets; stop the server and end the thread if the manager is our own."""
         if self.comm is None:
             return
-        self._refreshing.cancel()
+        self._view.stop()
         self.picker.stop()
         self.browser.stop()
         self.memory.stop()
         if self.download in self.children:  # else a later run of the cell has it
             self.download.stop()
-        let_go(self)
+        session.release(self)
         for widget in [*tree(self)][1:]:
             widget.close()
         super().close()
@@ -234,7 +225,7 @@ class ControlPanel(VBox):
     def _hand_over(self, later: ControlPanel) -> DownloadForm:
         """Give the form, with its download under way, to a later run of this cell."""
         self.set_trait("children", [part for part in self.children if part is not self.download])
-        self.download.attach(later._models_dir, later._take_download)
+        self.download.attach(later._models_dir, later.picker.choose)
         return self.download
 
     def _scan(self) -> None:
@@ -249,20 +240,10 @@ class ControlPanel(VBox):
     def _models_dir(self) -> Path:
         return self._config.models_dir
 
-    def _take_download(self, path: Path) -> None:
-        """Choose a model that has come from the Hub."""
-        self.picker.choose(path)
-
-    def _start(self) -> Awaitable[ServerState]:
-        return self._clicks.launch(self.manager.start, self._wanted())
-
-    def _start_on_free_port(self) -> Awaitable[ServerState]:
+    def _on_free_port(self) -> ServerConfig:
         if port := self.manager.state.free_port:
             self._config = self._config.replace(port=port)
-        return self._start()
-
-    def _restart(self) -> Awaitable[ServerState]:
-        return self._clicks.launch(self.manager.restart, self._wanted())
+        return self._wanted()
 
     def _save(self) -> None:
         """Write the choice into the `.env` file."""
@@ -270,7 +251,7 @@ class ControlPanel(VBox):
             names = {"model", "mmproj", *self.settings.fields, *self._taken}
             saved = save_settings(self._wanted(), self._env, names)
         except KittyError as error:
-            self._tell(str(error))
+            self._show_problem(str(error))
         else:
             self._say(saved.sentence)
             self.rescan()
@@ -295,46 +276,32 @@ class ControlPanel(VBox):
         self._problem, self._edited = problem, False
 
     def _look_again(self) -> None:
-        """The model or a setting is another one."""
+        """Look at memory and models again: the model or a setting has changed."""
         self.memory.refresh()
         self.browser.look_again()
-        self._wake()
+        self._view.wake()
 
     def _wanted(self) -> ServerConfig:
         return self._config.replace(model=self.picker.dropdown.value, **self.settings.changes())
 
-    def _tell(self, problem: str | None) -> None:
+    def _show_problem(self, problem: str | None) -> None:
         self._problem = problem
-        self._wake()
+        self._view.wake()
 
-    def _wake(self) -> None:
-        """Have the panel refreshed; callable from any thread but the manager's."""
-        try:
-            self.manager.run(self._note_change)
-        except KittyError as error:
-            self.notice.show(str(error))
-
-    async def _note_change(self) -> None:
-        self._changed.set()
+    def _show_error(self, message: str) -> None:
+        self.notice.show(message)
 
     def _say(self, message: str) -> None:
         self._activities.append(Activity(message, Level.INFO, time.time()))
 
+    def _subscribe(self) -> Callable[[], None]:
+        self._log_lines.extend(self.manager.log_lines)
+        return self.manager.subscribe(self._collect)
+
     def _collect(self, event: Event) -> None:
         match event:
-            case StateChanged(state):
-                if state.status is ServerStatus.STARTING and self._status is not state.status:
-                    self._log_lines.clear()
-                    self._log_begins = True
-                    self._router_load = None
-                    self._begun = None if state.foreign else state.config
-                if self._status is not state.status:
-                    self.browser.note_change()
-                    gone = state.status.absent
-                    self._memory_stale = self._memory_stale or state.status.settled or gone
-                    if state.status is ServerStatus.READY:
-                        self._problem = None
-                self._status = state.status
+            case StateChanged(state) if state.status is not self._status:
+                self._note_status(state)
             case ProgressMade(progress):
                 self._progress = progress
             case RouterLoad(model, progress):
@@ -345,34 +312,26 @@ class ControlPanel(VBox):
                 self._activities.append(event)
             case LogLines(lines):
                 self._log_lines.extend(lines)
-        self._changed.set()
+        self._view.wake()
 
-    async def _refresh_forever(self) -> None:
-        self._log_lines.extend(self.manager.log_lines)
-        if _is_own(self.manager.state):
-            self._begun = self.manager.state.config
-        unsubscribe = self.manager.subscribe(self._collect)
-        try:
-            while True:
-                self._changed = anyio.Event()
-                if self._begun:
-                    begun, self._begun = self._begun, None
-                    await anyio.to_thread.run_sync(self._follow, begun)
-                self._refresh()
-                if self._memory_stale:
-                    self._memory_stale = False
-                    await anyio.to_thread.run_sync(self.memory.refresh)
-                await anyio.sleep(_REFRESH_EVERY)
-                with anyio.move_on_after(_next_second(self.manager.state)):
-                    await self._changed.wait()
-        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self.notice.show(explain(error))
-        finally:
-            unsubscribe()
-            if self.manager.closed:  # else the widgets are being closed, on another thread
-                self._refresh()
+    def _note_status(self, state: ServerState) -> None:
+        self._status = state.status
+        self.browser.note_change()
+        if state.status is ServerStatus.STARTING:
+            self._log_lines.clear()
+            self._log_begins = True
+            self._router_load = None
+            if state.foreign is None:
+                self._view.before_drawing(partial(self._follow, state.config))
+        if state.status is ServerStatus.READY:
+            self._problem = None
+        if state.status.settled or state.status.absent:
+            self._view.before_drawing(self.memory.refresh)
 
-    def _refresh(self) -> None:
+    def _tick(self) -> float:
+        return _next_second(self.manager.state)
+
+    def _draw(self) -> None:
         state, model = self.manager.state, self.picker.model
         differs = model is not None and (
             model.path.name != state.model_name
@@ -422,5 +381,3 @@ def _next_second(state: ServerState) -> float:
         return state.retry_in % 1
     return _LOOK_EVERY if state.uptime is None else 1 - state.uptime % 1
 
-
-_newest: WeakValueDictionary[tuple[Path, str], ControlPanel] = WeakValueDictionary()

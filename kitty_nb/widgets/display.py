@@ -1,4 +1,4 @@
-"""Assets, labels and snapshots that all widgets share."""
+"""Assets, labels, notices and snapshots that all widgets share."""
 
 from __future__ import annotations
 
@@ -8,36 +8,62 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import traitlets
 from anywidget import AnyWidget
-from ipywidgets import Widget
+from ipywidgets import HTML, DOMWidget, Widget
+
+from kitty_nb.errors import KittyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 
 _HERE = Path(__file__).parent
+_STILL = "A snapshot from when the cell ran. Run the cell for the live panel."
 
 
 def asset(*names: str) -> str:
-    """Return files of this folder as one text.
+    """Read files of this folder as one text.
 
     A widget is not given their paths: anywidget would watch them, and never free the widget.
     """
     return "".join((_HERE / name).read_text(encoding="utf-8") for name in names)
 
 
-_WHAT = "As it was when the cell ran; run the cell for the panel itself."
+class Notice(HTML):
+    """A message in plain words; hidden while there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("kitty-notice")
+        self.show(None)
+
+    def show(self, message: str | None) -> None:
+        """Show a message, or hide."""
+        self.value = escape(message or "").replace("\n", "<br>")
+        show_if(self, bool(message))
+
+
+def show_if(widget: DOMWidget, shown: bool) -> None:
+    """Show a widget, or hide it and its space."""
+    widget.layout.display = None if shown else "none"
+
+
+def explain(error: BaseException) -> str:
+    """Describe a failure in a sentence."""
+    if isinstance(error, KittyError):
+        return str(error)
+    return f"Internal error in kitty_nb: {error!r}. Please report this."
 
 
 def still(name: str, facts: Sequence[str], table: str = "") -> str:
-    """Draw a panel as plain HTML, without scripts and styles.
+    """Draw a snapshot of a panel as plain HTML, without scripts and styles.
 
     Args:
-        name: What the panel is of.
-        facts: What to say in a line.
-        table: What to show below, as HTML.
+        name: The panel's name.
+        facts: What the first line says.
+        table: HTML to show below.
     """
     line = " · ".join(escape(fact) for fact in facts if fact)
-    return f"<p><b>{escape(name)}</b> · {line}<br><small>{_WHAT}</small></p>{table}"
+    return f"<p><b>{escape(name)}</b> · {line}<br><small>{_STILL}</small></p>{table}"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -77,7 +103,7 @@ def tree(widget: Widget) -> Iterator[Widget]:
 
 
 class Accessible(AnyWidget):
-    """Gives its panel a name, roles, live regions and keys; shows nothing itself.
+    """Name, roles, live regions and keys of a panel; nothing of it is visible.
 
     Args:
         label: The name of the panel.
