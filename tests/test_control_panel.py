@@ -333,7 +333,7 @@ def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: Con
     panel.settings.fields["context_size"].value = "2000000000"
     eventually(lambda: "will not fit" in panel.memory.value)
     panel.buttons.start.click()
-    eventually(lambda: "press the button again" in panel.notice.value)
+    eventually(lambda: "Press the button again" in panel.notice.value)
     assert panel.manager.state.status is ServerStatus.STOPPED
     panel.buttons.start.click()
     eventually(lambda: panel.manager.state.status is not ServerStatus.STOPPED)
@@ -350,13 +350,13 @@ def test_memory_is_asked_for_afresh_by_each_start(
     eventually(lambda: "fits" in panel.memory.value)
     panel.settings.fields["context_size"].value = "2000000000"
     panel.buttons.start.click()  # before the line can say so
-    eventually(lambda: "press the button again" in panel.notice.value)
+    eventually(lambda: "Press the button again" in panel.notice.value)
     panel.settings.fields["context_size"].value = "512"
     panel.buttons.start.click()  # while the line still says that it will not fit
     wait_for(panel, "READY")
     monkeypatch.setattr(forecast, "free_memory", lambda _: Memory(MemoryPool("RAM", 1, 1, 0)))
     panel.buttons.restart.click()
-    eventually(lambda: "press the button again" in panel.notice.value)
+    eventually(lambda: "Press the button again" in panel.notice.value)
     assert panel.manager.state.restart_count == 0
 
 

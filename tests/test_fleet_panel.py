@@ -195,7 +195,7 @@ def test_what_will_not_fit_is_asked_for_twice(
     large = (f"LLAMACPP_BIN={config.binary}", "LLAMACPP_PRIMARY_CTX=2000000000")
     panel = open_(write_env(tmp_path, config, *large))
     click(panel, "start all")
-    eventually(lambda: "press Start again" in str(row(panel, "primary")["problem"]))
+    eventually(lambda: "Press the button again" in str(row(panel, "primary")["problem"]))
     assert row(panel, "primary")["status"] == "STOPPED"
     click(panel, "start", "primary")
     wait_for(panel, primary="READY")
@@ -208,6 +208,8 @@ def test_a_panel_and_the_fleet_have_one_server(open_: Open, env: Path) -> None:
     panel = ControlPanel(env)
     assert panel.manager is fleet.manager("primary")
     panel.close()
+    assert fleet.manager("primary").state.status == "READY"  # the fleet uses it still
+    panel.manager.close()
     wait_for(fleet, primary="STOPPED")
     fleet.start("primary")
     wait_for(fleet, primary="READY")
@@ -228,20 +230,26 @@ def test_running_the_cell_again_shows_the_same_servers(open_: Open, env: Path) -
     assert "kitty_nb" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_what_was_closed_is_not_brought_back_by_an_earlier_run_of_the_cell(
-    open_: Open, env: Path
-) -> None:
-    first, second = open_(env), open_(env)
-    second.start("primary")
+def test_running_the_cell_again_leaves_one_panel(open_: Open, env: Path) -> None:
+    first = open_(env)
+    first.start("primary")
     wait_for(first, primary="READY")
-    second.close()
-    wait_for(first, primary="STOPPED")
-    env.write_text(f"{env.read_text()}LLAMACPP_CODER_CTX=many\n")
-    click(first, "rescan")
-    eventually(lambda: "LLAMACPP_CODER_CTX='many'" in str(row(first, "coder")["problem"]))
-    assert [thread.name for thread in threading.enumerate()].count("kitty_nb") == 1  # its own
-    click(first, "start", "primary")
-    wait_for(first, primary="READY")
+    second = open_(env)
+    assert first.comm is None
+    wait_for(second, primary="READY")
+    panels_and_managers = 3
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("kitty_nb") == panels_and_managers
+
+
+def test_a_manager_that_was_closed_is_replaced_when_it_is_needed(open_: Open, env: Path) -> None:
+    panel = open_(env)
+    panel.start("primary")
+    wait_for(panel, primary="READY")
+    panel.manager("primary").close()
+    wait_for(panel, primary="STOPPED")
+    panel.start("primary")
+    wait_for(panel, primary="READY")
 
 
 def test_a_fleet_sends_few_messages(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.manager import ModelManager, Operation
+    from kitty_nb.manager import Operation
     from kitty_nb.supervisor.events import ServerState
 
 
@@ -49,19 +49,21 @@ class ActionRunner:
     """Runs what clicks ask for.
 
     Args:
-        manager: Its loop waits for the ends.
+        run: Runs a coroutine function on an event loop, which waits for the ends.
         show_problem: Called on any thread with what went wrong, and with None at each click.
     """
 
-    def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
-        self._manager, self._show_problem = manager, show_problem
+    def __init__(
+        self, run: Callable[..., object], show_problem: Callable[[str | None], None]
+    ) -> None:
+        self._run, self._show_problem = run, show_problem
         self._confirm = ConfirmOnce("Press the button again to start anyway.")
         self._starting: Operation[ServerState] | None = None
 
     def run(self, action: Callable[[], Operation[ServerState]]) -> None:
         """Run an action; a start whose memory is still being checked is cancelled."""
         with self._click():
-            self._manager.run(self._follow, action(), None)
+            self._run(self._follow, action(), None)
 
     def start(
         self, start: Callable[..., Operation[ServerState]], wanted: Callable[[], ServerConfig]
@@ -76,11 +78,9 @@ class ActionRunner:
             config = wanted()
             anyway = self._confirm.confirmed(config)
             self._starting = start(config, wait_for_ready=False, anyway=anyway)
-            self._manager.run(self._follow, self._starting, config)
+            self._run(self._follow, self._starting, config)
 
-    async def _follow(
-        self, operation: Operation[ServerState], config: ServerConfig | None
-    ) -> None:
+    async def _follow(self, operation: Operation[ServerState], config: ServerConfig | None) -> None:
         with self._showing_failures(), self._confirm.watch(config):
             await operation
 

@@ -66,6 +66,8 @@ class ControlPanel(VBox):
         profile: str = "primary",
         manager: ModelManager | None = None,
     ) -> None:
+        self._config: ServerConfig
+        self._given: ServerConfig  # what the fields began with; `use` changes the other one
         self._problem: str | None = None
         self._hints = ""  # settings that have no effect
         self._edited = False  # since the fields were filled, or a server was started with them
@@ -138,7 +140,7 @@ class ControlPanel(VBox):
         self._answer_clicks()
 
     def _answer_clicks(self) -> None:
-        actions = ActionRunner(self.manager, self._show_problem)
+        actions = ActionRunner(self.manager.run, self._show_problem)
         start, restart = self.manager.start, self.manager.restart
         self.buttons.start.on_click(lambda _: actions.start(start, self._wanted))
         self.buttons.use_port.on_click(lambda _: actions.start(start, self._on_free_port))
@@ -380,4 +382,3 @@ def _next_second(state: ServerState) -> float:
     if state.retry_in is not None:
         return state.retry_in % 1
     return _LOOK_EVERY if state.uptime is None else 1 - state.uptime % 1
-

@@ -14,8 +14,7 @@ from rich.progress import Progress
 from kitty_nb.errors import KittyError
 from kitty_nb.hub.download import Download
 from kitty_nb.hub.repository import HubReference, find_repository
-from kitty_nb.widgets.actions import Notice, explain
-from kitty_nb.widgets.display import labelled
+from kitty_nb.widgets.display import Notice, explain, labelled
 from kitty_nb.widgets.load_bar import duration
 
 if TYPE_CHECKING:

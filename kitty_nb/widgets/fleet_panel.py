@@ -7,6 +7,7 @@ import atexit
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
@@ -18,19 +19,19 @@ from rich.filesize import decimal
 from kitty_nb.catalog.resolve import load_profile
 from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, KittyError
-from kitty_nb.manager import ModelManager
 from kitty_nb.supervisor.events import ServerStatus
-from kitty_nb.widgets.actions import SecondAsk, explain
+from kitty_nb.widgets import session
+from kitty_nb.widgets.actions import ActionRunner
 from kitty_nb.widgets.display import asset, receive_while_busy, still, table
-from kitty_nb.widgets.kernel_managers import borrow, lent, let_go, wanted
+from kitty_nb.widgets.live import LiveView
 from kitty_nb.widgets.load_bar import TONES, describe, duration
 from kitty_nb.widgets.server_buttons import choices
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
-    from pathlib import Path
+    from anyio.from_thread import BlockingPortal
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.manager import ModelManager
     from kitty_nb.supervisor.events import LoadProgress, MemoryUse, ServerState
 
 
@@ -176,22 +177,21 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
     )
 
 
-# Seconds. A refresh is one message at most, whatever has changed in however many rows.
-_REFRESH_EVERY = 0.25
+_DRAW_AGAIN = 0.0  # seconds; a drawing is one message at most, whatever has changed
 _MEASURE_EVERY = 2.0
 
 
 class FleetPanel(AnyWidget):
     """Start, watch and stop the servers of all profiles that a `.env` file names.
 
-    Each profile has the manager that its `ControlPanel` in this kernel has too. What is shown is
-    written by the panel's own thread only, so it stays live while a cell keeps the kernel busy.
+    Each profile has the manager that its `ControlPanel` in this kernel has too. A panel takes the
+    place of an earlier one of its file, as the cell is run again.
 
     Args:
         env: The `.env` file with the settings.
 
     Attributes:
-        rows: What is shown: a `FleetRow` as a mapping for each profile.
+        rows: A `FleetRow` as a mapping for each profile.
         notice: What is wrong with the file.
 
     Raises:
@@ -205,35 +205,36 @@ class FleetPanel(AnyWidget):
 
     def __init__(self, env: str | Path = ".env") -> None:
         self._env = env
-        try:
-            self._members = self._read()
+        with ExitStack() as stack:
+            stack.callback(session.release, self)
+            self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
+            self._members = self._read({})
             self._problem = self._warnings()
-        except ConfigError:
-            let_go(self)
-            raise
-        super().__init__(rows=self._describe())
+            super().__init__(rows=self._describe())
+            self._view = LiveView(lambda: lambda: None, self._draw, self._show_error, _tick)
+            self._view.start(self._portal.start_task_soon)
+            stack.callback(self._view.stop)
+            stack.callback(self._portal.start_task_soon(self._measure_forever).cancel)
+            self._resources = stack.pop_all()
+        atexit.register(self._resources.close)
         self.add_class("kitty-panel")
         self.add_class("kitty-fleet")
         self.on_msg(self._receive)
         receive_while_busy([self])
-        with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
-            for task in (self._refresh_forever, self._measure_forever):
-                stack.callback(self._portal.start_task_soon(self._show_failure_of, task).cancel)
-            self._resources = stack.pop_all()
-        atexit.register(self._resources.close)
+        if earlier := session.succeed(self, Path(env).absolute()):
+            earlier.close()
 
     def __repr__(self) -> str:
         return f"FleetPanel(profiles={[*self._members]!r})"
 
     def _repr_html_(self) -> str:
-        rows = fleet_rows([member.look() for member in self._members.values()])
+        rows = self._look()
         cells = [(row.profile, row.status, row.model, str(row.port), row.problem) for row in rows]
         head = "Profile", "State", "Model", "Port", ""
         return still("kitty_nb fleet", [f"{len(rows)} profiles"], table(head, cells))
 
     def manager(self, profile: str) -> ModelManager:
-        """The manager of a profile.
+        """Return the manager of a profile.
 
         Raises:
             KittyError: There is no such row.
@@ -242,23 +243,23 @@ class FleetPanel(AnyWidget):
 
     def start(self, profile: str) -> None:
         """Start a profile's server; what goes wrong is shown in its row."""
-        self._member(profile).act(self._portal.start_task_soon, _Member.start)
+        self._member(profile).start()
 
     def stop(self, profile: str) -> None:
         """Stop a profile's server."""
-        self._member(profile).act(self._portal.start_task_soon, _Member.stop)
+        self._member(profile).stop()
 
     def start_all(self) -> None:
         """Start all that can be started; of those that want one port the first."""
         ports = set()
-        for row in fleet_rows([member.look() for member in self._members.values()]):
+        for row in self._look():
             if row.start and row.port not in ports:
                 self.start(row.profile)
                 ports.add(row.port)
 
     def stop_all(self) -> None:
         """Stop all that run."""
-        for row in fleet_rows([member.look() for member in self._members.values()]):
+        for row in self._look():
             if row.stop:
                 self.stop(row.profile)
 
@@ -271,55 +272,45 @@ class FleetPanel(AnyWidget):
             self._problem = str(error)
 
     def close(self) -> None:
-        """Remove the widget; stop the servers and end the threads of the managers it has made."""
+        """Remove the widget; stop the servers that no other panel or magic uses."""
         if self.comm is None:
             return
         atexit.unregister(self._resources.close)
         self._resources.close()
-        let_go(self)
         super().close()
 
     def _member(self, profile: str) -> _Member:
         if profile not in self._members:
             raise KittyError(
-                f"There is no profile {profile!r} here, but {', '.join(self._members)}. Name a"
-                f" model for it by LLAMACPP_{profile.upper()}_MODEL and press Rescan."
+                f"There is no profile {profile!r} here, only {', '.join(self._members)}. Set"
+                f" LLAMACPP_{profile.upper()}_MODEL and press Rescan."
             )
         return self._members[profile]
 
-    def _read(self, known: dict[str, _Member] | None = None) -> dict[str, _Member]:
-        names = dict.fromkeys(configured_profiles(self._env))
-        running = {
-            name: None for name, m in (known or {}).items() if not m.watched.state.status.idle
-        }
+    def _read(self, known: dict[str, _Member]) -> dict[str, _Member]:
+        running = [name for name, m in known.items() if not m.watched.state.status.idle]
         members = {}
-        for name in names | running:
-            if known and name in known:
-                members[name] = known[name]
-                members[name].read()
-            else:
-                members[name] = _Member(self._env, name, self)
+        for name in dict.fromkeys([*configured_profiles(self._env), *running]):
+            members[name] = known.get(name) or _Member(self._env, name, self, self._portal)
+            members[name].read()
         return members
 
     def _warnings(self) -> str:
         return "\n".join(env_warnings(self._env, *configured_profiles(self._env)))
 
+    def _look(self) -> list[FleetRow]:
+        return fleet_rows([member.look() for member in [*self._members.values()]])
+
     def _describe(self) -> list[dict[str, object]]:
-        profiles = [member.look() for member in self._members.values()]
-        return [asdict(row) for row in fleet_rows(profiles)]
+        return [asdict(row) for row in self._look()]
 
-    async def _show_failure_of(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        try:
-            await task()
-        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self._problem = self.notice = explain(error)
+    def _draw(self) -> None:
+        with self.hold_sync():
+            self.rows = self._describe()
+            self.notice = self._problem
 
-    async def _refresh_forever(self) -> None:
-        while True:
-            with self.hold_sync():
-                self.rows = self._describe()
-                self.notice = self._problem
-            await anyio.sleep(_REFRESH_EVERY)
+    def _show_error(self, message: str) -> None:
+        self._problem = self.notice = message
 
     async def _measure_forever(self) -> None:
         while True:
@@ -341,72 +332,70 @@ class FleetPanel(AnyWidget):
                 self.rescan()
 
 
+def _tick() -> float:
+    return _DRAW_AGAIN
+
+
 class _Member:
     """A profile of the fleet."""
 
-    def __init__(self, env: str | Path, profile: str, owner: FleetPanel) -> None:
+    def __init__(
+        self, env: str | Path, profile: str, owner: FleetPanel, portal: BlockingPortal
+    ) -> None:
         self._env, self._profile, self._owner = env, profile, owner
         self._memory: MemoryUse | None = None
         self._status = ServerStatus.STOPPED
-        self._second_ask = SecondAsk("press Start again")
-        self.read()
-        # That of an earlier run of this cell, with its server, is this panel's to close.
-        self._last = borrow(env, profile, owner, self._make, take_over=(FleetPanel,))
+        self._failure: str | None = None
+        self._actions = ActionRunner(portal.start_task_soon, self._show_failure)
+        self._last = self.manager
 
     @property
     def manager(self) -> ModelManager:
-        """The kernel's for this profile; a new one where a panel has closed it."""
-        return borrow(self._env, self._profile, self._owner, self._make)
+        """The kernel's for this profile; a new one where somebody has closed it."""
+        return session.acquire(self._env, self._profile, self._owner)
 
     @property
     def watched(self) -> ModelManager:
         """The same, but looking makes no new one: the last stays, closed."""
-        self._last = lent(self._env, self._profile) or self._last
+        self._last = session.get(self._env, self._profile) or self._last
         return self._last
 
     def read(self) -> None:
         """Read the settings again."""
         self._config, complaint = load_profile(self._env, self._profile)
-        self._mishap: str | None = None
+        self._failure = None
         self._complaint = "\n".join(map(str, complaint.problems)) if complaint else None
 
-    def _make(self) -> ModelManager:
-        return ModelManager(config=self._config)
-
     def look(self) -> Profile:
-        """How it is now."""
+        """Take a snapshot."""
         manager = self.watched
         state, config = manager.state, self._config
         if state.status is ServerStatus.READY is not self._status:
-            self._mishap = None
+            self._failure = None
         self._status = state.status
         if config.model is None and self._complaint is None:
-            config = state.config  # of a model that was picked in its panel
-        problem = self._mishap or self._complaint
+            config = state.config  # of a model that was chosen in its panel
+        problem = self._failure or self._complaint
         if config.model is None and problem is None:
             key = f"LLAMACPP_{self._profile.upper()}_MODEL"
-            problem = f"No model is named. Set {key} to a .gguf file in {config.models_dir}."
+            problem = f"No model set. Set {key} to a .gguf file in {config.models_dir}."
         startable = config.model is not None and self._complaint is None
         return Profile(config, state, manager.progress, self._memory, problem, startable)
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Begin a start with the settings as they are in the file now."""
         manager = self.manager
-        config = wanted(self._env, self._profile) or manager.state.config
-        self._second_ask.agree(config, await manager.refusal(config))
-        await manager.start(config, wait_for_ready=False, anyway=True)
+        self._actions.start(
+            manager.start,
+            lambda: session.config_to_start(self._env, self._profile) or manager.state.config,
+        )
 
-    async def stop(self) -> None:
-        """Stop it."""
-        await self.manager.stop()
-
-    def act(self, run: Callable[..., object], action: Callable[[_Member], Awaitable[None]]) -> None:
-        """Do what a click asks; whatever goes wrong is shown."""
-        self._mishap = None
-        run(self._follow, action)
+    def stop(self) -> None:
+        """Stop its server."""
+        self._actions.run(self.manager.stop)
 
     async def measure(self) -> None:
-        """Learn what its server holds."""
+        """Measure the memory that its server holds."""
         try:
             self._memory = await self.watched.memory_use()
         except KittyError:  # closed
@@ -417,8 +406,5 @@ class _Member:
                 raise
             self._memory = None  # closed while it was measuring
 
-    async def _follow(self, action: Callable[[_Member], Awaitable[None]]) -> None:
-        try:
-            await action(self)
-        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self._mishap = explain(error)
+    def _show_failure(self, failure: str | None) -> None:
+        self._failure = failure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -60,8 +59,10 @@ class LiveView:
     def wake(self) -> None:
         """Draw soon; callable from any thread."""
         if self._loop:
-            with suppress(RuntimeError):  # the loop has ended
+            try:
                 self._loop.call_soon_threadsafe(self._changed.set)
+            except RuntimeError:  # the loop is closed, so nobody else draws
+                self._draw()
 
     def before_drawing(self, job: Callable[[], object]) -> None:
         """Call something in a worker thread once, then draw; callable from any thread."""

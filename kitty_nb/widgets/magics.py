@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from kitty_nb.config import env_warnings, load_lenient
+from kitty_nb.config import env_warnings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError, printable
-from kitty_nb.manager import ModelManager, Operation
-from kitty_nb.widgets.actions import SecondAsk
-from kitty_nb.widgets.kernel_managers import borrow, let_go, wanted
+from kitty_nb.widgets import session
+from kitty_nb.widgets.actions import ConfirmOnce
 from kitty_nb.widgets.load_bar import describe
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.client import Piece
     from kitty_nb.config import ServerConfig
+    from kitty_nb.manager import ModelManager, Operation
     from kitty_nb.supervisor.events import ServerState
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class KittyMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self._second_ask = SecondAsk("run this again")
+        self._confirm = ConfirmOnce("Run this again to start anyway.")
 
     @magic_arguments()
     @argument(
@@ -56,15 +56,21 @@ class KittyMagics(Magics):
     def kitty(self, line: str) -> None:
         """Start, stop or look at a profile's server."""
         given = _given(self.kitty, line)
-        manager = self._manager(given)
+        manager = session.acquire(given.env, given.profile, self)
         if given.verb in {"start", "restart", "status"}:
             for warning in env_warnings(given.env, given.profile):
                 _say(warning)
         match given.verb:
             case "start":
-                self._load(manager.start, manager, wanted(given.env, given.profile))
+                self._load(
+                    manager.start,
+                    session.config_to_start(given.env, given.profile) or manager.state.config,
+                )
             case "restart":
-                self._load(manager.restart, manager, wanted(given.env, given.profile))
+                self._load(
+                    manager.restart,
+                    session.config_to_start(given.env, given.profile) or manager.state.config,
+                )
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
@@ -72,7 +78,7 @@ class KittyMagics(Magics):
                     _say(_follow(manager.switch_model(given.model), lambda: None).sentence)
                     return
                 config = manager.state.config.replace(model=given.model)
-                self._load(manager.restart, manager, config)
+                self._load(manager.restart, config)
             case "stop":
                 pid = manager.state.pid
                 state = _follow(manager.stop(given.force), lambda: None)
@@ -98,41 +104,28 @@ class KittyMagics(Magics):
         options = {"temperature": given.temperature, "max_tokens": given.max_tokens}
         asked = {name: value for name, value in options.items() if value is not None}
         pieces: SimpleQueue[Piece] = SimpleQueue()
-        answer = self._manager(given).chat(messages, pieces.put, **asked)
+        answer = session.acquire(given.env, given.profile, self).chat(messages, pieces.put, **asked)
         with suppress(KeyboardInterrupt):
             _follow(answer, lambda: _print_pieces(pieces))
         _print_pieces(pieces)
         print()
 
-    def _manager(self, given: Namespace) -> ModelManager:
-        """The kernel's manager of a profile; a wrong setting is not in the way of stopping."""
+    def _load(self, start: Callable[..., Operation[ServerState]], config: ServerConfig) -> None:
+        """Start a server, and show its load in one line that changes."""
+        line = _ChangingLine()
+        with self._confirm.watch(config):
+            operation = start(config, anyway=self._confirm.confirmed(config))
 
-        def make() -> ModelManager:
-            return ModelManager(config=load_lenient(given.env, given.profile)[0])
+            def show() -> None:
+                if operation.progress:
+                    line.show(describe(operation.progress))
 
-        return borrow(given.env, given.profile, self, make)
-
-    def _load(
-        self,
-        launch: Callable[..., Operation[ServerState]],
-        manager: ModelManager,
-        config: ServerConfig | None,
-    ) -> None:
-        """Start something, and show its load in one line that changes."""
-        config = config or manager.state.config
-        self._second_ask.agree(config, _follow(manager.refusal(config), lambda: None))
-        operation, line = launch(config, anyway=True), _ChangingLine()
-
-        def show() -> None:
-            if operation.progress:
-                line.show(describe(operation.progress))
-
-        try:
-            line.show(_follow(operation, show).sentence)
-        except KeyboardInterrupt:
-            raise StartCancelledError("Interrupted: the start was called off.") from None
-        finally:
-            print()
+            try:
+                line.show(_follow(operation, show).sentence)
+            except KeyboardInterrupt:
+                raise StartCancelledError("Interrupted; the start was cancelled.") from None
+            finally:
+                print()
 
     def _print_log(self, manager: ModelManager, count: int) -> None:
         if count < 1:
@@ -156,7 +149,11 @@ def unload(shell: InteractiveShell) -> None:
     for kind, name in (("line", "kitty"), ("cell", "kitty_chat")):
         manager.magics[kind].pop(name, None)
     if magics := manager.registry.pop(KittyMagics.__name__, None):
-        let_go(magics)
+        session.release(magics)
+
+
+def _config(manager: ModelManager, given: Namespace) -> ServerConfig:
+    return session.config_to_start(given.env, given.profile) or manager.state.config
 
 
 class _ChangingLine:

@@ -15,8 +15,7 @@ from ipywidgets import HTML, Button, Dropdown, HBox, VBox
 
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.actions import explain
-from kitty_nb.widgets.display import labelled
+from kitty_nb.widgets.display import explain, labelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

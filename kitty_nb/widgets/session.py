@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-from kitty_nb.config import ServerConfig, salvage_settings
+from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.manager import ModelManager
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def acquire(
     with _lock:
         manager = _managers.get(key)
         if manager is None or manager.closed:
-            usable = config or salvage_settings(env, profile)[0]
+            usable = config or load_lenient(env, profile)[0]
             manager = _managers[key] = ModelManager(config=usable)
             manager.env = env
         _users.setdefault(key, set()).add(user)

@@ -29,8 +29,15 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
 )
 from kitty_nb.supervisor.events import ServerStatus, Stage
-from kitty_nb.widgets.actions import Notice, explain
-from kitty_nb.widgets.display import Accessible, asset, receive_while_busy, still, tree
+from kitty_nb.widgets.display import (
+    Accessible,
+    Notice,
+    asset,
+    explain,
+    receive_while_busy,
+    still,
+    tree,
+)
 from kitty_nb.widgets.load_bar import LoadBar, duration
 
 if TYPE_CHECKING:
