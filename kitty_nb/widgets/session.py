@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-from kitty_nb.config import ServerConfig, load_lenient
+from kitty_nb.catalog.resolve import load_profile
 from kitty_nb.manager import ModelManager
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+    from kitty_nb.config import ServerConfig
 
     Key = tuple[Path, str]
 
@@ -38,7 +40,7 @@ def acquire(
     with _lock:
         manager = _managers.get(key)
         if manager is None or manager.closed:
-            usable = config or load_lenient(env, profile)[0]
+            usable = config or load_profile(env, profile)[0]
             manager = _managers[key] = ModelManager(config=usable)
             manager.env = env
         _users.setdefault(key, set()).add(user)
@@ -71,13 +73,16 @@ def config_to_start(env: str | Path, profile: str) -> ServerConfig | None:
     Raises:
         ConfigError: Listing every wrong setting.
     """
-    config = ServerConfig.from_env(env, profile)
+    config, complaint = load_profile(env, profile)
+    if complaint:
+        raise complaint
     return config if config.model else None
 
 
 def succeed(panel: T, *key: Hashable) -> T | None:
     """Return the earlier panel of a kind and key, whose cell is run again; remember this one."""
-    earlier, _panels[type(panel), key] = _panels.get((type(panel), key)), panel
+    named = type(panel).__name__, key  # its class may be its own: traits are added to instances
+    earlier, _panels[named] = _panels.get(named), panel
     return earlier
 
 
