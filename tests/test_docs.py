@@ -127,6 +127,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "internals.md"])
+def test_files_that_a_guide_names_are_there(page: Path) -> None:
+    named = set(re.findall(r"`([\w./-]+\.(?:py|js|toml|md|yml|yaml))`", page.read_text()))
+    homes = (ROOT, ROOT / "kitty_nb", ROOT / "kitty_nb" / "widgets")
+    assert [name for name in named if not any((home / name).exists() for home in homes)] == []
+
+
 def test_the_readme_is_read_in_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 600
 
