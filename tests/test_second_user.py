@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli import app
-from kitty_nb.engine import locate as help_cache
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import (
     ConfigError,
@@ -292,17 +291,21 @@ def test_results_and_history_of_another_user_are_not_believed(
 
 
 def test_what_another_user_has_an_engine_say_is_neither_believed_nor_overwritten(
-    second_user: User,
+    second_user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = {"--help": "--model FNAME", "--version": "version: 1"}
-    help_cache.store("a build", answers)
-    assert help_cache.load("a build") == answers
+    inside, engine = tmp_path / "inside", tmp_path / "llama-server"
+    inside.write_text("#!/bin/sh\necho '-m, --model FNAME  x'; echo 'version: 1 (true)'\n")
+    engine.write_text(f'#!/bin/sh\nexec {inside} "$@"\n')
+    for script in (inside, engine):
+        script.chmod(0o755)
+    anyio.run(locate_engine, engine)
     path = platformdirs.user_cache_path("kitty_nb") / "engines.json"
+    path.write_text(path.read_text().replace("1 (true)", "1 (forged)"))
     give(path, second_user)
+    monkeypatch.setattr("kitty_nb.engine.locate._engines", {})  # as in another process
     try:
         before = path.read_bytes()
-        assert help_cache.load("a build") is None
-        help_cache.store("another build", answers)
+        assert anyio.run(locate_engine, engine).version == "1 (true)"
         assert path.read_bytes() == before
     finally:
         path.unlink()

@@ -16,30 +16,14 @@ if TYPE_CHECKING:
 
 # Names of one option, of different times and builds, the canonical one first.
 _RENAMED = (
-    ("--ctx-size", "-c"),
-    ("--n-predict", "--predict", "-n"),
-    ("--batch-size", "-b"),
-    ("--ubatch-size", "-ub"),
-    ("--parallel", "-np"),
-    ("--gpu-layers", "--n-gpu-layers", "-ngl"),
-    ("--flash-attn", "-fa"),
-    ("--cache-type-k", "-ctk"),
-    ("--cache-type-v", "-ctv"),
-    ("--kv-unified", "-kvu"),
-    ("--no-kv-unified", "-no-kvu"),
-    ("--no-kv-offload", "-nkvo"),
-    ("--fit", "-fit"),
-    ("--device", "-dev"),
-    ("--mmproj", "-mm"),
-    ("--temp", "--temperature"),
-    ("--verbosity", "--log-verbosity", "-lv"),
-    ("--embedding", "--embeddings"),
-    ("--rerank", "--reranking"),
-    ("--ui", "--webui"),
-    ("--no-ui", "--no-webui"),
-    ("--load-mode", "-lm"),
-    ("--direct-io", "-dio"),
-    ("--no-direct-io", "-ndio"),
+    ("--ctx-size", "-c"), ("--n-predict", "--predict", "-n"), ("--parallel", "-np"),
+    ("--batch-size", "-b"), ("--ubatch-size", "-ub"), ("--temp", "--temperature"),
+    ("--gpu-layers", "--n-gpu-layers", "-ngl"), ("--device", "-dev"), ("--fit", "-fit"),
+    ("--flash-attn", "-fa"), ("--cache-type-k", "-ctk"), ("--cache-type-v", "-ctv"),
+    ("--kv-unified", "-kvu"), ("--no-kv-unified", "-no-kvu"), ("--no-kv-offload", "-nkvo"),
+    ("--mmproj", "-mm"), ("--verbosity", "--log-verbosity", "-lv"), ("--load-mode", "-lm"),
+    ("--direct-io", "-dio"), ("--no-direct-io", "-ndio"), ("--embedding", "--embeddings"),
+    ("--rerank", "--reranking"), ("--ui", "--webui"), ("--no-ui", "--no-webui"),
     ("--spec-draft-model", "--model-draft", "-md"),
     ("--spec-draft-n-max", "--draft-max", "--draft-n", "--draft"),
     ("--spec-draft-n-min", "--draft-min", "--draft-n-min"),
@@ -48,7 +32,7 @@ _RENAMED = (
     ("--spec-draft-device", "--device-draft", "-devd"),
     ("--spec-draft-type-k", "--cache-type-k-draft", "-ctkd"),
     ("--spec-draft-type-v", "--cache-type-v-draft", "-ctvd"),
-)
+)  # fmt: skip
 _NAMES = {name: names for names in _RENAMED for name in names}
 # What a build without the first flag is told instead: the first whose flags it knows. Empty is a
 # wish for what it does anyway.
@@ -117,32 +101,19 @@ def _spell_first(dialect: Dialect, words: Sequence[str]) -> tuple[int, Sequence[
 
 # Fields whose value follows a flag.
 _FLAGS = {
-    "context_size": "--ctx-size",
-    "n_predict": "--n-predict",
-    "temperature": "--temp",
-    "top_p": "--top-p",
-    "repeat_penalty": "--repeat-penalty",
-    "n_gpu_layers": "--n-gpu-layers",
-    "threads": "--threads",
-    "batch_size": "--batch-size",
-    "ubatch_size": "--ubatch-size",
-    "parallel": "--parallel",
-    "flash_attention": "--flash-attn",
-    "tool_calling": "--jinja",
-}
+    "context_size": "--ctx-size", "n_predict": "--n-predict", "temperature": "--temp",
+    "top_p": "--top-p", "repeat_penalty": "--repeat-penalty", "n_gpu_layers": "--n-gpu-layers",
+    "threads": "--threads", "batch_size": "--batch-size", "ubatch_size": "--ubatch-size",
+    "parallel": "--parallel", "flash_attention": "--flash-attn", "tool_calling": "--jinja",
+}  # fmt: skip
+_ALWAYS = ("model", "host", "port", "alias", "api_key")
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
 SERVER_SETTINGS = (*_FLAGS, "mmproj", "extra_args")
 _MMPROJ = "--mmproj"
 ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 # Flags that the manager writes itself, by the field that they come from.
-_OWNED = {
-    "--model": "model",
-    "--host": "host",
-    "--port": "port",
-    "--alias": "alias",
-    "--api-key": "api_key",
-}
+_OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
 # Flags that change how a server is talked to, in a way that the manager does not know.
 UNSPOKEN_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
 
@@ -163,10 +134,7 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
         *("--model", str(config.require_model()), "--alias", config.served_alias),
         *("--host", config.host, "--port", str(config.port)),
         *(word for field in _FLAGS for word in _words(engine, config, field)),
-        *_projecting(engine, config),
-        *_sleeping(engine, config),
-        *_fencing(engine, config),
-        *(("--log-jsonl",) if engine.dialect.option("--log-jsonl") else ()),
+        *_derived(engine, config),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
     )
 
@@ -181,28 +149,24 @@ def leaves_out_projector(engine: Engine, config: ServerConfig) -> bool:
     return config.projector is not None and not engine.dialect.option(_MMPROJ)
 
 
-def _projecting(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
-    if leaves_out_projector(engine, config):
-        if config.mmproj is None:
-            return ()
-        raise UnknownFlagError(_lacks(engine, _MMPROJ, "mmproj"))
-    return (_MMPROJ, str(config.projector)) if config.projector else ()
-
-
-def _sleeping(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
-    seconds = config.idle_shutdown_seconds
-    return (_SLEEP, str(seconds)) if seconds and engine.dialect.option(_SLEEP) else ()
-
-
 def open_to_pages(engine: Engine, config: ServerConfig) -> bool:
     """Tell whether any web page can use the server: it has no key, and no fence."""
     return goes_without_key(config) and not engine.dialect.option(ORIGINS)
 
 
-def _fencing(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
-    chosen = value_of(config.extra_args, {ORIGINS})
-    fence = goes_without_key(config) and engine.dialect.option(ORIGINS) and not chosen
-    return (ORIGINS, "localhost") if fence else ()
+def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
+    """The words that follow from several settings, or from what the build can do."""
+    knows = engine.dialect.option
+    if config.projector and knows(_MMPROJ):
+        yield from (_MMPROJ, str(config.projector))
+    elif config.mmproj is not None and config.projector:
+        raise UnknownFlagError(_lacks(engine, _MMPROJ, "mmproj"))
+    if config.idle_shutdown_seconds and knows(_SLEEP):
+        yield from (_SLEEP, str(config.idle_shutdown_seconds))
+    if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
+        yield from (ORIGINS, "localhost")
+    if knows("--log-jsonl"):
+        yield "--log-jsonl"
 
 
 def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
@@ -211,20 +175,16 @@ def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
         return ()
     if value is False:  # builds without --no-jinja have it off unless asked
         return ("--no-jinja",) if engine.dialect.option("--no-jinja") else ()
-    flag, option = _known(engine, field)
+    names = (_FLAGS[field], *_NAMES.get(_FLAGS[field], ()))
+    known = ((name, option) for name in names if (option := engine.dialect.option(name)))
+    flag, option = next(known, (None, None))
+    if flag is None or option is None:
+        raise UnknownFlagError(_lacks(engine, _FLAGS[field], field))
     if value is True:
         return (flag,)
     if field == "flash_attention" and not option.values:  # a switch until mid 2025, off unless set
         return (flag,) if value is FlashAttention.ON else ()
     return flag, str(value)
-
-
-def _known(engine: Engine, field: str) -> tuple[str, Option]:
-    flag = _FLAGS[field]
-    for name in (flag, *_NAMES.get(flag, ())):
-        if option := engine.dialect.option(name):
-            return name, option
-    raise UnknownFlagError(_lacks(engine, flag, field))
 
 
 def _lacks(engine: Engine, flag: str, field: str) -> str:

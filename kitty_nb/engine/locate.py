@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -25,10 +25,6 @@ from kitty_nb.config import server_environment, spelled
 from kitty_nb.engine import embedded
 from kitty_nb.errors import EngineError, EngineNotFoundError
 from kitty_nb.safe_files import distrust, user_folder, write_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 
 # Descriptions start at column 26 or later in every build, options well before it.
 _OPTION_LINE = re.compile(r" {0,12}(?P<text>--?[A-Za-z].*)")
@@ -108,66 +104,9 @@ def _parse_line(line: str) -> Option | None:
     return Option(flags, 2 if value["second"] else 1, tuple(choices))
 
 
-_KEPT = 8  # programs
+_KEPT = 8  # programs whose answers are remembered
 _SCRIPT = 1 << 16  # bytes; what is longer is no script that only starts another program
 _PATH = re.compile(r"/[\w./+@-]+")
-
-
-def key_of(program: Path, stamp: object) -> str | None:
-    """Return a text that changes once a program may print something else.
-
-    A script counts with all files that it names; one that names none, or works out which program
-    it starts, is not known.
-
-    Args:
-        program: The program.
-        stamp: What tells whether its own file has changed.
-    """
-    with program.open("rb") as file:
-        head = file.read(_SCRIPT)
-    if not head.startswith(b"#!"):
-        return repr(stamp)
-    lines = head.decode(errors="replace").partition("\n")[2]
-    named = [path for path in map(Path, _PATH.findall(lines)) if path.is_file()]
-    stats = [(str(path), path.stat()) for path in named]
-    found = [(name, status.st_mtime_ns, status.st_size) for name, status in stats]
-    starts = [line for line in lines.splitlines() if "$@" in line]
-    worked_out = any(line.count("$") > 1 for line in starts)
-    return repr((stamp, found)) if found and starts and not worked_out else None
-
-
-def load(key: str) -> dict[str, str] | None:
-    """Return what a program printed, by flag; None where that is not known."""
-    found = _read().get(key)
-    return found if isinstance(found, dict) and {"--help", "--version"} <= found.keys() else None
-
-
-def store(key: str, answers: Mapping[str, str]) -> None:
-    """Store what a program printed. Where that cannot be written it is asked again."""
-    known = {name: value for name, value in _read().items() if name != key}
-    newest = dict([*known.items(), (key, dict(answers))][-_KEPT:])
-    path = _path()
-    with suppress(OSError):
-        if distrust(path, folders=False):
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(newest).encode())
-
-
-def _read() -> dict[str, dict[str, str]]:
-    path = _path()
-    if distrust(path, folders=False):
-        return {}
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _path() -> Path:
-    return user_folder(platformdirs.user_cache_path) / "engines.json"
-
-
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
 
@@ -196,13 +135,20 @@ class Engine:
     dialect: Dialect
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A program not yet asked; `stamp` is another one when the program has changed."""
+class _Candidate(NamedTuple):
+    """A program not yet asked.
+
+    Attributes:
+        kind: Where it comes from.
+        command: The words that start it.
+        stamp: Another one once the program may print something else.
+        is_lasting: Whether the stamp covers all that the program is, also in other processes.
+    """
 
     kind: EngineKind
     command: tuple[str, ...]
-    stamp: tuple[object, ...]
+    stamp: str
+    is_lasting: bool
 
 
 _engines: dict[_Candidate, Engine] = {}
@@ -268,24 +214,31 @@ def _program(binary: Path) -> Path:
 
 
 def _candidate(kind: EngineKind, command: tuple[str, ...], file: Path) -> _Candidate:
+    """Look at a program; a script counts with the files that it names."""
     resolved = file.resolve()
-    status = resolved.stat()
     # The folder too: a build with shared libraries may replace only those beside the program.
-    folder = resolved.parent.stat()
-    stamp = (resolved, status.st_mtime_ns, status.st_size, folder.st_mtime_ns)
-    return _Candidate(kind, command, stamp)
+    files, is_lasting = [resolved, resolved.parent], True
+    with suppress(OSError), resolved.open("rb") as opened:
+        head = opened.read(_SCRIPT)
+        if head.startswith(b"#!"):
+            lines = head.decode(errors="replace").splitlines()[1:]
+            named = [path for path in map(Path, _PATH.findall("\n".join(lines))) if path.is_file()]
+            starts = [line for line in lines if "$@" in line]
+            works_out = any(line.count("$") > 1 for line in starts)
+            is_lasting = bool(named and starts) and not works_out
+            files += named if is_lasting else []
+    stats = [(str(path), path.stat()) for path in files]
+    stamp = repr([(name, status.st_mtime_ns, status.st_size) for name, status in stats])
+    return _Candidate(kind, command, stamp, is_lasting)
 
 
 async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     if candidate.kind is EngineKind.EMBEDDED:  # its program would say the same, later
-        dialect, version = parse_help(embedded.help_text()), embedded.version_text()
-        return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
-    program, key = Path(candidate.command[0]), None
-    with suppress(OSError):
-        key = await anyio.to_thread.run_sync(key_of, program, candidate.stamp)
-    if key and (known := await anyio.to_thread.run_sync(load, key)):
-        dialect, version = parse_help(known["--help"]), known["--version"]
-        return Engine(candidate.kind, candidate.command, _numbered(version), dialect)
+        return _engine(candidate, embedded.help_text(), embedded.version_text())
+    if candidate.is_lasting:
+        known = (await anyio.to_thread.run_sync(_recall)).get(candidate.stamp, {})
+        if {"--help", "--version"} <= known.keys():
+            return _engine(candidate, known["--help"], known["--version"])
     answers: dict[str, str] = {}
 
     async def ask(flag: str) -> None:
@@ -294,21 +247,45 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask, "--help")
         tasks.start_soon(ask, "--version")
-    dialect = parse_help(answers["--help"])
-    if not dialect.option("--model"):
+    engine = _engine(candidate, answers["--help"], answers["--version"])
+    if not engine.dialect.option("--model"):
         line = next(filter(None, map(str.strip, answers["--help"].splitlines())), "nothing")
         raise EngineError(
             f"{candidate.command[-1]} is not a llama-server that runs here. Asked for --help, it"
             f" said: {line}"
         )
-    if key and _VERSION.search(answers["--version"]):
-        await anyio.to_thread.run_sync(store, key, answers)
-    return Engine(candidate.kind, candidate.command, _numbered(answers["--version"]), dialect)
+    if candidate.is_lasting and _VERSION.search(answers["--version"]):
+        await anyio.to_thread.run_sync(_remember, candidate.stamp, answers)
+    return engine
 
 
-def _numbered(text: str) -> str:
-    version = _VERSION.search(text)
-    return version[1].strip() if version else "unknown"
+def _engine(candidate: _Candidate, told_help: str, told_version: str) -> Engine:
+    version = _VERSION.search(told_version)
+    number = version[1].strip() if version else "unknown"
+    return Engine(candidate.kind, candidate.command, number, parse_help(told_help))
+
+
+def _recall() -> dict[str, dict[str, str]]:
+    """What programs printed in other processes: by their stamp, then by flag."""
+    path = _path()
+    with suppress(OSError, ValueError):
+        if not distrust(path, folders=False):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {key: told for key, told in dict(found).items() if isinstance(told, dict)}
+    return {}
+
+
+def _remember(stamp: str, answers: dict[str, str]) -> None:
+    newest = dict([*(_recall() | {stamp: answers}).items()][-_KEPT:])
+    path = _path()
+    with suppress(OSError):  # it is asked again
+        if not distrust(path, folders=False):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(newest).encode())
+
+
+def _path() -> Path:
+    return user_folder(platformdirs.user_cache_path) / "engines.json"
 
 
 async def output_of(command: tuple[str, ...], answer_within: float) -> str:
