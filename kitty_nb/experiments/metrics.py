@@ -40,7 +40,7 @@ __all__ = [
 
 _GIB = 1 << 30
 OBJECTIVE = "generation_tokens_per_second"
-_SPECULATED = 64  # tokens that are looked at together for one answer, at most
+_SPECULATED = 64  # tokens that are processed together for one answer, at most
 _SPEEDS = (
     OBJECTIVE,
     "prompt_tokens_per_second",
@@ -71,7 +71,7 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
     Those of requests are at the least number in parallel; with each other number behind the name,
     as in `total_tokens_per_second_4`, at that one. `memory_gib` is RAM and GPUs together, the most
     of the whole trial; where there are several such numbers, `memory_gib_1` is the most up to then.
-    What a server has of a device is not always told: then there is `ram_gib` alone.
+    Not every device reports what a server holds of it: then there is only `ram_gib`.
     """
     return dict(_numbers(result))
 

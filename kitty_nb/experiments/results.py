@@ -86,10 +86,10 @@ class Combination:
     def doubt(self) -> str:
         """Why the choice is not sure, in words; empty if nothing speaks against it."""
         others = len(self.close)
-        told = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
+        doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
         if self.once:
-            told.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
-        return ", ".join([*told, *(["nearest to the settings in use"] if others else [])])
+            doubts.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
+        return ", ".join([*doubts, *(["nearest to the settings in use"] if others else [])])
 
     @property
     def changed(self) -> int:
@@ -131,10 +131,10 @@ class Combination:
             profile: Without it that of the sweep's own settings.
         """
         config = self.config.replace(profile=profile) if profile else self.config
-        told = [f"# {self.doubt.capitalize()}."] if self.doubt else []
+        notes = [f"# {self.doubt.capitalize()}."] if self.doubt else []
         if self.idle:
-            told.append(f"# Without {' and '.join(self.idle)}: no batch measured was so large.")
-        return "\n".join([*told, *env_lines(config, self._changes)])
+            notes.append(f"# Without {' and '.join(self.idle)}: no batch measured was so large.")
+        return "\n".join([*notes, *env_lines(config, self._changes)])
 
 
 @dataclass(frozen=True)

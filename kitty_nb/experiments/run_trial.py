@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
 
-_LOOKED_AT = 0.1  # seconds for which what else the machine does is looked at
+_LOAD_SECONDS = 0.1  # seconds over which the machine's load is measured
 _log = logging.getLogger(__name__)
 
 
@@ -108,12 +108,12 @@ async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
 async def this_machine(
     config: ServerConfig, workload: Workload, logs: Path | None = None
 ) -> AsyncGenerator[Execute]:
-    """Give what runs trials here.
+    """Provide the callable that runs trials here.
 
     Args:
         config: The settings that trials change.
         workload: What to ask each server.
-        logs: A folder for the servers' logs, to be looked at afterwards; without it they go with
+        logs: A folder for the servers' logs, to be kept; without it they are deleted with
             this context.
     """
     with TemporaryDirectory(prefix="kitty_nb-sweep-", ignore_cleanup_errors=True) as temporary:
@@ -138,7 +138,7 @@ async def row_of(trial: Trial, execute: Execute, on_progress: OnProgress) -> Tri
 
 @dataclass
 class _Run:
-    """One trial under way, and what is known of it so far."""
+    """One trial under way, with its measurements so far."""
 
     trial: Trial
     on_progress: OnProgress
@@ -162,7 +162,7 @@ class _Run:
 
     async def measure(self, config: ServerConfig, folder: Path) -> None:
         """Start the server, measure it and stop it; then judge its answers."""
-        busy = await run_sync(psutil.cpu_percent, _LOOKED_AT)
+        busy = await run_sync(psutil.cpu_percent, _LOAD_SECONDS)
         engine = await engine_of(self.trial, config)
         self.engine = engine.version
         own = self._own_config(config, engine)

@@ -35,24 +35,24 @@ if TYPE_CHECKING:
     Settings = tuple[tuple[str, Value], ...]
     Skip = Callable[[Mapping[str, Any]], object]
 
-# A request says itself how long its answer may be, so a server's own limit would change nothing.
+# Each request limits its own answer, so a server's limit would change nothing.
 FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
-# Options that each request, or the sweep, decides by itself; and where to say what they should be.
+# Options that each request, or the sweep, sets by itself; and where to set them instead.
 _DECIDED = {
     "--seed": "Write seed=… in the sweep instead.",
     "--predict": "Write max_tokens=… in the sweep instead.",
     "--n-predict": "Write max_tokens=… in the sweep instead.",
     "--ignore-eos": "Leave it out; with quality=… an answer ends where the model ends it.",
-    "--cache-prompt": "Leave it out; each prompt is read anew, so that its speed can be measured.",
+    "--cache-prompt": "Leave it out; prompts always start from scratch, to measure their speed.",
     "--temp": "Write temperature instead.",
     "--top-p": "Write top_p instead.",
     "--repeat-penalty": "Write repeat_penalty instead.",
     "--model": "Write models=[…] in the sweep instead.",
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
 }
-_NO_EFFECT = "It would change nothing, because each request or the sweep decides it."
+_NO_EFFECT = "It has no effect: each request, or the sweep, sets it."
 _MISSPELT = 0.92  # likeness from which a name is a misspelt field; real flags are less like one
-# What llama-server takes where it is told nothing. Threads: one for each core.
+# llama-server's own defaults. Threads: one for each core.
 _ENGINE_DEFAULTS: Mapping[str, Value] = {
     "threads": psutil.cpu_count(logical=False),
     "batch_size": 2048,
@@ -78,7 +78,7 @@ def combine(
     """Return every combination of models and settings once.
 
     Args:
-        base: What holds where a combination says nothing.
+        base: What holds where a combination sets nothing.
         models: Files, absolute or in the models folder; without any, that of `base`.
         grid: Values by name of setting: all combinations of them are tried.
         configs: Combinations one by one, as whole settings or as changes to `base`. With a grid,
@@ -137,7 +137,7 @@ def in_order(
 
 
 def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None:
-    """Refuse flags that the engine does not know or a trial cannot decide, and values not taken.
+    """Reject flags that the engine lacks or a trial can't set, and values that it doesn't accept.
 
     Raises:
         ConfigError: Listing all of them, each with the nearest name there is.
@@ -158,7 +158,9 @@ def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None
             problems[name] = Problem(name, str(value), reason, _advice(name, dialect))
         elif option and option.choices and value is not None and str(value) not in option.choices:
             fix = f"Use one of {', '.join(option.choices)}."
-            problems[name, value] = Problem(name, str(value), "llama-server refuses it.", fix)
+            problems[name, value] = Problem(
+                name, str(value), "llama-server doesn't accept it.", fix
+            )
     if problems:
         raise ConfigError("the sweep", tuple(problems.values()))
 
@@ -189,7 +191,7 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
     Args:
         trial: What is to be tried.
         base: What the sweep starts from.
-        dialect: Tells how the engine spells a switch that is off.
+        dialect: How the engine spells a switch that is off.
     """
     fields: dict[str, Any] = {name: value for name, value in trial.settings if name in FIELDS}
     flags = [
@@ -214,14 +216,14 @@ def in_use(name: str, base: ServerConfig) -> Value:
 
 
 def digest(base: ServerConfig, workload: Workload) -> str:
-    """Return what rows that may be compared have in common, in a few letters."""
+    """Return a digest of the conditions under which rows can be compared."""
     config = base.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
     text = json.dumps({"config": config, **dict(workload.conditions())}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[str, ...]:
-    """Name the batch sizes that do to so many tokens what those in use do."""
+    """Name the batch sizes that treat so many tokens as those in use do."""
     return tuple(
         name
         for name, value in settings
@@ -232,7 +234,7 @@ def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[s
 
 
 def alike(one: Settings, other: Settings, base: ServerConfig, tokens: int) -> bool:
-    """Whether two combinations do the same to batches that get so many tokens at most."""
+    """Whether two combinations treat batches of at most so many tokens alike."""
     return _effect(one, base, tokens) == _effect(other, base, tokens)
 
 
@@ -242,7 +244,7 @@ def fill_batches(
     """Let the default prompt fill the batches where their sizes are varied and matter.
 
     Returns:
-        The workload, and a warning where it cannot tell apart the batch sizes that are tried.
+        The workload, and a warning where it can't show a difference between the batch sizes.
     """
     sizes = zip(*(_sizes(settings, base) for settings in tried), strict=True)
     largest = max((max(values) for values in sizes if len(set(values)) > 1), default=0)
@@ -261,13 +263,13 @@ def fill_batches(
     if len(told) == len(whole):
         return workload, ()
     return workload, (
-        f"Prompts of about {tokens} tokens cannot tell apart all batch sizes that are tried: no"
-        f" batch gets more. Give prompts of {largest} tokens or more.",
+        f"Prompts of about {tokens} tokens can't show a difference between all batch sizes: no"
+        f" batch is larger. Use prompts of {largest} tokens or more.",
     )
 
 
 def _check_names(names: Iterable[str]) -> Iterator[Problem]:
-    """Yield what is wrong with names of settings, as far as that can be told without an engine."""
+    """Yield what is wrong with names of settings, as far as it shows without an engine."""
     for name in dict.fromkeys(names):
         if name in FIELDS:
             continue
@@ -275,19 +277,19 @@ def _check_names(names: Iterable[str]) -> Iterator[Problem]:
         if name == "model":
             yield Problem(name, "", "Models are not a setting.", "Write models=[…] instead.")
         elif name == "n_predict":
-            yield Problem(name, "", "The sweep's max_tokens decides.", "Leave it out.")
+            yield Problem(name, "", "The sweep's max_tokens sets it.", "Leave it out.")
         elif name in ServerConfig.model_fields:
-            fix = f"Leave it out; what can be tried is {fields}, or a flag of llama-server."
-            yield Problem(name, "", "The sweep chooses it itself.", fix)
+            fix = f"Leave it out. You can vary {fields}, or a flag of llama-server."
+            yield Problem(name, "", "The sweep sets it itself.", fix)
         elif near := get_close_matches(name, FIELDS, n=1, cutoff=_MISSPELT):
             yield Problem(name, "", "There is no such setting.", f"Did you mean {near[0]}?")
         elif not re.fullmatch(r"[\w.-]+", name):
             fix = f"Use one of {fields}, or a flag of llama-server."
-            yield Problem(name, "", "It is no name of a setting.", fix)
+            yield Problem(name, "", "It isn't the name of a setting.", fix)
 
 
 def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:
-    """Validate the settings of all trials; their models are looked at when their turn comes."""
+    """Validate the settings of all trials; their models are checked later."""
     bare = base.model_copy(update={"model": None})
     problems: dict[tuple[str, str], Problem] = {}
     for trial in trials:
@@ -315,7 +317,7 @@ def _one_config(
 def _values(name: str, values: Iterable[Any], problems: list[Problem]) -> tuple[Value, ...]:
     fix = f"Write {name}=[…] with the values to try."
     if isinstance(values, (str, bytes)):
-        problems.append(Problem(name, str(values), "It is one value, not several.", fix))
+        problems.append(Problem(name, str(values), "It is one value, not a list.", fix))
         return ()
     try:
         return tuple(dict.fromkeys(map(as_value, values)))
@@ -325,7 +327,7 @@ def _values(name: str, values: Iterable[Any], problems: list[Problem]) -> tuple[
 
 
 def _model_name(model: object, base: ServerConfig) -> str:
-    """How a trial names a model: by its place in the models folder, which any machine can have."""
+    """A model's path in the models folder, which any machine can have."""
     path, folder = Path(str(getattr(model, "path", model))).expanduser(), base.models_dir
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
@@ -342,14 +344,14 @@ def _skipped(trial: Trial, skip: Skip | None) -> bool:
 
 
 def _decided(option: Option | None) -> str:
-    """Say where to set an option that a trial cannot decide; empty of any other."""
+    """Say where to set an option that a trial can't set; empty for any other."""
     return next(
         (_DECIDED[flag] for flag in (option.flags if option else ()) if flag in _DECIDED), ""
     )
 
 
 def _advice(name: str, dialect: Dialect) -> str:
-    """Name the setting that is meant, as a grid has it: its field, or the option's longest flag."""
+    """Suggest the setting that was meant: its field, or the option's longest flag."""
     option = dialect.option(f"-{name}") or dialect.option(dialect.nearest(_flag(name)) or "")
     if option is None:
         return "See `llama-server --help`."
@@ -364,7 +366,7 @@ def _flag(name: str) -> str:
 
 
 def _words(name: str, value: Value, dialect: Dialect | None) -> tuple[str, ...]:
-    """How a flag with a value is written on the command line."""
+    """A flag and its value as words of the command line."""
     flag = _flag(name)
     match value:
         case None:

@@ -69,6 +69,9 @@ class Search:
     """A search for the best settings of one model, by the rows there are. It runs nothing.
 
     Attributes:
+        model: The model, as trials name it.
+        space: What to choose from.
+        objective: What should be best.
         study: What Optuna knows.
         rows: Of all trials, those of earlier runs too.
     """
@@ -83,10 +86,10 @@ class Search:
         seed: int,
     ) -> None:
         self.rows: list[TrialResult] = []
-        self._model = model
-        self._space = space
+        self.model = model
+        self.space = space
         self._distributions: dict[str, BaseDistribution] = {**space}
-        self._objective = objective
+        self.objective = objective
         self._bounds = bounds
         self._config = config
         self._random = Random(seed)  # noqa: S311 (no secret)
@@ -96,14 +99,14 @@ class Search:
         """Take over those rows of earlier runs that are part of this search."""
         for row in rows:
             settings = dict(row.trial.settings)
-            inside = settings.keys() == self._space.keys() and all(
-                _holds(axis, settings[name]) for name, axis in self._space.items()
+            inside = settings.keys() == self.space.keys() and all(
+                _holds(axis, settings[name]) for name, axis in self.space.items()
             )
-            if row.trial.model != self._model or not inside or not self._may_count(row):
+            if row.trial.model != self.model or not inside or not self._may_count(row):
                 continue
-            ordered = tuple((name, settings[name]) for name in self._space)
+            ordered = tuple((name, settings[name]) for name in self.space)
             self.rows.append(replace(row, trial=replace(row.trial, settings=ordered)))
-            value = self._objective.of(row)
+            value = self.objective.of(row)
             self.study.add_trial(
                 create_trial(
                     state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
@@ -134,7 +137,7 @@ class Search:
             ExperimentError: The user's objective failed.
         """
         self.rows.append(row)
-        value = self._objective.of(row)
+        value = self.objective.of(row)
         for name, excess in self._excess(row).items():
             asked.set_constraint(name, excess)
         self.study.tell(asked, value, TrialState.PRUNED if value is None else None)
@@ -149,7 +152,7 @@ class Search:
         asked.report(median(values), len(values))
         if not asked.should_prune():
             return ""
-        name, usual = self._objective.name, median(self._peers().values())
+        name, usual = self.objective.name, median(self._peers().values())
         return f"its {name} was {median(values):.4g} by then, and {usual:.4g} is usual."
 
     @property
@@ -164,7 +167,7 @@ class Search:
     def best(self) -> tuple[Combination, Spread] | None:
         """The best by `choose` that keeps all constraints, with its objective; None without one."""
         found = self._feasible()
-        objective = self._objective
+        objective = self.objective
         smaller, speed = objective.smaller, objective.tells_speed
         return choose(found, objective.name, smaller=smaller, speed=speed) if found else None
 
@@ -176,9 +179,9 @@ class Search:
             reasons = Counter(row.reason[:_LENGTH] for row in self.rows).most_common(_SHOWN)
             told = "\n".join(f"- {count} of them: {reason}" for reason, count in reasons)
             return f"None of {len(self.rows)} trials could be measured:\n{told}"
-        if all(self._objective.of(row) is None for row in self.rows):
+        if all(self.objective.of(row) is None for row in self.rows):
             return (
-                f"No trial has {self._objective.name}. Choose another objective, or have it"
+                f"No trial has {self.objective.name}. Choose another objective, or have it"
                 " measured (quality=…, parallel=…)."
             )
         bounds = " and ".join(map(str, self._bounds))
@@ -191,13 +194,13 @@ class Search:
 
     def _may_count(self, row: TrialResult) -> bool:
         """What was pruned for another objective may win by this one."""
-        return row.outcome is not Outcome.PRUNED or f" {self._objective.name} " in row.reason
+        return row.outcome is not Outcome.PRUNED or f" {self.objective.name} " in row.reason
 
     def _feasible(self) -> list[tuple[Combination, Spread]]:
         """What was measured and keeps all constraints, with its objective."""
         values: dict[Trial, list[float]] = {}
         for row in self.rows:
-            if (value := self._objective.of(row)) is not None:
+            if (value := self.objective.of(row)) is not None:
                 values.setdefault(row.trial.combination, []).append(value)
         return [
             (one, Spread.over(values[one.trial]))
@@ -214,26 +217,26 @@ class Search:
         values = {trial: v for trial, v in self._peers().items() if times[trial] < _SURE}
         if not values:
             return None
-        best = (min if self._objective.smaller else max)(values, key=values.__getitem__)
+        best = (min if self.objective.smaller else max)(values, key=values.__getitem__)
         return replace(best, repeat=times[best] + 1)
 
     def _propose(self) -> tuple[Trial, optuna.Trial] | None:
         if not self.rows:
-            used = {name: in_use(name, self._config) for name in self._space}
-            first = {n: value for n, value in used.items() if _holds(self._space[n], value)}
+            used = {name: in_use(name, self._config) for name in self.space}
+            first = {n: value for n, value in used.items() if _holds(self.space[n], value)}
             self.study.enqueue_trial(first)
         tried = {row.trial.settings for row in self.rows}
         for _ in range(_ASKED):
             asked = self.study.ask(self._distributions)
-            settings = tuple((name, asked.params[name]) for name in self._space)
+            settings = tuple((name, asked.params[name]) for name in self.space)
             if settings not in tried:
-                return Trial(self._model, settings), asked
+                return Trial(self.model, settings), asked
             self.study.tell(asked, state=TrialState.FAIL)
-        left = [point for point in _points(self._space) if point not in tried]
+        left = [point for point in _points(self.space) if point not in tried]
         if not left:
             return None
         settings = self._random.choice(left)
-        return Trial(self._model, settings), self._enqueued(dict(settings))
+        return Trial(self.model, settings), self._enqueued(dict(settings))
 
     def _enqueued(self, settings: dict[str, Any]) -> optuna.Trial:
         self.study.enqueue_trial(settings)
@@ -250,7 +253,7 @@ class Search:
             return NopPruner()
         usual = median(peers.values())
         clearly = _CLEARLY * abs(usual)
-        if self._objective.smaller:
+        if self.objective.smaller:
             return ThresholdPruner(upper=usual + clearly)
         return ThresholdPruner(lower=usual - clearly)
 

@@ -1,4 +1,4 @@
-"""What is tried, and what came of it. Data that travels between processes and machines."""
+"""Trials, their results and their events: data that travels between processes and machines."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class TrialResult:
         engine: What the engine calls itself; empty where none was found.
         at: When it ended, in seconds since the epoch.
         fingerprint: Of the model, where it was seen.
-        document: Its run record as JSON; empty unless the sweep was told to make one.
+        document: Its run record as JSON; empty unless the sweep makes records.
     """
 
     trial: Trial

@@ -2,69 +2,53 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
-from kitty_nb.errors import ExperimentError, ResultStoreError
-from kitty_nb.experiments.background import in_background
+from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
 from kitty_nb.experiments.model_files import check_models, fingerprints_here
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_trial import row_of, this_machine
-from kitty_nb.experiments.space import check_flags, digest, fill_batches
-from kitty_nb.experiments.store import RowStore, earlier_store
+from kitty_nb.experiments.runner import TrialRunner
+from kitty_nb.experiments.space import fill_batches
 from kitty_nb.experiments.study import Search, partial_metrics, read_space, samples
-from kitty_nb.experiments.trial import (
-    Outcome,
-    StoreFailed,
-    Trial,
-    TrialEnded,
-    TrialProgressed,
-    TrialResult,
-    TrialSeconds,
-    TrialStarted,
-)
+from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
-from kitty_nb.isolated_server import locate_engine, this_host
-from kitty_nb.manager import Operation
+from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     import optuna
 
-    from kitty_nb import LoadProgress
-    from kitty_nb.experiments.metrics import Objective
     from kitty_nb.experiments.results import Combination
     from kitty_nb.experiments.study import Space
-    from kitty_nb.experiments.trial import Execute, ModelFingerprint, SweepEvent
+    from kitty_nb.experiments.trial import Execute, SweepEvent, Trial
     from kitty_nb.experiments.workload import Perplexity, Quality
+    from kitty_nb.manager import Operation
 
 __all__ = ["TuneResult", "tune"]
 
 _PATIENCE = 4.0  # times as long as others a trial may take
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
 class TuneResult:
-    """What a search has found.
+    """The outcome of a search.
 
     Attributes:
         best: The best combination that keeps all constraints; see `Results.best`.
         value: Its objective: the median of its measurements.
-        objective: What that is.
+        objective: The objective's name.
         results: All rows, for tables and plots.
         study: Optuna's study, for its own plots and importances.
     """
@@ -85,11 +69,11 @@ class TuneResult:
         """What was found after how many trials, in a sentence or two."""
         rows = self.results.rows
         ends = Counter(row.outcome.value for row in rows)
-        told = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
         doubt = f" It is {self.best.doubt}." if self.best.doubt else ""
         return (
             f"{self.objective} {self.value:.4g} with {self.best.trial.label}. That is the best of"
-            f" {len(self.results.combinations)} combinations in {len(rows)} trials ({told})."
+            f" {len(self.results.combinations)} combinations in {len(rows)} trials ({counts})."
             f"{doubt}"
         )
 
@@ -143,21 +127,20 @@ def tune(
         constraints: Bounds to keep, of numbers or settings, by name and sign; a name alone means
             at most: `{"memory_gib": 20, "context_size>=": 16384}`. What breaks one on a setting
             is never tried.
-        budget: How many trials there shall be, with those in the store.
-        prompts: What to ask, one request each; 1 or more. By default a question, which is repeated
+        budget: The number of trials, with those in the store.
+        prompts: One request each; 1 or more. By default a question, which is repeated
             to fill the batches where their sizes are chosen and the objective depends on them.
         seconds: After how long no further trial begins; None for no limit.
         seed: Of the search and of the server's sampling.
         parallel: Numbers of requests to have under way at once, each measured on its own.
         max_tokens: Length of an answer.
-        config: What holds where the space says nothing; by default `.env`.
+        config: The settings that the space changes; by default those of `.env`.
         quality: As for a `Sweep`.
         chat: Whether prompts go through the model's chat template.
         record: As for a `Sweep`; trials that were measured without a run record do not count.
         store: The file for the rows.
         logs: A folder in which to keep the servers' logs.
-        on_event: Called on the search's thread with what happens: a trial has begun, made
-            progress, ended.
+        on_event: Called on the search's thread when a trial begins, makes progress or ends.
 
     Returns:
         Cancelling it ends the search and the server under way; the rows stay in the store. It may
@@ -179,141 +162,102 @@ def tune(
         quality=quality,
     )
     if budget < 1:
-        raise ExperimentError(f"budget is {budget}, so nothing is tried. Write 1 or more.")
+        raise ExperimentError(f"budget is {budget}, so nothing would be tried. Write 1 or more.")
     names = metric_names(workload.levels)
     bounds = constraints_of(constraints)
     name, choices = read_space(model, config, space, bounds, names)
     aim = read_objective(objective, names)
     workload, useless = fill_batches(workload, _batches(choices), config, aim.name)
-    path = Path(store).expanduser().absolute()
-    for warning in filter(None, (*warnings, *useless, earlier_store(path))):
-        _log.warning(warning)
-    run = _Run(
-        search=Search(name, choices, aim, bounds, config, seed),
-        model=name,
-        objective=aim,
-        space=choices,
-        budget=budget,
-        seconds=seconds,
+    run = _Tuning(
         config=config,
         workload=workload,
-        store=RowStore(path, digest(config, workload)),
-        logs=Path(logs).expanduser().absolute() if logs else None,
-        on_event=on_event,
+        store=store,
+        logs=logs,
+        warnings=(*warnings, *useless),
+        search=Search(name, choices, aim, bounds, config, seed),
+        budget=budget,
+        seconds=seconds,
     )
-    thread, future = in_background(run.to_the_end, "kitty_nb tune")
-
-    def close() -> None:
-        future.cancel()
-        thread.join()
-
-    atexit.register(close)
-    future.add_done_callback(lambda _: atexit.unregister(close))
-    return Operation(future, lambda: run.load)
+    run.subscribe(on_event)
+    return run.start()
 
 
-@dataclass
-class _Run:
-    """A search under way. For one event loop."""
+class _Tuning(TrialRunner):
+    """A search under way: each trial is asked for when the one before it has its row."""
 
-    search: Search
-    model: str
-    objective: Objective
-    space: Space
-    budget: int
-    seconds: float | None
-    config: ServerConfig
-    workload: Workload
-    store: RowStore
-    logs: Path | None
-    on_event: Callable[[SweepEvent], object]
-    load: LoadProgress | None = None
-    fingerprint: ModelFingerprint | None = None
+    def __init__(
+        self, *, search: Search, budget: int, seconds: float | None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        self._search = search
+        self._budget = budget
+        self._seconds = seconds
+        self._asked: optuna.Trial | None = None
 
-    async def to_the_end(self) -> TuneResult:
-        """Search until the budget is spent or everything is tried.
+    def start(self) -> Operation[TuneResult]:
+        """Search in a thread of its own."""
+        return self._start(self._find, "kitty_nb tune")
 
-        Raises:
-            ConfigError: The engine does not know a flag of the space, or the model is not here.
-            EngineNotFoundError: There is no engine.
-            ResultStoreError: The file of results cannot be used.
-            ExperimentError: The user's objective failed, or nothing is best.
-        """
-        began = time.monotonic()
-        engine = await locate_engine(self.config.binary)
-        check_flags(samples(self.space), engine.dialect)
-        await anyio.to_thread.run_sync(check_models, [self.model], self.config)
-        here = await anyio.to_thread.run_sync(fingerprints_here, [self.model], self.config)
-        self.fingerprint = here.get(self.model)
-        rows = await self.store.recall()
-        self.search.resume(
-            row
-            for row in rows
-            if row.may_be_of(self.fingerprint) and self.workload.satisfied_by(row)
-        )
-        try:
-            async with this_machine(self.config, self.workload, self.logs) as execute:
-                while len(self.search.rows) < self.budget:
-                    late = self.seconds is not None and time.monotonic() - began > self.seconds
-                    asked = None if late and self.search.rows else self.search.ask()
-                    if asked is None:
-                        break
-                    await self._try(*asked, execute)
-        finally:
-            with anyio.CancelScope(shield=True), suppress(ResultStoreError):
-                await self.store.add()
-        return self._result()
-
-    def _result(self) -> TuneResult:
-        found = self.search.best
+    async def _find(self) -> TuneResult:
+        await self._controlled(self._run)
+        found = self._search.best
         if found is None:
-            raise ExperimentError(self.search.complaint)
+            raise ExperimentError(self._search.complaint)
         best, spread = found
-        results = Results(self.config, tuple(self.search.rows))
-        return TuneResult(best, spread.median, self.objective.name, results, self.search.study)
+        results = Results(self.config, tuple(self._search.rows))
+        name = self._search.objective.name
+        return TuneResult(best, spread.median, name, results, self._search.study)
 
-    async def _try(self, trial: Trial, asked: optuna.Trial, execute: Execute) -> None:
-        self._publish(TrialStarted(trial))
-        row = await self._measure(trial, asked, execute)
-        self._publish(TrialEnded(row))
-        with anyio.CancelScope(shield=True):
-            try:
-                await self.store.add([row])
-            except ResultStoreError as error:
-                self._publish(StoreFailed(str(error)))
-        self.search.tell(row, asked)
+    async def _run(self) -> None:
+        model = self._search.model
+        await self._check_flags([tuple(samples(self._search.space))])
+        await anyio.to_thread.run_sync(check_models, [model], self.config)
+        await self._kept.recall()  # creates the file, so that an unusable one shows first
+        self._search.resume(await anyio.to_thread.run_sync(self._rows_of, [model]))
+        async with this_machine(self.config, self.workload, self._logs) as execute:
+            await self._carry_out(self._plan(), execute)
 
-    async def _measure(self, trial: Trial, asked: optuna.Trial, execute: Execute) -> TrialResult:
+    def _plan(self) -> Iterator[Trial]:
+        began, search = time.monotonic(), self._search
+        while len(search.rows) < self._budget:
+            late = self._seconds is not None and time.monotonic() - began > self._seconds
+            asked = None if late and search.rows else search.ask()
+            if asked is None:
+                return
+            trial, self._asked = asked
+            yield trial
+            search.tell(self._rows[trial.key], self._asked)
+
+    async def _measure(self, trial: Trial, execute: Execute) -> TrialResult:
         """Return the trial's row; it is pruned where it cannot win any more."""
-        began, usual = time.monotonic(), self.search.usual_seconds
-        name, least = self.objective.name, self.workload.levels[0]
+        objective, usual = self._search.objective, self._search.usual_seconds
         sofar: list[float] = []
         why = ""
+
+        def on_progress(event: SweepEvent) -> None:
+            nonlocal why
+            self._publish(event)
+            found = partial_metrics(event, self.workload.levels[0]).get(objective.name)
+            if found is None or trial.repeat > 1 or why or self._asked is None:
+                return
+            if isinstance(event, TrialProgressed):
+                sofar.clear()  # of a load's time so far the latest counts
+            sofar.append(found)
+            why = self._search.prune_reason(self._asked, sofar)
+            if why:
+                scope.cancel()
+
+        began = time.monotonic()
         row: TrialResult | None = None
         with anyio.CancelScope() as scope:
-
-            def on_progress(event: SweepEvent) -> None:
-                nonlocal why
-                self._publish(event)
-                found = partial_metrics(event, least).get(name)
-                if found is None or trial.repeat > 1 or why:
-                    return
-                if isinstance(event, TrialProgressed):
-                    sofar.clear()  # of a load's time so far the latest counts
-                sofar.append(found)
-                why = self.search.prune_reason(asked, sofar)
-                if why:
-                    scope.cancel()
-
-            if self.objective.tells_speed and usual and trial.repeat == 1:
+            if objective.tells_speed and usual and trial.repeat == 1:
                 scope.deadline = anyio.current_time() + _PATIENCE * usual
             row = await row_of(trial, execute, on_progress)
         if row:
             return row
         passed = time.monotonic() - began
-        late = (
-            f"{self.objective.name} cannot win: {passed:.1f} s by then, {usual or 0:.1f} s usual."
-        )
+        here = await anyio.to_thread.run_sync(fingerprints_here, [trial.model], self.config)
+        late = f"its {objective.name} was not there after {passed:.1f} s, far longer than usual."
         return TrialResult(
             trial,
             Outcome.PRUNED,
@@ -321,16 +265,8 @@ class _Run:
             seconds=TrialSeconds(overall=passed),
             host=this_host(),
             at=time.time(),
-            fingerprint=self.fingerprint,
+            fingerprint=here.get(trial.model),
         )
-
-    def _publish(self, event: SweepEvent) -> None:
-        if isinstance(event, TrialProgressed):
-            self.load = event.progress
-        try:
-            self.on_event(event)
-        except Exception:  # noqa: BLE001 (whatever a user's callback raises)
-            _log.exception("on_event failed; the search goes on.")
 
 
 def _batches(space: Space) -> list[tuple[tuple[str, Any], ...]]:

@@ -1,0 +1,268 @@
+"""The machinery that sweeps and searches share: trials run, their rows are kept, events told."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
+from kitty_nb.experiments.background import in_background
+from kitty_nb.experiments.model_files import fingerprints_here
+from kitty_nb.experiments.run_trial import row_of
+from kitty_nb.experiments.space import check_flags, digest
+from kitty_nb.experiments.store import RowStore, earlier_store
+from kitty_nb.experiments.trial import (
+    StoreFailed,
+    SweepEnded,
+    SweepPaused,
+    SweepResumed,
+    TrialEnded,
+    TrialProgressed,
+    TrialStarted,
+)
+from kitty_nb.isolated_server import locate_engine
+from kitty_nb.manager import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+    from concurrent.futures import Future
+    from threading import Thread
+
+    from kitty_nb import LoadProgress
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments.space import Settings
+    from kitty_nb.experiments.trial import Execute, SweepEvent, Trial, TrialResult
+    from kitty_nb.experiments.workload import Workload
+
+T = TypeVar("T")
+
+_RUNNING = "This sweep is already running. Wait for it, or cancel it first."
+_log = logging.getLogger(__name__)
+
+
+class TrialRunner:
+    """Runs trials in a thread of its own, one at a time or several; it can be paused and cancelled.
+
+    Attributes:
+        config: The settings that trials change.
+        workload: The requests of each trial.
+        store: The file for the rows.
+        warnings: What of the settings has no effect, in sentences.
+        trials: All trials, where they are known in advance.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        workload: Workload,
+        store: str | Path,
+        logs: str | Path | None,
+        warnings: Iterable[str],
+        trials: tuple[Trial, ...] = (),
+    ) -> None:
+        self.config = config
+        self.workload = workload
+        self.store = Path(store).expanduser().absolute()
+        self.warnings = tuple(filter(None, (*warnings, earlier_store(self.store))))
+        self.trials = trials
+        self._logs = Path(logs).expanduser().absolute() if logs else None
+        self._kept = RowStore(self.store, digest(config, workload))
+        self._rows: dict[str, TrialResult] = {}
+        self._subscribers: list[Callable[[SweepEvent], object]] = []
+        self._running: dict[Trial, float] = {}
+        self._load: LoadProgress | None = None
+        self._slots = 1
+        self._paused = False
+        self._resumed: anyio.Event | None = None
+        self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
+        self._thread: Thread | None = None
+        self._ended: Callable[[], bool] = lambda: False
+        self._store_problem = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.close)
+
+    @property
+    def running(self) -> bool:
+        """Whether it is running."""
+        return self._control is not None
+
+    @property
+    def store_problem(self) -> str:
+        """Why rows are only in memory, in a sentence; empty when all are in the file."""
+        return self._store_problem
+
+    def pause(self) -> None:
+        """Begin no further trial; the one under way goes on to its row."""
+
+        def pause() -> None:
+            self._paused = True
+            self._publish(SweepPaused())
+
+        self._on_loop(pause)
+
+    def resume(self) -> None:
+        """Begin trials again."""
+
+        def resume() -> None:
+            self._paused = False
+            if self._resumed:
+                self._resumed.set()
+            self._publish(SweepResumed())
+
+        self._on_loop(resume)
+
+    def cancel(self) -> None:
+        """End the run and the server under way. Finished trials are kept; `run` does the rest."""
+        if control := self._control:
+            self._on_loop(control[1].cancel)
+
+    def close(self) -> None:
+        """Cancel the run and wait until its server and thread have ended."""
+        self.cancel()
+        if self._thread:
+            self._thread.join()
+
+    def subscribe(self, callback: Callable[[SweepEvent], object]) -> Callable[[], None]:
+        """Call back with each event, on the run's thread, until the result is called."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    def _start(self, work: Callable[[], Awaitable[T]], name: str) -> Operation[T]:
+        """Do the work in a thread of its own, which ends with it."""
+        if self._thread and not self.running and self._ended():
+            self._thread.join()  # it outlives its result by a moment
+        if self.running or (self._thread and self._thread.is_alive()):
+            raise ExperimentError(_RUNNING)
+        future: Future[T]
+        self._thread, future = in_background(work, name)
+        self._ended = future.done
+        atexit.register(self.close)
+        future.add_done_callback(lambda _: atexit.unregister(self.close))
+        return Operation(future, lambda: self._load)
+
+    async def _controlled(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the work so that `cancel` ends it; raise the first of its errors."""
+        if self.running:
+            raise ExperimentError(_RUNNING)
+        problem = ""
+        try:
+            with anyio.CancelScope() as scope:
+                self._control = asyncio.get_running_loop(), scope
+                for warning in self.warnings:
+                    _log.warning(warning)
+                await work()
+        except Exception as failure:  # noqa: BLE001 (raised again below)
+            error = first_of(failure)
+            known = isinstance(error, KittyError)
+            problem = str(error) if known else f"kitty_nb failed to run the sweep: {error!r}."
+            raise error from None
+        finally:
+            self._control = None
+            self._running.clear()
+            with anyio.CancelScope(shield=True):
+                await self._write()
+            complete = all(trial.key in self._rows for trial in self.trials)
+            self._publish(SweepEnded(complete, problem))
+
+    async def _check_flags(self, settings: Iterable[Settings]) -> None:
+        """Check the flags that will be tried against the engine's own.
+
+        Raises:
+            EngineError: There is no engine here.
+            ConfigError: It lacks a flag.
+        """
+        engine = await locate_engine(self.config.binary)
+        check_flags((one for several in settings for one in several), engine.dialect)
+
+    def _rows_of(self, models: Iterable[str]) -> list[TrialResult]:
+        """Read the rows in the store that are of these models as they are here."""
+        here = fingerprints_here(models, self.config)
+        return [
+            row
+            for row in self._kept.read()
+            if self.workload.satisfied_by(row) and row.may_be_of(here.get(row.trial.model))
+        ]
+
+    async def _carry_out(self, trials: Iterable[Trial], execute: Execute) -> None:
+        """Run trials in order, as many at once as there are slots, while it is not paused."""
+        slots = anyio.Semaphore(self._slots)
+        plan = iter(trials)
+
+        async def run(trial: Trial) -> None:
+            try:
+                await self._try(trial, execute)
+            finally:
+                slots.release()
+
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await slots.acquire()
+                trial = next(plan, None)
+                if trial is None:
+                    break
+                while self._paused:
+                    self._resumed = anyio.Event()
+                    await self._resumed.wait()
+                tasks.start_soon(run, trial)
+
+    async def _try(self, trial: Trial, execute: Execute) -> None:
+        self._running[trial] = time.monotonic()
+        self._publish(TrialStarted(trial))
+        try:
+            row = await self._measure(trial, execute)
+        finally:
+            self._running.pop(trial, None)
+        self._rows[trial.key] = row
+        self._publish(TrialEnded(row))
+        with anyio.CancelScope(shield=True):
+            await self._write(row)
+
+    async def _measure(self, trial: Trial, execute: Execute) -> TrialResult:
+        return await row_of(trial, execute, self._publish)
+
+    async def _write(self, *rows: TrialResult) -> None:
+        try:
+            await self._kept.add(rows)
+        except ResultStoreError as error:
+            if not self._store_problem:
+                self._publish(StoreFailed(str(error)))
+            self._store_problem = str(error)
+        else:
+            self._store_problem = ""
+
+    def _on_loop(self, act: Callable[[], None]) -> None:
+        """Act on the loop of the run, from whatever thread; at once when there is no run."""
+        control = self._control
+        if control is None:
+            act()
+            return
+        with suppress(RuntimeError):  # it has just ended
+            control[0].call_soon_threadsafe(act)
+
+    def _publish(self, event: SweepEvent) -> None:
+        if isinstance(event, TrialStarted | TrialProgressed):
+            self._load = event.progress if isinstance(event, TrialProgressed) else None
+        for callback in tuple(self._subscribers):
+            try:
+                callback(event)
+            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
+                _log.exception("A subscriber failed; the run goes on.")
