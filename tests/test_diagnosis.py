@@ -13,14 +13,9 @@ import pytest
 from kitty_nb.config import env_settings
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
 from kitty_nb.supervisor.process import oom_kills
-from kitty_nb.supervisor.signatures import (
-    FROM_OUTSIDE,
-    LAUNCH,
-    SIGNALS,
-    SIGNATURES,
-    STOPPED,
-)
+from kitty_nb.supervisor.signatures import FROM_OUTSIDE, read_signatures
 
+TABLES = read_signatures()
 FAILED_LOAD = """\
 0.00.005.272 E llama_model_load_from_file_impl: failed to load model
 0.00.005.313 E common_fit_params: encountered an error while trying to fit params to free device\
@@ -93,10 +88,10 @@ def test_every_ending_has_its_cause_its_remedy_and_its_proof(ending: Ending) -> 
 
 def test_every_row_has_an_ending() -> None:
     used = {
-        next(row.pattern for row in SIGNATURES if any(map(row.pattern.search, ending.lines)))
+        next(row.pattern for row in TABLES.log if any(map(row.pattern.search, ending.lines)))
         for ending in ENDINGS
     }
-    assert used == {row.pattern for row in SIGNATURES}
+    assert used == {row.pattern for row in TABLES.log}
 
 
 def test_the_trial_fit_does_not_say_it_twice() -> None:
@@ -118,12 +113,12 @@ def test_evidence_is_bounded() -> None:
     assert len(str(diagnosis)) < 1000
 
 
-@pytest.mark.parametrize("number", [*SIGNALS, *FROM_OUTSIDE], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [*TABLES.signals, *FROM_OUTSIDE], ids=lambda number: number.name)
 @pytest.mark.parametrize("by_script", [False, True])
 def test_a_signal_is_named(number: signal.Signals, by_script: bool) -> None:
     diagnosis = diagnose(128 + number if by_script else -number, FULL_LIFE.splitlines())
     assert number.name in str(diagnosis)
-    assert diagnosis.cause == SIGNALS.get(number, STOPPED).cause
+    assert diagnosis.cause == TABLES.signals.get(number, TABLES.endings["stopped"]).cause
     assert not diagnosis.evidence
     assert diagnosis.repeats == (number is signal.SIGILL)
 
@@ -205,14 +200,14 @@ def test_what_went_wrong_before_the_model_was_loaded_did_not_end_it() -> None:
     assert "reason is not known" in diagnose(1, [*early, later]).cause
 
 
-@pytest.mark.parametrize("number", LAUNCH, ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", TABLES.launch, ids=errno.errorcode.get)
 def test_a_program_that_cannot_be_started_is_explained(number: int) -> None:
     diagnosis = diagnose_launch(OSError(number, "said by the system", "/opt/llama-server"), LOGS)
     assert str(diagnosis).startswith(
         "The server could not be started: said by the system: /opt/llama-server. "
     )
     assert "{" not in diagnosis.cause
-    assert diagnosis.repeats == LAUNCH[number].repeats
+    assert diagnosis.repeats == TABLES.launch[number].repeats
 
 
 def test_a_program_that_is_none_is_explained(tmp_path: Path) -> None:

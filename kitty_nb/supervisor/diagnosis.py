@@ -9,22 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitty_nb.supervisor.signatures import (
-    FROM_OUTSIDE,
-    KILLED,
-    KILLED_BY_HAND,
-    KILLED_FOR_MEMORY,
-    LAUNCH,
-    LOG_FOLDER,
-    NO_ANSWER,
-    NO_SERVER,
-    SIGNALS,
-    SIGNATURES,
-    STOPPED,
-    UNKNOWN,
-    UNKNOWN_REFUSAL,
-    Reading,
-)
+from kitty_nb.supervisor.signatures import FROM_OUTSIDE, Reading, read_signatures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -92,19 +77,20 @@ def diagnose(
     if number is signal.SIGKILL:
         return _diagnosis(ending, _killed(out_of_memory), ())
     if number in FROM_OUTSIDE or (not exit_code and _said_goodbye(log)):
-        return _diagnosis(ending, STOPPED, ())
+        return _diagnosis(ending, _reading("stopped"), ())
     if exit_code == 0:
         served = any(map(_CLOCK.match, log))
-        return _diagnosis(ending, STOPPED if served else NO_SERVER, ())
+        return _diagnosis(ending, _reading("stopped") if served else _reading("no_server"), ())
     loaded = max((at for at, line in enumerate(log) if _LOADED.search(line)), default=-1)
     lines = [line for line in log[loaded + 1 :] if _may_tell(line)]
     if known := _known(ending, lines):
         return known
-    if number in SIGNALS:
-        return _diagnosis(ending, SIGNALS[number], ())
+    signals = read_signatures().signals
+    if number and number in signals:
+        return _diagnosis(ending, signals[number], ())
     if exit_code is None and out_of_memory:
-        return _diagnosis(ending, KILLED_FOR_MEMORY, ())
-    return _diagnosis(ending, UNKNOWN, _errors(lines, last=loaded >= 0))
+        return _diagnosis(ending, _reading("killed_for_memory"), ())
+    return _diagnosis(ending, _reading("unknown"), _errors(lines, last=loaded >= 0))
 
 
 def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
@@ -116,7 +102,7 @@ def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
     """
     ending = "loaded the model but failed its first request"
     lines = [said, *filter(_may_tell, log)]
-    return _known(ending, lines) or _diagnosis(ending, NO_ANSWER, (said,))
+    return _known(ending, lines) or _diagnosis(ending, _reading("no_answer"), (said,))
 
 
 def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
@@ -128,19 +114,19 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
     """
     said = error.strerror or str(error)
     path = Path(os.fsdecode(error.filename2 or error.filename or log_dir))
-    number = error.errno or 0
-    reading = LAUNCH.get(number, UNKNOWN_REFUSAL)
+    number, tables = error.errno or 0, read_signatures()
+    reading = tables.launch.get(number, tables.endings["unknown_refusal"])
     file = str(path)
     near_logs = path.is_relative_to(log_dir) or log_dir.is_relative_to(path)
-    if near_logs and number in LOG_FOLDER:
-        file, reading = str(log_dir), LOG_FOLDER[number]
+    if near_logs and number in tables.log_folder:
+        file, reading = str(log_dir), tables.log_folder[number]
     return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
 
 
 def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
     """Return what the lines prove, where one of them matches a signature."""
     bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
-    for row in SIGNATURES:
+    for row in read_signatures().log:
         if found := [match for line in bare if (match := row.pattern.search(line))]:
             groups = {name: value or "" for name, value in found[0].groupdict().items()}
             return _diagnosis(ending, row.reading, (match.string for match in found), groups)
@@ -155,6 +141,10 @@ def _diagnosis(
     distinct = tuple(dict.fromkeys(lines))[:_LINES]
     cause = reading.cause.format_map(found) if found else reading.cause
     return Diagnosis(ending, cause, reading.remedy, distinct, reading.repeats, reading.of_port)
+
+
+def _reading(name: str) -> Reading:
+    return read_signatures().endings[name]
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
@@ -182,8 +172,8 @@ def _said_goodbye(log: Sequence[str]) -> bool:
 
 def _killed(out_of_memory: bool | None) -> Reading:
     if out_of_memory is None:
-        return KILLED
-    return KILLED_FOR_MEMORY if out_of_memory else KILLED_BY_HAND
+        return _reading("killed")
+    return _reading("killed_for_memory") if out_of_memory else _reading("killed_by_hand")
 
 
 def _may_tell(line: str) -> bool:
