@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from kitty_nb.supervisor.signatures import SIGNALS, SIGNATURES
+from kitty_nb.supervisor.diagnosis import read_signatures
 
 PACKAGE = Path(__file__).parents[1] / "kitty_nb"
 
@@ -20,7 +20,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def crashes() -> str:
     """Every crash that kitty_nb recognises, with its remedy."""
-    readings = [*(signature.reading for signature in SIGNATURES), *SIGNALS.values()]
+    tables = read_signatures()
+    readings = [*(signature.reading for signature in tables.log), *tables.signals.values()]
     return _table("you see", "do", dict.fromkeys((one.cause, one.remedy) for one in readings))
 
 

@@ -23,7 +23,7 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Sup
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import Activity, Event
-from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
@@ -246,7 +246,7 @@ def test_a_load_that_began_long_ago_is_not_told_of_all_at_once(
 ) -> None:
     config = misbehaving("--never-ready")
     kernel("load", binary=config.binary, extra_args=config.extra_args)
-    eventually(lambda: read_record(config) and holder_of(config.host, config.port))
+    eventually(lambda: read_record(config) and owner_of(config.host, config.port))
     record = read_record(config)
     assert record
     write_record(record.model_copy(update={"began": record.began - 60}))

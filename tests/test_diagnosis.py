@@ -11,9 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from kitty_nb.config import env_settings
-from kitty_nb.supervisor.diagnosis import diagnose, diagnose_launch
+from kitty_nb.supervisor.diagnosis import FROM_OUTSIDE, diagnose, diagnose_launch, read_signatures
 from kitty_nb.supervisor.process import oom_kills
-from kitty_nb.supervisor.signatures import FROM_OUTSIDE, read_signatures
 
 TABLES = read_signatures()
 FAILED_LOAD = """\

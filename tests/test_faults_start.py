@@ -206,13 +206,13 @@ PORT = [
     Fault(
         "port stolen between check and bind",
         CRASHED,
-        r"The port is busy.* held by \S+ \(PID \d+\)",
+        r"The port is busy.* in use by \S+ \(PID \d+\)",
         before=steal_port,
     ),
     Fault(
         "port stolen by another llama-server",
         CRASHED,
-        r"The port is busy.* held by \S+ \(PID \d+\)",
+        r"The port is busy.* in use by \S+ \(PID \d+\)",
         before=steal_port_by_server,
     ),
     Fault("host of another machine", FAILED, "not an address", changes={"host": "192.0.2.1"}),

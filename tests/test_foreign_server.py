@@ -15,7 +15,7 @@ from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import PortBusyError, ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Event
-from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.supervisor.port_owner import owner_of
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def test_its_end_is_noticed_though_nobody_has_waited_for_it(config: ServerConfig
     with subprocess.Popen(build_command(engine, config)) as server:
         try:
             with ModelManager(config=config.replace(profile="other")) as manager:
-                eventually(lambda: holder_of(config.host, config.port) is not None)
+                eventually(lambda: owner_of(config.host, config.port) is not None)
                 manager.attach().wait(60)
                 server.kill()
                 eventually(lambda: manager.state.status is ServerStatus.STOPPED)
@@ -102,7 +102,7 @@ def test_a_server_that_sleeps_by_its_own_flags_is_let_sleep(config: ServerConfig
         ModelManager(config=config.replace(profile="other")) as manager,
     ):
         try:
-            eventually(lambda: holder_of(config.host, config.port) is not None)
+            eventually(lambda: owner_of(config.host, config.port) is not None)
             manager.attach().wait(60)
 
             def asleep() -> bool:
@@ -116,7 +116,7 @@ def test_a_server_that_sleeps_by_its_own_flags_is_let_sleep(config: ServerConfig
 
 def test_only_a_llama_server_can_be_attached_to(config: ServerConfig) -> None:
     with ModelManager(config=config) as manager:
-        with pytest.raises(ServerFailedError, match="listens on port"):
+        with pytest.raises(ServerFailedError, match="is listening on port"):
             manager.attach().wait(60)
         manager.start().wait(60)
         with pytest.raises(ServerFailedError, match="Stop it first"):

@@ -18,7 +18,7 @@ from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.errors import KittyError, ServerError
-from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.widgets import session
 
 
@@ -297,7 +297,7 @@ def test_a_router_that_a_panel_attached_to_is_switched(
             run("%kitty status")
             manager = session.get(".env", "primary")
             assert manager
-            eventually(lambda: holder_of(config.host, config.port), within=30)
+            eventually(lambda: owner_of(config.host, config.port), within=30)
             manager.attach().wait(60)
             assert run("%kitty switch one").startswith("READY: one at ")
             assert run("%%kitty_chat\nWho are you?").startswith("Hello! I am")

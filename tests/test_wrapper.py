@@ -17,7 +17,7 @@ from kitty_nb import ModelManager, ServerConfig, ServerStatus, Supervisor, write
 from kitty_nb.config import OnKernelExit
 from kitty_nb.supervisor.events import ProgressMade, Stage
 from kitty_nb.supervisor.history import LoadHistory, path_text, this_host
-from kitty_nb.supervisor.port_holder import holder_of
+from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.registry import record_of
 
 Wrapped = Callable[..., ServerConfig]
@@ -40,7 +40,7 @@ def wrapped(config: ServerConfig, tmp_path: Path) -> Wrapped:
 
 
 def server_of(config: ServerConfig) -> int:
-    holder = holder_of(config.host, config.port)
+    holder = owner_of(config.host, config.port)
     assert holder
     return holder.pid
 

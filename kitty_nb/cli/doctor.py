@@ -36,7 +36,7 @@ from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
-from kitty_nb.supervisor.port_holder import next_free_port, port_refusal
+from kitty_nb.supervisor.port_owner import next_free_port, port_refusal
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 from kitty_nb.supervisor.supervisor import Supervisor
 

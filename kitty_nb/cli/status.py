@@ -11,7 +11,7 @@ import anyio.to_thread
 
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ServerState, ServerStatus
-from kitty_nb.supervisor.health_answer import ask_once
+from kitty_nb.supervisor.health import ask_once
 from kitty_nb.supervisor.log import LogTail, readable
 from kitty_nb.supervisor.registry import find_server, last_failure, read_record, refuse_open_folder
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.port_holder import PortHolder
+    from kitty_nb.supervisor.port_owner import PortOwner
 
 
 class ServerStatus(StrEnum):
@@ -130,7 +130,7 @@ class ServerState:
         last_health_check: The latest answer, or None before the first.
         retry_at: When it is started again, in seconds of the monotonic clock, after a crash.
         error: Why it failed or crashed, in a sentence to show.
-        free_port: A port to take instead, when its own was held by another program.
+        free_port: A port to take instead, when its own was in use by another program.
         attachable: Whether that program is a llama-server, to be watched and used as it is.
         foreign: The server, where it is one that was attached to, not started.
         devices: What it has put the model on beside the processor, as its engine names them.
@@ -146,7 +146,7 @@ class ServerState:
     error: str | None = None
     free_port: int | None = None
     attachable: bool = False
-    foreign: PortHolder | None = None
+    foreign: PortOwner | None = None
     devices: tuple[str, ...] = ()
 
     @property

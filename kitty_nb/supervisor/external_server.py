@@ -1,10 +1,10 @@
-"""Servers that kitty_nb did not start: attached, watched, never ended."""
+"""A llama-server that kitty_nb did not start: attached to, watched, never stopped."""
 
 from __future__ import annotations
 
 import time
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -12,85 +12,274 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 import psutil
-from pydantic import BaseModel, Field, ValidationError
 
 from kitty_nb.errors import ServerFailedError, StartCancelledError
-from kitty_nb.supervisor.events import (
-    Activity,
-    Event,
-    HealthCheckResult,
-    Level,
-    RouterLoad,
-    ServerStatus,
-    Stage,
-)
+from kitty_nb.supervisor.events import Activity, Level, RouterLoad, ServerStatus, Stage
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.history import Outcome
-from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, Report
+from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
 from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
-from kitty_nb.supervisor.port_holder import PortHolder, holder_of, served_by
+from kitty_nb.supervisor.port_owner import PortOwner, owner_of, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
 from kitty_nb.supervisor.registry import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from anyio.abc import TaskGroup
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.server import Emit
 
-
+_LOOK_EVERY = 1.0  # seconds
+_ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
+_WHOLE = 1.0  # the age of a child up to which its load was watched from the beginning
 _LOADING, _LOADED, _UNLOADED = "loading", "loaded", "unloaded"
 _NOT_THERE = {_LOADING, _UNLOADED}  # one that sleeps is loaded again by a request
-# Seconds. A child that is not seen within that, the system hides.
-_CHILD_WITHIN, _LOOK_AGAIN = 0.2, 0.02
-_LISTEN_AGAIN, _ASK_AGAIN = 1.0, 0.1
 
 
-class _Told(BaseModel):
-    """How far a child says that its load is: which of its models it reads, and how much of that."""
+async def find_external_server(config: ServerConfig) -> PortOwner:
+    """Find the llama-server that listens where the profile's own would.
 
-    stages: tuple[str, ...]
-    current: str
-    value: float = Field(ge=0, le=1)
+    Raises:
+        ServerFailedError: Nothing listens there, or something that cannot be used.
+    """
+    owner = await anyio.to_thread.run_sync(owner_of, config.host, config.port)
+    if owner is None:
+        raise ServerFailedError(
+            f"Nothing that this user can see is listening on port {config.port}."
+        )
+    if owner.engine is None:
+        raise ServerFailedError(f"{owner.sentence} That is not a llama-server.")
+    if owner.unspoken:
+        raise ServerFailedError(
+            f"{owner.sentence} It was started with {owner.unspoken}, but kitty_nb talks to a"
+            " server by plain HTTP, without a prefix. Start it without, or use it as it is."
+        )
+    if owner.user:
+        raise ServerFailedError(
+            f"{owner.sentence} Another user's server shows that user what it is asked. Start a"
+            " server of your own, on another port."
+        )
+    return owner
 
-    @property
-    def share(self) -> float:
-        """Of all stages, as if all were as long; the model comes first and is the longest."""
-        done = self.stages.index(self.current) if self.current in self.stages else 0
-        return (done + self.value) / max(len(self.stages), 1)
 
+class ExternalServer:
+    """Watches the server until it ends or is detached from.
 
-class _Status(BaseModel):
-    status: str
-    progress: _Told | None = None
+    Args:
+        generation: The number that its reports carry.
+        config: Settings of the profile whose port it has.
+        owner: The server.
+        emit: Called with each event, report and answer to a health check.
 
+    Attributes:
+        owner: The server, with what it serves now.
+    """
 
-class _RouterEvent(BaseModel):
-    """What `/models/sse` sends, as in llama.cpp's tools/server/README.md."""
+    def __init__(self, generation: int, config: ServerConfig, owner: PortOwner, emit: Emit) -> None:
+        # Another profile's server has left us its key; anybody else's may have the configured one.
+        record = record_of(owner.pid, config.log_dir)
+        self.owner = owner
+        self.api_key: SecretStr | None = record.api_key if record else config.api_key
+        self.devices = (record and record.devices) or ()
+        self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=owner.sleeps)
+        self._generation, self._config, self._emit = generation, config, emit
+        self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
+        self._turn = anyio.Lock()  # one load is asked for at a time
+        self._followed: list[str] = []
+        self._over = False
 
-    model: str
-    data: _Status
+    def stop(self, _force: bool) -> None:
+        """Detach from it."""
+        self._watching.cancel()
 
+    async def run(self) -> None:
+        """Watch it. When it ends, or is let go, it has stopped as far as we are concerned."""
+        self._say(f"Attached to {self.owner.who}, which was not started here.")
+        try:
+            with self._watching:
+                async with anyio.create_task_group() as tasks:
+                    with suppress(psutil.Error):  # it has ended
+                        await self._watch(psutil.Process(self.owner.pid), tasks)
+                    tasks.cancel_scope.cancel()
+        finally:
+            self._over = True
+            self._loading.cancel()
+            with anyio.CancelScope(shield=True):
+                async with self._turn:
+                    await self.probe.aclose()
+        going = "let go; it runs on" if self._watching.cancel_called else "has ended"
+        self._say(f"{self.owner.who}: {going}.")
+        self._emit(Exited(self._generation, going, time.monotonic(), asked=True))
 
-@dataclass(slots=True)
-class _Load:
-    """A load under way. `loaded` is None until it has ended."""
+    async def _watch(self, process: psutil.Process, tasks: TaskGroup) -> None:
+        status, began = ServerStatus.STARTING, process.create_time()
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            health = await self.probe.check_activity()
+            self._emit(health)
+            if health.status is not status:
+                status = health.status
+                if status is ServerStatus.LOADING:
+                    self._emit(LoadBegan(self._generation))
+                elif status is ServerStatus.READY:
+                    if self.owner.models is None and await self.probe.is_router():
+                        await self._look()  # before it is used
+                        tasks.start_soon(self._watch_models, tasks)
+                    since = time.monotonic() - (time.time() - began)
+                    self._emit(BecameReady(self._generation, since))
+            await anyio.sleep(_LOOK_EVERY)
 
-    name: str
-    began: float
-    whole: bool
-    meter: LoadMeter = field(default_factory=LoadMeter)
-    ended: anyio.Event = field(default_factory=anyio.Event)
-    loaded: bool | None = None
+    # A router: a server that loads and unloads models, each in a child of its own.
 
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
+    def named(self, model: str | Path | None) -> str:
+        """Return a router's own name of one of its models.
 
-    def end(self, *, loaded: bool) -> None:
-        self.loaded = loaded
-        self.ended.set()
+        Args:
+            model: That name, or a file that is called so; None for the model that it serves.
+
+        Raises:
+            ServerFailedError: It is no router, or has no such model.
+        """
+        models = self.owner.models
+        if models is None:
+            raise ServerFailedError(
+                f"{self.owner.who} was not started by kitty_nb, so it cannot be restarted or"
+                " switched. Stop lets it go."
+            )
+        names = (self.owner.alias,) if model is None else (str(model), PurePath(model).stem)
+        name = next((name for name in names if name in models), None)
+        if name is None:
+            what = "serves no model" if model is None else f"has no model {str(model)!r}"
+            there = ", ".join(models) or "none"
+            raise ServerFailedError(f"The router {self.owner.who} {what}. Its models: {there}.")
+        return name
+
+    async def load(self, name: str, *, fresh: bool) -> None:
+        """Have a router serve one of its models. Called off, the model is unloaded again.
+
+        Args:
+            name: Which one.
+            fresh: Unload it before, where it is loaded.
+
+        Raises:
+            ServerFailedError: The router does not load it.
+            StartCancelledError: The router was let go, or has ended, before that.
+        """
+        async with self._turn:
+            self._loading = anyio.CancelScope()
+            with self._loading:
+                if self._over:
+                    self._loading.cancel()
+                try:
+                    await self._load(name, fresh=fresh)
+                except anyio.get_cancelled_exc_class():
+                    with anyio.CancelScope(shield=True):
+                        await self.probe.order("unload", name)
+                    raise
+        if self._loading.cancelled_caught:
+            raise StartCancelledError(f"The router was let go before it had loaded {name}.")
+
+    async def _load(self, name: str, *, fresh: bool) -> None:
+        status = await self._until(name, {_UNLOADED, _LOADING, _LOADED})
+        if fresh and status != _UNLOADED:
+            await self._order("unload", name)
+            status = await self._until(name, {_UNLOADED})
+        if status == _UNLOADED:
+            await self._order("load", name)
+        if await self._until(name, {_UNLOADED, _LOADED}) == _UNLOADED:
+            raise ServerFailedError(f"The router has not loaded {name}. Its own log says why.")
+        await self._look(name)
+
+    async def _order(self, verb: str, name: str) -> None:
+        if reason := await self.probe.order(verb, name):
+            raise ServerFailedError(f"The router does not {verb} {name}: {reason}")
+
+    async def _until(self, name: str, wanted: set[str]) -> str:
+        """Wait until a model is in one of some conditions, and return it; gone, it is unloaded."""
+        while True:
+            models = await self.probe.router_models()
+            if models or not psutil.pid_exists(self.owner.pid):  # else it is too busy to answer
+                status = models.get(name, _UNLOADED)
+                status = status if status in _NOT_THERE else _LOADED
+                if status in wanted:
+                    return status
+            await anyio.sleep(_ASK_ROUTER_EVERY)
+
+    async def _look(self, preferred: str | None = None) -> dict[str, str]:
+        """See which models it has, and which of them it serves; return how each of them is."""
+        models = await self.probe.router_models()
+        if models:  # else it is too busy to answer
+            loaded = [name for name, status in models.items() if status not in _NOT_THERE]
+            wanted = (preferred, self.owner.alias, *loaded)
+            name = next((name for name in wanted if name in loaded), None)
+            if (name, tuple(models)) != (self.owner.alias, self.owner.models):
+                child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
+                model = child.model.name if child and child.model else None
+                self.owner = replace(self.owner, alias=name, model=model, models=tuple(models))
+        return models
+
+    async def _watch_models(self, tasks: TaskGroup) -> None:
+        """Follow the loads of a router, and tell of what it unloads."""
+        before: dict[str, str] = {}
+        while True:
+            models = await self._look()
+            for name, status in models.items():
+                if status == _LOADING and name not in self._followed:
+                    self._followed.append(name)
+                    tasks.start_soon(self._follow, name)
+                elif status == _UNLOADED and before.get(name, status) not in _NOT_THERE:
+                    self._emit(RouterLoad(name, None))
+                    self._say(f"The router has unloaded {name}.")
+            before = models or before
+            await anyio.sleep(_ASK_ROUTER_EVERY)
+
+    async def _follow(self, name: str) -> None:
+        """Show one load, by what its child has in memory and by the history of loads."""
+        self._say(f"The router loads {name}.")
+        child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
+        began = time.monotonic() - (child.age if child else 0.0)
+        meter = LoadMeter()
+        meter.measure(Usage(0, 0), 0.0)
+        meter.enter_stage(Stage.STARTING, 0.0)
+        # What a load is known by is the child's command line.
+        known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
+        config = self._config.model_copy(update={"model": None, **known_by})
+        whole = child is not None and child.age < _WHOLE
+        recorder = LoadRecorder(
+            config, meter, lambda text: self._say(text, Level.WARNING), whole=whole
+        )
+        await recorder.forecast()
+        status, ask_at = _LOADING, 0.0
+        while status == _LOADING:
+            elapsed = time.monotonic() - began
+            usage = child.process.usage() if child else None
+            meter.enter_stage(Stage.LOADING, elapsed)
+            if usage:
+                meter.measure(usage, elapsed)
+            pause = min(meter.pause(elapsed), _SHOW_EVERY)
+            self._show(name, meter, elapsed, pause)
+            await anyio.sleep(pause)
+            if elapsed >= ask_at:
+                models = await self.probe.router_models() or {name: _LOADING}
+                status, ask_at = models.get(name, _UNLOADED), elapsed + _ASK_ROUTER_EVERY
+        self._followed.remove(name)
+        loaded, elapsed = status not in _NOT_THERE, time.monotonic() - began
+        if loaded:
+            meter.enter_stage(Stage.READY, elapsed)
+            await self._look(name)
+            self._show(name, meter, elapsed, 0.0)
+            self._say(f"The router has loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
+        else:
+            self._emit(RouterLoad(name, None))
+            self._say(f"The router has not loaded {name}. Its own log says why.", Level.WARNING)
+        await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
+
+    def _show(self, name: str, meter: LoadMeter, elapsed: float, lasting: float) -> None:
+        if name == next(reversed(self._followed), name):  # of several, the latest
+            self._emit(RouterLoad(name, meter.progress(elapsed, lasting)))
+
+    def _say(self, message: str, level: Level = Level.INFO) -> None:
+        self._emit(Activity.now(message, level))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,195 +292,7 @@ class _Child:
     age: float
 
 
-class RouterWatch:
-    """Follows the loads of a router, and has it load and unload.
-
-    A router tells of them, but of a mapped model only that nothing is there and then that all is:
-    what the child has in memory and has read counts as well, and the history of loads.
-
-    Args:
-        config: The settings of the profile whose port it has.
-        pid: The router.
-        probe: What asks it.
-        publish: Called with each event for the user.
-        serves: Called with the name and the file of a model that it has loaded, None without one,
-            and with the names of all that it could load.
-    """
-
-    def __init__(
-        self,
-        config: ServerConfig,
-        pid: int,
-        probe: HealthProbe,
-        publish: Callable[[Event], None],
-        serves: Callable[[str | None, Path | None, tuple[str, ...]], None],
-    ) -> None:
-        self._config = config
-        self._pid = pid
-        self._probe = probe
-        self._publish = publish
-        self._serves = serves
-        self._loads: dict[str, _Load] = {}
-        self._listening = False
-        self._served: str | None = None
-        self._names: tuple[str, ...] = ()
-
-    async def look(self) -> dict[str, str]:
-        """See which models it has, and which it serves; return how each of them is."""
-        models = await self._probe.router_models()
-        if not models:  # it is too busy to answer
-            return models
-        loaded = [name for name, status in models.items() if status not in _NOT_THERE]
-        name = self._served if self._served in loaded else next(iter(loaded), None)
-        self._names = tuple(models)
-        child = await anyio.to_thread.run_sync(_child, self._pid, name) if name else None
-        self._serve(name, child.model if child else None)
-        return models
-
-    async def load(self, name: str, *, fresh: bool) -> None:
-        """Have it serve a model, and wait until it does. Called off, it is unloaded again.
-
-        Args:
-            name: Which of its models.
-            fresh: Unload it before, where it is loaded.
-
-        Raises:
-            ServerFailedError: It does not.
-        """
-        try:
-            status = await self._until(name, {_UNLOADED, _LOADING, _LOADED})
-            if fresh and status != _UNLOADED:
-                await self._order("unload", name)
-                status = await self._until(name, {_UNLOADED})
-            if status == _UNLOADED:
-                await self._order("load", name)
-            status = await self._until(name, {_UNLOADED, _LOADED})
-        except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                await self._probe.order("unload", name)
-            raise
-        if status == _UNLOADED:
-            raise ServerFailedError(f"The router has not loaded {name}. Its own log says why.")
-        self._served = name
-        await self.look()
-
-    async def _order(self, verb: str, name: str) -> None:
-        if reason := await self._probe.order(verb, name):
-            raise ServerFailedError(f"The router does not {verb} {name}: {reason}")
-
-    async def _until(self, name: str, wanted: set[str]) -> str:
-        """Wait until a model is in one of some conditions, and return it; gone, it is unloaded."""
-        while True:
-            models = await self._probe.router_models()
-            if models or not psutil.pid_exists(self._pid):  # else it is too busy to answer
-                status = models.get(name, _UNLOADED)
-                if status in wanted or (status not in _NOT_THERE and _LOADED in wanted):
-                    return status
-            await anyio.sleep(_ASK_AGAIN)
-
-    async def run(self) -> None:
-        """Follow its loads until cancelled."""
-        async with anyio.create_task_group() as tasks:
-            while True:
-                async with aclosing(self._probe.router_events()) as events:
-                    async for text in events:
-                        if not self._listening:  # nothing is told twice or missed from now on
-                            self._listening = True
-                            await self._catch_up(tasks)
-                        with suppress(ValidationError):  # of downloads and lists of models
-                            self._take(_RouterEvent.model_validate_json(text), tasks)
-                self._listening = False
-                await self._catch_up(tasks)
-                await anyio.sleep(_LISTEN_AGAIN)
-
-    async def _catch_up(self, tasks: TaskGroup) -> None:
-        """See which models it has loaded, or loads already."""
-        models = await self.look()
-        for name in (name for name, status in models.items() if status == _LOADING):
-            self._begin(name, tasks, whole=False)
-
-    def _serve(self, name: str | None, model: Path | None) -> None:
-        self._served = name
-        self._serves(name, model, self._names)
-
-    def _take(self, event: _RouterEvent, tasks: TaskGroup) -> None:
-        told, load = event.data, self._loads.get(event.model)
-        if told.status == _LOADING:
-            load = load or self._begin(event.model, tasks, whole=told.progress is None)
-            if told.progress:
-                load.meter.set_share(told.progress.share, load.elapsed())
-        elif load:
-            load.end(loaded=told.status == _LOADED)
-        else:
-            if told.status == _UNLOADED:
-                self._publish(RouterLoad(event.model, None))
-                self._say(f"The router has unloaded {event.model}.")
-            tasks.start_soon(self._catch_up, tasks)
-
-    def _begin(self, name: str, tasks: TaskGroup, *, whole: bool) -> _Load:
-        if name not in self._loads:
-            self._loads[name] = _Load(name, time.monotonic(), whole)
-            tasks.start_soon(self._follow, self._loads[name])
-        return self._loads[name]
-
-    async def _follow(self, load: _Load) -> None:
-        self._say(f"The router loads {load.name}.")
-        child = await self._find_child(load.name)
-        if child and not load.whole:
-            load.began -= child.age
-            load.meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
-        load.meter.enter_stage(Stage.STARTING, 0.0)
-        # What a load is known by is the child's command line.
-        known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
-        config = self._config.model_copy(update={"model": None, **known_by})
-        whole = load.whole and child is not None
-        recorder = LoadRecorder(config, load.meter, self._warn, whole=whole)
-        await recorder.forecast()
-        while load.loaded is None:
-            elapsed = load.elapsed()
-            if child and (usage := child.process.usage()):
-                load.meter.measure(usage, elapsed)
-            pause = load.meter.pause(elapsed)
-            self._show(load, elapsed, pause)
-            with anyio.move_on_after(pause):
-                await load.ended.wait()
-            if not (load.whole and self._listening):  # its end may not be told
-                models = await self._probe.router_models()
-                if models and models.get(load.name) != _LOADING:
-                    load.end(loaded=models.get(load.name) == _LOADED)
-        del self._loads[load.name]
-        elapsed = load.elapsed()
-        if load.loaded:
-            load.meter.enter_stage(Stage.READY, elapsed)
-            self._serve(load.name, child.model if child else None)
-            self._show(load, elapsed)
-            self._say(f"The router has loaded {load.name} in {elapsed:.1f} s.", Level.SUCCESS)
-        else:
-            self._publish(RouterLoad(load.name, None))
-            self._warn(f"The router has not loaded {load.name}. Its own log says why.")
-        outcome = Outcome.READY if load.loaded else Outcome.CRASHED
-        await recorder.record(elapsed, outcome)
-
-    async def _find_child(self, name: str) -> _Child | None:
-        with anyio.move_on_after(_CHILD_WITHIN):
-            while True:
-                if child := await anyio.to_thread.run_sync(_child, self._pid, name):
-                    return child
-                await anyio.sleep(_LOOK_AGAIN)
-        return None
-
-    def _show(self, load: _Load, elapsed: float, lasting: float = 0.0) -> None:
-        if load.name == next(reversed(self._loads), load.name):
-            self._publish(RouterLoad(load.name, load.meter.progress(elapsed, lasting)))
-
-    def _say(self, message: str, level: Level = Level.INFO) -> None:
-        self._publish(Activity(message, level, time.time()))
-
-    def _warn(self, message: str) -> None:
-        self._say(message, Level.WARNING)
-
-
-def _child(router: int, name: str) -> _Child | None:
+def _child(router: int, name: str | None) -> _Child | None:
     """Find the process that a router has started for a model; None where the system hides it."""
     with suppress(psutil.Error):
         for process in psutil.Process(router).children():
@@ -306,148 +307,3 @@ def _child(router: int, name: str) -> _Child | None:
                         time.time() - process.create_time(),
                     )
     return None
-
-
-_LOOK_EVERY = 1.0  # seconds
-
-
-async def find_foreign_server(config: ServerConfig) -> PortHolder:
-    """Find the llama-server that listens where the profile's own would.
-
-    Raises:
-        ServerFailedError: Nothing listens there, or something else does.
-    """
-    holder = await anyio.to_thread.run_sync(holder_of, config.host, config.port)
-    if holder is None:
-        raise ServerFailedError(
-            f"No program that this user may see listens on port {config.port}. Start a server."
-        )
-    if holder.engine is None:
-        raise ServerFailedError(f"{holder.sentence} That is not a llama-server.")
-    if holder.unspoken:
-        raise ServerFailedError(
-            f"{holder.sentence} It was started with {holder.unspoken}, but kitty_nb talks to a"
-            " server by plain HTTP, without a prefix. Start it without, or use it as it is."
-        )
-    if holder.user:
-        raise ServerFailedError(
-            f"{holder.sentence} What another user's server is asked, that user can read. Start a"
-            " server of your own, on another port."
-        )
-    return holder
-
-
-class ForeignServer:
-    """Watches the server until it ends or is let go.
-
-    Args:
-        generation: The number that its reports carry.
-        config: Settings of the profile whose port it has.
-        holder: The server.
-        emit: Called with each event, report and answer to a health check.
-    """
-
-    def __init__(
-        self,
-        generation: int,
-        config: ServerConfig,
-        holder: PortHolder,
-        emit: Callable[[Event | Report | HealthCheckResult], None],
-    ) -> None:
-        # Another profile's server has left us its key; anybody else's may have the configured one.
-        record = record_of(holder.pid, config.log_dir)
-        self.generation = generation
-        self.holder = holder
-        self.api_key: SecretStr | None = record.api_key if record else config.api_key
-        self.devices = (record and record.devices) or ()
-        self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=holder.sleeps)
-        self._emit = emit
-        self._router = RouterWatch(config, holder.pid, self.probe, emit, self._serves)
-        self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
-        self._asking = anyio.Lock()
-        self._over = False
-
-    async def run(self) -> None:
-        """Watch it. When it ends, or is let go, it has stopped as far as we are concerned."""
-        self._say(f"Attached to {self.holder.who}, which was not started here.")
-        try:
-            with self._watching:
-                async with anyio.create_task_group() as tasks:
-                    with suppress(psutil.Error):  # it has ended
-                        await self._watch(psutil.Process(self.holder.pid), tasks)
-                    tasks.cancel_scope.cancel()
-        finally:
-            self._over = True
-            self._loading.cancel()
-            with anyio.CancelScope(shield=True):
-                async with self._asking:
-                    await self.probe.aclose()
-        going = "let go; it runs on" if self._watching.cancel_called else "has ended"
-        self._say(f"{self.holder.who}: {going}.")
-        self._emit(Exited(self.generation, going, time.monotonic(), asked=True))
-
-    def stop(self, _force: bool) -> None:
-        """Let it go."""
-        self._watching.cancel()
-
-    def named(self, model: str | Path | None) -> str:
-        """Return a router's own name of one of its models.
-
-        Args:
-            model: That name, or a file that is called so; None for the model that it serves.
-
-        Raises:
-            ServerFailedError: The router has no such model.
-        """
-        models = self.holder.models or ()
-        names = (self.holder.alias,) if model is None else (str(model), PurePath(model).stem)
-        name = next((name for name in names if name in models), None)
-        if name is None:
-            what = "serves no model" if model is None else f"has no model {str(model)!r}"
-            there = ", ".join(models) or "none"
-            raise ServerFailedError(f"The router {self.holder.who} {what}. Its models: {there}.")
-        return name
-
-    async def load(self, name: str, *, fresh: bool) -> None:
-        """Have a router serve one of its models. Called off, it is unloaded again.
-
-        Args:
-            name: Which one.
-            fresh: Unload it before, where it is loaded.
-
-        Raises:
-            ServerFailedError: The router does not load it.
-            StartCancelledError: It was let go, or has ended, before it had loaded it.
-        """
-        async with self._asking:
-            self._loading = anyio.CancelScope()
-            with self._loading:
-                if self._over:
-                    self._loading.cancel()
-                await self._router.load(name, fresh=fresh)
-        if self._loading.cancelled_caught:
-            raise StartCancelledError(f"The router was let go before it had loaded {name}.")
-
-    async def _watch(self, process: psutil.Process, tasks: TaskGroup) -> None:
-        status, began = ServerStatus.STARTING, process.create_time()
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            health = await self.probe.check_activity()
-            self._emit(health)
-            if health.status is not status:
-                status = health.status
-                if status is ServerStatus.LOADING:
-                    self._emit(LoadBegan(self.generation))
-                elif status is ServerStatus.READY:
-                    if self.holder.models is None and await self.probe.is_router():
-                        await self._router.look()  # before it is used
-                        tasks.start_soon(self._router.run)
-                    since = time.monotonic() - (time.time() - began)
-                    self._emit(BecameReady(self.generation, since))
-            await anyio.sleep(_LOOK_EVERY)
-
-    def _serves(self, alias: str | None, model: Path | None, models: tuple[str, ...]) -> None:
-        name = model.name if model else None
-        self.holder = replace(self.holder, alias=alias, model=name, models=models)
-
-    def _say(self, message: str) -> None:
-        self._emit(Activity(message, Level.INFO, time.time()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import ssl
 import time
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum, auto
 from functools import cached_property
@@ -12,6 +13,7 @@ from http import HTTPStatus
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import anyio
 
@@ -24,7 +26,6 @@ from kitty_nb.supervisor.events import (
     Level,
     ServerStatus,
 )
-from kitty_nb.supervisor.health_answer import NOT_IN_TIME, NOT_YET, read_answer
 
 
 class _Late(ModuleType):
@@ -35,16 +36,53 @@ class _Late(ModuleType):
 
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     import httpx
-    import httpx_sse
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.process import ServerProcess
 else:
-    httpx, httpx_sse = _Late("httpx"), _Late("httpx_sse")
+    httpx = _Late("httpx")
+
+
+_ANSWER_WITHIN = 5.0  # seconds
+NOT_IN_TIME = HealthCheckResult(ServerStatus.STARTING, message="no answer in time")
+NOT_YET = HealthCheckResult(ServerStatus.STARTING, message="no answer yet")
+
+
+def read_answer(status: int, reason: str, latency: float) -> HealthCheckResult:
+    """Read an answer: 503 is LOADING, 200 is READY."""
+    if status == HTTPStatus.OK:
+        return HealthCheckResult(ServerStatus.READY, latency, "ok")
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return HealthCheckResult(ServerStatus.LOADING, latency, "loading model")
+    elsewhere = status == HTTPStatus.NOT_FOUND
+    why = "; a script may have told it to serve elsewhere (--api-prefix)" if elsewhere else ""
+    return HealthCheckResult(
+        ServerStatus.STARTING, latency, f"/health answered {status} {reason}{why}"
+    )
+
+
+def ask_once(config: ServerConfig) -> HealthCheckResult:
+    """Ask `/health`, without a key and by no proxy. It blocks.
+
+    Not by httpx, whose import takes several times as long as all else that a look needs.
+    """
+    began = time.perf_counter()
+    where = urlsplit(config.endpoint)
+    connection = http.client.HTTPConnection(
+        where.hostname or "", where.port, timeout=_ANSWER_WITHIN
+    )
+    try:
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+    except TimeoutError:
+        return NOT_IN_TIME
+    except (OSError, http.client.HTTPException):
+        return NOT_YET
+    finally:
+        connection.close()
+    return read_answer(answer.status, answer.reason, time.perf_counter() - began)
 
 
 class AnswerPace:
@@ -324,26 +362,6 @@ class HealthProbe:
         except httpx.HTTPError as error:
             return f"it does not answer ({type(error).__name__})"
         return "" if response.is_success else _failure(response)
-
-    async def router_events(self) -> AsyncGenerator[str, None]:
-        """Yield what a router tells of its models, as JSON, until it ends the connection.
-
-        Once it listens to it, and before anything is told, an empty text comes.
-        """
-        try:
-            async with self._client.stream(
-                "GET",
-                "/models/sse",
-                headers=self._key,
-                timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
-            ) as response:
-                if response.status_code == HTTPStatus.OK:
-                    yield ""
-                    async with aclosing(httpx_sse.EventSource(response).aiter_sse()) as events:
-                        async for event in events:
-                            yield event.data
-        except (httpx.HTTPError, httpx_sse.SSEError):
-            return
 
     async def _get(self, path: str) -> Any:
         if not self.trusted:

@@ -20,7 +20,7 @@ from kitty_nb.engine.command_line import (
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import PortBusyError, ServerFailedError
 from kitty_nb.supervisor.log import rotate
-from kitty_nb.supervisor.port_holder import holder_of, next_free_port, port_refusal
+from kitty_nb.supervisor.port_owner import next_free_port, owner_of, port_refusal
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
@@ -55,10 +55,10 @@ def refuse_busy_port(config: ServerConfig) -> None:
         except ServerFailedError:  # no port will do: the address itself is wrong
             raise ServerFailedError(f"{problem} Correct LLAMACPP_HOST.") from None
         key = f"LLAMACPP_{config.profile.upper()}_PORT"
-        holder = holder_of(config.host, config.port)
-        record = holder and record_of(holder.pid, config.log_dir)
+        owner = owner_of(config.host, config.port)
+        record = owner and record_of(owner.pid, config.log_dir)
         whose = f" It is the server of the profile {record.config.profile!r}." if record else ""
-        attachable = holder is not None and holder.attachable
+        attachable = owner is not None and owner.attachable
         advice = f"Stop what holds it, or set {key} to another port: {free_port} is free."
         raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
 

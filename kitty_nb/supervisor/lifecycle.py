@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kitty_nb.supervisor.events import ServerStatus
-from kitty_nb.supervisor.port_holder import PortHolder
+from kitty_nb.supervisor.port_owner import PortOwner
 
 if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
@@ -50,7 +50,7 @@ class Attach:
     """Action: watch this server, which runs already, as this generation."""
 
     generation: int
-    server: ServerRecord | PortHolder
+    server: ServerRecord | PortOwner
 
 
 Action = Spawn | Terminate | Wait | Attach
@@ -84,7 +84,7 @@ class Found:
     It is the profile's own if it has a record, else a stranger that holds the profile's port.
     """
 
-    server: ServerRecord | PortHolder
+    server: ServerRecord | PortOwner
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +252,13 @@ def _begin(now: Lifecycle, spawn: Spawn) -> tuple[Lifecycle, tuple[Action, ...]]
 
 
 def _found(
-    now: Lifecycle, server: ServerRecord | PortHolder
+    now: Lifecycle, server: ServerRecord | PortOwner
 ) -> tuple[Lifecycle, tuple[Action, ...]]:
     if not now.status.absent:
         return now, ()
     attach = Attach(now.issued + 1, server)
     found = Lifecycle(
-        config=now.config if isinstance(server, PortHolder) else server.config,
+        config=now.config if isinstance(server, PortOwner) else server.config,
         status=ServerStatus.STARTING,
         generation=attach.generation,
         issued=attach.generation,

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import select
 import shutil
-import sys
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-import anyio
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
-
-    Notifier = tuple[int, Callable[[], object]]
 
 
 _BYTES_PER_READ = 1 << 18
@@ -76,23 +68,14 @@ def _shift(path: Path, kept: int) -> None:
             previous(path, age).replace(previous(path, age + 1))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns
-    return None
-
-
 class LogTail:
     """Reads the lines that come to a log file. A context manager: it holds the file open.
 
     Each read is bounded, so that a flood costs the reader neither memory nor its turn: too far
-    behind, it skips ahead and says so; a line without end is cut. A log that was emptied is read
-    on from where it was copied to.
+    behind, it skips ahead and says so; a line without end is cut.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         try:
             # Made anew where somebody has deleted it: no reason to leave a server unwatched.
             self._file: BinaryIO = path.open("a+b")
@@ -100,7 +83,6 @@ class LogTail:
             self._file = path.open("rb")
         self._file.seek(0)
         self._rest = b""
-        self._aside = _stamp(previous(path))
 
     def __enter__(self) -> Self:
         return self
@@ -126,11 +108,8 @@ class LogTail:
         notes: list[str] = []
         position, end = self._file.tell(), self._file.seek(0, os.SEEK_END)
         if end < position:  # emptied by the sidecar, or by logrotate's `copytruncate`
-            missed = self._cut_off(position)
-            if missed is None:
-                notes.append("… the log was emptied …")
-            self._rest = b"" if missed is None else self._rest + missed
-            position = 0
+            notes.append("… the log was rotated …")
+            position, self._rest = 0, b""
         if end - position > _FARTHEST_BEHIND:
             notes.append(f"… {end - position - _BYTES_PER_READ:,} bytes skipped …")
             position, self._rest = end - _BYTES_PER_READ, b""
@@ -143,20 +122,6 @@ class LogTail:
             self._rest = b""
         texts = (line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r") for line in lines)
         return (*notes, *texts)
-
-    def _cut_off(self, position: int) -> bytes | None:
-        """What was written behind our position before the log was emptied, if it was kept."""
-        before, self._aside = self._aside, _stamp(previous(self._path))
-        if self._aside == before:  # emptied by hand: what is kept is another server's
-            return None
-        try:
-            with previous(self._path).open("rb") as file:
-                if file.seek(0, os.SEEK_END) < position:
-                    return None
-                file.seek(position)
-                return file.read(_BYTES_PER_READ)
-        except OSError:
-            return None
 
 
 _LETTERS = {"debug": "D", "info": "I", "warn": "W", "error": "E"}
@@ -191,62 +156,3 @@ def _clock(microseconds: int) -> str:
 def _memory(row: dict[str, Any], unit: str) -> str:
     parts = ", ".join(f"{part} {row[part]}" for part in ("model", "context", "compute"))
     return f"memory on {row['name']} in {unit}: {parts}"
-
-
-_IN_MODIFY = 0x2  # inotify(7)
-_POLL = 0.05  # seconds, where the system has nothing better or no more of it
-
-
-class FileChanges:
-    """Waits for writes to one file. A context manager: it holds file descriptors.
-
-    Linux tells by inotify and macOS by kqueue; elsewhere, and where their limits are reached, a
-    wait ends after a moment whether or not there was a write.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with ExitStack() as resources:
-            self._notifier = _notifier(path, resources)
-            self._resources = resources.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._resources.close()
-
-    async def wait(self) -> None:
-        """Return when the file has been written to since the last wait."""
-        if self._notifier is None:
-            await anyio.sleep(_POLL)
-            return
-        descriptor, drain = self._notifier
-        await anyio.wait_readable(descriptor)
-        drain()
-
-
-def _notifier(path: Path, resources: ExitStack) -> Notifier | None:
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if descriptor < 0:
-            return None
-        resources.callback(os.close, descriptor)
-        if libc.inotify_add_watch(descriptor, os.fsencode(path), _IN_MODIFY) < 0:
-            return None
-        return descriptor, lambda: os.read(descriptor, 1 << 16)
-    if sys.platform == "darwin":
-        queue = select.kqueue()
-        resources.callback(queue.close)
-        file = os.open(path, os.O_EVTONLY)
-        resources.callback(os.close, file)
-        flags = select.KQ_EV_ADD | select.KQ_EV_CLEAR
-        write = select.kevent(file, select.KQ_FILTER_VNODE, flags, select.KQ_NOTE_WRITE)
-        queue.control([write], 0)
-        return queue.fileno(), lambda: queue.control(None, 8, 0)
-    return None

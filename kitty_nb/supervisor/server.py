@@ -44,7 +44,7 @@ from kitty_nb.supervisor.lifecycle import (
 )
 from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
 from kitty_nb.supervisor.log import LogTail, readable
-from kitty_nb.supervisor.port_holder import PortHolder, holder_of
+from kitty_nb.supervisor.port_owner import PortOwner, owner_of
 from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
 from kitty_nb.supervisor.registry import (
     ServerRecord,
@@ -547,8 +547,8 @@ class Server:
         with suppress(OSError):
             withdrawn_path(record_path(self._config)).unlink()
 
-    async def _port_owner(self) -> PortHolder | None:
-        return await anyio.to_thread.run_sync(holder_of, self._config.host, self._config.port)
+    async def _port_owner(self) -> PortOwner | None:
+        return await anyio.to_thread.run_sync(owner_of, self._config.host, self._config.port)
 
     async def _kill(self) -> None:
         """Let no process run that nothing watches, unless others may watch it."""

@@ -37,7 +37,7 @@ from kitty_nb.supervisor.events import (
     Stage,
     StateChanged,
 )
-from kitty_nb.supervisor.external_server import ForeignServer, find_foreign_server
+from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
 from kitty_nb.supervisor.forecast import Forecaster, Running
 from kitty_nb.supervisor.free_memory import memory_use
 from kitty_nb.supervisor.lifecycle import (
@@ -56,7 +56,7 @@ from kitty_nb.supervisor.lifecycle import (
     WaitOver,
     step,
 )
-from kitty_nb.supervisor.port_holder import PortHolder
+from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import find_server
 from kitty_nb.supervisor.server import Server
@@ -107,7 +107,7 @@ class Supervisor:
         self._clock, self._processes = clock, process
         self._now = Lifecycle(config)
         self._health: HealthCheckResult | None = None
-        self._server: Server | ForeignServer | None = None
+        self._server: Server | ExternalServer | None = None
         self._leaving = self._ended = False
         self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
         self._stops = 0
@@ -294,7 +294,7 @@ class Supervisor:
         if not self._now.status.idle:
             raise ServerFailedError(f"The profile's server is {self._now.status}. Stop it first.")
         stops = self._stops
-        found = Found(await find_foreign_server(self._now.config))
+        found = Found(await find_external_server(self._now.config))
         if stops != self._stops:
             raise StartCancelledError(_STOPPED)
         self._feed(found)
@@ -417,12 +417,7 @@ class Supervisor:
             ServerFailedError: It is no router, has no such model, or does not load it.
         """
         server = self._server
-        if not isinstance(server, ForeignServer) or server.holder.models is None:
-            who = server.holder.who if isinstance(server, ForeignServer) else "It"
-            raise ServerFailedError(
-                f"{who} was not started by kitty_nb, so it cannot be restarted or switched. Stop"
-                " lets it go."
-            )
+        assert isinstance(server, ExternalServer)  # noqa: S101 (it was asked)
         name = server.named(model)
         if wait:
             await server.load(name, fresh=fresh)
@@ -430,7 +425,7 @@ class Supervisor:
             self._begin_task(self._load_later, server, name, fresh)
         return self.state
 
-    async def _load_later(self, server: ForeignServer, name: str, fresh: bool) -> None:
+    async def _load_later(self, server: ExternalServer, name: str, fresh: bool) -> None:
         try:
             await server.load(name, fresh=fresh)
         except ServerError as error:
@@ -510,12 +505,12 @@ class Supervisor:
         self,
         generation: int,
         config: ServerConfig,
-        found: ServerRecord | PortHolder | None = None,
+        found: ServerRecord | PortOwner | None = None,
     ) -> None:
         self._health = None
         self._log_lines.clear()
-        if isinstance(found, PortHolder):
-            self._server = ForeignServer(generation, config, found, self._hear)
+        if isinstance(found, PortOwner):
+            self._server = ExternalServer(generation, config, found, self._hear)
             self._begin_task(self._server.run)
             return
         if self._leaving:
@@ -547,8 +542,8 @@ class Supervisor:
         return Running(now.pid, None if self._foreign else now.config) if now.pid else None
 
     @property
-    def _foreign(self) -> PortHolder | None:
-        return self._server.holder if isinstance(self._server, ForeignServer) else None
+    def _foreign(self) -> PortOwner | None:
+        return self._server.owner if isinstance(self._server, ExternalServer) else None
 
     async def _look_forever(self) -> None:
         while True:

@@ -34,7 +34,7 @@ _ANY_IPV6 = ipaddress.IPv6Address("::")
 
 
 @dataclass(frozen=True, slots=True)
-class PortHolder:
+class PortOwner:
     """The process that listens on a port.
 
     Attributes:
@@ -77,11 +77,11 @@ class PortHolder:
 
     @property
     def sentence(self) -> str:
-        """Who holds the port, for a person."""
-        return f"Port {self.port} is held by {self.who}."
+        """Who has the port, for a person."""
+        return f"Port {self.port} is in use by {self.who}."
 
 
-def holder_of(host: str, port: int) -> PortHolder | None:
+def owner_of(host: str, port: int) -> PortOwner | None:
     """Find the process that listens where a server on `host` and `port` would.
 
     This asks the system about every process: tens of milliseconds. Run it in a worker thread.
@@ -94,20 +94,20 @@ def holder_of(host: str, port: int) -> PortHolder | None:
         wanted = [_address(address[0]) for _, address in _resolve(host, port)]
     except OSError:
         return None
-    nearest: dict[int, int] = {}
-    for pid, held in _listeners(port):
-        nearest[pid] = max(nearest.get(pid, 0), *(_nearness(one, held) for one in wanted))
-    holders = [holder for pid, near in nearest.items() if near and (holder := _describe(pid, port))]
-    # Children that inherited the socket hold it too: of those as near, the server is named.
-    return max(
-        holders, key=lambda one: (nearest[one.pid], one.engine is not None, -one.pid), default=None
-    )
+    pids = {
+        pid
+        for pid, connection in _connections()
+        if pid and connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        if any(_overlap(one, _address(connection.laddr.ip)) for one in wanted)
+    }
+    owners = [owner for pid in sorted(pids) if (owner := _describe(pid, port))]
+    return next((one for one in owners if one.engine), owners[0] if owners else None)
 
 
 def port_refusal(host: str, port: int) -> str | None:
     """Say in a sentence why no server can listen on a port; None when one can.
 
-    It takes a real bind, and the time of `holder_of` when the port is in use.
+    It takes a real bind, and the time of `owner_of` when the port is in use.
     """
     problem = bind_problem(host, port)
     if problem is None:
@@ -115,8 +115,8 @@ def port_refusal(host: str, port: int) -> str | None:
     if isinstance(problem, socket.gaierror):
         return f"The name {host} is not known here; 127.0.0.1 is this machine alone."
     if problem.errno == errno.EADDRINUSE:
-        holder = holder_of(host, port)
-        who = holder.who if holder else "a process that this user may not see"
+        owner = owner_of(host, port)
+        who = owner.who if owner else "a process that this user may not see"
         return f"Port {port} on {host} is in use by {who}."
     if problem.errno == errno.EADDRNOTAVAIL:
         return f"{host} is not an address of this machine; 127.0.0.1 is this machine alone."
@@ -171,28 +171,6 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-def _listeners(port: int) -> Iterator[tuple[int, _Address]]:
-    for pid, connection in _connections():
-        if pid and _listens(connection, port):
-            address = _address(connection.laddr.ip)
-            yield pid, address
-            yield from ((other, address) for other in _sharers(pid, port))
-
-
-def _sharers(pid: int, port: int) -> Iterator[int]:
-    """Who else holds the socket, by inheritance: Linux's list names only one of them."""
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for relative in (*process.parents(), *process.children(recursive=True)):
-            with suppress(psutil.Error):
-                if any(_listens(one, port) for one in relative.net_connections("tcp")):
-                    yield relative.pid
-
-
-def _listens(connection: Any, port: int) -> bool:
-    return connection.status == psutil.CONN_LISTEN and bool(connection.laddr.port == port)
-
-
 def _connections() -> Iterator[tuple[int | None, Any]]:
     try:
         yield from ((one.pid, one) for one in psutil.net_connections("tcp"))
@@ -208,17 +186,14 @@ def _address(text: str) -> _Address:
     return mapped or address
 
 
-def _nearness(wanted: _Address, held: _Address) -> int:
-    """How surely a listener is in the way, from 3, the same address, to 0, not at all."""
-    if wanted == held:
-        return 3
-    if wanted.version == held.version:
-        return 2 if wanted.is_unspecified or held.is_unspecified else 0
-    # "::" takes IPv4 too unless it was told not to, which the system does not show.
-    return 1 if _ANY_IPV6 in {wanted, held} else 0
+def _overlap(wanted: _Address, held: _Address) -> bool:
+    """Tell whether a listener on one address is in the way of one on the other."""
+    if wanted.version != held.version:  # "::" takes IPv4 too unless it was told not to
+        return _ANY_IPV6 in {wanted, held}
+    return wanted == held or wanted.is_unspecified or held.is_unspecified
 
 
-def _describe(pid: int, port: int) -> PortHolder | None:
+def _describe(pid: int, port: int) -> PortOwner | None:
     try:
         process = psutil.Process(pid)
         name = process.name()
@@ -231,13 +206,13 @@ def _describe(pid: int, port: int) -> PortHolder | None:
         words = []
     engine = _engine(words)
     if engine is None:
-        return PortHolder(port, pid, name, user=user)
+        return PortOwner(port, pid, name, user=user)
     if engine is EngineKind.EMBEDDED:
         words = words[words.index(embedded.__name__) :]  # Python has an -m of its own
     else:
         words = [*_from_environment(process), *words]
     model, alias = served_by(words)
-    return PortHolder(
+    return PortOwner(
         port,
         pid,
         name,

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.engine import embedded
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ServerFailedError
-from kitty_nb.supervisor.port_holder import (
-    PortHolder,
+from kitty_nb.supervisor.port_owner import (
+    PortOwner,
     bind_problem,
-    holder_of,
     next_free_port,
+    owner_of,
     port_refusal,
 )
 
@@ -59,17 +59,17 @@ def test_the_embedded_server_is_told_with_its_model_and_alias(
     with running(
         *command, "--model", str(demo_model), "--alias", "kitty", "--api-key", "secret"
     ) as server:
-        eventually(lambda: holder_of("127.0.0.1", free_port))
+        eventually(lambda: owner_of("127.0.0.1", free_port))
 
-        holder = holder_of("127.0.0.1", free_port)
-        assert holder
-        assert (holder.pid, holder.engine) == (server.pid, EngineKind.EMBEDDED)
-        assert holder.sentence == (
-            f"Port {free_port} is held by the embedded llama-server (PID {server.pid})"
+        owner = owner_of("127.0.0.1", free_port)
+        assert owner
+        assert (owner.pid, owner.engine) == (server.pid, EngineKind.EMBEDDED)
+        assert owner.sentence == (
+            f"Port {free_port} is in use by the embedded llama-server (PID {server.pid})"
             " serving demo.gguf as kitty."
         )
-        assert "secret" not in repr(holder)
-    assert holder_of("127.0.0.1", free_port) is None
+        assert "secret" not in repr(owner)
+    assert owner_of("127.0.0.1", free_port) is None
 
 
 def test_a_llama_server_is_told_by_its_program(tmp_path: Path, free_port: int) -> None:
@@ -77,10 +77,10 @@ def test_a_llama_server_is_told_by_its_program(tmp_path: Path, free_port: int) -
     program.symlink_to(Path(sys.executable).resolve())
     script = (str(program), "-ISc", LISTEN, str(free_port))
     with running(*script, "--api-key", "secret", "-m", "/m/qwen.gguf", "-a", "main") as server:
-        eventually(lambda: holder_of("127.0.0.1", free_port))
+        eventually(lambda: owner_of("127.0.0.1", free_port))
 
-        holder = holder_of("127.0.0.1", free_port)
-        assert holder == PortHolder(
+        owner = owner_of("127.0.0.1", free_port)
+        assert owner == PortOwner(
             free_port, server.pid, "llama-server", EngineKind.NATIVE, "qwen.gguf", "main"
         )
         assert port_refusal("127.0.0.1", free_port) == (
@@ -115,11 +115,11 @@ def test_how_a_llama_server_is_to_be_treated_is_told_by_its_flags(
     program = tmp_path / "llama-server"
     program.symlink_to(Path(sys.executable).resolve())
     with running(str(program), "-ISc", LISTEN, str(free_port), *flags):
-        eventually(lambda: holder_of("127.0.0.1", free_port))
-        holder = holder_of("127.0.0.1", free_port)
-        assert holder
-        assert (holder.unspoken, holder.sleeps) == (unspoken, sleeps)
-        assert holder.attachable is (unspoken is None)
+        eventually(lambda: owner_of("127.0.0.1", free_port))
+        owner = owner_of("127.0.0.1", free_port)
+        assert owner
+        assert (owner.unspoken, owner.sleeps) == (unspoken, sleeps)
+        assert owner.attachable is (unspoken is None)
         config = ServerConfig(port=free_port, log_dir=tmp_path, history=tmp_path / "history")
         if unspoken:
             with (
@@ -132,12 +132,12 @@ def test_how_a_llama_server_is_to_be_treated_is_told_by_its_flags(
 def test_the_programs_own_flags_are_not_the_servers(free_port: int) -> None:
     script = (sys.executable, "-ISc", LISTEN, str(free_port), "-m", "/m/qwen.gguf")
     with running(*script) as server:
-        eventually(lambda: holder_of("127.0.0.1", free_port))
+        eventually(lambda: owner_of("127.0.0.1", free_port))
 
-        holder = holder_of("127.0.0.1", free_port)
+        owner = owner_of("127.0.0.1", free_port)
         name = psutil.Process(server.pid).name()
-        assert holder == PortHolder(free_port, server.pid, name)
-        assert holder.sentence == f"Port {free_port} is held by {name} (PID {server.pid})."
+        assert owner == PortOwner(free_port, server.pid, name)
+        assert owner.sentence == f"Port {free_port} is in use by {name} (PID {server.pid})."
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_the_programs_own_flags_are_not_the_servers(free_port: int) -> None:
 )
 def test_a_listener_in_the_way_is_found(held: str, wanted: str) -> None:
     with listening(held) as port:
-        holder = holder_of(wanted, port)
+        owner = owner_of(wanted, port)
 
-        assert holder
-        assert holder.pid == os.getpid()
+        assert owner
+        assert owner.pid == os.getpid()
         if held == wanted or sys.platform == "linux":  # macOS lets one stand beside the other
             assert isinstance(problem := bind_problem(wanted, port), OSError)
             assert problem.errno == errno.EADDRINUSE
@@ -170,45 +170,14 @@ def test_a_listener_in_the_way_is_found(held: str, wanted: str) -> None:
 )
 def test_both_families_are_seen(held: str, dual_stack: bool, wanted: str, in_the_way: bool) -> None:
     with listening(held, dual_stack=dual_stack) as port:
-        assert (holder_of(wanted, port) is not None) == in_the_way
+        assert (owner_of(wanted, port) is not None) == in_the_way
         if held == wanted or sys.platform == "linux":
             assert (bind_problem(wanted, port) is not None) == in_the_way
 
 
 def test_another_address_is_not_in_the_way() -> None:
     with listening("127.0.0.1") as port:
-        assert holder_of("127.0.0.2", port) is None
-
-
-@pytest.mark.parametrize("listed", [min, max], ids=["the older", "the younger"])
-def test_a_socket_that_is_inherited_is_the_servers(
-    tmp_path: Path,
-    free_port: int,
-    monkeypatch: pytest.MonkeyPatch,
-    listed: Callable[[tuple[int, int]], int],
-) -> None:
-    program = tmp_path / "llama-server"
-    program.symlink_to(Path(sys.executable).resolve())
-    with socket.create_server(("127.0.0.1", free_port)) as server:
-        server.set_inheritable(True)
-        command = [str(program), "-ISc", "input()", "-m", "/m/qwen.gguf"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False) as child:
-            everything = psutil.net_connections("tcp")
-            pids = os.getpid(), child.pid
-            named = [
-                one._replace(pid=listed(pids)) if one.pid in pids else one for one in everything
-            ]
-            # Linux's list has the last of those who share a socket, as process ids happen to be.
-            monkeypatch.setattr(psutil, "net_connections", lambda _: named)
-            try:
-                eventually(
-                    lambda: (
-                        (holder := holder_of("127.0.0.1", free_port)) and holder.pid == child.pid
-                    ),
-                    within=60,
-                )
-            finally:
-                child.kill()
+        assert owner_of("127.0.0.2", port) is None
 
 
 def test_it_is_found_where_the_system_tells_only_of_own_processes(
@@ -219,10 +188,10 @@ def test_it_is_found_where_the_system_tells_only_of_own_processes(
 
     monkeypatch.setattr(psutil, "net_connections", refuse)  # as macOS answers an ordinary user
     with listening("127.0.0.1") as port:
-        holder = holder_of("127.0.0.1", port)
+        owner = owner_of("127.0.0.1", port)
 
-        assert holder
-        assert holder.pid == os.getpid()
+        assert owner
+        assert owner.pid == os.getpid()
 
 
 def test_a_process_that_ends_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +201,7 @@ def test_a_process_that_ends_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) 
         ended.wait()
     stale = [one._replace(pid=ended.pid) for one in seen]
     monkeypatch.setattr(psutil, "net_connections", lambda _: stale)
-    assert holder_of("127.0.0.1", port) is None
+    assert owner_of("127.0.0.1", port) is None
 
 
 def test_the_next_free_port_is_one_that_can_be_bound() -> None:
@@ -266,7 +235,7 @@ def test_an_address_elsewhere_is_refused(host: str, refusal: str, free_port: int
 def test_a_free_port_is_not_refused(free_port: int) -> None:
     assert port_refusal("127.0.0.1", free_port) is None
     assert port_refusal("localhost", free_port) is None
-    assert holder_of("127.0.0.1", free_port) is None
+    assert owner_of("127.0.0.1", free_port) is None
 
 
 def test_a_port_for_administrators_is_refused() -> None:
