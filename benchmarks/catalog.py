@@ -56,7 +56,7 @@ def main() -> None:
         again = statistics.median(_seconds(catalog.scan) for _ in range(_RUNS))
         models = catalog.scan()
         assert len(models) == _LARGE + _SMALL
-        assert all(model.startable and model.tools for model in models)
+        assert all(model.startable and model.facts.tools for model in models)
         _row(f"gguf.GGUFReader, {_TOKENS:,} tokens", f"{theirs * 1000:9.1f} ms a file (1 file)")
         _row("its header alone, here", f"{ours * 1000:9.1f} ms a file (median of {_RUNS})")
         _row("first scan, tensors and cache too", f"{first * 1000:9.1f} ms a file ({_LARGE} files)")

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.catalog.model import Model, ShardName, missing_shards, shard_paths, total_size
+from kitty_nb.catalog.model import (
+    Model,
+    ShardName,
+    missing_shards,
+    read_facts,
+    shard_paths,
+    total_size,
+)
 
 
 def model_file(path: Path, **metadata: str | int) -> Path:
@@ -90,15 +97,12 @@ def test_a_model_is_described_by_its_header(tmp_path: Path) -> None:
     assert model == Model(
         path=path,
         name="sub/Qwen.gguf",
-        architecture="qwen2",
+        facts=read_facts(path),
         quantization="Q4_K_M",
         size=path.stat().st_size,
-        shard_count=1,
-        missing=(),
-        context_length=32768,
-        problem=None,
         parameters=32,
     )
+    assert (model.architecture, model.context_length) == ("qwen2", 32768)
     assert model.startable
     assert model.label == f"Qwen · Q4_K_M · {model.size:,} bytes"
 

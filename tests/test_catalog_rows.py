@@ -40,13 +40,14 @@ def test_a_header_tells_all_of_a_model(tmp_path: Path, endian: gguf.GGUFEndian) 
         tokenizer__chat_template="{%- if tools %}{{ tools }}{% endif %}",
     )
     model = one(tmp_path)
-    assert (model.title, model.size_label) == ("Qwen2.5 7B Instruct", "7B")
-    assert (model.license, model.base_model) == ("apache-2.0", "Qwen2.5 7B")
+    facts = model.facts
+    assert (model.title, facts.size_label) == ("Qwen2.5 7B Instruct", "7B")
+    assert (facts.license, facts.base_model) == ("apache-2.0", "Qwen2.5 7B")
     assert (model.quantization, model.confirmed) == ("F16", True)
-    assert (model.context_length, model.layers, model.heads) == (32768, 28, 28)
-    assert (model.vocabulary, model.parameters) == (3, 32 * 64 + 64)
-    assert model.chat_template == "{%- if tools %}{{ tools }}{% endif %}"
-    assert model.tools is True
+    assert (model.context_length, facts.layers, facts.heads) == (32768, 28, 28)
+    assert (facts.vocabulary, model.parameters) == (3, 32 * 64 + 64)
+    assert facts.chat_template == "{%- if tools %}{{ tools }}{% endif %}"
+    assert facts.tools is True
     assert model.modalities == (Modality.TEXT,)
     assert model.kind is Kind.MODEL
     assert model.startable
@@ -68,7 +69,7 @@ def test_a_template_tells_whether_it_takes_tools(
 ) -> None:
     keys = {"tokenizer__chat_template": template} if template else {}
     write_header(tmp_path / "m.gguf", **keys)
-    assert one(tmp_path).tools is tools
+    assert one(tmp_path).facts.tools is tools
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ async def until(lists: AsyncGenerator[list[Model]], names: set[str]) -> None:
 
 
 def test_a_list_stays_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_LOOK_MS", 100)
+    monkeypatch.setattr(watch, "_LOOK_SECONDS", 0.1)
     folder = tmp_path / "models"
     write_header(folder / "a.gguf")
 
@@ -47,7 +47,7 @@ def test_a_list_stays_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_folder_may_come_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_LOOK_MS", 100)
+    monkeypatch.setattr(watch, "_LOOK_SECONDS", 0.1)
     folder = tmp_path / "models"
 
     async def scenario() -> None:

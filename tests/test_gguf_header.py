@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gguf
 import pytest
 
-from kitty_nb.catalog.gguf import ArrayInfo, read_header
+from kitty_nb.catalog.gguf import ArrayInfo, read_header, stored_quantization
 from kitty_nb.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def test_every_kind_of_value_comes_back(tmp_path: Path, endian: gguf.GGUFEndian)
     assert header.byte_order == endian.name.replace("LITTLE", "<").replace("BIG", ">")
     assert header.tensor_count == 0
     assert header.architecture == "llama"
-    assert header.quantization == "Q4_K_M"
-    assert header.context_length == 32768
-    assert header.split_count == 1
+    assert header.number("general.file_type") == 15
+    assert header.own_number("context_length") == 32768
+    assert header.number("split.count") is None
     assert header.metadata == {
         "general.architecture": "llama",
         "general.name": "Großes Modell",
@@ -81,29 +81,24 @@ def test_every_kind_of_value_comes_back(tmp_path: Path, endian: gguf.GGUFEndian)
     }
 
 
-def test_quantizations_are_named_as_llama_cpp_names_them(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    named, expected = {}, {}
-    for file_type in set(gguf.LlamaFileType) - {gguf.LlamaFileType.GUESSED}:
-        with written(path) as writer:
-            writer.add_file_type(file_type)
-        named[file_type] = read_header(path).quantization
-        expected[file_type] = file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    assert named == expected
+def test_quantizations_are_named_as_llama_cpp_names_them() -> None:
+    types = set(gguf.LlamaFileType) - {gguf.LlamaFileType.GUESSED}
+    named = {file_type: stored_quantization(file_type, {}, "model")[0] for file_type in types}
+    assert named == {
+        file_type: file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        for file_type in types
+    }
 
 
-def test_an_unknown_quantization_is_not_guessed(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    with written(path) as writer:
-        writer.add_file_type(gguf.LlamaFileType.GUESSED)
-    assert read_header(path).quantization is None
+def test_an_unknown_quantization_is_not_guessed() -> None:
+    assert stored_quantization(gguf.LlamaFileType.GUESSED, {}, "model")[0] is None
 
 
 def test_version_2_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(raw(string(b"split.count") + struct.pack("<IH", 2, 42), version=2))
     header = read_header(path)
-    assert (header.version, header.split_count) == (2, 42)
+    assert (header.version, header.number("split.count")) == (2, 42)
 
 
 def test_a_large_vocabulary_is_passed_over_quickly(tmp_path: Path) -> None:

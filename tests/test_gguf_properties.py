@@ -128,7 +128,7 @@ def test_a_header_reads_as_the_gguf_package_reads_it(
             else:
                 assert same(value, field.contents())
         assert [
-            (e.name, list(e.shape), e.type, contents.data_at + e.offset) for e in contents.entries
+            (e.name, list(e.shape), e.type, contents.data_at + e.offset) for e in contents.tensors
         ] == [
             (t.name, t.shape.tolist(), t.tensor_type.value, t.data_offset) for t in reader.tensors
         ]

@@ -12,7 +12,7 @@ import platformdirs
 import pytest
 
 from kitty_nb import ServerConfig
-from kitty_nb.catalog.digest import FileDigest
+from kitty_nb.catalog.cache import FileDigest
 from kitty_nb.errors import ModelFileError
 from kitty_nb.experiments.run_record import ModelDigest, digest_model
 
@@ -102,11 +102,11 @@ def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
 
 def test_a_damaged_cache_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "m.gguf", b"one")
-    cache = tmp_path / "cache" / "kitty_nb" / "digests.sqlite3"
+    cache = tmp_path / "cache" / "kitty_nb" / "files.sqlite3"
     cache.parent.mkdir(parents=True)
     cache.write_bytes(b"no database" * 100)
     assert digest(settings(path))[0].shards == (expected(path),)
-    assert "digests.sqlite3 is not used" in caplog.text
+    assert "files.sqlite3" in caplog.text
     digest(settings(path))
     assert digest(settings(path))[1] == []
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from model_files import write_header, write_model
 
 from kitty_nb import ControlPanel, ServerStatus, write_demo_model
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.catalog.model import Model, ModelNote
+from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import model_picker
 from kitty_nb.widgets.model_browser import describe, group_rows
@@ -268,15 +269,13 @@ def test_what_is_browsed_is_not_saved_with_the_notebook(page: Page, panel: Contr
 def model(path: str, **facts: Any) -> Model:
     known: dict[str, Any] = {
         "name": path.rpartition("/")[2],
-        "architecture": "llama",
         "quantization": "Q8_0",
         "size": 1000,
-        "shard_count": 1,
-        "missing": (),
-        "context_length": 4096,
-        "problem": None,
     }
-    return Model(path=Path(path), **(known | facts))
+    names = {field.name for field in fields(FileFacts)} - {"problem"}
+    said = {"architecture": "llama", "context_length": 4096}
+    said |= {name: facts.pop(name) for name in [*facts] if name in names}
+    return Model(path=Path(path), facts=FileFacts(**said), **(known | facts))
 
 
 def test_rows_come_by_family_favourites_and_last_used_first() -> None:

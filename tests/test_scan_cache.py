@@ -91,20 +91,6 @@ def test_what_could_not_be_read_is_tried_again_though_it_looks_unchanged(tmp_pat
         assert (shape is not None) is readable
 
 
-def test_what_is_gone_is_forgotten_but_not_other_folders(tmp_path: Path) -> None:
-    cache = tmp_path / "cache.sqlite3"
-    gone = model(tmp_path / "a" / "gone.gguf", "one")
-    model(tmp_path / "a" / "kept.gguf", "two")
-    model(tmp_path / "ab" / "other.gguf", "3rd")
-    titles(tmp_path / "ab", cache)
-    titles(tmp_path / "a", cache)
-    gone.unlink()
-    titles(tmp_path / "a", cache)
-    with closing(sqlite3.connect(cache)) as files:
-        paths = {os.fsdecode(path) for (path,) in files.execute("SELECT path FROM files")}
-    assert {Path(path).name for path in paths} == {"kept.gguf", "other.gguf"}
-
-
 def test_a_name_that_is_no_text_is_remembered(tmp_path: Path) -> None:
     folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
     try:

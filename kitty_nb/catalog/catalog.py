@@ -7,39 +7,33 @@ import os
 import re
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
-import platformdirs
 
-from kitty_nb.catalog.folder import (
-    FoundFile,
-    ScanCache,
-    Stamp,
-    find_files,
-    is_folder,
-    settled,
-    stamp_of,
-    too_young,
-)
+from kitty_nb.catalog.cache import FileCache, FileSignature, signature_of, unchanged
 from kitty_nb.catalog.model import FileFacts, Kind, read_facts, shard_paths
-from kitty_nb.catalog.scan import Part, doubt, is_projector_name, plain_name, rows, why_never
-from kitty_nb.catalog.stores import Store, files_in
-from kitty_nb.safe_files import user_folder
+from kitty_nb.catalog.rows import Part, doubt, is_projector_name, plain_name, rows, why_never
+from kitty_nb.catalog.stores import FoundFile, Store, files_in, find_files, is_folder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 
     from kitty_nb.catalog.model import Model
 
-
-_REMEMBERED = 64  # files: a setting is validated at each key that is pressed
+_FACTS = "facts 5"  # one higher whenever `FileFacts` changes or is worked out otherwise
+_READERS = 4  # files at a time: reading from a disk, and working on what was read
+_STEP_SECONDS = 0.2
+_LIST_SHARE = 10  # times as long is read as is spent on unfinished lists
+_TOGETHER_MS = 500  # changes within this are one
+_LOOK_SECONDS = 30.0  # network disks do not tell, and folders can appear
+_FIRST_LOOK_MS = 1_000  # what happens before the watch has begun is not told either
+_POLL_SECONDS = 5.0  # where the system has no more watches to give
 
 
 def describe(path: Path, roots: Sequence[Path]) -> Model | None:
@@ -49,17 +43,38 @@ def describe(path: Path, roots: Sequence[Path]) -> Model | None:
         path: Its file, the first of a split model.
         roots: Folders that models are listed from; its name is relative to the first.
     """
-    return _describe(path, roots, _near(path, roots))
+    shards = shard_paths(path)
+    found = [FoundFile(shard, signature_of(shard)) for shard in shards]
+    if len(found) > 1:
+        found = [file for file in found if file.signature] or found[:1]
+    parts = _beside(path, roots)
+    parts |= {file.path: Part(file, read_facts(file.path)) for file in found}
+    listed = rows(parts.values(), roots[0] if roots else path.parent, time.time())
+    row = next(row for row in listed if row.path == shards[0])
+    return row if row.kind is Kind.MODEL else None
 
 
-def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
-    """Find the projector for images or sound that goes with a model; None where there is none.
+def _beside(path: Path, roots: Sequence[Path]) -> dict[Path, Part]:
+    """What lies in the folders that may have a model's projector, if there is one.
 
-    Headers are read only if there is a projector nearby.
+    These are its own and, in a root, the one above. Of all but projectors the name is enough.
     """
-    near = _near(path, roots)
-    model = _describe(path, roots, near) if near else None
-    return model.projector if model else None
+    above = path.parent.parent
+    in_root = any(above.is_relative_to(root) for root in roots)
+    parts: dict[Path, Part] = {}
+    for folder in [path.parent, above] if in_root else [path.parent]:
+        if any(is_projector_name(Path(name)) for name in _names(folder)):
+            for file in find_files(folder):
+                known = is_projector_name(file.path) and file.signature
+                parts[file.path] = Part(file, read_facts(file.path) if known else None)
+    return parts
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if name.lower().endswith(".gguf")]  # noqa: PTH208 - no object for each name
+    except OSError:
+        return []
 
 
 def why_not_served(path: Path) -> str | None:
@@ -69,93 +84,6 @@ def why_not_served(path: Path) -> str | None:
         return None
     reason = why_never(path, facts[0], sum(each.tensor_count for each in facts))
     return reason or doubt(path, facts[0], dict(facts[0].weights))
-
-
-def _describe(path: Path, roots: Sequence[Path], near: Iterable[Path]) -> Model | None:
-    shards = shard_paths(path)
-    found = [FoundFile(shard, stamp_of(shard)) for shard in shards]
-    if len(found) > 1:
-        found = [file for file in found if file.stamp] or found[:1]
-    own = {file.path: Part(file, _facts(file)) for file in found}
-    parts = {**dict(_beside(near)), **own}
-    listed = rows(parts.values(), roots[0] if roots else path.parent, time.time())
-    row = next(row for row in listed if row.path == shards[0])
-    return row if row.kind is Kind.MODEL else None
-
-
-def _near(path: Path, roots: Sequence[Path]) -> list[Path]:
-    """List the folders that may have its projector: its own and, in a root, the one above."""
-    own, above = path.parent, path.parent.parent
-    folders = [own, above] if any(above.is_relative_to(root) for root in roots) else [own]
-    return [folder for folder in folders if any(map(is_projector_name, _gguf_in(folder)))]
-
-
-def _beside(folders: Iterable[Path]) -> Iterator[tuple[Path, Part]]:
-    """Yield projectors with what they say; of all else the name is enough."""
-    for folder in folders:
-        for file in find_files(folder):
-            known = is_projector_name(file.path) and file.stamp
-            yield file.path, Part(file, _facts(file) if known else None)
-
-
-def _gguf_in(folder: Path) -> list[Path]:
-    try:
-        return [folder / name for name in os.listdir(folder) if name.lower().endswith(".gguf")]  # noqa: PTH208 - no object for each name
-    except OSError:
-        return []
-
-
-def _facts(file: FoundFile) -> FileFacts:
-    if file.stamp and not too_young(file.stamp):
-        facts = _facts_at(file.path, file.stamp)
-        if facts.problem is None:
-            return facts
-    return read_facts(file.path)
-
-
-@lru_cache(_REMEMBERED)
-def _facts_at(path: Path, stamp: Stamp) -> FileFacts:
-    """Read a file once for each of its stamps."""
-    return read_facts(path)
-
-
-def families(models: Iterable[Model]) -> dict[str, tuple[Model, ...]]:
-    """Group models by their base model, in the order in which they come.
-
-    The base of a base is looked up among the models too. A model that names none is a base itself,
-    under its title, or its file's name.
-
-    Returns:
-        The base model's name, as the first of its family writes it, with all of its family.
-    """
-    models = tuple(models)
-    parents = {
-        plain_name(_own(model)): model.base_model
-        for model in models
-        if model.title and model.base_model
-    }
-    found: dict[str, tuple[str, list[Model]]] = {}
-    for model in models:
-        base = _root(model.base_model or _own(model), parents)
-        found.setdefault(plain_name(base), (base, []))[1].append(model)
-    return {name: tuple(members) for name, members in found.values()}
-
-
-def _own(model: Model) -> str:
-    return model.title or model.known_as or model.stem
-
-
-def _root(name: str, parents: dict[str, str]) -> str:
-    seen = {plain_name(name)}
-    while (parent := parents.get(plain_name(name))) and plain_name(parent) not in seen:
-        name = parent
-        seen.add(plain_name(name))
-    return name
-
-
-_READERS = 4  # files at a time: reading from a disk, and working on what was read
-_STEP_SECONDS = 0.2
-_LIST_SHARE = 10  # times as long is read as is spent on unfinished lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +123,7 @@ class ModelCatalog:
         self.stores = tuple(
             store if isinstance(store, Store) else Store(Path(store)) for store in directories
         )
-        self._cache = ScanCache(
-            cache or user_folder(platformdirs.user_cache_path) / "catalog.sqlite3"
-        )
+        self._cache = FileCache(_FACTS, FileFacts.from_json, FileFacts.to_json, cache)
 
     @property
     def directory(self) -> Path:
@@ -221,44 +147,39 @@ class ModelCatalog:
         It may be left early: what was read until then is remembered.
         """
         found = self._files()
-        stamps = {_key(file): file.stamp for file in found.values() if file.stamp}
-        facts = self._cache.recall(stamps)
-        fresh: dict[str, tuple[Stamp, FileFacts]] = {}
-        waiting = [
-            (key, file)
+        signatures = {key: file.signature for key, file in found.items() if file.signature}
+        facts = self._cache.recall(signatures)
+        fresh: dict[str, tuple[FileSignature, FileFacts]] = {}
+        waiting = {
+            key: file
             for key, file in found.items()
-            if key not in facts
-            and file.problem is None
-            and (file.stamp or file.downloading is None)
-        ]
+            if not (key in facts or file.problem or file.coming)
+        }
         total = len(waiting) + len(facts)
-
         listed: tuple[Model, ...] = ()
         due = 0.0  # making a long list takes its time too
-
-        def step(*, last: bool = False) -> ScanStep:
-            nonlocal listed, due
-            began = time.monotonic()
-            if last or began >= due:
-                listed = self._listed(found, facts, kind)
-                due = time.monotonic() + _LIST_SHARE * (time.monotonic() - began)
-            return ScanStep(len(facts), total, listed)
-
         try:
-            if waiting:
-                yield step()
-            for done in _read(waiting):
-                for file, read in done:
-                    facts[_key(file)] = read
-                    # What could not be read may be readable next time, with the same stamp.
-                    if file.stamp and settled(file.path, file.stamp) and read.problem is None:
-                        fresh[_key(file)] = file.stamp, read
-                if len(facts) < total:
-                    yield step()
+            for read in _read(waiting):
+                facts |= read
+                # What could not be read may be readable next time, with the same signature.
+                fresh |= {
+                    key: (signature, one)
+                    for key, one in read.items()
+                    if (signature := waiting[key].signature)
+                    and one.problem is None
+                    and unchanged(Path(key), signature)
+                }
+                if len(facts) == total:
+                    break
+                began = time.monotonic()
+                if began >= due:
+                    listed = self._listed(found, facts, kind)
+                    due = time.monotonic() + _LIST_SHARE * (time.monotonic() - began)
+                yield ScanStep(len(facts), total, listed)
         finally:
-            roots = [os.path.abspath(s.path) for s in self.stores if is_folder(s.path)]  # noqa: PTH100
-            self._cache.keep(fresh, roots, stamps.keys() | facts.keys())
-        yield step(last=True)
+            if fresh:
+                self._cache.keep(fresh)
+        yield ScanStep(len(facts), total, self._listed(found, facts, kind))
 
     def describe(self, path: Path) -> Model | None:
         """Describe the model that begins with `path`; None when it is not one to serve.
@@ -267,7 +188,7 @@ class ModelCatalog:
         """
         return describe(path, [store.path for store in self.stores])
 
-    def watch(
+    async def watch(
         self, kind: Kind = Kind.MODEL, on_step: Callable[[ScanStep], object] | None = None
     ) -> AsyncGenerator[list[Model]]:
         """Yield the list at once, and again whenever it has changed, until closed or cancelled.
@@ -277,7 +198,38 @@ class ModelCatalog:
             on_step: Called, in a worker thread, with each step of each scan.
         """
         folders = [store.path for store in self.stores]
-        return watch(folders, lambda: self.steps(kind), on_step or (lambda _: None))
+        listed: list[Model] | None = None
+        while True:
+            there = [folder for folder in folders if is_folder(folder)]
+            async with aclosing(_changes(there)) as changes:
+                async for _ in changes:
+                    before, listed = listed, await self._scanned(kind, on_step)
+                    if listed != before:
+                        yield listed
+                    if there != [folder for folder in folders if is_folder(folder)]:
+                        break
+
+    async def _scanned(
+        self, kind: Kind, on_step: Callable[[ScanStep], object] | None
+    ) -> list[Model]:
+        """Scan in a worker thread, which ends soon after this is cancelled."""
+        left = threading.Event()
+
+        def last() -> list[Model]:
+            models: list[Model] = []
+            with closing(self.steps(kind)) as steps:
+                for step in steps:
+                    if left.is_set():
+                        break
+                    models = list(step.models)
+                    if on_step:
+                        on_step(step)
+            return models
+
+        try:
+            return await anyio.to_thread.run_sync(last, abandon_on_cancel=True)
+        finally:
+            left.set()
 
     def _files(self) -> dict[str, FoundFile]:
         return {_key(file): file for store in reversed(self.stores) for file in files_in(store)}
@@ -288,7 +240,9 @@ class ModelCatalog:
         parts = [
             Part(file, facts.get(key))
             for key, file in found.items()
-            if key in facts or file.problem or (file.stamp is None and file.downloading is not None)
+            if key in facts
+            or file.problem
+            or (file.signature is None and file.downloading is not None)
         ]
         listed = [row for row in rows(parts, self.directory, time.time()) if row.kind is kind]
         return tuple(sorted(listed, key=self._order))
@@ -300,23 +254,47 @@ class ModelCatalog:
         return place, _natural(model.known_as or model.name), model.name
 
 
-def _read(
-    waiting: list[tuple[str, FoundFile]],
-) -> Generator[list[tuple[FoundFile, FileFacts]]]:
-    """Read several files at a time, and hand out a few times a second what is read."""
+def _read(waiting: Mapping[str, FoundFile]) -> Generator[dict[str, FileFacts]]:
+    """Read several files at a time; yield at once, and what is read a few times a second."""
     if not waiting:
         return
     pool = ThreadPoolExecutor(_READERS, thread_name_prefix="kitty_nb catalog")
     try:
-        futures: dict[Future[FileFacts], FoundFile] = {
-            pool.submit(read_facts, file.path): file for _, file in waiting
-        }
-        pending = set(futures)
+        yield {}
+        keys = {pool.submit(read_facts, file.path): key for key, file in waiting.items()}
+        pending = set(keys)
         while pending:
             done, pending = wait(pending, _STEP_SECONDS)
-            yield [(futures[future], future.result()) for future in done]
+            yield {keys[future]: future.result() for future in done}
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+async def _changes(folders: Sequence[Path]) -> AsyncGenerator[None]:
+    """Yield at once, whenever something has changed, and now and then in any case."""
+    from watchfiles import awatch  # noqa: PLC0415 - slow to import, and not always needed
+
+    yield
+    if not folders:
+        await anyio.sleep(_LOOK_SECONDS)
+        return
+    watcher = awatch(
+        *folders,
+        watch_filter=None,
+        debounce=_TOGETHER_MS,
+        rust_timeout=min(_FIRST_LOOK_MS, int(_LOOK_SECONDS * 1000)),
+        yield_on_timeout=True,
+        ignore_permission_denied=True,
+    )
+    looked = -math.inf
+    try:
+        async with aclosing(watcher):
+            async for changes in watcher:
+                if changes or time.monotonic() - looked >= _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    yield
+    except OSError:  # a folder has gone, or the system has no more watches to give
+        await anyio.sleep(_POLL_SECONDS)
 
 
 def _key(file: FoundFile) -> str:
@@ -327,88 +305,35 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
 
 
-_TOGETHER_MS = 500  # changes within this are one
-_LOOK_MS = 30_000  # network disks do not tell, and folders can appear
-_FIRST_LOOK_MS = 1_000  # what happens before the watch has begun is not told either
-_POLLING_MS = 5_000  # between looks, where the system has no more watches to give
+def families(models: Iterable[Model]) -> dict[str, tuple[Model, ...]]:
+    """Group models by their base model, in the order in which they come.
 
+    The base of a base is looked up among the models too. A model that names none is a base itself,
+    under its title, or its file's name.
 
-async def watch(
-    folders: Sequence[Path],
-    scan: Callable[[], Generator[ScanStep]],
-    on_step: Callable[[ScanStep], object],
-) -> AsyncGenerator[list[Model]]:
-    """Yield the models at once and whenever they have changed.
-
-    Args:
-        folders: What to watch; those that do not exist are waited for.
-        scan: Lists the models; run in a worker thread.
-        on_step: Called there with each step.
+    Returns:
+        The base model's name, as the first of its family writes it, with all of its family.
     """
-    listed = await _scanned(scan, on_step)
-    yield listed
-    polling: bool | None = None
-    while True:
-        there = [folder for folder in folders if is_folder(folder)]
-        try:
-            async with aclosing(_changes(there, polling=polling)) as changes:
-                async for _ in changes:
-                    before, listed = listed, await _scanned(scan, on_step)
-                    if listed != before:
-                        yield listed
-                    if there != [folder for folder in folders if is_folder(folder)]:
-                        break
-        except FileNotFoundError:  # a folder has gone since it was looked for
-            continue
-        except OSError:  # the system's limit on watches; looking takes longer, but always works
-            if polling:
-                raise
-            polling = True
+    models = tuple(models)
+    parents = {
+        plain_name(_own(model)): model.facts.base_model
+        for model in models
+        if model.title and model.facts.base_model
+    }
+    found: dict[str, tuple[str, list[Model]]] = {}
+    for model in models:
+        base = _root(model.facts.base_model or _own(model), parents)
+        found.setdefault(plain_name(base), (base, []))[1].append(model)
+    return {name: tuple(members) for name, members in found.values()}
 
 
-async def _changes(folders: Sequence[Path], *, polling: bool | None) -> AsyncGenerator[object]:
-    """Yield whenever something has changed, and now and then in any case."""
-    from watchfiles import awatch  # noqa: PLC0415 - slow to import, and not always needed
-
-    if not folders:
-        await anyio.sleep(_LOOK_MS / 1000)
-        yield None
-        return
-    watcher = awatch(
-        *folders,
-        watch_filter=None,
-        debounce=_TOGETHER_MS,
-        rust_timeout=min(_FIRST_LOOK_MS, _LOOK_MS),
-        yield_on_timeout=True,
-        force_polling=polling,
-        poll_delay_ms=_POLLING_MS,
-        ignore_permission_denied=True,
-    )
-    async with aclosing(watcher):
-        looked = -math.inf
-        async for changes in watcher:
-            if changes or time.monotonic() - looked >= _LOOK_MS / 1000:
-                looked = time.monotonic()
-                yield changes
+def _own(model: Model) -> str:
+    return model.title or model.known_as or model.stem
 
 
-async def _scanned(
-    scan: Callable[[], Generator[ScanStep]], on_step: Callable[[ScanStep], object]
-) -> list[Model]:
-    """Scan in a worker thread, which ends soon after this is cancelled."""
-    left = threading.Event()
-
-    def last() -> list[Model]:
-        models: list[Model] = []
-        with closing(scan()) as steps:
-            for step in steps:
-                if left.is_set():
-                    break
-                models = list(step.models)
-                on_step(step)
-        return models
-
-    try:
-        return await anyio.to_thread.run_sync(last, abandon_on_cancel=True)
-    finally:
-        left.set()
+def _root(name: str, parents: dict[str, str]) -> str:
+    seen = {plain_name(name)}
+    while (parent := parents.get(plain_name(name))) and plain_name(parent) not in seen:
+        name = parent
+        seen.add(plain_name(name))
+    return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
@@ -14,6 +15,9 @@ from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+
+LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in a header
 
 
 class TensorType(NamedTuple):
@@ -135,94 +139,69 @@ class GgufHeader:
     @property
     def architecture(self) -> str | None:
         """The family of network, e.g. `llama` or `qwen2`."""
-        value = self.metadata.get("general.architecture")
-        return value if isinstance(value, str) else None
+        return self.text("general.architecture")
 
-    @property
-    def quantization(self) -> str | None:
-        """How the weights are stored, e.g. `Q4_K_M`; None when unsaid or unknown to this table."""
-        value = self.metadata.get("general.file_type")
-        return FILE_TYPES.get(value) if isinstance(value, int) else None
+    def text(self, key: str) -> str | None:
+        """A text; None where the key is missing, empty or something else."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) and value else None
 
-    @property
-    def context_length(self) -> int | None:
-        """The longest context that the model was trained for, in tokens."""
-        value = self.metadata.get(f"{self.architecture}.context_length")
-        return value if isinstance(value, int) else None
+    def flag(self, key: str) -> bool:
+        """A truth value; False where the key is missing or something else."""
+        return self.metadata.get(key) is True
 
-    @property
-    def split_count(self) -> int:
-        """How many files the model is split into; 1 when it is whole."""
-        value = self.metadata.get("split.count")
-        return max(value, 1) if isinstance(value, int) else 1
+    def length(self, key: str) -> int | None:
+        """The length of an array; None where the key is missing or something else."""
+        value = self.metadata.get(key)
+        return value.length if isinstance(value, ArrayInfo) else None
+
+    def number(self, key: str) -> int | None:
+        """A natural number; None where the key is missing, absurd or something else."""
+        value = self.metadata.get(key)
+        return value if type(value) is int and 0 <= value <= LARGEST else None
+
+    def own_number(self, key: str) -> int | None:
+        """A number of its architecture, the largest where each layer has its own."""
+        full_key = f"{self.architecture}.{key}"
+        if listed := self.per_layer.get(full_key):
+            return max((n for n in listed if type(n) is int and 0 <= n <= LARGEST), default=None)
+        return self.number(full_key)
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One weight tensor of a file.
 
     Attributes:
         name: E.g. `blk.0.attn_k.weight`.
         shape: Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
         type: How its numbers are stored, by llama.cpp's `enum ggml_type`.
-        size: Bytes from its begin to that of the next, so up to a few dozen of padding too many.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class GgufLayout:
-    """Where everything lies in one GGUF file, in bytes from its begin.
-
-    Attributes:
-        path: The file.
-        size: How long the file is.
-        header: What it says about itself.
-        tensors: Its weight tensors.
-        data_at: Where the weights begin.
-    """
-
-    path: Path
-    size: int
-    header: GgufHeader
-    tensors: tuple[Tensor, ...]
-    data_at: int
-
-
-class TensorEntry(NamedTuple):
-    """What the list of tensors says of one.
-
-    Attributes:
-        name: E.g. `blk.0.attn_k.weight`.
-        shape: Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
-        type: How its numbers are stored, by llama.cpp's `enum ggml_type`.
         offset: Where it begins, in bytes from the begin of the weights.
+        size: Bytes up to the next tensor, so up to a few dozen of padding too many.
     """
 
     name: str
     shape: tuple[int, ...]
     type: int
     offset: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
-class GgufContents:
-    """All that a GGUF file says before its weights, which need not be there.
+class GgufLayout:
+    """All that a GGUF file says before its weights.
 
     Attributes:
-        size: How long the file is.
+        path: The file.
+        size: Its length, in bytes.
         header: What it says about itself.
-        entries: Its list of tensors.
-        data_at: Where the weights begin.
+        tensors: Its weight tensors.
+        data_at: The offset of the weights.
     """
 
+    path: Path
     size: int
     header: GgufHeader
-    entries: tuple[TensorEntry, ...]
+    tensors: tuple[Tensor, ...]
     data_at: int
 
 
@@ -244,6 +223,7 @@ _LONGEST = 1 << 27  # bytes
 _MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 _MOST_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 _SHOWN = 80  # characters of a key in a message
+_DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -255,8 +235,8 @@ def read_header(path: Path) -> GgufHeader:
     return _read(path, _Reader.header)
 
 
-def read_contents(path: Path) -> GgufContents:
-    """Read the header of a GGUF file and the list of its tensors, whether those are there or not.
+def read_contents(path: Path) -> GgufLayout:
+    """Read the header of a GGUF file and its list of tensors, whether those are there or not.
 
     Raises:
         ModelFileError: As for `read_header`.
@@ -270,7 +250,12 @@ def read_layout(path: Path) -> GgufLayout:
     Raises:
         ModelFileError: As for `read_header`, and when weights are missing at the end.
     """
-    return _read(path, _Reader.layout)
+    found = read_contents(path)
+    if any(found.data_at + tensor.offset >= found.size for tensor in found.tensors):
+        raise ModelFileCutShortError(
+            f"{path} ends before its last weights, after {found.size} bytes. {_DOWNLOAD_AGAIN}"
+        )
+    return found
 
 
 def _read(path: Path, part: Callable[[_Reader], T]) -> T:
@@ -333,41 +318,32 @@ class _Reader:
         self._require(0)
         return GgufHeader(version, self._order, tensor_count, metadata, per_layer)
 
-    def contents(self) -> GgufContents:
+    def contents(self) -> GgufLayout:
         header = self.header()
-        entries: dict[str, TensorEntry] = {}
-        for _ in range(header.tensor_count):
-            entry = self._tensor()
-            if entry.name in entries:
-                raise self._damaged(f"has the tensor {entry.name[:_SHOWN]!r} twice")
-            entries[entry.name] = entry
+        entries = [self._tensor() for _ in range(header.tensor_count)]
+        if twice := [name for name, n in Counter(name for name, *_ in entries).items() if n > 1]:
+            raise self._damaged(f"has the tensor {twice[0][:_SHOWN]!r} twice")
         self._require(0)
         alignment = header.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment < _LIMIT:
             raise self._damaged(f"has the alignment {alignment}")
         data_at = -(-(self._start + self._at) // alignment) * alignment
-        return GgufContents(self._size, header, tuple(entries.values()), data_at)
-
-    def layout(self) -> GgufLayout:
-        found = self.contents()
-        starts = sorted({found.data_at + entry.offset for entry in found.entries})
-        if starts and starts[-1] >= self._size:
-            raise self._cut_short(f"ends before its last weights, after {self._size} bytes")
-        ends = dict(pairwise([*starts, self._size]))
+        starts = sorted({offset for *_, offset in entries})
+        ends = dict(pairwise([*starts, self._size - data_at]))
         tensors = tuple(
-            Tensor(name, shape, kind, ends[found.data_at + offset] - found.data_at - offset)
-            for name, shape, kind, offset in found.entries
+            Tensor(name, shape, kind, offset, ends[offset] - offset)
+            for name, shape, kind, offset in entries
         )
-        return GgufLayout(self._path, self._size, found.header, tensors, found.data_at)
+        return GgufLayout(self._path, self._size, header, tensors, data_at)
 
-    def _tensor(self) -> TensorEntry:
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
         dimensions: int = self._scalar("I")
         if dimensions > _MOST_DIMENSIONS:
             raise self._damaged(f"has a tensor of {dimensions} dimensions")
         layout = f"{self._order}{dimensions}QIQ"
         *shape, kind, offset = struct.unpack(layout, self._take(struct.calcsize(layout)))
-        return TensorEntry(name, tuple(shape), kind, offset)
+        return name, tuple(shape), kind, offset
 
     def _value(self, value_type: int) -> bool | int | float | str | ArrayInfo:
         if value_type == _STRING:
@@ -452,4 +428,4 @@ class _Reader:
         return ModelFileCutShortError(self._sentence(what))
 
     def _sentence(self, what: str) -> str:
-        return f"{self._path} {what}. It is damaged or incomplete: download it again."
+        return f"{self._path} {what}. {_DOWNLOAD_AGAIN}"

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Self
 
 from rich.filesize import decimal
 
-from kitty_nb.catalog.gguf import TENSOR_TYPES, ArrayInfo, read_contents
+from kitty_nb.catalog.gguf import LARGEST, TENSOR_TYPES, read_contents
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path, PurePath
 
-    from kitty_nb.catalog.gguf import GgufContents, GgufHeader, TensorEntry
+    from kitty_nb.catalog.gguf import GgufHeader, GgufLayout, Tensor
 
 
 _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
@@ -26,7 +26,7 @@ _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf
 
 @dataclass(frozen=True, slots=True)
 class ShardName:
-    """What the name of one shard says.
+    """What the name of one shard header.
 
     Attributes:
         prefix: The file name up to the shard's number, e.g. `qwen2.5-coder-32b-q8_0`.
@@ -81,7 +81,6 @@ def _size(path: Path) -> int | None:
         return None
 
 
-_LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in a header
 _IN_JINJA = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _TOOLS = re.compile(r"\btools\b")
 _OF_LORA = (".lora_a", ".lora_b")  # converters of 2024 do not say the file's type
@@ -107,7 +106,6 @@ class FileFacts:
         kind: What it is: a model, an adapter, a projector for images or sound, or something else.
         architecture: The family of network, e.g. `qwen2`.
         title: What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`.
-        basename: The title without size and fine-tune, e.g. `Qwen2.5-Coder`.
         size_label: Its size in its author's words, e.g. `32B`.
         base_model: What it was made from.
         license: E.g. `apache-2.0`.
@@ -136,7 +134,6 @@ class FileFacts:
     kind: Kind = Kind.MODEL
     architecture: str | None = None
     title: str | None = None
-    basename: str | None = None
     size_label: str | None = None
     base_model: str | None = None
     license: str | None = None
@@ -150,7 +147,7 @@ class FileFacts:
     heads: int | None = None
     vocabulary: int | None = None
     tokenizer: bool = False
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, repr=False)
     tools: bool | None = None
     sees: bool = False
     hears: bool = False
@@ -187,62 +184,61 @@ def read_facts(path: Path) -> FileFacts:
         return FileFacts(str(error), isinstance(error, ModelFileCutShortError))
 
 
-def _facts(contents: GgufContents, path: Path) -> FileFacts:
-    says = _Says(contents.header)
-    template = says.text("tokenizer.chat_template")
+def _facts(contents: GgufLayout, path: Path) -> FileFacts:
+    header = contents.header
+    template = header.text("tokenizer.chat_template")
     weights: dict[int, int] = {}
     needed = 0
-    for entry in contents.entries:
-        size = _bytes(entry)
-        needed = max(needed, contents.data_at + entry.offset + size)
-        if len(entry.shape) > 1:
-            weights[entry.type] = weights.get(entry.type, 0) + size
-    parameters = sum(prod(entry.shape) for entry in contents.entries)
-    if max(needed, parameters) > _LARGEST:
+    for tensor in contents.tensors:
+        size = _bytes(tensor)
+        needed = max(needed, contents.data_at + tensor.offset + size)
+        if len(tensor.shape) > 1:
+            weights[tensor.type] = weights.get(tensor.type, 0) + size
+    parameters = sum(prod(tensor.shape) for tensor in contents.tensors)
+    if max(needed, parameters) > LARGEST:
         raise ModelFileError(
             f"{path} claims to have {parameters} weights. It is damaged: download it again."
         )
     return FileFacts(
-        kind=_kind(says, contents.entries),
-        architecture=contents.header.architecture,
-        title=says.text("general.name"),
-        basename=says.text("general.basename"),
-        size_label=says.text("general.size_label"),
-        base_model=_base_model(says),
-        license=says.text("general.license"),
-        file_type=says.number("general.file_type"),
+        kind=_kind(header, contents.tensors),
+        architecture=header.architecture,
+        title=header.text("general.name"),
+        size_label=header.text("general.size_label"),
+        base_model=_base_model(header),
+        license=header.text("general.license"),
+        file_type=header.number("general.file_type"),
         weights=tuple(weights.items()),
         parameters=parameters,
-        tensor_count=len(contents.entries),
-        context_length=says.of_architecture("context_length"),
-        layers=says.of_architecture("block_count"),
-        width=_width(says),
-        heads=says.of_architecture("attention.head_count"),
-        vocabulary=says.length("tokenizer.ggml.tokens") or says.of_architecture("vocab_size"),
-        tokenizer=says.text("tokenizer.ggml.model") is not None,
+        tensor_count=len(contents.tensors),
+        context_length=header.own_number("context_length"),
+        layers=header.own_number("block_count"),
+        width=_width(header),
+        heads=header.own_number("attention.head_count"),
+        vocabulary=header.length("tokenizer.ggml.tokens") or header.own_number("vocab_size"),
+        tokenizer=header.text("tokenizer.ggml.model") is not None,
         chat_template=template,
-        tools=_takes_tools(says, template),
-        sees=says.flag("clip.has_vision_encoder"),
-        hears=says.flag("clip.has_audio_encoder"),
-        split_number=says.number("split.no"),
-        split_count=says.number("split.count") or 1,
-        split_tensors=says.number("split.tensors.count"),
+        tools=_takes_tools(header, template),
+        sees=header.flag("clip.has_vision_encoder"),
+        hears=header.flag("clip.has_audio_encoder"),
+        split_number=header.number("split.no"),
+        split_count=header.number("split.count") or 1,
+        split_tensors=header.number("split.tensors.count"),
         needed=needed,
     )
 
 
-def _bytes(entry: TensorEntry) -> int:
+def _bytes(tensor: Tensor) -> int:
     """The bytes of a tensor; of a type that this table does not have, none."""
-    kind = TENSOR_TYPES.get(entry.type)
-    return prod(entry.shape) // kind.block * kind.size if kind else 0
+    kind = TENSOR_TYPES.get(tensor.type)
+    return prod(tensor.shape) // kind.block * kind.size if kind else 0
 
 
-def _kind(says: _Says, entries: Iterable[TensorEntry]) -> Kind:
-    if says.header.architecture == "clip":
+def _kind(header: GgufHeader, tensors: Iterable[Tensor]) -> Kind:
+    if header.architecture == "clip":
         return Kind.PROJECTOR
-    if says.text("adapter.type") or any(entry.name.endswith(_OF_LORA) for entry in entries):
+    if header.text("adapter.type") or any(tensor.name.endswith(_OF_LORA) for tensor in tensors):
         return Kind.ADAPTER
-    match says.text("general.type"):
+    match header.text("general.type"):
         case None | "model" | "vocab":
             return Kind.MODEL
         case "adapter":
@@ -253,57 +249,28 @@ def _kind(says: _Says, entries: Iterable[TensorEntry]) -> Kind:
             return Kind.OTHER
 
 
-def _width(says: _Says) -> int | None:
-    if says.header.architecture != "clip":
-        return says.of_architecture("embedding_length")
+def _width(header: GgufHeader) -> int | None:
+    if header.architecture != "clip":
+        return header.own_number("embedding_length")
     # Converters that do not say their file's type meant something else by this key.
-    if says.text("general.type") is None:
+    if header.text("general.type") is None:
         return None
-    return says.number("clip.vision.projection_dim") or says.number("clip.audio.projection_dim")
+    return header.number("clip.vision.projection_dim") or header.number("clip.audio.projection_dim")
 
 
-def _base_model(says: _Says) -> str | None:
-    if name := says.text("general.base_model.0.name"):
+def _base_model(header: GgufHeader) -> str | None:
+    if name := header.text("general.base_model.0.name"):
         return name
-    url = _REPOSITORY.fullmatch(says.text("general.base_model.0.repo_url") or "")
+    url = _REPOSITORY.fullmatch(header.text("general.base_model.0.repo_url") or "")
     return url["name"].rsplit("/", 1)[-1] if url else None
 
 
-def _takes_tools(says: _Says, template: str | None) -> bool | None:
-    if says.text("tokenizer.chat_template.tool_use"):
+def _takes_tools(header: GgufHeader, template: str | None) -> bool | None:
+    if header.text("tokenizer.chat_template.tool_use"):
         return True
     if template is None:
         return None
     return any(_TOOLS.search(code) for code in _IN_JINJA.findall(template))
-
-
-class _Says:
-    """Looks values of the right kind up in a header; whatever else is there counts as unsaid."""
-
-    def __init__(self, header: GgufHeader) -> None:
-        self.header = header
-
-    def text(self, key: str) -> str | None:
-        value = self.header.metadata.get(key)
-        return value if isinstance(value, str) and value else None
-
-    def flag(self, key: str) -> bool:
-        return self.header.metadata.get(key) is True
-
-    def length(self, key: str) -> int | None:
-        value = self.header.metadata.get(key)
-        return value.length if isinstance(value, ArrayInfo) else None
-
-    def number(self, key: str) -> int | None:
-        value = self.header.metadata.get(key)
-        return value if type(value) is int and 0 <= value <= _LARGEST else None
-
-    def of_architecture(self, key: str) -> int | None:
-        """A number, or the largest where each layer has its own."""
-        full_key = f"{self.header.architecture}.{key}"
-        if listed := self.header.per_layer.get(full_key):
-            return max((n for n in listed if type(n) is int and 0 <= n <= _LARGEST), default=None)
-        return self.number(full_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,64 +307,60 @@ class Model:
         path: Its file; of a split model the first one, which the engine is given.
         name: `path` within the catalog's first folder, with `/`, and the whole path elsewhere: what
             one writes in `.env`.
-        architecture: The family of network, e.g. `qwen2`; None when unknown.
-        quantization: How its weights are stored, e.g. `Q4_K_M`; None when unknown.
+        facts: What its first file says about itself.
         size: Bytes of all its files that are there.
-        shard_count: How many files it has when complete.
-        missing: Names of those files that are not there.
-        context_length: The longest context it was trained for, in tokens; None when unknown.
-        problem: Why it cannot be served and what to do about it; None when nothing is known.
-        doubt: Why it may not be served, though an engine may load it; None when nothing tells.
-        kind: Whether it is a model, or goes with one.
+        quantization: How its weights are stored, e.g. `Q4_K_M`; None when unknown.
         confirmed: Whether the tensors are stored as `quantization` was said to be; where they are
             not, it names what most of them are. None when one of the two says nothing.
-        title: What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`.
-        size_label: Its size in its author's words, e.g. `32B`.
-        base_model: What it was made from, e.g. `Qwen2.5 Coder 32B`.
-        license: E.g. `apache-2.0`.
-        parameters: How many numbers its weights are.
-        layers: How many blocks it has.
-        width: Numbers in the vector of one token; of a projector, in those that it makes.
-        heads: Attention heads, of the layer with the most.
-        vocabulary: How many tokens it knows.
-        chat_template: In Jinja.
-        tools: Whether the template takes tools; None without a template.
+        parameters: How many numbers its weights are; None while files are missing.
+        shard_count: How many files it has when complete.
+        missing: Names of those files that are not there.
+        problem: Why it cannot be served and what to do about it; None when nothing is known.
+        doubt: Why it may not be served, though an engine may load it; None when nothing tells.
         modalities: What it takes in, with its projector; of a projector, what that adds.
         projector: The projector for images or sound that goes with it (`mmproj`).
         known_as: What the store that has it calls it, e.g. `llama3.2:3b`; None where that is the
             name of the file.
         repository: The Hub repository that it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
-        downloading: Whether parts of it are still on their way.
+        downloading: Whether parts of it are still being downloaded.
     """
 
     path: Path
     name: str
-    architecture: str | None
-    quantization: str | None
-    size: int
-    shard_count: int
-    missing: tuple[str, ...]
-    context_length: int | None
-    problem: str | None
-    doubt: str | None = None
-    kind: Kind = Kind.MODEL
+    facts: FileFacts = field(default_factory=FileFacts)
+    size: int = 0
+    quantization: str | None = None
     confirmed: bool | None = None
-    title: str | None = None
-    size_label: str | None = None
-    base_model: str | None = None
-    license: str | None = None
     parameters: int | None = None
-    layers: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    vocabulary: int | None = None
-    chat_template: str | None = field(default=None, repr=False)
-    tools: bool | None = None
+    shard_count: int = 1
+    missing: tuple[str, ...] = ()
+    problem: str | None = None
+    doubt: str | None = None
     modalities: tuple[Modality, ...] = (Modality.TEXT,)
     projector: Path | None = None
     known_as: str | None = None
     repository: str | None = None
     downloading: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it is a model, or goes with one."""
+        return self.facts.kind
+
+    @property
+    def title(self) -> str | None:
+        """What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`."""
+        return self.facts.title
+
+    @property
+    def architecture(self) -> str | None:
+        """The family of network, e.g. `qwen2`; None when unknown."""
+        return self.facts.architecture
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest context it was trained for, in tokens; None when unknown."""
+        return self.facts.context_length
 
     @property
     def startable(self) -> bool:
@@ -409,11 +372,6 @@ class Model:
         """The name of its file, without the shard's number and the ending."""
         shard = ShardName.parse(self.path)
         return shard.prefix if shard else self.path.stem
-
-    @property
-    def alias(self) -> str | None:
-        """The name to serve it by where its file's name says nothing; None elsewhere."""
-        return self.known_as.partition(", ")[0] if self.known_as else None
 
     @property
     def label(self) -> str:

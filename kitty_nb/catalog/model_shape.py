@@ -10,13 +10,10 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import platformdirs
-
-from kitty_nb.catalog.folder import FileCache, Stamp, stamp_of, too_young
+from kitty_nb.catalog.cache import FileCache, FileSignature, signature_of
 from kitty_nb.catalog.gguf import ArrayInfo, GgufLayout, read_layout
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.errors import ModelFileError
-from kitty_nb.safe_files import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -283,7 +280,7 @@ class _Header:
         )
 
 
-_VERSION = 2  # one higher whenever `ModelShape` changes or is worked out otherwise
+_CACHE = "shape 2"  # one higher whenever `ModelShape` changes or is worked out otherwise
 
 
 def _to_json(shape: ModelShape) -> str:
@@ -303,8 +300,7 @@ class Shapes:
     """
 
     def __init__(self, cache: Path | None = None) -> None:
-        path = cache or user_folder(platformdirs.user_cache_path) / "shapes.sqlite3"
-        self._cache = FileCache(path, _VERSION, _from_json, _to_json)
+        self._cache = FileCache(_CACHE, _from_json, _to_json, cache)
 
     def look_up(self, models: Iterable[Path]) -> Iterator[tuple[Path, ModelShape | None]]:
         """Yield each model with its shape, or None where its header does not tell.
@@ -314,18 +310,18 @@ class Shapes:
         there = [*models]
         stamps = {os.fspath(model): stamp for model in there if (stamp := _stamp_shapes(model))}
         known = self._cache.recall(stamps)
-        fresh: dict[str, tuple[Stamp, ModelShape]] = {}
+        fresh: dict[str, tuple[FileSignature, ModelShape]] = {}
         try:
             for model in there:
                 key = os.fspath(model)
                 shape = known.get(key) or _read(model)
                 stamp = stamps.get(key)
-                if shape and stamp and key not in known and not too_young(stamp):
+                if shape and stamp and key not in known and not stamp.racily_fresh:
                     fresh[key] = stamp, shape
                 yield model, shape
         finally:
             if fresh:
-                self._cache.keep(fresh, (), set())
+                self._cache.keep(fresh)
 
 
 def _read(model: Path) -> ModelShape | None:
@@ -335,11 +331,11 @@ def _read(model: Path) -> ModelShape | None:
         return None
 
 
-def _stamp_shapes(model: Path) -> Stamp | None:
+def _stamp_shapes(model: Path) -> FileSignature | None:
     """One stamp for all files of a model; None where one is missing."""
-    stamps = [stamp_of(path) for path in shard_paths(model)]
+    stamps = [signature_of(path) for path in shard_paths(model)]
     there = [stamp for stamp in stamps if stamp]
     if len(there) < len(stamps):
         return None
     size = sum(stamp.size for stamp in there)
-    return Stamp(size, max(stamp.mtime_ns for stamp in there), there[0].inode)
+    return FileSignature(size, max(stamp.mtime_ns for stamp in there), there[0].inode)

@@ -9,19 +9,17 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING
 
-from kitty_nb.catalog.catalog import find_projector
-from kitty_nb.catalog.folder import find_files, is_folder
+from kitty_nb.catalog.catalog import describe
 from kitty_nb.catalog.gguf import named_quantization
 from kitty_nb.catalog.model import ShardName, missing_shards, shard_paths
-from kitty_nb.catalog.stores import StoreKind, files_in, model_stores
+from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
 from kitty_nb.config import PROJECTOR, load_lenient
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kitty_nb.catalog.folder import FoundFile
-    from kitty_nb.catalog.stores import Store
+    from kitty_nb.catalog.stores import FoundFile, Store
     from kitty_nb.config import ServerConfig
 
 _SHOWN = 5
@@ -85,8 +83,10 @@ def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
         return None
     if config.mmproj:
         return config.mmproj
-    roots = [store.path for store in model_stores(config)]
-    return kept.projector if kept else find_projector(config.model, roots)
+    if kept:
+        return kept.projector
+    model = describe(config.model, [store.path for store in model_stores(config)])
+    return model.projector if model else None
 
 
 def _what_is_wrong(
@@ -174,7 +174,7 @@ def _names(models_dir: Path) -> list[str]:
     return sorted(
         _relative(file.path, models_dir)
         for file in find_files(models_dir)
-        if file.stamp and file.downloading is None
+        if file.signature and file.downloading is None
         if (shard := ShardName.parse(file.path)) is None or shard.number == 1
     )
 

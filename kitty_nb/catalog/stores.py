@@ -1,4 +1,4 @@
-"""The folders that other programs keep their models in, and how each names them.
+"""The files that may be models: in folders, and in the stores of other programs.
 
 Hugging Face: https://huggingface.co/docs/hub/local-cache; Ollama: `server/internal/manifest` in
 https://github.com/ollama/ollama; LM Studio: https://lmstudio.ai/docs/app/advanced/import-model;
@@ -8,6 +8,7 @@ llama.cpp: `fs_get_cache_directory` in its `common/common.cpp`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import defaultdict
@@ -16,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.catalog.folder import FoundFile, find_files, is_folder, stamp_of
+from kitty_nb.catalog.cache import FileSignature, signature_of
 from kitty_nb.catalog.model import ShardName
 from kitty_nb.config import user_variables
 from kitty_nb.safe_files import NO_HOME
@@ -26,10 +27,120 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
 
+# What programs append to a name while they download: browsers, LM Studio, llama.cpp, the Hub's
+# client, aria2.
+_UNFINISHED = (
+    ".part", ".partial", ".incomplete", ".downloadinprogress", ".crdownload", ".opdownload",
+    ".download", ".aria2",
+)  # fmt: skip
+_FILLING = ".aria2"  # beside a file that has its full length from the beginning
+_LM_STUDIO = "downloading_"
 _OLLAMA_LAYER = "application/vnd.ollama.image."
 _OLLAMA_DEFAULT = ("registry.ollama.ai", "library")
 _DIGEST = re.compile(r"(sha256)[:-]([0-9a-f]{64})")
 _LARGEST_MANIFEST = 1 << 20  # bytes; real ones have one or two thousand
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file that looks like a model by its name.
+
+    Attributes:
+        path: Where it is, or will be.
+        signature: What tells whether it has changed; None when it is not there (yet).
+        downloading: Bytes that have come so far, while it is on its way; None otherwise.
+        known_as: What the store that has it calls it; None where the file's name says it.
+        repository: The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
+        projector: The projector that the store keeps for it.
+        problem: What is wrong with it beyond what it says itself.
+        filling: Whether what comes is written into the file itself, which has its full length.
+    """
+
+    path: Path
+    signature: FileSignature | None
+    downloading: int | None = None
+    known_as: str | None = None
+    repository: str | None = None
+    projector: Path | None = None
+    problem: str | None = None
+    filling: bool = False
+
+    @property
+    def coming(self) -> bool:
+        """Whether it is being downloaded and nothing is in its place yet."""
+        return self.signature is None and self.downloading is not None
+
+
+def find_files(directory: Path) -> list[FoundFile]:
+    """List a folder's GGUF files and those of the folders below it, by path.
+
+    Names that begin with a dot are passed over: they are other programs' business. So are folders
+    that may not be read, and links that lead back up.
+    """
+    files: dict[str, FileSignature | None] = {}
+    unfinished: dict[str, int] = {}
+    filling: set[str] = set()
+    for entry in _entries(str(directory)):
+        target = _target(entry.path)
+        if target is not None:
+            signature = signature_of(entry)
+            unfinished[target] = unfinished.get(target, 0) + (signature.size if signature else 0)
+            if entry.path.lower().endswith(_FILLING):
+                filling.add(target)
+        else:
+            files[entry.path] = signature_of(entry)
+    return [
+        FoundFile(Path(path), files.get(path), unfinished.get(path), filling=path in filling)
+        for path in sorted(files.keys() | unfinished.keys())
+    ]
+
+
+def is_folder(entry: os.DirEntry[str] | Path) -> bool:
+    """Tell whether there is a folder that may be looked at."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or in a folder that may not be entered
+        return False
+
+
+def _entries(directory: str) -> Iterator[os.DirEntry[str]]:
+    """Walk through each folder once, by links only to what is not reached without them."""
+    seen: set[tuple[int, int]] = set()
+    folders, links = [directory], list[str]()
+    while folders or links:
+        folder = (folders or links).pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116 - a thousand paths need not become objects
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as scanned:
+                entries = list(scanned)
+        except OSError:
+            continue
+        for entry in entries:
+            name = entry.name.lower()
+            if name.startswith("."):
+                continue
+            if ".gguf" in name and name.endswith(_UNFINISHED):
+                yield entry
+            elif is_folder(entry):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif name.endswith(".gguf"):
+                yield entry
+
+
+def _target(path: str) -> str | None:
+    """Tell which file an unfinished download becomes; None when it is none."""
+    stem = path
+    while stem.lower().endswith(_UNFINISHED):
+        stem = stem[: stem.rindex(".")]
+    if stem == path:
+        return None
+    folder, name = os.path.split(stem)
+    name = name.removeprefix(_LM_STUDIO)
+    cut = name.lower().index(".gguf") + len(".gguf")  # the Hub's client puts a hash after it
+    return os.path.join(folder, name[:cut])  # noqa: PTH118 - text
 
 
 class StoreKind(StrEnum):
@@ -143,8 +254,8 @@ def _revisions(repository: Path) -> list[Path]:
         main = ""
 
     def age(revision: Path) -> tuple[bool, int]:
-        stamp = stamp_of(revision)
-        return revision.name == main, stamp.mtime_ns if stamp else 0
+        signature = signature_of(revision)
+        return revision.name == main, signature.mtime_ns if signature else 0
 
     return sorted(_folders(repository / "snapshots"), key=age, reverse=True)
 
@@ -159,7 +270,7 @@ def _from_ollama(root: Path) -> list[FoundFile]:
             problem = (
                 f"{manifest} is not a manifest that can be read: {error}. Pull the model again."
             )
-            files[manifest] = FoundFile(manifest, stamp_of(manifest), problem=problem)
+            files[manifest] = FoundFile(manifest, signature_of(manifest), problem=problem)
             continue
         name = _ollama_name(manifest.relative_to(root / "manifests"))
         for kind in ("model", "projector", "adapter"):
@@ -167,7 +278,7 @@ def _from_ollama(root: Path) -> list[FoundFile]:
                 before = files.get(blob)
                 names = f"{before.known_as}, {name}" if before else name
                 projector = layers.get("projector") if kind == "model" else None
-                files[blob] = FoundFile(blob, stamp_of(blob), None, names, None, projector)
+                files[blob] = FoundFile(blob, signature_of(blob), None, names, None, projector)
     return list(files.values())
 
 

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from kitty_nb.catalog.digest import FileDigest, digest_files
+from kitty_nb.catalog.cache import FileDigest, digest_files
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.client import not_an_answer, refusal
 from kitty_nb.config import ServerConfig, takes_secret

@@ -21,7 +21,8 @@ import psutil
 from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
-from kitty_nb.catalog.folder import DigestCache, is_folder, stamp_of
+from kitty_nb.catalog.cache import digest_cache, signature_of
+from kitty_nb.catalog.stores import is_folder
 from kitty_nb.errors import ChecksumError, DiskFullError, HubError
 from kitty_nb.hub.repository import hub_errors
 
@@ -87,7 +88,7 @@ class Download:
         if variant.projector:
             projector = self.model.with_name(variant.projector.path.name)
             self._targets[variant.projector] = projector
-        self._digests = DigestCache()
+        self._digests = digest_cache()
         self._done, self._reported = 0, 0.0
 
     def plan(self) -> Plan:
@@ -144,12 +145,12 @@ class Download:
 
     async def _is_there(self, file: HubFile, target: Path) -> bool:
         """Whether the file is in place; it is read unless its checksum is remembered."""
-        stamp = await run_sync(stamp_of, target)
-        if stamp is None or stamp.size != file.size:
+        signature = await run_sync(signature_of, target)
+        if signature is None or signature.size != file.size:
             return False
-        known = await run_sync(self._digests.recall, {str(target): stamp})
+        known = await run_sync(self._digests.recall, {str(target): signature})
         found = known.get(str(target)) or await _sha256(target)
-        await run_sync(self._digests.keep, {str(target): (stamp, found)}, (), set())
+        await run_sync(self._digests.keep, {str(target): (signature, found)})
         return found == file.sha256
 
     async def _fetch(self, client: AsyncClient, file: HubFile, target: Path) -> None:
@@ -168,8 +169,8 @@ class Download:
                     " deleted; try again. If it happens again, a proxy on the way may alter files."
                 )
             await run_sync(path.replace, target)
-        if stamp := await run_sync(stamp_of, target):
-            await run_sync(self._digests.keep, {str(target): (stamp, file.sha256)}, (), set())
+        if signature := await run_sync(signature_of, target):
+            await run_sync(self._digests.keep, {str(target): (signature, file.sha256)})
 
     async def _complete(self, client: AsyncClient, file: HubFile, part: IO[bytes]) -> None:
         """Receive the rest of a file, however often the connection is lost."""
@@ -249,5 +250,5 @@ def _part_path(target: Path, file: HubFile) -> Path:
 
 
 def _size(path: Path) -> int:
-    stamp = stamp_of(path)
-    return stamp.size if stamp else 0
+    signature = signature_of(path)
+    return signature.size if signature else 0

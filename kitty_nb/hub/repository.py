@@ -14,7 +14,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.gguf import named_quantization
 from kitty_nb.catalog.model import ShardName
-from kitty_nb.catalog.scan import is_projector_name, own_name, plain_name, projector_rank
+from kitty_nb.catalog.rows import is_projector_name, own_name, plain_name, projector_rank
 from kitty_nb.errors import HubAccessError, HubError, HubOfflineError
 
 if TYPE_CHECKING:

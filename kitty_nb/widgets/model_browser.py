@@ -181,7 +181,7 @@ class ModelDetails(AnyWidget):
         if self._asked and (self._fresh or model != self._sent):
             self._fresh, self._sent = False, model
             facts = [*describe(model)] if model else []
-            template = (model.chat_template if model else None) or ""
+            template = (model.facts.chat_template if model else None) or ""
             self.send({"kind": "facts", "facts": facts, "template": template})
 
     def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
@@ -195,19 +195,19 @@ def describe(model: Model) -> Iterator[tuple[str, str]]:
     files = shard_paths(model.path)
     known = {
         "Title": model.title,
-        "Made from": model.base_model,
+        "Made from": model.facts.base_model,
         "Architecture": model.architecture,
-        "Parameters": _count(model.parameters) or model.size_label,
-        "Layers": _count(model.layers),
-        "Attention heads": _count(model.heads),
-        "Vocabulary": _count(model.vocabulary, " tokens"),
+        "Parameters": _count(model.parameters) or model.facts.size_label,
+        "Layers": _count(model.facts.layers),
+        "Attention heads": _count(model.facts.heads),
+        "Vocabulary": _count(model.facts.vocabulary, " tokens"),
         "Trained context": _count(model.context_length, " tokens"),
         "Quantization": model.quantization
         and f"{model.quantization} ({_CONFIRMED[model.confirmed]})",
-        "License": model.license,
+        "License": model.facts.license,
         "Takes in": ", ".join(model.modalities),
         "Projector": model.projector and str(model.projector),
-        "Tools": {True: "yes", False: "no", None: None}[model.tools],
+        "Tools": {True: "yes", False: "no", None: None}[model.facts.tools],
         "Repository": model.repository,
         "Known as": model.known_as,
         "Size": f"{decimal(model.size)} ({model.size:,} bytes)",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path, PurePath
 
-    from kitty_nb.catalog.folder import FoundFile
+    from kitty_nb.catalog.stores import FoundFile
 
 
 _ELSEWHERE = "Use it in the program it was made for."
@@ -152,7 +152,8 @@ def _choose(model: Model, projectors: Sequence[Model], alone: bool) -> Model | N
 
 def _match(model: Model, projector: Model, alone: bool) -> bool:
     """Tell whether a projector is for a model: not where its vectors are of another length."""
-    if model.width and projector.width and model.width != projector.width:
+    widths = model.facts.width, projector.facts.width
+    if all(widths) and widths[0] != widths[1]:
         return False
     if model.title and projector.title and plain_name(model.title) == plain_name(projector.title):
         return True
@@ -246,7 +247,7 @@ def _row(group: Sequence[Part], root: Path, now: float) -> Model:
     first = group[0].file
     shard = ShardName.parse(first.path)
     path = first.path.with_name(shard.file_name(1)) if shard else first.path
-    here = {part.file.path.name for part in group if part.file.stamp and not _on_its_way(part)}
+    here = {part.file.path.name for part in group if part.file.signature and not _on_its_way(part)}
     names = [shard.file_name(n + 1) for n in range(shard.count)] if shard else [path.name]
     absent = [name for name in names if name not in here] if shard else []
     readable = [part.facts for part in group if part.facts and part.facts.problem is None]
@@ -262,27 +263,15 @@ def _row(group: Sequence[Part], root: Path, now: float) -> Model:
     return Model(
         path=path,
         name=(path.relative_to(root) if path.is_relative_to(root) else path).as_posix(),
-        architecture=facts.architecture,
-        quantization=quantization,
+        facts=facts,
         size=sum(_size(part) for part in group),
+        quantization=quantization,
+        confirmed=confirmed,
+        parameters=(sum(each.parameters for each in readable) or None) if not absent else None,
         shard_count=len(names) if shard else max(facts.split_count if len(group) > 1 else 1, 1),
         missing=tuple(absent),
-        context_length=facts.context_length,
         problem=problem,
         doubt=None if problem else doubt(path, facts, weights),
-        kind=facts.kind,
-        confirmed=confirmed,
-        title=facts.title,
-        size_label=facts.size_label,
-        base_model=facts.base_model,
-        license=facts.license,
-        parameters=(sum(each.parameters for each in readable) or None) if not absent else None,
-        layers=facts.layers,
-        width=facts.width,
-        heads=facts.heads,
-        vocabulary=facts.vocabulary,
-        chat_template=facts.chat_template,
-        tools=facts.tools,
         modalities=_modalities(facts),
         projector=first.projector,
         known_as=first.known_as,
@@ -299,24 +288,24 @@ def _modalities(facts: FileFacts) -> tuple[Modality, ...]:
 
 
 def _size(part: Part) -> int:
-    there = part.file.stamp.size if part.file.stamp else 0
+    there = part.file.signature.size if part.file.signature else 0
     return max(there, part.file.downloading or 0) if _on_its_way(part) else there
 
 
 def _on_its_way(part: Part) -> bool:
     """Tell whether a file is still to be completed: not where only an old part lies beside it."""
-    stamp, facts = part.file.stamp, part.facts
-    whole = stamp and facts and facts.problem is None and facts.needed <= stamp.size
+    signature, facts = part.file.signature, part.facts
+    whole = signature and facts and facts.problem is None and facts.needed <= signature.size
     return part.file.downloading is not None and (part.file.filling or not whole)
 
 
 def _growing(part: Part, now: float) -> bool:
     """Tell whether a file that ends too early was written to a moment ago."""
-    stamp, facts = part.file.stamp, part.facts
-    if stamp is None or facts is None or not (facts.cut_short or facts.needed > stamp.size):
+    signature, facts = part.file.signature, part.facts
+    if signature is None or facts is None or not (facts.cut_short or facts.needed > signature.size):
         return False
     # A time that lies ahead tells nothing, and would make it a download for ever.
-    return abs(now - stamp.mtime_ns / 1e9) < _JUST_NOW
+    return abs(now - signature.mtime_ns / 1e9) < _JUST_NOW
 
 
 def _problem(
@@ -344,13 +333,13 @@ def _growth(part: Part, now: float) -> str | None:
 
 
 def _fault(part: Part) -> str | None:
-    stamp, facts = part.file.stamp, part.facts
+    signature, facts = part.file.signature, part.facts
     if facts is None or facts.problem:
         return facts.problem if facts else None
-    if stamp and facts.needed > stamp.size:
+    if signature and facts.needed > signature.size:
         return (
-            f"{part.file.path} ends before its last weights, after {stamp.size} of {facts.needed} "
-            "bytes. It is damaged or incomplete: download it again."
+            f"{part.file.path} ends before its last weights, after {signature.size} of"
+            f" {facts.needed} bytes. It is damaged or incomplete: download it again."
         )
     return None
 

@@ -1,0 +1,249 @@
+"""What was read from files, remembered until they change: facts, shapes, SHA-256 digests."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+import platformdirs
+from anyio.from_thread import check_cancelled
+
+from kitty_nb.errors import ModelFileError
+from kitty_nb.safe_files import NO_HOME, distrust, user_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+_FRESH_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
+_SCHEMA = 1
+_BUSY_SECONDS = 0.2
+_MAX_ROWS = 20_000
+_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+_CREATE = """
+    CREATE TABLE files (
+        kind TEXT, path BLOB, size INTEGER, mtime_ns INTEGER, inode INTEGER, facts TEXT,
+        PRIMARY KEY (kind, path)
+    )
+"""
+_STEP = 1 << 24  # bytes, about a hundredth of a second of hashing
+
+_log = logging.getLogger(__name__)
+
+
+class FileSignature(NamedTuple):
+    """What changes when a file does.
+
+    Attributes:
+        size: Its bytes.
+        mtime_ns: When it was last written, in nanoseconds since the epoch.
+        inode: Its number in the file system.
+    """
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @property
+    def racily_fresh(self) -> bool:
+        """Whether the file could change now and its signature stay the same."""
+        return abs(time.time_ns() - self.mtime_ns) <= _FRESH_NS
+
+
+def signature_of(entry: os.DirEntry[str] | Path) -> FileSignature | None:
+    """Read a file's signature; None when it is not there or may not be looked at."""
+    try:
+        status = entry.stat()
+    except OSError:
+        return None
+    return FileSignature(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def unchanged(path: Path, signature: FileSignature) -> bool:
+    """Tell whether a file is as it was, and its signature will change if the file does."""
+    return signature_of(path) == signature and not signature.racily_fresh
+
+
+class FileCache(Generic[T]):
+    """Remembers one kind of facts about files, by path and signature. It never raises.
+
+    Args:
+        kind: The name of the facts and their version, e.g. `shape 2`: another one whenever they
+            change or are worked out otherwise.
+        load: Reads from text what is remembered; its ValueError and TypeError mean damage.
+        dump: Writes it as text.
+        path: The SQLite file, made when first needed; None for one in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        load: Callable[[str], T],
+        dump: Callable[[T], str],
+        path: Path | None = None,
+    ) -> None:
+        self._kind = kind
+        self._load = load
+        self._dump = dump
+        self._path = path or user_folder(platformdirs.user_cache_path) / "files.sqlite3"
+
+    def recall(self, signatures: Mapping[str, FileSignature]) -> dict[str, T]:
+        """Return what is known of those files that have not changed since."""
+        known: dict[str, T] = {}
+        if not self._path.exists():
+            return known
+        try:
+            with closing(self._connect()) as files:
+                rows = files.execute(
+                    "SELECT path, size, mtime_ns, inode, facts FROM files WHERE kind = ?",
+                    (self._kind,),
+                )
+                for path, *signature, facts in rows:
+                    name = os.fsdecode(path)
+                    if signatures.get(name) == tuple(signature):
+                        known[name] = self._load(facts)
+        except (sqlite3.Error, OSError, TypeError, ValueError) as error:
+            self._complain(error)
+        return known
+
+    def keep(self, read: Mapping[str, tuple[FileSignature, T]]) -> None:
+        """Write what was read, by path; what was written longest ago makes room."""
+        if self._path.is_relative_to(NO_HOME):
+            return
+        rows = (
+            (self._kind, os.fsencode(path), *signature, self._dump(facts))
+            for path, (signature, facts) in read.items()
+        )
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as files, files:
+                files.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+                files.execute(
+                    "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?",
+                    (_MAX_ROWS,),
+                )
+        except (sqlite3.Error, OSError, TypeError, ValueError) as error:
+            self._complain(error)
+
+    def _connect(self) -> sqlite3.Connection:
+        if reason := distrust(self._path, folders=False):
+            raise PermissionError(reason.rstrip("."))
+        files = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
+        try:
+            (schema,) = files.execute("PRAGMA user_version").fetchone()
+            if schema > _SCHEMA:
+                raise sqlite3.NotSupportedError("a later version of kitty_nb wrote it")
+            if schema < _SCHEMA:
+                with files:
+                    files.execute("DROP TABLE IF EXISTS files")
+                    files.execute(_CREATE)
+                    files.execute(f"PRAGMA user_version = {_SCHEMA}")
+            files.execute("PRAGMA synchronous = OFF")  # what a power cut costs is read again
+        except BaseException:
+            files.close()
+            raise
+        return files
+
+    def _complain(self, error: Exception) -> None:
+        """Log what is wrong; what is damaged is removed, so that it is begun anew."""
+        code = getattr(error, "sqlite_errorcode", 0)
+        damaged = code & 0xFF in _DAMAGED or not isinstance(error, sqlite3.Error | OSError)
+        effect = "It is rebuilt." if damaged else "Everything works without it, but slower."
+        _log.warning("Can't use the cache %s: %s. %s", self._path, error, effect)
+        if damaged:
+            try:
+                self._path.unlink(missing_ok=True)
+            except OSError as failure:
+                _log.warning("Can't remove %s: %s. Delete it.", self._path, failure)
+
+
+def digest_cache() -> FileCache[str]:
+    """The cache of the SHA-256 of whole files, in hexadecimal digits."""
+    return FileCache("sha256 1", str, str)
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file, whatever its folder.
+
+    Attributes:
+        sha256: Of all of it, in hexadecimal digits, as the Hugging Face Hub shows it.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+def digest_files(
+    paths: tuple[Path, ...], on_progress: Callable[[int, int], object]
+) -> tuple[FileDigest, ...]:
+    """Work out the digests of files, in a worker thread of anyio.
+
+    Files that have not changed since are not read again. Cancelled, it ends within hundredths of a
+    second, and the files that were read to their end are remembered.
+
+    Args:
+        paths: The files.
+        on_progress: Called with the bytes that are read, and that are to be.
+
+    Raises:
+        ModelFileError: A file is missing, cannot be read, or changes meanwhile.
+    """
+    cache = digest_cache()
+    names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links stay links
+    signatures = {name: _signature(Path(name)) for name in names}
+    known = cache.recall(signatures)
+    total = sum(one.size for name, one in signatures.items() if name not in known)
+    done = 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        check_cancelled()
+        done += count
+        on_progress(done, total)
+
+    for name in [name for name in signatures if name not in known]:
+        path, signature = Path(name), signatures[name]
+        known[name] = _sha256(path, signature.size, read)
+        if signature_of(path) != signature:
+            raise ModelFileError(
+                f"{path} changed while it was read. Wait until it is complete, and try again."
+            )
+        if unchanged(path, signature):
+            cache.keep({name: (signature, known[name])})
+    return tuple(FileDigest(Path(name).name, signatures[name].size, known[name]) for name in names)
+
+
+def _signature(path: Path) -> FileSignature:
+    signature = signature_of(path)
+    if signature is None:
+        raise ModelFileError(
+            f"{path} is missing, or its folder can't be read, so which model it is is not known."
+            " Put it back, or check the permissions."
+        )
+    return signature
+
+
+def _sha256(path: Path, size: int, on_read: Callable[[int], object]) -> str:
+    digest, left = hashlib.sha256(), size
+    try:
+        with path.open("rb") as file:
+            while data := file.read(min(_STEP, left)):
+                digest.update(data)
+                left -= len(data)
+                on_read(len(data))
+    except OSError as error:
+        raise ModelFileError(
+            f"Can't read {path}: {error.strerror or error}. Check the file's permissions and the"
+            " disk."
+        ) from error
+    return digest.hexdigest()
