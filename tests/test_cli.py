@@ -439,9 +439,9 @@ def test_the_doctor_says_what_to_do_about_everything_that_is_wrong(
         findings = {finding.what: finding for finding in examine(path)}
     bad = {what for what, finding in findings.items() if finding.verdict is Verdict.ERROR}
     assert bad == {".env", "Engine", "Port of primary", "Disk"}
-    assert "gone.gguf" in findings[".env"].advice
+    assert "gone.gguf" in findings[".env"].found
     assert "LLAMACPP_BIN" in findings["Engine"].advice
-    assert "LLAMACPP_PRIMARY_PORT=" in findings["Port of primary"].advice
+    assert "set LLAMACPP_PRIMARY_PORT" in findings["Port of primary"].found
     assert f"PID {os.getpid()}" in findings["Port of primary"].found
     assert "LLAMACPP_LOG_DIR" in findings["Disk"].advice
     assert "broken.gguf" in findings["Models"].advice

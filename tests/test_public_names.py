@@ -44,7 +44,16 @@ ROOMS = {
         "hub",
         "experiments",
     },
-    "cli": {"errors", "safe_files", "config", "engine", "catalog", "supervisor", "hub"},
+    "cli": {
+        "errors",
+        "safe_files",
+        "config",
+        "catalog",
+        "engine",
+        "supervisor",
+        "isolated_server",
+        "hub",
+    },
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

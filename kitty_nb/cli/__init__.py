@@ -135,12 +135,12 @@ def start(
 ) -> None:
     """Start the profile's server; it keeps running when this command ends.
 
-    Ctrl-C stops it before it is ready. A server that already runs with these settings is left
-    alone. LLAMACPP_ON_KERNEL_EXIT is for notebooks: a server started here runs until it is stopped.
+    Ctrl-C during the load stops it. A server that already runs with these settings is left alone.
+    LLAMACPP_ON_KERNEL_EXIT is for notebooks: a server started here runs until it is stopped.
     """
     from kitty_nb.cli import commands
 
-    config = _config(env, profile)
+    config = _settings(env, profile, valid=True)
     if print_command:
         _say(anyio.run(commands.command_text, config))
     else:
@@ -174,7 +174,7 @@ def restart(
     """Stop the profile's server and start it with the settings that the file has now."""
     from kitty_nb.cli import commands
 
-    _say(anyio.run(commands.restart, _config(env, profile), env, not no_wait, anyway))
+    _say(anyio.run(commands.restart, _settings(env, profile, valid=True), env, not no_wait, anyway))
 
 
 @app.command()
@@ -303,7 +303,8 @@ def demo_model(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
     size: Annotated[
-        float | None, typer.Option(metavar="GB", help="Pad it, so that it takes time to load.")
+        float | None,
+        typer.Option(metavar="GB", help="Pad it to this size, for a longer load."),
     ] = None,
 ) -> None:
     """Write a small model to try things out with, by default into the models folder."""
@@ -396,33 +397,20 @@ def _end_without_server(config: ServerConfig) -> NoReturn:
     raise typer.Exit(_NOT_RUNNING)
 
 
-def _config(env: Path, profile: str) -> ServerConfig:
+def _settings(env: Path, profile: str, *, valid: bool = False) -> ServerConfig:
+    return _all_settings(env, [profile], valid=valid)[0]
+
+
+def _all_settings(env: Path, profiles: Iterable[str], *, valid: bool = False) -> list[ServerConfig]:
+    """Read settings; a wrong one is an error only if they must be valid, as for a start."""
     from kitty_nb.catalog.resolve import load_profile
     from kitty_nb.config import env_warnings
 
-    _warn(env_warnings(env, profile))
-    config, complaint = load_profile(env, profile)
-    if complaint:
-        raise complaint
-    return config
-
-
-def _settings(env: Path, profile: str) -> ServerConfig:
-    """Read what is right of the settings: a wrong one must not keep a server from being stopped."""
-    return _all_settings(env, [profile])[0]
-
-
-def _all_settings(env: Path, profiles: Iterable[str]) -> list[ServerConfig]:
-    from kitty_nb.catalog.resolve import load_profile
-    from kitty_nb.config import env_warnings
-
-    _warn(env_warnings(env, *profiles))
     read = [load_profile(env, name) for name in profiles]
-    _warn(str(complaint) for _, complaint in read if complaint)
-    return [config for config, _ in read]
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    """Print each warning once: profiles share most settings."""
-    for warning in dict.fromkeys(warnings):
+    complaints = [complaint for _, complaint in read if complaint]
+    warnings = [*env_warnings(env, *profiles), *([] if valid else map(str, complaints))]
+    for warning in dict.fromkeys(warnings):  # profiles share most settings
         _say(f"kitty-nb: {warning}", err=True)
+    if valid and complaints:
+        raise complaints[0]
+    return [config for config, _ in read]

@@ -24,7 +24,6 @@ from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.catalog.resolve import load_profile
 from kitty_nb.catalog.stores import model_stores
 from kitty_nb.config import (
-    OnKernelExit,
     ServerConfig,
     configured_profiles,
     env_warnings,
@@ -35,10 +34,10 @@ from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
+from kitty_nb.isolated_server import isolated_server
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
-from kitty_nb.supervisor.port_owner import next_free_port, port_refusal
+from kitty_nb.supervisor.launch import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
-from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,11 +113,9 @@ def _jupyterlab() -> Finding:
 
 def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> Finding:
     source, warnings = read_env(env).path, env_warnings(env, profile)
-    problems = complaint.problems if complaint else ()
-    advice = "\n".join([*map(str, problems), *warnings])
-    if problems:
-        count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
-        return Finding(".env", Verdict.ERROR, f"{count} wrong in {source}.", advice)
+    advice = "\n".join(warnings)
+    if complaint:
+        return Finding(".env", Verdict.ERROR, str(complaint), advice)
     found = str(source)
     if not source.exists():
         found = f"There is no .env in {source.parent} or above; every setting has its default."
@@ -143,11 +140,11 @@ def _engine(config: ServerConfig) -> Iterator[Finding]:
 
 
 def _load(config: ServerConfig) -> Finding:
-    """Start the engine on a demo model, on a free port and in a temporary folder."""
+    """Serve a demo model on a free port and in a temporary folder."""
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="kitty_nb-") as folder:
-            anyio.run(_serve, _trial(config, Path(folder)))
+            anyio.run(_serve_demo, config, Path(folder))
     except TimeoutError:
         found = f"The engine did not serve a demo model within {_LOADED_WITHIN:.0f} s."
         advice = (
@@ -161,27 +158,19 @@ def _load(config: ServerConfig) -> Finding:
     return Finding("Load", Verdict.OK, f"The engine served a demo model after {seconds:.1f} s.")
 
 
-async def _serve(config: ServerConfig) -> None:
-    async with Supervisor(config) as supervisor:
-        with anyio.fail_after(_LOADED_WITHIN):
-            await supervisor.start()
-
-
-def _trial(config: ServerConfig, folder: Path) -> ServerConfig:
-    return ServerConfig(
+async def _serve_demo(config: ServerConfig, folder: Path) -> None:
+    demo = ServerConfig(
         profile="doctor",
         binary=config.binary,
         models_dir=folder,
         model=write_demo_model(folder / "demo.gguf"),
-        port=next_free_port("127.0.0.1", config.port),
-        log_dir=folder,
         history=folder / "history.sqlite3",
         context_size=256,
         parallel=1,
-        restart_max=0,
-        stop_grace_seconds=2,
-        on_kernel_exit=OnKernelExit.STOP,
     )
+    with anyio.fail_after(_LOADED_WITHIN):
+        async with isolated_server(demo, folder):
+            pass
 
 
 def _memory(config: ServerConfig) -> Finding:
@@ -211,21 +200,19 @@ def _memory(config: ServerConfig) -> Finding:
 
 
 def _models(config: ServerConfig) -> Finding:
-    folder = config.models_dir
+    folder, stores = config.models_dir, model_stores(config)
     try:
-        any(folder.iterdir())
-    except FileNotFoundError:
-        advice = "Check LLAMACPP_MODELS_DIR, or make the folder: kitty-nb demo-model"
-        return Finding("Models", Verdict.WARNING, f"There is no folder {folder}.", advice)
+        with suppress(FileNotFoundError):
+            any(folder.iterdir())
     except OSError as error:
         found = f"Can't read {folder} ({error.strerror})."
         advice = "Check LLAMACPP_MODELS_DIR and the folder's permissions."
         return Finding("Models", Verdict.ERROR, found, advice)
-    stores = model_stores(config)
     models = ModelCatalog(stores).scan()
     if not models:
-        advice = "Put .gguf files there, or try things out: kitty-nb demo-model"
-        return Finding("Models", Verdict.WARNING, f"There are no models in {folder}.", advice)
+        found = f"There are no models in {folder}."
+        advice = "Check LLAMACPP_MODELS_DIR, or try things out: kitty-nb demo-model"
+        return Finding("Models", Verdict.WARNING, found, advice)
     problems = [f"{model.name}: {model.problem}" for model in models if model.problem]
     places = f"{folder} and other programs' stores" if len(stores) > 1 else str(folder)
     found = f"{len(models) - len(problems)} of {len(models)} models in {places} can be served."
@@ -241,20 +228,15 @@ def _model(config: ServerConfig) -> Finding:
 
 
 def _port(config: ServerConfig) -> Finding:
-    what, address = f"Port of {config.profile}", f"{config.host}:{config.port}"
+    what = f"Port of {config.profile}"
     if record := find_server(config):
         found = f"{record.config.endpoint} is the profile's server (PID {record.pid})."
         return Finding(what, Verdict.OK, found)
-    refusal = port_refusal(config.host, config.port)
-    if refusal is None:
-        return Finding(what, Verdict.OK, f"{address} is free.")
-    key = f"LLAMACPP_{config.profile.upper()}_PORT"
     try:
-        free = next_free_port(config.host, config.port)
-        advice = f"Stop that program, or set {key}={free}."
+        refuse_busy_port(config)
     except ServerFailedError as error:
-        advice = str(error)
-    return Finding(what, Verdict.ERROR, refusal, advice)
+        return Finding(what, Verdict.ERROR, str(error))
+    return Finding(what, Verdict.OK, f"{config.host}:{config.port} is free.")
 
 
 def _disk(config: ServerConfig) -> Finding:
