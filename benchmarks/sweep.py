@@ -81,7 +81,7 @@ async def _speeds(config: ServerConfig, rounds: int, tokens_of_answer: int) -> N
             await short.warm_up()
             await long.warm_up()
             _, (long_answer,) = await long.speed(1, lambda _: None)
-            tokens = long_answer.timings["prompt_n"]
+            tokens = long_answer.timings.prompt_n
             prompts, answers = [], []
             for _ in range(rounds):
                 before = await _bench(http, 1, tokens_of_answer)

@@ -88,7 +88,7 @@ def test_a_trial_reads_them_too(says: Says) -> None:
             client = BenchmarkClient(http, Workload(prompts=("Say it.",), chat=False), {})
             await client.warm_up()
             _, (answer,) = await client.speed(1, lambda _: None)
-        return answer.text
+        return answer.exchange.output
 
     assert anyio.run(trial) == SEPARATORS
 

@@ -12,8 +12,8 @@ import pickle
 import time
 import uuid
 from collections import defaultdict
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -364,13 +364,7 @@ def _listed(reasons: Mapping[str, str]) -> str:
 # What follows runs on the workers.
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-_running: dict[str, _Running] = {}
+_running: dict[str, tuple[anyio.CancelScope, anyio.Event]] = {}
 _stopped: set[str] = set()
 _turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -385,27 +379,27 @@ async def run_job(job: Job) -> JobResult | JobRejected | None:
     It runs on the worker's event loop: there it can be cancelled, also by the worker's own end.
     """
     worker = get_worker()
-    _running[job.name] = running = _Running()
+    turn = _turns[worker.address] if job.alone else nullcontext()
+    scope, ended = _running[job.name] = anyio.CancelScope(), anyio.Event()
     if job.name in _stopped:  # the request to stop came before the job
-        running.scope.cancel()
+        scope.cancel()
     try:
-        with running.scope:
-            async with AsyncExitStack() as stack:
-                if job.alone:
-                    await stack.enter_async_context(_turns[worker.address])
+        with scope:
+            async with turn:
                 return await _measure(job, worker)
     finally:
         del _running[job.name]
-        running.ended.set()
+        ended.set()
     return None
 
 
 async def stop_job(name: str) -> None:
     """End a trial and its server, if it runs on this worker, and wait for that."""
     _stopped.add(name)
-    if running := _running.get(name):
-        running.scope.cancel()
-        await running.ended.wait()
+    if name in _running:
+        scope, ended = _running[name]
+        scope.cancel()
+        await ended.wait()
 
 
 async def _measure(job: Job, worker: Worker) -> JobResult | JobRejected:

@@ -44,14 +44,13 @@ class Answer:
         prompt: Index of its prompt.
         first_token: Seconds until its first token arrived.
         timings: The server's own.
-        finish_reason: `stop`, or `length` when it was cut short; None where the build does not say.
+        exchange: What was asked and answered, as a run record keeps it.
     """
 
     prompt: int
-    text: str
     first_token: float
-    timings: Mapping[str, Any]
-    finish_reason: str | None = None
+    timings: Timings
+    exchange: Exchange
 
 
 class BenchmarkClient:
@@ -74,12 +73,11 @@ class BenchmarkClient:
         self._http = http
         self._workload = workload
         self._prompts: list[str] = []
-        self._request: dict[str, JsonValue] = {
+        self._parameters: dict[str, JsonValue] = {
             "n_predict": workload.max_tokens,
             "seed": workload.seed,
             "cache_prompt": False,
             "ignore_eos": workload.quality is None,
-            "stream": True,
             **{name: value for name, value in _GREEDY.items() if name not in settings},
         }
 
@@ -121,19 +119,6 @@ class BenchmarkClient:
             raise first_of(group) from None
         seconds = time.perf_counter() - began
         return _speed(parallel, seconds, answers), tuple(answers)
-
-    def exchanges(self, answers: Iterable[Answer]) -> tuple[Exchange, ...]:
-        """Return what was asked and answered in the form of a run record."""
-        parameters = {name: value for name, value in self._request.items() if name != "stream"}
-        return tuple(
-            Exchange(
-                request=Request(text=self._prompts[answer.prompt], parameters=parameters),
-                output=answer.text,
-                finish_reason=answer.finish_reason,
-                timings=Timings.model_validate(answer.timings),
-            )
-            for answer in answers
-        )
 
     async def surprise(self, quality: Perplexity) -> tuple[float, float]:
         """Measure the perplexity of the expected texts, and their bits per character."""
@@ -241,9 +226,10 @@ class BenchmarkClient:
         return _body(response)
 
     async def _ask(self, prompt: int, **changes: object) -> Answer:
-        request = self._request | {"prompt": self._prompts[prompt]} | changes
+        request = Request(text=self._prompts[prompt], parameters=self._parameters)
+        body = {**request.body, "stream": True, **changes}
         began, first_token, pieces = time.perf_counter(), None, []
-        async with self._http.stream("POST", "/completion", json=request) as response:
+        async with self._http.stream("POST", "/completion", json=body) as response:
             if response.is_error:
                 raise ExperimentError(refusal(await response.aread(), response.status_code))
             async with aclosing(answer_parts(response)) as parts:
@@ -254,32 +240,36 @@ class BenchmarkClient:
                         raise ExperimentError(refusal(part))
                     pieces.append(part.get("content", ""))
                     if "timings" in part:
-                        finish = _FINISHED.get(part.get("stop_type", ""))
-                        return Answer(prompt, "".join(pieces), first_token, part["timings"], finish)
+                        timings = Timings.model_validate(part["timings"])
+                        exchange = Exchange(
+                            request=request,
+                            output="".join(pieces),
+                            finish_reason=_FINISHED.get(part.get("stop_type", "")),
+                            timings=timings,
+                        )
+                        return Answer(prompt, first_token, timings, exchange)
         raise httpx.RemoteProtocolError("the answer ended early")
 
 
 def _speed(parallel: int, seconds: float, answers: list[Answer]) -> Speed:
+    timings = [answer.timings for answer in answers]
     return Speed(
         parallel=parallel,
         requests=len(answers),
         seconds=seconds,
         time_to_first_token=median(answer.first_token for answer in answers),
-        prompt_tokens_per_second=_typical(answers, "prompt", least=1),
-        generation_tokens_per_second=_typical(answers, "predicted", least=2),
-        total_tokens_per_second=sum(answer.timings["predicted_n"] for answer in answers) / seconds,
-        prompt_tokens=max(answer.timings["prompt_n"] for answer in answers),
+        prompt_tokens_per_second=_median(t.prompt_per_second for t in timings if t.prompt_n),
+        generation_tokens_per_second=_median(
+            t.predicted_per_second for t in timings if t.predicted_n > 1
+        ),
+        total_tokens_per_second=sum(t.predicted_n for t in timings) / seconds,
+        prompt_tokens=max(t.prompt_n for t in timings),
     )
 
 
-def _typical(answers: list[Answer], what: str, least: int) -> float | None:
-    rates = [
-        rate
-        for answer in answers
-        if answer.timings[f"{what}_n"] >= least
-        if (rate := answer.timings[f"{what}_per_second"]) and math.isfinite(rate)
-    ]
-    return median(rates) if rates else None
+def _median(rates: Iterable[float | None]) -> float | None:
+    known = [rate for rate in rates if rate and math.isfinite(rate)]
+    return median(known) if known else None
 
 
 def _body(response: httpx.Response) -> dict[str, Any]:

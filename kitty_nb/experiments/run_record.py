@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
+import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
+import psutil
 from anyio.to_thread import run_sync
 from pydantic import (
     AwareDatetime,
@@ -30,11 +36,11 @@ from kitty_nb.catalog.model import shard_paths
 from kitty_nb.client import not_an_answer, refusal
 from kitty_nb.config import ServerConfig, takes_secret
 from kitty_nb.errors import ConfigError, ExperimentError, RunRecordError
-from kitty_nb.experiments.host import HostFacts, host_facts, library_versions
 from kitty_nb.isolated_server import (
     EngineKind,
     LoadSeconds,
     find_load,
+    free_memory,
     gather_facts,
     locate_engine,
 )
@@ -51,10 +57,45 @@ if TYPE_CHECKING:
 # One higher whenever an older version of this package would misread a record.
 SCHEMA_VERSION = 1
 _GGUF = re.compile(r"(.+\.gguf)(:[^:/]*)?", re.IGNORECASE | re.DOTALL)  # with an adapter's scale
+_CPU_NAME = re.compile(r"^(?:model name|Model)\s*:\s*(.+)$", re.MULTILINE)  # proc_cpuinfo(5)
+_LIBRARIES = ("kitty_nb", "xllamacpp", "gguf", "httpx", "anyio", "pydantic", "psutil", "numpy")
 
 
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class Gpu(_Facts):
+    """A GPU as its driver names it, and its own memory in bytes."""
+
+    name: str
+    memory: int
+
+
+class HostFacts(_Facts):
+    """A machine.
+
+    Attributes:
+        name: Its name on the network.
+        cpu: The processor's name.
+        cores: Cores of the processor, where the system tells.
+        threads: Hardware threads of the processor.
+        usable_threads: Those that this program may use.
+        ram: Bytes of memory.
+        gpus: NVIDIA's GPUs; a Mac's belongs to its processor.
+        os: The operating system with its version.
+        python: Python's implementation and version.
+    """
+
+    name: str
+    cpu: str
+    cores: int | None
+    threads: int | None
+    usable_threads: int | None
+    ram: int
+    gpus: tuple[Gpu, ...]
+    os: str
+    python: str
 
 
 class ModelDigest(_Facts):
@@ -106,11 +147,11 @@ class Timings(_Facts):
     """
 
     cache_n: int = 0
-    prompt_n: int
-    prompt_ms: float
+    prompt_n: int = 0
+    prompt_ms: float = 0.0
     prompt_per_second: float | None = None
-    predicted_n: int
-    predicted_ms: float
+    predicted_n: int = 0
+    predicted_ms: float = 0.0
     predicted_per_second: float | None = None
 
 
@@ -237,10 +278,10 @@ class RunRecord(_Facts):
             RunRecordError: It is damaged, or a later version wrote it.
         """
         try:
-            version = _Version.model_validate_json(text).schema_version
-            if version > SCHEMA_VERSION:
+            schema = _Version.model_validate_json(text).schema_version
+            if schema > SCHEMA_VERSION:
                 raise RunRecordError(
-                    f"A later version of kitty_nb wrote {source} (schema {version}; this version"
+                    f"A later version of kitty_nb wrote {source} (schema {schema}; this version"
                     f" reads {SCHEMA_VERSION}). Update: pip install --upgrade kitty_nb"
                 )
             return cls.model_validate_json(text)
@@ -400,8 +441,8 @@ async def describe_run(
             build=await _build(access),
             devices=state.devices,
         ),
-        host=await run_sync(host_facts),
-        libraries=await run_sync(library_versions),
+        host=await run_sync(_host_facts),
+        libraries=await run_sync(_library_versions),
         seed=seed,
         load_seconds=LoadSeconds(load.starting, load.loading, load.preparing, load.cached)
         if load
@@ -473,3 +514,39 @@ async def _build(access: Access) -> str:
             return str((await http.get("/props")).json()["build_info"])
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return ""
+
+
+def _host_facts() -> HostFacts:
+    """Describe this machine. It asks drivers and programs: call it in a worker thread."""
+    memory = free_memory()
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS pins nothing
+    return HostFacts(
+        name=platform.node(),
+        cpu=_cpu_name() or platform.machine(),
+        cores=psutil.cpu_count(logical=False),
+        threads=psutil.cpu_count(),
+        usable_threads=len(affinity(0)) if affinity else psutil.cpu_count(),
+        ram=memory.ram.total,
+        gpus=tuple(Gpu(name=gpu.name, memory=gpu.total) for gpu in memory.gpus),
+        os=platform.platform(),
+        python=f"{platform.python_implementation()} {platform.python_version()}",
+    )
+
+
+def _library_versions() -> dict[str, str]:
+    """Return the versions of the installed libraries that a run goes through."""
+    versions = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _cpu_name() -> str:
+    if psutil.MACOS:
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    with suppress(OSError):
+        if found := _CPU_NAME.search(Path("/proc/cpuinfo").read_text(errors="replace")):
+            return found[1]
+    return ""

@@ -176,7 +176,8 @@ class _Run:
                 with self.timing("requests"):
                     measured, answers = await self._ask(client, server)
             if self.workload.record:
-                exchanges, seed = client.exchanges(answers), self.workload.seed
+                exchanges = tuple(answer.exchange for answer in answers)
+                seed = self.workload.seed
                 record = await describe_run(server.state, server.access, exchanges, seed)
                 self.document = record.model_dump_json()
         measured = replace(measured, context=context, slots=slots, machine_load=busy / 100)
@@ -204,7 +205,7 @@ class _Run:
         if isinstance(self.workload.quality, Perplexity):
             perplexity, bits = await client.surprise(self.workload.quality)
             await server.sample_memory()
-        texts = {answer.prompt: answer.text for answer in first}
+        texts = {answer.prompt: answer.exchange.output for answer in first}
         measured = Measurement(
             load=server.load,
             speeds=tuple(speeds),
@@ -227,8 +228,8 @@ class _Run:
                 done=self.answered,
                 total=self.workload.requests,
                 parallel=parallel,
-                tokens_per_second=answer.timings.get("predicted_per_second"),
-                prompt_tokens_per_second=answer.timings.get("prompt_per_second"),
+                tokens_per_second=answer.timings.predicted_per_second,
+                prompt_tokens_per_second=answer.timings.prompt_per_second,
                 time_to_first_token=answer.first_token,
             )
         )

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from threading import Thread
 
-    from kitty_nb import LoadProgress
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.space import Settings
     from kitty_nb.experiments.trial import Execute, SweepEvent, Trial, TrialResult
     from kitty_nb.experiments.workload import Workload
+    from kitty_nb.isolated_server import LoadProgress
 
 T = TypeVar("T")
 

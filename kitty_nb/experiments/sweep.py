@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-    from kitty_nb import LoadProgress
     from kitty_nb.experiments.space import Skip
     from kitty_nb.experiments.trial import Execute, Trial, TrialResult
     from kitty_nb.experiments.workload import Perplexity, Quality
+    from kitty_nb.isolated_server import LoadProgress
     from kitty_nb.manager import Operation
 
 
