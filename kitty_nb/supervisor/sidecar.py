@@ -148,8 +148,9 @@ async def attend(args: SidecarArgs, process: ServerProcess, idle_seconds: float)
             tasks.start_soon(_guard, args, process)
 
         async def keep() -> None:
-            if not await _keep(args, process, idle_seconds):
-                tasks.cancel_scope.cancel()
+            with suppress(OSError):  # its folder is gone; the guard goes on alone
+                if not await _keep(args, process, idle_seconds):
+                    tasks.cancel_scope.cancel()
 
         tasks.start_soon(keep)
         await process.wait()
