@@ -183,13 +183,16 @@ class Children:
         return self._living
 
 
-def open_sockets() -> set[object]:
+def inet_sockets() -> set[object]:
     found: set[object] = set()
-    for number in os.listdir("/dev/fd"):  # noqa: PTH208 - numbers, not files
-        with suppress(OSError):  # the listing's own
-            status = os.fstat(int(number))
+    for number in map(int, os.listdir("/dev/fd")):  # noqa: PTH208 - numbers, not files
+        with suppress(OSError):  # the listing's own, or one that another thread has closed
+            status = os.fstat(number)
             if stat.S_ISSOCK(status.st_mode):
-                found.add((number, status.st_ino))
+                one = socket.socket(fileno=number)
+                if one.family in {socket.AF_INET, socket.AF_INET6}:
+                    found.add((number, status.st_ino))
+                one.detach()
     return found
 
 
@@ -207,7 +210,7 @@ def nothing_leaks(request: pytest.FixtureRequest, children: Children) -> Iterato
 
     def living() -> set[object]:
         threads = {t for t in threading.enumerate() if not t.name.startswith("AnyIO worker")}
-        return threads | children.living() | open_sockets() | pending_tasks()
+        return threads | children.living() | inet_sockets() | pending_tasks()
 
     before = living()
     yield

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -131,7 +131,10 @@ def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
             end_kernels(lab)
         finally:
             process.terminate()
-            process.wait(30)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
 
 
 def end_kernels(lab: str) -> None:
