@@ -106,7 +106,7 @@ def test_the_doctor_tells_them_and_where_there_is_no_file(
     [
         ("port", "abc", "It is not valid. Write a whole number from 1 to 65535."),
         ("alias", "a,b", "It is not valid. Write one name, without commas."),
-        ("host", "a b", "It is no name of a host. Write an address"),
+        ("host", "a b", "Not a valid host name. Write an address"),
         ("contextsize", "1", "There is no such setting. Did you mean context_size?"),
         ("profile", "a b", "Write a letter, and after it letters, digits and underscores."),
     ],

@@ -61,23 +61,23 @@ class FlashAttention(StrEnum):
 
 
 class OnKernelExit(StrEnum):
-    """What becomes of the server when the notebook's kernel ends."""
+    """The server's fate when the notebook's kernel ends."""
 
     KEEP = "keep"
     STOP = "stop"
 
 
 class Env(NamedTuple):
-    """Ties a field to its name in `.env`.
+    """How a field stands in `.env`.
 
     Attributes:
-        suffix: What follows `LLAMACPP_` (or `LLAMACPP_<PROFILE>_`).
         expected: What to write there, in words; it ends every complaint about the value.
+        suffix: What follows `LLAMACPP_` or `LLAMACPP_<PROFILE>_`; the field's name if not given.
         unset: What stands there for `None`.
     """
 
-    suffix: str
     expected: str
+    suffix: str = ""
     unset: str = ""
 
 
@@ -115,7 +115,7 @@ def _flash_attention(value: object) -> object:
     return "on" if word in _TRUE else "off" if word in _FALSE else word
 
 
-def _printable(value: object) -> object:
+def _fits_in_a_header(value: object) -> object:
     """A key that fits into an HTTP header; commas separate several keys to llama-server."""
     key = value.get_secret_value() if isinstance(value, SecretStr) else value
     if isinstance(key, str) and not _KEY.fullmatch(key):
@@ -124,11 +124,11 @@ def _printable(value: object) -> object:
 
 
 def _host(value: str) -> str:
-    """What is no address must be a name; both without a port."""
+    """An address or a name, both without a port."""
     if ":" in value or value.rpartition(".")[2].isdigit():
         ipaddress.ip_address(value)
     elif not _HOST_NAME.fullmatch(value):
-        raise ValueError("it is no name of a host")
+        raise ValueError("not a valid host name")
     return value
 
 
@@ -165,12 +165,14 @@ def _absolute(folder: Path, value: object) -> str:
 def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
     if path.is_relative_to(NO_HOME):
         key = PREFIX + env_settings()[str(info.field_name)].suffix
-        reason = "This user has no home folder, which its default is in."
+        reason = "Its default is in the home folder, and this user has none."
         fix = f"Set {key}, or HOME."
         raise PydanticCustomError("home", "{reason}", {"key": key, "reason": reason, "fix": fix})
     return path
 
 
+_Count = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(ge=0)]
 _Folder = Annotated[Path, BeforeValidator(_folder)]
 _HomeFolder = Annotated[
     Path, BeforeValidator(_folder), AfterValidator(_there_is_a_home), Field(validate_default=True)
@@ -191,120 +193,78 @@ class ServerConfig(BaseModel):
     profile: Annotated[str, StringConstraints(to_lower=True)] = Field(
         default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$"
     )
-    models_dir: Annotated[_HomeFolder, Env("MODELS_DIR", "a folder with .gguf files")] = (
-        _DATA / "models"
-    )
+    models_dir: Annotated[_HomeFolder, Env("a folder with .gguf files")] = _DATA / "models"
     allow_absolute_paths: Annotated[
-        bool, Env("ALLOW_ABSOLUTE_PATHS", "1 or 0; 1 allows models outside the models folder")
+        bool, Env("1 or 0; 1 allows models outside the models folder")
     ] = False
-    other_stores: Annotated[
-        bool, Env("OTHER_STORES", "1 or 0; 0 leaves out the models of other programs")
-    ] = True
-    model: Annotated[Path | None, Env("MODEL", "the path of a .gguf file in the models folder")] = (
-        None
-    )
+    other_stores: Annotated[bool, Env("1 or 0; 0 leaves out the models of other programs")] = True
+    model: Annotated[Path | None, Env("the path of a .gguf file in the models folder")] = None
     # The name that its store gives the model. `resolve_model` finds it.
     known_as: str | None = None
     alias: Annotated[
         Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")] | None,
-        Env("ALIAS", "one name, without commas"),
+        Env("one name, without commas"),
     ] = None
-    binary: Annotated[_Folder | None, Env("BIN", "the path of a llama-server program")] = None
+    binary: Annotated[_Folder | None, Env("the path of a llama-server program", "BIN")] = None
     host: Annotated[
-        str, AfterValidator(_host), Env("HOST", "an address or a host name, without a port")
+        str, AfterValidator(_host), Env("an address or a host name, without a port")
     ] = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535), Env("PORT", "a whole number from 1 to 65535")] = (
-        Field(default_factory=lambda values: default_port(values.get("profile", "")))
+    port: Annotated[int, Field(ge=1, le=65535), Env("a whole number from 1 to 65535")] = Field(
+        default_factory=lambda values: default_port(values.get("profile", ""))
     )
     api_key: Annotated[
         Secret | None,
-        BeforeValidator(_printable),
-        Env("API_KEY", "letters, digits and signs without spaces or commas, or none"),
+        BeforeValidator(_fits_in_a_header),
+        Env("letters, digits and signs without spaces or commas, or none"),
     ] = None
     context_size: Annotated[
-        int | None,
-        Field(ge=0),
-        Env("CTX", "a number of tokens, or 0 for the model's own"),
+        int | None, Field(ge=0), Env("a number of tokens, or 0 for the model's own", "CTX")
     ] = None
     n_predict: Annotated[
-        int | None, Field(ge=-2), Env("N_PREDICT", "a number of tokens, or -1 for no limit")
+        int | None, Field(ge=-2), Env("a number of tokens, or -1 for no limit")
     ] = None
-    temperature: Annotated[
-        float | None, Field(ge=0), Env("TEMPERATURE", "a number of 0 or more")
-    ] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1), Env("TOP_P", "a number from 0 to 1")] = None
-    repeat_penalty: Annotated[
-        float | None, Field(gt=0), Env("REPEAT_PENALTY", "a number above 0; 1 is off")
-    ] = None
+    temperature: Annotated[float | None, Field(ge=0), Env("a number of 0 or more")] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1), Env("a number from 0 to 1")] = None
+    repeat_penalty: Annotated[float | None, Field(gt=0), Env("a number above 0; 1 is off")] = None
     n_gpu_layers: Annotated[
-        int | None, Field(ge=-1), Env("N_GPU_LAYERS", "a number of layers; 999 is all of them")
+        int | None, Field(ge=-1), Env("a number of layers; 999 is all of them")
     ] = None
-    threads: Annotated[
-        int | None, Field(ge=1), Env("THREADS", "a number of threads, 1 or more")
-    ] = None
-    batch_size: Annotated[
-        int | None, Field(ge=1), Env("BATCH_SIZE", "a number of tokens, 1 or more")
-    ] = None
-    ubatch_size: Annotated[
-        int | None, Field(ge=1), Env("UBATCH_SIZE", "a number of tokens, 1 or more")
-    ] = None
-    parallel: Annotated[
-        int | None, Field(ge=1), Env("PARALLEL", "a number of requests served at once")
-    ] = None
+    threads: Annotated[_Count | None, Env("a number of threads, 1 or more")] = None
+    batch_size: Annotated[_Count | None, Env("a number of tokens, 1 or more")] = None
+    ubatch_size: Annotated[_Count | None, Env("a number of tokens, 1 or more")] = None
+    parallel: Annotated[_Count | None, Env("a number of requests served at once")] = None
     flash_attention: Annotated[
         FlashAttention | None,
         BeforeValidator(_flash_attention),
-        Env("FLASH_ATTN", "on, off or auto"),
+        Env("on, off or auto", "FLASH_ATTN"),
     ] = None
-    tool_calling: Annotated[bool | None, Env("TOOL_CALLING", "1 or 0")] = None
+    tool_calling: Annotated[bool | None, Env("1 or 0")] = None
     extra_args: Annotated[
         tuple[str, ...],
         BeforeValidator(_words),
-        Env("EXTRA_ARGS", "flags of llama-server, quoted as in a shell"),
+        Env("flags of llama-server, quoted as in a shell"),
     ] = ()
     mmproj: Annotated[
         Path | Literal["off"] | None,
-        Env("MMPROJ", "auto, off, or the path of the model's mmproj file", unset="auto"),
+        Env("auto, off, or the path of the model's mmproj file", unset="auto"),
     ] = None
     # The file that `mmproj` means for this model. `resolve_model` finds it.
     projector: Path | None = None
-    log_dir: Annotated[_HomeFolder, Env("LOG_DIR", "a folder for the server's log")] = (
-        _STATE / "logs"
-    )
-    log_max_mb: Annotated[float, Field(gt=0), Env("LOG_MAX_MB", "a size in megabytes above 0")] = (
-        16.0
-    )
-    log_keep: Annotated[int, Field(ge=1), Env("LOG_KEEP", "a number of older logs, 1 or more")] = 3
-    history: Annotated[_HomeFolder, Env("HISTORY", "a file for the history of loads")] = (
+    log_dir: Annotated[_HomeFolder, Env("a folder for the server's log")] = _STATE / "logs"
+    log_max_mb: Annotated[float, Field(gt=0), Env("a size in megabytes above 0")] = 16.0
+    log_keep: Annotated[_Count, Env("a number of older logs, 1 or more")] = 3
+    history: Annotated[_HomeFolder, Env("a file for the history of loads")] = (
         _STATE / "history.sqlite3"
     )
-    health_max_attempts: Annotated[
-        int, Field(ge=1), Env("HEALTH_MAX_ATTEMPTS", "a number of checks, 1 or more")
-    ] = 120
-    stall_seconds: Annotated[
-        float, Field(gt=0), Env("STALL_SECONDS", "a number of seconds above 0")
-    ] = 120.0
-    on_kernel_exit: Annotated[OnKernelExit, Env("ON_KERNEL_EXIT", "keep or stop")] = (
-        OnKernelExit.KEEP
-    )
-    idle_shutdown_seconds: Annotated[
-        int | None, Field(ge=1), Env("IDLE_SHUTDOWN_SECONDS", "a number of seconds, 1 or more")
-    ] = None
-    restart_max: Annotated[
-        int, Field(ge=0), Env("RESTART_MAX", "a number of restarts; 0 is never")
-    ] = 3
-    restart_delay_seconds: Annotated[
-        float, Field(ge=0), Env("RESTART_DELAY_SECONDS", "a number of seconds")
-    ] = 5.0
-    restart_delay_max_seconds: Annotated[
-        float, Field(ge=0), Env("RESTART_DELAY_MAX_SECONDS", "a number of seconds")
-    ] = 60.0
-    restart_stable_seconds: Annotated[
-        float, Field(ge=0), Env("RESTART_STABLE_SECONDS", "a number of seconds")
-    ] = 60.0
-    stop_grace_seconds: Annotated[
-        float, Field(ge=0), Env("STOP_GRACE_SECONDS", "a number of seconds")
-    ] = 10.0
+    health_max_attempts: Annotated[_Count, Env("a number of checks, 1 or more")] = 120
+    stall_seconds: Annotated[float, Field(gt=0), Env("a number of seconds above 0")] = 120.0
+    on_kernel_exit: Annotated[OnKernelExit, Env("keep or stop")] = OnKernelExit.KEEP
+    idle_shutdown_seconds: Annotated[_Count | None, Env("a number of seconds, 1 or more")] = None
+    restart_max: Annotated[int, Field(ge=0), Env("a number of restarts; 0 is never")] = 3
+    restart_delay_seconds: Annotated[_Seconds, Env("a number of seconds")] = 5.0
+    restart_delay_max_seconds: Annotated[_Seconds, Env("a number of seconds")] = 60.0
+    restart_stable_seconds: Annotated[_Seconds, Env("a number of seconds")] = 60.0
+    stop_grace_seconds: Annotated[_Seconds, Env("a number of seconds")] = 10.0
 
     @classmethod
     def from_env(
@@ -321,7 +281,7 @@ class ServerConfig(BaseModel):
         Args:
             path: The file. Plain `.env` is looked for here and in the folders above, and may be
                 missing: then every setting has its default. Any other file must exist.
-            profile: Which named set of settings to read.
+            profile: The named set of settings to read.
             ignore: Keys to treat as unset, such as those that a `ConfigError` complained of.
 
         Raises:
@@ -427,7 +387,7 @@ class ServerConfig(BaseModel):
 def env_settings() -> dict[str, Env]:
     """Every field that a `.env` file can set, with its name there."""
     return {
-        name: entry
+        name: entry._replace(suffix=entry.suffix or name.upper())
         for name, field in ServerConfig.model_fields.items()
         for entry in field.metadata
         if isinstance(entry, Env)
