@@ -239,10 +239,10 @@ def test_a_store_that_cannot_be_read_is_told(
     store = tmp_path / "no.journal"
     store.write_text("this is no database, " * 100)
     panel = panel_for(made(store=store))
-    assert "cannot be used" in panel.notice.value
+    assert "use the results file" in panel.notice.value
     panel.buttons.start.click()
     reach(panel, "FAILED")
-    assert "Make room" in panel.notice.value
+    assert "Free some disk space" in panel.notice.value
 
 
 def test_a_run_from_code_is_shown_too(

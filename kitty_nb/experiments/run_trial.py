@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import psutil
 from anyio.to_thread import run_sync
 
-from kitty_nb.errors import ExperimentError, KittyError, WillNotFitError
+from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.errors import ConfigError, ExperimentError, KittyError, WillNotFitError
 from kitty_nb.experiments.measure import BenchmarkClient
-from kitty_nb.experiments.model_files import fingerprint_of
 from kitty_nb.experiments.run_record import describe_run
 from kitty_nb.experiments.space import changes
 from kitty_nb.experiments.trial import (
     Measurement,
+    ModelFingerprint,
     Outcome,
     RequestAnswered,
     TrialProgressed,
@@ -29,14 +30,15 @@ from kitty_nb.experiments.trial import (
     TrialSeconds,
 )
 from kitty_nb.experiments.workload import Perplexity
-from kitty_nb.isolated_server import isolated_server, locate_engine, this_host
+from kitty_nb.isolated_server import gather_facts, isolated_server, locate_engine, this_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Iterable, Iterator
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.errors import Problem
     from kitty_nb.experiments.measure import Answer
-    from kitty_nb.experiments.trial import Execute, ModelFingerprint, OnProgress, Trial
+    from kitty_nb.experiments.trial import Execute, OnProgress, Trial
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
 
@@ -134,6 +136,45 @@ async def row_of(trial: Trial, execute: Execute, on_progress: OnProgress) -> Tri
         _log.exception("Running a trial failed.")
         reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
         return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
+
+
+def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
+    """Look at a model on this machine. It blocks.
+
+    Args:
+        model: As trials name it.
+        config: Of the sweep, which says where models are.
+
+    Raises:
+        ConfigError: It is not here.
+    """
+    facts = gather_facts(resolve_model(config.replace(model=model)))
+    return ModelFingerprint(facts.size, facts.digest)
+
+
+def fingerprints_here(
+    models: Iterable[str], config: ServerConfig, *, must_exist: bool = False
+) -> dict[str, ModelFingerprint]:
+    """Look at those of the models that can be read on this machine. It blocks.
+
+    Args:
+        models: As trials name them.
+        config: Of the sweep, which says where models are.
+        must_exist: Whether a missing model is an error.
+
+    Raises:
+        ConfigError: Listing the models that are not here.
+    """
+    found: dict[str, ModelFingerprint] = {}
+    problems: list[Problem] = []
+    for model in dict.fromkeys(models):
+        try:
+            found[model] = fingerprint_of(model, config)
+        except ConfigError as error:
+            problems += error.problems
+    if problems and must_exist:
+        raise ConfigError("the sweep", tuple(problems))
+    return {model: one for model, one in found.items() if one.digest}
 
 
 @dataclass

@@ -15,8 +15,7 @@ import anyio.to_thread
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
 from kitty_nb.experiments.background import in_background
-from kitty_nb.experiments.model_files import fingerprints_here
-from kitty_nb.experiments.run_trial import row_of
+from kitty_nb.experiments.run_trial import fingerprints_here, row_of
 from kitty_nb.experiments.space import check_flags, digest
 from kitty_nb.experiments.store import RowStore, earlier_store
 from kitty_nb.experiments.trial import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,8 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
-from kitty_nb.experiments.model_files import check_models
 from kitty_nb.experiments.results import Results, extra
-from kitty_nb.experiments.run_trial import this_machine
+from kitty_nb.experiments.run_trial import fingerprints_here, this_machine
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import combine, fill_batches, in_order
 from kitty_nb.experiments.trial import Outcome
@@ -118,15 +118,8 @@ class Sweep(TrialRunner):
         logs: str | Path | None = None,
     ) -> None:
         base = config or ServerConfig.from_env()
-        workload = Workload(
-            prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
-            max_tokens=max_tokens,
-            parallel=(parallel,) if isinstance(parallel, int) else tuple(parallel),
-            seed=seed,
-            chat=chat,
-            record=record,
-            quality=quality,
-        )
+        asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
+        workload = Workload.of(prompts, parallel, quality, **asked)
         named = [models] if isinstance(models, str | Path) else models
         combinations = combine(base, named, grid, configs, skip)
         if repeats < 1:
@@ -233,7 +226,9 @@ class Sweep(TrialRunner):
         left = [t for t in self.trials if t.key in again or t.key not in self._rows]
         if where is None:
             models = [trial.model for trial in left]
-            await anyio.to_thread.run_sync(check_models, models, self.config)
+            await anyio.to_thread.run_sync(
+                partial(fingerprints_here, models, self.config, must_exist=True)
+            )
         await self._kept.add(dropped=again)
         self._rows = {key: row for key, row in self._rows.items() if key not in again}
         async with where or this_machine(self.config, self.workload, self._logs) as execute:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,8 @@ import anyio.to_thread
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
-from kitty_nb.experiments.model_files import check_models, fingerprints_here
 from kitty_nb.experiments.results import Results
-from kitty_nb.experiments.run_trial import row_of, this_machine
+from kitty_nb.experiments.run_trial import fingerprints_here, row_of, this_machine
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import fill_batches
 from kitty_nb.experiments.study import Search, partial_metrics, read_space, samples
@@ -152,15 +152,8 @@ def tune(
     """
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
-    workload = Workload(
-        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
-        max_tokens=max_tokens,
-        parallel=(parallel,) if isinstance(parallel, int) else tuple(parallel),
-        seed=seed,
-        chat=chat,
-        record=record,
-        quality=quality,
-    )
+    asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
+    workload = Workload.of(prompts, parallel, quality, **asked)
     if budget < 1:
         raise ExperimentError(f"budget is {budget}, so nothing would be tried. Write 1 or more.")
     names = metric_names(workload.levels)
@@ -211,7 +204,9 @@ class _Tuning(TrialRunner):
     async def _run(self) -> None:
         model = self._search.model
         await self._check_flags([tuple(samples(self._search.space))])
-        await anyio.to_thread.run_sync(check_models, [model], self.config)
+        await anyio.to_thread.run_sync(
+            partial(fingerprints_here, [model], self.config, must_exist=True)
+        )
         await self._kept.recall()  # creates the file, so that an unusable one shows first
         self._search.resume(await anyio.to_thread.run_sync(self._rows_of, [model]))
         async with this_machine(self.config, self.workload, self._logs) as execute:

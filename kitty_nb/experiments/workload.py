@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +78,19 @@ class Workload:
     quality: Quality | Perplexity | None = None
     record: bool = False
     fill: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        prompts: str | Iterable[str],
+        parallel: int | Iterable[int],
+        quality: Quality | Perplexity | None,
+        **more: Any,
+    ) -> Workload:
+        """Make one of what a person may write: one prompt or several, one number or several."""
+        several = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        levels = (parallel,) if isinstance(parallel, int) else tuple(parallel)
+        return cls(prompts=several, parallel=levels, quality=quality, **more)
 
     def __post_init__(self) -> None:
         if problems := tuple(self._problems()):

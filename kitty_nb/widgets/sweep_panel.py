@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
 
 from anywidget import AnyWidget
-from ipywidgets import HTML, Button, Dropdown, HBox, IntProgress, VBox
+from ipywidgets import HTML, Button, Dropdown, HBox, VBox
 from rich.filesize import decimal
 from traitlets import Unicode
 
@@ -24,7 +24,6 @@ from kitty_nb.experiments.trial import (
     RequestAnswered,
     SweepEnded,
     SweepEvent,
-    TrialEnded,
     TrialProgressed,
     TrialStarted,
 )
@@ -89,30 +88,6 @@ class SweepTable(AnyWidget):
     def __init__(self) -> None:
         super().__init__()
         self.add_class("kitty-sweep-table")
-
-
-class TrialsBar(HBox):
-    """A bar over all trials, with their count and the time left beside it."""
-
-    def __init__(self, total: int) -> None:
-        self.bar = IntProgress(min=0, max=total, value=0)
-        self.text = _html("kitty-bar-text")
-        self.bar.add_class("kitty-bar")
-        super().__init__([self.bar, self.text])
-        self.add_class("kitty-load")
-
-    def show(self, status: SweepStatus, progress: SweepProgress) -> None:
-        """Show how many trials have their row."""
-        told = [f"{progress.done} of {progress.total} trials"]
-        if status not in {SweepStatus.DONE, SweepStatus.NOT_STARTED}:
-            if progress.eta is not None:
-                told.append(f"about {duration(max(progress.eta, 1))} left")
-            elif status is SweepStatus.RUNNING:
-                told.append("time left not known yet")
-        with self.bar.hold_sync():
-            self.bar.value = progress.done
-            self.bar.bar_style = "success" if status is SweepStatus.DONE else ""
-        self.text.value = " · ".join(told)
 
 
 class SweepButtons(HBox):
@@ -190,7 +165,8 @@ class SweepPanel(VBox):
         self._writing = threading.Lock()
 
         self.status_line = _html("kitty-status")
-        self.trials_bar = TrialsBar(len(sweep.trials))
+        self.trials_bar = LoadBar()
+        self.trials_bar.bar.max = len(sweep.trials)
         self.now = _html("kitty-now")
         self.load_bar = LoadBar()
         self.buttons = SweepButtons(self._headings, objective)
@@ -302,21 +278,18 @@ class SweepPanel(VBox):
     def _collect(self, event: SweepEvent) -> None:
         self._starting = False
         match event:
-            case TrialStarted(trial):
-                self._rows_changed = True
             case TrialProgressed(trial, progress):
                 self._loads[trial] = progress
             case RequestAnswered(trial):
                 self._answers[trial] = event
-            case TrialEnded(result):
-                self._rows_changed = True
-                self._loads.pop(result.trial, None)
-                self._answers.pop(result.trial, None)
+            case TrialStarted(trial):
+                self._loads.pop(trial, None)
+                self._answers.pop(trial, None)
             case SweepEnded(_, problem):
-                self._broke_off, self._rows_changed = bool(problem), True
+                self._broke_off = bool(problem)
                 self._problem = problem or self._problem
-                self._loads.clear()
-                self._answers.clear()
+        if not isinstance(event, TrialProgressed | RequestAnswered):
+            self._rows_changed = True
         if self.sweep.running:
             now = asyncio.get_running_loop().time()
             self._refresh_in(max(0.0, self._refreshed + _REFRESH_EVERY - now))
@@ -357,7 +330,10 @@ class SweepPanel(VBox):
         status = status_of(
             progress, running=running, starting=self._starting, broken=self._broke_off
         )
-        self.trials_bar.show(status, progress)
+        with self.trials_bar.bar.hold_sync():
+            self.trials_bar.bar.value = progress.done
+            self.trials_bar.bar.bar_style = "success" if status is SweepStatus.DONE else ""
+        self.trials_bar.text.value = _how_far(status, progress)
         paused = status is SweepStatus.PAUSED
         self.now.value = (
             "No trial runs. Press Resume to begin the next one."
@@ -534,6 +510,15 @@ def _facts(trials: Collection[Trial], results: Results) -> list[str]:
         *([f"{len(trials) // combinations} times each"] if len(trials) > combinations else []),
         *(f"{n} {end}" for end in (Outcome.FAILED, Outcome.SKIPPED) if (n := outcomes[end])),
     ]
+
+
+def _how_far(status: SweepStatus, progress: SweepProgress) -> str:
+    done = f"{progress.done} of {progress.total} trials"
+    if status in {SweepStatus.DONE, SweepStatus.NOT_STARTED}:
+        return done
+    if progress.eta is not None:
+        return f"{done} · about {duration(max(progress.eta, 1))} left"
+    return f"{done} · time left not known yet" if status is SweepStatus.RUNNING else done
 
 
 def _under_way(running: Collection[Trial], answers: Mapping[Trial, RequestAnswered]) -> str:
