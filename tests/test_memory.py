@@ -195,6 +195,9 @@ def test_what_a_model_remembers_otherwise_is_not_guessed(
     )
     assert shown.requirement.weights > 0
     assert shown.largest_context is None
+    weights = shown.requirement.weights
+    little = Memory(MemoryPool("RAM", weights - 1, weights))
+    assert preview(model, MemorySettings(), little).verdict is Verdict.WILL_NOT_FIT
 
 
 def test_old_builds_make_room_for_the_scores_of_all_tokens(

@@ -13,7 +13,6 @@ import pytest
 from model_files import write_header, write_model
 
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.catalog.model_shape import Shapes
 from kitty_nb.safe_files import NO_HOME
 
 OLD = 1_700_000_000_000_000_000
@@ -81,14 +80,11 @@ def test_what_could_not_be_read_is_tried_again_though_it_looks_unchanged(tmp_pat
     path = write_model(folder / "m.gguf")
     whole = path.read_bytes()
     os.utime(path, ns=(OLD, OLD))
-    shapes = tmp_path / "shapes.sqlite3"
     for content, readable in ((b"x" * len(whole), False), (whole, True)):
         path.write_bytes(content)
         os.utime(path, ns=(OLD, OLD))
         (found,) = ModelCatalog(folder, cache).scan()
         assert (found.problem is None) is readable
-        ((_, shape),) = Shapes(shapes).look_up([path])
-        assert (shape is not None) is readable
 
 
 def test_a_name_that_is_no_text_is_remembered(tmp_path: Path) -> None:

@@ -123,9 +123,12 @@ class Requirement:
     @property
     def total(self) -> int | None:
         """All parts together; None when one is unknown."""
-        if self.cache is None or self.compute is None:
-            return None
-        return self.weights + self.cache + self.compute
+        return None if self.cache is None or self.compute is None else self.known
+
+    @property
+    def known(self) -> int:
+        """The parts that the formula knows: at least so much."""
+        return self.weights + (self.cache or 0) + (self.compute or 0)
 
     def __add__(self, other: Requirement) -> Requirement:
         if self.total is None or other.total is None:
@@ -145,12 +148,11 @@ class Allocation:
     @property
     def verdict(self) -> Verdict:
         """Whether the pool has room, `tight` where less than the margin is left."""
-        needed = self.requirement.total
-        if needed is None:
-            return Verdict.UNKNOWN
-        left = self.pool.free - needed
+        left = self.pool.free - self.requirement.known
         if left < 0:
             return Verdict.WILL_NOT_FIT
+        if self.requirement.total is None:
+            return Verdict.UNKNOWN
         margin = min(MARGIN, self.pool.free // _MARGIN_SHARE)
         return Verdict.TIGHT if left < margin else Verdict.FITS
 
@@ -187,7 +189,7 @@ class MemoryPreview:
     def why_not(self) -> str:
         """Say why the model will not fit, and the remedy; empty where it may fit."""
         short = ", ".join(
-            f"needs {(one.requirement.total or 0) / _GB:.1f} GB of {one.pool.name},"
+            f"needs {one.requirement.known / _GB:.1f} GB of {one.pool.name},"
             f" {one.pool.free / _GB:.1f} GB free"
             for one in self.allocations
             if one.verdict is Verdict.WILL_NOT_FIT

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections import defaultdict
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from kitty_nb.catalog.cache import FileCache, FileSignature, signature_of
+from kitty_nb.catalog.cache import FileSignature, signature_of
 from kitty_nb.catalog.gguf import ArrayInfo, GgufLayout, read_layout
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.errors import ModelFileError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
-
-
 _LARGEST = 1 << 24  # far beyond the context, the width or the vocabulary of any model
 _MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
-_KEPT = 64  # models whose headers are remembered
+# Models whose headers are remembered: with all their tensors, and as far as memory goes.
+_LAYOUTS_KEPT, _SHAPES_KEPT = 16, 1024
 
 # Architectures with sliding windows: every how many layers one looks at everything, and whether
 # the first of them is such a one. Others say it layer by layer.
@@ -105,7 +99,7 @@ def read_layouts(path: Path) -> tuple[GgufLayout, ...]:
     Raises:
         ModelFileError: A file is missing, or cannot be read.
     """
-    return _layouts(tuple(map(_stamp, shard_paths(path))))
+    return _layouts(_signatures(path))
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -114,21 +108,24 @@ def read_shape(path: Path) -> ModelShape:
     Raises:
         ModelFileError: A file is missing or cannot be read, or a number is missing or absurd.
     """
-    layouts = read_layouts(path)
-    return _Header(layouts).shape()
+    return _shape(_signatures(path))
 
 
-def _stamp(path: Path) -> tuple[Path, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return path, 0, 0  # reading it says what is wrong
-    return path, status.st_size, status.st_mtime_ns
+_Signatures = tuple[tuple[Path, FileSignature | None], ...]
 
 
-@lru_cache(maxsize=_KEPT)
-def _layouts(stamps: tuple[tuple[Path, int, int], ...]) -> tuple[GgufLayout, ...]:
-    return tuple(read_layout(path) for path, _, _ in stamps)
+def _signatures(path: Path) -> _Signatures:
+    return tuple((shard, signature_of(shard)) for shard in shard_paths(path))
+
+
+@lru_cache(maxsize=_LAYOUTS_KEPT)
+def _layouts(signatures: _Signatures) -> tuple[GgufLayout, ...]:
+    return tuple(read_layout(path) for path, _ in signatures)
+
+
+@lru_cache(maxsize=_SHAPES_KEPT)
+def _shape(signatures: _Signatures) -> ModelShape:
+    return _Header(_layouts(signatures)).shape()
 
 
 class _Header:
@@ -278,64 +275,3 @@ class _Header:
             f"{self._path.name} {what}, so its memory cannot be worked out. Download it again, or"
             " try another conversion of the model."
         )
-
-
-_CACHE = "shape 2"  # one higher whenever `ModelShape` changes or is worked out otherwise
-
-
-def _to_json(shape: ModelShape) -> str:
-    return json.dumps(astuple(shape), separators=(",", ":"))
-
-
-def _from_json(text: str) -> ModelShape:
-    layers, *rest = json.loads(text)
-    return ModelShape(tuple(Layer(*layer) for layer in layers), *rest)
-
-
-class Shapes:
-    """Looks shapes up in a file, else in the models' headers.
-
-    Args:
-        cache: The SQLite file that remembers; None for one in the user's cache folder.
-    """
-
-    def __init__(self, cache: Path | None = None) -> None:
-        self._cache = FileCache(_CACHE, _from_json, _to_json, cache)
-
-    def look_up(self, models: Iterable[Path]) -> Iterator[tuple[Path, ModelShape | None]]:
-        """Yield each model with its shape, or None where its header does not tell.
-
-        It reads files, and may be left early: what was read until then is remembered.
-        """
-        there = [*models]
-        stamps = {os.fspath(model): stamp for model in there if (stamp := _stamp_shapes(model))}
-        known = self._cache.recall(stamps)
-        fresh: dict[str, tuple[FileSignature, ModelShape]] = {}
-        try:
-            for model in there:
-                key = os.fspath(model)
-                shape = known.get(key) or _read(model)
-                stamp = stamps.get(key)
-                if shape and stamp and key not in known and not stamp.racily_fresh:
-                    fresh[key] = stamp, shape
-                yield model, shape
-        finally:
-            if fresh:
-                self._cache.keep(fresh)
-
-
-def _read(model: Path) -> ModelShape | None:
-    try:
-        return read_shape(model)
-    except ModelFileError:
-        return None
-
-
-def _stamp_shapes(model: Path) -> FileSignature | None:
-    """One stamp for all files of a model; None where one is missing."""
-    stamps = [signature_of(path) for path in shard_paths(model)]
-    there = [stamp for stamp in stamps if stamp]
-    if len(there) < len(stamps):
-        return None
-    size = sum(stamp.size for stamp in there)
-    return FileSignature(size, max(stamp.mtime_ns for stamp in there), there[0].inode)

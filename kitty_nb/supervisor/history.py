@@ -24,11 +24,11 @@ import anyio.to_thread
 
 from kitty_nb.catalog.memory import MemoryPreview, Verdict, allocate, plan
 from kitty_nb.catalog.model import ModelNote, shard_paths
-from kitty_nb.catalog.model_shape import Shapes
+from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.config import PROJECTOR, value_of
 from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.engine.locate import EngineKind
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import KittyError, ModelFileError
 from kitty_nb.safe_files import distrust
 from kitty_nb.supervisor.forecast import settings_of
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
@@ -366,7 +366,6 @@ class ModelStats:
 
     def __init__(self, pid: Callable[[], int | None]) -> None:
         self._pid = pid
-        self._shapes = Shapes()
 
     async def load(
         self, models: Sequence[Path], config: ServerConfig, warn: Callable[[str], None]
@@ -391,9 +390,10 @@ class ModelStats:
         def judge() -> dict[Path, Verdict]:
             settings, memory = settings_of(config), with_devices(free_memory(pid), devices)
             verdicts = dict.fromkeys(models, Verdict.UNKNOWN)
-            for model, shape in self._shapes.look_up(models):
+            for model in models:
                 anyio.from_thread.check_cancelled()
-                if shape:
+                with suppress(ModelFileError):
+                    shape = read_shape(model)
                     parts = allocate(shape, plan(shape, settings, memory), memory)
                     verdicts[model] = MemoryPreview(parts).verdict
             return verdicts

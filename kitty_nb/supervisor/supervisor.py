@@ -82,7 +82,7 @@ _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; one that hangs is shown before it answers
 _LINES_KEPT = 2_000
 _STOPPED = "The server was stopped before it was ready."
-_PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine is asked
+_PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine lists its devices
 
 
 class Supervisor:
@@ -317,18 +317,18 @@ class Supervisor:
     async def preview_memory(
         self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
     ) -> MemoryPreview:
-        """Say how much memory a model would need, and whether there is that much.
+        """Forecast the memory that a model needs, and whether it fits.
 
-        A formula says so at once; after a moment, in which this can be cancelled because another
-        setting is asked for, the engine itself is asked, where its build can tell. What the server
-        that runs now would give back counts as free.
+        A formula answers at once. After a moment, in which this can be cancelled because another
+        setting is asked for, the engine lists its devices, which may change the answer. What the
+        server that runs now would give back counts as free.
 
         Args:
             config: What would be started; without it what was started last.
-            on_preview: Called with the formula's result, and with the engine's if that differs.
+            on_preview: Called with the first forecast, and with the second if that differs.
 
         Returns:
-            The engine's result, else the formula's. Its `problem` says why nothing is known.
+            The last forecast. Its `problem` says why nothing is known.
         """
         return await self._forecaster.preview(
             config or self._now.wanted,

@@ -201,8 +201,7 @@ def _advice(preview: MemoryPreview) -> str:
 
 
 def _pool(one: Allocation) -> str:
-    needed = one.requirement.weights if one.requirement.total is None else one.requirement.total
-    return f"{escape(one.pool.name)} {_size(needed)} of {_free(one)}"
+    return f"{escape(one.pool.name)} {_size(one.requirement.known)} of {_free(one)}"
 
 
 def _free(one: Allocation) -> str:
