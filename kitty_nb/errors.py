@@ -1,32 +1,32 @@
 """Every error that kitty_nb raises on purpose.
 
     KittyError
-    ├── ConfigError          a setting is wrong; `.problems` lists all of them
-    ├── ModelFileError       a file is not a GGUF model that can be read, or cannot be written
-    │   ├── ModelFileCutShortError    it ends too early, as while it is downloaded
-    │   └── DemoModelSizeError    no demo model can be as small as was asked
+    ├── ConfigError          settings are wrong; `.problems` lists all of them
+    ├── ModelFileError       a file is no readable GGUF model, or can't be written
+    │   ├── ModelFileCutShortError    the file ends too early, as during a download
+    │   └── DemoModelSizeError    the size is too small for a demo model
     ├── EngineError
-    │   ├── EngineNotFoundError   no llama-server to run
+    │   ├── EngineNotFoundError   no usable llama-server was found
     │   └── UnknownFlagError      EXTRA_ARGS has a flag that this build does not know
     ├── ServerError
-    │   ├── ServerFailedError     it never became ready: refused, stalled
-    │   │   ├── PortBusyError     another program has its port; `.free_port` is one that is free,
-    │   │   │                     `.attachable` whether that program is a llama-server
-    │   │   └── WillNotFitError   there is not enough memory for the model
-    │   ├── ServerCrashedError    its process ended by itself
-    │   ├── StartCancelledError   it was stopped, or replaced, before it was ready
-    │   └── NoAnswerError         the model said nothing: it only thought, or called a tool
-    ├── HubError             a model cannot be had from the Hugging Face Hub
-    │   ├── HubAccessError        it is not there, or not for everybody
-    │   ├── HubOfflineError       the Hub cannot be reached
-    │   ├── DiskFullError         there is no room for it
-    │   └── ChecksumError         what came is not what the Hub has
-    ├── ExperimentError      a sweep or a run cannot be made, or its results not be used as asked
-    │   ├── ResultStoreError      the file with the results cannot be read or written
-    │   └── RunRecordError        a run record cannot be read, written or repeated
-    └── WaitTimeoutError     `Operation.wait` ran out of time; the work goes on
+    │   ├── ServerFailedError     a start was refused, or given up before it was ready
+    │   │   ├── PortBusyError     another program listens on the port; `.free_port` is a
+    │   │   │                     free one, `.attachable` whether it is a llama-server
+    │   │   └── WillNotFitError   not enough memory for the model
+    │   ├── ServerCrashedError    its process exited on its own
+    │   ├── StartCancelledError   it was stopped or superseded before it was ready
+    │   └── NoAnswerError         the answer has no text: only reasoning or a tool call
+    ├── HubError             a download from the Hugging Face Hub failed
+    │   ├── HubAccessError        the repository is missing, or access to it is restricted
+    │   ├── HubOfflineError       the Hub can't be reached
+    │   ├── DiskFullError         not enough free disk space
+    │   └── ChecksumError         the downloaded file doesn't match the Hub
+    ├── ExperimentError      a sweep or a run failed, or its results don't allow this
+    │   ├── ResultStoreError      the results file can't be read or written
+    │   └── RunRecordError        a run record can't be read, written or repeated
+    └── WaitTimeoutError     `Operation.wait` timed out; the operation goes on
 
-A message is written for the person at the notebook: what happened, why, and what to do next.
+Messages are for the person at the keyboard: what happened, then the remedy.
 """
 
 from __future__ import annotations
@@ -113,39 +113,39 @@ class ConfigError(KittyError):
 
 
 class ModelFileError(KittyError):
-    """A file is not a GGUF model that can be read, or cannot be written."""
+    """A file is no readable GGUF model, or can't be written."""
 
 
 class ModelFileCutShortError(ModelFileError):
-    """A GGUF model ends too early: it is still on its way, or was not fetched to its end."""
+    """A GGUF file ends too early: it is still being downloaded, or the download broke off."""
 
 
 class DemoModelSizeError(ModelFileError, ValueError):
-    """The demo model cannot be made as small as was asked."""
+    """The size is too small for a demo model."""
 
 
 class EngineError(KittyError):
-    """The engine, the program that serves the model, cannot be used."""
+    """The engine, the program that serves the model, can't be used."""
 
 
 class EngineNotFoundError(EngineError):
-    """There is no llama-server to run."""
+    """There is no usable llama-server was found."""
 
 
 class UnknownFlagError(EngineError):
-    """A flag in EXTRA_ARGS is not one that this build of the engine knows."""
+    """EXTRA_ARGS has a flag that this build of the engine doesn't know."""
 
 
 class ServerError(KittyError):
-    """A server did not do what was asked of it."""
+    """A server didn't do what was asked of it."""
 
 
 class ServerFailedError(ServerError):
-    """The server was refused or given up before it was ready."""
+    """A start was refused, or given up before the server was ready."""
 
 
 class PortBusyError(ServerFailedError):
-    """Another program listens where the server should."""
+    """Another program listens on the server's port."""
 
     def __init__(
         self, message: str, free_port: int | None = None, *, attachable: bool = False
@@ -160,53 +160,53 @@ class WillNotFitError(ServerFailedError):
 
 
 class ServerCrashedError(ServerError):
-    """The server's process ended by itself."""
+    """The server's process exited on its own."""
 
 
 class StartCancelledError(ServerError):
-    """A start was overtaken by a stop, a restart or a switch."""
+    """A start was superseded by a stop, a restart or a switch."""
 
 
 class NoAnswerError(ServerError):
-    """A model said nothing in answer to a request."""
+    """A model's answer has no text."""
 
 
 class HubError(KittyError):
-    """A model cannot be had from the Hugging Face Hub."""
+    """A download from the Hugging Face Hub failed."""
 
 
 class HubAccessError(HubError):
-    """The Hub has no such repository, or does not show it to everybody."""
+    """The Hub has no such repository, or restricts access to it."""
 
 
 class HubOfflineError(HubError):
-    """The Hub cannot be reached."""
+    """The Hub can't be reached."""
 
 
 class DiskFullError(HubError):
-    """There is no room for a download."""
+    """The disk has no room for a download."""
 
 
 class ChecksumError(HubError):
-    """What came is not what the Hub has; it was deleted."""
+    """A downloaded file doesn't match the Hub; it was deleted."""
 
 
 class ExperimentError(KittyError):
-    """A sweep or a run cannot be made, or its results cannot be used as asked."""
+    """A sweep or a run failed, or its results don't allow what was asked."""
 
 
 class ResultStoreError(ExperimentError):
-    """The file with the results of a sweep cannot be read or written."""
+    """The results file of a sweep can't be read or written."""
 
 
 class RunRecordError(ExperimentError):
-    """A run record cannot be read, written or repeated."""
+    """A run record can't be read, written or repeated."""
 
 
 class WaitTimeoutError(KittyError, TimeoutError):
-    """`Operation.wait` ran out of time; the operation itself goes on."""
+    """`Operation.wait` timed out; the operation goes on."""
 
 
 def first_of(error: Exception) -> Exception:
-    """Return the first of the errors that a task group has raised."""
+    """Return the first of the errors that a task group raised."""
     return first_of(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

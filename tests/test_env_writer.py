@@ -151,7 +151,7 @@ def test_a_file_that_has_changed_meanwhile_is_left_alone(tmp_path: Path, now: st
 def test_an_unwritable_folder_is_explained(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.symlink_to("/proc/sys/kernel/hostname")
-    with pytest.raises(ConfigError, match=r"cannot be written: .* by hand: K='a b'"):
+    with pytest.raises(ConfigError, match=r"Can't write it: .* by hand: K='a b'"):
         write_env(read_env(path), {"K": "a b"})
 
 

@@ -180,7 +180,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
         (tmp_path, "is not a file"),
         (pipe, "is not a file"),
         (tmp_path / "absent.gguf", "is not there"),
-        (loop, "cannot be read: Too many levels"),
+        (loop, "Can't read .*: Too many levels"),
     ]:
         with pytest.raises(ModelFileError, match=message):
             read_header(path)
@@ -191,5 +191,5 @@ def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(raw())
     path.chmod(0)
-    with pytest.raises(ModelFileError, match="cannot be read: Permission denied"):
+    with pytest.raises(ModelFileError, match=r"Can't read .*: Permission denied"):
         read_header(path)

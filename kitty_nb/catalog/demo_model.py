@@ -89,7 +89,7 @@ def write_demo_model(path: str | Path, size: int | None = None) -> Path:
             unfinished.replace(path)
     except OSError as error:
         raise ModelFileError(
-            f"The demo model could not be written to {path}: {error.strerror or error}. "
+            f"Can't write the demo model to {path}: {error.strerror or error}. "
             f"Choose a folder that you may write to, with {size / 1e9:.3f} GB free:"
             " LLAMACPP_MODELS_DIR names the models folder."
         ) from error

@@ -269,7 +269,7 @@ def _read(path: Path, part: Callable[[_Reader], T]) -> T:
         raise ModelFileError(f"{path} is not there. Check its name, or download it.") from None
     except OSError as error:
         raise ModelFileError(
-            f"{path} cannot be read: {error.strerror}. Check its permissions and its disk."
+            f"Can't read {path}: {error.strerror}. Check its permissions and the disk."
         ) from error
 
 
@@ -300,7 +300,7 @@ class _Reader:
         version = self._scalar("I")
         if version not in (2, 3):
             raise ModelFileError(
-                f"{self._path} is GGUF version {version}, and only 2 and 3 can be read. "
+                f"{self._path} is GGUF version {version}, and kitty_nb reads only 2 and 3. "
                 "Download a newer conversion of the model, or update kitty_nb."
             )
         tensor_count = self._count("tensors", _MOST_TENSORS)

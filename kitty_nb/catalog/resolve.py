@@ -108,7 +108,7 @@ def _what_is_wrong(
         regular = False
     except OSError as error:
         return (
-            f"It cannot be looked at ({error.strerror}).",
+            f"Can't read it ({error.strerror}).",
             "Check the path and the permissions of the folders above it.",
         )
     if not regular:

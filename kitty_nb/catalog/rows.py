@@ -188,7 +188,7 @@ def plain_name(name: str) -> str:
 
 _NAMED_MISSING = 3
 _JUST_NOW = 120  # seconds in which a download that still runs has written something
-_WHEN_COMPLETE = "It can be started when that is complete."
+_WHEN_COMPLETE = "Start it when it is complete."
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +327,7 @@ def _growth(part: Part, now: float) -> str | None:
     if not _growing(part, now):
         return None
     return (
-        f"{part.file.path} ends too early, but was written to a moment ago: it is still being "
+        f"{part.file.path} is incomplete, but was written to a moment ago: it is still being "
         f"downloaded or copied. {_WHEN_COMPLETE}"
     )
 

@@ -53,7 +53,7 @@ def read_env(path: str | Path) -> EnvFile:
         if not found.is_file():
             return EnvFile(found.absolute(), {})
         if reason := distrust(found):
-            fix = f"To use it all the same, name it: {found} in place of .env."
+            fix = f"To use it anyway, name it: {found} instead of .env."
             raise ConfigError(str(found), (Problem("file", str(found), reason, fix),))
     try:
         raw = found.read_bytes()
@@ -61,7 +61,7 @@ def read_env(path: str | Path) -> EnvFile:
     except (OSError, UnicodeDecodeError) as error:
         fix = "Copy .env.example there, or name another file."
         why = getattr(error, "strerror", None) or error
-        problem = Problem("file", str(found), f"It cannot be read ({why}).", fix)
+        problem = Problem("file", str(found), f"Can't read it ({why}).", fix)
         raise ConfigError(str(found), (problem,)) from None
     problems = tuple(
         Problem(
@@ -137,7 +137,7 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
         why = error.strerror if isinstance(error, OSError) else str(error)
         lines = " ".join(f"{key}={quoted(changes[key])}" for key in keys)
         fix = f"Make the file and its folder writable, or write by hand: {lines}"
-        raise _unwritten(env.path, f"It cannot be written: {why}.", fix) from None
+        raise _unwritten(env.path, f"Can't write it: {why}.", fix) from None
     return SavedEnv(env.path, keys, backup)
 
 
@@ -169,7 +169,7 @@ def _back_up(env: EnvFile) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(backup, env.raw)
     except OSError as error:
-        reason = f"No backup of it can be kept in {folder}: {error.strerror}."
+        reason = f"Can't keep a backup of it in {folder}: {error.strerror}."
         fix = "Make that folder writable, or set XDG_STATE_HOME to another one."
         raise _unwritten(env.path, reason, fix) from None
     return backup

@@ -159,7 +159,7 @@ def save_settings(
             continue
         changes[key] = _text(name, value, given) or setting.unset
         if not changes[key] and env.values.get(shared):
-            reason = "It holds for every profile, so one profile cannot be without it."
+            reason = "It applies to every profile, so one profile can't unset it."
             fix = "Clear it in the file, or choose a value."
             problems.append(Problem(shared, shown(name, env.values[shared]), reason, fix))
     if problems:
@@ -262,7 +262,7 @@ def _values(env: EnvFile) -> Iterator[str]:
                     )
             if _split_key(key)[1] in _PATHS and (bare := _BARE.search(value)):
                 name = bare["name"]
-                yield f"{key} has ${name}, which is taken as it is. Write ${{{name}}}."
+                yield f"{key} has ${name}, which is taken literally. Write ${{{name}}}."
             if value[0] in _CURLY or value[-1] in _CURLY:
                 yield f"{key} is in curly quotes, which belong to its value. Use \" or '."
         known.add(key)
