@@ -65,7 +65,9 @@ os.environ |= {
 for _secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(_secret, None)
 # A wish of whoever runs the tests; where a program finds it, it says that it has no effect.
-_NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None)
+_NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None) or os.environ.get("KITTY_NATIVE_ENGINE")
+if _NATIVE_ENGINE:
+    os.environ["KITTY_NATIVE_ENGINE"] = _NATIVE_ENGINE  # for the processes of xdist
 
 TOGETHER = {"test_browser", "test_dask_sweep"}
 STAND_IN = Path(__file__).parent / "stand_in_server.py"

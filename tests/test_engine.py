@@ -272,8 +272,8 @@ def test_binary_that_may_not_be_run(program: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("exit 3", "nothing, and ended with exit code 3"),
-        ("kill -ILL $$", "nothing, and ended with exit code -4"),
+        ("exit 3", "nothing, and exited with code 3"),
+        ("kill -ILL $$", "nothing, and exited with code -4"),
         ("echo; echo 'libllama.so: cannot open' >&2; exit 127", "libllama.so: cannot open"),
         ("echo 'usage: some other program'", "usage: some other program"),
         ("exec sleep 60", r"nothing within 0\.2 s"),

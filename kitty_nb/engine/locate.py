@@ -160,7 +160,7 @@ async def locate_engine(binary: Path | None = None, answer_within: float = 20.0)
     Args:
         binary: The program to use, or a folder that holds it (`LLAMACPP_BIN`). When None, the
             `llama-server` on `PATH` is used, else the one inside the `xllamacpp` wheel.
-        answer_within: Seconds that the program has to answer `--help`.
+        answer_within: Timeout of `--help`, in seconds.
 
     Raises:
         EngineNotFoundError: When there is none.
@@ -179,7 +179,7 @@ def _choose(binary: Path | None) -> _Candidate:
         except OSError as error:
             raise EngineError(
                 f"LLAMACPP_BIN is {binary}, which cannot be looked at ({error.strerror}). Correct"
-                " it, or the rights of the folders above it."
+                " it, or fix the permissions of the folders above it."
             ) from None
         return _candidate(EngineKind.NATIVE, (str(program),), program)
     if found := shutil.which("llama-server"):
@@ -189,8 +189,8 @@ def _choose(binary: Path | None) -> _Candidate:
         command = (sys.executable, "-P", "-m", "kitty_nb.engine.embedded")
         return _candidate(EngineKind.EMBEDDED, command, Path(wheel.origin))
     raise EngineNotFoundError(
-        "There is no llama-server to run. Do one of these: pip install 'kitty_nb[embedded]';"
-        " put llama-server on PATH; or set LLAMACPP_BIN to its path."
+        "There is no llama-server to run. Run `pip install 'kitty_nb[embedded]'`, put llama-server"
+        " on PATH, or set LLAMACPP_BIN to its path."
     )
 
 
@@ -204,7 +204,7 @@ def _program(binary: Path) -> Path:
             " llama-server on PATH."
         )
     if not os.access(program, os.X_OK):
-        raise EngineError(f"{program} (LLAMACPP_BIN) may not be run. Try: chmod +x '{program}'")
+        raise EngineError(f"{program} (LLAMACPP_BIN) is not executable. Run: chmod +x '{program}'")
     if reason := distrust(program):
         raise EngineError(
             f"Another user can change what {program} (LLAMACPP_BIN) does: {reason} Give it to"
@@ -251,8 +251,8 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     if not engine.dialect.option("--model"):
         line = next(filter(None, map(str.strip, answers["--help"].splitlines())), "nothing")
         raise EngineError(
-            f"{candidate.command[-1]} is not a llama-server that runs here. Asked for --help, it"
-            f" said: {line}"
+            f"{candidate.command[-1]} is not a llama-server that runs here. Its --help printed:"
+            f" {line}"
         )
     if candidate.is_lasting and _VERSION.search(answers["--version"]):
         await anyio.to_thread.run_sync(_remember, candidate.stamp, answers)
@@ -289,7 +289,7 @@ def _path() -> Path:
 
 
 async def output_of(command: tuple[str, ...], answer_within: float) -> str:
-    """What a command prints, or why it prints nothing."""
+    """Return what a command prints, or why it prints nothing."""
     try:
         with anyio.fail_after(answer_within):
             done = await anyio.run_process(
@@ -304,4 +304,4 @@ async def output_of(command: tuple[str, ...], answer_within: float) -> str:
     except OSError as error:
         return f"{error.strerror}."
     text = done.stdout.decode(errors="replace")
-    return text if text.strip() else f"nothing, and ended with exit code {done.returncode}."
+    return text if text.strip() else f"nothing, and exited with code {done.returncode}."

@@ -307,13 +307,12 @@ class LoadHistory:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
                     raise
                 kept = await anyio.to_thread.run_sync(self._set_aside)
-                self._complain(f"is damaged. It is kept as {kept.name}, and a new one is begun.")
+                self._complain(f"is damaged. It was renamed {kept.name}; a new one replaces it.")
                 return await anyio.to_thread.run_sync(self._transact, work)
         except (sqlite3.Error, OSError) as error:
             self._complain(
-                f"is not used: {error}. Set LLAMACPP_HISTORY to a file that can be written."
-                " Loads go on, without a forecast from it; favourites and last settings are not"
-                " remembered."
+                f"is not used: {error}. Set LLAMACPP_HISTORY to a writable file. Without it, loads"
+                " have no forecast, and favourites and last settings are not remembered."
             )
         return otherwise
 
