@@ -444,6 +444,8 @@ class Server:
             self._meter.enter_stage(Stage.READY, elapsed)
             self._emit(BecameReady(self._generation, since))
             self._emit(ProgressMade(self._meter.progress(elapsed)))
+            if usage := self._process.usage() if self._process else None:
+                self._meter.measure(usage, elapsed)  # what came since the last look counts
             self._tasks.start_soon(self._recorder.record, elapsed, Outcome.READY)
         return elapsed
 
