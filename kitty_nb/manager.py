@@ -311,13 +311,13 @@ class ModelManager:
         access, state = self.access, self.state
         if (
             "model" not in options
-            and state.foreign
-            and state.foreign.models
-            and not state.foreign.alias
+            and state.external
+            and state.external.models
+            and not state.external.alias
         ):
             raise KittyError(
                 "The router has not loaded a model yet. Name one by chat(…, model=…) or"
-                f" switch_model(…): {', '.join(state.foreign.models)}."
+                f" switch_model(…): {', '.join(state.external.models)}."
             )
         request = {"model": state.alias, "messages": messages, **options}
         return self.run(access.chat, request, on_piece or (lambda _: None))
@@ -376,7 +376,7 @@ class ModelManager:
 
     def _close_at_exit(self) -> None:
         if self.state.config.on_kernel_exit is OnKernelExit.KEEP:
-            self._supervisor.leave()
+            self._supervisor.detach()
         self.close()
 
     def _disown(self) -> None:

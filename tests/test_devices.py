@@ -309,7 +309,7 @@ def test_machines_that_are_busy_are_not_taken_for_missing(
 
 
 async def leave(manager: ModelManager) -> None:
-    manager._supervisor.leave()
+    manager._supervisor.detach()
 
 
 CASES = {

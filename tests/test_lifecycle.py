@@ -78,8 +78,8 @@ def test_start_during_stop_waits_for_the_exit() -> None:
 
 def test_the_last_wish_wins_and_the_others_are_overtaken() -> None:
     now, done = replay(StartAsked(A), RestartAsked(B), RestartAsked(C))
-    assert now.overtaken(2)
-    assert not now.overtaken(3)
+    assert now.superseded(2)
+    assert not now.superseded(3)
     now, done = replay(StartAsked(A), RestartAsked(B), RestartAsked(C), Exited(1, "", 100.0))
     assert done == [Spawn(1, A), Terminate(1), Spawn(3, C)]
 
@@ -88,10 +88,10 @@ def test_a_stop_drops_what_was_to_follow_and_its_number_is_not_reused() -> None:
     history = (StartAsked(A), RestartAsked(B), StopAsked(), Exited(1, "", 100.0))
     now, done = replay(*history)
     assert (now.status, done) == (ServerStatus.STOPPED, [Spawn(1, A), Terminate(1)])
-    assert now.overtaken(2)
+    assert now.superseded(2)
     now, done = replay(*history, StartAsked(B))
     assert done[-1] == Spawn(3, B)
-    assert now.overtaken(2)
+    assert now.superseded(2)
 
 
 def test_a_forced_stop_does_not_wait_for_the_polite_one() -> None:

@@ -194,7 +194,7 @@ class World(RuleBasedStateMachine):
                 self.lives("ready", 0)
         assert self.now.status.settled
         for generation in self.awaited:
-            assert generation == self.now.generation or self.now.overtaken(generation)
+            assert generation == self.now.generation or self.now.superseded(generation)
 
 
 TestLifecycle = World.TestCase

@@ -381,7 +381,7 @@ def test_a_later_start_overtakes(misbehaving: Misbehaving, config: ServerConfig)
         async with anyio.create_task_group() as tasks:
 
             async def start() -> None:
-                with pytest.raises(StartCancelledError, match="overtaken"):
+                with pytest.raises(StartCancelledError, match="superseded"):
                     await supervisor.start()
 
             tasks.start_soon(start)
@@ -429,7 +429,7 @@ def test_a_deaf_server_is_forced_also_when_its_supervisor_is_left(
         state = await supervisor.start()
         assert state.pid
         pids.append(state.pid)
-        supervisor.leave()
+        supervisor.detach()
         with anyio.move_on_after(0):
             await supervisor.stop()
         assert supervisor.state.status is ServerStatus.STOPPING

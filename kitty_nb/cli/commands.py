@@ -130,7 +130,7 @@ async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[Superviso
     """Supervise a profile's server and show its load; it keeps running when the command ends."""
     await anyio.to_thread.run_sync(refuse_open_folder, config)
     supervisor = Supervisor(config)
-    supervisor.leave()
+    supervisor.detach()
     try:
         with closing(_LoadDisplay()) as display:
             supervisor.subscribe(display.show)

@@ -379,9 +379,9 @@ def record_run(
     given = [prompts] if isinstance(prompts, str | Request) else prompts
     requests = [_request(prompt, sampling) for prompt in given]
     access, state = manager.access, manager.state
-    if state.foreign:
+    if state.external:
         raise ExperimentError(
-            f"{state.foreign.who} was not started by kitty_nb, so which model and settings answer"
+            f"{state.external.who} was not started by kitty_nb, so which model and settings answer"
             " is not known. Start a server of your own, and record that."
         )
 

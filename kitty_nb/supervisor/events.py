@@ -132,7 +132,7 @@ class ServerState:
         error: Why it failed or crashed, in a sentence to show.
         free_port: A port to take instead, when its own was in use by another program.
         attachable: Whether that program is a llama-server, to be watched and used as it is.
-        foreign: The server, where it is one that was attached to, not started.
+        external: The server, where it is one that was attached to, not started.
         devices: What it has put the model on beside the processor, as its engine names them.
     """
 
@@ -146,21 +146,21 @@ class ServerState:
     error: str | None = None
     free_port: int | None = None
     attachable: bool = False
-    foreign: PortOwner | None = None
+    external: PortOwner | None = None
     devices: tuple[str, ...] = ()
 
     @property
     def alias(self) -> str:
         """The name that the server answers to."""
-        if self.foreign:
-            return self.foreign.alias or self.foreign.model or self.foreign.name
+        if self.external:
+            return self.external.alias or self.external.model or self.external.name
         return self.config.served_alias
 
     @property
     def model_name(self) -> str | None:
         """The file name of its model, where that is known."""
-        if self.foreign:
-            return self.foreign.model
+        if self.external:
+            return self.external.model
         return self.config.model.name if self.config.model else None
 
     @property
@@ -176,7 +176,7 @@ class ServerState:
     @property
     def projector(self) -> Path | None:
         """The file by which the model takes in images and sound; None where it takes text only."""
-        return None if self.foreign else self.config.projector
+        return None if self.external else self.config.projector
 
     @property
     def sentence(self) -> str:

@@ -206,7 +206,7 @@ class Lifecycle:
         """The settings of the last wish."""
         return self.pending.config if self.pending else self.config
 
-    def overtaken(self, generation: int) -> bool:
+    def superseded(self, generation: int) -> bool:
         """Whether a later wish took the place of this generation."""
         return generation not in {self.generation, self.latest}
 

@@ -129,7 +129,7 @@ class Supervisor:
                 with anyio.move_on_after(_SETTLED_WITHIN):
                     await self._until(lambda: self._now.status.settled)
         except BaseException as error:
-            self.leave()  # a server that was found is nobody's to stop yet
+            self.detach()  # a server that was found is nobody's to stop yet
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
         self._tasks.start_soon(self._look_forever)
@@ -163,7 +163,7 @@ class Supervisor:
             self._ended = True
             self._changed.set()
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Let the server run on when this context ends; the next supervisor finds it.
 
         Said before the context is entered, it goes for what `LLAMACPP_ON_KERNEL_EXIT` would stop.
@@ -185,7 +185,7 @@ class Supervisor:
             error=now.error,
             free_port=now.free_port,
             attachable=now.attachable,
-            foreign=None if now.status.idle else self._foreign,
+            external=None if now.status.idle else self._external,
             devices=() if now.pid is None or not self._server else self._server.devices,
         )
 
@@ -223,7 +223,7 @@ class Supervisor:
             ServerCrashedError: The process ended by itself.
             StartCancelledError: It was stopped or replaced before it was ready.
         """
-        router = self._foreign is not None and self._foreign.models is not None
+        router = self._external is not None and self._external.models is not None
         other = config and config.replace() != self._now.wanted.replace()
         if config and self._attached(config) and (router or other):
             return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
@@ -406,7 +406,7 @@ class Supervisor:
     def _attached(self, config: ServerConfig | None = None) -> bool:
         """Tell whether a server that was not started here is where the settings want one."""
         here = config is None or config.endpoint == self._now.config.endpoint
-        return here and self._foreign is not None and self._now.status is ServerStatus.READY
+        return here and self._external is not None and self._now.status is ServerStatus.READY
 
     async def _load_there(
         self, model: str | Path | None, *, fresh: bool, wait: bool
@@ -436,12 +436,12 @@ class Supervisor:
 
     def _is_over(self, generation: int) -> bool:
         settled = self._now.generation == generation and self._now.status.settled
-        return settled or self._now.overtaken(generation)
+        return settled or self._now.superseded(generation)
 
     def _outcome(self, generation: int) -> ServerState:
         now = self._now
-        if now.overtaken(generation):
-            raise StartCancelledError("The start was overtaken by a later start, switch or stop.")
+        if now.superseded(generation):
+            raise StartCancelledError("The start was superseded by a later start, switch or stop.")
         match now.status:
             case ServerStatus.FAILED if now.free_port:
                 raise PortBusyError(now.error or "", now.free_port, attachable=now.attachable)
@@ -539,10 +539,10 @@ class Supervisor:
     def _running(self) -> Running | None:
         """The server that a start would end."""
         now = self._now
-        return Running(now.pid, None if self._foreign else now.config) if now.pid else None
+        return Running(now.pid, None if self._external else now.config) if now.pid else None
 
     @property
-    def _foreign(self) -> PortOwner | None:
+    def _external(self) -> PortOwner | None:
         return self._server.owner if isinstance(self._server, ExternalServer) else None
 
     async def _look_forever(self) -> None:

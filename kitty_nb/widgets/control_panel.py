@@ -323,7 +323,7 @@ class ControlPanel(VBox):
             self._log_lines.clear()
             self._log_begins = True
             self._router_load = None
-            if state.foreign is None:
+            if state.external is None:
                 self._view.before_drawing(partial(self._follow, state.config))
         if state.status is ServerStatus.READY:
             self._problem = None
@@ -337,14 +337,14 @@ class ControlPanel(VBox):
         state, model = self.manager.state, self.picker.model
         differs = model is not None and (
             model.path.name != state.model_name
-            if state.foreign
+            if state.external
             else model.path != state.config.model
         )
         startable = model is not None and model.startable
         self.buttons.show(choices(state, startable=startable, differs=differs))
         self.snippet.show(state)
         self.web_page.show(state, self.manager.reveal_api_key() is not None)
-        if state.foreign:
+        if state.external:
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state.status, self._progress)
@@ -368,7 +368,7 @@ class ControlPanel(VBox):
 
 def _is_own(state: ServerState) -> bool:
     """Tell whether the profile's server runs: started here or elsewhere, not merely attached to."""
-    return not state.status.absent and state.foreign is None
+    return not state.status.absent and state.external is None
 
 
 def _what_to_press(state: ServerState) -> str:

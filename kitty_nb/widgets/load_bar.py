@@ -226,7 +226,7 @@ def _facts(state: ServerState) -> Iterator[str]:
         yield f"with {escape(_shortened(state.projector.name))}"
     yield f"as <b>{escape(state.alias)}</b>"
     yield f"PID {state.pid}"
-    if state.foreign:
+    if state.external:
         yield "not started here"
     if state.devices:
         yield f"on {escape(', '.join(state.devices))}"

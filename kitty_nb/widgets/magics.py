@@ -74,7 +74,7 @@ class KittyMagics(Magics):
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
-                if manager.state.foreign:  # only its router knows what fits there
+                if manager.state.external:  # only its router knows what fits there
                     _say(_follow(manager.switch_model(given.model), lambda: None).sentence)
                     return
                 config = manager.state.config.replace(model=given.model)

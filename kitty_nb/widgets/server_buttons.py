@@ -58,8 +58,8 @@ def choices(state: ServerState, *, startable: bool, differs: bool) -> Choices:
         differs: Whether the chosen model is another one than the server's.
     """
     running, waiting = state.status in _RUNNING, state.status is ServerStatus.RESTARTING
-    foreign = state.foreign is not None
-    usable = running and (state.foreign is None or state.foreign.models is not None)
+    external = state.external is not None
+    usable = running and (state.external is None or state.external.models is not None)
     return Choices(
         start=startable and (state.status.idle or waiting or (usable and differs)),
         stop=running or waiting,
@@ -68,7 +68,7 @@ def choices(state: ServerState, *, startable: bool, differs: bool) -> Choices:
         cancel=waiting,
         port=state.free_port if startable else None,
         attach=state.attachable,
-        let_go=foreign,
+        let_go=external,
     )
 
 

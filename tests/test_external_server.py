@@ -46,7 +46,7 @@ def test_a_server_that_holds_the_port_is_attached_to_and_let_go(config: ServerCo
         # The key of another profile's server is known, so it can be used at once.
         assert manager.http.get("/v1/models").json()["data"][0]["id"] == "kitty-coder"
         stopped = manager.stop().wait(60)
-        assert (stopped.status, stopped.foreign, stopped.error) == (
+        assert (stopped.status, stopped.external, stopped.error) == (
             ServerStatus.STOPPED,
             None,
             None,
@@ -77,7 +77,7 @@ def test_its_end_is_a_stop_and_no_crash(config: ServerConfig) -> None:
         eventually(lambda: manager.state.status is ServerStatus.STOPPED)
         assert manager.state.error is None
         # And the port is free for a server of our own.
-        assert manager.start().wait(60).foreign is None
+        assert manager.start().wait(60).external is None
 
 
 def test_its_end_is_noticed_though_nobody_has_waited_for_it(config: ServerConfig) -> None:
