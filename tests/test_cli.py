@@ -561,54 +561,37 @@ def test_the_help_names_every_verb_and_the_exit_codes() -> None:
 
 
 def test_lab_hands_other_options_on_and_keeps_a_notebook_that_is_there(tmp_path: Path) -> None:
-    notebook = tmp_path / "notebooks" / "control_panel.ipynb"
-    command = [*_COMMAND, "lab", "--version"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout[0].isdigit()
-    assert "ControlPanel" in notebook.read_text()
-    assert "Sweep" in (tmp_path / "notebooks" / "experiments.ipynb").read_text()
-    notebook.write_text("mine")
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
-    assert notebook.read_text() == "mine"
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "experiments.ipynb").write_text("mine")
+    version = subprocess.check_output([*_COMMAND, "lab", "--version"], cwd=tmp_path, text=True)
+    assert version[0].isdigit()
+    assert "ControlPanel" in (folder / "control_panel.ipynb").read_text()
+    assert (folder / "experiments.ipynb").read_text() == "mine"
 
 
 @pytest.fixture
-def hub_kitty(tmp_path: Path, hub: Hub) -> Callable[..., subprocess.Popen[str]]:
-    """The command line as a program that asks the Hub on loopback."""
-    (tmp_path / ".env").write_text("LLAMACPP_MODELS_DIR=models\n")
-
-    def begin(*words: object) -> subprocess.Popen[str]:
-        command = [*_COMMAND, "download", *map(str, words)]
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        return subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    return begin
+def download(tmp_path: Path, hub: Hub) -> Callable[..., Result]:
+    """The verb, asking the Hub on loopback."""
+    env = tmp_path / "hub.env"
+    env.write_text("LLAMACPP_MODELS_DIR=models\n")
+    return lambda *words: run("download", *words, "--env", env)
 
 
 def test_a_model_is_downloaded_and_its_setting_printed(
-    hub_kitty: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    download: Callable[..., Result], tmp_path: Path
 ) -> None:
-    listed, _ = hub_kitty(ONE, "--list").communicate(timeout=60)
-    assert "Q4_K_M" in listed
-    assert "tiny-Q8_0.gguf" in listed
-    assert "5.0 MB" in listed
+    listed = download(ONE, "--list").stdout
+    for words in ("Q4_K_M", "tiny-Q8_0.gguf", "5.0 MB"):
+        assert words in listed
     assert not (tmp_path / "models").exists()
-    done = hub_kitty(ONE, "--quant", "q8_0")
-    out, err = done.communicate(timeout=60)
-    assert done.returncode == 0, err
-    assert out == f"LLAMACPP_PRIMARY_MODEL={ONE}/tiny-Q8_0.gguf\n"
+    done = download(ONE, "--quant", "q8_0")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == f"LLAMACPP_PRIMARY_MODEL={ONE}/tiny-Q8_0.gguf\n"
     assert (tmp_path / "models" / ONE / "tiny-Q8_0.gguf").stat().st_size == 5 * MB
-    failed = hub_kitty("nobody/nothing")
-    _, err = failed.communicate(timeout=60)
-    assert failed.returncode == 1
-    assert err.startswith("kitty-nb: The Hub has no repository nobody/nothing")
+    failed = download("nobody/nothing")
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("kitty-nb: The Hub has no repository nobody/nothing")
 
 
 @pytest.mark.parametrize(
@@ -622,18 +605,17 @@ def test_a_model_is_downloaded_and_its_setting_printed(
     ],
 )
 def test_surroundings_that_keep_the_hub_away_are_named(
-    hub_kitty: Callable[..., subprocess.Popen[str]],
+    download: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
     variable: str,
     value: str,
     says: str,
 ) -> None:
     monkeypatch.setenv(variable, value)
-    asking = hub_kitty(ONE, "--list")
-    _, err = asking.communicate(timeout=60)
-    assert asking.returncode == 1
-    assert err.startswith("kitty-nb: ")
-    assert says in err
+    asked = download(ONE, "--list")
+    assert asked.exit_code == 1
+    assert asked.stderr.startswith("kitty-nb: ")
+    assert says in asked.stderr
 
 
 def test_a_proxy_is_not_asked_for_what_is_on_this_machine(
@@ -650,25 +632,24 @@ def test_a_proxy_is_not_asked_for_what_is_on_this_machine(
 
 
 def test_a_download_that_is_no_model_to_serve_says_so(
-    hub_kitty: Callable[..., subprocess.Popen[str]], hub: Hub, tmp_path: Path
+    download: Callable[..., Result], hub: Hub, tmp_path: Path
 ) -> None:
     painter = write_header(tmp_path / "source.gguf", "flux").read_bytes()
     hub.repos["maker/Paint-GGUF"] = Repo({"paint-Q4_0.gguf": painter})
-    out, err = (coming := hub_kitty("maker/Paint-GGUF")).communicate(timeout=60)
-    assert coming.returncode == 0
-    assert "paint-Q4_0.gguf is an image model (flux)" in err
-    assert "paint-Q4_0.gguf" in out
+    done = download("maker/Paint-GGUF")
+    assert done.exit_code == 0
+    assert "paint-Q4_0.gguf is an image model (flux)" in done.stderr
+    assert "paint-Q4_0.gguf" in done.stdout
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_download_resumes(
-    hub_kitty: Callable[..., subprocess.Popen[str]],
-    hub: Hub,
-    tmp_path: Path,
-    ending: signal.Signals,
+    download: Callable[..., Result], hub: Hub, tmp_path: Path, ending: signal.Signals
 ) -> None:
     hub.rate = 1 * MB
-    process = hub_kitty(f"{ONE}:Q8_0")
+    command = [*_COMMAND, "download", f"{ONE}:Q8_0", "--env", str(tmp_path / "hub.env")]
+    there = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    process = subprocess.Popen(command, env=there, stderr=subprocess.PIPE, text=True)
     eventually(
         lambda: any(p.stat().st_size > MB for p in tmp_path.rglob("*.incomplete")), within=60
     )
@@ -679,7 +660,5 @@ def test_an_interrupted_download_resumes(
         assert "resumes" in err
     hub.rate = None
     hub.asked.clear()
-    process = hub_kitty(f"{ONE}:Q8_0")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert download(f"{ONE}:Q8_0").exit_code == 0
     assert [asked.first > MB for asked in hub.asked] == [True]
