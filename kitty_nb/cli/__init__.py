@@ -264,17 +264,14 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's server, or of its last one."""
-    from kitty_nb.cli.status import follow_log, has_log, log_lines
+    from kitty_nb.cli.status import follow_log, log_lines
     from kitty_nb.supervisor.registry import refuse_open_folder
 
     config = _settings(env, profile)
     refuse_open_folder(config)
-    path = config.log_path
     if follow:
-        anyio.run(follow_log, path, _say, lines)
-    if not has_log(path):
-        raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
-    for line in deque(log_lines(path), maxlen=lines):
+        anyio.run(follow_log, config.log_path, _say, lines)
+    for line in deque(log_lines(config.log_path), maxlen=lines):
         _say(line)
 
 

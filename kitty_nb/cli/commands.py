@@ -108,13 +108,12 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
         with anyio.move_on_after(within):
             await _until(supervisor, lambda state: state.status.settled)
         state = supervisor.state
-        match state.status:
-            case ServerStatus.READY:
-                return state.sentence
-            case ServerStatus.STOPPED:
-                raise StartCancelledError("The server was stopped before it was ready.")
-            case ServerStatus.CRASHED | ServerStatus.FAILED:
-                raise ServerCrashedError(state.error)
+        if state.status is ServerStatus.READY:
+            return state.sentence
+        if state.status.idle and state.error:
+            raise ServerCrashedError(state.error)
+        if state.status.idle:
+            raise StartCancelledError("The server was stopped before it was ready.")
         raise WaitTimeoutError(f"The server is not ready after {within:g} s; its load goes on.")
 
 

@@ -47,7 +47,7 @@ def read_status(config: ServerConfig) -> ServerState:
         from kitty_nb.supervisor.diagnosis import diagnose
 
         path = config.log_path
-        failure = str(diagnose(None, [*log_lines(path)] if path.exists() else []))
+        failure = str(diagnose(None, [*log_lines(path)] if has_log(path) else []))
     return ServerState(ServerStatus.CRASHED, record.config, error=failure)
 
 
@@ -113,7 +113,13 @@ def has_log(path: Path) -> bool:
 
 
 def log_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a log, without the beginning of a very long one."""
+    """Yield the lines of a log, without the beginning of a very long one.
+
+    Raises:
+        KittyError: There is none, or it can't be read.
+    """
+    if not has_log(path):
+        raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
     with LogTail(path) as log:
         yield from _drain(log, to_end=True)
 
