@@ -331,7 +331,7 @@ def real_config(config: ServerConfig, real_model: Path, engine: Path | None) -> 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The processes that share the tests: these wait more than they compute."""
     named = [arg for arg in config.args if Path(arg).resolve() != Path(__file__).parent]
-    return 0 if named else 2 * (os.cpu_count() or 1)
+    return 0 if named else min(2 * (os.cpu_count() or 1), 8)
 
 
 class Scheduling(LoadScopeScheduling):
