@@ -84,12 +84,6 @@ def eventually(condition: Callable[[], object], *, within: float = 10.0, why: st
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_works() -> None:
-    """A shell turns Ctrl-C off for what it runs in the background, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
 def nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The models that a developer's other programs keep are none of the tests' business."""
     caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
@@ -125,7 +119,10 @@ def marked(run: str) -> list[psutil.Process]:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    # A shell turns Ctrl-C off for what it runs in the background, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not xdist.is_xdist_worker(session):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` leaves nothing either
         os.environ[MARK] = uuid.uuid4().hex
 
 
@@ -134,7 +131,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """End what the processes of an interrupted suite could not."""
     if not xdist.is_xdist_worker(session):
         for process in marked(os.environ.pop(MARK)):
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.fixture(autouse=True)
