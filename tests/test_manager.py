@@ -13,7 +13,13 @@ import pytest
 from conftest import eventually
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
-from kitty_nb.errors import KittyError, ServerCrashedError, StartCancelledError, WaitTimeoutError
+from kitty_nb.errors import (
+    ConfigError,
+    KittyError,
+    ServerCrashedError,
+    StartCancelledError,
+    WaitTimeoutError,
+)
 from kitty_nb.supervisor.events import Event, StateChanged
 
 
@@ -126,6 +132,16 @@ asyncio.run(cell())
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.stdout.strip(), done.stderr) == ("seen", "")
+
+
+def test_a_wrong_model_is_told_before_there_is_a_process(config: ServerConfig) -> None:
+    wrong = config.replace(model="nowhere.gguf")
+    with ModelManager(config=wrong) as manager:
+        with pytest.raises(ConfigError, match=r"model='nowhere.gguf': There is no such file"):
+            manager.start().wait(30)
+        with pytest.raises(ConfigError, match="does not end in"):
+            manager.switch_model("nothing").wait(30)
+        assert manager.state.status is ServerStatus.STOPPED
 
 
 def test_a_wait_ends_in_time_and_the_work_goes_on(endless: ModelManager) -> None:

@@ -47,32 +47,42 @@ def describe(path: Path, roots: Sequence[Path]) -> Model | None:
     found = [FoundFile(shard, signature_of(shard)) for shard in shards]
     if len(found) > 1:
         found = [file for file in found if file.signature] or found[:1]
-    parts = _beside(path, roots)
+    parts = _beside(_folders_with_projectors(path, roots))
     parts |= {file.path: Part(file, read_facts(file.path)) for file in found}
     listed = rows(parts.values(), roots[0] if roots else path.parent, time.time())
     row = next(row for row in listed if row.path == shards[0])
     return row if row.kind is Kind.MODEL else None
 
 
-def _beside(path: Path, roots: Sequence[Path]) -> dict[Path, Part]:
-    """What lies in the folders that may have a model's projector, if there is one.
+def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
+    """Find the projector for images or sound that goes with a model; None where there is none.
 
-    These are its own and, in a root, the one above. Of all but projectors the name is enough.
+    Headers are read only if there is a projector nearby.
     """
-    above = path.parent.parent
-    in_root = any(above.is_relative_to(root) for root in roots)
+    model = describe(path, roots) if _folders_with_projectors(path, roots) else None
+    return model.projector if model else None
+
+
+def _folders_with_projectors(path: Path, roots: Sequence[Path]) -> list[Path]:
+    """Those of the model's own folder and, in a root, the one above that hold a projector."""
+    own, above = path.parent, path.parent.parent
+    folders = [own, above] if any(above.is_relative_to(root) for root in roots) else [own]
+    return [folder for folder in folders if any(map(is_projector_name, _gguf_files(folder)))]
+
+
+def _beside(folders: Iterable[Path]) -> dict[Path, Part]:
+    """Projectors with what they say; of all else the name is enough."""
     parts: dict[Path, Part] = {}
-    for folder in [path.parent, above] if in_root else [path.parent]:
-        if any(is_projector_name(Path(name)) for name in _names(folder)):
-            for file in find_files(folder):
-                known = is_projector_name(file.path) and file.signature
-                parts[file.path] = Part(file, read_facts(file.path) if known else None)
+    for folder in folders:
+        for file in find_files(folder):
+            known = is_projector_name(file.path) and file.signature
+            parts[file.path] = Part(file, read_facts(file.path) if known else None)
     return parts
 
 
-def _names(folder: Path) -> list[str]:
+def _gguf_files(folder: Path) -> list[Path]:
     try:
-        return [name for name in os.listdir(folder) if name.lower().endswith(".gguf")]  # noqa: PTH208 - no object for each name
+        return [path for path in folder.iterdir() if path.suffix.lower() == ".gguf"]
     except OSError:
         return []
 

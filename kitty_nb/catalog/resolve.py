@@ -9,7 +9,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING
 
-from kitty_nb.catalog.catalog import describe
+from kitty_nb.catalog.catalog import find_projector
 from kitty_nb.catalog.gguf import named_quantization
 from kitty_nb.catalog.model import ShardName, missing_shards, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
@@ -83,10 +83,8 @@ def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
         return None
     if config.mmproj:
         return config.mmproj
-    if kept:
-        return kept.projector
-    model = describe(config.model, [store.path for store in model_stores(config)])
-    return model.projector if model else None
+    roots = [store.path for store in model_stores(config)]
+    return kept.projector if kept else find_projector(config.model, roots)
 
 
 def _what_is_wrong(

@@ -1,6 +1,5 @@
 """`.env` text becomes a validated, frozen `ServerConfig`, one per profile."""
 
-from kitty_nb.config.env_file import SavedEnv
 from kitty_nb.config.profiles import (
     configured_profiles,
     env_lines,
@@ -10,7 +9,6 @@ from kitty_nb.config.profiles import (
 )
 from kitty_nb.config.server_config import (
     SHOW_SECRETS,
-    Env,
     FlashAttention,
     OnKernelExit,
     Secret,
@@ -33,10 +31,8 @@ __all__ = [
     "FLAG_PREFIX",
     "PROJECTOR",
     "SHOW_SECRETS",
-    "Env",
     "FlashAttention",
     "OnKernelExit",
-    "SavedEnv",
     "Secret",
     "ServerConfig",
     "choose_api_key",
