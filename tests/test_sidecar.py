@@ -93,6 +93,32 @@ def test_a_sidecar_that_is_killed_is_replaced(
     assert sidecars(config) == []
 
 
+GUARDED = """
+import subprocess, sys, time
+from pathlib import Path
+from kitty_nb import ServerConfig
+from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.sidecar import Sidecar
+config = ServerConfig(log_dir=sys.argv[1])
+sidecar = Sidecar(config, Path(sys.argv[1]) / "server.json", guards=True)
+server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+                          stdout=subprocess.DEVNULL, start_new_session=True)
+process = ServerProcess(server.pid, None)
+sidecar.watch(process, 0)
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_sidecar_whose_folder_is_gone_still_ends_the_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GUARDED, str(tmp_path / "gone")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kernel:
+        assert kernel.stdout
+        pid = int(kernel.stdout.readline())
+        kernel.kill()
+    eventually(lambda: not runs(pid), within=30)
+
+
 def test_an_unused_server_is_stopped_without_a_notebook(
     misbehaving: Callable[..., ServerConfig],
 ) -> None:
