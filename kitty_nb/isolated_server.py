@@ -1,7 +1,7 @@
 """The waist between experiments and the rooms below: a server of one's own, and facts about it.
 
-Experiments import the package's public names, `kitty_nb.errors`, `kitty_nb.config`, what
-`kitty_nb.catalog` exports, and this module. `isolated_server` serves a `ServerConfig` beside
+Experiments import the manager and the client, `kitty_nb.errors`, `kitty_nb.config`,
+`kitty_nb.catalog` and this module. `isolated_server` serves a `ServerConfig` beside
 whatever else runs, and is certain to end its server.
 """
 

@@ -149,7 +149,7 @@ def replay(
     progress: deque[LoadProgress] = deque(maxlen=1)
 
     async def repeat() -> Comparison:
-        own = await run_sync(_own_settings, record, here)
+        own = _own_settings(record, here)
         asked = await (_with_model(own, model) if model else _find(record, own))
         async with isolated_server(asked, anyway=True, on_progress=progress.append) as server:
             exchanges = await ask(server.access, (one.request for one in record.exchanges))
