@@ -1,4 +1,4 @@
-"""How soon a server answers after a command, and how soon `status` tells of it.
+"""Seconds from `kitty-nb start` to the first answer, and of `kitty-nb status`.
 
 Every figure stands beside its yardstick in one run: `python -m benchmarks.first_answer
 [--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model of 1 MB.
@@ -47,7 +47,7 @@ def main() -> None:
         def kitty(*words: str) -> list[str]:
             return [sys.executable, "-m", "kitty_nb.cli", *words, "--env", str(env)]
 
-        _run(kitty("start"))  # what is remembered from one start to the next is there
+        _run(kitty("start"))  # fills the caches that later starts use
         _run(kitty("stop"))
         for _ in range(_RUNS):
             note("python -c pass", _run([sys.executable, "-c", "pass"]))
@@ -70,7 +70,7 @@ def _run(command: Sequence[str]) -> float:
 
 
 def _first_200(command: Sequence[str], port: int) -> float:
-    """Seconds from a command to the first 200; what was started directly is ended then."""
+    """Seconds from a command to the first 200; a bare engine is ended then."""
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not _answers(port):
