@@ -66,6 +66,7 @@ def runnable(page: Path) -> list[Example]:
     return [one for one in examples(page, "python", "console") if not one.why_not]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "page",
     [
@@ -98,7 +99,7 @@ def test_the_examples_of_a_page_run_one_after_the_other(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stderr
