@@ -5,7 +5,6 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import shutil
 import stat
 import tempfile
 from contextlib import suppress
@@ -33,15 +32,12 @@ def user_folder(find: Callable[[str], Path]) -> Path:
         return NO_HOME
 
 
-def write_atomic(
-    file: Path, content: bytes, *, like: Path | None = None, durable: bool = True
-) -> None:
+def write_atomic(file: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file whole or not at all, for its owner alone.
 
     Args:
         file: The file.
         content: All of it.
-        like: A file whose permissions it gets instead.
         durable: Whether it must survive a power cut; a disk takes a while to promise that.
 
     Raises:
@@ -54,9 +50,6 @@ def write_atomic(
             if durable:
                 written.flush()
                 os.fsync(written.fileno())
-        if like:
-            with suppress(FileNotFoundError):
-                shutil.copymode(like, name)
         Path(name).replace(file)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from kitty_nb.catalog.gguf import LARGEST, TENSOR_TYPES, read_contents
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path, PurePath
 
     from kitty_nb.catalog.gguf import GgufHeader, GgufLayout, Tensor
@@ -66,6 +66,12 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 def missing_shards(path: Path) -> tuple[Path, ...]:
     """List the files of the model that `path` belongs to which are not there, first to last."""
     return tuple(shard for shard in shard_paths(path) if _size(shard) is None)
+
+
+def name_some(names: Sequence[str], most: int = 3) -> str:
+    """Name the first of some things, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def total_size(path: Path) -> int:

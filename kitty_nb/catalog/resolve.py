@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.catalog import find_projector
 from kitty_nb.catalog.gguf import named_quantization
-from kitty_nb.catalog.model import ShardName, missing_shards, shard_paths
+from kitty_nb.catalog.model import ShardName, missing_shards, name_some, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
 from kitty_nb.config import PROJECTOR, load_lenient
 from kitty_nb.errors import ConfigError, Problem
@@ -122,11 +122,9 @@ def _wrong_shard(path: Path, models_dir: Path) -> tuple[str, str] | None:
         reason = f"It is shard {shard.number} of {shard.count}; a model is named by its first."
         return reason, f"Write {_relative(shards[0], models_dir)}."
     if missing := missing_shards(path):
-        names = ", ".join(p.name for p in missing[:_SHOWN])
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        names = name_some([each.name for each in missing], _SHOWN)
         return (
-            f"{len(missing)} of its {len(shards)} shards are missing from {path.parent}: "
-            f"{names}{more}.",
+            f"{len(missing)} of its {len(shards)} shards are missing from {path.parent}: {names}.",
             "Download the missing files beside the others.",
         )
     return None
@@ -180,8 +178,7 @@ def _names(models_dir: Path) -> list[str]:
 def _listed(names: list[str], models_dir: Path) -> str:
     if not names:
         return f"There are no models in {models_dir}."
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"Models in {models_dir}: {', '.join(names[:_SHOWN])}{more}."
+    return f"Models in {models_dir}: {name_some(names, _SHOWN)}."
 
 
 def _download_commands(value: str, models_dir: Path) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from kitty_nb.catalog.gguf import TENSOR_TYPES, named_quantization, stored_quantization
-from kitty_nb.catalog.model import FileFacts, Kind, Modality, Model, ShardName
+from kitty_nb.catalog.model import FileFacts, Kind, Modality, Model, ShardName, name_some
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -186,7 +186,6 @@ def plain_name(name: str) -> str:
     return _SEPARATORS.sub("-", name.casefold()).strip("-")
 
 
-_NAMED_MISSING = 3
 _JUST_NOW = 120  # seconds in which a download that still runs has written something
 _WHEN_COMPLETE = "Start it when it is complete."
 
@@ -369,18 +368,14 @@ def _misfit(group: Sequence[Part], path: Path, count: int) -> str | None:
 
 
 def _incomplete(missing: Sequence[str], count: int, folder: Path) -> str:
-    named = ", ".join(missing[:_NAMED_MISSING])
-    more = f" and {len(missing) - _NAMED_MISSING} more" if len(missing) > _NAMED_MISSING else ""
-    return (
-        f"{len(missing)} of {count} shards are missing: {named}{more}. Download them into {folder}."
-    )
+    named = name_some(missing)
+    return f"{len(missing)} of {count} shards are missing: {named}. Download them into {folder}."
 
 
 def _misnamed(path: Path, count: int, numbers: Sequence[int]) -> str:
     gone = sorted({*range(count)} - {*numbers})
-    lacking = ", ".join(f"{number + 1:05d}" for number in gone[:_NAMED_MISSING])
-    more = f" and {len(gone) - _NAMED_MISSING} more" if len(gone) > _NAMED_MISSING else ""
-    without = f" Missing are {lacking}{more}: download them." if len(numbers) > 1 and gone else ""
+    lacking = name_some([f"{number + 1:05d}" for number in gone])
+    without = f" Missing are {lacking}: download them." if len(numbers) > 1 and gone else ""
     return (
         f"{path} is a shard of a model in {count} files, but its name does not say so. "
         f"Give all of them back their names, from …-00001-of-{count:05d}.gguf on.{without}"
