@@ -319,10 +319,16 @@ CLOCK = [
 ]
 
 
+# Their waits are replayed on a faster clock in test_fast_histories.py.
+SLOW = {"SIGSTOP while loading", "SIGSTOP while ready", "it never becomes ready"}
+
+
 @pytest.mark.parametrize(
     "fault",
-    [*DEATHS, *HANGS, *KERNEL, *CLOCK],
-    ids=lambda fault: fault.name,
+    [
+        pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (fault.name in SLOW))
+        for fault in (*DEATHS, *HANGS, *KERNEL, *CLOCK)
+    ],
 )
 def test_what_happens_to_a_server_is_told_as_it_is(
     fault: Fault, config: ServerConfig, tmp_path: Path, stand_in: Path

@@ -243,26 +243,7 @@ def test_a_restart_can_be_called_off(misbehaving: Misbehaving) -> None:
     assert statuses(events)[-2:] == ["RESTARTING", "STOPPED"]
 
 
-def test_the_count_never_exceeds_its_highest_and_the_load_goes_on(
-    misbehaving: Misbehaving,
-) -> None:
-    counts: list[int] = []
-
-    def counted(_: HealthCheckResult, attempt: int, highest: int) -> None:
-        assert highest == 2
-        counts.append(attempt)
-
-    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
-        await supervisor.start(on_progress=counted)
-
-    config = misbehaving("--load-seconds", "3.5", health_max_attempts=2)
-    events = supervised(config, scenario)
-    assert len(counts) >= 4
-    assert max(counts) == 2
-    said = [event.message for event in events if isinstance(event, Activity)]
-    assert any(re.fullmatch(r"Loading model… \(3s elapsed\)", line) for line in said)
-
-
+@pytest.mark.slow
 def test_a_server_that_works_without_a_word_has_not_stalled(misbehaving: Misbehaving) -> None:
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
         await supervisor.start()

@@ -498,7 +498,8 @@ class Supervisor:
             self._changed = anyio.Event()
 
     def _retry(self) -> str:
-        delay, most = self.state.retry_in or 0.0, self._now.config.restart_max
+        delay = max(0.0, (self._now.retry_at or 0.0) - self._clock())
+        most = self._now.config.restart_max
         return f"Restarting in {delay:.0f} s ({self._now.crashes} of {most})."
 
     def _begin(
