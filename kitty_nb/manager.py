@@ -332,10 +332,6 @@ class ModelManager:
         """See `Supervisor.preview_memory`. `on_preview` is called on the manager's thread."""
         return self.run(self._supervisor.preview_memory, config, on_preview)
 
-    def refusal(self, config: ServerConfig | None = None) -> Operation[str]:
-        """See `Supervisor.refusal`."""
-        return self.run(self._supervisor.refusal, config)
-
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
         return self._supervisor.subscribe(callback)

@@ -154,7 +154,7 @@ def test_a_process_that_does_not_listen_is_no_ready_server(config: ServerConfig)
         assert find_server(config) == loading
         write_record(loading.model_copy(update={"ready": time.monotonic()}))
         assert find_server(config) is None
-        assert "has started" in (who_owns(config, locked=True) or "")
+        assert "is already served by" in (who_owns(config, locked=True) or "")
         process.communicate(b"\n")
     assert who_owns(config, locked=True) is None
 

@@ -250,7 +250,7 @@ STATE = [
     Fault("record whose pid is another's", READY, "Server starting", before=reused_pid),
     Fault("record of before the reboot", READY, "Server starting", before=record_of_another_boot),
     Fault("lock whose holder was killed", READY, "Server starting", before=stale_lock),
-    Fault("lock that another program holds", FAILED, "Another program", before=held_lock),
+    Fault("lock that another program holds", FAILED, "started elsewhere", before=held_lock),
     Fault("damaged history", READY, "history of loads, .* is da", before=damaged_history),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,8 +178,7 @@ def last_failure(config: ServerConfig) -> str | None:
 def profile_lock(config: ServerConfig) -> Iterator[bool]:
     """Hold the right to start this profile's server; yields False where another has it.
 
-    The system frees it when its holder ends, in whatever way, so it cannot become stale. The file
-    holds the process id of who had it last.
+    The system frees it when its holder ends, in whatever way, so it cannot become stale.
 
     Raises:
         ServerFailedError: When others can write to the folder.
@@ -194,9 +192,6 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             yield True
 
 
@@ -209,33 +204,15 @@ def who_owns(config: ServerConfig, locked: bool) -> str | None:
         config: Settings of the profile.
         locked: Whether we hold the profile's lock ourselves.
     """
-    profile = f"the server of the profile {config.profile!r}"
     record = read_record(config)
     if record and process_of(record):
-        server = _name(record.pid) or "it"
-        return f"Another program has started {profile}: {server} (PID {record.pid}) runs"
+        with suppress(psutil.Error):
+            server = f"{psutil.Process(record.pid).name()} (PID {record.pid})"
+            return f"Profile {config.profile!r} is already served by {server}, started elsewhere"
     if locked:
         return None
-    pid = _last_holder(config)
-    if pid == os.getpid():
-        return f"Another panel or manager of this program (PID {pid}) is starting {profile}"
-    starter = _name(pid) if pid else None
-    who = f"Another program, {starter} (PID {pid})," if starter else "Another program"
-    return f"{who} is starting {profile}"
+    return f"Profile {config.profile!r} is being started elsewhere, by another program or panel"
 
 
 def _lock_path(config: ServerConfig) -> Path:
     return config.log_dir / f"{config.profile}.lock"
-
-
-def _last_holder(config: ServerConfig) -> int | None:
-    with suppress(OSError, ValueError):
-        return int(_lock_path(config).read_text())
-    return None
-
-
-def _name(pid: int) -> str | None:
-    try:
-        return psutil.Process(pid).name()
-    except psutil.Error:
-        return None

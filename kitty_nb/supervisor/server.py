@@ -18,6 +18,7 @@ from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.devices import device_names, remote_machines
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import KittyError, PortBusyError
+from kitty_nb.supervisor import lifecycle
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
     Activity,
@@ -33,15 +34,6 @@ from kitty_nb.supervisor.forecast import offloads
 from kitty_nb.supervisor.health import FIRST_ANSWER, HealthProbe, HealthReporter, Identity
 from kitty_nb.supervisor.history import Outcome
 from kitty_nb.supervisor.launch import Launched, launch, start_sidecar
-from kitty_nb.supervisor.lifecycle import (
-    BecameReady,
-    Exited,
-    GaveUp,
-    LoadBegan,
-    Refused,
-    Report,
-    Spawned,
-)
 from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
 from kitty_nb.supervisor.log import LogTail, readable
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of
@@ -66,7 +58,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
 
-    Emit = Callable[[Event | Report | HealthCheckResult], None]
+    Emit = Callable[[Event | lifecycle.Report | HealthCheckResult], None]
 
 # Seconds between two looks at the log.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1
@@ -287,7 +279,7 @@ class Server:
         cause = (
             diagnose_launch(error, self._config.log_dir) if isinstance(error, OSError) else error
         )
-        refused = Refused(self._generation, str(cause))
+        refused = lifecycle.Refused(self._generation, str(cause))
         if not await anyio.to_thread.run_sync(find_server, self._config):
             note_failure(self._config, refused.reason)
         if isinstance(error, PortBusyError):
@@ -300,7 +292,7 @@ class Server:
         self.probe.process = self._process
         self._log = LogTail(self._config.log_path)
         self._meter.enter_stage(Stage.STARTING, self._elapsed())
-        self._emit(Spawned(self._generation, self._process.pid))
+        self._emit(lifecycle.Spawned(self._generation, self._process.pid))
         self._tasks.start_soon(self._wait, self._process)
         for task in (self._ask_health, self._tend_sidecar, self._name_devices):
             self._tasks.start_soon(task)
@@ -436,13 +428,13 @@ class Server:
         """Act on another status; return what the load has taken by then, in seconds."""
         if status is ServerStatus.LOADING:
             self._meter.enter_stage(Stage.LOADING, elapsed)
-            self._emit(LoadBegan(self._generation))
+            self._emit(lifecycle.LoadBegan(self._generation))
             self._tasks.start_soon(self.probe.find_listener)
         elif status is ServerStatus.READY:
             self.was_ready = True
             since, elapsed = self._note_ready(elapsed)
             self._meter.enter_stage(Stage.READY, elapsed)
-            self._emit(BecameReady(self._generation, since))
+            self._emit(lifecycle.BecameReady(self._generation, since))
             self._emit(ProgressMade(self._meter.progress(elapsed)))
             if usage := self._process.usage() if self._process else None:
                 self._meter.measure(usage, elapsed)  # what came since the last look counts
@@ -569,14 +561,14 @@ class Server:
 
     def _give_up(self, reason: str) -> None:
         self._outcome, self._failure = Outcome.FAILED, reason
-        self._emit(GaveUp(self._generation, reason))
+        self._emit(lifecycle.GaveUp(self._generation, reason))
 
     def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> None:
         failure = self._failure or (None if asked else reason)
         if failure and not (self._found and last_failure(self._config)):
             note_failure(self._config, failure)
         self._over = True
-        self._emit(Exited(self._generation, reason, self._clock(), repeats, asked))
+        self._emit(lifecycle.Exited(self._generation, reason, self._clock(), repeats, asked))
 
     def _elapsed(self) -> float:
         return self._clock() - self._began

@@ -337,14 +337,6 @@ class Supervisor:
             _PREVIEW_PAUSE,
         )
 
-    async def refusal(self, config: ServerConfig | None = None) -> str:
-        """Say why a model will not fit into memory, as `preview_memory` has it; empty where it may.
-
-        Args:
-            config: What would be started in place of the present server; without it that again.
-        """
-        return await self._forecaster.why_not(config or self._now.wanted, self._running)
-
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""
         return self._broadcast.stream()
@@ -373,10 +365,8 @@ class Supervisor:
         stops = self._stops
         async with self._turn:
             config = await self._checked(config, changes or {})
-            if not (anyway or self._serves(wish, config)) and (
-                reason := await self.refusal(config)
-            ):
-                raise WillNotFitError(reason)
+            if not (anyway or self._serves(wish, config)):
+                await self._check_memory(config)
             if stops != self._stops:  # asked for later, though there was nothing yet to stop
                 raise StartCancelledError(_STOPPED)
             self._feed(wish(config))
@@ -398,6 +388,10 @@ class Supervisor:
         finally:
             unsubscribe()
         return self._outcome(generation)
+
+    async def _check_memory(self, config: ServerConfig) -> None:
+        if reason := await self._forecaster.why_not(config, self._running):
+            raise WillNotFitError(reason)
 
     def _serves(self, wish: type[StartAsked | RestartAsked], config: ServerConfig) -> bool:
         """Tell whether a server with these settings runs already and is to be left alone."""
