@@ -57,7 +57,7 @@ class Stage(Enum):
 
     @property
     def label(self) -> str:
-        """What to call it."""
+        """Its name for people."""
         return self.value
 
 
@@ -288,7 +288,7 @@ _log = logging.getLogger(__name__)
 
 
 class Broadcast(Generic[E]):
-    """Calls all subscribers with each event, on the thread that tells it."""
+    """Calls all subscribers with each event, on the thread that publishes it."""
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[E], object]] = []
@@ -298,16 +298,16 @@ class Broadcast(Generic[E]):
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
-    def tell(self, event: E) -> None:
-        """Hand an event on. What a subscriber raises is logged."""
+    def publish(self, event: E) -> None:
+        """Call the subscribers. What one of them raises is logged."""
         for callback in tuple(self._subscribers):
             try:
                 callback(event)
             except Exception:  # noqa: BLE001 (whatever a user's callback raises)
-                _log.exception("A subscriber failed; what it was told of goes on.")
+                _log.exception("A subscriber of events failed.")
 
     async def stream(self) -> AsyncGenerator[E, None]:
-        """Yield what is told from now on. A reader too far behind loses the newest events."""
+        """Yield what is published from now on. A reader too far behind loses the newest events."""
         send, receive = anyio.create_memory_object_stream[E](_HELD)
 
         def offer(event: E) -> None:

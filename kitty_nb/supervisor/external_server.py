@@ -95,7 +95,7 @@ class ExternalServer:
 
     async def run(self) -> None:
         """Watch it. When it ends, or is let go, it has stopped as far as we are concerned."""
-        self._say(f"Attached to {self.owner.who}, which was not started here.")
+        self._notify(f"Attached to {self.owner.who}, which was not started here.")
         try:
             with self._watching:
                 async with anyio.create_task_group() as tasks:
@@ -109,7 +109,7 @@ class ExternalServer:
                 async with self._turn:
                     await self.probe.aclose()
         going = "let go; it runs on" if self._watching.cancel_called else "has ended"
-        self._say(f"{self.owner.who}: {going}.")
+        self._notify(f"{self.owner.who}: {going}.")
         self._emit(Exited(self._generation, going, time.monotonic(), asked=True))
 
     async def _watch(self, process: psutil.Process, tasks: TaskGroup) -> None:
@@ -229,13 +229,13 @@ class ExternalServer:
                     tasks.start_soon(self._follow, name)
                 elif status == _UNLOADED and before.get(name, status) not in _NOT_THERE:
                     self._emit(RouterLoad(name, None))
-                    self._say(f"The router has unloaded {name}.")
+                    self._notify(f"The router has unloaded {name}.")
             before = models or before
             await anyio.sleep(_ASK_ROUTER_EVERY)
 
     async def _follow(self, name: str) -> None:
         """Show one load, by what its child has in memory and by the history of loads."""
-        self._say(f"The router loads {name}.")
+        self._notify(f"The router loads {name}.")
         child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
         began = time.monotonic() - (child.age if child else 0.0)
         meter = LoadMeter()
@@ -246,7 +246,7 @@ class ExternalServer:
         config = self._config.model_copy(update={"model": None, **known_by})
         whole = child is not None and child.age < _WHOLE
         recorder = LoadRecorder(
-            config, meter, lambda text: self._say(text, Level.WARNING), whole=whole
+            config, meter, lambda text: self._notify(text, Level.WARNING), whole=whole
         )
         await recorder.forecast()
         status, ask_at = _LOADING, 0.0
@@ -268,17 +268,17 @@ class ExternalServer:
             meter.enter_stage(Stage.READY, elapsed)
             await self._look(name)
             self._show(name, meter, elapsed, 0.0)
-            self._say(f"The router has loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
+            self._notify(f"The router has loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:
             self._emit(RouterLoad(name, None))
-            self._say(f"The router has not loaded {name}. Its own log says why.", Level.WARNING)
+            self._notify(f"The router has not loaded {name}. Its own log says why.", Level.WARNING)
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
 
     def _show(self, name: str, meter: LoadMeter, elapsed: float, lasting: float) -> None:
         if name == next(reversed(self._followed), name):  # of several, the latest
             self._emit(RouterLoad(name, meter.progress(elapsed, lasting)))
 
-    def _say(self, message: str, level: Level = Level.INFO) -> None:
+    def _notify(self, message: str, level: Level = Level.INFO) -> None:
         self._emit(Activity.now(message, level))
 
 

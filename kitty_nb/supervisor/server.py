@@ -152,7 +152,10 @@ class Server:
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._meter = LoadMeter()
         self._recorder = LoadRecorder(
-            config, self._meter, lambda text: self._say(text, Level.WARNING), whole=found is None
+            config,
+            self._meter,
+            lambda text: self._notify(text, Level.WARNING),
+            whole=found is None,
         )
         self._foreseen = False
         self._devices: tuple[str, ...] | None = None
@@ -235,9 +238,9 @@ class Server:
 
     async def _launch(self) -> None:
         config = self._config
-        self._say("Server starting…")
+        self._notify("Server starting…")
         if not config.local_only:
-            self._say(
+            self._notify(
                 f"The server will be open to the network ({config.host}). Set"
                 " LLAMACPP_HOST=127.0.0.1 to keep it to this machine.",
                 Level.WARNING,
@@ -251,7 +254,7 @@ class Server:
                 engine = await locate_engine(config.binary)
                 self._recorder.set_engine(engine)
                 item = await launch(
-                    config, engine, self.api_key, self._began, self._say, self._processes
+                    config, engine, self.api_key, self._began, self._notify, self._processes
                 )
         except (KittyError, OSError) as error:
             item = _NotLaunched(error)
@@ -263,7 +266,7 @@ class Server:
         if process is None:
             self._send(_NotLaunched())
             return
-        self._say(f"Found a running server (PID {process.pid}).")
+        self._notify(f"Found a running server (PID {process.pid}).")
         if self._record.ready is None:
             self._meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
         ends_with_kernel = self._config.on_kernel_exit is OnKernelExit.STOP
@@ -373,7 +376,7 @@ class Server:
         if result.status is not ServerStatus.READY:
             return result
         if self._answered is None:
-            if doubt := await self._doubt():
+            if doubt := await self._verify_identity():
                 return replace(result, status=ServerStatus.STARTING, message=doubt)
             self._answered = anyio.Event()
             tasks.start_soon(self._prove, self._answered)
@@ -383,7 +386,7 @@ class Server:
             return result
         return replace(result, status=ServerStatus.LOADING, message=FIRST_ANSWER)
 
-    async def _doubt(self) -> str | None:
+    async def _verify_identity(self) -> str | None:
         """Why what answers on our port is not our server, in words; None when it is."""
         if not await self.probe.find_listener():
             owner = await self._port_owner()
@@ -452,7 +455,7 @@ class Server:
             try:
                 write_record(self._record)
             except OSError as error:
-                self._say(
+                self._notify(
                     f"{self._config.log_dir} cannot be written ({error.strerror}): another kernel"
                     " will not know since when this server is ready. Make room or give permission.",
                     Level.WARNING,
@@ -573,5 +576,5 @@ class Server:
     def _elapsed(self) -> float:
         return self._clock() - self._began
 
-    def _say(self, message: str, level: Level = Level.INFO) -> None:
+    def _notify(self, message: str, level: Level = Level.INFO) -> None:
         self._emit(Activity.now(message, level))

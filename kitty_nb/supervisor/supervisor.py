@@ -505,7 +505,7 @@ class Supervisor:
         self._health = None
         self._log_lines.clear()
         if isinstance(found, PortOwner):
-            self._server = ExternalServer(generation, config, found, self._hear)
+            self._server = ExternalServer(generation, config, found, self._on_fact)
             self._begin_task(self._server.run)
             return
         if self._leaving:
@@ -515,7 +515,7 @@ class Supervisor:
             generation,
             config,
             key,
-            self._hear,
+            self._on_fact,
             found,
             clock=self._clock,
             process=self._processes,
@@ -572,7 +572,7 @@ class Supervisor:
         if message:
             self._publish(Activity.now(message, level))
 
-    def _hear(self, fact: Event | Report | HealthCheckResult) -> None:
+    def _on_fact(self, fact: Event | Report | HealthCheckResult) -> None:
         """Take in what a server reports."""
         if isinstance(fact, HealthCheckResult):
             self._health = fact
@@ -585,4 +585,4 @@ class Supervisor:
     def _publish(self, event: Event) -> None:
         if isinstance(event, LogLines):
             self._log_lines.extend(event.lines)
-        self._broadcast.tell(event)
+        self._broadcast.publish(event)
