@@ -295,7 +295,7 @@ LOG = [
     Fault(
         "log emptied while ready",
         READY,
-        "log was emptied",
+        "log was rotated",
         flags=("--chatter", "100"),
         at=READY,
         strike=empty_log,
