@@ -33,7 +33,7 @@ _CERTAIN = 1e6  # added to a token's logit, so that it is taken whatever the oth
 _LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no vocabulary has more
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
 
-_Piece = str | list[int]  # of a text; its bytes where they are no whole characters
+_Piece = str | list[int]  # the text of a token, or its bytes where a character is split
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,8 @@ class BenchmarkClient:
     async def _likelihood(self, before: list[int], token: int, piece: _Piece) -> float:
         """Return the log-probability of the next token.
 
-        A server tells that of the token it takes, so it is made to take this one; a request each,
-        because it tells nothing of tokens that it speculates on. Nor does it of a part of a
+        A server reports that of the token it takes, so it is made to take this one; a request
+        each, because it reports nothing of tokens that it speculates on, nor of a part of a
         character: that is looked up among all tokens while a whole one is taken.
         """
         taken, counts = token, [1]
@@ -184,8 +184,8 @@ class BenchmarkClient:
         )
         return {
             one["id"]: one["logprob"]
-            for told in body.get("completion_probabilities", ())
-            for one in (told, *told.get("top_logprobs", ()))
+            for token in body.get("completion_probabilities", ())
+            for one in (token, *token.get("top_logprobs", ()))
             if {"id", "logprob"} <= one.keys()
         }
 
@@ -203,7 +203,7 @@ class BenchmarkClient:
             return prompt
         once, twice = [len(await self._tokens(t)) for t in (prompt, f"{prompt} {prompt}")]
         size, templated = twice - once, len(await self._tokens(await self._templated(prompt)))
-        if size < 1:  # this build does not tell
+        if size < 1:  # this build does not tokenize
             return prompt
         room = context // workload.levels[-1] - workload.max_tokens - (templated - size)
         return " ".join([prompt] * max(1, min(math.ceil(workload.fill / size), room // size)))
