@@ -32,14 +32,8 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
 )
 from kitty_nb.widgets import SweepPanel
-from kitty_nb.widgets.sweep_panel import (
-    SweepStatus,
-    bundle,
-    columns,
-    draw_table,
-    figure,
-    status_of,
-)
+from kitty_nb.widgets.sweep_panel import SweepStatus, bundle, status_of
+from kitty_nb.widgets.sweep_table import columns, draw_table, figure
 
 WAIT = 120.0
 GRID = {"threads": [1, 2], "cache_type_k": ["f16", "q8_0"]}

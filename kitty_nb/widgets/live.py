@@ -36,6 +36,7 @@ class LiveView:
         draw: Writes the widgets.
         show_error: Shows a sentence: drawing has failed, and ends.
         tick: Returns the seconds until something changes by itself, such as a clock.
+        pause: Seconds between two drawings at least.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class LiveView:
         draw: Callable[[], object],
         show_error: Callable[[str], object],
         tick: Callable[[], float],
+        pause: float = _DRAW_EVERY,
     ) -> None:
         self._subscribe, self._draw = subscribe, draw
-        self._show_error, self._tick = show_error, tick
+        self._show_error, self._tick, self._pause = show_error, tick, pause
         self._jobs: deque[Callable[[], object]] = deque()
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -55,6 +57,11 @@ class LiveView:
     def start(self, run: Callable[[Callable[[], Coroutine[Any, Any, None]]], Task]) -> None:
         """Begin to draw, on the loop where `run` runs a coroutine function."""
         self._task = run(self._run)
+
+    @property
+    def drawing(self) -> bool:
+        """Whether it has been started, and its loop has not ended."""
+        return self._task is not None
 
     def wake(self) -> None:
         """Draw soon; callable from any thread."""
@@ -85,7 +92,7 @@ class LiveView:
                 while self._jobs:
                     await anyio.to_thread.run_sync(self._jobs.popleft())
                 self._draw()
-                await anyio.sleep(_DRAW_EVERY)
+                await anyio.sleep(self._pause)
                 with anyio.move_on_after(self._tick()):
                     await self._changed.wait()
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
@@ -94,4 +101,5 @@ class LiveView:
         finally:
             unsubscribe()
             if self._task:
+                self._task = None
                 self._draw()  # the loop ends, and the widgets stay

@@ -81,9 +81,15 @@ def config_to_start(env: str | Path, profile: str) -> ServerConfig | None:
 
 def succeed(panel: T, *key: Hashable) -> T | None:
     """Return the earlier panel of a kind and key, whose cell is run again; remember this one."""
-    named = type(panel).__name__, key  # its class may be its own: traits are added to instances
-    earlier, _panels[named] = _panels.get(named), panel
+    earlier: T | None = newest(type(panel), *key)
+    _panels[type(panel).__name__, key] = panel
     return earlier
+
+
+def newest(kind: type[T], *key: Hashable) -> T | None:
+    """Return the panel of a kind and key whose cell ran last."""
+    # By name: where traits are added to an instance, it gets a class of its own.
+    return _panels.get((kind.__name__, key))
 
 
 def _key(env: str | Path, profile: str) -> Key:

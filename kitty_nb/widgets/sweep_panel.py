@@ -7,17 +7,13 @@ import threading
 from collections import Counter
 from enum import StrEnum
 from html import escape
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakSet, WeakValueDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from anywidget import AnyWidget
 from ipywidgets import HTML, Button, Dropdown, HBox, VBox
-from rich.filesize import decimal
-from traitlets import Unicode
 
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments import Outcome, Perplexity, Results, Sweep
+from kitty_nb.experiments import Outcome, Results, Sweep
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.space import FIELDS
 from kitty_nb.experiments.trial import (
@@ -28,35 +24,32 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
 )
 from kitty_nb.supervisor.events import ServerStatus, Stage
+from kitty_nb.widgets import session
 from kitty_nb.widgets.display import (
     Accessible,
     Notice,
-    asset,
     explain,
     receive_while_busy,
     still,
     tree,
 )
+from kitty_nb.widgets.live import LiveView
 from kitty_nb.widgets.load_bar import LoadBar, duration
+from kitty_nb.widgets.sweep_table import SweepTable, columns, draw_table, model_name, word
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Coroutine, Mapping
+    from concurrent.futures import Future
 
-    from kitty_nb.experiments import Combination, SweepProgress, Trial, Workload
-    from kitty_nb.experiments.metrics import Spread
-    from kitty_nb.experiments.trial import Value
+    from kitty_nb.experiments import Combination, SweepProgress, Trial
     from kitty_nb.supervisor.events import LoadProgress
     from kitty_nb.widgets.control_panel import ControlPanel
 
-# Seconds. A refresh sends about eight messages at most, so a control panel beside this one still
+# Seconds. A drawing sends about eight messages at most, so a control panel beside this one still
 # has its share of what jupyter_server lets through, and the trials are left in peace.
-_REFRESH_EVERY = 0.5
+_DRAW_EVERY = 0.5
 _CLOCK_EVERY = 1.0
-_ENDS = (Outcome.DONE, Outcome.SKIPPED, Outcome.FAILED)
 _NAMED_AT_ONCE = 4  # trials under way that are named
-_BYTES_PER_GIB = 2**30
-_WHOLE_FROM = 100  # tokens a second from which decimals only distract
 
 
 class SweepStatus(StrEnum):
@@ -76,18 +69,6 @@ _TONES = {"PAUSED": "warn", "FAILED": "bad", "DONE": "good"} | dict.fromkeys(
     ("STARTING", "RUNNING", "PAUSING"), "busy"
 )
 _UNDER_WAY = {SweepStatus.RUNNING, SweepStatus.PAUSING, SweepStatus.PAUSED}
-
-
-class SweepTable(AnyWidget):
-    """The table of combinations; its scroll position stays when a row comes in."""
-
-    _esm: ClassVar[str] = asset("sweep_table.js")
-    _css: ClassVar[str] = asset("panel.css")
-    table = Unicode().tag(sync=True)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_class("kitty-sweep-table")
 
 
 class SweepButtons(HBox):
@@ -160,8 +141,9 @@ class SweepPanel(VBox):
         self._rows_changed = True
         self._loads: dict[Trial, LoadProgress] = {}
         self._answers: dict[Trial, RequestAnswered] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._refreshed = 0.0
+        self._view = LiveView(
+            lambda: lambda: None, self._draw, self._show_problem, lambda: _CLOCK_EVERY, _DRAW_EVERY
+        )
         self._writing = threading.Lock()
 
         self.status_line = _html("kitty-status")
@@ -182,7 +164,7 @@ class SweepPanel(VBox):
         self._connect()
         self._replace_earlier()
         self._unsubscribe = sweep.subscribe(self._collect)
-        self._refresh()
+        self._draw()
 
     def __repr__(self) -> str:
         return f"SweepPanel({len(self.sweep.trials)} trials)"
@@ -198,6 +180,7 @@ class SweepPanel(VBox):
             if self.comm is None:
                 return
             self._unsubscribe()
+            self._view.stop()
             for widget in [*tree(self)][1:]:
                 widget.close()
             super().close()
@@ -212,9 +195,7 @@ class SweepPanel(VBox):
         receive_while_busy(tree(self))
 
     def _replace_earlier(self) -> None:
-        key = self.sweep.store, self.sweep.trials
-        earlier = _panels.get(key)
-        _panels[key] = self
+        earlier = session.succeed(self, self.sweep.store, self.sweep.trials)
         _shown.add(self.sweep)
         if earlier is None:
             return
@@ -290,37 +271,25 @@ class SweepPanel(VBox):
                 self._problem = problem or self._problem
         if not isinstance(event, TrialProgressed | RequestAnswered):
             self._rows_changed = True
-        if self.sweep.running:
-            now = asyncio.get_running_loop().time()
-            self._refresh_in(max(0.0, self._refreshed + _REFRESH_EVERY - now))
-        else:
-            self._stop_clock()
-            self._refresh()
-
-    def _refresh_in(self, seconds: float) -> None:
-        """Refresh later, on the sweep's own loop, unless an earlier refresh is due."""
-        loop = asyncio.get_running_loop()
-        if self._timer and self._timer.when() <= loop.time() + seconds:
-            return
-        self._stop_clock()
-        self._timer = loop.call_later(seconds, self._tick)
-
-    def _stop_clock(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-
-    def _tick(self) -> None:
-        self._timer = None
-        self._refreshed = asyncio.get_running_loop().time()
+        if self.sweep.running and not self._view.drawing:
+            self._view.start(_run_here)
         self._refresh()
-        if self.sweep.running and self.comm is not None:
-            self._refresh_in(_CLOCK_EVERY)
 
     def _refresh(self) -> None:
+        """Draw at once while no loop runs, else soon and on that loop."""
+        if self._view.drawing:
+            self._view.wake()
+        else:
+            self._draw()
+
+    def _draw(self) -> None:
         with self._writing:
             if self.comm is not None:
                 self._write()
+
+    def _show_problem(self, message: str) -> None:
+        self._problem = message
+        self.notice.show(message)
 
     def _write(self) -> None:
         progress, running = self.sweep.progress, self.sweep.running
@@ -375,14 +344,16 @@ class SweepPanel(VBox):
         self.load_bar.layout.display = None if running else "none"
 
 
-_Key = tuple["Path", tuple["Trial", ...]]
-_panels: WeakValueDictionary[_Key, SweepPanel] = WeakValueDictionary()
 _shown: WeakSet[Sweep] = WeakSet()
+
+
+def _run_here(function: Callable[[], Coroutine[Any, Any, None]]) -> Future[None]:
+    return asyncio.run_coroutine_threadsafe(function(), asyncio.get_running_loop())
 
 
 def bundle(sweep: Sweep) -> dict[str, Any]:
     """Return what a notebook shows of a sweep: its panel, made if none is open."""
-    panel = _panels.get((sweep.store, sweep.trials))
+    panel = session.newest(SweepPanel, sweep.store, sweep.trials)
     if panel is None or panel.sweep is not sweep or panel.comm is None:
         panel = SweepPanel(sweep)
     still_picture = {"text/html": panel._repr_html_(), "text/plain": repr(sweep)}
@@ -411,87 +382,6 @@ def status_of(
     if broken:
         return SweepStatus.FAILED
     return SweepStatus.INTERRUPTED if progress.done else SweepStatus.NOT_STARTED
-
-
-def columns(workload: Workload) -> dict[str, str]:
-    """Return the headings of the table's numbers, by name of the number."""
-    chosen = {
-        "load_seconds": "Load",
-        "time_to_first_token": "First token",
-        "prompt_tokens_per_second": "Prompt tokens/s",
-        "generation_tokens_per_second": "Generation tokens/s",
-    }
-    least, most = workload.levels[0], workload.levels[-1]
-    if most > least:
-        chosen[f"total_tokens_per_second_{most}"] = f"Tokens/s, {most} at once"
-        chosen[f"memory_gib_{least}"] = f"Memory, {least} at once"
-    chosen["memory_gib"] = "Peak memory"
-    if isinstance(workload.quality, Perplexity):
-        chosen |= {"perplexity": "Perplexity", "bits_per_character": "Bits per character"}
-    elif workload.quality is not None:
-        chosen["quality"] = "Quality"
-    return chosen
-
-
-def draw_table(
-    trials: Iterable[Trial],
-    results: Results,
-    headings: Mapping[str, str],
-    running: Iterable[Trial] = (),
-    best: Combination | None = None,
-) -> str:
-    """Draw a row for each combination, those not tried yet too, in the order of their values."""
-    repeats = Counter(trial.combination for trial in trials)
-    settings = list(dict.fromkeys(name for trial in repeats for name, _ in trial.settings))
-    several = len({trial.model for trial in repeats}) > 1 or not settings
-    left = [*(["model"] if several else []), *settings]
-    known = {one.trial: one for one in results.combinations}
-    outcomes = Counter((row.trial.combination, row.outcome) for row in results.rows)
-    at_work = {trial.combination for trial in running}
-    rows = []
-    for trial in sorted(repeats, key=_place):
-        given = {"model": model_name(trial), **{name: word(v) for name, v in trial.settings}}
-        done, *others = (outcomes[trial, end] for end in _ENDS)
-        state, tone = _state(repeats[trial], done, *others, at_work=trial in at_work)
-        cells = [f"<td>{escape(given.get(name, '—'))}</td>" for name in left]
-        badge = f"<span class='kitty-{tone}'>{state}</span>{_star(trial, best)}"
-        cells.append(f"<td class='kitty-state'>{badge}</td>")
-        winner = best is not None and trial == best.trial
-        rows.append(_row(cells, known.get(trial), headings, winner=winner))
-    head = "".join(f"<th>{escape(name)}</th>" for name in [*left, "state"])
-    head += "".join(f"<th class='kitty-number'>{escape(text)}</th>" for text in headings.values())
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def model_name(trial: Trial) -> str:
-    """A trial's model by its place in the models folder, or its file elsewhere."""
-    path = PurePath(trial.model)
-    return path.name if path.is_absolute() else str(path)
-
-
-def figure(name: str, value: float) -> str:
-    """A number as the table says it: `0.4 s`, `12 ms`, `104`, `1.4 GB`."""
-    if name == "time_to_first_token" and value < 1:
-        return f"{value * 1000:.0f} ms"
-    if name in {"load_seconds", "time_to_first_token"}:
-        return duration(value)
-    if name.startswith("memory_gib"):
-        return decimal(round(value * _BYTES_PER_GIB))
-    if "_per_second" in name:
-        return f"{value:,.0f}" if value >= _WHOLE_FROM else f"{value:.1f}"
-    return f"{value:.3g}"
-
-
-def word(value: Value) -> str:
-    """A setting's value as the table says it."""
-    match value:
-        case None:
-            return "auto"
-        case bool():
-            return "on" if value else "off"
-        case tuple():
-            return " ".join(value)
-    return str(value)
 
 
 def _html(css_class: str) -> HTML:
@@ -537,64 +427,3 @@ def _now(trial: Trial, answer: RequestAnswered | None) -> str:
         if answer.tokens_per_second:
             parts.append(f"{answer.tokens_per_second:,.0f} tokens/s")
     return " · ".join(parts)
-
-
-def _state(repeats: int, done: int, skipped: int, failed: int, *, at_work: bool) -> tuple[str, str]:
-    ended = done + failed + skipped
-    if at_work:
-        return (f"running {ended + 1} of {repeats}" if repeats > 1 else "running"), "busy"
-    if not ended:
-        return "waiting", "idle"
-    if not done:
-        return ("failed", "bad") if failed else ("skipped", "warn")
-    if done < repeats:
-        return f"{done} of {repeats} done", "warn" if ended > done else "idle"
-    return "done", "good"
-
-
-def _row(
-    cells: list[str], one: Combination | None, headings: Mapping[str, str], *, winner: bool
-) -> str:
-    tag = "<tr class='kitty-best'>" if winner else "<tr>"
-    reason = escape(" ".join(one.reasons)).replace("\n", "<br>") if one else ""
-    metrics = one.metrics if one else {}
-    if reason and not metrics:
-        told = f"<td class='kitty-reason' colspan='{len(headings)}'>{reason}</td>"
-        return f"{tag}{''.join(cells)}{told}</tr>"
-    numbers = (_number(name, metrics.get(name)) for name in headings)
-    drawn = f"{tag}{''.join([*cells, *numbers])}</tr>"
-    if not reason:
-        return drawn
-    told = f"<td class='kitty-reason' colspan='{len(cells) + len(headings)}'>{reason}</td>"
-    return f"{drawn}<tr class='kitty-more'>{told}</tr>"
-
-
-def _star(trial: Trial, best: Combination | None) -> str:
-    if best is None:
-        return ""
-    if trial in best.close:
-        return " <span title='Too close to the best to tell'>≈ best</span>"
-    if trial != best.trial:
-        return ""
-    title = best.doubt.capitalize() or "The best so far"
-    words = "★ too close to tell" if best.close else "★ best"
-    return f" <span class='kitty-sweep-star' title='{title}'>{words}</span>"
-
-
-def _number(name: str, spread: Spread | None) -> str:
-    if spread is None:
-        return "<td class='kitty-number kitty-none'>—</td>"
-    low, high = figure(name, spread.low), figure(name, spread.high)
-    (least, _, unit), (greatest, _, other) = low.partition(" "), high.partition(" ")
-    span = f"{least}&ndash;{greatest} {unit}" if unit == other else f"{low} &ndash; {high}"
-    apart = f"<small>{span.strip()}</small>" if low != high else ""
-    return f"<td class='kitty-number'>{figure(name, spread.median)}{apart}</td>"
-
-
-def _place(trial: Trial) -> tuple[object, ...]:
-    """Where a row stands: by model, then by values, numbers by their size."""
-    values = (
-        (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
-        for _, value in trial.settings
-    )
-    return trial.model, *values
