@@ -119,7 +119,7 @@ def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
         eventually(lambda: second.state.pid not in {None, old}, within=30)
         assert not runs(old)
         assert start.wait(30).status is ServerStatus.READY
-        assert any(f"last server (PID {old}) to end" in str(event) for event in said)
+        assert any(f"previous server (PID {old}) to exit" in str(event) for event in said)
         stopping.wait(10)
         assert first.state.error is None
 

@@ -54,7 +54,7 @@ def test_a_server_that_holds_the_port_is_attached_to_and_let_go(config: ServerCo
         assert other.check_health().wait(60).status is ServerStatus.READY
     said = [event.message for event in told if isinstance(event, Activity)]
     assert any(message.startswith("Attached to ") for message in said)
-    assert any(message.endswith("let go; it runs on.") for message in said)
+    assert any(message.endswith("detached; it keeps running.") for message in said)
 
 
 def test_closing_the_manager_leaves_it_alone(config: ServerConfig) -> None:

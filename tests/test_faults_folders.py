@@ -307,7 +307,7 @@ FOLDERS = [
     Fault(
         "disk full while loading",
         READY,
-        r"cannot be written \(No space left",
+        r"Can't write to .*\(No space left",
         flags=("--prepare-seconds", "5"),
         at=LOADING,
         strike=fill_disk,
@@ -316,7 +316,7 @@ FOLDERS = [
     Fault(
         "state folder deleted while loading",
         READY,
-        r"cannot be written \(No such file",
+        r"Can't write to .*\(No such file",
         flags=("--prepare-seconds", "5"),
         at=LOADING,
         strike=lose_folder,

@@ -94,7 +94,7 @@ class ExternalServer:
         self._watching.cancel()
 
     async def run(self) -> None:
-        """Watch it. When it ends, or is let go, it has stopped as far as we are concerned."""
+        """Watch it. Once it has ended or is detached from, it counts as stopped."""
         self._notify(f"Attached to {self.owner.who}, which was not started here.")
         try:
             with self._watching:
@@ -108,7 +108,7 @@ class ExternalServer:
             with anyio.CancelScope(shield=True):
                 async with self._turn:
                     await self.probe.aclose()
-        going = "let go; it runs on" if self._watching.cancel_called else "has ended"
+        going = "detached; it keeps running" if self._watching.cancel_called else "exited"
         self._notify(f"{self.owner.who}: {going}.")
         self._emit(Exited(self._generation, going, time.monotonic(), asked=True))
 
@@ -144,7 +144,7 @@ class ExternalServer:
         if models is None:
             raise ServerFailedError(
                 f"{self.owner.who} was not started by kitty_nb, so it cannot be restarted or"
-                " switched. Stop lets it go."
+                " switched here, only detached from."
             )
         names = (self.owner.alias,) if model is None else (str(model), PurePath(model).stem)
         name = next((name for name in names if name in models), None)
@@ -163,7 +163,7 @@ class ExternalServer:
 
         Raises:
             ServerFailedError: The router does not load it.
-            StartCancelledError: The router was let go, or has ended, before that.
+            StartCancelledError: The router was detached from, or has ended, before that.
         """
         async with self._turn:
             self._loading = anyio.CancelScope()
@@ -177,7 +177,7 @@ class ExternalServer:
                         await self.probe.order("unload", name)
                     raise
         if self._loading.cancelled_caught:
-            raise StartCancelledError(f"The router was let go before it had loaded {name}.")
+            raise StartCancelledError(f"Detached from the router before it had loaded {name}.")
 
     async def _load(self, name: str, *, fresh: bool) -> None:
         status = await self._until(name, {_UNLOADED, _LOADING, _LOADED})

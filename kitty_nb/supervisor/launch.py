@@ -107,7 +107,7 @@ async def launch(
         if owner:
             raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
         if leaving:
-            notify(f"Waiting for the last server (PID {leaving.pid}) to end.")
+            notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
             await leaving.terminate(config.stop_grace_seconds)
         command = build_command(engine, config)
         if leaves_out_projector(engine, config):

@@ -456,8 +456,9 @@ class Server:
                 write_record(self._record)
             except OSError as error:
                 self._notify(
-                    f"{self._config.log_dir} cannot be written ({error.strerror}): another kernel"
-                    " will not know since when this server is ready. Make room or give permission.",
+                    f"Can't write to {self._config.log_dir} ({error.strerror}): another kernel"
+                    " won't know since when this server is ready. Free some space or fix the"
+                    " permissions.",
                     Level.WARNING,
                 )
         return now, elapsed

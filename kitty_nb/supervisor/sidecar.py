@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-import secrets
 import sys
 import time
 from contextlib import suppress
@@ -91,7 +90,7 @@ class Sidecar:
     """
 
     def __init__(self, config: ServerConfig, record: Path, *, guards: bool) -> None:
-        self._mark = secrets.token_hex() if guards else ""
+        self._mark = os.urandom(32).hex() if guards else ""
         args = SidecarArgs(
             record=str(record),
             log=str(config.log_path),

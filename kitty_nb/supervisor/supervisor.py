@@ -285,7 +285,7 @@ class Supervisor:
     async def attach(self) -> ServerState:
         """Watch and use the llama-server that somebody else has started on the profile's port.
 
-        It is never ended from here: `stop` lets it go.
+        It is never stopped from here: `stop` detaches from it.
 
         Raises:
             ServerFailedError: There is none, or the profile has a server already.
