@@ -283,7 +283,7 @@ def test_a_load_there_that_fails_or_is_called_off(
         loading = manager.switch_model("large")
         eventually(lambda: there.status() == "loading")
         manager.stop().wait(60)
-        with pytest.raises(StartCancelledError, match="Detached .* before it had loaded large"):
+        with pytest.raises(StartCancelledError, match=r"Detached .* before it had loaded large"):
             loading.wait(60)
 
 
