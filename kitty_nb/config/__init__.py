@@ -8,17 +8,15 @@ from kitty_nb.config.profiles import (
     save_settings,
 )
 from kitty_nb.config.server_config import (
+    FLAG_PREFIX,
+    PROJECTOR,
     SHOW_SECRETS,
     FlashAttention,
     OnKernelExit,
     Secret,
     ServerConfig,
-    env_settings,
-)
-from kitty_nb.config.server_environment import (
-    FLAG_PREFIX,
-    PROJECTOR,
     choose_api_key,
+    env_settings,
     goes_without_key,
     server_environment,
     spelled,

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from kitty_nb.config.env_file import quoted, read_env, write_env
 from kitty_nb.config.server_config import (
+    FLAG_PREFIX,
     PREFIX,
     ROLES,
     ServerConfig,
@@ -23,7 +24,6 @@ from kitty_nb.config.server_config import (
     setting_keys,
     shown,
 )
-from kitty_nb.config.server_environment import FLAG_PREFIX
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.metrics import Constraint, Objective
-    from kitty_nb.experiments.results import Combination
     from kitty_nb.experiments.trial import SweepEvent, TrialResult
 
     Choice = bool | int | float | str | None

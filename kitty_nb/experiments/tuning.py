@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     import optuna
 
-    from kitty_nb.experiments.results import Combination
+    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.study import Space
     from kitty_nb.experiments.trial import Execute, SweepEvent, Trial
     from kitty_nb.experiments.workload import Perplexity, Quality
