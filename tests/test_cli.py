@@ -86,7 +86,7 @@ def test_a_server_started_in_a_terminal_is_seen_and_stopped_by_a_panel(env: Path
     result = run("status", "--env", env)
     assert (result.exit_code, result.stdout) == (
         3,
-        "No server of the profile 'primary' is running.\n",
+        "No server is running for the profile 'primary'.\n",
     )
 
 
@@ -351,7 +351,7 @@ def test_a_hung_server_is_not_said_to_serve(env: Path, stand_in: Path) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\n")
     assert run("start", "--env", env).exit_code == 0
     os.kill(int(str(facts(env)["pid"])), signal.SIGSTOP)
-    assert "does not serve now" in run("status", "--env", env).stdout
+    assert "is not responding" in run("status", "--env", env).stdout
 
 
 def test_a_server_that_died_unwatched_is_said_to_have_crashed(env: Path) -> None:

@@ -297,7 +297,7 @@ def test_too_little_memory_on_a_device_is_named(
             models_dir=tmp_path, model=path, binary=native_engine, n_gpu_layers=999,
             extra_args=["--rpc", address, "-dev", "RPC0"], restart_max=0,
         )  # fmt: skip
-        said = re.escape(f"RPC0[{address}] has too little free memory.")
+        said = re.escape(f"RPC0[{address}] does not have enough free memory.")
         with ModelManager(config=config) as manager, pytest.raises(ServerCrashedError, match=said):
             manager.start().wait(60)
 
@@ -317,7 +317,7 @@ def test_machines_that_are_busy_are_not_taken_for_missing(
         manager.start().wait(60)
         with ModelManager(config=config) as newcomer:  # it has never seen them free
             told = newcomer.preview_memory(other).wait(60)
-            assert "serve one client at a time" in (told.problem or "")
+            assert "serves one client at a time" in (told.problem or "")
             verdicts = newcomer.run(newcomer.stats.fits, [path], other).wait(60)
             assert verdicts == {path: Verdict.UNKNOWN}
             newcomer.run(leave, newcomer).wait(5)

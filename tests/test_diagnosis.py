@@ -125,14 +125,14 @@ def test_a_signal_is_named(number: signal.Signals, by_script: bool) -> None:
 @pytest.mark.parametrize(
     ("out_of_memory", "said"),
     [
-        (None, "often that is the system, because memory ran out"),
+        (None, "often the system because memory ran out"),
         (True, "The system killed it because memory ran out."),
         (False, "the system's memory did not run out"),
     ],
 )
 def test_a_kill_is_the_systems_where_it_says_so(out_of_memory: bool | None, said: str) -> None:
     diagnosis = diagnose(-signal.SIGKILL, FULL_LIFE.splitlines(), out_of_memory=out_of_memory)
-    assert diagnosis.ending == "was ended by SIGKILL"
+    assert diagnosis.ending == "was killed by SIGKILL"
     assert said in diagnosis.cause
     assert not diagnosis.repeats
 
@@ -142,8 +142,8 @@ def test_a_kill_is_the_systems_where_it_says_so(out_of_memory: bool | None, said
     [
         (0, f"{FULL_LIFE}\n0.31.5.6 I srv    operator(): cleaning up before exit...", "asked it"),
         (0, FULL_LIFE, "asked it"),  # the embedded engine ends without a word
-        (0, "Available devices:\n  (none)", "without becoming a server"),
-        (0, "", "without becoming a server"),
+        (0, "Available devices:\n  (none)", "without starting to serve"),
+        (0, "", "without starting to serve"),
     ],
 )
 def test_an_end_without_an_error(code: int, log: str, said: str) -> None:
@@ -153,9 +153,9 @@ def test_an_end_without_an_error(code: int, log: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("log", "said"),
     [
-        ("\n".join(NO_SUCH_FILE), "There is no file"),
+        ("\n".join(NO_SUCH_FILE), "File not found"),
         (f"{FULL_LIFE}\n0.31.5.6 I srv    operator(): cleaning up before exit...", "asked it"),
-        (FULL_LIFE, "reason is not known"),
+        (FULL_LIFE, "cause is unknown"),
     ],
 )
 def test_the_end_of_an_adopted_server_has_no_exit_code(log: str, said: str) -> None:
@@ -172,13 +172,13 @@ def test_an_adopted_server_that_the_system_killed() -> None:
 @pytest.mark.parametrize(
     ("code", "log", "said"),
     [
-        (7, [], "ended with exit code 7. The reason"),
-        (-99, [], "was ended by signal 99. The reason"),
+        (7, [], "ended with exit code 7. The cause"),
+        (-99, [], "was killed by signal 99. The cause"),
         (1, ["I fine", "E something failed here", "error: later"], "1: E something failed here."),
         (
             1,
             ["0.00.1.2 I all failed", "0.00.1.2 E odd thing"],
-            "exit code 1: odd thing. The reason",
+            "exit code 1: odd thing. The cause",
         ),
         (1, ["Traceback:", "  File x", "ValueError: no path"], "exit code 1: ValueError: no path."),
         (1, [FAILED_LOAD], "exit code 1: llama_model_load_from_file_impl: failed to load model"),
@@ -195,8 +195,8 @@ def test_an_unknown_end_shows_the_telling_line(code: int, log: list[str], said: 
 def test_what_went_wrong_before_the_model_was_loaded_did_not_end_it() -> None:
     early = NO_SUCH_FILE
     later = "0.00.014.397 I srv          init: model loaded"
-    assert "There is no file" in diagnose(1, early).cause
-    assert "reason is not known" in diagnose(1, [*early, later]).cause
+    assert "File not found" in diagnose(1, early).cause
+    assert "cause is unknown" in diagnose(1, [*early, later]).cause
 
 
 @pytest.mark.parametrize("number", TABLES.launch, ids=errno.errorcode.get)
@@ -215,17 +215,33 @@ def test_a_program_that_is_none_is_explained(tmp_path: Path) -> None:
     program.chmod(0o755)
     with pytest.raises(OSError) as refused:  # noqa: PT011  the system's message, not ours
         subprocess.Popen([program])
-    assert "not a program that this machine can run" in str(diagnose_launch(refused.value, LOGS))
+    assert "This machine cannot run" in str(diagnose_launch(refused.value, LOGS))
 
 
 @pytest.mark.parametrize(
     ("number", "file", "says"),
     [
-        (errno.EACCES, "/state", "/state/kitty_nb/logs, cannot be made .* Set LLAMACPP_LOG_DIR"),
-        (errno.ENOENT, f"{LOGS}", "/state/kitty_nb/logs, cannot be made .* Set LLAMACPP_LOG_DIR"),
-        (errno.ENOSPC, f"{LOGS}/primary.log", "logs, /state/kitty_nb/logs, is full. .*LOG_DIR"),
-        (errno.ENOSPC, None, "No space left: /state/kitty_nb/logs. The disk that holds the folder"),
-        (errno.EACCES, "/opt/llama-server", "may not use /opt/llama-server. Give permission"),
+        (
+            errno.EACCES,
+            "/state",
+            "write to the log folder /state/kitty_nb/logs. Set LLAMACPP_LOG_DIR",
+        ),
+        (
+            errno.ENOENT,
+            f"{LOGS}",
+            "write to the log folder /state/kitty_nb/logs. Set LLAMACPP_LOG_DIR",
+        ),
+        (errno.ENOSPC, f"{LOGS}/primary.log", "log folder /state/kitty_nb/logs is full. .*LOG_DIR"),
+        (
+            errno.ENOSPC,
+            None,
+            "No space left: /state/kitty_nb/logs. The disk that holds the log folder",
+        ),
+        (
+            errno.EACCES,
+            "/opt/llama-server",
+            "permission to use /opt/llama-server. Fix its permissions",
+        ),
     ],
 )
 def test_a_log_that_cannot_be_written_is_not_blamed_on_the_program(

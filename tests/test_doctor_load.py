@@ -39,8 +39,8 @@ def test_an_engine_that_dies_at_every_load_is_wrong(config: ServerConfig, tmp_pa
     engine = stand_in(tmp_path / "llama-server", "--exit-after 0 --exit-code -4")
     found = load_of(settings(tmp_path / "x.env", config, engine))
     assert found.verdict is Verdict.ERROR
-    assert "ended by SIGILL" in found.advice
-    assert "instructions that this processor lacks" in found.advice
+    assert "killed by SIGILL" in found.advice
+    assert "instructions that this CPU lacks" in found.advice
 
 
 def test_an_engine_that_takes_its_time_is_not_called_wrong(

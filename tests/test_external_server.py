@@ -35,7 +35,7 @@ def test_a_server_that_holds_the_port_is_attached_to_and_let_go(config: ServerCo
     told: list[Event] = []
     with another_profile(config) as other, ModelManager(config=config) as manager:
         manager.subscribe(told.append)
-        with pytest.raises(PortBusyError, match="server of the profile 'coder'") as busy:
+        with pytest.raises(PortBusyError, match="serves the profile 'coder'") as busy:
             manager.start().wait(60)
         assert busy.value.attachable
         assert manager.state.attachable

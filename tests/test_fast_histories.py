@@ -55,9 +55,9 @@ def test_a_ready_server_under_sigstop_is_said_to_hang_and_to_serve_again(
             await reach(supervisor, lambda _: any(words in line for line in said(events)))
 
         os.kill(pid, signal.SIGSTOP)
-        await told("does not serve (no answer in time)")
+        await told("not responding (no answer in time)")
         os.kill(pid, signal.SIGCONT)
-        await told("The server serves again.")
+        await told("The server is responding again.")
 
     supervised_fast(misbehaving(), scenario)
 

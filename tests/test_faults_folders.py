@@ -226,16 +226,18 @@ STATE = [
     Fault(
         "state folder that cannot be written",
         FAILED,
-        "folder for logs, .*, cannot be made or written to",
+        "create or write to the log folder .*",
         before=forbidden_folder,
     ),
     Fault(
         "state folder below a file",
         FAILED,
-        "file/logs, cannot be made or written to",
+        "create or write to the log folder .*file/logs",
         before=folder_below_a_file,
     ),
-    Fault("state folder is a file", FAILED, "where a folder has to be", before=folder_is_a_file),
+    Fault(
+        "state folder is a file", FAILED, "is a file, but must be a folder", before=folder_is_a_file
+    ),
     Fault(
         "record that cannot be written",
         FAILED,
@@ -251,7 +253,7 @@ STATE = [
     Fault("record of before the reboot", READY, "Server starting", before=record_of_another_boot),
     Fault("lock whose holder was killed", READY, "Server starting", before=stale_lock),
     Fault("lock that another program holds", FAILED, "started elsewhere", before=held_lock),
-    Fault("damaged history", READY, "history of loads, .* is da", before=damaged_history),
+    Fault("damaged history", READY, "load history .* is da", before=damaged_history),
 ]
 
 

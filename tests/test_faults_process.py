@@ -23,7 +23,7 @@ Strike = Callable[[Case], object]
 DAY = 86_400.0
 STUCK = ("--never-ready",)
 
-_KILLED = r"ended by SIGKILL\. (Something|Another program or a person|The system) killed it"
+_KILLED = r"killed by SIGKILL\. (Something|Another program or a person|The system) killed it"
 
 
 def send(number: signal.Signals) -> Strike:
@@ -145,11 +145,11 @@ DEATHS = [
                 signal.SIGKILL,
                 _KILLED,
             ),
-            (signal.SIGSEGV, "SIGSEGV.* mistake of its own"),
-            (signal.SIGABRT, "SIGABRT.* gave up on an error"),
-            (signal.SIGBUS, "SIGBUS.* disk went away"),
-            (signal.SIGTERM, "program or a person asked it to end"),
-            (signal.SIGINT, "program or a person asked it to end"),
+            (signal.SIGSEGV, "SIGSEGV.* because of a bug"),
+            (signal.SIGABRT, "SIGABRT.* aborted on an internal error"),
+            (signal.SIGBUS, "SIGBUS.* disk became unavailable"),
+            (signal.SIGTERM, "program or a person asked it to exit"),
+            (signal.SIGINT, "program or a person asked it to exit"),
         )
     ),
     Fault(
@@ -209,7 +209,7 @@ DEATHS = [
     Fault(
         "it dies and its model is deleted",
         CRASHED,
-        "There is no file",
+        "File not found",
         at=READY,
         strike=die_and_lose_model,
         changes={"restart_max": 3, "restart_delay_seconds": 3},
@@ -236,7 +236,7 @@ HANGS = [
     Fault(
         "SIGSTOP while ready",
         READY,
-        r"does not serve \(no answer in time\)",
+        r"not responding \(no answer in time\)",
         at=READY,
         strike=pause,
         within=15,

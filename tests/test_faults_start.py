@@ -116,10 +116,10 @@ MODEL = [
     Fault(
         "model deleted after the last check",
         CRASHED,
-        "There is no file",
+        "File not found",
         before=lambda case: case.at_spawn(case.model.unlink),
     ),
-    Fault("empty model", CRASHED, "cut short or damaged", before=write(b"")),
+    Fault("empty model", CRASHED, "truncated or damaged", before=write(b"")),
     Fault(
         "pointer of git-lfs instead of a model",
         CRASHED,
@@ -155,7 +155,7 @@ SETTINGS = [
     Fault(
         "flag that only prints",
         CRASHED,
-        "without becoming a server",
+        "without starting to serve",
         changes=flags("--version"),
     ),
     Fault(
@@ -167,7 +167,7 @@ SETTINGS = [
     Fault(
         "model as an adapter",
         CRASHED,
-        "no adapter for this model",
+        "not an adapter for this model",
         before=lambda case: case.change(extra_args=("--lora", str(case.model))),
     ),
     Fault(
@@ -206,13 +206,13 @@ PORT = [
     Fault(
         "port stolen between check and bind",
         CRASHED,
-        r"The port is busy.* in use by \S+ \(PID \d+\)",
+        r"The port is in use.* in use by \S+ \(PID \d+\)",
         before=steal_port,
     ),
     Fault(
         "port stolen by another llama-server",
         CRASHED,
-        r"The port is busy.* in use by \S+ \(PID \d+\)",
+        r"The port is in use.* in use by \S+ \(PID \d+\)",
         before=steal_port_by_server,
     ),
     Fault("host of another machine", FAILED, "not an address", changes={"host": "192.0.2.1"}),

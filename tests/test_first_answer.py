@@ -68,7 +68,7 @@ def test_a_first_answer_that_never_comes_is_a_stall(misbehaving: Misbehaving) ->
     config = misbehaving("--first-answer", "60", stall_seconds=2)
     with (
         ModelManager(config=config) as manager,
-        pytest.raises(ServerFailedError, match="used no processor time"),
+        pytest.raises(ServerFailedError, match="used no CPU time"),
     ):
         manager.start().wait(30)
 
@@ -122,6 +122,8 @@ def test_a_later_request_without_a_token_is_spoken_of(
         said = activities(manager)
         manager.start().wait(30)
         manager.http.post("/completion", json={}, timeout=30)
-        eventually(lambda: any(line.startswith("The server answers, after") for line in said))
-        (waiting,) = [line for line in said if "without a first token" in line]
-        assert "compiles its programs" in waiting
+        eventually(
+            lambda: any(line.startswith("The server is answering again after") for line in said)
+        )
+        (waiting,) = [line for line in said if "has produced no token" in line]
+        assert "compiling kernels" in waiting

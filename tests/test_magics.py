@@ -66,7 +66,7 @@ def run(env: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
 
 
 def test_a_server_is_started_asked_and_stopped(run: Run) -> None:
-    assert "No server of the profile 'primary' is running." in run("%kitty status")
+    assert "No server is running for the profile 'primary'." in run("%kitty status")
     started = run("%kitty start")
     assert re.search(r"\r\w.* · .*\rREADY", started)
     last = started.rpartition("\r")[2]

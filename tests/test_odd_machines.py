@@ -86,7 +86,7 @@ def test_a_home_that_cannot_be_written_is_answered_with_the_variable_that_helps(
     nowhere = {name: value for name, value in nowhere.items() if not name.startswith("XDG_")}
     done = run(*_COMMAND, "start", "--env", env, env=nowhere)
     assert done.returncode == 1
-    assert "Set LLAMACPP_LOG_DIR to a folder that can." in done.stderr
+    assert "Set LLAMACPP_LOG_DIR to a writable folder." in done.stderr
     done = run(*_COMMAND, "demo-model", cwd=tmp_path, env=nowhere)
     assert done.returncode == 1
     assert "LLAMACPP_MODELS_DIR" in done.stderr
@@ -122,7 +122,7 @@ def test_a_full_disk_for_logs_is_named(
     )
     done = run(*_COMMAND, "start", "--env", env)
     assert done.returncode == 1
-    assert f"The disk that holds the folder for logs, {full_disk}/logs, is full." in done.stderr
+    assert f"The disk that holds the log folder {full_disk}/logs is full." in done.stderr
     assert "the program" not in done.stderr
 
 

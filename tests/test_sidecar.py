@@ -129,7 +129,7 @@ def test_an_unused_server_is_stopped_without_a_notebook(
     assert record.idle_seconds == 2
     eventually(lambda: not runs(pid), within=30, why="it is not stopped")
     assert find_server(config) is None
-    assert config.log_path.read_text().endswith("stopped after 2 s without use\n")
+    assert config.log_path.read_text().endswith("stopped after 2 s idle\n")
 
 
 def test_a_server_at_work_is_not_idle(misbehaving: Callable[..., ServerConfig]) -> None:

@@ -502,7 +502,7 @@ def test_a_stranger_on_the_port_is_not_taken_for_our_server(
     events = supervised(config, scenario)
     assert "READY" not in statuses(events)
     assert any(
-        re.search(r"has been taken by .*\(PID \d+\)", message) for message in messages(events)
+        re.search(r"is now in use by .*\(PID \d+\)", message) for message in messages(events)
     )
 
 
@@ -577,7 +577,7 @@ def test_a_server_that_is_being_stopped_is_not_said_to_hang(config: ServerConfig
         withdraw(record_path(config))  # as another program does that stops it
         await reach(supervisor, lambda state: latest(state).message == "no answer in time")
         await supervisor.stop(force=True)
-        assert not any("does not serve" in message for message in messages(events))
+        assert not any("not responding" in message for message in messages(events))
 
     supervised(config, scenario)
 

@@ -152,6 +152,6 @@ def test_an_unknown_architecture_is_not_called_an_old_engine(
     path = write_model(tmp_path / "m.gguf", "qwen99", layers=1)
     with (
         ModelManager(config=config.replace(model=path, binary=engine)) as manager,
-        pytest.raises(ServerCrashedError, match="does not know the architecture 'qwen99'"),
+        pytest.raises(ServerCrashedError, match="does not support the architecture 'qwen99'"),
     ):
         manager.start().wait(60)

@@ -390,7 +390,7 @@ def _say(text: str, *, err: bool = False) -> None:
 
 
 def _end_without_server(config: ServerConfig) -> NoReturn:
-    _say(f"No server of the profile {config.profile!r} is running.", err=True)
+    _say(f"No server is running for the profile {config.profile!r}.", err=True)
     raise typer.Exit(_NOT_RUNNING)
 
 

@@ -109,7 +109,7 @@ class Diagnosis:
     """Why a server ended, and what to do about it. As text, all of it in one line.
 
     Attributes:
-        ending: How it ended, e.g. `ended with exit code 1` or `was ended by SIGKILL`.
+        ending: How it ended, e.g. `ended with exit code 1` or `was killed by SIGKILL`.
         cause: What that means, in a sentence.
         remedy: What to do, in a sentence.
         evidence: The lines of the log that prove it, without the engine's clock; at most 5.
@@ -236,7 +236,7 @@ def _ending(exit_code: int | None, number: signal.Signals | None) -> str:
         return "ended"
     if exit_code >= 0:
         return f"ended with exit code {exit_code}" + (f" ({number.name})" if number else "")
-    return f"was ended by {number.name if number else f'signal {-exit_code}'}"
+    return f"was killed by {number.name if number else f'signal {-exit_code}'}"
 
 
 def _said_goodbye(log: Sequence[str]) -> bool:

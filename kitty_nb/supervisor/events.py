@@ -184,13 +184,13 @@ class ServerState:
         if self.error:
             return f"{self.status}: {self.error}"
         if self.status.idle:
-            return f"No server of the profile {self.config.profile!r} is running."
+            return f"No server is running for the profile {self.config.profile!r}."
         sight = f" with {self.projector.name}" if self.projector else ""
         model = f"{self.alias}{sight} at {self.endpoint}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status
-        doubt = f" But it does not serve now: {health.message}." if health and silent else ""
+        doubt = f" But it is not responding: {health.message}." if health and silent else ""
         where = f" on {', '.join(self.devices)}" if self.devices else ""
         return f"{self.status}: {model} (PID {self.pid}{uptime}){where}.{doubt}"
 
@@ -304,7 +304,7 @@ class Broadcast(Generic[E]):
             try:
                 callback(event)
             except Exception:  # noqa: BLE001 (whatever a user's callback raises)
-                _log.exception("A subscriber of events failed.")
+                _log.exception("An event subscriber failed.")
 
     async def stream(self) -> AsyncGenerator[E, None]:
         """Yield what is published from now on. A reader too far behind loses the newest events."""
@@ -314,7 +314,7 @@ class Broadcast(Generic[E]):
             try:
                 send.send_nowait(event)
             except anyio.WouldBlock:
-                _log.warning("An event was dropped: a reader of the events is too slow.")
+                _log.warning("Dropped an event: a subscriber reads too slowly.")
 
         with send, receive, ExitStack() as stack:
             stack.callback(self.subscribe(offer))

@@ -45,20 +45,18 @@ async def find_external_server(config: ServerConfig) -> PortOwner:
     """
     owner = await anyio.to_thread.run_sync(owner_of, config.host, config.port)
     if owner is None:
-        raise ServerFailedError(
-            f"Nothing that this user can see is listening on port {config.port}."
-        )
+        raise ServerFailedError(f"Nothing you have access to is listening on port {config.port}.")
     if owner.engine is None:
         raise ServerFailedError(f"{owner.sentence} That is not a llama-server.")
     if owner.unspoken:
         raise ServerFailedError(
-            f"{owner.sentence} It was started with {owner.unspoken}, but kitty_nb talks to a"
-            " server by plain HTTP, without a prefix. Start it without, or use it as it is."
+            f"{owner.sentence} It was started with {owner.unspoken}, but kitty_nb supports only"
+            " plain HTTP without a prefix. Restart it without that flag, or use it directly."
         )
     if owner.user:
         raise ServerFailedError(
-            f"{owner.sentence} Another user's server shows that user what it is asked. Start a"
-            " server of your own, on another port."
+            f"{owner.sentence} Its owner could read your prompts. Start your own server on another"
+            " port."
         )
     return owner
 
@@ -95,7 +93,7 @@ class ExternalServer:
 
     async def run(self) -> None:
         """Watch it. Once it has ended or is detached from, it counts as stopped."""
-        self._notify(f"Attached to {self.owner.who}, which was not started here.")
+        self._notify(f"Attached to {self.owner.who}, which kitty_nb did not start.")
         try:
             with self._watching:
                 async with anyio.create_task_group() as tasks:
@@ -143,8 +141,8 @@ class ExternalServer:
         models = self.owner.models
         if models is None:
             raise ServerFailedError(
-                f"{self.owner.who} was not started by kitty_nb, so it cannot be restarted or"
-                " switched here, only detached from."
+                f"kitty_nb did not start {self.owner.who}, so it can only detach from it, not"
+                " restart it or switch its model."
             )
         names = (self.owner.alias,) if model is None else (str(model), PurePath(model).stem)
         name = next((name for name in names if name in models), None)
@@ -177,7 +175,7 @@ class ExternalServer:
                         await self.probe.order("unload", name)
                     raise
         if self._loading.cancelled_caught:
-            raise StartCancelledError(f"Detached from the router before it had loaded {name}.")
+            raise StartCancelledError(f"kitty_nb detached from the router before it loaded {name}.")
 
     async def _load(self, name: str, *, fresh: bool) -> None:
         status = await self._until(name, {_UNLOADED, _LOADING, _LOADED})
@@ -187,12 +185,12 @@ class ExternalServer:
         if status == _UNLOADED:
             await self._order("load", name)
         if await self._until(name, {_UNLOADED, _LOADED}) == _UNLOADED:
-            raise ServerFailedError(f"The router has not loaded {name}. Its own log says why.")
+            raise ServerFailedError(f"The router failed to load {name}. See the router's log.")
         await self._look(name)
 
     async def _order(self, verb: str, name: str) -> None:
         if reason := await self.probe.order(verb, name):
-            raise ServerFailedError(f"The router does not {verb} {name}: {reason}")
+            raise ServerFailedError(f"The router refused to {verb} {name}: {reason}")
 
     async def _until(self, name: str, wanted: set[str]) -> str:
         """Wait until a model is in one of some conditions, and return it; gone, it is unloaded."""
@@ -229,13 +227,13 @@ class ExternalServer:
                     tasks.start_soon(self._follow, name)
                 elif status == _UNLOADED and before.get(name, status) not in _NOT_THERE:
                     self._emit(RouterLoad(name, None))
-                    self._notify(f"The router has unloaded {name}.")
+                    self._notify(f"The router unloaded {name}.")
             before = models or before
             await anyio.sleep(_ASK_ROUTER_EVERY)
 
     async def _follow(self, name: str) -> None:
         """Show one load, by what its child has in memory and by the history of loads."""
-        self._notify(f"The router loads {name}.")
+        self._notify(f"The router is loading {name}.")
         child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
         began = time.monotonic() - (child.age if child else 0.0)
         meter = LoadMeter()
@@ -268,10 +266,10 @@ class ExternalServer:
             meter.enter_stage(Stage.READY, elapsed)
             await self._look(name)
             self._show(name, meter, elapsed, 0.0)
-            self._notify(f"The router has loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
+            self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:
             self._emit(RouterLoad(name, None))
-            self._notify(f"The router has not loaded {name}. Its own log says why.", Level.WARNING)
+            self._notify(f"The router failed to load {name}. See the router's log.", Level.WARNING)
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
 
     def _show(self, name: str, meter: LoadMeter, elapsed: float, lasting: float) -> None:

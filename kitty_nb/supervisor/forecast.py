@@ -73,8 +73,8 @@ _DRAFTED = 3  # unless told
 _ALL_LAYERS = 999
 _OLD_CONTEXT = 4096  # what builds without --fit take unless told
 _BUSY = (
-    "The machines named by --rpc do not answer: they serve one client at a time. Stop the server"
-    " that uses them to see whether the model fits."
+    "The --rpc machines do not answer: each serves one client at a time. To check whether the"
+    " model fits, stop the server that uses them."
 )
 
 
@@ -228,7 +228,7 @@ class Forecaster:
             why = await anyio.to_thread.run_sync(why_not_served, config.model)
             final = MemoryPreview(problem=why or str(error))
         except (KittyError, OSError, psutil.Error):  # starting says what is wrong
-            return latest or MemoryPreview(problem="The free memory cannot be measured.")
+            return latest or MemoryPreview(problem="Free memory cannot be measured on this system.")
         return final if final == latest else _told(final, on_preview)
 
     async def why_not(self, config: ServerConfig, running: Running | None) -> str:

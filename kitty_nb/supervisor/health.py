@@ -57,7 +57,7 @@ def read_answer(status: int, reason: str, latency: float) -> HealthCheckResult:
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return HealthCheckResult(ServerStatus.LOADING, latency, "loading model")
     elsewhere = status == HTTPStatus.NOT_FOUND
-    why = "; a script may have told it to serve elsewhere (--api-prefix)" if elsewhere else ""
+    why = "; a script may have set --api-prefix" if elsewhere else ""
     return HealthCheckResult(
         ServerStatus.STARTING, latency, f"/health answered {status} {reason}{why}"
     )
@@ -265,7 +265,7 @@ class HealthProbe:
         if result.status is not ServerStatus.READY:
             return result
         if not self.trusted:
-            unknown = "not yet known to be the server that was started"
+            unknown = "not yet identified as the server that kitty_nb started"
             return replace(result, status=ServerStatus.STARTING, message=unknown)
         if self._sleeps:  # to be asked for its slots would keep it awake
             props = await self._get("/props")
@@ -430,8 +430,8 @@ class HealthReporter:
             return f"Model loaded ({checks}, {elapsed:.0f}s elapsed)"
         if result.message == FIRST_ANSWER:
             return (
-                "The model is loaded; waiting for its first answer, before which some devices"
-                f" compile their programs for minutes… ({elapsed:.0f}s elapsed)"
+                "The model is loaded; waiting for its first answer (some devices compile kernels"
+                f" for minutes first)… ({elapsed:.0f}s elapsed)"
             )
         if result.status is ServerStatus.LOADING:
             count = f"{attempt}/{self._attempts}, " if elapsed < self._attempts else ""
@@ -447,21 +447,25 @@ class HealthReporter:
         if silent_before < _SILENT <= result.silent_for:
             news.append(
                 Activity.now(
-                    f"A request has been worked on for {result.silent_for:.0f} s without a first"
-                    " token: its prompt is long, or the device compiles its programs for it."
+                    f"A request has produced no token for {result.silent_for:.0f} s: its prompt is"
+                    " long, or the device is compiling kernels."
                 )
             )
         elif result.silent_for < _SILENT <= silent_before:
-            news.append(Activity.now(f"The server answers, after more than {silent_before:.0f} s."))
+            news.append(
+                Activity.now(
+                    f"The server is answering again after more than {silent_before:.0f} s."
+                )
+            )
         served, self._serves = self._serves, result.status is ServerStatus.READY
         if served and not self._serves:
             news.append(
                 Activity.now(
-                    f"The server runs but does not serve ({result.message}): it hangs, or somebody"
-                    " has paused it. Restart it if it does not come back.",
+                    f"The server is running but not responding ({result.message}): it hangs or is"
+                    " paused. Restart it if it does not recover.",
                     Level.WARNING,
                 )
             )
         elif self._serves and not served:
-            news.append(Activity.now("The server serves again.", Level.SUCCESS))
+            news.append(Activity.now("The server is responding again.", Level.SUCCESS))
         return tuple(news)

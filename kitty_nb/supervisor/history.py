@@ -307,12 +307,14 @@ class LoadHistory:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
                     raise
                 kept = await anyio.to_thread.run_sync(self._set_aside)
-                self._complain(f"is damaged. It was renamed {kept.name}; a new one replaces it.")
+                self._complain(
+                    f"is damaged. It was renamed to {kept.name}, and an empty one was created."
+                )
                 return await anyio.to_thread.run_sync(self._transact, work)
         except (sqlite3.Error, OSError) as error:
             self._complain(
-                f"is not used: {error}. Set LLAMACPP_HISTORY to a writable file. Without it, loads"
-                " have no forecast, and favourites and last settings are not remembered."
+                f"cannot be used: {error}. Set LLAMACPP_HISTORY to a writable file. Without it,"
+                " loads have no forecast, and favourites and last settings are not saved."
             )
         return otherwise
 
@@ -324,7 +326,7 @@ class LoadHistory:
             file.execute("PRAGMA synchronous = NORMAL")  # a row lost to a power cut is no loss
             (version,) = file.execute("PRAGMA user_version").fetchone()
             if version > _VERSION:
-                raise sqlite3.NotSupportedError("a newer version of kitty_nb has written it")
+                raise sqlite3.NotSupportedError("a newer version of kitty_nb wrote it")
             if version < _VERSION:
                 for statement in _TABLES:
                     file.execute(statement)
@@ -342,7 +344,7 @@ class LoadHistory:
         return kept
 
     def _complain(self, what: str) -> None:
-        sentence = f"The history of loads, {self._path}, {what}"
+        sentence = f"The load history {self._path} {what}"
         if sentence not in _complained:
             _complained.add(sentence)
             self._warn(sentence)

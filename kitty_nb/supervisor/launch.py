@@ -57,9 +57,9 @@ def refuse_busy_port(config: ServerConfig) -> None:
         key = f"LLAMACPP_{config.profile.upper()}_PORT"
         owner = owner_of(config.host, config.port)
         record = owner and record_of(owner.pid, config.log_dir)
-        whose = f" It is the server of the profile {record.config.profile!r}." if record else ""
+        whose = f" It serves the profile {record.config.profile!r}." if record else ""
         attachable = owner is not None and owner.attachable
-        advice = f"Stop what holds it, or set {key} to another port: {free_port} is free."
+        advice = f"Stop that program, or set {key} to a free port, such as {free_port}."
         raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
 
 
@@ -112,8 +112,8 @@ async def launch(
         command = build_command(engine, config)
         if leaves_out_projector(engine, config):
             notify(
-                f"This build of llama-server ({engine.version}) has no --mmproj, so the model takes"
-                " in text only. Update llama.cpp for images and sound."
+                f"This build of llama-server ({engine.version}) has no --mmproj, so the model"
+                " accepts only text. For images and audio, update llama.cpp."
             )
         if open_to_pages(engine, config):
             notify(

@@ -72,7 +72,7 @@ class PortOwner:
         name = "the embedded llama-server" if self.engine is EngineKind.EMBEDDED else self.name
         serving = f" serving {self.model}" if self.model else ""
         known_as = f" as {self.alias}" if self.alias else ""
-        of = f" of the user {self.user}" if self.user else ""
+        of = f" of user {self.user}" if self.user else ""
         return f"{name} (PID {self.pid}){of}{serving}{known_as}"
 
     @property
@@ -113,16 +113,16 @@ def port_refusal(host: str, port: int) -> str | None:
     if problem is None:
         return None
     if isinstance(problem, socket.gaierror):
-        return f"The name {host} is not known here; 127.0.0.1 is this machine alone."
+        return f"The host name {host} does not resolve; 127.0.0.1 is this machine only."
     if problem.errno == errno.EADDRINUSE:
         owner = owner_of(host, port)
-        who = owner.who if owner else "a process that this user may not see"
+        who = owner.who if owner else "a process you have no access to"
         return f"Port {port} on {host} is in use by {who}."
     if problem.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is not an address of this machine; 127.0.0.1 is this machine alone."
+        return f"{host} is not an address of this machine; 127.0.0.1 is this machine only."
     if problem.errno == errno.EACCES:
-        return f"Port {port} is kept for administrators; choose one above 1023."
-    return f"Port {port} on {host} cannot be used: {problem.strerror or problem}."
+        return f"Port {port} is reserved for administrators; choose one above 1023."
+    return f"Cannot use port {port} on {host}: {problem.strerror or problem}."
 
 
 def next_free_port(host: str, port: int) -> int:
@@ -138,9 +138,9 @@ def next_free_port(host: str, port: int) -> int:
         if problem is None:
             return candidate
         if problem.errno not in {errno.EADDRINUSE, errno.EACCES}:
-            raise ServerFailedError(f"{host} cannot be listened on: {problem.strerror or problem}.")
+            raise ServerFailedError(f"Cannot listen on {host}: {problem.strerror or problem}.")
     raise ServerFailedError(
-        f"Ports {port + 1} to {above.stop - 1} on {host} are all busy. Choose a free one yourself."
+        f"Ports {port + 1} to {above.stop - 1} on {host} are all in use. Choose another port."
     )
 
 

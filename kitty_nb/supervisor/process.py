@@ -338,7 +338,7 @@ def oom_kills(counters: Path = _COUNTERS) -> int | None:
     """Count the processes that Linux has killed for memory since it started.
 
     It counts those in control groups too, containers' among them, and needs no rights. A server
-    that was ended by SIGKILL while the count rose was most likely one of them.
+    that was killed by SIGKILL while the count rose was most likely one of them.
 
     Args:
         counters: Where Linux (since 4.13) keeps its counters.

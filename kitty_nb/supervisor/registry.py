@@ -84,8 +84,8 @@ def refuse_open_folder(config: ServerConfig) -> None:
     """
     if reason := distrust(config.log_dir) or distrust(record_path(config)):
         raise ServerFailedError(
-            f"{reason} Records of servers in {config.log_dir} may be false, so none is used. Set"
-            " LLAMACPP_LOG_DIR to a folder that only you can write to."
+            f"{reason} The server records in {config.log_dir} cannot be trusted and are ignored."
+            " Set LLAMACPP_LOG_DIR to a folder that only you can write to."
         )
 
 
@@ -211,7 +211,7 @@ def who_owns(config: ServerConfig, locked: bool) -> str | None:
             return f"Profile {config.profile!r} is already served by {server}, started elsewhere"
     if locked:
         return None
-    return f"Profile {config.profile!r} is being started elsewhere, by another program or panel"
+    return f"Profile {config.profile!r} is being started elsewhere, by another program or notebook"
 
 
 def _lock_path(config: ServerConfig) -> Path:

@@ -73,9 +73,9 @@ _LOADING = re.compile(r"loading model")
 _NEWS = re.compile(r"loading model|model loaded|listening on")
 _LINES_KEPT = 2_000  # builds of 2024 print their whole usage after a bad flag
 _KEY_REFUSED = (
-    "The server refuses the API key that it was started with: something has told it to ask for"
-    " another one. Remove that from LLAMACPP_EXTRA_ARGS (--api-key-file) or from the script that"
-    " LLAMACPP_BIN names, and set LLAMACPP_API_KEY to the key that you want."
+    "The server rejects the API key it was started with: something sets another key. Remove that"
+    " from LLAMACPP_EXTRA_ARGS (--api-key-file) or from the script that LLAMACPP_BIN names, and"
+    " set LLAMACPP_API_KEY instead."
 )
 
 
@@ -276,7 +276,7 @@ class Server:
     async def _refuse(self, error: KittyError | OSError | None) -> None:
         """Report that there is no process."""
         if error is None:
-            self._exited("It ended before it could be watched.", asked=True)
+            self._exited("It exited before kitty_nb could supervise it.", asked=True)
             return
         self._outcome = Outcome.FAILED
         cause = (
@@ -349,9 +349,9 @@ class Server:
         hint = f" Last health check: {answer.message}." if answer.latency is not None else ""
         return (
             f"The load stalled in the stage '{self._meter.stage.label}': for"
-            f" {self._config.stall_seconds:.0f} s the server used no processor time, read nothing,"
-            f" logged nothing and answered nothing new.{hint} See the end of its log. If it was"
-            " only slow, set a larger LLAMACPP_STALL_SECONDS."
+            f" {self._config.stall_seconds:.0f} s the server used no CPU time, read nothing, logged"
+            f" nothing, and its health checks did not change.{hint} See the end of its log. If it"
+            " was only slow, raise LLAMACPP_STALL_SECONDS."
         )
 
     # Health
@@ -391,11 +391,11 @@ class Server:
         if not await self.probe.find_listener():
             owner = await self._port_owner()
             who = owner.who if owner else "another server"
-            return f"port {self._config.port} has been taken by {who}"
+            return f"port {self._config.port} is now in use by {who}"
         match await self.probe.identify():
             case Identity.KEY_REFUSED:
                 self._send(_Hopeless(_KEY_REFUSED))
-                return "it refuses our API key"
+                return "it rejects our API key"
             case Identity.OTHER_MODEL:
                 name = self._config.served_alias
                 return f"it answers, but not as {name}: something overrides --alias"
@@ -456,9 +456,9 @@ class Server:
                 write_record(self._record)
             except OSError as error:
                 self._notify(
-                    f"Can't write to {self._config.log_dir} ({error.strerror}): another kernel"
-                    " won't know since when this server is ready. Free some space or fix the"
-                    " permissions.",
+                    f"Can't write to {self._config.log_dir} ({error.strerror}), so other kernels"
+                    " cannot tell how long this server has been ready. Free some space or fix the"
+                    " folder's permissions.",
                     Level.WARNING,
                 )
         return now, elapsed

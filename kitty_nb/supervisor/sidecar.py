@@ -176,7 +176,7 @@ async def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) 
             if now - before > _LOOK_EVERY:
                 used_at = time.monotonic()
             before = now
-        _note(log, f"kitty_nb: stopped after {idle_seconds:.0f} s without use")
+        _note(log, f"kitty_nb: stopped after {idle_seconds:.0f} s idle")
         await _end(args, process)
     return True
 

@@ -450,7 +450,7 @@ class Supervisor:
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             if self._ended:
-                raise ServerFailedError("This manager has ended. Make another one.")
+                raise ServerFailedError("This manager is closed. Create another one.")
             await self._changed.wait()
 
     def _begin_task(self, work: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -546,7 +546,7 @@ class Supervisor:
             try:
                 await self._look_for_server()
             except Exception:  # noqa: BLE001 (the next look may succeed)
-                _log.exception("Looking for a server of another program failed.")
+                _log.exception("Looking for a server started elsewhere failed.")
 
     async def _look_for_server(self) -> ServerRecord | None:
         """Find the server that another program or kernel has started for this profile."""
