@@ -15,8 +15,8 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.errors import RunRecordError
+from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.run_record import ask, describe_run, digest_model
-from kitty_nb.experiments.runner import in_background
 from kitty_nb.isolated_server import SERVER_SETTINGS, gather_facts, isolated_server
 from kitty_nb.manager import Operation
 

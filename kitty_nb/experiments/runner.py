@@ -6,17 +6,15 @@ import asyncio
 import atexit
 import logging
 import time
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import anyio
 import anyio.to_thread
-from anyio.from_thread import BlockingPortal
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
+from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.run_trial import fingerprints_here, row_of
 from kitty_nb.experiments.space import check_flags, digest
 from kitty_nb.experiments.store import RowStore, earlier_store
@@ -34,6 +32,8 @@ from kitty_nb.manager import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+    from concurrent.futures import Future
+    from threading import Thread
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.space import Settings
@@ -42,38 +42,6 @@ if TYPE_CHECKING:
     from kitty_nb.isolated_server import LoadProgress
 
     T = TypeVar("T")
-
-
-def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, Future[T]]:
-    """Start the work, and return when it first waits. Cancelling the future cancels it.
-
-    Args:
-        work: A coroutine function.
-        name: Of the thread. It is a daemon: whoever starts it sees to its end.
-    """
-    begun: Future[tuple[BlockingPortal, Callable[[], Awaitable[T]]]] = Future()
-    waits = Event()
-
-    async def live() -> None:
-        ended = anyio.Event()
-
-        async def whole() -> T:
-            asyncio.get_running_loop().call_soon(waits.set)  # its turn is when the work waits
-            try:
-                return await work()
-            finally:
-                ended.set()
-
-        async with BlockingPortal() as portal:
-            begun.set_result((portal, whole))
-            await ended.wait()
-
-    thread = Thread(target=anyio.run, args=(live,), name=name, daemon=True)
-    thread.start()
-    portal, whole = begun.result()
-    future = portal.start_task_soon(whole)
-    waits.wait()
-    return thread, future
 
 
 _RUNNING = "This sweep is already running. Wait for it, or cancel it first."
