@@ -339,7 +339,7 @@ def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     region = page.get_by_role("region", name="kitty_nb control panel of the profile slow")
     expect(region).to_be_visible()
     expect(panel.get_by_label("Context")).to_have_attribute(
-        "title", re.compile("Tokens of context")
+        "title", re.compile("Context size in tokens")
     )
     fold = panel.get_by_role("button", name="Download a model")
     fold.focus()

@@ -391,7 +391,7 @@ def test_memory_is_looked_at_again_when_the_server_is_ready_and_when_it_is_stopp
     monkeypatch.setattr(forecast, "free_memory", free_memory)
     panel.buttons.start.click()
     wait_for(panel, "READY")
-    eventually(lambda: "the running server gives back" in panel.memory.value)
+    eventually(lambda: "released by the running server" in panel.memory.value)
     panel.buttons.stop.click()
     wait_for(panel, "STOPPED")
     eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
@@ -523,7 +523,7 @@ def test_a_models_folder_that_is_a_file_is_explained(env: Path) -> None:
     env.write_text(env.read_text().replace("two.gguf", ""))
     panel = ControlPanel(env)
     try:
-        eventually(lambda: "cannot be looked into (Not a directory)" in panel.notice.value)
+        eventually(lambda: "(Not a directory)" in panel.notice.value)
     finally:
         panel.close()
 
@@ -533,7 +533,7 @@ def test_a_missing_models_folder_is_not_made_up(env: Path) -> None:
     env.write_text(env.read_text().replace("two.gguf", ""))
     panel = ControlPanel(env)
     try:
-        eventually(lambda: "There is no folder" in panel.notice.value)
+        eventually(lambda: "does not exist" in panel.notice.value)
         assert not (env.parent / "models").exists()
     finally:
         panel.close()

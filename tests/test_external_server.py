@@ -132,9 +132,9 @@ def test_the_panel_offers_it(config: ServerConfig) -> None:
             panel.buttons.start.click()
             eventually(lambda: panel.buttons.attach.layout.display is None)
             panel.buttons.attach.click()
-            eventually(lambda: "not started here" in panel.status_line.value)
+            eventually(lambda: "not started by kitty_nb" in panel.status_line.value)
             assert "kitty-coder" in panel.status_line.value
-            assert panel.buttons.stop.description == "Let go"
+            assert panel.buttons.stop.description == "Detach"
             assert panel.buttons.restart.disabled
             assert panel.buttons.start.disabled
             assert panel.load_bar.text.value == ""

@@ -114,8 +114,8 @@ def test_profiles_that_want_one_port_are_told_before_they_start(
     same = (f"LLAMACPP_MINE_MODEL={config.model}", f"LLAMACPP_MINE_PORT={config.port}")
     panel = open_(write_env(tmp_path, config, *same))
     assert row(panel, "primary")["problem"] == ""
-    assert f"Port {config.port} is also that of primary" in str(row(panel, "mine")["problem"])
-    assert f"LLAMACPP_MINE_PORT to another, such as {config.port + 1}" in str(
+    assert f"Port {config.port} is also set for primary" in str(row(panel, "mine")["problem"])
+    assert f"LLAMACPP_MINE_PORT to another port, such as {config.port + 1}" in str(
         row(panel, "mine")["problem"]
     )
     click(panel, "start all")
@@ -125,7 +125,7 @@ def test_profiles_that_want_one_port_are_told_before_they_start(
     wait_for(panel, primary="STOPPED")
     click(panel, "start", "mine")
     wait_for(panel, mine="READY")
-    eventually(lambda: "that of mine" in str(row(panel, "primary")["problem"]))
+    eventually(lambda: "set for mine" in str(row(panel, "primary")["problem"]))
 
 
 def test_a_wrong_setting_is_shown_in_its_row_and_can_be_mended(

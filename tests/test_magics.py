@@ -114,7 +114,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     shown = capsys.readouterr().out
     assert shown.startswith("KittyError: There is no server")
     assert "Traceback" not in shown
-    with pytest.raises(KittyError, match="no log yet"):
+    with pytest.raises(KittyError, match="no server log yet"):
         run("%kitty logs")
     env.write_text(f"{env.read_text()}LLAMACPP_THREADS=none\n")
     with pytest.raises(KittyError, match="LLAMACPP_THREADS='none'"):

@@ -30,34 +30,34 @@ def part(
         (
             MemoryPreview((part(),), 32768, 24576),
             "Memory: needs about <b>21.4 GB</b> of 24.0 GB free for a context of 32,768 · weights"
-            " 18.9 GB · KV cache 2.1 GB · compute 400 MB — <b class='kitty-good'>fits</b>; the"
-            " largest context that fits is 24,576",
+            " 18.9 GB · KV cache 2.1 GB · compute 400 MB — <b class='kitty-good'>fits</b>; largest"
+            " context that fits: 24,576",
         ),
         (
             MemoryPreview((part(weights=21.2, compute=0.0004),), 4096, 2048),
             "Memory: needs about <b>23.3 GB</b> of 24.0 GB free for a context of 4,096 · weights"
-            " 21.2 GB · KV cache 2.1 GB · compute 0 MB — <b class='kitty-warn'>tight</b>; the"
-            " largest context that fits is 2,048",
+            " 21.2 GB · KV cache 2.1 GB · compute 0 MB — <b class='kitty-warn'>tight</b>; largest"
+            " context that fits: 2,048",
         ),
         (
             MemoryPreview((part(free=5 * GB, returned=3 * GB),), 4096, 0),
-            "Memory: needs about <b>21.4 GB</b> of 5.0 GB free (with 3.0 GB that the running"
-            " server gives back) for a context of 4,096 · weights 18.9 GB · KV cache 2.1 GB"
-            " · compute 400 MB — <b class='kitty-bad'>will not fit</b>; no context is small enough",
+            "Memory: needs about <b>21.4 GB</b> of 5.0 GB free (with 3.0 GB released by the"
+            " running server) for a context of 4,096 · weights 18.9 GB · KV cache 2.1 GB · compute"
+            " 400 MB — <b class='kitty-bad'>will not fit</b>; no context size fits",
         ),
         (
             MemoryPreview((part(cache=None, compute=None),), 4096),
-            "Memory: weights <b>18.9 GB</b> of 24.0 GB free · KV cache and compute not known yet"
-            " — <b class='kitty-idle'>unknown</b>",
+            "Memory: weights <b>18.9 GB</b> of 24.0 GB free · KV cache and compute unknown — <b"
+            " class='kitty-idle'>unknown</b>",
         ),
         (
             MemoryPreview(
                 (part(weights=1, cache=0, compute=0.1), part("RTX <4090>", 30 * GB)), 512, 512
             ),
             "Memory: needs about <b>22.5 GB</b> for a context of 512 · weights 19.9 GB · KV cache"
-            " 2.1 GB · compute 500 MB — <b class='kitty-good'>fits</b>; the largest context that"
-            " fits is 512<br><span class='kitty-fact'>RAM 1.1 GB of 24.0 GB free · RTX &lt;4090&gt;"
-            " 21.4 GB of 30.0 GB free</span>",
+            " 2.1 GB · compute 500 MB — <b class='kitty-good'>fits</b>; largest context that fits:"
+            " 512<br><span class='kitty-fact'>RAM 1.1 GB of 24.0 GB free · RTX &lt;4090&gt; 21.4"
+            " GB of 30.0 GB free</span>",
         ),
         (
             MemoryPreview(problem="<b>.gguf is not there."),
@@ -119,7 +119,7 @@ def test_it_shows_the_chosen_model_and_hides_without_one(line: MemoryLine, wante
     assert line.preview
     assert line.preview.verdict is Verdict.FITS
     assert "for a context of 512" in line.value
-    assert "the largest context that fits is 4,096" in line.value
+    assert "largest context that fits: 4,096" in line.value
     wanted.error = KittyError("no")
     line.refresh()
     eventually(lambda: line.preview is None)

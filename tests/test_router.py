@@ -220,7 +220,7 @@ def test_the_panel_switches_there(
                 eventually(lambda: manager.state.alias == name)  # noqa: B023 - within the loop
                 eventually(lambda: panel.buttons.start.disabled)
             assert not panel.buttons.restart.disabled
-            assert panel.buttons.stop.description == "Let go"
+            assert panel.buttons.stop.description == "Detach"
         finally:
             panel.close()
 

@@ -170,7 +170,7 @@ def test_pause_resume_cancel_and_go_on(
     panel.buttons.cancel.click()
     reach(panel, "INTERRUPTED")
     assert 2 <= panel.trials_bar.bar.value < 8
-    assert enabled(panel) == {"Go on", "Use the best"}
+    assert enabled(panel) == {"Continue", "Use the best"}
     before = sum(isinstance(event, TrialEnded) for event in events)
     panel.buttons.start.click()
     reach(panel, "DONE")
@@ -209,7 +209,7 @@ def test_what_fails_says_why_and_can_be_tried_again(
     assert "<td>&lt;i&gt;broken&amp;.gguf</td>" in panel.table.table
     assert "<i>" not in panel.table.table
     assert "download it again" in panel.table.table
-    assert enabled(panel) == {"Try failed again", "Use the best"}
+    assert enabled(panel) == {"Retry failed", "Use the best"}
     shutil.copy(demo_model, broken)
     panel.buttons.start.click()
     eventually(lambda: "failed" not in panel.status_line.value, within=WAIT)
@@ -224,7 +224,7 @@ def test_a_sweep_that_breaks_off_says_why(
     panel.buttons.start.click()
     reach(panel, "FAILED")
     assert "Did you mean cache_type_k?" in panel.notice.value
-    assert enabled(panel) == {"Go on"}
+    assert enabled(panel) == {"Continue"}
 
 
 def test_a_store_that_cannot_be_read_is_told(

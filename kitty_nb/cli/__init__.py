@@ -79,8 +79,10 @@ def _options(_: _Version = False) -> None:
     """Take the options that stand before the verb."""
 
 
-_Env = Annotated[Path, typer.Option("--env", metavar="FILE", help="The file with the settings.")]
-_Profile = Annotated[str, typer.Option(help="The named set of settings to use.")]
+_Env = Annotated[
+    Path, typer.Option("--env", metavar="FILE", help="The .env file with the settings.")
+]
+_Profile = Annotated[str, typer.Option(help="The profile to use.")]
 _NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as the process exists.")]
 _Anyway = Annotated[
     bool, typer.Option("--anyway", help="Start the model even if it doesn't fit into memory.")
@@ -317,7 +319,7 @@ def demo_model(
 @app.command()
 def download(
     repository: Annotated[
-        str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or the address of its page.")
+        str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or the page's URL.")
     ],
     quant: Annotated[
         str | None, typer.Option(metavar="Q4_K_M", help="The quantization, or the name of a file.")

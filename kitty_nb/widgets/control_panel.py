@@ -55,7 +55,7 @@ class ControlPanel(VBox):
 
     Args:
         env: The `.env` file with the settings.
-        profile: Which named set of settings to use.
+        profile: The profile to use.
         manager: The manager to control, with the `.env` file and the profile that it was made
             from; without one the panel makes its own and closes it.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 _HERE = Path(__file__).parent
-_STILL = "A snapshot from when the cell ran. Run the cell for the live panel."
+_STILL = "A snapshot from when the cell ran. Run the cell again for the live panel."
 
 
 def asset(*names: str) -> str:

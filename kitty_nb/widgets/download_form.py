@@ -50,18 +50,23 @@ class DownloadForm(Accordion):
         self.attach(models_dir, on_done)
         self._running: Operation[None] | None = None
         self.repository = Text(
-            placeholder="owner/name, owner/name:Q4_K_M, or the address of its page",
-            **labelled("Repository", "A repository with GGUF files on huggingface.co"),
+            placeholder="owner/name, owner/name:Q4_K_M, or the page's URL",
+            **labelled("Repository", "A repository of GGUF files on huggingface.co"),
         )
         self.show_files = Button(
-            description="Show files", icon="search", tooltip="List its models and their sizes"
+            description="Show files",
+            icon="search",
+            tooltip="List the repository's models and their sizes",
         )
         self.choice = Dropdown(disabled=True, **labelled("Model", "Smallest first"))
         self.download = Button(
             description="Download", icon="download", button_style="primary", disabled=True
         )
         self.cancel = Button(
-            description="Cancel", icon="stop", tooltip="Keeps the downloaded part", disabled=True
+            description="Cancel",
+            icon="stop",
+            tooltip="Stop the download and keep the downloaded part",
+            disabled=True,
         )
         self.files = HTML().add_class("kitty-files")
         self.bar = IntProgress(min=0, max=_STEPS).add_class("kitty-bar")
@@ -144,7 +149,7 @@ class DownloadForm(Accordion):
         files = [f"{escape(str(f.path))} · {decimal(f.size)}" for f in download.variant.files]
         parts = [f"<b>{decimal(plan.size)}</b> into {escape(str(download.models_dir))}"]
         if plan.there:
-            parts.append(f"{decimal(plan.there)} of it downloaded already")
+            parts.append(f"{decimal(plan.there)} already downloaded")
         parts.append(f"{decimal(plan.free)} free")
         parts += [f"<span class='kitty-bad'>{warning}</span>" for warning in plan.warnings]
         self.files.value = "<br>".join([*files, " · ".join(parts)])

@@ -72,11 +72,11 @@ function createRow(profile, send) {
 
 function render({ model, el }) {
   const send = (message) => model.send(message);
-  const startAll = button("Start all", "Start all profiles that can be started", () =>
+  const startAll = button("Start all", "Start every profile that can start", () =>
     send({ kind: "start all" }),
   );
   const stopAll = button("Stop all", "Stop all servers", () => send({ kind: "stop all" }));
-  const rescan = button("Rescan", "Read the .env file again", () => send({ kind: "rescan" }));
+  const rescan = button("Rescan", "Reload the .env file", () => send({ kind: "rescan" }));
   const summary = element("span", "kitty-fact");
   const bar = element("div", "kitty-fleet-head");
   const buttons = element("div", "kitty-fleet-buttons");

@@ -171,8 +171,8 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
     free = max(p.port for p in profiles) + 1
     key = f"LLAMACPP_{profile.config.profile.upper()}_PORT"
     return (
-        f"Port {profile.port} is also that of {rival}, so only one of them can run. Set {key} to"
-        f" another, such as {free}, and press Rescan.",
+        f"Port {profile.port} is also set for {rival}, so only one of them can run. Set {key} to"
+        f" another port, such as {free}, and press Rescan.",
         holder is not None,
     )
 
@@ -282,8 +282,8 @@ class FleetPanel(AnyWidget):
     def _member(self, profile: str) -> _Member:
         if profile not in self._members:
             raise KittyError(
-                f"There is no profile {profile!r} here, only {', '.join(self._members)}. Set"
-                f" LLAMACPP_{profile.upper()}_MODEL and press Rescan."
+                f"No profile {profile!r}; the profiles are {', '.join(self._members)}. To add it,"
+                f" set LLAMACPP_{profile.upper()}_MODEL and press Rescan."
             )
         return self._members[profile]
 

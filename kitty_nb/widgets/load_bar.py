@@ -227,7 +227,7 @@ def _facts(state: ServerState) -> Iterator[str]:
     yield f"as <b>{escape(state.alias)}</b>"
     yield f"PID {state.pid}"
     if state.external:
-        yield "not started here"
+        yield "not started by kitty_nb"
     if state.devices:
         yield f"on {escape(', '.join(state.devices))}"
     if state.uptime is None:

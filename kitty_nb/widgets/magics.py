@@ -45,13 +45,23 @@ class KittyMagics(Magics):
     @argument(
         "verb",
         choices=["start", "stop", "restart", "switch", "status", "logs"],
-        help="What to do with the profile's server.",
+        help="The action for the profile's server.",
     )
-    @argument("model", nargs="?", help="switch: a .gguf file, as a path in the models folder.")
-    @argument("--profile", default="primary", help="Which named set of settings to use.")
-    @argument("--env", default=".env", help="The file with the settings.")
-    @argument("--force", action="store_true", help="stop: do not ask the server first.")
-    @argument("-n", "--lines", type=int, default=_LOG_LINES, help="logs: so many of the last.")
+    @argument("model", nargs="?", help="switch: a .gguf file, relative to the models folder.")
+    @argument("--profile", default="primary", help="The profile to use.")
+    @argument("--env", default=".env", help="The .env file with the settings.")
+    @argument(
+        "--force",
+        action="store_true",
+        help="stop: kill the server immediately instead of shutting it down gracefully.",
+    )
+    @argument(
+        "-n",
+        "--lines",
+        type=int,
+        default=_LOG_LINES,
+        help="logs: how many of the last lines to print.",
+    )
     @line_magic
     def kitty(self, line: str) -> None:
         """Start, stop or look at a profile's server."""
@@ -89,11 +99,15 @@ class KittyMagics(Magics):
                 self._print_log(manager, given.lines)
 
     @magic_arguments()
-    @argument("--system", help="What the model is told before the question.")
-    @argument("--temperature", type=float, help="0 is always the likeliest word.")
-    @argument("--max-tokens", type=int, help="Where to end a long answer.")
-    @argument("--profile", default="primary", help="Whose model to ask.")
-    @argument("--env", default=".env", help="The file with the settings.")
+    @argument("--system", help="The system prompt.")
+    @argument(
+        "--temperature",
+        type=float,
+        help="Sampling temperature; 0 always picks the most likely token.",
+    )
+    @argument("--max-tokens", type=int, help="The maximum length of the answer, in tokens.")
+    @argument("--profile", default="primary", help="The profile whose model to ask.")
+    @argument("--env", default=".env", help="The .env file with the settings.")
     @cell_magic
     def kitty_chat(self, line: str, cell: str) -> None:
         """Ask the running model; its answer appears as it comes. Interrupt to end it."""
@@ -129,12 +143,10 @@ class KittyMagics(Magics):
 
     def _print_log(self, manager: ModelManager, count: int) -> None:
         if count < 1:
-            raise KittyError("Ask for a number of lines, 1 or more: %kitty logs -n 40")
+            raise KittyError("The number of lines must be 1 or more: %kitty logs -n 40")
         lines = manager.log_lines
         if not lines:
-            raise KittyError(
-                "There is no log yet: %kitty start has not been run, or not in this kernel."
-            )
+            raise KittyError("This kernel has no server log yet. To start the server: %kitty start")
         _say("\n".join(lines[-count:]))
 
 

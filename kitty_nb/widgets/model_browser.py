@@ -151,8 +151,8 @@ def _state(model: Model) -> str:
 
 
 _CONFIRMED = {
-    True: "as the tensors say too",
-    False: "by most of the tensors; the file says otherwise",
+    True: "confirmed by the tensors",
+    False: "according to most tensors; the file's metadata disagrees",
     None: "not confirmed by the tensors",
 }
 
@@ -236,7 +236,7 @@ class LastTime(HBox):
         self._form = form
         self._note: ModelNote | None = None
         self.text = HTML()
-        self.use = Button(description="Use these", tooltip="Put them into the fields below")
+        self.use = Button(description="Use these", tooltip="Fill in the fields below")
         self.use.on_click(lambda _: self._note and self._form.apply(self._note.settings))
         super().__init__([self.text, self.use])
         self.add_class("kitty-last-time")

@@ -152,7 +152,7 @@ class ModelPicker(VBox):
         self.rescan = Button(
             description="Rescan",
             icon="refresh",
-            tooltip="Read the .env file again and look for models",
+            tooltip="Reload the .env file and look for models",
         )
         self.scan_line = ScanLine()
         row = HBox([self.dropdown, self.rescan])
@@ -228,7 +228,8 @@ class ModelPicker(VBox):
                     await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
         except OSError as error:
             self.scan_line.say(
-                f"The list is not kept current: {escape(str(error))}. Press Rescan to look again."
+                f"The list does not update by itself: {escape(str(error))}. Press Rescan to update"
+                " it."
             )
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
             self.scan_line.say(escape(explain(error)))

@@ -71,7 +71,7 @@ function drawStar(row, store) {
     star.textContent = row.favourite ? "★" : "☆";
     star.ariaPressed = String(row.favourite);
     star.ariaLabel = `Favourite: ${row.name}`;
-    star.title = row.favourite ? "No favourite any more (f)" : "Mark as a favourite (f)";
+    star.title = row.favourite ? "Remove from favourites (f)" : "Add to favourites (f)";
   };
   star.addEventListener("click", (event) => {
     event.stopPropagation();
@@ -151,7 +151,7 @@ function render(el, store) {
     const all = `${lines.length.toLocaleString("en")} model${lines.length === 1 ? "" : "s"}`;
     count.textContent = words.length ? `${shown.toLocaleString("en")} of ${all}` : all;
     empty.hidden = shown > 0;
-    empty.textContent = lines.length ? "No model matches." : "There are no models yet.";
+    empty.textContent = lines.length ? "No model matches." : "No models yet.";
     table.hidden = shown === 0;
   };
   const focusOn = (line) => {

@@ -36,7 +36,7 @@ class Choices:
         cancel: Stopping means calling off a restart.
         port: A free port to start on instead of the one that is held.
         attach: What holds it can be used as it is.
-        let_go: Stopping means letting go of a server that was not started here.
+        detach: Stopping only detaches from the server, which kitty_nb did not start.
     """
 
     start: bool
@@ -46,7 +46,7 @@ class Choices:
     cancel: bool = False
     port: int | None = None
     attach: bool = False
-    let_go: bool = False
+    detach: bool = False
 
 
 def choices(state: ServerState, *, startable: bool, differs: bool) -> Choices:
@@ -68,7 +68,7 @@ def choices(state: ServerState, *, startable: bool, differs: bool) -> Choices:
         cancel=waiting,
         port=state.free_port if startable else None,
         attach=state.attachable,
-        let_go=external,
+        detach=external,
     )
 
 
@@ -77,17 +77,17 @@ class ServerButtons(HBox):
 
     def __init__(self) -> None:
         self.start = Button(description="Start", icon="play", button_style="primary")
-        self.stop = Button(description="Stop", icon="stop", tooltip="Also while a model loads")
+        self.stop = Button(
+            description="Stop", icon="stop", tooltip="Works while a model loads, too"
+        )
         self.restart = Button(
-            description="Restart", icon="repeat", tooltip="With the settings shown here"
+            description="Restart", icon="repeat", tooltip="Restart with the settings shown here"
         )
-        self.use_port = Button(
-            icon="play", tooltip="Start there, until the settings are read again"
-        )
+        self.use_port = Button(icon="play", tooltip="Start on this port until .env is reloaded")
         self.attach = Button(
             description="Attach",
             icon="plug",
-            tooltip="Use the llama-server that has the port; it is never ended from here",
+            tooltip="Connect to the llama-server already on this port; kitty_nb won't stop it",
         )
         super().__init__([self.start, self.stop, self.restart, self.use_port, self.attach])
         self.add_class("kitty-buttons")
@@ -97,7 +97,7 @@ class ServerButtons(HBox):
         self.start.disabled = not now.start
         self.stop.disabled = not now.stop
         self.restart.disabled = not now.restart
-        self.stop.description = "Cancel" if now.cancel else "Let go" if now.let_go else "Stop"
+        self.stop.description = "Cancel" if now.cancel else "Detach" if now.detach else "Stop"
         self.start.description = "Switch" if now.switch else "Start"
         self.use_port.description = f"Use port {now.port}"
         self.use_port.layout.display = None if now.port else "none"
@@ -149,7 +149,7 @@ class WebPage(AnyWidget):
 _CODE = """\
 print({panel}.manager.chat("Who are you?", max_tokens=500).wait())
 
-# The same in OpenAI's protocol, by an httpx.Client that knows the server's address and key.
+# The same over OpenAI's API, with an httpx.Client that has the server's address and key.
 messages = [{{"role": "user", "content": "Who are you?"}}]
 request = {{"model": {alias!r}, "messages": messages, "max_tokens": 500}}
 answer = {panel}.manager.http.post("/v1/chat/completions", json=request)
@@ -157,10 +157,10 @@ print(answer.json()["choices"][0]["message"]["content"])
 
 {openai}
 
-# Other programs need the address {endpoint}/v1 and the key:
+# Other programs need the base URL {endpoint}/v1 and the key:
 key = {panel}.manager.reveal_api_key()"""
 _OPENAI = """\
-# And by an openai.OpenAI.
+# And with an openai.OpenAI client.
 print({panel}.manager.client.chat.completions.create(**request).choices[0].message.content)"""
 _NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
 

@@ -56,7 +56,7 @@ function render(el, store) {
   const list = element("div", "kitty-log", { tabIndex: 0, role: "log" });
   list.ariaLabel = "Server log";
   const empty = element("div", "kitty-log-empty", {
-    textContent: "What the server writes appears here.",
+    textContent: "The server's output appears here.",
   });
   el.append(bar, list);
   list.append(empty);
@@ -67,7 +67,7 @@ function render(el, store) {
   const setFollowing = (value) => {
     following = value;
     follow.textContent = value ? "Pause" : "Follow";
-    follow.title = value ? "Stop scrolling along" : "Scroll to the newest line and stay there";
+    follow.title = value ? "Stop following the log" : "Scroll to the end and follow the log";
     if (value) list.scrollTop = list.scrollHeight;
   };
   const draw = (text) => {

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 _NUMBERS = {
-    "context_size": ("Context", "Tokens of context; 0 is what the model was trained with"),
-    "n_gpu_layers": ("GPU layers", "Layers to put on the GPU; 999 is all of them"),
-    "threads": ("Threads", "Processor threads"),
-    "batch_size": ("Batch", "Tokens of a prompt worked on at once"),
-    "parallel": ("Parallel", "Requests served at once; they share the context"),
+    "context_size": ("Context", "Context size in tokens; 0 uses the model's own"),
+    "n_gpu_layers": ("GPU layers", "Layers to offload to the GPU; 999 for all"),
+    "threads": ("Threads", "CPU threads"),
+    "batch_size": ("Batch", "Prompt tokens processed per batch"),
+    "parallel": ("Parallel", "Concurrent requests; they share the context"),
 }
-_FLASH_ATTENTION = "Flash attn", "Flash attention, which saves memory and time where it can be used"
+_FLASH_ATTENTION = "Flash attn", "Flash attention; saves memory and time where supported"
 _LABELS = {name: label for name, (label, _) in _NUMBERS.items()} | {
     "flash_attention": _FLASH_ATTENTION[0]
 }
@@ -56,7 +56,7 @@ class SettingsForm(GridBox):
         self.save = Button(
             description="Save",
             icon="save",
-            tooltip="Write the model and these settings into the .env file",
+            tooltip="Save the model and these settings to the .env file",
         )
         super().__init__([*self.fields.values(), self.save])
         self.add_class("kitty-settings")
@@ -166,7 +166,7 @@ def describe(preview: MemoryPreview) -> str:
     """The sentence, as HTML.
 
     E.g. `Memory: needs about 21.4 GB of 24.0 GB free for a context of 32,768 · weights 18.9 GB · KV
-    cache 2.1 GB · compute 412 MB — tight; the largest context that fits is 24,576`. A second line
+    cache 2.1 GB · compute 412 MB — tight; largest context that fits: 24,576`. A second line
     has the share of each pool when there is more than one.
     """
     tone = f"kitty-{_TONES[preview.verdict]}"
@@ -175,7 +175,7 @@ def describe(preview: MemoryPreview) -> str:
     free = f" of {_free(preview.allocations[0])}" if len(preview.allocations) == 1 else ""
     needs = preview.requirement
     if needs.total is None or needs.cache is None or needs.compute is None:
-        what = f"weights <b>{_size(needs.weights)}</b>{free} · KV cache and compute not known yet"
+        what = f"weights <b>{_size(needs.weights)}</b>{free} · KV cache and compute unknown"
     else:
         context = f" for a context of {preview.context:,}" if preview.context else ""
         what = (
@@ -195,9 +195,9 @@ def _advice(preview: MemoryPreview) -> str:
         case None:
             return ""
         case 0:
-            return "; no context is small enough"
+            return "; no context size fits"
         case largest:
-            return f"; the largest context that fits is {largest:,}"
+            return f"; largest context that fits: {largest:,}"
 
 
 def _pool(one: Allocation) -> str:
@@ -206,7 +206,7 @@ def _pool(one: Allocation) -> str:
 
 def _free(one: Allocation) -> str:
     returned = one.pool.returned
-    held = f" (with {_size(returned)} that the running server gives back)"
+    held = f" (with {_size(returned)} released by the running server)"
     return f"{_size(one.pool.free)} free{held if returned >= _WORTH_SAYING else ''}"
 
 
@@ -232,16 +232,16 @@ def furnish(folder: Path) -> str | None:
     except FileNotFoundError:
         if folder != ServerConfig.model_fields["models_dir"].default:
             raise ModelFileError(
-                f"There is no folder {folder}. Create it, or correct LLAMACPP_MODELS_DIR and press"
-                " Rescan."
+                f"The folder {folder} does not exist. Create it, or correct LLAMACPP_MODELS_DIR,"
+                " then press Rescan."
             ) from None
         hidden = []
     except OSError as error:
         raise ModelFileError(
-            f"{folder} cannot be looked into ({error.strerror}). Correct LLAMACPP_MODELS_DIR, or"
-            " its rights, and press Rescan."
+            f"Can't read {folder} ({error.strerror}). Check LLAMACPP_MODELS_DIR and the folder's"
+            " permissions, then press Rescan."
         ) from error
     if not all(hidden):
         return None
     write_demo_model(folder / _DEMO_NAME)
-    return f"There were no models in {folder}, so a small demo model was written."
+    return f"{folder} had no models, so kitty_nb wrote a small demo model there."

@@ -77,7 +77,9 @@ class SweepButtons(HBox):
     def __init__(self, headings: Mapping[str, str], objective: str) -> None:
         self.start = Button(icon="play", button_style="primary")
         self.pause = Button()
-        self.cancel = Button(description="Cancel", icon="stop", tooltip="Keeps finished trials")
+        self.cancel = Button(
+            description="Cancel", icon="stop", tooltip="Stop the sweep and keep finished trials"
+        )
         named = {objective: objective.replace("_", " "), **headings}
         self.objective = Dropdown(
             options=[(text, name) for name, text in named.items()],
@@ -97,13 +99,13 @@ class SweepButtons(HBox):
         begun = status in {SweepStatus.INTERRUPTED, SweepStatus.FAILED}
         self.start.disabled = running or status is SweepStatus.STARTING or (done and not failed)
         self.start.description = (
-            "Try failed again" if done and failed else "Go on" if begun else "Start"
+            "Retry failed" if done and failed else "Continue" if begun else "Start"
         )
         self.pause.disabled = self.cancel.disabled = not running
         self.pause.description = "Resume" if paused else "Pause"
         self.pause.icon = "play" if paused else "pause"
         self.pause.tooltip = (
-            "Begin the next trial" if paused else "Finish the running trial, then wait"
+            "Start the next trial" if paused else "Finish the running trial, then pause"
         )
         self.use.disabled = not best
 
@@ -204,7 +206,7 @@ class SweepPanel(VBox):
             self._insists = True
             self._problem = (
                 "An earlier run of this cell started the sweep, and it is still running. Press"
-                " Start to end that run and go on here; finished trials are kept."
+                " Start to end that run and continue here; finished trials are kept."
             )
 
     def _act(self, action: Callable[[], object]) -> None:
@@ -250,7 +252,7 @@ class SweepPanel(VBox):
         if self.panel:
             self.panel.use(model=config.model, **{name: getattr(config, name) for name in FIELDS})
             profile = self.panel.manager.state.config.profile
-            where = "The control panel has it now; press <i>Start</i> there. In <code>.env</code>:"
+            where = "The panel has these settings; press <i>Start</i> there. In <code>.env</code>:"
         doubt = f" is {best.doubt}" if best.doubt else ""
         head = f"<b>{escape(best.trial.label)}</b>{doubt}. {where}"
         self.lines.value = f"{head}<pre>{escape(best.env_lines(profile))}</pre>"
@@ -305,7 +307,7 @@ class SweepPanel(VBox):
         self.trials_bar.text.value = _how_far(status, progress)
         paused = status is SweepStatus.PAUSED
         self.now.value = (
-            "No trial runs. Press Resume to begin the next one."
+            "Paused. Press Resume to start the next trial."
             if paused
             else _under_way(progress.running, self._answers)
         )
@@ -408,7 +410,7 @@ def _how_far(status: SweepStatus, progress: SweepProgress) -> str:
         return done
     if progress.eta is not None:
         return f"{done} · about {duration(max(progress.eta, 1))} left"
-    return f"{done} · time left not known yet" if status is SweepStatus.RUNNING else done
+    return f"{done} · time left unknown" if status is SweepStatus.RUNNING else done
 
 
 def _under_way(running: Collection[Trial], answers: Mapping[Trial, RequestAnswered]) -> str:

@@ -154,7 +154,7 @@ def _star(trial: Trial, best: Combination | None) -> str:
     if best is None:
         return ""
     if trial in best.close:
-        return " <span title='Too close to the best to tell'>≈ best</span>"
+        return " <span title='Too close to the best to distinguish'>≈ best</span>"
     if trial != best.trial:
         return ""
     title = best.doubt.capitalize() or "The best so far"

@@ -33,7 +33,7 @@ function keyButton(model) {
     type: "button",
     className: "kitty-log-button",
     textContent: "Copy key",
-    title: "Copy the server's key, to be pasted there or into another program",
+    title: "Copy the server's API key to paste there or into another program",
   });
   button.addEventListener("click", () => {
     const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
@@ -56,10 +56,10 @@ async function describe(model) {
   const key = model.get("asks_key") ? [keyButton(model)] : [];
   if (!address) {
     return [
-      "The server has a web page of its own, which this browser cannot reach. To open it through",
+      "This browser can't reach the server's own web page. To open it through",
       " JupyterLab: ",
       code("pip install jupyter-server-proxy"),
-      " there, and restart JupyterLab. ",
+      " where JupyterLab runs, then restart JupyterLab. ",
       ...key,
     ];
   }
@@ -69,7 +69,7 @@ async function describe(model) {
     rel: "noopener",
     textContent: "Open the server’s own web page",
   });
-  return key.length ? [link, " · it denies access until you enter the key: ", ...key] : [link];
+  return key.length ? [link, " · it asks for the API key: ", ...key] : [link];
 }
 
 function render({ model, el }) {
