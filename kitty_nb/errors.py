@@ -129,7 +129,7 @@ class EngineError(KittyError):
 
 
 class EngineNotFoundError(EngineError):
-    """There is no usable llama-server was found."""
+    """No usable llama-server was found."""
 
 
 class UnknownFlagError(EngineError):

@@ -33,7 +33,6 @@ from kitty_nb.supervisor.supervisor import Supervisor
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
     from pathlib import Path
-    from types import TracebackType
 
     import httpx
 
@@ -150,12 +149,7 @@ class ModelManager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from model_files import write_header
 
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.catalog.gguf import TENSOR_TYPES, ArrayInfo, read_contents, read_header
+from kitty_nb.catalog.gguf import TENSOR_TYPES, ArrayInfo, read_contents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +111,7 @@ def test_a_header_reads_as_the_gguf_package_reads_it(
     version: int,
 ) -> None:
     with written(values, tensors, endian, version) as path:
-        header = read_header(path)
+        header = read_contents(path).header
         contents = read_contents(path)
         reader = gguf.GGUFReader(path)
 

@@ -49,17 +49,6 @@ def test_bytes_read_count_where_memory_does_not_show() -> None:
     assert meter.loaded == 5 * GB
 
 
-def test_what_the_server_itself_says_counts_where_it_is_more() -> None:
-    meter = loading()
-    meter.set_share(0.5, 5)
-    assert meter.loaded == 5 * GB
-    meter.measure(Usage(BASE + 2 * GB, 0), 6)
-    meter.set_share(0.1, 7)
-    assert meter.loaded == 5 * GB
-    meter.set_share(1.0, 10)
-    assert meter.progress(10).stage is Stage.PREPARING
-
-
 def test_an_even_load_moves_the_bar_evenly() -> None:
     fractions = even_load(loading(), 50, 10 * GB)
     assert fractions[9] == pytest.approx(0.2, abs=0.08)

@@ -10,7 +10,7 @@ import gguf
 import pytest
 from model_files import write_model
 
-from kitty_nb.catalog.gguf import read_header, read_layout
+from kitty_nb.catalog.gguf import read_contents, read_layout
 from kitty_nb.catalog.memory import (
     CACHE_TYPES,
     Allocation,
@@ -147,7 +147,7 @@ def test_heads_may_differ_by_layer(model: Callable[..., Path]) -> None:
     path = model(layers=3, head=64, kv_heads=2)
     before = cache(read_shape(path))
     write_model(path, layers=3, head=64, attention__head_count_kv=[4, 0, 2])
-    assert read_header(path).per_layer["llama.attention.head_count_kv"] == (4, 0, 2)
+    assert read_contents(path).header.per_layer["llama.attention.head_count_kv"] == (4, 0, 2)
     assert cache(read_shape(path)) == before
 
 

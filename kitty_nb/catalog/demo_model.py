@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from numpy.typing import NDArray
 
-__all__ = ["write_demo_model"]
-
 # Cut into tokens, all different: a repeated one would send the chain round in a circle. None is a
 # single letter, which the tokenizer would find in the user's words.
 _ANSWER = (

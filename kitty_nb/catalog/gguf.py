@@ -8,12 +8,12 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -205,9 +205,6 @@ class GgufLayout:
     data_at: int
 
 
-T = TypeVar("T")
-
-
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -226,29 +223,33 @@ _SHOWN = 80  # characters of a key in a message
 _DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file, version 2 or 3, in either byte order.
+def read_contents(path: Path) -> GgufLayout:
+    """Read the header of a GGUF file and its list of tensors, whether those are there or not.
+
+    Versions 2 and 3 are read, in either byte order.
 
     Raises:
         ModelFileError: It cannot be opened, is not GGUF, or is damaged or cut short.
     """
-    return _read(path, _Reader.header)
-
-
-def read_contents(path: Path) -> GgufLayout:
-    """Read the header of a GGUF file and its list of tensors, whether those are there or not.
-
-    Raises:
-        ModelFileError: As for `read_header`.
-    """
-    return _read(path, _Reader.contents)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+            raise ModelFileError(f"{path} is not a file. Choose a .gguf file.")
+        with path.open("rb") as file:
+            return _Reader(file, path, status.st_size).contents()
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} is not there. Check its name, or download it.") from None
+    except OSError as error:
+        raise ModelFileError(
+            f"Can't read {path}: {error.strerror}. Check its permissions and the disk."
+        ) from error
 
 
 def read_layout(path: Path) -> GgufLayout:
     """Read the header of a GGUF file and the list of its tensors after it.
 
     Raises:
-        ModelFileError: As for `read_header`, and when weights are missing at the end.
+        ModelFileError: As for `read_contents`, and when weights are missing at the end.
     """
     found = read_contents(path)
     if any(found.data_at + tensor.offset >= found.size for tensor in found.tensors):
@@ -256,21 +257,6 @@ def read_layout(path: Path) -> GgufLayout:
             f"{path} ends before its last weights, after {found.size} bytes. {_DOWNLOAD_AGAIN}"
         )
     return found
-
-
-def _read(path: Path, part: Callable[[_Reader], T]) -> T:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-            raise ModelFileError(f"{path} is not a file. Choose a .gguf file.")
-        with path.open("rb") as file:
-            return part(_Reader(file, path, status.st_size))
-    except FileNotFoundError:
-        raise ModelFileError(f"{path} is not there. Check its name, or download it.") from None
-    except OSError as error:
-        raise ModelFileError(
-            f"Can't read {path}: {error.strerror}. Check its permissions and the disk."
-        ) from error
 
 
 class _Reader:
@@ -286,7 +272,7 @@ class _Reader:
         self._at = 0  # the next byte, from the window's start; beyond its end after a skip
         self._numbers: tuple[bool | int | float, ...] = ()  # of the latest array, if it is short
 
-    def header(self) -> GgufHeader:
+    def _header(self) -> GgufHeader:
         if self._size == 0:
             raise self._cut_short("is empty")
         magic = self._take(4)
@@ -319,7 +305,7 @@ class _Reader:
         return GgufHeader(version, self._order, tensor_count, metadata, per_layer)
 
     def contents(self) -> GgufLayout:
-        header = self.header()
+        header = self._header()
         entries = [self._tensor() for _ in range(header.tensor_count)]
         if twice := [name for name, n in Counter(name for name, *_ in entries).items() if n > 1]:
             raise self._damaged(f"has the tensor {twice[0][:_SHOWN]!r} twice")

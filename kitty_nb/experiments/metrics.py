@@ -23,21 +23,6 @@ from kitty_nb.isolated_server import LoadSeconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-__all__ = [
-    "OBJECTIVE",
-    "Constraint",
-    "Objective",
-    "Spread",
-    "batch_tokens",
-    "constraints_of",
-    "known",
-    "metric_names",
-    "metrics_of",
-    "read_objective",
-    "smaller_is_better",
-    "tells_speed",
-]
-
 _GIB = 1 << 30
 OBJECTIVE = "generation_tokens_per_second"
 _SPECULATED = 64  # tokens that are processed together for one answer, at most

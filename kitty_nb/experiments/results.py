@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.trial import Trial, TrialResult
 
-__all__ = ["Results", "choose", "extra"]
-
 _UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
 
 

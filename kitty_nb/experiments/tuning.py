@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.workload import Perplexity, Quality
     from kitty_nb.manager import Operation
 
-__all__ = ["TuneResult", "tune"]
-
 _PATIENCE = 4.0  # times as long as others a trial may take
 
 

@@ -139,11 +139,6 @@ class LoadMeter:
                 self.moved_at = elapsed
             self._worked = usage.processor, elapsed
 
-    def set_share(self, share: float, elapsed: float) -> None:
-        """Note which share of the weights, 0 to 1, the server itself says is there."""
-        self.enter_stage(Stage.LOADING, elapsed)
-        self._see(int(share * self.total), elapsed)
-
     def _see(self, loaded: int, elapsed: float) -> None:
         if loaded > self.loaded:
             self.loaded, self.moved_at = loaded, elapsed

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
 
 _BYTES_PER_READ = 1 << 18
@@ -87,12 +86,7 @@ class LogTail:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

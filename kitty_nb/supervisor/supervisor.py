@@ -64,7 +64,6 @@ from kitty_nb.supervisor.server import Server
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from anyio.abc import TaskGroup, TaskStatus
     from pydantic import SecretStr
@@ -128,19 +127,14 @@ class Supervisor:
             if found and found.ready is not None:  # who finds it may use it at once
                 with anyio.move_on_after(_SETTLED_WITHIN):
                     await self._until(lambda: self._now.status.settled)
-        except BaseException as error:
+        except BaseException:
             self.detach()  # a server that was found is nobody's to stop yet
-            await self.__aexit__(type(error), error, error.__traceback__)
+            await self.__aexit__()
             raise
         self._tasks.start_soon(self._look_forever)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         being_ended = self._now.status is ServerStatus.STOPPING
         if being_ended or not (self._leaving or self._now.status.idle):
             with anyio.CancelScope(shield=True), suppress(ServerFailedError):
