@@ -73,7 +73,10 @@ def test_whatever_is_written_is_read_back_and_the_rest_stays(tmp_path: Path) -> 
         ("K=first\nK=second\n", "K=new\nK=new\n"),
         ("K='over\ntwo lines'\nB=2\n", "K=new\nB=2\n"),
         ("# nothing", "# nothing\nK=new\n"),
-        ("B=2\r\n", "B=2\nK=new\n"),
+        ("B=2\r\n", "B=2\r\nK=new\r\n"),
+        ("B=2\r\nK=old\r\nC='1\r\n2'\r\n", "B=2\r\nK=new\r\nC='1\r\n2'\r\n"),
+        ("export K=old\nB=2\n", "export K=new\nB=2\n"),
+        ("B=2\n\n  K=old", "B=2\n\n  K=new\n"),
         ("\ufeffK=old\n", "\ufeffK=new\n"),
         ("H=${HOME}/x\nK=old\n", "H=${HOME}/x\nK=new\n"),
         ("", "K=new\n"),
@@ -146,8 +149,6 @@ def test_a_file_that_has_changed_meanwhile_is_left_alone(tmp_path: Path, now: st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that nobody may write to")
-# python-dotenv leaves the closing of a file that it cannot replace to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_unwritable_folder_is_explained(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.symlink_to("/proc/sys/kernel/hostname")

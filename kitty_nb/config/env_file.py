@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
-from dotenv import dotenv_values, find_dotenv, set_key
+from dotenv import dotenv_values, find_dotenv
 from dotenv.parser import parse_stream
 
 from kitty_nb.errors import ConfigError, Problem
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _NEEDS_NO_QUOTES = re.compile(r"[^\s'\"#\\$]*")
 _NEEDS_ESCAPES = re.compile(r"['\\\r\n]")
+_BEFORE_KEY = re.compile(r"\s*(?:export[^\S\r\n]+)?")
 _ESCAPES = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"}
 
 
@@ -130,9 +132,8 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
         if _bytes(env.path) != env.raw:
             raise _unwritten(env.path, "It has changed since it was read.", "Read it again.")
         backup = _back_up(env) if env.path.exists() else None
-        for key in keys:
-            value = quoted(changes[key])
-            set_key(env.path, key, value, "never", encoding=encoding, follow_symlinks=True)
+        text = _with_values(env.raw.decode(encoding), {key: changes[key] for key in keys})
+        _replace(env.path.resolve(), text.encode(encoding))
     except (OSError, UnicodeEncodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         lines = " ".join(f"{key}={quoted(changes[key])}" for key in keys)
@@ -151,6 +152,33 @@ def quoted(value: str) -> str:
     if not _NEEDS_ESCAPES.search(plain):
         return f"'{plain}'"
     return '"' + "".join(_ESCAPES.get(letter, letter) for letter in plain) + '"'
+
+
+def _with_values(text: str, changes: Mapping[str, str]) -> str:
+    """Set keys where they stand, or at the end.
+
+    `dotenv.set_key` would drop `export` and the carriage returns of other lines.
+    """
+    end = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
+    lines, missing = [], dict(changes)
+    for binding in parse_stream(StringIO(text, newline="")):
+        key, line = binding.key, binding.original.string
+        if key is not None and key in changes:
+            missing.pop(key, None)
+            before = _BEFORE_KEY.match(line)
+            line = f"{before[0] if before else ''}{key}={quoted(changes[key])}{end}"
+        lines.append(line)
+    if missing and lines and not lines[-1].endswith(("\n", "\r")):
+        lines.append(end)
+    return "".join((*lines, *(f"{key}={quoted(value)}{end}" for key, value in missing.items())))
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, with the permissions that it had."""
+    mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else None
+    write_atomic(file, content)
+    if mode is not None:
+        file.chmod(mode)
 
 
 def _bytes(file: Path) -> bytes:
