@@ -169,7 +169,7 @@ async def answer_parts(response: httpx.Response) -> AsyncGenerator[dict[str, Any
 
 def _broken_off(how: str) -> str:
     """Say that an answer has no end."""
-    return f"The server broke off its answer ({how}). See its log: it was stopped, or has crashed."
+    return f"The answer ended early ({how}): the server was stopped or crashed. See its log."
 
 
 def _part(response: httpx.Response, text: str) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _missing(tools: tuple[str, ...], finish: str, *, thought: bool) -> str:
             f"The model {what} when max_tokens or the context ran out. Raise max_tokens, or the"
             " context size."
         )
-    return "The model thought, but then gave no answer. Ask it in other words." if thought else ""
+    return "The model gave no answer after thinking. Rephrase the prompt." if thought else ""
 
 
 def refusal(said: Any, status: int | None = None) -> str:
@@ -231,8 +231,8 @@ def refusal(said: Any, status: int | None = None) -> str:
         )
     if _FULL in message:
         return (
-            "The requests under way at once and their answers are longer than the server's whole"
-            " context. Raise context_size, or lower max_tokens or parallel."
+            "The concurrent requests and their answers exceed the server's total context. Raise"
+            " context_size, or lower max_tokens or parallel."
         )
     if status is None:
         return f"The server could not go on: {message}"

@@ -84,7 +84,7 @@ class Operation(Generic[T]):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
             loop.run_until_complete(asyncio.wait([future], timeout=timeout))
         if not self._future.done():
-            raise WaitTimeoutError(f"Not done after {timeout} s; it goes on in the background.")
+            raise WaitTimeoutError(f"Not done after {timeout} s; it continues in the background.")
         return self._future.result()
 
     def cancel(self) -> None:
@@ -184,8 +184,7 @@ class ModelManager:
         """
         if self.state.status is not ServerStatus.READY:
             raise KittyError(
-                f"There is no server to talk to: it is {self.state.status}. Start it, and wait"
-                " until it is READY."
+                f"The server is {self.state.status}. Start it, and wait until it is READY."
             )
         return self._access
 
@@ -310,7 +309,7 @@ class ModelManager:
             and not state.external.alias
         ):
             raise KittyError(
-                "The router has not loaded a model yet. Name one by chat(…, model=…) or"
+                "The router has not loaded a model yet. Name one with chat(…, model=…) or"
                 f" switch_model(…): {', '.join(state.external.models)}."
             )
         request = {"model": state.alias, "messages": messages, **options}
@@ -338,7 +337,7 @@ class ModelManager:
         """
         if self._forked:
             raise KittyError(
-                "This manager is of the process that this one was forked from. Make one here, by"
+                "This manager belongs to the parent process. Create one in this process:"
                 " ModelManager()."
             )
         if self._closed:

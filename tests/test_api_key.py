@@ -52,7 +52,7 @@ def squatter(port: int) -> Iterator[list[tuple[str, str | None]]]:
 
 def test_only_who_has_the_key_is_answered(config: ServerConfig) -> None:
     with ModelManager(config=config) as manager:
-        with pytest.raises(KittyError, match="no server to talk to: it is STOPPED"):
+        with pytest.raises(KittyError, match="The server is STOPPED"):
             _ = manager.client
         manager.start().wait(30)
         url = manager.state.endpoint + CHAT

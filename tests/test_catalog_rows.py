@@ -126,13 +126,13 @@ def test_shards_that_lost_their_names_are_one_row(tmp_path: Path) -> None:
     assert model.path.name == "b.gguf"
     assert model.shard_count == 3
     assert "…-00001-of-00003.gguf" in (model.problem or "")
-    assert "Missing are 00002" in (model.problem or "")
+    assert "Download the missing 00002" in (model.problem or "")
 
 
 @pytest.mark.parametrize(
     ("numbers", "tensors", "message"),
     [
-        ((1, 0), 2, "is the shard with the number 2, but its name says otherwise"),
+        ((1, 0), 2, "is shard number 2, but its name says otherwise"),
         ((0, 1), 7, "hold 2 tensors together instead of 7"),
     ],
 )

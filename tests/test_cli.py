@@ -206,7 +206,7 @@ def test_no_wait_returns_during_the_load_and_wait_ready_gives_up(slow_env: Path)
     eventually(lambda: facts(slow_env)["status"] == "LOADING")
     waited = run("wait-ready", "--timeout", "0.5", "--env", slow_env)
     assert waited.exit_code == 1
-    assert "not ready after 0.5 s; its load goes on" in waited.stderr
+    assert "not ready after 0.5 s; it is still loading" in waited.stderr
     assert facts(slow_env)["status"] == "LOADING"
     assert run("stop", "--force", "--env", slow_env).exit_code == 0
     assert run("wait-ready", "--env", slow_env).exit_code == 3

@@ -113,7 +113,7 @@ THOUGHT = {"reasoning_content": "Hm"}
     ("deltas", "finish", "reason"),
     [
         ([THOUGHT, THOUGHT], "length", "still thinking when max_tokens"),
-        ([THOUGHT], "stop", "thought, but then gave no answer"),
+        ([THOUGHT], "stop", "gave no answer after thinking"),
         ([], "length", "said nothing yet when max_tokens"),
         ([{"tool_calls": [CALL]}, {"tool_calls": [MORE]}], "tool_calls", "tool .*: weather[.] "),
     ],
@@ -183,7 +183,7 @@ def test_another_program_is_told_from_a_server(
 
 
 def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
-    with pytest.raises(ServerError, match="broke off"):
+    with pytest.raises(ServerError, match="ended early"):
         chat(says(events({"content": "half"}, finish=None)))
     with pytest.raises(ServerError, match="could not go on: it is full"):
         chat(says('data: {"error": {"message": "it is full"}}\n\n'))

@@ -218,7 +218,7 @@ def test_what_could_not_be_talked_to_is_refused(bare: ServerConfig, flag: str) -
         ("--metrcs=1", "--metrcs, which .* Did you mean --metrics?"),
         ("--metrics --stop", "--stop"),
         ("--control-vector-layer-range 1 2 --threds 3", "Did you mean --threads?"),
-        ("--ctx-size=4096", "--ctx-size=…: .* Put a space"),
+        ("--ctx-size=4096", "--ctx-size=…: .* Use a space"),
     ],
 )
 def test_extra_args_that_cannot_work(bare: ServerConfig, extra: str, message: str) -> None:

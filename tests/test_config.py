@@ -180,7 +180,7 @@ def test_a_name_that_is_no_text_is_to_be_changed(models: Path) -> None:
         path.touch()
     except OSError:
         pytest.skip("this system has no such names")
-    with pytest.raises(ConfigError, match="not written in UTF-8"):
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
         resolve_model(ServerConfig(models_dir=models, model=path))
 
 

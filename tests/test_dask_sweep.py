@@ -322,7 +322,7 @@ def test_a_trial_that_takes_its_workers_with_it_is_a_row(
         stop = one.subscribe(kill_when_ready)
         (row,) = one.run(client=client).wait(WAIT).rows
         assert row.outcome is Outcome.FAILED
-        assert "Workers died while they had this trial, 2 times." in row.reason
+        assert "Workers died 2 times while running this trial." in row.reason
         eventually(lambda: not servers(), within=30, why="a server outlives its worker")
         # Where the only worker that is able dies, the one that takes its place is asked.
         stop()

@@ -98,7 +98,7 @@ def test_the_doctor_tells_them_and_where_there_is_no_file(
     assert found.verdict is Verdict.WARNING
     assert "LLAMACPP_CTX" in found.advice
     (tmp_path / ".env").unlink()
-    assert "There is no .env in" in {one.what: one for one in examine()}[".env"].found
+    assert "No .env in" in {one.what: one for one in examine()}[".env"].found
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_doctor_tells_them_and_where_there_is_no_file(
         ("alias", "a,b", "It is not valid. Write one name, without commas."),
         ("host", "a b", "Not a valid host name. Write an address"),
         ("contextsize", "1", "There is no such setting. Did you mean context_size?"),
-        ("profile", "a b", "Write a letter, and after it letters, digits and underscores."),
+        ("profile", "a b", "Use a letter, then letters, digits and underscores."),
     ],
 )
 def test_a_complaint_is_in_our_own_words(name: str, value: str, ours: str) -> None:

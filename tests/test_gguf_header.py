@@ -179,7 +179,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     for path, message in [
         (tmp_path, "is not a file"),
         (pipe, "is not a file"),
-        (tmp_path / "absent.gguf", "is not there"),
+        (tmp_path / "absent.gguf", "does not exist"),
         (loop, "Can't read .*: Too many levels"),
     ]:
         with pytest.raises(ModelFileError, match=message):

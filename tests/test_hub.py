@@ -429,7 +429,7 @@ def test_a_second_download_of_the_same_file_is_refused(hub: Hub, models: Path) -
             tasks.start_soon(first.run, ignore)
             while not parts(models):
                 await anyio.sleep(0.01)
-            with pytest.raises(HubError, match="is being downloaded already"):
+            with pytest.raises(HubError, match="is already being downloaded"):
                 await second.run(ignore)
 
     anyio.run(run)

@@ -109,10 +109,10 @@ def test_another_model_is_switched_to(run: Run, env: Path, config: ServerConfig)
 def test_what_cannot_be_done_is_said_in_one_sentence(
     run: Run, env: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(KittyError, match="no server to talk to: it is STOPPED"):
+    with pytest.raises(KittyError, match="The server is STOPPED"):
         run("%%kitty_chat\nWho are you?")
     shown = capsys.readouterr().out
-    assert shown.startswith("KittyError: There is no server")
+    assert shown.startswith("KittyError: The server is STOPPED")
     assert "Traceback" not in shown
     with pytest.raises(KittyError, match="no server log yet"):
         run("%kitty logs")

@@ -84,7 +84,7 @@ def test_all_shards_count(tmp_path: Path, model: Callable[..., Path]) -> None:
     assert twice.weights == once.weights + blocks
     assert twice.cache == once.cache
     (tmp_path / "m-00002-of-00002.gguf").unlink()
-    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf is not there"):
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf does not exist"):
         read_shape(first)
 
 
@@ -318,19 +318,19 @@ def test_what_is_left_to_the_engine_is_settled_as_it_would(
 @pytest.mark.parametrize(
     ("details", "message"),
     [
-        ({"block_count": None}, "does not say its llama.block_count"),
+        ({"block_count": None}, "lacks llama.block_count"),
         ({"block_count": 100_000}, "block_count is 100000"),
-        ({"context_length": None}, "does not say its llama.context_length"),
+        ({"context_length": None}, "lacks llama.context_length"),
         ({"context_length": 4_000_000_000}, "context_length is 4000000000"),
-        ({"embedding_length": None}, "does not say its llama.embedding_length"),
+        ({"embedding_length": None}, "lacks llama.embedding_length"),
         ({"embedding_length": 0}, "embedding_length is 0"),
         ({"attention__head_count": 1 << 30}, f"head_count is {1 << 30}"),
         ({"attention__head_count": True}, "head_count is True"),
         ({"attention__head_count": "four"}, "head_count is four"),
         ({"attention__key_length": -1.5}, "key_length is -1.5"),
         ({"attention__key_length": [1, 2]}, "has a list as"),
-        ({"attention__head_count_kv": [1, 2]}, "too short or absurd"),
-        ({"attention__head_count_kv": [-1] * 8}, "too short or absurd"),
+        ({"attention__head_count_kv": [1, 2]}, "too short or implausible"),
+        ({"attention__head_count_kv": [-1] * 8}, "too short or implausible"),
     ],
 )
 def test_numbers_that_are_missing_or_absurd_are_named(

@@ -278,7 +278,12 @@ def test_bounds_cut_lists_and_fix_what_is_left_open(read: Read, base: ServerConf
         ({"port": [1, 2]}, None, ConfigError, "the space"),
         ({"threads": [1, 2]}, {"threads>": 2}, ExperimentError, "no threads that keeps"),
         ({"threads": (1, 2)}, {"threads>": "two"}, ExperimentError, "no threads that keeps"),
-        ({"threads": [1]}, {"memory_gb": 2}, ExperimentError, "nothing that is chosen or measured"),
+        (
+            {"threads": [1]},
+            {"memory_gb": 2},
+            ExperimentError,
+            "neither a setting in the space nor a measurement",
+        ),
         ({"threads": [1]}, {"context_size>": 512}, ExperimentError, "context_size is not set"),
     ],
 )

@@ -144,7 +144,7 @@ def test_settings_in_use_are_preferred_wherever_they_are_written(
     [
         ("generation_tokens_per_secnd", {}, "Did you mean generation_tokens_per_second?"),
         ("memory_gib", {"memory_gb": 1}, "Did you mean memory_gib?"),
-        ("memory_gib", {"memory_gib ~": 1}, "not understood"),
+        ("memory_gib", {"memory_gib ~": 1}, "Can't parse"),
         ("memory_gib", {"memory_gib": 1}, "None of 2 combinations keeps memory_gib <= 1"),
         ("memory_gib", {"cache_type_k": 3}, "None of 2 combinations"),
         ("memory_gib", {"n_gpu_layers": 3}, "None of 2 combinations"),

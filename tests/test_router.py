@@ -323,7 +323,7 @@ def test_another_server_that_was_attached_to_is_kept(config: ServerConfig) -> No
     ):
         other.start().wait(60)
         manager.attach().wait(60)
-        with pytest.raises(ExperimentError, match="which model and settings"):
+        with pytest.raises(ExperimentError, match="model and settings"):
             record_run(manager, "Who are you?")
         for ask in (manager.restart, lambda: manager.switch_model("demo.gguf")):
             with pytest.raises(ServerFailedError, match="kitty_nb did not start"):

@@ -141,7 +141,7 @@ def test_a_bad_manifest_is_a_row(tmp_path: Path, content: str) -> None:
     manifest.write_text(content)
     (model,) = ModelCatalog(ollama(tmp_path)).scan()
     assert model.path == manifest
-    assert "is not a manifest that can be read" in (model.problem or "")
+    assert "Can't read the manifest" in (model.problem or "")
 
 
 def test_a_blob_that_is_gone_is_a_row(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_blob_that_is_gone_is_a_row(tmp_path: Path) -> None:
     blobs["model"].unlink()
     (model,) = ModelCatalog(ollama(tmp_path)).scan()
     assert (model.known_as, model.startable) == ("m:1b", False)
-    assert "is not there" in (model.problem or "")
+    assert "does not exist" in (model.problem or "")
 
 
 def test_several_folders_are_listed_one_after_the_other(tmp_path: Path) -> None:

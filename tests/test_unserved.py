@@ -63,8 +63,8 @@ NEVER: dict[str, tuple[Callable[[Path], object], str]] = {
     **{name: (bare(name), "is a video model") for name in ("wan", "ltxv", "hyvid")},
     **{name: (bare(name), "is a speech model") for name in ("parler-tts", "kokoro")},
     "controlvector": (bare("controlvector"), "with --control-vector in LLAMACPP_EXTRA_ARGS"),
-    "of tomorrow": (bare("paints"), "has no vocabulary: it is no language model (paints)"),
-    "vocabulary": (vocabulary_only, "holds a vocabulary and no weights"),
+    "of tomorrow": (bare("paints"), "is not a language model (paints): no vocabulary"),
+    "vocabulary": (vocabulary_only, "has a vocabulary but no weights"),
     "nameless": (without_architecture, "does not say its architecture"),
     "flat": (without_layers, "has no layers"),
 }
@@ -73,9 +73,9 @@ DOUBTFUL: dict[str, tuple[Callable[[Path], object], str]] = {
     for name, said in {
         "eagle3": "is a drafter",
         "t5encoder": "is a text encoder",
-        "wavtokenizer-dec": "makes sound",
+        "wavtokenizer-dec": "vocoder",
     }.items()
-} | {"typed": (unknown_type, "unknown here (type 77). The engine may know it")}
+} | {"typed": (unknown_type, "kitty_nb does not know (type 77). The engine may support it")}
 
 
 def one(folder: Path) -> Model:

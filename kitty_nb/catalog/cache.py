@@ -227,8 +227,8 @@ def _signature(path: Path) -> FileSignature:
     signature = signature_of(path)
     if signature is None:
         raise ModelFileError(
-            f"{path} is missing, or its folder can't be read, so which model it is is not known."
-            " Put it back, or check the permissions."
+            f"{path} is missing, or its folder can't be read, so the model cannot be identified."
+            " Restore it, or check the permissions."
         )
     return signature
 

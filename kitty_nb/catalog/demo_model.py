@@ -87,9 +87,8 @@ def write_demo_model(path: str | Path, size: int | None = None) -> Path:
             unfinished.replace(path)
     except OSError as error:
         raise ModelFileError(
-            f"Can't write the demo model to {path}: {error.strerror or error}. "
-            f"Choose a folder that you may write to, with {size / 1e9:.3f} GB free:"
-            " LLAMACPP_MODELS_DIR names the models folder."
+            f"Can't write the demo model to {path}: {error.strerror or error}. Choose a writable"
+            f" folder with {size / 1e9:.3f} GB free: LLAMACPP_MODELS_DIR names the models folder."
         ) from error
     return path
 

@@ -238,7 +238,7 @@ def read_contents(path: Path) -> GgufLayout:
         with path.open("rb") as file:
             return _Reader(file, path, status.st_size).contents()
     except FileNotFoundError:
-        raise ModelFileError(f"{path} is not there. Check its name, or download it.") from None
+        raise ModelFileError(f"{path} does not exist. Check its name, or download it.") from None
     except OSError as error:
         raise ModelFileError(
             f"Can't read {path}: {error.strerror}. Check its permissions and the disk."

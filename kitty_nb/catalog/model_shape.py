@@ -250,7 +250,7 @@ class _Header:
         if listed := self._header.per_layer.get(full_key):
             numbers = [n for n in listed[: self._count] if 0 <= n <= _LARGEST]
             if len(numbers) < self._count:
-                raise self._unusable(f"has a {full_key} that is too short or absurd")
+                raise self._unusable(f"has a {full_key} that is too short or implausible")
             return list(map(int, numbers))
         if default is not None and full_key not in self._header.metadata:
             return default
@@ -262,7 +262,7 @@ class _Header:
         full_key = f"{self._architecture}.{key}"
         value = self._header.metadata.get(full_key, default)
         if value is None:
-            raise self._unusable(f"does not say its {full_key}")
+            raise self._unusable(f"lacks {full_key}")
         least = least if default is None else 0
         if isinstance(value, ArrayInfo):
             raise self._unusable(f"has a list as {full_key}")
@@ -272,6 +272,6 @@ class _Header:
 
     def _unusable(self, what: str) -> ModelFileError:
         return ModelFileError(
-            f"{self._path.name} {what}, so its memory cannot be worked out. Download it again, or"
-            " try another conversion of the model."
+            f"{self._path.name} {what}, so its memory use cannot be estimated. Download it again,"
+            " or try another conversion of the model."
         )

@@ -96,7 +96,7 @@ def _what_is_wrong(
     if not config.allow_absolute_paths and not inside:
         reason = f"It is outside the models folder, {models_dir}."
         fix = "Move it there, set LLAMACPP_MODELS_DIR to a folder above it, or allow models"
-        return reason, f"{fix} anywhere by LLAMACPP_ALLOW_ABSOLUTE_PATHS=1."
+        return reason, f"{fix} anywhere with LLAMACPP_ALLOW_ABSOLUTE_PATHS=1."
     if path.suffix.lower() != ".gguf" and not _file_in_store(path, others):
         kind = "is a folder" if is_folder(path) else "does not end in .gguf"
         return f"It {kind}, so llama-server cannot load it.", _advice(path, models_dir)
@@ -112,14 +112,14 @@ def _what_is_wrong(
     if not regular:
         return f"There is no such file (looked in {path.parent}).", _advice(path, models_dir)
     if str(path).encode(errors="ignore") != os.fsencode(path):
-        return "Its name, or that of a folder above it, is not written in UTF-8.", "Rename it."
+        return "Its name, or that of a folder above it, is not valid UTF-8.", "Rename it."
     return _wrong_shard(path, models_dir)
 
 
 def _wrong_shard(path: Path, models_dir: Path) -> tuple[str, str] | None:
     shard, shards = ShardName.parse(path), shard_paths(path)
     if shard and shard.number > 1:
-        reason = f"It is shard {shard.number} of {shard.count}; a model is named by its first."
+        reason = f"It is shard {shard.number} of {shard.count}; a model goes by its first shard."
         return reason, f"Write {_relative(shards[0], models_dir)}."
     if missing := missing_shards(path):
         names = name_some([each.name for each in missing], _SHOWN)

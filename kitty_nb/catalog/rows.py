@@ -34,8 +34,8 @@ _COMPANIONS = {
 _KINDS = {
     Kind.ADAPTER: "an adapter (LoRA). Pick the model it was made for, and name this with --lora"
     " in LLAMACPP_EXTRA_ARGS.",
-    Kind.PROJECTOR: "a projector (mmproj). Pick the model itself; a projector beside it is used"
-    " by itself.",
+    Kind.PROJECTOR: "a projector (mmproj). Pick the model itself; a projector in the same folder"
+    " is used automatically.",
     Kind.OTHER: f"data about a model. {_ELSEWHERE}",
 }
 # Engines load these, but not to chat with.
@@ -43,8 +43,8 @@ _DRAFTER = "a drafter. Pick the model it was made for, and name this as its draf
 _NOT_FOR_CHAT = {
     "dflash": _DRAFTER,
     "eagle3": _DRAFTER,
-    "t5encoder": "a text encoder, as image models use one. It answers no chat.",
-    "wavtokenizer-dec": "the part of a speech model that makes sound. It answers no chat.",
+    "t5encoder": "a text encoder of an image model. It cannot chat.",
+    "wavtokenizer-dec": "the vocoder of a speech model. It cannot chat.",
 }
 
 
@@ -62,13 +62,13 @@ def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
     if architecture is None:
         return f"{name} does not say its architecture. Download another conversion of the model."
     if of_other := _OF_OTHER_PROGRAMS.get(architecture):
-        return f"{name} is {of_other} ({architecture}), which no llama-server runs. {_ELSEWHERE}"
+        return f"{name} is {of_other} ({architecture}), which llama-server cannot run. {_ELSEWHERE}"
     if companion := _COMPANIONS.get(architecture):
         return f"{name} is {companion}"
     if not facts.tokenizer:
-        return f"{name} has no vocabulary: it is no language model ({architecture}). {_ELSEWHERE}"
+        return f"{name} is not a language model ({architecture}): no vocabulary. {_ELSEWHERE}"
     if tensors == 0:
-        return f"{name} holds a vocabulary and no weights. Download the model itself."
+        return f"{name} has a vocabulary but no weights. Download the model itself."
     if facts.layers == 0:
         return f"{name} has no layers. Download another conversion of the model."
     return None
@@ -87,8 +87,8 @@ def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
     if unknown := sorted(set(types) - TENSOR_TYPES.keys()):
         numbers = ", ".join(map(str, unknown))
         return (
-            f"{path.name} stores weights in a way that is unknown here (type {numbers}). The engine"
-            " may know it; if it does not, download another quantization."
+            f"{path.name} stores weights in a format that kitty_nb does not know (type {numbers})."
+            " The engine may support it; if not, download another quantization."
         )
     return None
 
@@ -354,8 +354,8 @@ def _misfit(group: Sequence[Part], path: Path, count: int) -> str | None:
             return _misnamed(path, facts.split_count, sorted(f.split_number or 0 for f in every))
         if count > 1 and facts.split_number not in (None, _number(part)):
             return (
-                f"{part.file.path} is the shard with the number {(facts.split_number or 0) + 1}, "
-                "but its name says otherwise. Give the shards back their names."
+                f"{part.file.path} is shard number {(facts.split_number or 0) + 1}, but its name"
+                " says otherwise. Restore the shards' original names."
             )
     expected = every[0].split_tensors if every else None
     there = sum(facts.tensor_count for facts in every)
@@ -375,8 +375,8 @@ def _incomplete(missing: Sequence[str], count: int, folder: Path) -> str:
 def _misnamed(path: Path, count: int, numbers: Sequence[int]) -> str:
     gone = sorted({*range(count)} - {*numbers})
     lacking = name_some([f"{number + 1:05d}" for number in gone])
-    without = f" Missing are {lacking}: download them." if len(numbers) > 1 and gone else ""
+    without = f" Download the missing {lacking}." if len(numbers) > 1 and gone else ""
     return (
-        f"{path} is a shard of a model in {count} files, but its name does not say so. "
-        f"Give all of them back their names, from …-00001-of-{count:05d}.gguf on.{without}"
+        f"{path} is a shard of a model in {count} files, but its name does not say so. Restore all"
+        f" of their names, from …-00001-of-{count:05d}.gguf on.{without}"
     )

@@ -267,9 +267,7 @@ def _from_ollama(root: Path) -> list[FoundFile]:
         try:
             layers = _layers(manifest, root / "blobs")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            problem = (
-                f"{manifest} is not a manifest that can be read: {error}. Pull the model again."
-            )
+            problem = f"Can't read the manifest {manifest}: {error}. Pull the model again."
             files[manifest] = FoundFile(manifest, signature_of(manifest), problem=problem)
             continue
         name = _ollama_name(manifest.relative_to(root / "manifests"))

@@ -52,7 +52,7 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help="Start, watch and stop llama-server. The panel of a profile controls the same server.",
+    help="Start, watch and stop llama-server. Notebooks control the same server of a profile.",
     epilog=_EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -135,7 +135,7 @@ def start(
         typer.Option("--print-command", help="Print the command line instead of running it."),
     ] = False,
 ) -> None:
-    """Start the profile's server; it keeps running when this command ends.
+    """Start the profile's server; it keeps running after this command exits.
 
     Ctrl-C during the load stops it. A server that already runs with these settings is left alone.
     LLAMACPP_ON_KERNEL_EXIT is for notebooks: a server started here runs until it is stopped.
@@ -173,7 +173,7 @@ def restart(
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
 ) -> None:
-    """Stop the profile's server and start it with the settings that the file has now."""
+    """Restart the profile's server with the current settings of the file."""
     from kitty_nb.cli import commands
 
     _say(anyio.run(commands.restart, _settings(env, profile, valid=True), env, not no_wait, anyway))
@@ -199,9 +199,7 @@ def switch(
 def status(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
-    every: Annotated[
-        bool, typer.Option("--all", help="Report every profile that the file names.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Report every profile in the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Report the state of the profile's server; exit with 3 if none is running."""
@@ -225,7 +223,8 @@ def wait_ready(
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up after so many seconds.")
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Give up after this many seconds."),
     ] = None,
 ) -> None:
     """Wait until the profile's server answers; exit with 3 if none is running."""
@@ -251,7 +250,7 @@ def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     if record.api_key:
         typer.echo(record.api_key.get_secret_value())
     else:
-        _say("The server asks for no key.", err=True)
+        _say("The server requires no API key.", err=True)
 
 
 @app.command()
@@ -265,7 +264,7 @@ def logs(
         int | None, typer.Option("--lines", "-n", min=1, help="Show only the last N lines.")
     ] = None,
 ) -> None:
-    """Print the log of the profile's server, or of its last one."""
+    """Print the log of the profile's current or previous server."""
     from kitty_nb.cli.status import follow_log, log_lines
     from kitty_nb.supervisor.registry import refuse_open_folder
 
@@ -306,7 +305,7 @@ def demo_model(
         typer.Option(metavar="GB", help="Pad it to this size, for a longer load."),
     ] = None,
 ) -> None:
-    """Write a small model to try things out with, by default into the models folder."""
+    """Write a small demo model, by default into the models folder."""
     from kitty_nb.catalog.demo_model import write_demo_model
 
     if size is not None and not 0 < size <= _LARGEST_DEMO:  # nan is neither
@@ -322,7 +321,7 @@ def download(
         str, typer.Argument(help="owner/name, owner/name:Q4_K_M, or the page's URL.")
     ],
     quant: Annotated[
-        str | None, typer.Option(metavar="Q4_K_M", help="The quantization, or the name of a file.")
+        str | None, typer.Option(metavar="Q4_K_M", help="The quantization, or a file name.")
     ] = None,
     only_list: Annotated[
         bool, typer.Option("--list", help="List the models and their sizes; download nothing.")
@@ -333,7 +332,7 @@ def download(
     """Download a model from the Hugging Face Hub into the models folder, and verify it.
 
     Its shards and its projector are included. Ctrl-C keeps the downloaded part: the same command
-    resumes there. For gated and private repositories, log in with `hf auth login`.
+    resumes it. For gated and private repositories, log in with `hf auth login`.
     """
     from kitty_nb.catalog.catalog import why_not_served
     from kitty_nb.cli import console
@@ -347,7 +346,7 @@ def download(
     try:
         model = anyio.run(console.download, reference, quant, folder)
     except KeyboardInterrupt:
-        _say("Cancelled. The downloaded part is kept; the same command resumes there.", err=True)
+        _say("Cancelled. The downloaded part is kept; the same command resumes it.", err=True)
         raise
     if problem := why_not_served(model):
         _say(problem, err=True)

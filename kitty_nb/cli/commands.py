@@ -99,7 +99,7 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
     """Wait until a profile's server is ready; return its state, or None if none is running.
 
     Raises:
-        WaitTimeoutError: It was not ready within so many seconds; its load goes on.
+        WaitTimeoutError: It was not ready within so many seconds; it is still loading.
         KittyError: It ended before it was ready.
     """
     async with _supervise(config, env) as supervisor:
@@ -114,7 +114,7 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
             raise ServerCrashedError(state.error)
         if state.status.idle:
             raise StartCancelledError("The server was stopped before it was ready.")
-        raise WaitTimeoutError(f"The server is not ready after {within:g} s; its load goes on.")
+        raise WaitTimeoutError(f"The server is not ready after {within:g} s; it is still loading.")
 
 
 def same_profile(env: Path, profile: str, *words: str) -> str:

@@ -113,7 +113,7 @@ def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> F
         return Finding(".env", Verdict.ERROR, str(complaint), advice)
     found = str(source)
     if not source.exists():
-        found = f"There is no .env in {source.parent} or above; every setting has its default."
+        found = f"No .env in {source.parent} or its parent folders; every setting has its default."
     return Finding(".env", Verdict.WARNING if warnings else Verdict.OK, found, advice)
 
 
@@ -143,8 +143,8 @@ def _load(config: ServerConfig) -> Finding:
     except TimeoutError:
         found = f"The engine did not serve a demo model within {_LOADED_WITHIN:.0f} s."
         advice = (
-            "Some devices compile their programs for minutes the first time. To watch that, run"
-            " kitty-nb start and kitty-nb logs -f."
+            "Some devices compile kernels for minutes the first time. To watch, run kitty-nb start"
+            " and kitty-nb logs -f."
         )
         return Finding("Load", Verdict.WARNING, found, advice)
     except (KittyError, OSError) as error:

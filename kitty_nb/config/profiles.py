@@ -264,7 +264,7 @@ def _values(env: EnvFile) -> Iterator[str]:
                 name = bare["name"]
                 yield f"{key} has ${name}, which is taken literally. Write ${{{name}}}."
             if value[0] in _CURLY or value[-1] in _CURLY:
-                yield f"{key} is in curly quotes, which belong to its value. Use \" or '."
+                yield f"{key} has curly quotes, which become part of its value. Use \" or '."
         known.add(key)
 
 

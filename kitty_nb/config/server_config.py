@@ -213,7 +213,7 @@ def _absolute(folder: Path, value: object) -> str:
     path = str(folder / os.path.expanduser(str(value)))  # noqa: PTH111 (leaves a name that nobody has as it is)
     encoding = sys.getfilesystemencoding()
     if "utf" not in encoding and not path.isascii():
-        reason = f"It has letters that this program's locale ({encoding}) lacks."
+        reason = f"It has characters that this program's locale ({encoding}) cannot encode."
         fix = "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1, and start it again."
         raise PydanticCustomError("letters", "{reason}", {"reason": reason, "fix": fix})
     return path
@@ -469,7 +469,7 @@ def shown(name: str, value: object) -> str:
 
 def _no_setting(name: str) -> str:
     if name == "profile":
-        return "Write a letter, and after it letters, digits and underscores."
+        return "Use a letter, then letters, digits and underscores."
     near = get_close_matches(name, ServerConfig.model_fields, n=1)
     return f"There is no such setting.{f' Did you mean {near[0]}?' if near else ''}"
 

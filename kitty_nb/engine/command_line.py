@@ -221,12 +221,12 @@ def _checked_flag(engine: Engine, word: str) -> Option:
             raise EngineError(f"{key} has {flag}: set {_key(_OWNED[owned])} instead.")
         if owned in UNSPOKEN_FLAGS:
             raise EngineError(
-                f"{key} has {flag}, but kitty_nb talks to its server by plain HTTP, without a"
-                " prefix. Leave it out, and let a reverse proxy add the prefix or TLS."
+                f"{key} has {flag}, but kitty_nb supports only plain HTTP without a prefix. Leave"
+                " it out, and let a reverse proxy add the prefix or TLS."
             )
     if equals:
         raise UnknownFlagError(
-            f"{key} has {flag}=…: llama-server does not take '='. Put a space in its place."
+            f"{key} has {flag}=…: llama-server does not accept '='. Use a space instead."
         )
     return option
 

@@ -178,7 +178,7 @@ def _choose(binary: Path | None) -> _Candidate:
             program = _program(binary)
         except OSError as error:
             raise EngineError(
-                f"LLAMACPP_BIN is {binary}, which cannot be looked at ({error.strerror}). Correct"
+                f"LLAMACPP_BIN is {binary}, which cannot be accessed ({error.strerror}). Correct"
                 " it, or fix the permissions of the folders above it."
             ) from None
         return _candidate(EngineKind.NATIVE, (str(program),), program)
@@ -207,8 +207,9 @@ def _program(binary: Path) -> Path:
         raise EngineError(f"{program} (LLAMACPP_BIN) is not executable. Run: chmod +x '{program}'")
     if reason := distrust(program):
         raise EngineError(
-            f"Another user can change what {program} (LLAMACPP_BIN) does: {reason} Give it to"
-            f" yourself alone (chown, chmod go-w), or put {program.parent} on PATH if you trust it."
+            f"Another user can change what {program} (LLAMACPP_BIN) does: {reason} Make yourself"
+            f" its only writer (chown, chmod go-w), or put {program.parent} on PATH if you trust"
+            " it."
         )
     return program
 

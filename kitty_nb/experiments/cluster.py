@@ -340,8 +340,8 @@ def _failed(trial: Trial, *reasons: str) -> TrialResult:
 
 def _died(count: int) -> str:
     return (
-        f"Workers died while they had this trial, {count} times. Their logs may say why; too little"
-        " memory is the usual reason."
+        f"Workers died {count} times while running this trial. Check their logs; too little memory"
+        " is the usual cause."
     )
 
 

@@ -135,8 +135,8 @@ class BenchmarkClient:
             perplexity = math.exp(surprise / len(likelihoods))
         except OverflowError:
             raise ExperimentError(
-                "The perplexity is infinite: the model holds a token of an expected text for"
-                " impossible. Give another text, or leave perplexity out."
+                "The perplexity is infinite: the model gives a token of an expected text zero"
+                " probability. Give another text, or leave perplexity out."
             ) from None
         return perplexity, surprise / math.log(2) / characters
 
@@ -166,8 +166,8 @@ class BenchmarkClient:
             if token in found:
                 return found[token]
         raise ExperimentError(
-            "Perplexity cannot be measured: this build of llama-server does not say how likely a"
-            " given token is. Update llama.cpp, or leave it out."
+            "Perplexity cannot be measured: this build of llama-server does not report the"
+            " probability of a given token. Update llama.cpp, or leave it out."
         )
 
     async def _probabilities(self, before: list[int], taken: int, count: int) -> dict[int, float]:

@@ -139,8 +139,8 @@ class Objective:
             value = float(self.function(row))
         except Exception as error:
             raise ExperimentError(
-                f"objective failed with {error!r} for {row.trial.label}. It gets the row of a"
-                " finished trial and must return a number, the higher the better."
+                f"objective failed with {error!r} for {row.trial.label}. It receives the row of a"
+                " finished trial and must return a number; higher is better."
             ) from error
         return value if math.isfinite(value) else None
 
@@ -210,8 +210,8 @@ def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
         match = _CONSTRAINT.fullmatch(text.strip())
         if match is None:
             raise ExperimentError(
-                f"The constraint {text!r} is not understood. Write a name and one of <=, >=, <, >,"
-                ' ==, such as "context_size>=".'
+                f"Can't parse the constraint {text!r}. Write a name and one of <=, >=, <, >, ==,"
+                ' such as "context_size>=".'
             )
         found.append(Constraint(match["name"], match["sign"], bound))
     return tuple(found)

@@ -381,16 +381,16 @@ def record_run(
     access, state = manager.access, manager.state
     if state.external:
         raise ExperimentError(
-            f"{state.external.who} was not started by kitty_nb, so which model and settings answer"
-            " is not known. Start a server of your own, and record that."
+            f"{state.external.who} was not started by kitty_nb, so the model and settings that"
+            " answer are unknown. Start your own server, and record that one."
         )
 
     async def run() -> RunRecord:
         exchanges = await ask(access, requests)
         if manager.state.ready_since != state.ready_since:
             raise ExperimentError(
-                "The server was replaced or ended during the run, so the answers are not one"
-                " server's. Start it, and record again."
+                "The server was replaced or ended during the run, so the answers do not come from"
+                " a single server. Start it, and record again."
             )
         return await describe_run(state, access, exchanges, seed, on_progress)
 
@@ -427,8 +427,8 @@ async def describe_run(
     ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
     if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
         raise ExperimentError(
-            f"{config.model} has changed since this server loaded it, so which model answered is"
-            " not known. Restart the server, and record again."
+            f"{config.model} has changed since this server loaded it, so the model that answered is"
+            " unknown. Restart the server, and record again."
         )
     return RunRecord(
         made=datetime.now(UTC),
@@ -475,7 +475,7 @@ def _request(prompt: Prompt, sampling: dict[str, JsonValue]) -> Request:
         return Request.model_validate({"messages": prompt, "parameters": sampling})
     except ValidationError as error:
         raise ExperimentError(
-            f"This cannot be asked: {prompt!r}. Write a text, a list of messages such as"
+            f"Not a valid prompt: {prompt!r}. Write a text, a list of messages such as"
             ' {"role": "user", "content": "…"}, or a Request.'
         ) from error
 
@@ -485,7 +485,7 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
         response = await http.post(request.path, json=request.body)
     except httpx.HTTPError as error:
         raise ExperimentError(
-            f"The server broke off its answer ({type(error).__name__}): it was stopped, or has"
+            f"The answer ended early ({type(error).__name__}): the server was stopped or"
             " crashed. See its log."
         ) from error
     if response.is_error:

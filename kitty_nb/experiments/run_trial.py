@@ -293,6 +293,6 @@ def _queued(most: int, slots: int | None) -> str:
     if slots is None or most <= slots:
         return ""
     return (
-        f"{most} requests at once waited for the server's {slots} slots, so these numbers are"
-        f" those of a queue. Set parallel to {most} or more in the grid or in .env."
+        f"{most} requests at once waited for the server's {slots} slots, so these numbers include"
+        f" queueing. Set parallel to {most} or more in the grid or in .env."
     )

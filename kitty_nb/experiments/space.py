@@ -338,8 +338,8 @@ def _skipped(trial: Trial, skip: Skip | None) -> bool:
         return skip is not None and bool(skip(combination))
     except Exception as error:
         raise ExperimentError(
-            f"skip failed with {error!r} for {combination}. It gets the settings of a combination,"
-            " and must return whether to leave it out."
+            f"skip failed with {error!r} for {combination}. It receives the settings of a"
+            " combination, and must return True to leave it out."
         ) from error
 
 

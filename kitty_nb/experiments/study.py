@@ -307,9 +307,9 @@ def read_space(
         if bound.name not in {*given, *metrics} and not _kept(bound, base, {*given, *metrics}):
             given[bound.name] = bound.bound
     if not given:
-        raise ExperimentError("The space is empty. Name at least one setting to choose.")
+        raise ExperimentError("The space is empty. Name at least one setting to vary.")
     problems = [
-        Problem(name, str(choice), "There is no value in it.", f"Write {name}=[…].")
+        Problem(name, str(choice), "It has no values.", f"Write {name}=[…].")
         for name, choice in given.items()
         if not _listed(choice) or (_is_range(choice) and choice[0] > choice[1])
     ]
@@ -331,8 +331,8 @@ def _kept(bound: Constraint, base: ServerConfig, names: Collection[str]) -> bool
     """Whether the settings in use keep a bound on one of them; else it can be fixed to it."""
     if bound.name not in FIELDS:
         raise ExperimentError(
-            f"The constraint {bound} is on nothing that is chosen or measured. There are"
-            f" {', '.join(sorted(names))}."
+            f"The constraint {bound} names neither a setting in the space nor a measurement."
+            f" Available: {', '.join(sorted(names))}."
         )
     value = as_value(getattr(base, bound.name))
     if value and bound.allows(value):

@@ -239,7 +239,7 @@ class Sweep(TrialRunner):
     ) -> tuple[AbstractAsyncContextManager[Execute], int]:
         if not isinstance(client, extra("distributed", "dask").Client):
             raise ExperimentError(
-                f"client is {client!r}, not a dask.distributed.Client. Make one of a cluster, or of"
+                f"client is {client!r}, not a dask.distributed.Client. Create one from a cluster or"
                 " a scheduler's address: Client('tcp://…:8786')."
             )
         from kitty_nb.experiments.cluster import count_slots, dask_cluster  # noqa: PLC0415 (of an extra)

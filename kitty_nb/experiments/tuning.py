@@ -250,7 +250,9 @@ class _Tuning(TrialRunner):
             return row
         passed = time.monotonic() - began
         here = await anyio.to_thread.run_sync(fingerprints_here, [trial.model], self.config)
-        late = f"its {objective.name} was not there after {passed:.1f} s, far longer than usual."
+        late = (
+            f"its {objective.name} was still missing after {passed:.1f} s, far longer than usual."
+        )
         return TrialResult(
             trial,
             Outcome.PRUNED,

@@ -124,7 +124,7 @@ class Workload:
     def _problems(self) -> Iterator[Problem]:
         if not self.prompts or not all(self.prompts):
             fix = "Write prompts=[…] with at least one, none of them empty."
-            yield Problem("prompts", str(self.prompts), "There is an empty one.", fix)
+            yield Problem("prompts", str(self.prompts), "One of them is empty.", fix)
         if self.max_tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
             fix = "Write 2 or more; 64 is a good start."
             yield Problem("max_tokens", str(self.max_tokens), "A rate needs 2 tokens.", fix)

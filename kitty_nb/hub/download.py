@@ -63,7 +63,7 @@ class Plan:
     def warnings(self) -> list[str]:
         """Facts that speak against this variant."""
         ram = psutil.virtual_memory().total
-        found = [f"{decimal(self.shortage)} too little disk space"] if self.shortage else []
+        found = [f"needs {decimal(self.shortage)} more disk space"] if self.shortage else []
         return [*found, f"larger than the {decimal(ram)} of RAM"] if self.size > ram else found
 
 
@@ -166,7 +166,7 @@ class Download:
                 await run_sync(path.unlink)
                 raise ChecksumError(
                     f"Checksum mismatch: {target.name} doesn't match the Hub. The damaged file was"
-                    " deleted; try again. If it happens again, a proxy on the way may alter files."
+                    " deleted; try again. If it happens again, a proxy may be altering files."
                 )
             await run_sync(path.replace, target)
         if signature := await run_sync(signature_of, target):
@@ -229,7 +229,7 @@ def _open_part(path: Path, target: Path) -> IO[bytes]:
     except BlockingIOError:
         part.close()
         raise HubError(
-            f"{target.name} is being downloaded already. Wait for that download, or cancel it."
+            f"{target.name} is already being downloaded. Wait for that download, or cancel it."
         ) from None
     for other in path.parent.glob(f"{glob.escape(target.name)}.*.incomplete"):
         if other != path:

@@ -61,7 +61,7 @@ class HubReference:
         if not found:
             raise HubError(
                 f"{text!r} does not name a repository on the Hub. Write owner/name, such as"
-                " ggml-org/gemma-3-4b-it-GGUF, or paste the address of its page."
+                " ggml-org/gemma-3-4b-it-GGUF, or paste the page's URL."
             )
         wanted = found["tag"] or found["file"] or unquote(found["path"] or "")
         return cls(found["repository"], wanted or None, unquote(found["revision"] or "main"))
