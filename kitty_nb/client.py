@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How to reach a server.
+    """The address and key of a server.
 
     Attributes:
         endpoint: Its address.
@@ -54,7 +54,7 @@ class Access:
 
     @property
     def base_url(self) -> str:
-        """Where clients of OpenAI's protocol find it."""
+        """The base URL for OpenAI clients."""
         return f"{self.endpoint}/v1"
 
     def http(self) -> httpx.Client:

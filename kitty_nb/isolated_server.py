@@ -173,7 +173,7 @@ async def isolated_server(
 
 
 async def has_gpu(config: ServerConfig) -> bool:
-    """Whether the engine has a device to offload layers to; False where there is no engine."""
+    """True if the engine has a device to offload layers to; False where there is no engine."""
     try:
         _, devices = await engine_devices(config)
     except EngineError:

@@ -93,12 +93,12 @@ class Operation(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """True if it has ended, in whatever way."""
         return self._future.done()
 
     @property
     def progress(self) -> LoadProgress | None:
-        """How far the present load is, or None before the first."""
+        """The progress of the current load; None before the first."""
         return self._progress()
 
 
@@ -162,22 +162,22 @@ class ModelManager:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed: it takes no more commands."""
+        """True if it was closed: it takes no more commands."""
         return self._closed
 
     @property
     def progress(self) -> LoadProgress | None:
-        """How far the present load is, or the last one was; None before the first."""
+        """The progress of the current or latest load; None before the first."""
         return self._progress
 
     @property
     def base_url(self) -> str:
-        """Where clients of OpenAI's protocol find the server."""
+        """The base URL for OpenAI clients."""
         return self._access.base_url
 
     @property
     def access(self) -> Access:
-        """How code of this package reaches the server.
+        """The address and key for this package's own requests.
 
         Raises:
             KittyError: The server is not ready.

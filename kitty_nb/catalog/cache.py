@@ -1,4 +1,4 @@
-"""What was read from files, remembered until they change: facts, shapes, SHA-256 digests."""
+"""Cache of facts read from files, kept until the files change: facts, shapes, SHA-256 digests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class FileSignature(NamedTuple):
-    """What changes when a file does.
+    """The parts of a file's status that change with it.
 
     Attributes:
         size: Its bytes.
@@ -54,7 +54,7 @@ class FileSignature(NamedTuple):
 
     @property
     def racily_fresh(self) -> bool:
-        """Whether the file could change now and its signature stay the same."""
+        """True if the file could change now and its signature stay the same."""
         return abs(time.time_ns() - self.mtime_ns) <= _FRESH_NS
 
 

@@ -98,7 +98,7 @@ def why_not_served(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ScanStep:
-    """How far a scan is.
+    """The progress of a scan.
 
     Attributes:
         done: Files that were read, or had been known.

@@ -95,7 +95,7 @@ def write_demo_model(path: str | Path, size: int | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What grows with the size.
+    """The parts that grow with the size.
 
     Attributes:
         blocks: How many transformer blocks.

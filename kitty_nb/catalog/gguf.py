@@ -21,7 +21,7 @@ LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in
 
 
 class TensorType(NamedTuple):
-    """How the numbers of a tensor are stored.
+    """The storage type of a tensor's numbers.
 
     Attributes:
         name: E.g. `Q4_K`.
@@ -106,7 +106,7 @@ def named_quantization(stem: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """What is kept of an array.
+    """The kept part of an array.
 
     Attributes:
         element_type: The number of the elements' type in the GGUF format, e.g. 8 for strings.

@@ -29,7 +29,7 @@ _VECTORS = 5  # as wide as the model, held beside the widest step of a block
 
 
 class Verdict(StrEnum):
-    """Whether a model fits into the free memory."""
+    """The verdict on whether a model fits into free memory."""
 
     FITS = "fits"
     TIGHT = "tight"
@@ -140,7 +140,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What a model would take from one pool."""
+    """The memory that a model would take from one pool."""
 
     pool: MemoryPool
     requirement: Requirement
@@ -240,7 +240,7 @@ def estimate(
 
 
 def _homes(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
-    """Where each layer and at last the output go: 0 is RAM, GPUs count from 1."""
+    """The pool of each layer, then of the output: 0 is RAM, GPUs count from 1."""
     offloaded = min(offloaded, layers + 1) if sum(free) else 0
     ends = list(accumulate(free))
     on_gpus = [

@@ -94,7 +94,7 @@ _REPOSITORY = re.compile(r"https?://[^/]+/(?P<name>.+?)/?")
 
 
 class Kind(StrEnum):
-    """What a GGUF file is."""
+    """The kind of a GGUF file."""
 
     MODEL = "model"
     ADAPTER = "adapter"
@@ -104,7 +104,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What one GGUF file says about itself.
+    """The facts in one GGUF file's header.
 
     Attributes:
         problem: Why the file cannot be read, as a sentence; all else is empty then.
@@ -281,7 +281,7 @@ def _takes_tools(header: GgufHeader, template: str | None) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class ModelNote:
-    """How a model was used.
+    """The usage history of a model.
 
     Attributes:
         favourite: Whether the user marked it.
@@ -298,7 +298,7 @@ class ModelNote:
 
 
 class Modality(StrEnum):
-    """What a model takes in."""
+    """The kinds of input that a model accepts."""
 
     TEXT = "text"
     IMAGE = "image"
@@ -355,7 +355,7 @@ class Model:
 
     @property
     def title(self) -> str | None:
-        """What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`."""
+        """The author's name for it, e.g. `Qwen2.5 Coder 32B Instruct`."""
         return self.facts.title
 
     @property
@@ -370,7 +370,7 @@ class Model:
 
     @property
     def startable(self) -> bool:
-        """Whether nothing is known that stands in the way of serving it."""
+        """True if nothing is known that stands in the way of serving it."""
         return self.problem is None
 
     @property

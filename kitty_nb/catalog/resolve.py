@@ -90,7 +90,7 @@ def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
 def _what_is_wrong(
     path: Path, config: ServerConfig, others: Sequence[Store]
 ) -> tuple[str, str] | None:
-    """Why a model cannot be loaded from its path, and what to do; None where it can."""
+    """The reason and remedy if a model cannot be loaded from its path; None if it can."""
     models_dir = config.models_dir
     inside = any(_is_inside(path, folder) for folder in (models_dir, *(s.path for s in others)))
     if not config.allow_absolute_paths and not inside:
@@ -145,7 +145,7 @@ def _file_in_store(path: Path, stores: Sequence[Store]) -> FoundFile | None:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file is in a folder; what the links in that folder lead to counts as in it."""
+    """True if a file is in a folder; what the links in that folder lead to counts as in it."""
     direct = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
     return direct or path.resolve().is_relative_to(folder.resolve())
 

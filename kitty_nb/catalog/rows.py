@@ -169,12 +169,12 @@ def is_projector_name(path: PurePath) -> bool:
 
 
 def projector_rank(quantization: str | None) -> int:
-    """Where a projector stored like this stands among those that would do; 0 is the best."""
+    """The rank of a projector's storage type among usable ones; 0 is the best."""
     return _PREFERRED.index(quantization) if quantization in _PREFERRED else len(_PREFERRED)
 
 
 def own_name(stem: str) -> str:
-    """What a file is called, without what it is and how it is stored."""
+    """A file's name without its role and storage type."""
     stem = _PROJECTOR.sub("", stem)
     if tag := named_quantization(stem):
         stem = re.sub(rf"(?i)(?:UD-)?{tag}", "", stem)
@@ -237,7 +237,7 @@ def _said(part: Part) -> tuple[object, ...]:
 
 
 def _number(part: Part) -> int | None:
-    """Which shard it is, from 0."""
+    """The shard's index, from 0."""
     shard = ShardName.parse(part.file.path)
     return shard.number - 1 if shard else part.facts.split_number if part.facts else None
 

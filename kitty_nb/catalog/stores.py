@@ -67,7 +67,7 @@ class FoundFile:
 
     @property
     def coming(self) -> bool:
-        """Whether it is being downloaded and nothing is in its place yet."""
+        """True if it is being downloaded and nothing is in its place yet."""
         return self.signature is None and self.downloading is not None
 
 

@@ -1,4 +1,4 @@
-"""What rich draws: tables without control characters, and the bars of loads and downloads."""
+"""Rich output: tables without control characters, and the bars of loads and downloads."""
 
 from __future__ import annotations
 

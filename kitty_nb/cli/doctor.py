@@ -43,7 +43,7 @@ _LITTLE_SPACE = 1_000_000_000  # bytes; a log of a busy day and the next small m
 
 
 class Verdict(StrEnum):
-    """How serious a finding is."""
+    """The severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"

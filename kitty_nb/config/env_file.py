@@ -90,7 +90,7 @@ def _hidden(line: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SavedEnv:
-    """What was written into a `.env` file.
+    """The keys written to a `.env` file.
 
     Attributes:
         path: The file.
@@ -104,7 +104,7 @@ class SavedEnv:
 
     @property
     def sentence(self) -> str:
-        """What was written, and where the backup is, for a person."""
+        """The written keys and the backup's path, as a sentence."""
         if not self.keys:
             return f"{self.path} already says this; nothing was written."
         kept = f" The previous file is kept as {self.backup}." if self.backup else ""

@@ -125,7 +125,7 @@ class OnKernelExit(StrEnum):
 
 
 class Env(NamedTuple):
-    """How a field stands in `.env`.
+    """The form of a field in `.env`.
 
     Attributes:
         expected: What to write there, in words; it ends every complaint about the value.
@@ -139,7 +139,7 @@ class Env(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where values came from, so that a complaint can name the key as the user wrote it."""
+    """The source of values, so that an error names the key as the user wrote it."""
 
     name: str
     folder: Path
@@ -397,7 +397,7 @@ class ServerConfig(BaseModel):
 
     @property
     def local_only(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True if only this machine can reach the server."""
         try:
             return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
         except ValueError:

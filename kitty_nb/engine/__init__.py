@@ -1,4 +1,4 @@
-"""Which llama-server to run, and how to speak to it.
+"""The choice of a llama-server, and its command line.
 
 Nothing is imported here: the embedded engine is a module of this room and should start fast.
 """

@@ -243,14 +243,14 @@ def _refuse(flag: str, reason: object) -> NoReturn:
 
 
 def help_text() -> str:
-    """What `--help` prints: every option, laid out as llama-server does."""
+    """The output of `--help`: every option, laid out as llama-server does."""
     heads = ("-h, --help, --usage", "--version", "--list-devices", *OPTIONS)
     aligned = (re.sub(r"^-\w+, ", lambda short: f"{short[0]:<7}", head) for head in heads)
     return _HELP.format(options="\n".join(aligned))
 
 
 def version_text() -> str:
-    """What `--version` prints; the wheel's last number is llama.cpp's build."""
+    """The output of `--version`; the wheel's last number is llama.cpp's build."""
     wheel = import_module("importlib.metadata").version("xllamacpp")
     return f"version: {wheel.rpartition('.')[2]} (xllamacpp {wheel})"
 

@@ -1,4 +1,4 @@
-"""Which llama-server runs, which dialect it speaks, and what its help says."""
+"""The llama-server to run, its dialect, and its help text."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
 
 
 class EngineKind(StrEnum):
-    """Where an engine comes from."""
+    """The origin of an engine."""
 
     NATIVE = "native"
     EMBEDDED = "embedded"

@@ -1,4 +1,4 @@
-"""Which settings are best, and runs that can be repeated.
+"""Searches for the best settings, and repeatable runs.
 
 Names are imported when they are first used: a worker that runs trials should not wait for what
 shows them.

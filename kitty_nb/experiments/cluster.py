@@ -83,7 +83,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a worker returns: the trial's row and the server's log."""
+    """A worker's result: the trial's row and the server's log."""
 
     worker: str
     row: TrialResult
@@ -267,7 +267,7 @@ class _Cluster:
             future.release()
 
     def _is_expected(self, trial: Trial, row: TrialResult) -> bool:
-        """Whether the model was the one of the other trials; the first to be measured decides."""
+        """True if the model was the one of the other trials; the first to be measured decides."""
         self._models[trial.model] = expected = self._models[trial.model] or row.fingerprint
         return row.fingerprint in {expected, None}
 

@@ -70,7 +70,7 @@ class Combination:
 
     @property
     def doubt(self) -> str:
-        """Why the choice is not sure, in words; empty if nothing speaks against it."""
+        """The reason for doubting the choice, in words; empty if there is none."""
         others = len(self.close)
         doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
         if self.once:
@@ -79,7 +79,7 @@ class Combination:
 
     @property
     def changed(self) -> int:
-        """How many of its settings differ from those in use, and make a difference."""
+        """The number of its settings that differ from those in use and matter."""
         given = ((name, value) for name, value in self.trial.settings if name not in self.idle)
         return sum(value != in_use(name, self.base) for name, value in given)
 

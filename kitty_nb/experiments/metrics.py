@@ -77,12 +77,12 @@ def batch_tokens(result: TrialResult) -> dict[str, int]:
 
 
 def smaller_is_better(name: str) -> bool:
-    """Whether less of it is better: seconds, memory, perplexity."""
+    """True if less of it is better: seconds, memory, perplexity."""
     return bool(_SMALL.fullmatch(name)) and not _RATE.fullmatch(name)
 
 
 def tells_speed(name: str) -> bool:
-    """Whether it gets worse as a trial takes longer."""
+    """True if it gets worse as a trial takes longer."""
     return bool(_SPEED.fullmatch(name))
 
 
@@ -122,7 +122,7 @@ class Objective:
 
     @property
     def tells_speed(self) -> bool:
-        """Whether a trial that takes long is a bad one."""
+        """True if a trial that takes long is a bad one."""
         return self.function is None and tells_speed(self.name)
 
     def of(self, row: TrialResult) -> float | None:
@@ -178,7 +178,7 @@ class Constraint:
     bound: Any
 
     def allows(self, value: Any) -> bool:
-        """Whether a value keeps it. What is not known does not."""
+        """True if a value keeps it. What is not known does not."""
         try:
             return value is not None and bool(_SIGNS[self.sign](value, self.bound))
         except TypeError:

@@ -78,7 +78,7 @@ def _parallel(drawn: list[Combination], y: str, _: str) -> Figure:
 
 
 def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> Numbers:
-    """Where each combination crosses an axis, from 0 to 1; its ticks are written beside it."""
+    """The point where each combination crosses an axis, from 0 to 1, with its ticks beside it."""
     places = np.zeros((len(drawn), 3))
     if name in drawn[0].metrics:
         values = _spreads(drawn, name)
@@ -137,7 +137,7 @@ def _varying(drawn: list[Combination]) -> list[str]:
 
 
 def _labels(drawn: list[Combination]) -> list[str]:
-    """What tells the combinations apart, in words."""
+    """The settings that distinguish the combinations, in words."""
     names = _varying(drawn)
     words = [
         ", ".join(f"{name} {one.value(name)}".removeprefix("model ") for name in names)

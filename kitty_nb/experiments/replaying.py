@@ -105,7 +105,7 @@ class Comparison:
 
     @property
     def same_outputs(self) -> bool:
-        """Whether all answers are the same, to the letter."""
+        """True if all answers are the same, to the letter."""
         return not self.outputs
 
     def __str__(self) -> str:

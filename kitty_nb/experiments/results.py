@@ -35,7 +35,7 @@ _UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
 
 @dataclass(frozen=True)
 class Results:
-    """What a sweep has measured so far. It does not change while the sweep goes on.
+    """The measurements of a sweep so far. It does not change while the sweep goes on.
 
     Attributes:
         config: The settings that the trials change.
@@ -230,7 +230,7 @@ def extra(name: str, of: str = "experiments") -> ModuleType:
 
 
 def _same(one: Combination, other: Combination, metric: str) -> bool:
-    """Whether two differ in nothing that a speed can show."""
+    """True if two differ in nothing that a speed can show."""
     tokens = max(each.batch_tokens.get(metric, 0) for each in (one, other))
     settings = one.trial.settings, other.trial.settings
     same = tokens > 0 and alike(*settings, one.base, tokens)

@@ -99,7 +99,7 @@ class HostFacts(_Facts):
 
 
 class ModelDigest(_Facts):
-    """Which model it is.
+    """The identity of a model.
 
     Attributes:
         shards: Its own files, first to last.
@@ -122,7 +122,7 @@ class ModelDigest(_Facts):
 
 
 class EngineFacts(_Facts):
-    """What served the model.
+    """The engine that served the model.
 
     Attributes:
         kind: A llama-server of its own, or the one inside a wheel.
@@ -138,7 +138,7 @@ class EngineFacts(_Facts):
 
 
 class Timings(_Facts):
-    """What the server says of one request: `n` are tokens, `ms` milliseconds.
+    """The server's figures for one request: `n` are tokens, `ms` milliseconds.
 
     Attributes:
         cache_n: Tokens of the prompt that it still knew.
@@ -156,7 +156,7 @@ class Timings(_Facts):
 
 
 class Request(_Facts):
-    """What a model is asked: a conversation, or a text to continue.
+    """A prompt: a conversation, or a text to continue.
 
     Attributes:
         messages: The conversation in OpenAI's protocol.
@@ -213,7 +213,7 @@ class Exchange(_Facts):
 
 
 class RunRecord(_Facts):
-    """What a served model was asked and answered, and all that this depends on.
+    """The prompts and answers of a served model, and everything they depend on.
 
     No key is in it: neither the server's, nor those that `extra_args` may hold.
 
@@ -508,7 +508,7 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
 
 
 async def _build(access: Access) -> str:
-    """What the running server calls itself; older builds do not."""
+    """The running server's name for itself; None from older builds."""
     async with access.async_http() as http:
         try:
             return str((await http.get("/props")).json()["build_info"])

@@ -102,12 +102,12 @@ class TrialRunner:
 
     @property
     def running(self) -> bool:
-        """Whether it is running."""
+        """True if it is running."""
         return self._control is not None
 
     @property
     def store_problem(self) -> str:
-        """Why rows are only in memory, in a sentence; empty when all are in the file."""
+        """The reason that rows are only in memory, in a sentence; empty when all are saved."""
         return self._store_problem
 
     def pause(self) -> None:

@@ -1,4 +1,4 @@
-"""What can be tried: settings by name, their combinations, and whether batch sizes matter. Pure.
+"""The search space: settings by name, their combinations, and whether batch sizes matter. Pure.
 
 A name is a field of `ServerConfig`, or a flag of llama-server that has no field.
 """
@@ -234,7 +234,7 @@ def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[s
 
 
 def alike(one: Settings, other: Settings, base: ServerConfig, tokens: int) -> bool:
-    """Whether two combinations treat batches of at most so many tokens alike."""
+    """True if two combinations treat batches of at most so many tokens alike."""
     return _effect(one, base, tokens) == _effect(other, base, tokens)
 
 

@@ -61,7 +61,7 @@ class RowStore:
 
     @property
     def unwritten(self) -> int:
-        """How many rows are in memory alone."""
+        """The number of rows that are only in memory."""
         return sum(row is not None for row in self._unwritten.values())
 
     def read(self) -> tuple[TrialResult, ...]:

@@ -157,7 +157,7 @@ class Search:
 
     @property
     def usual_seconds(self) -> float | None:
-        """How long a trial takes; None while too few are known."""
+        """The usual seconds of a trial; None while too few are known."""
         peers = self._peers()
         if len(peers) < _PEERS:
             return None
@@ -173,7 +173,7 @@ class Search:
 
     @property
     def complaint(self) -> str:
-        """Why nothing is best, and what to do."""
+        """The reason that nothing is best, and the remedy."""
         measured = [one for one in Results(self._config, tuple(self.rows)).combinations if one.done]
         if not measured:
             reasons = Counter(row.reason[:_LENGTH] for row in self.rows).most_common(_SHOWN)
@@ -193,11 +193,11 @@ class Search:
         )
 
     def _may_count(self, row: TrialResult) -> bool:
-        """What was pruned for another objective may win by this one."""
+        """Trials pruned for another objective, which may win by this one."""
         return row.outcome is not Outcome.PRUNED or f" {self.objective.name} " in row.reason
 
     def _feasible(self) -> list[tuple[Combination, Spread]]:
-        """What was measured and keeps all constraints, with its objective."""
+        """The measured rows that keep all constraints, with their objective."""
         values: dict[Trial, list[float]] = {}
         for row in self.rows:
             if (value := self.objective.of(row)) is not None:
@@ -243,7 +243,7 @@ class Search:
         return self.study.ask(self._distributions)
 
     def _excess(self, row: TrialResult) -> dict[str, float]:
-        """How far a measured row breaks each constraint, by the constraint's words."""
+        """The violation of each constraint by a measured row, keyed by the constraint's text."""
         (one,) = Results(self._config, (row,)).combinations
         return {str(b): b.excess(one.value(b.name)) for b in self._bounds} if one.done else {}
 
@@ -328,7 +328,7 @@ def read_space(
 
 
 def _kept(bound: Constraint, base: ServerConfig, names: Collection[str]) -> bool:
-    """Whether the settings in use keep a bound on one of them; else it can be fixed to it."""
+    """True if the settings in use keep a bound on one of them; else it can be fixed to it."""
     if bound.name not in FIELDS:
         raise ExperimentError(
             f"The constraint {bound} names neither a setting in the space nor a measurement."
@@ -346,7 +346,7 @@ def _kept(bound: Constraint, base: ServerConfig, names: Collection[str]) -> bool
 
 
 def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
-    """What Optuna may choose from: the values of a list, or a range, as far as bounds allow."""
+    """The choices for Optuna: the values of a list, or a range, as far as bounds allow."""
     if _is_range(choice):
         low, high = (cast("float", as_value(end)) for end in choice)
         for bound in bounds:
@@ -384,7 +384,7 @@ def _cut(low: float, high: float, bound: Constraint) -> tuple[float, float]:
 
 
 def _holds(axis: Axis, value: Any) -> bool:
-    """Whether a value is one that may be chosen."""
+    """True if a value is one that may be chosen."""
     if isinstance(axis, CategoricalDistribution):
         return value in axis.choices
     kinds = (int,) if isinstance(axis, IntDistribution) else (int, float)

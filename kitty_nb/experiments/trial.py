@@ -22,7 +22,7 @@ Value = bool | int | float | str | tuple[str, ...] | None
 
 
 class Outcome(StrEnum):
-    """How a trial ended; pruned is what a search broke off, for it could not win any more."""
+    """The outcome of a trial; pruned is what a search broke off, for it could not win any more."""
 
     DONE = "done"
     SKIPPED = "skipped"
@@ -64,7 +64,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast requests are answered when so many are under way.
+    """The speed of answers at one number of concurrent requests.
 
     Rates are medians over the requests, of what the server itself says in `timings`.
 
@@ -96,7 +96,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was measured of a server.
+    """The measurements of a server.
 
     Attributes:
         load: How long its stages of loading took.
@@ -128,7 +128,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class TrialSeconds:
-    """Where a trial's time went, in seconds.
+    """The seconds that each part of a trial took.
 
     Attributes:
         load: From asking for the server to ready; 0 where it never was.
@@ -190,7 +190,7 @@ class TrialResult:
     document: str = field(default="", repr=False)
 
     def may_be_of(self, model: ModelFingerprint | None) -> bool:
-        """Whether it may be a row of this model; where the model is not here, any row may be.
+        """True if it may be a row of this model; where the model is not here, any row may be.
 
         Where a trial saw no such model, its failure says nothing of one that is here.
         """

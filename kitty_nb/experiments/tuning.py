@@ -64,7 +64,7 @@ class TuneResult:
 
     @property
     def summary(self) -> str:
-        """What was found after how many trials, in a sentence or two."""
+        """The result and the number of trials, in a sentence or two."""
         rows = self.results.rows
         ends = Counter(row.outcome.value for row in rows)
         counts = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())

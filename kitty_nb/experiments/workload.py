@@ -1,4 +1,4 @@
-"""What every trial is asked, and how good its answers are."""
+"""The prompts of every trial, and the quality of its answers."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ class Workload:
 
     @property
     def requests(self) -> int:
-        """How many requests of a trial are measured."""
+        """The number of measured requests in a trial."""
         return sum(len(self.asked(level)) for level in self.levels)
 
     def satisfied_by(self, row: TrialResult) -> bool:
-        """Whether a row has all that is asked for, so that its trial need not be run."""
+        """True if a row has all that is asked for, so that its trial need not be run."""
         return not self.record or bool(row.document) or row.outcome is not Outcome.DONE
 
     def conditions(self) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class Download:
         return self.model
 
     async def _is_there(self, file: HubFile, target: Path) -> bool:
-        """Whether the file is in place; it is read unless its checksum is remembered."""
+        """True if the file is in place; it is read unless its checksum is remembered."""
         signature = await run_sync(signature_of, target)
         if signature is None or signature.size != file.size:
             return False

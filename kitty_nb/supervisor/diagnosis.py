@@ -1,4 +1,4 @@
-"""Why a server ended, read from its exit code and its log by the tables of `signatures.toml`."""
+"""Diagnosis of a server's exit from its exit code and log, by the tables of `signatures.toml`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FILE = Path(__file__).with_name("signatures.toml")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What an ending means.
+    """The meaning of an ending.
 
     Attributes:
         cause: A sentence; names in braces stand for what the signature found.
@@ -106,7 +106,7 @@ def _by_number(rows: Mapping[str, Any]) -> dict[int, Reading]:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Why a server ended, and what to do about it. As text, all of it in one line.
+    """The cause of a server's exit, and the remedy. As text, all of it in one line.
 
     Attributes:
         ending: How it ended, e.g. `ended with exit code 1` or `was killed by SIGKILL`.
@@ -252,7 +252,7 @@ def _killed(out_of_memory: bool | None) -> Reading:
 
 
 def _may_tell(line: str) -> bool:
-    """Whether a line is more than what the engine itself calls a warning or information."""
+    """True if a line is more than what the engine itself calls a warning or information."""
     clock = _CLOCK.match(line)
     return clock is None or clock["level"] == "E"
 

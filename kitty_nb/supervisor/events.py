@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ServerStatus(StrEnum):
-    """Where a server is in its life."""
+    """The status of a server."""
 
     STOPPED = "STOPPED"
     STARTING = "STARTING"
@@ -33,17 +33,17 @@ class ServerStatus(StrEnum):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing more happens unless somebody asks, or the process dies."""
+        """True if nothing more happens unless somebody asks, or the process dies."""
         return self in {self.STOPPED, self.READY, self.FAILED, self.CRASHED}
 
     @property
     def idle(self) -> bool:
-        """Whether there is no process and none is on its way."""
+        """True if there is no process and none is on its way."""
         return self in {self.STOPPED, self.FAILED, self.CRASHED}
 
     @property
     def absent(self) -> bool:
-        """Whether there is no process now."""
+        """True if there is no process now."""
         return self.idle or self is self.RESTARTING
 
 
@@ -63,7 +63,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far a load is.
+    """The progress of a load.
 
     Attributes:
         stage: Which part of the load is under way.
@@ -106,7 +106,7 @@ class HealthCheckResult:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a server holds.
+    """The memory that a server holds.
 
     Attributes:
         resident: Bytes in RAM, with what is mapped from the model's file.
@@ -180,7 +180,7 @@ class ServerState:
 
     @property
     def sentence(self) -> str:
-        """How it is, in a sentence to print."""
+        """The state, in a sentence to print."""
         if self.error:
             return f"{self.status}: {self.error}"
         if self.status.idle:
@@ -201,7 +201,7 @@ class ServerState:
 
 
 class Level(StrEnum):
-    """How an activity is to be read."""
+    """The severity of an activity."""
 
     INFO = "info"
     SUCCESS = "success"

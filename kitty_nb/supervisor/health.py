@@ -139,7 +139,7 @@ class AnswerPace:
 
 
 def any_answering(slots: list[dict[str, Any]]) -> bool:
-    """Whether a request has got its first token: its server does compute."""
+    """True if a request has got its first token: its server does compute."""
     return any(slot.get("is_processing") and _decoded(slot) for slot in slots)
 
 
@@ -165,7 +165,7 @@ _ASK_AGAIN, _LOOK_AGAIN = 0.2, 1.0  # seconds
 
 
 class Identity(Enum):
-    """What a server turned out to be when it was asked for its model."""
+    """The identity of a server, by the model that it names."""
 
     OURS = auto()
     OTHER_MODEL = auto()

@@ -185,7 +185,7 @@ def _settings(config: ServerConfig) -> str:
 
 
 class Outcome(StrEnum):
-    """How a load ended."""
+    """The outcome of a load."""
 
     READY = "ready"
     CRASHED = "crashed"
@@ -413,7 +413,7 @@ _WARM_UP = 2e9 * min(os.cpu_count() or 1, 8)  # bytes a second, as measured with
 
 
 class Basis(StrEnum):
-    """What an estimate rests on, the best first."""
+    """The basis of an estimate, the best first."""
 
     SAME_LOAD = "this model with these settings"
     SAME_MODEL = "this model"

@@ -1,4 +1,4 @@
-"""What must hold before there is a process, and the launch itself."""
+"""Preconditions of a launch, and the launch itself."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def start_sidecar(config: ServerConfig, process: ServerProcess, record: ServerRe
 
 
 def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess | None]:
-    """Who has the profile, in words, and its server that another program is ending."""
+    """The profile's other user, in words, and its server that another program is ending."""
     return who_owns(config, ours), leaving_server(config)
 
 

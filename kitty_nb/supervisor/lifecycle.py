@@ -162,7 +162,7 @@ Stimulus = StartAsked | RestartAsked | StopAsked | Found | Report
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """Where a server is.
+    """The state of a server.
 
     Attributes:
         status: The state in the user's words.
@@ -207,7 +207,7 @@ class Lifecycle:
         return self.pending.config if self.pending else self.config
 
     def superseded(self, generation: int) -> bool:
-        """Whether a later wish took the place of this generation."""
+        """True if a later wish took the place of this generation."""
         return generation not in {self.generation, self.latest}
 
 

@@ -245,7 +245,7 @@ class LoadMeter:
         return expected
 
     def _rest(self, expected: float, elapsed: float) -> float:
-        """What is left of the present stage, by the clock alone; never nothing."""
+        """The seconds left of the current stage, by the clock alone; never 0."""
         lasted = elapsed - self._began.get(self.stage, elapsed)
         overdue = max(lasted * _OVERDUE[self.expected.basis], lasted - expected)
         return max(expected - lasted, overdue)

@@ -1,4 +1,4 @@
-"""Who listens on a port, and which port is free."""
+"""The owner of a port, and the search for a free one."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PortOwner:
 
     @property
     def sentence(self) -> str:
-        """Who has the port, for a person."""
+        """The port's owner, as a sentence."""
         return f"Port {self.port} is in use by {self.who}."
 
 

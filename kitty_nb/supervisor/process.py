@@ -174,7 +174,7 @@ class ServerProcess:
             os.close(descriptor)
 
     def runs(self) -> bool:
-        """Whether it has not ended yet."""
+        """True if it has not ended yet."""
         return _runs(self._psutil)
 
     def _family(self) -> list[psutil.Process]:
@@ -282,7 +282,7 @@ def _peak(process: psutil.Process) -> int:
 
 
 def _exit_descriptor(pid: int) -> int | None:
-    """What becomes readable when a process ends; macOS, old kernels and some sandboxes lack it."""
+    """A descriptor readable once a process ends; macOS, old kernels and some sandboxes lack it."""
     if hasattr(os, "pidfd_open"):
         with suppress(OSError):
             return os.pidfd_open(pid)

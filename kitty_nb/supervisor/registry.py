@@ -67,7 +67,7 @@ class ServerRecord(BaseModel):
 
 
 def record_path(config: ServerConfig) -> Path:
-    """Where the record of a profile is while its server is meant to run."""
+    """The path of a profile's record while its server is meant to run."""
     return config.log_dir / f"{config.profile}{RECORD}"
 
 
@@ -148,7 +148,7 @@ def withdraw_record(config: ServerConfig, pid: int, create_time: float) -> None:
 
 
 def was_stopped(config: ServerConfig, pid: int, create_time: float) -> bool:
-    """Whether somebody has withdrawn the record of this process in order to end it.
+    """True if somebody has withdrawn the record of this process in order to end it.
 
     The record of a process that died by itself stays until the next start, for all who watch. One
     that is damaged, or was lost with its folder, nobody has withdrawn.

@@ -559,7 +559,7 @@ class Server:
         self._over = True
 
     def _being_ended(self) -> bool:
-        """Whether this program or another one is ending the server, or has ended it."""
+        """True if this program or another one is ending the server, or has ended it."""
         process = self._process
         return process is not None and was_stopped(self._config, process.pid, process.create_time)
 

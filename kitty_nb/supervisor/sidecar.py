@@ -43,12 +43,12 @@ _LOADS = 1 << 14
 
 
 def withdrawn_path(record: Path) -> Path:
-    """Where a record is from when its server is being ended."""
+    """The path of a record while its server is being ended."""
     return record.with_name(record.name.removesuffix(RECORD) + _WITHDRAWN)
 
 
 def failure_path(record: Path) -> Path:
-    """Where the reason of the last failure stands until the next start or stop."""
+    """The path of the last failure's reason, kept until the next start or stop."""
     return record.with_name(record.name.removesuffix(RECORD) + _FAILURE)
 
 
@@ -106,7 +106,7 @@ class Sidecar:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the environment of the server must hold."""
+        """The variables that the server's environment must hold."""
         return {_MARK: self._mark} if self._mark else {}
 
     @property

@@ -185,7 +185,7 @@ class Supervisor:
 
     @property
     def api_key(self) -> SecretStr | None:
-        """What the server asks its clients for; None when it asks for nothing, or there is none."""
+        """The API key that clients must send; None when none is needed, or there is no server."""
         return self._server.api_key if self._server else None
 
     @property

@@ -28,7 +28,7 @@ class ConfirmOnce:
         self._refused: ServerConfig | None = None
 
     def confirmed(self, config: ServerConfig) -> bool:
-        """Whether a start with these settings was the last to be refused."""
+        """True if a start with these settings was the last to be refused."""
         return config == self._refused
 
     @contextmanager

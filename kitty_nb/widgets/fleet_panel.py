@@ -41,7 +41,7 @@ _MOVING = {ServerStatus.STARTING, ServerStatus.LOADING}
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What there is to say of a profile.
+    """The facts about a profile.
 
     Attributes:
         config: What it would be started with: the file's settings, or those of the last start.
@@ -61,7 +61,7 @@ class Profile:
 
     @property
     def port(self) -> int:
-        """Where its server listens, or would."""
+        """The port of its server, running or not."""
         return (self.config if self.state.status.idle else self.state.config).port
 
 

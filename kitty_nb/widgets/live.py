@@ -60,7 +60,7 @@ class LiveView:
 
     @property
     def drawing(self) -> bool:
-        """Whether it has been started, and its loop has not ended."""
+        """True if it has been started, and its loop has not ended."""
         return self._task is not None
 
     def wake(self) -> None:

@@ -162,7 +162,7 @@ class ModelPicker(VBox):
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """What the dropdown lists, incomplete models too."""
+        """The models in the dropdown, incomplete ones too."""
         return tuple(self._models.values())
 
     @property

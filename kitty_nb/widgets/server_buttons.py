@@ -26,7 +26,7 @@ _RUNNING = {ServerStatus.STARTING, ServerStatus.LOADING, ServerStatus.READY}
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """Which buttons make sense.
+    """The buttons that make sense.
 
     Attributes:
         start: A server can be started, or switched.

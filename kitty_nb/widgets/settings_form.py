@@ -70,7 +70,7 @@ class SettingsForm(GridBox):
         self.apply({**dict(config), **(edits or {})})
 
     def edits(self, config: ServerConfig) -> dict[str, object]:
-        """What is in the fields and differs from a config, as keywords for its `replace`."""
+        """The field values that differ from a config, as keywords for its `replace`."""
         given, values = dict(config), self.changes()
         return {
             name: values[name]
@@ -98,7 +98,7 @@ class SettingsForm(GridBox):
         return "" if value is None else str(value)
 
     def changes(self) -> dict[str, object]:
-        """What is in the fields, as keywords for `ServerConfig.replace`."""
+        """The field values, as keywords for `ServerConfig.replace`."""
         return {name: field.value or None for name, field in self.fields.items()}
 
 

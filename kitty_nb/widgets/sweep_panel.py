@@ -53,7 +53,7 @@ _NAMED_AT_ONCE = 4  # trials under way that are named
 
 
 class SweepStatus(StrEnum):
-    """Where a sweep is, as the panel says it."""
+    """The status of a sweep, as the panel shows it."""
 
     NOT_STARTED = "NOT STARTED"
     STARTING = "STARTING"

@@ -173,7 +173,7 @@ def _number(name: str, spread: Spread | None) -> str:
 
 
 def _place(trial: Trial) -> tuple[object, ...]:
-    """Where a row stands: by model, then by values, numbers by their size."""
+    """The sort key of a row: by model, then by values, numbers by their size."""
     values = (
         (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
         for _, value in trial.settings
