@@ -508,7 +508,7 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
 
 
 async def _build(access: Access) -> str:
-    """The running server's name for itself; None from older builds."""
+    """Return the build that the running server reports; older builds report none."""
     async with access.async_http() as http:
         try:
             return str((await http.get("/props")).json()["build_info"])

@@ -22,7 +22,7 @@ Value = bool | int | float | str | tuple[str, ...] | None
 
 
 class Outcome(StrEnum):
-    """The outcome of a trial; pruned is what a search broke off, for it could not win any more."""
+    """The outcome of a trial; a search prunes a trial that can no longer win."""
 
     DONE = "done"
     SKIPPED = "skipped"

@@ -154,7 +154,7 @@ def start_sidecar(config: ServerConfig, process: ServerProcess, record: ServerRe
 
 
 def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess | None]:
-    """The profile's other user, in words, and its server that another program is ending."""
+    """Return who serves the profile elsewhere, in words, and its server that is being ended."""
     return who_owns(config, ours), leaving_server(config)
 
 
