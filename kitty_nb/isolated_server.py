@@ -26,7 +26,7 @@ from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
 from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
-from kitty_nb.supervisor.events import LoadProgress, ProgressMade, ServerState, Stage
+from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.free_memory import free_memory
 from kitty_nb.supervisor.history import (
     LoadHistory,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SERVER_SETTINGS",
+    "Broadcast",
     "Dialect",
     "Engine",
     "EngineKind",

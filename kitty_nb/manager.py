@@ -302,15 +302,11 @@ class ModelManager:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         access, state = self.access, self.state
-        if (
-            "model" not in options
-            and state.external
-            and state.external.models
-            and not state.external.alias
-        ):
+        router = state.external if state.external and not state.external.alias else None
+        if router and router.models and "model" not in options:
             raise KittyError(
                 "The router has not loaded a model yet. Name one with chat(…, model=…) or"
-                f" switch_model(…): {', '.join(state.external.models)}."
+                f" switch_model(…): {', '.join(router.models)}."
             )
         request = {"model": state.alias, "messages": messages, **options}
         return self.run(access.chat, request, on_piece or (lambda _: None))

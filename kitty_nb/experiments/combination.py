@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.trial import Trial, TrialResult
 
-_UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
+UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +74,7 @@ class Combination:
         others = len(self.close)
         doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
         if self.once:
-            doubts.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
+            doubts.append(f"measured once, so {UNKNOWN * 100:.0f} % either way may be chance")
         return ", ".join([*doubts, *(["nearest to the settings in use"] if others else [])])
 
     @property

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.combination import Combination
+from kitty_nb.experiments.combination import UNKNOWN, Combination
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     Spread,
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.trial import Trial, TrialResult
-
-_UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ def choose(
     ranked = []
     for one, spread in found:
         once = speed and one.done == 1
-        unknown = _UNKNOWN * abs(spread.median) if once else 0.0
+        unknown = UNKNOWN * abs(spread.median) if once else 0.0
         ends = sorted((sign * spread.low, sign * spread.high))
         tokens = one.batch_tokens.get(metric) if speed else None
         idle = idle_batches(one.trial.settings, one.base, tokens) if tokens else ()

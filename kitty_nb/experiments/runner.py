@@ -27,7 +27,7 @@ from kitty_nb.experiments.trial import (
     TrialProgressed,
     TrialStarted,
 )
-from kitty_nb.isolated_server import locate_engine
+from kitty_nb.isolated_server import Broadcast, locate_engine
 from kitty_nb.manager import Operation
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class TrialRunner:
         store: The file for the rows.
         warnings: What of the settings has no effect, in sentences.
         trials: All trials, where they are known in advance.
+        store_problem: The reason that rows are only in memory; empty when all are saved.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class TrialRunner:
         self._logs = Path(logs).expanduser().absolute() if logs else None
         self._kept = RowStore(self.store, digest(config, workload))
         self._rows: dict[str, TrialResult] = {}
-        self._subscribers: list[Callable[[SweepEvent], object]] = []
+        self._broadcast: Broadcast[SweepEvent] = Broadcast()
         self._running: dict[Trial, float] = {}
         self._load: LoadProgress | None = None
         self._slots = 1
@@ -85,7 +86,7 @@ class TrialRunner:
         self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
         self._thread: Thread | None = None
         self._ended: Callable[[], bool] = lambda: False
-        self._store_problem = ""
+        self.store_problem = ""
 
     def __enter__(self) -> Self:
         return self
@@ -104,11 +105,6 @@ class TrialRunner:
     def running(self) -> bool:
         """True if it is running."""
         return self._control is not None
-
-    @property
-    def store_problem(self) -> str:
-        """The reason that rows are only in memory, in a sentence; empty when all are saved."""
-        return self._store_problem
 
     def pause(self) -> None:
         """Begin no further trial; the one under way goes on to its row."""
@@ -143,8 +139,7 @@ class TrialRunner:
 
     def subscribe(self, callback: Callable[[SweepEvent], object]) -> Callable[[], None]:
         """Call back with each event, on the run's thread, until the result is called."""
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)
+        return self._broadcast.subscribe(callback)
 
     def _start(self, work: Callable[[], Awaitable[T]], name: str) -> Operation[T]:
         """Do the work in a thread of its own, which ends with it."""
@@ -243,11 +238,11 @@ class TrialRunner:
         try:
             await self._kept.add(rows)
         except ResultStoreError as error:
-            if not self._store_problem:
+            if not self.store_problem:
                 self._publish(StoreFailed(str(error)))
-            self._store_problem = str(error)
+            self.store_problem = str(error)
         else:
-            self._store_problem = ""
+            self.store_problem = ""
 
     def _on_loop(self, act: Callable[[], None]) -> None:
         """Act on the loop of the run, from whatever thread; at once when there is no run."""
@@ -261,8 +256,4 @@ class TrialRunner:
     def _publish(self, event: SweepEvent) -> None:
         if isinstance(event, TrialStarted | TrialProgressed):
             self._load = event.progress if isinstance(event, TrialProgressed) else None
-        for callback in tuple(self._subscribers):
-            try:
-                callback(event)
-            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
-                _log.exception("A subscriber failed; the run goes on.")
+        self._broadcast.publish(event)

@@ -183,13 +183,6 @@ class Running(NamedTuple):
     config: ServerConfig | None
 
 
-class _Found(NamedTuple):
-    """An engine with the memory that it can use; no memory where nobody can tell."""
-
-    engine: Engine
-    memory: Memory | None
-
-
 class Forecaster:
     """Forecasts one profile's memory. It remembers the engine's devices while those are busy."""
 
@@ -265,20 +258,21 @@ class Forecaster:
 
     async def _find(
         self, config: ServerConfig, running: Running | None, measured: Memory
-    ) -> _Found:
+    ) -> tuple[Engine, Memory | None]:
+        """The engine with the memory that it can use; no memory where nobody can tell."""
         self._engine = await locate_engine(config.binary)
         devices = await list_devices(self._engine, config)
         remote = remote_machines(config)
         if devices is not None or remote is None:
             self._devices, self._remote = devices, remote
         elif self._remote != remote:  # busy, and never seen free
-            return _Found(self._engine, None)
+            return self._engine, None
         memory = with_devices(measured, self._devices)
         if running and running.config and memory.gpus:
             memory = await anyio.to_thread.run_sync(
                 _given_back, memory, running.config, self._engine
             )
-        return _Found(self._engine, memory)
+        return self._engine, memory
 
 
 async def _with_files(config: ServerConfig) -> ServerConfig:

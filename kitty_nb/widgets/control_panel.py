@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
-    Level,
     LogLines,
     ProgressMade,
     RouterLoad,
@@ -89,10 +87,11 @@ class ControlPanel(VBox):
         self._activities: list[Activity] = []
         self._log_lines: list[str] = []
         self._log_begins = False
-        self._view = LiveView(self._subscribe, self._draw, self._show_error, self._tick)
+        self._view = LiveView(self._subscribe, self._draw, self._show_error, self._next_second)
         self._make_parts(earlier)
         self._scan()
-        if _is_own(manager.state):
+        state = manager.state
+        if not state.status.absent and state.external is None:  # started here or elsewhere
             self._follow(manager.state.config)
         self._view.start(manager.run)
         self._look_again()
@@ -294,7 +293,7 @@ class ControlPanel(VBox):
         self.notice.show(message)
 
     def _say(self, message: str) -> None:
-        self._activities.append(Activity(message, Level.INFO, time.time()))
+        self._activities.append(Activity.now(message))
 
     def _subscribe(self) -> Callable[[], None]:
         self._log_lines.extend(self.manager.log_lines)
@@ -330,8 +329,12 @@ class ControlPanel(VBox):
         if state.status.settled or state.status.absent:
             self._view.before_drawing(self.memory.refresh)
 
-    def _tick(self) -> float:
-        return _next_second(self.manager.state)
+    def _next_second(self) -> float:
+        """Return the seconds until the clock that is shown moves on."""
+        state = self.manager.state
+        if state.retry_in is not None:
+            return state.retry_in % 1
+        return _LOOK_EVERY if state.uptime is None else 1 - state.uptime % 1
 
     def _draw(self) -> None:
         state, model = self.manager.state, self.picker.model
@@ -366,19 +369,7 @@ class ControlPanel(VBox):
         self.status_line.show(state)
 
 
-def _is_own(state: ServerState) -> bool:
-    """Tell whether the profile's server runs: started here or elsewhere, not merely attached to."""
-    return not state.status.absent and state.external is None
-
-
 def _what_to_press(state: ServerState) -> str:
     if state.status is ServerStatus.RESTARTING:
         return " It starts again by itself; press Cancel to prevent that."
     return " Or press Attach to use that llama-server as it is." if state.attachable else ""
-
-
-def _next_second(state: ServerState) -> float:
-    """Return the seconds until the clock that is shown moves on."""
-    if state.retry_in is not None:
-        return state.retry_in % 1
-    return _LOOK_EVERY if state.uptime is None else 1 - state.uptime % 1

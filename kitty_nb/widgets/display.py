@@ -86,11 +86,7 @@ def receive_while_busy(widgets: Iterable[Widget]) -> None:
     """
     for widget in widgets:
         if hasattr(widget.comm, "_reply_subshell_for"):
-            widget.comm._reply_subshell_for = _as_sent
-
-
-def _as_sent(_data: Any, default: str | None) -> str | None:
-    return default
+            widget.comm._reply_subshell_for = lambda _data, default: default
 
 
 def tree(widget: Widget) -> Iterator[Widget]:

@@ -177,7 +177,6 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
     )
 
 
-_DRAW_AGAIN = 0.0  # seconds; a drawing is one message at most, whatever has changed
 _MEASURE_EVERY = 2.0
 
 
@@ -211,7 +210,8 @@ class FleetPanel(AnyWidget):
             self._members = self._read({})
             self._problem = self._warnings()
             super().__init__(rows=self._describe())
-            self._view = LiveView(lambda: lambda: None, self._draw, self._show_error, _tick)
+            # At once: a drawing is one message at most, whatever has changed.
+            self._view = LiveView(lambda: lambda: None, self._draw, self._show_error, lambda: 0.0)
             self._view.start(self._portal.start_task_soon)
             stack.callback(self._view.stop)
             stack.callback(self._portal.start_task_soon(self._measure_forever).cancel)
@@ -330,10 +330,6 @@ class FleetPanel(AnyWidget):
                 self.stop_all()
             case {"kind": "rescan"}:
                 self.rescan()
-
-
-def _tick() -> float:
-    return _DRAW_AGAIN
 
 
 class _Member:
