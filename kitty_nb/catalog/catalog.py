@@ -250,9 +250,7 @@ class ModelCatalog:
         parts = [
             Part(file, facts.get(key))
             for key, file in found.items()
-            if key in facts
-            or file.problem
-            or (file.signature is None and file.downloading is not None)
+            if key in facts or file.problem or file.coming
         ]
         listed = [row for row in rows(parts, self.directory, time.time()) if row.kind is kind]
         return tuple(sorted(listed, key=self._order))

@@ -217,7 +217,7 @@ _MOST_STRINGS = 1 << 22  # in an array
 _MOST_ENTRIES = 1 << 16
 _MOST_TENSORS = 1 << 17
 _LONGEST = 1 << 27  # bytes
-_MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
+MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 _MOST_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 _SHOWN = 80  # characters of a key in a message
 _DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
@@ -349,7 +349,7 @@ class _Reader:
         elif element_type in _SCALARS:
             length = self._scalar("Q")
             code = _SCALARS[element_type]
-            if length <= _MOST_LAYERS:
+            if length <= MOST_LAYERS:
                 layout = f"{self._order}{length}{code}"
                 self._numbers = struct.unpack(layout, self._take(struct.calcsize(layout)))
             else:

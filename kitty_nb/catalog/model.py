@@ -65,7 +65,7 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 
 def missing_shards(path: Path) -> tuple[Path, ...]:
     """List the files of the model that `path` belongs to which are not there, first to last."""
-    return tuple(shard for shard in shard_paths(path) if _size(shard) is None)
+    return tuple(shard for shard in shard_paths(path) if file_size(shard) is None)
 
 
 def name_some(names: Sequence[str], most: int = 3) -> str:
@@ -76,10 +76,10 @@ def name_some(names: Sequence[str], most: int = 3) -> str:
 
 def total_size(path: Path) -> int:
     """Add up the bytes of those files of the model that `path` belongs to which are there."""
-    return sum(_size(shard) or 0 for shard in shard_paths(path))
+    return sum(file_size(shard) or 0 for shard in shard_paths(path))
 
 
-def _size(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
     """Give the bytes of a file; None when it is absent or its folder may not be entered."""
     try:
         return path.stat().st_size if path.is_file() else None

@@ -9,12 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from kitty_nb.catalog.cache import FileSignature, signature_of
-from kitty_nb.catalog.gguf import ArrayInfo, GgufLayout, read_layout
+from kitty_nb.catalog.gguf import MOST_LAYERS, ArrayInfo, GgufLayout, read_layout
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.errors import ModelFileError
 
 _LARGEST = 1 << 24  # far beyond the context, the width or the vocabulary of any model
-_MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 # Models whose headers are remembered: with all their tensors, and as far as memory goes.
 _LAYOUTS_KEPT, _SHAPES_KEPT = 16, 1024
 
@@ -136,7 +135,7 @@ class _Header:
         self._header = layouts[0].header
         self._architecture = self._header.architecture or ""
         self._tensors = [tensor for layout in layouts for tensor in layout.tensors]
-        self._count = self._number("block_count", largest=_MOST_LAYERS)
+        self._count = self._number("block_count", largest=MOST_LAYERS)
 
     def shape(self) -> ModelShape:
         outside = {t.name: t.size for t in self._tensors if not _BLOCK.match(t.name)}

@@ -32,11 +32,7 @@ https://github.com/ggml-org/llama.cpp/tree/master/tools/server
 {options}"""
 
 
-def _as_is(value: Any) -> Any:
-    return value
-
-
-def _to(paths: str, read: Callable[[Any], Any] = _as_is) -> Setter:
+def _to(paths: str, read: Callable[[Any], Any] = lambda value: value) -> Setter:
     """Set attributes, named by their paths from the parameters, to the value as `read`."""
 
     def apply(params: Any, value: Any) -> None:

@@ -216,7 +216,10 @@ class Forecaster:
             first = await anyio.to_thread.run_sync(_preview, config, self._engine, known)
             latest = _told(first, on_preview)
             await anyio.sleep(delay)
-            final = await self._final_preview(config, running, measured)
+            engine, memory = await self._find(config, running, measured)
+            final = MemoryPreview(problem=_BUSY)
+            if memory:
+                final = await anyio.to_thread.run_sync(_preview, config, engine, memory)
         except ModelFileError as error:
             why = await anyio.to_thread.run_sync(why_not_served, config.model)
             final = MemoryPreview(problem=why or str(error))
@@ -246,15 +249,6 @@ class Forecaster:
                 told = await anyio.to_thread.run_sync(_preview, config, engine, memory)
                 return told.why_not()
         return ""
-
-    async def _final_preview(
-        self, config: ServerConfig, running: Running | None, measured: Memory
-    ) -> MemoryPreview:
-        """The preview with the devices that the engine lists."""
-        engine, memory = await self._find(config, running, measured)
-        if memory is None:
-            return MemoryPreview(problem=_BUSY)
-        return await anyio.to_thread.run_sync(_preview, config, engine, memory)
 
     async def _find(
         self, config: ServerConfig, running: Running | None, measured: Memory

@@ -23,7 +23,7 @@ import anyio.from_thread
 import anyio.to_thread
 
 from kitty_nb.catalog.memory import MemoryPreview, Verdict, allocate, plan
-from kitty_nb.catalog.model import ModelNote, shard_paths
+from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
 from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.config import PROJECTOR, value_of
 from kitty_nb.engine.devices import engine_devices, remote_machines
@@ -123,7 +123,7 @@ class LoadFacts:
 
 def gather_facts(config: ServerConfig) -> LoadFacts:
     """Look at the files of a load; those that cannot be read count for nothing. It blocks."""
-    sizes = {file: size for file in _files(config) if (size := _size(file))}
+    sizes = {file: size for file in _files(config) if (size := file_size(file))}
     files = tuple(sizes)
     cached = cached_share(files)  # first: reading the header changes it
     mtime_ns, digest = _fingerprint(files[0]) if files else (0, "")
@@ -157,13 +157,6 @@ def _files(config: ServerConfig) -> Iterator[Path]:
         yield config.projector
     if named := value_of(config.extra_args, PROJECTOR):
         yield Path(named)
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size if file.is_file() else 0
-    except OSError:
-        return 0
 
 
 def _fingerprint(file: Path) -> tuple[int, str]:

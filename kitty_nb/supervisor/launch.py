@@ -86,7 +86,6 @@ async def launch(
     api_key: SecretStr | None,
     began: float,
     notify: Callable[[str], None],
-    processes: type[ServerProcess] = ServerProcess,
 ) -> Launched:
     """Start a profile's server, if nobody else has it. Cancelled, or failing, it leaves none.
 
@@ -96,17 +95,15 @@ async def launch(
         api_key: What it is to ask its clients for.
         began: When the start was asked for, in seconds of the monotonic clock.
         notify: Called with what the user may wait for.
-        processes: The constructor of processes.
 
     Raises:
         KittyError: What is in the way, and what to do about it.
         OSError: A file cannot be written, or the engine not be run.
     """
     with profile_lock(config) as ours:
-        owner, leaving = await anyio.to_thread.run_sync(_others, config, ours)
-        if owner:
+        if owner := await anyio.to_thread.run_sync(who_owns, config, ours):
             raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
-        if leaving:
+        if leaving := await anyio.to_thread.run_sync(leaving_server, config):
             notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
             await leaving.terminate(config.stop_grace_seconds)
         command = build_command(engine, config)
@@ -125,7 +122,7 @@ async def launch(
         # Called off while a thread tried the port, it is told so only now.
         await anyio.lowlevel.checkpoint_if_cancelled()
         rotate(config.log_path, config.log_keep)
-        return await _spawn(config, command, api_key, began, processes)
+        return await _spawn(config, command, api_key, began)
 
 
 async def public_command(config: ServerConfig) -> tuple[str, ...]:
@@ -153,24 +150,18 @@ def start_sidecar(config: ServerConfig, process: ServerProcess, record: ServerRe
     return sidecar
 
 
-def _others(config: ServerConfig, ours: bool) -> tuple[str | None, ServerProcess | None]:
-    """Return who serves the profile elsewhere, in words, and its server that is being ended."""
-    return who_owns(config, ours), leaving_server(config)
-
-
 async def _spawn(
     config: ServerConfig,
     command: tuple[str, ...],
     api_key: SecretStr | None,
     began: float,
-    processes: type[ServerProcess],
 ) -> Launched:
     guards = config.on_kernel_exit is OnKernelExit.STOP
     sidecar = Sidecar(config, record_path(config), guards=True) if guards else None
     process: ServerProcess | None = None
     try:
         environment = server_environment(api_key) | (sidecar.environment if sidecar else {})
-        process = processes.spawn(command, config.log_path, environment)
+        process = ServerProcess.spawn(command, config.log_path, environment)
         idle_seconds = 0 if sleeps(command) else config.idle_shutdown_seconds or 0
         if sidecar:
             sidecar.watch(process, idle_seconds)

@@ -186,7 +186,7 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
     """
     config.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     refuse_open_folder(config)
-    with _lock_path(config).open("a") as file:
+    with (config.log_dir / f"{config.profile}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -212,7 +212,3 @@ def who_owns(config: ServerConfig, locked: bool) -> str | None:
     if locked:
         return None
     return f"Profile {config.profile!r} is being started elsewhere, by another program or notebook"
-
-
-def _lock_path(config: ServerConfig) -> Path:
-    return config.log_dir / f"{config.profile}.lock"

@@ -120,7 +120,6 @@ class Server:
         emit: Called with each event, report and answer to a health check.
         found: The server to watch, when another program or kernel has started it.
         clock: Seconds.
-        process: The constructor of processes.
     """
 
     def __init__(
@@ -132,13 +131,12 @@ class Server:
         found: ServerRecord | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
-        process: type[ServerProcess] = ServerProcess,
     ) -> None:
         self.api_key = found.api_key if found else api_key
         self.probe = HealthProbe(config, self.api_key)
         self.was_ready = False
         self._generation, self._config, self._emit = generation, config, emit
-        self._clock, self._processes = clock, process
+        self._clock = clock
         self._record, self._found = found, found is not None
         self._began = found.began if found else clock()
         self._queue: deque[_Item] = deque()
@@ -253,16 +251,14 @@ class Server:
                         self._devices = await self._list_devices()
                 engine = await locate_engine(config.binary)
                 self._recorder.set_engine(engine)
-                item = await launch(
-                    config, engine, self.api_key, self._began, self._notify, self._processes
-                )
+                item = await launch(config, engine, self.api_key, self._began, self._notify)
         except (KittyError, OSError) as error:
             item = _NotLaunched(error)
         self._send(item)
 
     async def _adopt(self) -> None:
         assert self._record  # noqa: S101 (it was found)
-        process = self._processes.attach(self._record.pid, self._record.create_time)
+        process = ServerProcess.attach(self._record.pid, self._record.create_time)
         if process is None:
             self._send(_NotLaunched())
             return

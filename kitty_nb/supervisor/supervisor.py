@@ -57,7 +57,6 @@ from kitty_nb.supervisor.lifecycle import (
     step,
 )
 from kitty_nb.supervisor.port_owner import PortOwner
-from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import find_server
 from kitty_nb.supervisor.server import Server
 
@@ -93,7 +92,6 @@ class Supervisor:
     Args:
         config: What to serve when `start` is not told otherwise.
         clock: Seconds, as `time.monotonic` counts them.
-        process: The constructor of processes.
     """
 
     def __init__(
@@ -101,9 +99,8 @@ class Supervisor:
         config: ServerConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
-        process: type[ServerProcess] = ServerProcess,
     ) -> None:
-        self._clock, self._processes = clock, process
+        self._clock = clock
         self._now = Lifecycle(config)
         self._health: HealthCheckResult | None = None
         self._server: Server | ExternalServer | None = None
@@ -339,13 +336,6 @@ class Supervisor:
         """Call back with each event, on the supervisor's loop, until the result is called."""
         return self._broadcast.subscribe(callback)
 
-    async def _checked(
-        self, config: ServerConfig | None, changes: Mapping[str, Any]
-    ) -> ServerConfig:
-        """The settings to start with, looked at once more: files come and go."""
-        wanted = (config or self._now.wanted).replace(**changes)
-        return await anyio.to_thread.run_sync(resolve_model, wanted)
-
     async def _launch(
         self,
         wish: type[StartAsked | RestartAsked],
@@ -358,9 +348,11 @@ class Supervisor:
     ) -> ServerState:
         stops = self._stops
         async with self._turn:
-            config = await self._checked(config, changes or {})
-            if not (anyway or self._serves(wish, config)):
-                await self._check_memory(config)
+            wanted = (config or self._now.wanted).replace(**(changes or {}))
+            config = await anyio.to_thread.run_sync(resolve_model, wanted)  # files come and go
+            fits = anyway or self._serves(wish, config)
+            if not fits and (reason := await self._forecaster.why_not(config, self._running)):
+                raise WillNotFitError(reason)
             if stops != self._stops:  # asked for later, though there was nothing yet to stop
                 raise StartCancelledError(_STOPPED)
             self._feed(wish(config))
@@ -382,10 +374,6 @@ class Supervisor:
         finally:
             unsubscribe()
         return self._outcome(generation)
-
-    async def _check_memory(self, config: ServerConfig) -> None:
-        if reason := await self._forecaster.why_not(config, self._running):
-            raise WillNotFitError(reason)
 
     def _serves(self, wish: type[StartAsked | RestartAsked], config: ServerConfig) -> bool:
         """Tell whether a server with these settings runs already and is to be left alone."""
@@ -512,7 +500,6 @@ class Supervisor:
             self._on_fact,
             found,
             clock=self._clock,
-            process=self._processes,
         )
         self._publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
         self._begin_task(self._server.run)

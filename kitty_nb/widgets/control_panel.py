@@ -31,7 +31,7 @@ from kitty_nb.widgets.load_bar import ActivityLog, LoadBar, ServerLog, StatusLin
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
 from kitty_nb.widgets.server_buttons import ServerButtons, Snippet, WebPage, choices
-from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, furnish
+from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -232,7 +232,7 @@ class ControlPanel(VBox):
     def _scan(self) -> None:
         folder = self._config.models_dir
         try:
-            if done := furnish(folder):
+            if done := ensure_models_dir(folder):
                 self._say(done)
         except ModelFileError as error:
             self._problem = str(error)

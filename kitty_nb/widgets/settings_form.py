@@ -218,7 +218,7 @@ def _size(count: float) -> str:
 _DEMO_NAME = "kitty-demo.gguf"
 
 
-def furnish(folder: Path) -> str | None:
+def ensure_models_dir(folder: Path) -> str | None:
     """Write a small demo model into an empty models folder; the default one is made for it.
 
     Returns:
