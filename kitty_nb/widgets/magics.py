@@ -72,15 +72,9 @@ class KittyMagics(Magics):
                 _say(warning)
         match given.verb:
             case "start":
-                self._load(
-                    manager.start,
-                    session.config_to_start(given.env, given.profile) or manager.state.config,
-                )
+                self._load(manager.start, _config(manager, given))
             case "restart":
-                self._load(
-                    manager.restart,
-                    session.config_to_start(given.env, given.profile) or manager.state.config,
-                )
+                self._load(manager.restart, _config(manager, given))
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
