@@ -628,6 +628,10 @@ def test_running_the_cell_again_leaves_one_panel(
         threading.Event().wait(seconds)  # the measured span itself, not a wait for something
         assert len(sent) <= 2 * 20 * seconds
         beside.close()
+        told = panel.activity_log.lines
+        assert any("Model loaded" in line for line in told)
+        panel = ControlPanel(env)
+        eventually(lambda: panel.activity_log.lines == told)
     finally:
         panel.close()
 

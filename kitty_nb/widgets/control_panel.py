@@ -89,6 +89,8 @@ class ControlPanel(VBox):
         self._log_begins = False
         self._view = LiveView(self._subscribe, self._draw, self._show_error, self._next_second)
         self._make_parts(earlier)
+        if earlier and earlier.manager is manager:
+            self._activities.extend(earlier.activity_log.activities)
         self._scan()
         state = manager.state
         if not state.status.absent and state.external is None:  # started here or elsewhere

@@ -104,6 +104,11 @@ class ActivityLog(Output):
         """The messages shown, oldest first."""
         return tuple(activity.message for activity in self._kept)
 
+    @property
+    def activities(self) -> tuple[Activity, ...]:
+        """The activities shown, oldest first."""
+        return tuple(self._kept)
+
     def show(self, activities: list[Activity]) -> None:
         """Add activities, as one message."""
         if activities:
