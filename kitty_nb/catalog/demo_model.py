@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from numpy.typing import NDArray
 
+DEMO_NAME = "kitty-demo.gguf"
+
 # Cut into tokens, all different: a repeated one would send the chain round in a circle. None is a
 # single letter, which the tokenizer would find in the user's words.
 _ANSWER = (

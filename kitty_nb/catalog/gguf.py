@@ -123,7 +123,6 @@ class GgufHeader:
 
     Attributes:
         version: Of the format: 2 or 3.
-        byte_order: `<` for little-endian, `>` for big-endian.
         tensor_count: How many weight tensors this file holds.
         metadata: Every key with its value; of arrays only the type and length.
         per_layer: The elements of those arrays that may have one for each layer: numbers, and no
@@ -131,7 +130,6 @@ class GgufHeader:
     """
 
     version: int
-    byte_order: str
     tensor_count: int
     metadata: Mapping[str, bool | int | float | str | ArrayInfo]
     per_layer: Mapping[str, tuple[bool | int | float, ...]] = field(default_factory=dict)
@@ -302,7 +300,7 @@ class _Reader:
             if self._numbers:
                 per_layer[key] = self._numbers
         self._require(0)
-        return GgufHeader(version, self._order, tensor_count, metadata, per_layer)
+        return GgufHeader(version, tensor_count, metadata, per_layer)
 
     def contents(self) -> GgufLayout:
         header = self._header()

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
-_DEMO_NAME = "kitty-demo.gguf"
 _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
 _EXIT_CODES = (
@@ -306,11 +305,11 @@ def demo_model(
     ] = None,
 ) -> None:
     """Write a small demo model, by default into the models folder."""
-    from kitty_nb.catalog.demo_model import write_demo_model
+    from kitty_nb.catalog.demo_model import DEMO_NAME, write_demo_model
 
     if size is not None and not 0 < size <= _LARGEST_DEMO:  # nan is neither
         raise typer.BadParameter("Write a number of gigabytes, such as 0.5.", param_hint="--size")
-    target = path or _settings(env, profile).models_dir / _DEMO_NAME
+    target = path or _settings(env, profile).models_dir / DEMO_NAME
     written = write_demo_model(target, None if size is None else int(size * 1e9))
     _say(f"{written}: {written.stat().st_size:,} bytes")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ipywidgets import HTML, Button, Dropdown, GridBox, Text, Widget
 
-from kitty_nb.catalog.demo_model import write_demo_model
+from kitty_nb.catalog.demo_model import DEMO_NAME, write_demo_model
 from kitty_nb.catalog.memory import Verdict
 from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.errors import KittyError, ModelFileError
@@ -215,9 +215,6 @@ def _size(count: float) -> str:
     return f"{count / _MB:.0f} MB" if count < _GB - _MB / 2 else f"{count / _GB:.1f} GB"
 
 
-_DEMO_NAME = "kitty-demo.gguf"
-
-
 def ensure_models_dir(folder: Path) -> str | None:
     """Write a small demo model into an empty models folder; the default one is made for it.
 
@@ -243,5 +240,5 @@ def ensure_models_dir(folder: Path) -> str | None:
         ) from error
     if not all(hidden):
         return None
-    write_demo_model(folder / _DEMO_NAME)
+    write_demo_model(folder / DEMO_NAME)
     return f"{folder} had no models, so kitty_nb wrote a small demo model there."
