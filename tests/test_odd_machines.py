@@ -138,7 +138,7 @@ def test_a_locale_without_the_letters_of_a_name_is_meant(tmp_path: Path, demo_mo
         env.write_text(f"{lines}LLAMACPP_LOG_DIR=logs\n", encoding="utf-8")
         for verb in ("status", "scan", "start"):
             done = run(*_COMMAND, verb, cwd=tmp_path, env=plain)
-            assert "locale (ascii) lacks. Set LC_ALL=C.UTF-8" in done.stderr
+            assert "locale (ascii) cannot encode. Set LC_ALL=C.UTF-8" in done.stderr
             assert "Traceback" not in done.stderr
             assert "codec" not in done.stderr
     panels = "from kitty_nb.widgets import ControlPanel, FleetPanel, SweepPanel"
