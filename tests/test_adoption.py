@@ -296,3 +296,25 @@ def test_a_panel_shows_the_server_that_runs(
         eventually(lambda: not runs(other.server))
     finally:
         panel.close()
+
+
+def test_a_server_whose_program_was_killed_before_it_could_record_it_is_found(
+    config: ServerConfig,
+) -> None:
+    kernel = """
+import os, signal, sys
+from kitty_nb import ModelManager, ServerConfig
+from kitty_nb.supervisor import launch
+launch.write_record = lambda record: os.kill(os.getpid(), signal.SIGKILL)
+ModelManager(config=ServerConfig.model_validate_json(sys.argv[1])).start().wait(30)
+"""
+    subprocess.run([sys.executable, "-c", kernel, config.model_dump_json()], check=False)
+    assert read_record(config) is None
+    found = find_server(config)
+    assert found
+    assert found == read_record(config)
+    process = ServerProcess.attach(found.pid, found.create_time)
+    assert process
+    with ModelManager(config=config) as manager:
+        assert manager.state.pid == found.pid
+    eventually(lambda: not process.runs())

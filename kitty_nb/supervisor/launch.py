@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,7 @@ from kitty_nb.supervisor.port_owner import next_free_port, owner_of, port_refusa
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
+    announced,
     leaving_server,
     profile_lock,
     record_of,
@@ -159,21 +161,24 @@ async def _spawn(
     guards = config.on_kernel_exit is OnKernelExit.STOP
     sidecar = Sidecar(config, record_path(config), guards=True) if guards else None
     process: ServerProcess | None = None
+    record = ServerRecord(
+        pid=0,
+        create_time=0.0,
+        began=began,
+        api_key=api_key,
+        idle_seconds=0 if sleeps(command) else config.idle_shutdown_seconds or 0,
+        config=config,
+    )
     try:
-        environment = server_environment(api_key) | (sidecar.environment if sidecar else {})
-        process = ServerProcess.spawn(command, config.log_path, environment)
-        idle_seconds = 0 if sleeps(command) else config.idle_shutdown_seconds or 0
-        if sidecar:
-            sidecar.watch(process, idle_seconds)
-        record = ServerRecord(
-            pid=process.pid,
-            create_time=process.create_time,
-            began=began,
-            api_key=api_key,
-            idle_seconds=idle_seconds,
-            config=config,
-        )
-        write_record(record)
+        with nullcontext(sidecar.environment) if sidecar else announced(record) as mark:
+            process = ServerProcess.spawn(
+                command, config.log_path, server_environment(api_key) | mark
+            )
+            if sidecar:
+                sidecar.watch(process, record.idle_seconds)
+            found = {"pid": process.pid, "create_time": process.create_time}
+            record = record.model_copy(update=found)
+            write_record(record)
     except BaseException:
         with anyio.CancelScope(shield=True):
             if process:

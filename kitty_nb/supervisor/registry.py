@@ -19,7 +19,14 @@ from kitty_nb.config import SHOW_SECRETS, Secret, ServerConfig
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.safe_files import distrust, write_atomic
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.sidecar import RECORD, failure_path, withdraw, withdrawn_path
+from kitty_nb.supervisor.sidecar import (
+    MARK,
+    RECORD,
+    failure_path,
+    find_marked,
+    withdraw,
+    withdrawn_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,9 +101,49 @@ def find_server(config: ServerConfig) -> ServerRecord | None:
     record = read_record(config)
     process = record and process_of(record)
     if not record or not process:
-        return None
+        return _unrecorded(config)
     silent = record.ready is not None and process.listens_on(record.config.port) is False
     return None if silent else record
+
+
+@contextmanager
+def announced(record: ServerRecord) -> Iterator[dict[str, str]]:
+    """Announce a server that is about to be spawned, so that it is found if we are killed then.
+
+    Yields:
+        What its environment must hold.
+
+    Raises:
+        OSError: When the folder cannot be written.
+    """
+    path = _announced_path(record.config)
+    write_atomic(path, record.model_dump_json(context=SHOW_SECRETS).encode(), durable=False)
+    try:
+        yield {MARK: _mark_of(record)}
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _unrecorded(config: ServerConfig) -> ServerRecord | None:
+    """Record the server of a program that was killed before it could do so."""
+    announced = _read(_announced_path(config))
+    process = announced and announced.boot == _boot() and find_marked(_mark_of(announced))
+    if not announced or not process:
+        return None
+    found = {"pid": process.pid, "create_time": process.create_time}
+    record = announced.model_copy(update=found)
+    with suppress(OSError):
+        write_record(record)
+        _announced_path(config).unlink(missing_ok=True)
+    return record
+
+
+def _announced_path(config: ServerConfig) -> Path:
+    return config.log_dir / f"{config.profile}.announced.json"
+
+
+def _mark_of(record: ServerRecord) -> str:
+    return f"{record_path(record.config)} {record.began!r}"
 
 
 def leaving_server(config: ServerConfig) -> ServerProcess | None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 RECORD = ".server.json"
 _WITHDRAWN = ".leaving.json"
 _FAILURE = ".failure.txt"
-_MARK = "KITTY_NB_SIDECAR"
+MARK = "KITTY_NB_SIDECAR"
 # Seconds.
 _LOOK_EVERY = 1.0
 _LOCK_EVERY, _OTHER_ENDS_WITHIN = 0.1, 2.0
@@ -107,7 +107,7 @@ class Sidecar:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that the server's environment must hold."""
-        return {_MARK: self._mark} if self._mark else {}
+        return {MARK: self._mark} if self._mark else {}
 
     @property
     def runs(self) -> bool:
@@ -211,10 +211,10 @@ def _work_of(process: ServerProcess) -> float:
     return usage.processor / AT_WORK + (usage.resident + usage.read) / _LOADS
 
 
-def _marked(mark: str) -> ServerProcess | None:
+def find_marked(mark: str) -> ServerProcess | None:
     """Find the server with this mark: the first of its processes, which leads their group."""
     for process in psutil.process_iter(["environ"]):
-        if mark and (process.info["environ"] or {}).get(_MARK) == mark:
+        if mark and (process.info["environ"] or {}).get(MARK) == mark:
             with suppress(psutil.Error, OSError):
                 return ServerProcess(os.getpgid(process.pid), None)
     return None
@@ -228,7 +228,7 @@ def main(words: Sequence[str]) -> None:
         process = ServerProcess.attach(int(told[0]), float(told[1]))
         if process:
             anyio.run(attend, args, process, float(told[2]))
-    elif process := _marked(args.mark):
+    elif process := find_marked(args.mark):
         anyio.run(_end, args, process)
 
 
