@@ -200,7 +200,7 @@ def test_a_model_that_vanishes_or_is_none_is_said_in_words(
     (absent,) = look(config)
     (none,) = look(config.model_copy(update={"model": None}))
     assert "damaged or incomplete" in (damaged.problem or "")
-    assert "is not there" in (absent.problem or "")
+    assert "does not exist" in (absent.problem or "")
     assert none.problem == "No model is chosen."
     assert {p.verdict for p in (damaged, absent, none)} == {Verdict.UNKNOWN}
 
