@@ -159,4 +159,4 @@ def test_a_model_that_vanishes_is_said_in_words(
 ) -> None:
     wanted.config = wanted.config.model_copy(update={"model": tmp_path / "gone.gguf"})
     line.refresh()
-    eventually(lambda: "gone.gguf is not there" in line.value)
+    eventually(lambda: "gone.gguf does not exist" in line.value)
