@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from kitty_nb.catalog.catalog import ModelCatalog
-    from kitty_nb.catalog.demo_model import write_demo_model
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.manager import ModelManager
-    from kitty_nb.supervisor.events import (
-        HealthCheckResult,
-        LoadProgress,
-        ServerState,
-        ServerStatus,
-    )
-    from kitty_nb.supervisor.supervisor import Supervisor
-    from kitty_nb.widgets import ControlPanel
+    from kitty_nb.catalog.catalog import ModelCatalog as ModelCatalog
+    from kitty_nb.catalog.demo_model import write_demo_model as write_demo_model
+    from kitty_nb.config import ServerConfig as ServerConfig
+    from kitty_nb.manager import ModelManager as ModelManager
+    from kitty_nb.supervisor.events import HealthCheckResult as HealthCheckResult
+    from kitty_nb.supervisor.events import LoadProgress as LoadProgress
+    from kitty_nb.supervisor.events import ServerState as ServerState
+    from kitty_nb.supervisor.events import ServerStatus as ServerStatus
+    from kitty_nb.supervisor.supervisor import Supervisor as Supervisor
+    from kitty_nb.widgets import ControlPanel as ControlPanel
 
 _HOMES = {
     "ControlPanel": "widgets",
@@ -37,18 +35,7 @@ _HOMES = {
     "write_demo_model": "catalog.demo_model",
 }
 
-__all__ = [
-    "ControlPanel",
-    "HealthCheckResult",
-    "LoadProgress",
-    "ModelCatalog",
-    "ModelManager",
-    "ServerConfig",
-    "ServerState",
-    "ServerStatus",
-    "Supervisor",
-    "write_demo_model",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

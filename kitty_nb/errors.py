@@ -34,35 +34,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = [
-    "ChecksumError",
-    "ConfigError",
-    "DemoModelSizeError",
-    "DiskFullError",
-    "EngineError",
-    "EngineNotFoundError",
-    "ExperimentError",
-    "HubAccessError",
-    "HubError",
-    "HubOfflineError",
-    "KittyError",
-    "ModelFileCutShortError",
-    "ModelFileError",
-    "NoAnswerError",
-    "PortBusyError",
-    "Problem",
-    "ResultStoreError",
-    "RunRecordError",
-    "ServerCrashedError",
-    "ServerError",
-    "ServerFailedError",
-    "StartCancelledError",
-    "UnknownFlagError",
-    "WaitTimeoutError",
-    "WillNotFitError",
-]
-
-
 # Those of C0 and C1 but for tab and newline: a terminal takes them for orders, such as to write
 # its title or the clipboard.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

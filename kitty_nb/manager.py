@@ -9,9 +9,9 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
-from weakref import WeakSet
+from functools import partial, wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import nest_asyncio2
 from anyio.from_thread import start_blocking_portal
@@ -36,18 +36,16 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from kitty_nb.catalog.memory import MemoryPreview
     from kitty_nb.client import Piece
-    from kitty_nb.supervisor.events import HealthCheckResult, MemoryUse
-    from kitty_nb.supervisor.supervisor import OnPreview, OnProgress
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Operation(Generic[T]):
-    """Something under way on the supervisor's thread.
+    """Work in progress on the supervisor's thread.
 
-    `await` it in a cell, or `wait` for it. Neither ending the wait nor losing this object ends
+    `await` it in a cell, or `wait` for it. Neither ending the wait nor dropping this object ends
     the work; `cancel` does.
     """
 
@@ -64,14 +62,14 @@ class Operation(Generic[T]):
     def wait(self, timeout: float | None = None) -> T:
         """Block until the result is there, and return it.
 
-        In a cell the kernel's own tasks go on meanwhile.
+        In a cell, the kernel's own tasks continue meanwhile.
 
         Args:
             timeout: Seconds, or None to wait as long as it takes.
 
         Raises:
-            WaitTimeoutError: It is not done in time; it goes on.
-            KittyError: What the operation itself ended with.
+            WaitTimeoutError: It is not done in time; it continues.
+            KittyError: The operation's own error.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -80,7 +78,7 @@ class Operation(Generic[T]):
         else:
             nest_asyncio2.apply(loop)
             future = asyncio.wrap_future(self._future)
-            # Its error is raised below; asyncio would print it once more for nobody having seen it.
+            # Its error is raised below; asyncio would report it again as never retrieved.
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
             loop.run_until_complete(asyncio.wait([future], timeout=timeout))
         if not self._future.done():
@@ -88,18 +86,32 @@ class Operation(Generic[T]):
         return self._future.result()
 
     def cancel(self) -> None:
-        """Call it off. A start that is called off stops its server."""
+        """Cancel it. A cancelled start stops its server."""
         self._future.cancel()
 
     @property
     def done(self) -> bool:
-        """True if it has ended, in whatever way."""
+        """True if it has ended, whatever the result."""
         return self._future.done()
 
     @property
     def progress(self) -> LoadProgress | None:
         """The progress of the current load; None before the first."""
         return self._progress()
+
+
+def _command(
+    method: Callable[Concatenate[Supervisor, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ModelManager, P], Operation[T]]:
+    """Make a method of the supervisor one of the manager, which returns at once."""
+
+    @wraps(method)
+    def command(self: ModelManager, /, *args: P.args, **options: P.kwargs) -> Operation[T]:
+        return self.run(partial(method, self._supervisor, *args, **options))
+
+    # `help` shows this one, not the method's own.
+    vars(command)["__signature__"] = signature(method).replace(return_annotation=Operation)
+    return command
 
 
 class ModelManager:
@@ -109,13 +121,17 @@ class ModelManager:
     leaving the `with` block. When the kernel ends, `LLAMACPP_ON_KERNEL_EXIT` decides; a server
     that is kept is found by the next manager of the profile.
 
+    `start`, `restart`, `switch_model`, `stop`, `attach`, `check_health`, `memory_use` and
+    `preview_memory` are the methods of `Supervisor`, but return at once with an `Operation`; their
+    callbacks are called on the manager's thread.
+
     Args:
         env: The `.env` file with the settings.
-        profile: Which named set of settings to use.
+        profile: The named set of settings to use.
         config: Ready-made settings, instead of `env` and `profile`.
 
     Attributes:
-        env: The `.env` file that its settings are from; None of ready-made ones.
+        env: The `.env` file that its settings come from; None for ready-made ones.
         stats: Usage of the models on disk, and whether they fit; `run` its coroutines.
 
     Raises:
@@ -133,17 +149,16 @@ class ModelManager:
         self.env: str | Path | None = env if config is None else None
         self.stats = ModelStats(lambda: self.state.pid)
         self._progress: LoadProgress | None = None
-        self._http: tuple[Access, httpx.Client] | None = None
+        self._http: tuple[tuple[Access, int], httpx.Client] | None = None
         self._closing = threading.Lock()
         self._supervisor.subscribe(self._remember)
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
-            # What still runs when the supervisor has ended, such as a panel, ends too.
+            # Whatever still runs when the supervisor has ended, such as a panel, ends too.
             stack.callback(lambda: self._portal.call(self._portal.stop, True))
             stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
             self._resources = stack.pop_all()
-        self._closed = self._forked = False
-        _managers.add(self)
+        self._closed, self._pid = False, os.getpid()
         atexit.register(self._close_at_exit)
 
     def __enter__(self) -> Self:
@@ -162,8 +177,8 @@ class ModelManager:
 
     @property
     def closed(self) -> bool:
-        """True if it was closed: it takes no more commands."""
-        return self._closed
+        """True if it was closed, or belongs to the parent process: it takes no more commands."""
+        return self._closed or self._forked
 
     @property
     def progress(self) -> LoadProgress | None:
@@ -198,14 +213,15 @@ class ModelManager:
             KittyError: The server is not ready.
         """
         access = self.access
-        if self._http is None or self._http[0] != access:
+        key = access, os.getpid()  # a forked child must not use its parent's connections
+        if self._http is None or self._http[0] != key:
             self._close_http()
-            self._http = access, access.http()
+            self._http = key, access.http()
         return self._http[1]
 
     @property
     def client(self) -> Any:
-        """An `openai.OpenAI` that is set up for the server, or `http` where that is missing.
+        """An `openai.OpenAI` for the server, or `http` if `openai` is not installed.
 
         Raises:
             KittyError: The server is not ready.
@@ -214,7 +230,7 @@ class ModelManager:
 
     @property
     def async_client(self) -> Any:
-        """An `openai.AsyncOpenAI`, or an `httpx.AsyncClient`; a fresh one, for you to close.
+        """An `openai.AsyncOpenAI` or `httpx.AsyncClient`: a new one each time, for you to close.
 
         Raises:
             KittyError: The server is not ready.
@@ -222,7 +238,7 @@ class ModelManager:
         return self.access.asynchronous()
 
     def reveal_api_key(self) -> str | None:
-        """Return the key that the server asks for, to be set in another program; None without one.
+        """Return the server's API key, to set it in another program; None if it has none.
 
         It is a secret: what a cell displays is saved in the notebook.
         """
@@ -234,54 +250,14 @@ class ModelManager:
         """The newest lines of the server's log."""
         return self._supervisor.log_lines
 
-    def start(
-        self,
-        config: ServerConfig | None = None,
-        wait_for_ready: bool = True,
-        on_progress: OnProgress | None = None,
-        *,
-        anyway: bool = False,
-    ) -> Operation[ServerState]:
-        """See `Supervisor.start`. `on_progress` is called on the manager's thread."""
-        call = partial(self._supervisor.start, anyway=anyway)
-        return self.run(call, config, wait_for_ready, on_progress)
-
-    def restart(
-        self,
-        config: ServerConfig | None = None,
-        wait_for_ready: bool = True,
-        on_progress: OnProgress | None = None,
-        *,
-        anyway: bool = False,
-    ) -> Operation[ServerState]:
-        """See `Supervisor.restart`."""
-        call = partial(self._supervisor.restart, anyway=anyway)
-        return self.run(call, config, wait_for_ready, on_progress)
-
-    def switch_model(
-        self,
-        model: str | Path,
-        alias: str | None = None,
-        wait_for_ready: bool = True,
-        on_progress: OnProgress | None = None,
-        *,
-        anyway: bool = False,
-    ) -> Operation[ServerState]:
-        """See `Supervisor.switch_model`."""
-        call = partial(self._supervisor.switch_model, anyway=anyway)
-        return self.run(call, model, alias, wait_for_ready, on_progress)
-
-    def stop(self, force: bool = False) -> Operation[ServerState]:
-        """See `Supervisor.stop`."""
-        return self.run(self._supervisor.stop, force)
-
-    def attach(self) -> Operation[ServerState]:
-        """See `Supervisor.attach`."""
-        return self.run(self._supervisor.attach)
-
-    def check_health(self) -> Operation[HealthCheckResult]:
-        """See `Supervisor.check_health`."""
-        return self.run(self._supervisor.check_health)
+    start = _command(Supervisor.start)
+    restart = _command(Supervisor.restart)
+    switch_model = _command(Supervisor.switch_model)
+    stop = _command(Supervisor.stop)
+    attach = _command(Supervisor.attach)
+    check_health = _command(Supervisor.check_health)
+    memory_use = _command(Supervisor.memory_use)
+    preview_memory = _command(Supervisor.preview_memory)
 
     def chat(
         self,
@@ -289,15 +265,15 @@ class ModelManager:
         on_piece: Callable[[Piece], object] | None = None,
         **options: Any,
     ) -> Operation[str]:
-        """Ask the model; the result is its answer. Called off, the server stops answering.
+        """Ask the model; the result is its answer. Cancelled, the server stops answering.
 
         Args:
-            messages: What to say, or a whole conversation as OpenAI's protocol has it.
-            on_piece: Called on the manager's thread with each piece, as it comes.
-            **options: What else the request says, such as `temperature` or `max_tokens`.
+            messages: A prompt, or a whole conversation in the form of OpenAI's protocol.
+            on_piece: Called on the manager's thread with each piece, as it arrives.
+            **options: Other fields of the request, such as `temperature` or `max_tokens`.
 
         Raises:
-            KittyError: The server is not ready, or does not answer to the end.
+            KittyError: The server is not ready, or doesn't finish its answer.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -310,16 +286,6 @@ class ModelManager:
             )
         request = {"model": state.alias, "messages": messages, **options}
         return self.run(access.chat, request, on_piece or (lambda _: None))
-
-    def memory_use(self) -> Operation[MemoryUse | None]:
-        """See `Supervisor.memory_use`."""
-        return self.run(self._supervisor.memory_use)
-
-    def preview_memory(
-        self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
-    ) -> Operation[MemoryPreview]:
-        """See `Supervisor.preview_memory`. `on_preview` is called on the manager's thread."""
-        return self.run(self._supervisor.preview_memory, config, on_preview)
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
@@ -360,29 +326,21 @@ class ModelManager:
             self._http = None
 
     def _close_at_exit(self) -> None:
+        if self._forked:
+            _left.append(self._resources)  # what is freed would wait for the thread
+            return
         if self.state.config.on_kernel_exit is OnKernelExit.KEEP:
             self._supervisor.detach()
         self.close()
 
-    def _disown(self) -> None:
-        """Leave all to the process that this one was forked from: its thread is not here."""
-        self._closed = self._forked = True
-        self._http = None
-        _left.append(self._resources)  # what is freed would wait for the thread
-        atexit.unregister(self._close_at_exit)
+    @property
+    def _forked(self) -> bool:
+        """True in a child that was forked: the thread and the server are its parent's."""
+        return os.getpid() != self._pid
 
     def _remember(self, event: Event) -> None:
         if isinstance(event, ProgressMade | RouterLoad):
             self._progress = event.progress
 
 
-_managers: WeakSet[ModelManager] = WeakSet()
 _left: list[ExitStack] = []
-
-
-def _disown_all() -> None:
-    for manager in tuple(_managers):
-        manager._disown()
-
-
-os.register_at_fork(after_in_child=_disown_all)
