@@ -1,18 +1,23 @@
-"""Files on a machine with several users: whom to trust, our folders, whole writes."""
+"""Files on a machine with several users: whom to trust, our folders, whole writes, databases."""
 
 from __future__ import annotations
 
 import grp
 import os
 import pwd
+import sqlite3
 import stat
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    T = TypeVar("T")
 
 # Of users without an account, as in containers: nothing can be there, and nobody else put it there.
 NO_HOME = Path(os.devnull) / "no home folder"
@@ -117,3 +122,79 @@ def _user(number: int) -> str:
         return f"the user {pwd.getpwuid(number).pw_name}"
     except KeyError:
         return f"the user with the id {number}"
+
+
+_BUSY_SECONDS = 0.5
+_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+_complained: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A small SQLite file. Where it cannot be used, it complains once, and callers do without.
+
+    Attributes:
+        path: The file; it and its folder are made when first used.
+        name: Its name in complaints, e.g. `The load history`.
+        without: The end of a complaint: what to do, or what is lost without the file.
+        complain: Called with a complaint, on the thread that uses the file.
+        tables: Statements that prepare a new file, or one of an earlier version.
+        version: The version of the tables. A file of a later one is left alone.
+        precious: Whether people would miss it. Damaged, it is renamed rather than deleted.
+    """
+
+    path: Path
+    name: str
+    without: str
+    complain: Callable[[str], object]
+    tables: tuple[str, ...]
+    version: int = 1
+    precious: bool = False
+
+    def use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """Do some work in one transaction and return its result; `otherwise` where that fails."""
+        if self.path.is_relative_to(NO_HOME):
+            return otherwise
+        try:
+            try:
+                return self._transact(work)
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+                self._begin_anew()
+                return self._transact(work)
+        except (sqlite3.Error, OSError) as error:
+            self._complain_once(f"cannot be used: {error}. {self.without}")
+        return otherwise
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if reason := distrust(self.path, folders=False):
+            raise PermissionError(reason.rstrip("."))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as file:
+            # Nobody misses the last row after a power cut, nor a cache that it damages.
+            file.execute(f"PRAGMA synchronous = {'NORMAL' if self.precious else 'OFF'}")
+            (version,) = file.execute("PRAGMA user_version").fetchone()
+            if version > self.version:
+                raise sqlite3.NotSupportedError("a newer version of kitty_nb wrote it")
+            if version < self.version:
+                for statement in (*self.tables, f"PRAGMA user_version = {self.version}"):
+                    file.execute(statement)
+            with file:
+                return work(file)
+
+    def _begin_anew(self) -> None:
+        """Put a damaged file out of the way, and what SQLite keeps beside it."""
+        kept = f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
+        for end in ("-journal", "-wal", "-shm", ""):
+            part = self.path.with_name(self.path.name + end)
+            with suppress(FileNotFoundError):
+                part.replace(part.with_name(kept + end)) if self.precious else part.unlink()
+        what = f"renamed to {kept}" if self.precious else "deleted"
+        self._complain_once(f"is damaged. It was {what}, and an empty one was created.")
+
+    def _complain_once(self, what: str) -> None:
+        sentence = f"{self.name} {self.path} {what}"
+        if sentence not in _complained:
+            _complained.add(sentence)
+            self.complain(sentence)

@@ -215,7 +215,7 @@ def test_only_the_newest_rows_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_many_programs_can_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.history._BUSY_SECONDS", 30)
+    monkeypatch.setattr("kitty_nb.safe_files._BUSY_SECONDS", 30)
     path = tmp_path / "history.sqlite3"
     told: list[str] = []
 
@@ -273,7 +273,7 @@ def test_a_load_that_another_program_stops_has_not_crashed(
 def test_a_history_in_use_does_not_delay_a_crash(
     misbehaving: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.supervisor.history._BUSY_SECONDS", 5)
+    monkeypatch.setattr("kitty_nb.safe_files._BUSY_SECONDS", 5)
     config = misbehaving("--never-ready", "--exit-after", "0.3", "--exit-code", "1")
     use(config.history, RECORD)
     connection = sqlite3.connect(config.history)

@@ -299,8 +299,8 @@ def test_what_another_user_has_an_engine_say_is_neither_believed_nor_overwritten
     for script in (inside, engine):
         script.chmod(0o755)
     anyio.run(locate_engine, engine)
-    path = platformdirs.user_cache_path("kitty_nb") / "engines.json"
-    path.write_text(path.read_text().replace("1 (true)", "1 (forged)"))
+    path = platformdirs.user_cache_path("kitty_nb") / "engines.sqlite3"
+    path.write_bytes(path.read_bytes().replace(b"1 (true)", b"1 (fake)"))
     give(path, second_user)
     monkeypatch.setattr("kitty_nb.engine.locate._engines", {})  # as in another process
     try:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sqlite3
 import time
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
@@ -16,24 +15,25 @@ import platformdirs
 from anyio.from_thread import check_cancelled
 
 from kitty_nb.errors import ModelFileError
-from kitty_nb.safe_files import NO_HOME, distrust, user_folder
+from kitty_nb.safe_files import Database, user_folder
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable, Mapping
 
 T = TypeVar("T")
 
 _FRESH_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
-_SCHEMA = 1
-_BUSY_SECONDS = 0.2
 _MAX_ROWS = 20_000
-_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
-_CREATE = """
-    CREATE TABLE files (
+_TABLES = (
+    "DROP TABLE IF EXISTS files",
+    """CREATE TABLE files (
         kind TEXT, path BLOB, size INTEGER, mtime_ns INTEGER, inode INTEGER, facts TEXT,
         PRIMARY KEY (kind, path)
-    )
-"""
+    )""",
+)
+_RECALL = "SELECT path, size, mtime_ns, inode, facts FROM files WHERE kind = ?"
+_FORGET = "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?"
 _STEP = 1 << 24  # bytes, about a hundredth of a second of hashing
 
 _log = logging.getLogger(__name__)
@@ -90,79 +90,41 @@ class FileCache(Generic[T]):
         dump: Callable[[T], str],
         path: Path | None = None,
     ) -> None:
-        self._kind = kind
-        self._load = load
-        self._dump = dump
-        self._path = path or user_folder(platformdirs.user_cache_path) / "files.sqlite3"
+        self._kind, self._load, self._dump = kind, load, dump
+        self._files = Database(
+            path or user_folder(platformdirs.user_cache_path) / "files.sqlite3",
+            "The cache",
+            "Everything works without it, but slower.",
+            _log.warning,
+            _TABLES,
+        )
 
     def recall(self, signatures: Mapping[str, FileSignature]) -> dict[str, T]:
         """Return what is known of those files that have not changed since."""
-        known: dict[str, T] = {}
-        if not self._path.exists():
-            return known
-        try:
-            with closing(self._connect()) as files:
-                rows = files.execute(
-                    "SELECT path, size, mtime_ns, inode, facts FROM files WHERE kind = ?",
-                    (self._kind,),
-                )
-                for path, *signature, facts in rows:
+
+        def read(files: sqlite3.Connection) -> dict[str, T]:
+            known: dict[str, T] = {}
+            for path, *signature, facts in files.execute(_RECALL, (self._kind,)):
+                with suppress(TypeError, ValueError):  # damaged: it is read and written again
                     name = os.fsdecode(path)
                     if signatures.get(name) == tuple(signature):
                         known[name] = self._load(facts)
-        except (sqlite3.Error, OSError, TypeError, ValueError) as error:
-            self._complain(error)
-        return known
+            return known
+
+        return self._files.use(read, {})
 
     def keep(self, read: Mapping[str, tuple[FileSignature, T]]) -> None:
         """Write what was read, by path; what was written longest ago makes room."""
-        if self._path.is_relative_to(NO_HOME):
-            return
-        rows = (
+        rows = [
             (self._kind, os.fsencode(path), *signature, self._dump(facts))
             for path, (signature, facts) in read.items()
-        )
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as files, files:
-                files.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
-                files.execute(
-                    "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?",
-                    (_MAX_ROWS,),
-                )
-        except (sqlite3.Error, OSError, TypeError, ValueError) as error:
-            self._complain(error)
+        ]
 
-    def _connect(self) -> sqlite3.Connection:
-        if reason := distrust(self._path, folders=False):
-            raise PermissionError(reason.rstrip("."))
-        files = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
-        try:
-            (schema,) = files.execute("PRAGMA user_version").fetchone()
-            if schema > _SCHEMA:
-                raise sqlite3.NotSupportedError("a later version of kitty_nb wrote it")
-            if schema < _SCHEMA:
-                with files:
-                    files.execute("DROP TABLE IF EXISTS files")
-                    files.execute(_CREATE)
-                    files.execute(f"PRAGMA user_version = {_SCHEMA}")
-            files.execute("PRAGMA synchronous = OFF")  # what a power cut costs is read again
-        except BaseException:
-            files.close()
-            raise
-        return files
+        def write(files: sqlite3.Connection) -> None:
+            files.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+            files.execute(_FORGET, (_MAX_ROWS,))
 
-    def _complain(self, error: Exception) -> None:
-        """Log what is wrong; what is damaged is removed, so that it is begun anew."""
-        code = getattr(error, "sqlite_errorcode", 0)
-        damaged = code & 0xFF in _DAMAGED or not isinstance(error, sqlite3.Error | OSError)
-        effect = "It is rebuilt." if damaged else "Everything works without it, but slower."
-        _log.warning("Can't use the cache %s: %s. %s", self._path, error, effect)
-        if damaged:
-            try:
-                self._path.unlink(missing_ok=True)
-            except OSError as failure:
-                _log.warning("Can't remove %s: %s. Delete it.", self._path, failure)
+        self._files.use(write, None)
 
 
 def digest_cache() -> FileCache[str]:

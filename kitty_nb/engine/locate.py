@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shutil
@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -24,7 +24,10 @@ import platformdirs
 from kitty_nb.config import server_environment, spelled
 from kitty_nb.engine import embedded
 from kitty_nb.errors import EngineError, EngineNotFoundError
-from kitty_nb.safe_files import distrust, user_folder, write_atomic
+from kitty_nb.safe_files import Database, distrust, user_folder
+
+if TYPE_CHECKING:
+    import sqlite3
 
 # Descriptions start at column 26 or later in every build, options well before it.
 _OPTION_LINE = re.compile(r" {0,12}(?P<text>--?[A-Za-z].*)")
@@ -104,7 +107,9 @@ def _parse_line(line: str) -> Option | None:
     return Option(flags, 2 if value["second"] else 1, tuple(choices))
 
 
-_KEPT = 8  # programs whose answers are remembered
+_TABLES = ("CREATE TABLE IF NOT EXISTS answers (stamp PRIMARY KEY, help TEXT, version TEXT)",)
+_FORGET = "DELETE FROM answers WHERE rowid <= (SELECT max(rowid) FROM answers) - 8"
+_RECALL = "SELECT help, version FROM answers WHERE stamp = ?"
 _SCRIPT = 1 << 16  # bytes; what is longer is no script that only starts another program
 _PATH = re.compile(r"/[\w./+@-]+")
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
@@ -152,6 +157,7 @@ class _Candidate(NamedTuple):
 
 
 _engines: dict[_Candidate, Engine] = {}
+_log = logging.getLogger(__name__)
 
 
 async def locate_engine(binary: Path | None = None, answer_within: float = 20.0) -> Engine:
@@ -237,9 +243,13 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     if candidate.kind is EngineKind.EMBEDDED:  # its program would say the same, later
         return _engine(candidate, embedded.help_text(), embedded.version_text())
     if candidate.is_lasting:
-        known = (await anyio.to_thread.run_sync(_recall)).get(candidate.stamp, {})
-        if {"--help", "--version"} <= known.keys():
-            return _engine(candidate, known["--help"], known["--version"])
+        known = await anyio.to_thread.run_sync(
+            _answers().use,
+            lambda file: file.execute(_RECALL, (candidate.stamp,)).fetchone(),
+            None,
+        )
+        if known:
+            return _engine(candidate, *known)
     answers: dict[str, str] = {}
 
     async def ask(flag: str) -> None:
@@ -256,7 +266,13 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
             f" {line}"
         )
     if candidate.is_lasting and _VERSION.search(answers["--version"]):
-        await anyio.to_thread.run_sync(_remember, candidate.stamp, answers)
+        row = (candidate.stamp, answers["--help"], answers["--version"])
+
+        def write(file: sqlite3.Connection) -> None:
+            file.execute("REPLACE INTO answers VALUES (?, ?, ?)", row)
+            file.execute(_FORGET)
+
+        await anyio.to_thread.run_sync(_answers().use, write, None)
     return engine
 
 
@@ -266,27 +282,10 @@ def _engine(candidate: _Candidate, told_help: str, told_version: str) -> Engine:
     return Engine(candidate.kind, candidate.command, number, parse_help(told_help))
 
 
-def _recall() -> dict[str, dict[str, str]]:
-    """What programs printed in other processes: by their stamp, then by flag."""
-    path = _path()
-    with suppress(OSError, ValueError):
-        if not distrust(path, folders=False):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return {key: told for key, told in dict(found).items() if isinstance(told, dict)}
-    return {}
-
-
-def _remember(stamp: str, answers: dict[str, str]) -> None:
-    newest = dict([*(_recall() | {stamp: answers}).items()][-_KEPT:])
-    path = _path()
-    with suppress(OSError):  # it is asked again
-        if not distrust(path, folders=False):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(newest).encode())
-
-
-def _path() -> Path:
-    return user_folder(platformdirs.user_cache_path) / "engines.json"
+def _answers() -> Database:
+    """What programs printed in other processes, by their stamp."""
+    path = user_folder(platformdirs.user_cache_path) / "engines.sqlite3"
+    return Database(path, "The cache", "llama-server is asked again.", _log.warning, _TABLES)
 
 
 async def output_of(command: tuple[str, ...], answer_within: float) -> str:

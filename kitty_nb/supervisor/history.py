@@ -8,9 +8,7 @@ import json
 import mmap
 import os
 import platform
-import sqlite3
-import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from itertools import islice
@@ -29,11 +27,12 @@ from kitty_nb.config import PROJECTOR, value_of
 from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import KittyError, ModelFileError
-from kitty_nb.safe_files import distrust
+from kitty_nb.safe_files import Database
 from kitty_nb.supervisor.forecast import settings_of
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kitty_nb.config import ServerConfig
@@ -207,16 +206,12 @@ class LoadRecord(LoadFacts):
     at: float
 
 
-_VERSION = 2
-_BUSY_SECONDS = 0.5
-_DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 _ROWS_KEPT = 10_000
 _ROWS_RECALLED = 200
 _COLUMNS = ", ".join(field.name for field in fields(LoadRecord))
 _TABLES = (
     f"CREATE TABLE IF NOT EXISTS loads (id INTEGER PRIMARY KEY, {_COLUMNS})",
     "CREATE TABLE IF NOT EXISTS favourites (path PRIMARY KEY)",
-    f"PRAGMA user_version = {_VERSION}",
 )
 _INSERT = f"INSERT INTO loads ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(LoadRecord)))})"  # noqa: S608 (our names)
 _FORGET = "DELETE FROM loads WHERE id <= (SELECT max(id) FROM loads) - ?"
@@ -234,7 +229,6 @@ _LAST = f"""
     SELECT path, settings, starting + loading + preparing, max(at) FROM loads
     WHERE {_BOUNDS} AND at BETWEEN 0 AND 1e12 GROUP BY path
 """  # noqa: S608 (our names)
-_complained: set[str] = set()
 
 
 class LoadHistory:
@@ -248,7 +242,16 @@ class LoadHistory:
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        self._path, self._warn = path, warn
+        self._file = Database(
+            path,
+            "The load history",
+            "Set LLAMACPP_HISTORY to a writable file. Without it, loads have no forecast, and"
+            " favourites and last settings are not saved.",
+            lambda text: anyio.from_thread.run_sync(warn, text),
+            _TABLES,
+            version=2,
+            precious=True,
+        )
 
     async def recall(self, host: str, path: str) -> tuple[LoadRecord, ...]:
         """Return a host's loads that became ready, newest first, the model at `path` before all."""
@@ -292,55 +295,7 @@ class LoadHistory:
         await self._use(lambda file: file.execute(statement, (path_text(model),)), None)
 
     async def _use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """Do some work in one transaction; `otherwise` is the result where that fails."""
-        try:
-            try:
-                return await anyio.to_thread.run_sync(self._transact, work)
-            except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
-                    raise
-                kept = await anyio.to_thread.run_sync(self._set_aside)
-                self._complain(
-                    f"is damaged. It was renamed to {kept.name}, and an empty one was created."
-                )
-                return await anyio.to_thread.run_sync(self._transact, work)
-        except (sqlite3.Error, OSError) as error:
-            self._complain(
-                f"cannot be used: {error}. Set LLAMACPP_HISTORY to a writable file. Without it,"
-                " loads have no forecast, and favourites and last settings are not saved."
-            )
-        return otherwise
-
-    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        if reason := distrust(self._path, folders=False):
-            raise PermissionError(reason.rstrip("."))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as file:
-            file.execute("PRAGMA synchronous = NORMAL")  # a row lost to a power cut is no loss
-            (version,) = file.execute("PRAGMA user_version").fetchone()
-            if version > _VERSION:
-                raise sqlite3.NotSupportedError("a newer version of kitty_nb wrote it")
-            if version < _VERSION:
-                for statement in _TABLES:
-                    file.execute(statement)
-            with file:
-                return work(file)
-
-    def _set_aside(self) -> Path:
-        """Rename the file, and what SQLite keeps beside it."""
-        suffix = f".damaged-{time.strftime('%Y%m%dT%H%M%S')}"
-        for end in ("-journal", "-wal", "-shm", ""):
-            part = self._path.with_name(self._path.name + end)
-            kept = part.with_name(part.name + suffix)
-            with suppress(FileNotFoundError):
-                part.replace(kept)
-        return kept
-
-    def _complain(self, what: str) -> None:
-        sentence = f"The load history {self._path} {what}"
-        if sentence not in _complained:
-            _complained.add(sentence)
-            self._warn(sentence)
+        return await anyio.to_thread.run_sync(self._file.use, work, otherwise)
 
 
 def _mapping(text: object) -> dict[str, Any]:
