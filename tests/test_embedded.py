@@ -37,8 +37,8 @@ DIALECT = parse_help(embedded.help_text())
 def set_up(*words: str) -> Any:
     """The parameters that a command line ends up as."""
     params = xllamacpp.CommonParams()
-    for _, value, apply in embedded.read_arguments(words):
-        apply(params, value)
+    for _, value, target in embedded.read_arguments(words):
+        embedded.set_option(params, target, value)
     return params
 
 

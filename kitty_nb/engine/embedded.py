@@ -1,8 +1,8 @@
 """`llama-server` out of the `xllamacpp` wheel: the same flags, log and exit codes.
 
 Run as a program. The wheel holds llama.cpp's own HTTP server, but takes a parameter object where
-llama-server takes a command line; `OPTIONS` translates. `--help` prints the layout of
-llama-server, and answers without loading the wheel.
+llama-server takes a command line; `embedded.options` says which option sets what. `--help` prints
+the layout of llama-server, and answers without loading the wheel.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import signal
 import sys
 from functools import reduce
 from importlib import import_module
-from operator import not_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    Setter = Callable[[Any, Any], None]
 
 _HELP = """\
 usage: llama-server [options]
@@ -30,33 +27,41 @@ llama.cpp's server, run by the xllamacpp wheel. Each option does what it does in
 https://github.com/ggml-org/llama.cpp/tree/master/tools/server
 
 {options}"""
+_ROWS = Path(__file__).with_suffix(".options").read_text(encoding="utf-8").splitlines()
+# What --help shows of an option, and what it sets.
+OPTIONS = dict(row.split("  ") for row in _ROWS if row.startswith("-"))
+# Words of the command line that the wheel's enumerations spell differently.
+_MEMBERS = {"on": "enabled", "off": "disabled", "dio": "direct_io"}
 
 
-def _to(paths: str, read: Callable[[Any], Any] = lambda value: value) -> Setter:
-    """Set attributes, named by their paths from the parameters, to the value as `read`."""
-
-    def apply(params: Any, value: Any) -> None:
-        for path in paths.split():
-            *parents, name = path.split(".")
-            setattr(reduce(getattr, parents, params), name, read(value))
-            if parents == ["sampling"]:
-                # Marked as the user's, it wins over what the model's file recommends.
-                marks = import_module("xllamacpp").common_params_sampling_config
-                mark = getattr(marks, f"COMMON_PARAMS_SAMPLING_CONFIG_{name.upper()}", 0)
-                params.sampling.user_sampling_config |= mark
-
-    return apply
+def set_option(params: Any, target: str, value: str | bool) -> None:
+    """Set what an option sets, a row's second part, to its value."""
+    if target.startswith("@"):
+        _FUNCTIONS[target](params, str(value))
+        return
+    for path, _, fixed in (word.partition("=") for word in target.split()):
+        _set(params, path, fixed or value)
 
 
-def _enum(path: str, kind: str, **renamed: str) -> Setter:
-    """Set an attribute to a member of one of the wheel's enumerations."""
-
-    def read(value: object) -> Any:
-        word = str(value).lower()
-        member = renamed.get(word) or re.sub(r"\W", "_", word)
-        return getattr(getattr(import_module("xllamacpp"), kind), f"{kind}_{member}".upper())
-
-    return _to(path, read)
+def _set(params: Any, path: str, value: Any) -> None:
+    *parents, name = path.split(".")
+    owner = reduce(getattr, parents, params)
+    kind = type(getattr(owner, name))
+    if kind is bool:
+        value = (value in {True, "on"}) is not name.startswith("no_")
+    elif kind in {list, set}:
+        value = kind(_items(value))
+    elif hasattr(kind, "__members__"):
+        member = _MEMBERS.get(value) or re.sub(r"\W", "_", value)
+        value = kind[f"{kind.__name__}_{member}".upper()]
+    else:
+        value = kind(value)
+    setattr(owner, name, value)
+    if parents == ["sampling"]:
+        # Marked as the user's, it wins over what the model's file recommends.
+        marks = import_module("xllamacpp").common_params_sampling_config
+        mark = getattr(marks, f"COMMON_PARAMS_SAMPLING_CONFIG_{name.upper()}", 0)
+        params.sampling.user_sampling_config |= mark
 
 
 def _items(value: str) -> list[str]:
@@ -67,10 +72,6 @@ def _folder(value: str) -> str:
     if not Path(value).is_dir():
         raise ValueError(f"not a directory: {value}")
     return f"{value.rstrip('/')}/"
-
-
-def _text(value: str) -> str:
-    return Path(value).read_text(encoding="utf-8")
 
 
 def _context(params: Any, value: str) -> None:
@@ -102,118 +103,38 @@ def _reasoning(params: Any, value: str) -> None:
         _template_values(params, json.dumps({"enable_thinking": value == "on"}))
 
 
-def _rerank(params: Any, value: bool) -> None:
-    params.embedding = value
-    _enum("pooling_type", "llama_pooling_type")(params, "rank")
+def _gpu_layers(params: Any, value: str) -> None:
+    params.n_gpu_layers = {"auto": -1, "all": -2}.get(value) or int(value)
 
 
-_KV_TYPES = "{f32,f16,bf16,q8_0,q4_0,q4_1,iq4_nl,q5_0,q5_1}"
+def _chat_template(params: Any, value: str) -> None:
+    params.chat_template = Path(value).read_text(encoding="utf-8")
 
-# What --help shows of an option, and how it is set. Without a value it is a switch, set to False
-# by flags that begin with --no-, -no or -nk, else to True.
-OPTIONS: dict[str, Setter] = {
-    "-t, --threads N": _to("cpuparams.n_threads", int),
-    "-tb, --threads-batch N": _to("cpuparams_batch.n_threads", int),
-    "-c, --ctx-size N": _context,
-    "-n, --predict, --n-predict N": _to("n_predict", int),
-    "-b, --batch-size N": _to("n_batch", int),
-    "-ub, --ubatch-size N": _to("n_ubatch", int),
-    "--keep N": _to("n_keep", int),
-    "--swa-full": _to("swa_full"),
-    "-fa, --flash-attn [on|off|auto]": _enum(
-        "flash_attn_type", "llama_flash_attn_type", on="enabled", off="disabled"
-    ),
-    "--rope-scaling {none,linear,yarn}": _enum("rope_scaling_type", "llama_rope_scaling_type"),
-    "--rope-scale N": _to("rope_freq_scale", lambda value: 1 / float(value)),
-    "--rope-freq-base N": _to("rope_freq_base", float),
-    "--rope-freq-scale N": _to("rope_freq_scale", float),
-    "--yarn-orig-ctx N": _to("yarn_orig_ctx", int),
-    "-kvo, --kv-offload, -nkvo, --no-kv-offload": _to("no_kv_offload", not_),
-    f"-ctk, --cache-type-k {_KV_TYPES}": _enum("cache_type_k", "ggml_type"),
-    f"-ctv, --cache-type-v {_KV_TYPES}": _enum("cache_type_v", "ggml_type"),
-    "-lm, --load-mode {auto,none,mmap,mlock,mmap+mlock,dio}": _enum(
-        "load_mode", "llama_load_mode", dio="direct_io"
-    ),
-    "--mlock": _enum("load_mode", "llama_load_mode", true="mlock"),
-    "--mmap, --no-mmap": _enum("load_mode", "llama_load_mode", true="mmap", false="none"),
-    "--numa {distribute,isolate,numactl}": _enum("numa", "ggml_numa_strategy"),
-    "-ot, --override-tensor <tensor name pattern>=<buffer type>,...": _to("tensor_buft_overrides"),
-    "-ngl, --gpu-layers, --n-gpu-layers N": _to(
-        "n_gpu_layers", lambda value: {"auto": -1, "all": -2}.get(value) or int(value)
-    ),
-    "-sm, --split-mode {none,layer,row,tensor}": _enum("split_mode", "llama_split_mode"),
-    "-ts, --tensor-split N0,N1,N2,...": _tensor_split,
-    "-mg, --main-gpu INDEX": _to("main_gpu", int),
-    "-fit, --fit [on|off]": _to("fit_params", lambda value: value == "on"),
-    "-fitc, --fit-ctx N": _to("fit_params_min_ctx", int),
-    "--check-tensors": _to("check_tensors"),
-    "--lora FNAME": _lora,
-    "-m, --model FNAME": _to("model.path"),
-    "-v, --verbose, --log-verbose": _to("verbosity", lambda _: 2**31 - 1),
-    "-lv, --verbosity, --log-verbosity N": _to("verbosity", int),
-    "--samplers SAMPLERS": _to("sampling.samplers"),
-    "-s, --seed SEED": _to("sampling.seed", lambda value: int(value) % 2**32),
-    "--ignore-eos": _to("sampling.ignore_eos"),
-    "--temp, --temperature N": _to("sampling.temp", float),
-    "--top-k N": _to("sampling.top_k", int),
-    "--top-p N": _to("sampling.top_p", float),
-    "--min-p N": _to("sampling.min_p", float),
-    "--repeat-last-n N": _to("sampling.penalty_last_n", int),
-    "--repeat-penalty N": _to("sampling.penalty_repeat", float),
-    "--presence-penalty N": _to("sampling.penalty_present", float),
-    "--frequency-penalty N": _to("sampling.penalty_freq", float),
-    "--mirostat N": _to("sampling.mirostat", int),
-    "--reasoning-budget N": _to("sampling.reasoning_budget_tokens", int),
-    "-cram, --cache-ram N": _to("cache_ram_mib", int),
-    "-kvu, --kv-unified, -no-kvu, --no-kv-unified": _to("kv_unified"),
-    "--context-shift, --no-context-shift": _to("ctx_shift"),
-    "--warmup, --no-warmup": _to("warmup"),
-    "--pooling {none,mean,cls,last,rank}": _enum("pooling_type", "llama_pooling_type"),
-    "-np, --parallel N": _to("n_parallel", int),
-    "-cb, --cont-batching, -nocb, --no-cont-batching": _to("cont_batching"),
-    "-mm, --mmproj FILE": _to("mmproj.path"),
-    "--mmproj-auto, --no-mmproj, --no-mmproj-auto": _to("no_mmproj", not_),
-    "--mmproj-offload, --no-mmproj-offload": _to("mmproj_use_gpu"),
-    "--image-min-tokens N": _to("image_min_tokens", int),
-    "--image-max-tokens N": _to("image_max_tokens", int),
-    "-a, --alias STRING": _to("model_alias", lambda value: set(_items(value))),
-    "--host HOST": _to("hostnames", _items),
-    "--port PORT": _to("port", int),
-    "--cors-origins ORIGINS": _to("cors_origins"),
-    "--ui, --webui, --no-ui, --no-webui": _to("ui"),
-    "--embedding, --embeddings": _to("embedding"),
-    "--rerank, --reranking": _rerank,
-    "--api-key KEY": _to("api_keys", _items),
-    "--jinja, --no-jinja": _to("use_jinja"),
-    "--chat-template JINJA_TEMPLATE": _to("chat_template"),
-    "--chat-template-file JINJA_TEMPLATE_FILE": _to("chat_template", _text),
-    "--chat-template-kwargs STRING": _template_values,
-    "--reasoning-format {none,auto,deepseek,deepseek-legacy}": _enum(
-        "reasoning_format", "common_reasoning_format"
-    ),
-    "-rea, --reasoning [on|off|auto]": _reasoning,
-    "-to, --timeout N": _to("timeout_read timeout_write", int),
-    "--threads-http N": _to("n_threads_http", int),
-    "--cache-prompt, --no-cache-prompt": _to("cache_prompt"),
-    "--cache-reuse N": _to("n_cache_reuse", int),
-    "--metrics": _to("endpoint_metrics"),
-    "--props": _to("endpoint_props"),
-    "--slots, --no-slots": _to("endpoint_slots"),
-    "--slot-save-path PATH": _to("slot_save_path", _folder),
-    "--media-path PATH": _to("media_path", _folder),
-    "--sleep-idle-seconds SECONDS": _to("sleep_idle_seconds", int),
+
+_FUNCTIONS: dict[str, Callable[[Any, str], None]] = {
+    "@chat_template_file": _chat_template,
+    "@chat_template_kwargs": _template_values,
+    "@context": _context,
+    "@gpu_layers": _gpu_layers,
+    "@lora": _lora,
+    "@media_path": lambda params, value: _set(params, "media_path", _folder(value)),
+    "@reasoning": _reasoning,
+    "@rope_scale": lambda params, value: _set(params, "rope_freq_scale", 1 / float(value)),
+    "@seed": lambda params, value: _set(params, "sampling.seed", int(value) % 2**32),
+    "@slot_save_path": lambda params, value: _set(params, "slot_save_path", _folder(value)),
+    "@tensor_split": _tensor_split,
 }
 
 
-def read_arguments(words: Sequence[str]) -> Iterator[tuple[str, str | bool, Setter]]:
-    """Yield each flag of a command line with its value (a bool for a switch) and its setter.
+def read_arguments(words: Sequence[str]) -> Iterator[tuple[str, str | bool, str]]:
+    """Yield each flag of a command line, its value (a bool for a switch) and what it sets.
 
     Raises:
         SystemExit: At what llama-server would refuse, with its message.
     """
     by_flag = {
-        name.partition(" ")[0]: (head.rpartition(", ")[2].partition(" ")[2], apply)
-        for head, apply in OPTIONS.items()
+        name.partition(" ")[0]: (head.rpartition(", ")[2].partition(" ")[2], target)
+        for head, target in OPTIONS.items()
         for name in head.split(", ")
     }
     rest = iter(words)
@@ -221,9 +142,9 @@ def read_arguments(words: Sequence[str]) -> Iterator[tuple[str, str | bool, Sett
         flag = word.replace("_", "-") if word.startswith("--") else word
         if flag not in by_flag:
             sys.exit(f"error: invalid argument: {flag}")
-        metavar, apply = by_flag[flag]
+        metavar, target = by_flag[flag]
         if not metavar:
-            yield flag, not flag.startswith(("--no-", "-no", "-nk")), apply
+            yield flag, not flag.startswith(("--no-", "-no", "-nk")), target
             continue
         value = next(rest, None)
         if value is None:
@@ -231,7 +152,7 @@ def read_arguments(words: Sequence[str]) -> Iterator[tuple[str, str | bool, Sett
         choices = re.split(r"[|,]", metavar[1:-1]) if metavar[0] in "[{" else [value]
         if value not in choices:
             _refuse(flag, f"{value!r} is not one of {', '.join(choices)}")
-        yield flag, value, apply
+        yield flag, value, target
 
 
 def _refuse(flag: str, reason: object) -> NoReturn:
@@ -287,9 +208,9 @@ def main(words: Sequence[str]) -> None:
     params.port, params.n_parallel = 8080, -1  # llama-server's defaults; -1 is automatic
     # As llama-server does, so that the key need not stand on a command line that all can read.
     params.api_keys = _items(os.environ.get("LLAMA_API_KEY", ""))
-    for flag, value, apply in given:
+    for flag, value, target in given:
         try:
-            apply(params, value)
+            set_option(params, target, value)
         except (ValueError, TypeError, ArithmeticError, AttributeError, OSError) as error:
             _refuse(flag, error)
     try:
