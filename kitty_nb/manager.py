@@ -27,7 +27,7 @@ from kitty_nb.supervisor.events import (
     ServerState,
     ServerStatus,
 )
-from kitty_nb.supervisor.history import ModelStats
+from kitty_nb.supervisor.forecast import ModelStats
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:

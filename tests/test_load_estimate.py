@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from test_history import RECORD
 
-from kitty_nb.supervisor.history import Basis, estimate_load
+from kitty_nb.supervisor.history import estimate_load
+from kitty_nb.supervisor.load_progress import Basis
 
 
 def test_the_same_load_is_foreseen_by_the_median_of_its_past() -> None:

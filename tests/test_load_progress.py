@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 
 from kitty_nb.supervisor.events import LoadProgress, Stage
-from kitty_nb.supervisor.history import Basis, LoadEstimate
-from kitty_nb.supervisor.load_progress import LoadMeter
+from kitty_nb.supervisor.load_progress import Basis, LoadEstimate, LoadMeter
 from kitty_nb.supervisor.process import Usage
 
 GB = 10**9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kitty_nb.config import FlashAttention, env_settings, goes_without_key, spelled, value_of
@@ -63,6 +64,15 @@ def spell(dialect: Dialect, words: Sequence[str]) -> Iterator[str]:
         taken, said = _spell_first(dialect, rest)
         yield from said
         del rest[:taken]
+
+
+def options_of(config: ServerConfig) -> list[tuple[str, str]]:
+    """Return what settings ask of a server: canonical flags and the words after them, in order."""
+    values = ((flag, getattr(config, field)) for field, flag in _FLAGS.items())
+    words = [word for flag, value in values if value is not None for word in (flag, str(value))]
+    words += [_MMPROJ, str(config.projector)] if config.projector else []
+    pairs = pairwise((*words, *config.extra_args, ""))
+    return [(canonical(flag), value) for flag, value in pairs if is_flag(flag)]
 
 
 def is_flag(word: str) -> bool:

@@ -16,9 +16,9 @@ import psutil
 from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Level, RouterLoad, ServerStatus, Stage
 from kitty_nb.supervisor.health import HealthProbe
-from kitty_nb.supervisor.history import Outcome
+from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
-from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
+from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
 from kitty_nb.supervisor.registry import record_of

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
-import anyio.to_thread
 import psutil
+from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.catalog import why_not_served
 from kitty_nb.catalog.memory import (
@@ -21,6 +20,7 @@ from kitty_nb.catalog.memory import (
     MemorySettings,
     Requirement,
     Verdict,
+    allocate,
     estimate,
     plan,
     preview,
@@ -28,16 +28,18 @@ from kitty_nb.catalog.memory import (
 from kitty_nb.catalog.model import total_size
 from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import PROJECTOR, FlashAttention
-from kitty_nb.engine.command_line import canonical, is_flag
+from kitty_nb.config import PROJECTOR
+from kitty_nb.engine.command_line import options_of
 from kitty_nb.engine.devices import list_devices, remote_machines
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
+from kitty_nb.supervisor.history import LoadHistory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from kitty_nb.catalog.model import ModelNote
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.devices import Device
     from kitty_nb.engine.locate import Engine
@@ -85,15 +87,13 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
         config: The settings. Values that the engine would refuse are ignored.
         engine: Older builds have other defaults; None stands for a build of today.
     """
-    words = pairwise((*config.extra_args, ""))
-    options = [(canonical(flag), value) for flag, value in words if is_flag(flag)]
-    settings = _settings(config, options, engine)
+    options = options_of(config)
+    settings = _settings(options, engine)
     model = dict(options).get(_DRAFT)
     if model is None:
         return settings
     own = [(_DRAFT_FLAGS.get(flag, flag), v) for flag, v in options if flag not in _NOT_OF_DRAFT]
-    alone = config.model_copy(update={"projector": None, "n_gpu_layers": None})
-    draft = _settings(alone, own, engine)
+    draft = _settings(own, engine)
     layers = _ALL_LAYERS if draft.gpu_layers is None else draft.gpu_layers
     with suppress(ModelFileError):  # starting it says what is wrong
         beside = read_shape(Path(model)), replace(draft, gpu_layers=layers)
@@ -106,31 +106,27 @@ def offloads(config: ServerConfig) -> bool:
     return settings_of(config).gpu_layers != 0
 
 
-def _settings(config: ServerConfig, options: Options, engine: Engine | None) -> MemorySettings:
+def _settings(options: Options, engine: Engine | None) -> MemorySettings:
     has_fit = engine is None or engine.dialect.option("--fit") is not None
     given: dict[str, Any] = {
-        "context": config.context_size,
-        "sequences": config.parallel,
-        "batch": config.batch_size,
-        "micro_batch": config.ubatch_size,
-        "gpu_layers": None if config.n_gpu_layers == -1 else config.n_gpu_layers,
-        "flash_attention": config.flash_attention is not FlashAttention.OFF,
+        "sequences": 0,
+        "unified": False,
         "fits": has_fit,
         "drafted": _drafted(options),
-        "extra_weights": _weights_beside(config, options),
+        "extra_weights": _weights_beside(options),
     }
     for flag, value in options:
         given |= _given(flag, value)
-    if not has_fit:
-        given["scores_all"] = True
-    if (given["sequences"] or 0) < 1:  # llama-server's automatic choice, as -1 layers are
+    if not given["sequences"]:  # llama-server's automatic choice, as -1 layers are
         given |= {"sequences": 4 if has_fit else 1, "unified": True}
-    else:
-        given.setdefault("unified", False)
     if not has_fit:
-        given["gpu_layers"] = given["gpu_layers"] or 0
-        given["context"] = _OLD_CONTEXT if given["context"] is None else given["context"]
-    return MemorySettings(**{name: value for name, value in given.items() if value is not None})
+        given = {"context": _OLD_CONTEXT, "gpu_layers": 0} | _without_none(given)
+        given["scores_all"] = True
+    return MemorySettings(**_without_none(given))
+
+
+def _without_none(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _given(flag: str, value: str) -> dict[str, Any]:
@@ -162,9 +158,9 @@ def _drafted(options: Options) -> int:
     return max(_DRAFTED_BY.get(kind, otherwise) for kind in kinds)
 
 
-def _weights_beside(config: ServerConfig, options: Options) -> int:
+def _weights_beside(options: Options) -> int:
     """Bytes of the projector and the adapters, whose names may end in `:` and a scale."""
-    names = [str(config.projector)] if config.projector else []
+    names: list[str] = []
     for flag, value in options:
         if flag in _FILES:
             names += value.split(",") if flag in _ADAPTERS else [value]
@@ -211,17 +207,17 @@ class Forecaster:
             return _told(MemoryPreview(problem="No model is chosen."), on_preview)
         latest: MemoryPreview | None = None
         try:
-            measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
+            measured = await run_sync(free_memory, _pid(running))
             known = with_devices(measured, self._devices)
-            first = await anyio.to_thread.run_sync(_preview, config, self._engine, known)
+            first = await run_sync(_preview, config, self._engine, known)
             latest = _told(first, on_preview)
             await anyio.sleep(delay)
-            engine, memory = await self._find(config, running, measured)
+            engine, memory = await self.find_memory(config, running, measured)
             final = MemoryPreview(problem=_BUSY)
             if memory:
-                final = await anyio.to_thread.run_sync(_preview, config, engine, memory)
+                final = await run_sync(_preview, config, engine, memory)
         except ModelFileError as error:
-            why = await anyio.to_thread.run_sync(why_not_served, config.model)
+            why = await run_sync(why_not_served, config.model)
             final = MemoryPreview(problem=why or str(error))
         except (KittyError, OSError, psutil.Error):  # starting says what is wrong
             return latest or MemoryPreview(problem="Free memory cannot be measured on this system.")
@@ -236,24 +232,24 @@ class Forecaster:
             config = await _with_files(config)
             if config.model is None:
                 return ""
-            measured = await anyio.to_thread.run_sync(free_memory, _pid(running))
+            measured = await run_sync(free_memory, _pid(running))
             in_ram = Memory(measured.ram)
-            wanted = await anyio.to_thread.run_sync(settings_of, config)
-            told = await anyio.to_thread.run_sync(_preview, config, None, in_ram)
+            wanted = await run_sync(settings_of, config)
+            told = await run_sync(_preview, config, None, in_ram)
             # What is left to the engine goes to its devices as far as they have room.
             its_choice = wanted.fits and not wanted.gpu_layers and not wanted.draft
             if its_choice and told.verdict is Verdict.FITS:
                 return ""
-            engine, memory = await self._find(config, running, measured)
+            engine, memory = await self.find_memory(config, running, measured)
             if memory:
-                told = await anyio.to_thread.run_sync(_preview, config, engine, memory)
+                told = await run_sync(_preview, config, engine, memory)
                 return told.why_not()
         return ""
 
-    async def _find(
+    async def find_memory(
         self, config: ServerConfig, running: Running | None, measured: Memory
     ) -> tuple[Engine, Memory | None]:
-        """The engine with the memory that it can use; no memory where nobody can tell."""
+        """Find the engine and the memory that it can use; no memory where nobody can tell."""
         self._engine = await locate_engine(config.binary)
         devices = await list_devices(self._engine, config)
         remote = remote_machines(config)
@@ -263,16 +259,14 @@ class Forecaster:
             return self._engine, None
         memory = with_devices(measured, self._devices)
         if running and running.config and memory.gpus:
-            memory = await anyio.to_thread.run_sync(
-                _given_back, memory, running.config, self._engine
-            )
+            memory = await run_sync(_given_back, memory, running.config, self._engine)
         return self._engine, memory
 
 
 async def _with_files(config: ServerConfig) -> ServerConfig:
     """The settings with the model's projector, where the files are as they should be."""
     with suppress(ConfigError):  # starting says what is wrong
-        return await anyio.to_thread.run_sync(resolve_model, config)
+        return await run_sync(resolve_model, config)
     return config
 
 
@@ -306,3 +300,49 @@ def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory
 
     needs = estimate(shape, settings, empty.gpus)[1:]
     return Memory(memory.ram, tuple(map(credited, memory.gpus, needs)))
+
+
+class ModelStats:
+    """Usage of the models on disk, and whether they fit. For coroutines of the supervisor's loop.
+
+    Args:
+        pid: Returns the server that would exit before another starts.
+    """
+
+    def __init__(self, pid: Callable[[], int | None]) -> None:
+        self._pid = pid
+        self._forecaster = Forecaster()
+
+    async def load(
+        self, models: Sequence[Path], config: ServerConfig, warn: Callable[[str], None]
+    ) -> dict[Path, ModelNote]:
+        """Return the usage of models, given by their first files; nothing of unused ones."""
+        return await LoadHistory(config.history, warn).notes(models)
+
+    async def set_favorite(
+        self, model: Path, favorite: bool, config: ServerConfig, warn: Callable[[str], None]
+    ) -> None:
+        """Remember whether a model is a favourite."""
+        await LoadHistory(config.history, warn).set_favorite(model, favorite)
+
+    async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
+        """Judge by formula which models would fit into the memory that is free now."""
+        engine, pid = None, self._pid()
+        running = Running(pid, None) if pid else None
+        measured = await run_sync(free_memory, pid)
+        memory: Memory | None = measured
+        with suppress(KittyError):  # a start says what is wrong with the engine
+            engine, memory = await self._forecaster.find_memory(config, running, measured)
+        verdicts = dict.fromkeys(models, Verdict.UNKNOWN)
+        if memory is None:
+            return verdicts
+        settings = await run_sync(settings_of, config, engine)
+        for model in models:
+            with suppress(ModelFileError):
+                verdicts[model] = await run_sync(_verdict, model, settings, memory)
+        return verdicts
+
+
+def _verdict(model: Path, settings: MemorySettings, memory: Memory) -> Verdict:
+    shape = read_shape(model)
+    return MemoryPreview(allocate(shape, plan(shape, settings, memory), memory)).verdict

@@ -8,8 +8,9 @@ import json
 import mmap
 import os
 import platform
+import time
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from enum import StrEnum
 from itertools import islice
 from math import log
@@ -17,25 +18,26 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 import anyio.from_thread
-import anyio.to_thread
+from anyio.to_thread import run_sync
 
-from kitty_nb.catalog.memory import MemoryPreview, Verdict, allocate, plan
 from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
-from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.catalog.model_shape import read_layouts
 from kitty_nb.config import PROJECTOR, value_of
-from kitty_nb.engine.devices import engine_devices, remote_machines
 from kitty_nb.engine.locate import EngineKind
-from kitty_nb.errors import KittyError, ModelFileError
+from kitty_nb.errors import ModelFileError
 from kitty_nb.safe_files import Database
-from kitty_nb.supervisor.forecast import settings_of
-from kitty_nb.supervisor.free_memory import free_memory, with_devices
+from kitty_nb.supervisor.events import Stage
+from kitty_nb.supervisor.load_progress import Basis, LoadEstimate
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
+    from kitty_nb.supervisor.load_progress import LoadMeter
 
     T = TypeVar("T")
 
@@ -295,7 +297,7 @@ class LoadHistory:
         await self._use(lambda file: file.execute(statement, (path_text(model),)), None)
 
     async def _use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        return await anyio.to_thread.run_sync(self._file.use, work, otherwise)
+        return await run_sync(self._file.use, work, otherwise)
 
 
 def _mapping(text: object) -> dict[str, Any]:
@@ -306,50 +308,6 @@ def _mapping(text: object) -> dict[str, Any]:
     return {}
 
 
-class ModelStats:
-    """Usage of the models on disk, and whether they fit. For coroutines of the supervisor's loop.
-
-    Args:
-        pid: Returns the server that would exit before another starts.
-    """
-
-    def __init__(self, pid: Callable[[], int | None]) -> None:
-        self._pid = pid
-
-    async def load(
-        self, models: Sequence[Path], config: ServerConfig, warn: Callable[[str], None]
-    ) -> dict[Path, ModelNote]:
-        """Return the usage of models, given by their first files; nothing of unused ones."""
-        return await LoadHistory(config.history, warn).notes(models)
-
-    async def set_favorite(
-        self, model: Path, favorite: bool, config: ServerConfig, warn: Callable[[str], None]
-    ) -> None:
-        """Remember whether a model is a favourite."""
-        await LoadHistory(config.history, warn).set_favorite(model, favorite)
-
-    async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
-        """Judge by formula which models would fit into the memory that is free now."""
-        pid, devices = self._pid(), None
-        with suppress(KittyError):  # a start says what is wrong with the engine
-            _, devices = await engine_devices(config)
-            if devices is None and remote_machines(config):  # busy, so nobody knows
-                return dict.fromkeys(models, Verdict.UNKNOWN)
-
-        def judge() -> dict[Path, Verdict]:
-            settings, memory = settings_of(config), with_devices(free_memory(pid), devices)
-            verdicts = dict.fromkeys(models, Verdict.UNKNOWN)
-            for model in models:
-                anyio.from_thread.check_cancelled()
-                with suppress(ModelFileError):
-                    shape = read_shape(model)
-                    parts = allocate(shape, plan(shape, settings, memory), memory)
-                    verdicts[model] = MemoryPreview(parts).verdict
-            return verdicts
-
-        return await anyio.to_thread.run_sync(judge)
-
-
 _RECENT = 5  # loads whose median counts: a disk's mood changes, so does the machine
 _SIMILAR = 0.1  # difference of cached shares
 _COMPARABLE = 10  # as many times as large, or as small, a model may be to speak for another
@@ -358,33 +316,6 @@ _STARTING, _STARTING_PYTHON = 0.05, 0.12  # seconds, of a program and of the one
 _COLD, _HOT = 2e9, 40e9  # bytes a second off a solid-state disk, and out of the page cache
 _PREPARING = 0.02  # seconds, and those in which the processor passes once through all weights:
 _WARM_UP = 2e9 * min(os.cpu_count() or 1, 8)  # bytes a second, as measured with dense f16 models
-
-
-class Basis(StrEnum):
-    """The basis of an estimate, the best first."""
-
-    SAME_LOAD = "this model with these settings"
-    SAME_MODEL = "this model"
-    HOST = "this machine"
-    NOTHING = "nothing yet"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadEstimate:
-    """The seconds that each stage of a load will take.
-
-    Attributes:
-        basis: What it rests on. With NOTHING it is a rule of thumb that gives the bar its shape,
-            and no number to show.
-        starting: From its process to its first sign of loading.
-        loading: Until the last weight is there.
-        preparing: Until it is ready.
-    """
-
-    basis: Basis
-    starting: float
-    loading: float
-    preparing: float
 
 
 def estimate_load(
@@ -462,3 +393,95 @@ def _similar(one: float | None, other: float | None) -> bool:
 
 def _typical(seconds: Iterable[float]) -> float:
     return median(islice(seconds, _RECENT))
+
+
+# Bytes from which a model's rise in memory stands out from that of the engine itself.
+_TELLING = 32 << 20
+
+
+class LoadRecorder:
+    """Tells a meter what to expect of a load, and records how it went.
+
+    Args:
+        config: What is to be started.
+        meter: What measures the load.
+        warn: Called with a sentence about what is wrong with the history.
+        whole: Whether the load is watched from its beginning; only then its row is true.
+    """
+
+    def __init__(
+        self, config: ServerConfig, meter: LoadMeter, warn: Callable[[str], None], *, whole: bool
+    ) -> None:
+        self._config, self._meter, self._whole = config, meter, whole
+        self._history = LoadHistory(config.history, warn)
+        self._engine: Engine | None = None
+        self._facts: LoadFacts | None = None
+        self._records: tuple[LoadRecord, ...] = ()
+        self._active = 1.0
+
+    async def forecast(self) -> None:
+        """Look at the model's files and their past, and tell the meter what to expect."""
+        model = self._config.model
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._recall)
+            # Abandoned when cancelled: a network drive that hangs must not hold the supervisor.
+            facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
+        self._facts = facts
+        self._expect()
+        if model and (self._meter.total or self._meter.expected.basis is Basis.NOTHING):
+            header = await run_sync(_read_header, model, abandon_on_cancel=True)
+            self._meter.header, self._active = header
+            self._expect()
+
+    async def _recall(self) -> None:
+        self._records = await self._history.recall(this_host(), path_text(self._config.model))
+
+    def set_engine(self, engine: Engine) -> None:
+        """Note by which engine the model will be loaded, which changes what to expect."""
+        self._engine = engine
+        self._expect()
+
+    def _expect(self) -> None:
+        if self._facts is None:
+            return
+        if self._engine:
+            kind, version = self._engine.kind.value, self._engine.version
+            self._facts = replace(self._facts, engine=kind, version=version)
+        self._meter.total = self._facts.size if self._facts.size >= _TELLING else 0
+        self._meter.expected = estimate_load(self._records, self._facts, self._active)
+
+    async def record(self, elapsed: float, outcome: Outcome) -> None:
+        """Write the load's row, once, and let nothing stop that."""
+        if self._facts is None or not self._whole:
+            return
+        self._whole = False
+        meter = self._meter
+        record = LoadRecord(
+            **asdict(self._facts),
+            starting=meter.seconds(Stage.STARTING, elapsed),
+            loading=meter.seconds(Stage.LOADING, elapsed),
+            preparing=meter.seconds(Stage.PREPARING, elapsed),
+            loaded=meter.loaded,
+            outcome=outcome.value,
+            at=time.time(),
+        )
+        with anyio.CancelScope(shield=True):
+            await self._history.add(record)
+
+
+def _read_header(model: Path) -> tuple[int, float]:
+    """The bytes before the weights, and the share of the weights that a token passes through.
+
+    That is less than 1 for a mixture of experts; what all tokens share is left out of account.
+    """
+    try:
+        layout = read_layouts(model)[0]
+    except ModelFileError:
+        return 0, 1.0
+    header = layout.header
+    used, count = (
+        header.metadata.get(f"{header.architecture}.{key}")
+        for key in ("expert_used_count", "expert_count")
+    )
+    share = used / count if isinstance(used, int) and isinstance(count, int) and count else 1.0
+    return layout.data_at, share

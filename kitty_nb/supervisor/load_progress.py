@@ -1,39 +1,44 @@
-"""The progress of a load: measured, estimated and recorded."""
+"""The progress of a load: measurements become a fraction and an ETA."""
 
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
-import anyio
-from anyio.to_thread import run_sync
-
-from kitty_nb.catalog.model_shape import read_layouts
-from kitty_nb.errors import ModelFileError
 from kitty_nb.supervisor.events import LoadProgress, Stage
-from kitty_nb.supervisor.history import (
-    Basis,
-    LoadEstimate,
-    LoadFacts,
-    LoadHistory,
-    LoadRecord,
-    estimate_load,
-    gather_facts,
-    path_text,
-    this_host,
-)
 from kitty_nb.supervisor.process import AT_WORK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.locate import Engine
-    from kitty_nb.supervisor.history import Outcome
     from kitty_nb.supervisor.process import Usage
+
+
+class Basis(StrEnum):
+    """The basis of an estimate, the best first."""
+
+    SAME_LOAD = "this model with these settings"
+    SAME_MODEL = "this model"
+    HOST = "this machine"
+    NOTHING = "nothing yet"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEstimate:
+    """The seconds that each stage of a load will take.
+
+    Attributes:
+        basis: What it rests on. With NOTHING it is a rule of thumb that gives the bar its shape,
+            and no number to show.
+        starting: From its process to its first sign of loading.
+        loading: Until the last weight is there.
+        preparing: Until it is ready.
+    """
+
+    basis: Basis
+    starting: float
+    loading: float
+    preparing: float
 
 
 _STAGES = list(Stage)
@@ -249,95 +254,3 @@ class LoadMeter:
         lasted = elapsed - self._began.get(self.stage, elapsed)
         overdue = max(lasted * _OVERDUE[self.expected.basis], lasted - expected)
         return max(expected - lasted, overdue)
-
-
-# Bytes from which a model's rise in memory stands out from that of the engine itself.
-_TELLING = 32 << 20
-
-
-class LoadRecorder:
-    """Tells a meter what to expect of a load, and records how it went.
-
-    Args:
-        config: What is to be started.
-        meter: What measures the load.
-        warn: Called with a sentence about what is wrong with the history.
-        whole: Whether the load is watched from its beginning; only then its row is true.
-    """
-
-    def __init__(
-        self, config: ServerConfig, meter: LoadMeter, warn: Callable[[str], None], *, whole: bool
-    ) -> None:
-        self._config, self._meter, self._whole = config, meter, whole
-        self._history = LoadHistory(config.history, warn)
-        self._engine: Engine | None = None
-        self._facts: LoadFacts | None = None
-        self._records: tuple[LoadRecord, ...] = ()
-        self._active = 1.0
-
-    async def forecast(self) -> None:
-        """Look at the model's files and their past, and tell the meter what to expect."""
-        model = self._config.model
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._recall)
-            # Abandoned when cancelled: a network drive that hangs must not hold the supervisor.
-            facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
-        self._facts = facts
-        self._expect()
-        if model and (self._meter.total or self._meter.expected.basis is Basis.NOTHING):
-            header = await run_sync(_read_header, model, abandon_on_cancel=True)
-            self._meter.header, self._active = header
-            self._expect()
-
-    async def _recall(self) -> None:
-        self._records = await self._history.recall(this_host(), path_text(self._config.model))
-
-    def set_engine(self, engine: Engine) -> None:
-        """Note by which engine the model will be loaded, which changes what to expect."""
-        self._engine = engine
-        self._expect()
-
-    def _expect(self) -> None:
-        if self._facts is None:
-            return
-        if self._engine:
-            kind, version = self._engine.kind.value, self._engine.version
-            self._facts = replace(self._facts, engine=kind, version=version)
-        self._meter.total = self._facts.size if self._facts.size >= _TELLING else 0
-        self._meter.expected = estimate_load(self._records, self._facts, self._active)
-
-    async def record(self, elapsed: float, outcome: Outcome) -> None:
-        """Write the load's row, once, and let nothing stop that."""
-        if self._facts is None or not self._whole:
-            return
-        self._whole = False
-        meter = self._meter
-        record = LoadRecord(
-            **asdict(self._facts),
-            starting=meter.seconds(Stage.STARTING, elapsed),
-            loading=meter.seconds(Stage.LOADING, elapsed),
-            preparing=meter.seconds(Stage.PREPARING, elapsed),
-            loaded=meter.loaded,
-            outcome=outcome.value,
-            at=time.time(),
-        )
-        with anyio.CancelScope(shield=True):
-            await self._history.add(record)
-
-
-def _read_header(model: Path) -> tuple[int, float]:
-    """The bytes before the weights, and the share of the weights that a token passes through.
-
-    That is less than 1 for a mixture of experts; what all tokens share is left out of account.
-    """
-    try:
-        layout = read_layouts(model)[0]
-    except ModelFileError:
-        return 0, 1.0
-    header = layout.header
-    used, count = (
-        header.metadata.get(f"{header.architecture}.{key}")
-        for key in ("expert_used_count", "expert_count")
-    )
-    share = used / count if isinstance(used, int) and isinstance(count, int) and count else 1.0
-    return layout.data_at, share

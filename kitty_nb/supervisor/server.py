@@ -32,9 +32,9 @@ from kitty_nb.supervisor.events import (
 )
 from kitty_nb.supervisor.forecast import offloads
 from kitty_nb.supervisor.health import FIRST_ANSWER, HealthProbe, HealthReporter, Identity
-from kitty_nb.supervisor.history import Outcome
+from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.launch import Launched, launch, start_sidecar
-from kitty_nb.supervisor.load_progress import LoadMeter, LoadRecorder
+from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of
 from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
