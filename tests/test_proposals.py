@@ -20,9 +20,10 @@ from kitty_nb.experiments.metrics import (
     constraints_of,
     metric_names,
     metrics_of,
+    partial_metrics,
     read_objective,
 )
-from kitty_nb.experiments.study import Search, Space, partial_metrics, read_space
+from kitty_nb.experiments.study import Search, Space, read_space
 from kitty_nb.experiments.trial import (
     LoadSeconds,
     Measurement,
@@ -71,8 +72,8 @@ def search_of(base: ServerConfig, space: Space = SPACE, seed: int = 0, **more: A
 
 
 def searched(search: Search, budget: int, measure: Callable[[Trial], TrialResult]) -> Search:
-    while len(search.rows) < budget and (asked := search.ask()):
-        search.tell(measure(asked[0]), asked[1])
+    while len(search.rows) < budget and (trial := search.ask()):
+        search.tell(measure(trial))
     return search
 
 
@@ -93,7 +94,7 @@ def test_a_quarter_of_the_trials_finds_nearly_the_best(base: ServerConfig) -> No
 
 
 def test_the_settings_in_use_come_first(base: ServerConfig) -> None:
-    (trial, _) = search_of(base).ask() or (None, None)
+    trial = search_of(base).ask()
     assert trial
     assert dict(trial.settings)["threads"] == 2
 
@@ -142,14 +143,12 @@ def test_optuna_is_quiet_and_its_level_left_alone(
 def test_repeats_count_by_their_median_and_the_best_is_measured_again(base: ServerConfig) -> None:
     lucky, steady = (Trial(MODEL, (("threads", n),)) for n in (1, 2))
     search = known(base, row(lucky, 30.0), row(steady, 20.0))
-    again, asked = search.ask() or (None, None)
+    again = search.ask()
     assert again == replace(lucky, repeat=2)
-    assert asked
-    search.tell(row(again, 5.0), asked)
+    search.tell(row(again, 5.0))
     search.resume([row(replace(lucky, repeat=3), 5.0)])
-    assert search.best
-    assert search.best[0].trial == steady
-    assert (search.ask() or (None,))[0] == replace(steady, repeat=2)
+    assert search.results.choose(RATE, ()).trial == steady
+    assert search.ask() == replace(steady, repeat=2)
 
 
 def test_what_breaks_a_constraint_does_not_win(base: ServerConfig) -> None:
@@ -158,8 +157,7 @@ def test_what_breaks_a_constraint_does_not_win(base: ServerConfig) -> None:
         for n, rate, memory in ((1, 10.0, 1.0), (2, 99.0, 30.0))
     )
     search = known(base, *rows, bounds=constraints_of({"memory_gib": 20}))
-    assert search.best
-    assert search.best[1].median == 10.0
+    assert search.results.choose(RATE, search.bounds).value(RATE.name) == 10.0
     assert search.study.best_value == 10.0
     assert search.study.best_trial.params == {"threads": 1}
 
@@ -210,9 +208,7 @@ def test_clearly_behind_is_more_than_a_tenth(
         search = search_of(base, {"threads": Range(1, 9)}, objective=objective)
         rows = (row(Trial(MODEL, (("threads", n),)), r) for n, r in enumerate(rates, 1))
         search.resume(rows)
-        _, asked = search.ask() or (None, None)
-        assert asked
-        return search.prune_reason(asked, [sofar, 1.0, 1000.0])
+        return search.prune_reason(sofar)
 
     assert bool(pruned([90.0, 100.0, 100.0, 300.0])) == behind
     assert not pruned([100.0] * 3)

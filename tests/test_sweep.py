@@ -821,7 +821,7 @@ def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path: Path) -> None
         assert [row.trial.repeat for row in store.read()] == [*range(written)]
         await store.add(rows[40:])
         assert store.unwritten == 0
-        assert await store.recall() == tuple(rows)
+        assert store.read() == tuple(rows)
 
     anyio.run(write)
 
@@ -897,6 +897,7 @@ def test_a_file_that_cannot_be_written_costs_no_row(sweep: Callable[..., Sweep])
         (b"SQLite format 3\0" + bytes(100), "an earlier version of kitty_nb wrote it"),
         (b'{"op_code":0}\n{"op_code":9}\n', "results file"),
         (b'{"op_code":0\nnothing\n{}\n', "results file"),
+        (b'{"op_code":' + b"[" * 200_000 + b"\n", "results file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told_before_the_first_trial(

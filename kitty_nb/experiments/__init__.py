@@ -8,9 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.replaying import Comparison, compare, replay
-    from kitty_nb.experiments.results import Results
+    from kitty_nb.experiments.results import Combination, Results
     from kitty_nb.experiments.run_record import Exchange, Request, RunRecord, record_run
     from kitty_nb.experiments.sweep import Sweep, SweepProgress
     from kitty_nb.experiments.trial import Measurement, Outcome, Trial, TrialResult
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "replaying": ("Comparison", "compare", "replay"),
-    "combination": ("Combination",),
-    "results": ("Results",),
+    "results": ("Combination", "Results"),
     "run_record": ("Exchange", "Request", "RunRecord", "record_run"),
     "sweep": ("Sweep", "SweepProgress"),
     "trial": ("Measurement", "Outcome", "Trial", "TrialResult"),

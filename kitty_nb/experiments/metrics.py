@@ -14,14 +14,18 @@ from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.trial import (
     Measurement,
     Outcome,
+    RequestAnswered,
     Speed,
     Trial,
+    TrialProgressed,
     TrialResult,
 )
 from kitty_nb.isolated_server import LoadSeconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    from kitty_nb.experiments.trial import SweepEvent
 
 _GIB = 1 << 30
 OBJECTIVE = "generation_tokens_per_second"
@@ -32,12 +36,12 @@ _SPEEDS = (
     "total_tokens_per_second",
     "time_to_first_token",
 )
+_AS_MEASURED = ("context", "slots", "machine_load", "quality", "perplexity", "bits_per_character")
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
     r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
     r"|machine_load"
 )
-_RATE = re.compile(r"\w*_per_second(_\d+)?")
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
 _CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
 _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -58,7 +62,50 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
     of the whole trial; where there are several such numbers, `memory_gib_1` is the most up to then.
     Not every device reports what a server holds of it: then there is only `ram_gib`.
     """
-    return dict(_numbers(result))
+    measured = result.measurement
+    if measured is None:
+        return {}
+    numbers: dict[str, float | None] = {}
+    for number, speed in enumerate(measured.speeds):
+        end = f"_{speed.parallel}" if number else ""
+        numbers |= {name + end: getattr(speed, name) for name in _SPEEDS}
+        if speed.memory and len(measured.speeds) > 1:
+            numbers[f"memory_gib_{speed.parallel}"] = _gib(speed.memory, speed.gpu_memory)
+    load, longest = measured.load, max((one.prompt_tokens for one in measured.speeds), default=0)
+    numbers |= {
+        "prompt_tokens": longest or None,
+        "load_seconds": load.total,
+        "starting_seconds": load.starting,
+        "loading_seconds": load.loading,
+        "preparing_seconds": load.preparing,
+        "ram_gib": _gib(measured.memory),
+        "memory_gib": _gib(measured.memory, measured.gpu_memory),
+        "gpu_memory_gib": _gib(0, measured.gpu_memory),
+        **{name: getattr(measured, name) for name in _AS_MEASURED},
+        "seconds": result.seconds.overall,
+    }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
+    """Return what an event says of numbers that its trial will have, by their names in the table.
+
+    Args:
+        event: Of a trial under way.
+        least: The least number of requests in parallel, whose names are plain.
+    """
+    match event:
+        case TrialProgressed(progress=progress):
+            return {"load_seconds": progress.elapsed}
+        case RequestAnswered(done=done, total=total) if done < total:
+            end = "" if event.parallel == least else f"_{event.parallel}"
+            found = {
+                f"time_to_first_token{end}": event.time_to_first_token,
+                f"generation_tokens_per_second{end}": event.tokens_per_second,
+                f"prompt_tokens_per_second{end}": event.prompt_tokens_per_second,
+            }
+            return {name: value for name, value in found.items() if value is not None}
+    return {}
 
 
 def batch_tokens(result: TrialResult) -> dict[str, int]:
@@ -78,7 +125,7 @@ def batch_tokens(result: TrialResult) -> dict[str, int]:
 
 def smaller_is_better(name: str) -> bool:
     """True if less of it is better: seconds, memory, perplexity."""
-    return bool(_SMALL.fullmatch(name)) and not _RATE.fullmatch(name)
+    return bool(_SMALL.fullmatch(name))
 
 
 def tells_speed(name: str) -> bool:
@@ -230,31 +277,5 @@ def known(name: str, names: Collection[str]) -> str:
     return name
 
 
-def _numbers(result: TrialResult) -> Iterator[tuple[str, float]]:
-    measured = result.measurement
-    if measured is None:
-        return
-    for number, speed in enumerate(measured.speeds):
-        end = f"_{speed.parallel}" if number else ""
-        for name in _SPEEDS:
-            value = getattr(speed, name)
-            if value is not None:
-                yield name + end, value
-        if speed.memory and len(measured.speeds) > 1 and speed.gpu_memory is not None:
-            yield f"memory_gib_{speed.parallel}", (speed.memory + speed.gpu_memory) / _GIB
-    if longest := max((speed.prompt_tokens for speed in measured.speeds), default=0):
-        yield "prompt_tokens", longest
-    yield "load_seconds", measured.load.total
-    yield "starting_seconds", measured.load.starting
-    yield "loading_seconds", measured.load.loading
-    yield "preparing_seconds", measured.load.preparing
-    yield "ram_gib", measured.memory / _GIB
-    if measured.gpu_memory is not None:
-        yield "memory_gib", (measured.memory + measured.gpu_memory) / _GIB
-        yield "gpu_memory_gib", measured.gpu_memory / _GIB
-    if measured.context is not None:
-        yield "context", float(measured.context)
-    for name in ("slots", "machine_load", "quality", "perplexity", "bits_per_character"):
-        if (value := getattr(measured, name)) is not None:
-            yield name, value
-    yield "seconds", result.seconds.overall
+def _gib(ram: int, gpus: int | None = 0) -> float | None:
+    return None if gpus is None else (ram + gpus) / _GIB

@@ -63,7 +63,7 @@ _ENGINE_DEFAULTS: Mapping[str, Value] = {
     "mmproj": "auto",
 }
 _SHORT = {"cache_type_k": "-ctk", "cache_type_v": "-ctv"}
-_BATCHES = ("batch_size", "ubatch_size")
+BATCHES = ("batch_size", "ubatch_size")
 _BYTES_PER_TOKEN = 4  # of most texts, with most tokenizers
 _ENDLESS = 1 << 62
 
@@ -115,9 +115,7 @@ def combine(
     return left
 
 
-def in_order(
-    combinations: Sequence[Trial], repeats: int = 1, seed: int | None = 0
-) -> tuple[Trial, ...]:
+def in_order(combinations: Sequence[Trial], repeats: int, seed: int) -> tuple[Trial, ...]:
     """Return all trials: each combination once, then each once more, every round shuffled.
 
     What drifts, such as a machine that grows warm, so falls on all combinations alike.
@@ -125,13 +123,12 @@ def in_order(
     Args:
         combinations: What is to be tried.
         repeats: How often each is measured.
-        seed: Decides the order; None keeps every round in the order given.
+        seed: Decides the order.
     """
     rounds = []
     for repeat in range(1, repeats + 1):
         trials = [Trial(one.model, one.settings, repeat) for one in combinations]
-        if seed is not None:
-            Random(f"{seed} {repeat}").shuffle(trials)  # noqa: S311 (an order, not a secret)
+        Random(f"{seed} {repeat}").shuffle(trials)  # noqa: S311 (an order, not a secret)
         rounds += trials
     return tuple(rounds)
 
@@ -224,18 +221,23 @@ def digest(base: ServerConfig, workload: Workload) -> str:
 
 def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[str, ...]:
     """Name the batch sizes that treat so many tokens as those in use do."""
+
+    def effect_without(name: str) -> object:
+        return batch_effect(tuple(one for one in settings if one[0] != name), base, tokens)
+
+    effect = batch_effect(settings, base, tokens)
     return tuple(
         name
         for name, value in settings
-        if name in _BATCHES
-        and value != in_use(name, base)
-        and alike(settings, tuple(one for one in settings if one[0] != name), base, tokens)
+        if name in BATCHES and value != in_use(name, base) and effect_without(name) == effect
     )
 
 
-def alike(one: Settings, other: Settings, base: ServerConfig, tokens: int) -> bool:
-    """True if two combinations treat batches of at most so many tokens alike."""
-    return _effect(one, base, tokens) == _effect(other, base, tokens)
+def batch_effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[object, ...]:
+    """Return what a combination makes of batches of at most so many tokens, to be compared."""
+    batch, ubatch = _sizes(settings, base)
+    rest = frozenset(one for one in settings if one[0] not in BATCHES)
+    return rest, min(batch, tokens), min(ubatch, batch, tokens)
 
 
 def fill_batches(
@@ -248,7 +250,9 @@ def fill_batches(
     """
     sizes = zip(*(_sizes(settings, base) for settings in tried), strict=True)
     largest = max((max(values) for values in sizes if len(set(values)) > 1), default=0)
-    if largest and objective == OBJECTIVE and workload.levels[0] == 1:  # made token by token
+    if not largest:
+        return workload, ()
+    if objective == OBJECTIVE and workload.levels[0] == 1:  # made token by token
         return workload, (
             f"{objective} of one request at a time does not depend on batch sizes. Leave them out,"
             " or compare prompt_tokens_per_second or time_to_first_token.",
@@ -257,10 +261,11 @@ def fill_batches(
         workload = replace(workload, fill=largest)
     size = max(len(prompt.encode()) for prompt in workload.prompts) / _BYTES_PER_TOKEN
     tokens = max(round(size), workload.fill) * workload.levels[-1]
-    told, whole = (
-        {_effect(settings, base, limit) for settings in tried} for limit in (tokens, _ENDLESS)
+    shown, all_of_them = (
+        len({batch_effect(settings, base, limit) for settings in tried})
+        for limit in (tokens, _ENDLESS)
     )
-    if len(told) == len(whole):
+    if shown == all_of_them:
         return workload, ()
     return workload, (
         f"Prompts of about {tokens} tokens can't show a difference between all batch sizes: no"
@@ -289,13 +294,11 @@ def _check_names(names: Iterable[str]) -> Iterator[Problem]:
 
 
 def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:
-    """Validate the settings of all trials; their models are checked later."""
-    bare = base.model_copy(update={"model": None})
+    """Validate the settings of all trials; their models are looked up later."""
     problems: dict[tuple[str, str], Problem] = {}
     for trial in trials:
-        wanted = changes(trial, bare)
         try:
-            bare.replace(**{name: wanted[name] for name in wanted if name != "model"})
+            base.replace(**changes(trial, base))
         except ConfigError as error:
             problems |= {(one.key, one.value): one for one in error.problems}
     if problems:
@@ -381,12 +384,6 @@ def _words(name: str, value: Value, dialect: Dialect | None) -> tuple[str, ...]:
     return flag, str(value)
 
 
-def _effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[object, ...]:
-    batch, ubatch = _sizes(settings, base)
-    rest = frozenset(one for one in settings if one[0] not in _BATCHES)
-    return rest, min(batch, tokens), min(ubatch, batch, tokens)
-
-
 def _sizes(settings: Settings, base: ServerConfig) -> list[int]:
-    given = {name: in_use(name, base) for name in _BATCHES} | dict(settings)
-    return [cast("int", given[name] or _ENGINE_DEFAULTS[name]) for name in _BATCHES]
+    given = {name: in_use(name, base) for name in BATCHES} | dict(settings)
+    return [cast("int", given[name] or _ENGINE_DEFAULTS[name]) for name in BATCHES]

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 _JOURNAL = b'{"op_code"'  # how each line of a journal begins
 _SQLITE = b"SQLite for"  # how earlier versions' files begin
 _LOCK_SECONDS = 5  # for which a lock may stand still before its owner counts as dead
-_TROUBLE = (OSError, ValueError, LookupError, TypeError, AssertionError)  # of a damaged journal
+# What reading a damaged journal may raise.
+_TROUBLE = (OSError, ValueError, LookupError, TypeError, AssertionError, RecursionError)
 _ROW = TypeAdapter(TrialResult)
 _Row = TrialResult | None
 
@@ -82,13 +83,8 @@ class RowStore:
             raise self._problem(error) from error
         return tuple(rows.values())
 
-    async def recall(self) -> tuple[TrialResult, ...]:
-        """Like `read`, without blocking the event loop. The file is created if it is missing."""
-        await self.add()
-        return await anyio.to_thread.run_sync(self.read)
-
     async def add(self, rows: Iterable[TrialResult] = (), dropped: Iterable[str] = ()) -> None:
-        """Write rows, and those that could not be written before.
+        """Write rows, and those that could not be written before; create the file if need be.
 
         Args:
             rows: The rows, each in place of an earlier one of its trial.

@@ -20,32 +20,24 @@ from typing import TYPE_CHECKING, Any, cast
 import optuna
 import psutil
 from anyio.from_thread import start_blocking_portal
-from optuna.distributions import (
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.pruners import NopPruner, ThresholdPruner
-from optuna.trial import TrialState, create_trial
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState
 
 from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
-from kitty_nb.experiments.metrics import Spread
-from kitty_nb.experiments.results import Results, choose
+from kitty_nb.experiments.results import Combination, Results
 from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
 from kitty_nb.experiments.store import quiet
-from kitty_nb.experiments.trial import Outcome, RequestAnswered, Trial, TrialProgressed
+from kitty_nb.experiments.trial import Outcome, Trial
 from kitty_nb.isolated_server import has_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from optuna.distributions import BaseDistribution
-
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.metrics import Constraint, Objective
-    from kitty_nb.experiments.trial import SweepEvent, TrialResult
+    from kitty_nb.experiments.trial import TrialResult
 
     Choice = bool | int | float | str | None
 
@@ -60,8 +52,6 @@ _SURE = 3  # measurements after which the median of a combination is believed
 _PEERS = 4  # combinations from which on their median says what is usual
 _CLEARLY = 0.1  # share by which a trial must be worse than usual, beyond noise
 _WIDE = 16  # ratio of a range's ends from which on it is the order of magnitude that matters
-_SHOWN = 3  # reasons in a message
-_LENGTH = 300  # characters of one
 _LAYERS = [0, 8, 16, 24, 32, 48, 999]  # to have on GPUs; the last is all of any model
 
 
@@ -70,10 +60,11 @@ class Search:
 
     Attributes:
         model: The model, as trials name it.
-        space: What to choose from.
-        objective: What should be best.
-        study: What Optuna knows.
-        rows: Of all trials, those of earlier runs too.
+        space: The choices.
+        objective: The number to make best.
+        bounds: The constraints to keep.
+        study: Optuna's study, with a trial for each row.
+        rows: The rows of all trials, those of earlier runs too.
     """
 
     def __init__(
@@ -85,15 +76,25 @@ class Search:
         config: ServerConfig,
         seed: int,
     ) -> None:
-        self.rows: list[TrialResult] = []
         self.model = model
         self.space = space
-        self._distributions: dict[str, BaseDistribution] = {**space}
         self.objective = objective
-        self._bounds = bounds
+        self.bounds = bounds
+        self.rows: list[TrialResult] = []
         self._config = config
         self._random = Random(seed)  # noqa: S311 (no secret)
-        self.study = _make_study(objective, seed)
+        self._asked: dict[Trial, optuna.Trial] = {}
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study = optuna.create_study(
+                direction="minimize" if objective.smaller else "maximize",
+                sampler=TPESampler(seed=seed, n_startup_trials=_RANDOM, multivariate=True),
+            )
+
+    @property
+    def results(self) -> Results:
+        """The rows, taken together."""
+        return Results(self._config, tuple(self.rows))
 
     def resume(self, rows: Iterable[TrialResult]) -> None:
         """Take over those rows of earlier runs that are part of this search."""
@@ -102,35 +103,23 @@ class Search:
             inside = settings.keys() == self.space.keys() and all(
                 _holds(axis, settings[name]) for name, axis in self.space.items()
             )
-            if row.trial.model != self.model or not inside or not self._may_count(row):
-                continue
-            ordered = tuple((name, settings[name]) for name in self.space)
-            self.rows.append(replace(row, trial=replace(row.trial, settings=ordered)))
-            value = self.objective.of(row)
-            self.study.add_trial(
-                create_trial(
-                    state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
-                    value=value,
-                    params=dict(ordered),
-                    distributions=self._distributions,
-                    constraints=self._excess(row),
-                )
-            )
+            # A trial pruned for another objective may win by this one.
+            lost = row.outcome is Outcome.PRUNED and f" {self.objective.name} " not in row.reason
+            if row.trial.model == self.model and inside and not lost:
+                ordered = tuple((name, settings[name]) for name in self.space)
+                self.tell(replace(row, trial=replace(row.trial, settings=ordered)))
 
-    def ask(self) -> tuple[Trial, optuna.Trial] | None:
-        """Return what to measure next, also as Optuna's trial; None when everything is known.
+    def ask(self) -> Trial | None:
+        """Return what to measure next; None when everything is known.
 
         The settings in use come first. What is best so far is measured again now and then, because
         medians are compared.
         """
-        self.study.pruner = self._pruner()
         doubtful = self._doubtful()
         confirm = doubtful is not None and (len(self.rows) + 1) % _CONFIRM_EVERY == 0
-        if not confirm and (new := self._propose()):
-            return new
-        return (doubtful, self._enqueued(dict(doubtful.settings))) if doubtful else None
+        return doubtful if confirm else self._propose() or doubtful
 
-    def tell(self, row: TrialResult, asked: optuna.Trial) -> None:
+    def tell(self, row: TrialResult) -> None:
         """Take a new row. What has no value counts as pruned, so as to be avoided.
 
         Raises:
@@ -138,145 +127,69 @@ class Search:
         """
         self.rows.append(row)
         value = self.objective.of(row)
-        for name, excess in self._excess(row).items():
-            asked.set_constraint(name, excess)
+        asked = self._asked.pop(row.trial, None)
+        if asked is None:  # Optuna did not propose it
+            self.study.enqueue_trial(dict(row.trial.settings))
+            asked = self.study.ask({**self.space})
+        if row.outcome is Outcome.DONE:
+            one = Combination.of([row], self._config)
+            for bound in self.bounds:
+                asked.set_constraint(str(bound), bound.excess(one.value(bound.name)))
         self.study.tell(asked, value, TrialState.PRUNED if value is None else None)
 
-    def prune_reason(self, asked: optuna.Trial, values: Sequence[float]) -> str:
+    def prune_reason(self, now: float) -> str:
         """Say why a trial under way cannot win any more; empty while it may.
 
         Args:
-            asked: The trial.
-            values: What its requests so far say of the objective.
+            now: What its requests so far say of the objective.
         """
-        asked.report(median(values), len(values))
-        if not asked.should_prune():
+        medians = self._medians()
+        if len(medians) < _PEERS:
             return ""
-        name, usual = self.objective.name, median(self._peers().values())
-        return f"its {name} was {median(values):.4g} by then, and {usual:.4g} is usual."
+        usual = median(medians.values())
+        behind = now - usual if self.objective.smaller else usual - now
+        if behind <= _CLEARLY * abs(usual):
+            return ""
+        return f"its {self.objective.name} was {now:.4g} by then, and {usual:.4g} is usual."
 
     @property
     def usual_seconds(self) -> float | None:
         """The usual seconds of a trial; None while too few are known."""
-        peers = self._peers()
+        peers = self._medians()
         if len(peers) < _PEERS:
             return None
         return median(r.seconds.overall for r in self.rows if r.trial.combination in peers)
 
-    @property
-    def best(self) -> tuple[Combination, Spread] | None:
-        """The best by `choose` that keeps all constraints, with its objective; None without one."""
-        found = self._feasible()
-        objective = self.objective
-        smaller, speed = objective.smaller, objective.tells_speed
-        return choose(found, objective.name, smaller=smaller, speed=speed) if found else None
-
-    @property
-    def complaint(self) -> str:
-        """The reason that nothing is best, and the remedy."""
-        measured = [one for one in Results(self._config, tuple(self.rows)).combinations if one.done]
-        if not measured:
-            reasons = Counter(row.reason[:_LENGTH] for row in self.rows).most_common(_SHOWN)
-            told = "\n".join(f"- {count} of them: {reason}" for reason, count in reasons)
-            return f"None of {len(self.rows)} trials could be measured:\n{told}"
-        if all(self.objective.of(row) is None for row in self.rows):
-            return (
-                f"No trial has {self.objective.name}. Choose another objective, or have it"
-                " measured (quality=…, parallel=…)."
-            )
-        bounds = " and ".join(map(str, self._bounds))
-        near = min(measured, key=lambda o: sum(b.excess(o.value(b.name)) for b in self._bounds))
-        have = ", ".join(f"{b.name} {near.value(b.name)}" for b in self._bounds)
-        return (
-            f"None of {len(measured)} combinations keeps {bounds}. The nearest is"
-            f" {near.trial.label}, with {have}. Loosen a constraint, or try other settings."
-        )
-
-    def _may_count(self, row: TrialResult) -> bool:
-        """Trials pruned for another objective, which may win by this one."""
-        return row.outcome is not Outcome.PRUNED or f" {self.objective.name} " in row.reason
-
-    def _feasible(self) -> list[tuple[Combination, Spread]]:
-        """The measured rows that keep all constraints, with their objective."""
-        values: dict[Trial, list[float]] = {}
-        for row in self.rows:
-            if (value := self.objective.of(row)) is not None:
-                values.setdefault(row.trial.combination, []).append(value)
-        return [
-            (one, Spread.over(values[one.trial]))
-            for one in Results(self._config, tuple(self.rows)).combinations
-            if one.trial in values and all(b.allows(one.value(b.name)) for b in self._bounds)
-        ]
-
-    def _peers(self) -> dict[Trial, float]:
-        return {one.trial: spread.median for one, spread in self._feasible()}
+    def _medians(self) -> dict[Trial, float]:
+        """The objective of each combination that was measured and keeps all constraints."""
+        name, fitting = self.objective.name, self.results.fitting(self.objective, self.bounds)
+        return {one.trial: one.metrics[name].median for one in fitting}
 
     def _doubtful(self) -> Trial | None:
         """Another measurement of the best among those that were measured too seldom."""
         times = Counter(row.trial.combination for row in self.rows)
-        values = {trial: v for trial, v in self._peers().items() if times[trial] < _SURE}
+        values = {trial: v for trial, v in self._medians().items() if times[trial] < _SURE}
         if not values:
             return None
         best = (min if self.objective.smaller else max)(values, key=values.__getitem__)
         return replace(best, repeat=times[best] + 1)
 
-    def _propose(self) -> tuple[Trial, optuna.Trial] | None:
+    def _propose(self) -> Trial | None:
+        """A combination that was not tried yet; None if there is none."""
         if not self.rows:
             used = {name: in_use(name, self._config) for name in self.space}
             first = {n: value for n, value in used.items() if _holds(self.space[n], value)}
             self.study.enqueue_trial(first)
         tried = {row.trial.settings for row in self.rows}
         for _ in range(_ASKED):
-            asked = self.study.ask(self._distributions)
-            settings = tuple((name, asked.params[name]) for name in self.space)
-            if settings not in tried:
-                return Trial(self.model, settings), asked
+            asked = self.study.ask({**self.space})
+            trial = Trial(self.model, tuple((name, asked.params[name]) for name in self.space))
+            if trial.settings not in tried:
+                self._asked[trial] = asked
+                return trial
             self.study.tell(asked, state=TrialState.FAIL)
         left = [point for point in _points(self.space) if point not in tried]
-        if not left:
-            return None
-        settings = self._random.choice(left)
-        return Trial(self.model, settings), self._enqueued(dict(settings))
-
-    def _enqueued(self, settings: dict[str, Any]) -> optuna.Trial:
-        self.study.enqueue_trial(settings)
-        return self.study.ask(self._distributions)
-
-    def _excess(self, row: TrialResult) -> dict[str, float]:
-        """The violation of each constraint by a measured row, keyed by the constraint's text."""
-        (one,) = Results(self._config, (row,)).combinations
-        return {str(b): b.excess(one.value(b.name)) for b in self._bounds} if one.done else {}
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        peers = self._peers()
-        if len(peers) < _PEERS:
-            return NopPruner()
-        usual = median(peers.values())
-        clearly = _CLEARLY * abs(usual)
-        if self.objective.smaller:
-            return ThresholdPruner(upper=usual + clearly)
-        return ThresholdPruner(lower=usual - clearly)
-
-
-def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
-    """Return what an event says of numbers that its trial will have, by their names in the table.
-
-    Args:
-        event: Of a trial under way.
-        least: The least number of requests in parallel, whose names are plain.
-    """
-    match event:
-        case TrialProgressed(progress=progress):
-            return {"load_seconds": progress.elapsed}
-        case RequestAnswered(done=done, total=total) if done < total:
-            end = "" if event.parallel == least else f"_{event.parallel}"
-            found = {
-                f"time_to_first_token{end}": event.time_to_first_token,
-                f"generation_tokens_per_second{end}": event.tokens_per_second,
-                f"prompt_tokens_per_second{end}": event.prompt_tokens_per_second,
-            }
-            return {name: value for name, value in found.items() if value is not None}
-    return {}
+        return Trial(self.model, self._random.choice(left)) if left else None
 
 
 def read_space(
@@ -347,19 +260,21 @@ def _kept(bound: Constraint, base: ServerConfig, names: Collection[str]) -> bool
 
 def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
     """The choices for Optuna: the values of a list, or a range, as far as bounds allow."""
-    if _is_range(choice):
-        low, high = (cast("float", as_value(end)) for end in choice)
-        for bound in bounds:
-            low, high = _cut(low, high, bound)
-        if low <= high:
-            wide = low > 0 and high / low >= _WIDE
-            if isinstance(low, int) and isinstance(high, int):
-                return IntDistribution(low, high, log=wide)
-            return FloatDistribution(low, high, log=wide)
-    else:
+    if not _is_range(choice):
         values = dict.fromkeys(map(as_value, _listed(choice)))
         if left := [value for value in values if all(b.allows(value) for b in bounds)]:
             return CategoricalDistribution(cast("list[Choice]", left))
+    elif all(_is_number(bound.bound) for bound in bounds):
+        low, high = (cast("float", as_value(end)) for end in choice)
+        whole = isinstance(low, int) and isinstance(high, int)
+        for bound in bounds:
+            low, high = _cut(low, high, bound)
+        low, high = (math.ceil(low), math.floor(high)) if whole else (low, high)
+        if low <= high:
+            wide = low > 0 and high / low >= _WIDE
+            if whole:
+                return IntDistribution(int(low), int(high), log=wide)
+            return FloatDistribution(low, high, log=wide)
     raise ExperimentError(
         f"The space has no {name} that keeps {' and '.join(map(str, bounds))}. Loosen the"
         " constraint, or give other values."
@@ -367,20 +282,14 @@ def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
 
 
 def _cut(low: float, high: float, bound: Constraint) -> tuple[float, float]:
-    """The part of a range that a bound allows; an empty one where it allows none."""
-    if not _is_number(bound.bound):
-        return 1, 0
-    limit, whole = bound.bound, isinstance(low, int) and isinstance(high, int)
-    match bound.sign:
-        case ">=":
-            return max(low, math.ceil(limit) if whole else limit), high
-        case ">":
-            return max(low, math.floor(limit) + 1 if whole else math.nextafter(limit, high)), high
-        case "==":
-            return (limit, limit) if low <= limit <= high else (1, 0)
-        case "<":
-            return low, min(high, math.ceil(limit) - 1 if whole else math.nextafter(limit, low))
-    return low, min(high, math.floor(limit) if whole else limit)
+    """The ends of what a bound leaves of a range."""
+    limit, sign = bound.bound, bound.sign or "<="
+    if sign in {"<", ">"}:
+        limit = math.nextafter(limit, math.inf if sign == ">" else -math.inf)
+    return (
+        low if sign.startswith("<") else max(low, limit),
+        high if sign.startswith(">") else min(high, limit),
+    )
 
 
 def _holds(axis: Axis, value: Any) -> bool:
@@ -404,15 +313,6 @@ def _points(space: Space) -> list[tuple[tuple[str, Any], ...]]:
     if math.prod(map(len, axes)) > _ENUMERABLE:
         return []
     return [tuple(zip(space, values, strict=True)) for values in product(*axes)]
-
-
-def _make_study(objective: Objective, seed: int) -> optuna.Study:
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM, multivariate=True)
-        return optuna.create_study(
-            direction="minimize" if objective.smaller else "maximize", sampler=sampler
-        )
 
 
 def samples(space: Space) -> Iterator[tuple[str, Any]]:

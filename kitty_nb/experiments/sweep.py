@@ -219,7 +219,7 @@ class Sweep(TrialRunner):
     async def _run(self, where: AbstractAsyncContextManager[Execute] | None, retry: bool) -> None:
         with suppress(EngineError):  # another machine may have one; else each row says so
             await self._check_flags(trial.settings for trial in self.trials)
-        await self._kept.recall()  # creates the file, so that an unusable one shows first
+        await self._kept.add()  # creates the file, so that an unusable one shows first
         await anyio.to_thread.run_sync(self._read_rows, True)
         failed = [key for key, row in self._rows.items() if row.outcome is not Outcome.DONE]
         again = set(failed if retry else [])

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,12 +15,17 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
-from kitty_nb.experiments.results import Results
+from kitty_nb.experiments.metrics import (
+    OBJECTIVE,
+    constraints_of,
+    metric_names,
+    partial_metrics,
+    read_objective,
+)
 from kitty_nb.experiments.run_trial import fingerprints_here, row_of, this_machine
 from kitty_nb.experiments.runner import TrialRunner
-from kitty_nb.experiments.space import fill_batches
-from kitty_nb.experiments.study import Search, partial_metrics, read_space, samples
+from kitty_nb.experiments.space import BATCHES, fill_batches
+from kitty_nb.experiments.study import Search, read_space, samples
 from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
 from kitty_nb.isolated_server import this_host
@@ -30,8 +36,7 @@ if TYPE_CHECKING:
 
     import optuna
 
-    from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.study import Space
+    from kitty_nb.experiments.results import Combination, Results
     from kitty_nb.experiments.trial import Execute, SweepEvent, Trial
     from kitty_nb.experiments.workload import Perplexity, Quality
     from kitty_nb.manager import Operation
@@ -158,7 +163,9 @@ def tune(
     bounds = constraints_of(constraints)
     name, choices = read_space(model, config, space, bounds, names)
     aim = read_objective(objective, names)
-    workload, useless = fill_batches(workload, _batches(choices), config, aim.name)
+    batches = [name for name in choices if name in BATCHES]
+    tried = [*product(*(tuple(samples({name: choices[name]})) for name in batches))]
+    workload, useless = fill_batches(workload, tried, config, aim.name)
     run = _Tuning(
         config=config,
         workload=workload,
@@ -183,7 +190,6 @@ class _Tuning(TrialRunner):
         self._search = search
         self._budget = budget
         self._seconds = seconds
-        self._asked: optuna.Trial | None = None
 
     def start(self) -> Operation[TuneResult]:
         """Search in a thread of its own."""
@@ -191,13 +197,9 @@ class _Tuning(TrialRunner):
 
     async def _find(self) -> TuneResult:
         await self._controlled(self._run)
-        found = self._search.best
-        if found is None:
-            raise ExperimentError(self._search.complaint)
-        best, spread = found
-        results = Results(self.config, tuple(self._search.rows))
-        name = self._search.objective.name
-        return TuneResult(best, spread.median, name, results, self._search.study)
+        search, results = self._search, self._search.results
+        best, name = results.choose(search.objective, search.bounds), search.objective.name
+        return TuneResult(best, best.metrics[name].median, name, results, search.study)
 
     async def _run(self) -> None:
         model = self._search.model
@@ -205,7 +207,7 @@ class _Tuning(TrialRunner):
         await anyio.to_thread.run_sync(
             partial(fingerprints_here, [model], self.config, must_exist=True)
         )
-        await self._kept.recall()  # creates the file, so that an unusable one shows first
+        await self._kept.add()  # creates the file, so that an unusable one shows first
         self._search.resume(await anyio.to_thread.run_sync(self._rows_of, [model]))
         async with this_machine(self.config, self.workload, self._logs) as execute:
             await self._carry_out(self._plan(), execute)
@@ -214,45 +216,44 @@ class _Tuning(TrialRunner):
         began, search = time.monotonic(), self._search
         while len(search.rows) < self._budget:
             late = self._seconds is not None and time.monotonic() - began > self._seconds
-            asked = None if late and search.rows else search.ask()
-            if asked is None:
+            trial = None if late and search.rows else search.ask()
+            if trial is None:
                 return
-            trial, self._asked = asked
             yield trial
-            search.tell(self._rows[trial.key], self._asked)
+            search.tell(self._rows[trial.key])
 
     async def _measure(self, trial: Trial, execute: Execute) -> TrialResult:
         """Return the trial's row; it is pruned where it cannot win any more."""
-        objective, usual = self._search.objective, self._search.usual_seconds
+        if trial.repeat > 1:
+            return await super()._measure(trial, execute)
+        name, usual = self._search.objective.name, self._search.usual_seconds
         sofar: list[float] = []
         why = ""
 
         def on_progress(event: SweepEvent) -> None:
             nonlocal why
             self._publish(event)
-            found = partial_metrics(event, self.workload.levels[0]).get(objective.name)
-            if found is None or trial.repeat > 1 or why or self._asked is None:
+            found = partial_metrics(event, self.workload.levels[0])
+            if name not in found or why:
                 return
             if isinstance(event, TrialProgressed):
                 sofar.clear()  # of a load's time so far the latest counts
-            sofar.append(found)
-            why = self._search.prune_reason(self._asked, sofar)
+            sofar.append(found[name])
+            why = self._search.prune_reason(median(sofar))
             if why:
                 scope.cancel()
 
         began = time.monotonic()
         row: TrialResult | None = None
         with anyio.CancelScope() as scope:
-            if objective.tells_speed and usual and trial.repeat == 1:
+            if self._search.objective.tells_speed and usual:
                 scope.deadline = anyio.current_time() + _PATIENCE * usual
             row = await row_of(trial, execute, on_progress)
         if row:
             return row
         passed = time.monotonic() - began
         here = await anyio.to_thread.run_sync(fingerprints_here, [trial.model], self.config)
-        late = (
-            f"its {objective.name} was still missing after {passed:.1f} s, far longer than usual."
-        )
+        late = f"its {name} was still missing after {passed:.1f} s, far longer than usual."
         return TrialResult(
             trial,
             Outcome.PRUNED,
@@ -262,9 +263,3 @@ class _Tuning(TrialRunner):
             at=time.time(),
             fingerprint=here.get(trial.model),
         )
-
-
-def _batches(space: Space) -> list[tuple[tuple[str, Any], ...]]:
-    """The batch sizes that may be chosen, of a range its ends."""
-    names = [name for name in space if name in {"batch_size", "ubatch_size"}]
-    return [*product(*([*samples({name: space[name]})] for name in names))]
