@@ -19,6 +19,7 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, wri
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, StartCancelledError
 from kitty_nb.experiments import record_run
 from kitty_nb.supervisor.events import Activity, Event, LoadProgress, RouterLoad, Stage
+from kitty_nb.supervisor.external_server import ExternalServer
 
 STAND_IN = Path(__file__).with_name("stand_in_router.py")
 
@@ -264,6 +265,23 @@ def test_its_models_are_loaded_there(config: ServerConfig, router: Callable[...,
             manager.switch_model("huge").wait(60)
         assert manager.state.alias == "small"
         assert there.status() == "loaded"  # others may use it
+
+
+def test_a_load_shorter_than_a_look_is_told(
+    config: ServerConfig, router: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look_away(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(ExternalServer, "_watch_models", look_away)
+    told: list[Event] = []
+    with router(), ModelManager(config=config) as manager:
+        manager.subscribe(told.append)
+        manager.attach().wait(60)
+        for name in ("small", "large"):
+            assert manager.switch_model(name).wait(20).alias == name
+            assert f"The router loaded {name} in" in said(told)
+            assert [one.stage for one in loads(told) if one][-1] is Stage.READY
 
 
 def test_a_load_there_that_fails_or_is_called_off(

@@ -15,7 +15,7 @@ import psutil
 
 from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Level, RouterLoad, ServerStatus, Stage
-from kitty_nb.supervisor.health import HealthProbe
+from kitty_nb.supervisor.health import HealthProbe, ModelStatus
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
 from kitty_nb.supervisor.load_progress import LoadMeter
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY = 1.0  # seconds
 _ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
+_CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds
 _WHOLE = 1.0  # the age of a child up to which its load was watched from the beginning
-_LOADING, _LOADED, _UNLOADED = "loading", "loaded", "unloaded"
-_NOT_THERE = {_LOADING, _UNLOADED}  # one that sleeps is loaded again by a request
 
 
 async def find_external_server(config: ServerConfig) -> PortOwner:
@@ -84,7 +83,8 @@ class ExternalServer:
         self._generation, self._config, self._emit = generation, config, emit
         self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
         self._turn = anyio.Lock()  # one load is asked for at a time
-        self._followed: list[str] = []
+        self._models: dict[str, ModelStatus] = {}  # how each model of a router is
+        self._followed: dict[str, anyio.Event] = {}  # loads under way, and their ends
         self._over = False
 
     def stop(self, _force: bool) -> None:
@@ -97,8 +97,8 @@ class ExternalServer:
         try:
             with self._watching:
                 async with anyio.create_task_group() as tasks:
-                    with suppress(psutil.Error):  # it has ended
-                        await self._watch(psutil.Process(self.owner.pid), tasks)
+                    with suppress(psutil.Error, OSError):  # it has ended
+                        await self._watch(ServerProcess(self.owner.pid, None), tasks)
                     tasks.cancel_scope.cancel()
         finally:
             self._over = True
@@ -110,9 +110,9 @@ class ExternalServer:
         self._notify(f"{self.owner.who}: {going}.")
         self._emit(Exited(self._generation, going, time.monotonic(), asked=True))
 
-    async def _watch(self, process: psutil.Process, tasks: TaskGroup) -> None:
-        status, began = ServerStatus.STARTING, process.create_time()
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+    async def _watch(self, process: ServerProcess, tasks: TaskGroup) -> None:
+        status = ServerStatus.STARTING
+        while process.runs():
             health = await self.probe.check_activity()
             self._emit(health)
             if health.status is not status:
@@ -123,8 +123,7 @@ class ExternalServer:
                     if self.owner.models is None and await self.probe.is_router():
                         await self._look()  # before it is used
                         tasks.start_soon(self._watch_models, tasks)
-                    since = time.monotonic() - (time.time() - began)
-                    self._emit(BecameReady(self._generation, since))
+                    self._emit(BecameReady(self._generation, time.monotonic() - process.age))
             await anyio.sleep(_LOOK_EVERY)
 
     # A router: a server that loads and unloads models, each in a child of its own.
@@ -168,87 +167,108 @@ class ExternalServer:
             with self._loading:
                 if self._over:
                     self._loading.cancel()
-                try:
-                    await self._load(name, fresh=fresh)
-                except anyio.get_cancelled_exc_class():
-                    with anyio.CancelScope(shield=True):
-                        await self.probe.order("unload", name)
-                    raise
+                await self._load(name, fresh=fresh)
         if self._loading.cancelled_caught:
             raise StartCancelledError(f"kitty_nb detached from the router before it loaded {name}.")
 
     async def _load(self, name: str, *, fresh: bool) -> None:
-        status = await self._until(name, {_UNLOADED, _LOADING, _LOADED})
-        if fresh and status != _UNLOADED:
-            await self._order("unload", name)
-            status = await self._until(name, {_UNLOADED})
-        if status == _UNLOADED:
-            await self._order("load", name)
-        if await self._until(name, {_UNLOADED, _LOADED}) == _UNLOADED:
+        if name in self._followed:
+            await self._followed[name].wait()
+        status = await self._look(name)
+        if fresh and status == ModelStatus.LOADED:
+            await self._unload(name)
+            status = ModelStatus.UNLOADED
+        if status != ModelStatus.LOADED and not await self._follow(name):
             raise ServerFailedError(f"The router failed to load {name}. See the router's log.")
-        await self._look(name)
+
+    async def _unload(self, name: str) -> None:
+        await self._order("unload", name)
+        while await self._look(name) != ModelStatus.UNLOADED:  # noqa: ASYNC110 (nothing tells)
+            await anyio.sleep(_ASK_ROUTER_EVERY)
 
     async def _order(self, verb: str, name: str) -> None:
         if reason := await self.probe.order(verb, name):
             raise ServerFailedError(f"The router refused to {verb} {name}: {reason}")
 
-    async def _until(self, name: str, wanted: set[str]) -> str:
-        """Wait until a model is in one of some conditions, and return it; gone, it is unloaded."""
-        while True:
-            models = await self.probe.router_models()
-            if models or not psutil.pid_exists(self.owner.pid):  # else it is too busy to answer
-                status = models.get(name, _UNLOADED)
-                status = status if status in _NOT_THERE else _LOADED
-                if status in wanted:
-                    return status
-            await anyio.sleep(_ASK_ROUTER_EVERY)
+    async def _look(self, preferred: str | None = None) -> ModelStatus:
+        """See which models it has and which it serves, and tell of those that it has unloaded.
 
-    async def _look(self, preferred: str | None = None) -> dict[str, str]:
-        """See which models it has, and which of them it serves; return how each of them is."""
-        models = await self.probe.router_models()
-        if models:  # else it is too busy to answer
-            loaded = [name for name, status in models.items() if status not in _NOT_THERE]
-            wanted = (preferred, self.owner.alias, *loaded)
-            name = next((name for name in wanted if name in loaded), None)
-            if (name, tuple(models)) != (self.owner.alias, self.owner.models):
-                child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
-                model = child.model.name if child and child.model else None
-                self.owner = replace(self.owner, alias=name, model=model, models=tuple(models))
-        return models
+        Too busy to answer, it has them as before.
 
-    async def _watch_models(self, tasks: TaskGroup) -> None:
-        """Follow the loads of a router, and tell of what it unloads."""
-        before: dict[str, str] = {}
-        while True:
-            models = await self._look()
+        Args:
+            preferred: The model that is in use from now on, if it is loaded.
+
+        Returns:
+            How that model is; one that is gone is unloaded.
+        """
+        if models := await self.probe.router_models():
+            before, self._models = self._models, models
+            loaded = [name for name, status in models.items() if status == ModelStatus.LOADED]
             for name, status in models.items():
-                if status == _LOADING and name not in self._followed:
-                    self._followed.append(name)
-                    tasks.start_soon(self._follow, name)
-                elif status == _UNLOADED and before.get(name, status) not in _NOT_THERE:
+                if status == ModelStatus.UNLOADED and before.get(name) == ModelStatus.LOADED:
                     self._emit(RouterLoad(name, None))
                     self._notify(f"The router unloaded {name}.")
-            before = models or before
+            wanted = (preferred, self.owner.alias, *loaded)
+            alias = next((name for name in wanted if name in loaded), None)
+            if (alias, tuple(models)) != (self.owner.alias, self.owner.models):
+                child = await anyio.to_thread.run_sync(_child, self.owner.pid, alias)
+                model = child.model.name if child and child.model else None
+                self.owner = replace(self.owner, alias=alias, model=model, models=tuple(models))
+        return self._models.get(preferred or "", ModelStatus.UNLOADED)
+
+    async def _watch_models(self, tasks: TaskGroup) -> None:
+        """Follow the loads of a router, whoever asks for them."""
+        while True:
+            await self._look()
+            for name, status in self._models.items():
+                if status == ModelStatus.LOADING:
+                    tasks.start_soon(self._follow, name)
             await anyio.sleep(_ASK_ROUTER_EVERY)
 
-    async def _follow(self, name: str) -> None:
-        """Show one load, by what its child has in memory and by the history of loads."""
+    async def _follow(self, name: str) -> bool:
+        """Show one load from its beginning to its end; return whether it succeeded.
+
+        It is asked for here, unless it is under way: a short one may be over at the next look.
+        """
+        if other := self._followed.get(name):
+            await other.wait()
+            return self._models.get(name) == ModelStatus.LOADED
+        over = self._followed[name] = anyio.Event()
+        asked = self._models.get(name) != ModelStatus.LOADING
+        try:
+            if asked:
+                await self._order("load", name)
+                self._models[name] = ModelStatus.LOADING
+            return await self._show_load(name)
+        except anyio.get_cancelled_exc_class():
+            if asked:
+                with anyio.move_on_after(_UNLOADED_WITHIN, shield=True):
+                    with suppress(ServerFailedError):
+                        await self._unload(name)
+                self._emit(RouterLoad(name, None))
+            raise
+        finally:
+            del self._followed[name]
+            over.set()
+
+    async def _show_load(self, name: str) -> bool:
+        """Show a load by what its child has in memory and by the history of loads."""
         self._notify(f"The router is loading {name}.")
-        child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
-        began = time.monotonic() - (child.age if child else 0.0)
+        child = await self._find_child(name)
+        began = time.monotonic() - (child.process.age if child else 0.0)
         meter = LoadMeter()
         meter.measure(Usage(0, 0), 0.0)
         meter.enter_stage(Stage.STARTING, 0.0)
         # What a load is known by is the child's command line.
         known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
         config = self._config.model_copy(update={"model": None, **known_by})
-        whole = child is not None and child.age < _WHOLE
+        whole = child is not None and child.process.age < _WHOLE
         recorder = LoadRecorder(
             config, meter, lambda text: self._notify(text, Level.WARNING), whole=whole
         )
         await recorder.forecast()
-        status, ask_at = _LOADING, 0.0
-        while status == _LOADING:
+        status, ask_at = ModelStatus.LOADING, 0.0
+        while status == ModelStatus.LOADING:
             elapsed = time.monotonic() - began
             usage = child.process.usage() if child else None
             meter.enter_stage(Stage.LOADING, elapsed)
@@ -258,22 +278,29 @@ class ExternalServer:
             self._show(name, meter, elapsed, pause)
             await anyio.sleep(pause)
             if elapsed >= ask_at:
-                models = await self.probe.router_models() or {name: _LOADING}
-                status, ask_at = models.get(name, _UNLOADED), elapsed + _ASK_ROUTER_EVERY
-        self._followed.remove(name)
-        loaded, elapsed = status not in _NOT_THERE, time.monotonic() - began
+                status, ask_at = await self._look(name), elapsed + _ASK_ROUTER_EVERY
+        loaded, elapsed = status == ModelStatus.LOADED, time.monotonic() - began
         if loaded:
             meter.enter_stage(Stage.READY, elapsed)
-            await self._look(name)
             self._show(name, meter, elapsed, 0.0)
             self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:
             self._emit(RouterLoad(name, None))
             self._notify(f"The router failed to load {name}. See the router's log.", Level.WARNING)
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
+        return loaded
+
+    async def _find_child(self, name: str) -> _Child | None:
+        """Find what serves a model; it may start a moment after the load was asked for."""
+        child: _Child | None = None
+        with anyio.move_on_after(_CHILD_WITHIN):
+            while child is None:
+                child = await anyio.to_thread.run_sync(_child, self.owner.pid, name)
+                await anyio.sleep(0.0 if child else _SHOW_EVERY)
+        return child
 
     def _show(self, name: str, meter: LoadMeter, elapsed: float, lasting: float) -> None:
-        if name == next(reversed(self._followed), name):  # of several, the latest
+        if name == next(reversed(self._followed)):  # of several, the latest
             self._emit(RouterLoad(name, meter.progress(elapsed, lasting)))
 
     def _notify(self, message: str, level: Level = Level.INFO) -> None:
@@ -287,7 +314,6 @@ class _Child:
     process: ServerProcess
     model: Path | None
     arguments: tuple[str, ...]
-    age: float
 
 
 def _child(router: int, name: str | None) -> _Child | None:
@@ -302,6 +328,5 @@ def _child(router: int, name: str | None) -> _Child | None:
                         ServerProcess(process.pid, None),
                         Path(model) if model else None,
                         tuple(word for flag, word in pairwise(words) if flag != "--port"),
-                        time.time() - process.create_time(),
                     )
     return None

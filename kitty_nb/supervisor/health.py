@@ -7,7 +7,7 @@ import ssl
 import time
 from contextlib import suppress
 from dataclasses import replace
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 from functools import cached_property
 from http import HTTPStatus
 from importlib import import_module
@@ -170,6 +170,14 @@ class Identity(Enum):
     OURS = auto()
     OTHER_MODEL = auto()
     KEY_REFUSED = auto()
+
+
+class ModelStatus(StrEnum):
+    """The status of one model of a router."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
 
 
 class HealthProbe:
@@ -344,14 +352,10 @@ class HealthProbe:
         props = await self._get("/props")
         return isinstance(props, dict) and props.get("role") == "router"
 
-    async def router_models(self) -> dict[str, str]:
-        """Return how each model of a router is, by name."""
+    async def router_models(self) -> dict[str, ModelStatus]:
+        """Return how each model of a router is, by name; none where it is too busy to answer."""
         models = _listed(await self._get("/v1/models"))
-        how = {str(one.get("id")): one.get("status") for one in models}
-        return {
-            name: str(status.get("value", "")) if isinstance(status, dict) else ""
-            for name, status in how.items()
-        }
+        return {str(one.get("id")): _model_status(one.get("status")) for one in models}
 
     async def order(self, verb: str, model: str) -> str:
         """Tell a router to load or unload a model; return why it does not, empty where it does."""
@@ -373,6 +377,13 @@ class HealthProbe:
             return response.json() if response.status_code == HTTPStatus.OK else None
         except (httpx.HTTPError, ValueError):
             return None
+
+
+def _model_status(told: Any) -> ModelStatus:
+    try:
+        return ModelStatus(told["value"])
+    except (ValueError, LookupError, TypeError):  # one that sleeps is loaded again by a request
+        return ModelStatus.LOADED
 
 
 def _failure(response: httpx.Response) -> str:

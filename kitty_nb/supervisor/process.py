@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,12 @@ class ServerProcess:
         except (psutil.Error, OSError):
             return None
         return process if same and alive and ours and _in_group(pid, pid) else None
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        now = time.clock_gettime(time.CLOCK_BOOTTIME) if psutil.LINUX else time.time()
+        return now - self.create_time
 
     async def wait(self) -> int | None:
         """Wait for the process to end, and end what it leaves behind.
