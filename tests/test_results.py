@@ -240,10 +240,11 @@ def test_without_the_extra_the_error_names_it(results: Results) -> None:
 def test_a_sweep_without_optuna_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['optuna'] = None\n"
-        "from kitty_nb.experiments import Results, RunRecord, replay\n"
-        "try: from kitty_nb.experiments import Sweep\n"
+        "from kitty_nb import ServerConfig\n"
+        "from kitty_nb.experiments import Results, RunRecord, Sweep, replay\n"
+        "try: Sweep(['m.gguf'], config=ServerConfig())\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("ExperimentError A sweep needs Optuna")
+    assert done.stdout.startswith("ExperimentError This needs optuna")
     assert "pip install 'kitty_nb[experiments]'" in done.stdout

@@ -15,9 +15,9 @@ import anyio.to_thread
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
 from kitty_nb.experiments.background import in_background
+from kitty_nb.experiments.results import extra
 from kitty_nb.experiments.run_trial import fingerprints_here, row_of
 from kitty_nb.experiments.space import check_flags, digest
-from kitty_nb.experiments.store import RowStore, earlier_store
 from kitty_nb.experiments.trial import (
     StoreFailed,
     SweepEnded,
@@ -69,6 +69,9 @@ class TrialRunner:
         warnings: Iterable[str],
         trials: tuple[Trial, ...] = (),
     ) -> None:
+        extra("optuna")
+        from kitty_nb.experiments.store import RowStore, earlier_store  # noqa: PLC0415 (of an extra)
+
         self.config = config
         self.workload = workload
         self.store = Path(store).expanduser().absolute()

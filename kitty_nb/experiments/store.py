@@ -12,23 +12,16 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState, create_trial
 from pydantic import TypeAdapter
 
-from kitty_nb.errors import ExperimentError, ResultStoreError
+from kitty_nb.errors import ResultStoreError
 from kitty_nb.experiments.metrics import OBJECTIVE, metrics_of
 from kitty_nb.experiments.trial import TrialResult
 from kitty_nb.safe_files import distrust
-
-try:
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    from optuna.trial import TrialState, create_trial
-except ImportError as error:
-    raise ExperimentError(
-        f"A sweep needs Optuna, which cannot be imported: {error}. Install it:"
-        " pip install 'kitty_nb[experiments]'"
-    ) from error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -33,10 +33,11 @@ from kitty_nb.experiments.trial import Outcome, Trial
 from kitty_nb.isolated_server import has_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.metrics import Constraint, Objective
+    from kitty_nb.experiments.space import Settings
     from kitty_nb.experiments.trial import TrialResult
 
     Choice = bool | int | float | str | None
@@ -95,6 +96,12 @@ class Search:
     def results(self) -> Results:
         """The rows, taken together."""
         return Results(self._config, tuple(self.rows))
+
+    def samples(self, name: str) -> Settings:
+        """Return the values that a setting may have, of a range its ends, each with its name."""
+        axis = self.space[name]
+        ends = axis.choices if isinstance(axis, CategoricalDistribution) else (axis.low, axis.high)
+        return tuple((name, value) for value in ends)
 
     def resume(self, rows: Iterable[TrialResult]) -> None:
         """Take over those rows of earlier runs that are part of this search."""
@@ -313,15 +320,6 @@ def _points(space: Space) -> list[tuple[tuple[str, Any], ...]]:
     if math.prod(map(len, axes)) > _ENUMERABLE:
         return []
     return [tuple(zip(space, values, strict=True)) for values in product(*axes)]
-
-
-def samples(space: Space) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a space, of a range its ends, each with its name."""
-    for name, axis in space.items():
-        if isinstance(axis, CategoricalDistribution):
-            yield from ((name, value) for value in axis.choices)
-        else:
-            yield from ((name, axis.low), (name, axis.high))
 
 
 def _listed(choice: Any) -> list[Any]:

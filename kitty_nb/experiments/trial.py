@@ -8,14 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from kitty_nb.experiments.run_record import RunRecord
 from kitty_nb.isolated_server import LoadSeconds  # noqa: TC001 (pydantic reads the types)
 
 if TYPE_CHECKING:
-    from kitty_nb.experiments.run_record import RunRecord
     from kitty_nb.isolated_server import LoadProgress
 
 Value = bool | int | float | str | tuple[str, ...] | None
@@ -205,8 +204,7 @@ class TrialResult:
         Raises:
             RunRecordError: A later version of kitty_nb has written it.
         """
-        run_record = import_module("kitty_nb.experiments.run_record")
-        return run_record.RunRecord.parse(self.document) if self.document else None
+        return RunRecord.parse(self.document) if self.document else None
 
 
 @dataclass(frozen=True, slots=True)

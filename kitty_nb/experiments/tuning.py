@@ -22,10 +22,10 @@ from kitty_nb.experiments.metrics import (
     partial_metrics,
     read_objective,
 )
+from kitty_nb.experiments.results import Combination, Results, extra
 from kitty_nb.experiments.run_trial import fingerprints_here, row_of, this_machine
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import BATCHES, fill_batches
-from kitty_nb.experiments.study import Search, read_space, samples
 from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
 from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
 from kitty_nb.isolated_server import this_host
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     import optuna
 
-    from kitty_nb.experiments.results import Combination, Results
+    from kitty_nb.experiments.study import Search
     from kitty_nb.experiments.trial import Execute, SweepEvent, Trial
     from kitty_nb.experiments.workload import Perplexity, Quality
     from kitty_nb.manager import Operation
@@ -153,6 +153,9 @@ def tune(
         ConfigError: Listing every name and value that is wrong.
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
+    extra("optuna")
+    from kitty_nb.experiments.study import Search, read_space  # noqa: PLC0415 (of an extra)
+
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
@@ -161,18 +164,17 @@ def tune(
         raise ExperimentError(f"budget is {budget}, so nothing would be tried. Write 1 or more.")
     names = metric_names(workload.levels)
     bounds = constraints_of(constraints)
-    name, choices = read_space(model, config, space, bounds, names)
     aim = read_objective(objective, names)
-    batches = [name for name in choices if name in BATCHES]
-    tried = [*product(*(tuple(samples({name: choices[name]})) for name in batches))]
-    workload, useless = fill_batches(workload, tried, config, aim.name)
+    search = Search(*read_space(model, config, space, bounds, names), aim, bounds, config, seed)
+    batches = [search.samples(name) for name in search.space if name in BATCHES]
+    workload, useless = fill_batches(workload, [*product(*batches)], config, aim.name)
     run = _Tuning(
         config=config,
         workload=workload,
         store=store,
         logs=logs,
         warnings=(*warnings, *useless),
-        search=Search(name, choices, aim, bounds, config, seed),
+        search=search,
         budget=budget,
         seconds=seconds,
     )
@@ -203,7 +205,7 @@ class _Tuning(TrialRunner):
 
     async def _run(self) -> None:
         model = self._search.model
-        await self._check_flags([tuple(samples(self._search.space))])
+        await self._check_flags(map(self._search.samples, self._search.space))
         await anyio.to_thread.run_sync(
             partial(fingerprints_here, [model], self.config, must_exist=True)
         )
