@@ -35,9 +35,8 @@ from kitty_nb.catalog.memory import Memory, MemoryPool
 from kitty_nb.supervisor import forecast
 from kitty_nb.supervisor.events import LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
-from kitty_nb.widgets.display import receive_while_busy
-from kitty_nb.widgets.load_bar import LINES_KEPT, describe, duration
-from kitty_nb.widgets.server_buttons import Choices, choices
+from kitty_nb.widgets.display import duration, receive_while_busy
+from kitty_nb.widgets.server_view import LINES_KEPT, Choices, choices, describe_load
 
 
 @pytest.fixture
@@ -142,7 +141,7 @@ def test_code_names_the_panel_as_the_notebook_does(
 ) -> None:
     cells: dict[str, object] = {"_": panel, "_3": panel, "other": object()}
     shell = SimpleNamespace(user_ns=cells)
-    monkeypatch.setattr("kitty_nb.widgets.server_buttons.get_ipython", lambda: shell)
+    monkeypatch.setattr("kitty_nb.widgets.server_view.get_ipython", lambda: shell)
     panel.buttons.start.click()
     wait_for(panel, "READY")
     eventually(lambda: "print(_3.manager.chat(" in panel.snippet.value)
@@ -803,7 +802,7 @@ def test_a_page_that_opens_later_gets_the_log(
         (ServerStatus.READY, False, True, Choices(False, True, False, True)),
         (ServerStatus.STOPPING, True, True, Choices(False, False, False, False)),
         (ServerStatus.CRASHED, True, False, Choices(True, False, False, False)),
-        (ServerStatus.RESTARTING, True, False, Choices(True, True, False, False, cancel=True)),
+        (ServerStatus.RESTARTING, True, False, Choices(True, True, False, False)),
     ],
 )
 def test_buttons_are_enabled_where_they_make_sense(
@@ -828,11 +827,11 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 
 
 def test_the_line_beside_the_bar() -> None:
-    assert describe(LoadProgress(Stage.LOADING, 0.431, 12.0, 16.2)) == (
+    assert describe_load(LoadProgress(Stage.LOADING, 0.431, 12.0, 16.2)) == (
         "loading weights · 43 % · 12 s · about 16 s left"
     )
-    assert describe(LoadProgress(Stage.STARTING, 0.0, 0.0)) == "starting · 0 % · 0.0 s"
-    assert describe(LoadProgress(Stage.READY, 1.0, 31.4, 0.0)) == "ready · loaded in 31 s"
+    assert describe_load(LoadProgress(Stage.STARTING, 0.0, 0.0)) == "starting · 0 % · 0.0 s"
+    assert describe_load(LoadProgress(Stage.READY, 1.0, 31.4, 0.0)) == "ready · loaded in 31 s"
 
 
 def test_messages_stay_on_the_subshell_where_the_kernel_offers_it() -> None:

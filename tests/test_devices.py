@@ -29,7 +29,7 @@ from kitty_nb.experiments.study import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.free_memory import memory_use, with_devices
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
-from kitty_nb.widgets.load_bar import StatusLine
+from kitty_nb.widgets.server_view import StatusLine
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ from conftest import eventually
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import Allocation, MemoryPool, MemoryPreview, Requirement, Verdict
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.settings_form import MemoryLine, describe
+from kitty_nb.widgets.settings_form import MemoryLine, memory_sentence
 
 GB = 10**9
 
@@ -67,13 +67,13 @@ def part(
     ids=["fits", "tight", "will not fit", "unknown cache", "gpu", "problem"],
 )
 def test_a_preview_is_one_sentence(preview: MemoryPreview, sentence: str) -> None:
-    assert describe(preview) == sentence
+    assert memory_sentence(preview) == sentence
 
 
 @pytest.mark.parametrize(("count", "text"), [(0.9994, "999 MB"), (0.9996, "1.0 GB")])
 def test_sizes_change_unit_without_a_gap(count: float, text: str) -> None:
     shown = MemoryPreview((part(weights=count, cache=0, compute=0),), 1, None)
-    assert f"weights {text}" in describe(shown)
+    assert f"weights {text}" in memory_sentence(shown)
 
 
 class Wanted:

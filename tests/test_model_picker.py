@@ -20,7 +20,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import model_picker
-from kitty_nb.widgets.model_browser import describe, group_rows
+from kitty_nb.widgets.model_picker import group_rows, model_facts
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_row_that_is_clicked_is_chosen(page: Page, panel: ControlPanel) -> Non
 def test_each_row_tells_whether_it_fits(page: Page, panel: ControlPanel) -> None:
     eventually(lambda: set(page.last("fits").get("fits", {}).values()) == {"fits"})
     panel.settings.fields["context_size"].value = "2000000000"
-    eventually(lambda: set(page.last("fits")["fits"].values()) == {"too big"})
+    eventually(lambda: set(page.last("fits")["fits"].values()) == {"will not fit"})
 
 
 def test_a_favourite_is_remembered(page: Page, panel: ControlPanel, env: Path) -> None:
@@ -305,13 +305,13 @@ def test_rows_come_by_family_favourites_and_last_used_first() -> None:
 def test_details_tell_what_the_header_says(tmp_path: Path) -> None:
     write_model(tmp_path / "m.gguf", layers=2, heads=4, vocabulary=400, context=8192)
     (found,) = ModelCatalog(tmp_path).scan()
-    facts = dict(describe(found))
+    facts = model_facts(found)
     assert facts["Layers"] == "2"
     assert facts["Vocabulary"] == "400 tokens"
     assert facts["Trained context"] == "8,192 tokens"
     assert facts["File"] == str(tmp_path / "m.gguf")
     assert all(facts.values())
     shards = model("/m/x-00001-of-00003.gguf", missing=("x-00002-of-00003.gguf",), shard_count=3)
-    facts = dict(describe(shards))
+    facts = model_facts(shards)
     assert facts["Shards"] == "3 files, to x-00003-of-00003.gguf"
     assert facts["Missing"] == "x-00002-of-00003.gguf"

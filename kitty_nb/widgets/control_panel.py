@@ -16,21 +16,25 @@ from kitty_nb.supervisor.events import (
     Activity,
     Event,
     LogLines,
-    ProgressMade,
     RouterLoad,
     ServerState,
     ServerStatus,
     StateChanged,
 )
 from kitty_nb.widgets import session
-from kitty_nb.widgets.actions import ActionRunner
-from kitty_nb.widgets.display import Accessible, Notice, receive_while_busy, still, tree
+from kitty_nb.widgets.display import Accessible, LiveView, Notice, receive_while_busy, still, tree
 from kitty_nb.widgets.download_form import DownloadForm
-from kitty_nb.widgets.live import LiveView
-from kitty_nb.widgets.load_bar import ActivityLog, LoadBar, ServerLog, StatusLine
-from kitty_nb.widgets.model_browser import ModelBrowser
-from kitty_nb.widgets.model_picker import ModelPicker
-from kitty_nb.widgets.server_buttons import ServerButtons, Snippet, WebPage, choices
+from kitty_nb.widgets.model_picker import ModelBrowser, ModelPicker
+from kitty_nb.widgets.server_view import (
+    ActivityLog,
+    LoadBar,
+    ServerButtons,
+    ServerLog,
+    Snippet,
+    StatusLine,
+    WebPage,
+    choices,
+)
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
 if TYPE_CHECKING:
@@ -80,19 +84,12 @@ class ControlPanel(VBox):
             self._env = manager.env or env
             self._config = self._given = manager.state.config
             self._profile = self._config.profile
-        self.manager = manager
-        self._progress = manager.progress
+        self.manager, state = manager, manager.state
         self._router_load: RouterLoad | None = None
-        self._status = manager.state.status
-        self._activities: list[Activity] = []
-        self._log_lines: list[str] = []
-        self._log_begins = False
+        self._status = state.status
         self._view = LiveView(self._subscribe, self._draw, self._show_error, self._next_second)
-        self._make_parts(earlier)
-        if earlier and earlier.manager is manager:
-            self._activities.extend(earlier.activity_log.activities)
+        self._make_parts(earlier if earlier and earlier.manager is manager else None)
         self._scan()
-        state = manager.state
         if not state.status.absent and state.external is None:  # started here or elsewhere
             self._follow(manager.state.config)
         self._view.start(manager.run)
@@ -101,12 +98,13 @@ class ControlPanel(VBox):
             earlier.close()
 
     def _make_parts(self, earlier: ControlPanel | None) -> None:
+        """Make the widgets; an earlier panel on this manager hands over what it has."""
         manager = self.manager
         self.status_line = StatusLine()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.download = (
             earlier._hand_over(self)
-            if earlier and earlier.manager is manager
+            if earlier
             else DownloadForm(manager, self._models_dir, self.picker.choose)
         )
         self.settings = SettingsForm(self._config, self._choose)
@@ -117,31 +115,21 @@ class ControlPanel(VBox):
         self.notice = Notice()
         self.snippet = Snippet(self)
         self.web_page = WebPage(manager.reveal_api_key)
-        self.activity_log = ActivityLog()
+        self.activity_log: ActivityLog = ActivityLog(
+            earlier.activity_log.activities if earlier else ()
+        )
         self.server_log = ServerLog(self._view.wake)
+        name = Accessible(f"kitty_nb control panel of the profile {self._profile}")
+        models = (self.picker, self.browser, self.download, self.settings, self.memory)
+        server = (self.buttons, self.load_bar, self.notice, self.snippet, self.web_page)
         super().__init__(
-            [
-                self.status_line,
-                self.picker,
-                self.browser,
-                self.download,
-                self.settings,
-                self.memory,
-                self.buttons,
-                self.load_bar,
-                self.notice,
-                self.snippet,
-                self.web_page,
-                self.activity_log,
-                self.server_log,
-                Accessible(f"kitty_nb control panel of the profile {self._profile}"),
-            ]
+            [self.status_line, *models, *server, self.activity_log, self.server_log, name]
         )
         self.add_class("kitty-panel")
         self._answer_clicks()
 
     def _answer_clicks(self) -> None:
-        actions = ActionRunner(self.manager.run, self._show_problem)
+        actions = session.ActionRunner(self.manager.run, self._show_problem)
         start, restart = self.manager.start, self.manager.restart
         self.buttons.start.on_click(lambda _: actions.start(start, self._wanted))
         self.buttons.use_port.on_click(lambda _: actions.start(start, self._on_free_port))
@@ -295,34 +283,31 @@ class ControlPanel(VBox):
         self.notice.show(message)
 
     def _say(self, message: str) -> None:
-        self._activities.append(Activity.now(message))
+        self.activity_log.append(Activity.now(message))
 
     def _subscribe(self) -> Callable[[], None]:
-        self._log_lines.extend(self.manager.log_lines)
+        self.server_log.append(self.manager.log_lines)
         return self.manager.subscribe(self._collect)
 
     def _collect(self, event: Event) -> None:
         match event:
             case StateChanged(state) if state.status is not self._status:
                 self._note_status(state)
-            case ProgressMade(progress):
-                self._progress = progress
             case RouterLoad(model, progress):
                 shown = self._router_load and self._router_load.model
                 if progress or shown == model:  # another one may go to make room for it
                     self._router_load = event
             case Activity():
-                self._activities.append(event)
+                self.activity_log.append(event)
             case LogLines(lines):
-                self._log_lines.extend(lines)
+                self.server_log.append(lines)
         self._view.wake()
 
     def _note_status(self, state: ServerState) -> None:
         self._status = state.status
         self.browser.note_change()
         if state.status is ServerStatus.STARTING:
-            self._log_lines.clear()
-            self._log_begins = True
+            self.server_log.clear()
             self._router_load = None
             if state.external is None:
                 self._view.before_drawing(partial(self._follow, state.config))
@@ -346,26 +331,20 @@ class ControlPanel(VBox):
             else model.path != state.config.model
         )
         startable = model is not None and model.startable
-        self.buttons.show(choices(state, startable=startable, differs=differs))
+        self.buttons.show(state, choices(state, startable=startable, differs=differs))
         self.snippet.show(state)
-        self.web_page.show(state, self.manager.reveal_api_key() is not None)
+        self.web_page.show(state)
         if state.external:
             self.load_bar.show_router(self._router_load)
         else:
-            self.load_bar.show(state.status, self._progress)
+            self.load_bar.show(state.status, self.manager.progress)
         self.notice.show(
             self._problem
             or (state.error and f"{state.error}{_what_to_press(state)}")
             or (model and (model.problem or model.doubt))
             or self._hints
         )
-        told, self._activities = self._activities, []  # clicks tell something at any time
-        self.activity_log.show(told)
-        if self._log_begins:
-            self._log_begins = False
-            self.server_log.clear()
-        self.server_log.append(self._log_lines)
-        self._log_lines.clear()
+        self.activity_log.flush()
         self.server_log.flush()
         # Last: whoever waits for a state finds all that belongs to it.
         self.status_line.show(state)

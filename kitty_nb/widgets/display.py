@@ -1,19 +1,23 @@
-"""Assets, labels, notices and snapshots that all widgets share."""
+"""Lines, labels, snapshots and the drawing loop that all widgets share."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import anyio
+import anyio.to_thread
 import traitlets
 from anywidget import AnyWidget
-from ipywidgets import HTML, DOMWidget, Widget
+from ipywidgets import HTML, DOMWidget, HBox, IntProgress, Widget
 
 from kitty_nb.errors import KittyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
 
 _HERE = Path(__file__).parent
@@ -28,18 +32,49 @@ def asset(*names: str) -> str:
     return "".join((_HERE / name).read_text(encoding="utf-8") for name in names)
 
 
-class Notice(HTML):
+class Line(HTML):
+    """A piece of HTML; hidden while it is empty.
+
+    Args:
+        css_class: Its class for the style sheet.
+    """
+
+    def __init__(self, css_class: str) -> None:
+        super().__init__()
+        self.add_class(css_class)
+        self.write("")
+
+    def write(self, html: str) -> None:
+        """Show some HTML, or hide."""
+        self.value = html
+        show_if(self, bool(html))
+
+
+class Notice(Line):
     """A message in plain words; hidden while there is none."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_class("kitty-notice")
-        self.show(None)
+        super().__init__("kitty-notice")
 
     def show(self, message: str | None) -> None:
         """Show a message, or hide."""
-        self.value = escape(message or "").replace("\n", "<br>")
-        show_if(self, bool(message))
+        self.write(escape(message or "").replace("\n", "<br>"))
+
+
+class Meter(HBox):
+    """A progress bar with a text beside it.
+
+    Args:
+        css_class: Its class for the style sheet.
+    """
+
+    STEPS = 1000  # finer than percent, so that a long load is seen to move
+
+    def __init__(self, css_class: str) -> None:
+        self.bar = IntProgress(min=0, max=self.STEPS).add_class("kitty-bar")
+        self.text = HTML().add_class("kitty-bar-text")
+        super().__init__([self.bar, self.text])
+        self.add_class(css_class)
 
 
 def show_if(widget: DOMWidget, shown: bool) -> None:
@@ -54,12 +89,23 @@ def explain(error: BaseException) -> str:
     return f"Internal error in kitty_nb: {error!r}. Please report this."
 
 
+def duration(seconds: float) -> str:
+    """Say a time span as a person does: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 05 min`."""
+    if seconds < 9.95:  # noqa: PLR2004 (what rounds to 10 has no decimal)
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
 def still(name: str, facts: Sequence[str], table: str = "") -> str:
     """Draw a snapshot of a panel as plain HTML, without scripts and styles.
 
     Args:
         name: The panel's name.
-        facts: What the first line says.
+        facts: The words of the first line.
         table: HTML to show below.
     """
     line = " · ".join(escape(fact) for fact in facts if fact)
@@ -74,6 +120,15 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     return f"<table><thead><tr>{line('th', headings)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def labelled(text: str, tip: str) -> dict[str, Any]:
+    """Return the keywords that give a field a label with a tooltip.
+
+    ipywidgets shows the tooltip of a field only where the field has no label.
+    """
+    label = f"<span title='{escape(tip)}'>{escape(text)}</span>"
+    return {"description": label, "description_allow_html": True}
 
 
 def receive_while_busy(widgets: Iterable[Widget]) -> None:
@@ -113,10 +168,93 @@ class Accessible(AnyWidget):
         self.add_class("kitty-accessible")
 
 
-def labelled(text: str, tip: str) -> dict[str, Any]:
-    """Return the keywords that give a field a label with a tooltip.
+# Seconds. A drawing sends at most six messages; 20 a second for a whole panel stays far below
+# what jupyter_server lets through.
+_DRAW_EVERY = 0.25
 
-    ipywidgets shows the tooltip of a field only where the field has no label.
+
+class Task(Protocol):
+    """Something under way on another thread's event loop."""
+
+    def cancel(self) -> object:
+        """End it."""
+
+
+class LiveView:
+    """A drawing loop, from `start` until `stop` or until its event loop ends.
+
+    It draws soon after a change and rarely more often. All of its arguments are called on that
+    event loop.
+
+    Args:
+        subscribe: Subscribes to what changes; returns how to unsubscribe.
+        draw: Writes the widgets.
+        show_error: Shows a sentence: drawing has failed, and ends.
+        tick: Returns the seconds until something changes by itself, such as a clock.
+        pause: The least number of seconds between two drawings.
     """
-    label = f"<span title='{escape(tip)}'>{escape(text)}</span>"
-    return {"description": label, "description_allow_html": True}
+
+    def __init__(
+        self,
+        subscribe: Callable[[], Callable[[], object]],
+        draw: Callable[[], object],
+        show_error: Callable[[str], object],
+        tick: Callable[[], float],
+        pause: float = _DRAW_EVERY,
+    ) -> None:
+        self._subscribe, self._draw = subscribe, draw
+        self._show_error, self._tick, self._pause = show_error, tick, pause
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: Task | None = None
+
+    def start(self, run: Callable[[Callable[[], Coroutine[Any, Any, None]]], Task]) -> None:
+        """Begin to draw, on the loop where `run` runs a coroutine function."""
+        self._task = run(self._run)
+
+    @property
+    def drawing(self) -> bool:
+        """True if it has been started, and its loop has not ended."""
+        return self._task is not None
+
+    def wake(self) -> None:
+        """Draw soon; callable from any thread."""
+        if self._loop:
+            try:
+                self._loop.call_soon_threadsafe(self._changed.set)
+            except RuntimeError:  # the loop is closed, so nobody else draws
+                self._draw()
+
+    def before_drawing(self, job: Callable[[], object]) -> None:
+        """Call something in a worker thread once, then draw; callable from any thread."""
+        if job not in self._jobs:
+            self._jobs.append(job)
+        self.wake()
+
+    def stop(self) -> None:
+        """Draw no more: the widgets are about to be closed."""
+        task, self._task = self._task, None
+        if task:
+            task.cancel()
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        unsubscribe = self._subscribe()
+        try:
+            while True:
+                self._changed.clear()
+                while self._jobs:
+                    await anyio.to_thread.run_sync(self._jobs.popleft())
+                self._draw()
+                await anyio.sleep(self._pause)
+                with anyio.move_on_after(self._tick()):
+                    await self._changed.wait()
+        except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
+            self._task = None
+            self._show_error(explain(error))
+        finally:
+            unsubscribe()
+            if self._task:
+                self._task = None
+                self._draw()  # the loop ends, and the widgets stay

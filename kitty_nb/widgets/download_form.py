@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 from anyio import CancelScope
 from anyio.to_thread import run_sync
-from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, IntProgress, Text, VBox
+from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, Text, VBox
 from rich.filesize import decimal
 from rich.progress import Progress
 
 from kitty_nb.errors import KittyError
 from kitty_nb.hub.download import Download
 from kitty_nb.hub.repository import HubReference, find_repository
-from kitty_nb.widgets.display import Notice, explain, labelled
-from kitty_nb.widgets.load_bar import duration
+from kitty_nb.widgets.display import Meter, Notice, duration, explain, labelled, show_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kitty_nb.manager import ModelManager, Operation
-
-_STEPS = 1000
 
 
 class DownloadForm(Accordion):
@@ -69,10 +66,9 @@ class DownloadForm(Accordion):
             disabled=True,
         )
         self.files = HTML().add_class("kitty-files")
-        self.bar = IntProgress(min=0, max=_STEPS).add_class("kitty-bar")
-        self.text = HTML().add_class("kitty-bar-text")
-        self.progress = HBox([self.bar, self.text]).add_class("kitty-fetch")
-        self.progress.layout.display = "none"
+        self.progress = Meter("kitty-fetch")
+        self.bar, self.text = self.progress.bar, self.progress.text
+        show_if(self.progress, False)
         self.notice = Notice()
         where = HBox([self.repository, self.show_files]).add_class("kitty-form-row")
         what = HBox([self.choice, self.download, self.cancel]).add_class("kitty-form-row")
@@ -167,7 +163,7 @@ class DownloadForm(Accordion):
             if rate := meter.tasks[0].speed:
                 left = duration((size - done) / rate)
                 parts += [f"{decimal(int(rate))}/s", f"about {left} left"]
-            self.bar.value = _STEPS * done // max(size, 1)
+            self.bar.value = Meter.STEPS * done // max(size, 1)
             self.text.value = " · ".join(parts)
 
         self._set_busy(True)
@@ -181,7 +177,7 @@ class DownloadForm(Accordion):
             self._set_busy(False)
             with CancelScope(shield=True):
                 await self._describe(download)
-        self.bar.value, self.bar.bar_style = _STEPS, "success"
+        self.bar.value, self.bar.bar_style = Meter.STEPS, "success"
         self.text.value = f"complete · {decimal(size)}"
         await run_sync(self._on_done, model)
 
@@ -189,4 +185,5 @@ class DownloadForm(Accordion):
         self.choice.disabled = self.download.disabled = self.show_files.disabled = busy
         self.cancel.disabled = not busy
         if busy:
-            self.progress.layout.display, self.bar.bar_style = None, ""
+            self.bar.bar_style = ""
+            show_if(self.progress, True)

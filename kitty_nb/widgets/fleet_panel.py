@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,11 +19,8 @@ from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets import session
-from kitty_nb.widgets.actions import ActionRunner
-from kitty_nb.widgets.display import asset, receive_while_busy, still, table
-from kitty_nb.widgets.live import LiveView
-from kitty_nb.widgets.load_bar import TONES, describe, duration
-from kitty_nb.widgets.server_buttons import choices
+from kitty_nb.widgets.display import LiveView, asset, receive_while_busy, still, table
+from kitty_nb.widgets.server_view import TONES, choices, describe_load, unanswered, vitals
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -36,7 +31,6 @@ if TYPE_CHECKING:
 
 
 _UNKNOWN = "\N{EN DASH}"
-_MOVING = {ServerStatus.STARTING, ServerStatus.LOADING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +54,9 @@ class Profile:
     startable: bool = True
 
     @property
-    def port(self) -> int:
-        """The port of its server, running or not."""
-        return (self.config if self.state.status.idle else self.state.config).port
+    def served(self) -> ServerConfig:
+        """The settings of its server, running or not."""
+        return self.config if self.state.status.idle else self.state.config
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,39 +98,25 @@ def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
 
 
 def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
-    state, config = profile.state, profile.config
+    state, served = profile.state, profile.served
     can = choices(state, startable=profile.startable and not held, differs=False)
-    model = (config if state.status.idle else state.config).model
-    moving = profile.progress if state.status in _MOVING else None
+    loading = state.status in {ServerStatus.STARTING, ServerStatus.LOADING}
+    load = profile.progress if loading else None
+    facts = [describe_load(load)] if load else [*vitals(state), unanswered(state)]
     return FleetRow(
-        profile=config.profile,
+        profile=profile.config.profile,
         status=state.status,
-        tone=TONES.get(state.status, "idle"),
-        detail=_detail(state, moving),
-        fraction=moving.fraction if moving else None,
-        model=model.name if model else _UNKNOWN,
-        port=profile.port,
+        tone=TONES[state.status],
+        detail=" · ".join(filter(None, facts)),
+        fraction=load.fraction if load else None,
+        model=served.model.name if served.model else _UNKNOWN,
+        port=served.port,
         memory=_memory(profile.memory, state.devices) if state.pid else _UNKNOWN,
         pace=_pace(state),
         problem="\n".join(filter(None, (profile.problem or state.error, clash))),
         start=can.start,
         stop=can.stop,
     )
-
-
-def _detail(state: ServerState, progress: LoadProgress | None) -> str:
-    if progress:
-        return describe(progress)
-    if state.retry_in is not None:
-        return f"starting again in {ceil(state.retry_in)} s"
-    if state.uptime is None:
-        return ""
-    health = state.last_health_check
-    if health and health.status is not ServerStatus.READY:
-        return health.message
-    asleep = " · asleep" if health and health.asleep else ""
-    up = duration(state.uptime) if state.uptime >= 10 else f"{state.uptime:.0f} s"  # noqa: PLR2004
-    return f"up {up}{asleep}"
 
 
 def _memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
@@ -162,17 +142,17 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
 
     Of those that wait for a port, the first in the list may have it, so nothing is said there.
     """
-    rivals = [p for p in profiles if p.port == profile.port and p is not profile]
-    holder = next((p for p in rivals if not p.state.status.idle), None)
-    first = next(p for p in profiles if p.port == profile.port)
-    if not rivals or not profile.state.status.idle or (first is profile and not holder):
+    port = profile.served.port
+    takers = [one for one in profiles if one.served.port == port]
+    holder = next((p for p in takers if p is not profile and not p.state.status.idle), None)
+    rival = holder or takers[0]
+    if rival is profile or not profile.state.status.idle:
         return "", False
-    rival = (holder or first).config.profile
-    free = max(p.port for p in profiles) + 1
+    free = max(one.served.port for one in profiles) + 1
     key = f"LLAMACPP_{profile.config.profile.upper()}_PORT"
     return (
-        f"Port {profile.port} is also set for {rival}, so only one of them can run. Set {key} to"
-        f" another port, such as {free}, and press Rescan.",
+        f"Port {port} is also set for {rival.config.profile}, so only one of them can run. Set"
+        f" {key} to another port, such as {free}, and press Rescan.",
         holder is not None,
     )
 
@@ -204,11 +184,11 @@ class FleetPanel(AnyWidget):
 
     def __init__(self, env: str | Path = ".env") -> None:
         self._env = env
+        self._members: dict[str, _Member] = {}
         with ExitStack() as stack:
             stack.callback(session.release, self)
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
-            self._members = self._read({})
-            self._problem = self._warnings()
+            self._read()
             super().__init__(rows=self._describe())
             # At once: a drawing is one message at most, whatever has changed.
             self._view = LiveView(lambda: lambda: None, self._draw, self._show_error, lambda: 0.0)
@@ -266,8 +246,7 @@ class FleetPanel(AnyWidget):
     def rescan(self) -> None:
         """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
         try:
-            self._members = self._read(self._members)
-            self._problem = self._warnings()
+            self._read()
         except ConfigError as error:
             self._problem = str(error)
 
@@ -287,19 +266,18 @@ class FleetPanel(AnyWidget):
             )
         return self._members[profile]
 
-    def _read(self, known: dict[str, _Member]) -> dict[str, _Member]:
+    def _read(self) -> None:
+        named, known = configured_profiles(self._env), self._members
         running = [name for name, m in known.items() if not m.watched.state.status.idle]
         members = {}
-        for name in dict.fromkeys([*configured_profiles(self._env), *running]):
+        for name in dict.fromkeys([*named, *running]):
             members[name] = known.get(name) or _Member(self._env, name, self, self._portal)
             members[name].read()
-        return members
-
-    def _warnings(self) -> str:
-        return "\n".join(env_warnings(self._env, *configured_profiles(self._env)))
+        self._members = members
+        self._problem = "\n".join(env_warnings(self._env, *named))
 
     def _look(self) -> list[FleetRow]:
-        return fleet_rows([member.look() for member in [*self._members.values()]])
+        return fleet_rows([member.look() for member in self._members.values()])
 
     def _describe(self) -> list[dict[str, object]]:
         return [asdict(row) for row in self._look()]
@@ -314,8 +292,9 @@ class FleetPanel(AnyWidget):
 
     async def _measure_forever(self) -> None:
         while True:
-            for member in [*self._members.values()]:
-                await member.measure()
+            async with anyio.create_task_group() as measuring:
+                for member in self._members.values():
+                    measuring.start_soon(member.measure)
             await anyio.sleep(_MEASURE_EVERY)
 
     def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
@@ -342,7 +321,7 @@ class _Member:
         self._memory: MemoryUse | None = None
         self._status = ServerStatus.STOPPED
         self._failure: str | None = None
-        self._actions = ActionRunner(portal.start_task_soon, self._show_failure)
+        self._actions = session.ActionRunner(portal.start_task_soon, self._show_failure)
         self._last = self.manager
 
     @property
@@ -382,8 +361,7 @@ class _Member:
         """Begin a start with the settings as they are in the file now."""
         manager = self.manager
         self._actions.start(
-            manager.start,
-            lambda: session.config_to_start(self._env, self._profile) or manager.state.config,
+            manager.start, lambda: session.config_to_start(manager, self._env, self._profile)
         )
 
     def stop(self) -> None:
@@ -392,15 +370,13 @@ class _Member:
 
     async def measure(self) -> None:
         """Measure the memory that its server holds."""
+        memory = None
         try:
-            self._memory = await self.watched.memory_use()
-        except KittyError:  # closed
-            self._memory = None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            self._memory = None  # closed while it was measuring
+            memory = await self.watched.memory_use()
+        except KittyError:  # its manager is closed
+            pass
+        finally:  # also where that is closed meanwhile, which cancels this
+            self._memory = memory
 
     def _show_failure(self, failure: str | None) -> None:
         self._failure = failure

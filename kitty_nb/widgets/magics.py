@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+import shlex
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
-from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+from IPython.core.magic_arguments import argument, magic_arguments
 
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError, printable
 from kitty_nb.widgets import session
-from kitty_nb.widgets.actions import ConfirmOnce
-from kitty_nb.widgets.load_bar import describe
+from kitty_nb.widgets.server_view import describe_load
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Callable
 
     from IPython.core.interactiveshell import InteractiveShell
@@ -39,7 +39,7 @@ class KittyMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self._confirm = ConfirmOnce("Run this again to start anyway.")
+        self._confirm = session.ConfirmOnce("Run this again to start anyway.")
 
     @magic_arguments()
     @argument(
@@ -67,14 +67,15 @@ class KittyMagics(Magics):
         """Start, stop or look at a profile's server."""
         given = _given(self.kitty, line)
         manager = session.acquire(given.env, given.profile, self)
+        profile = manager, given.env, given.profile
         if given.verb in {"start", "restart", "status"}:
             for warning in env_warnings(given.env, given.profile):
                 _say(warning)
         match given.verb:
             case "start":
-                self._load(manager.start, _config(manager, given))
+                self._load(manager.start, session.config_to_start(*profile))
             case "restart":
-                self._load(manager.restart, _config(manager, given))
+                self._load(manager.restart, session.config_to_start(*profile))
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
@@ -126,7 +127,7 @@ class KittyMagics(Magics):
 
             def show() -> None:
                 if operation.progress:
-                    line.show(describe(operation.progress))
+                    line.show(describe_load(operation.progress))
 
             try:
                 line.show(_follow(operation, show).sentence)
@@ -156,10 +157,6 @@ def unload(shell: InteractiveShell) -> None:
         manager.magics[kind].pop(name, None)
     if magics := manager.registry.pop(KittyMagics.__name__, None):
         session.release(magics)
-
-
-def _config(manager: ModelManager, given: Namespace) -> ServerConfig:
-    return session.config_to_start(given.env, given.profile) or manager.state.config
 
 
 class _ChangingLine:
@@ -208,13 +205,12 @@ def _print_pieces(pieces: SimpleQueue[Piece]) -> None:
         print(text, end="", flush=True)
 
 
-def _given(magic: Callable[..., None], line: str) -> Namespace:
-    """Arguments as they are meant: IPython leaves the quotes around them on."""
-    given = vars(parse_argstring(magic, line))
-    return Namespace(
-        **{name: _unquoted(word) if isinstance(word, str) else word for name, word in given.items()}
-    )
-
-
-def _unquoted(words: str) -> str:
-    return words[1:-1] if len(words) > 1 and words[0] == words[-1] and words[0] in "\"'" else words
+def _given(magic: Any, line: str) -> Namespace:
+    """Parse a magic's line as a shell would: IPython leaves the quotes around words on."""
+    try:
+        given: Namespace = magic.parser.parse_args(shlex.split(line))
+    except ValueError as error:
+        raise KittyError(
+            f"Can't read the line: {error}. Close the quotes, or remove them."
+        ) from None
+    return given

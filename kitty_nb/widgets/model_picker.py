@@ -1,4 +1,4 @@
-"""The model dropdown and the scan that fills it."""
+"""The models to choose from: the dropdown, the scan that fills it, the table and the details."""
 
 from __future__ import annotations
 
@@ -6,60 +6,39 @@ import threading
 import time
 from collections import Counter
 from contextlib import aclosing, suppress
+from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import anyio
+import anyio.to_thread
+from anywidget import AnyWidget
 from ipywidgets import HTML, Button, Dropdown, HBox, VBox
+from rich.filesize import decimal
 
-from kitty_nb.catalog.catalog import ModelCatalog
+from kitty_nb.catalog.catalog import ModelCatalog, families
+from kitty_nb.catalog.memory import Verdict
+from kitty_nb.catalog.model import ModelNote, shard_paths
+from kitty_nb.catalog.stores import StoreKind, model_stores
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.display import explain, labelled
+from kitty_nb.widgets.display import Line, asset, duration, explain, labelled, show_if
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from kitty_nb.catalog.catalog import ScanStep
     from kitty_nb.catalog.model import Model
     from kitty_nb.catalog.stores import Store
+    from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager, Operation
-
-
-class ScanLine(HTML):
-    """A thin bar and a few words; hidden unless models are being read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_class("kitty-scan")
-        self.hide()
-
-    def show(self, step: ScanStep) -> None:
-        """Show a step, or hide after the last."""
-        if step.done >= step.total:
-            self.hide()
-            return
-        percent = 100 * step.done / step.total
-        self.value = (
-            f"<div class='kitty-scan-bar'><div style='width:{percent:.1f}%'></div></div>"
-            f"Reading models: {step.done:,} of {step.total:,}"
-        )
-        self.layout.display = None
-
-    def say(self, message: str) -> None:
-        """Show a sentence instead."""
-        self.value = message
-        self.layout.display = None
-
-    def hide(self) -> None:
-        """Show nothing."""
-        self.value = ""
-        self.layout.display = "none"
+    from kitty_nb.widgets.settings_form import SettingsForm
 
 
 class ModelDropdown(Dropdown):
-    """Lists models by their labels; its value is the chosen one's path.
+    """A list of models by their labels; its value is the chosen one's path.
 
     Two threads write it: people choose, and the list changes. They take turns.
 
@@ -76,16 +55,15 @@ class ModelDropdown(Dropdown):
     def __init__(self, on_choice: Callable[[], object]) -> None:
         self.turn = threading.RLock()
         self._filling = False
-        self._on_choice = on_choice
         super().__init__(**labelled("Model", "Models in the models folder and elsewhere"))
         self.add_class("kitty-model")
-        self.observe(lambda _change: self._filling or self._on_choice(), names="value")
+        self.observe(lambda _change: self._filling or on_choice(), names="value")
 
     def fill(self, models: Sequence[Model], chosen: Path | None) -> None:
         """List other models, as one message to the page.
 
         Args:
-            models: What to list.
+            models: The models to list.
             chosen: The one to choose; one of them, or None.
         """
         seen = Counter(model.label for model in models)
@@ -154,9 +132,8 @@ class ModelPicker(VBox):
             icon="refresh",
             tooltip="Reload the .env file and look for models",
         )
-        self.scan_line = ScanLine()
-        row = HBox([self.dropdown, self.rescan])
-        row.add_class("kitty-picker")
+        self.scan_line = Line("kitty-scan")
+        row = HBox([self.dropdown, self.rescan]).add_class("kitty-picker")
         super().__init__([row, self.scan_line])
         self.add_class("kitty-models")
 
@@ -181,8 +158,7 @@ class ModelPicker(VBox):
             preferred: Choose this one, where nobody has chosen another; it may be elsewhere.
         """
         self.stop()
-        earlier = _watching.get(self._manager)
-        if earlier is not None and earlier is not self:
+        if earlier := _watching.get(self._manager):
             earlier.stop()  # another panel on this manager; each watch keeps a thread
         _watching[self._manager] = self
         with self.dropdown.turn:
@@ -203,7 +179,7 @@ class ModelPicker(VBox):
         with self.dropdown.turn:
             if path not in self._models and self._catalog and path.exists():
                 fresh = self._catalog.describe(path)
-                self._list([*self._models.values(), *([fresh] if fresh else [])], finished=False)
+                self._list([*self.models, *([fresh] if fresh else [])], finished=False)
             if path in self._models:
                 self.dropdown.value = self._choice = path
 
@@ -227,12 +203,10 @@ class ModelPicker(VBox):
                 async for _ in lists:
                     await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
         except OSError as error:
-            self.scan_line.say(
-                f"The list does not update by itself: {escape(str(error))}. Press Rescan to update"
-                " it."
-            )
+            problem = f"The list does not update by itself: {error}. Press Rescan to update it."
+            self.scan_line.write(escape(problem))
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self.scan_line.say(escape(explain(error)))
+            self.scan_line.write(escape(explain(error)))
             self._complete.set()
 
     def _take(self, catalog: ModelCatalog, step: ScanStep) -> None:
@@ -240,7 +214,7 @@ class ModelPicker(VBox):
         if catalog is not self._catalog:
             return
         finished = step.done == step.total
-        self.scan_line.show(step)
+        self.scan_line.write("" if finished else _scanned(step))
         if finished or time.monotonic() >= self._list_due:
             models = [*self._beside(catalog, step, finished), *step.models]
             with self.dropdown.turn:
@@ -253,19 +227,15 @@ class ModelPicker(VBox):
 
     def _beside(self, catalog: ModelCatalog, step: ScanStep, finished: bool) -> list[Model]:
         """The models that are wanted and not found there: elsewhere, or not read yet."""
-        preferred, wish = self._preferred, self._wish
         found = {model.path for model in step.models}
-
-        def lacking(path: Path | None) -> bool:
-            if path is None or path in found:
-                return False
-            return not finished or not any(path.is_relative_to(s.path) for s in catalog.stores)
-
         beside = []
-        if preferred and lacking(preferred):
-            beside.append(self._models.get(preferred) or catalog.describe(preferred))
-        if wish != preferred and lacking(wish):
-            beside.append(self._models.get(wish))
+        for path in dict.fromkeys((self._preferred, self._wish)):
+            if path is None or path in found:
+                continue
+            if finished and any(path.is_relative_to(store.path) for store in catalog.stores):
+                continue
+            known = self._models.get(path)
+            beside.append(known or (catalog.describe(path) if path == self._preferred else None))
         return [model for model in beside if model]
 
     def _list(self, models: list[Model], finished: bool) -> None:
@@ -291,3 +261,384 @@ class ModelPicker(VBox):
 
 
 _watching: WeakKeyDictionary[ModelManager, ModelPicker] = WeakKeyDictionary()
+
+
+def _scanned(step: ScanStep) -> str:
+    """Draw a thin bar, and a few words."""
+    percent = 100 * step.done / step.total
+    bar = f"<div class='kitty-scan-bar'><div style='width:{percent:.1f}%'></div></div>"
+    return f"{bar}Reading models: {step.done:,} of {step.total:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model in the table; everything is text for people but `used`.
+
+    Attributes:
+        id: The page's name for it.
+        name: The name that people know.
+        store: The program whose folder it is in; empty in the models folder.
+        architecture: The family of network.
+        quantization: The way in which its weights are stored.
+        size: The size of all its files.
+        context: The tokens that it was trained for.
+        used: When it was last ready, in seconds since the epoch, for the page's own clock.
+        load: The time that this load took.
+        favourite: Whether it is marked.
+        state: Why it cannot be started, in a word or two.
+        problem: The same as a sentence.
+        words: The text that the filter looks through, in small letters.
+    """
+
+    id: int
+    name: str
+    store: str
+    architecture: str
+    quantization: str
+    size: str
+    context: str
+    used: float | None
+    load: str
+    favourite: bool
+    state: str
+    problem: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Models of one family.
+
+    Attributes:
+        name: The base model; empty for a model that is alone in its family.
+        rows: The models.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+def group_rows(
+    models: Sequence[Model],
+    stores: Sequence[Store],
+    notes: Mapping[Path, ModelNote],
+    ids: Mapping[Path, int],
+) -> list[Group]:
+    """Arrange models by family: first those with a favourite, then those used last.
+
+    Args:
+        models: In the order that holds where nothing is remembered.
+        stores: The folders that they may be in.
+        notes: What is remembered of them.
+        ids: The page's names for them.
+    """
+    nothing = ModelNote()
+
+    def rank(model: Model) -> tuple[bool, float]:
+        note = notes.get(model.path, nothing)
+        return not note.favourite, -(note.last_used or 0.0)
+
+    def row(model: Model, family: str) -> Row:
+        note = notes.get(model.path, nothing)
+        name, store = model.known_as or model.stem, _store(model, stores)
+        said = (name, family, model.title, model.quantization, model.architecture, store)
+        return Row(
+            id=ids[model.path],
+            name=name,
+            store=store,
+            architecture=model.architecture or "",
+            quantization=model.quantization or "",
+            size=decimal(model.size),
+            context=f"{model.context_length:,}" if model.context_length else "",
+            used=note.last_used,
+            load="" if note.load_seconds is None else duration(note.load_seconds),
+            favourite=note.favourite,
+            state=_state(model),
+            problem=model.problem or model.doubt or "",
+            words=" ".join(filter(None, (*said, model.repository, model.name))).casefold(),
+        )
+
+    found = families(models).items()
+    return [
+        Group(
+            family if len(members) > 1 else "",
+            tuple(row(model, family) for model in sorted(members, key=rank)),
+        )
+        for family, members in sorted(found, key=lambda item: min(map(rank, item[1])))
+    ]
+
+
+def _store(model: Model, stores: Sequence[Store]) -> str:
+    for store in stores:
+        if model.path.is_relative_to(store.path):
+            return "" if store.kind is StoreKind.FOLDER else store.kind.value
+    return str(model.path.parent)
+
+
+def _state(model: Model) -> str:
+    if model.downloading:
+        return "downloading"
+    if model.missing:
+        return "incomplete"
+    return "unusable" if model.problem else "may not load" if model.doubt else ""
+
+
+_CONFIRMED = {
+    True: "confirmed by the tensors",
+    False: "according to most tensors; the file's metadata disagrees",
+    None: "not confirmed by the tensors",
+}
+
+
+def model_facts(model: Model) -> dict[str, str]:
+    """Return what is known of a model, by the name of each fact."""
+    files, facts = shard_paths(model.path), model.facts
+    quantization = model.quantization and f"{model.quantization} ({_CONFIRMED[model.confirmed]})"
+    known = {
+        "Title": model.title,
+        "Made from": facts.base_model,
+        "Architecture": model.architecture,
+        "Parameters": _count(model.parameters) or facts.size_label,
+        "Layers": _count(facts.layers),
+        "Attention heads": _count(facts.heads),
+        "Vocabulary": _count(facts.vocabulary, " tokens"),
+        "Trained context": _count(model.context_length, " tokens"),
+        "Quantization": quantization,
+        "License": facts.license,
+        "Takes in": ", ".join(model.modalities),
+        "Projector": model.projector,
+        "Tools": {True: "yes", False: "no", None: None}[facts.tools],
+        "Repository": model.repository,
+        "Known as": model.known_as,
+        "Size": f"{decimal(model.size)} ({model.size:,} bytes)",
+        "File": model.path,
+        "Shards": f"{len(files)} files, to {files[-1].name}" if len(files) > 1 else None,
+        "Missing": ", ".join(model.missing),
+        "Problem": model.problem or model.doubt,
+    }
+    return {name: str(value) for name, value in known.items() if value}
+
+
+def _count(number: int | None, of: str = "") -> str | None:
+    return None if number is None else f"{number:,}{of}"
+
+
+class OnDemand(AnyWidget):
+    """A folded part of the panel, whose contents travel once somebody has unfolded it.
+
+    They travel as messages, so neither the widget's state nor a saved notebook grows with them.
+
+    Args:
+        css_class: Its class for the style sheet.
+        on_open: Called, on the front end's thread, when a page wants the contents.
+
+    Attributes:
+        asked: Whether a page has ever wanted them.
+    """
+
+    asked = False
+
+    def __init__(self, css_class: str, on_open: Callable[[], object]) -> None:
+        super().__init__()
+        self.add_class(css_class)
+        self._on_open = on_open
+        self._told: dict[str, object] = {}
+        self.on_msg(lambda _widget, message, _buffers: self.receive(message))
+
+    def tell(self, kind: str, **content: object) -> None:
+        """Send contents to the page, where they are wanted and other than before."""
+        if self.asked and self._told.get(kind) != content:
+            self._told[kind] = content
+            self.send({"kind": kind, **content})
+
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        if message == {"kind": "replay"}:
+            self.asked, self._told = True, {}
+            self._on_open()
+
+
+class ModelDetails(OnDemand):
+    """The facts of a model's header, and its chat template."""
+
+    _esm: ClassVar[str] = asset("model_details.js")
+
+    def show(self, model: Model | None) -> None:
+        """Show a model."""
+        facts = [*model_facts(model).items()] if model else []
+        template = (model.facts.chat_template if model else None) or ""
+        self.tell("facts", facts=facts, template=template)
+
+
+class ModelTable(OnDemand):
+    """A table of models with a filter.
+
+    Args:
+        on_choose: Called, on the front end's thread, with the model of a row that was clicked.
+        on_mark: Called there with a model, and whether it is a favourite from now on.
+        on_open: Called there when a page wants the rows.
+
+    Attributes:
+        ids: The page's names for the models; each keeps its number.
+    """
+
+    _esm: ClassVar[str] = asset("model_table.js")
+
+    def __init__(
+        self,
+        on_choose: Callable[[Path], object],
+        on_mark: Callable[[Path, bool], object],
+        on_open: Callable[[], object],
+    ) -> None:
+        super().__init__("kitty-table-box", on_open)
+        self._on_choose, self._on_mark = on_choose, on_mark
+        self.ids: dict[Path, int] = {}
+        self._fits: dict[int, str] = {}
+
+    def show(
+        self,
+        models: Sequence[Model],
+        chosen: Model | None,
+        stores: Sequence[Store],
+        notes: Mapping[Path, ModelNote],
+    ) -> None:
+        """Show models, and which of them is chosen."""
+        for model in models:
+            self.ids.setdefault(model.path, len(self.ids))
+        groups = group_rows(models, stores, notes, self.ids)
+        self.tell("rows", groups=[asdict(group) for group in groups])
+        self.tell("chosen", id=self.ids[chosen.path] if chosen else None)
+
+    def show_fits(self, verdicts: Mapping[Path, Verdict]) -> None:
+        """Show of some models whether they would fit into memory."""
+        for path, verdict in verdicts.items():
+            self._fits[self.ids[path]] = "" if verdict is Verdict.UNKNOWN else verdict.value
+        self.tell("fits", fits={**self._fits})
+
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        super().receive(message)
+        by_id = dict(enumerate(self.ids))
+        match message:
+            case {"kind": "choose", "id": int(number)} if number in by_id:
+                self._told.pop("chosen", None)  # the page marks the row before it is chosen
+                self._on_choose(by_id[number])
+            case {"kind": "mark", "id": int(number), "favourite": bool(favourite)} if (
+                number in by_id
+            ):
+                self._on_mark(by_id[number], favourite)
+
+
+class LastTime(HBox):
+    """An offer of the settings of last time; hidden where there is none, or they are set already.
+
+    Args:
+        form: Where the settings go.
+    """
+
+    def __init__(self, form: SettingsForm) -> None:
+        self._form = form
+        self._settings: Mapping[str, object] = {}
+        self.text = HTML()
+        self.use = Button(description="Use these", tooltip="Fill in the fields below")
+        self.use.on_click(lambda _: self._form.apply(self._settings))
+        super().__init__([self.text, self.use])
+        self.add_class("kitty-last-time")
+        self.show(None)
+
+    def show(self, note: ModelNote | None) -> None:
+        """Offer what a model was used with."""
+        used = note is not None and note.last_used is not None
+        self._settings = note.settings if note and used else {}
+        others = self._form.differing(self._settings) if used else []
+        self.text.value = f"Last time: {escape(' · '.join(others))}" if others else ""
+        show_if(self, bool(others))
+
+
+_LOOK_EVERY = 30.0  # seconds; free memory changes, and other programs use the same history
+_PAUSE = 0.2  # seconds, in which several changes become one
+_JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
+
+
+class ModelBrowser(VBox):
+    """What is known of the models, folded under the picker. The manager's loop writes it.
+
+    Args:
+        manager: It knows how models were used, and whether they fit.
+        picker: Whose models these are; a click on a row chooses there.
+        form: Where the settings of last time go.
+        wanted: Returns the settings that a start would use, or raises a `KittyError`.
+        tell: Called, on the manager's loop, with a sentence about what cannot be remembered.
+    """
+
+    def __init__(
+        self,
+        manager: ModelManager,
+        picker: ModelPicker,
+        form: SettingsForm,
+        wanted: Callable[[], ServerConfig],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._manager, self._picker, self._wanted, self._tell = manager, picker, wanted, tell
+        self._stale = anyio.Event()
+        self.last_time = LastTime(form)
+        self.table = ModelTable(picker.choose, self._mark, self.look_again)
+        self.details = ModelDetails("kitty-details-box", self.look_again)
+        super().__init__([self.last_time, self.table, self.details])
+        self.add_class("kitty-browser")
+        picker.on_list = self.look_again
+        self._looking = manager.run(self._look_forever)
+
+    def look_again(self) -> None:
+        """Have everything looked at again; callable from any thread but the manager's."""
+        with suppress(KittyError):  # the manager is closed
+            self._manager.run(self._note_change)
+
+    def note_change(self) -> None:
+        """Do the same, on the manager's loop."""
+        self._stale.set()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._looking.cancel()
+
+    async def _note_change(self) -> None:
+        self.note_change()
+
+    def _mark(self, model: Path, favourite: bool) -> None:
+        with suppress(KittyError):
+            self._manager.run(self._remember, model, favourite)
+
+    async def _remember(self, model: Path, favourite: bool) -> None:
+        config = self._manager.state.config
+        await self._manager.stats.set_favorite(model, favourite, config, self._tell)
+        self.note_change()
+
+    async def _look_forever(self) -> None:
+        while True:
+            with anyio.move_on_after(_LOOK_EVERY if self.table.asked else None):
+                await self._stale.wait()
+            await anyio.sleep(_PAUSE)
+            self._stale = anyio.Event()
+            await self._look()
+
+    async def _look(self) -> None:
+        model, models = self._picker.model, self._picker.models
+        try:
+            config, right = self._wanted(), True
+        except KittyError:
+            config, right = self._manager.state.config, False
+        self.details.show(model)
+        notes = await self._manager.stats.load([one.path for one in models], config, self._tell)
+        self.last_time.show(notes.get(model.path) if model else None)
+        if self.table.asked:
+            stores = model_stores(config)
+            await anyio.to_thread.run_sync(self.table.show, models, model, stores, notes)
+            if right:
+                await self._judge([one.path for one in models if one.startable], config)
+
+    async def _judge(self, models: Sequence[Path], config: ServerConfig) -> None:
+        """Look which models fit, until something has changed again."""
+        waiting = iter(models)
+        while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._stale.is_set():
+            self.table.show_fits(await self._manager.stats.fits(some, config))

@@ -10,7 +10,7 @@ const COLUMNS = [
   ["Last used", "used"],
   ["Load time", "load"],
 ];
-const TONES = { fits: "good", tight: "warn", "too big": "bad" };
+const TONES = { fits: "good", tight: "warn", "will not fit": "bad" };
 const DAY = 24 * 60 * 60 * 1000;
 const [CLOCK, DATE, LONG_AGO] = [
   { hour: "2-digit", minute: "2-digit" },

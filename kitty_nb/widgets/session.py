@@ -1,26 +1,29 @@
-"""One `ModelManager` per `.env` file and profile in a kernel, shared by panels and magics."""
+"""Managers, panels and clicks of a kernel: one `ModelManager` per `.env` file and profile."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from kitty_nb.catalog.resolve import load_profile
+from kitty_nb.errors import WillNotFitError
 from kitty_nb.manager import ModelManager
+from kitty_nb.widgets.display import explain
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable, Iterator
 
     from kitty_nb.config import ServerConfig
-
-    Key = tuple[Path, str]
+    from kitty_nb.manager import Operation
+    from kitty_nb.supervisor.events import ServerState
 
 T = TypeVar("T")
 
-_managers: dict[Key, ModelManager] = {}
-_users: dict[Key, set[Hashable]] = {}
+_managers: dict[tuple[Path, str], ModelManager] = {}
+_users: dict[tuple[Path, str], set[Hashable]] = {}
 _lock = threading.Lock()
 _panels: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
@@ -55,18 +58,23 @@ def get(env: str | Path, profile: str) -> ModelManager | None:
 
 def release(user: Hashable) -> None:
     """Close the managers that nobody else uses; their servers stop."""
+    unused = []
     with _lock:
-        for users in _users.values():
+        for key, users in [*_users.items()]:
             users.discard(user)
-        unused = [_managers.pop(key) for key, users in _users.items() if not users]
-        for key in [key for key, users in _users.items() if not users]:
-            del _users[key]
+            if not users:
+                del _users[key]
+                unused.append(_managers.pop(key))
     for manager in unused:
         manager.close()
 
 
-def config_to_start(env: str | Path, profile: str) -> ServerConfig | None:
-    """Read the settings to start with; None for those of the last start.
+def _key(env: str | Path, profile: str) -> tuple[Path, str]:
+    return Path(env).absolute(), profile.lower()
+
+
+def config_to_start(manager: ModelManager, env: str | Path, profile: str) -> ServerConfig:
+    """Read the settings to start with, or take those of the manager's last start.
 
     The latter where the file names no model: a panel's user has chosen it.
 
@@ -76,7 +84,7 @@ def config_to_start(env: str | Path, profile: str) -> ServerConfig | None:
     config, complaint = load_profile(env, profile)
     if complaint:
         raise complaint
-    return config if config.model else None
+    return config if config.model else manager.state.config
 
 
 def succeed(panel: T, *key: Hashable) -> T | None:
@@ -92,5 +100,85 @@ def newest(kind: type[T], *key: Hashable) -> T | None:
     return _panels.get((kind.__name__, key))
 
 
-def _key(env: str | Path, profile: str) -> Key:
-    return Path(env).absolute(), profile.lower()
+class ConfirmOnce:
+    """A start that will not fit into memory passes when it is asked for twice.
+
+    Args:
+        remedy: How to ask again, as a sentence.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
+        self._refused: ServerConfig | None = None
+
+    def confirmed(self, config: ServerConfig) -> bool:
+        """True if a start with these settings was the last to be refused."""
+        return config == self._refused
+
+    @contextmanager
+    def watch(self, config: ServerConfig | None) -> Iterator[None]:
+        """Remember a refusal of a start inside the block, and add the remedy to it.
+
+        Raises:
+            WillNotFitError: The refusal.
+        """
+        try:
+            yield
+        except WillNotFitError as error:
+            self._refused = config
+            raise WillNotFitError(f"{error} {self._remedy}") from None
+
+
+class ActionRunner:
+    """Clicks become calls of the manager; failures are shown, and doubtful starts confirmed.
+
+    Args:
+        run: Runs a coroutine function on an event loop, which waits for the ends.
+        show_problem: Called on any thread with what went wrong, and with None at each click.
+    """
+
+    def __init__(
+        self, run: Callable[..., object], show_problem: Callable[[str | None], None]
+    ) -> None:
+        self._run, self._show_problem = run, show_problem
+        self._confirm = ConfirmOnce("Press the button again to start anyway.")
+        self._starting: Operation[ServerState] | None = None
+
+    def run(self, action: Callable[[], Operation[ServerState]]) -> None:
+        """Run an action; a start whose memory is still being checked is cancelled."""
+        with self._click():
+            self._run(self._follow, action(), None)
+
+    def start(
+        self, start: Callable[..., Operation[ServerState]], wanted: Callable[[], ServerConfig]
+    ) -> None:
+        """Start a server.
+
+        Args:
+            start: `start` or `restart` of the manager.
+            wanted: Returns the settings.
+        """
+        with self._click():
+            config = wanted()
+            anyway = self._confirm.confirmed(config)
+            self._starting = start(config, wait_for_ready=False, anyway=anyway)
+            self._run(self._follow, self._starting, config)
+
+    async def _follow(self, operation: Operation[ServerState], config: ServerConfig | None) -> None:
+        with self._showing_failures(), self._confirm.watch(config):
+            await operation
+
+    @contextmanager
+    def _click(self) -> Iterator[None]:
+        self._show_problem(None)
+        if self._starting is not None:
+            self._starting.cancel()
+        with self._showing_failures():
+            yield
+
+    @contextmanager
+    def _showing_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (raised in a callback, nobody would see it)
+            self._show_problem(explain(error))

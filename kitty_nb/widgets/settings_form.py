@@ -7,13 +7,13 @@ from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING
 
-from ipywidgets import HTML, Button, Dropdown, GridBox, Text, Widget
+from ipywidgets import Button, Dropdown, GridBox, Text, Widget
 
 from kitty_nb.catalog.demo_model import DEMO_NAME, write_demo_model
 from kitty_nb.catalog.memory import Verdict
 from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.errors import KittyError, ModelFileError
-from kitty_nb.widgets.display import labelled
+from kitty_nb.widgets.display import Line, labelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,16 +23,13 @@ if TYPE_CHECKING:
     from kitty_nb.manager import ModelManager, Operation
 
 
-_NUMBERS = {
+_FIELDS = {
     "context_size": ("Context", "Context size in tokens; 0 uses the model's own"),
     "n_gpu_layers": ("GPU layers", "Layers to offload to the GPU; 999 for all"),
     "threads": ("Threads", "CPU threads"),
     "batch_size": ("Batch", "Prompt tokens processed per batch"),
     "parallel": ("Parallel", "Concurrent requests; they share the context"),
-}
-_FLASH_ATTENTION = "Flash attn", "Flash attention; saves memory and time where supported"
-_LABELS = {name: label for name, (label, _) in _NUMBERS.items()} | {
-    "flash_attention": _FLASH_ATTENTION[0]
+    "flash_attention": ("Flash attn", "Flash attention; saves memory and time where supported"),
 }
 
 
@@ -46,10 +43,11 @@ class SettingsForm(GridBox):
 
     def __init__(self, config: ServerConfig, on_change: Callable[[], object]) -> None:
         self.fields: dict[str, Widget] = {
-            name: Text(placeholder="auto", continuous_update=False, **labelled(*words))
-            for name, words in _NUMBERS.items()
+            name: Dropdown(**labelled(*words))
+            if name == "flash_attention"
+            else Text(placeholder="auto", continuous_update=False, **labelled(*words))
+            for name, words in _FIELDS.items()
         }
-        self.fields["flash_attention"] = Dropdown(**labelled(*_FLASH_ATTENTION))
         self.fill(config)
         for field in self.fields.values():
             field.observe(lambda _change: on_change(), names="value")
@@ -69,37 +67,36 @@ class SettingsForm(GridBox):
         self.fields["flash_attention"].options = choices
         self.apply({**dict(config), **(edits or {})})
 
+    def apply(self, settings: Mapping[str, object]) -> None:
+        """Put settings into the fields; those that are left out become automatic."""
+        for name, text in self._texts(settings).items():
+            self.fields[name].value = text
+
+    def changes(self) -> dict[str, object]:
+        """Return the field values, as keywords for `ServerConfig.replace`."""
+        return {name: field.value or None for name, field in self.fields.items()}
+
     def edits(self, config: ServerConfig) -> dict[str, object]:
-        """The field values that differ from a config, as keywords for its `replace`."""
-        given, values = dict(config), self.changes()
-        return {
-            name: values[name]
-            for name, field in self.fields.items()
-            if field.value != self._value(name, given)
-        }
+        """Return the field values that differ from a config, as such keywords."""
+        others = self._others(dict(config))
+        return {name: value for name, value in self.changes().items() if name in others}
 
     def differing(self, settings: Mapping[str, object]) -> list[str]:
         """Name what other settings say that is not in the fields, e.g. `Context 8192`."""
-        return [
-            f"{_LABELS[name]} {value or 'auto'}"
-            for name, field in self.fields.items()
-            if (value := self._value(name, settings)) != field.value
-        ]
+        others = self._others(settings).items()
+        return [f"{_FIELDS[name][0]} {text or 'auto'}" for name, text in others]
 
-    def apply(self, settings: Mapping[str, object]) -> None:
-        """Put settings into the fields; those that are left out become automatic."""
-        for name, field in self.fields.items():
-            field.value = self._value(name, settings)
+    def _others(self, settings: Mapping[str, object]) -> dict[str, str]:
+        """The texts of settings that are not in the fields."""
+        texts = self._texts(settings).items()
+        return {name: text for name, text in texts if text != self.fields[name].value}
 
-    def _value(self, name: str, settings: Mapping[str, object]) -> str:
-        value = settings.get(name)
-        if name == "flash_attention":
-            return FlashAttention(value) if value in {"on", "off"} else self._auto
-        return "" if value is None else str(value)
-
-    def changes(self) -> dict[str, object]:
-        """The field values, as keywords for `ServerConfig.replace`."""
-        return {name: field.value or None for name, field in self.fields.items()}
+    def _texts(self, settings: Mapping[str, object]) -> dict[str, str]:
+        values = {name: settings.get(name) for name in self.fields}
+        texts = {name: "" if value is None else str(value) for name, value in values.items()}
+        if texts["flash_attention"] not in {"on", "off"}:
+            texts["flash_attention"] = self._auto
+        return texts
 
 
 _TONES = {
@@ -112,7 +109,7 @@ _GB, _MB = 1e9, 1e6
 _WORTH_SAYING = _GB / 10  # bytes
 
 
-class MemoryLine(HTML):
+class MemoryLine(Line):
     """A sentence about memory; hidden while no model is chosen.
 
     Args:
@@ -127,12 +124,10 @@ class MemoryLine(HTML):
     preview: MemoryPreview | None = None
 
     def __init__(self, manager: ModelManager, wanted: Callable[[], ServerConfig]) -> None:
-        super().__init__()
-        self.add_class("kitty-memory")
+        super().__init__("kitty-memory")
         self._manager, self._wanted = manager, wanted
         self._looking: Operation[MemoryPreview] | None = None
         self._turn = threading.Lock()
-        self._show(None)
 
     def refresh(self) -> None:
         """Look again, because the model or a setting has changed.
@@ -157,13 +152,12 @@ class MemoryLine(HTML):
         self._show(None)
 
     def _show(self, preview: MemoryPreview | None) -> None:
-        self.value = describe(preview) if preview else ""
-        self.layout.display = None if preview else "none"
+        self.write(memory_sentence(preview) if preview else "")
         self.preview = preview
 
 
-def describe(preview: MemoryPreview) -> str:
-    """The sentence, as HTML.
+def memory_sentence(preview: MemoryPreview) -> str:
+    """Describe whether a model fits, as HTML.
 
     E.g. `Memory: needs about 21.4 GB of 24.0 GB free for a context of 32,768 · weights 18.9 GB · KV
     cache 2.1 GB · compute 412 MB — tight; largest context that fits: 24,576`. A second line
@@ -183,25 +177,14 @@ def describe(preview: MemoryPreview) -> str:
             f" · weights {_size(needs.weights)} · KV cache {_size(needs.cache)}"
             f" · compute {_size(needs.compute)}"
         )
-    line = f"Memory: {what} — <b class='{tone}'>{preview.verdict}</b>{_advice(preview)}"
-    if free:
-        return line
-    pools = " · ".join(map(_pool, preview.allocations))
-    return f"{line}<br><span class='kitty-fact'>{pools}</span>"
-
-
-def _advice(preview: MemoryPreview) -> str:
-    match preview.largest_context:
-        case None:
-            return ""
-        case 0:
-            return "; no context size fits"
-        case largest:
-            return f"; largest context that fits: {largest:,}"
-
-
-def _pool(one: Allocation) -> str:
-    return f"{escape(one.pool.name)} {_size(one.requirement.known)} of {_free(one)}"
+    line = f"Memory: {what} — <b class='{tone}'>{preview.verdict}</b>"
+    if (most := preview.largest_context) is not None:
+        line += f"; largest context that fits: {most:,}" if most else "; no context size fits"
+    pools = " · ".join(
+        f"{escape(one.pool.name)} {_size(one.requirement.known)} of {_free(one)}"
+        for one in preview.allocations
+    )
+    return line if free else f"{line}<br><span class='kitty-fact'>{pools}</span>"
 
 
 def _free(one: Allocation) -> str:

@@ -27,14 +27,15 @@ from kitty_nb.supervisor.events import ServerStatus, Stage
 from kitty_nb.widgets import session
 from kitty_nb.widgets.display import (
     Accessible,
+    LiveView,
     Notice,
+    duration,
     explain,
     receive_while_busy,
     still,
     tree,
 )
-from kitty_nb.widgets.live import LiveView
-from kitty_nb.widgets.load_bar import LoadBar, duration
+from kitty_nb.widgets.server_view import LoadBar
 from kitty_nb.widgets.sweep_table import SweepTable, columns, draw_table, model_name, word
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from rich.filesize import decimal
 from traitlets import Unicode
 
 from kitty_nb.experiments import Outcome, Perplexity
-from kitty_nb.widgets.display import asset
-from kitty_nb.widgets.load_bar import duration
+from kitty_nb.widgets.display import asset, duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
