@@ -171,6 +171,8 @@ def test_what_is_started_in_a_terminal_stays_whatever_is_to_be_done_at_a_kernels
     pid = facts(env)["pid"]
     again = run("start", "--env", env)
     assert again.exit_code == 0
+    assert "It was already running." in again.stdout
+    assert "Model loaded" not in again.stderr
     assert facts(env)["pid"] == pid
     assert facts(env)["status"] == "READY"
 
@@ -450,6 +452,24 @@ def test_the_doctor_says_what_to_do_about_everything_that_is_wrong(
     assert result.exit_code == 1
     path.write_text("LLAMACPP_PORT='open\n")
     assert "close every quote" in examine(path)[-1].found
+
+
+def test_the_doctor_forecasts_memory_and_compares_the_ports_of_profiles(
+    tmp_path: Path, config: ServerConfig, free_port: int
+) -> None:
+    path = write_env(tmp_path, config, "LLAMACPP_PRIMARY_CTX=2000000000")
+    lines = (f"LLAMACPP_PORT={free_port}", "LLAMACPP_CODER_CTX=512", "LLAMACPP_Q4_PORT=99999")
+    path.write_text(path.read_text() + "".join(f"{line}\n" for line in lines))
+    findings = {finding.what: finding for finding in examine(path)}
+    assert findings["Model"].verdict is Verdict.ERROR
+    assert "Not enough memory" in findings["Model"].advice
+    for name, other in (("primary", "coder"), ("coder", "primary")):
+        shared = findings[f"Port of {name}"]
+        assert shared.verdict is Verdict.WARNING
+        assert shared.found.endswith(f"also the port of {other}.")
+        assert f"LLAMACPP_{name.upper()}_PORT" in shared.advice
+    assert findings["Port of q4"].verdict is Verdict.ERROR
+    assert "LLAMACPP_Q4_PORT='99999'" in findings["Port of q4"].found
 
 
 def test_the_doctor_knows_flags_that_the_engine_does_not(

@@ -18,8 +18,8 @@ from model_files import write_model
 
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict
+from kitty_nb.cli.commands import read_status
 from kitty_nb.cli.doctor import examine
-from kitty_nb.cli.status import read_status
 from kitty_nb.engine.devices import Device, engine_devices, parse_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ServerCrashedError

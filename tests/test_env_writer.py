@@ -53,7 +53,8 @@ def test_whatever_is_written_is_read_back_and_the_rest_stays(tmp_path: Path) -> 
         for number in range(dice.randint(0, 6)):
             before = dice.choice(("", "export ", "  ", "\n", "# a note\n"))
             value = dice.choice(("", "x", "'one'", '"two"', "two words", "'two\nlines'", "="))
-            lines.append(f"{before}K{number}={value}")
+            comment = dice.choice(("", "", " # why")) if value else ""
+            lines.append(f"{before}K{number}={value}{comment}")
         text = "\n".join((*lines, dice.choice(("", "# the end"))))
         path = given(tmp_path, text)
         old = {key: value or "" for key, value in read_env(path).values.items()}
@@ -61,7 +62,7 @@ def test_whatever_is_written_is_read_back_and_the_rest_stays(tmp_path: Path) -> 
         changed = write(path, **wanted)
         new = {key: value or "" for key, value in read_env(path).values.items()}
         assert new == old | {k: v for k, v in wanted.items() if k in old or v}, seed
-        for kept in ("# a note", "# the end"):
+        for kept in ("# a note", "# the end", " # why"):
             assert changed.count(kept) == text.count(kept), seed
 
 
@@ -77,6 +78,10 @@ def test_whatever_is_written_is_read_back_and_the_rest_stays(tmp_path: Path) -> 
         ("B=2\r\nK=old\r\nC='1\r\n2'\r\n", "B=2\r\nK=new\r\nC='1\r\n2'\r\n"),
         ("export K=old\nB=2\n", "export K=new\nB=2\n"),
         ("B=2\n\n  K=old", "B=2\n\n  K=new\n"),
+        ("K=old # why\nB=2\n", "K=new # why\nB=2\n"),
+        ("K='a # b' # why\r\n", "K=new # why\r\n"),
+        ('K="a \\" # b"#why\n', "K=new #why\n"),
+        ("K=a#b\n", "K=new\n"),
         ("\ufeffK=old\n", "\ufeffK=new\n"),
         ("H=${HOME}/x\nK=old\n", "H=${HOME}/x\nK=new\n"),
         ("", "K=new\n"),
@@ -215,7 +220,7 @@ def test_a_setting_is_unset_in_the_file_unless_all_profiles_have_it(
     path = given(tmp_path, "LLAMACPP_PRIMARY_CTX=512 # mine\nLLAMACPP_THREADS=2\n")
     config = ServerConfig.from_env(path)
     save_settings(config.replace(context_size=None), path)
-    assert path.read_text() == "LLAMACPP_PRIMARY_CTX=\nLLAMACPP_THREADS=2\n"
+    assert path.read_text() == "LLAMACPP_PRIMARY_CTX='' # mine\nLLAMACPP_THREADS=2\n"
     with pytest.raises(ConfigError, match=r"LLAMACPP_THREADS='2'.*every profile.* Clear it"):
         save_settings(config.replace(threads=None), path)
 

@@ -23,6 +23,7 @@ from kitty_nb.safe_files import distrust
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kitty_nb.cli.commands import Begin
     from kitty_nb.config import ServerConfig
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
@@ -145,7 +146,7 @@ def start(
     if print_command:
         _say(anyio.run(commands.command_text, config))
     else:
-        _say(anyio.run(commands.start, config, env, not no_wait, anyway))
+        _load(config, env, lambda server, same: server.start(same, not no_wait, anyway=anyway))
 
 
 @app.command()
@@ -172,10 +173,9 @@ def restart(
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
 ) -> None:
-    """Restart the profile's server with the current settings of the file."""
-    from kitty_nb.cli import commands
-
-    _say(anyio.run(commands.restart, _settings(env, profile, valid=True), env, not no_wait, anyway))
+    """Restart the profile's server with the settings that the file has now."""
+    config = _settings(env, profile, valid=True)
+    _load(config, env, lambda server, _: server.restart(config, not no_wait, anyway=anyway))
 
 
 @app.command()
@@ -188,10 +188,11 @@ def switch(
     anyway: _Anyway = False,
 ) -> None:
     """Serve another model with the settings of the running server."""
-    from kitty_nb.cli import commands
-
-    config = _settings(env, profile)
-    _say(anyio.run(commands.switch, config, env, model, alias, not no_wait, anyway))
+    _load(
+        _settings(env, profile),
+        env,
+        lambda server, _: server.switch_model(model, alias, not no_wait, anyway=anyway),
+    )
 
 
 @app.command()
@@ -202,7 +203,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Report the state of the profile's server; exit with 3 if none is running."""
-    from kitty_nb.cli.status import read_status, status_facts
+    from kitty_nb.cli.commands import read_status, status_facts
     from kitty_nb.config import configured_profiles
 
     names = configured_profiles(env) if every else (profile,)
@@ -264,7 +265,7 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's current or previous server."""
-    from kitty_nb.cli.status import follow_log, log_lines
+    from kitty_nb.cli.commands import follow_log, log_lines
     from kitty_nb.supervisor.registry import refuse_open_folder
 
     config = _settings(env, profile)
@@ -387,6 +388,12 @@ def main() -> None:
 
 def _say(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
+
+
+def _load(config: ServerConfig, env: Path, begin: Begin) -> None:
+    from kitty_nb.cli import commands
+
+    _say(anyio.run(commands.load, config, env, begin))
 
 
 def _end_without_server(config: ServerConfig) -> NoReturn:

@@ -1,17 +1,17 @@
-"""Start, stop, restart, switch and wait: a supervisor for as long as a command takes."""
+"""Work of the verbs: supervising a server for as long as a command takes, or only looking at it."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import aclosing, asynccontextmanager, closing
+from collections import deque
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 
-from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import (
     KittyError,
@@ -22,69 +22,74 @@ from kitty_nb.errors import (
     WillNotFitError,
     printable,
 )
-from kitty_nb.supervisor.events import Activity, Event, Level, ProgressMade, ServerStatus
-from kitty_nb.supervisor.launch import public_command
-from kitty_nb.supervisor.registry import note_failure, refuse_open_folder
-from kitty_nb.supervisor.supervisor import Supervisor
+from kitty_nb.supervisor.events import Activity, Level, ProgressMade, ServerState, ServerStatus
+from kitty_nb.supervisor.health import HealthProbe, ask_once
+from kitty_nb.supervisor.log import LogTail, readable
+from kitty_nb.supervisor.registry import (
+    find_server,
+    last_failure,
+    note_failure,
+    read_record,
+    refuse_open_folder,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from rich.progress import Progress
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import LoadProgress, ServerState
+    from kitty_nb.supervisor.events import Event, LoadProgress
+    from kitty_nb.supervisor.registry import ServerRecord
+    from kitty_nb.supervisor.supervisor import Supervisor
+
+    Begin = Callable[[Supervisor, ServerConfig], Awaitable[object]]
 
 _DRAWN_AFTER = 0.2  # seconds; a small model is ready by then, and rich is not imported for it
+_POLL = 0.1  # seconds between reads of a log that is followed
+_MEASURED_OVER = 0.5  # seconds
 
 
 async def command_text(config: ServerConfig) -> str:
     """Return the command line that would start a server, quoted for a shell, without secrets.
 
     Raises:
-        KittyError: There is no model or engine, or it does not know a setting.
+        KittyError: There is no model or engine, or the engine does not know a setting.
     """
+    from kitty_nb.catalog.resolve import resolve_model
+    from kitty_nb.supervisor.launch import public_command
+
     config = await anyio.to_thread.run_sync(resolve_model, config)
     return shlex.join(await public_command(config))
 
 
-async def start(config: ServerConfig, env: Path, wait: bool, anyway: bool) -> str:
-    """Start a profile's server unless it runs with these settings, and leave it running.
+async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
+    """Start a profile's server, show its load, and leave it running.
 
     Args:
         config: The settings.
         env: The file they come from, for commands to suggest.
-        wait: Return when the server is ready, not as soon as its process exists.
-        anyway: Start the model even if it does not fit into memory.
+        begin: The start, given the settings as a server has them that need not be replaced.
 
     Returns:
-        The state of the server, in sentences.
+        The state of the server, in sentences, once its process exists.
 
     Raises:
         KittyError: The start failed; the message names the next command to try.
     """
     async with _supervise(config, env) as supervisor:
-        running = supervisor.state
-        if not running.status.idle and _kept(running.config) == _kept(config):
-            config = running.config
-        await supervisor.start(config, wait, anyway=anyway)
-        return await _report(supervisor, env)
-
-
-async def restart(config: ServerConfig, env: Path, wait: bool, anyway: bool) -> str:
-    """Like `start`, but always with a fresh process."""
-    async with _supervise(config, env) as supervisor:
-        await supervisor.restart(config, wait, anyway=anyway)
-        return await _report(supervisor, env)
-
-
-async def switch(
-    config: ServerConfig, env: Path, model: str, alias: str | None, wait: bool, anyway: bool
-) -> str:
-    """Like `restart`, with another model and the other settings of the running server."""
-    async with _supervise(config, env) as supervisor:
-        await supervisor.switch_model(model, alias, wait, anyway=anyway)
-        return await _report(supervisor, env)
+        before = supervisor.state
+        if not before.status.idle and _kept(before.config) == _kept(config):
+            config = before.config
+        await begin(supervisor, config)
+        state = await _until(supervisor, _has_begun)
+        if state.status.idle:
+            raise ServerFailedError(state.error)
+        told = [state.sentence + (" It was already running." if state.pid == before.pid else "")]
+        if supervisor.api_key and not state.config.api_key:  # whoever set a key knows it
+            key = _same_profile(env, state.config.profile, "key")
+            told.append(f"Clients must send its API key. To print it: {key}")
+        return "\n".join(told)
 
 
 async def stop(config: ServerConfig, env: Path, force: bool) -> str:
@@ -100,7 +105,7 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
 
     Raises:
         WaitTimeoutError: It was not ready within so many seconds; it is still loading.
-        KittyError: It ended before it was ready.
+        KittyError: It exited before it was ready.
     """
     async with _supervise(config, env) as supervisor:
         if supervisor.state.status.idle:
@@ -117,24 +122,18 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
         raise WaitTimeoutError(f"The server is not ready after {within:g} s; it is still loading.")
 
 
-def same_profile(env: Path, profile: str, *words: str) -> str:
-    """Return another kitty-nb command for the same profile, quoted for a shell."""
-    where = () if env == Path(".env") else ("--env", str(env))
-    which = () if profile == "primary" else ("--profile", profile)
-    return shlex.join(("kitty-nb", *words, *where, *which))
-
-
 @asynccontextmanager
 async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[Supervisor]:
     """Supervise a profile's server and show its load; it keeps running when the command ends."""
+    from kitty_nb.supervisor.supervisor import Supervisor
+
     await anyio.to_thread.run_sync(refuse_open_folder, config)
-    supervisor = Supervisor(config)
+    supervisor, display = Supervisor(config), _LoadDisplay()
     supervisor.detach()
     try:
-        with closing(_LoadDisplay()) as display:
-            supervisor.subscribe(display.show)
-            async with supervisor:
-                yield supervisor
+        async with supervisor:
+            supervisor.subscribe(display.show)  # only now: what was there before is no news
+            yield supervisor
     except WillNotFitError as error:
         if supervisor.state.status.idle:  # `status` repeats it until the next start
             await anyio.to_thread.run_sync(note_failure, config, str(error))
@@ -142,19 +141,17 @@ async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[Superviso
     except (ServerFailedError, ServerCrashedError) as error:
         if not supervisor.log_lines:
             raise
-        logs = same_profile(env, config.profile, "logs", "-n", "20")
+        logs = _same_profile(env, config.profile, "logs", "-n", "20")
         raise KittyError(f"{error}\nTo see the end of its log: {logs}") from None
+    finally:
+        display.close()
 
 
-async def _report(supervisor: Supervisor, env: Path) -> str:
-    """Describe the server that a command has started, once its process exists."""
-    state = await _until(supervisor, _has_begun)
-    if state.status.idle:
-        raise ServerFailedError(state.error)
-    if not supervisor.api_key or state.config.api_key:  # who set a key knows it
-        return state.sentence
-    key = same_profile(env, state.config.profile, "key")
-    return f"{state.sentence}\nClients must send its API key. To print it: {key}"
+def _same_profile(env: Path, profile: str, *words: str) -> str:
+    """Return another kitty-nb command for the same profile, quoted for a shell."""
+    where = () if env == Path(".env") else ("--env", str(env))
+    which = () if profile == "primary" else ("--profile", profile)
+    return shlex.join(("kitty-nb", *words, *where, *which))
 
 
 def _has_begun(state: ServerState) -> bool:
@@ -163,16 +160,14 @@ def _has_begun(state: ServerState) -> bool:
 
 
 def _kept(config: ServerConfig) -> ServerConfig:
-    """The settings as a server has them that outlives whoever started it."""
+    """The settings without what should happen when a kernel ends."""
     return config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
 
 
 async def _until(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> ServerState:
     async with aclosing(supervisor.events()) as events:
-        if not condition(supervisor.state):
-            async for _ in events:
-                if condition(supervisor.state):
-                    break
+        while not condition(supervisor.state):
+            await anext(events)
     return supervisor.state
 
 
@@ -215,3 +210,128 @@ class _LoadDisplay:
             time=f"{progress.elapsed:.0f} s{left}",
             refresh=True,
         )
+
+
+def read_status(config: ServerConfig) -> ServerState:
+    """Read the state of a profile's server, and why it exited if it did so by itself."""
+    refuse_open_folder(config)
+    if running := find_server(config):
+        health = ask_once(running.config)
+        return ServerState(
+            health.status if running.ready is None else ServerStatus.READY,
+            running.config,
+            running.pid,
+            running.ready,
+            last_health_check=health,
+            devices=running.devices or (),
+        )
+    record, failure = read_record(config), last_failure(config)
+    if record is None:
+        status = ServerStatus.FAILED if failure else ServerStatus.STOPPED
+        return ServerState(status, config, error=failure)
+    if failure is None:  # nobody watched it exit
+        from kitty_nb.supervisor.diagnosis import diagnose
+
+        path = config.log_path
+        failure = str(diagnose(None, [*log_lines(path)] if _has_log(path) else []))
+    return ServerState(ServerStatus.CRASHED, record.config, error=failure)
+
+
+async def status_facts(state: ServerState) -> dict[str, Any]:
+    """Return a state as JSON, with the memory that the server holds and its present speed.
+
+    `memory` is None without a server; so is what its build does not report.
+    """
+    from kitty_nb.supervisor.free_memory import memory_use
+
+    record = find_server(state.config)
+    memory = speed = None
+    if record and record.pid == state.pid:
+        memory = await anyio.to_thread.run_sync(memory_use, record.pid)
+        speed = None if record.ready is None else await _tokens_per_second(record)
+    return {
+        "profile": state.config.profile,
+        "status": state.status.value,
+        "model": str(state.config.model) if state.config.model else None,
+        "projector": str(state.projector) if state.projector else None,
+        "alias": state.config.served_alias or None,
+        "endpoint": state.endpoint,
+        "pid": state.pid,
+        "uptime_seconds": state.uptime,
+        "devices": list(state.devices),
+        "error": state.error,
+        "log": str(state.config.log_path),
+        "memory": memory and {"ram": memory.resident, "gpu": memory.gpu},
+        "tokens_per_second": speed,
+    }
+
+
+async def _tokens_per_second(record: ServerRecord) -> float | None:
+    async with aclosing(HealthProbe(record.config, record.api_key, trusted=True)) as probe:
+        health = await probe.check_activity()
+        if health.slots_busy:
+            await anyio.sleep(_MEASURED_OVER)
+            health = await probe.check_activity()
+    return 0.0 if health.slots_busy == 0 else health.tokens_per_second
+
+
+def _has_log(path: Path) -> bool:
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise KittyError(
+            f"Can't read the log {path} ({error.strerror}). Check LLAMACPP_LOG_DIR and the"
+            " permissions of the file and its folder."
+        ) from None
+    return True
+
+
+def log_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a log, without the beginning of a very long one.
+
+    Raises:
+        KittyError: There is none, or it can't be read.
+    """
+    if not _has_log(path):
+        raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
+    with LogTail(path) as log:
+        yield from _drain(log, to_end=True)
+
+
+async def follow_log(path: Path, show: Callable[[str], object], last: int | None = None) -> None:
+    """Show what is written to a log, and to the one that replaces it, until cancelled.
+
+    Args:
+        path: The log; it need not exist yet.
+        show: Called with each line.
+        last: How many of the existing lines to begin with; None for all.
+
+    Raises:
+        KittyError: The log can't be read.
+    """
+    while True:
+        if _has_log(path):
+            with LogTail(path) as log:
+                number, replaced = _inode(path), False
+                while not replaced:
+                    replaced = _inode(path) != number  # asked first, so that no line is missed
+                    for line in deque(_drain(log, to_end=replaced), maxlen=last):
+                        show(line)
+                    last = None
+                    await anyio.sleep(_POLL)
+        await anyio.sleep(_POLL)
+
+
+def _drain(log: LogTail, *, to_end: bool) -> Iterator[str]:
+    while lines := log.read():
+        yield from map(readable, lines)
+    if to_end:
+        yield from map(readable, log.read(to_end=True))
+
+
+def _inode(path: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None

@@ -30,12 +30,15 @@ from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
+from kitty_nb.supervisor.forecast import Forecaster, Running
 from kitty_nb.supervisor.free_memory import free_memory, with_devices
 from kitty_nb.supervisor.launch import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from kitty_nb.engine.locate import Engine
 
 _KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
 _LOADED_WITHIN = 60.0  # seconds
@@ -67,6 +70,10 @@ class Finding:
     advice: str = ""
 
 
+_OK, _WARNING, _ERROR = Verdict
+_Result = tuple[Verdict, str, str] | tuple[Verdict, str]  # the rest of a finding
+
+
 def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
     """Check all that a start needs, and load a demo model beside whatever runs. It blocks.
 
@@ -74,67 +81,64 @@ def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]
         env: The `.env` file with the settings.
         profile: The named set of settings to check.
     """
-    findings = [_versions(), _jupyterlab()]
+    findings = [Finding("Versions", *_versions()), Finding("JupyterLab", *_jupyterlab())]
     try:
         config, complaint = load_profile(env, profile)
-        findings.append(_settings(env, profile, complaint))
+        findings.append(Finding(".env", *_settings(env, profile, complaint)))
     except ConfigError as error:
-        return [*findings, Finding(".env", Verdict.ERROR, str(error), "Correct these lines.")]
-    findings += _engine(config)
-    findings += [check(config) for check in (_memory, _models, _model, _disk, _port)]
-    others = (name for name in configured_profiles(env) if name != config.profile)
-    return findings + [_port(load_lenient(env, name)[0]) for name in others]
+        return [*findings, Finding(".env", _ERROR, str(error), "Correct these lines.")]
+    try:
+        engine = anyio.run(locate_engine, config.binary)
+    except EngineError as error:
+        findings.append(Finding("Engine", _ERROR, "No usable llama-server found.", str(error)))
+    else:
+        findings += [Finding("Engine", *_engine(engine, config)), Finding("Load", *_load(config))]
+    findings += [Finding(what, *check(config)) for what, check in _CHECKS.items()]
+    return [*findings, *_ports(env, config.profile)]
 
 
-def _versions() -> Finding:
+def _versions() -> _Result:
     found = f"kitty_nb {version('kitty_nb')}, Python {platform.python_version()}, {sys.platform}"
     if sys.platform in {"linux", "darwin"}:
-        return Finding("Versions", Verdict.OK, found)
-    return Finding("Versions", Verdict.ERROR, found, "Use Linux or macOS; on Windows, WSL.")
+        return _OK, found
+    return _ERROR, found, "Use Linux or macOS; on Windows, WSL."
 
 
-def _jupyterlab() -> Finding:
+def _jupyterlab() -> _Result:
     try:
         lab, kernel = version("jupyterlab"), version("ipykernel")
     except PackageNotFoundError as error:
         advice = "To fix: pip install --force-reinstall kitty_nb"
-        return Finding("JupyterLab", Verdict.ERROR, f"{error.name} is not installed.", advice)
+        return _ERROR, f"{error.name} is not installed.", advice
     found = f"JupyterLab {lab}, ipykernel {kernel}"
     if int(kernel.partition(".")[0]) >= _KERNEL_WITH_SUBSHELLS:
-        return Finding("JupyterLab", Verdict.OK, found)
+        return _OK, found
     advice = "Buttons don't respond while a cell runs. To fix: pip install --upgrade ipykernel"
-    return Finding("JupyterLab", Verdict.WARNING, found, advice)
+    return _WARNING, found, advice
 
 
-def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> Finding:
+def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> _Result:
     source, warnings = read_env(env).path, env_warnings(env, profile)
     advice = "\n".join(warnings)
     if complaint:
-        return Finding(".env", Verdict.ERROR, str(complaint), advice)
+        return _ERROR, str(complaint), advice
     found = str(source)
     if not source.exists():
         found = f"No .env in {source.parent} or its parent folders; every setting has its default."
-    return Finding(".env", Verdict.WARNING if warnings else Verdict.OK, found, advice)
+    return _WARNING if warnings else _OK, found, advice
 
 
-def _engine(config: ServerConfig) -> Iterator[Finding]:
-    """Check which engine there is, and whether it serves a model."""
-    try:
-        engine = anyio.run(locate_engine, config.binary)
-    except EngineError as error:
-        yield Finding("Engine", Verdict.ERROR, "No usable llama-server found.", str(error))
-        return
-    verdict, advice = Verdict.OK, ""
+def _engine(engine: Engine, config: ServerConfig) -> _Result:
+    found = f"llama-server {engine.version} ({engine.kind})"
     try:
         if config.model:
             build_command(engine, config)
     except KittyError as error:
-        verdict, advice = Verdict.ERROR, str(error)
-    yield Finding("Engine", verdict, f"llama-server {engine.version} ({engine.kind})", advice)
-    yield _load(config)
+        return _ERROR, found, str(error)
+    return _OK, found
 
 
-def _load(config: ServerConfig) -> Finding:
+def _load(config: ServerConfig) -> _Result:
     """Serve a demo model on a free port and in a temporary folder."""
     began = time.monotonic()
     try:
@@ -146,11 +150,10 @@ def _load(config: ServerConfig) -> Finding:
             "Some devices compile kernels for minutes the first time. To watch, run kitty-nb start"
             " and kitty-nb logs -f."
         )
-        return Finding("Load", Verdict.WARNING, found, advice)
+        return _WARNING, found, advice
     except (KittyError, OSError) as error:
-        return Finding("Load", Verdict.ERROR, "The engine can't serve a demo model.", str(error))
-    seconds = time.monotonic() - began
-    return Finding("Load", Verdict.OK, f"The engine served a demo model after {seconds:.1f} s.")
+        return _ERROR, "The engine can't serve a demo model.", str(error)
+    return _OK, f"The engine served a demo model after {time.monotonic() - began:.1f} s."
 
 
 async def _serve_demo(config: ServerConfig, folder: Path) -> None:
@@ -168,8 +171,7 @@ async def _serve_demo(config: ServerConfig, folder: Path) -> None:
             pass
 
 
-def _memory(config: ServerConfig) -> Finding:
-    what = "GPU, memory"
+def _memory(config: ServerConfig) -> _Result:
     record = find_server(config)
     measured = free_memory(record.pid if record else None)
     devices = None
@@ -184,72 +186,88 @@ def _memory(config: ServerConfig) -> Finding:
     found = ", ".join(rows)
     if measured.gpus and devices == ():
         names = ", ".join(gpu.name for gpu in measured.gpus)
-        advice = f"This llama-server can't use {names}. Install a build that can."
-        return Finding(what, Verdict.WARNING, found, advice)
+        return _WARNING, found, f"This llama-server can't use {names}. Install a build that can."
     if len(rows) > 1 or sys.platform == "darwin":
-        return Finding(what, Verdict.OK, found)
-    advice = "This llama-server lists no GPU: models run on the processor."
+        return _OK, found
     if devices is None and not find_spec("pynvml"):
-        advice = "To detect NVIDIA GPUs: pip install 'kitty_nb[gpu]'"
-    return Finding(what, Verdict.OK, found, advice)
+        return _OK, found, "To detect NVIDIA GPUs: pip install 'kitty_nb[gpu]'"
+    return _OK, found, "This llama-server lists no GPU: models run on the processor."
 
 
-def _models(config: ServerConfig) -> Finding:
+def _models(config: ServerConfig) -> _Result:
     folder, stores = config.models_dir, model_stores(config)
     try:
         with suppress(FileNotFoundError):
             any(folder.iterdir())
     except OSError as error:
-        found = f"Can't read {folder} ({error.strerror})."
         advice = "Check LLAMACPP_MODELS_DIR and the folder's permissions."
-        return Finding("Models", Verdict.ERROR, found, advice)
+        return _ERROR, f"Can't read {folder} ({error.strerror}).", advice
     models = ModelCatalog(stores).scan()
     if not models:
-        found = f"There are no models in {folder}."
         advice = "Check LLAMACPP_MODELS_DIR, or try things out: kitty-nb demo-model"
-        return Finding("Models", Verdict.WARNING, found, advice)
+        return _WARNING, f"There are no models in {folder}.", advice
     problems = [f"{model.name}: {model.problem}" for model in models if model.problem]
     places = f"{folder} and other programs' stores" if len(stores) > 1 else str(folder)
     found = f"{len(models) - len(problems)} of {len(models)} models in {places} can be served."
-    verdict = Verdict.WARNING if problems else Verdict.OK
-    return Finding("Models", verdict, found, "\n".join(problems))
+    return _WARNING if problems else _OK, found, "\n".join(problems)
 
 
-def _model(config: ServerConfig) -> Finding:
-    if config.model:
-        return Finding("Model", Verdict.OK, str(config.model))
-    advice = f"Set LLAMACPP_{config.profile.upper()}_MODEL to one that kitty-nb scan lists."
-    return Finding("Model", Verdict.WARNING, "No model is chosen.", advice)
+def _model(config: ServerConfig) -> _Result:
+    if not config.model:
+        advice = f"Set LLAMACPP_{config.profile.upper()}_MODEL to one that kitty-nb scan lists."
+        return _WARNING, "No model is chosen.", advice
+    record = find_server(config)
+    running = Running(record.pid, record.config) if record else None
+    too_large = anyio.run(Forecaster().why_not, config, running)
+    return _ERROR if too_large else _OK, str(config.model), too_large
 
 
-def _port(config: ServerConfig) -> Finding:
-    what = f"Port of {config.profile}"
-    if record := find_server(config):
-        found = f"{record.config.endpoint} is the profile's server (PID {record.pid})."
-        return Finding(what, Verdict.OK, found)
-    try:
-        refuse_busy_port(config)
-    except ServerFailedError as error:
-        return Finding(what, Verdict.ERROR, str(error))
-    return Finding(what, Verdict.OK, f"{config.host}:{config.port} is free.")
-
-
-def _disk(config: ServerConfig) -> Finding:
+def _disk(config: ServerConfig) -> _Result:
     try:
         refuse_open_folder(config)
     except ServerFailedError as error:
-        return Finding("Disk", Verdict.ERROR, str(error))
+        return _ERROR, str(error)
     logs, models = _nearest(config.log_dir), _nearest(config.models_dir)
     written = {"LLAMACPP_LOG_DIR": logs, "LLAMACPP_HISTORY": _nearest(config.history.parent)}
     for key, folder in written.items():
         if not os.access(folder, os.W_OK | os.X_OK):
             advice = f"Make it writable, or set {key} to a folder that is."
-            return Finding("Disk", Verdict.ERROR, f"Can't write to {folder}.", advice)
+            return _ERROR, f"Can't write to {folder}.", advice
     free, folder = min((shutil.disk_usage(folder).free, folder) for folder in (logs, models))
     found = f"{decimal(free)} free in {folder}"
     if free >= _LITTLE_SPACE:
-        return Finding("Disk", Verdict.OK, found)
-    return Finding("Disk", Verdict.WARNING, found, "Free some space: logs and models need it.")
+        return _OK, found
+    return _WARNING, found, "Free some space: logs and models need it."
+
+
+_CHECKS = {"GPU, memory": _memory, "Models": _models, "Model": _model, "Disk": _disk}
+
+
+def _ports(env: str | Path, first: str) -> Iterator[Finding]:
+    problems: dict[ServerConfig, str] = {}
+    for name in dict.fromkeys((first, *configured_profiles(env))):
+        config, complaint = load_lenient(env, name)
+        wrong = [str(p) for p in (complaint.problems if complaint else ()) if "_PORT" in p.key]
+        problems[config] = "".join(wrong)
+    for config, problem in problems.items():
+        sharing = [c.profile for c in problems if c.endpoint == config.endpoint and not problems[c]]
+        yield Finding(f"Port of {config.profile}", *_port(config, problem, sharing))
+
+
+def _port(config: ServerConfig, problem: str, sharing: Sequence[str]) -> _Result:
+    if problem:
+        return _ERROR, problem
+    if record := find_server(config):
+        return _OK, f"{record.config.endpoint} is the profile's server (PID {record.pid})."
+    try:
+        refuse_busy_port(config)
+    except ServerFailedError as error:
+        return _ERROR, str(error)
+    found = f"{config.host}:{config.port} is free."
+    if others := ", ".join(name for name in sharing if name != config.profile):
+        advice = f"Only one of them can run at a time. Set LLAMACPP_{config.profile.upper()}_PORT."
+        return _WARNING, f"{found} It is also the port of {others}.", advice
+    return _OK, found
 
 
 def _nearest(folder: Path) -> Path:

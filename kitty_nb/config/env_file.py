@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _NEEDS_NO_QUOTES = re.compile(r"[^\s'\"#\\$]*")
 _NEEDS_ESCAPES = re.compile(r"['\\\r\n]")
 _BEFORE_KEY = re.compile(r"\s*(?:export[^\S\r\n]+)?")
+_COMMENT = re.compile(  # behind a value that is quoted, or that is not
+    r"""=[^\S\r\n]*(?:'(?:\\'|[^'])*'|"(?:\\"|[^"])*"|[^\r\n]*?(?=\s\#))"""
+    r"""(?P<space>[^\S\r\n]*)(?P<text>\#[^\r\n]*)"""
+)
 _ESCAPES = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"}
 
 
@@ -55,16 +59,14 @@ def read_env(path: str | Path) -> EnvFile:
         if not found.is_file():
             return EnvFile(found.absolute(), {})
         if reason := distrust(found):
-            fix = f"To use it anyway, name it: {found} instead of .env."
-            raise ConfigError(str(found), (Problem("file", str(found), reason, fix),))
+            raise _refused(found, reason, f"To use it anyway, name it: {found} instead of .env.")
     try:
         raw = found.read_bytes()
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        reason = f"Can't read it ({getattr(error, 'strerror', None) or error})."
         fix = "Copy .env.example there, or name another file."
-        why = getattr(error, "strerror", None) or error
-        problem = Problem("file", str(found), f"Can't read it ({why}).", fix)
-        raise ConfigError(str(found), (problem,)) from None
+        raise _refused(found, reason, fix) from None
     problems = tuple(
         Problem(
             f"line {binding.original.line}",
@@ -129,16 +131,20 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
         return SavedEnv(env.path, (), None)
     encoding = "utf-8-sig" if env.raw.startswith(BOM_UTF8) else "utf-8"
     try:
-        if _bytes(env.path) != env.raw:
-            raise _unwritten(env.path, "It has changed since it was read.", "Read it again.")
-        backup = _back_up(env) if env.path.exists() else None
+        there = env.path.exists()
+        if (env.path.read_bytes() if there else b"") != env.raw:
+            raise _refused(env.path, "It has changed since it was read.", "Read it again.")
+        backup = _back_up(env) if there else None
         text = _with_values(env.raw.decode(encoding), {key: changes[key] for key in keys})
-        _replace(env.path.resolve(), text.encode(encoding))
+        file, mode = env.path.resolve(), env.path.stat().st_mode if there else None
+        write_atomic(file, text.encode(encoding))
+        if mode is not None:
+            file.chmod(stat.S_IMODE(mode))
     except (OSError, UnicodeEncodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         lines = " ".join(f"{key}={quoted(changes[key])}" for key in keys)
         fix = f"Make the file and its folder writable, or write by hand: {lines}"
-        raise _unwritten(env.path, f"Can't write it: {why}.", fix) from None
+        raise _refused(env.path, f"Can't write it: {why}.", fix) from None
     return SavedEnv(env.path, keys, backup)
 
 
@@ -165,27 +171,15 @@ def _with_values(text: str, changes: Mapping[str, str]) -> str:
         key, line = binding.key, binding.original.string
         if key is not None and key in changes:
             missing.pop(key, None)
-            before = _BEFORE_KEY.match(line)
-            line = f"{before[0] if before else ''}{key}={quoted(changes[key])}{end}"
+            before, value = _BEFORE_KEY.match(line), quoted(changes[key])
+            if comment := _COMMENT.search(line):
+                # Right behind the equals sign it would be the value.
+                value = f"{value or repr('')}{comment['space'] or ' '}{comment['text']}"
+            line = f"{before[0] if before else ''}{key}={value}{end}"
         lines.append(line)
     if missing and lines and not lines[-1].endswith(("\n", "\r")):
         lines.append(end)
     return "".join((*lines, *(f"{key}={quoted(value)}{end}" for key, value in missing.items())))
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all, with the permissions that it had."""
-    mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else None
-    write_atomic(file, content)
-    if mode is not None:
-        file.chmod(mode)
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return b""
 
 
 def _back_up(env: EnvFile) -> Path:
@@ -199,9 +193,9 @@ def _back_up(env: EnvFile) -> Path:
     except OSError as error:
         reason = f"Can't keep a backup of it in {folder}: {error.strerror}."
         fix = "Make that folder writable, or set XDG_STATE_HOME to another one."
-        raise _unwritten(env.path, reason, fix) from None
+        raise _refused(env.path, reason, fix) from None
     return backup
 
 
-def _unwritten(path: Path, reason: str, fix: str) -> ConfigError:
+def _refused(path: Path, reason: str, fix: str) -> ConfigError:
     return ConfigError(str(path), (Problem("file", str(path), reason, fix),))
