@@ -21,9 +21,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def crashes() -> str:
     """Every crash that kitty_nb recognises, with its remedy."""
     tables = read_signatures()
-    log = [signature.reading for signature in tables.log]
-    readings = [*log, *tables.signals.values(), *tables.launch.values()]
-    return _table("you see", "do", dict.fromkeys((one.cause, one.remedy) for one in readings))
+    rows = [*tables["signature"], *tables["signal"].values(), *tables["launch"].values()]
+    return _table("you see", "do", dict.fromkeys((row["cause"], row["remedy"]) for row in rows))
 
 
 def files() -> str:

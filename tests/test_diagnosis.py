@@ -86,11 +86,12 @@ def test_every_ending_has_its_cause_its_remedy_and_its_proof(ending: Ending) -> 
 
 
 def test_every_row_has_an_ending() -> None:
+    patterns = ["|".join(row["patterns"]) for row in TABLES["signature"]]
     used = {
-        next(row.pattern for row in TABLES.log if any(map(row.pattern.search, ending.lines)))
+        next(one for one in patterns if any(re.search(one, line) for line in ending.lines))
         for ending in ENDINGS
     }
-    assert used == {row.pattern for row in TABLES.log}
+    assert used == {*patterns}
 
 
 def test_the_trial_fit_does_not_say_it_twice() -> None:
@@ -112,12 +113,17 @@ def test_evidence_is_bounded() -> None:
     assert len(str(diagnosis)) < 1000
 
 
-@pytest.mark.parametrize("number", [*TABLES.signals, *FROM_OUTSIDE], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [*map(signal.Signals.__getitem__, TABLES["signal"]), *FROM_OUTSIDE],
+    ids=lambda number: number.name,
+)
 @pytest.mark.parametrize("by_script", [False, True])
 def test_a_signal_is_named(number: signal.Signals, by_script: bool) -> None:
     diagnosis = diagnose(128 + number if by_script else -number, FULL_LIFE.splitlines())
     assert number.name in str(diagnosis)
-    assert diagnosis.cause == TABLES.signals.get(number, TABLES.endings["stopped"]).cause
+    reading = TABLES["signal"].get(number.name, TABLES["ending"]["stopped"])
+    assert diagnosis.cause == reading["cause"]
     assert not diagnosis.evidence
     assert diagnosis.repeats == (number is signal.SIGILL)
 
@@ -199,14 +205,17 @@ def test_what_went_wrong_before_the_model_was_loaded_did_not_end_it() -> None:
     assert "cause is unknown" in diagnose(1, [*early, later]).cause
 
 
-@pytest.mark.parametrize("number", TABLES.launch, ids=errno.errorcode.get)
-def test_a_program_that_cannot_be_started_is_explained(number: int) -> None:
+@pytest.mark.parametrize("name", TABLES["launch"])
+def test_a_program_that_cannot_be_started_is_explained(name: str) -> None:
+    number = getattr(errno, name, None)
+    if number is None:
+        pytest.skip("this system has no such error")
     diagnosis = diagnose_launch(OSError(number, "said by the system", "/opt/llama-server"), LOGS)
     assert str(diagnosis).startswith(
         "The server could not be started: said by the system: /opt/llama-server. "
     )
     assert "{" not in diagnosis.cause
-    assert diagnosis.repeats == TABLES.launch[number].repeats
+    assert diagnosis.repeats == TABLES["launch"][name].get("repeats", False)
 
 
 def test_a_program_that_is_none_is_explained(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from kitty_nb.config import FlashAttention, env_settings, goes_without_key, spelled, value_of
+from kitty_nb.config import env_settings, goes_without_key, spelled, value_of
 from kitty_nb.errors import EngineError, UnknownFlagError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _INSTEAD = {
     "--load-mode mmap+mlock": ("--mlock",),
     "--load-mode dio": ("--direct-io",),
     "--load-mode auto": ("",),
-    "--no-jinja": ("",),
+    "--no-jinja": ("",),  # builds without it have it off unless asked
 }
 _LONGEST = 2
 _SWITCHED = {"on", "off", "auto"}
@@ -183,18 +183,14 @@ def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
     value = getattr(config, field)
     if value is None:
         return ()
-    if value is False:  # builds without --no-jinja have it off unless asked
-        return ("--no-jinja",) if engine.dialect.option("--no-jinja") else ()
-    names = (_FLAGS[field], *_NAMES.get(_FLAGS[field], ()))
-    known = ((name, option) for name in names if (option := engine.dialect.option(name)))
-    flag, option = next(known, (None, None))
-    if flag is None or option is None:
-        raise UnknownFlagError(_lacks(engine, _FLAGS[field], field))
-    if value is True:
-        return (flag,)
-    if field == "flash_attention" and not option.values:  # a switch until mid 2025, off unless set
-        return (flag,) if value is FlashAttention.ON else ()
-    return flag, str(value)
+    flag = _FLAGS[field]
+    asked: tuple[str, ...] = (flag, str(value))
+    if isinstance(value, bool):
+        asked = (flag,) if value else (flag.replace("--", "--no-"),)
+    said = tuple(spell(engine.dialect, asked))
+    if not all(map(engine.dialect.option, filter(is_flag, said))):
+        raise UnknownFlagError(_lacks(engine, flag, field))
+    return said
 
 
 def _lacks(engine: Engine, flag: str, field: str) -> str:

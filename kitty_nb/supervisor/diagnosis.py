@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 _LINES = 5
 _LENGTH = 300
@@ -35,73 +35,29 @@ FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 _FILE = Path(__file__).with_name("signatures.toml")
 
 
+@cache
+def read_signatures() -> dict[str, Any]:
+    """Read the tables, once a server has ended that needs them."""
+    return tomllib.loads(_FILE.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The meaning of an ending.
+    """The meaning of an ending: a row of a table.
 
     Attributes:
-        cause: A sentence; names in braces stand for what the signature found.
+        cause: A sentence; names in braces stand for what the patterns found.
         remedy: What to do, in a sentence.
         repeats: Whether the next start would end the same way.
         of_port: Whether another program may have the server's port.
+        patterns: What lines of a log that prove it look like.
     """
 
     cause: str
     remedy: str
     repeats: bool = False
     of_port: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """A row of the table: lines that match `pattern` prove `reading`."""
-
-    pattern: re.Pattern[str]
-    reading: Reading
-
-
-@dataclass(frozen=True, slots=True)
-class Signatures:
-    """All tables.
-
-    Attributes:
-        log: What lines of a log prove; the first that matches any line wins.
-        endings: Other endings, by name.
-        signals: What a signal means where the log does not say it better.
-        launch: Why a process could not be started, by error number.
-        log_folder: The same of the folder for logs.
-    """
-
-    log: tuple[Signature, ...]
-    endings: Mapping[str, Reading]
-    signals: Mapping[signal.Signals, Reading]
-    launch: Mapping[int, Reading]
-    log_folder: Mapping[int, Reading]
-
-
-@cache
-def read_signatures() -> Signatures:
-    """Read the tables, once a server has ended that needs them."""
-    tables: dict[str, Any] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
-    return Signatures(
-        log=tuple(
-            Signature(re.compile("|".join(row.pop("patterns"))), Reading(**row))
-            for row in tables["signature"]
-        ),
-        endings=_readings(tables["ending"]),
-        signals={signal.Signals[name]: one for name, one in _readings(tables["signal"]).items()},
-        launch=_by_number(tables["launch"]),
-        log_folder=_by_number(tables["log_folder"]),
-    )
-
-
-def _readings(rows: Mapping[str, Any]) -> dict[str, Reading]:
-    return {name: Reading(**row) for name, row in rows.items()}
-
-
-def _by_number(rows: Mapping[str, Any]) -> dict[int, Reading]:
-    numbers = {name: number for number, name in errno.errorcode.items()}
-    return {numbers[name]: one for name, one in _readings(rows).items() if name in numbers}
+    patterns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +116,9 @@ def diagnose(
     lines = [line for line in log[loaded + 1 :] if _may_tell(line)]
     if known := _known(ending, lines):
         return known
-    signals = read_signatures().signals
-    if number and number in signals:
-        return _diagnosis(ending, signals[number], ())
+    signals = read_signatures()["signal"]
+    if number and number.name in signals:
+        return _diagnosis(ending, Reading(**signals[number.name]), ())
     if exit_code is None and out_of_memory:
         return _diagnosis(ending, _reading("killed_for_memory"), ())
     return _diagnosis(ending, _reading("unknown"), _errors(lines, last=loaded >= 0))
@@ -189,22 +145,22 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
     """
     said = error.strerror or str(error)
     path = Path(os.fsdecode(error.filename2 or error.filename or log_dir))
-    number, tables = error.errno or 0, read_signatures()
-    reading = tables.launch.get(number, tables.endings["unknown_refusal"])
-    file = str(path)
+    name, tables = errno.errorcode.get(error.errno or 0, ""), read_signatures()
+    row, file = tables["launch"].get(name, tables["ending"]["unknown_refusal"]), str(path)
     near_logs = path.is_relative_to(log_dir) or log_dir.is_relative_to(path)
-    if near_logs and number in tables.log_folder:
-        file, reading = str(log_dir), tables.log_folder[number]
-    return _diagnosis("could not be started", reading, (f"{said}: {file}",), {"file": file})
+    if near_logs and name in tables["log_folder"]:
+        row, file = tables["log_folder"][name], str(log_dir)
+    return _diagnosis("could not be started", Reading(**row), (f"{said}: {file}",), {"file": file})
 
 
 def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
     """Return what the lines prove, where one of them matches a signature."""
     bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
-    for row in read_signatures().log:
-        if found := [match for line in bare if (match := row.pattern.search(line))]:
+    for row in read_signatures()["signature"]:
+        pattern = re.compile("|".join(row["patterns"]))
+        if found := [match for line in bare if (match := pattern.search(line))]:
             groups = {name: value or "" for name, value in found[0].groupdict().items()}
-            return _diagnosis(ending, row.reading, (match.string for match in found), groups)
+            return _diagnosis(ending, Reading(**row), (match.string for match in found), groups)
     return None
 
 
@@ -219,7 +175,7 @@ def _diagnosis(
 
 
 def _reading(name: str) -> Reading:
-    return read_signatures().endings[name]
+    return Reading(**read_signatures()["ending"][name])
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:

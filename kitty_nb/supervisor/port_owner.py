@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +28,7 @@ _PORTS_TRIED = 100
 _MODEL = {"-m", "--model"}
 _ALIAS = {"-a", "--alias"}
 
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-_ANY_IPV6 = ipaddress.IPv6Address("::")
+_ANY = {"0.0.0.0", "::"}  # the latter takes IPv4 too, unless told not to
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +89,14 @@ def owner_of(host: str, port: int) -> PortOwner | None:
         other users' processes to themselves.
     """
     try:
-        wanted = [_address(address[0]) for _, address in _resolve(host, port)]
+        wanted = {address[0] for _, address in _resolve(host, port)}
     except OSError:
         return None
     pids = {
         pid
         for pid, connection in _connections()
         if pid and connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-        if any(_overlap(one, _address(connection.laddr.ip)) for one in wanted)
+        if connection.laddr.ip in wanted | _ANY or wanted & _ANY
     }
     owners = [owner for pid in sorted(pids) if (owner := _describe(pid, port))]
     return next((one for one in owners if one.engine), owners[0] if owners else None)
@@ -178,19 +176,6 @@ def _connections() -> Iterator[tuple[int | None, Any]]:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 yield from ((process.pid, one) for one in process.net_connections("tcp"))
-
-
-def _address(text: str) -> _Address:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
-
-
-def _overlap(wanted: _Address, held: _Address) -> bool:
-    """Tell whether a listener on one address is in the way of one on the other."""
-    if wanted.version != held.version:  # "::" takes IPv4 too unless it was told not to
-        return _ANY_IPV6 in {wanted, held}
-    return wanted == held or wanted.is_unspecified or held.is_unspecified
 
 
 def _describe(pid: int, port: int) -> PortOwner | None:

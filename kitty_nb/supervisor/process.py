@@ -236,21 +236,9 @@ def _runs(process: psutil.Process) -> bool:
     except psutil.Error:
         return False
     except OSError:  # out of file descriptors, /proc cannot be read
-        return _answers(process.pid)
-
-
-def _answers(pid: int) -> bool:
-    """Tell whether a process runs, without a file descriptor."""
-    with suppress(ChildProcessError):
-        if hasattr(os, "waitid"):
-            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        with suppress(ChildProcessError, AttributeError):  # not our child, or macOS
+            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        return True
 
 
 def _pids() -> list[int]:
