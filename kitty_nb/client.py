@@ -6,6 +6,7 @@ import json
 import ssl
 from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from httpx_sse import EventSource, SSEError
 from kitty_nb.errors import NoAnswerError, ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Collection
 
     from pydantic import SecretStr
 
@@ -93,20 +94,12 @@ class Access:
         """
         said, thought, finish = "", False, None
         tools: dict[int, str] = {}
-        part: dict[str, Any] = {}
         try:
             async with (
                 self.async_http() as http,
-                http.stream(
-                    "POST", "/v1/chat/completions", json={**request, "stream": True}
-                ) as response,
-                aclosing(answer_parts(response)) as parts,
+                aclosing(stream(http, "/v1/chat/completions", request)) as parts,
             ):
-                if response.is_error:
-                    raise ServerError(refusal(await response.aread(), response.status_code))
                 async for part in parts:
-                    if part.get("error"):
-                        raise ServerError(refusal(part))
                     choice: dict[str, Any] = next(iter(part.get("choices") or ()), {})
                     delta = choice.get("delta") or choice.get("message") or {}
                     if thinking := delta.get("reasoning_content"):
@@ -120,11 +113,9 @@ class Access:
                         tools.setdefault(number, function.get("name", ""))
                     finish = choice.get("finish_reason") or finish
         except httpx.HTTPError as error:
-            raise ServerError(_broken_off(type(error).__name__)) from None
-        if finish is None and not (said or thought or tools):
-            raise ServerError(not_an_answer(response, json.dumps(part) if part else ""))
+            raise ServerError(broken_off(error)) from None
         if finish is None:
-            raise ServerError(_broken_off("its end is missing"))
+            raise ServerError(broken_off())
         if not said and (missing := _missing(tuple(tools.values()), finish, thought=thought)):
             raise NoAnswerError(missing)
         return said
@@ -145,47 +136,89 @@ class Access:
         return {"base_url": self.base_url, "api_key": key}
 
 
-async def answer_parts(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the JSON objects of a streamed answer, also of one that comes whole.
+async def post(
+    http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str
+) -> dict[str, Any]:
+    """Ask, and return the JSON object of the whole answer.
+
+    Args:
+        http: A client of the server.
+        path: Where to ask.
+        request: What to send.
+        wanted: A key that every answer of llama-server has there.
 
     Raises:
-        ServerError: What came is no answer of llama-server.
+        ServerError: The server refused the request, or is no llama-server.
         httpx.HTTPError: The server broke off.
     """
-    if response.headers.get("Content-Type", "").startswith("application/json"):
-        yield _part(response, (await response.aread()).decode(errors="replace"))
-        return
+    response = await http.post(path, json=request)
+    if response.status_code == HTTPStatus.NOT_FOUND:
+        raise ServerError(f"This build of llama-server has no {path}. Update llama.cpp.")
+    if response.is_error:
+        raise ServerError(_refusal(response.content, response.status_code))
+    return _part(response, response.content, {wanted})
+
+
+async def stream(
+    http: httpx.AsyncClient, path: str, request: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Ask, and yield the JSON objects of the answer as they come, also of one that comes whole.
+
+    Raises:
+        ServerError: The server refused the request, could not go on, or is no llama-server.
+        httpx.HTTPError: The server broke off.
+    """
+    async with http.stream("POST", path, json={**request, "stream": True}) as response:
+        if response.is_error:
+            raise ServerError(_refusal(await response.aread(), response.status_code))
+        if response.headers.get("Content-Type", "").startswith("application/json"):
+            yield _part(response, await response.aread(), {"choices", "content"})
+            return
+        empty = True
+        try:
+            async with aclosing(EventSource(response).aiter_sse()) as events:
+                async for event in events:
+                    if event.data and event.data != "[DONE]":
+                        empty = False
+                        yield _part(response, event.data.encode())
+        except SSEError:
+            raise ServerError(_not_an_answer(response, await response.aread())) from None
+        if empty:
+            raise ServerError(_not_an_answer(response, b""))
+
+
+async def props(http: httpx.AsyncClient) -> dict[str, Any]:
+    """Return what the server says of itself; nothing where it does not."""
     try:
-        async with aclosing(EventSource(response).aiter_sse()) as events:
-            async for event in events:
-                if event.data == "[DONE]":
-                    return
-                if event.data:
-                    yield _part(response, event.data)
-    except SSEError:
-        text = (await response.aread()).decode(errors="replace")
-        raise ServerError(not_an_answer(response, text)) from None
+        said = (await http.get("/props")).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
-def _broken_off(how: str) -> str:
-    """Say that an answer has no end."""
+def broken_off(error: httpx.HTTPError | None = None) -> str:
+    """Say that an answer has no end, and the error that cut it short."""
+    how = type(error).__name__ if error else "its end is missing"
     return f"The answer ended early ({how}): the server was stopped or crashed. See its log."
 
 
-def _part(response: httpx.Response, text: str) -> dict[str, Any]:
+def _part(response: httpx.Response, content: bytes, wanted: Collection[str] = ()) -> dict[str, Any]:
+    """Return the JSON object in a part of an answer, which has one of the keys that are wanted."""
     try:
-        part = json.loads(text)
+        part = json.loads(content)
     except ValueError:
         part = None
-    if isinstance(part, dict):
-        return part
-    raise ServerError(not_an_answer(response, text))
+    if not isinstance(part, dict) or (wanted and not part.keys() & {*wanted, "error"}):
+        raise ServerError(_not_an_answer(response, content))
+    if part.get("error"):
+        raise ServerError(_refusal(content))
+    return part
 
 
-def not_an_answer(response: httpx.Response, text: str) -> str:
+def _not_an_answer(response: httpx.Response, content: bytes) -> str:
     """Say what came where an answer of llama-server should."""
     kind = response.headers.get("Content-Type", "no content type")
-    start = " ".join(text[:_QUOTED].split())
+    start = " ".join(content.decode(errors="replace")[:_QUOTED].split())
     return (
         f"{response.url} sent no answer of llama-server, but {response.status_code} with {kind}:"
         f" {start!r}. Check what listens there: a proxy, a login page or another program."
@@ -208,19 +241,18 @@ def _missing(tools: tuple[str, ...], finish: str, *, thought: bool) -> str:
     return "The model gave no answer after thinking. Rephrase the prompt." if thought else ""
 
 
-def refusal(said: Any, status: int | None = None) -> str:
+def _refusal(said: bytes, status: int | None = None) -> str:
     """Return what an error of llama-server means for the user.
 
     Args:
-        said: The body of its answer, as bytes or as JSON.
+        said: What the server sent.
         status: That of the answer; None where the error came in the middle of one.
     """
-    if isinstance(said, bytes):
-        try:
-            said = json.loads(said)
-        except ValueError:
-            said = str(said, errors="replace").strip()
-    error = said.get("error", said) if isinstance(said, dict) else said
+    try:
+        body = json.loads(said)
+    except ValueError:
+        body = str(said, errors="replace").strip()
+    error = body.get("error", body) if isinstance(body, dict) else body
     facts = error if isinstance(error, dict) else {"message": error}
     message = str(facts.get("message", error))
     if facts.get("type") == _TOO_LONG:

@@ -141,15 +141,14 @@ def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
             return httpx.Response(200, json={})
         body = json.loads(request.content)
         if request.url.path == "/tokenize":
-            tokens = [{"id": ord(letter), "piece": letter} for letter in body["content"]]
-            return httpx.Response(200, json={"tokens": tokens})
+            return httpx.Response(200, json={"tokens": [*map(ord, body["content"])]})
         if body.get("stream"):
             text = 'data: {"content": "blue", "timings": {}}\n\n'
             return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, text=text)
         ((token, _),) = body["logit_bias"]
         lowest = -3.4028234663852886e38  # what llama-server writes for the logarithm of 0
         told = [{"id": token, "logprob": lowest}]
-        return httpx.Response(200, json={"completion_probabilities": told})
+        return httpx.Response(200, json={"content": "", "completion_probabilities": told})
 
     async def ask() -> None:
         quality = Perplexity({PROMPT: "blue"})

@@ -32,7 +32,7 @@ from kitty_nb.experiments import (
     TrialResult,
     replay,
 )
-from kitty_nb.experiments.run_trial import fingerprint_of, run_trial, this_machine
+from kitty_nb.experiments.measure import fingerprint_of, run_trial, this_machine
 from kitty_nb.experiments.store import RowStore
 from kitty_nb.experiments.sweep import seconds_left
 from kitty_nb.experiments.trial import (

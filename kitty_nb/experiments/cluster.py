@@ -26,7 +26,7 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError
-from kitty_nb.experiments.run_trial import engine_of, fingerprint_of, run_trial
+from kitty_nb.experiments.measure import engine_of, fingerprint_of, run_trial
 from kitty_nb.experiments.trial import Outcome, TrialResult
 from kitty_nb.isolated_server import this_host
 

@@ -33,9 +33,9 @@ from pydantic import (
 
 from kitty_nb.catalog.cache import FileDigest, digest_files
 from kitty_nb.catalog.model import shard_paths
-from kitty_nb.client import not_an_answer, refusal
+from kitty_nb.client import broken_off, post, props
 from kitty_nb.config import ServerConfig, takes_secret
-from kitty_nb.errors import ConfigError, ExperimentError, RunRecordError
+from kitty_nb.errors import ConfigError, ExperimentError, RunRecordError, ServerError
 from kitty_nb.isolated_server import (
     EngineKind,
     LoadSeconds,
@@ -403,8 +403,13 @@ async def ask(access: Access, requests: Iterable[Request]) -> tuple[Exchange, ..
     Raises:
         ExperimentError: The server refuses one, or breaks off.
     """
-    async with access.async_http() as http:
-        return tuple([await _ask(http, request) for request in requests])
+    try:
+        async with access.async_http() as http:
+            return tuple([await _ask(http, request) for request in requests])
+    except httpx.HTTPError as error:
+        raise ExperimentError(broken_off(error)) from error
+    except ServerError as error:
+        raise ExperimentError(str(error)) from error
 
 
 async def describe_run(
@@ -424,6 +429,8 @@ async def describe_run(
     engine = await locate_engine(config.binary)
     load = await find_load(state)
     facts = await run_sync(gather_facts, config)
+    async with access.async_http() as http:
+        served = await props(http)
     ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
     if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
         raise ExperimentError(
@@ -438,7 +445,7 @@ async def describe_run(
         engine=EngineFacts(
             kind=engine.kind,
             version=engine.version,
-            build=await _build(access),
+            build=str(served.get("build_info", "")),
             devices=state.devices,
         ),
         host=await run_sync(_host_facts),
@@ -481,21 +488,9 @@ def _request(prompt: Prompt, sampling: dict[str, JsonValue]) -> Request:
 
 
 async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
-    try:
-        response = await http.post(request.path, json=request.body)
-    except httpx.HTTPError as error:
-        raise ExperimentError(
-            f"The answer ended early ({type(error).__name__}): the server was stopped or"
-            " crashed. See its log."
-        ) from error
-    if response.is_error:
-        raise ExperimentError(refusal(response.content, response.status_code))
-    try:
-        answer = response.json()
-        choice = answer["choices"][0]
-        message = choice.get("message", {"content": choice.get("text")})
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ExperimentError(not_an_answer(response, response.text)) from None
+    answer = await post(http, request.path, request.body, "choices")
+    choice: dict[str, Any] = next(iter(answer["choices"]), {})
+    message = choice.get("message", {"content": choice.get("text")})
     calls = message.get("tool_calls") or ()
     return Exchange(
         request=request,
@@ -505,15 +500,6 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
         finish_reason=choice.get("finish_reason"),
         timings=answer.get("timings"),
     )
-
-
-async def _build(access: Access) -> str:
-    """Return the build that the running server reports; older builds report none."""
-    async with access.async_http() as http:
-        try:
-            return str((await http.get("/props")).json()["build_info"])
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
-            return ""
 
 
 def _host_facts() -> HostFacts:

@@ -15,16 +15,18 @@ import anyio.to_thread
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
 from kitty_nb.experiments.background import in_background
+from kitty_nb.experiments.measure import fingerprints_here
 from kitty_nb.experiments.results import extra
-from kitty_nb.experiments.run_trial import fingerprints_here, row_of
 from kitty_nb.experiments.space import check_flags, digest
 from kitty_nb.experiments.trial import (
+    Outcome,
     StoreFailed,
     SweepEnded,
     SweepPaused,
     SweepResumed,
     TrialEnded,
     TrialProgressed,
+    TrialResult,
     TrialStarted,
 )
 from kitty_nb.isolated_server import Broadcast, locate_engine
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.space import Settings
-    from kitty_nb.experiments.trial import Execute, SweepEvent, Trial, TrialResult
+    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
     from kitty_nb.experiments.workload import Workload
     from kitty_nb.isolated_server import LoadProgress
 
@@ -226,7 +228,7 @@ class TrialRunner:
         self._running[trial] = time.monotonic()
         self._publish(TrialStarted(trial))
         try:
-            row = await self._measure(trial, execute)
+            row = await self._measure(trial, execute, self._publish)
         finally:
             self._running.pop(trial, None)
         self._rows[trial.key] = row
@@ -234,8 +236,22 @@ class TrialRunner:
         with anyio.CancelScope(shield=True):
             await self._write(row)
 
-    async def _measure(self, trial: Trial, execute: Execute) -> TrialResult:
-        return await row_of(trial, execute, self._publish)
+    async def _measure(
+        self, trial: Trial, execute: Execute, on_progress: OnProgress
+    ) -> TrialResult:
+        """Return a trial's row, also when running it fails in a way nobody foresaw: others go on.
+
+        Raises:
+            ExperimentError: Nothing can be run there any more.
+        """
+        try:
+            return await execute(trial, on_progress)
+        except ExperimentError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever it is, it has its row)
+            _log.exception("Running a trial failed.")
+            reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
+            return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
 
     async def _write(self, *rows: TrialResult) -> None:
         try:

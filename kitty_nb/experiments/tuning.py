@@ -15,6 +15,7 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     constraints_of,
@@ -23,7 +24,6 @@ from kitty_nb.experiments.metrics import (
     read_objective,
 )
 from kitty_nb.experiments.results import Combination, Results, extra
-from kitty_nb.experiments.run_trial import fingerprints_here, row_of, this_machine
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import optuna
 
     from kitty_nb.experiments.study import Search
-    from kitty_nb.experiments.trial import Execute, SweepEvent, Trial
+    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
     from kitty_nb.experiments.workload import Perplexity, Quality
     from kitty_nb.manager import Operation
 
@@ -224,17 +224,19 @@ class _Tuning(TrialRunner):
             yield trial
             search.tell(self._rows[trial.key])
 
-    async def _measure(self, trial: Trial, execute: Execute) -> TrialResult:
+    async def _measure(
+        self, trial: Trial, execute: Execute, on_progress: OnProgress
+    ) -> TrialResult:
         """Return the trial's row; it is pruned where it cannot win any more."""
         if trial.repeat > 1:
-            return await super()._measure(trial, execute)
+            return await super()._measure(trial, execute, on_progress)
         name, usual = self._search.objective.name, self._search.usual_seconds
         sofar: list[float] = []
         why = ""
 
-        def on_progress(event: SweepEvent) -> None:
+        def watch(event: SweepEvent) -> None:
             nonlocal why
-            self._publish(event)
+            on_progress(event)
             found = partial_metrics(event, self.workload.levels[0])
             if name not in found or why:
                 return
@@ -250,7 +252,7 @@ class _Tuning(TrialRunner):
         with anyio.CancelScope() as scope:
             if self._search.objective.tells_speed and usual:
                 scope.deadline = anyio.current_time() + _PATIENCE * usual
-            row = await row_of(trial, execute, on_progress)
+            row = await super()._measure(trial, execute, watch)
         if row:
             return row
         passed = time.monotonic() - began
