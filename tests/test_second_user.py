@@ -277,7 +277,7 @@ def test_results_and_history_of_another_user_are_not_believed(
 ) -> None:
     path = tmp_path / "sweep.journal"
     store = RowStore(path, "conditions")
-    anyio.run(store.recall)
+    anyio.run(store.add)
     give(path, second_user)
     with pytest.raises(ResultStoreError, match=f"belongs to the user {second_user.pw_name}"):
         store.read()

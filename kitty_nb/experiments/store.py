@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_JOURNAL = b'{"op_code"'  # how each line of a journal begins
-_SQLITE = b"SQLite for"  # how earlier versions' files begin
+_JOURNAL = b'{"op_code"'  # the beginning of each line of a journal
+_SQLITE = b"SQLite for"  # the beginning of an earlier version's file
 _LOCK_SECONDS = 5  # for which a lock may stand still before its owner counts as dead
-# What reading a damaged journal may raise.
-_TROUBLE = (OSError, ValueError, LookupError, TypeError, AssertionError, RecursionError)
 _ROW = TypeAdapter(TrialResult)
 _Row = TrialResult | None
 
@@ -52,6 +50,7 @@ class RowStore:
         self._unwritten: dict[str, _Row] = {}
         self._writing = anyio.Lock()
         self._lock = JournalFileOpenLock(str(path), grace_period=_LOCK_SECONDS)
+        self._replayed: tuple[JournalStorage, os.stat_result] | None = None
 
     @property
     def unwritten(self) -> int:
@@ -65,15 +64,13 @@ class RowStore:
             ResultStoreError: The file cannot be used.
         """
         rows: dict[str, TrialResult] = {}
-        try:
+        with self._explained():
             trials = self._study().get_trials(deepcopy=False) if self._path.exists() else ()
             for trial in trials:
                 key, row = trial.user_attrs["trial"], trial.user_attrs["row"]
                 rows.pop(key, None)
                 if row is not None:
                     rows[key] = _ROW.validate_python(row)
-        except _TROUBLE as error:
-            raise self._problem(error) from error
         return tuple(rows.values())
 
     async def add(self, rows: Iterable[TrialResult] = (), dropped: Iterable[str] = ()) -> None:
@@ -91,25 +88,19 @@ class RowStore:
             await anyio.to_thread.run_sync(self._write, dict(self._unwritten))
 
     def _write(self, rows: dict[str, _Row]) -> None:
-        try:
+        with self._explained():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab"), self._locked():
-                _cut_half_line(self._path)
+            with self._path.open("ab"):
+                self._cut_half_line()
             study = self._study(create=True)
             for key, row in rows.items():
                 study.add_trial(_as_optuna(key, row))
                 if self._unwritten.get(key) is row:
                     del self._unwritten[key]
-        except _TROUBLE as error:
-            raise self._problem(error) from error
 
     def _study(self, *, create: bool = False) -> optuna.Study:
         """The study of these conditions; an empty one where the file has none."""
-        if reason := distrust(self._path, folders=False):
-            raise PermissionError(reason.rstrip("."))
-        with self._path.open("rb") as file:
-            _check_format(file.read(len(_JOURNAL)))
-        storage = JournalStorage(JournalFileBackend(str(self._path), lock_obj=self._lock))
+        storage = self._storage()
         if self._conditions in optuna.get_all_study_names(storage):
             return optuna.load_study(study_name=self._conditions, storage=storage)
         with quiet():
@@ -119,20 +110,58 @@ class RowStore:
                 load_if_exists=True,  # another program may have been faster
             )
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _storage(self) -> JournalStorage:
+        """The file, replayed from where it was read last, unless it is another one since."""
+        if reason := distrust(self._path, folders=False):
+            raise PermissionError(reason.rstrip("."))
+        with self._path.open("rb") as file:
+            beginning, now = file.read(len(_JOURNAL)), os.fstat(file.fileno())
+        if beginning.startswith(_SQLITE):
+            raise ValueError("an earlier version of kitty_nb wrote it, or it is another database")
+        if not _JOURNAL.startswith(beginning):
+            raise ValueError("it isn't a file of results")
+        if self._replayed:
+            storage, before = self._replayed
+            if os.path.samestat(before, now) and before.st_size <= now.st_size:
+                self._replayed = storage, now
+                return storage
+        backend = JournalFileBackend(str(self._path), lock_obj=self._lock)
+        self._replayed = JournalStorage(backend), now
+        return self._replayed[0]
+
+    def _cut_half_line(self) -> None:
+        """Remove a last line that a killed program or a full disk left incomplete."""
         self._lock.acquire()
         try:
-            yield
+            with self._path.open("rb+") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    whole = file.read() == b"\n"
+                    file.seek(0)
+                    if not whole and (text := file.read()).startswith(_JOURNAL):
+                        file.truncate(text.rfind(b"\n") + 1)
         finally:
             self._lock.release()
 
-    def _problem(self, error: Exception) -> ResultStoreError:
-        kept = f" {self.unwritten} results are kept in memory." if self._unwritten else ""
-        return ResultStoreError(
-            f"Can't use the results file {self._path}: {error}.{kept} Free some disk space, fix the"
-            " file's permissions, or name another file."
-        )
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what a damaged or forbidden file raises into a sentence."""
+        try:
+            yield
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AssertionError,
+            RecursionError,
+        ) as error:
+            self._replayed = None
+            kept = f" {self.unwritten} results are kept in memory." if self._unwritten else ""
+            raise ResultStoreError(
+                f"Can't use the results file {self._path}: {error}.{kept} Free some disk space, fix"
+                " the file's permissions, or name another file."
+            ) from error
 
 
 @contextmanager
@@ -165,21 +194,3 @@ def _as_optuna(key: str, row: _Row) -> optuna.trial.FrozenTrial:
         value=value,
         user_attrs={"trial": key, "row": _ROW.dump_python(row, mode="json") if row else None},
     )
-
-
-def _cut_half_line(path: Path) -> None:
-    """Remove a last line that a killed program or a full disk left incomplete."""
-    with path.open("rb+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            whole = file.read() == b"\n"
-            file.seek(0)
-            if not whole and (text := file.read()).startswith(_JOURNAL):
-                file.truncate(text.rfind(b"\n") + 1)
-
-
-def _check_format(beginning: bytes) -> None:
-    if beginning.startswith(_SQLITE):
-        raise ValueError("an earlier version of kitty_nb wrote it, or it is another database")
-    if not _JOURNAL.startswith(beginning):
-        raise ValueError("it isn't a file of results")
