@@ -17,8 +17,7 @@ import anyio
 
 from benchmarks.subject import read_subject
 from kitty_nb import ServerConfig
-from kitty_nb.catalog.memory import Memory, MemoryPool, Requirement, estimate, plan
-from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.catalog.memory import Memory, MemoryPool, Requirement, estimate, plan, read_shape
 from kitty_nb.engine.devices import list_devices
 from kitty_nb.supervisor.forecast import settings_of
 from tests.engine_memory import breakdown

@@ -19,8 +19,15 @@ from engine_memory import breakdown
 from model_files import MODELS, write_model
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict, estimate, plan
-from kitty_nb.catalog.model_shape import read_shape
+from kitty_nb.catalog.memory import (
+    Memory,
+    MemoryPool,
+    MemoryPreview,
+    Verdict,
+    estimate,
+    plan,
+    read_shape,
+)
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.supervisor.forecast import Forecaster, Running, settings_of
 from kitty_nb.supervisor.free_memory import free_memory

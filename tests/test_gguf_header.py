@@ -74,7 +74,7 @@ def test_every_kind_of_value_comes_back(tmp_path: Path, endian: gguf.GGUFEndian)
         "x.f64": 0.1,
         "x.yes": True,
         "x.no": False,
-        "x.numbers": ArrayInfo(gguf.GGUFValueType.INT32, 3),
+        "x.numbers": ArrayInfo(gguf.GGUFValueType.INT32, 3, (1, 2, 3)),
         "tokenizer.ggml.tokens": ArrayInfo(gguf.GGUFValueType.STRING, 3),
         "x.last": "after the arrays",
     }

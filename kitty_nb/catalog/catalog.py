@@ -5,28 +5,30 @@ from __future__ import annotations
 import math
 import os
 import re
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
+from anyio.from_thread import check_cancelled
+from pydantic import TypeAdapter
 
 from kitty_nb.catalog.cache import FileCache, FileSignature, signature_of, unchanged
 from kitty_nb.catalog.model import FileFacts, Kind, read_facts, shard_paths
-from kitty_nb.catalog.rows import Part, doubt, is_projector_name, plain_name, rows, why_never
-from kitty_nb.catalog.stores import FoundFile, Store, files_in, find_files, is_folder
+from kitty_nb.catalog.rows import doubt, is_projector_name, plain_name, rows, why_never
+from kitty_nb.catalog.stores import FoundFile, Store, files_in, find_files, is_folder, matching
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 
     from kitty_nb.catalog.model import Model
 
-_FACTS = "facts 5"  # one higher whenever `FileFacts` changes or is worked out otherwise
+_FACTS = "facts 6"  # one higher whenever `FileFacts` changes or is worked out otherwise
+_FILE_FACTS = TypeAdapter(FileFacts)
 _READERS = 4  # files at a time: reading from a disk, and working on what was read
 _STEP_SECONDS = 0.2
 _LIST_SHARE = 10  # times as long is read as is spent on unfinished lists
@@ -36,63 +38,49 @@ _FIRST_LOOK_MS = 1_000  # what happens before the watch has begun is not told ei
 _POLL_SECONDS = 5.0  # where the system has no more watches to give
 
 
-def describe(path: Path, roots: Sequence[Path]) -> Model | None:
-    """Describe the model that begins with `path`; None when it is not one to serve.
-
-    Args:
-        path: Its file, the first of a split model.
-        roots: Folders that models are listed from; its name is relative to the first.
-    """
-    shards = shard_paths(path)
-    found = [FoundFile(shard, signature_of(shard)) for shard in shards]
-    if len(found) > 1:
-        found = [file for file in found if file.signature] or found[:1]
-    parts = _beside(_folders_with_projectors(path, roots))
-    parts |= {file.path: Part(file, read_facts(file.path)) for file in found}
-    listed = rows(parts.values(), roots[0] if roots else path.parent, time.time())
-    row = next(row for row in listed if row.path == shards[0])
-    return row if row.kind is Kind.MODEL else None
-
-
 def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
     """Find the projector for images or sound that goes with a model; None where there is none.
 
     Headers are read only if there is a projector nearby.
+
+    Args:
+        path: The model's file, the first of a split model.
+        roots: Folders that models are listed from.
     """
-    model = describe(path, roots) if _folders_with_projectors(path, roots) else None
+    model = _describe(path, roots) if _beside(path, roots) else None
     return model.projector if model else None
 
 
-def _folders_with_projectors(path: Path, roots: Sequence[Path]) -> list[Path]:
-    """Those of the model's own folder and, in a root, the one above that hold a projector."""
+def _describe(path: Path, roots: Sequence[Path]) -> Model | None:
+    """Describe the model that begins with `path`; None when it is not one to serve."""
+    shards = shard_paths(path)
+    found = {shard: FoundFile(shard, signature_of(shard)) for shard in shards}
+    there = [shard for shard in shards if found[shard].signature] or shards[:1]
+    files = [replace(found[shard], facts=read_facts(shard)) for shard in there]
+    for file in _beside(path, roots):  # of all but projectors the name is enough
+        read = file.signature and is_projector_name(file.path)
+        if file.path not in found:
+            files.append(replace(file, facts=read_facts(file.path)) if read else file)
+    listed = rows(files, roots[0] if roots else path.parent)
+    row = next(row for row in listed if row.path == shards[0])
+    return row if row.kind is Kind.MODEL else None
+
+
+def _beside(path: Path, roots: Sequence[Path]) -> list[FoundFile]:
+    """The files in a model's own folder and, in a root, the one above, if there is a projector."""
     own, above = path.parent, path.parent.parent
-    folders = [own, above] if any(above.is_relative_to(root) for root in roots) else [own]
-    return [folder for folder in folders if any(map(is_projector_name, _gguf_files(folder)))]
-
-
-def _beside(folders: Iterable[Path]) -> dict[Path, Part]:
-    """Projectors with what they say; of all else the name is enough."""
-    parts: dict[Path, Part] = {}
-    for folder in folders:
-        for file in find_files(folder):
-            known = is_projector_name(file.path) and file.signature
-            parts[file.path] = Part(file, read_facts(file.path) if known else None)
-    return parts
-
-
-def _gguf_files(folder: Path) -> list[Path]:
-    try:
-        return [path for path in folder.iterdir() if path.suffix.lower() == ".gguf"]
-    except OSError:
-        return []
+    folders = [above, own] if any(above.is_relative_to(root) for root in roots) else [own]
+    near = [folder for folder in folders if any(map(is_projector_name, matching(folder, "*")))]
+    files = {file.path: file for folder in near for file in find_files(folder)}
+    return list(files.values())
 
 
 def why_not_served(path: Path) -> str | None:
     """Say what a file is that is no model to serve; None of any other, also where it is damaged."""
     facts = [read_facts(shard) for shard in shard_paths(path)]
-    if any(each.problem for each in facts):
+    if any(one.problem for one in facts):
         return None
-    reason = why_never(path, facts[0], sum(each.tensor_count for each in facts))
+    reason = why_never(path, facts[0], sum(one.tensor_count for one in facts))
     return reason or doubt(path, facts[0], dict(facts[0].weights))
 
 
@@ -133,7 +121,12 @@ class ModelCatalog:
         self.stores = tuple(
             store if isinstance(store, Store) else Store(Path(store)) for store in directories
         )
-        self._cache = FileCache(_FACTS, FileFacts.from_json, FileFacts.to_json, cache)
+        self._cache = FileCache(
+            _FACTS,
+            _FILE_FACTS.validate_json,
+            lambda facts: _FILE_FACTS.dump_json(facts).decode(),
+            cache,
+        )
 
     @property
     def directory(self) -> Path:
@@ -156,15 +149,11 @@ class ModelCatalog:
 
         It may be left early: what was read until then is remembered.
         """
-        found = self._files()
+        found = {_key(file): file for store in reversed(self.stores) for file in files_in(store)}
         signatures = {key: file.signature for key, file in found.items() if file.signature}
         facts = self._cache.recall(signatures)
         fresh: dict[str, tuple[FileSignature, FileFacts]] = {}
-        waiting = {
-            key: file
-            for key, file in found.items()
-            if not (key in facts or file.problem or file.coming)
-        }
+        waiting = {key: file for key, file in found.items() if file.readable and key not in facts}
         total = len(waiting) + len(facts)
         listed: tuple[Model, ...] = ()
         due = 0.0  # making a long list takes its time too
@@ -196,7 +185,7 @@ class ModelCatalog:
 
         Outside the catalog's folder its name is the whole path.
         """
-        return describe(path, [store.path for store in self.stores])
+        return _describe(path, [store.path for store in self.stores])
 
     async def watch(
         self, kind: Kind = Kind.MODEL, on_step: Callable[[ScanStep], object] | None = None
@@ -223,36 +212,28 @@ class ModelCatalog:
         self, kind: Kind, on_step: Callable[[ScanStep], object] | None
     ) -> list[Model]:
         """Scan in a worker thread, which ends soon after this is cancelled."""
-        left = threading.Event()
 
         def last() -> list[Model]:
             models: list[Model] = []
             with closing(self.steps(kind)) as steps:
                 for step in steps:
-                    if left.is_set():
-                        break
+                    check_cancelled()
                     models = list(step.models)
                     if on_step:
                         on_step(step)
             return models
 
-        try:
-            return await anyio.to_thread.run_sync(last, abandon_on_cancel=True)
-        finally:
-            left.set()
-
-    def _files(self) -> dict[str, FoundFile]:
-        return {_key(file): file for store in reversed(self.stores) for file in files_in(store)}
+        return await anyio.to_thread.run_sync(last, abandon_on_cancel=True)
 
     def _listed(
         self, found: dict[str, FoundFile], facts: dict[str, FileFacts], kind: Kind
     ) -> tuple[Model, ...]:
-        parts = [
-            Part(file, facts.get(key))
+        files = [
+            replace(file, facts=facts.get(key))
             for key, file in found.items()
-            if key in facts or file.problem or file.coming
+            if key in facts or not file.readable
         ]
-        listed = [row for row in rows(parts, self.directory, time.time()) if row.kind is kind]
+        listed = [row for row in rows(files, self.directory) if row.kind is kind]
         return tuple(sorted(listed, key=self._order))
 
     def _order(self, model: Model) -> tuple[int, list[str | int], str]:

@@ -1,24 +1,272 @@
-"""The memory that a server needs, by formula, and how it is spread over devices."""
+"""The memory that a model needs, by formula, and how it is spread over devices."""
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from itertools import accumulate
 from operator import add
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from kitty_nb.catalog.cache import FileSignature, signature_of
+from kitty_nb.catalog.gguf import FORMATS, MOST_LAYERS, TENSOR_TYPES, ArrayInfo, read_contents
+from kitty_nb.catalog.model import shard_paths
+from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-    from kitty_nb.catalog.model_shape import ModelShape
+    from kitty_nb.catalog.gguf import GgufLayout, Tensor
 
-# Bytes of a block and numbers in it, by the names that --cache-type-k takes.
+_LARGEST = 1 << 24  # far beyond the context, the width or the vocabulary of any model
+_SHAPES_KEPT = 1024
+# Keys of models that remember otherwise than by keys and values for each token: state-space,
+# linear and indexed sparse attention, encoders with a decoder.
+_OTHER_MEMORY = re.compile(
+    r"\.(ssm|wkv|kda|shortconv|indexer|recurrent_layers|full_attention_interval|token_shift_count"
+    r"|compress_ratios|decoder_block_count)\b"
+)
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+# Types that llama.cpp rearranges for the processor (`ggml/src/ggml-cpu/repack.cpp`, with AVX2 or
+# ARM's dot product): Q4_0, Q4_K and IQ4_NL.
+_REARRANGED = {2, 12, 20}
+# Read by row rather than multiplied with, so llama.cpp keeps it in RAM.
+_INPUTS = ("token_embd.", "per_layer_token_embd.", "position_embd.", "token_types.")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block of a model.
+
+    Attributes:
+        weights: Bytes of its tensors.
+        keys: Numbers that its key cache holds for each token.
+        values: Numbers that its value cache holds for each token.
+        windowed: Whether it looks back through a sliding window only.
+    """
+
+    weights: int
+    keys: int
+    values: int
+    windowed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A model, as far as memory is concerned.
+
+    Attributes:
+        layers: Its blocks, first to last.
+        input_weights: Bytes of what turns tokens into vectors.
+        output_weights: Bytes of what comes after the last block.
+        output_is_input: Whether the token embeddings serve as output matrix too.
+        output_rearranged: Whether the processor would have a rearranged copy of them for that.
+        trained_context: The longest context that it was trained for, in tokens.
+        window: Tokens that a sliding window spans; 0 without one.
+        width: Numbers in the vector of one token (`n_embd`).
+        heads: Attention heads, of the layer with the most.
+        queries: Numbers in a token's queries, of the layer with the most.
+        activations: Numbers that the feed-forward part holds for a token at its widest.
+        vocabulary: How many tokens it knows.
+        cache_known: Whether it remembers by keys and values, so that the cache can be worked out.
+    """
+
+    layers: tuple[Layer, ...]
+    input_weights: int
+    output_weights: int
+    output_is_input: bool
+    output_rearranged: bool
+    trained_context: int
+    window: int
+    width: int
+    heads: int
+    queries: int
+    activations: int
+    vocabulary: int
+    cache_known: bool
+
+
+def read_shape(path: Path) -> ModelShape:
+    """Read what decides about the memory that a model needs, from the headers of all its files.
+
+    Files that have not changed since are not read again.
+
+    Raises:
+        ModelFileError: A file is missing or cannot be read, or a number is missing or absurd.
+    """
+    return _shape(tuple((shard, signature_of(shard)) for shard in shard_paths(path)))
+
+
+@lru_cache(maxsize=_SHAPES_KEPT)
+def _shape(files: tuple[tuple[Path, FileSignature | None], ...]) -> ModelShape:
+    layouts = [read_contents(path) for path, _ in files]
+    for layout in layouts:
+        if layout.problem:
+            raise ModelFileCutShortError(layout.problem)
+    return _ShapeReader(layouts).shape()
+
+
+class _ShapeReader:
+    """Looks numbers up in the header of a model's first file."""
+
+    def __init__(self, layouts: list[GgufLayout]) -> None:
+        self._path, self._header = layouts[0].path, layouts[0].header
+        self._count = self._number("block_count", largest=MOST_LAYERS)
+        self._width = self._number("embedding_length")
+        self._heads = self._each("attention.head_count")
+        self._outside: dict[str, Tensor] = {}
+        self._blocks: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        for tensor in (tensor for layout in layouts for tensor in layout.tensors):
+            if block := _BLOCK.match(tensor.name):
+                self._blocks[int(block[1])].append((block[2], tensor))
+            else:
+                self._outside[tensor.name] = tensor
+
+    def shape(self) -> ModelShape:
+        sizes = {name: tensor.size for name, tensor in self._outside.items()}
+        inputs = sum(size for name, size in sizes.items() if name.startswith(_INPUTS))
+        embeddings = self._outside.get("token_embd.weight")
+        layers = self._layers()
+        return ModelShape(
+            layers=layers,
+            input_weights=inputs,
+            output_weights=sum(sizes.values()) - inputs,
+            output_is_input="output.weight" not in sizes,
+            output_rearranged=embeddings is not None and embeddings.type in _REARRANGED,
+            trained_context=self._number("context_length"),
+            window=self._window if any(layer.windowed for layer in layers) else 0,
+            width=self._width,
+            heads=max(self._heads),
+            queries=max(self._heads) * self._head_length("key", windowed=False),
+            activations=max(map(self._activations, self._blocks.values()), default=0),
+            vocabulary=self._header.vocabulary or 0,
+            cache_known=not any(map(_OTHER_MEMORY.search, self._header.metadata)),
+        )
+
+    def _layers(self) -> tuple[Layer, ...]:
+        kv_heads = self._each("attention.head_count_kv", self._heads)
+        windowed = self._windowed()
+        compressed = self._key("attention.key_length_mla") in self._header.metadata
+        # The blocks that predict tokens after the next are not loaded unless asked for.
+        loaded = self._count - self._number("nextn_predict_layers", 0)
+        cached = self._cached(loaded)
+        keys, values = (
+            [
+                heads * self._head_length(kind, windowed=in_window) if i < cached else 0
+                for i, (heads, in_window) in enumerate(zip(kv_heads, windowed, strict=True))
+            ]
+            for kind in ("key", "value")
+        )
+        return tuple(
+            Layer(
+                weights=sum(tensor.size for _, tensor in self._blocks[i]) if i < loaded else 0,
+                keys=keys[i],
+                values=0 if compressed else values[i],
+                windowed=windowed[i],
+            )
+            for i in range(self._count)
+        )
+
+    def _cached(self, loaded: int) -> int:
+        """The number of layers with a cache of their own; later ones share it or have none."""
+        if self._header.metadata.get(self._key("attention.causal")) is False:
+            return 0
+        if self._header.architecture == "gemma3n":
+            # As llama.cpp has it, whatever the header says: later layers look into those before.
+            return min(loaded, 20)
+        return loaded - self._number("attention.shared_kv_layers", 0)
+
+    @property
+    def _windows(self) -> dict[str, Any]:
+        """The entry of the table for its architecture; empty where it has none."""
+        found: dict[str, Any] = FORMATS["windows"].get(self._header.architecture or "", {})
+        return found
+
+    @property
+    def _window(self) -> int:
+        return self._number("attention.sliding_window", self._windows.get("span", 0))
+
+    def _windowed(self) -> list[bool]:
+        if self._window == 0:
+            return [False] * self._count
+        key = "attention.sliding_window_pattern"
+        pattern = self._header.metadata.get(self._key(key))
+        if isinstance(pattern, ArrayInfo) and pattern.numbers:
+            return [*map(bool, pattern.numbers), *[False] * self._count][: self._count]
+        period = self._number(key, self._windows["period"]) if self._windows else 1
+        full = 0 if self._windows.get("first") else period - 1
+        return [period == 0 or i % period != full for i in range(self._count)]
+
+    def _head_length(self, kind: str, *, windowed: bool) -> int:
+        key = f"attention.{kind}_length"
+        length = self._number(key, self._width // max(self._heads[0], 1))
+        return self._number(f"{key}_swa", length) if windowed else length
+
+    def _activations(self, block: list[tuple[str, Tensor]]) -> int:
+        """The numbers that a token has at the widest place of a feed-forward part.
+
+        Measured on llama.cpp: gate, up and their product are held at once; the results of the
+        experts go where gate and up were, if they fit.
+        """
+        shapes = {name: tensor.shape for name, tensor in block}
+        used = max(self._each("expert_used_count", [0]))
+        widest = 0
+        for suffix, times in (("", 1), ("_shexp", 1), ("_exps", used)):
+            down = shapes.get(f"ffn_down{suffix}.weight", (0,))[0] * times
+            into = times * sum(
+                shapes.get(f"ffn_{kind}{suffix}.weight", (0, 0))[1]
+                for kind in ("up", "gate", "gate_up")
+            )
+            inner = into + (down if into == 2 * down else 0)
+            results = self._width * times if suffix == "_exps" else 0
+            if results > into:
+                inner = results if down <= self._width else inner + results
+            widest = max(widest, inner)
+        return widest
+
+    def _each(self, key: str, default: list[int] | None = None) -> list[int]:
+        """A number for each layer, whether the header has one for all or a list."""
+        said = self._header.metadata.get(self._key(key))
+        if isinstance(said, ArrayInfo) and said.numbers:
+            numbers = [int(n) for n in said.numbers[: self._count] if 0 <= n <= _LARGEST]
+            if len(numbers) < self._count:
+                raise self._unusable(f"has a {self._key(key)} that is too short or implausible")
+            return numbers
+        if said is None and default is not None:
+            return default
+        return [self._number(key, least=0)] * self._count
+
+    def _number(
+        self, key: str, default: int | None = None, *, least: int = 1, largest: int = _LARGEST
+    ) -> int:
+        value = self._header.metadata.get(self._key(key), default)
+        if value is None:
+            raise self._unusable(f"lacks {self._key(key)}")
+        if type(value) is not int or not (least if default is None else 0) <= value <= largest:
+            said = "a list" if isinstance(value, ArrayInfo) else value
+            raise self._unusable(f"says that its {self._key(key)} is {said}")
+        return value
+
+    def _key(self, key: str) -> str:
+        return f"{self._header.architecture}.{key}"
+
+    def _unusable(self, what: str) -> ModelFileError:
+        return ModelFileError(
+            f"{self._path.name} {what}, so its memory use cannot be estimated. Download it again,"
+            " or try another conversion of the model."
+        )
+
+
+# The types that --cache-type-k takes, by its names for them.
+_CACHE_TYPES = {"F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"}
 CACHE_TYPES = {
-    "f32": (4, 1), "f16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32), "q5_1": (24, 32),
-    "q5_0": (22, 32), "q4_1": (20, 32), "q4_0": (18, 32), "iq4_nl": (18, 32),
-}  # fmt: skip
+    kind.name.lower(): kind for kind in TENSOR_TYPES.values() if kind.name in _CACHE_TYPES
+}
 _GB = 1_000_000_000
 MARGIN = 1 << 30  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
 _MARGIN_SHARE = 10  # of a small memory, a tenth is margin enough
@@ -211,8 +459,8 @@ def estimate(
     homes = _homes(len(shape.layers), settings.gpu_layers or 0, [gpu.free for gpu in gpus])
     weights, cache = [0] * (1 + len(gpus)), [0] * (1 + len(gpus))
     cells, window_cells = _cells(shape, settings)
-    bytes_k, per_k = CACHE_TYPES[settings.cache_type_k]
-    bytes_v, per_v = CACHE_TYPES[settings.cache_type_v]
+    _, per_k, bytes_k = CACHE_TYPES[settings.cache_type_k]
+    _, per_v, bytes_v = CACHE_TYPES[settings.cache_type_v]
     # Without flash attention values are kept transposed, padded to the widest layer's.
     widest = 0 if settings.flash_attention else max(layer.values for layer in shape.layers)
     for layer, home in zip(shape.layers, homes, strict=False):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import astuple, dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Self
 
 from rich.filesize import decimal
 
-from kitty_nb.catalog.gguf import LARGEST, TENSOR_TYPES, read_contents
+from kitty_nb.catalog.gguf import read_contents
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path, PurePath
 
-    from kitty_nb.catalog.gguf import GgufHeader, GgufLayout, Tensor
+    from kitty_nb.catalog.gguf import GgufHeader, GgufLayout
 
 
 _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
@@ -102,12 +102,33 @@ class Kind(StrEnum):
     OTHER = "other"
 
 
+class Modality(StrEnum):
+    """The kinds of input that a model accepts."""
+
+    TEXT = "text"
+    IMAGE = "image"
+    AUDIO = "audio"
+
+
+# By `general.type`.
+_KINDS = {
+    **dict.fromkeys((None, "model", "vocab"), Kind.MODEL),
+    "adapter": Kind.ADAPTER,
+    "mmproj": Kind.PROJECTOR,
+}
+_SENSES = {
+    Modality.IMAGE: "clip.has_vision_encoder",
+    Modality.AUDIO: "clip.has_audio_encoder",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class FileFacts:
     """The facts in one GGUF file's header.
 
     Attributes:
-        problem: Why the file cannot be read, as a sentence; all else is empty then.
+        problem: Why the file cannot be served, as a sentence; all else is empty where its header
+            cannot be read.
         cut_short: Whether that is because it ends too early.
         kind: What it is: a model, an adapter, a projector for images or sound, or something else.
         architecture: The family of network, e.g. `qwen2`.
@@ -127,12 +148,10 @@ class FileFacts:
         tokenizer: Whether it says how to cut text into tokens.
         chat_template: In Jinja.
         tools: Whether the template takes tools; None without a template.
-        sees: Whether it is a projector for images.
-        hears: Whether it is a projector for sound.
+        senses: The inputs that a projector adds to its model.
         split_number: Which shard it is, from 0; None for a whole model.
         split_count: How many shards there are; 1 for a whole model.
         split_tensors: How many tensors all shards hold together; None when unsaid.
-        needed: Bytes that the file has when it is complete.
     """
 
     problem: str | None = None
@@ -155,58 +174,31 @@ class FileFacts:
     tokenizer: bool = False
     chat_template: str | None = field(default=None, repr=False)
     tools: bool | None = None
-    sees: bool = False
-    hears: bool = False
+    senses: tuple[Modality, ...] = ()
     split_number: int | None = None
     split_count: int = 1
     split_tensors: int | None = None
-    needed: int = 0
-
-    def to_json(self) -> str:
-        """Write all of it as text."""
-        return json.dumps(astuple(self), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: It is something else.
-            TypeError: Likewise.
-        """
-        problem, cut_short, kind, *values = json.loads(text)
-        if len(values) != len(fields(cls)) - 3:
-            raise ValueError("it was written by another version of kitty_nb")
-        facts = cls(problem, cut_short, Kind(kind), *values)
-        object.__setattr__(facts, "weights", tuple(map(tuple, facts.weights)))
-        return facts
 
 
 def read_facts(path: Path) -> FileFacts:
     """Read what a file says about itself; what is wrong with it becomes its `problem`."""
     try:
-        return _facts(read_contents(path), path)
+        return _facts(read_contents(path))
     except ModelFileError as error:
         return FileFacts(str(error), isinstance(error, ModelFileCutShortError))
 
 
-def _facts(contents: GgufLayout, path: Path) -> FileFacts:
-    header = contents.header
+def _facts(contents: GgufLayout) -> FileFacts:
+    header, problem = contents.header, contents.problem
     template = header.text("tokenizer.chat_template")
-    weights: dict[int, int] = {}
-    needed = 0
+    weights: Counter[int] = Counter()
     for tensor in contents.tensors:
-        size = _bytes(tensor)
-        needed = max(needed, contents.data_at + tensor.offset + size)
         if len(tensor.shape) > 1:
-            weights[tensor.type] = weights.get(tensor.type, 0) + size
-    parameters = sum(prod(tensor.shape) for tensor in contents.tensors)
-    if max(needed, parameters) > LARGEST:
-        raise ModelFileError(
-            f"{path} claims to have {parameters} weights. It is damaged: download it again."
-        )
+            weights[tensor.type] += tensor.stored
     return FileFacts(
-        kind=_kind(header, contents.tensors),
+        problem=problem,
+        cut_short=problem is not None,
+        kind=_kind(contents),
         architecture=header.architecture,
         title=header.text("general.name"),
         size_label=header.text("general.size_label"),
@@ -214,45 +206,31 @@ def _facts(contents: GgufLayout, path: Path) -> FileFacts:
         license=header.text("general.license"),
         file_type=header.number("general.file_type"),
         weights=tuple(weights.items()),
-        parameters=parameters,
+        parameters=sum(prod(tensor.shape) for tensor in contents.tensors),
         tensor_count=len(contents.tensors),
         context_length=header.own_number("context_length"),
         layers=header.own_number("block_count"),
         width=_width(header),
         heads=header.own_number("attention.head_count"),
-        vocabulary=header.length("tokenizer.ggml.tokens") or header.own_number("vocab_size"),
+        vocabulary=header.vocabulary,
         tokenizer=header.text("tokenizer.ggml.model") is not None,
         chat_template=template,
         tools=_takes_tools(header, template),
-        sees=header.flag("clip.has_vision_encoder"),
-        hears=header.flag("clip.has_audio_encoder"),
+        senses=tuple(sense for sense, key in _SENSES.items() if header.metadata.get(key) is True),
         split_number=header.number("split.no"),
         split_count=header.number("split.count") or 1,
         split_tensors=header.number("split.tensors.count"),
-        needed=needed,
     )
 
 
-def _bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor; of a type that this table does not have, none."""
-    kind = TENSOR_TYPES.get(tensor.type)
-    return prod(tensor.shape) // kind.block * kind.size if kind else 0
-
-
-def _kind(header: GgufHeader, tensors: Iterable[Tensor]) -> Kind:
+def _kind(contents: GgufLayout) -> Kind:
+    header = contents.header
     if header.architecture == "clip":
         return Kind.PROJECTOR
-    if header.text("adapter.type") or any(tensor.name.endswith(_OF_LORA) for tensor in tensors):
+    named = any(tensor.name.endswith(_OF_LORA) for tensor in contents.tensors)
+    if named or header.text("adapter.type"):
         return Kind.ADAPTER
-    match header.text("general.type"):
-        case None | "model" | "vocab":
-            return Kind.MODEL
-        case "adapter":
-            return Kind.ADAPTER
-        case "mmproj":
-            return Kind.PROJECTOR
-        case _:
-            return Kind.OTHER
+    return _KINDS.get(header.text("general.type"), Kind.OTHER)
 
 
 def _width(header: GgufHeader) -> int | None:
@@ -295,14 +273,6 @@ class ModelNote:
     last_used: float | None = None
     load_seconds: float | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
-
-
-class Modality(StrEnum):
-    """The kinds of input that a model accepts."""
-
-    TEXT = "text"
-    IMAGE = "image"
-    AUDIO = "audio"
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,18 +352,14 @@ class Model:
     @property
     def label(self) -> str:
         """One line for a list to choose from."""
-        parts = [self.known_as or self.stem]
-        if self.quantization:
-            parts.append(self.quantization)
-        parts.append(decimal(self.size))
+        state = ""
         if self.downloading:
-            parts.append("downloading")
+            state = "downloading"
         elif self.missing:
-            parts.append(f"incomplete ({len(self.missing)} of {self.shard_count} shards missing)")
-        elif self.problem:
-            parts.append("unusable")
-        elif self.doubt:
-            parts.append("may not load")
+            state = f"incomplete ({len(self.missing)} of {self.shard_count} shards missing)"
+        elif self.problem or self.doubt:
+            state = "unusable" if self.problem else "may not load"
         elif self.shard_count > 1:
-            parts.append(f"{self.shard_count} shards")
-        return " · ".join(parts)
+            state = f"{self.shard_count} shards"
+        parts = (self.known_as or self.stem, self.quantization, decimal(self.size), state)
+        return " · ".join(filter(None, parts))

@@ -11,33 +11,35 @@ import json
 import os
 import re
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.cache import FileSignature, signature_of
-from kitty_nb.catalog.model import ShardName
+from kitty_nb.catalog.model import FileFacts, ShardName, file_size
 from kitty_nb.config import user_variables
-from kitty_nb.safe_files import NO_HOME
+from kitty_nb.safe_files import user_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from kitty_nb.config import ServerConfig
 
-# What programs append to a name while they download: browsers, LM Studio, llama.cpp, the Hub's
-# client, aria2.
-_UNFINISHED = (
-    ".part", ".partial", ".incomplete", ".downloadinprogress", ".crdownload", ".opdownload",
-    ".download", ".aria2",
-)  # fmt: skip
+# Names of unfinished downloads, of browsers, LM Studio, llama.cpp, the Hub's client (which puts a
+# hash before its ending) and aria2.
+_UNFINISHED = re.compile(
+    r"(?:downloading_)?(?P<target>.*?\.gguf).*\.(?:part|partial|incomplete|downloadinprogress"
+    r"|crdownload|opdownload|download|aria2)",
+    re.IGNORECASE | re.DOTALL,
+)
 _FILLING = ".aria2"  # beside a file that has its full length from the beginning
-_LM_STUDIO = "downloading_"
+_JUST_NOW = 120  # seconds in which a download that still runs has written something
 _OLLAMA_LAYER = "application/vnd.ollama.image."
-_OLLAMA_DEFAULT = ("registry.ollama.ai", "library")
-_DIGEST = re.compile(r"(sha256)[:-]([0-9a-f]{64})")
+_DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 _LARGEST_MANIFEST = 1 << 20  # bytes; real ones have one or two thousand
 
 
@@ -54,6 +56,7 @@ class FoundFile:
         projector: The projector that the store keeps for it.
         problem: What is wrong with it beyond what it says itself.
         filling: Whether what comes is written into the file itself, which has its full length.
+        facts: What it says; None while it is not there, or not yet read.
     """
 
     path: Path
@@ -64,11 +67,32 @@ class FoundFile:
     projector: Path | None = None
     problem: str | None = None
     filling: bool = False
+    facts: FileFacts | None = None
 
     @property
-    def coming(self) -> bool:
-        """True if it is being downloaded and nothing is in its place yet."""
-        return self.signature is None and self.downloading is not None
+    def readable(self) -> bool:
+        """True if its header is worth reading: something should be in its place, and is no blob."""
+        return self.problem is None and (self.signature is not None or self.downloading is None)
+
+    @property
+    def unfinished(self) -> bool:
+        """True if it is being downloaded: not where an old part lies beside the whole file."""
+        whole = self.signature and self.facts and self.facts.problem is None
+        return self.downloading is not None and (self.filling or not whole)
+
+    @property
+    def growing(self) -> bool:
+        """True if it ends too early, and was written to a moment ago."""
+        if not (self.signature and self.facts and self.facts.cut_short):
+            return False
+        # A time that lies ahead tells nothing, and would make it a download for ever.
+        return abs(time.time() - self.signature.mtime_ns / 1e9) < _JUST_NOW
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there, or have come so far."""
+        there = self.signature.size if self.signature else 0
+        return max(there, self.downloading or 0) if self.unfinished else there
 
 
 def find_files(directory: Path) -> list[FoundFile]:
@@ -77,70 +101,46 @@ def find_files(directory: Path) -> list[FoundFile]:
     Names that begin with a dot are passed over: they are other programs' business. So are folders
     that may not be read, and links that lead back up.
     """
-    files: dict[str, FileSignature | None] = {}
-    unfinished: dict[str, int] = {}
-    filling: set[str] = set()
-    for entry in _entries(str(directory)):
-        target = _target(entry.path)
-        if target is not None:
-            signature = signature_of(entry)
-            unfinished[target] = unfinished.get(target, 0) + (signature.size if signature else 0)
-            if entry.path.lower().endswith(_FILLING):
-                filling.add(target)
-        else:
-            files[entry.path] = signature_of(entry)
+    parts: defaultdict[Path, list[Path]] = defaultdict(list)
+    for path in _gguf_paths(directory):
+        if unfinished := _UNFINISHED.fullmatch(path.name):
+            parts[path.with_name(unfinished["target"])].append(path)
+        elif path.suffix.lower() == ".gguf":
+            parts.setdefault(path, [])
     return [
-        FoundFile(Path(path), files.get(path), unfinished.get(path), filling=path in filling)
-        for path in sorted(files.keys() | unfinished.keys())
+        FoundFile(
+            path,
+            signature_of(path),
+            downloading=sum(file_size(part) or 0 for part in unfinished) if unfinished else None,
+            filling=any(part.suffix.lower() == _FILLING for part in unfinished),
+        )
+        for path, unfinished in sorted(parts.items())
     ]
 
 
-def is_folder(entry: os.DirEntry[str] | Path) -> bool:
+def _gguf_paths(directory: Path) -> Iterator[Path]:
+    """Walk through each folder once, by links only to what is not reached without them."""
+    seen: set[str] = set()
+    starts = [directory]
+    while starts:
+        for folder, below, names in os.walk(starts.pop()):
+            real = os.path.realpath(folder)
+            below[:] = [] if real in seen else [name for name in below if name[0] != "."]
+            if real in seen:
+                continue
+            seen.add(real)
+            starts += [path for path in (Path(folder, name) for name in below) if path.is_symlink()]
+            for name in names:
+                if ".gguf" in name.lower() and name[0] != ".":
+                    yield Path(folder, name)
+
+
+def is_folder(path: Path) -> bool:
     """Tell whether there is a folder that may be looked at."""
     try:
-        return entry.is_dir()
+        return path.is_dir()
     except OSError:  # a link in a circle, or in a folder that may not be entered
         return False
-
-
-def _entries(directory: str) -> Iterator[os.DirEntry[str]]:
-    """Walk through each folder once, by links only to what is not reached without them."""
-    seen: set[tuple[int, int]] = set()
-    folders, links = [directory], list[str]()
-    while folders or links:
-        folder = (folders or links).pop()
-        try:
-            status = os.stat(folder)  # noqa: PTH116 - a thousand paths need not become objects
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as scanned:
-                entries = list(scanned)
-        except OSError:
-            continue
-        for entry in entries:
-            name = entry.name.lower()
-            if name.startswith("."):
-                continue
-            if ".gguf" in name and name.endswith(_UNFINISHED):
-                yield entry
-            elif is_folder(entry):
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif name.endswith(".gguf"):
-                yield entry
-
-
-def _target(path: str) -> str | None:
-    """Tell which file an unfinished download becomes; None when it is none."""
-    stem = path
-    while stem.lower().endswith(_UNFINISHED):
-        stem = stem[: stem.rindex(".")]
-    if stem == path:
-        return None
-    folder, name = os.path.split(stem)
-    name = name.removeprefix(_LM_STUDIO)
-    cut = name.lower().index(".gguf") + len(".gguf")  # the Hub's client puts a hash after it
-    return os.path.join(folder, name[:cut])  # noqa: PTH118 - text
 
 
 class StoreKind(StrEnum):
@@ -183,7 +183,7 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
             `HF_HUB_CACHE`, `HF_HOME`, `LLAMA_CACHE`, `OLLAMA_MODELS`, `XDG_CACHE_HOME`.
         home: The user's home folder; None for the real one.
     """
-    home = home or _home()
+    home = home or user_folder(lambda _: Path.home())
 
     def named(variable: str) -> list[Path]:
         value = variables.get(variable)
@@ -191,14 +191,11 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
 
     caches = (named("XDG_CACHE_HOME") or [home / ".cache"])[0]
     hub = named("HF_HUB_CACHE") or [path / "hub" for path in named("HF_HOME")]
-    mac = [home / "Library" / "Caches" / "llama.cpp"] if sys.platform == "darwin" else []
+    mac = [home / "Library/Caches/llama.cpp"] if sys.platform == "darwin" else []
     places = {
         StoreKind.HUGGING_FACE: hub or [caches / "huggingface" / "hub"],
         StoreKind.LLAMA_CPP: named("LLAMA_CACHE") or [*mac, caches / "llama.cpp"],
-        StoreKind.LM_STUDIO: [
-            home / ".lmstudio" / "models",
-            home / ".cache" / "lm-studio" / "models",
-        ],
+        StoreKind.LM_STUDIO: [home / ".lmstudio/models", home / ".cache/lm-studio/models"],
         StoreKind.OLLAMA: named("OLLAMA_MODELS") or [home / ".ollama" / "models"],
     }
     return [
@@ -206,22 +203,21 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
     ]
 
 
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError:
-        return NO_HOME
-
-
 def files_in(store: Store) -> list[FoundFile]:
     """List the files of a store that should be GGUF; what may not be read is passed over."""
     match store.kind:
         case StoreKind.HUGGING_FACE:
-            return [file for repository in _folders(store.path) for file in _from_hub(repository)]
+            repositories = matching(store.path, "models--*")
+            return [file for repository in repositories for file in _from_hub(repository)]
         case StoreKind.OLLAMA:
             return _from_ollama(store.path)
         case _:
             return find_files(store.path)
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """List what is in a folder and may be read, without names that begin with a dot."""
+    return sorted(folder / name for name in glob(pattern, root_dir=folder))  # noqa: PTH207 - never raises
 
 
 def _from_hub(repository: Path) -> list[FoundFile]:
@@ -229,9 +225,7 @@ def _from_hub(repository: Path) -> list[FoundFile]:
 
     The revision with the most files of a model has it, the latest of those with as many.
     """
-    kind, *name = repository.name.split("--")
-    if kind != "models" or not name:
-        return []
+    name = repository.name.removeprefix("models--").replace("--", "/")
     best: dict[tuple[object, ...], list[FoundFile]] = {}
     for revision in _revisions(repository):
         models: defaultdict[tuple[object, ...], list[FoundFile]] = defaultdict(list)
@@ -239,11 +233,11 @@ def _from_hub(repository: Path) -> list[FoundFile]:
             shard = ShardName.parse(file.path)
             inside = file.path.relative_to(revision)
             key = (inside.parent, shard.prefix, shard.count) if shard else (inside,)
-            models[key].append(file)
+            models[key].append(replace(file, repository=name))
         for model, files in models.items():
             if len(files) > len(best.get(model, ())):
                 best[model] = files
-    return [replace(file, repository="/".join(name)) for files in best.values() for file in files]
+    return [file for files in best.values() for file in files]
 
 
 def _revisions(repository: Path) -> list[Path]:
@@ -257,66 +251,42 @@ def _revisions(repository: Path) -> list[Path]:
         signature = signature_of(revision)
         return revision.name == main, signature.mtime_ns if signature else 0
 
-    return sorted(_folders(repository / "snapshots"), key=age, reverse=True)
+    return sorted(matching(repository, "snapshots/*"), key=age, reverse=True)
 
 
 def _from_ollama(root: Path) -> list[FoundFile]:
     """List the blobs that Ollama's manifests name as models, projectors and adapters."""
     files: dict[Path, FoundFile] = {}
-    for manifest in _manifests(root / "manifests"):
+    for manifest in matching(root / "manifests", "*/*/*/*"):
         try:
             layers = _layers(manifest, root / "blobs")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"Can't read the manifest {manifest}: {error}. Pull the model again."
             files[manifest] = FoundFile(manifest, signature_of(manifest), problem=problem)
             continue
-        name = _ollama_name(manifest.relative_to(root / "manifests"))
+        host, namespace, model, tag = manifest.parts[-4:]
+        name = f"{host}/{namespace}/{model}:{tag}".removeprefix("registry.ollama.ai/")
+        name = name.removeprefix("library/")
         for kind in ("model", "projector", "adapter"):
             if blob := layers.get(kind):
                 before = files.get(blob)
-                names = f"{before.known_as}, {name}" if before else name
-                projector = layers.get("projector") if kind == "model" else None
-                files[blob] = FoundFile(blob, signature_of(blob), None, names, None, projector)
+                files[blob] = FoundFile(
+                    blob,
+                    signature_of(blob),
+                    known_as=f"{before.known_as}, {name}" if before else name,
+                    projector=layers.get("projector") if kind == "model" else None,
+                )
     return list(files.values())
 
 
-def _manifests(folder: Path) -> Iterator[Path]:
-    """List `<host>/<namespace>/<model>/<tag>`."""
-    for host in _folders(folder):
-        for namespace in _folders(host):
-            for model in _folders(namespace):
-                yield from sorted(p for p in _listed(model) if not p.name.startswith("."))
-
-
 def _layers(manifest: Path, blobs: Path) -> dict[str, Path]:
+    """The blob of each kind that a manifest names, the first where it names several."""
     with manifest.open("rb") as file:
-        content: dict[str, Any] = json.loads(file.read(_LARGEST_MANIFEST))
+        content = json.loads(file.read(_LARGEST_MANIFEST))
     layers: dict[str, Path] = {}
     for layer in content["layers"]:
-        digest = _DIGEST.fullmatch(layer["digest"])
-        if digest is None:
+        if not _DIGEST.fullmatch(layer["digest"]):
             raise ValueError(f"{layer['digest']!r} is not a digest")
         kind = layer["mediaType"].removeprefix(_OLLAMA_LAYER)
-        blob = blobs / f"{digest[1]}-{digest[2]}"
-        older = blobs / f"{digest[1]}:{digest[2]}"
-        layers.setdefault(kind, older if older.is_file() else blob)
+        layers.setdefault(kind, blobs / layer["digest"].replace(":", "-"))
     return layers
-
-
-def _ollama_name(path: Path) -> str:
-    host, namespace, model, tag = path.parts
-    before = [] if (host, namespace) == _OLLAMA_DEFAULT else [host, namespace]
-    if host == _OLLAMA_DEFAULT[0]:
-        before = before[1:]
-    return "/".join([*before, f"{model}:{tag}"])
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in _listed(folder) if is_folder(path) and path.name[0] != ".")
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []

@@ -14,7 +14,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.gguf import named_quantization
 from kitty_nb.catalog.model import ShardName
-from kitty_nb.catalog.rows import is_projector_name, own_name, plain_name, projector_rank
+from kitty_nb.catalog.rows import is_projector_name, own_name, plain_name, preference
 from kitty_nb.errors import HubAccessError, HubError, HubOfflineError
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _projector(folder: PurePosixPath, stem: str, projectors: Iterable[HubFile]) 
 
     def rank(file: HubFile) -> tuple[int, int, PurePosixPath]:
         name = file.path.stem
-        return -len(own_name(name)), projector_rank(named_quantization(name)), file.path
+        return *preference(name, named_quantization(name)), file.path
 
     usable = [
         file

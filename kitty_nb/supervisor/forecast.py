@@ -24,9 +24,9 @@ from kitty_nb.catalog.memory import (
     estimate,
     plan,
     preview,
+    read_shape,
 )
 from kitty_nb.catalog.model import total_size
-from kitty_nb.catalog.model_shape import read_shape
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import PROJECTOR
 from kitty_nb.engine.command_line import options_of

@@ -22,8 +22,8 @@ import anyio
 import anyio.from_thread
 from anyio.to_thread import run_sync
 
+from kitty_nb.catalog.gguf import read_contents
 from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
-from kitty_nb.catalog.model_shape import read_layouts
 from kitty_nb.config import PROJECTOR, value_of
 from kitty_nb.engine.locate import EngineKind
 from kitty_nb.errors import ModelFileError
@@ -475,7 +475,7 @@ def _read_header(model: Path) -> tuple[int, float]:
     That is less than 1 for a mixture of experts; what all tokens share is left out of account.
     """
     try:
-        layout = read_layouts(model)[0]
+        layout = read_contents(model)
     except ModelFileError:
         return 0, 1.0
     header = layout.header
