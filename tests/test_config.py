@@ -9,6 +9,7 @@ from dotenv import dotenv_values
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
 from kitty_nb.config import FlashAttention, ServerConfig, configured_profiles, env_settings
+from kitty_nb.config.env_file import read_env
 from kitty_nb.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,7 @@ def test_all_bad_keys_are_reported_at_once_with_value_reason_and_fix(
 
 def test_bad_keys_can_be_ignored_to_go_on_with_the_rest(tmp_path: Path, models: Path) -> None:
     path = write_env(tmp_path, "LLAMACPP_PORT=0", "LLAMACPP_CTX=4096")
-    config = ServerConfig.from_env(path, ignore=problems(path))
+    config = ServerConfig.from_file(read_env(path), ignore=problems(path))
     assert (config.port, config.context_size) == (8082, 4096)
 
 

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
     from kitty_nb.config.env_file import EnvFile, SavedEnv
 
-_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+# No profile is preferred to one, and a short name to a long one: suffixes have underscores, too.
+_SETTING = re.compile(
+    rf"{PREFIX}(?:(?P<profile>[A-Z][A-Z0-9_]*?)_)??"
+    rf"(?P<suffix>{'|'.join(setting.suffix for setting in env_settings().values())})"
+)
 _MODEL_FILES = {"model", "mmproj"}
 _PATHS = {"MODELS_DIR", "MODEL", "BIN", "LOG_DIR", "HISTORY"}
 _CURLY = "\u201c\u201d\u2018\u2019\u201e"
@@ -118,15 +122,8 @@ def _split_key(key: str) -> tuple[str, str]:
 
     Both are empty where it is no setting.
     """
-    suffixes = {setting.suffix for setting in env_settings().values()}
-    rest = key.removeprefix(PREFIX)
-    if rest in suffixes:
-        return "", rest
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        name = rest.removesuffix(f"_{suffix}")
-        if key.startswith(PREFIX) and name != rest and _NAME.fullmatch(name):
-            return name, suffix
-    return "", ""
+    found = _SETTING.fullmatch(key)
+    return (found["profile"] or "", found["suffix"]) if found else ("", "")
 
 
 def save_settings(
@@ -223,16 +220,16 @@ def _keys(env: EnvFile) -> Iterator[str]:
         elif profile:
             profiles.setdefault(profile.lower(), key)
     for profile, key in profiles.items():
-        others = [name for name in (*ROLES, *profiles) if not _related(name, profile)]
+        # One that adds to another, as coder2 to coder, is meant.
+        others = [
+            name
+            for name in (*ROLES, *profiles)
+            if not name.startswith(profile) and not profile.startswith(name)
+        ]
         near = get_close_matches(profile, others, n=1, cutoff=_SO_ALIKE)
         if near and profile not in ROLES:
             meant = key.replace(f"_{profile.upper()}_", f"_{near[0].upper()}_", 1)
             yield f"{key} makes a profile {profile!r}. If you mean {near[0]!r}, write {meant}."
-
-
-def _related(name: str, profile: str) -> bool:
-    """Tell whether one of two names is the other with something added, as coder and coder2."""
-    return name.startswith(profile) or profile.startswith(name)
 
 
 def _nearest(key: str, profiles: Iterable[str]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import secrets
 import shlex
 import sys
-from base64 import urlsafe_b64encode
 from difflib import get_close_matches
 from enum import StrEnum
 from itertools import pairwise
@@ -22,13 +22,16 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    NonNegativeFloat,
+    NonNegativeInt,
     PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
     SecretStr,
     SerializationInfo,
     StringConstraints,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
 FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
-_BYTES = 32
 _SECRET = re.compile(r"-hft|--?[\w-]*(?:key|token|password|secret)")
 PROJECTOR = frozenset({"-mm", "--mmproj"})
 
@@ -70,7 +72,7 @@ def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
 def choose_api_key(config: ServerConfig) -> SecretStr | None:
     """Return the configured key, one made up for this server, or None when none is wanted."""
     if config.api_key is None:
-        return SecretStr(urlsafe_b64encode(os.urandom(_BYTES)).decode().rstrip("="))
+        return SecretStr(secrets.token_urlsafe())
     return None if goes_without_key(config) else config.api_key
 
 
@@ -166,16 +168,13 @@ def default_port(profile: str) -> int:
 
 
 def _flash_attention(value: object) -> object:
-    if value is None:
-        return None
     word = str(value).strip().lower()
     return "on" if word in _TRUE else "off" if word in _FALSE else word
 
 
-def _fits_in_a_header(value: object) -> object:
+def _key(value: SecretStr) -> SecretStr:
     """A key that fits into an HTTP header; commas separate several keys to llama-server."""
-    key = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if isinstance(key, str) and not _KEY.fullmatch(key):
+    if not _KEY.fullmatch(value.get_secret_value()):
         raise ValueError("it cannot be sent in an HTTP header")
     return value
 
@@ -228,12 +227,25 @@ def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
-_Count = Annotated[int, Field(ge=1)]
-_Seconds = Annotated[float, Field(ge=0)]
+def _in_models_dir(value: object, info: ValidationInfo) -> object:
+    """A path as a person writes it, relative to the models folder."""
+    folder = info.data.get("models_dir")  # missing if it is wrong itself
+    return _absolute(folder, value) if folder else value
+
+
+def _mmproj(value: object, info: ValidationInfo) -> object:
+    word = str(value).strip().lower()
+    if value is None or word == "auto":
+        return None
+    return "off" if word in _FALSE else _in_models_dir(value, info)
+
+
+_Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")]
 _Folder = Annotated[Path, BeforeValidator(_folder)]
-_HomeFolder = Annotated[
-    Path, BeforeValidator(_folder), AfterValidator(_there_is_a_home), Field(validate_default=True)
-]
+_InHome = Annotated[_Folder, AfterValidator(_there_is_a_home), Field(validate_default=True)]
+_InModels = Annotated[Path, BeforeValidator(_in_models_dir)]
+_Tokens = Annotated[PositiveInt | None, Env("a number of tokens, 1 or more")]
+_Seconds = Annotated[NonNegativeFloat, Env("a number of seconds")]
 
 
 class ServerConfig(BaseModel):
@@ -250,18 +262,13 @@ class ServerConfig(BaseModel):
     profile: Annotated[str, StringConstraints(to_lower=True)] = Field(
         default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$"
     )
-    models_dir: Annotated[_HomeFolder, Env("a folder with .gguf files")] = _DATA / "models"
-    allow_absolute_paths: Annotated[
-        bool, Env("1 or 0; 1 allows models outside the models folder")
-    ] = False
+    models_dir: Annotated[_InHome, Env("a folder with .gguf files")] = _DATA / "models"
+    allow_absolute_paths: Annotated[bool, Env("1 or 0; 1 allows models in any folder")] = False
     other_stores: Annotated[bool, Env("1 or 0; 0 leaves out the models of other programs")] = True
-    model: Annotated[Path | None, Env("the path of a .gguf file in the models folder")] = None
+    model: Annotated[_InModels | None, Env("the path of a .gguf file in the models folder")] = None
     # The name that its store gives the model. `resolve_model` finds it.
     known_as: str | None = None
-    alias: Annotated[
-        Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")] | None,
-        Env("one name, without commas"),
-    ] = None
+    alias: Annotated[_Name | None, Env("one name, without commas")] = None
     binary: Annotated[_Folder | None, Env("the path of a llama-server program", "BIN")] = None
     host: Annotated[
         str, AfterValidator(_host), Env("an address or a host name, without a port")
@@ -270,66 +277,56 @@ class ServerConfig(BaseModel):
         default_factory=lambda values: default_port(values.get("profile", ""))
     )
     api_key: Annotated[
-        Secret | None,
-        BeforeValidator(_fits_in_a_header),
+        Annotated[Secret, AfterValidator(_key)] | None,
         Env("letters, digits and signs without spaces or commas, or none"),
     ] = None
     context_size: Annotated[
-        int | None, Field(ge=0), Env("a number of tokens, or 0 for the model's own", "CTX")
+        NonNegativeInt | None, Env("a number of tokens, or 0 for the model's own", "CTX")
     ] = None
-    n_predict: Annotated[
-        int | None, Field(ge=-2), Env("a number of tokens, or -1 for no limit")
-    ] = None
-    temperature: Annotated[float | None, Field(ge=0), Env("a number of 0 or more")] = None
+    n_predict: Annotated[int | None, Field(ge=-2), Env("a number of tokens; -1 is no limit")] = None
+    temperature: Annotated[NonNegativeFloat | None, Env("a number of 0 or more")] = None
     top_p: Annotated[float | None, Field(ge=0, le=1), Env("a number from 0 to 1")] = None
-    repeat_penalty: Annotated[float | None, Field(gt=0), Env("a number above 0; 1 is off")] = None
+    repeat_penalty: Annotated[PositiveFloat | None, Env("a number above 0; 1 is off")] = None
     n_gpu_layers: Annotated[
         int | None, Field(ge=-1), Env("a number of layers; 999 is all of them")
     ] = None
-    threads: Annotated[_Count | None, Env("a number of threads, 1 or more")] = None
-    batch_size: Annotated[_Count | None, Env("a number of tokens, 1 or more")] = None
-    ubatch_size: Annotated[_Count | None, Env("a number of tokens, 1 or more")] = None
-    parallel: Annotated[_Count | None, Env("a number of requests served at once")] = None
+    threads: Annotated[PositiveInt | None, Env("a number of threads, 1 or more")] = None
+    batch_size: _Tokens = None
+    ubatch_size: _Tokens = None
+    parallel: Annotated[PositiveInt | None, Env("a number of requests served at once")] = None
     flash_attention: Annotated[
-        FlashAttention | None,
-        BeforeValidator(_flash_attention),
+        Annotated[FlashAttention, BeforeValidator(_flash_attention)] | None,
         Env("on, off or auto", "FLASH_ATTN"),
     ] = None
     tool_calling: Annotated[bool | None, Env("1 or 0")] = None
     extra_args: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_words),
-        Env("flags of llama-server, quoted as in a shell"),
+        tuple[str, ...], BeforeValidator(_words), Env("flags of llama-server, quoted as in a shell")
     ] = ()
     mmproj: Annotated[
         Path | Literal["off"] | None,
+        BeforeValidator(_mmproj),
         Env("auto, off, or the path of the model's mmproj file", unset="auto"),
     ] = None
     # The file that `mmproj` means for this model. `resolve_model` finds it.
     projector: Path | None = None
-    log_dir: Annotated[_HomeFolder, Env("a folder for the server's log")] = _STATE / "logs"
-    log_max_mb: Annotated[float, Field(gt=0), Env("a size in megabytes above 0")] = 16.0
-    log_keep: Annotated[_Count, Env("a number of older logs, 1 or more")] = 3
-    history: Annotated[_HomeFolder, Env("a file for the history of loads")] = (
-        _STATE / "history.sqlite3"
-    )
-    health_max_attempts: Annotated[_Count, Env("a number of checks, 1 or more")] = 120
-    stall_seconds: Annotated[float, Field(gt=0), Env("a number of seconds above 0")] = 120.0
+    log_dir: Annotated[_InHome, Env("a folder for the server's log")] = _STATE / "logs"
+    log_max_mb: Annotated[PositiveFloat, Env("a size in megabytes above 0")] = 16.0
+    log_keep: Annotated[PositiveInt, Env("a number of older logs, 1 or more")] = 3
+    history: Annotated[_InHome, Env("a file for the history of loads")] = _STATE / "history.sqlite3"
+    health_max_attempts: Annotated[PositiveInt, Env("a number of checks, 1 or more")] = 120
+    stall_seconds: Annotated[PositiveFloat, Env("a number of seconds above 0")] = 120.0
     on_kernel_exit: Annotated[OnKernelExit, Env("keep or stop")] = OnKernelExit.KEEP
-    idle_shutdown_seconds: Annotated[_Count | None, Env("a number of seconds, 1 or more")] = None
-    restart_max: Annotated[int, Field(ge=0), Env("a number of restarts; 0 is never")] = 3
-    restart_delay_seconds: Annotated[_Seconds, Env("a number of seconds")] = 5.0
-    restart_delay_max_seconds: Annotated[_Seconds, Env("a number of seconds")] = 60.0
-    restart_stable_seconds: Annotated[_Seconds, Env("a number of seconds")] = 60.0
-    stop_grace_seconds: Annotated[_Seconds, Env("a number of seconds")] = 10.0
+    idle_shutdown_seconds: Annotated[PositiveInt | None, Env("a number of seconds, 1 or more")] = (
+        None
+    )
+    restart_max: Annotated[NonNegativeInt, Env("a number of restarts; 0 is never")] = 3
+    restart_delay_seconds: _Seconds = 5.0
+    restart_delay_max_seconds: _Seconds = 60.0
+    restart_stable_seconds: _Seconds = 60.0
+    stop_grace_seconds: _Seconds = 10.0
 
     @classmethod
-    def from_env(
-        cls,
-        path: str | Path = ".env",
-        profile: str = "primary",
-        ignore: Collection[str] = (),
-    ) -> Self:
+    def from_env(cls, path: str | Path = ".env", profile: str = "primary") -> Self:
         """Read the settings of a profile from a `.env` file.
 
         `LLAMACPP_<PROFILE>_<NAME>` overrides `LLAMACPP_<NAME>`; an empty value counts as unset.
@@ -339,18 +336,23 @@ class ServerConfig(BaseModel):
             path: The file. Plain `.env` is looked for here and in the folders above, and may be
                 missing: then every setting has its default. Any other file must exist.
             profile: The named set of settings to read.
-            ignore: Keys to treat as unset, such as those that a `ConfigError` complained of.
 
         Raises:
             ConfigError: Listing every bad line and value with its reason and fix.
         """
-        return cls.from_file(read_env(path), profile, ignore)
+        return cls.from_file(read_env(path), profile)
 
     @classmethod
     def from_file(
         cls, env: EnvFile, profile: str = "primary", ignore: Collection[str] = ()
     ) -> Self:
-        """Like `from_env`, of a file that has been read."""
+        """Like `from_env`, from a file that has been read.
+
+        Args:
+            env: The file.
+            profile: The named set of settings to read.
+            ignore: Keys to treat as unset, such as those that a `ConfigError` complained of.
+        """
         keys = setting_keys(env, profile, ignore)
         values = {"profile": profile} | {name: env.values[key] for name, key in keys.items()}
         return cls.model_validate(values, context=_Source(str(env.path), env.path.parent, keys))
@@ -407,22 +409,6 @@ class ServerConfig(BaseModel):
     def log_path(self) -> Path:
         """The file that the server's output goes to."""
         return self.log_dir / f"{self.profile}.log"
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _locate(cls, value: object, info: ValidationInfo) -> str | None:
-        """A path as a person writes it, relative to the models folder."""
-        if value is None or "models_dir" not in info.data:
-            return None
-        return _absolute(info.data["models_dir"], value)
-
-    @field_validator("mmproj", mode="before")
-    @classmethod
-    def _locate_mmproj(cls, value: object, info: ValidationInfo) -> object:
-        word = str(value).strip().lower()
-        if value is None or word == "auto":
-            return None
-        return "off" if word in _FALSE else cls._locate(value, info)
 
     @model_validator(mode="wrap")
     @classmethod
