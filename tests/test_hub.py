@@ -12,6 +12,7 @@ import pytest
 from conftest import eventually
 from hub_server import ONE, SPLIT, TOKEN, Asked, Hub, Repo, sha256, some_bytes
 
+from kitty_nb import hub as downloading
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.errors import (
     ChecksumError,
@@ -20,9 +21,8 @@ from kitty_nb.errors import (
     HubError,
     HubOfflineError,
 )
-from kitty_nb.hub import download as downloading
-from kitty_nb.hub.download import Download
-from kitty_nb.hub.repository import (
+from kitty_nb.hub import (
+    Download,
     HubFile,
     HubReference,
     Repository,

@@ -336,7 +336,7 @@ def download(
     """
     from kitty_nb.catalog.catalog import why_not_served
     from kitty_nb.cli import console
-    from kitty_nb.hub.repository import HubReference
+    from kitty_nb.hub import HubReference
 
     folder = _settings(env, profile).models_dir
     reference = HubReference.parse(repository)

@@ -19,8 +19,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from kitty_nb.errors import printable
-from kitty_nb.hub.download import Download
-from kitty_nb.hub.repository import find_repository
+from kitty_nb.hub import Download, find_repository
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
     from rich.progress import ProgressColumn
 
-    from kitty_nb.hub.repository import HubReference
+    from kitty_nb.hub import HubReference
 
 
 class PlainConsole(Console):

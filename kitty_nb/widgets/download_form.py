@@ -12,8 +12,7 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from kitty_nb.errors import KittyError
-from kitty_nb.hub.download import Download
-from kitty_nb.hub.repository import HubReference, find_repository
+from kitty_nb.hub import Download, HubReference, find_repository
 from kitty_nb.widgets.display import Meter, Notice, duration, explain, labelled, show_if
 
 if TYPE_CHECKING:
