@@ -32,8 +32,14 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
 )
 from kitty_nb.widgets import SweepPanel
-from kitty_nb.widgets.sweep_panel import SweepStatus, bundle, status_of
-from kitty_nb.widgets.sweep_table import columns, draw_table, figure
+from kitty_nb.widgets.sweep_panel import (
+    SweepStatus,
+    bundle,
+    columns,
+    draw_table,
+    figure,
+    status_of,
+)
 
 WAIT = 120.0
 GRID = {"threads": [1, 2], "cache_type_k": ["f16", "q8_0"]}
@@ -378,7 +384,6 @@ def test_constraints_that_none_keeps_are_told(
     ("progress", "more", "status"),
     [
         (SweepProgress(0, 4), {}, SweepStatus.NOT_STARTED),
-        (SweepProgress(0, 4), {"starting": True}, SweepStatus.STARTING),
         (SweepProgress(1, 4), {"running": True}, SweepStatus.RUNNING),
         (SweepProgress(1, 4, paused=True), {"running": True}, SweepStatus.PAUSED),
         (SweepProgress(1, 4, (Trial("m"),), paused=True), {"running": True}, SweepStatus.PAUSING),

@@ -7,42 +7,45 @@ import threading
 from collections import Counter
 from enum import StrEnum
 from html import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
-from ipywidgets import HTML, Button, Dropdown, HBox, VBox
+from anywidget import AnyWidget
+from ipywidgets import Button, Dropdown, HBox, VBox
+from rich.filesize import decimal
+from traitlets import Unicode
 
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments import Outcome, Results, Sweep
+from kitty_nb.experiments import Outcome, Perplexity, Results, Sweep
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.space import FIELDS
-from kitty_nb.experiments.trial import (
-    RequestAnswered,
-    SweepEnded,
-    SweepEvent,
-    TrialProgressed,
-    TrialStarted,
-)
+from kitty_nb.experiments.trial import RequestAnswered, SweepEnded, SweepEvent, TrialProgressed
 from kitty_nb.supervisor.events import ServerStatus, Stage
 from kitty_nb.widgets import session
 from kitty_nb.widgets.display import (
     Accessible,
+    Line,
     LiveView,
+    Meter,
     Notice,
+    asset,
     duration,
     explain,
     receive_while_busy,
+    show_if,
     still,
     tree,
 )
 from kitty_nb.widgets.server_view import LoadBar
-from kitty_nb.widgets.sweep_table import SweepTable, columns, draw_table, model_name, word
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
     from concurrent.futures import Future
 
-    from kitty_nb.experiments import Combination, SweepProgress, Trial
+    from kitty_nb.experiments import Combination, SweepProgress, Trial, Workload
+    from kitty_nb.experiments.metrics import Spread
+    from kitty_nb.experiments.trial import Value
     from kitty_nb.supervisor.events import LoadProgress
     from kitty_nb.widgets.control_panel import ControlPanel
 
@@ -51,13 +54,14 @@ if TYPE_CHECKING:
 _DRAW_EVERY = 0.5
 _CLOCK_EVERY = 1.0
 _NAMED_AT_ONCE = 4  # trials under way that are named
+_BYTES_PER_GIB = 2**30
+_WHOLE_FROM = 100  # tokens a second from which decimals only distract
 
 
 class SweepStatus(StrEnum):
     """The status of a sweep, as the panel shows it."""
 
     NOT_STARTED = "NOT STARTED"
-    STARTING = "STARTING"
     RUNNING = "RUNNING"
     PAUSING = "PAUSING"
     PAUSED = "PAUSED"
@@ -66,10 +70,33 @@ class SweepStatus(StrEnum):
     DONE = "DONE"
 
 
-_TONES = {"PAUSED": "warn", "FAILED": "bad", "DONE": "good"} | dict.fromkeys(
-    ("STARTING", "RUNNING", "PAUSING"), "busy"
-)
+_TONES = {
+    SweepStatus.RUNNING: "busy",
+    SweepStatus.PAUSING: "busy",
+    SweepStatus.PAUSED: "warn",
+    SweepStatus.FAILED: "bad",
+    SweepStatus.DONE: "good",
+}
 _UNDER_WAY = {SweepStatus.RUNNING, SweepStatus.PAUSING, SweepStatus.PAUSED}
+_TO_START = {
+    SweepStatus.NOT_STARTED: "Start",
+    SweepStatus.INTERRUPTED: "Continue",
+    SweepStatus.FAILED: "Continue",
+}
+_PAUSE = "Pause", "pause", "Finish the running trial, then pause"
+_RESUME = "Resume", "play", "Start the next trial"
+
+
+class SweepTable(AnyWidget):
+    """The table of combinations; its scroll position stays when a row comes in."""
+
+    _esm: ClassVar[str] = asset("sweep_table.js")
+    _css: ClassVar[str] = asset("panel.css")
+    table = Unicode().tag(sync=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_class("kitty-sweep-table")
 
 
 class SweepButtons(HBox):
@@ -88,26 +115,18 @@ class SweepButtons(HBox):
             description="Best by",
         )
         self.use = Button(description="Use the best", icon="star")
-        choosing = HBox([self.objective, self.use])
-        choosing.add_class("kitty-choosing")
+        choosing = HBox([self.objective, self.use]).add_class("kitty-choosing")
         super().__init__([self.start, self.pause, self.cancel, choosing])
         self.add_class("kitty-buttons")
 
     def show(self, status: SweepStatus, *, failed: bool, best: bool) -> None:
         """Enable what makes sense now, and name what it does."""
-        running, paused = status in _UNDER_WAY, status in {SweepStatus.PAUSING, SweepStatus.PAUSED}
-        done = status is SweepStatus.DONE
-        begun = status in {SweepStatus.INTERRUPTED, SweepStatus.FAILED}
-        self.start.disabled = running or status is SweepStatus.STARTING or (done and not failed)
-        self.start.description = (
-            "Retry failed" if done and failed else "Continue" if begun else "Start"
-        )
-        self.pause.disabled = self.cancel.disabled = not running
-        self.pause.description = "Resume" if paused else "Pause"
-        self.pause.icon = "play" if paused else "pause"
-        self.pause.tooltip = (
-            "Start the next trial" if paused else "Finish the running trial, then pause"
-        )
+        retry = "Retry failed" if failed and status is SweepStatus.DONE else ""
+        start = _TO_START.get(status, retry)
+        self.start.description, self.start.disabled = start or "Start", not start
+        paused = status in {SweepStatus.PAUSING, SweepStatus.PAUSED}
+        self.pause.description, self.pause.icon, self.pause.tooltip = _RESUME if paused else _PAUSE
+        self.pause.disabled = self.cancel.disabled = status not in _UNDER_WAY
         self.use.disabled = not best
 
 
@@ -137,7 +156,7 @@ class SweepPanel(VBox):
         self._constraints = constraints
         self._headings = columns(sweep.workload)
         self._problem = "\n".join(sweep.warnings)
-        self._broke_off = self._starting = self._insists = False
+        self._broke_off = self._insists = False
         self._facts: list[str] = []
         self._results = Results(sweep.config, ())
         self._best: Combination | None = None
@@ -149,16 +168,15 @@ class SweepPanel(VBox):
         )
         self._writing = threading.Lock()
 
-        self.status_line = _html("kitty-status")
-        self.trials_bar = LoadBar()
+        self.status_line = Line("kitty-status")
+        self.trials_bar = Meter("kitty-load")
         self.trials_bar.bar.max = len(sweep.trials)
-        self.now = _html("kitty-now")
+        self.now = Line("kitty-now")
         self.load_bar = LoadBar()
         self.buttons = SweepButtons(self._headings, objective)
         self.notice = Notice()
         self.table = SweepTable()
-        self.lines = _html("kitty-lines")
-        self.lines.layout.display = "none"
+        self.lines = Line("kitty-lines")
         shown = (self.status_line, self.trials_bar, self.now, self.load_bar, self.buttons)
         below = (self.notice, self.table, self.lines, Accessible("kitty_nb sweep"))
         super().__init__([*shown, *below])
@@ -173,8 +191,7 @@ class SweepPanel(VBox):
         return f"SweepPanel({len(self.sweep.trials)} trials)"
 
     def _repr_html_(self) -> str:
-        progress = self.sweep.progress
-        done = f"{progress.done} of {progress.total} trials"
+        done = _done(self.sweep.progress)
         return still("kitty_nb sweep", [done, *self._facts], self.table.table)
 
     def close(self) -> None:
@@ -189,12 +206,15 @@ class SweepPanel(VBox):
             super().close()
 
     def _connect(self) -> None:
-        buttons = self.buttons
-        buttons.start.on_click(lambda _: self._act(self._start))
-        buttons.pause.on_click(lambda _: self._act(self._pause_or_resume))
-        buttons.cancel.on_click(lambda _: self._act(self.sweep.cancel))
-        buttons.use.on_click(lambda _: self._act(self._use_the_best))
-        buttons.objective.observe(lambda _: self._act(self._choose_again), names="value")
+        actions = {
+            self.buttons.start: self._start,
+            self.buttons.pause: self._pause_or_resume,
+            self.buttons.cancel: self.sweep.cancel,
+            self.buttons.use: self._use_the_best,
+        }
+        for button, action in actions.items():
+            button.on_click(lambda _, action=action: self._act(action))
+        self.buttons.objective.observe(lambda _: self._act(self._choose_again), names="value")
         receive_while_busy(tree(self))
 
     def _replace_earlier(self) -> None:
@@ -233,13 +253,8 @@ class SweepPanel(VBox):
         for sweep in (*others, self.sweep):
             sweep.close()  # of our own sweep, the thread of a run that has just ended
         self.sweep.resume()
-        self._starting = True
-        try:
-            progress = self.sweep.progress
-            self.sweep.run(retry=progress.done == progress.total)
-        except BaseException:
-            self._starting = False
-            raise
+        progress = self.sweep.progress
+        self.sweep.run(retry=progress.done == progress.total)
 
     def _pause_or_resume(self) -> None:
         (self.sweep.resume if self.sweep.progress.paused else self.sweep.pause)()
@@ -256,20 +271,17 @@ class SweepPanel(VBox):
             where = "The panel has these settings; press <i>Start</i> there. In <code>.env</code>:"
         doubt = f" is {best.doubt}" if best.doubt else ""
         head = f"<b>{escape(best.trial.label)}</b>{doubt}. {where}"
-        self.lines.value = f"{head}<pre>{escape(best.env_lines(profile))}</pre>"
-        self.lines.layout.display = None
+        self.lines.write(f"{head}<pre>{escape(best.env_lines(profile))}</pre>")
 
     def _collect(self, event: SweepEvent) -> None:
-        self._starting = False
         match event:
             case TrialProgressed(trial, progress):
                 self._loads[trial] = progress
             case RequestAnswered(trial):
                 self._answers[trial] = event
-            case TrialStarted(trial):
-                self._loads.pop(trial, None)
-                self._answers.pop(trial, None)
             case SweepEnded(_, problem):
+                self._loads.clear()
+                self._answers.clear()
                 self._broke_off = bool(problem)
                 self._problem = problem or self._problem
         if not isinstance(event, TrialProgressed | RequestAnswered):
@@ -299,20 +311,12 @@ class SweepPanel(VBox):
         if self._rows_changed:
             self._rows_changed = False
             self._read_rows(progress.running)
-        status = status_of(
-            progress, running=running, starting=self._starting, broken=self._broke_off
-        )
+        status = status_of(progress, running=running, broken=self._broke_off)
         with self.trials_bar.bar.hold_sync():
             self.trials_bar.bar.value = progress.done
             self.trials_bar.bar.bar_style = "success" if status is SweepStatus.DONE else ""
         self.trials_bar.text.value = _how_far(status, progress)
-        paused = status is SweepStatus.PAUSED
-        self.now.value = (
-            "Paused. Press Resume to start the next trial."
-            if paused
-            else _under_way(progress.running, self._answers)
-        )
-        self.now.layout.display = None if self.now.value else "none"
+        self.now.write(_under_way(status, progress.running, self._answers))
         self._show_load(progress.running)
         failed = any(row.outcome is not Outcome.DONE for row in self._results.rows)
         self.buttons.show(status, failed=failed, best=self._best is not None)
@@ -320,7 +324,7 @@ class SweepPanel(VBox):
         # Last, so that whoever sees the status may rely on the rest being as it says.
         facts = "".join(f"<span class='kitty-fact'>{escape(fact)}</span>" for fact in self._facts)
         badge = f"<span class='kitty-badge kitty-{_TONES.get(status, 'idle')}'>{status}</span>"
-        self.status_line.value = f"{badge}<span class='kitty-heading'>Sweep</span>{facts}"
+        self.status_line.write(f"{badge}<span class='kitty-heading'>Sweep</span>{facts}")
 
     def _read_rows(self, running: Collection[Trial]) -> None:
         try:
@@ -340,11 +344,10 @@ class SweepPanel(VBox):
 
     def _show_load(self, running: Collection[Trial]) -> None:
         loads = [self._loads[trial] for trial in running if trial in self._loads]
-        unfinished = [load for load in loads if load.stage is not Stage.READY]
-        load = next(iter(unfinished or loads), None)
+        load = min(loads, key=lambda one: one.stage is Stage.READY, default=None)
         ready = load is not None and load.stage is Stage.READY
         self.load_bar.show(ServerStatus.READY if ready else ServerStatus.LOADING, load)
-        self.load_bar.layout.display = None if running else "none"
+        show_if(self.load_bar, bool(running))
 
 
 _shown: WeakSet[Sweep] = WeakSet()
@@ -363,34 +366,23 @@ def bundle(sweep: Sweep) -> dict[str, Any]:
     return {**panel._repr_mimebundle_(), **still_picture}
 
 
-def status_of(
-    progress: SweepProgress, *, running: bool, starting: bool = False, broken: bool = False
-) -> SweepStatus:
+def status_of(progress: SweepProgress, *, running: bool, broken: bool = False) -> SweepStatus:
     """Name where a sweep is.
 
     Args:
         progress: How far it is.
         running: Whether it runs.
-        starting: Whether a run was requested and has not reported yet.
         broken: Whether its last run broke off.
     """
+    if running and progress.paused:
+        return SweepStatus.PAUSING if progress.running else SweepStatus.PAUSED
     if running:
-        if progress.paused:
-            return SweepStatus.PAUSING if progress.running else SweepStatus.PAUSED
         return SweepStatus.RUNNING
-    if starting:
-        return SweepStatus.STARTING
     if progress.done == progress.total:
         return SweepStatus.DONE
     if broken:
         return SweepStatus.FAILED
     return SweepStatus.INTERRUPTED if progress.done else SweepStatus.NOT_STARTED
-
-
-def _html(css_class: str) -> HTML:
-    html = HTML("")
-    html.add_class(css_class)
-    return html
 
 
 def _facts(trials: Collection[Trial], results: Results) -> list[str]:
@@ -405,16 +397,24 @@ def _facts(trials: Collection[Trial], results: Results) -> list[str]:
     ]
 
 
+def _done(progress: SweepProgress) -> str:
+    return f"{progress.done} of {progress.total} trials"
+
+
 def _how_far(status: SweepStatus, progress: SweepProgress) -> str:
-    done = f"{progress.done} of {progress.total} trials"
     if status in {SweepStatus.DONE, SweepStatus.NOT_STARTED}:
-        return done
+        return _done(progress)
     if progress.eta is not None:
-        return f"{done} · about {duration(max(progress.eta, 1))} left"
-    return f"{done} · time left unknown" if status is SweepStatus.RUNNING else done
+        return f"{_done(progress)} · about {duration(max(progress.eta, 1))} left"
+    unknown = " · time left unknown" if status is SweepStatus.RUNNING else ""
+    return f"{_done(progress)}{unknown}"
 
 
-def _under_way(running: Collection[Trial], answers: Mapping[Trial, RequestAnswered]) -> str:
+def _under_way(
+    status: SweepStatus, running: Collection[Trial], answers: Mapping[Trial, RequestAnswered]
+) -> str:
+    if status is SweepStatus.PAUSED:
+        return "Paused. Press Resume to start the next trial."
     named = [_now(trial, answers.get(trial)) for trial in running][:_NAMED_AT_ONCE]
     more = len(running) - len(named)
     return "<br>".join([*named, *([f"and {more} more"] if more else [])])
@@ -430,3 +430,154 @@ def _now(trial: Trial, answer: RequestAnswered | None) -> str:
         if answer.tokens_per_second:
             parts.append(f"{answer.tokens_per_second:,.0f} tokens/s")
     return " · ".join(parts)
+
+
+def columns(workload: Workload) -> dict[str, str]:
+    """Return the headings of the table's numbers, by name of the number."""
+    chosen = {
+        "load_seconds": "Load",
+        "time_to_first_token": "First token",
+        "prompt_tokens_per_second": "Prompt tokens/s",
+        "generation_tokens_per_second": "Generation tokens/s",
+    }
+    least, most = workload.levels[0], workload.levels[-1]
+    if most > least:
+        chosen[f"total_tokens_per_second_{most}"] = f"Tokens/s, {most} at once"
+        chosen[f"memory_gib_{least}"] = f"Memory, {least} at once"
+    chosen["memory_gib"] = "Peak memory"
+    if isinstance(workload.quality, Perplexity):
+        chosen |= {"perplexity": "Perplexity", "bits_per_character": "Bits per character"}
+    elif workload.quality is not None:
+        chosen["quality"] = "Quality"
+    return chosen
+
+
+def draw_table(
+    trials: Iterable[Trial],
+    results: Results,
+    headings: Mapping[str, str],
+    running: Iterable[Trial] = (),
+    best: Combination | None = None,
+) -> str:
+    """Draw a row for each combination, those not tried yet too, in the order of their values."""
+    repeats = Counter(trial.combination for trial in trials)
+    settings = list(dict.fromkeys(name for trial in repeats for name, _ in trial.settings))
+    several = len({trial.model for trial in repeats}) > 1 or not settings
+    left = [*(["model"] if several else []), *settings]
+    known = {one.trial: one for one in results.combinations}
+    ended = Counter(row.trial.combination for row in results.rows)
+    failed = {row.trial.combination for row in results.rows if row.outcome is Outcome.FAILED}
+    at_work = {trial.combination for trial in running}
+    rows = []
+    for trial in sorted(repeats, key=_place):
+        one = known.get(trial)
+        given = {"model": model_name(trial), **{name: word(v) for name, v in trial.settings}}
+        cells = [f"<td>{escape(given.get(name, '—'))}</td>" for name in left]
+        state, tone = _state(
+            repeats[trial],
+            ended[trial],
+            one.done if one else 0,
+            failed=trial in failed,
+            at_work=trial in at_work,
+        )
+        badge = f"<span class='kitty-{tone}'>{state}</span>{_star(trial, best)}"
+        cells.append(f"<td class='kitty-state'>{badge}</td>")
+        rows.append(_row(cells, one, headings, winner=best is not None and trial == best.trial))
+    head = "".join(f"<th>{escape(name)}</th>" for name in [*left, "state"])
+    head += "".join(f"<th class='kitty-number'>{escape(text)}</th>" for text in headings.values())
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def model_name(trial: Trial) -> str:
+    """A trial's model by its place in the models folder, or its file elsewhere."""
+    path = PurePath(trial.model)
+    return path.name if path.is_absolute() else str(path)
+
+
+def figure(name: str, value: float) -> str:
+    """A number as the table says it: `0.4 s`, `12 ms`, `104`, `1.4 GB`."""
+    if name == "time_to_first_token" and value < 1:
+        return f"{value * 1000:.0f} ms"
+    if name in {"load_seconds", "time_to_first_token"}:
+        return duration(value)
+    if name.startswith("memory_gib"):
+        return decimal(round(value * _BYTES_PER_GIB))
+    if "_per_second" in name:
+        return f"{value:,.0f}" if value >= _WHOLE_FROM else f"{value:.1f}"
+    return f"{value:.3g}"
+
+
+def word(value: Value) -> str:
+    """A setting's value as the table says it."""
+    match value:
+        case None:
+            return "auto"
+        case bool():
+            return "on" if value else "off"
+        case tuple():
+            return " ".join(value)
+    return str(value)
+
+
+def _state(repeats: int, ended: int, done: int, *, failed: bool, at_work: bool) -> tuple[str, str]:
+    """A combination's state in words, and its tone."""
+    if at_work:
+        return (f"running {ended + 1} of {repeats}" if repeats > 1 else "running"), "busy"
+    if not ended:
+        return "waiting", "idle"
+    if not done:
+        return ("failed", "bad") if failed else ("skipped", "warn")
+    if done < repeats:
+        return f"{done} of {repeats} done", "warn" if ended > done else "idle"
+    return "done", "good"
+
+
+def _row(
+    cells: list[str], one: Combination | None, headings: Mapping[str, str], *, winner: bool
+) -> str:
+    """A combination's row: its numbers, and below them, or in their place, what went wrong."""
+    reason = escape(" ".join(one.reasons)).replace("\n", "<br>") if one else ""
+    metrics = one.metrics if one else {}
+
+    def told(width: int) -> str:
+        return f"<td class='kitty-reason' colspan='{width}'>{reason}</td>"
+
+    numbers = [_number(name, metrics.get(name)) for name in headings]
+    if reason and not metrics:
+        numbers = [told(len(headings))]
+    tag = "<tr class='kitty-best'>" if winner else "<tr>"
+    drawn = f"{tag}{''.join([*cells, *numbers])}</tr>"
+    if reason and metrics:
+        drawn += f"<tr class='kitty-more'>{told(len(cells) + len(headings))}</tr>"
+    return drawn
+
+
+def _star(trial: Trial, best: Combination | None) -> str:
+    if best is None:
+        return ""
+    if trial in best.close:
+        return " <span title='Too close to the best to distinguish'>≈ best</span>"
+    if trial != best.trial:
+        return ""
+    title = best.doubt.capitalize() or "The best so far"
+    words = "★ too close to tell" if best.close else "★ best"
+    return f" <span class='kitty-sweep-star' title='{title}'>{words}</span>"
+
+
+def _number(name: str, spread: Spread | None) -> str:
+    if spread is None:
+        return "<td class='kitty-number kitty-none'>—</td>"
+    low, high = figure(name, spread.low), figure(name, spread.high)
+    (least, _, unit), (greatest, _, other) = low.partition(" "), high.partition(" ")
+    span = f"{least}&ndash;{greatest} {unit}" if unit == other else f"{low} &ndash; {high}"
+    apart = f"<small>{span.strip()}</small>" if low != high else ""
+    return f"<td class='kitty-number'>{figure(name, spread.median)}{apart}</td>"
+
+
+def _place(trial: Trial) -> tuple[object, ...]:
+    """The sort key of a row: by model, then by values, numbers by their size."""
+    values = (
+        (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
+        for _, value in trial.settings
+    )
+    return trial.model, *values
