@@ -52,7 +52,7 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help="Start, watch and stop llama-server. Notebooks control the same server of a profile.",
+    help="Start, watch and stop llama-server. Each profile has one server, shared with notebooks.",
     epilog=_EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -76,7 +76,7 @@ _Version = Annotated[
 
 @app.callback()
 def _options(_: _Version = False) -> None:
-    """Take the options that stand before the verb."""
+    """Accept the options before the verb."""
 
 
 _Env = Annotated[
@@ -173,7 +173,7 @@ def restart(
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
 ) -> None:
-    """Restart the profile's server with the settings that the file has now."""
+    """Restart the profile's server with the current settings in the .env file."""
     config = _settings(env, profile, valid=True)
     _load(config, env, lambda server, _: server.restart(config, not no_wait, anyway=anyway))
 
@@ -183,7 +183,7 @@ def switch(
     model: Annotated[str, typer.Argument(help="A .gguf file, relative to the models folder.")],
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
-    alias: Annotated[str | None, typer.Option(help="The name that clients ask for.")] = None,
+    alias: Annotated[str | None, typer.Option(help="The model name that clients use.")] = None,
     no_wait: _NoWait = False,
     anyway: _Anyway = False,
 ) -> None:
@@ -227,7 +227,7 @@ def wait_ready(
         typer.Option(min=0, metavar="SECONDS", help="Give up after this many seconds."),
     ] = None,
 ) -> None:
-    """Wait until the profile's server answers; exit with 3 if none is running."""
+    """Wait until the profile's server is ready; exit with 3 if none is running."""
     from kitty_nb.cli import commands
 
     config = _settings(env, profile)
@@ -278,7 +278,7 @@ def logs(
 
 @app.command()
 def doctor(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
-    """Check the engine (on a demo model), models, port, GPU, .env, disk and versions."""
+    """Check versions, .env, engine (with a demo model), GPU, memory, models, disk and ports."""
     from rich.table import Table
 
     from kitty_nb.cli.console import PlainConsole
@@ -302,7 +302,7 @@ def demo_model(
     profile: _Profile = _PROFILE,
     size: Annotated[
         float | None,
-        typer.Option(metavar="GB", help="Pad it to this size, for a longer load."),
+        typer.Option(metavar="GB", help="Pad the model to this size, for a longer load."),
     ] = None,
 ) -> None:
     """Write a small demo model, by default into the models folder."""
