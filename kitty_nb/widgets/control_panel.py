@@ -21,20 +21,10 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     StateChanged,
 )
-from kitty_nb.widgets import session
+from kitty_nb.widgets import server_view, session
 from kitty_nb.widgets.display import Accessible, LiveView, Notice, receive_while_busy, still, tree
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.model_picker import ModelBrowser, ModelPicker
-from kitty_nb.widgets.server_view import (
-    ActivityLog,
-    LoadBar,
-    ServerButtons,
-    ServerLog,
-    Snippet,
-    StatusLine,
-    WebPage,
-    choices,
-)
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
 if TYPE_CHECKING:
@@ -100,7 +90,7 @@ class ControlPanel(VBox):
     def _make_parts(self, earlier: ControlPanel | None) -> None:
         """Make the widgets; an earlier panel on this manager hands over what it has."""
         manager = self.manager
-        self.status_line = StatusLine()
+        self.status_line = server_view.StatusLine()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.download = (
             earlier._hand_over(self)
@@ -110,15 +100,14 @@ class ControlPanel(VBox):
         self.settings = SettingsForm(self._config, self._choose)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
         self.memory = MemoryLine(manager, self._wanted)
-        self.buttons = ServerButtons()
-        self.load_bar = LoadBar()
+        self.buttons = server_view.ServerButtons()
+        self.load_bar = server_view.LoadBar()
         self.notice = Notice()
-        self.snippet = Snippet(self)
-        self.web_page = WebPage(manager.reveal_api_key)
-        self.activity_log: ActivityLog = ActivityLog(
-            earlier.activity_log.activities if earlier else ()
-        )
-        self.server_log = ServerLog(self._view.wake)
+        self.snippet = server_view.Snippet(self)
+        self.web_page = server_view.WebPage(manager.reveal_api_key)
+        told = earlier.activity_log.activities if earlier else ()
+        self.activity_log: server_view.ActivityLog = server_view.ActivityLog(told)
+        self.server_log = server_view.ServerLog(self._view.wake)
         name = Accessible(f"kitty_nb control panel of the profile {self._profile}")
         models = (self.picker, self.browser, self.download, self.settings, self.memory)
         server = (self.buttons, self.load_bar, self.notice, self.snippet, self.web_page)
@@ -131,9 +120,9 @@ class ControlPanel(VBox):
     def _answer_clicks(self) -> None:
         actions = session.ActionRunner(self.manager.run, self._show_problem)
         start, restart = self.manager.start, self.manager.restart
-        self.buttons.start.on_click(lambda _: actions.start(start, self._wanted))
-        self.buttons.use_port.on_click(lambda _: actions.start(start, self._on_free_port))
-        self.buttons.restart.on_click(lambda _: actions.start(restart, self._wanted))
+        self.buttons.start.on_click(lambda _: actions.run(start, self._wanted))
+        self.buttons.use_port.on_click(lambda _: actions.run(start, self._on_free_port))
+        self.buttons.restart.on_click(lambda _: actions.run(restart, self._wanted))
         self.buttons.stop.on_click(lambda _: actions.run(self.manager.stop))
         self.buttons.attach.on_click(lambda _: actions.run(self.manager.attach))
         self.settings.save.on_click(lambda _: self._save())
@@ -305,7 +294,7 @@ class ControlPanel(VBox):
 
     def _note_status(self, state: ServerState) -> None:
         self._status = state.status
-        self.browser.note_change()
+        self.browser.look_again()
         if state.status is ServerStatus.STARTING:
             self.server_log.clear()
             self._router_load = None
@@ -331,7 +320,7 @@ class ControlPanel(VBox):
             else model.path != state.config.model
         )
         startable = model is not None and model.startable
-        self.buttons.show(state, choices(state, startable=startable, differs=differs))
+        self.buttons.show(state, server_view.choices(state, startable=startable, differs=differs))
         self.snippet.show(state)
         self.web_page.show(state)
         if state.external:

@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 import traitlets
 from anywidget import AnyWidget
-from ipywidgets import HTML, DOMWidget, HBox, IntProgress, Widget
+from ipywidgets import HTML, Button, DOMWidget, HBox, IntProgress, Widget
 
 from kitty_nb.errors import KittyError
 
@@ -75,6 +75,28 @@ class Meter(HBox):
         self.text = HTML().add_class("kitty-bar-text")
         super().__init__([self.bar, self.text])
         self.add_class(css_class)
+
+
+class Page(AnyWidget):
+    """A widget whose page sends messages.
+
+    Args:
+        css_class: Its class for the style sheet.
+        **traits: Its traits.
+    """
+
+    def __init__(self, css_class: str, **traits: Any) -> None:
+        super().__init__(**traits)
+        self.add_class(css_class)
+        self.on_msg(lambda _widget, message, _buffers: self.receive(message))
+
+    def receive(self, message: Any) -> None:
+        """Take a message of a page, on the front end's thread."""
+
+
+def button(word: str, icon: str, tip: str = "", style: str = "") -> Button:
+    """Make a button."""
+    return Button(description=word, icon=icon, tooltip=tip, button_style=style)
 
 
 def show_if(widget: DOMWidget, shown: bool) -> None:

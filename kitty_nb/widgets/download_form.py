@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from anyio import CancelScope
 from anyio.to_thread import run_sync
-from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, Text, VBox
+from ipywidgets import HTML, Accordion, Dropdown, HBox, Text, VBox
 from rich.filesize import decimal
 from rich.progress import Progress
 
 from kitty_nb.errors import KittyError
 from kitty_nb.hub import Download, HubReference, find_repository
-from kitty_nb.widgets.display import Meter, Notice, duration, explain, labelled, show_if
+from kitty_nb.widgets.display import Meter, Notice, button, duration, explain, labelled, show_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -49,21 +49,12 @@ class DownloadForm(Accordion):
             placeholder="owner/name, owner/name:Q4_K_M, or the page's URL",
             **labelled("Repository", "A repository of GGUF files on huggingface.co"),
         )
-        self.show_files = Button(
-            description="Show files",
-            icon="search",
-            tooltip="List the repository's models and their sizes",
-        )
+        models = "List the repository's models and their sizes"
+        self.show_files = button("Show files", "search", models)
         self.choice = Dropdown(disabled=True, **labelled("Model", "Smallest first"))
-        self.download = Button(
-            description="Download", icon="download", button_style="primary", disabled=True
-        )
-        self.cancel = Button(
-            description="Cancel",
-            icon="stop",
-            tooltip="Stop the download and keep the downloaded part",
-            disabled=True,
-        )
+        self.download = button("Download", "download", style="primary")
+        self.cancel = button("Cancel", "stop", "Stop the download and keep the downloaded part")
+        self.download.disabled = self.cancel.disabled = True
         self.files = HTML().add_class("kitty-files")
         self.progress = Meter("kitty-fetch")
         self.bar, self.text = self.progress.bar, self.progress.text

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import anyio
 import traitlets
 from anyio.from_thread import start_blocking_portal
-from anywidget import AnyWidget
 from rich.filesize import decimal
 
 from kitty_nb.catalog.resolve import load_profile
@@ -19,7 +18,7 @@ from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets import session
-from kitty_nb.widgets.display import LiveView, asset, receive_while_busy, still, table
+from kitty_nb.widgets.display import LiveView, Page, asset, receive_while_busy, still, table
 from kitty_nb.widgets.server_view import TONES, choices, describe_load, unanswered, vitals
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
 _MEASURE_EVERY = 2.0
 
 
-class FleetPanel(AnyWidget):
+class FleetPanel(Page):
     """Start, watch and stop the servers of all profiles that a `.env` file names.
 
     Each profile has the manager that its `ControlPanel` in this kernel has too. A panel takes the
@@ -189,7 +188,7 @@ class FleetPanel(AnyWidget):
             stack.callback(session.release, self)
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
             self._read()
-            super().__init__(rows=self._describe())
+            super().__init__("kitty-panel", rows=self._describe())
             # At once: a drawing is one message at most, whatever has changed.
             self._view = LiveView(lambda: lambda: None, self._draw, self._show_error, lambda: 0.0)
             self._view.start(self._portal.start_task_soon)
@@ -197,9 +196,7 @@ class FleetPanel(AnyWidget):
             stack.callback(self._portal.start_task_soon(self._measure_forever).cancel)
             self._resources = stack.pop_all()
         atexit.register(self._resources.close)
-        self.add_class("kitty-panel")
         self.add_class("kitty-fleet")
-        self.on_msg(self._receive)
         receive_while_busy([self])
         if earlier := session.succeed(self, Path(env).absolute()):
             earlier.close()
@@ -297,7 +294,8 @@ class FleetPanel(AnyWidget):
                     measuring.start_soon(member.measure)
             await anyio.sleep(_MEASURE_EVERY)
 
-    def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
         match message:
             case {"kind": "start", "profile": str(name)} if name in self._members:
                 self.start(name)
@@ -360,9 +358,8 @@ class _Member:
     def start(self) -> None:
         """Begin a start with the settings as they are in the file now."""
         manager = self.manager
-        self._actions.start(
-            manager.start, lambda: session.config_to_start(manager, self._env, self._profile)
-        )
+        env, profile = self._env, self._profile
+        self._actions.run(manager.start, lambda: session.config_to_start(manager, env, profile))
 
     def stop(self) -> None:
         """Stop its server."""

@@ -123,7 +123,7 @@ class KittyMagics(Magics):
         """Start a server, and show its load in one line that changes."""
         line = _ChangingLine()
         with self._confirm.watch(config):
-            operation = start(config, anyway=self._confirm.confirmed(config))
+            operation = start(config, anyway=config == self._confirm.refused)
 
             def show() -> None:
                 if operation.progress:

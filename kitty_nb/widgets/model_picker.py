@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
@@ -14,8 +15,7 @@ from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.to_thread
-from anywidget import AnyWidget
-from ipywidgets import HTML, Button, Dropdown, HBox, VBox
+from ipywidgets import HTML, Dropdown, HBox, VBox
 from rich.filesize import decimal
 
 from kitty_nb.catalog.catalog import ModelCatalog, families
@@ -23,7 +23,7 @@ from kitty_nb.catalog.memory import Verdict
 from kitty_nb.catalog.model import ModelNote, shard_paths
 from kitty_nb.catalog.stores import StoreKind, model_stores
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.display import Line, asset, duration, explain, labelled, show_if
+from kitty_nb.widgets.display import Line, Page, asset, button, duration, explain, labelled, show_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,11 +127,7 @@ class ModelPicker(VBox):
         self._list_due = 0.0
         self._following: Operation[None] | None = None
         self.dropdown = ModelDropdown(self._note_choice)
-        self.rescan = Button(
-            description="Rescan",
-            icon="refresh",
-            tooltip="Reload the .env file and look for models",
-        )
+        self.rescan = button("Rescan", "refresh", "Reload the .env file and look for models")
         self.scan_line = Line("kitty-scan")
         row = HBox([self.dropdown, self.rescan]).add_class("kitty-picker")
         super().__init__([row, self.scan_line])
@@ -423,27 +419,25 @@ def _count(number: int | None, of: str = "") -> str | None:
     return None if number is None else f"{number:,}{of}"
 
 
-class OnDemand(AnyWidget):
+class OnDemand(Page):
     """A folded part of the panel, whose contents travel once somebody has unfolded it.
 
     They travel as messages, so neither the widget's state nor a saved notebook grows with them.
 
     Args:
         css_class: Its class for the style sheet.
-        on_open: Called, on the front end's thread, when a page wants the contents.
+        on_message: Called, on the front end's thread, with each message of a page.
 
     Attributes:
-        asked: Whether a page has ever wanted them.
+        asked: Whether a page has ever wanted the contents.
     """
 
     asked = False
 
-    def __init__(self, css_class: str, on_open: Callable[[], object]) -> None:
-        super().__init__()
-        self.add_class(css_class)
-        self._on_open = on_open
+    def __init__(self, css_class: str, on_message: Callable[[Any], object]) -> None:
+        super().__init__(css_class)
+        self._on_message = on_message
         self._told: dict[str, object] = {}
-        self.on_msg(lambda _widget, message, _buffers: self.receive(message))
 
     def tell(self, kind: str, **content: object) -> None:
         """Send contents to the page, where they are wanted and other than before."""
@@ -452,10 +446,10 @@ class OnDemand(AnyWidget):
             self.send({"kind": kind, **content})
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Take a message of a page: it has all the contents again, or has marked a row itself."""
         if message == {"kind": "replay"}:
             self.asked, self._told = True, {}
-            self._on_open()
+        self._on_message(message)
 
 
 class ModelDetails(OnDemand):
@@ -473,25 +467,14 @@ class ModelDetails(OnDemand):
 class ModelTable(OnDemand):
     """A table of models with a filter.
 
-    Args:
-        on_choose: Called, on the front end's thread, with the model of a row that was clicked.
-        on_mark: Called there with a model, and whether it is a favourite from now on.
-        on_open: Called there when a page wants the rows.
-
     Attributes:
         ids: The page's names for the models; each keeps its number.
     """
 
     _esm: ClassVar[str] = asset("model_table.js")
 
-    def __init__(
-        self,
-        on_choose: Callable[[Path], object],
-        on_mark: Callable[[Path, bool], object],
-        on_open: Callable[[], object],
-    ) -> None:
-        super().__init__("kitty-table-box", on_open)
-        self._on_choose, self._on_mark = on_choose, on_mark
+    def __init__(self, on_message: Callable[[Any], object]) -> None:
+        super().__init__("kitty-table-box", on_message)
         self.ids: dict[Path, int] = {}
         self._fits: dict[int, str] = {}
 
@@ -507,6 +490,7 @@ class ModelTable(OnDemand):
             self.ids.setdefault(model.path, len(self.ids))
         groups = group_rows(models, stores, notes, self.ids)
         self.tell("rows", groups=[asdict(group) for group in groups])
+        self._told.pop("chosen", None)  # a page that was clicked shows its own choice
         self.tell("chosen", id=self.ids[chosen.path] if chosen else None)
 
     def show_fits(self, verdicts: Mapping[Path, Verdict]) -> None:
@@ -514,19 +498,6 @@ class ModelTable(OnDemand):
         for path, verdict in verdicts.items():
             self._fits[self.ids[path]] = "" if verdict is Verdict.UNKNOWN else verdict.value
         self.tell("fits", fits={**self._fits})
-
-    def receive(self, message: Any) -> None:
-        """Take a message of a page."""
-        super().receive(message)
-        by_id = dict(enumerate(self.ids))
-        match message:
-            case {"kind": "choose", "id": int(number)} if number in by_id:
-                self._told.pop("chosen", None)  # the page marks the row before it is chosen
-                self._on_choose(by_id[number])
-            case {"kind": "mark", "id": int(number), "favourite": bool(favourite)} if (
-                number in by_id
-            ):
-                self._on_mark(by_id[number], favourite)
 
 
 class LastTime(HBox):
@@ -540,7 +511,7 @@ class LastTime(HBox):
         self._form = form
         self._settings: Mapping[str, object] = {}
         self.text = HTML()
-        self.use = Button(description="Use these", tooltip="Fill in the fields below")
+        self.use = button("Use these", "", "Fill in the fields below")
         self.use.on_click(lambda _: self._form.apply(self._settings))
         super().__init__([self.text, self.use])
         self.add_class("kitty-last-time")
@@ -580,47 +551,52 @@ class ModelBrowser(VBox):
         tell: Callable[[str], None],
     ) -> None:
         self._manager, self._picker, self._wanted, self._tell = manager, picker, wanted, tell
-        self._stale = anyio.Event()
+        self._stale = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.last_time = LastTime(form)
-        self.table = ModelTable(picker.choose, self._mark, self.look_again)
-        self.details = ModelDetails("kitty-details-box", self.look_again)
+        self.table = ModelTable(self._receive)
+        self.details = ModelDetails("kitty-details-box", self._receive)
         super().__init__([self.last_time, self.table, self.details])
         self.add_class("kitty-browser")
         picker.on_list = self.look_again
         self._looking = manager.run(self._look_forever)
 
     def look_again(self) -> None:
-        """Have everything looked at again; callable from any thread but the manager's."""
-        with suppress(KittyError):  # the manager is closed
-            self._manager.run(self._note_change)
-
-    def note_change(self) -> None:
-        """Do the same, on the manager's loop."""
-        self._stale.set()
+        """Look at everything again; callable from any thread."""
+        if self._loop:
+            with suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._stale.set)
 
     def stop(self) -> None:
         """Look no more."""
         self._looking.cancel()
 
-    async def _note_change(self) -> None:
-        self.note_change()
+    def _receive(self, message: Any) -> None:
+        by_id = dict(enumerate(self.table.ids))
+        match message:
+            case {"kind": "replay"}:
+                self.look_again()
+            case {"kind": "choose", "id": int(number)} if number in by_id:
+                self._picker.choose(by_id[number])
+            case {"kind": "mark", "id": int(number), "favourite": bool(favourite)} if (
+                number in by_id
+            ):
+                with suppress(KittyError):  # the manager is closed
+                    self._manager.run(self._mark, by_id[number], favourite)
 
-    def _mark(self, model: Path, favourite: bool) -> None:
-        with suppress(KittyError):
-            self._manager.run(self._remember, model, favourite)
-
-    async def _remember(self, model: Path, favourite: bool) -> None:
+    async def _mark(self, model: Path, favourite: bool) -> None:
         config = self._manager.state.config
         await self._manager.stats.set_favorite(model, favourite, config, self._tell)
-        self.note_change()
+        self._stale.set()
 
     async def _look_forever(self) -> None:
+        self._loop = asyncio.get_running_loop()
         while True:
-            with anyio.move_on_after(_LOOK_EVERY if self.table.asked else None):
+            self._stale.clear()
+            await self._look()
+            with anyio.move_on_after(_LOOK_EVERY):
                 await self._stale.wait()
             await anyio.sleep(_PAUSE)
-            self._stale = anyio.Event()
-            await self._look()
 
     async def _look(self) -> None:
         model, models = self._picker.model, self._picker.models

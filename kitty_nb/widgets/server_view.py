@@ -12,12 +12,11 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import traitlets
-from anywidget import AnyWidget
 from IPython import get_ipython
-from ipywidgets import Button, HBox, Output
+from ipywidgets import HBox, Output
 
 from kitty_nb.supervisor.events import Level, ServerStatus, Stage
-from kitty_nb.widgets.display import Line, Meter, asset, duration, show_if
+from kitty_nb.widgets.display import Line, Meter, Page, asset, button, duration, show_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -150,34 +149,32 @@ class ActivityLog(Output):
 
     Args:
         activities: Those to begin with.
+
+    Attributes:
+        activities: Those that are shown, oldest first.
     """
 
     def __init__(self, activities: Iterable[Activity] = ()) -> None:
         super().__init__()
         self.add_class("kitty-activity")
-        self._kept: deque[Activity] = deque(activities, maxlen=_ACTIVITIES_KEPT)
-        self._changed = bool(self._kept)
-
-    @property
-    def activities(self) -> tuple[Activity, ...]:
-        """The newest activities, oldest first."""
-        return tuple(self._kept)
+        self.activities = deque(activities, maxlen=_ACTIVITIES_KEPT)
+        self._changed = bool(self.activities)
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Their messages."""
-        return tuple(activity.message for activity in self.activities)
+        """The messages, oldest first."""
+        return tuple(activity.message for activity in tuple(self.activities))
 
     def append(self, activity: Activity) -> None:
         """Add an activity, on any thread; it is shown by the next `flush`."""
-        self._kept.append(activity)
+        self.activities.append(activity)
         self._changed = True
 
     def flush(self) -> None:
         """Show what has been added, as one message."""
         if self._changed:
             self._changed = False
-            text = "".join(map(_line, self.activities))
+            text = "".join(map(_line, tuple(self.activities)))
             self.outputs = ({"output_type": "stream", "name": "stdout", "text": text},)
 
 
@@ -191,7 +188,7 @@ def _line(activity: Activity) -> str:
 LINES_KEPT = 2000
 
 
-class ServerLog(AnyWidget):
+class ServerLog(Page):
     """Log lines; the page follows or pauses, filters and copies.
 
     Lines travel as messages, new ones only, so neither the widget's state nor a saved notebook
@@ -208,13 +205,11 @@ class ServerLog(AnyWidget):
     _css: ClassVar[str] = asset("panel.css")
 
     def __init__(self, on_replay_asked: Callable[[], object]) -> None:
-        super().__init__()
-        self.add_class("kitty-log-box")
+        super().__init__("kitty-log-box")
         self._kept: deque[str] = deque(maxlen=LINES_KEPT)
         self._count = 0
         self._sent = 0
         self._on_replay_asked = on_replay_asked
-        self.on_msg(self._receive)
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -240,8 +235,9 @@ class ServerLog(AnyWidget):
             lines = list(self._kept)[-fresh:]
             self.send({"kind": "lines", "first": self._count - fresh, "lines": lines})
 
-    def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
-        if isinstance(message, dict) and message.get("kind") == "replay":
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        if message == {"kind": "replay"}:
             self._sent = 0
             self._on_replay_asked()
 
@@ -286,19 +282,12 @@ class ServerButtons(HBox):
     """The three buttons, and two more where the port is held."""
 
     def __init__(self) -> None:
-        self.start = Button(description="Start", icon="play", button_style="primary")
-        self.stop = Button(
-            description="Stop", icon="stop", tooltip="Works while a model loads, too"
-        )
-        self.restart = Button(
-            description="Restart", icon="repeat", tooltip="Restart with the settings shown here"
-        )
-        self.use_port = Button(icon="play", tooltip="Start on this port until .env is reloaded")
-        self.attach = Button(
-            description="Attach",
-            icon="plug",
-            tooltip="Connect to the llama-server already on this port; kitty_nb won't stop it",
-        )
+        self.start = button("Start", "play", style="primary")
+        self.stop = button("Stop", "stop", "Works while a model loads, too")
+        self.restart = button("Restart", "repeat", "Restart with the settings shown here")
+        self.use_port = button("", "play", "Start on this port until .env is reloaded")
+        connect = "Connect to the llama-server already on this port; kitty_nb won't stop it"
+        self.attach = button("Attach", "plug", connect)
         super().__init__([self.start, self.stop, self.restart, self.use_port, self.attach])
         self.add_class("kitty-buttons")
 
@@ -316,7 +305,7 @@ class ServerButtons(HBox):
         show_if(self.attach, state.attachable)
 
 
-class WebPage(AnyWidget):
+class WebPage(Page):
     """The link to the server's web page, while the server is ready.
 
     The kernel does not know by which address the browser reaches it, nor whether that passes
@@ -335,10 +324,8 @@ class WebPage(AnyWidget):
     asks_key: Any = traitlets.Bool(True).tag(sync=True)
 
     def __init__(self, reveal_key: Callable[[], str | None]) -> None:
-        super().__init__()
-        self.add_class("kitty-web")
+        super().__init__("kitty-web")
         self._reveal_key = reveal_key
-        self.on_msg(self._receive)
 
     def show(self, state: ServerState) -> None:
         """Show the link to a server, or hide."""
@@ -346,7 +333,8 @@ class WebPage(AnyWidget):
             self.endpoint = state.endpoint if state.status is ServerStatus.READY else ""
             self.asks_key = self._reveal_key() is not None
 
-    def _receive(self, _widget: object, message: Any, _buffers: object) -> None:
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
         match message:
             case {"kind": "key", "for": str(asker)}:
                 self.send({"kind": "key", "for": asker, "key": self._reveal_key() or ""})

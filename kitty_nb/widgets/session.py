@@ -105,15 +105,15 @@ class ConfirmOnce:
 
     Args:
         remedy: How to ask again, as a sentence.
+
+    Attributes:
+        refused: The settings of the last start that was refused.
     """
+
+    refused: ServerConfig | None = None
 
     def __init__(self, remedy: str) -> None:
         self._remedy = remedy
-        self._refused: ServerConfig | None = None
-
-    def confirmed(self, config: ServerConfig) -> bool:
-        """True if a start with these settings was the last to be refused."""
-        return config == self._refused
 
     @contextmanager
     def watch(self, config: ServerConfig | None) -> Iterator[None]:
@@ -125,7 +125,7 @@ class ConfirmOnce:
         try:
             yield
         except WillNotFitError as error:
-            self._refused = config
+            self.refused = config
             raise WillNotFitError(f"{error} {self._remedy}") from None
 
 
@@ -144,37 +144,32 @@ class ActionRunner:
         self._confirm = ConfirmOnce("Press the button again to start anyway.")
         self._starting: Operation[ServerState] | None = None
 
-    def run(self, action: Callable[[], Operation[ServerState]]) -> None:
-        """Run an action; a start whose memory is still being checked is cancelled."""
-        with self._click():
-            self._run(self._follow, action(), None)
-
-    def start(
-        self, start: Callable[..., Operation[ServerState]], wanted: Callable[[], ServerConfig]
+    def run(
+        self,
+        action: Callable[..., Operation[ServerState]],
+        wanted: Callable[[], ServerConfig] | None = None,
     ) -> None:
-        """Start a server.
+        """Run an action; a start whose memory is still being checked is cancelled.
 
         Args:
-            start: `start` or `restart` of the manager.
-            wanted: Returns the settings.
+            action: A command of the manager.
+            wanted: Returns the settings, where it starts a server.
         """
-        with self._click():
+        self._show_problem(None)
+        if self._starting is not None:
+            self._starting.cancel()
+        with self._showing_failures():
+            if wanted is None:
+                self._run(self._follow, action(), None)
+                return
             config = wanted()
-            anyway = self._confirm.confirmed(config)
-            self._starting = start(config, wait_for_ready=False, anyway=anyway)
+            anyway = config == self._confirm.refused
+            self._starting = action(config, wait_for_ready=False, anyway=anyway)
             self._run(self._follow, self._starting, config)
 
     async def _follow(self, operation: Operation[ServerState], config: ServerConfig | None) -> None:
         with self._showing_failures(), self._confirm.watch(config):
             await operation
-
-    @contextmanager
-    def _click(self) -> Iterator[None]:
-        self._show_problem(None)
-        if self._starting is not None:
-            self._starting.cancel()
-        with self._showing_failures():
-            yield
 
     @contextmanager
     def _showing_failures(self) -> Iterator[None]:

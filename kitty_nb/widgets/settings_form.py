@@ -7,13 +7,13 @@ from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING
 
-from ipywidgets import Button, Dropdown, GridBox, Text, Widget
+from ipywidgets import Dropdown, GridBox, Text, Widget
 
 from kitty_nb.catalog.demo_model import DEMO_NAME, write_demo_model
 from kitty_nb.catalog.memory import Verdict
 from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.errors import KittyError, ModelFileError
-from kitty_nb.widgets.display import Line, labelled
+from kitty_nb.widgets.display import Line, button, labelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,11 +51,7 @@ class SettingsForm(GridBox):
         self.fill(config)
         for field in self.fields.values():
             field.observe(lambda _change: on_change(), names="value")
-        self.save = Button(
-            description="Save",
-            icon="save",
-            tooltip="Save the model and these settings to the .env file",
-        )
+        self.save = button("Save", "save", "Save the model and these settings to the .env file")
         super().__init__([*self.fields.values(), self.save])
         self.add_class("kitty-settings")
 
@@ -210,12 +206,10 @@ def ensure_models_dir(folder: Path) -> str | None:
     try:
         hidden = [path.name.startswith(".") for path in folder.iterdir()]
     except FileNotFoundError:
-        if folder != ServerConfig.model_fields["models_dir"].default:
-            raise ModelFileError(
-                f"The folder {folder} does not exist. Create it, or correct LLAMACPP_MODELS_DIR,"
-                " then press Rescan."
-            ) from None
         hidden = []
+        if folder != ServerConfig.model_fields["models_dir"].default:
+            problem = f"The folder {folder} does not exist. Create it, or correct"
+            raise ModelFileError(f"{problem} LLAMACPP_MODELS_DIR, then press Rescan.") from None
     except OSError as error:
         raise ModelFileError(
             f"Can't read {folder} ({error.strerror}). Check LLAMACPP_MODELS_DIR and the folder's"
