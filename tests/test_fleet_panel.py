@@ -90,9 +90,9 @@ def test_two_profiles_run_at_once(open_: Open, env: Path) -> None:
         assert row(panel, profile)["model"] == "demo.gguf"
     data, _ = DisplayFormatter().format(panel)
     assert "<tr><td>coder</td><td>READY</td><td>demo.gguf</td>" in data["text/html"]
-    click(panel, "stop all")
+    click(panel, "stop_all")
     wait_for(panel, primary="STOPPED", coder="STOPPED")
-    click(panel, "start all")
+    click(panel, "start_all")
     wait_for(panel, primary="READY", coder="READY")
 
 
@@ -118,7 +118,7 @@ def test_profiles_that_want_one_port_are_told_before_they_start(
     assert f"LLAMACPP_MINE_PORT to another port, such as {config.port + 1}" in str(
         row(panel, "mine")["problem"]
     )
-    click(panel, "start all")
+    click(panel, "start_all")
     wait_for(panel, primary="READY", mine="STOPPED")
     assert not row(panel, "mine")["start"]
     click(panel, "stop", "primary")
@@ -194,7 +194,7 @@ def test_what_will_not_fit_is_asked_for_twice(
     config = misbehaving()
     large = (f"LLAMACPP_BIN={config.binary}", "LLAMACPP_PRIMARY_CTX=2000000000")
     panel = open_(write_env(tmp_path, config, *large))
-    click(panel, "start all")
+    click(panel, "start_all")
     eventually(lambda: "Press the button again" in str(row(panel, "primary")["problem"]))
     assert row(panel, "primary")["status"] == "STOPPED"
     click(panel, "start", "primary")
@@ -257,7 +257,7 @@ def test_a_fleet_sends_few_messages(
 ) -> None:
     panel = open_(env)
     sent.clear()
-    click(panel, "start all")
+    click(panel, "start_all")
     seconds = 3
     threading.Event().wait(seconds)  # the measured span itself, not a wait for something
     assert 1 <= len(sent) <= 20 * seconds

@@ -20,7 +20,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import model_picker
-from kitty_nb.widgets.model_picker import group_rows, model_facts
+from kitty_nb.widgets.model_picker import model_facts, table_rows
 
 
 @pytest.fixture
@@ -166,8 +166,7 @@ class Page:
         return found[-1] if found else {}
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        groups = self.last("rows").get("groups", [])
-        return {row["name"]: row for group in groups for row in group["rows"]}
+        return {row["name"]: row for row in self.last("rows").get("rows", [])}
 
 
 @pytest.fixture
@@ -290,13 +289,14 @@ def test_rows_come_by_family_favourites_and_last_used_first() -> None:
     }
     stores = [Store(Path("/models")), Store(Path("/ollama"), StoreKind.OLLAMA)]
     ids = {found.path: number for number, found in enumerate(models)}
-    groups = group_rows(models, stores, notes, ids)
-    assert [(group.name, [row.name for row in group.rows]) for group in groups] == [
-        ("", ["y:1b"]),
-        ("X", ["x-q8", "x-q4"]),
-        ("", ["alone"]),
+    rows = table_rows(models, stores, notes, ids)
+    assert [(row.family, row.name) for row in rows] == [
+        ("", "y:1b"),
+        ("X", "x-q8"),
+        ("X", "x-q4"),
+        ("", "alone"),
     ]
-    first, second = groups[0].rows[0], groups[1].rows[0]
+    first, second = rows[:2]
     assert (first.store, first.favourite, first.state) == ("Ollama", True, "downloading")
     assert (second.used, second.load, second.state) == (100.0, "2.0 s", "unusable")
     assert {"x", "q8_0", "llama"} <= set(second.words.split())

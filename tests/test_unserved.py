@@ -15,7 +15,7 @@ from model_files import write_header, write_model
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig
 from kitty_nb.catalog.model import Kind, Model
 from kitty_nb.errors import ServerCrashedError
-from kitty_nb.widgets.model_picker import group_rows, model_facts
+from kitty_nb.widgets.model_picker import model_facts, table_rows
 
 LORA = {f"blk.0.attn_q.weight.lora_{side}": ([8, 64], Type.F16) for side in "ab"}
 
@@ -85,8 +85,8 @@ def one(folder: Path) -> Model:
 
 def shown(model: Model) -> set[str]:
     """What a person reads of it: in the table, and in the details."""
-    ((group),) = group_rows([model], [], {}, {model.path: 1})
-    return {group.rows[0].problem, model_facts(model)["Problem"]}
+    (row,) = table_rows([model], [], {}, {model.path: 1})
+    return {row.problem, model_facts(model)["Problem"]}
 
 
 @pytest.mark.parametrize("name", NEVER)

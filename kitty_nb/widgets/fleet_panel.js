@@ -73,9 +73,9 @@ function createRow(profile, send) {
 function render({ model, el }) {
   const send = (message) => model.send(message);
   const startAll = button("Start all", "Start every profile that can start", () =>
-    send({ kind: "start all" }),
+    send({ kind: "start_all" }),
   );
-  const stopAll = button("Stop all", "Stop all servers", () => send({ kind: "stop all" }));
+  const stopAll = button("Stop all", "Stop all servers", () => send({ kind: "stop_all" }));
   const rescan = button("Rescan", "Reload the .env file", () => send({ kind: "rescan" }));
   const summary = element("span", "kitty-fact");
   const bar = element("div", "kitty-fleet-head");

@@ -297,16 +297,10 @@ class FleetPanel(Page):
     def receive(self, message: Any) -> None:
         """Take a message of a page."""
         match message:
-            case {"kind": "start", "profile": str(name)} if name in self._members:
-                self.start(name)
-            case {"kind": "stop", "profile": str(name)} if name in self._members:
-                self.stop(name)
-            case {"kind": "start all"}:
-                self.start_all()
-            case {"kind": "stop all"}:
-                self.stop_all()
-            case {"kind": "rescan"}:
-                self.rescan()
+            case {"kind": "start" | "stop" as verb, "profile": str(name)} if name in self._members:
+                getattr(self, verb)(name)
+            case {"kind": "start_all" | "stop_all" | "rescan" as verb}:
+                getattr(self, verb)()
 
 
 class _Member:

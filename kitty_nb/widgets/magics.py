@@ -79,11 +79,7 @@ class KittyMagics(Magics):
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
-                if manager.state.external:  # only its router knows what fits there
-                    _say(_follow(manager.switch_model(given.model), lambda: None).sentence)
-                    return
-                config = manager.state.config.replace(model=given.model)
-                self._load(manager.restart, config)
+                self._load(manager.switch_model, given.model)
             case "stop":
                 pid = manager.state.pid
                 state = _follow(manager.stop(given.force), lambda: None)
@@ -119,11 +115,13 @@ class KittyMagics(Magics):
         _print_pieces(pieces)
         print()
 
-    def _load(self, start: Callable[..., Operation[ServerState]], config: ServerConfig) -> None:
+    def _load(
+        self, start: Callable[..., Operation[ServerState]], wanted: ServerConfig | str
+    ) -> None:
         """Start a server, and show its load in one line that changes."""
         line = _ChangingLine()
-        with self._confirm.watch(config):
-            operation = start(config, anyway=config == self._confirm.refused)
+        with self._confirm.watch(wanted):
+            operation = start(wanted, anyway=wanted == self._confirm.refused)
 
             def show() -> None:
                 if operation.progress:

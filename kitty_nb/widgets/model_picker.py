@@ -272,9 +272,9 @@ class Row:
 
     Attributes:
         id: The page's name for it.
+        family: The base model; empty for a model that is alone in its family.
         name: The name that people know.
         store: The program whose folder it is in; empty in the models folder.
-        architecture: The family of network.
         quantization: The way in which its weights are stored.
         size: The size of all its files.
         context: The tokens that it was trained for.
@@ -287,9 +287,9 @@ class Row:
     """
 
     id: int
+    family: str
     name: str
     store: str
-    architecture: str
     quantization: str
     size: str
     context: str
@@ -301,25 +301,12 @@ class Row:
     words: str
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Models of one family.
-
-    Attributes:
-        name: The base model; empty for a model that is alone in its family.
-        rows: The models.
-    """
-
-    name: str
-    rows: tuple[Row, ...]
-
-
-def group_rows(
+def table_rows(
     models: Sequence[Model],
     stores: Sequence[Store],
     notes: Mapping[Path, ModelNote],
     ids: Mapping[Path, int],
-) -> list[Group]:
+) -> list[Row]:
     """Arrange models by family: first those with a favourite, then those used last.
 
     Args:
@@ -334,15 +321,15 @@ def group_rows(
         note = notes.get(model.path, nothing)
         return not note.favourite, -(note.last_used or 0.0)
 
-    def row(model: Model, family: str) -> Row:
+    def row(model: Model, family: str, alone: bool) -> Row:
         note = notes.get(model.path, nothing)
         name, store = model.known_as or model.stem, _store(model, stores)
         said = (name, family, model.title, model.quantization, model.architecture, store)
         return Row(
             id=ids[model.path],
+            family="" if alone else family,
             name=name,
             store=store,
-            architecture=model.architecture or "",
             quantization=model.quantization or "",
             size=decimal(model.size),
             context=f"{model.context_length:,}" if model.context_length else "",
@@ -354,13 +341,11 @@ def group_rows(
             words=" ".join(filter(None, (*said, model.repository, model.name))).casefold(),
         )
 
-    found = families(models).items()
+    ranked = [(name, sorted(members, key=rank)) for name, members in families(models).items()]
     return [
-        Group(
-            family if len(members) > 1 else "",
-            tuple(row(model, family) for model in sorted(members, key=rank)),
-        )
-        for family, members in sorted(found, key=lambda item: min(map(rank, item[1])))
+        row(model, family, alone=len(members) == 1)
+        for family, members in sorted(ranked, key=lambda item: rank(item[1][0]))
+        for model in members
     ]
 
 
@@ -488,8 +473,8 @@ class ModelTable(OnDemand):
         """Show models, and which of them is chosen."""
         for model in models:
             self.ids.setdefault(model.path, len(self.ids))
-        groups = group_rows(models, stores, notes, self.ids)
-        self.tell("rows", groups=[asdict(group) for group in groups])
+        rows = table_rows(models, stores, notes, self.ids)
+        self.tell("rows", rows=[asdict(row) for row in rows])
         self._told.pop("chosen", None)  # a page that was clicked shows its own choice
         self.tell("chosen", id=self.ids[chosen.path] if chosen else None)
 

@@ -20,9 +20,9 @@ const [CLOCK, DATE, LONG_AGO] = [
 
 // What one model has received; its views come and go.
 function createStore() {
-  const store = { groups: [], fits: {}, chosen: null, asked: false, views: new Set() };
+  const store = { rows: [], fits: {}, chosen: null, asked: false, views: new Set() };
   store.receive = (message) => {
-    if (message.kind === "rows") store.groups = message.groups;
+    if (message.kind === "rows") store.rows = message.rows;
     else if (message.kind === "fits") Object.assign(store.fits, message.fits);
     else if (message.kind === "chosen") store.chosen = message.id;
     else return;
@@ -89,8 +89,8 @@ function drawName(row) {
   return [name, element("span", "kitty-row-store", { textContent: row.store, title: row.store })];
 }
 
-function drawRow(row, store, inFamily) {
-  const line = element("div", inFamily ? "kitty-row kitty-row-member" : "kitty-row", {
+function drawRow(row, store) {
+  const line = element("div", row.family ? "kitty-row kitty-row-member" : "kitty-row", {
     role: "row",
     tabIndex: -1,
   });
@@ -165,20 +165,20 @@ function render(el, store) {
       lines = [];
       families = [];
       byId.clear();
-      for (const group of store.groups) {
-        const members = group.rows.map((row) => {
-          const line = drawRow(row, store, group.name !== "");
-          lines.push([line, row.words]);
-          byId.set(row.id, [line, row]);
-          return line;
-        });
-        if (group.name) {
+      let last = "";
+      for (const row of store.rows) {
+        if (row.family && row.family !== last) {
           const heading = element("div", "kitty-family", { role: "row" });
-          heading.append(element("div", "", { role: "rowheader", textContent: group.name }));
+          heading.append(element("div", "", { role: "rowheader", textContent: row.family }));
           fragment.append(heading);
-          families.push([heading, members]);
+          families.push([heading, []]);
         }
-        fragment.append(...members);
+        last = row.family;
+        const line = drawRow(row, store);
+        if (row.family) families.at(-1)[1].push(line);
+        lines.push([line, row.words]);
+        byId.set(row.id, [line, row]);
+        fragment.append(line);
       }
       body.replaceChildren(fragment);
       view.fits();
@@ -234,7 +234,7 @@ function render(el, store) {
   });
   body.addEventListener("focusin", (event) => focusOn(event.target.closest(".kitty-row")));
 
-  if (store.groups.length) view.rows();
+  if (store.rows.length) view.rows();
   store.views.add(view);
   return () => store.views.delete(view);
 }

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_managers: dict[tuple[Path, str], ModelManager] = {}
-_users: dict[tuple[Path, str], set[Hashable]] = {}
+_managers: dict[tuple[Path, str], tuple[ModelManager, set[Hashable]]] = {}  # with their users
 _lock = threading.Lock()
 _panels: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
@@ -41,30 +40,30 @@ def acquire(
     """
     key = _key(env, profile)
     with _lock:
-        manager = _managers.get(key)
+        manager, users = _managers.get(key, (None, set()))
         if manager is None or manager.closed:
-            usable = config or load_profile(env, profile)[0]
-            manager = _managers[key] = ModelManager(config=usable)
+            manager = ModelManager(config=config or load_profile(env, profile)[0])
             manager.env = env
-        _users.setdefault(key, set()).add(user)
+        _managers[key] = manager, users | {user}
         return manager
 
 
 def get(env: str | Path, profile: str) -> ModelManager | None:
     """Return the kernel's manager of a profile; None where nobody uses one."""
     with _lock:
-        return _managers.get(_key(env, profile))
+        manager, _ = _managers.get(_key(env, profile), (None, None))
+        return manager
 
 
 def release(user: Hashable) -> None:
     """Close the managers that nobody else uses; their servers stop."""
     unused = []
     with _lock:
-        for key, users in [*_users.items()]:
+        for key, (manager, users) in [*_managers.items()]:
             users.discard(user)
             if not users:
-                del _users[key]
-                unused.append(_managers.pop(key))
+                del _managers[key]
+                unused.append(manager)
     for manager in unused:
         manager.close()
 
@@ -107,16 +106,16 @@ class ConfirmOnce:
         remedy: How to ask again, as a sentence.
 
     Attributes:
-        refused: The settings of the last start that was refused.
+        refused: The settings, or the model, of the last start that was refused.
     """
 
-    refused: ServerConfig | None = None
+    refused: ServerConfig | str | None = None
 
     def __init__(self, remedy: str) -> None:
         self._remedy = remedy
 
     @contextmanager
-    def watch(self, config: ServerConfig | None) -> Iterator[None]:
+    def watch(self, wanted: ServerConfig | str | None) -> Iterator[None]:
         """Remember a refusal of a start inside the block, and add the remedy to it.
 
         Raises:
@@ -125,7 +124,7 @@ class ConfirmOnce:
         try:
             yield
         except WillNotFitError as error:
-            self.refused = config
+            self.refused = wanted
             raise WillNotFitError(f"{error} {self._remedy}") from None
 
 
