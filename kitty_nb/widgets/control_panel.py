@@ -59,7 +59,6 @@ class ControlPanel(VBox):
         manager: ModelManager | None = None,
     ) -> None:
         self._config: ServerConfig
-        self._given: ServerConfig  # what the fields began with; `use` changes the other one
         self._problem: str | None = None
         self._hints = ""  # settings that have no effect
         self._edited = False  # since the fields were filled, or a server was started with them
@@ -72,7 +71,7 @@ class ControlPanel(VBox):
             earlier = session.succeed(self, Path(env).absolute(), profile)
         else:
             self._env = manager.env or env
-            self._config = self._given = manager.state.config
+            self._config = manager.state.config
             self._profile = self._config.profile
         self.manager, state = manager, manager.state
         self._router_load: RouterLoad | None = None
@@ -90,6 +89,8 @@ class ControlPanel(VBox):
     def _make_parts(self, earlier: ControlPanel | None) -> None:
         """Make the widgets; an earlier panel on this manager hands over what it has."""
         manager = self.manager
+        told = earlier.activity_log.activities if earlier else ()
+        self.activity_log: server_view.ActivityLog = server_view.ActivityLog(told)
         self.status_line = server_view.StatusLine()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.download = (
@@ -105,8 +106,6 @@ class ControlPanel(VBox):
         self.notice = Notice()
         self.snippet = server_view.Snippet(self)
         self.web_page = server_view.WebPage(manager.reveal_api_key)
-        told = earlier.activity_log.activities if earlier else ()
-        self.activity_log: server_view.ActivityLog = server_view.ActivityLog(told)
         self.server_log = server_view.ServerLog(self._view.wake)
         name = Accessible(f"kitty_nb control panel of the profile {self._profile}")
         models = (self.picker, self.browser, self.download, self.settings, self.memory)
@@ -150,7 +149,7 @@ class ControlPanel(VBox):
 
     def rescan(self) -> None:
         """Read the `.env` file and look for models again. What has been edited here stays."""
-        edits, problem, edited = self.settings.edits(self._given), None, self._edited
+        edits, problem, edited = self.settings.edits, None, self._edited
         try:
             if self.manager.env is not None:
                 problem = self._read_env()
@@ -175,7 +174,7 @@ class ControlPanel(VBox):
         config = self._config.replace(**settings)
         config = resolve_model(config) if config.model else config
         self._config, self._taken = config, self._taken | settings.keys()
-        self.settings.fill(config)
+        self.settings.apply(dict(config))
         if config.model:
             self.picker.choose(config.model)
         self._choose()
@@ -198,7 +197,6 @@ class ControlPanel(VBox):
     def _read_env(self) -> str | None:
         """Read the settings; return a complaint of wrong ones, and go on without them."""
         self._config, complaint = load_profile(self._env, self._profile)
-        self._given = self._config
         self._hints = "\n".join(env_warnings(self._env, self._profile))
         return str(complaint) if complaint else None
 
@@ -248,9 +246,7 @@ class ControlPanel(VBox):
         if self._edited and not runs:
             return
         if not runs:
-            shown = {name: settings[name] for name in self.settings.fields}
-            self._given = self._given.model_copy(update=shown)
-            self.settings.apply(settings)
+            self.settings.fill(config)
             if config.model:
                 self.picker.choose(config.model)
         self._problem, self._edited = problem, False
@@ -262,7 +258,7 @@ class ControlPanel(VBox):
         self._view.wake()
 
     def _wanted(self) -> ServerConfig:
-        return self._config.replace(model=self.picker.dropdown.value, **self.settings.changes())
+        return self._config.replace(model=self.picker.dropdown.value, **self.settings.values)
 
     def _show_problem(self, problem: str | None) -> None:
         self._problem = problem

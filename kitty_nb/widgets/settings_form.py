@@ -56,11 +56,12 @@ class SettingsForm(GridBox):
         self.add_class("kitty-settings")
 
     def fill(self, config: ServerConfig, edits: Mapping[str, object] | None = None) -> None:
-        """Put the values of a config into the fields, and over them what has been edited."""
+        """Begin again with the values of a config, and over them with what has been edited."""
         # Not None for auto: a dropdown shows None as nothing chosen.
         self._auto = FlashAttention.AUTO if config.flash_attention is FlashAttention.AUTO else ""
         choices = [("auto", self._auto), ("on", FlashAttention.ON), ("off", FlashAttention.OFF)]
         self.fields["flash_attention"].options = choices
+        self._given = self._texts(dict(config))
         self.apply({**dict(config), **(edits or {})})
 
     def apply(self, settings: Mapping[str, object]) -> None:
@@ -68,24 +69,24 @@ class SettingsForm(GridBox):
         for name, text in self._texts(settings).items():
             self.fields[name].value = text
 
-    def changes(self) -> dict[str, object]:
-        """Return the field values, as keywords for `ServerConfig.replace`."""
+    @property
+    def values(self) -> dict[str, object]:
+        """The field values, as keywords for `ServerConfig.replace`."""
         return {name: field.value or None for name, field in self.fields.items()}
 
-    def edits(self, config: ServerConfig) -> dict[str, object]:
-        """Return the field values that differ from a config, as such keywords."""
-        others = self._others(dict(config))
-        return {name: value for name, value in self.changes().items() if name in others}
+    @property
+    def edits(self) -> dict[str, object]:
+        """Those of them that have been edited since the last `fill`."""
+        shown = self.values.items()
+        return {name: value for name, value in shown if (value or "") != self._given[name]}
 
     def differing(self, settings: Mapping[str, object]) -> list[str]:
         """Name what other settings say that is not in the fields, e.g. `Context 8192`."""
-        others = self._others(settings).items()
-        return [f"{_FIELDS[name][0]} {text or 'auto'}" for name, text in others]
-
-    def _others(self, settings: Mapping[str, object]) -> dict[str, str]:
-        """The texts of settings that are not in the fields."""
-        texts = self._texts(settings).items()
-        return {name: text for name, text in texts if text != self.fields[name].value}
+        return [
+            f"{_FIELDS[name][0]} {text or 'auto'}"
+            for name, text in self._texts(settings).items()
+            if text != self.fields[name].value
+        ]
 
     def _texts(self, settings: Mapping[str, object]) -> dict[str, str]:
         values = {name: settings.get(name) for name in self.fields}
