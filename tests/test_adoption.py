@@ -28,6 +28,7 @@ from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
     find_server,
+    profile_lock,
     read_record,
     record_path,
     who_owns,
@@ -305,7 +306,10 @@ def test_a_server_whose_program_was_killed_before_it_could_record_it_is_found(
 import os, signal, sys
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.supervisor import launch
-launch.write_record = lambda record: os.kill(os.getpid(), signal.SIGKILL)
+write = launch.write_record
+def write_or_die(record):
+    os.kill(os.getpid(), signal.SIGKILL) if record.pid else write(record)
+launch.write_record = write_or_die
 ModelManager(config=ServerConfig.model_validate_json(sys.argv[1])).start().wait(30)
 """
     subprocess.run([sys.executable, "-c", kernel, config.model_dump_json()], check=False)
@@ -318,3 +322,20 @@ ModelManager(config=ServerConfig.model_validate_json(sys.argv[1])).start().wait(
     with ModelManager(config=config) as manager:
         assert manager.state.pid == found.pid
     eventually(lambda: not process.runs())
+
+
+def test_what_a_killed_program_left_unfinished_goes(config: ServerConfig) -> None:
+    record = ServerRecord(began=time.monotonic(), config=config)
+    config.log_dir.mkdir(mode=0o700, exist_ok=True)
+    write_record(record)
+    path = record_path(config)
+    assert find_server(config) is None
+    assert path.exists(), "a server may be about to be spawned"
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    assert find_server(config) is None
+    assert not path.exists()
+    half = path.with_name(f".{path.name}.abcd1234")
+    half.touch()
+    with profile_lock(config) as ours:
+        assert ours
+    assert not half.exists()

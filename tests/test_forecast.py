@@ -288,12 +288,12 @@ def test_what_a_server_holds_on_another_device_comes_back(
     config = config.replace(binary=program, models_dir=tmp_path, model=path, context_size=4096)
     running = Running(psutil.Process().pid, config.replace(n_gpu_layers=999))
 
-    def place(before: Running | None) -> MemoryPool:
+    def place(before: Running) -> MemoryPool:
         wanted = (config, before, lambda _: None, 0.0)
         return anyio.run(Forecaster().preview, *wanted).allocations[-1].pool
 
     name = "ROCm0 (AMD Radeon RX 7900 XTX)"
-    assert place(None) == MemoryPool(name, 9000 * MIB, 16000 * MIB)
+    assert place(Running()) == MemoryPool(name, 9000 * MIB, 16000 * MIB)
     held = place(running)
     # All layers, with keys and values of 8 heads of 128 numbers, each of two bytes, in 8 layers.
     least = path.stat().st_size - 8 * MIB + 4096 * 8 * 2 * 8 * 128 * 2

@@ -197,6 +197,17 @@ def test_a_load_at_another_rate_than_known_is_found_out(factor: float) -> None:
     assert half.eta == pytest.approx(11.2 - half.elapsed, rel=0.25)
 
 
+@pytest.mark.parametrize("basis", [Basis.SAME_LOAD, Basis.HOST])
+def test_the_eta_of_a_slower_load_grows_no_faster_than_time_passes(basis: Basis) -> None:
+    shown, _ = played(meter_for(basis, 0.2, 2, 0.3), 0.2, 10, 1)
+    for before, now in pairwise(shown):
+        assert before.eta is not None
+        assert now.eta is not None
+        assert now.eta - before.eta <= now.elapsed - before.elapsed + 1e-9
+    longer = next((one.elapsed for one in shown if one.overdue), None)
+    assert longer == (pytest.approx(1.2 * 2.5, abs=0.1) if basis is Basis.SAME_LOAD else None)
+
+
 def test_bytes_that_come_at_once_do_not_fill_the_bar() -> None:
     """As when part of the file was cached, or the first measurement comes late."""
     shown, _ = played(meter_for(Basis.NOTHING, 0.05, 0.01, 0.05), 0.2, 10, 1, burst=0.05)

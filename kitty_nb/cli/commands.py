@@ -203,6 +203,7 @@ class _LoadDisplay:
 
             self._bar = load_bar()
         left = "" if progress.eta is None else f", about {progress.eta:.0f} s left"
+        left += ", longer than usual" if progress.overdue else ""
         self._bar.update(
             self._bar.task_ids[0],
             completed=progress.fraction,

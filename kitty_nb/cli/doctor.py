@@ -217,7 +217,7 @@ def _model(config: ServerConfig) -> _Result:
         advice = f"Set LLAMACPP_{config.profile.upper()}_MODEL to one that kitty-nb scan lists."
         return _WARNING, "No model is chosen.", advice
     record = find_server(config)
-    running = Running(record.pid, record.config) if record else None
+    running = Running(record.pid, record.config) if record else Running()
     too_large = anyio.run(Forecaster().why_not, config, running)
     return _ERROR if too_large else _OK, str(config.model), too_large
 

@@ -70,13 +70,15 @@ class LoadProgress:
         fraction: 0 to 1, the share of the load's time that has passed; 1 only when the server is
             ready.
         elapsed: Seconds since the start was asked for.
-        eta: Seconds left, or None while nothing is known.
+        eta: Seconds left, or None while nothing is known. It grows by no more than time passes.
+        overdue: Whether it has taken longer already than such loads took before.
     """
 
     stage: Stage
     fraction: float
     elapsed: float
     eta: float | None = None
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,15 +168,15 @@ def _weights_beside(options: Options) -> int:
 
 
 class Running(NamedTuple):
-    """A server that exits before another starts.
+    """The server that exits before another starts, if there is one.
 
     Attributes:
         pid: Its process.
         config: What it was started with; None where somebody else has started it.
     """
 
-    pid: int
-    config: ServerConfig | None
+    pid: int | None = None
+    config: ServerConfig | None = None
 
 
 class Forecaster:
@@ -190,7 +190,7 @@ class Forecaster:
     async def preview(
         self,
         config: ServerConfig,
-        running: Running | None,
+        running: Running,
         on_preview: Callable[[MemoryPreview], object],
         delay: float,
     ) -> MemoryPreview:
@@ -202,28 +202,29 @@ class Forecaster:
             on_preview: Called at once, and again where the engine's devices change the result.
             delay: Seconds to wait before the engine is asked for its devices.
         """
-        config = await _with_files(config)
-        if config.model is None:
-            return _told(MemoryPreview(problem="No model is chosen."), on_preview)
         latest: MemoryPreview | None = None
+        config = await _with_files(config)
         try:
-            measured = await run_sync(free_memory, _pid(running))
-            known = with_devices(measured, self._devices)
-            first = await run_sync(_preview, config, self._engine, known)
-            latest = _told(first, on_preview)
-            await anyio.sleep(delay)
-            engine, memory = await self.find_memory(config, running, measured)
-            final = MemoryPreview(problem=_BUSY)
-            if memory:
-                final = await run_sync(_preview, config, engine, memory)
+            if config.model is None:
+                final = MemoryPreview(problem="No model is chosen.")
+            else:
+                measured = await run_sync(free_memory, running.pid)
+                known = with_devices(measured, self._devices)
+                latest = await run_sync(_preview, config, self._engine, known)
+                on_preview(latest)
+                await anyio.sleep(delay)
+                final = await self._answer(config, running, measured)
         except ModelFileError as error:
-            why = await run_sync(why_not_served, config.model)
+            why = await run_sync(why_not_served, config.require_model())
             final = MemoryPreview(problem=why or str(error))
         except (KittyError, OSError, psutil.Error):  # starting says what is wrong
-            return latest or MemoryPreview(problem="Free memory cannot be measured on this system.")
-        return final if final == latest else _told(final, on_preview)
+            unknown = MemoryPreview(problem="Free memory cannot be measured on this system.")
+            return latest or unknown
+        if final != latest:
+            on_preview(final)
+        return final
 
-    async def why_not(self, config: ServerConfig, running: Running | None) -> str:
+    async def why_not(self, config: ServerConfig, running: Running) -> str:
         """Say why a model will not fit, as the preview has it; empty where it may.
 
         The engine is asked for its devices only where these could change the answer.
@@ -232,22 +233,25 @@ class Forecaster:
             config = await _with_files(config)
             if config.model is None:
                 return ""
-            measured = await run_sync(free_memory, _pid(running))
-            in_ram = Memory(measured.ram)
+            measured = await run_sync(free_memory, running.pid)
+            in_ram = await run_sync(_preview, config, None, Memory(measured.ram))
             wanted = await run_sync(settings_of, config)
-            told = await run_sync(_preview, config, None, in_ram)
             # What is left to the engine goes to its devices as far as they have room.
             its_choice = wanted.fits and not wanted.gpu_layers and not wanted.draft
-            if its_choice and told.verdict is Verdict.FITS:
-                return ""
-            engine, memory = await self.find_memory(config, running, measured)
-            if memory:
-                told = await run_sync(_preview, config, engine, memory)
-                return told.why_not()
+            if not its_choice or in_ram.verdict is not Verdict.FITS:
+                return (await self._answer(config, running, measured)).why_not()
         return ""
 
+    async def _answer(
+        self, config: ServerConfig, running: Running, measured: Memory
+    ) -> MemoryPreview:
+        engine, memory = await self.find_memory(config, running, measured)
+        if memory is None:
+            return MemoryPreview(problem=_BUSY)
+        return await run_sync(_preview, config, engine, memory)
+
     async def find_memory(
-        self, config: ServerConfig, running: Running | None, measured: Memory
+        self, config: ServerConfig, running: Running, measured: Memory
     ) -> tuple[Engine, Memory | None]:
         """Find the engine and the memory that it can use; no memory where nobody can tell."""
         self._engine = await locate_engine(config.binary)
@@ -258,7 +262,7 @@ class Forecaster:
         elif self._remote != remote:  # busy, and never seen free
             return self._engine, None
         memory = with_devices(measured, self._devices)
-        if running and running.config and memory.gpus:
+        if running.config and memory.gpus:
             memory = await run_sync(_given_back, memory, running.config, self._engine)
         return self._engine, memory
 
@@ -270,17 +274,8 @@ async def _with_files(config: ServerConfig) -> ServerConfig:
     return config
 
 
-def _told(preview: MemoryPreview, on_preview: Callable[[MemoryPreview], object]) -> MemoryPreview:
-    on_preview(preview)
-    return preview
-
-
 def _preview(config: ServerConfig, engine: Engine | None, memory: Memory) -> MemoryPreview:
     return preview(read_shape(config.require_model()), settings_of(config, engine), memory)
-
-
-def _pid(running: Running | None) -> int | None:
-    return running.pid if running else None
 
 
 def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory:
@@ -327,9 +322,8 @@ class ModelStats:
 
     async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
         """Judge by formula which models would fit into the memory that is free now."""
-        engine, pid = None, self._pid()
-        running = Running(pid, None) if pid else None
-        measured = await run_sync(free_memory, pid)
+        engine, running = None, Running(self._pid())
+        measured = await run_sync(free_memory, running.pid)
         memory: Memory | None = measured
         with suppress(KittyError):  # a start says what is wrong with the engine
             engine, memory = await self._forecaster.find_memory(config, running, measured)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,8 +25,8 @@ from kitty_nb.supervisor.port_owner import next_free_port, owner_of, port_refusa
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
-    announced,
     leaving_server,
+    mark_of,
     profile_lock,
     record_of,
     record_path,
@@ -162,24 +162,23 @@ async def _spawn(
     sidecar = Sidecar(config, record_path(config), guards=True) if guards else None
     process: ServerProcess | None = None
     record = ServerRecord(
-        pid=0,
-        create_time=0.0,
         began=began,
         api_key=api_key,
         idle_seconds=0 if sleeps(command) else config.idle_shutdown_seconds or 0,
         config=config,
     )
     try:
-        with nullcontext(sidecar.environment) if sidecar else announced(record) as mark:
-            process = ServerProcess.spawn(
-                command, config.log_path, server_environment(api_key) | mark
-            )
-            if sidecar:
-                sidecar.watch(process, record.idle_seconds)
-            found = {"pid": process.pid, "create_time": process.create_time}
-            record = record.model_copy(update=found)
+        if not sidecar:  # were we killed just now, it would be found by its mark
             write_record(record)
+        mark = sidecar.environment if sidecar else mark_of(record)
+        process = ServerProcess.spawn(command, config.log_path, server_environment(api_key) | mark)
+        if sidecar:
+            sidecar.watch(process, record.idle_seconds)
+        record = record.of(process)
+        write_record(record)
     except BaseException:
+        with suppress(OSError):
+            record_path(config).unlink(missing_ok=True)
         with anyio.CancelScope(shield=True):
             if process:
                 process.kill()

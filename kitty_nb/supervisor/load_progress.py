@@ -40,6 +40,11 @@ class LoadEstimate:
     loading: float
     preparing: float
 
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return self.starting + self.loading + self.preparing
+
 
 _STAGES = list(Stage)
 # All bytes are there when this share of the files is: the engine leaves out what it does not need.
@@ -69,6 +74,8 @@ _FULL, _HIGHEST = 0.98, 0.99
 # It corrects half of its error while this share of the load passes, and where it has run ahead
 # still moves at this share of its pace.
 _HALVED, _SLOWEST = 0.02, 0.2
+# From so many times what loads of this model took, one takes longer than usual.
+_UNUSUAL, _OF_MODEL = 1.2, {Basis.SAME_LOAD, Basis.SAME_MODEL}
 # It moves in so many steps, of these seconds. Before the load begins they are short, because what
 # the process has by then is what its bytes are counted from. From the longest on, it moves once a
 # second, together with the health check.
@@ -113,6 +120,7 @@ class LoadMeter:
     _worked: tuple[float, float] = (0.0, 0.0)
     _fraction: float = 0.0
     _shown: float = 0.0
+    _slack: float = math.inf  # the least by which the time left has exceeded the time passed
 
     def enter_stage(self, stage: Stage, elapsed: float) -> None:
         """Note that the load is in this stage, or past it, `elapsed` seconds after the start.
@@ -208,8 +216,12 @@ class LoadMeter:
         corrected = due + (ahead - due) * 0.5 ** (passed / whole / _HALVED)
         self._fraction = max(self._fraction + step * _SLOWEST, corrected)
         flows = self._flowing is not None and self.loaded > self.total * _EARLIEST_ETA > 0
-        known = not self._guessing or flows
-        return LoadProgress(self.stage, self._fraction, elapsed, left if known else None)
+        if self._guessing and not flows:
+            return LoadProgress(self.stage, self._fraction, elapsed)
+        self._slack = min(self._slack, left - elapsed)
+        eta, usual = max(self._slack + elapsed, 0.0), self.expected.total * _UNUSUAL
+        overdue = self.expected.basis in _OF_MODEL and elapsed > usual
+        return LoadProgress(self.stage, self._fraction, elapsed, eta, overdue)
 
     @property
     def _guessing(self) -> bool:

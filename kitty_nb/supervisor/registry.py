@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import psutil
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kitty_nb.config import SHOW_SECRETS, Secret, ServerConfig
 from kitty_nb.errors import KittyError, ServerFailedError
@@ -32,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_SPAWNED_WITHIN = 60.0  # seconds; an announcement that is older has come to nothing
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
@@ -46,7 +43,7 @@ class ServerRecord(BaseModel):
     """A server that was started for a profile.
 
     Attributes:
-        pid: Its process.
+        pid: Its process; 0 while it is only announced, as it is about to be spawned.
         create_time: When that process began; see `ServerProcess`.
         boot: Which run of the system it belongs to, where the system tells.
         began: When its start was asked for, in seconds of the monotonic clock, which all
@@ -61,8 +58,8 @@ class ServerRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pid: int
-    create_time: float
+    pid: int = 0
+    create_time: float = 0.0
     boot: str = Field(default_factory=_boot)
     began: float
     ready: float | None = None
@@ -72,6 +69,10 @@ class ServerRecord(BaseModel):
     devices: tuple[str, ...] | None = None
     config: ServerConfig
 
+    def of(self, process: ServerProcess) -> Self:
+        """Return the record with this process in it."""
+        return self.model_copy(update={"pid": process.pid, "create_time": process.create_time})
+
 
 def record_path(config: ServerConfig) -> Path:
     """The path of a profile's record while its server is meant to run."""
@@ -80,7 +81,8 @@ def record_path(config: ServerConfig) -> Path:
 
 def read_record(config: ServerConfig) -> ServerRecord | None:
     """Return the record of a profile, or None when there is none that can be believed."""
-    return _read(record_path(config))
+    record = _read(record_path(config))
+    return record if record and record.pid else None
 
 
 def refuse_open_folder(config: ServerConfig) -> None:
@@ -98,52 +100,34 @@ def refuse_open_folder(config: ServerConfig) -> None:
 
 def find_server(config: ServerConfig) -> ServerRecord | None:
     """Return the record of a profile's server if that server runs, and listens once it is ready."""
-    record = read_record(config)
+    record = _read(record_path(config))
+    if record and not record.pid:
+        record = _find_announced(record)
     process = record and process_of(record)
     if not record or not process:
-        return _unrecorded(config)
+        return None
     silent = record.ready is not None and process.listens_on(record.config.port) is False
     return None if silent else record
 
 
-@contextmanager
-def announced(record: ServerRecord) -> Iterator[dict[str, str]]:
-    """Announce a server that is about to be spawned, so that it is found if we are killed then.
-
-    Yields:
-        What its environment must hold.
-
-    Raises:
-        OSError: When the folder cannot be written.
-    """
-    path = _announced_path(record.config)
-    write_atomic(path, record.model_dump_json(context=SHOW_SECRETS).encode(), durable=False)
-    try:
-        yield {MARK: _mark_of(record)}
-    finally:
-        path.unlink(missing_ok=True)
+def mark_of(record: ServerRecord) -> dict[str, str]:
+    """Return what a server's environment holds, so that it is found before its pid is recorded."""
+    return {MARK: f"{record_path(record.config)} {record.began!r}"}
 
 
-def _unrecorded(config: ServerConfig) -> ServerRecord | None:
-    """Record the server of a program that was killed before it could do so."""
-    announced = _read(_announced_path(config))
-    process = announced and announced.boot == _boot() and find_marked(_mark_of(announced))
-    if not announced or not process:
-        return None
-    found = {"pid": process.pid, "create_time": process.create_time}
-    record = announced.model_copy(update=found)
+def _find_announced(record: ServerRecord) -> ServerRecord | None:
+    """Complete the record of a server whose program was killed as it was spawned."""
+    process = find_marked(mark_of(record)[MARK]) if record.boot == _boot() else None
+    if process:
+        record = record.of(process)
+        with suppress(OSError):
+            write_record(record)
+        return record
+    path = record_path(record.config)
     with suppress(OSError):
-        write_record(record)
-        _announced_path(config).unlink(missing_ok=True)
-    return record
-
-
-def _announced_path(config: ServerConfig) -> Path:
-    return config.log_dir / f"{config.profile}.announced.json"
-
-
-def _mark_of(record: ServerRecord) -> str:
-    return f"{record_path(record.config)} {record.began!r}"
+        if time.time() - path.stat().st_mtime > _SPAWNED_WITHIN:
+            path.unlink()
+    return None
 
 
 def leaving_server(config: ServerConfig) -> ServerProcess | None:
@@ -239,6 +223,8 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
+            for unfinished in config.log_dir.glob(f".{record_path(config).name}.*"):
+                unfinished.unlink(missing_ok=True)  # of a program killed while it wrote the record
             yield True
 
 

@@ -512,10 +512,10 @@ class Supervisor:
         return choose_api_key(config)
 
     @property
-    def _running(self) -> Running | None:
+    def _running(self) -> Running:
         """The server that a start would end."""
         now = self._now
-        return Running(now.pid, None if self._external else now.config) if now.pid else None
+        return Running(now.pid, now.config if now.pid and not self._external else None)
 
     @property
     def _external(self) -> PortOwner | None:

@@ -106,6 +106,8 @@ def describe_load(progress: LoadProgress) -> str:
     parts = [progress.stage.label, f"{int(progress.fraction * 100)} %", duration(progress.elapsed)]
     if progress.eta is not None:
         parts.append(f"about {duration(max(progress.eta, 1))} left")
+    if progress.overdue:
+        parts.append("longer than usual")
     return " · ".join(parts)
 
 
