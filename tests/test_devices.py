@@ -20,14 +20,13 @@ from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict
 from kitty_nb.cli.commands import read_status
 from kitty_nb.cli.doctor import examine
-from kitty_nb.engine.devices import Device, engine_devices, parse_devices
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.engine.locate import Device, engine_devices, locate_engine, parse_devices
 from kitty_nb.errors import ServerCrashedError
 from kitty_nb.experiments import Results, Sweep
 from kitty_nb.experiments.metrics import metrics_of
 from kitty_nb.experiments.study import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
-from kitty_nb.supervisor.free_memory import memory_use, with_devices
+from kitty_nb.supervisor.forecast import memory_use, with_devices
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
 from kitty_nb.widgets.server_view import StatusLine
 

@@ -29,8 +29,7 @@ from kitty_nb.catalog.memory import (
     read_shape,
 )
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.supervisor.forecast import Forecaster, Running, settings_of
-from kitty_nb.supervisor.free_memory import free_memory
+from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
 
 MIB = 1 << 20
 

@@ -243,7 +243,7 @@ async def status_facts(state: ServerState) -> dict[str, Any]:
 
     `memory` is None without a server; so is what its build does not report.
     """
-    from kitty_nb.supervisor.free_memory import memory_use
+    from kitty_nb.supervisor.forecast import memory_use
 
     record = find_server(state.config)
     memory = speed = None

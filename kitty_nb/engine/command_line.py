@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.config import env_settings, goes_without_key, spelled, value_of
@@ -15,44 +17,9 @@ if TYPE_CHECKING:
     from kitty_nb.engine.locate import Dialect, Engine, Option
 
 
-# Names of one option, of different times and builds, the canonical one first.
-_RENAMED = (
-    ("--ctx-size", "-c"), ("--n-predict", "--predict", "-n"), ("--parallel", "-np"),
-    ("--batch-size", "-b"), ("--ubatch-size", "-ub"), ("--temp", "--temperature"),
-    ("--gpu-layers", "--n-gpu-layers", "-ngl"), ("--device", "-dev"), ("--fit", "-fit"),
-    ("--flash-attn", "-fa"), ("--cache-type-k", "-ctk"), ("--cache-type-v", "-ctv"),
-    ("--kv-unified", "-kvu"), ("--no-kv-unified", "-no-kvu"), ("--no-kv-offload", "-nkvo"),
-    ("--mmproj", "-mm"), ("--verbosity", "--log-verbosity", "-lv"), ("--load-mode", "-lm"),
-    ("--direct-io", "-dio"), ("--no-direct-io", "-ndio"), ("--embedding", "--embeddings"),
-    ("--rerank", "--reranking"), ("--ui", "--webui"), ("--no-ui", "--no-webui"),
-    ("--spec-draft-model", "--model-draft", "-md"),
-    ("--spec-draft-n-max", "--draft-max", "--draft-n", "--draft"),
-    ("--spec-draft-n-min", "--draft-min", "--draft-n-min"),
-    ("--spec-draft-p-min", "--draft-p-min"),
-    ("--spec-draft-ngl", "--gpu-layers-draft", "--n-gpu-layers-draft", "-ngld"),
-    ("--spec-draft-device", "--device-draft", "-devd"),
-    ("--spec-draft-type-k", "--cache-type-k-draft", "-ctkd"),
-    ("--spec-draft-type-v", "--cache-type-v-draft", "-ctvd"),
-)  # fmt: skip
-_NAMES = {name: names for names in _RENAMED for name in names}
-# What a build without the first flag is told instead: the first whose flags it knows. Empty is a
-# wish for what it does anyway.
-_INSTEAD = {
-    "--mlock --no-mmap": ("--load-mode mlock",),
-    "--no-mmap --mlock": ("--load-mode mlock",),
-    "--mlock": ("--load-mode mlock",),  # so llama.cpp's own advice
-    "--no-mmap": ("--load-mode none",),
-    "--mmap": ("--load-mode mmap", ""),
-    "--direct-io": ("--load-mode dio",),
-    "--no-direct-io": ("",),
-    "--load-mode none": ("--no-mmap",),
-    "--load-mode mmap": ("--mmap", ""),
-    "--load-mode mlock": ("--no-mmap --mlock",),
-    "--load-mode mmap+mlock": ("--mlock",),
-    "--load-mode dio": ("--direct-io",),
-    "--load-mode auto": ("",),
-    "--no-jinja": ("",),  # builds without it have it off unless asked
-}
+_DIALECTS = tomllib.loads(Path(__file__).with_name("dialects.toml").read_text(encoding="utf-8"))
+_NAMES: dict[str, list[str]] = {name: names for names in _DIALECTS["names"] for name in names}
+_INSTEAD: dict[str, list[str]] = _DIALECTS["instead"]
 _LONGEST = 2
 _SWITCHED = {"on", "off", "auto"}
 

@@ -15,8 +15,7 @@ import anyio.to_thread
 
 from kitty_nb.catalog.catalog import why_not_served
 from kitty_nb.config import OnKernelExit
-from kitty_nb.engine.devices import device_names, remote_machines
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.engine.locate import device_names, locate_engine, remote_machines
 from kitty_nb.errors import KittyError, PortBusyError
 from kitty_nb.supervisor import lifecycle
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch

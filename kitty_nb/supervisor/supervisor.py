@@ -38,8 +38,7 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
-from kitty_nb.supervisor.forecast import Forecaster, Running
-from kitty_nb.supervisor.free_memory import memory_use
+from kitty_nb.supervisor.forecast import Forecaster, Running, memory_use
 from kitty_nb.supervisor.lifecycle import (
     Attach,
     Exited,
