@@ -2,7 +2,7 @@
 
     KittyError
     ├── ConfigError          settings are wrong; `.problems` lists all of them
-    ├── ModelFileError       a file is no readable GGUF model, or can't be written
+    ├── ModelFileError       a file is not a readable GGUF model, or can't be written
     │   ├── ModelFileCutShortError    the file ends too early, as during a download
     │   └── DemoModelSizeError    the size is too small for a demo model
     ├── EngineError
@@ -34,13 +34,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Those of C0 and C1 but for tab and newline: a terminal takes them for orders, such as to write
+# C0 and C1 control characters except tab and newline: a terminal obeys them, for example to set
 # its title or the clipboard.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Write control characters as Python does, by their numbers, in text from anywhere."""
+    """Escape control characters in untrusted text, as Python's `repr` does."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -84,7 +84,7 @@ class ConfigError(KittyError):
 
 
 class ModelFileError(KittyError):
-    """A file is no readable GGUF model, or can't be written."""
+    """A file is not a readable GGUF model, or can't be written."""
 
 
 class ModelFileCutShortError(ModelFileError):

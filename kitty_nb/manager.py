@@ -303,7 +303,7 @@ class ModelManager:
                 " ModelManager()."
             )
         if self._closed:
-            raise KittyError("This manager is closed. Run the cell that made it again.")
+            raise KittyError("This manager is closed. Run the cell that created it again.")
         return Operation(self._portal.start_task_soon(function, *args), lambda: self._progress)
 
     def close(self) -> None:

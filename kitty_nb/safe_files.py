@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# Of users without an account, as in containers: nothing can be there, and nobody else put it there.
+# For users without a home folder, as in containers: nothing can exist there.
 NO_HOME = Path(os.devnull) / "no home folder"
 _ROOT = Path("/")
 _MAX_STEPS = 4096  # more than a path can have; links in a circle end there
@@ -43,7 +43,7 @@ def write_atomic(file: Path, content: bytes, *, durable: bool = True) -> None:
     Args:
         file: The file.
         content: All of it.
-        durable: Whether it must survive a power cut; a disk takes a while to promise that.
+        durable: Whether it must survive a power cut, which takes the disk a while.
 
     Raises:
         OSError: It cannot be written; the previous content is still there.
@@ -69,7 +69,7 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
 
     Args:
         file: The file, or a folder whose contents are meant.
-        folders: Whether the folders count: who can write there can put another file in its place.
+        folders: Whether to check the folders above it, too: who can write there can replace it.
     """
     steps = tuple(_steps(file))
     ends = file.absolute(), steps[-1]
@@ -78,7 +78,7 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
             found = place.lstat()
         except OSError:  # what cannot be looked at cannot be read either
             continue
-        # Root has another number where a container maps users.
+        # Root may have another number where a container maps users.
         if found.st_uid not in {os.getuid(), 0, _ROOT.stat().st_uid}:
             return f"{place} belongs to {_user(found.st_uid)}."
         if _open_to_others(found) and not (place not in ends and found.st_mode & stat.S_ISVTX):

@@ -41,7 +41,7 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader has seen enough, as `head`
+        except BrokenPipeError:  # the reader has seen enough, as with `head`
             raise
         except (KittyError, OSError) as error:
             _say(f"kitty-nb: {error}", err=True)
@@ -373,7 +373,7 @@ def lab(context: typer.Context) -> None:
     for notebook in (home / _NOTEBOOKS).glob("*.ipynb"):
         if not (copy := _NOTEBOOKS / notebook.name).exists():
             shutil.copyfile(notebook, copy)
-    # In a container everybody is root; JupyterLab would only say how to insist.
+    # In a container, everyone is root; JupyterLab would only say how to insist.
     root = ["--allow-root"] if psutil.Process().username() == "root" else []
     here = f"--ServerApp.root_dir={Path.cwd()}"
     LabApp.launch_instance([str(_NOTEBOOKS / _NOTEBOOK), here, *root, *context.args])
@@ -381,7 +381,7 @@ def lab(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be no text in any encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not be valid in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="kitty-nb")
 

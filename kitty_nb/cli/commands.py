@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import (
     KittyError,
     ServerCrashedError,
@@ -79,7 +78,8 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
     """
     async with _supervise(config, env) as supervisor:
         before = supervisor.state
-        if not before.status.idle and _kept(before.config) == _kept(config):
+        same = before.config.model_copy(update={"on_kernel_exit": config.on_kernel_exit})
+        if not before.status.idle and same == config:
             config = before.config
         await begin(supervisor, config)
         state = await _until(supervisor, _has_begun)
@@ -159,11 +159,6 @@ def _has_begun(state: ServerState) -> bool:
     return running or state.status.idle
 
 
-def _kept(config: ServerConfig) -> ServerConfig:
-    """The settings without what should happen when a kernel ends."""
-    return config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
-
-
 async def _until(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> ServerState:
     async with aclosing(supervisor.events()) as events:
         while not condition(supervisor.state):
@@ -186,19 +181,15 @@ class _LoadDisplay:
         """Show a step of the load; an error is left to the command's last words."""
         match event:
             case ProgressMade(progress) if sys.stderr.isatty():
-                self._draw(progress)
+                if progress.elapsed >= _DRAWN_AFTER:
+                    self._draw(progress)
             case Activity(level=Level.ERROR):
                 pass
             case Activity(message, level) if level is not Level.INFO or not sys.stderr.isatty():
-                if self._bar:
-                    self._bar.console.print(message, soft_wrap=True)
-                else:
-                    print(printable(message), file=sys.stderr, flush=True)
+                print(printable(message), file=sys.stderr, flush=True)  # rich puts it above its bar
 
     def _draw(self, progress: LoadProgress) -> None:
         if not self._bar:
-            if progress.elapsed < _DRAWN_AFTER:
-                return
             from kitty_nb.cli.console import load_bar
 
             self._bar = load_bar()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class PlainConsole(Console):
-    """Escapes control characters in what it is given; only rich itself controls the terminal."""
+    """Escapes control characters in its input; only rich itself controls the terminal."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, **options)
@@ -47,7 +47,7 @@ class PlainConsole(Console):
 
 
 def load_bar() -> Progress:
-    """Begin the bar of a load, on stderr; its task has the field `time`."""
+    """Start the bar of a load on stderr; its task has the field `time`."""
     elapsed = TextColumn("{task.fields[time]}")
     label = TextColumn("{task.description:<15}")
     bar = _bar(PlainConsole(stderr=True), label, BarColumn(), TaskProgressColumn(), elapsed)
@@ -57,7 +57,7 @@ def load_bar() -> Progress:
 
 
 async def show_variants(reference: HubReference, models_dir: Path) -> None:
-    """List a repository's models, their sizes, and what speaks against them.
+    """List a repository's models, their sizes, and warnings about them.
 
     Raises:
         HubError: The repository can't be read, or has no models.
@@ -107,6 +107,6 @@ async def download(reference: HubReference, wanted: str | None, models_dir: Path
 
 
 def _bar(console: Console, *columns: ProgressColumn) -> Progress:
-    """A bar that is drawn when something has moved, so that it needs no thread."""
+    """A bar that is redrawn only when it is updated, so that it needs no thread."""
     disable = not console.is_interactive
     return Progress(*columns, console=console, auto_refresh=False, transient=True, disable=disable)

@@ -34,7 +34,7 @@ _ESCAPES = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"}
 
 @dataclass(frozen=True, slots=True)
 class EnvFile:
-    """The keys and values of a `.env` file, where it stands, and its bytes; none if missing."""
+    """A `.env` file's path, its keys and values, and its bytes; empty if it is missing."""
 
     path: Path
     values: Mapping[str, str | None]
@@ -46,14 +46,14 @@ def read_env(path: str | Path) -> EnvFile:
 
     Args:
         path: The file; plain `.env` is looked for in the folders above too, and may be missing. A
-            file that is found so may name a program to run, so it must be nobody else's; who names
-            one vouches for it.
+            file found this way may name a program to run, so nobody else may be able to change it;
+            a file that the caller names is trusted.
 
     Raises:
         ConfigError: When the file cannot be read, may be another user's, or a line in it cannot be
             understood.
     """
-    found = Path(os.path.expanduser(path))  # noqa: PTH111 (leaves a name that nobody has as it is)
+    found = Path(os.path.expanduser(path))  # noqa: PTH111 (keeps ~name if there is no such user)
     if found == Path(".env"):
         found = Path(find_dotenv(usecwd=True) or found)
         if not found.is_file():
@@ -85,7 +85,7 @@ def read_env(path: str | Path) -> EnvFile:
 
 
 def _hidden(line: str) -> str:
-    """A line without what may be a secret."""
+    """A line without its value, which may be a secret."""
     key, equals, _ = line.strip().partition("=")
     return f"{key}=…" if equals else "…"
 
@@ -114,14 +114,14 @@ class SavedEnv:
 
 
 def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
-    """Set keys in a `.env` file; other lines, permissions and links stay, other keys come last.
+    """Set keys in a `.env` file; other lines, comments, permissions and links stay as they are.
 
-    The previous file, which may hold a key, is kept in a folder of this user alone, away from what
-    git or a web server may hand out.
+    New keys come last. The previous file, which may hold a secret, is backed up in a folder that
+    only this user can read, away from anything that git or a web server could publish.
 
     Args:
         env: The file as it was read.
-        changes: Values by key. They are taken as they are: `${NAME}` in one means just that.
+        changes: Values by key, taken literally: `${NAME}` is not expanded.
 
     Raises:
         ConfigError: The file cannot be written, or has changed since it was read.
@@ -152,8 +152,8 @@ def quoted(value: str) -> str:
     """Write a value such that python-dotenv reads it back."""
     if _NEEDS_NO_QUOTES.fullmatch(value):
         return value
-    # What looks like a variable is one inside every kind of quotes. This one has no name, and so
-    # its default for a value.
+    # `${…}` is expanded inside any quotes. A variable without a name expands to its default, here
+    # the dollar sign.
     plain = value.replace("${", "${:-$}{")
     if not _NEEDS_ESCAPES.search(plain):
         return f"'{plain}'"
@@ -161,7 +161,7 @@ def quoted(value: str) -> str:
 
 
 def _with_values(text: str, changes: Mapping[str, str]) -> str:
-    """Set keys where they stand, or at the end.
+    """Set keys in place, or at the end.
 
     `dotenv.set_key` would drop `export` and the carriage returns of other lines.
     """

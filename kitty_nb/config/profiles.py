@@ -69,7 +69,7 @@ def _load(
     env: EnvFile, profile: str, check: Callable[[ServerConfig], ServerConfig] | None = None
 ) -> tuple[ServerConfig, ConfigError | None]:
     wrong: dict[str, Problem] = {}
-    while True:  # behind a wrong value may be another one, such as that of every profile
+    while True:  # behind a wrong value may be another, such as the one for every profile
         try:
             config = ServerConfig.from_file(env, profile, wrong)
             config = check(config) if check else config
@@ -92,10 +92,10 @@ def _as_written(problem: Problem, env: EnvFile, keys: Mapping[str, str]) -> tupl
 
 
 def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
-    """The profiles that a `.env` file is about, roles first, then as they come.
+    """The profiles in a `.env` file: roles first, then the others in the order of the file.
 
-    A role is there when it has any key of its own, another profile when it has a model, and
-    `primary` when there is no other.
+    A role counts if it has any key of its own, another profile if it has a model, and `primary` if
+    there is no other.
 
     Args:
         path: The file, found as by `ServerConfig.from_env`.
@@ -118,9 +118,9 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """The profile in a key, none where it is for all of them, and the setting's suffix.
+    """Split a key into its profile, empty if it applies to all, and the setting's suffix.
 
-    Both are empty where it is no setting.
+    Both are empty if the key is not a setting.
     """
     found = _SETTING.fullmatch(key)
     return (found["profile"] or "", found["suffix"]) if found else ("", "")
@@ -136,12 +136,12 @@ def save_settings(
 
     Args:
         config: The settings.
-        path: The file, found as by `ServerConfig.from_env`; made when it is missing.
-        names: The fields to write; all of them without it.
+        path: The file, found as by `ServerConfig.from_env`; created if it is missing.
+        names: The fields to write; all by default.
 
     Raises:
-        ConfigError: The file cannot be read or written, or a setting is to be unset that is set
-            for every profile.
+        ConfigError: The file cannot be read or written, or a setting that applies to every profile
+            would have to be unset.
     """
     env = read_env(path)
     given, complaint = _load(env, config.profile)
@@ -154,7 +154,7 @@ def save_settings(
         differs = value != getattr(given, name) or key in wrong
         if not differs or isinstance(value, SecretStr) or (names and name not in names):
             continue
-        changes[key] = _text(name, value, given) or setting.unset
+        changes[key] = _text(name, value, given)
         if not changes[key] and env.values.get(shared):
             reason = "It applies to every profile, so one profile can't unset it."
             fix = "Clear it in the file, or choose a value."
@@ -182,7 +182,7 @@ def _text(name: str, value: object, given: ServerConfig) -> str:
     """Write a value as `ServerConfig.from_env` reads it: a model by its path in its folder."""
     match value:
         case None:
-            return ""
+            return "auto" if name == "mmproj" else ""
         case bool():
             return str(int(value))
         case tuple():
@@ -194,9 +194,9 @@ def _text(name: str, value: object, given: ServerConfig) -> str:
 
 
 def env_warnings(path: str | Path, *profiles: str) -> tuple[str, ...]:
-    """Say what has no effect, or another one than it seems to; each in a sentence with its fix.
+    """Return warnings about keys, values and variables that don't have the intended effect.
 
-    No values are shown.
+    Each is a sentence with its fix. None shows a value.
 
     Args:
         path: The file, found as by `ServerConfig.from_env`.
@@ -229,7 +229,7 @@ def _keys(env: EnvFile) -> Iterator[str]:
         near = get_close_matches(profile, others, n=1, cutoff=_SO_ALIKE)
         if near and profile not in ROLES:
             meant = key.replace(f"_{profile.upper()}_", f"_{near[0].upper()}_", 1)
-            yield f"{key} makes a profile {profile!r}. If you mean {near[0]!r}, write {meant}."
+            yield f"{key} defines a profile {profile!r}. If you mean {near[0]!r}, write {meant}."
 
 
 def _nearest(key: str, profiles: Iterable[str]) -> str:

@@ -64,28 +64,28 @@ def takes_secret(word: str) -> bool:
 
 
 def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
-    """Return what follows the last of some flags, which is what llama-server takes."""
+    """Return the value of the last of some flags, which is the one that llama-server uses."""
     values = [value for flag, value in pairwise(words) if spelled(flag) in flags]
     return values[-1] if values else None
 
 
 def choose_api_key(config: ServerConfig) -> SecretStr | None:
-    """Return the configured key, one made up for this server, or None when none is wanted."""
+    """Return the configured key, a generated one, or None if the server should have none."""
     if config.api_key is None:
         return SecretStr(secrets.token_urlsafe())
     return None if goes_without_key(config) else config.api_key
 
 
 def goes_without_key(config: ServerConfig) -> bool:
-    """Tell whether the server is to answer whoever asks."""
+    """Tell whether the server should answer requests without a key."""
     return config.api_key is not None and config.api_key.get_secret_value() == NO_KEY
 
 
 def server_environment(api_key: SecretStr | None) -> dict[str, str]:
-    """Return the environment to start a server in: ours, with its key and no other.
+    """Return the environment for a new server: ours, with its key and no other.
 
     A command line can be read by every user of the machine, an environment only by its owner.
-    Flags in it are left out: they would change what is previewed, measured and shown.
+    `LLAMA_ARG_…` variables are left out: they would contradict what is previewed and shown.
     """
     environment = {
         name: value
@@ -96,7 +96,7 @@ def server_environment(api_key: SecretStr | None) -> dict[str, str]:
 
 
 def user_variables(names: Iterable[str]) -> dict[str, str]:
-    """Return those of some variables of this program's environment that are set."""
+    """Return the given environment variables that are set."""
     return {name: value for name in names if (value := os.environ.get(name))}
 
 
@@ -112,7 +112,7 @@ _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"
 
 
 class FlashAttention(StrEnum):
-    """Whether llama-server uses flash attention; `auto` lets it decide."""
+    """The use of flash attention; `auto` lets llama-server decide."""
 
     ON = "on"
     OFF = "off"
@@ -132,12 +132,10 @@ class Env(NamedTuple):
     Attributes:
         expected: What to write there, in words; it ends every complaint about the value.
         suffix: What follows `LLAMACPP_` or `LLAMACPP_<PROFILE>_`; the field's name if not given.
-        unset: What stands there for `None`.
     """
 
     expected: str
     suffix: str = ""
-    unset: str = ""
 
 
 class _Source(NamedTuple):
@@ -151,7 +149,7 @@ class _Source(NamedTuple):
 _NO_SOURCE = _Source("", Path(), {})
 _DEPENDS = "default_factory_not_called"  # of a default that depends on a wrong value
 
-SHOW_SECRETS = {"show_secrets": True}  # as the context of a dump: for files of this user alone
+SHOW_SECRETS = {"show_secrets": True}  # context of a dump to a file that only this user reads
 
 
 def _dump_secret(secret: SecretStr, info: SerializationInfo) -> str:
@@ -173,7 +171,7 @@ def _flash_attention(value: object) -> object:
 
 
 def _key(value: SecretStr) -> SecretStr:
-    """A key that fits into an HTTP header; commas separate several keys to llama-server."""
+    """Check that a key fits into an HTTP header; to llama-server, commas separate keys."""
     if not _KEY.fullmatch(value.get_secret_value()):
         raise ValueError("it cannot be sent in an HTTP header")
     return value
@@ -207,9 +205,9 @@ def _absolute(folder: Path, value: object) -> str:
     """A path in a folder.
 
     Raises:
-        PydanticCustomError: The locale has no letters for it: the system could not be asked.
+        PydanticCustomError: The locale can't encode it, so the file could not be opened.
     """
-    path = str(folder / os.path.expanduser(str(value)))  # noqa: PTH111 (leaves a name that nobody has as it is)
+    path = str(folder / os.path.expanduser(str(value)))  # noqa: PTH111 (keeps ~name if there is no such user)
     encoding = sys.getfilesystemencoding()
     if "utf" not in encoding and not path.isascii():
         reason = f"It has characters that this program's locale ({encoding}) cannot encode."
@@ -305,7 +303,7 @@ class ServerConfig(BaseModel):
     mmproj: Annotated[
         Path | Literal["off"] | None,
         BeforeValidator(_mmproj),
-        Env("auto, off, or the path of the model's mmproj file", unset="auto"),
+        Env("auto, off, or the path of the model's mmproj file"),
     ] = None
     # The file that `mmproj` means for this model. `resolve_model` finds it.
     projector: Path | None = None
@@ -360,7 +358,7 @@ class ServerConfig(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some settings changed, validated like the original.
 
-        What `resolve_model` has found is left out of it: the files are to be looked up again.
+        Anything that `resolve_model` found is dropped: the files must be looked up again.
 
         Raises:
             ConfigError: A changed value is wrong.
@@ -373,10 +371,10 @@ class ServerConfig(BaseModel):
         return config
 
     def require_model(self) -> Path:
-        """Return the model that is chosen.
+        """Return the chosen model.
 
         Raises:
-            ConfigError: None is.
+            ConfigError: No model is chosen.
         """
         if self.model is None:
             key = f"{PREFIX}{self.profile.upper()}_MODEL"
@@ -388,7 +386,7 @@ class ServerConfig(BaseModel):
     def served_alias(self) -> str:
         """The name that the server answers to: the alias, else the model's own name."""
         name = self.alias or self.known_as or (self.model.stem if self.model else "")
-        # To llama-server commas separate names, and spaces around one are none of it.
+        # To llama-server, commas separate names, and spaces around a name are not part of it.
         return name.replace(",", "_").strip() or ("model" if name else "")
 
     @property
@@ -448,8 +446,8 @@ def setting_keys(env: EnvFile, profile: str, ignore: Collection[str] = ()) -> di
 
 
 def shown(name: str, value: object) -> str:
-    """The value of a field as a complaint may show it: without what may be a secret."""
-    # Among the words of extra_args may be a key, too.
+    """A field's value as an error message may show it: possible secrets are hidden."""
+    # The words of extra_args may include a key.
     return "(hidden)" if name in {"api_key", "extra_args"} else str(value)
 
 
