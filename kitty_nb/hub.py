@@ -27,8 +27,14 @@ from rich.filesize import decimal
 
 from kitty_nb.catalog.cache import digest_cache, digest_files, signature_of
 from kitty_nb.catalog.gguf import named_quantization
-from kitty_nb.catalog.model import ShardName, file_size
-from kitty_nb.catalog.rows import is_projector_name, own_name, plain_name, preference
+from kitty_nb.catalog.model import (
+    ShardName,
+    file_size,
+    is_projector_name,
+    own_name,
+    plain_name,
+    preference,
+)
 from kitty_nb.catalog.stores import is_folder
 from kitty_nb.errors import (
     ChecksumError,

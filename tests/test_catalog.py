@@ -14,7 +14,6 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import (
     Model,
     ShardName,
-    missing_shards,
     read_facts,
     shard_paths,
     total_size,
@@ -73,16 +72,14 @@ def test_any_shard_leads_to_all_of_its_model(tmp_path: Path) -> None:
     shards[1].unlink()
     for shard in shards:
         assert shard_paths(shard) == tuple(shards)
-        assert missing_shards(shard) == (shards[1],)
         assert total_size(shard) == 13
 
 
 def test_a_model_in_one_file_is_its_own_only_shard(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    assert shard_paths(path) == missing_shards(path) == (path,)
+    assert shard_paths(path) == (path,)
     assert total_size(path) == 0
     path.write_bytes(b"12")
-    assert missing_shards(path) == ()
     assert total_size(path) == 2
 
 

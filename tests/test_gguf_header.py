@@ -157,7 +157,7 @@ def test_a_file_cut_short_anywhere_in_its_header_is_refused(tmp_path: Path) -> N
         (raw(string(b"k") + struct.pack("<IIQ", 9, 8, 2**62)), "strings in an array"),
         (raw(string(b"k") + struct.pack("<IIQ", 9, 12, 2**63)), "ends in the middle"),
         (raw(string(b"k") + struct.pack("<IIQQ", 9, 8, 2, 2**63)), "ends in the middle"),
-        (raw(string(b"k") + struct.pack("<IIQ", 9, 9, 1)), "elements of type 9"),
+        (raw(string(b"k") + struct.pack("<IIQ", 9, 9, 1)), "unknown type 9"),
     ],
 )
 def test_what_is_not_a_sound_header_is_refused_with_the_reason(

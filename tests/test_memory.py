@@ -282,7 +282,10 @@ def test_the_largest_context_is_the_largest(
     for context, verdict in [(largest, Verdict.FITS), (longer, Verdict.TIGHT)]:
         assert preview(model, replace(settings, context=context), memory).verdict is verdict
     assert preview(model, settings, Memory(MemoryPool("RAM", 1000, 1000))).largest_context == 0
-    assert preview(model, settings, Memory(ROOM)).largest_context == (1 << 20) * settings.caches
+    assert not shown.whole_context
+    roomy = preview(model, settings, Memory(ROOM))
+    assert roomy.largest_context == (1 << 20) * settings.caches
+    assert roomy.whole_context
 
 
 def test_what_is_left_to_the_engine_is_settled_as_it_would(
@@ -327,9 +330,9 @@ def test_what_is_left_to_the_engine_is_settled_as_it_would(
         ({"attention__head_count": True}, "head_count is True"),
         ({"attention__head_count": "four"}, "head_count is four"),
         ({"attention__key_length": -1.5}, "key_length is -1.5"),
-        ({"attention__key_length": [1, 2]}, "key_length is a list"),
-        ({"attention__head_count_kv": [1, 2]}, "too short or implausible"),
-        ({"attention__head_count_kv": [-1] * 8}, "too short or implausible"),
+        ({"attention__key_length": [1, 2]}, "key_length is a list that does not fit"),
+        ({"attention__head_count_kv": [1, 2]}, "head_count_kv is a list that does not fit"),
+        ({"attention__head_count_kv": [-1] * 8}, "head_count_kv is a list that does not fit"),
     ],
 )
 def test_numbers_that_are_missing_or_absurd_are_named(

@@ -119,7 +119,7 @@ def test_it_shows_the_chosen_model_and_hides_without_one(line: MemoryLine, wante
     assert line.preview
     assert line.preview.verdict is Verdict.FITS
     assert "for a context of 512" in line.value
-    assert "largest context that fits: 4,096" in line.value
+    assert "the model's maximum context fits: 4,096" in line.value
     wanted.error = KittyError("no")
     line.refresh()
     eventually(lambda: line.preview is None)

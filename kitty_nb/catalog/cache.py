@@ -58,10 +58,10 @@ class FileSignature(NamedTuple):
         return abs(time.time_ns() - self.mtime_ns) <= _FRESH_NS
 
 
-def signature_of(entry: os.DirEntry[str] | Path) -> FileSignature | None:
+def signature_of(path: Path) -> FileSignature | None:
     """Read a file's signature; None when it is not there or may not be looked at."""
     try:
-        status = entry.stat()
+        status = path.stat()
     except OSError:
         return None
     return FileSignature(status.st_size, status.st_mtime_ns, status.st_ino)

@@ -18,8 +18,17 @@ from anyio.from_thread import check_cancelled
 from pydantic import TypeAdapter
 
 from kitty_nb.catalog.cache import FileCache, FileSignature, signature_of, unchanged
-from kitty_nb.catalog.model import FileFacts, Kind, read_facts, shard_paths
-from kitty_nb.catalog.rows import doubt, is_projector_name, plain_name, rows, why_never
+from kitty_nb.catalog.model import (
+    FileFacts,
+    Kind,
+    doubt,
+    is_projector_name,
+    plain_name,
+    read_facts,
+    rows,
+    shard_paths,
+    why_never,
+)
 from kitty_nb.catalog.stores import FoundFile, Store, files_in, find_files, is_folder, matching
 
 if TYPE_CHECKING:
@@ -47,17 +56,18 @@ def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
         path: The model's file, the first of a split model.
         roots: Folders that models are listed from.
     """
-    model = _describe(path, roots) if _beside(path, roots) else None
+    beside = _beside(path, roots)
+    model = _describe(path, roots, beside) if beside else None
     return model.projector if model else None
 
 
-def _describe(path: Path, roots: Sequence[Path]) -> Model | None:
+def _describe(path: Path, roots: Sequence[Path], beside: Iterable[FoundFile]) -> Model | None:
     """Describe the model that begins with `path`; None when it is not one to serve."""
     shards = shard_paths(path)
     found = {shard: FoundFile(shard, signature_of(shard)) for shard in shards}
     there = [shard for shard in shards if found[shard].signature] or shards[:1]
     files = [replace(found[shard], facts=read_facts(shard)) for shard in there]
-    for file in _beside(path, roots):  # of all but projectors the name is enough
+    for file in beside:  # of all but projectors the name is enough
         read = file.signature and is_projector_name(file.path)
         if file.path not in found:
             files.append(replace(file, facts=read_facts(file.path)) if read else file)
@@ -149,7 +159,8 @@ class ModelCatalog:
 
         It may be left early: what was read until then is remembered.
         """
-        found = {_key(file): file for store in reversed(self.stores) for file in files_in(store)}
+        files = [file for store in reversed(self.stores) for file in files_in(store)]
+        found = {os.path.abspath(file.path): file for file in files}  # noqa: PTH100 - keeps links
         signatures = {key: file.signature for key, file in found.items() if file.signature}
         facts = self._cache.recall(signatures)
         fresh: dict[str, tuple[FileSignature, FileFacts]] = {}
@@ -185,7 +196,8 @@ class ModelCatalog:
 
         Outside the catalog's folder its name is the whole path.
         """
-        return _describe(path, [store.path for store in self.stores])
+        roots = [store.path for store in self.stores]
+        return _describe(path, roots, _beside(path, roots))
 
     async def watch(
         self, kind: Kind = Kind.MODEL, on_step: Callable[[ScanStep], object] | None = None
@@ -284,10 +296,6 @@ async def _changes(folders: Sequence[Path]) -> AsyncGenerator[None]:
                     yield
     except OSError:  # a folder has gone, or the system has no more watches to give
         await anyio.sleep(_POLL_SECONDS)
-
-
-def _key(file: FoundFile) -> str:
-    return os.path.abspath(file.path)  # noqa: PTH100 - a text, and links stay links
 
 
 def _natural(name: str) -> list[str | int]:

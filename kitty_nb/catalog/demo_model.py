@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
-    from gguf import GGUFWriter
     from numpy.typing import NDArray
 
 DEMO_NAME = "kitty-demo.gguf"
@@ -139,30 +138,23 @@ def _write(path: Path, shape: _Shape) -> None:
         writer.add_head_count_kv(1)
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_rope_dimension_count(_WIDTH // _HEADS)
-        _add_tokenizer(writer)
+        writer.add_tokenizer_model("llama")
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        pieces = [piece.replace(" ", "\u2581") for piece in _PIECES]  # SentencePiece's space
+        writer.add_token_list([*_CONTROL, *bytes_, *pieces])
+        writer.add_token_scores([0.0] * _VOCABULARY)
+        kinds = gguf.TokenType
+        control = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL]
+        writer.add_token_types([*control, *[kinds.BYTE] * 256, *[kinds.NORMAL] * len(pieces)])
+        writer.add_unk_token_id(_CONTROL.index("<unk>"))
+        writer.add_bos_token_id(_CONTROL.index("<s>"))
+        writer.add_eos_token_id(_END)
+        writer.add_chat_template(_CHAT_TEMPLATE)
         for name, tensor in _tensors(shape):
             writer.add_tensor(name, tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-
-
-def _add_tokenizer(writer: GGUFWriter) -> None:
-    from gguf import TokenType  # noqa: PLC0415
-
-    pieces = [piece.replace(" ", "\u2581") for piece in _PIECES]  # SentencePiece's space
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces])
-    writer.add_token_scores([0.0] * _VOCABULARY)
-    writer.add_token_types(
-        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-        + [TokenType.BYTE] * 256
-        + [TokenType.NORMAL] * len(pieces)
-    )
-    writer.add_unk_token_id(_CONTROL.index("<unk>"))
-    writer.add_bos_token_id(_CONTROL.index("<s>"))
-    writer.add_eos_token_id(_END)
-    writer.add_chat_template(_CHAT_TEMPLATE)
 
 
 def _tensors(shape: _Shape) -> Iterator[tuple[str, NDArray[np.float16 | np.float32]]]:
@@ -179,19 +171,21 @@ def _tensors(shape: _Shape) -> Iterator[tuple[str, NDArray[np.float16 | np.float
     yield "output.weight", output
 
     ones = np.ones(_WIDTH, np.float32)
-    router = np.zeros((shape.experts, _WIDTH), np.float32)
     square = np.zeros((_WIDTH, _WIDTH), np.float16)
     one_head = np.zeros((_WIDTH // _HEADS, _WIDTH), np.float16)
     into = np.zeros((shape.experts, shape.feed_forward, _WIDTH), np.float16)
-    back = into.reshape(shape.experts, _WIDTH, shape.feed_forward)
-    for block in range(shape.blocks):
-        yield f"blk.{block}.attn_norm.weight", ones
-        yield f"blk.{block}.attn_q.weight", square
-        yield f"blk.{block}.attn_k.weight", one_head
-        yield f"blk.{block}.attn_v.weight", one_head
-        yield f"blk.{block}.attn_output.weight", square
-        yield f"blk.{block}.ffn_norm.weight", ones
-        yield f"blk.{block}.ffn_gate_inp.weight", router
-        yield f"blk.{block}.ffn_gate_exps.weight", into
-        yield f"blk.{block}.ffn_up_exps.weight", into
-        yield f"blk.{block}.ffn_down_exps.weight", back
+    block: dict[str, NDArray[np.float16 | np.float32]] = {
+        "attn_norm": ones,
+        "attn_q": square,
+        "attn_k": one_head,
+        "attn_v": one_head,
+        "attn_output": square,
+        "ffn_norm": ones,
+        "ffn_gate_inp": np.zeros((shape.experts, _WIDTH), np.float32),
+        "ffn_gate_exps": into,
+        "ffn_up_exps": into,
+        "ffn_down_exps": into.reshape(shape.experts, _WIDTH, shape.feed_forward),
+    }
+    for number in range(shape.blocks):
+        for name, tensor in block.items():
+            yield f"blk.{number}.{name}.weight", tensor

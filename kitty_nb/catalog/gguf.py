@@ -294,27 +294,25 @@ class _Reader:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            return self._array()
-        if kind not in _SCALARS:
-            raise self._damaged(f"has a value of the unknown type {kind}")
-        value: bool | int | float = self._scalar(_SCALARS[kind])
+            return self._array(self._scalar("I"))
+        value: bool | int | float = self._scalar(self._code(kind))
         return value
 
-    def _array(self) -> ArrayInfo:
-        kind: int = self._scalar("I")
+    def _array(self, kind: int) -> ArrayInfo:
         if kind == _STRING:
             length = self._count("strings in an array", _MOST_STRINGS)
             self._skip_strings(length)
             return ArrayInfo(kind, length)
-        if kind not in _SCALARS:
-            raise self._damaged(
-                f"has an array with elements of type {kind}, which llama.cpp refuses too"
-            )
-        length = self._scalar("Q")
+        code, length = self._code(kind), self._scalar("Q")
         if length <= MOST_LAYERS:
-            return ArrayInfo(kind, length, self._unpack(f"{length}{_SCALARS[kind]}"))
-        self._at += length * struct.calcsize(self._order + _SCALARS[kind])
+            return ArrayInfo(kind, length, self._unpack(f"{length}{code}"))
+        self._at += length * struct.calcsize(self._order + code)
         return ArrayInfo(kind, length)
+
+    def _code(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise self._damaged(f"has a value of the unknown type {kind}")
+        return _SCALARS[kind]
 
     def _skip_strings(self, count: int) -> None:
         """Pass over strings: the one hot loop, 300,000 turns for a large vocabulary."""

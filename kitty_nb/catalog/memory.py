@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import lru_cache
 from itertools import accumulate
 from operator import add
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.cache import FileSignature, signature_of
 from kitty_nb.catalog.gguf import FORMATS, MOST_LAYERS, TENSOR_TYPES, ArrayInfo, read_contents
@@ -116,9 +116,12 @@ class _ShapeReader:
 
     def __init__(self, layouts: list[GgufLayout]) -> None:
         self._path, self._header = layouts[0].path, layouts[0].header
-        self._count = self._number("block_count", largest=MOST_LAYERS)
-        self._width = self._number("embedding_length")
+        self._count = 1
+        self._count = self._number("block_count", least=1, largest=MOST_LAYERS)
+        self._width = self._number("embedding_length", least=1)
         self._heads = self._each("attention.head_count")
+        self._periods = FORMATS["windows"].get(self._header.architecture or "", {})
+        self._window = self._number("attention.sliding_window", self._periods.get("span", 0))
         self._outside: dict[str, Tensor] = {}
         self._blocks: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for tensor in (tensor for layout in layouts for tensor in layout.tensors):
@@ -131,15 +134,15 @@ class _ShapeReader:
         sizes = {name: tensor.size for name, tensor in self._outside.items()}
         inputs = sum(size for name, size in sizes.items() if name.startswith(_INPUTS))
         embeddings = self._outside.get("token_embd.weight")
-        layers = self._layers()
+        windowed = self._windowed()
         return ModelShape(
-            layers=layers,
+            layers=self._layers(windowed),
             input_weights=inputs,
             output_weights=sum(sizes.values()) - inputs,
             output_is_input="output.weight" not in sizes,
             output_rearranged=embeddings is not None and embeddings.type in _REARRANGED,
-            trained_context=self._number("context_length"),
-            window=self._window if any(layer.windowed for layer in layers) else 0,
+            trained_context=self._number("context_length", least=1),
+            window=self._window if any(windowed) else 0,
             width=self._width,
             heads=max(self._heads),
             queries=max(self._heads) * self._head_length("key", windowed=False),
@@ -148,25 +151,20 @@ class _ShapeReader:
             cache_known=not any(map(_OTHER_MEMORY.search, self._header.metadata)),
         )
 
-    def _layers(self) -> tuple[Layer, ...]:
-        kv_heads = self._each("attention.head_count_kv", self._heads)
-        windowed = self._windowed()
+    def _layers(self, windowed: list[bool]) -> tuple[Layer, ...]:
+        said = self._key("attention.head_count_kv") in self._header.metadata
+        heads = self._each("attention.head_count_kv") if said else self._heads
         compressed = self._key("attention.key_length_mla") in self._header.metadata
         # The blocks that predict tokens after the next are not loaded unless asked for.
         loaded = self._count - self._number("nextn_predict_layers", 0)
         cached = self._cached(loaded)
-        keys, values = (
-            [
-                heads * self._head_length(kind, windowed=in_window) if i < cached else 0
-                for i, (heads, in_window) in enumerate(zip(kv_heads, windowed, strict=True))
-            ]
-            for kind in ("key", "value")
-        )
         return tuple(
             Layer(
                 weights=sum(tensor.size for _, tensor in self._blocks[i]) if i < loaded else 0,
-                keys=keys[i],
-                values=0 if compressed else values[i],
+                keys=heads[i] * self._head_length("key", windowed=windowed[i]) if i < cached else 0,
+                values=heads[i] * self._head_length("value", windowed=windowed[i])
+                if i < cached and not compressed
+                else 0,
                 windowed=windowed[i],
             )
             for i in range(self._count)
@@ -181,25 +179,15 @@ class _ShapeReader:
             return min(loaded, 20)
         return loaded - self._number("attention.shared_kv_layers", 0)
 
-    @property
-    def _windows(self) -> dict[str, Any]:
-        """The entry of the table for its architecture; empty where it has none."""
-        found: dict[str, Any] = FORMATS["windows"].get(self._header.architecture or "", {})
-        return found
-
-    @property
-    def _window(self) -> int:
-        return self._number("attention.sliding_window", self._windows.get("span", 0))
-
     def _windowed(self) -> list[bool]:
         if self._window == 0:
             return [False] * self._count
         key = "attention.sliding_window_pattern"
         pattern = self._header.metadata.get(self._key(key))
-        if isinstance(pattern, ArrayInfo) and pattern.numbers:
+        if isinstance(pattern, ArrayInfo):
             return [*map(bool, pattern.numbers), *[False] * self._count][: self._count]
-        period = self._number(key, self._windows["period"]) if self._windows else 1
-        full = 0 if self._windows.get("first") else period - 1
+        period = self._number(key, self._periods["period"]) if self._periods else 1
+        full = 0 if self._periods.get("first") else period - 1
         return [period == 0 or i % period != full for i in range(self._count)]
 
     def _head_length(self, kind: str, *, windowed: bool) -> int:
@@ -214,7 +202,7 @@ class _ShapeReader:
         experts go where gate and up were, if they fit.
         """
         shapes = {name: tensor.shape for name, tensor in block}
-        used = max(self._each("expert_used_count", [0]))
+        used = self._number("expert_used_count", 0)
         widest = 0
         for suffix, times in (("", 1), ("_shexp", 1), ("_exps", used)):
             down = shapes.get(f"ffn_down{suffix}.weight", (0,))[0] * times
@@ -229,28 +217,25 @@ class _ShapeReader:
             widest = max(widest, inner)
         return widest
 
-    def _each(self, key: str, default: list[int] | None = None) -> list[int]:
-        """A number for each layer, whether the header has one for all or a list."""
-        said = self._header.metadata.get(self._key(key))
-        if isinstance(said, ArrayInfo) and said.numbers:
-            numbers = [int(n) for n in said.numbers[: self._count] if 0 <= n <= _LARGEST]
-            if len(numbers) < self._count:
-                raise self._unusable(f"has a {self._key(key)} that is too short or implausible")
-            return numbers
-        if said is None and default is not None:
-            return default
-        return [self._number(key, least=0)] * self._count
-
     def _number(
-        self, key: str, default: int | None = None, *, least: int = 1, largest: int = _LARGEST
+        self, key: str, default: int | None = None, *, least: int = 0, largest: int = _LARGEST
     ) -> int:
-        value = self._header.metadata.get(self._key(key), default)
-        if value is None:
+        """A number, the largest where each layer has its own."""
+        return max(self._each(key, default, least=least, largest=largest))
+
+    def _each(
+        self, key: str, default: int | None = None, *, least: int = 0, largest: int = _LARGEST
+    ) -> list[int]:
+        """A number for each layer, whether the header has one for all or a list."""
+        said = self._header.metadata.get(self._key(key), default)
+        if said is None:
             raise self._unusable(f"lacks {self._key(key)}")
-        if type(value) is not int or not (least if default is None else 0) <= value <= largest:
-            said = "a list" if isinstance(value, ArrayInfo) else value
-            raise self._unusable(f"says that its {self._key(key)} is {said}")
-        return value
+        listed = said.numbers if isinstance(said, ArrayInfo) else (said,) * self._count
+        sound = [n for n in listed[: self._count] if type(n) is int and least <= n <= largest]
+        if len(sound) < self._count:
+            shown = "a list that does not fit" if isinstance(said, ArrayInfo) else said
+            raise self._unusable(f"says that its {self._key(key)} is {shown}")
+        return sound
 
     def _key(self, key: str) -> str:
         return f"{self._header.architecture}.{key}"
@@ -414,12 +399,14 @@ class MemoryPreview:
         context: The context that this is for, in tokens.
         largest_context: The longest one that fits, with a margin; 0 when none does, None when that
             is unknown.
+        whole_context: Whether that is all the context that the model was trained for.
         problem: Why nothing is known, in a sentence.
     """
 
     allocations: tuple[Allocation, ...] = ()
     context: int | None = None
     largest_context: int | None = None
+    whole_context: bool = False
     problem: str | None = None
 
     @property
@@ -430,9 +417,9 @@ class MemoryPreview:
     @property
     def verdict(self) -> Verdict:
         """The worst verdict of any pool."""
-        found = {one.verdict for one in self.allocations} or {Verdict.UNKNOWN}
         worst_first = (Verdict.WILL_NOT_FIT, Verdict.UNKNOWN, Verdict.TIGHT, Verdict.FITS)
-        return next(verdict for verdict in worst_first if verdict in found)
+        found = (one.verdict for one in self.allocations)
+        return min(found, key=worst_first.index, default=Verdict.UNKNOWN)
 
     def why_not(self) -> str:
         """Say why the model will not fit, and the remedy; empty where it may fit."""
@@ -583,12 +570,13 @@ def preview(shape: ModelShape, settings: MemorySettings, memory: Memory) -> Memo
         trial = replace(settled, context=context)
         return MemoryPreview(allocate(shape, trial, memory)).verdict is Verdict.FITS
 
-    caches = settled.caches
-    upmost, step = shape.trained_context * caches, CONTEXT_STEP * caches
+    upmost, step = shape.trained_context * settled.caches, CONTEXT_STEP * settled.caches
+    largest = _most(fits, upmost, step) if shape.cache_known else None
     return MemoryPreview(
         allocations=allocate(shape, settled, memory),
         context=settled.context,
-        largest_context=_most(fits, upmost, step) if shape.cache_known else None,
+        largest_context=largest,
+        whole_context=largest == upmost,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.catalog import find_projector
 from kitty_nb.catalog.gguf import named_quantization
-from kitty_nb.catalog.model import ShardName, missing_shards, name_some, shard_paths
+from kitty_nb.catalog.model import ShardName, file_size, name_some, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
 from kitty_nb.config import PROJECTOR, load_lenient
 from kitty_nb.errors import ConfigError, Problem
@@ -26,7 +26,7 @@ _SHOWN = 5
 _PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
 _HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)
 _FILE_ENDING = re.compile(r"\.[A-Za-z]{2,12}$")
-_HUB_FOLDER = re.compile(r"(?P<folder>[\w.-]+-GGUF)/(?P<file>.+)", re.ASCII | re.IGNORECASE)
+_HUB_FOLDER = re.compile(r"[\w.-]+-GGUF/", re.ASCII | re.IGNORECASE)
 
 
 def resolve_model(config: ServerConfig) -> ServerConfig:
@@ -113,18 +113,14 @@ def _what_is_wrong(
         return f"There is no such file (looked in {path.parent}).", _advice(path, models_dir)
     if str(path).encode(errors="ignore") != os.fsencode(path):
         return "Its name, or that of a folder above it, is not valid UTF-8.", "Rename it."
-    return _wrong_shard(path, models_dir)
-
-
-def _wrong_shard(path: Path, models_dir: Path) -> tuple[str, str] | None:
     shard, shards = ShardName.parse(path), shard_paths(path)
     if shard and shard.number > 1:
         reason = f"It is shard {shard.number} of {shard.count}; a model goes by its first shard."
         return reason, f"Write {_relative(shards[0], models_dir)}."
-    if missing := missing_shards(path):
-        names = name_some([each.name for each in missing], _SHOWN)
+    if missing := [each.name for each in shards if file_size(each) is None]:
         return (
-            f"{len(missing)} of its {len(shards)} shards are missing from {path.parent}: {names}.",
+            f"{len(missing)} of its {len(shards)} shards are missing from {path.parent}:"
+            f" {name_some(missing, _SHOWN)}.",
             "Download the missing files beside the others.",
         )
     return None
@@ -132,16 +128,9 @@ def _wrong_shard(path: Path, models_dir: Path) -> tuple[str, str] | None:
 
 def _file_in_store(path: Path, stores: Sequence[Store]) -> FoundFile | None:
     """Return what Ollama says of a model that it keeps; None of any other."""
-    return next(
-        (
-            file
-            for store in stores
-            if store.kind is StoreKind.OLLAMA and path.is_relative_to(store.path)
-            for file in files_in(store)
-            if file.path == path and file.known_as
-        ),
-        None,
-    )
+    ollama = [store for store in stores if store.kind is StoreKind.OLLAMA]
+    files = (file for one in ollama if path.is_relative_to(one.path) for file in files_in(one))
+    return next((file for file in files if file.path == path and file.known_as), None)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -155,15 +144,11 @@ def _advice(path: Path, models_dir: Path) -> str:
     value, names = _relative(path, models_dir), _names(models_dir)
     wanted = value.lower().removesuffix(".gguf")
     by_key = {key: name for name in names for key in (name.lower(), Path(name).stem.lower())}
-    close = list(dict.fromkeys(by_key[k] for k in get_close_matches(wanted, by_key, n=6)))
-    inside = [n for n in names if n.lower().startswith(wanted.rstrip("/") + "/")]
-    parts = []
-    if near := list(dict.fromkeys(inside + close))[:_SHOWN]:
-        parts.append(f"Did you mean {' or '.join(near)}?")
-    parts.append(_listed(names, models_dir))
-    if commands := _download_commands(value, models_dir):
-        parts.append(f"To download it: {commands}")
-    return " ".join(parts)
+    inside = [name for name in names if name.lower().startswith(wanted.rstrip("/") + "/")]
+    close = [by_key[key] for key in get_close_matches(wanted, by_key, n=6)]
+    near = list(dict.fromkeys(inside + close))[:_SHOWN]
+    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    return f"{meant}{_listed(names, models_dir)}{_download_commands(value, models_dir)}"
 
 
 def _names(models_dir: Path) -> list[str]:
@@ -181,22 +166,19 @@ def _listed(names: list[str], models_dir: Path) -> str:
     return f"Models in {models_dir}: {name_some(names, _SHOWN)}."
 
 
-def _download_commands(value: str, models_dir: Path) -> str | None:
+def _download_commands(value: str, models_dir: Path) -> str:
     """Our line and the `hf download` line, where the name looks like a Hub repository."""
-    if folder := _HUB_FOLDER.fullmatch(value):
-        repository, file = f"OWNER/{folder['folder']}", folder["file"]
-    elif hub := _HUB_REPOSITORY.fullmatch(value):
-        repository, file = hub["repository"], hub["file"]
-        if _FILE_ENDING.search(repository):  # a mistyped file
-            return None
-    else:
-        return None
-    pattern = f"*{Path(file).name.removesuffix('.gguf')}*.gguf" if file else "*.gguf"
-    target = models_dir / repository.split("/")[1]
-    quantization = named_quantization(Path(file).name.removesuffix(".gguf")) if file else None
+    owned = f"OWNER/{value}" if _HUB_FOLDER.match(value) else value
+    hub = _HUB_REPOSITORY.fullmatch(owned)
+    if not hub or _FILE_ENDING.search(hub["repository"]):  # a mistyped file
+        return ""
+    repository, stem = hub["repository"], Path(hub["file"] or "").name.removesuffix(".gguf")
+    pattern = f"*{stem}*.gguf" if stem else "*.gguf"
+    quantization = named_quantization(stem)
     ours = f"kitty-nb download {repository}" + (f":{quantization}" if quantization else "")
+    target = models_dir / repository.split("/")[1]
     theirs = f"hf download {repository} --include '{pattern}' --local-dir '{target}'"
-    return f"{ours} (or: {theirs})"
+    return f" To download it: {ours} (or: {theirs})"
 
 
 def _relative(path: Path, models_dir: Path) -> str:

@@ -176,7 +176,9 @@ def memory_sentence(preview: MemoryPreview) -> str:
         )
     line = f"Memory: {what} — <b class='{tone}'>{preview.verdict}</b>"
     if (most := preview.largest_context) is not None:
-        line += f"; largest context that fits: {most:,}" if most else "; no context size fits"
+        whole = "the model's maximum context fits"
+        fits = whole if preview.whole_context else "largest context that fits"
+        line += f"; {fits}: {most:,}" if most else "; no context size fits"
     pools = " · ".join(
         f"{escape(one.pool.name)} {_size(one.requirement.known)} of {_free(one)}"
         for one in preview.allocations
