@@ -268,8 +268,8 @@ def test_bounds_cut_lists_and_fix_what_is_left_open(read: Read, base: ServerConf
     ("space", "constraints", "error", "words"),
     [
         ({}, None, ExperimentError, "space is empty"),
-        ({"threads": []}, None, ConfigError, "threads"),
-        ({"threads": (8, 1)}, None, ConfigError, "threads"),
+        ({"threads": []}, None, ExperimentError, "no threads. Give other values"),
+        ({"threads": (8, 1)}, None, ExperimentError, "no threads. Give other values"),
         ({"threads": [0]}, None, ConfigError, "THREADS|threads"),
         ({"port": [1, 2]}, None, ConfigError, "the space"),
         ({"threads": [1, 2]}, {"threads>": 2}, ExperimentError, "no threads that keeps"),
@@ -280,7 +280,7 @@ def test_bounds_cut_lists_and_fix_what_is_left_open(read: Read, base: ServerConf
             ExperimentError,
             "neither a setting in the space nor a measurement",
         ),
-        ({"threads": [1]}, {"context_size>": 512}, ExperimentError, "context_size is not set"),
+        ({"threads": [1]}, {"context_size>": 512}, ExperimentError, "no context_size that keeps"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(

@@ -275,22 +275,17 @@ def fill_batches(
 
 def _check_names(names: Iterable[str]) -> Iterator[Problem]:
     """Yield what is wrong with names of settings, as far as it shows without an engine."""
+    choice = f"{', '.join(FIELDS)}, or a flag of llama-server."
     for name in dict.fromkeys(names):
         if name in FIELDS:
             continue
-        fields = ", ".join(FIELDS)
-        if name == "model":
-            yield Problem(name, "", "Models are not a setting.", "Write models=[…] instead.")
-        elif name == "n_predict":
-            yield Problem(name, "", "The sweep's max_tokens sets it.", "Leave it out.")
-        elif name in ServerConfig.model_fields:
-            fix = f"Leave it out. You can vary {fields}, or a flag of llama-server."
+        if name in ServerConfig.model_fields:
+            fix = _DECIDED.get(_flag(name), f"Leave it out. You can vary {choice}")
             yield Problem(name, "", "The sweep sets it itself.", fix)
         elif near := get_close_matches(name, FIELDS, n=1, cutoff=_MISSPELT):
             yield Problem(name, "", "There is no such setting.", f"Did you mean {near[0]}?")
         elif not re.fullmatch(r"[\w.-]+", name):
-            fix = f"Use one of {fields}, or a flag of llama-server."
-            yield Problem(name, "", "It isn't the name of a setting.", fix)
+            yield Problem(name, "", "It isn't the name of a setting.", f"Use one of {choice}")
 
 
 def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:

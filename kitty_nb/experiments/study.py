@@ -25,7 +25,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from kitty_nb.config import FlashAttention
-from kitty_nb.errors import ConfigError, ExperimentError, Problem
+from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments.results import Combination, Results
 from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
 from kitty_nb.experiments.store import quiet
@@ -224,20 +224,20 @@ def read_space(
     """
     given = dict(_default(base) if written is None else written)
     for bound in bounds:
-        if bound.name not in {*given, *metrics} and not _kept(bound, base, {*given, *metrics}):
+        known = {*given, *metrics}
+        if bound.name not in known | {*FIELDS}:
+            raise ExperimentError(
+                f"The constraint {bound} names neither a setting in the space nor a measurement."
+                f" Available: {', '.join(sorted(known))}."
+            )
+        in_base = as_value(getattr(base, bound.name, None))
+        if bound.name not in known and not (in_base and bound.allows(in_base)):
             given[bound.name] = bound.bound
     if not given:
         raise ExperimentError("The space is empty. Name at least one setting to vary.")
-    problems = [
-        Problem(name, str(choice), "It has no values.", f"Write {name}=[…].")
-        for name, choice in given.items()
-        if not _listed(choice) or (_is_range(choice) and choice[0] > choice[1])
-    ]
-    if problems:
-        raise ConfigError("the space", tuple(problems))
     each = [{name: value} for name, choice in given.items() for value in _listed(choice)]
     try:
-        trials = combine(base, [] if model is None else [model], configs=each)
+        trials = combine(base, [] if model is None else [model], configs=[{}, *each])
     except ConfigError as error:
         raise ConfigError("the space", error.problems) from None
     space = {
@@ -245,24 +245,6 @@ def read_space(
         for name, choice in given.items()
     }
     return trials[0].model, space
-
-
-def _kept(bound: Constraint, base: ServerConfig, names: Collection[str]) -> bool:
-    """True if the settings in use keep a bound on one of them; else it can be fixed to it."""
-    if bound.name not in FIELDS:
-        raise ExperimentError(
-            f"The constraint {bound} names neither a setting in the space nor a measurement."
-            f" Available: {', '.join(sorted(names))}."
-        )
-    value = as_value(getattr(base, bound.name))
-    if value and bound.allows(value):
-        return True
-    if not bound.allows(bound.bound):
-        raise ExperimentError(
-            f"{bound.name} is {value or 'not set'}, which does not keep {bound}. Put it into the"
-            " space, or change it in config."
-        )
-    return False
 
 
 def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
@@ -282,10 +264,9 @@ def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
             if whole:
                 return IntDistribution(int(low), int(high), log=wide)
             return FloatDistribution(low, high, log=wide)
-    raise ExperimentError(
-        f"The space has no {name} that keeps {' and '.join(map(str, bounds))}. Loosen the"
-        " constraint, or give other values."
-    )
+    kept = f" that keeps {' and '.join(map(str, bounds))}" if bounds else ""
+    loosen = ", or loosen the constraint" if bounds else ""
+    raise ExperimentError(f"The space has no {name}{kept}. Give other values{loosen}.")
 
 
 def _cut(low: float, high: float, bound: Constraint) -> tuple[float, float]:

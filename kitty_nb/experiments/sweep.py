@@ -221,16 +221,16 @@ class Sweep(TrialRunner):
             await self._check_flags(trial.settings for trial in self.trials)
         await self._kept.add()  # creates the file, so that an unusable one shows first
         await anyio.to_thread.run_sync(self._read_rows, True)
-        failed = [key for key, row in self._rows.items() if row.outcome is not Outcome.DONE]
-        again = set(failed if retry else [])
-        left = [t for t in self.trials if t.key in again or t.key not in self._rows]
+        done = {key: row for key, row in self._rows.items() if row.outcome is Outcome.DONE}
+        kept = done if retry else self._rows
+        left = [trial for trial in self.trials if trial.key not in kept]
         if where is None:
             models = [trial.model for trial in left]
             await anyio.to_thread.run_sync(
                 partial(fingerprints_here, models, self.config, must_exist=True)
             )
-        await self._kept.add(dropped=again)
-        self._rows = {key: row for key, row in self._rows.items() if key not in again}
+        await self._kept.add(dropped=self._rows.keys() - kept)
+        self._rows = kept
         async with where or this_machine(self.config, self.workload, self._logs) as execute:
             await self._carry_out(left, execute)
 
