@@ -10,7 +10,7 @@ from test_sweep import servers
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, run_trial, tune
+from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, measure, tune
 from kitty_nb.experiments.trial import SweepEvent, TrialEnded, TrialStarted
 from kitty_nb.manager import Operation
 
@@ -172,7 +172,7 @@ def test_a_trial_that_fails_unforeseen_is_a_row(
             raise RuntimeError("a bug")
         return TrialResult(trial, Outcome.DONE)
 
-    monkeypatch.setattr(run_trial, "run_trial", run)
+    monkeypatch.setattr(measure, "run_trial", run)
     found = search(space={"batch_size": [64, 128], "threads": 1}, budget=2).wait(WAIT)
     assert found.settings["batch_size"] == 128
     (bad,) = [row for row in found.results.rows if row.outcome is Outcome.FAILED]
