@@ -271,6 +271,6 @@ def test_a_fleet_that_cannot_be_kept_current_says_so(
         raise RuntimeError("a row that is gone")
 
     fleet = open_(env)
-    monkeypatch.setattr(fleet, "_describe", fail)
+    monkeypatch.setattr(fleet, "_look", fail)
 
     eventually(lambda: "a row that is gone" in fleet.notice)

@@ -290,16 +290,16 @@ def test_rows_come_by_family_favourites_and_last_used_first() -> None:
     stores = [Store(Path("/models")), Store(Path("/ollama"), StoreKind.OLLAMA)]
     ids = {found.path: number for number, found in enumerate(models)}
     rows = table_rows(models, stores, notes, ids)
-    assert [(row.family, row.name) for row in rows] == [
+    assert [(row["family"], row["name"]) for row in rows] == [
         ("", "y:1b"),
         ("X", "x-q8"),
         ("X", "x-q4"),
         ("", "alone"),
     ]
     first, second = rows[:2]
-    assert (first.store, first.favourite, first.state) == ("Ollama", True, "downloading")
-    assert (second.used, second.load, second.state) == (100.0, "2.0 s", "unusable")
-    assert {"x", "q8_0", "llama"} <= set(second.words.split())
+    assert (first["store"], first["favourite"], first["state"]) == ("Ollama", True, "downloading")
+    assert (second["used"], second["load"], second["state"]) == (100.0, "2.0 s", "unusable")
+    assert {"x", "q8_0", "llama"} <= set(second["words"].split())
 
 
 def test_details_tell_what_the_header_says(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ class ControlPanel(VBox):
         self.manager, state = manager, manager.state
         self._router_load: RouterLoad | None = None
         self._status = state.status
-        self._view = LiveView(self._subscribe, self._draw, self._show_error, self._next_second)
+        self._view = LiveView(
+            self._draw, self._show_error, self._next_second, subscribe=self._subscribe
+        )
         self._make_parts(earlier if earlier and earlier.manager is manager else None)
         self._scan()
         if not state.status.absent and state.external is None:  # started here or elsewhere

@@ -209,23 +209,23 @@ class LiveView:
     event loop.
 
     Args:
-        subscribe: Subscribes to what changes; returns how to unsubscribe.
-        draw: Writes the widgets.
+        draw: Writes the widgets, at once or as a coroutine function.
         show_error: Shows a sentence: drawing has failed, and ends.
         tick: Returns the seconds until something changes by itself, such as a clock.
         pause: The least number of seconds between two drawings.
+        subscribe: Subscribes to what changes; returns how to unsubscribe.
     """
 
     def __init__(
         self,
-        subscribe: Callable[[], Callable[[], object]],
-        draw: Callable[[], object],
+        draw: Callable[[], Coroutine[Any, Any, object] | None],
         show_error: Callable[[str], object],
         tick: Callable[[], float],
         pause: float = _DRAW_EVERY,
+        subscribe: Callable[[], Callable[[], object]] = lambda: lambda: None,
     ) -> None:
-        self._subscribe, self._draw = subscribe, draw
-        self._show_error, self._tick, self._pause = show_error, tick, pause
+        self._draw, self._show_error, self._tick = draw, show_error, tick
+        self._pause, self._subscribe = pause, subscribe
         self._jobs: deque[Callable[[], object]] = deque()
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -240,13 +240,18 @@ class LiveView:
         """True if it has been started, and its loop has not ended."""
         return self._task is not None
 
+    @property
+    def changed(self) -> bool:
+        """True if something has changed since the latest drawing began."""
+        return self._changed.is_set()
+
     def wake(self) -> None:
         """Draw soon; callable from any thread."""
         if self._loop:
             try:
                 self._loop.call_soon_threadsafe(self._changed.set)
             except RuntimeError:  # the loop is closed, so nobody else draws
-                self._draw()
+                self._draw_last()
 
     def before_drawing(self, job: Callable[[], object]) -> None:
         """Call something in a worker thread once, then draw; callable from any thread."""
@@ -268,7 +273,8 @@ class LiveView:
                 self._changed.clear()
                 while self._jobs:
                     await anyio.to_thread.run_sync(self._jobs.popleft())
-                self._draw()
+                if drawing := self._draw():
+                    await drawing
                 await anyio.sleep(self._pause)
                 with anyio.move_on_after(self._tick()):
                     await self._changed.wait()
@@ -279,4 +285,8 @@ class LiveView:
             unsubscribe()
             if self._task:
                 self._task = None
-                self._draw()  # the loop ends, and the widgets stay
+                self._draw_last()  # the loop ends, and the widgets stay
+
+    def _draw_last(self) -> None:
+        if drawing := self._draw():
+            drawing.close()  # no loop runs it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from rich.progress import Progress
 
 from kitty_nb.errors import KittyError
 from kitty_nb.hub import Download, HubReference, find_repository
-from kitty_nb.widgets.display import Meter, Notice, button, duration, explain, labelled, show_if
+from kitty_nb.widgets.display import Meter, Notice, button, duration, labelled, show_if
+from kitty_nb.widgets.session import ActionRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -60,6 +62,7 @@ class DownloadForm(Accordion):
         self.bar, self.text = self.progress.bar, self.progress.text
         show_if(self.progress, False)
         self.notice = Notice()
+        self._actions = ActionRunner(manager.run, self.notice.show)
         where = HBox([self.repository, self.show_files]).add_class("kitty-form-row")
         what = HBox([self.choice, self.download, self.cancel]).add_class("kitty-form-row")
         form = VBox([where, what, self.files, self.progress, self.notice]).add_class("kitty-form")
@@ -81,33 +84,22 @@ class DownloadForm(Accordion):
 
     def _list(self) -> None:
         self.stop()
-        self._running = self._do(self._look, self.repository.value)
+        self._begin(self._look, self.repository.value)
 
     def _choose(self) -> None:
         if not self.choice.disabled:  # else the listing sets it
-            self._do(self._describe, self.choice.value)
+            self._actions.run(partial(self._manager.run, self._describe, self.choice.value))
 
     def _download(self) -> None:
         if not (self._running and not self._running.done):
-            self._running = self._do(self._fetch, self.choice.value)
+            self._begin(self._fetch, self.choice.value)
 
-    def _do(
-        self, work: Callable[..., Coroutine[Any, Any, None]], *args: object
-    ) -> Operation[None] | None:
-        """Run on the manager's thread, and show what goes wrong."""
+    def _begin(self, work: Callable[..., Coroutine[Any, Any, None]], wanted: object) -> None:
+        def begin() -> Operation[None]:
+            self._running = self._manager.run(work, wanted)
+            return self._running
 
-        async def guarded() -> None:
-            self.notice.show(None)
-            try:
-                await work(*args)
-            except Exception as error:  # noqa: BLE001 - nobody would see it raised
-                self.notice.show(explain(error))
-
-        try:
-            return self._manager.run(guarded)
-        except KittyError as error:
-            self.notice.show(str(error))
-            return None
+        self._actions.run(begin)
 
     async def _look(self, text: str) -> None:
         self.choice.disabled = self.download.disabled = True

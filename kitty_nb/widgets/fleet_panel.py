@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import anyio
 import traitlets
@@ -58,8 +58,7 @@ class Profile:
         return self.config if self.state.status.idle else self.state.config
 
 
-@dataclass(frozen=True, slots=True)
-class FleetRow:
+class FleetRow(TypedDict):
     """One row, in words.
 
     Attributes:
@@ -169,7 +168,7 @@ class FleetPanel(Page):
         env: The `.env` file with the settings.
 
     Attributes:
-        rows: A `FleetRow` as a mapping for each profile.
+        rows: A `FleetRow` for each profile.
         notice: What is wrong with the file.
 
     Raises:
@@ -188,9 +187,9 @@ class FleetPanel(Page):
             stack.callback(session.release, self)
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
             self._read()
-            super().__init__("kitty-panel", rows=self._describe())
+            super().__init__("kitty-panel", rows=self._look())
             # At once: a drawing is one message at most, whatever has changed.
-            self._view = LiveView(lambda: lambda: None, self._draw, self._show_error, lambda: 0.0)
+            self._view = LiveView(self._draw, self._show_error, lambda: 0.0)
             self._view.start(self._portal.start_task_soon)
             stack.callback(self._view.stop)
             stack.callback(self._portal.start_task_soon(self._measure_forever).cancel)
@@ -206,7 +205,10 @@ class FleetPanel(Page):
 
     def _repr_html_(self) -> str:
         rows = self._look()
-        cells = [(row.profile, row.status, row.model, str(row.port), row.problem) for row in rows]
+        cells = [
+            (row["profile"], row["status"], row["model"], str(row["port"]), row["problem"])
+            for row in rows
+        ]
         head = "Profile", "State", "Model", "Port", ""
         return still("kitty_nb fleet", [f"{len(rows)} profiles"], table(head, cells))
 
@@ -230,15 +232,15 @@ class FleetPanel(Page):
         """Start all that can be started; of those that want one port the first."""
         ports = set()
         for row in self._look():
-            if row.start and row.port not in ports:
-                self.start(row.profile)
-                ports.add(row.port)
+            if row["start"] and row["port"] not in ports:
+                self.start(row["profile"])
+                ports.add(row["port"])
 
     def stop_all(self) -> None:
         """Stop all that run."""
         for row in self._look():
-            if row.stop:
-                self.stop(row.profile)
+            if row["stop"]:
+                self.stop(row["profile"])
 
     def rescan(self) -> None:
         """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
@@ -276,12 +278,9 @@ class FleetPanel(Page):
     def _look(self) -> list[FleetRow]:
         return fleet_rows([member.look() for member in self._members.values()])
 
-    def _describe(self) -> list[dict[str, object]]:
-        return [asdict(row) for row in self._look()]
-
     def _draw(self) -> None:
         with self.hold_sync():
-            self.rows = self._describe()
+            self.rows = self._look()
             self.notice = self._problem
 
     def _show_error(self, message: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import Counter
 from contextlib import aclosing, suppress
-from dataclasses import asdict, dataclass
 from html import escape
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -23,7 +21,17 @@ from kitty_nb.catalog.memory import Verdict
 from kitty_nb.catalog.model import ModelNote, shard_paths
 from kitty_nb.catalog.stores import StoreKind, model_stores
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.display import Line, Page, asset, button, duration, explain, labelled, show_if
+from kitty_nb.widgets.display import (
+    Line,
+    LiveView,
+    Page,
+    asset,
+    button,
+    duration,
+    explain,
+    labelled,
+    show_if,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -266,8 +274,7 @@ def _scanned(step: ScanStep) -> str:
     return f"{bar}Reading models: {step.done:,} of {step.total:,}"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(TypedDict):
     """One model in the table; everything is text for people but `used`.
 
     Attributes:
@@ -431,9 +438,10 @@ class OnDemand(Page):
             self.send({"kind": kind, **content})
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page: it has all the contents again, or has marked a row itself."""
+        """Take a message of a page."""
         if message == {"kind": "replay"}:
             self.asked, self._told = True, {}
+        self._told.pop("chosen", None)  # a page shows at once what is chosen there
         self._on_message(message)
 
 
@@ -463,20 +471,11 @@ class ModelTable(OnDemand):
         self.ids: dict[Path, int] = {}
         self._fits: dict[int, str] = {}
 
-    def show(
-        self,
-        models: Sequence[Model],
-        chosen: Model | None,
-        stores: Sequence[Store],
-        notes: Mapping[Path, ModelNote],
-    ) -> None:
-        """Show models, and which of them is chosen."""
+    def number(self, models: Iterable[Model]) -> Mapping[Path, int]:
+        """Number the models that have no number yet; return all numbers."""
         for model in models:
             self.ids.setdefault(model.path, len(self.ids))
-        rows = table_rows(models, stores, notes, self.ids)
-        self.tell("rows", rows=[asdict(row) for row in rows])
-        self._told.pop("chosen", None)  # a page that was clicked shows its own choice
-        self.tell("chosen", id=self.ids[chosen.path] if chosen else None)
+        return self.ids
 
     def show_fits(self, verdicts: Mapping[Path, Verdict]) -> None:
         """Show of some models whether they would fit into memory."""
@@ -512,7 +511,7 @@ class LastTime(HBox):
 
 
 _LOOK_EVERY = 30.0  # seconds; free memory changes, and other programs use the same history
-_PAUSE = 0.2  # seconds, in which several changes become one
+_PAUSE = 0.25  # seconds between two looks
 _JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
 
 
@@ -536,25 +535,15 @@ class ModelBrowser(VBox):
         tell: Callable[[str], None],
     ) -> None:
         self._manager, self._picker, self._wanted, self._tell = manager, picker, wanted, tell
-        self._stale = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._view = LiveView(self._look, tell, lambda: _LOOK_EVERY, _PAUSE)
+        self.look_again, self.stop = self._view.wake, self._view.stop
         self.last_time = LastTime(form)
         self.table = ModelTable(self._receive)
         self.details = ModelDetails("kitty-details-box", self._receive)
         super().__init__([self.last_time, self.table, self.details])
         self.add_class("kitty-browser")
         picker.on_list = self.look_again
-        self._looking = manager.run(self._look_forever)
-
-    def look_again(self) -> None:
-        """Look at everything again; callable from any thread."""
-        if self._loop:
-            with suppress(RuntimeError):  # it is closed
-                self._loop.call_soon_threadsafe(self._stale.set)
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._looking.cancel()
+        self._view.start(manager.run)
 
     def _receive(self, message: Any) -> None:
         by_id = dict(enumerate(self.table.ids))
@@ -572,16 +561,7 @@ class ModelBrowser(VBox):
     async def _mark(self, model: Path, favourite: bool) -> None:
         config = self._manager.state.config
         await self._manager.stats.set_favorite(model, favourite, config, self._tell)
-        self._stale.set()
-
-    async def _look_forever(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        while True:
-            self._stale.clear()
-            await self._look()
-            with anyio.move_on_after(_LOOK_EVERY):
-                await self._stale.wait()
-            await anyio.sleep(_PAUSE)
+        self.look_again()
 
     async def _look(self) -> None:
         model, models = self._picker.model, self._picker.models
@@ -593,13 +573,15 @@ class ModelBrowser(VBox):
         notes = await self._manager.stats.load([one.path for one in models], config, self._tell)
         self.last_time.show(notes.get(model.path) if model else None)
         if self.table.asked:
-            stores = model_stores(config)
-            await anyio.to_thread.run_sync(self.table.show, models, model, stores, notes)
+            stores, ids = model_stores(config), self.table.number(models)
+            rows = await anyio.to_thread.run_sync(table_rows, models, stores, notes, ids)
+            self.table.tell("rows", rows=rows)
+            self.table.tell("chosen", id=ids[model.path] if model else None)
             if right:
                 await self._judge([one.path for one in models if one.startable], config)
 
     async def _judge(self, models: Sequence[Path], config: ServerConfig) -> None:
         """Look which models fit, until something has changed again."""
         waiting = iter(models)
-        while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._stale.is_set():
+        while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._view.changed:
             self.table.show_fits(await self._manager.stats.fits(some, config))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import Operation
-    from kitty_nb.supervisor.events import ServerState
 
 T = TypeVar("T")
 
@@ -141,17 +140,17 @@ class ActionRunner:
     ) -> None:
         self._run, self._show_problem = run, show_problem
         self._confirm = ConfirmOnce("Press the button again to start anyway.")
-        self._starting: Operation[ServerState] | None = None
+        self._starting: Operation[Any] | None = None
 
     def run(
         self,
-        action: Callable[..., Operation[ServerState]],
+        action: Callable[..., Operation[Any]],
         wanted: Callable[[], ServerConfig] | None = None,
     ) -> None:
         """Run an action; a start whose memory is still being checked is cancelled.
 
         Args:
-            action: A command of the manager.
+            action: Begins the work, such as a command of the manager.
             wanted: Returns the settings, where it starts a server.
         """
         self._show_problem(None)
@@ -166,7 +165,7 @@ class ActionRunner:
             self._starting = action(config, wait_for_ready=False, anyway=anyway)
             self._run(self._follow, self._starting, config)
 
-    async def _follow(self, operation: Operation[ServerState], config: ServerConfig | None) -> None:
+    async def _follow(self, operation: Operation[Any], config: ServerConfig | None) -> None:
         with self._showing_failures(), self._confirm.watch(config):
             await operation
 

@@ -163,9 +163,7 @@ class SweepPanel(VBox):
         self._rows_changed = True
         self._loads: dict[Trial, LoadProgress] = {}
         self._answers: dict[Trial, RequestAnswered] = {}
-        self._view = LiveView(
-            lambda: lambda: None, self._draw, self._show_problem, lambda: _CLOCK_EVERY, _DRAW_EVERY
-        )
+        self._view = LiveView(self._draw, self._show_problem, lambda: _CLOCK_EVERY, _DRAW_EVERY)
         self._writing = threading.Lock()
 
         self.status_line = Line("kitty-status")
