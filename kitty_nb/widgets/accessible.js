@@ -1,10 +1,5 @@
 // The page's side of Accessible: what ipywidgets does not tell keyboards and screen readers.
 
-// Writes only what differs: what is said again is read out again.
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
 function improve(panel, said) {
   for (const bar of panel.querySelectorAll(".kitty-bar .progress")) {
     const text = bar.closest(".kitty-load, .kitty-fetch")?.querySelector(".kitty-bar-text");

@@ -182,7 +182,7 @@ class Accessible(AnyWidget):
         label: The name of the panel.
     """
 
-    _esm: ClassVar[str] = asset("accessible.js")
+    _esm: ClassVar[str] = asset("page.js", "accessible.js")
     label: Any = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, label: str) -> None:

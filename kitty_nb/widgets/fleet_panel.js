@@ -2,10 +2,6 @@
 
 const COLUMNS = ["Profile", "State", "Model", "Port", "Memory", "Tok/s", ""];
 
-function element(tag, className, properties = {}) {
-  return Object.assign(document.createElement(tag), { className, ...properties });
-}
-
 function button(text, title, onClick) {
   const made = element("button", "jupyter-button kitty-fleet-button", {
     type: "button",
@@ -14,11 +10,6 @@ function button(text, title, onClick) {
   });
   made.addEventListener("click", onClick);
   return made;
-}
-
-// Writes only what differs: a row that is read or has the focus is not to be disturbed.
-function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
 }
 
 function createRow(profile, send) {

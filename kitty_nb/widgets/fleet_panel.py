@@ -175,7 +175,7 @@ class FleetPanel(Page):
         ConfigError: The file cannot be read.
     """
 
-    _esm: ClassVar[str] = asset("fleet_panel.js")
+    _esm: ClassVar[str] = asset("page.js", "fleet_panel.js")
     _css: ClassVar[str] = asset("panel.css", "fleet.css")
     rows: Any = traitlets.List().tag(sync=True)
     notice: Any = traitlets.Unicode("").tag(sync=True)

@@ -1,34 +1,10 @@
 // The page's side of ModelDetails: the facts of one model, and its chat template.
 
-function createStore() {
-  const store = { facts: [], template: "", asked: false, views: new Set() };
-  store.receive = (message) => {
-    if (message.kind !== "facts") return;
-    store.facts = message.facts;
-    store.template = message.template;
-    store.views.forEach((draw) => draw());
-  };
-  return store;
-}
-
-function initialize(model, store) {
-  store.ask = () => {
-    if (!store.asked) model.send({ kind: "replay" });
-    store.asked = true;
-  };
-  model.on("msg:custom", store.receive);
-  return () => model.off("msg:custom", store.receive);
-}
-
-function element(tag, className, properties = {}) {
-  return Object.assign(document.createElement(tag), { className, ...properties });
-}
-
-// Else JupyterLab takes keys for its own commands on cells, such as x, which cuts one.
-function keepKeys(node) {
-  node.addEventListener("keydown", (event) => {
-    if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
-  });
+function receive(store, message) {
+  if (message.kind !== "facts") return;
+  store.facts = message.facts;
+  store.template = message.template;
+  store.views.forEach((draw) => draw());
 }
 
 function render(el, store) {
@@ -57,14 +33,7 @@ function render(el, store) {
   };
   fold.addEventListener("toggle", () => fold.open && store.ask());
   draw();
-  store.views.add(draw);
-  return () => store.views.delete(draw);
+  return draw;
 }
 
-export default () => {
-  const store = createStore();
-  return {
-    initialize: ({ model }) => initialize(model, store),
-    render: ({ el }) => render(el, store),
-  };
-};
+export default stored(() => ({ facts: [], template: "" }), receive, render);

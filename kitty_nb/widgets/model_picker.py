@@ -448,7 +448,7 @@ class OnDemand(Page):
 class ModelDetails(OnDemand):
     """The facts of a model's header, and its chat template."""
 
-    _esm: ClassVar[str] = asset("model_details.js")
+    _esm: ClassVar[str] = asset("page.js", "model_details.js")
 
     def show(self, model: Model | None) -> None:
         """Show a model."""
@@ -464,7 +464,7 @@ class ModelTable(OnDemand):
         ids: The page's names for the models; each keeps its number.
     """
 
-    _esm: ClassVar[str] = asset("model_table.js")
+    _esm: ClassVar[str] = asset("page.js", "model_table.js")
 
     def __init__(self, on_message: Callable[[Any], object]) -> None:
         super().__init__("kitty-table-box", on_message)

@@ -18,42 +18,17 @@ const [CLOCK, DATE, LONG_AGO] = [
   { day: "numeric", month: "short", year: "numeric" },
 ].map((options) => new Intl.DateTimeFormat([], options));
 
-// What one model has received; its views come and go.
-function createStore() {
-  const store = { rows: [], fits: {}, chosen: null, asked: false, views: new Set() };
-  store.receive = (message) => {
-    if (message.kind === "rows") store.rows = message.rows;
-    else if (message.kind === "fits") Object.assign(store.fits, message.fits);
-    else if (message.kind === "chosen") store.chosen = message.id;
-    else return;
-    store.views.forEach((view) => view[message.kind]());
-  };
-  return store;
+function receive(store, message) {
+  if (message.kind === "rows") store.rows = message.rows;
+  else if (message.kind === "fits") Object.assign(store.fits, message.fits);
+  else if (message.kind === "chosen") store.chosen = message.id;
+  else return;
+  store.views.forEach((view) => view[message.kind]());
 }
 
-function initialize(model, store) {
-  store.ask = () => {
-    if (!store.asked) model.send({ kind: "replay" });
-    store.asked = true;
-  };
-  store.choose = (id) => {
-    store.receive({ kind: "chosen", id });
-    model.send({ kind: "choose", id });
-  };
-  store.mark = (id, favourite) => model.send({ kind: "mark", id, favourite });
-  model.on("msg:custom", store.receive);
-  return () => model.off("msg:custom", store.receive);
-}
-
-function element(tag, className, properties = {}) {
-  return Object.assign(document.createElement(tag), { className, ...properties });
-}
-
-// Else JupyterLab takes keys for its own commands on cells, such as x, which cuts one.
-function keepKeys(node) {
-  node.addEventListener("keydown", (event) => {
-    if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
-  });
+function choose(store, id) {
+  receive(store, { kind: "chosen", id }); // at once, not when the kernel has answered
+  store.send({ kind: "choose", id });
 }
 
 function when(seconds) {
@@ -77,7 +52,7 @@ function drawStar(row, store) {
     event.stopPropagation();
     row.favourite = !row.favourite;
     show();
-    store.mark(row.id, row.favourite);
+    store.send({ kind: "mark", id: row.id, favourite: row.favourite });
   });
   show();
   return star;
@@ -215,7 +190,7 @@ function render(el, store) {
   });
   body.addEventListener("click", (event) => {
     const line = event.target.closest(".kitty-row");
-    if (line) store.choose(Number(line.dataset.id));
+    if (line) choose(store, Number(line.dataset.id));
   });
   body.addEventListener("keydown", (event) => {
     const line = event.target.closest(".kitty-row");
@@ -227,7 +202,7 @@ function render(el, store) {
       if (moves[event.key] < 0) filter.focus();
       else (shown[moves[event.key]] || line).focus();
     } else if (event.target === line && (event.key === "Enter" || event.key === " ")) {
-      store.choose(Number(line.dataset.id));
+      choose(store, Number(line.dataset.id));
     } else if (event.key === "f") line.querySelector(".kitty-star").click();
     else return;
     event.preventDefault();
@@ -235,14 +210,7 @@ function render(el, store) {
   body.addEventListener("focusin", (event) => focusOn(event.target.closest(".kitty-row")));
 
   if (store.rows.length) view.rows();
-  store.views.add(view);
-  return () => store.views.delete(view);
+  return view;
 }
 
-export default () => {
-  const store = createStore();
-  return {
-    initialize: ({ model }) => initialize(model, store),
-    render: ({ el }) => render(el, store),
-  };
-};
+export default stored(() => ({ rows: [], fits: {}, chosen: null }), receive, render);

@@ -9,33 +9,18 @@ function levelOf(line) {
   return /\bwarn(ing)?\b/i.test(line) ? "warning" : "info";
 }
 
-// What one model has received; its views come and go.
-function createStore() {
-  const store = { lines: [], next: 0, views: new Set() };
-  store.receive = (message) => {
-    if (message.kind === "clear") {
-      store.lines = [];
-      store.next = message.next;
-      store.views.forEach((view) => view.clear());
-    } else if (message.kind === "lines") {
-      const known = Math.max(0, store.next - message.first);
-      const fresh = message.lines.slice(known);
-      store.next = Math.max(store.next, message.first + message.lines.length);
-      store.lines = store.lines.concat(fresh).slice(-LINES_KEPT);
-      store.views.forEach((view) => view.append(fresh));
-    }
-  };
-  return store;
-}
-
-function initialize(model, store) {
-  model.on("msg:custom", store.receive);
-  model.send({ kind: "replay" });
-  return () => model.off("msg:custom", store.receive);
-}
-
-function element(tag, className, properties = {}) {
-  return Object.assign(document.createElement(tag), { className, ...properties });
+function receive(store, message) {
+  if (message.kind === "clear") {
+    store.lines = [];
+    store.next = message.next;
+    store.views.forEach((view) => view.clear());
+  } else if (message.kind === "lines") {
+    const known = Math.max(0, store.next - message.first);
+    const fresh = message.lines.slice(known);
+    store.next = Math.max(store.next, message.first + message.lines.length);
+    store.lines = store.lines.concat(fresh).slice(-LINES_KEPT);
+    store.views.forEach((view) => view.append(fresh));
+  }
 }
 
 function render(el, store) {
@@ -107,14 +92,8 @@ function render(el, store) {
 
   setFollowing(true);
   if (store.lines.length) view.append(store.lines);
-  store.views.add(view);
-  return () => store.views.delete(view);
+  store.ask();
+  return view;
 }
 
-export default () => {
-  const store = createStore();
-  return {
-    initialize: ({ model }) => initialize(model, store),
-    render: ({ el }) => render(el, store),
-  };
-};
+export default stored(() => ({ lines: [], next: 0 }), receive, render);

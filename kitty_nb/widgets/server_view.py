@@ -202,7 +202,7 @@ class ServerLog(Page):
             because a page asks for all the lines there are.
     """
 
-    _esm: ClassVar[str] = asset("clipboard.js", "server_log.js")
+    _esm: ClassVar[str] = asset("page.js", "clipboard.js", "server_log.js")
     # The style of the whole panel, here alone: each that carries it adds it to saved notebooks.
     _css: ClassVar[str] = asset("panel.css")
 

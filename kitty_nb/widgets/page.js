@@ -1,0 +1,42 @@
+// What the pages of several widgets share; put before each of them.
+
+function element(tag, className, properties = {}) {
+  return Object.assign(document.createElement(tag), { className, ...properties });
+}
+
+// Writes only what differs: what is read or has the focus is not disturbed, nor read out again.
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// Else JupyterLab takes keys for its own commands on cells, such as x, which cuts one.
+function keepKeys(node) {
+  node.addEventListener("keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+  });
+}
+
+// A widget whose views come and go, while its model keeps in a store what it has received.
+function stored(begin, receive, render) {
+  return () => {
+    const store = { views: new Set(), asked: false, ...begin() };
+    return {
+      initialize({ model }) {
+        store.send = (message) => model.send(message);
+        store.ask = () => {
+          if (!store.asked) model.send({ kind: "replay" });
+          store.asked = true;
+        };
+        const hear = (message) => receive(store, message);
+        model.on("msg:custom", hear);
+        return () => model.off("msg:custom", hear);
+      },
+      render({ el }) {
+        const view = render(el, store);
+        store.views.add(view);
+        return () => store.views.delete(view);
+      },
+    };
+  };
+}
+
