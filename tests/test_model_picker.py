@@ -154,11 +154,11 @@ class Page:
 
     def __init__(self, panel: ControlPanel, sent: list[tuple[str, dict[str, object]]]) -> None:
         self._sent, self._panel, self._since = sent, panel, len(sent)
-        for widget in (panel.browser.table, panel.browser.details):
-            widget._handle_custom_msg({"kind": "replay"}, [])
+        for part in ("table", "details"):
+            self.says(kind="replay", part=part)
 
     def says(self, **message: object) -> None:
-        self._panel.browser.table._handle_custom_msg(message, [])
+        self._panel.browser._handle_custom_msg(message, [])
 
     def last(self, kind: str) -> dict[str, Any]:
         contents = [data.get("content") for _, data in self._sent[self._since :]]

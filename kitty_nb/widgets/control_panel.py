@@ -110,11 +110,10 @@ class ControlPanel(VBox):
         self.web_page = server_view.WebPage(manager.reveal_api_key)
         self.server_log = server_view.ServerLog(self._view.wake)
         name = Accessible(f"kitty_nb control panel of the profile {self._profile}")
-        models = (self.picker, self.browser, self.download, self.settings, self.memory)
-        server = (self.buttons, self.load_bar, self.notice, self.snippet, self.web_page)
-        super().__init__(
-            [self.status_line, *models, *server, self.activity_log, self.server_log, name]
-        )
+        models = (self.picker, self.browser.last_time, self.browser, self.download)
+        start = (self.settings, self.memory, self.buttons, self.load_bar, self.notice)
+        server = (self.snippet, self.web_page, self.activity_log, self.server_log)
+        super().__init__([self.status_line, *models, *start, *server, name])
         self.add_class("kitty-panel")
         self._answer_clicks()
 

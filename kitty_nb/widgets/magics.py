@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SHOW_EVERY = 0.2  # seconds
-_LOG_LINES = 40
+_VERBS = ["start", "stop", "restart", "switch", "status", "logs"]
 _GREY, _PLAIN = "\x1b[90m", "\x1b[0m"
 
 
@@ -42,40 +42,24 @@ class KittyMagics(Magics):
         self._confirm = session.ConfirmOnce("Run this again to start anyway.")
 
     @magic_arguments()
-    @argument(
-        "verb",
-        choices=["start", "stop", "restart", "switch", "status", "logs"],
-        help="The action for the profile's server.",
-    )
+    @argument("verb", choices=_VERBS, help="The action for the profile's server.")
     @argument("model", nargs="?", help="switch: a .gguf file, relative to the models folder.")
     @argument("--profile", default="primary", help="The profile to use.")
     @argument("--env", default=".env", help="The .env file with the settings.")
-    @argument(
-        "--force",
-        action="store_true",
-        help="stop: kill the server immediately instead of shutting it down gracefully.",
-    )
-    @argument(
-        "-n",
-        "--lines",
-        type=int,
-        default=_LOG_LINES,
-        help="logs: how many of the last lines to print.",
-    )
+    @argument("--force", action="store_true", help="stop: kill the server immediately.")
+    @argument("-n", "--lines", type=int, default=40, help="logs: the number of lines to print.")
     @line_magic
     def kitty(self, line: str) -> None:
         """Start, stop or look at a profile's server."""
         given = _given(self.kitty, line)
         manager = session.acquire(given.env, given.profile, self)
-        profile = manager, given.env, given.profile
         if given.verb in {"start", "restart", "status"}:
             for warning in env_warnings(given.env, given.profile):
                 _say(warning)
         match given.verb:
-            case "start":
-                self._load(manager.start, session.config_to_start(*profile))
-            case "restart":
-                self._load(manager.restart, session.config_to_start(*profile))
+            case "start" | "restart" as verb:
+                config = session.config_to_start(manager, given.env, given.profile)
+                self._load(getattr(manager, verb), config)
             case "switch":
                 if given.model is None:
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
@@ -91,11 +75,7 @@ class KittyMagics(Magics):
 
     @magic_arguments()
     @argument("--system", help="The system prompt.")
-    @argument(
-        "--temperature",
-        type=float,
-        help="Sampling temperature; 0 always picks the most likely token.",
-    )
+    @argument("--temperature", type=float, help="0 always picks the most likely token.")
     @argument("--max-tokens", type=int, help="The maximum length of the answer, in tokens.")
     @argument("--profile", default="primary", help="The profile whose model to ask.")
     @argument("--env", default=".env", help="The .env file with the settings.")

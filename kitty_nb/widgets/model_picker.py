@@ -411,79 +411,6 @@ def _count(number: int | None, of: str = "") -> str | None:
     return None if number is None else f"{number:,}{of}"
 
 
-class OnDemand(Page):
-    """A folded part of the panel, whose contents travel once somebody has unfolded it.
-
-    They travel as messages, so neither the widget's state nor a saved notebook grows with them.
-
-    Args:
-        css_class: Its class for the style sheet.
-        on_message: Called, on the front end's thread, with each message of a page.
-
-    Attributes:
-        asked: Whether a page has ever wanted the contents.
-    """
-
-    asked = False
-
-    def __init__(self, css_class: str, on_message: Callable[[Any], object]) -> None:
-        super().__init__(css_class)
-        self._on_message = on_message
-        self._told: dict[str, object] = {}
-
-    def tell(self, kind: str, **content: object) -> None:
-        """Send contents to the page, where they are wanted and other than before."""
-        if self.asked and self._told.get(kind) != content:
-            self._told[kind] = content
-            self.send({"kind": kind, **content})
-
-    def receive(self, message: Any) -> None:
-        """Take a message of a page."""
-        if message == {"kind": "replay"}:
-            self.asked, self._told = True, {}
-        self._told.pop("chosen", None)  # a page shows at once what is chosen there
-        self._on_message(message)
-
-
-class ModelDetails(OnDemand):
-    """The facts of a model's header, and its chat template."""
-
-    _esm: ClassVar[str] = asset("page.js", "model_details.js")
-
-    def show(self, model: Model | None) -> None:
-        """Show a model."""
-        facts = [*model_facts(model).items()] if model else []
-        template = (model.facts.chat_template if model else None) or ""
-        self.tell("facts", facts=facts, template=template)
-
-
-class ModelTable(OnDemand):
-    """A table of models with a filter.
-
-    Attributes:
-        ids: The page's names for the models; each keeps its number.
-    """
-
-    _esm: ClassVar[str] = asset("page.js", "model_table.js")
-
-    def __init__(self, on_message: Callable[[Any], object]) -> None:
-        super().__init__("kitty-table-box", on_message)
-        self.ids: dict[Path, int] = {}
-        self._fits: dict[int, str] = {}
-
-    def number(self, models: Iterable[Model]) -> Mapping[Path, int]:
-        """Number the models that have no number yet; return all numbers."""
-        for model in models:
-            self.ids.setdefault(model.path, len(self.ids))
-        return self.ids
-
-    def show_fits(self, verdicts: Mapping[Path, Verdict]) -> None:
-        """Show of some models whether they would fit into memory."""
-        for path, verdict in verdicts.items():
-            self._fits[self.ids[path]] = "" if verdict is Verdict.UNKNOWN else verdict.value
-        self.tell("fits", fits={**self._fits})
-
-
 class LastTime(HBox):
     """An offer of the settings of last time; hidden where there is none, or they are set already.
 
@@ -515,16 +442,24 @@ _PAUSE = 0.25  # seconds between two looks
 _JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
 
 
-class ModelBrowser(VBox):
-    """What is known of the models, folded under the picker. The manager's loop writes it.
+class ModelBrowser(Page):
+    """A table of the models and the details of one, folded under the picker.
+
+    Their contents travel as messages, once somebody has unfolded them, so neither the widget's
+    state nor a saved notebook grows with them. The manager's loop writes them.
 
     Args:
         manager: It knows how models were used, and whether they fit.
         picker: Whose models these are; a click on a row chooses there.
         form: Where the settings of last time go.
         wanted: Returns the settings that a start would use, or raises a `KittyError`.
-        tell: Called, on the manager's loop, with a sentence about what cannot be remembered.
+        say: Called, on the manager's loop, with a sentence about what cannot be remembered.
+
+    Attributes:
+        last_time: The offer of settings.
     """
+
+    _esm: ClassVar[str] = asset("page.js", "model_browser.js")
 
     def __init__(
         self,
@@ -532,23 +467,28 @@ class ModelBrowser(VBox):
         picker: ModelPicker,
         form: SettingsForm,
         wanted: Callable[[], ServerConfig],
-        tell: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:
-        self._manager, self._picker, self._wanted, self._tell = manager, picker, wanted, tell
-        self._view = LiveView(self._look, tell, lambda: _LOOK_EVERY, _PAUSE)
+        super().__init__("kitty-browser")
+        self._manager, self._picker, self._wanted, self._say = manager, picker, wanted, say
+        self._unfolded: set[str] = set()
+        self._told: dict[str, object] = {}
+        self._ids: dict[Path, int] = {}  # the page's names for the models; each keeps its number
+        self._fits: dict[int, str] = {}
+        self._view = LiveView(self._look, say, lambda: _LOOK_EVERY, _PAUSE)
         self.look_again, self.stop = self._view.wake, self._view.stop
         self.last_time = LastTime(form)
-        self.table = ModelTable(self._receive)
-        self.details = ModelDetails("kitty-details-box", self._receive)
-        super().__init__([self.last_time, self.table, self.details])
-        self.add_class("kitty-browser")
         picker.on_list = self.look_again
         self._view.start(manager.run)
 
-    def _receive(self, message: Any) -> None:
-        by_id = dict(enumerate(self.table.ids))
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        self._told.pop("chosen", None)  # a page shows at once what is chosen there
+        by_id = dict(enumerate(self._ids))
         match message:
-            case {"kind": "replay"}:
+            case {"kind": "replay", "part": str(part)}:
+                self._unfolded.add(part)
+                self._told.clear()
                 self.look_again()
             case {"kind": "choose", "id": int(number)} if number in by_id:
                 self._picker.choose(by_id[number])
@@ -560,7 +500,7 @@ class ModelBrowser(VBox):
 
     async def _mark(self, model: Path, favourite: bool) -> None:
         config = self._manager.state.config
-        await self._manager.stats.set_favorite(model, favourite, config, self._tell)
+        await self._manager.stats.set_favorite(model, favourite, config, self._say)
         self.look_again()
 
     async def _look(self) -> None:
@@ -569,14 +509,19 @@ class ModelBrowser(VBox):
             config, right = self._wanted(), True
         except KittyError:
             config, right = self._manager.state.config, False
-        self.details.show(model)
-        notes = await self._manager.stats.load([one.path for one in models], config, self._tell)
+        notes = await self._manager.stats.load([one.path for one in models], config, self._say)
         self.last_time.show(notes.get(model.path) if model else None)
-        if self.table.asked:
-            stores, ids = model_stores(config), self.table.number(models)
+        if "details" in self._unfolded:
+            facts = [*model_facts(model).items()] if model else []
+            template = (model.facts.chat_template if model else None) or ""
+            self._tell("facts", facts=facts, template=template)
+        if "table" in self._unfolded:
+            for one in models:
+                self._ids.setdefault(one.path, len(self._ids))
+            stores, ids = model_stores(config), self._ids
             rows = await anyio.to_thread.run_sync(table_rows, models, stores, notes, ids)
-            self.table.tell("rows", rows=rows)
-            self.table.tell("chosen", id=ids[model.path] if model else None)
+            self._tell("rows", rows=rows)
+            self._tell("chosen", id=ids[model.path] if model else None)
             if right:
                 await self._judge([one.path for one in models if one.startable], config)
 
@@ -584,4 +529,12 @@ class ModelBrowser(VBox):
         """Look which models fit, until something has changed again."""
         waiting = iter(models)
         while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._view.changed:
-            self.table.show_fits(await self._manager.stats.fits(some, config))
+            for path, verdict in (await self._manager.stats.fits(some, config)).items():
+                self._fits[self._ids[path]] = "" if verdict is Verdict.UNKNOWN else verdict.value
+            self._tell("fits", fits={**self._fits})
+
+    def _tell(self, kind: str, **content: object) -> None:
+        """Send contents to the page, where they are other than before."""
+        if self._told.get(kind) != content:
+            self._told[kind] = content
+            self.send({"kind": kind, **content})

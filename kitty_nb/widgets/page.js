@@ -19,13 +19,13 @@ function keepKeys(node) {
 // A widget whose views come and go, while its model keeps in a store what it has received.
 function stored(begin, receive, render) {
   return () => {
-    const store = { views: new Set(), asked: false, ...begin() };
+    const store = { views: new Set(), asked: new Set(), ...begin() };
     return {
       initialize({ model }) {
         store.send = (message) => model.send(message);
-        store.ask = () => {
-          if (!store.asked) model.send({ kind: "replay" });
-          store.asked = true;
+        store.ask = (part) => {
+          if (!store.asked.has(part)) model.send({ kind: "replay", part });
+          store.asked.add(part);
         };
         const hear = (message) => receive(store, message);
         model.on("msg:custom", hear);

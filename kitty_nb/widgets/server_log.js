@@ -92,7 +92,7 @@ function render(el, store) {
 
   setFollowing(true);
   if (store.lines.length) view.append(store.lines);
-  store.ask();
+  store.ask("lines");
   return view;
 }
 

@@ -239,9 +239,10 @@ class ServerLog(Page):
 
     def receive(self, message: Any) -> None:
         """Take a message of a page."""
-        if message == {"kind": "replay"}:
-            self._sent = 0
-            self._on_replay_asked()
+        match message:
+            case {"kind": "replay"}:
+                self._sent = 0
+                self._on_replay_asked()
 
 
 @dataclass(frozen=True, slots=True)
