@@ -28,7 +28,7 @@ from kitty_nb.experiments.study import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.forecast import memory_use, with_devices
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
-from kitty_nb.widgets.server_view import StatusLine
+from kitty_nb.widgets.server_view import status_line
 
 MIB = 1 << 20
 
@@ -230,9 +230,7 @@ def test_a_server_says_which_devices_it_uses(
         eventually(lambda: read_status(manager.state.config).devices == names)
         with ModelManager(env) as other:
             assert other.state.devices == names
-            other_line = StatusLine()
-            other_line.show(other.state)
-            assert names[0] in other_line.value
+            assert names[0] in status_line(other.state)
             other.run(leave, other).wait(5)
         found = {finding.what: finding for finding in examine(env)}
         for name in names:

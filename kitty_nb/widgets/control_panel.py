@@ -21,8 +21,7 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     StateChanged,
 )
-from kitty_nb.widgets import server_view, session
-from kitty_nb.widgets.display import Accessible, LiveView, Notice, receive_while_busy, still, tree
+from kitty_nb.widgets import display, server_view, session
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.model_picker import ModelBrowser, ModelPicker
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
@@ -76,7 +75,7 @@ class ControlPanel(VBox):
         self.manager, state = manager, manager.state
         self._router_load: RouterLoad | None = None
         self._status = state.status
-        self._view = LiveView(
+        self._view = display.LiveView(
             self._draw, self._show_error, self._next_second, subscribe=self._subscribe
         )
         self._make_parts(earlier if earlier and earlier.manager is manager else None)
@@ -93,7 +92,7 @@ class ControlPanel(VBox):
         manager = self.manager
         told = earlier.activity_log.activities if earlier else ()
         self.activity_log: server_view.ActivityLog = server_view.ActivityLog(told)
-        self.status_line = server_view.StatusLine()
+        self.status_line = display.Line("kitty-status")
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.download = (
             earlier._hand_over(self)
@@ -105,11 +104,11 @@ class ControlPanel(VBox):
         self.memory = MemoryLine(manager, self._wanted)
         self.buttons = server_view.ServerButtons()
         self.load_bar = server_view.LoadBar()
-        self.notice = Notice()
-        self.snippet = server_view.Snippet(self)
+        self.notice = display.Notice()
+        self.snippet = display.Line("kitty-snippet")
         self.web_page = server_view.WebPage(manager.reveal_api_key)
         self.server_log = server_view.ServerLog(self._view.wake)
-        name = Accessible(f"kitty_nb control panel of the profile {self._profile}")
+        name = display.Accessible(f"kitty_nb control panel of the profile {self._profile}")
         models = (self.picker, self.browser.last_time, self.browser, self.download)
         start = (self.settings, self.memory, self.buttons, self.load_bar, self.notice)
         server = (self.snippet, self.web_page, self.activity_log, self.server_log)
@@ -127,7 +126,7 @@ class ControlPanel(VBox):
         self.buttons.attach.on_click(lambda _: actions.run(self.manager.attach))
         self.settings.save.on_click(lambda _: self._save())
         self.picker.rescan.on_click(lambda _: self.rescan())
-        receive_while_busy(tree(self))
+        display.receive_while_busy(display.tree(self))
 
     def __repr__(self) -> str:
         return f"ControlPanel(profile={self._profile!r})"
@@ -136,7 +135,7 @@ class ControlPanel(VBox):
         state = self.manager.state
         ready = state.status is ServerStatus.READY
         facts = state.status, state.model_name or "", state.endpoint if ready else ""
-        return still(f"kitty_nb, profile {self._profile}", facts)
+        return display.still(f"kitty_nb, profile {self._profile}", facts)
 
     @property
     def choice(self) -> ServerConfig:
@@ -191,7 +190,7 @@ class ControlPanel(VBox):
         if self.download in self.children:  # else a later run of the cell has it
             self.download.stop()
         session.release(self)
-        for widget in [*tree(self)][1:]:
+        for widget in [*display.tree(self)][1:]:
             widget.close()
         super().close()
 
@@ -318,7 +317,8 @@ class ControlPanel(VBox):
         )
         startable = model is not None and model.startable
         self.buttons.show(state, server_view.choices(state, startable=startable, differs=differs))
-        self.snippet.show(state)
+        ready = state.status is ServerStatus.READY
+        self.snippet.write(server_view.snippet(state, self) if ready else "")
         self.web_page.show(state)
         if state.external:
             self.load_bar.show_router(self._router_load)
@@ -333,7 +333,7 @@ class ControlPanel(VBox):
         self.activity_log.flush()
         self.server_log.flush()
         # Last: whoever waits for a state finds all that belongs to it.
-        self.status_line.show(state)
+        self.status_line.write(server_view.status_line(state))
 
 
 def _what_to_press(state: ServerState) -> str:

@@ -33,7 +33,7 @@ def asset(*names: str) -> str:
 
 
 class Line(HTML):
-    """A piece of HTML; hidden while it is empty.
+    """A piece of HTML, or nothing.
 
     Args:
         css_class: Its class for the style sheet.
@@ -45,8 +45,9 @@ class Line(HTML):
         self.write("")
 
     def write(self, html: str) -> None:
-        """Show some HTML, or hide."""
-        self.value = html
+        """Show some HTML, or hide. What was shown stays, so that a fold in it is open again."""
+        if html:
+            self.value = html
         show_if(self, bool(html))
 
 

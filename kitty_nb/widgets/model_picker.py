@@ -21,17 +21,7 @@ from kitty_nb.catalog.memory import Verdict
 from kitty_nb.catalog.model import ModelNote, shard_paths
 from kitty_nb.catalog.stores import StoreKind, model_stores
 from kitty_nb.errors import KittyError
-from kitty_nb.widgets.display import (
-    Line,
-    LiveView,
-    Page,
-    asset,
-    button,
-    duration,
-    explain,
-    labelled,
-    show_if,
-)
+from kitty_nb.widgets import display
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,7 +53,7 @@ class ModelDropdown(Dropdown):
     def __init__(self, on_choice: Callable[[], object]) -> None:
         self.turn = threading.RLock()
         self._filling = False
-        super().__init__(**labelled("Model", "Models in the models folder and elsewhere"))
+        super().__init__(**display.labelled("Model", "Models in the models folder and elsewhere"))
         self.add_class("kitty-model")
         self.observe(lambda _change: self._filling or on_choice(), names="value")
 
@@ -135,8 +125,10 @@ class ModelPicker(VBox):
         self._list_due = 0.0
         self._following: Operation[None] | None = None
         self.dropdown = ModelDropdown(self._note_choice)
-        self.rescan = button("Rescan", "refresh", "Reload the .env file and look for models")
-        self.scan_line = Line("kitty-scan")
+        self.rescan = display.button(
+            "Rescan", "refresh", "Reload the .env file and look for models"
+        )
+        self.scan_line = display.Line("kitty-scan")
         row = HBox([self.dropdown, self.rescan]).add_class("kitty-picker")
         super().__init__([row, self.scan_line])
         self.add_class("kitty-models")
@@ -210,7 +202,7 @@ class ModelPicker(VBox):
             problem = f"The list does not update by itself: {error}. Press Rescan to update it."
             self.scan_line.write(escape(problem))
         except Exception as error:  # noqa: BLE001 (raised here, nobody would see it)
-            self.scan_line.write(escape(explain(error)))
+            self.scan_line.write(escape(display.explain(error)))
             self._complete.set()
 
     def _take(self, catalog: ModelCatalog, step: ScanStep) -> None:
@@ -341,7 +333,7 @@ def table_rows(
             size=decimal(model.size),
             context=f"{model.context_length:,}" if model.context_length else "",
             used=note.last_used,
-            load="" if note.load_seconds is None else duration(note.load_seconds),
+            load="" if note.load_seconds is None else display.duration(note.load_seconds),
             favourite=note.favourite,
             state=_state(model),
             problem=model.problem or model.doubt or "",
@@ -422,7 +414,7 @@ class LastTime(HBox):
         self._form = form
         self._settings: Mapping[str, object] = {}
         self.text = HTML()
-        self.use = button("Use these", "", "Fill in the fields below")
+        self.use = display.button("Use these", "", "Fill in the fields below")
         self.use.on_click(lambda _: self._form.apply(self._settings))
         super().__init__([self.text, self.use])
         self.add_class("kitty-last-time")
@@ -434,7 +426,7 @@ class LastTime(HBox):
         self._settings = note.settings if note and used else {}
         others = self._form.differing(self._settings) if used else []
         self.text.value = f"Last time: {escape(' · '.join(others))}" if others else ""
-        show_if(self, bool(others))
+        display.show_if(self, bool(others))
 
 
 _LOOK_EVERY = 30.0  # seconds; free memory changes, and other programs use the same history
@@ -442,7 +434,7 @@ _PAUSE = 0.25  # seconds between two looks
 _JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
 
 
-class ModelBrowser(Page):
+class ModelBrowser(display.Page):
     """A table of the models and the details of one, folded under the picker.
 
     Their contents travel as messages, once somebody has unfolded them, so neither the widget's
@@ -459,7 +451,7 @@ class ModelBrowser(Page):
         last_time: The offer of settings.
     """
 
-    _esm: ClassVar[str] = asset("page.js", "model_browser.js")
+    _esm: ClassVar[str] = display.asset("page.js", "model_browser.js")
 
     def __init__(
         self,
@@ -475,7 +467,7 @@ class ModelBrowser(Page):
         self._told: dict[str, object] = {}
         self._ids: dict[Path, int] = {}  # the page's names for the models; each keeps its number
         self._fits: dict[int, str] = {}
-        self._view = LiveView(self._look, say, lambda: _LOOK_EVERY, _PAUSE)
+        self._view = display.LiveView(self._look, say, lambda: _LOOK_EVERY, _PAUSE)
         self.look_again, self.stop = self._view.wake, self._view.stop
         self.last_time = LastTime(form)
         picker.on_list = self.look_again

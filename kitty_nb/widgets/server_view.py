@@ -16,7 +16,7 @@ from IPython import get_ipython
 from ipywidgets import HBox, Output
 
 from kitty_nb.supervisor.events import Level, ServerStatus, Stage
-from kitty_nb.widgets.display import Line, Meter, Page, asset, button, duration, show_if
+from kitty_nb.widgets.display import Meter, Page, asset, button, duration, show_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,18 +51,12 @@ def unanswered(state: ServerState) -> str:
     return health.message if health and silent else ""
 
 
-class StatusLine(Line):
-    """State, process, model, alias, endpoint, uptime, latency and slots."""
-
-    def __init__(self) -> None:
-        super().__init__("kitty-status")
-
-    def show(self, state: ServerState) -> None:
-        """Show a snapshot."""
-        badge = f"<span class='kitty-badge kitty-{TONES[state.status]}'>{state.status}</span>"
-        profile = f"<span class='kitty-heading'>{escape(state.config.profile)}</span>"
-        facts = (f"<span class='kitty-fact'>{fact}</span>" for fact in _facts(state))
-        self.write("".join([badge, profile, *facts]))
+def status_line(state: ServerState) -> str:
+    """Draw state, model, process, endpoint, uptime, latency and slots."""
+    badge = f"<span class='kitty-badge kitty-{TONES[state.status]}'>{state.status}</span>"
+    profile = f"<span class='kitty-heading'>{escape(state.config.profile)}</span>"
+    facts = (f"<span class='kitty-fact'>{fact}</span>" for fact in _facts(state))
+    return "".join([badge, profile, *facts])
 
 
 def _facts(state: ServerState) -> Iterator[str]:
@@ -362,27 +356,17 @@ print({panel}.manager.client.chat.completions.create(**request).choices[0].messa
 _NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
 
 
-class Snippet(Line):
-    """Folded code that uses the server; hidden until it is ready.
+def snippet(state: ServerState, panel: object) -> str:
+    """Draw folded code that uses a server.
 
     Args:
+        state: The server.
         panel: The panel that the code goes through.
     """
-
-    def __init__(self, panel: object) -> None:
-        super().__init__("kitty-snippet")
-        self._panel = panel
-        self._openai = _OPENAI if find_spec("openai") else _NO_OPENAI
-
-    def show(self, state: ServerState) -> None:
-        """Show the code for a server."""
-        ready = state.status is ServerStatus.READY
-        show_if(self, ready)  # the text stays: written anew, it would be folded again
-        if ready:
-            panel, words = _name_of(self._panel), {"alias": state.alias, "endpoint": state.endpoint}
-            code = _CODE.format(panel=panel, openai=self._openai.format(panel=panel), **words)
-            summary = "<summary>Use it from code</summary>"
-            self.value = f"<details>{summary}<pre>{escape(code)}</pre></details>"
+    name, where = _name_of(panel), {"alias": state.alias, "endpoint": state.endpoint}
+    openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
+    code = escape(_CODE.format(panel=name, openai=openai, **where))
+    return f"<details><summary>Use it from code</summary><pre>{code}</pre></details>"
 
 
 def _name_of(thing: object) -> str:
