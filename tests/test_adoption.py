@@ -264,7 +264,8 @@ def test_a_server_that_has_long_been_ready_says_what_its_load_took(
     record = read_record(config)
     assert record
     write_record(record.model_copy(update={"began": record.began - 10_000, "load_seconds": 7.0}))
-    assert "Model loaded (1 check, 7s elapsed)" in told_until(config, "Model loaded")
+    told = told_until(config, "Found a running server")
+    assert any("whose model loaded in 7 s." in line for line in told)
 
 
 def test_a_server_is_found_though_its_model_has_gone(
@@ -305,11 +306,11 @@ def test_a_server_whose_program_was_killed_before_it_could_record_it_is_found(
     kernel = """
 import os, signal, sys
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.supervisor import launch
-write = launch.write_record
+from kitty_nb.supervisor import registry
+write = registry.write_record
 def write_or_die(record):
     os.kill(os.getpid(), signal.SIGKILL) if record.pid else write(record)
-launch.write_record = write_or_die
+registry.write_record = write_or_die
 ModelManager(config=ServerConfig.model_validate_json(sys.argv[1])).start().wait(30)
 """
     subprocess.run([sys.executable, "-c", kernel, config.model_dump_json()], check=False)

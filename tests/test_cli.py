@@ -349,7 +349,10 @@ def test_what_will_not_fit_is_refused_unless_wanted_anyway(env: Path, stand_in: 
     assert facts(env)["pid"] != pid
 
 
-def test_a_hung_server_is_not_said_to_serve(env: Path, stand_in: Path) -> None:
+def test_a_hung_server_is_not_said_to_serve(
+    env: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.health._ANSWER_WITHIN", 0.5)
     env.write_text(f"{env.read_text()}LLAMACPP_BIN={stand_in}\n")
     assert run("start", "--env", env).exit_code == 0
     os.kill(int(str(facts(env)["pid"])), signal.SIGSTOP)

@@ -1,15 +1,14 @@
-"""Histories of minutes, on a clock that runs faster than the machine's."""
+"""Histories of minutes, in simulated time and on simulated processes."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Callable
 
 import anyio
 import pytest
-from fast_time import RATE, clock, supervised_fast
+from fast_time import SimulatedProcess, clock, simulated
 
 from kitty_nb import HealthCheckResult, ServerConfig, ServerState, ServerStatus, Supervisor
 from kitty_nb.errors import ServerFailedError
@@ -18,65 +17,80 @@ from kitty_nb.supervisor.events import Activity, Event, StateChanged
 Misbehaving = Callable[..., ServerConfig]
 
 
+class NeverReady(SimulatedProcess):
+    ready_after = 1e9
+
+
+class NeverListening(NeverReady):
+    listens_after = 1e9
+
+
+class SlowLoad(SimulatedProcess):
+    ready_after = 15.0
+
+
 async def reach(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> None:
-    with anyio.fail_after(30 * RATE):
+    with anyio.fail_after(300):
         while not condition(supervisor.state):
-            await anyio.sleep(0.05)
+            await anyio.sleep(0.5)
 
 
 def said(events: list[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, Activity)]
 
 
-def test_a_load_under_sigstop_is_given_up_and_killed_after_its_grace(
+def test_a_load_that_hangs_is_given_up_and_killed_after_its_grace(
     misbehaving: Misbehaving,
 ) -> None:
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
-        await supervisor.start(wait_for_ready=False)
+        await supervisor.start(wait_for_ready=False, anyway=True)
         await reach(supervisor, lambda state: state.status is ServerStatus.LOADING)
-        pid, began = supervisor.state.pid, clock()
-        assert pid
-        os.kill(pid, signal.SIGSTOP)
+        began = clock()
+        SimulatedProcess.latest.paused = True
         await reach(supervisor, lambda state: state.status is ServerStatus.FAILED)
         assert clock() - began >= 30 + 12
         assert "stalled in the stage" in (supervisor.state.error or "")
 
-    supervised_fast(misbehaving("--never-ready", stall_seconds=30, stop_grace_seconds=12), scenario)
+    simulated(misbehaving(stall_seconds=30, stop_grace_seconds=12), scenario, NeverReady)
 
 
-def test_a_ready_server_under_sigstop_is_said_to_hang_and_to_serve_again(
+def test_a_ready_server_that_hangs_is_said_to_hang_and_to_serve_again(
     misbehaving: Misbehaving,
 ) -> None:
     async def scenario(supervisor: Supervisor, events: list[Event]) -> None:
-        pid = (await supervisor.start()).pid
-        assert pid
+        await supervisor.start(anyway=True)
 
         async def told(words: str) -> None:
             await reach(supervisor, lambda _: any(words in line for line in said(events)))
 
-        os.kill(pid, signal.SIGSTOP)
+        SimulatedProcess.latest.paused = True
         await told("not responding (no answer in time)")
-        os.kill(pid, signal.SIGCONT)
+        SimulatedProcess.latest.paused = False
         await told("The server is responding again.")
 
-    supervised_fast(misbehaving(), scenario)
+    simulated(misbehaving(), scenario)
 
 
 def test_a_crashed_server_waits_out_its_back_off_and_serves_again(
     misbehaving: Misbehaving,
 ) -> None:
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
-        first = await supervisor.start()
-        assert first.pid
-        os.kill(first.pid, signal.SIGKILL)
-        await reach(supervisor, lambda state: state.status is ServerStatus.RESTARTING)
-        crashed = clock()
-        await reach(supervisor, lambda state: state.status is ServerStatus.READY)
-        assert clock() - crashed > 15
+        for crashes, seconds in ((1, 20), (2, 40), (3, 60)):
+            await reach(supervisor, lambda state: state.status is not ServerStatus.RESTARTING)
+            await supervisor.start(anyway=True)
+            SimulatedProcess.latest.end(-signal.SIGSEGV)
+            await reach(supervisor, lambda state: state.status is ServerStatus.RESTARTING)
+            crashed = clock()
+            await reach(supervisor, lambda state: state.status is ServerStatus.READY)
+            assert crashes == supervisor.state.restart_count
+            assert seconds <= clock() - crashed < seconds + 2
+        SimulatedProcess.latest.end(-signal.SIGSEGV)
+        await reach(supervisor, lambda state: state.status is ServerStatus.CRASHED)
 
-    events = supervised_fast(misbehaving(restart_delay_seconds=20), scenario)
+    config = misbehaving(restart_delay_seconds=20, restart_delay_max_seconds=60)
+    events = simulated(config, scenario)
     assert any("Restarting in 20 s (1 of 3)." in line for line in said(events))
-    assert [e.state.status for e in events if isinstance(e, StateChanged)][-1] == "STOPPED"
+    assert [e.state.status for e in events if isinstance(e, StateChanged)][-1] == "CRASHED"
 
 
 def test_the_count_of_checks_never_exceeds_its_highest_and_the_load_goes_on(
@@ -89,11 +103,10 @@ def test_the_count_of_checks_never_exceeds_its_highest_and_the_load_goes_on(
         counts.append(attempt)
 
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
-        await supervisor.start(on_progress=counted)
+        await supervisor.start(on_progress=counted, anyway=True)
 
-    config = misbehaving("--load-seconds", "1.5", health_max_attempts=2, stall_seconds=300)
-    events = supervised_fast(config, scenario)
-    assert len(counts) >= 4
+    events = simulated(misbehaving(health_max_attempts=2, stall_seconds=300), scenario, SlowLoad)
+    assert len(counts) >= 15
     assert max(counts) == 2
     assert any(re.fullmatch(r"Loading model… \(\d+s elapsed\)", line) for line in said(events))
 
@@ -101,6 +114,6 @@ def test_the_count_of_checks_never_exceeds_its_highest_and_the_load_goes_on(
 def test_a_server_that_never_listens_is_given_up(misbehaving: Misbehaving) -> None:
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
         with pytest.raises(ServerFailedError, match="stalled in the stage 'starting'"):
-            await supervisor.start()
+            await supervisor.start(anyway=True)
 
-    supervised_fast(misbehaving("--bind-after", "60", stall_seconds=40), scenario)
+    simulated(misbehaving(stall_seconds=40), scenario, NeverListening)

@@ -10,7 +10,6 @@ from kitty_nb.supervisor.lifecycle import (
     Lifecycle,
     LoadBegan,
     Refused,
-    RestartAsked,
     Spawn,
     Spawned,
     StartAsked,
@@ -26,7 +25,7 @@ A, B, C = (ServerConfig(port=port) for port in (9001, 9002, 9003))
 
 
 def replay(*history: Stimulus) -> tuple[Lifecycle, list[Action]]:
-    now, done = Lifecycle(A), []
+    now, done = Lifecycle(ServerStatus.STOPPED, A), []
     for stimulus in history:
         now, actions = step(now, stimulus)
         done.extend(actions)
@@ -66,7 +65,9 @@ def test_starting_other_settings_replaces_the_server_once_it_is_gone() -> None:
 
 
 def test_a_restart_with_the_same_settings_is_a_fresh_process() -> None:
-    _, done = replay(StartAsked(A), BecameReady(1, 0.0), RestartAsked(A), Exited(1, "", 100.0))
+    _, done = replay(
+        StartAsked(A), BecameReady(1, 0.0), StartAsked(A, fresh=True), Exited(1, "", 100.0)
+    )
     assert done == [Spawn(1, A), Terminate(1), Spawn(2, A)]
 
 
@@ -77,15 +78,17 @@ def test_start_during_stop_waits_for_the_exit() -> None:
 
 
 def test_the_last_wish_wins_and_the_others_are_overtaken() -> None:
-    now, done = replay(StartAsked(A), RestartAsked(B), RestartAsked(C))
+    now, done = replay(StartAsked(A), StartAsked(B, fresh=True), StartAsked(C, fresh=True))
     assert now.superseded(2)
     assert not now.superseded(3)
-    now, done = replay(StartAsked(A), RestartAsked(B), RestartAsked(C), Exited(1, "", 100.0))
+    now, done = replay(
+        StartAsked(A), StartAsked(B, fresh=True), StartAsked(C, fresh=True), Exited(1, "", 100.0)
+    )
     assert done == [Spawn(1, A), Terminate(1), Spawn(3, C)]
 
 
 def test_a_stop_drops_what_was_to_follow_and_its_number_is_not_reused() -> None:
-    history = (StartAsked(A), RestartAsked(B), StopAsked(), Exited(1, "", 100.0))
+    history = (StartAsked(A), StartAsked(B, fresh=True), StopAsked(), Exited(1, "", 100.0))
     now, done = replay(*history)
     assert (now.status, done) == (ServerStatus.STOPPED, [Spawn(1, A), Terminate(1)])
     assert now.superseded(2)
@@ -119,7 +122,7 @@ def test_giving_up_ends_the_process_and_then_is_a_failure() -> None:
 
 
 def test_what_an_older_process_does_is_ignored() -> None:
-    now, _ = replay(StartAsked(A), RestartAsked(B), Exited(1, "", 100.0), Spawned(2, 43))
+    now, _ = replay(StartAsked(A), StartAsked(B, fresh=True), Exited(1, "", 100.0), Spawned(2, 43))
     for late in (Exited(1, "late", 100.0), BecameReady(1, 0.0), GaveUp(1, "late"), Spawned(1, 42)):
         assert step(now, late) == (now, ())
 
@@ -130,12 +133,12 @@ def test_ready_after_a_stop_was_asked_is_not_ready() -> None:
 
 
 def test_a_refused_start_still_makes_way_for_what_was_asked_next() -> None:
-    now, done = replay(StartAsked(A), RestartAsked(B), Refused(1, "no engine"))
+    now, done = replay(StartAsked(A), StartAsked(B, fresh=True), Refused(1, "no engine"))
     assert (now.status, done[-1]) == (ServerStatus.STARTING, Spawn(2, B))
 
 
 def test_stop_when_there_is_nothing_does_nothing() -> None:
-    assert replay(StopAsked(), StopAsked(force=True)) == (Lifecycle(A), [])
+    assert replay(StopAsked(), StopAsked(force=True)) == (Lifecycle(ServerStatus.STOPPED, A), [])
 
 
 def served(config: ServerConfig, ready_at: float = 0.0) -> tuple[Stimulus, ...]:

@@ -31,7 +31,6 @@ from kitty_nb.supervisor.lifecycle import (
     LoadBegan,
     Refused,
     Report,
-    RestartAsked,
     Spawn,
     Spawned,
     StartAsked,
@@ -54,7 +53,7 @@ class World(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = Lifecycle(CONFIGS[0])
+        self.now = Lifecycle(ServerStatus.STOPPED, CONFIGS[0])
         self.clock = 0.0
         self.preparing: int | None = None  # the generation that is on its way
         self.running: int | None = None  # the one that has a process
@@ -86,7 +85,7 @@ class World(RuleBasedStateMachine):
 
     @rule(config=st.sampled_from(CONFIGS), again=st.booleans())
     def start(self, config: ServerConfig, again: bool) -> None:
-        self.feed(RestartAsked(config) if again else StartAsked(config))
+        self.feed(StartAsked(config, fresh=True) if again else StartAsked(config))
         self.awaited.add(self.now.latest)
 
     @rule(force=st.booleans())

@@ -297,7 +297,7 @@ def test_a_stop_while_the_port_is_tried_calls_it_off(
         tried.set()
         go_on.wait(20)
 
-    monkeypatch.setattr("kitty_nb.supervisor.launch.refuse_busy_port", slow)
+    monkeypatch.setattr("kitty_nb.supervisor.server.refuse_busy_port", slow)
 
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
         await supervisor.start(wait_for_ready=False)

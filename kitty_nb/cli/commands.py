@@ -56,7 +56,7 @@ async def command_text(config: ServerConfig) -> str:
         KittyError: There is no model or engine, or the engine does not know a setting.
     """
     from kitty_nb.catalog.resolve import resolve_model
-    from kitty_nb.supervisor.launch import public_command
+    from kitty_nb.supervisor.server import public_command
 
     config = await anyio.to_thread.run_sync(resolve_model, config)
     return shlex.join(await public_command(config))

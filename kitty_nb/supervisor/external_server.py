@@ -79,6 +79,7 @@ class ExternalServer:
         self.owner = owner
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
         self.devices = (record and record.devices) or ()
+        self.lines: tuple[str, ...] = ()  # its log is not ours to read
         self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=owner.sleeps)
         self._generation, self._config, self._emit = generation, config, emit
         self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()

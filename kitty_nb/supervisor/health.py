@@ -108,27 +108,27 @@ class AnswerPace:
             slots: What `/slots` answers.
             at: When it did, in seconds of any clock.
         """
-        busy = [slot for slot in slots if slot.get("is_processing")]
-        counts = {(slot.get("id"), slot.get("id_task")): _decoded(slot) for slot in busy}
-        told = {slot: count for slot, count in counts.items() if count is not None}
-        before, self._counts = self._counts, told
-        whole = len(told) == len(counts)
-        silent = whole and bool(busy) and not any(told.values())
-        if not silent:
+        busy = {
+            (slot.get("id"), slot.get("id_task")): _decoded(slot)
+            for slot in slots
+            if slot.get("is_processing")
+        }
+        before, since = self._counts, self._at
+        self._counts = counts = {slot: count for slot, count in busy.items() if count is not None}
+        untold = len(counts) < len(busy)
+        if untold or not busy or any(counts.values()):
             self._silent_since = None
         elif self._silent_since is None:
             self._silent_since = at
-        since = self._at
-        if not whole or since is None:
+        if untold or since is None:
             self._at = at
             return None
         if at <= since:
             return None
         # A count that falls is another request's, in a build that does not number them.
-        fresh = sum(
-            n if n < before.get(slot, 0) else n - before.get(slot, 0) for slot, n in told.items()
-        )
-        if not fresh and any(told.values()):
+        risen = {slot: count - before.get(slot, 0) for slot, count in counts.items()}
+        fresh = sum(counts[slot] if rise < 0 else rise for slot, rise in risen.items())
+        if not fresh and any(counts.values()):
             return min(self._pace, 1 / (at - since))
         self._pace, self._at = fresh / (at - since), at
         return self._pace
@@ -408,19 +408,19 @@ _SILENT = 10.0  # seconds; from here on, a request without a first token is wort
 FIRST_ANSWER = "no first answer yet"
 
 
-class HealthReporter:
-    """Turns one server's answers into events for the user.
+class LoadReporter:
+    """Turns the answers of a server that loads into events for the user.
 
     Args:
         attempts: The number at which the count of a load's checks, one a second, stands.
+        silent: Leave out the sentences: the server was ready when it was found.
     """
 
-    def __init__(self, attempts: int) -> None:
-        self._attempts = attempts
+    def __init__(self, attempts: int, *, silent: bool) -> None:
+        self._attempts, self._silent = attempts, silent
         self._attempt, self._due = 0, 0.0
-        self._serves, self._silent_for = True, 0.0
 
-    def loading(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
+    def news(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
         """Return the check of the second, where it is due or the last, and what it says."""
         due = elapsed >= self._due
         if due:
@@ -430,12 +430,14 @@ class HealthReporter:
         if not due and result.status is not ServerStatus.READY:
             return ()
         attempt = max(self._attempt, 1)
-        said = self._load_sentence(result, attempt, elapsed)
-        level = Level.SUCCESS if result.status is ServerStatus.READY else Level.INFO
         check = HealthChecked(result, attempt, self._attempts)
-        return (check, Activity.now(said, level)) if said else (check,)
+        sentence = self._sentence(result, attempt, elapsed)
+        if self._silent or not sentence:
+            return (check,)
+        level = Level.SUCCESS if result.status is ServerStatus.READY else Level.INFO
+        return check, Activity.now(sentence, level)
 
-    def _load_sentence(self, result: HealthCheckResult, attempt: int, elapsed: float) -> str:
+    def _sentence(self, result: HealthCheckResult, attempt: int, elapsed: float) -> str:
         if result.status is ServerStatus.READY:
             checks = "1 check" if attempt == 1 else f"{attempt} checks"
             return f"Model loaded ({checks}, {elapsed:.0f}s elapsed)"
@@ -451,32 +453,24 @@ class HealthReporter:
             return f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)"
         return ""
 
-    def serving(self, result: HealthCheckResult) -> tuple[Event, ...]:
-        """Return what has changed with a server that was ready."""
-        news: list[Event] = []
-        silent_before, self._silent_for = self._silent_for, result.silent_for
-        if silent_before < _SILENT <= result.silent_for:
-            news.append(
-                Activity.now(
-                    f"A request has produced no token for {result.silent_for:.0f} s: its prompt is"
-                    " long, or the device is compiling kernels."
-                )
-            )
-        elif result.silent_for < _SILENT <= silent_before:
-            news.append(
-                Activity.now(
-                    f"The server is answering again after more than {silent_before:.0f} s."
-                )
-            )
-        served, self._serves = self._serves, result.status is ServerStatus.READY
-        if served and not self._serves:
-            news.append(
-                Activity.now(
-                    f"The server is running but not responding ({result.message}): it hangs or is"
-                    " paused. Restart it if it does not recover.",
-                    Level.WARNING,
-                )
-            )
-        elif self._serves and not served:
-            news.append(Activity.now("The server is responding again.", Level.SUCCESS))
-        return tuple(news)
+
+def serving_news(before: HealthCheckResult, now: HealthCheckResult) -> tuple[Event, ...]:
+    """Return what has changed with a server that was ready."""
+    if before.status is ServerStatus.READY is not now.status:
+        sentence = (
+            f"The server is running but not responding ({now.message}): it hangs or is paused."
+            " Restart it if it does not recover."
+        )
+        return (Activity.now(sentence, Level.WARNING),)
+    if now.status is ServerStatus.READY is not before.status:
+        return (Activity.now("The server is responding again.", Level.SUCCESS),)
+    if before.silent_for < _SILENT <= now.silent_for:
+        sentence = (
+            f"A request has produced no token for {now.silent_for:.0f} s: its prompt is long, or"
+            " the device is compiling kernels."
+        )
+        return (Activity.now(sentence),)
+    if now.silent_for < _SILENT <= before.silent_for:
+        sentence = f"The server is answering again after more than {before.silent_for:.0f} s."
+        return (Activity.now(sentence),)
+    return ()

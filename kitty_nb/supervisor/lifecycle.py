@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.supervisor.events import ServerState, ServerStatus
 from kitty_nb.supervisor.port_owner import PortOwner
 
 if TYPE_CHECKING:
@@ -58,16 +58,13 @@ Action = Spawn | Terminate | Wait | Attach
 
 @dataclass(frozen=True, slots=True)
 class StartAsked:
-    """Stimulus: somebody wants a server with these settings; one that has them will do."""
+    """Stimulus: somebody wants a server with these settings.
+
+    One that has them will do, unless a fresh process is asked for.
+    """
 
     config: ServerConfig
-
-
-@dataclass(frozen=True, slots=True)
-class RestartAsked:
-    """Stimulus: somebody wants a fresh process with these settings."""
-
-    config: ServerConfig
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,44 +154,26 @@ class WaitOver:
 
 
 Report = Spawned | LoadBegan | BecameReady | GaveUp | Refused | Exited | WaitOver
-Stimulus = StartAsked | RestartAsked | StopAsked | Found | Report
+Stimulus = StartAsked | StopAsked | Found | Report
 
 
 @dataclass(frozen=True, slots=True)
-class Lifecycle:
-    """The state of a server.
+class Lifecycle(ServerState):
+    """The state of a server: the snapshot that is shown, and what decides how it goes on.
 
     Attributes:
-        status: The state in the user's words.
-        config: The settings of the present generation, or the ones to start with.
         generation: The present process, or the last one.
         issued: The highest generation ever handed out; none is given twice.
         pending: What to start once the present process has ended.
-        pid: The present process.
-        ready_since: When it became ready, in seconds of the monotonic clock.
-        restart_count: How many processes replaced another.
-        served: Whether a process of this wish has been ready; only then is a crash mended.
-        crashes: How many crashes in a row were mended.
-        retry_at: When the back-off ends, in seconds of the monotonic clock.
-        error: Why it failed, crashed, or is being given up.
-        free_port: A port to take instead, when another program has ours.
-        attachable: Whether that program is a llama-server.
+        served: Whether a process of this wish was ever ready; only then are crashes retried.
+        crashes: How many crashes in a row were retried.
     """
 
-    config: ServerConfig
-    status: ServerStatus = ServerStatus.STOPPED
     generation: int = 0
     issued: int = 0
     pending: Spawn | None = None
-    pid: int | None = None
-    ready_since: float | None = None
-    restart_count: int = 0
     served: bool = False
     crashes: int = 0
-    retry_at: float | None = None
-    error: str | None = None
-    free_port: int | None = None
-    attachable: bool = False
 
     @property
     def latest(self) -> int:
@@ -214,11 +193,10 @@ class Lifecycle:
 def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, ...]]:
     """Return what follows from a stimulus: the next state and what is to be done."""
     match stimulus:
-        case StartAsked(config):
+        case StartAsked(config, fresh):
             coming = now.status in _LIVE or now.pending is not None
-            return (now, ()) if coming and now.wanted == config else _start(now, config)
-        case RestartAsked(config):
-            return _start(now, config)
+            there = coming and now.wanted == config and not fresh
+            return (now, ()) if there else _start(now, config)
         case StopAsked(force):
             return _stop(now, force)
         case Found(server):
@@ -242,10 +220,10 @@ def _start(now: Lifecycle, config: ServerConfig) -> tuple[Lifecycle, tuple[Actio
 
 def _begin(now: Lifecycle, spawn: Spawn) -> tuple[Lifecycle, tuple[Action, ...]]:
     begun = Lifecycle(
-        config=spawn.config,
-        status=ServerStatus.STARTING,
+        ServerStatus.STARTING,
+        spawn.config,
         generation=spawn.generation,
-        issued=now.issued,
+        issued=max(now.issued, spawn.generation),
         restart_count=now.restart_count + (1 if now.pending else 0),
     )
     return begun, (spawn,)
@@ -258,8 +236,8 @@ def _found(
         return now, ()
     attach = Attach(now.issued + 1, server)
     found = Lifecycle(
-        config=now.config if isinstance(server, PortOwner) else server.config,
-        status=ServerStatus.STARTING,
+        ServerStatus.STARTING,
+        now.config if isinstance(server, PortOwner) else server.config,
         generation=attach.generation,
         issued=attach.generation,
         pid=server.pid,
@@ -292,7 +270,9 @@ def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ..
         case Refused() | Exited() if not now.status.absent:  # it can be told of twice
             return _gone(now, report)
         case WaitOver() if now.status is ServerStatus.RESTARTING:
-            return _again(now)
+            begun, actions = _begin(now, Spawn(now.issued + 1, now.config))
+            again = replace(begun, restart_count=now.restart_count + 1, crashes=now.crashes)
+            return replace(again, served=True), actions
         case _:
             return now, ()
 
@@ -325,17 +305,3 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
         retry_at=report.at + delay,
     )
     return waiting, (Wait(now.generation, delay),)
-
-
-def _again(now: Lifecycle) -> tuple[Lifecycle, tuple[Action, ...]]:
-    spawn = Spawn(now.issued + 1, now.config)
-    again = replace(
-        now,
-        status=ServerStatus.STARTING,
-        generation=spawn.generation,
-        issued=spawn.generation,
-        restart_count=now.restart_count + 1,
-        retry_at=None,
-        error=None,
-    )
-    return again, (spawn,)

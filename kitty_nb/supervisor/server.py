@@ -1,4 +1,4 @@
-"""One generation of a server: a coroutine with a queue, from its launch to its exit."""
+"""One generation of a server: a coroutine, from the launch of its process to its exit."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import re
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
+from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.catalog import why_not_served
-from kitty_nb.config import OnKernelExit
+from kitty_nb.config import OnKernelExit, server_environment, takes_secret
+from kitty_nb.engine.command_line import (
+    ORIGINS,
+    build_command,
+    leaves_out_projector,
+    open_to_pages,
+    sleeps,
+)
 from kitty_nb.engine.locate import device_names, locate_engine, remote_machines
-from kitty_nb.errors import KittyError, PortBusyError
-from kitty_nb.supervisor import lifecycle
+from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
+from kitty_nb.supervisor import lifecycle, registry
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
     Activity,
@@ -30,23 +38,18 @@ from kitty_nb.supervisor.events import (
     Stage,
 )
 from kitty_nb.supervisor.forecast import offloads
-from kitty_nb.supervisor.health import FIRST_ANSWER, HealthProbe, HealthReporter, Identity
-from kitty_nb.supervisor.history import LoadRecorder, Outcome
-from kitty_nb.supervisor.launch import Launched, launch, start_sidecar
-from kitty_nb.supervisor.load_progress import LoadMeter
-from kitty_nb.supervisor.log import LogTail, readable
-from kitty_nb.supervisor.port_owner import PortOwner, owner_of
-from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
-from kitty_nb.supervisor.registry import (
-    ServerRecord,
-    find_server,
-    last_failure,
-    note_failure,
-    record_path,
-    was_stopped,
-    withdraw_record,
-    write_record,
+from kitty_nb.supervisor.health import (
+    FIRST_ANSWER,
+    HealthProbe,
+    Identity,
+    LoadReporter,
+    serving_news,
 )
+from kitty_nb.supervisor.history import LoadRecorder, Outcome
+from kitty_nb.supervisor.load_progress import LoadMeter
+from kitty_nb.supervisor.log import LogTail, readable, rotate
+from kitty_nb.supervisor.port_owner import PortOwner, next_free_port, owner_of, port_refusal
+from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
 
     Emit = Callable[[Event | lifecycle.Report | HealthCheckResult], None]
 
@@ -78,37 +82,6 @@ _KEY_REFUSED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    """Command: end the process, or call the launch off."""
-
-    force: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _NotLaunched:
-    """There is no process: for this reason, or because the launch was called off."""
-
-    error: KittyError | OSError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """The process has ended, with this exit code where the system tells."""
-
-    code: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Hopeless:
-    """The server will not become ready."""
-
-    reason: str
-
-
-_Item = _Stop | Launched | _NotLaunched | _Ended | _Hopeless | HealthCheckResult
-
-
 class Server:
     """One process, from its launch or adoption to its exit.
 
@@ -119,6 +92,7 @@ class Server:
         emit: Called with each event, report and answer to a health check.
         found: The server to watch, when another program or kernel has started it.
         clock: Seconds.
+        processes: The class of its process.
     """
 
     def __init__(
@@ -127,26 +101,31 @@ class Server:
         config: ServerConfig,
         api_key: SecretStr | None,
         emit: Emit,
-        found: ServerRecord | None = None,
+        found: registry.ServerRecord | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        processes: type[ServerProcess] = ServerProcess,
     ) -> None:
         self.api_key = found.api_key if found else api_key
         self.probe = HealthProbe(config, self.api_key)
         self.was_ready = False
         self._generation, self._config, self._emit = generation, config, emit
-        self._clock = clock
-        self._record, self._found = found, found is not None
-        self._began = found.began if found else clock()
-        self._queue: deque[_Item] = deque()
-        self._arrived = anyio.Event()
+        self._clock, self._processes = clock, processes
         self._tasks: TaskGroup
-        self._asking: TaskGroup | None = None
         self._launching = anyio.CancelScope()
+        self._asking: TaskGroup | None = None
+        # The process.
+        self._record, self._found = found, found is not None
         self._process: ServerProcess | None = None
         self._sidecar: Sidecar | None = None
         self._log: LogTail | None = None
-        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self.lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        # Of the last two answers: a kill between an answer and the end is this server's.
+        self._oom_kills = deque([oom_kills()], maxlen=2)
+        self._failure: str | None = None
+        self._ended = False
+        # The load.
+        self._began = found.began if found else clock()
         self._meter = LoadMeter()
         self._recorder = LoadRecorder(
             config,
@@ -154,16 +133,10 @@ class Server:
             lambda text: self._notify(text, Level.WARNING),
             whole=found is None,
         )
-        self._foreseen = False
-        self._devices: tuple[str, ...] | None = None
-        self._reporter = HealthReporter(config.health_max_attempts)
+        running = found is not None and found.ready is not None
+        self._reporter = LoadReporter(config.health_max_attempts, silent=running)
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # its first request, once it is asked
-        # Of the last two answers: a kill between an answer and the end is this server's.
-        self._oom_kills = deque([oom_kills()], maxlen=2)
-        self._outcome = Outcome.CRASHED
-        self._failure: str | None = None
-        self._over = False
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -172,69 +145,66 @@ class Server:
 
     def stop(self, force: bool) -> None:
         """End the process, or call the launch off when there is none yet."""
-        self._send(_Stop(force))
+        if self._process is None:
+            self._launching.cancel()
+        elif not self._ended:
+            registry.withdraw_record(self._config, self._process.pid, self._process.create_time)
+            if self._asking:  # hang up: some builds wait for those who still ask before they end
+                self._asking.cancel_scope.cancel()
+            self._tasks.start_soon(self._signal, self._process, force)
 
     async def run(self) -> None:
         """Live until the process has ended. Called off, it leaves the process to its sidecar."""
         try:
             async with anyio.create_task_group() as self._tasks:
-                self._tasks.start_soon(self._forecast)
-                self._tasks.start_soon(self._adopt if self._found else self._launch)
-                await self._live()
+                self._tasks.start_soon(self._measure_load)
+                refusal = await self._begin()
+                code = await self._watch(self._process) if self._process else None
+                self._ended = True
                 self._tasks.cancel_scope.cancel()
+            outcome = await (self._finish(code) if self._process else self._refuse(refusal))
+            await self._recorder.record(self._elapsed(), outcome)
         except Exception:
             await self._kill()
             raise
         finally:
             if self._log:
                 self._log.close()
-            if not self._over and not self._found and self._process and self._process.runs():
-                self._start_sidecar()
+            if not self._ended and not self._found and self._process and self._process.runs():
+                with suppress(OSError):
+                    self._start_sidecar()
             with anyio.CancelScope(shield=True):
                 await self.probe.aclose()
-                if self._over:
-                    await self._recorder.record(self._elapsed(), self._outcome)
-                    if self._sidecar:
-                        await self._sidecar.ended()
-
-    async def _live(self) -> None:
-        """Handle what arrives, and meanwhile read the log and measure the load."""
-        measure_at = 0.0
-        while not self._over:
-            with anyio.move_on_after(_LOG_READY if self.was_ready else _LOG_LOADING):
-                await self._arrived.wait()
-            self._arrived = anyio.Event()
-            while self._queue and not self._over:
-                await self._handle(self._queue.popleft())
-            if self._over:
-                return
-            self._read_log()
-            if self._foreseen and self._loads and self._elapsed() >= measure_at:
-                measure_at = self._elapsed() + self._measure()
-
-    async def _handle(self, item: _Item) -> None:
-        match item:
-            case Launched():
-                self._watch(item)
-            case _NotLaunched(error):
-                await self._refuse(error)
-            case HealthCheckResult():
-                self._note_health(item)
-            case _Hopeless(reason):
-                self._give_up(reason)
-            case _Stop(force):
-                self._end(force=force)
-            case _Ended(code):
-                await self._finish(code)
-
-    def _send(self, item: _Item) -> None:
-        self._queue.append(item)
-        self._arrived.set()
+                if self._ended and self._sidecar:
+                    await self._sidecar.ended()
 
     # Launch
 
+    async def _begin(self) -> KittyError | OSError | None:
+        """Get the process; return why there is none, unless the launch was called off."""
+        try:
+            with self._launching:
+                await (self._adopt() if self._found else self._launch())
+        except (KittyError, OSError) as error:
+            return error
+        return None
+
+    async def _adopt(self) -> None:
+        assert self._record  # noqa: S101 (it was found)
+        self._process = self._processes.attach(self._record.pid, self._record.create_time)
+        if self._process is None:
+            return
+        seconds = self._record.load_seconds
+        took = "" if seconds is None else f", whose model loaded in {seconds:.0f} s"
+        self._notify(f"Found a running server (PID {self._process.pid}){took}.")
+        if self._record.ready is None:
+            self._meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
+        if self._guards:
+            self._start_sidecar()
+
     async def _launch(self) -> None:
-        config = self._config
+        """Start the profile's server, if nobody else has it. Called off, or failing, leave none."""
+        config, devices = self._config, None
         self._notify("Server starting…")
         if not config.local_only:
             self._notify(
@@ -242,75 +212,108 @@ class Server:
                 " LLAMACPP_HOST=127.0.0.1 to keep it to this machine.",
                 Level.WARNING,
             )
-        item: Launched | _NotLaunched = _NotLaunched()
+        if remote_machines(config):  # they answer one client at a time
+            with suppress(KittyError, OSError):  # what follows says what is wrong
+                devices = await self._list_devices()
+        engine = await locate_engine(config.binary)
+        self._recorder.set_engine(engine)
+        with registry.profile_lock(config) as ours:
+            if owner := await run_sync(registry.who_owns, config, ours):
+                raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
+            if leaving := await run_sync(registry.leaving_server, config):
+                self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
+                await leaving.terminate(config.stop_grace_seconds)
+            command = build_command(engine, config)
+            self._warn_of_old_build(engine)
+            await run_sync(refuse_busy_port, config)
+            # Called off while a thread tried the port, it is told so only now.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            rotate(config.log_path, config.log_keep)
+            await self._start_process(command, devices)
+
+    def _warn_of_old_build(self, engine: Engine) -> None:
+        if leaves_out_projector(engine, self._config):
+            self._notify(
+                f"This build of llama-server ({engine.version}) has no --mmproj, so the model"
+                " accepts only text. For images and audio, update llama.cpp."
+            )
+        if open_to_pages(engine, self._config):
+            self._notify(
+                "The server has no API key, and this build of llama-server"
+                f" ({engine.version}) has no {ORIGINS}: any web page that you open can use the"
+                " model. Remove LLAMACPP_API_KEY=none, or update llama.cpp."
+            )
+
+    async def _start_process(
+        self, command: tuple[str, ...], devices: tuple[str, ...] | None
+    ) -> None:
+        """Start it, guarded or announced, so that a kernel killed just now leaves no stray."""
+        config = self._config
+        record = registry.ServerRecord(
+            began=self._began,
+            api_key=self.api_key,
+            idle_seconds=0 if sleeps(command) else config.idle_shutdown_seconds or 0,
+            devices=devices,
+            config=config,
+        )
         try:
-            with self._launching:
-                if remote_machines(config):  # they answer one client at a time
-                    with suppress(KittyError, OSError):  # the launch says what is wrong
-                        self._devices = await self._list_devices()
-                engine = await locate_engine(config.binary)
-                self._recorder.set_engine(engine)
-                item = await launch(config, engine, self.api_key, self._began, self._notify)
-        except (KittyError, OSError) as error:
-            item = _NotLaunched(error)
-        self._send(item)
+            if self._guards:
+                self._start_sidecar()
+            else:
+                registry.write_record(record)  # were we killed just now, it is found by its mark
+            sidecar = self._sidecar
+            mark = sidecar.environment if sidecar else registry.mark_of(record)
+            environment = server_environment(self.api_key) | mark
+            self._process = self._processes.spawn(command, config.log_path, environment)
+            if sidecar:
+                sidecar.watch(self._process, record.idle_seconds)
+            self._record = record.of(self._process)
+            registry.write_record(self._record)
+        except BaseException:
+            with suppress(OSError):
+                registry.record_path(config).unlink(missing_ok=True)
+            await self._kill()
+            self._process = None
+            raise
 
-    async def _adopt(self) -> None:
-        assert self._record  # noqa: S101 (it was found)
-        process = ServerProcess.attach(self._record.pid, self._record.create_time)
-        if process is None:
-            self._send(_NotLaunched())
-            return
-        self._notify(f"Found a running server (PID {process.pid}).")
-        if self._record.ready is None:
-            self._meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
-        ends_with_kernel = self._config.on_kernel_exit is OnKernelExit.STOP
-        sidecar = start_sidecar(self._config, process, self._record) if ends_with_kernel else None
-        self._send(Launched(process, self._record, sidecar))
-
-    async def _refuse(self, error: KittyError | OSError | None) -> None:
+    async def _refuse(self, error: KittyError | OSError | None) -> Outcome:
         """Report that there is no process."""
         if error is None:
-            self._exited("It exited before kitty_nb could supervise it.", asked=True)
-            return
-        self._outcome = Outcome.FAILED
-        cause = (
-            diagnose_launch(error, self._config.log_dir) if isinstance(error, OSError) else error
-        )
+            return self._exited("It exited before kitty_nb could supervise it.", asked=True)
+        config = self._config
+        cause = diagnose_launch(error, config.log_dir) if isinstance(error, OSError) else error
         refused = lifecycle.Refused(self._generation, str(cause))
-        if not await anyio.to_thread.run_sync(find_server, self._config):
-            note_failure(self._config, refused.reason)
+        if not await run_sync(registry.find_server, config):
+            registry.note_failure(config, refused.reason)
         if isinstance(error, PortBusyError):
             refused = replace(refused, free_port=error.free_port, attachable=error.attachable)
-        self._over = True
         self._emit(refused)
+        return Outcome.FAILED
 
-    def _watch(self, launched: Launched) -> None:
-        self._process, self._record, self._sidecar = launched
-        self.probe.process = self._process
+    async def _watch(self, process: ServerProcess) -> int | None:
+        """Watch the process until it has ended; return its exit code, where the system tells."""
+        self.probe.process = process
         self._log = LogTail(self._config.log_path)
         self._meter.enter_stage(Stage.STARTING, self._elapsed())
-        self._emit(lifecycle.Spawned(self._generation, self._process.pid))
-        self._tasks.start_soon(self._wait, self._process)
-        for task in (self._ask_health, self._tend_sidecar, self._name_devices):
+        self._emit(lifecycle.Spawned(self._generation, process.pid))
+        for task in (self._follow_log, self._ask_health, self._tend_sidecar, self._name_devices):
             self._tasks.start_soon(task)
         if self._launching.cancel_called:  # too late to be called off
-            self._end(force=True)
+            self.stop(force=True)
+        return await process.wait()
 
     # The load
 
-    @property
-    def _loads(self) -> bool:
-        return not self.was_ready and self._failure is None
-
-    async def _forecast(self) -> None:
-        """Learn how long the load should take."""
-        if self._record is None or self._record.ready is None:
-            await self._recorder.forecast()
-            self._foreseen = True
+    async def _measure_load(self) -> None:
+        """Learn how long the load should take, then measure it and publish its progress."""
+        if self._record and self._record.ready is not None:
+            return
+        await self._recorder.forecast()
+        while not self.was_ready and self._failure is None:  # noqa: ASYNC110 (nothing tells)
+            await anyio.sleep(self._measure())
 
     def _measure(self) -> float:
-        """Measure the load and publish its progress; return the seconds until the next time."""
+        """Measure the load; return the seconds until the next time."""
         elapsed = self._elapsed()
         usage = self._process.usage() if self._process else None
         if usage:
@@ -324,12 +327,17 @@ class Server:
         self._emit(ProgressMade(self._meter.progress(elapsed, pause)))
         return pause
 
+    async def _follow_log(self) -> None:
+        while True:
+            self._read_log()
+            await anyio.sleep(_LOG_READY if self.was_ready else _LOG_LOADING)
+
     def _read_log(self, *, to_end: bool = False) -> bool:
         """Publish the new lines, or a part of very many; say whether there were any."""
         lines = tuple(map(readable, self._log.read(to_end=to_end))) if self._log else ()
         if not lines:
             return False
-        self._lines.extend(lines)
+        self.lines.extend(lines)
         self._meter.heartbeat(self._elapsed())
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
             self._meter.enter_stage(Stage.LOADING, self._elapsed())
@@ -356,13 +364,13 @@ class Server:
         pause = _ASK_FIRST
         async with anyio.create_task_group() as self._asking:
             while (result := await self._check(self._asking)).status is not ServerStatus.READY:
-                self._send(result)
+                self._note_health(result)
                 second = _ASK_LONGEST - self._elapsed() % _ASK_LONGEST
                 hinted = await self.probe.hinted(within=min(pause, second))
                 pause = _ASK_FIRST if hinted else min(pause * _ASK_FACTOR, _ASK_LONGEST)
-            self._send(result)
+            self._note_health(result)
             while True:
-                self._send(await self.probe.check_activity())
+                self._note_health(await self.probe.check_activity())
                 await anyio.sleep(_ASK_READY)
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
@@ -389,7 +397,7 @@ class Server:
             return f"port {self._config.port} is now in use by {who}"
         match await self.probe.identify():
             case Identity.KEY_REFUSED:
-                self._send(_Hopeless(_KEY_REFUSED))
+                self._give_up(_KEY_REFUSED)
                 return "it rejects our API key"
             case Identity.OTHER_MODEL:
                 name = self._config.served_alias
@@ -401,7 +409,7 @@ class Server:
         if self._record is None or self._record.ready is None:
             said = await self.probe.first_answer()
             if said:
-                self._send(_Hopeless(str(diagnose_first_answer(said, tuple(self._lines)))))
+                self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
                 return
         answered.set()
         self.probe.hint()
@@ -411,12 +419,12 @@ class Server:
         if result.latency is not None:
             self._oom_kills.append(oom_kills())
         if self.was_ready:
-            news = self._reporter.serving(result)
+            news = serving_news(before, result)
         else:
             if result.status is not before.status:
                 self._meter.heartbeat(elapsed)
                 elapsed = self._enter(result.status, elapsed)
-            news = self._reporter.loading(result, elapsed)
+            news = self._reporter.news(result, elapsed)
         self._emit(result)
         if news and not self._being_ended():
             for event in news:
@@ -448,7 +456,7 @@ class Server:
         if record and not self._being_ended():
             self._record = record.model_copy(update={"ready": now, "load_seconds": elapsed})
             try:
-                write_record(self._record)
+                registry.write_record(self._record)
             except OSError as error:
                 self._notify(
                     f"Can't write to {self._config.log_dir} ({error.strerror}), so other kernels"
@@ -465,47 +473,45 @@ class Server:
         if self._record is None or self._record.devices is not None:
             return
         with suppress(KittyError, OSError):  # people can do without
-            devices = await self._list_devices() if self._devices is None else self._devices
+            devices = await self._list_devices()
             self._record = self._record.model_copy(update={"devices": devices})
             if not self._found and not self._being_ended():
-                write_record(self._record)
+                registry.write_record(self._record)
 
     async def _list_devices(self) -> tuple[str, ...] | None:
-        if not await anyio.to_thread.run_sync(offloads, self._config):
+        if not await run_sync(offloads, self._config):
             return ()
         return await device_names(self._config)
 
     async def _tend_sidecar(self) -> None:
         """Have a sidecar, unless another program has one; replace one that was killed."""
-        if self._found:
-            await anyio.sleep(max(0.0, _SIDECAR_THERE_WITHIN - self._elapsed()))
-        else:
+        if not self._found:
             await anyio.sleep(_SIDECAR_AFTER)
-            self._start_sidecar()
-            await anyio.sleep(_SIDECAR_THERE_WITHIN)
-        while True:
-            if not has_sidecar(self._config.log_path):
+            with suppress(OSError):  # the next look tries again
                 self._start_sidecar()
+        while True:
             await anyio.sleep(_SIDECAR_THERE_WITHIN)
+            if not has_sidecar(self._config.log_path):
+                with suppress(OSError):
+                    self._start_sidecar()
 
     def _start_sidecar(self) -> None:
-        if self._process is None or self._record is None or (self._sidecar and self._sidecar.runs):
-            return
-        with suppress(OSError):  # the next look tries again
-            self._sidecar = start_sidecar(self._config, self._process, self._record)
+        """Start the helper, unless there is one; it watches the server once that runs.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        if not (self._sidecar and self._sidecar.runs):
+            path = registry.record_path(self._config)
+            self._sidecar = Sidecar(self._config, path, guards=self._guards)
+            if self._process and self._record:
+                self._sidecar.watch(self._process, self._record.idle_seconds)
+
+    @property
+    def _guards(self) -> bool:
+        return self._config.on_kernel_exit is OnKernelExit.STOP
 
     # The end
-
-    def _end(self, *, force: bool) -> None:
-        if self._outcome is Outcome.CRASHED:
-            self._outcome = Outcome.STOPPED
-        if self._process is None:
-            self._launching.cancel()
-            return
-        withdraw_record(self._config, self._process.pid, self._process.create_time)
-        if self._asking:  # hang up: some builds wait for those who still ask before they end
-            self._asking.cancel_scope.cancel()
-        self._tasks.start_soon(self._signal, self._process, force)
 
     async def _signal(self, process: ServerProcess, force: bool) -> None:
         await anyio.lowlevel.checkpoint()  # the connection is closed before the signal is sent
@@ -514,63 +520,100 @@ class Server:
         else:
             await process.terminate(self._config.stop_grace_seconds)
 
-    async def _wait(self, process: ServerProcess) -> None:
-        self._send(_Ended(await process.wait()))
-
-    async def _finish(self, code: int | None) -> None:
+    async def _finish(self, code: int | None) -> Outcome:
         """Read the log to its end and report why the process ended."""
         while self._read_log():
             await anyio.lowlevel.checkpoint()
         self._read_log(to_end=True)
         asked = self._being_ended()
-        if asked and self._outcome is Outcome.CRASHED:
-            self._outcome = Outcome.STOPPED
         kills, before = oom_kills(), self._oom_kills[0]
         out_of_memory = None if kills is None else kills != before
-        diagnosis = diagnose(code, tuple(self._lines), out_of_memory=out_of_memory)
+        diagnosis = diagnose(code, tuple(self.lines), out_of_memory=out_of_memory)
         model = self._config.model
         if diagnosis.blames_model and model:
-            cause = await anyio.to_thread.run_sync(why_not_served, model)
+            cause = await run_sync(why_not_served, model)
             if cause:
                 diagnosis = replace(diagnosis, cause=cause, remedy="", repeats=True)
         reason = str(diagnosis)
         if diagnosis.of_port and (owner := await self._port_owner()):
             reason = f"{reason} {owner.sentence}"
-        self._exited(reason, asked=asked, repeats=diagnosis.repeats)
+        outcome = self._exited(reason, asked=asked, repeats=diagnosis.repeats)
         with suppress(OSError):
-            withdrawn_path(record_path(self._config)).unlink()
+            withdrawn_path(registry.record_path(self._config)).unlink()
+        return outcome
 
     async def _port_owner(self) -> PortOwner | None:
-        return await anyio.to_thread.run_sync(owner_of, self._config.host, self._config.port)
+        return await run_sync(owner_of, self._config.host, self._config.port)
 
     async def _kill(self) -> None:
         """Let no process run that nothing watches, unless others may watch it."""
-        if self._process is None or self._found:
-            return
-        with anyio.CancelScope(shield=True):
-            self._process.kill()
-            await self._process.wait()
-        withdraw_record(self._config, self._process.pid, self._process.create_time)
-        self._over = True
+        if self._process and not self._found:
+            with anyio.CancelScope(shield=True):
+                self._process.kill()
+                await self._process.wait()
+            registry.withdraw_record(self._config, self._process.pid, self._process.create_time)
+            self._ended = True
 
     def _being_ended(self) -> bool:
         """True if this program or another one is ending the server, or has ended it."""
         process = self._process
-        return process is not None and was_stopped(self._config, process.pid, process.create_time)
+        return process is not None and registry.was_stopped(
+            self._config, process.pid, process.create_time
+        )
 
     def _give_up(self, reason: str) -> None:
-        self._outcome, self._failure = Outcome.FAILED, reason
+        self._failure = reason
         self._emit(lifecycle.GaveUp(self._generation, reason))
 
-    def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> None:
+    def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> Outcome:
+        """Report the end of the process; return how the load ended, if it was still under way."""
         failure = self._failure or (None if asked else reason)
-        if failure and not (self._found and last_failure(self._config)):
-            note_failure(self._config, failure)
-        self._over = True
+        if failure and not (self._found and registry.last_failure(self._config)):
+            registry.note_failure(self._config, failure)
         self._emit(lifecycle.Exited(self._generation, reason, self._clock(), repeats, asked))
+        if self._failure:
+            return Outcome.FAILED
+        return Outcome.STOPPED if asked else Outcome.CRASHED
 
     def _elapsed(self) -> float:
         return self._clock() - self._began
 
     def _notify(self, message: str, level: Level = Level.INFO) -> None:
         self._emit(Activity.now(message, level))
+
+
+def refuse_busy_port(config: ServerConfig) -> None:
+    """Try the port with a real bind. Run it in a worker thread.
+
+    Raises:
+        PortBusyError: Somebody listens there; the message says who, and what can be done.
+        ServerFailedError: No port of this address can be listened on.
+    """
+    if problem := port_refusal(config.host, config.port):
+        try:
+            free_port = next_free_port(config.host, config.port)
+        except ServerFailedError:  # no port will do: the address itself is wrong
+            raise ServerFailedError(f"{problem} Correct LLAMACPP_HOST.") from None
+        key = f"LLAMACPP_{config.profile.upper()}_PORT"
+        owner = owner_of(config.host, config.port)
+        record = owner and registry.record_of(owner.pid, config.log_dir)
+        whose = f" It serves the profile {record.config.profile!r}." if record else ""
+        attachable = owner is not None and owner.attachable
+        advice = f"Stop that program, or set {key} to a free port, such as {free_port}."
+        raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
+
+
+_HIDDEN = "(hidden)"
+
+
+async def public_command(config: ServerConfig) -> tuple[str, ...]:
+    """Return the words that would be run. What may be a secret in `extra_args` is replaced.
+
+    The key that clients need is not among them: the server learns it from its environment.
+
+    Raises:
+        KittyError: There is no engine, or it does not know a setting.
+    """
+    command = build_command(await locate_engine(config.binary), config)
+    hidden = (_HIDDEN if takes_secret(flag) else word for flag, word in pairwise(command))
+    return command[0], *hidden

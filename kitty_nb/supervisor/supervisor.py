@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import fields
+from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.to_thread
@@ -22,6 +22,7 @@ from kitty_nb.errors import (
     WillNotFitError,
     first_of,
 )
+from kitty_nb.supervisor import lifecycle
 from kitty_nb.supervisor.events import (
     Activity,
     Broadcast,
@@ -30,7 +31,6 @@ from kitty_nb.supervisor.events import (
     HealthCheckResult,
     Level,
     LoadProgress,
-    LogLines,
     ProgressMade,
     ServerState,
     ServerStatus,
@@ -39,28 +39,13 @@ from kitty_nb.supervisor.events import (
 )
 from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
 from kitty_nb.supervisor.forecast import Forecaster, Running, memory_use
-from kitty_nb.supervisor.lifecycle import (
-    Attach,
-    Exited,
-    Found,
-    Lifecycle,
-    Report,
-    RestartAsked,
-    Spawn,
-    StartAsked,
-    Stimulus,
-    StopAsked,
-    Terminate,
-    Wait,
-    WaitOver,
-    step,
-)
 from kitty_nb.supervisor.port_owner import PortOwner
+from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import find_server
 from kitty_nb.supervisor.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
     from anyio.abc import TaskGroup, TaskStatus
@@ -77,7 +62,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; one that hangs is shown before it answers
-_LINES_KEPT = 2_000
 _STOPPED = "The server was stopped before it was ready."
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine lists its devices
 
@@ -91,6 +75,7 @@ class Supervisor:
     Args:
         config: What to serve when `start` is not told otherwise.
         clock: Seconds, as `time.monotonic` counts them.
+        processes: The class of the server's processes.
     """
 
     def __init__(
@@ -98,15 +83,15 @@ class Supervisor:
         config: ServerConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        processes: type[ServerProcess] = ServerProcess,
     ) -> None:
-        self._clock = clock
-        self._now = Lifecycle(config)
+        self._clock, self._processes = clock, processes
+        self._now = lifecycle.Lifecycle(ServerStatus.STOPPED, config)
         self._health: HealthCheckResult | None = None
         self._server: Server | ExternalServer | None = None
         self._leaving = self._ended = False
         self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
         self._stops = 0
-        self._log_lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._forecaster = Forecaster()
         self._changed = anyio.Event()
         self._broadcast: Broadcast[Event] = Broadcast()
@@ -164,20 +149,11 @@ class Supervisor:
     def state(self) -> ServerState:
         """A snapshot of the server as it is now."""
         now = self._now
-        return ServerState(
-            status=now.status,
-            config=now.config,
-            pid=now.pid,
-            ready_since=now.ready_since,
-            restart_count=now.restart_count,
-            last_health_check=self._health,
-            retry_at=now.retry_at,
-            error=now.error,
-            free_port=now.free_port,
-            attachable=now.attachable,
-            external=None if now.status.idle else self._external,
-            devices=() if now.pid is None or not self._server else self._server.devices,
-        )
+        shown = {field.name: getattr(now, field.name) for field in fields(ServerState)}
+        shown["last_health_check"] = self._health
+        shown["external"] = None if now.status.idle else self._external
+        shown["devices"] = self._server.devices if self._server and now.pid else ()
+        return ServerState(**shown)
 
     @property
     def api_key(self) -> SecretStr | None:
@@ -187,7 +163,7 @@ class Supervisor:
     @property
     def log_lines(self) -> tuple[str, ...]:
         """The newest lines of the server's log."""
-        return tuple(self._log_lines)
+        return tuple(self._server.lines) if self._server else ()
 
     async def start(
         self,
@@ -217,7 +193,7 @@ class Supervisor:
         other = config and config.replace() != self._now.wanted.replace()
         if config and self._attached(config) and (router or other):
             return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
-        return await self._launch(StartAsked, config, wait_for_ready, on_progress, anyway=anyway)
+        return await self._launch(config, wait_for_ready, on_progress, fresh=False, anyway=anyway)
 
     async def restart(
         self,
@@ -231,7 +207,7 @@ class Supervisor:
         if self._attached(config):
             model = config.model if config else None
             return await self._load_there(model, fresh=True, wait=wait_for_ready)
-        return await self._launch(RestartAsked, config, wait_for_ready, on_progress, anyway=anyway)
+        return await self._launch(config, wait_for_ready, on_progress, fresh=True, anyway=anyway)
 
     async def switch_model(
         self,
@@ -257,7 +233,7 @@ class Supervisor:
             return await self._load_there(model, fresh=False, wait=wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
         return await self._launch(
-            RestartAsked, None, wait_for_ready, on_progress, changes, anyway=anyway
+            None, wait_for_ready, on_progress, fresh=True, anyway=anyway, **changes
         )
 
     async def stop(self, force: bool = False) -> ServerState:
@@ -267,7 +243,7 @@ class Supervisor:
             force: Kill it at once instead of asking it to end.
         """
         self._stops += 1
-        self._feed(StopAsked(force))
+        self._feed(lifecycle.StopAsked(force))
         generation = self._now.issued
         await self._until(lambda: self._now.status.idle or self._now.issued > generation)
         return self.state
@@ -284,7 +260,7 @@ class Supervisor:
         if not self._now.status.idle:
             raise ServerFailedError(f"The profile's server is {self._now.status}. Stop it first.")
         stops = self._stops
-        found = Found(await find_external_server(self._now.config))
+        found = lifecycle.Found(await find_external_server(self._now.config))
         if stops != self._stops:
             raise StartCancelledError(_STOPPED)
         self._feed(found)
@@ -337,24 +313,25 @@ class Supervisor:
 
     async def _launch(
         self,
-        wish: type[StartAsked | RestartAsked],
         config: ServerConfig | None,
         wait_for_ready: bool,
         on_progress: OnProgress | None,
-        changes: Mapping[str, Any] | None = None,
         *,
+        fresh: bool,
         anyway: bool,
+        **changes: object,
     ) -> ServerState:
         stops = self._stops
         async with self._turn:
-            wanted = (config or self._now.wanted).replace(**(changes or {}))
+            wanted = (config or self._now.wanted).replace(**changes)
             config = await anyio.to_thread.run_sync(resolve_model, wanted)  # files come and go
-            fits = anyway or self._serves(wish, config)
+            there = not fresh and not self._now.status.absent and self._now.wanted == config
+            fits = anyway or there
             if not fits and (reason := await self._forecaster.why_not(config, self._running)):
                 raise WillNotFitError(reason)
             if stops != self._stops:  # asked for later, though there was nothing yet to stop
                 raise StartCancelledError(_STOPPED)
-            self._feed(wish(config))
+            self._feed(lifecycle.StartAsked(config, fresh))
         generation = self._now.latest
         if not wait_for_ready:
             return self.state
@@ -368,15 +345,11 @@ class Supervisor:
             await self._until(lambda: self._is_over(generation))
         except anyio.get_cancelled_exc_class():
             if self._now.latest == generation:
-                self._feed(StopAsked())
+                self._feed(lifecycle.StopAsked())
             raise
         finally:
             unsubscribe()
         return self._outcome(generation)
-
-    def _serves(self, wish: type[StartAsked | RestartAsked], config: ServerConfig) -> bool:
-        """Tell whether a server with these settings runs already and is to be left alone."""
-        return wish is StartAsked and not self._now.status.absent and self._now.wanted == config
 
     def _attached(self, config: ServerConfig | None = None) -> bool:
         """Tell whether a server that was not started here is where the settings want one."""
@@ -404,7 +377,7 @@ class Supervisor:
         try:
             await server.load(name, fresh=fresh)
         except ServerError as error:
-            self._publish(Activity.now(str(error), Level.ERROR))
+            self._broadcast.publish(Activity.now(str(error), Level.ERROR))
 
     def _is_present(self, generation: int) -> bool:
         return self._now.generation == generation and self._now.status is not ServerStatus.STOPPING
@@ -447,26 +420,28 @@ class Supervisor:
                     f"Internal error while supervising the server: {first_of(error)!r}. Please"
                     " report this. The server was stopped, unless it was started elsewhere."
                 )
-                self._feed(Exited(generation, reason, self._clock(), repeats=True, broken=True))
+                self._feed(
+                    lifecycle.Exited(generation, reason, self._clock(), repeats=True, broken=True)
+                )
 
         self._tasks.start_soon(guarded)
 
-    def _feed(self, stimulus: Stimulus) -> None:
+    def _feed(self, stimulus: lifecycle.Stimulus) -> None:
         before = self._now
-        self._now, actions = step(before, stimulus)
+        self._now, actions = lifecycle.step(before, stimulus)
         for action in actions:
             match action:
-                case Spawn(generation, config):
+                case lifecycle.Spawn(generation, config):
                     self._begin(generation, config)
-                case Attach(generation, server):
+                case lifecycle.Attach(generation, server):
                     self._begin(generation, self._now.config, server)
-                case Terminate(_, force):
+                case lifecycle.Terminate(_, force):
                     if self._server:
                         self._server.stop(force)
-                case Wait(generation, seconds):
+                case lifecycle.Wait(generation, seconds):
                     self._begin_task(self._wait, generation, seconds)
         if self._now != before:
-            self._publish(StateChanged(self.state))
+            self._broadcast.publish(StateChanged(self.state))
             if self._now.status is not before.status:
                 self._announce()
             self._changed.set()
@@ -484,7 +459,6 @@ class Supervisor:
         found: ServerRecord | PortOwner | None = None,
     ) -> None:
         self._health = None
-        self._log_lines.clear()
         if isinstance(found, PortOwner):
             self._server = ExternalServer(generation, config, found, self._on_fact)
             self._begin_task(self._server.run)
@@ -499,8 +473,9 @@ class Supervisor:
             self._on_fact,
             found,
             clock=self._clock,
+            processes=self._processes,
         )
-        self._publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
+        self._broadcast.publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
         self._begin_task(self._server.run)
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
@@ -533,13 +508,13 @@ class Supervisor:
         if self._now.status.absent:
             record = await anyio.to_thread.run_sync(find_server, self._now.config)
             if record:
-                self._feed(Found(record))
+                self._feed(lifecycle.Found(record))
             return record
         return None
 
     async def _wait(self, generation: int, seconds: float) -> None:
         await anyio.sleep(seconds)
-        self._feed(WaitOver(generation))
+        self._feed(lifecycle.WaitOver(generation))
 
     def _announce(self) -> None:
         message, level = {
@@ -550,19 +525,14 @@ class Supervisor:
             ServerStatus.CRASHED: (self._now.error, Level.ERROR),
         }.get(self._now.status, (None, Level.INFO))
         if message:
-            self._publish(Activity.now(message, level))
+            self._broadcast.publish(Activity.now(message, level))
 
-    def _on_fact(self, fact: Event | Report | HealthCheckResult) -> None:
+    def _on_fact(self, fact: Event | lifecycle.Report | HealthCheckResult) -> None:
         """Take in what a server reports."""
         if isinstance(fact, HealthCheckResult):
             self._health = fact
-            self._publish(StateChanged(self.state))
+            self._broadcast.publish(StateChanged(self.state))
         elif isinstance(fact, Event):
-            self._publish(fact)
+            self._broadcast.publish(fact)
         else:
             self._feed(fact)
-
-    def _publish(self, event: Event) -> None:
-        if isinstance(event, LogLines):
-            self._log_lines.extend(event.lines)
-        self._broadcast.publish(event)
