@@ -34,7 +34,6 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from kitty_nb.config.env_file import read_env
 from kitty_nb.errors import ConfigError, Problem
@@ -205,14 +204,13 @@ def _absolute(folder: Path, value: object) -> str:
     """A path in a folder.
 
     Raises:
-        PydanticCustomError: The locale can't encode it, so the file could not be opened.
+        ValueError: The locale can't encode it, so the file could not be opened.
     """
     path = str(folder / os.path.expanduser(str(value)))  # noqa: PTH111 (keeps ~name if there is no such user)
     encoding = sys.getfilesystemencoding()
     if "utf" not in encoding and not path.isascii():
         reason = f"It has characters that this program's locale ({encoding}) cannot encode."
-        fix = "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1, and start it again."
-        raise PydanticCustomError("letters", "{reason}", {"reason": reason, "fix": fix})
+        raise ValueError(reason, "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1, and start it again.")
     return path
 
 
@@ -220,8 +218,7 @@ def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
     if path.is_relative_to(NO_HOME):
         key = PREFIX + env_settings()[str(info.field_name)].suffix
         reason = "Its default is in the home folder, and this user has none."
-        fix = f"Set {key}, or HOME."
-        raise PydanticCustomError("home", "{reason}", {"key": key, "reason": reason, "fix": fix})
+        raise ValueError(reason, f"Set {key}, or HOME.", key)
     return path
 
 
@@ -461,11 +458,13 @@ def _no_setting(name: str) -> str:
 def _problem(error: dict[str, Any], source: _Source) -> Problem:
     name = str(error["loc"][0])
     setting = env_settings().get(name)
-    context = error.get("ctx", {})
-    reason = context.get("reason") or str(context.get("error", "it is not valid")).rstrip(".") + "."
-    fix = context.get("fix") or (f"Write {setting.expected}." if setting else _no_setting(name))
-    reason = reason[0].upper() + reason[1:]
-    key = source.keys.get(name, name)
-    if context.get("key"):
-        return Problem(context["key"], "", reason, fix)
-    return Problem(key, shown(name, error["input"]), reason, fix)
+    # Our own validators raise a ValueError of a reason and, where these differ, its fix and key.
+    said: tuple[str, ...] = getattr(error.get("ctx", {}).get("error"), "args", ())
+    reason, fix, key, *_ = *said, "", "", ""
+    reason = (reason or "it is not valid").rstrip(".")
+    return Problem(
+        key or source.keys.get(name, name),
+        "" if key else shown(name, error["input"]),
+        f"{reason[0].upper()}{reason[1:]}.",
+        fix or (f"Write {setting.expected}." if setting else _no_setting(name)),
+    )
