@@ -16,36 +16,27 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.to_thread import run_sync
-from distributed import CancelledError, get_worker
-from distributed.comm.core import CommClosedError
+from distributed import CancelledError, Client, get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from kitty_nb.config import ServerConfig, load_lenient
-from kitty_nb.errors import ConfigError, ExperimentError, KittyError
-from kitty_nb.experiments.measure import engine_of, fingerprint_of, run_trial
-from kitty_nb.experiments.trial import Outcome, TrialResult
+from kitty_nb.errors import ExperimentError, KittyError
+from kitty_nb.experiments.measure import engine_of, fingerprint_of, fingerprints_here, run_trial
+from kitty_nb.experiments.trial import ModelFingerprint, Outcome, TrialResult
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, Mapping
 
-    from distributed import Client, Worker
-    from tornado.platform.asyncio import AsyncIOLoop
+    from distributed import Worker
 
-    from kitty_nb.experiments.trial import (
-        Execute,
-        ModelFingerprint,
-        OnProgress,
-        SweepEvent,
-        Trial,
-    )
+    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
     from kitty_nb.experiments.workload import Workload
 
-    T = TypeVar("T")
     Workers = Mapping[str, Mapping[str, Any]]
 
 _RESOURCE = "kitty_trial"
@@ -65,7 +56,6 @@ class Job:
         topic: Of the cluster's events; carries the progress of the trial.
         config: The sweep's settings.
         host: The machine on which those settings hold as they are.
-        model: What the model must be; None while nobody knows.
         alone: Whether to wait until the worker has no other trial.
         keep_log: Whether the server's log is sent back.
     """
@@ -76,26 +66,8 @@ class Job:
     config: ServerConfig
     workload: Workload
     host: str
-    model: ModelFingerprint | None
     alone: bool
     keep_log: bool
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """A worker's result: the trial's row and the server's log."""
-
-    worker: str
-    row: TrialResult
-    log: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class JobRejected:
-    """A worker's reason why it cannot run a trial, which another may."""
-
-    worker: str
-    reason: str
 
 
 async def count_slots(client: Client) -> int:
@@ -104,7 +76,8 @@ async def count_slots(client: Client) -> int:
     Raises:
         ExperimentError: There is no cluster.
     """
-    workers = await _on_its_loop(client, _workers(client))
+    async with _connected(client) as own:
+        workers = await _workers(own)
     return max(1, sum(map(_slots, workers.values())) or len(workers))
 
 
@@ -126,105 +99,101 @@ async def dask_cluster(
         logs: A folder here for the servers' logs; without it they go with the trial.
 
     Raises:
-        ExperimentError: There is no cluster, or none of its workers has kitty_nb.
+        ExperimentError: There is no cluster.
     """
-    cluster = _Cluster(client, config, workload, logs)
-    await _on_its_loop(client, cluster.open())
-    try:
+    async with _connected(client) as own:
+        workers = await _workers(own)
+        alone = bool(workers) and not any(map(_slots, workers.values()))
+        cluster = _Cluster(own, config, workload, logs, alone=alone)
         yield cluster.run
-    finally:
-        with suppress(ExperimentError), anyio.CancelScope(shield=True):
-            await _on_its_loop(client, cluster.close())
 
 
 class _Cluster:
-    """A cluster during one run. `open`, `close` and `_submit` run on the client's loop."""
+    """A cluster during one run, by a client of its own on the loop of the run."""
 
     def __init__(
-        self, client: Client, config: ServerConfig, workload: Workload, logs: Path | None
+        self,
+        client: Any,
+        config: ServerConfig,
+        workload: Workload,
+        logs: Path | None,
+        *,
+        alone: bool,
     ) -> None:
         self._client = client
         self._config = config.model_copy(update={"api_key": None})
         self._workload = workload
         self._logs = logs
+        self._alone = alone
         self._topic = f"kitty_nb-{uuid.uuid4().hex}"
-        self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, OnProgress] = {}
-        self._known: set[str] = set()
-        self._unfit: dict[str, str] = {}  # workers for any trial, with the reason
-        self._rejected: defaultdict[object, dict[str, str]] = defaultdict(dict)  # for some trials
         self._models: dict[str, ModelFingerprint | None] = {}
-        self._resources: dict[str, float] = {}
-
-    async def open(self) -> None:
-        """Look at the workers, and listen to them."""
-        workers = await _workers(self._client)
-        if any(map(_slots, workers.values())) or not workers:
-            self._resources = {_RESOURCE: 1}
-        self._known = set(workers)
-        answers = await self._client.run(ready, on_error="return")
-        for worker, answer in answers.items():
-            if isinstance(answer, Exception):
-                self._unfit[worker] = f"{answer}. Install kitty_nb[dask] there, as it is here."
-        if answers and self._unfit.keys() == answers.keys():
-            raise ExperimentError(f"No worker can run trials. {_listed(self._unfit)}")
-        self._client.subscribe_topic(self._topic, self._on_event)
-
-    async def close(self) -> None:
-        """Listen no more."""
-        self._client.unsubscribe_topic(self._topic)
+        # By model and engine of a trial: what each worker has, or why it cannot run it.
+        self._found: defaultdict[object, dict[str, Any]] = defaultdict(dict)
+        client.subscribe_topic(self._topic, self._on_event)
 
     async def run(self, trial: Trial, on_progress: OnProgress) -> TrialResult:
         """Return a trial's row, from whichever worker can run it."""
-        if trial.model not in self._models:
-            self._models[trial.model] = await run_sync(_fingerprint_here, trial, self._config)
-        needs = trial.model, dict(trial.settings).get("binary")
-        lost = 0
-        while lost < _LOST_AT_MOST:
-            unfit = self._unfit | self._rejected[needs]
-            workers = await self._fit(unfit)
-            if workers == []:
-                died = [_died(lost)] if lost else []
-                return _failed(trial, *died, f"No worker can run this trial. {_listed(unfit)}")
-            try:
-                answer = await self._send(trial, workers, on_progress)
-            except KilledWorker as killed:
-                return _failed(trial, _died(killed.allowed_failures + 1))
-            except NoValidWorkerError as error:
-                return _failed(trial, f"No worker took this trial. Dask says: {error}")
-            if isinstance(answer, JobRejected):
-                self._rejected[needs][answer.worker] = answer.reason
-            elif answer is None:
-                lost += 1
-            elif self._is_expected(trial, answer.row):
-                await self._keep(trial, answer.log)
-                return answer.row
-            else:
-                reason = "Its file of that name differs from the others'."
-                self._rejected[needs][answer.worker] = reason
-        return _failed(trial, _died(lost))
+        try:
+            for _ in range(_LOST_AT_MOST):
+                fit, unfit = await self._look(trial)
+                if not fit:
+                    return _failed(trial, f"No worker can run this trial. {_listed(unfit)}")
+                if answer := await self._send(trial, fit, on_progress):
+                    row, log = answer
+                    await self._keep(trial, log)
+                    return row
+        except KilledWorker as killed:
+            return _failed(trial, _died(killed.allowed_failures + 1))
+        except NoValidWorkerError as error:
+            return _failed(trial, f"No worker took this trial. Dask says: {error}")
+        except (OSError, CancelledError) as error:
+            raise ExperimentError(_unreachable(str(error))) from error
+        return _failed(trial, _died(_LOST_AT_MOST))
 
-    async def _fit(self, unfit: Mapping[str, str]) -> list[str] | None:
-        """Return the workers that may take a trial; None where all may."""
-        workers: Workers = {}
-        fit: list[str] = []
-        for _ in range(_LOOKS if unfit else 0):
-            workers = await _on_its_loop(self._client, _workers(self._client))
-            fit = [
-                address
-                for address, worker in workers.items()
-                if address not in unfit and (_slots(worker) or not self._resources)
-            ]
-            if fit or not self._known - workers.keys() - unfit.keys():
-                break
+    async def _look(self, trial: Trial) -> tuple[list[str], dict[str, str]]:
+        """Return the workers that can run a trial, and why the others cannot.
+
+        Which of several files of a name is the model, the notebook's folder decides, else the first
+        worker that has one.
+
+        Raises:
+            ExperimentError: No worker has kitty_nb.
+        """
+        model = trial.model
+        if model not in self._models:
+            here = await run_sync(fingerprints_here, [model], self._config)
+            self._models[model] = here.get(model)
+        found = self._found[model, dict(trial.settings).get("binary")]
+        unfit: dict[str, str] = {}
+        for _ in range(_LOOKS):
+            await self._client.wait_for_workers(1)
+            workers = await _workers(self._client)
+            if new := sorted(workers.keys() - found.keys()):
+                found |= await self._client.run(
+                    look, trial, self._config, this_host(), workers=new, on_error="return"
+                )
+            if all(isinstance(one, ImportError) for one in found.values()):
+                raise ExperimentError(f"No worker can run trials. {_listed(_reasons(found))}")
+            if self._models[model] is None:
+                seen = (one for one in found.values() if isinstance(one, ModelFingerprint))
+                self._models[model] = next(seen, None)
+            unfit = _reasons(found, self._models[model])
+            able = found.keys() - unfit.keys()
+            fit = [w for w in workers if w in able and (_slots(workers[w]) or self._alone)]
+            if fit or able <= workers.keys():
+                return fit, unfit
             await anyio.sleep(_LOOK_AFTER)  # others may take the places of those that are gone
-        self._known |= workers.keys()
-        return fit if workers else None
+        return [], unfit | dict.fromkeys(able, "It is gone.")
 
     async def _send(
-        self, trial: Trial, workers: list[str] | None, on_progress: OnProgress
-    ) -> JobResult | JobRejected | None:
-        """Have a worker run a trial; None where all that could are gone."""
+        self, trial: Trial, workers: list[str], on_progress: OnProgress
+    ) -> tuple[TrialResult, bytes] | None:
+        """Have a worker run a trial, and return its row and the server's log.
+
+        None when all workers that could are gone: those that took their places have other
+        addresses, and the scheduler does not know that they are as good.
+        """
         job = Job(
             name=uuid.uuid4().hex,
             topic=self._topic,
@@ -232,44 +201,26 @@ class _Cluster:
             config=self._config,
             workload=self._workload,
             host=this_host(),
-            model=self._models[trial.model],
-            alone=not self._resources,
+            alone=self._alone,
             keep_log=self._logs is not None,
         )
         self._listeners[job.name] = on_progress
+        slot = None if self._alone else {_RESOURCE: 1}
+        future = self._client.submit(run_job, job, pure=False, resources=slot, workers=workers)
         try:
-            return await _on_its_loop(self._client, self._submit(job, workers))
+            while set(workers) & (await _workers(self._client)).keys():
+                with anyio.move_on_after(_LOOK_AFTER):
+                    answer: tuple[TrialResult, bytes] = await future
+                    return answer
+            return None
         except anyio.get_cancelled_exc_class():
-            with anyio.move_on_after(_STOP_WITHIN, shield=True), suppress(ExperimentError):
-                await _on_its_loop(self._client, _stop(self._client, job.name))
+            future.release()
+            with anyio.move_on_after(_STOP_WITHIN, shield=True), suppress(OSError):
+                await self._client.run(stop_job, job.name, on_error="ignore")
             raise
         finally:
-            del self._listeners[job.name]
-
-    async def _submit(self, job: Job, workers: list[str] | None) -> JobResult | JobRejected | None:
-        """Hand a job to the scheduler, and wait for its result.
-
-        None when it can only go to workers that are all gone: those that took their places have
-        other addresses, and the scheduler does not know that they are as good.
-        """
-        future = self._client.submit(
-            run_job, job, pure=False, resources=self._resources or None, workers=workers
-        )
-        answer: asyncio.Future[JobResult | JobRejected] = asyncio.ensure_future(future)
-        try:
-            while not answer.done():
-                await asyncio.wait([answer], timeout=_LOOK_AFTER if workers else None)
-                if workers and not set(workers) & (await _workers(self._client)).keys():
-                    break
-            return answer.result() if answer.done() else None
-        finally:
-            answer.cancel()
             future.release()
-
-    def _is_expected(self, trial: Trial, row: TrialResult) -> bool:
-        """True if the model was the one of the other trials; the first to be measured decides."""
-        self._models[trial.model] = expected = self._models[trial.model] or row.fingerprint
-        return row.fingerprint in {expected, None}
+            del self._listeners[job.name]
 
     async def _keep(self, trial: Trial, log: bytes) -> None:
         if self._logs and log:
@@ -281,42 +232,37 @@ class _Cluster:
                 _log.warning("Can't write the log of %s: %s.", trial.label, error)
 
     def _on_event(self, event: tuple[float, tuple[str, bytes]]) -> None:
-        """Hand a worker's event over to the sweep's loop."""
-        with suppress(RuntimeError):  # the sweep has ended
-            self._loop.call_soon_threadsafe(self._notify, *event[1])
-
-    def _notify(self, name: str, pickled: bytes) -> None:
+        name, pickled = event[1]
         if listener := self._listeners.get(name):
             listener(pickle.loads(pickled))  # noqa: S301 (Dask's results are pickles, too)
 
 
-async def _on_its_loop(client: Client, work: Coroutine[Any, Any, T]) -> T:
-    """Await something on a client's own event loop, which may be another thread's.
+@asynccontextmanager
+async def _connected(client: Client) -> AsyncGenerator[Any]:
+    """Connect to a client's cluster from the loop that runs now; the client may have another.
 
     Raises:
-        ExperimentError: The client is closed, or closes meanwhile, or has lost its scheduler.
+        ExperimentError: The client is closed, or the cluster cannot be reached.
     """
     if client.status != "running":
-        work.close()
         raise ExperimentError(_unreachable(f"its client is {client.status}"))
-    loop = cast("AsyncIOLoop", client.loop).asyncio_loop
-    done = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
-    try:
-        await asyncio.wait([done])
-    finally:
-        done.cancel()
-    if done.cancelled():
-        raise ExperimentError(_unreachable("its client was closed"))
-    try:
-        return done.result()
-    except (CommClosedError, CancelledError) as error:
-        raise ExperimentError(_unreachable(str(error))) from error
-
-
-async def _workers(client: Client) -> Workers:
-    """Return what the scheduler knows of each worker, by its address."""
     scheduler: Any = client.scheduler
-    workers: Workers = (await scheduler.identity())["workers"]
+    own: Any = Client(  # declared by the types of blocking calls
+        scheduler.address, security=client.security, asynchronous=True, set_as_default=False
+    )
+    try:
+        await own
+        yield own
+    except OSError as error:
+        raise ExperimentError(_unreachable(str(error))) from error
+    finally:
+        with anyio.CancelScope(shield=True):
+            await own.close()
+
+
+async def _workers(client: Any) -> Workers:
+    """Return what the scheduler knows of each worker, by its address."""
+    workers: Workers = (await client.scheduler.identity())["workers"]
     return workers
 
 
@@ -324,18 +270,22 @@ def _slots(worker: Mapping[str, Any]) -> int:
     return int(worker["resources"].get(_RESOURCE, 0))
 
 
-async def _stop(client: Client, name: str) -> None:
-    await client.run(stop_job, name, on_error="ignore")
+def _reasons(found: Mapping[str, Any], model: ModelFingerprint | None = None) -> dict[str, str]:
+    """Return why workers cannot run a trial, by their addresses."""
+    reasons: dict[str, str] = {}
+    for worker, answer in found.items():
+        match answer:
+            case ModelFingerprint() if answer != model:
+                reasons[worker] = "It has another file of that name."
+            case ImportError():
+                reasons[worker] = f"{answer}. Install kitty_nb[dask] there, as it is here."
+            case str() | Exception():
+                reasons[worker] = str(answer)
+    return reasons
 
 
-def _fingerprint_here(trial: Trial, config: ServerConfig) -> ModelFingerprint | None:
-    with suppress(ConfigError):  # only the workers may have it
-        return fingerprint_of(trial.model, config)
-    return None
-
-
-def _failed(trial: Trial, *reasons: str) -> TrialResult:
-    return TrialResult(trial, Outcome.FAILED, " ".join(reasons), at=time.time())
+def _failed(trial: Trial, reason: str) -> TrialResult:
+    return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
 
 
 def _died(count: int) -> str:
@@ -368,11 +318,18 @@ _stopped: set[str] = set()
 _turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
-def ready() -> None:
-    """Do nothing: a worker that can be asked for this has kitty_nb."""
+async def look(trial: Trial, config: ServerConfig, host: str) -> ModelFingerprint | str:
+    """Return the model that this worker has for a trial, or why it cannot run it."""
+    try:
+        config = await run_sync(_settings_here, config, host)
+        fingerprint = await run_sync(fingerprint_of, trial.model, config)
+        await engine_of(trial, config)
+    except KittyError as error:
+        return str(error)
+    return fingerprint
 
 
-async def run_job(job: Job) -> JobResult | JobRejected | None:
+async def run_job(job: Job) -> tuple[TrialResult, bytes] | None:
     """Run a trial on this worker; None when it was stopped.
 
     It runs on the worker's event loop: there it can be cancelled, also by the worker's own end.
@@ -401,42 +358,36 @@ async def stop_job(name: str) -> None:
         await ended.wait()
 
 
-async def _measure(job: Job, worker: Worker) -> JobResult | JobRejected:
+async def _measure(job: Job, worker: Worker) -> tuple[TrialResult, bytes]:
     def on_progress(event: SweepEvent) -> None:
         worker.log_event(job.topic, (job.name, pickle.dumps(event)))
 
-    try:
-        config = job.config
-        if job.host != this_host():
-            config = await run_sync(_settings_here, config)
-        fingerprint = await run_sync(fingerprint_of, job.trial.model, config)
-        await engine_of(job.trial, config)
-    except KittyError as error:
-        return JobRejected(worker.address, str(error))
-    if job.model not in {None, fingerprint}:
-        return JobRejected(worker.address, "It has another file of that name.")
-    try:
-        with TemporaryDirectory(
-            prefix="kitty_nb-", dir=worker.local_directory, ignore_cleanup_errors=True
-        ) as name:
-            folder = Path(name)
-            row = await run_trial(
-                job.trial, on_progress, config=config, workload=job.workload, folder=folder
-            )
-            log = await run_sync(_read_logs, folder) if job.keep_log else b""
-    except OSError as error:
-        return JobRejected(worker.address, f"Can't write to {worker.local_directory}: {error}.")
-    return JobResult(worker.address, row, log)
+    config = await run_sync(_settings_here, job.config, job.host)
+    with TemporaryDirectory(
+        prefix="kitty_nb-", dir=worker.local_directory, ignore_cleanup_errors=True
+    ) as name:
+        folder = Path(name)
+        row = await run_trial(
+            job.trial, on_progress, config=config, workload=job.workload, folder=folder
+        )
+        log = await run_sync(_read_logs, folder) if job.keep_log else b""
+    return row, log
 
 
-def _settings_here(config: ServerConfig) -> ServerConfig:
+def _settings_here(config: ServerConfig, host: str) -> ServerConfig:
     """Return a sweep's settings with the places that this machine's own `.env` names.
 
     A models folder that it does not name is the sweep's, where there is one, as on a shared disk.
 
+    Args:
+        config: The sweep's settings.
+        host: The machine on which they hold as they are.
+
     Raises:
         ConfigError: The file cannot be read.
     """
+    if host == this_host():
+        return config
     own, _ = load_lenient(profile=config.profile)
     shared = "models_dir" not in own.model_fields_set and config.models_dir.is_dir()
     binary = config.binary if config.binary and config.binary.exists() else None
