@@ -7,17 +7,22 @@ whatever else runs, and is certain to end its server.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 import time
+from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from threading import Event as ThreadEvent
+from threading import Thread
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import httpx
+from anyio.from_thread import BlockingPortal
 from anyio.to_thread import run_sync
 
 from kitty_nb.client import Access
@@ -45,10 +50,12 @@ from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import Event
+
+    T = TypeVar("T")
 
 __all__ = [
     "SERVER_SETTINGS",
@@ -66,6 +73,7 @@ __all__ = [
     "free_memory",
     "gather_facts",
     "has_gpu",
+    "in_background",
     "isolated_server",
     "locate_engine",
     "spell",
@@ -203,6 +211,38 @@ async def find_load(state: ServerState) -> LoadRecord | None:
             break
         await anyio.sleep(_LOOK_AGAIN)
     return None
+
+
+def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, Future[T]]:
+    """Start the work, and return when it first waits. Cancelling the future cancels it.
+
+    Args:
+        work: A coroutine function.
+        name: Of the thread. It is a daemon: whoever starts it sees to its end.
+    """
+    begun: Future[tuple[BlockingPortal, Callable[[], Awaitable[T]]]] = Future()
+    waits = ThreadEvent()
+
+    async def live() -> None:
+        ended = anyio.Event()
+
+        async def whole() -> T:
+            asyncio.get_running_loop().call_soon(waits.set)  # its turn is when the work waits
+            try:
+                return await work()
+            finally:
+                ended.set()
+
+        async with BlockingPortal() as portal:
+            begun.set_result((portal, whole))
+            await ended.wait()
+
+    thread = Thread(target=anyio.run, args=(live,), name=name, daemon=True)
+    thread.start()
+    portal, whole = begun.result()
+    future = portal.start_task_soon(whole)
+    waits.wait()
+    return thread, future
 
 
 def _isolated(config: ServerConfig, folder: Path) -> ServerConfig:

@@ -15,7 +15,8 @@ from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.client import Access, Piece
 from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
-from kitty_nb.experiments.run_record import Request, ask
+from kitty_nb.experiments.recording import ask
+from kitty_nb.experiments.run_record import Request
 from kitty_nb.experiments.workload import Workload
 from kitty_nb.supervisor.health import HealthProbe, Identity
 

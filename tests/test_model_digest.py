@@ -14,7 +14,8 @@ import pytest
 from kitty_nb import ServerConfig
 from kitty_nb.catalog.cache import FileDigest
 from kitty_nb.errors import ModelFileError
-from kitty_nb.experiments.run_record import ModelDigest, digest_model
+from kitty_nb.experiments.recording import digest_model
+from kitty_nb.experiments.run_record import ModelDigest
 
 OLD = 1_700_000_000_000_000_000
 

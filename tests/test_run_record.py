@@ -21,7 +21,7 @@ from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import ExperimentError, KittyError, RunRecordError
 from kitty_nb.experiments import Exchange, Request, RunRecord, compare, record_run, replay
-from kitty_nb.experiments.run_record import ask
+from kitty_nb.experiments.recording import ask
 
 ANSWER = "Hello! I am the kitty_nb demo model,"
 

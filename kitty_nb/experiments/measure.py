@@ -20,7 +20,8 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client import post, props, stream
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, WillNotFitError, first_of
-from kitty_nb.experiments.run_record import Exchange, Request, Timings, describe_run
+from kitty_nb.experiments.recording import describe_run
+from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.space import changes
 from kitty_nb.experiments.trial import (
     Measurement,
@@ -404,7 +405,7 @@ class _Run:
             if workload.record:
                 exchanges = tuple(answer.exchange for answer in answers)
                 record = await describe_run(server.state, server.access, exchanges, workload.seed)
-                document = record.model_dump_json()
+                document = record.to_json()
         quality, problem = await run_sync(_judge, workload, measured.answers)
         self.row = replace(
             self.row,

@@ -1,64 +1,44 @@
-"""`RunRecord`: what a served model was asked and all that its answers depend on, as JSON."""
+"""`RunRecord`: what a served model was asked and all that its answers depend on, as JSON.
+
+`compare` lays two of them side by side.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import subprocess
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import httpx
-import psutil
-from anyio.to_thread import run_sync
 from pydantic import (
     AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
     JsonValue,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    field_serializer,
     field_validator,
     model_validator,
 )
 
-from kitty_nb.catalog.cache import FileDigest, digest_files
-from kitty_nb.catalog.model import shard_paths
-from kitty_nb.client import broken_off, post, props
+from kitty_nb.catalog.cache import FileDigest
 from kitty_nb.config import ServerConfig, takes_secret
-from kitty_nb.errors import ConfigError, ExperimentError, RunRecordError, ServerError
-from kitty_nb.isolated_server import (
-    EngineKind,
-    LoadSeconds,
-    find_load,
-    free_memory,
-    gather_facts,
-    locate_engine,
-)
+from kitty_nb.errors import ConfigError, RunRecordError
+from kitty_nb.isolated_server import SERVER_SETTINGS, EngineKind, LoadSeconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kitty_nb.client import Access
-    from kitty_nb.isolated_server import ServerState
-    from kitty_nb.manager import ModelManager, Operation
-
-    OnBytes = Callable[[int, int], object]
+    from collections.abc import Iterator, Sequence
 
 # One higher whenever an older version of this package would misread a record.
 SCHEMA_VERSION = 1
-_GGUF = re.compile(r"(.+\.gguf)(:[^:/]*)?", re.IGNORECASE | re.DOTALL)  # with an adapter's scale
-_CPU_NAME = re.compile(r"^(?:model name|Model)\s*:\s*(.+)$", re.MULTILINE)  # proc_cpuinfo(5)
-_LIBRARIES = ("kitty_nb", "xllamacpp", "gguf", "httpx", "anyio", "pydantic", "psutil", "numpy")
+_COMPARED: dict[str, Any] = {
+    "config": set(SERVER_SETTINGS),
+    **dict.fromkeys(("model", "engine", "host", "libraries", "seed"), True),
+    "exchanges": {"__all__": {"request", "finish_reason"}},
+}
+_NOTHING = "-"
+_SHOWN = 40  # characters of an answer
 
 
 class _Facts(BaseModel):
@@ -228,7 +208,7 @@ class RunRecord(_Facts):
         exchanges: In order.
     """
 
-    schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
     made: AwareDatetime
     config: ServerConfig
     model: ModelDigest
@@ -272,18 +252,12 @@ class RunRecord(_Facts):
 
     @classmethod
     def parse(cls, text: str | bytes, source: str = "The text") -> Self:
-        """Read a record from the JSON of its file; `source` names it in errors.
+        """Read a record from its JSON; `source` names it in errors.
 
         Raises:
             RunRecordError: It is damaged, or a later version wrote it.
         """
         try:
-            schema = _Version.model_validate_json(text).schema_version
-            if schema > SCHEMA_VERSION:
-                raise RunRecordError(
-                    f"A later version of kitty_nb wrote {source} (schema {schema}; this version"
-                    f" reads {SCHEMA_VERSION}). Update: pip install --upgrade kitty_nb"
-                )
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
@@ -295,6 +269,10 @@ class RunRecord(_Facts):
             " copy."
         )
 
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return self.model_dump_json(indent=2, exclude={"config": {"api_key"}})
+
     def save(self, path: str | Path) -> Path:
         """Write it to a file, whole or not at all, and return where.
 
@@ -305,7 +283,7 @@ class RunRecord(_Facts):
         partial = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(f"{self.model_dump_json(indent=2)}\n", encoding="utf-8")
+            partial.write_text(f"{self.to_json()}\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
             raise RunRecordError(
@@ -313,6 +291,17 @@ class RunRecord(_Facts):
                 " folder's permissions, or choose another place."
             ) from error
         return path
+
+    @field_validator("schema_version")
+    @classmethod
+    def _is_known(cls, schema: int) -> int:
+        """Stop at once where the other fields may mean something else."""
+        if schema > SCHEMA_VERSION:
+            raise RunRecordError(
+                f"A later version of kitty_nb wrote this run record (schema {schema}; this version"
+                f" reads {SCHEMA_VERSION}). Update: pip install --upgrade kitty_nb"
+            )
+        return schema
 
     @field_validator("config")
     @classmethod
@@ -325,214 +314,150 @@ class RunRecord(_Facts):
         )
         return config.model_copy(update={"api_key": None, "extra_args": tuple(kept)})
 
-    @field_serializer("config", mode="wrap")
-    def _without_key(
-        self, config: ServerConfig, dump: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
-        return {name: value for name, value in dump(config).items() if name != "api_key"}
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something that the answers may depend on and that is not the same.
 
-class _Version(BaseModel):
-    schema_version: int
-
-
-Prompt = str | Sequence[dict[str, JsonValue]] | Request
-
-
-def record_run(
-    manager: ModelManager,
-    prompts: str | Request | Iterable[Prompt],
-    *,
-    max_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_progress: OnBytes | None = None,
-    **parameters: JsonValue,
-) -> Operation[RunRecord]:
-    """Ask the server that a manager runs, one request after the other, and record the run.
-
-    Answers are greedy, so that they can be repeated; with a temperature, the seed makes them so.
-
-    Args:
-        manager: Its server must be ready.
-        prompts: What a user says, one conversation each; or whole conversations, as lists of
-            messages; or requests, whose own parameters go before those given here.
-        max_tokens: The longest answer, in tokens.
-        temperature: Of sampling; 0 takes the likeliest token each time.
-        seed: Of sampling.
-        on_progress: Called in a worker thread with the bytes of the model that are hashed, and
-            their total: only the first time that a model is recorded.
-        parameters: What else llama-server takes with a request, such as `top_k=1`.
-
-    Raises:
-        KittyError: The server is not ready or was not started by kitty_nb, or a prompt cannot be
-            asked. Waiting for the result raises ExperimentError when the server refuses a request,
-            such as one that is longer than its context.
+    Attributes:
+        what: Its place in the record, e.g. `engine.version`.
     """
-    sampling: dict[str, JsonValue] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "cache_prompt": False,  # what was asked before must not change how this is computed
-        **parameters,
-    }
-    given = [prompts] if isinstance(prompts, str | Request) else prompts
-    requests = [_request(prompt, sampling) for prompt in given]
-    access, state = manager.access, manager.state
-    if state.external:
-        raise ExperimentError(
-            f"{state.external.who} was not started by kitty_nb, so the model and settings that"
-            " answer are unknown. Start your own server, and record that one."
-        )
 
-    async def run() -> RunRecord:
-        exchanges = await ask(access, requests)
-        if manager.state.ready_since != state.ready_since:
-            raise ExperimentError(
-                "The server was replaced or ended during the run, so the answers do not come from"
-                " a single server. Start it, and record again."
-            )
-        return await describe_run(state, access, exchanges, seed, on_progress)
-
-    return manager.run(run)
+    what: str
+    recorded: str
+    now: str
 
 
-async def ask(access: Access, requests: Iterable[Request]) -> tuple[Exchange, ...]:
-    """Send requests to a server, one after the other.
+@dataclass(frozen=True, slots=True)
+class OutputDifference:
+    """An answer that is not the same.
 
-    Raises:
-        ExperimentError: The server refuses one, or breaks off.
+    Attributes:
+        exchange: Its index, from 0.
+        position: The first character that differs, from 0.
+        recorded: The beginning of the recorded answer's rest.
+        now: The beginning of the present answer's rest.
     """
-    try:
-        async with access.async_http() as http:
-            return tuple([await _ask(http, request) for request in requests])
-    except httpx.HTTPError as error:
-        raise ExperimentError(broken_off(error)) from error
-    except ServerError as error:
-        raise ExperimentError(str(error)) from error
+
+    exchange: int
+    position: int
+    recorded: str
+    now: str
 
 
-async def describe_run(
-    state: ServerState,
-    access: Access,
-    exchanges: tuple[Exchange, ...],
-    seed: int,
-    on_progress: OnBytes | None = None,
-) -> RunRecord:
-    """Put together the record of a server that is ready and has answered.
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A measurement, which varies from run to run.
 
-    Raises:
-        ModelFileError: A file of the model is missing or cannot be read.
-        ExperimentError: The model's file has changed since it was loaded.
+    Attributes:
+        what: What was measured, with its unit.
     """
-    config = state.config
-    engine = await locate_engine(config.binary)
-    load = await find_load(state)
-    facts = await run_sync(gather_facts, config)
-    async with access.async_http() as http:
-        served = await props(http)
-    ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
-    if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
-        raise ExperimentError(
-            f"{config.model} has changed since this server loaded it, so the model that answered is"
-            " unknown. Restart the server, and record again."
-        )
-    return RunRecord(
-        made=datetime.now(UTC),
-        config=config,
-        model=await digest_model(config, on_progress),
-        header=facts.digest,
-        engine=EngineFacts(
-            kind=engine.kind,
-            version=engine.version,
-            build=str(served.get("build_info", "")),
-            devices=state.devices,
+
+    what: str
+    recorded: float
+    now: float
+
+    @property
+    def ratio(self) -> float:
+        """The present value over the recorded one."""
+        return self.now / self.recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs side by side; `print` shows it as tables.
+
+    Attributes:
+        recorded: The earlier run.
+        repeated: The later one.
+        outputs: Answers that differ.
+        differences: What else differs, timings apart.
+        figures: What was measured in both.
+    """
+
+    recorded: RunRecord = field(repr=False)
+    repeated: RunRecord = field(repr=False)
+    outputs: tuple[OutputDifference, ...]
+    differences: tuple[Difference, ...]
+    figures: tuple[Figure, ...] = field(repr=False)
+
+    @property
+    def same_outputs(self) -> bool:
+        """True if all answers are the same, to the letter."""
+        return not self.outputs
+
+    def __str__(self) -> str:
+        count = max(len(run.exchanges) for run in (self.recorded, self.repeated))
+        lines = [f"Answers: {count - len(self.outputs)} of {count} are the same."]
+        lines += [
+            f"Answer {one.exchange + 1} differs from character {one.position + 1} on:"
+            f" recorded {one.recorded!r}, now {one.now!r}."
+            for one in self.outputs
+        ]
+        rows = [(one.what, one.recorded, one.now) for one in self.differences]
+        figures = [
+            (one.what, f"{one.recorded:.4g}", f"{one.now:.4g}", f"{one.ratio:.2f}")
+            for one in self.figures
+        ]
+        lines += _table(("differs", "recorded", "now"), rows)
+        lines += _table(("varies", "recorded", "now", "ratio"), figures)
+        return "\n".join(lines)
+
+
+def compare(recorded: RunRecord, repeated: RunRecord) -> Comparison:
+    """Lay two runs side by side. What merely varies, such as timings, is no difference."""
+    before, after = (
+        dict(_leaves(run.model_dump(mode="json", include=_COMPARED)))
+        for run in (recorded, repeated)
+    )
+    was, now = (dict(_measured(run)) for run in (recorded, repeated))
+    return Comparison(
+        recorded,
+        repeated,
+        outputs=tuple(_output_differences(recorded, repeated)),
+        differences=tuple(
+            Difference(key, before.get(key, _NOTHING), after.get(key, _NOTHING))
+            for key in before | after
+            if before.get(key) != after.get(key)
         ),
-        host=await run_sync(_host_facts),
-        libraries=await run_sync(_library_versions),
-        seed=seed,
-        load_seconds=LoadSeconds(load.starting, load.loading, load.preparing, load.cached)
-        if load
-        else None,
-        exchanges=exchanges,
+        figures=tuple(Figure(what, was[what], now[what]) for what in was if what in now),
     )
 
 
-async def digest_model(config: ServerConfig, on_progress: OnBytes | None = None) -> ModelDigest:
-    """Work out which model a server with these settings serves.
-
-    Raises:
-        ModelFileError: A file is missing, cannot be read, or changes meanwhile.
-    """
-    shards = shard_paths(config.model) if config.model else ()
-    paired = (config.projector,) if config.projector else ()
-    words = (part for word in config.extra_args for part in word.split(","))
-    named = (Path(found[1]) for word in words if (found := _GGUF.fullmatch(word)))
-    files = (*shards, *paired, *named)
-    digests = await run_sync(digest_files, files, on_progress or (lambda *_: None))
-    return ModelDigest(shards=digests[: len(shards)], companions=digests[len(shards) :])
+def _leaves(value: object, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}[{index}]")
+    else:
+        yield place, _NOTHING if value is None else str(value)
 
 
-def _request(prompt: Prompt, sampling: dict[str, JsonValue]) -> Request:
-    if isinstance(prompt, Request):
-        return prompt.model_copy(update={"parameters": {**sampling, **prompt.parameters}})
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    try:
-        return Request.model_validate({"messages": prompt, "parameters": sampling})
-    except ValidationError as error:
-        raise ExperimentError(
-            f"Not a valid prompt: {prompt!r}. Write a text, a list of messages such as"
-            ' {"role": "user", "content": "…"}, or a Request.'
-        ) from error
+def _output_differences(recorded: RunRecord, repeated: RunRecord) -> Iterator[OutputDifference]:
+    texts = ([exchange.text for exchange in run.exchanges] for run in (recorded, repeated))
+    for index, (was, now) in enumerate(zip_longest(*texts, fillvalue="")):
+        if was != now:
+            at = next((at for at, pair in enumerate(zip_longest(was, now)) if len(set(pair)) > 1))
+            yield OutputDifference(index, at, was[at : at + _SHOWN], now[at : at + _SHOWN])
 
 
-async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
-    answer = await post(http, request.path, request.body, "choices")
-    choice: dict[str, Any] = next(iter(answer["choices"]), {})
-    message = choice.get("message", {"content": choice.get("text")})
-    calls = message.get("tool_calls") or ()
-    return Exchange(
-        request=request,
-        output=message.get("content") or "",
-        reasoning=message.get("reasoning_content") or "",
-        tool_calls=tuple({key: call[key] for key in call if key != "id"} for call in calls),
-        finish_reason=choice.get("finish_reason"),
-        timings=answer.get("timings"),
-    )
+def _measured(run: RunRecord) -> Iterator[tuple[str, float]]:
+    """Yield the figures of a run that are known."""
+    if run.load_seconds:
+        yield "load, s", run.load_seconds.total
+    timings = [exchange.timings for exchange in run.exchanges if exchange.timings]
+    if seconds := sum(one.prompt_ms for one in timings) / 1000:
+        yield "prompt, tokens/s", sum(one.prompt_n for one in timings) / seconds
+    if seconds := sum(one.predicted_ms for one in timings) / 1000:
+        yield "generation, tokens/s", sum(one.predicted_n for one in timings) / seconds
 
 
-def _host_facts() -> HostFacts:
-    """Describe this machine. It asks drivers and programs: call it in a worker thread."""
-    memory = free_memory()
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS pins nothing
-    return HostFacts(
-        name=platform.node(),
-        cpu=_cpu_name() or platform.machine(),
-        cores=psutil.cpu_count(logical=False),
-        threads=psutil.cpu_count(),
-        usable_threads=len(affinity(0)) if affinity else psutil.cpu_count(),
-        ram=memory.ram.total,
-        gpus=tuple(Gpu(name=gpu.name, memory=gpu.total) for gpu in memory.gpus),
-        os=platform.platform(),
-        python=f"{platform.python_implementation()} {platform.python_version()}",
-    )
-
-
-def _library_versions() -> dict[str, str]:
-    """Return the versions of the installed libraries that a run goes through."""
-    versions = {}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def _cpu_name() -> str:
-    if psutil.MACOS:
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    with suppress(OSError):
-        if found := _CPU_NAME.search(Path("/proc/cpuinfo").read_text(errors="replace")):
-            return found[1]
-    return ""
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table below an empty line; none without rows."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = (head, tuple("-" * width for width in widths), *rows)
+    return ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)]

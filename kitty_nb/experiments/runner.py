@@ -14,7 +14,6 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
-from kitty_nb.experiments.background import in_background
 from kitty_nb.experiments.measure import fingerprints_here
 from kitty_nb.experiments.results import extra
 from kitty_nb.experiments.space import check_flags, digest
@@ -29,7 +28,7 @@ from kitty_nb.experiments.trial import (
     TrialResult,
     TrialStarted,
 )
-from kitty_nb.isolated_server import Broadcast, locate_engine
+from kitty_nb.isolated_server import Broadcast, in_background, locate_engine
 from kitty_nb.manager import Operation
 
 if TYPE_CHECKING:
