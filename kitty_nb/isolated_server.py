@@ -50,7 +50,7 @@ from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import Event
@@ -81,7 +81,6 @@ __all__ = [
 ]
 
 _HOST = "127.0.0.1"
-_PORTS_TRIED = 3
 _DEATH_WITHIN = 5.0  # seconds until the supervisor has noticed that a silent server has ended
 _SAME_MOMENT = 2.0  # seconds from a server's becoming ready to its row in the history
 _CLOCKS_APART = 0.05  # seconds; the one clock is read a moment after the other
@@ -122,10 +121,13 @@ class IsolatedServer:
             driver does not say what a process holds.
     """
 
-    def __init__(self, supervisor: Supervisor, load: LoadSeconds) -> None:
+    def __init__(self, supervisor: Supervisor, stages: Mapping[Stage, float]) -> None:
         self.state: ServerState = supervisor.state
         self.access = Access(self.state.endpoint, supervisor.api_key)
-        self.load = load
+        ready = stages.get(Stage.READY, 0.0)
+        prepared = stages.get(Stage.PREPARING, ready)
+        loaded = stages.get(Stage.LOADING, prepared)
+        self.load = LoadSeconds(loaded, prepared - loaded, ready - prepared)
         self.memory = 0
         self.gpu_memory: int | None = 0
 
@@ -174,12 +176,23 @@ async def isolated_server(
             on_progress(event.progress)
 
     with TemporaryDirectory(prefix="kitty_nb-", ignore_cleanup_errors=True) as temporary:
-        own = _isolated(config, folder or Path(temporary))
+        own = config.replace(
+            host=_HOST,
+            port=_free_port(),
+            api_key=None,
+            log_dir=folder or Path(temporary),
+            on_kernel_exit=OnKernelExit.STOP,
+            idle_shutdown_seconds=None,
+            restart_max=0,
+        )
         async with Supervisor(own) as supervisor:
             supervisor.subscribe(follow)
             try:
-                await _start(supervisor, own, anyway=anyway)
-                yield IsolatedServer(supervisor, _load_seconds(stages))
+                try:
+                    await supervisor.start(own, anyway=anyway)
+                except PortBusyError:  # another program was faster
+                    await supervisor.start(own.replace(port=_free_port()), anyway=anyway)
+                yield IsolatedServer(supervisor, stages)
             except httpx.HTTPError as error:
                 raise ServerError(await _why_silent(supervisor, error)) from error
             finally:
@@ -220,59 +233,33 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
         work: A coroutine function.
         name: Of the thread. It is a daemon: whoever starts it sees to its end.
     """
-    begun: Future[tuple[BlockingPortal, Callable[[], Awaitable[T]]]] = Future()
+    begun: Future[BlockingPortal] = Future()
     waits = ThreadEvent()
 
     async def live() -> None:
-        ended = anyio.Event()
-
-        async def whole() -> T:
-            asyncio.get_running_loop().call_soon(waits.set)  # its turn is when the work waits
-            try:
-                return await work()
-            finally:
-                ended.set()
-
         async with BlockingPortal() as portal:
-            begun.set_result((portal, whole))
-            await ended.wait()
+            begun.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    async def whole() -> T:
+        asyncio.get_running_loop().call_soon(waits.set)  # its turn is when the work waits
+        try:
+            return await work()
+        finally:
+            await portal.stop()
 
     thread = Thread(target=anyio.run, args=(live,), name=name, daemon=True)
     thread.start()
-    portal, whole = begun.result()
+    portal = begun.result()
     future = portal.start_task_soon(whole)
     waits.wait()
     return thread, future
-
-
-def _isolated(config: ServerConfig, folder: Path) -> ServerConfig:
-    return config.replace(
-        host=_HOST,
-        port=_free_port(),
-        api_key=None,
-        log_dir=folder,
-        on_kernel_exit=OnKernelExit.STOP,
-        idle_shutdown_seconds=None,
-        restart_max=0,
-    )
 
 
 def _free_port() -> int:
     with socket.socket() as trial:
         trial.bind((_HOST, 0))
         return int(trial.getsockname()[1])
-
-
-async def _start(supervisor: Supervisor, config: ServerConfig, *, anyway: bool) -> None:
-    for attempt in range(_PORTS_TRIED):
-        try:
-            await supervisor.start(config, anyway=anyway)
-        except PortBusyError as busy:  # another program was faster
-            if attempt + 1 == _PORTS_TRIED:
-                raise
-            config = config.replace(port=busy.free_port or _free_port())
-        else:
-            return
 
 
 async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
@@ -284,10 +271,3 @@ async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
     if supervisor.state.status.idle and supervisor.state.error:
         return supervisor.state.error
     return f"The server did not answer a request: {str(error) or type(error).__name__}."
-
-
-def _load_seconds(stages: dict[Stage, float]) -> LoadSeconds:
-    ready = stages.get(Stage.READY, 0.0)
-    prepared = stages.get(Stage.PREPARING, ready)
-    loaded = stages.get(Stage.LOADING, prepared)
-    return LoadSeconds(loaded, prepared - loaded, ready - prepared)

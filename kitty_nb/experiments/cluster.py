@@ -170,10 +170,12 @@ class _Cluster:
             await self._client.wait_for_workers(1)
             workers = await _workers(self._client)
             if new := sorted(workers.keys() - found.keys()):
-                found |= await self._client.run(
+                answers = await self._client.run(
                     look, trial, self._config, this_host(), workers=new, on_error="return"
                 )
-            if all(isinstance(one, ImportError) for one in found.values()):
+                # A worker that did not answer at all is on its way out, or asked again.
+                found |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
+            if found and all(isinstance(one, Exception) for one in found.values()):
                 raise ExperimentError(f"No worker can run trials. {_listed(_reasons(found))}")
             if self._models[model] is None:
                 seen = (one for one in found.values() if isinstance(one, ModelFingerprint))
@@ -277,10 +279,10 @@ def _reasons(found: Mapping[str, Any], model: ModelFingerprint | None = None) ->
         match answer:
             case ModelFingerprint() if answer != model:
                 reasons[worker] = "It has another file of that name."
-            case ImportError():
+            case Exception():
                 reasons[worker] = f"{answer}. Install kitty_nb[dask] there, as it is here."
-            case str() | Exception():
-                reasons[worker] = str(answer)
+            case str():
+                reasons[worker] = answer
     return reasons
 
 
