@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import anyio
@@ -37,7 +36,8 @@ from kitty_nb.experiments.workload import Perplexity
 from kitty_nb.isolated_server import gather_facts, isolated_server, locate_engine, this_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from pydantic import JsonValue
 
@@ -274,7 +274,7 @@ async def run_trial(
     *,
     config: ServerConfig,
     workload: Workload,
-    folder: Path,
+    folder: Path | None = None,
 ) -> TrialResult:
     """Measure a trial on a server of its own, and return its row. It does not raise.
 
@@ -286,7 +286,7 @@ async def run_trial(
         on_progress: Called with the load's progress and with each answer.
         config: The settings that it changes, as they are on this machine.
         workload: What to ask.
-        folder: Where the server's log goes.
+        folder: Where the server's log goes; without it the log goes with the server.
     """
     run = _Run(trial, on_progress, workload)
     began = time.monotonic()
@@ -297,7 +297,7 @@ async def run_trial(
     except KittyError as error:
         run.end(Outcome.FAILED, str(error))
     except OSError as error:
-        problem = f"Can't write to {folder}: {error.strerror or error}."
+        problem = f"Can't write to {error.filename or folder}: {error.strerror or error}."
         run.end(Outcome.FAILED, f"{problem} Free some space or fix its permissions.")
     seconds = replace(run.row.seconds, overall=time.monotonic() - began)
     return replace(run.row, seconds=seconds, at=time.time())
@@ -313,20 +313,17 @@ async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
     return await locate_engine(Path(str(binary)) if binary else None)
 
 
-@asynccontextmanager
-async def this_machine(
+def this_machine(
     config: ServerConfig, workload: Workload, logs: Path | None = None
-) -> AsyncGenerator[Execute]:
+) -> AbstractAsyncContextManager[Execute]:
     """Provide the callable that runs trials here.
 
     Args:
         config: The settings that trials change.
         workload: What to ask each server.
-        logs: A folder for the servers' logs, to be kept; without it they are deleted with
-            this context.
+        logs: A folder for the servers' logs, to be kept; without it they go with the trial.
     """
-    with TemporaryDirectory(prefix="kitty_nb-sweep-", ignore_cleanup_errors=True) as temporary:
-        yield partial(run_trial, config=config, workload=workload, folder=logs or Path(temporary))
+    return nullcontext(partial(run_trial, config=config, workload=workload, folder=logs))
 
 
 def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
@@ -382,7 +379,7 @@ class _Run:
         """Keep why the trial was not measured."""
         self.row = replace(self.row, outcome=outcome, reason=reason)
 
-    async def measure(self, config: ServerConfig, folder: Path) -> None:
+    async def measure(self, config: ServerConfig, folder: Path | None) -> None:
         """Start the server, measure it and stop it; then judge its answers."""
         trial, workload = self._trial, self._workload
         busy = await run_sync(psutil.cpu_percent, _LOAD_SECONDS)

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -321,11 +322,7 @@ def _host_facts() -> HostFacts:
 
 def _library_versions() -> dict[str, str]:
     """Return the versions of the installed libraries that a run goes through."""
-    versions = {}
-    for name in _LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+    return {name: version(name) for name in _LIBRARIES if find_spec(name)}
 
 
 def _cpu_name() -> str:

@@ -7,6 +7,7 @@ import atexit
 import logging
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -89,7 +90,7 @@ class TrialRunner:
         self._resumed: anyio.Event | None = None
         self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
         self._thread: Thread | None = None
-        self._ended: Callable[[], bool] = lambda: False
+        self._ended: Callable[[], bool] = lambda: True
         self.store_problem = ""
 
     def __enter__(self) -> Self:
@@ -112,23 +113,11 @@ class TrialRunner:
 
     def pause(self) -> None:
         """Begin no further trial; the one under way goes on to its row."""
-
-        def pause() -> None:
-            self._paused = True
-            self._publish(SweepPaused())
-
-        self._on_loop(pause)
+        self._on_loop(partial(self._set_paused, True))
 
     def resume(self) -> None:
         """Begin trials again."""
-
-        def resume() -> None:
-            self._paused = False
-            if self._resumed:
-                self._resumed.set()
-            self._publish(SweepResumed())
-
-        self._on_loop(resume)
+        self._on_loop(partial(self._set_paused, False))
 
     def cancel(self) -> None:
         """End the run and the server under way. Finished trials are kept; `run` does the rest."""
@@ -147,10 +136,10 @@ class TrialRunner:
 
     def _start(self, work: Callable[[], Awaitable[T]], name: str) -> Operation[T]:
         """Do the work in a thread of its own, which ends with it."""
-        if self._thread and not self.running and self._ended():
-            self._thread.join()  # it outlives its result by a moment
-        if self.running or (self._thread and self._thread.is_alive()):
+        if self.running or not self._ended():
             raise ExperimentError(_RUNNING)
+        if self._thread:
+            self._thread.join()  # it outlives its result by a moment
         future: Future[T]
         self._thread, future = in_background(work, name)
         self._ended = future.done
@@ -175,7 +164,7 @@ class TrialRunner:
             problem = str(error) if known else f"kitty_nb failed to run the sweep: {error!r}."
             raise error from None
         finally:
-            self._control = None
+            self._control = self._resumed = None
             self._running.clear()
             with anyio.CancelScope(shield=True):
                 await self._write()
@@ -203,25 +192,18 @@ class TrialRunner:
 
     async def _carry_out(self, trials: Iterable[Trial], execute: Execute) -> None:
         """Run trials in order, as many at once as there are slots, while it is not paused."""
-        slots = anyio.Semaphore(self._slots)
         plan = iter(trials)
 
-        async def run(trial: Trial) -> None:
-            try:
+        async def carry_on() -> None:
+            for trial in plan:
+                while self._paused:
+                    self._resumed = self._resumed or anyio.Event()
+                    await self._resumed.wait()
                 await self._try(trial, execute)
-            finally:
-                slots.release()
 
         async with anyio.create_task_group() as tasks:
-            while True:
-                await slots.acquire()
-                trial = next(plan, None)
-                if trial is None:
-                    break
-                while self._paused:
-                    self._resumed = anyio.Event()
-                    await self._resumed.wait()
-                tasks.start_soon(run, trial)
+            for _ in range(self._slots):
+                tasks.start_soon(carry_on)
 
     async def _try(self, trial: Trial, execute: Execute) -> None:
         self._running[trial] = time.monotonic()
@@ -261,6 +243,13 @@ class TrialRunner:
             self.store_problem = str(error)
         else:
             self.store_problem = ""
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+        if self._resumed and not paused:
+            self._resumed.set()
+            self._resumed = None
+        self._publish(SweepPaused() if paused else SweepResumed())
 
     def _on_loop(self, act: Callable[[], None]) -> None:
         """Act on the loop of the run, from whatever thread; at once when there is no run."""

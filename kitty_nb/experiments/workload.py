@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
@@ -21,6 +19,12 @@ if TYPE_CHECKING:
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
 
 Quality = Callable[[str, str], float]
+# What makes functions, methods, partials, wrappers and objects that can be called the ones they
+# are.
+_PARTS = (
+    *("__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__"),
+    *("func", "args", "keywords", "__wrapped__", "__func__", "__self__", "__dict__"),
+)
 
 
 @dataclass(frozen=True)
@@ -161,25 +165,6 @@ def identity(quality: Quality | Perplexity | None) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _parts(call: Any) -> Iterator[object]:
-    """Yield what makes a callable the one it is."""
-    yield getattr(call, "__module__", ""), getattr(call, "__qualname__", type(call).__qualname__)
-    match call:
-        case partial():
-            yield from (call.func, call.args, call.keywords)
-        case FunctionType():
-            yield from (call.__code__, call.__defaults__, call.__kwdefaults__)
-            for cell in call.__closure__ or ():
-                with suppress(ValueError):  # nothing is in it yet
-                    yield cell.cell_contents
-        case MethodType():
-            yield from (call.__func__, getattr(call.__self__, "__dict__", None))
-        case object(__wrapped__=inner):  # as functools.cache keeps it
-            yield inner
-        case _ if isinstance(call.__call__, MethodType):  # an object whose class can be called
-            yield call.__call__
-
-
 def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
     """Return what a value holds, in a form whose `repr` is the same in every process.
 
@@ -188,18 +173,23 @@ def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
         within: The callables that it is bound to, for one may be bound to itself.
     """
     match value:
-        case CodeType():
-            return value.co_code, value.co_names, _plain(value.co_consts)
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            return value
         case tuple() | list():
             return [_plain(one, within) for one in value]
         case set() | frozenset():
             return sorted(repr(_plain(one, within)) for one in value)
         case dict():
-            return [(_plain(name), _plain(one, within)) for name, one in value.items()]
+            return _plain([*value.items()], within)
         case re.Pattern():
             return value.pattern, value.flags
-        case None | bool() | int() | float() | complex() | str() | bytes():
-            return value
-    if callable(value) and not any(value is one for one in within):
-        return [_plain(part, (*within, value)) for part in _parts(value)]
+        case CodeType():
+            return value.co_code, value.co_names, _plain(value.co_consts, within)
+        case CellType():
+            return _plain(getattr(value, "cell_contents", None), within)
+        case _ if callable(value) and not any(value is one for one in within):
+            parts = [getattr(value, name, None) for name in _PARTS]
+            if isinstance(call := value.__call__, MethodType):  # its class has it
+                parts.append(call.__func__)
+            return type(value).__qualname__, _plain(parts, (*within, value))
     return type(value).__qualname__
