@@ -65,7 +65,6 @@ __all__ = [
     "EngineKind",
     "IsolatedServer",
     "LoadProgress",
-    "LoadRecord",
     "LoadSeconds",
     "Option",
     "ServerState",

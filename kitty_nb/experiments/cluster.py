@@ -32,8 +32,6 @@ from kitty_nb.isolated_server import this_host
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
-    from distributed import Worker
-
     from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
     from kitty_nb.experiments.workload import Workload
 
@@ -48,26 +46,23 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A trial on its way to a worker.
+class Setup:
+    """All that the trials of a run have in common.
 
     Attributes:
-        name: Unique.
-        topic: Of the cluster's events; carries the progress of the trial.
+        topic: Of the cluster's events; carries the progress of trials.
         config: The sweep's settings.
         host: The machine on which those settings hold as they are.
-        alone: Whether to wait until the worker has no other trial.
-        keep_log: Whether the server's log is sent back.
+        alone: Whether a trial waits until its worker has no other.
+        keep_logs: Whether the servers' logs are sent back.
     """
 
-    name: str
     topic: str
-    trial: Trial
     config: ServerConfig
     workload: Workload
     host: str
     alone: bool
-    keep_log: bool
+    keep_logs: bool
 
 
 async def count_slots(client: Client) -> int:
@@ -103,34 +98,30 @@ async def dask_cluster(
     """
     async with _connected(client) as own:
         workers = await _workers(own)
-        alone = bool(workers) and not any(map(_slots, workers.values()))
-        cluster = _Cluster(own, config, workload, logs, alone=alone)
+        setup = Setup(
+            topic=f"kitty_nb-{uuid.uuid4().hex}",
+            config=config.model_copy(update={"api_key": None}),
+            workload=workload,
+            host=this_host(),
+            alone=bool(workers) and not any(map(_slots, workers.values())),
+            keep_logs=logs is not None,
+        )
+        cluster = _Cluster(own, setup, logs)
+        own.subscribe_topic(setup.topic, cluster.on_event)
         yield cluster.run
 
 
 class _Cluster:
     """A cluster during one run, by a client of its own on the loop of the run."""
 
-    def __init__(
-        self,
-        client: Any,
-        config: ServerConfig,
-        workload: Workload,
-        logs: Path | None,
-        *,
-        alone: bool,
-    ) -> None:
+    def __init__(self, client: Any, setup: Setup, logs: Path | None) -> None:
         self._client = client
-        self._config = config.model_copy(update={"api_key": None})
-        self._workload = workload
+        self._setup = setup
         self._logs = logs
-        self._alone = alone
-        self._topic = f"kitty_nb-{uuid.uuid4().hex}"
         self._listeners: dict[str, OnProgress] = {}
         self._models: dict[str, ModelFingerprint | None] = {}
         # By model and engine of a trial: what each worker has, or why it cannot run it.
         self._found: defaultdict[object, dict[str, Any]] = defaultdict(dict)
-        client.subscribe_topic(self._topic, self._on_event)
 
     async def run(self, trial: Trial, on_progress: OnProgress) -> TrialResult:
         """Return a trial's row, from whichever worker can run it."""
@@ -162,7 +153,7 @@ class _Cluster:
         """
         model = trial.model
         if model not in self._models:
-            here = await run_sync(fingerprints_here, [model], self._config)
+            here = await run_sync(fingerprints_here, [model], self._setup.config)
             self._models[model] = here.get(model)
         found = self._found[model, dict(trial.settings).get("binary")]
         unfit: dict[str, str] = {}
@@ -171,7 +162,7 @@ class _Cluster:
             workers = await _workers(self._client)
             if new := sorted(workers.keys() - found.keys()):
                 answers = await self._client.run(
-                    look, trial, self._config, this_host(), workers=new, on_error="return"
+                    look, self._setup, trial, workers=new, on_error="return"
                 )
                 # A worker that did not answer at all is on its way out, or asked again.
                 found |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
@@ -182,7 +173,7 @@ class _Cluster:
                 self._models[model] = next(seen, None)
             unfit = _reasons(found, self._models[model])
             able = found.keys() - unfit.keys()
-            fit = [w for w in workers if w in able and (_slots(workers[w]) or self._alone)]
+            fit = [w for w in workers if w in able and (_slots(workers[w]) or self._setup.alone)]
             if fit or able <= workers.keys():
                 return fit, unfit
             await anyio.sleep(_LOOK_AFTER)  # others may take the places of those that are gone
@@ -196,19 +187,12 @@ class _Cluster:
         None when all workers that could are gone: those that took their places have other
         addresses, and the scheduler does not know that they are as good.
         """
-        job = Job(
-            name=uuid.uuid4().hex,
-            topic=self._topic,
-            trial=trial,
-            config=self._config,
-            workload=self._workload,
-            host=this_host(),
-            alone=self._alone,
-            keep_log=self._logs is not None,
+        name = uuid.uuid4().hex
+        self._listeners[name] = on_progress
+        slot = None if self._setup.alone else {_RESOURCE: 1}
+        future = self._client.submit(
+            run_job, self._setup, trial, name, pure=False, resources=slot, workers=workers
         )
-        self._listeners[job.name] = on_progress
-        slot = None if self._alone else {_RESOURCE: 1}
-        future = self._client.submit(run_job, job, pure=False, resources=slot, workers=workers)
         try:
             while set(workers) & (await _workers(self._client)).keys():
                 with anyio.move_on_after(_LOOK_AFTER):
@@ -218,11 +202,11 @@ class _Cluster:
         except anyio.get_cancelled_exc_class():
             future.release()
             with anyio.move_on_after(_STOP_WITHIN, shield=True), suppress(OSError):
-                await self._client.run(stop_job, job.name, on_error="ignore")
+                await self._client.run(stop_job, name, on_error="ignore")
             raise
         finally:
             future.release()
-            del self._listeners[job.name]
+            del self._listeners[name]
 
     async def _keep(self, trial: Trial, log: bytes) -> None:
         if self._logs and log:
@@ -233,7 +217,8 @@ class _Cluster:
             except OSError as error:
                 _log.warning("Can't write the log of %s: %s.", trial.label, error)
 
-    def _on_event(self, event: tuple[float, tuple[str, bytes]]) -> None:
+    def on_event(self, event: tuple[float, tuple[str, bytes]]) -> None:
+        """Hand a worker's event to whoever listens to its trial."""
         name, pickled = event[1]
         if listener := self._listeners.get(name):
             listener(pickle.loads(pickled))  # noqa: S301 (Dask's results are pickles, too)
@@ -320,10 +305,10 @@ _stopped: set[str] = set()
 _turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
-async def look(trial: Trial, config: ServerConfig, host: str) -> ModelFingerprint | str:
+async def look(setup: Setup, trial: Trial) -> ModelFingerprint | str:
     """Return the model that this worker has for a trial, or why it cannot run it."""
     try:
-        config = await run_sync(_settings_here, config, host)
+        config = await run_sync(_settings_here, setup)
         fingerprint = await run_sync(fingerprint_of, trial.model, config)
         await engine_of(trial, config)
     except KittyError as error:
@@ -331,22 +316,42 @@ async def look(trial: Trial, config: ServerConfig, host: str) -> ModelFingerprin
     return fingerprint
 
 
-async def run_job(job: Job) -> tuple[TrialResult, bytes] | None:
+async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, bytes] | None:
     """Run a trial on this worker; None when it was stopped.
 
     It runs on the worker's event loop: there it can be cancelled, also by the worker's own end.
+
+    Args:
+        setup: That of the run.
+        trial: What to try.
+        name: A unique name, by which it is stopped and its progress is told.
+
+    Returns:
+        The trial's row and the server's log.
     """
     worker = get_worker()
-    turn = _turns[worker.address] if job.alone else nullcontext()
-    scope, ended = _running[job.name] = anyio.CancelScope(), anyio.Event()
-    if job.name in _stopped:  # the request to stop came before the job
+
+    def on_progress(event: SweepEvent) -> None:
+        worker.log_event(setup.topic, (name, pickle.dumps(event)))
+
+    scope, ended = _running[name] = anyio.CancelScope(), anyio.Event()
+    if name in _stopped:  # the request to stop came before the job
         scope.cancel()
     try:
-        with scope:
-            async with turn:
-                return await _measure(job, worker)
+        with (
+            scope,
+            TemporaryDirectory(dir=worker.local_directory, ignore_cleanup_errors=True) as temporary,
+        ):
+            folder = Path(temporary)
+            async with _turns[worker.address] if setup.alone else nullcontext():
+                config = await run_sync(_settings_here, setup)
+                row = await run_trial(
+                    trial, on_progress, config=config, workload=setup.workload, folder=folder
+                )
+            log = await run_sync(_read_logs, folder) if setup.keep_logs else b""
+            return row, log
     finally:
-        del _running[job.name]
+        del _running[name]
         ended.set()
     return None
 
@@ -360,35 +365,16 @@ async def stop_job(name: str) -> None:
         await ended.wait()
 
 
-async def _measure(job: Job, worker: Worker) -> tuple[TrialResult, bytes]:
-    def on_progress(event: SweepEvent) -> None:
-        worker.log_event(job.topic, (job.name, pickle.dumps(event)))
-
-    config = await run_sync(_settings_here, job.config, job.host)
-    with TemporaryDirectory(
-        prefix="kitty_nb-", dir=worker.local_directory, ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name)
-        row = await run_trial(
-            job.trial, on_progress, config=config, workload=job.workload, folder=folder
-        )
-        log = await run_sync(_read_logs, folder) if job.keep_log else b""
-    return row, log
-
-
-def _settings_here(config: ServerConfig, host: str) -> ServerConfig:
+def _settings_here(setup: Setup) -> ServerConfig:
     """Return a sweep's settings with the places that this machine's own `.env` names.
 
     A models folder that it does not name is the sweep's, where there is one, as on a shared disk.
 
-    Args:
-        config: The sweep's settings.
-        host: The machine on which they hold as they are.
-
     Raises:
         ConfigError: The file cannot be read.
     """
-    if host == this_host():
+    config = setup.config
+    if setup.host == this_host():
         return config
     own, _ = load_lenient(profile=config.profile)
     shared = "models_dir" not in own.model_fields_set and config.models_dir.is_dir()
