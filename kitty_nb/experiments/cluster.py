@@ -174,7 +174,7 @@ class _Cluster:
             unfit = _reasons(found, self._models[model])
             able = found.keys() - unfit.keys()
             fit = [w for w in workers if w in able and (_slots(workers[w]) or self._setup.alone)]
-            if fit or able <= workers.keys():
+            if fit or able <= workers.keys() <= found.keys():
                 return fit, unfit
             await anyio.sleep(_LOOK_AFTER)  # others may take the places of those that are gone
         return [], unfit | dict.fromkeys(able, "It is gone.")
@@ -193,18 +193,20 @@ class _Cluster:
         future = self._client.submit(
             run_job, self._setup, trial, name, pure=False, resources=slot, workers=workers
         )
+        answer: asyncio.Future[tuple[TrialResult, bytes]] = asyncio.ensure_future(future.result())
         try:
-            while set(workers) & (await _workers(self._client)).keys():
-                with anyio.move_on_after(_LOOK_AFTER):
-                    answer: tuple[TrialResult, bytes] = await future
-                    return answer
-            return None
+            while not answer.done():
+                await asyncio.wait([answer], timeout=_LOOK_AFTER)
+                if not set(workers) & (await _workers(self._client)).keys():
+                    break
+            return answer.result() if answer.done() else None
         except anyio.get_cancelled_exc_class():
             future.release()
             with anyio.move_on_after(_STOP_WITHIN, shield=True), suppress(OSError):
                 await self._client.run(stop_job, name, on_error="ignore")
             raise
         finally:
+            answer.cancel()
             future.release()
             del self._listeners[name]
 
@@ -350,6 +352,8 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
                 )
             log = await run_sync(_read_logs, folder) if setup.keep_logs else b""
             return row, log
+    except OSError as error:
+        return _failed(trial, f"Can't write to {worker.local_directory}: {error}."), b""
     finally:
         del _running[name]
         ended.set()
