@@ -66,18 +66,14 @@ class Access:
         """Make an asynchronous client for any of its paths."""
         return httpx.AsyncClient(**self._settings())
 
-    def openai(self, http: httpx.Client) -> Any:
-        """Make an `openai.OpenAI` that uses `http`, or return `http` where that is missing."""
+    def openai(self, http: httpx.Client | httpx.AsyncClient) -> Any:
+        """Make an OpenAI client that uses `http`, or return `http` where `openai` is missing."""
         if find_spec("openai") is None:
             return http
-        return import_module("openai").OpenAI(**self._credentials(), http_client=http)
-
-    def asynchronous(self) -> Any:
-        """Make an `openai.AsyncOpenAI`, or an `httpx.AsyncClient` where that is missing."""
-        http = self.async_http()
-        if find_spec("openai") is None:
-            return http
-        return import_module("openai").AsyncOpenAI(**self._credentials(), http_client=http)
+        kind = "OpenAI" if isinstance(http, httpx.Client) else "AsyncOpenAI"
+        key = self.api_key.get_secret_value() if self.api_key else "none"  # it insists on one
+        made = getattr(import_module("openai"), kind)
+        return made(base_url=self.base_url, api_key=key, http_client=http)
 
     async def chat(self, request: dict[str, Any], on_piece: Callable[[Piece], object]) -> str:
         """Ask the model, hand on its answer in pieces as they come, and return it whole.
@@ -130,10 +126,6 @@ class Access:
             # Without certificates, which are not needed here and take 30 ms to load.
             "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         }
-
-    def _credentials(self) -> dict[str, str]:
-        key = self.api_key.get_secret_value() if self.api_key else "none"  # it insists on one
-        return {"base_url": self.base_url, "api_key": key}
 
 
 async def post(

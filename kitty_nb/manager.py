@@ -235,7 +235,8 @@ class ModelManager:
         Raises:
             KittyError: The server is not ready.
         """
-        return self.access.asynchronous()
+        access = self.access
+        return access.openai(access.async_http())
 
     def reveal_api_key(self) -> str | None:
         """Return the server's API key, to set it in another program; None if it has none.

@@ -272,5 +272,5 @@ def test_openai_is_used_where_it_is_installed(
             "api_key": "none",
             "http_client": http,
         }
-    assert type(access.asynchronous()).__name__ == "AsyncOpenAI"
+    assert type(access.openai(access.async_http())).__name__ == "AsyncOpenAI"
     del sys.modules["openai"]
