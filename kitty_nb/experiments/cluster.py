@@ -166,12 +166,13 @@ class _Cluster:
                 )
                 # A worker that did not answer at all is on its way out, or asked again.
                 found |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
-            if found and all(isinstance(one, Exception) for one in found.values()):
-                raise ExperimentError(f"No worker can run trials. {_listed(_reasons(found))}")
             if self._models[model] is None:
                 seen = (one for one in found.values() if isinstance(one, ModelFingerprint))
                 self._models[model] = next(seen, None)
-            unfit = _reasons(found, self._models[model])
+            reasons = {w: _why_not(one, self._models[model]) for w, one in found.items()}
+            unfit = {worker: reason for worker, reason in reasons.items() if reason}
+            if found and all(isinstance(one, Exception) for one in found.values()):
+                raise ExperimentError(f"No worker can run trials. {_listed(unfit)}")
             able = found.keys() - unfit.keys()
             fit = [w for w in workers if w in able and (_slots(workers[w]) or self._setup.alone)]
             if fit or able <= workers.keys() <= found.keys():
@@ -259,18 +260,12 @@ def _slots(worker: Mapping[str, Any]) -> int:
     return int(worker["resources"].get(_RESOURCE, 0))
 
 
-def _reasons(found: Mapping[str, Any], model: ModelFingerprint | None = None) -> dict[str, str]:
-    """Return why workers cannot run a trial, by their addresses."""
-    reasons: dict[str, str] = {}
-    for worker, answer in found.items():
-        match answer:
-            case ModelFingerprint() if answer != model:
-                reasons[worker] = "It has another file of that name."
-            case Exception():
-                reasons[worker] = f"{answer}. Install kitty_nb[dask] there, as it is here."
-            case str():
-                reasons[worker] = answer
-    return reasons
+def _why_not(answer: object, model: ModelFingerprint | None) -> str:
+    """Say why a worker with this answer cannot run a trial of a model; empty where it can."""
+    if isinstance(answer, ModelFingerprint):
+        return "" if answer == model else "It has another file of that name."
+    installed = "Install kitty_nb[dask] there, as it is here."
+    return f"{answer}. {installed}" if isinstance(answer, Exception) else str(answer)
 
 
 def _failed(trial: Trial, reason: str) -> TrialResult:
