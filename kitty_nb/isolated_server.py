@@ -39,13 +39,7 @@ from kitty_nb.engine.locate import (
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory
-from kitty_nb.supervisor.history import (
-    LoadHistory,
-    LoadRecord,
-    gather_facts,
-    path_text,
-    this_host,
-)
+from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
 
