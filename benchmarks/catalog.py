@@ -25,7 +25,7 @@ import numpy as np
 import platformdirs
 
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.catalog.gguf import read_contents
+from kitty_nb.catalog.gguf import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def main() -> None:
         _copies(_write(folder / "small.gguf", 1_000), folder / "small", _SMALL)
         one = folder / "large.gguf"
         theirs = _seconds(lambda: gguf.GGUFReader(one))
-        ours = statistics.median(_seconds(lambda: read_contents(one).header) for _ in range(_RUNS))
+        ours = statistics.median(_seconds(lambda: read_header(one)) for _ in range(_RUNS))
         cache = folder / "cache.sqlite3"
         first = _seconds(ModelCatalog(folder / "large", cache).scan) / _LARGE
         catalog = ModelCatalog([folder / "large", folder / "small"], cache)

@@ -23,7 +23,7 @@ from model_files import write_header
 from typer.testing import CliRunner, Result
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
-from kitty_nb.catalog.gguf import read_contents
+from kitty_nb.catalog.gguf import read_header
 from kitty_nb.cli import app
 from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.supervisor.history import Outcome
@@ -515,7 +515,7 @@ def test_a_demo_model_of_the_wanted_size(tmp_path: Path) -> None:
     result = run("demo-model", path, "--size", "0.01")
     assert result.exit_code == 0
     assert path.stat().st_size == pytest.approx(10_000_000, rel=0.01)
-    assert read_contents(path).header.architecture == "llama"
+    assert read_header(path).architecture == "llama"
     assert str(path) in result.stdout
 
 

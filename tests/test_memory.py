@@ -10,7 +10,7 @@ import gguf
 import pytest
 from model_files import write_model
 
-from kitty_nb.catalog.gguf import read_contents
+from kitty_nb.catalog.gguf import read_header
 from kitty_nb.catalog.memory import (
     CACHE_TYPES,
     Allocation,
@@ -53,13 +53,13 @@ def cache(shape: ModelShape, settings: MemorySettings = ONE) -> int:
 
 
 @pytest.mark.parametrize("endian", gguf.GGUFEndian)
-def test_a_layout_says_where_everything_lies(tmp_path: Path, endian: gguf.GGUFEndian) -> None:
+def test_a_header_says_where_everything_lies(tmp_path: Path, endian: gguf.GGUFEndian) -> None:
     path = write_model(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q4_K, endian=endian)
-    layout = read_contents(path)
+    header = read_header(path)
     truth = gguf.GGUFReader(path)
-    assert layout.data_at == truth.data_offset
-    assert len(layout.tensors) == len(truth.tensors)
-    for mine, theirs in zip(layout.tensors, truth.tensors, strict=True):
+    assert header.data_at == truth.data_offset
+    assert len(header.tensors) == len(truth.tensors)
+    for mine, theirs in zip(header.tensors, truth.tensors, strict=True):
         assert (mine.name, mine.shape) == (theirs.name, tuple(map(int, theirs.shape)))
         assert mine.type == theirs.tensor_type
         assert 0 <= mine.size - theirs.n_bytes < 32
@@ -170,6 +170,7 @@ def test_blocks_for_later_tokens_are_not_loaded(shape: Callable[..., ModelShape]
     assert cache(fewer) == cache(all_blocks) * 6 // 8
     (needs,), (less) = estimate(all_blocks, ONE), estimate(fewer, ONE)[0]
     assert needs.weights - less.weights == 2 * all_blocks.layers[0].weights
+    assert cache(shape("glm4moe", layers=8, nextn_predict_layers=99)) == 0
 
 
 def test_a_model_without_attention_has_a_shape(shape: Callable[..., ModelShape]) -> None:
@@ -344,9 +345,9 @@ def test_numbers_that_are_missing_or_absurd_are_named(
 
 def test_a_file_cut_short_is_refused(tmp_path: Path, model: Callable[..., Path]) -> None:
     path = model(vocabulary=300)
-    layout = read_contents(path)
-    last = layout.size - layout.tensors[-1].size
-    for length in [*range(0, layout.data_at, 97), layout.data_at, last]:
+    header = read_header(path)
+    last = header.size - header.tensors[-1].size
+    for length in [*range(0, header.data_at, 97), header.data_at, last]:
         short = tmp_path / "short.gguf"
         shutil.copy(path, short)
         os.truncate(short, length)

@@ -17,7 +17,7 @@ import anyio.to_thread
 from anyio.from_thread import check_cancelled
 from pydantic import TypeAdapter
 
-from kitty_nb.catalog.cache import FileCache, FileSignature, signature_of, unchanged
+from kitty_nb.catalog.cache import FileCache, signature_of, unchanged
 from kitty_nb.catalog.model import (
     FileFacts,
     Kind,
@@ -66,11 +66,11 @@ def _describe(path: Path, roots: Sequence[Path], beside: Iterable[FoundFile]) ->
     shards = shard_paths(path)
     found = {shard: FoundFile(shard, signature_of(shard)) for shard in shards}
     there = [shard for shard in shards if found[shard].signature] or shards[:1]
-    files = [replace(found[shard], facts=read_facts(shard)) for shard in there]
+    files = [_with_facts(found[shard]) for shard in there]
     for file in beside:  # of all but projectors the name is enough
         read = file.signature and is_projector_name(file.path)
         if file.path not in found:
-            files.append(replace(file, facts=read_facts(file.path)) if read else file)
+            files.append(_with_facts(file) if read else file)
     listed = rows(files, roots[0] if roots else path.parent)
     row = next(row for row in listed if row.path == shards[0])
     return row if row.kind is Kind.MODEL else None
@@ -162,34 +162,38 @@ class ModelCatalog:
         files = [file for store in reversed(self.stores) for file in files_in(store)]
         found = {os.path.abspath(file.path): file for file in files}  # noqa: PTH100 - keeps links
         signatures = {key: file.signature for key, file in found.items() if file.signature}
-        facts = self._cache.recall(signatures)
-        fresh: dict[str, tuple[FileSignature, FileFacts]] = {}
-        waiting = {key: file for key, file in found.items() if file.readable and key not in facts}
-        total = len(waiting) + len(facts)
+        for key, facts in self._cache.recall(signatures).items():
+            found[key] = replace(found[key], facts=facts)
+        waiting = {key: file for key, file in found.items() if file.readable and not file.facts}
+        total = sum(file.readable for file in found.values())
+        done = total - len(waiting)
         listed: tuple[Model, ...] = ()
         due = 0.0  # making a long list takes its time too
         try:
             for read in _read(waiting):
-                facts |= read
-                # What could not be read may be readable next time, with the same signature.
-                fresh |= {
-                    key: (signature, one)
-                    for key, one in read.items()
-                    if (signature := waiting[key].signature)
-                    and one.problem is None
-                    and unchanged(Path(key), signature)
-                }
-                if len(facts) == total:
+                found |= read
+                done += len(read)
+                if done == total:
                     break
                 began = time.monotonic()
                 if began >= due:
-                    listed = self._listed(found, facts, kind)
+                    listed = self._listed(found.values(), kind)
                     due = time.monotonic() + _LIST_SHARE * (time.monotonic() - began)
-                yield ScanStep(len(facts), total, listed)
+                yield ScanStep(done, total, listed)
         finally:
-            if fresh:
-                self._cache.keep(fresh)
-        yield ScanStep(len(facts), total, self._listed(found, facts, kind))
+            self._remember({key: found[key] for key in waiting})
+        yield ScanStep(total, total, self._listed(found.values(), kind))
+
+    def _remember(self, files: Mapping[str, FoundFile]) -> None:
+        """Keep what was read; what could not be read may be readable next time, unchanged."""
+        fresh = {
+            key: (file.signature, file.facts)
+            for key, file in files.items()
+            if file.facts and file.facts.problem is None
+            if file.signature and unchanged(file.path, file.signature)
+        }
+        if fresh:
+            self._cache.keep(fresh)
 
     def describe(self, path: Path) -> Model | None:
         """Describe the model that begins with `path`; None when it is not one to serve.
@@ -237,15 +241,9 @@ class ModelCatalog:
 
         return await anyio.to_thread.run_sync(last, abandon_on_cancel=True)
 
-    def _listed(
-        self, found: dict[str, FoundFile], facts: dict[str, FileFacts], kind: Kind
-    ) -> tuple[Model, ...]:
-        files = [
-            replace(file, facts=facts.get(key))
-            for key, file in found.items()
-            if key in facts or not file.readable
-        ]
-        listed = [row for row in rows(files, self.directory) if row.kind is kind]
+    def _listed(self, files: Iterable[FoundFile], kind: Kind) -> tuple[Model, ...]:
+        known = [file for file in files if file.facts or not file.readable]
+        listed = [row for row in rows(known, self.directory) if row.kind is kind]
         return tuple(sorted(listed, key=self._order))
 
     def _order(self, model: Model) -> tuple[int, list[str | int], str]:
@@ -255,20 +253,24 @@ class ModelCatalog:
         return place, _natural(model.known_as or model.name), model.name
 
 
-def _read(waiting: Mapping[str, FoundFile]) -> Generator[dict[str, FileFacts]]:
+def _read(waiting: Mapping[str, FoundFile]) -> Generator[dict[str, FoundFile]]:
     """Read several files at a time; yield at once, and what is read a few times a second."""
     if not waiting:
         return
     pool = ThreadPoolExecutor(_READERS, thread_name_prefix="kitty_nb catalog")
     try:
         yield {}
-        keys = {pool.submit(read_facts, file.path): key for key, file in waiting.items()}
+        keys = {pool.submit(_with_facts, file): key for key, file in waiting.items()}
         pending = set(keys)
         while pending:
             done, pending = wait(pending, _STEP_SECONDS)
             yield {keys[future]: future.result() for future in done}
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _with_facts(file: FoundFile) -> FoundFile:
+    return replace(file, facts=read_facts(file.path))
 
 
 async def _changes(folders: Sequence[Path]) -> AsyncGenerator[None]:

@@ -98,19 +98,47 @@ class ArrayInfo:
 Value = bool | int | float | str | ArrayInfo
 
 
-@dataclass(frozen=True, slots=True)
-class GgufHeader:
-    """The header of one GGUF file.
+class Tensor(NamedTuple):
+    """One weight tensor of a file.
 
     Attributes:
-        version: Of the format: 2 or 3.
-        tensor_count: How many weight tensors this file holds.
-        metadata: Every key with its value.
+        name: E.g. `blk.0.attn_k.weight`.
+        shape: Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
+        type: How its numbers are stored, by llama.cpp's `enum ggml_type`.
+        offset: Where it begins, in bytes from the begin of the weights.
+        size: Bytes up to the next tensor, so up to a few dozen of padding too many.
     """
 
-    version: int
-    tensor_count: int
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    size: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes by its type; 0 of a type that this table does not have."""
+        kind = TENSOR_TYPES.get(self.type)
+        return prod(self.shape) // kind.block * kind.size if kind else 0
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """All that a GGUF file says before its weights.
+
+    Attributes:
+        path: The file.
+        size: Its length, in bytes.
+        metadata: Every key with its value.
+        tensors: Its weight tensors.
+        data_at: The offset of the weights.
+    """
+
+    path: Path
+    size: int
     metadata: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
+    data_at: int
 
     @property
     def architecture(self) -> str | None:
@@ -137,49 +165,6 @@ class GgufHeader:
     def own_number(self, key: str) -> int | None:
         """A number of its architecture, such as `block_count`."""
         return self.number(f"{self.architecture}.{key}")
-
-
-class Tensor(NamedTuple):
-    """One weight tensor of a file.
-
-    Attributes:
-        name: E.g. `blk.0.attn_k.weight`.
-        shape: Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
-        type: How its numbers are stored, by llama.cpp's `enum ggml_type`.
-        offset: Where it begins, in bytes from the begin of the weights.
-        size: Bytes up to the next tensor, so up to a few dozen of padding too many.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    offset: int
-    size: int
-
-    @property
-    def stored(self) -> int:
-        """Bytes by its type; 0 of a type that this table does not have."""
-        kind = TENSOR_TYPES.get(self.type)
-        return prod(self.shape) // kind.block * kind.size if kind else 0
-
-
-@dataclass(frozen=True, slots=True)
-class GgufLayout:
-    """All that a GGUF file says before its weights.
-
-    Attributes:
-        path: The file.
-        size: Its length, in bytes.
-        header: What it says about itself.
-        tensors: Its weight tensors.
-        data_at: The offset of the weights.
-    """
-
-    path: Path
-    size: int
-    header: GgufHeader
-    tensors: tuple[Tensor, ...]
-    data_at: int
 
     @property
     def problem(self) -> str | None:
@@ -211,7 +196,7 @@ _MOST_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 _DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
 
 
-def read_contents(path: Path) -> GgufLayout:
+def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file and its list of tensors, whether those are there or not.
 
     Versions 2 and 3 are read, in either byte order.
@@ -224,7 +209,7 @@ def read_contents(path: Path) -> GgufLayout:
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
             raise ModelFileError(f"{path} is not a file. Choose a .gguf file.")
         with path.open("rb") as file:
-            return _Reader(file, path, status.st_size).contents()
+            return _Reader(file, path, status.st_size).header()
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist. Check its name, or download it.") from None
     except OSError as error:
@@ -245,20 +230,7 @@ class _Reader:
         self._start = 0  # of the window, in the file
         self._at = 0  # the next byte, from the window's start; beyond its end after a skip
 
-    def contents(self) -> GgufLayout:
-        header = self._header()
-        entries = [self._tensor() for _ in range(header.tensor_count)]
-        self._require(0)
-        alignment = header.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 0 < alignment < _LIMIT:
-            raise self._damaged(f"has the alignment {alignment}")
-        data_at = -(-(self._start + self._at) // alignment) * alignment
-        starts = sorted({offset for *_, offset in entries})
-        ends = dict(pairwise([*starts, self._size - data_at]))
-        tensors = tuple(Tensor(*entry, ends[entry[-1]] - entry[-1]) for entry in entries)
-        return GgufLayout(self._path, self._size, header, tensors, data_at)
-
-    def _header(self) -> GgufHeader:
+    def header(self) -> GgufHeader:
         if self._size == 0:
             raise self._damaged("is empty", ModelFileCutShortError)
         magic = self._take(4)
@@ -276,10 +248,18 @@ class _Reader:
                 "Download a newer conversion of the model, or update kitty_nb."
             )
         tensor_count = self._count("tensors", _MOST_TENSORS)
-        entries = self._count("metadata entries", _MOST_ENTRIES)
-        metadata = {self._string(): self._value() for _ in range(entries)}
+        entry_count = self._count("metadata entries", _MOST_ENTRIES)
+        metadata = {self._string(): self._value() for _ in range(entry_count)}
+        entries = [self._tensor() for _ in range(tensor_count)]
         self._require(0)
-        return GgufHeader(version, tensor_count, metadata)
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment < _LIMIT:
+            raise self._damaged(f"has the alignment {alignment}")
+        data_at = -(-(self._start + self._at) // alignment) * alignment
+        starts = sorted({offset for *_, offset in entries})
+        ends = dict(pairwise([*starts, self._size - data_at]))
+        tensors = tuple(Tensor(*entry, ends[entry[-1]] - entry[-1]) for entry in entries)
+        return GgufHeader(self._path, self._size, metadata, tensors, data_at)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()

@@ -13,7 +13,7 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.cache import FileSignature, signature_of
-from kitty_nb.catalog.gguf import FORMATS, MOST_LAYERS, TENSOR_TYPES, ArrayInfo, read_contents
+from kitty_nb.catalog.gguf import FORMATS, MOST_LAYERS, TENSOR_TYPES, ArrayInfo, read_header
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from kitty_nb.catalog.gguf import GgufLayout, Tensor
+    from kitty_nb.catalog.gguf import GgufHeader, Tensor
 
-_LARGEST = 1 << 24  # far beyond the context, the width or the vocabulary of any model
+# Far beyond the context, the width or the vocabulary of any model.
+_NATURAL, _POSITIVE = range(1 << 24), range(1, 1 << 24)
 _SHAPES_KEPT = 1024
 # Keys of models that remember otherwise than by keys and values for each token: state-space,
 # linear and indexed sparse attention, encoders with a decoder.
@@ -104,27 +105,27 @@ def read_shape(path: Path) -> ModelShape:
 
 @lru_cache(maxsize=_SHAPES_KEPT)
 def _shape(files: tuple[tuple[Path, FileSignature | None], ...]) -> ModelShape:
-    layouts = [read_contents(path) for path, _ in files]
-    for layout in layouts:
-        if layout.problem:
-            raise ModelFileCutShortError(layout.problem)
-    return _ShapeReader(layouts).shape()
+    headers = [read_header(path) for path, _ in files]
+    for header in headers:
+        if header.problem:
+            raise ModelFileCutShortError(header.problem)
+    return _ShapeReader(headers).shape()
 
 
 class _ShapeReader:
     """Looks numbers up in the header of a model's first file."""
 
-    def __init__(self, layouts: list[GgufLayout]) -> None:
-        self._path, self._header = layouts[0].path, layouts[0].header
+    def __init__(self, headers: list[GgufHeader]) -> None:
+        self._header = headers[0]
         self._count = 1
-        self._count = self._number("block_count", least=1, largest=MOST_LAYERS)
-        self._width = self._number("embedding_length", least=1)
+        self._count = self._number("block_count", within=range(1, MOST_LAYERS + 1))
+        self._width = self._number("embedding_length", within=_POSITIVE)
         self._heads = self._each("attention.head_count")
         self._periods = FORMATS["windows"].get(self._header.architecture or "", {})
         self._window = self._number("attention.sliding_window", self._periods.get("span", 0))
         self._outside: dict[str, Tensor] = {}
         self._blocks: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-        for tensor in (tensor for layout in layouts for tensor in layout.tensors):
+        for tensor in (tensor for header in headers for tensor in header.tensors):
             if block := _BLOCK.match(tensor.name):
                 self._blocks[int(block[1])].append((block[2], tensor))
             else:
@@ -141,7 +142,7 @@ class _ShapeReader:
             output_weights=sum(sizes.values()) - inputs,
             output_is_input="output.weight" not in sizes,
             output_rearranged=embeddings is not None and embeddings.type in _REARRANGED,
-            trained_context=self._number("context_length", least=1),
+            trained_context=self._number("context_length", within=_POSITIVE),
             window=self._window if any(windowed) else 0,
             width=self._width,
             heads=max(self._heads),
@@ -157,17 +158,18 @@ class _ShapeReader:
         compressed = self._key("attention.key_length_mla") in self._header.metadata
         # The blocks that predict tokens after the next are not loaded unless asked for.
         loaded = self._count - self._number("nextn_predict_layers", 0)
-        cached = self._cached(loaded)
+        cached = max(self._cached(loaded), 0)
+        heads = [*heads[:cached], *[0] * (self._count - cached)]
         return tuple(
             Layer(
                 weights=sum(tensor.size for _, tensor in self._blocks[i]) if i < loaded else 0,
-                keys=heads[i] * self._head_length("key", windowed=windowed[i]) if i < cached else 0,
-                values=heads[i] * self._head_length("value", windowed=windowed[i])
-                if i < cached and not compressed
-                else 0,
-                windowed=windowed[i],
+                keys=heads[i] * self._head_length("key", windowed=in_window),
+                values=0
+                if compressed
+                else heads[i] * self._head_length("value", windowed=in_window),
+                windowed=in_window,
             )
-            for i in range(self._count)
+            for i, in_window in enumerate(windowed)
         )
 
     def _cached(self, loaded: int) -> int:
@@ -217,21 +219,17 @@ class _ShapeReader:
             widest = max(widest, inner)
         return widest
 
-    def _number(
-        self, key: str, default: int | None = None, *, least: int = 0, largest: int = _LARGEST
-    ) -> int:
+    def _number(self, key: str, default: int | None = None, within: range = _NATURAL) -> int:
         """A number, the largest where each layer has its own."""
-        return max(self._each(key, default, least=least, largest=largest))
+        return max(self._each(key, default, within))
 
-    def _each(
-        self, key: str, default: int | None = None, *, least: int = 0, largest: int = _LARGEST
-    ) -> list[int]:
+    def _each(self, key: str, default: int | None = None, within: range = _NATURAL) -> list[int]:
         """A number for each layer, whether the header has one for all or a list."""
         said = self._header.metadata.get(self._key(key), default)
         if said is None:
             raise self._unusable(f"lacks {self._key(key)}")
         listed = said.numbers if isinstance(said, ArrayInfo) else (said,) * self._count
-        sound = [n for n in listed[: self._count] if type(n) is int and least <= n <= largest]
+        sound = [n for n in listed[: self._count] if type(n) is int and n in within]
         if len(sound) < self._count:
             shown = "a list that does not fit" if isinstance(said, ArrayInfo) else said
             raise self._unusable(f"says that its {self._key(key)} is {shown}")
@@ -242,8 +240,8 @@ class _ShapeReader:
 
     def _unusable(self, what: str) -> ModelFileError:
         return ModelFileError(
-            f"{self._path.name} {what}, so its memory use cannot be estimated. Download it again,"
-            " or try another conversion of the model."
+            f"{self._header.path.name} {what}, so its memory use cannot be estimated. Download it"
+            " again, or try another conversion of the model."
         )
 
 

@@ -15,7 +15,7 @@ from kitty_nb.catalog.gguf import (
     FORMATS,
     TENSOR_TYPES,
     named_quantization,
-    read_contents,
+    read_header,
     stored_quantization,
 )
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path, PurePath
 
-    from kitty_nb.catalog.gguf import GgufHeader, GgufLayout
+    from kitty_nb.catalog.gguf import GgufHeader
     from kitty_nb.catalog.stores import FoundFile
 
 
@@ -90,7 +90,7 @@ def file_size(path: Path) -> int | None:
 
 
 # The engine's backends all have kernels for F16; the others follow by what they cost.
-_PREFERRED: tuple[str | None, ...] = ("F16", "BF16", "Q8_0", "F32")
+_PREFERRED = ("F16", "BF16", "Q8_0", "F32")
 _SEPARATORS = re.compile(r"[\s._-]+")
 _PROJECTOR = re.compile(r"mmproj(?:-model)?", re.IGNORECASE)
 _WHEN_COMPLETE = "Start it when it is complete."
@@ -104,8 +104,7 @@ def is_projector_name(path: PurePath) -> bool:
 
 def preference(stem: str, quantization: str | None) -> tuple[int, int]:
     """The rank of a usable projector, best first: by its name, then by its storage type."""
-    known = quantization in _PREFERRED
-    return -len(own_name(stem)), _PREFERRED.index(quantization) if known else len(_PREFERRED)
+    return -len(own_name(stem)), (*_PREFERRED, quantization).index(quantization)  # others last
 
 
 def own_name(stem: str) -> str:
@@ -217,22 +216,21 @@ class FileFacts:
 def read_facts(path: Path) -> FileFacts:
     """Read what a file says about itself; what is wrong with it becomes its `problem`."""
     try:
-        return _facts(read_contents(path))
+        return _facts(read_header(path))
     except ModelFileError as error:
         return FileFacts(str(error), isinstance(error, ModelFileCutShortError))
 
 
-def _facts(contents: GgufLayout) -> FileFacts:
-    header, problem = contents.header, contents.problem
+def _facts(header: GgufHeader) -> FileFacts:
     template = header.text("tokenizer.chat_template")
     weights: Counter[int] = Counter()
-    for tensor in contents.tensors:
+    for tensor in header.tensors:
         if len(tensor.shape) > 1:
             weights[tensor.type] += tensor.stored
     return FileFacts(
-        problem=problem,
-        cut_short=problem is not None,
-        kind=_kind(contents),
+        problem=header.problem,
+        cut_short=header.problem is not None,
+        kind=_kind(header),
         architecture=header.architecture,
         title=header.text("general.name"),
         size_label=header.text("general.size_label"),
@@ -240,8 +238,8 @@ def _facts(contents: GgufLayout) -> FileFacts:
         license=header.text("general.license"),
         file_type=header.number("general.file_type"),
         weights=tuple(weights.items()),
-        parameters=sum(prod(tensor.shape) for tensor in contents.tensors),
-        tensor_count=len(contents.tensors),
+        parameters=sum(prod(tensor.shape) for tensor in header.tensors),
+        tensor_count=len(header.tensors),
         context_length=header.own_number("context_length"),
         layers=header.own_number("block_count"),
         width=_width(header),
@@ -257,11 +255,10 @@ def _facts(contents: GgufLayout) -> FileFacts:
     )
 
 
-def _kind(contents: GgufLayout) -> Kind:
-    header = contents.header
+def _kind(header: GgufHeader) -> Kind:
     if header.architecture == "clip":
         return Kind.PROJECTOR
-    named = any(tensor.name.endswith(_OF_LORA) for tensor in contents.tensors)
+    named = any(tensor.name.endswith(_OF_LORA) for tensor in header.tensors)
     if named or header.text("adapter.type"):
         return Kind.ADAPTER
     return _TYPES.get(header.text("general.type"), Kind.OTHER)

@@ -41,6 +41,7 @@ _JUST_NOW = 120  # seconds in which a download that still runs has written somet
 _OLLAMA_LAYER = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 _LARGEST_MANIFEST = 1 << 20  # bytes; real ones have one or two thousand
+is_folder = os.path.isdir  # unlike pathlib's, it is False of what may not be looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +134,6 @@ def _gguf_paths(directory: Path) -> Iterator[Path]:
             for name in names:
                 if ".gguf" in name.lower() and name[0] != ".":
                     yield Path(folder, name)
-
-
-def is_folder(path: Path) -> bool:
-    """Tell whether there is a folder that may be looked at."""
-    try:
-        return path.is_dir()
-    except OSError:  # a link in a circle, or in a folder that may not be entered
-        return False
 
 
 class StoreKind(StrEnum):

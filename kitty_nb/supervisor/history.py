@@ -22,7 +22,7 @@ import anyio
 import anyio.from_thread
 from anyio.to_thread import run_sync
 
-from kitty_nb.catalog.gguf import read_contents
+from kitty_nb.catalog.gguf import read_header
 from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
 from kitty_nb.config import PROJECTOR, value_of
 from kitty_nb.engine.locate import EngineKind
@@ -475,13 +475,12 @@ def _read_header(model: Path) -> tuple[int, float]:
     That is less than 1 for a mixture of experts; what all tokens share is left out of account.
     """
     try:
-        layout = read_contents(model)
+        header = read_header(model)
     except ModelFileError:
         return 0, 1.0
-    header = layout.header
     used, count = (
         header.metadata.get(f"{header.architecture}.{key}")
         for key in ("expert_used_count", "expert_count")
     )
     share = used / count if isinstance(used, int) and isinstance(count, int) and count else 1.0
-    return layout.data_at, share
+    return header.data_at, share
