@@ -45,8 +45,8 @@ class Combination:
     Attributes:
         trial: The combination; its first repeat stands for all.
         base: The settings that it changes.
-        done: The number of repeats that were measured.
-        reasons: The reasons that others were not, each sentence once.
+        outcomes: The number of repeats with each outcome.
+        reasons: The reasons that repeats were not measured, each sentence once.
         metrics: The numbers of those measured, by name.
         close: Others that were about as good when this one was chosen: too close to tell.
         batch_tokens: The most tokens that a batch may have had, by name of the speed.
@@ -56,9 +56,9 @@ class Combination:
 
     trial: Trial
     base: ServerConfig
-    done: int
-    reasons: tuple[str, ...]
-    metrics: Mapping[str, Spread]
+    outcomes: Mapping[Outcome, int] = field(default_factory=Counter)
+    reasons: tuple[str, ...] = ()
+    metrics: Mapping[str, Spread] = field(default_factory=dict)
     close: tuple[Trial, ...] = ()
     batch_tokens: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Combination:
         return cls(
             trial=rows[0].trial.combination,
             base=base,
-            done=len(measured),
+            outcomes=Counter(row.outcome for row in rows),
             reasons=tuple(dict.fromkeys(row.reason for row in rows if row.reason)),
             metrics={n: Spread.over([one[n] for one in measured if n in one]) for n in names},
             batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
@@ -82,6 +82,11 @@ class Combination:
     def __repr__(self) -> str:
         doubt = f"; {self.doubt}" if self.doubt else ""
         return f"Combination({self.trial.label}: {self.done} measured{doubt})"
+
+    @property
+    def done(self) -> int:
+        """The number of repeats that were measured."""
+        return self.outcomes.get(Outcome.DONE, 0)
 
     @property
     def doubt(self) -> str:

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from traitlets import Unicode
 
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments import Outcome, Perplexity, Results, Sweep
+from kitty_nb.experiments import Combination, Outcome, Perplexity, Results, Sweep
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.space import FIELDS
 from kitty_nb.experiments.trial import RequestAnswered, SweepEnded, SweepEvent, TrialProgressed
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
     from concurrent.futures import Future
 
-    from kitty_nb.experiments import Combination, SweepProgress, Trial, Workload
+    from kitty_nb.experiments import SweepProgress, Trial, Workload
     from kitty_nb.experiments.metrics import Spread
     from kitty_nb.experiments.trial import Value
     from kitty_nb.supervisor.events import LoadProgress
@@ -463,21 +463,13 @@ def draw_table(
     several = len({trial.model for trial in repeats}) > 1 or not settings
     left = [*(["model"] if several else []), *settings]
     known = {one.trial: one for one in results.combinations}
-    ended = Counter(row.trial.combination for row in results.rows)
-    failed = {row.trial.combination for row in results.rows if row.outcome is Outcome.FAILED}
     at_work = {trial.combination for trial in running}
     rows = []
     for trial in sorted(repeats, key=_place):
-        one = known.get(trial)
+        one = known.get(trial, Combination(trial, results.config))
         given = {"model": model_name(trial), **{name: word(v) for name, v in trial.settings}}
         cells = [f"<td>{escape(given.get(name, '—'))}</td>" for name in left]
-        state, tone = _state(
-            repeats[trial],
-            ended[trial],
-            one.done if one else 0,
-            failed=trial in failed,
-            at_work=trial in at_work,
-        )
+        state, tone = _state(one, repeats[trial], at_work=trial in at_work)
         badge = f"<span class='kitty-{tone}'>{state}</span>{_star(trial, best)}"
         cells.append(f"<td class='kitty-state'>{badge}</td>")
         rows.append(_row(cells, one, headings, winner=best is not None and trial == best.trial))
@@ -517,35 +509,33 @@ def word(value: Value) -> str:
     return str(value)
 
 
-def _state(repeats: int, ended: int, done: int, *, failed: bool, at_work: bool) -> tuple[str, str]:
+def _state(one: Combination, repeats: int, *, at_work: bool) -> tuple[str, str]:
     """A combination's state in words, and its tone."""
+    done, ended = one.done, sum(one.outcomes.values())
     if at_work:
         return (f"running {ended + 1} of {repeats}" if repeats > 1 else "running"), "busy"
     if not ended:
         return "waiting", "idle"
     if not done:
-        return ("failed", "bad") if failed else ("skipped", "warn")
+        return ("failed", "bad") if Outcome.FAILED in one.outcomes else ("skipped", "warn")
     if done < repeats:
         return f"{done} of {repeats} done", "warn" if ended > done else "idle"
     return "done", "good"
 
 
-def _row(
-    cells: list[str], one: Combination | None, headings: Mapping[str, str], *, winner: bool
-) -> str:
+def _row(cells: list[str], one: Combination, headings: Mapping[str, str], *, winner: bool) -> str:
     """A combination's row: its numbers, and below them, or in their place, what went wrong."""
-    reason = escape(" ".join(one.reasons)).replace("\n", "<br>") if one else ""
-    metrics = one.metrics if one else {}
+    reason = escape(" ".join(one.reasons)).replace("\n", "<br>")
 
     def told(width: int) -> str:
         return f"<td class='kitty-reason' colspan='{width}'>{reason}</td>"
 
-    numbers = [_number(name, metrics.get(name)) for name in headings]
-    if reason and not metrics:
+    numbers = [_number(name, one.metrics.get(name)) for name in headings]
+    if reason and not one.done:
         numbers = [told(len(headings))]
     tag = "<tr class='kitty-best'>" if winner else "<tr>"
     drawn = f"{tag}{''.join([*cells, *numbers])}</tr>"
-    if reason and metrics:
+    if reason and one.done:
         drawn += f"<tr class='kitty-more'>{told(len(cells) + len(headings))}</tr>"
     return drawn
 
