@@ -1,4 +1,4 @@
-"""The numbers of a row by name, what should be best among them, and bounds on them. Pure."""
+"""The numbers of a row by name, objectives to choose by, and bounds to keep. Pure."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
 
 
 def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
-    """Return what an event says of numbers that its trial will have, by their names in the table.
+    """Return the metrics of a trial under way that one of its events shows already, by name.
 
     Args:
-        event: Of a trial under way.
-        least: The least number of requests in parallel, whose names are plain.
+        event: The event.
+        least: The least number of requests in parallel, whose metrics have plain names.
     """
     match event:
         case TrialProgressed(progress=progress):
@@ -129,7 +129,7 @@ def smaller_is_better(name: str) -> bool:
 
 
 def tells_speed(name: str) -> bool:
-    """True if it gets worse as a trial takes longer."""
+    """True if it worsens as a trial takes longer."""
     return bool(_SPEED.fullmatch(name))
 
 
@@ -169,7 +169,7 @@ class Objective:
 
     @property
     def tells_speed(self) -> bool:
-        """True if a trial that takes long is a bad one."""
+        """True if it worsens as a trial takes longer."""
         return self.function is None and tells_speed(self.name)
 
     def of(self, row: TrialResult) -> float | None:
@@ -215,8 +215,8 @@ class Constraint:
     """A bound that a result must keep.
 
     Attributes:
-        name: Of a metric or a setting.
-        sign: How it must compare to the bound.
+        name: The name of a metric or a setting.
+        sign: The comparison, such as `<=`; empty for at most.
         bound: The number, or the word for `==`.
     """
 
@@ -225,14 +225,14 @@ class Constraint:
     bound: Any
 
     def allows(self, value: Any) -> bool:
-        """True if a value keeps it. What is not known does not."""
+        """True if a value keeps it; an unknown value does not."""
         try:
             return value is not None and bool(_SIGNS[self.sign](value, self.bound))
         except TypeError:
             return False
 
     def excess(self, value: Any) -> float:
-        """By what share of the bound a value breaks it, more than 0; 0 where it is kept."""
+        """Return the violation by a value as a share of the bound; 0 where the bound is kept."""
         if self.allows(value):
             return 0.0
         try:

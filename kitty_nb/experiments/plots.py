@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Numbers = NDArray[np.float64]
 
 _BAR = 0.35  # inches
-_COSTS = ("memory_gib", "load_seconds")  # what parallel coordinates show beside the settings
+_COSTS = ("memory_gib", "load_seconds")  # shown by parallel coordinates beside the settings
 
 
 class Picture(Figure):

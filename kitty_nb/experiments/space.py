@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Each request limits its own answer, so a server's limit would change nothing.
 FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
-# Options that each request, or the sweep, sets by itself; and where to set them instead.
+# Options that each request, or the sweep, sets by itself, and the remedy.
 _DECIDED = {
     "--seed": "Write seed=… in the sweep instead.",
     "--predict": "Write max_tokens=… in the sweep instead.",
@@ -78,13 +78,12 @@ def combine(
     """Return every combination of models and settings once.
 
     Args:
-        base: What holds where a combination sets nothing.
+        base: The settings where a combination sets nothing.
         models: Files, absolute or in the models folder; without any, that of `base`.
         grid: Values by name of setting: all combinations of them are tried.
         configs: Combinations one by one, as whole settings or as changes to `base`. With a grid,
             each is combined with all of it.
-        skip: Called with each combination, its model as `model`; what it returns true for is left
-            out.
+        skip: Called with each combination, its model as `model`; return true to leave it out.
 
     Raises:
         ConfigError: Listing all names and values that are wrong.
@@ -118,12 +117,12 @@ def combine(
 def in_order(combinations: Sequence[Trial], repeats: int, seed: int) -> tuple[Trial, ...]:
     """Return all trials: each combination once, then each once more, every round shuffled.
 
-    What drifts, such as a machine that grows warm, so falls on all combinations alike.
+    A drift, such as a machine warming up, then affects all combinations alike.
 
     Args:
-        combinations: What is to be tried.
-        repeats: How often each is measured.
-        seed: Decides the order.
+        combinations: The combinations to try.
+        repeats: The number of measurements of each.
+        seed: The seed of the order.
     """
     rounds = []
     for repeat in range(1, repeats + 1):
@@ -163,7 +162,7 @@ def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None
 
 
 def as_value(value: Any) -> Value:
-    """Bring a value into the form in which trials are compared and stored.
+    """Convert a value to the form in which trials are compared and stored.
 
     Raises:
         TypeError: It cannot be a setting.
@@ -186,9 +185,9 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
     """Return the fields of `ServerConfig` that a trial changes, `extra_args` with its flags last.
 
     Args:
-        trial: What is to be tried.
-        base: What the sweep starts from.
-        dialect: How the engine spells a switch that is off.
+        trial: The trial.
+        base: The settings that the sweep starts from.
+        dialect: The engine's spelling of a switch that is off.
     """
     fields: dict[str, Any] = {name: value for name, value in trial.settings if name in FIELDS}
     flags = [
@@ -234,7 +233,7 @@ def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[s
 
 
 def batch_effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[object, ...]:
-    """Return what a combination makes of batches of at most so many tokens, to be compared."""
+    """Return a key that is equal where batches of at most so many tokens are treated alike."""
     batch, ubatch = _sizes(settings, base)
     rest = frozenset(one for one in settings if one[0] not in BATCHES)
     return rest, min(batch, tokens), min(ubatch, batch, tokens)

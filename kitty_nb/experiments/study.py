@@ -1,4 +1,4 @@
-"""A search as an Optuna study: what to choose from, what to try next, and what is best so far.
+"""A search as an Optuna study: the choices, and what to measure next.
 
 Optuna's tree-structured Parzen estimator looks at all settings together (`multivariate`): by itself
 it comes within a few percent of a grid's best in a quarter of the grid's trials, where the one that
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 Axis = CategoricalDistribution | IntDistribution | FloatDistribution
 Space = dict[str, Axis]
 
-_RANDOM = 5  # trials before the estimator has anything to go by
-_ASKED = 30  # proposals that may be known already before chance decides
+_RANDOM = 5  # trials by chance before the estimator has enough to go by
+_ASKED = 30  # proposals in a row that were measured already, before chance decides
 _ENUMERABLE = 4096  # combinations
-_CONFIRM_EVERY = 8  # trials, one of which measures again what is best so far
+_CONFIRM_EVERY = 8  # trials, one of which measures the best so far again
 _SURE = 3  # measurements after which the median of a combination is believed
 _PEERS = 4  # combinations from which on their median says what is usual
 _CLEARLY = 0.1  # share by which a trial must be worse than usual, beyond noise
@@ -148,7 +148,7 @@ class Search:
         """Say why a trial under way cannot win any more; empty while it may.
 
         Args:
-            now: What its requests so far say of the objective.
+            now: The objective by its requests so far.
         """
         medians = self._medians()
         if len(medians) < _PEERS:
@@ -206,16 +206,16 @@ def read_space(
     bounds: Sequence[Constraint],
     metrics: Collection[str],
 ) -> tuple[str, Space]:
-    """Return how a trial names the model, and what may be chosen with all bounds on it kept.
+    """Return the model's name in trials, and the choices that keep all bounds on them.
 
     A bound on a setting that is not in the space fixes it there, unless `base` keeps it already.
 
     Args:
         model: The file, absolute or in the models folder; None for that of `base`.
-        base: What holds where the space says nothing.
+        base: The settings where the space says nothing.
         written: By name a list of values, a tuple of the ends of a range, or one value; None for
-            what usually makes a difference on this machine.
-        bounds: The constraints; those on measured numbers are left to others.
+            the settings that usually matter on this machine.
+        bounds: The constraints; those on measured numbers have no effect here.
         metrics: The names of measured numbers.
 
     Raises:
@@ -317,7 +317,7 @@ def _is_number(value: object) -> bool:
 
 
 def _default(base: ServerConfig) -> dict[str, Any]:
-    """Return what changes the speed on this machine, and not the answers.
+    """Return the settings that change the speed on this machine, and not the answers.
 
     Batch sizes are left out: they matter only for prompts that are longer than a batch.
     """

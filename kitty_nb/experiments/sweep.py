@@ -70,7 +70,7 @@ class Sweep(TrialRunner):
             llama-server (`cache_type_k` for `--cache-type-k`).
         prompts: One request each; 1 or more. By default a question, which is repeated to fill
             the batches where their sizes vary.
-        repeats: How often each combination is measured.
+        repeats: The number of measurements of each combination.
         seed: Of the order of trials and of the server's sampling.
         parallel: Numbers of requests to have under way at once, each measured on its own.
         max_tokens: Length of an answer.
@@ -176,8 +176,9 @@ class Sweep(TrialRunner):
         """Run what is left, on an event loop in a thread of its own, and return at once.
 
         Args:
-            where: Gives the callable that runs a trial; by default this machine, one at a time.
-            slots: How many run at once there; 1, or as many as the workers of a cluster take.
+            where: Provides the callable that runs a trial; by default this machine, one at a time.
+            slots: The number of trials at once; by default 1, or as many as a cluster's workers
+                take.
             client: A `dask.distributed.Client`, to run trials on its cluster.
             retry: Whether trials that failed or were skipped are tried again.
 
@@ -248,7 +249,7 @@ class Sweep(TrialRunner):
         return dask_cluster(client, self.config, self.workload, self._logs), slots
 
     def _read_rows(self, again: bool = False) -> None:
-        """Read the rows of earlier runs that are of these trials, unless that is done."""
+        """Read the rows of earlier runs of these trials, unless that is done."""
         if self._rows_read and not again:
             return
         rows = self._rows_of(trial.model for trial in self.trials)
@@ -265,14 +266,14 @@ class Sweep(TrialRunner):
 def seconds_left(
     results: Sequence[TrialResult], left: Sequence[Trial], passed: float = 0.0
 ) -> float | None:
-    """Forecast how long trials take one after the other; None while nothing is known. Pure.
+    """Forecast the seconds that trials take one after the other; None while nothing is known. Pure.
 
-    The best that there is for each: the same combination, else the same model, else all trials.
+    Each is expected to take the median of its combination, else of its model, else of all trials.
 
     Args:
         results: Trials that have ended.
         left: Those that have not.
-        passed: Seconds for which trials of `left` have been under way already.
+        passed: The seconds for which trials of `left` have been under way already.
     """
     if not left:
         return 0.0

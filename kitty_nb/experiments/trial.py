@@ -35,8 +35,8 @@ class Trial:
 
     Attributes:
         model: The model's file as the user named it, absolute or in the models folder.
-        settings: Names and values that differ from the sweep's own settings; see `settings`.
-        repeat: Which measurement of this combination it is, from 1.
+        settings: Names and values that differ from the sweep's own settings.
+        repeat: The number of this measurement of the combination, from 1.
     """
 
     model: str
@@ -50,13 +50,13 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """It in words, e.g. `qwen.gguf, context_size 8192, threads 4`."""
+        """A description in words, e.g. `qwen.gguf, context_size 8192, threads 4`."""
         settings = (f"{name} {value}" for name, value in self.settings)
         return ", ".join((PurePath(self.model).name, *settings))
 
     @cached_property
     def key(self) -> str:
-        """A digest of all of it, the same in every process: what is stored is found by it."""
+        """A digest of the trial, the same in every process: the key of its stored row."""
         text = json.dumps([self.model, sorted(self.settings), self.repeat])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -65,19 +65,19 @@ class Trial:
 class Speed:
     """The speed of answers at one number of concurrent requests.
 
-    Rates are medians over the requests, of what the server itself says in `timings`.
+    Rates are medians over the requests, as the server's own `timings` report them.
 
     Attributes:
-        parallel: How many at once.
-        requests: How many in all.
+        parallel: The number of requests at once.
+        requests: The number of requests in all.
         seconds: From the first request to the last answer.
         time_to_first_token: Median of the seconds until the first token has arrived.
-        prompt_tokens_per_second: Of each request; None where no prompt was worked on.
+        prompt_tokens_per_second: Of each request; None where no prompt was processed.
         generation_tokens_per_second: Of each request; None where answers had a single token.
         total_tokens_per_second: Tokens of all answers over `seconds`.
         memory: The most RAM that the server's processes had had by then, in bytes: since their
             beginning, so with fewer requests at once, too. 0 where it is not known.
-        gpu_memory: What they had of GPUs' own memory then, in bytes; None where nobody tells.
+        gpu_memory: What they had of GPUs' own memory then, in bytes; None where nothing reports it.
         prompt_tokens: Tokens of the longest prompt; 0 where that is not known.
     """
 
@@ -98,11 +98,11 @@ class Measurement:
     """The measurements of a server.
 
     Attributes:
-        load: How long its stages of loading took.
+        load: The seconds of its stages of loading.
         speeds: One for each number of parallel requests, in ascending order.
         memory: The most RAM its processes had, in bytes; mapped weights count as they are touched.
         gpu_memory: The most that they had of GPUs' own memory after requests, in bytes; None where
-            nobody tells.
+            nothing reports it.
         context: Tokens that one request may have, prompt and answer; None where a build hides it.
         answers: To each prompt, asked one at a time.
         quality: Mean over the answers of what the sweep's `quality` gave; None without one.
@@ -143,13 +143,13 @@ class TrialSeconds:
 
     @property
     def own(self) -> float:
-        """What the trial itself is about."""
+        """The seconds of the load and all requests."""
         return self.load + self.warm_up + self.requests
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFingerprint:
-    """Tells one model from another of the same name.
+    """The identity of a model, beyond its name.
 
     Attributes:
         size: Bytes of its files.
@@ -165,14 +165,15 @@ class TrialResult:
     """A row of a sweep's results.
 
     Attributes:
-        trial: What was tried.
-        outcome: How it ended.
-        reason: Why it was not measured, or what is wrong with its quality, in a sentence.
-        measurement: What was measured; None unless it is done.
-        seconds: Where the time went.
+        trial: The trial.
+        outcome: Its outcome.
+        reason: The reason that it was not measured, or the problem with its quality, in a
+            sentence.
+        measurement: The measurements; None unless it is done.
+        seconds: The seconds of its parts.
         host: The machine.
-        engine: What the engine calls itself; empty where none was found.
-        at: When it ended, in seconds since the epoch.
+        engine: The engine's name for itself; empty where none was found.
+        at: The end, in seconds since the epoch.
         fingerprint: Of the model, where it was seen.
         document: Its run record as JSON; empty unless the sweep makes records.
     """
@@ -191,7 +192,7 @@ class TrialResult:
     def may_be_of(self, model: ModelFingerprint | None) -> bool:
         """True if it may be a row of this model; where the model is not here, any row may be.
 
-        Where a trial saw no such model, its failure says nothing of one that is here.
+        The failure of a trial that found no model says nothing about one that is here.
         """
         if model is None or self.fingerprint == model:
             return True
@@ -216,7 +217,7 @@ class TrialStarted:
 
 @dataclass(frozen=True, slots=True)
 class TrialProgressed:
-    """A trial's load has moved."""
+    """A trial's load has progressed."""
 
     trial: Trial
     progress: LoadProgress
@@ -224,15 +225,15 @@ class TrialProgressed:
 
 @dataclass(frozen=True, slots=True)
 class RequestAnswered:
-    """A trial has one more answer.
+    """A trial's server has answered another request.
 
     Attributes:
-        trial: Which.
-        done: Measured requests that are answered.
-        total: How many there are.
-        parallel: How many are under way at once.
-        tokens_per_second: At which this answer was written, as the server says.
-        prompt_tokens_per_second: At which its prompt was read, as the server says.
+        trial: The trial.
+        done: The number of measured requests that are answered.
+        total: The number of all measured requests.
+        parallel: The number of requests under way at once.
+        tokens_per_second: The rate at which this answer was written, as the server reports it.
+        prompt_tokens_per_second: The rate at which its prompt was read, likewise.
         time_to_first_token: Seconds until its first token had arrived.
     """
 
@@ -268,7 +269,7 @@ class SweepEnded:
 
     Attributes:
         complete: Whether every trial has its row.
-        problem: Why it broke off, in a sentence; empty where it did not.
+        problem: The reason that it broke off, in a sentence; empty where it did not.
     """
 
     complete: bool
@@ -280,7 +281,7 @@ class StoreFailed:
     """Rows could not be written; they are kept in memory and written with the next one.
 
     Attributes:
-        problem: What is wrong and what to do, in a sentence.
+        problem: The problem and its remedy, in a sentence.
     """
 
     problem: str
@@ -300,7 +301,7 @@ SweepEvent = (
 
 OnProgress = Callable[[SweepEvent], object]
 Execute = Callable[[Trial, OnProgress], Awaitable[TrialResult]]
-"""Runs one trial somewhere, tells its progress on the event loop, and returns its row.
+"""Runs one trial somewhere, reports its progress on the event loop, and returns its row.
 
 Being cancelled ends the trial's server. An `ExperimentError` means that nothing more can be run
 there, and ends the sweep.
