@@ -47,10 +47,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that the trials of a run have in common.
+    """Everything that the trials of a run have in common.
 
     Attributes:
-        topic: Of the cluster's events; carries the progress of trials.
+        topic: The topic of the cluster's events that carries the progress of trials.
         config: The sweep's settings.
         host: The machine on which those settings hold as they are.
         alone: Whether a trial waits until its worker has no other.
@@ -88,7 +88,7 @@ async def dask_cluster(
     says.
 
     Args:
-        client: Of the cluster; it stays open.
+        client: A client of the cluster; it stays open.
         config: The settings that trials change.
         workload: What to ask each server.
         logs: A folder here for the servers' logs; without it they go with the trial.
@@ -145,8 +145,8 @@ class _Cluster:
     async def _look(self, trial: Trial) -> tuple[list[str], dict[str, str]]:
         """Return the workers that can run a trial, and why the others cannot.
 
-        Which of several files of a name is the model, the notebook's folder decides, else the first
-        worker that has one.
+        If files of the same name differ, the one in the notebook's folder is the model, otherwise
+        that of the first worker that has one.
 
         Raises:
             ExperimentError: No worker has kitty_nb.
@@ -221,7 +221,7 @@ class _Cluster:
                 _log.warning("Can't write the log of %s: %s.", trial.label, error)
 
     def on_event(self, event: tuple[float, tuple[str, bytes]]) -> None:
-        """Hand a worker's event to whoever listens to its trial."""
+        """Hand a worker's event to the listener of its trial."""
         name, pickled = event[1]
         if listener := self._listeners.get(name):
             listener(pickle.loads(pickled))  # noqa: S301 (Dask's results are pickles, too)
@@ -319,9 +319,9 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
     It runs on the worker's event loop: there it can be cancelled, also by the worker's own end.
 
     Args:
-        setup: That of the run.
-        trial: What to try.
-        name: A unique name, by which it is stopped and its progress is told.
+        setup: The run's setup.
+        trial: The trial.
+        name: A unique name for `stop_job` and for progress events.
 
     Returns:
         The trial's row and the server's log.

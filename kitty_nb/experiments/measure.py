@@ -82,11 +82,11 @@ class BenchmarkClient:
     Args:
         http: A client of the server; from now on it makes a connection for each request.
         workload: What to ask.
-        settings: Those of the trial; requests leave alone what it tries.
+        settings: The trial's own settings; requests don't override them.
 
     Attributes:
         context: Tokens that one request may have; None where a build does not say.
-        slots: The number of requests that the server answers at once; None likewise.
+        slots: Requests that the server answers at once; None where a build does not say.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BenchmarkClient:
     async def speed(
         self, parallel: int, on_answer: Callable[[Answer], object]
     ) -> tuple[Speed, tuple[Answer, ...]]:
-        """Ask every prompt, so many at once, and call back with each answer."""
+        """Ask every prompt, `parallel` at a time, and call back with each answer."""
         answers: list[Answer] = []
 
         async def ask_on(left: Iterator[int]) -> None:
@@ -160,8 +160,6 @@ class BenchmarkClient:
             if text := quality.expected.get(prompt):
                 likelihoods += await self._likelihoods(asked, text)
                 characters += len(text)
-        if not likelihoods:
-            raise ExperimentError("Perplexity has no expected text for any of the prompts.")
         surprise = -sum(likelihoods)
         try:
             perplexity = math.exp(surprise / len(likelihoods))
@@ -186,9 +184,10 @@ class BenchmarkClient:
     async def _likelihood(self, before: list[int], token: int) -> float:
         """Return the log-probability of the next token.
 
-        A server reports that of the token it takes, so it is made to take this one; a request
-        each, because it reports nothing of tokens that it speculates on, nor of a part of a
-        character: that is looked up among the likeliest tokens while a whole one is taken.
+        A server reports the probability of the token it takes, so it is made to take this one, with
+        a request for each: it reports nothing about tokens that it speculates on. Nor does it about
+        a part of a character, which is looked up among the likeliest tokens instead, while the
+        server takes a whole character.
         """
         taken = token
         for count in (1, *_LIKELIEST):
@@ -202,7 +201,7 @@ class BenchmarkClient:
         )
 
     async def _probabilities(self, before: list[int], taken: int, count: int) -> dict[int, float]:
-        """Return the log-probabilities of the token taken and of the likeliest, by token."""
+        """Return the log-probabilities of the token taken and of the `count` likeliest."""
         request = {
             "prompt": before,
             "n_predict": 1,
@@ -327,14 +326,14 @@ def this_machine(
 
 
 def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
-    """Look at a model on this machine. It blocks.
+    """Fingerprint a model on this machine. It blocks.
 
     Args:
-        model: As trials name it.
-        config: Of the sweep, which says where models are.
+        model: Its name in trials.
+        config: The sweep's settings, which say where models are.
 
     Raises:
-        ConfigError: It is not here.
+        ConfigError: The model is missing.
     """
     facts = gather_facts(resolve_model(config.replace(model=model)))
     return ModelFingerprint(facts.size, facts.digest)
@@ -343,15 +342,15 @@ def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
 def fingerprints_here(
     models: Iterable[str], config: ServerConfig, *, must_exist: bool = False
 ) -> dict[str, ModelFingerprint]:
-    """Look at those of the models that can be read on this machine. It blocks.
+    """Fingerprint the models that can be read on this machine. It blocks.
 
     Args:
-        models: As trials name them.
-        config: Of the sweep, which says where models are.
+        models: Their names in trials.
+        config: The sweep's settings, which say where models are.
         must_exist: Whether a missing model is an error.
 
     Raises:
-        ConfigError: Listing the models that are not here.
+        ConfigError: Listing the missing models.
     """
     found: dict[str, ModelFingerprint] = {}
     problems: list[Problem] = []
@@ -376,7 +375,7 @@ class _Run:
         self._answered = 0
 
     def end(self, outcome: Outcome, reason: str) -> None:
-        """Keep why the trial was not measured."""
+        """Record the reason that the trial was not measured."""
         self.row = replace(self.row, outcome=outcome, reason=reason)
 
     async def measure(self, config: ServerConfig, folder: Path | None) -> None:
@@ -459,7 +458,7 @@ class _Run:
 
 
 def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[float | None, str]:
-    """Return the mean of what the user's function gives the answers, and what is wrong with it."""
+    """Return the user's mean score of the answers, and what is wrong with the scoring."""
     quality = workload.quality
     if quality is None or isinstance(quality, Perplexity):
         return None, ""

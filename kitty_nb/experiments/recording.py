@@ -87,14 +87,14 @@ def record_run(
 
     Args:
         manager: Its server must be ready.
-        prompts: What a user says, one conversation each; or whole conversations, as lists of
-            messages; or requests, whose own parameters go before those given here.
+        prompts: User messages, one conversation each; or whole conversations, as lists of
+            messages; or requests, whose own parameters take precedence.
         max_tokens: The longest answer, in tokens.
-        temperature: Of sampling; 0 takes the likeliest token each time.
-        seed: Of sampling.
+        temperature: The temperature of sampling; 0 takes the likeliest token each time.
+        seed: The seed of sampling.
         on_progress: Called in a worker thread with the bytes of the model that are hashed, and
             their total: only the first time that a model is recorded.
-        parameters: What else llama-server takes with a request, such as `top_k=1`.
+        parameters: Other parameters of llama-server's requests, such as `top_k=1`.
 
     Raises:
         KittyError: The server is not ready or was not started by kitty_nb, or a prompt cannot be

@@ -58,9 +58,9 @@ class HostFacts(_Facts):
     Attributes:
         name: Its name on the network.
         cpu: The processor's name.
-        cores: Cores of the processor, where the system tells.
+        cores: Cores of the processor, where the system reports them.
         threads: Hardware threads of the processor.
-        usable_threads: Those that this program may use.
+        usable_threads: Hardware threads that this program may use.
         ram: Bytes of memory.
         gpus: NVIDIA's GPUs; a Mac's belongs to its processor.
         os: The operating system with its version.
@@ -106,9 +106,9 @@ class EngineFacts(_Facts):
 
     Attributes:
         kind: A llama-server of its own, or the one inside a wheel.
-        version: What the program calls itself, e.g. `11434 (abc123)`.
-        build: What the running server calls itself, e.g. `b11434-abc123`; empty where it does not.
-        devices: The devices beside the processor that it had put the model on.
+        version: The program's version, e.g. `11434 (abc123)`.
+        build: The running server's own name, e.g. `b11434-abc123`; empty where it has none.
+        devices: The devices other than the processor that held the model.
     """
 
     kind: EngineKind
@@ -121,8 +121,8 @@ class Timings(_Facts):
     """The server's figures for one request: `n` are tokens, `ms` milliseconds.
 
     Attributes:
-        cache_n: Tokens of the prompt that it still knew.
-        prompt_n: Tokens of the prompt that it read.
+        cache_n: Tokens of the prompt that were in the cache.
+        prompt_n: Tokens of the prompt that the server processed.
         predicted_n: Tokens of the answer.
     """
 
@@ -141,7 +141,7 @@ class Request(_Facts):
     Attributes:
         messages: The conversation in OpenAI's protocol.
         text: The text, without any template; instead of messages.
-        parameters: What else is sent, such as sampling, seed and length of the answer.
+        parameters: Everything else that is sent, such as sampling, seed and length.
     """
 
     messages: tuple[dict[str, JsonValue], ...] = ()
@@ -172,10 +172,10 @@ class Exchange(_Facts):
 
     Attributes:
         output: The answer.
-        reasoning: What the model thought before, where the server keeps it apart.
-        tool_calls: The tools that it calls in OpenAI's protocol, without ids: they never repeat.
+        reasoning: The model's reasoning, where the server reports it separately.
+        tool_calls: Tool calls in OpenAI's protocol, without their ids, which never repeat.
         finish_reason: Why the answer ended: `stop`, or `length` when it was cut short.
-        timings: What the server says of it, if it does.
+        timings: The server's figures, if it reports any.
     """
 
     request: Request
@@ -187,7 +187,7 @@ class Exchange(_Facts):
 
     @property
     def text(self) -> str:
-        """All that the model wrote."""
+        """Everything that the model wrote."""
         calls = (json.dumps(one, ensure_ascii=False, sort_keys=True) for one in self.tool_calls)
         return self.reasoning + self.output + "".join(calls)
 
@@ -198,14 +198,14 @@ class RunRecord(_Facts):
     No key is in it: neither the server's, nor those that `extra_args` may hold.
 
     Attributes:
-        made: When.
-        config: What the server was started with. A replay takes from it what goes to llama-server
-            itself, and uses its own folders, port and the like.
+        made: The time of the recording.
+        config: The server's settings. A replay takes llama-server's own from it, and uses its own
+            folders, port and the like.
         header: Hash of the beginning of the model's first file, which tells most models apart.
         libraries: Versions by name.
-        seed: Of all sampling.
+        seed: The seed of all sampling.
         load_seconds: How long the load took; None where that is not known.
-        exchanges: In order.
+        exchanges: The requests and their answers, in order.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
@@ -317,7 +317,7 @@ class RunRecord(_Facts):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Something that the answers may depend on and that is not the same.
+    """A difference in something that the answers may depend on.
 
     Attributes:
         what: Its place in the record, e.g. `engine.version`.
@@ -330,7 +330,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
-    """An answer that is not the same.
+    """An answer that differs.
 
     Attributes:
         exchange: Its index, from 0.

@@ -57,7 +57,7 @@ class TrialRunner:
         config: The settings that trials change.
         workload: The requests of each trial.
         store: The file for the rows.
-        warnings: What of the settings has no effect, in sentences.
+        warnings: Sentences about settings that have no effect.
         trials: All trials, where they are known in advance.
         store_problem: The reason that rows are only in memory; empty when all are saved.
     """
@@ -220,7 +220,7 @@ class TrialRunner:
     async def _measure(
         self, trial: Trial, execute: Execute, on_progress: OnProgress
     ) -> TrialResult:
-        """Return a trial's row, also when running it fails in a way nobody foresaw: others go on.
+        """Return a trial's row, even if running it fails unexpectedly: other trials go on.
 
         Raises:
             ExperimentError: Nothing can be run there any more.

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
 
 Quality = Callable[[str, str], float]
-# What makes functions, methods, partials, wrappers and objects that can be called the ones they
-# are.
+# The attributes that tell functions, methods, partials, wrappers and callable objects apart.
 _PARTS = (
     *("__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__"),
     *("func", "args", "keywords", "__wrapped__", "__func__", "__self__", "__dict__"),
@@ -44,14 +43,14 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How much a model is surprised by given texts as answers; lower is better, 1 is not at all.
+    """Perplexity of given texts as answers: lower is better, and 1 is no surprise at all.
 
-    The server says how likely it held every token of a text, before any sampling. The tokens are
-    those of the model's own tokenizer, so models with different ones compare by the bits per
-    character that are measured along with it.
+    The server reports how likely each token of a text was, before any sampling. Tokens are those of
+    the model's own tokenizer; to compare models with different ones, use the bits per character,
+    which are measured too.
 
     Attributes:
-        expected: The text to each prompt. Prompts without one do not count.
+        expected: The text for each prompt. Prompts without one do not count.
     """
 
     expected: Mapping[str, str]
@@ -62,16 +61,16 @@ class Workload:
     """The requests with which a server is measured.
 
     Attributes:
-        prompts: What a user says, one request each; with `chat` off the raw text to go on from.
-        max_tokens: Length of an answer, 2 or more. Without `quality` every answer is that long,
-            also where the model would end it, so that all are alike.
-        parallel: Numbers of requests to have under way at once, each measured on its own.
-        seed: Of the server's sampling, which is greedy unless a setting is tried that it would
-            drown (temperature and the like).
+        prompts: User messages, one request each; with `chat` off, the raw text to continue.
+        max_tokens: Length of an answer, 2 or more. Without `quality`, every answer is that long
+            even if the model would end it earlier, so that all are alike.
+        parallel: Numbers of concurrent requests, each measured separately.
+        seed: The seed of the server's sampling, which is greedy unless the trial varies a setting
+            of sampling, such as the temperature.
         chat: Whether prompts go through the model's chat template.
-        quality: How good an answer is, or which texts' perplexity to measure.
-        record: Whether each trial's run record is made, too, by which it can be repeated.
-        fill: Tokens up to which prompts are repeated, as far as the context has room.
+        quality: A score for answers, or texts whose perplexity is measured.
+        record: Whether each trial also makes a run record, so that it can be repeated.
+        fill: Tokens to which prompts are lengthened by repetition, as far as they fit.
     """
 
     prompts: tuple[str, ...] = (DEFAULT_PROMPT,)
@@ -91,7 +90,7 @@ class Workload:
         quality: Quality | Perplexity | None,
         **more: Any,
     ) -> Workload:
-        """Make one of what a person may write: one prompt or several, one number or several."""
+        """Make a workload from one prompt or several, and one number or several."""
         several = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         levels = (parallel,) if isinstance(parallel, int) else tuple(parallel)
         return cls(prompts=several, parallel=levels, quality=quality, **more)
@@ -106,7 +105,7 @@ class Workload:
         return tuple(sorted(set(self.parallel)))
 
     def asked(self, parallel: int) -> tuple[int, ...]:
-        """Indices of the prompts to ask with so many at once: each of them, until all are busy."""
+        """Return the indices of the prompts to ask: each one, repeated until all slots are busy."""
         count = ceil(len(self.prompts) / parallel) * parallel
         return tuple(index % len(self.prompts) for index in range(count))
 
@@ -169,8 +168,8 @@ def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
     """Return what a value holds, in a form whose `repr` is the same in every process.
 
     Args:
-        value: It.
-        within: The callables that it is bound to, for one may be bound to itself.
+        value: Any value.
+        within: The callables that hold it; one may hold itself.
     """
     match value:
         case None | bool() | int() | float() | complex() | str() | bytes():
@@ -189,7 +188,7 @@ def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
             return _plain(getattr(value, "cell_contents", None), within)
         case _ if callable(value) and not any(value is one for one in within):
             parts = [getattr(value, name, None) for name in _PARTS]
-            if isinstance(call := value.__call__, MethodType):  # its class has it
+            if isinstance(call := value.__call__, MethodType):  # an object of a callable class
                 parts.append(call.__func__)
             return type(value).__qualname__, _plain(parts, (*within, value))
     return type(value).__qualname__
