@@ -361,15 +361,19 @@ async def engine_devices(config: ServerConfig) -> tuple[Engine, tuple[Device, ..
 
 
 async def device_names(config: ServerConfig) -> tuple[str, ...] | None:
-    """Return the devices' names as last listed; the engine is asked only if it never was.
+    """Return the devices' names as first listed, before a server kept other machines busy.
 
     Raises:
         EngineError: There is no engine that can be run.
     """
     engine = await locate_engine(config.binary)
-    if _question(engine, config) not in _names:
-        await list_devices(engine, config)
-    return _names.get(_question(engine, config))
+    question = engine.command, remote_machines(config), _chosen(config)
+    if question not in _names and (found := await list_devices(engine, config)) is not None:
+        _names[question] = tuple(map(str, found))
+    return _names.get(question)
+
+
+_names: dict[tuple[object, ...], tuple[str, ...]] = {}
 
 
 async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ...] | None:
@@ -378,21 +382,6 @@ async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ..
     Returns:
         None where this build does not list them, or machines of `--rpc` are busy.
     """
-    found = await _list(engine, config)
-    if found is not None:
-        _names[_question(engine, config)] = tuple(map(str, found))
-    return found
-
-
-_Question = tuple[tuple[str, ...], str | None, str | None]
-_names: dict[_Question, tuple[str, ...]] = {}
-
-
-def _question(engine: Engine, config: ServerConfig) -> _Question:
-    return engine.command, remote_machines(config), _chosen(config)
-
-
-async def _list(engine: Engine, config: ServerConfig) -> tuple[Device, ...] | None:
     if engine.dialect.option("--list-devices") is None:
         return None
     # Python is slow to say that there is none.

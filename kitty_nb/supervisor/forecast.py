@@ -41,7 +41,6 @@ from kitty_nb.supervisor.process import family
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from kitty_nb.catalog.model import ModelNote
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Device, Engine
 
@@ -405,17 +404,9 @@ class ModelStats:
         self._pid = pid
         self._forecaster = Forecaster()
 
-    async def load(
-        self, models: Sequence[Path], config: ServerConfig, warn: Callable[[str], None]
-    ) -> dict[Path, ModelNote]:
-        """Return the usage of models, given by their first files; nothing of unused ones."""
-        return await LoadHistory(config.history, warn).notes(models)
-
-    async def set_favorite(
-        self, model: Path, favorite: bool, config: ServerConfig, warn: Callable[[str], None]
-    ) -> None:
-        """Remember whether a model is a favourite."""
-        await LoadHistory(config.history, warn).set_favorite(model, favorite)
+    def history(self, config: ServerConfig, warn: Callable[[str], None]) -> LoadHistory:
+        """Return the history of loads and favourites; `warn` is told what is wrong with it."""
+        return LoadHistory(config.history, warn)
 
     async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
         """Judge by formula which models would fit into the memory that is free now."""

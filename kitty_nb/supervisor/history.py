@@ -422,19 +422,14 @@ class LoadRecorder:
     async def forecast(self) -> None:
         """Look at the model's files and their past, and tell the meter what to expect."""
         model = self._config.model
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._recall)
-            # Abandoned when cancelled: a network drive that hangs must not hold the supervisor.
-            facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
-        self._facts = facts
+        # Abandoned when cancelled: a network drive that hangs must not hold the supervisor.
+        self._facts = await run_sync(gather_facts, self._config, abandon_on_cancel=True)
+        self._records = await self._history.recall(this_host(), path_text(model))
         self._expect()
         if model and (self._meter.total or self._meter.expected.basis is Basis.NOTHING):
             header = await run_sync(_read_header, model, abandon_on_cancel=True)
             self._meter.header, self._active = header
             self._expect()
-
-    async def _recall(self) -> None:
-        self._records = await self._history.recall(this_host(), path_text(self._config.model))
 
     def set_engine(self, engine: Engine) -> None:
         """Note by which engine the model will be loaded, which changes what to expect."""

@@ -185,10 +185,9 @@ def _describe(pid: int, port: int) -> PortOwner | None:
         user = None if is_ours(pid) else process.username()
     except psutil.Error:  # gone meanwhile
         return None
-    try:
+    words: list[str] = []
+    with suppress(psutil.Error):
         words = process.cmdline()
-    except psutil.Error:
-        words = []
     engine = _engine(words)
     if engine is None:
         return PortOwner(port, pid, name, user=user)

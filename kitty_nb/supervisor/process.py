@@ -169,8 +169,9 @@ class ServerProcess:
             return _user_listens(port) if psutil.LINUX else None
 
     async def _ended(self) -> None:
-        descriptor = _exit_descriptor(self.pid)
-        if descriptor is None:
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except (OSError, AttributeError):  # old kernels and some sandboxes lack it; macOS too
             while self.runs():  # noqa: ASYNC110 (there is nothing to wait for)
                 await anyio.sleep(_EXIT_POLL)
             return
@@ -190,7 +191,7 @@ class ServerProcess:
         if self._is_known():
             for pid in _pids():
                 with suppress(psutil.Error, OSError):
-                    if pid != self.pid and pid not in self._others and os.getsid(pid) == self.pid:
+                    if pid not in self._others and os.getsid(pid) == self.pid != pid:
                         self._others[pid] = psutil.Process(pid)
         return [self._psutil, *self._others.values()]
 
@@ -221,10 +222,9 @@ def _usage(process: psutil.Process) -> Usage | None:
             memory = process.memory_info()
             resident = getattr(memory, "shared", memory.rss)
             processor = sum(process.cpu_times()[:2])
-            with suppress(psutil.AccessDenied):
-                if hasattr(process, "io_counters"):
-                    counters = process.io_counters()
-                    read = max(counters.read_bytes, counters.read_chars)
+            with suppress(psutil.AccessDenied, AttributeError):  # macOS does not count them
+                counters = process.io_counters()
+                read = max(counters.read_bytes, counters.read_chars)
     except (psutil.Error, OSError):
         return None
     return Usage(resident, read, processor)
@@ -274,14 +274,6 @@ def _peak(process: psutil.Process) -> int:
         return 0
     highest = _HIGHEST.search(status)
     return int(highest[1]) << 10 if highest else now
-
-
-def _exit_descriptor(pid: int) -> int | None:
-    """A descriptor readable once a process ends; macOS, old kernels and some sandboxes lack it."""
-    if hasattr(os, "pidfd_open"):
-        with suppress(OSError):
-            return os.pidfd_open(pid)
-    return None
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

@@ -492,7 +492,8 @@ class ModelBrowser(display.Page):
 
     async def _mark(self, model: Path, favourite: bool) -> None:
         config = self._manager.state.config
-        await self._manager.stats.set_favorite(model, favourite, config, self._say)
+        history = self._manager.stats.history(config, self._say)
+        await history.set_favorite(model, favourite)
         self.look_again()
 
     async def _look(self) -> None:
@@ -501,7 +502,8 @@ class ModelBrowser(display.Page):
             config, right = self._wanted(), True
         except KittyError:
             config, right = self._manager.state.config, False
-        notes = await self._manager.stats.load([one.path for one in models], config, self._say)
+        history = self._manager.stats.history(config, self._say)
+        notes = await history.notes(one.path for one in models)
         self.last_time.show(notes.get(model.path) if model else None)
         if "details" in self._unfolded:
             facts = [*model_facts(model).items()] if model else []
