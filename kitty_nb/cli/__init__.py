@@ -18,7 +18,6 @@ import typer
 from typer.core import TyperGroup
 
 from kitty_nb.errors import KittyError, printable
-from kitty_nb.safe_files import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -362,6 +361,8 @@ def lab(context: typer.Context) -> None:
     """
     import psutil
     from jupyterlab.labapp import LabApp
+
+    from kitty_nb.safe_files import distrust
 
     for path in (_NOTEBOOKS, *_NOTEBOOKS.glob("*.ipynb")):
         if reason := distrust(path, folders=False):

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
 _LOADED_WITHIN = 60.0  # seconds
+_SHOWN = 5  # models with problems
 _LITTLE_SPACE = 1_000_000_000  # bytes; a log of a busy day and the next small model
 
 
@@ -207,6 +208,8 @@ def _models(config: ServerConfig) -> _Result:
     problems = [f"{model.name}: {model.problem}" for model in models if model.problem]
     places = f"{folder} and other programs' stores" if len(stores) > 1 else str(folder)
     found = f"{len(models) - len(problems)} of {len(models)} models in {places} can be served."
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"{len(problems) - _SHOWN} more: run kitty-nb scan to see them."]
     return _WARNING if problems else _OK, found, "\n".join(problems)
 
 
