@@ -169,8 +169,8 @@ class GgufHeader:
     @property
     def problem(self) -> str | None:
         """A sentence where weights are missing at the end; None where all are there."""
-        ends = (tensor.offset + tensor.stored for tensor in self.tensors)
-        needed = self.data_at + max(ends, default=0)
+        ends = (self.data_at + tensor.offset + tensor.stored for tensor in self.tensors)
+        needed = max(ends, default=0)
         if needed <= self.size:
             return None
         return (
