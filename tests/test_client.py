@@ -17,7 +17,7 @@ from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.recording import ask
 from kitty_nb.experiments.run_record import Request
-from kitty_nb.experiments.workload import Workload
+from kitty_nb.experiments.trial import Workload
 from kitty_nb.supervisor.health import HealthProbe, Identity
 
 Says = Callable[..., Access]

@@ -48,8 +48,8 @@ from kitty_nb.experiments.trial import (
     TrialProgressed,
     TrialSeconds,
     TrialStarted,
+    Workload,
 )
-from kitty_nb.experiments.workload import Workload
 
 WAIT = 120.0
 MODEL = "demo.gguf"
@@ -671,7 +671,7 @@ qualities = [
 def test_a_quality_that_was_edited_is_another_one_in_every_process() -> None:
     code = (
         f"{_QUALITIES}\n"
-        "from kitty_nb.experiments.workload import identity\n"
+        "from kitty_nb.experiments.trial import identity\n"
         "print(*map(identity, qualities), sep='\\n')"
     )
     first, again = (

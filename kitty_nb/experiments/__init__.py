@@ -8,9 +8,16 @@ from kitty_nb.experiments.recording import record_run, replay
 from kitty_nb.experiments.results import Combination, Results
 from kitty_nb.experiments.run_record import Comparison, Exchange, Request, RunRecord, compare
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
-from kitty_nb.experiments.trial import Measurement, Outcome, Trial, TrialResult
+from kitty_nb.experiments.trial import (
+    ExactMatch,
+    Measurement,
+    Outcome,
+    Perplexity,
+    Trial,
+    TrialResult,
+    Workload,
+)
 from kitty_nb.experiments.tuning import TuneResult, tune
-from kitty_nb.experiments.workload import ExactMatch, Perplexity, Workload
 
 __all__ = [
     "Combination",

@@ -32,8 +32,7 @@ from kitty_nb.isolated_server import this_host
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
-    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
-    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial, Workload
 
     Workers = Mapping[str, Mapping[str, Any]]
 

@@ -26,13 +26,13 @@ from kitty_nb.experiments.trial import (
     Measurement,
     ModelFingerprint,
     Outcome,
+    Perplexity,
     RequestAnswered,
     Speed,
     TrialProgressed,
     TrialResult,
     TrialSeconds,
 )
-from kitty_nb.experiments.workload import Perplexity
 from kitty_nb.isolated_server import gather_facts, isolated_server, locate_engine, this_host
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.errors import Problem
-    from kitty_nb.experiments.trial import Execute, OnProgress, Trial, Value
-    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.experiments.trial import Execute, OnProgress, Trial, Value, Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
 
 _LOAD_SECONDS = 0.1  # seconds over which the machine's load is measured

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.space import Settings
-    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
-    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial, Workload
     from kitty_nb.isolated_server import LoadProgress
 
     T = TypeVar("T")

@@ -21,15 +21,13 @@ import psutil
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
 from kitty_nb.experiments.metrics import OBJECTIVE
-from kitty_nb.experiments.trial import Trial
-from kitty_nb.experiments.workload import DEFAULT_PROMPT
+from kitty_nb.experiments.trial import DEFAULT_PROMPT, Trial
 from kitty_nb.isolated_server import SERVER_SETTINGS, spell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from kitty_nb.experiments.trial import Value
-    from kitty_nb.experiments.workload import Workload
+    from kitty_nb.experiments.trial import Value, Workload
     from kitty_nb.isolated_server import Dialect, Option
 
     Settings = tuple[tuple[str, Value], ...]

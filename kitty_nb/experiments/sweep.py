@@ -18,8 +18,7 @@ from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import combine, fill_batches, in_order
-from kitty_nb.experiments.trial import Outcome
-from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
+from kitty_nb.experiments.trial import DEFAULT_PROMPT, Outcome, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from kitty_nb.experiments.space import Skip
-    from kitty_nb.experiments.trial import Execute, Trial, TrialResult
-    from kitty_nb.experiments.workload import Perplexity, Quality
+    from kitty_nb.experiments.trial import Execute, Perplexity, Quality, Trial, TrialResult
     from kitty_nb.isolated_server import LoadProgress
     from kitty_nb.manager import Operation
 

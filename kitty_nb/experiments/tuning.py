@@ -26,8 +26,14 @@ from kitty_nb.experiments.metrics import (
 from kitty_nb.experiments.results import Combination, Results, extra
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import BATCHES, fill_batches
-from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
-from kitty_nb.experiments.workload import DEFAULT_PROMPT, Workload
+from kitty_nb.experiments.trial import (
+    DEFAULT_PROMPT,
+    Outcome,
+    TrialProgressed,
+    TrialResult,
+    TrialSeconds,
+    Workload,
+)
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
@@ -37,8 +43,14 @@ if TYPE_CHECKING:
     import optuna
 
     from kitty_nb.experiments.study import Search
-    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
-    from kitty_nb.experiments.workload import Perplexity, Quality
+    from kitty_nb.experiments.trial import (
+        Execute,
+        OnProgress,
+        Perplexity,
+        Quality,
+        SweepEvent,
+        Trial,
+    )
     from kitty_nb.manager import Operation
 
 _PATIENCE = 4.0  # times as long as others a trial may take
