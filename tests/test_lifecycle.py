@@ -5,12 +5,12 @@ from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.supervisor.lifecycle import (
     Action,
     BecameReady,
+    Begin,
     Exited,
     GaveUp,
     Lifecycle,
     LoadBegan,
     Refused,
-    Spawn,
     Spawned,
     StartAsked,
     Stimulus,
@@ -41,7 +41,7 @@ def test_a_whole_life() -> None:
         StopAsked(),
         Exited(1, "done", 100.0),
     )
-    assert done == [Spawn(1, A), Terminate(1)]
+    assert done == [Begin(1, A), Terminate(1)]
     assert (now.status, now.pid, now.ready_since, now.error) == ("STOPPED", None, None, None)
 
 
@@ -52,28 +52,28 @@ def test_ready_knows_process_and_time() -> None:
 
 def test_a_double_click_starts_one_server() -> None:
     _, done = replay(StartAsked(A), StartAsked(A), Spawned(1, 42), StartAsked(A))
-    assert done == [Spawn(1, A)]
+    assert done == [Begin(1, A)]
 
 
 def test_starting_other_settings_replaces_the_server_once_it_is_gone() -> None:
     history = (StartAsked(A), Spawned(1, 42), BecameReady(1, 0.0), StartAsked(B))
     now, done = replay(*history)
-    assert (now.status, done) == (ServerStatus.STOPPING, [Spawn(1, A), Terminate(1)])
+    assert (now.status, done) == (ServerStatus.STOPPING, [Begin(1, A), Terminate(1)])
     now, done = replay(*history, Exited(1, "done", 100.0))
     assert (now.status, now.config, now.restart_count) == (ServerStatus.STARTING, B, 1)
-    assert done[-1] == Spawn(2, B)
+    assert done[-1] == Begin(2, B)
 
 
 def test_a_restart_with_the_same_settings_is_a_fresh_process() -> None:
     _, done = replay(
         StartAsked(A), BecameReady(1, 0.0), StartAsked(A, fresh=True), Exited(1, "", 100.0)
     )
-    assert done == [Spawn(1, A), Terminate(1), Spawn(2, A)]
+    assert done == [Begin(1, A), Terminate(1), Begin(2, A)]
 
 
 def test_start_during_stop_waits_for_the_exit() -> None:
     now, done = replay(StartAsked(A), StopAsked(), StartAsked(A), Exited(1, "", 100.0))
-    assert done == [Spawn(1, A), Terminate(1), Spawn(2, A)]
+    assert done == [Begin(1, A), Terminate(1), Begin(2, A)]
     assert now.generation == 2
 
 
@@ -84,22 +84,22 @@ def test_the_last_wish_wins_and_the_others_are_overtaken() -> None:
     now, done = replay(
         StartAsked(A), StartAsked(B, fresh=True), StartAsked(C, fresh=True), Exited(1, "", 100.0)
     )
-    assert done == [Spawn(1, A), Terminate(1), Spawn(3, C)]
+    assert done == [Begin(1, A), Terminate(1), Begin(3, C)]
 
 
 def test_a_stop_drops_what_was_to_follow_and_its_number_is_not_reused() -> None:
     history = (StartAsked(A), StartAsked(B, fresh=True), StopAsked(), Exited(1, "", 100.0))
     now, done = replay(*history)
-    assert (now.status, done) == (ServerStatus.STOPPED, [Spawn(1, A), Terminate(1)])
+    assert (now.status, done) == (ServerStatus.STOPPED, [Begin(1, A), Terminate(1)])
     assert now.superseded(2)
     now, done = replay(*history, StartAsked(B))
-    assert done[-1] == Spawn(3, B)
+    assert done[-1] == Begin(3, B)
     assert now.superseded(2)
 
 
 def test_a_forced_stop_does_not_wait_for_the_polite_one() -> None:
     _, done = replay(StartAsked(A), StopAsked(), StopAsked(), StopAsked(force=True))
-    assert done == [Spawn(1, A), Terminate(1), Terminate(1, force=True)]
+    assert done == [Begin(1, A), Terminate(1), Terminate(1, force=True)]
 
 
 def test_dying_by_itself_is_a_crash_and_stopping_then_clears_it() -> None:
@@ -134,7 +134,7 @@ def test_ready_after_a_stop_was_asked_is_not_ready() -> None:
 
 def test_a_refused_start_still_makes_way_for_what_was_asked_next() -> None:
     now, done = replay(StartAsked(A), StartAsked(B, fresh=True), Refused(1, "no engine"))
-    assert (now.status, done[-1]) == (ServerStatus.STARTING, Spawn(2, B))
+    assert (now.status, done[-1]) == (ServerStatus.STARTING, Begin(2, B))
 
 
 def test_stop_when_there_is_nothing_does_nothing() -> None:
@@ -150,7 +150,7 @@ def test_a_crash_of_a_server_that_was_ready_is_mended_after_a_back_off() -> None
     assert (now.status, now.error, now.retry_at) == (ServerStatus.RESTARTING, "SIGSEGV", 15.0)
     assert done[-1] == Wait(1, 5.0)
     now, done = step(now, WaitOver(1))
-    assert (now.status, now.error, done) == (ServerStatus.STARTING, None, (Spawn(2, A),))
+    assert (now.status, now.error, done) == (ServerStatus.STARTING, None, (Begin(2, A),))
     assert now.restart_count == 1
 
 
@@ -187,5 +187,5 @@ def test_a_back_off_can_be_called_off_or_cut_short() -> None:
     assert (stopped.status, stopped.retry_at, done) == (ServerStatus.STOPPED, None, ())
     assert step(stopped, WaitOver(1)) == (stopped, ())
     begun, done = step(waiting, StartAsked(A))
-    assert (begun.status, done) == (ServerStatus.STARTING, (Spawn(2, A),))
+    assert (begun.status, done) == (ServerStatus.STARTING, (Begin(2, A),))
     assert step(begun, WaitOver(1)) == (begun, ())

@@ -22,8 +22,8 @@ from other_kernel import runs
 from kitty_nb import ServerConfig, ServerStatus, Supervisor, write_demo_model
 from kitty_nb.errors import ServerCrashedError, StartCancelledError
 from kitty_nb.supervisor.lifecycle import (
-    Attach,
     BecameReady,
+    Begin,
     Exited,
     Found,
     GaveUp,
@@ -31,7 +31,6 @@ from kitty_nb.supervisor.lifecycle import (
     LoadBegan,
     Refused,
     Report,
-    Spawn,
     Spawned,
     StartAsked,
     Stimulus,
@@ -67,10 +66,10 @@ class World(RuleBasedStateMachine):
         assert self.now.issued >= issued
         for action in actions:
             match action:
-                case Spawn(generation):
+                case Begin(generation, _, None):
                     assert self.alive is None, "a second process of one profile"
                     self.preparing = generation
-                case Attach(generation):
+                case Begin(generation):
                     assert self.alive is None, "a second process of one profile"
                     self.running = generation
                 case Terminate(generation):

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections import deque
 from contextlib import aclosing, asynccontextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,15 @@ async def command_text(config: ServerConfig) -> str:
         KittyError: There is no model or engine, or the engine does not know a setting.
     """
     from kitty_nb.catalog.resolve import resolve_model
-    from kitty_nb.supervisor.server import public_command
+    from kitty_nb.config import takes_secret
+    from kitty_nb.engine.command_line import build_command
+    from kitty_nb.engine.locate import locate_engine
 
     config = await anyio.to_thread.run_sync(resolve_model, config)
-    return shlex.join(await public_command(config))
+    # The key that clients need is not in it: the server learns that from its environment.
+    command = build_command(await locate_engine(config.binary), config)
+    public = ("(hidden)" if takes_secret(flag) else word for flag, word in pairwise(command))
+    return shlex.join((command[0], *public))
 
 
 async def load(config: ServerConfig, env: Path, begin: Begin) -> str:

@@ -30,8 +30,8 @@ from kitty_nb.engine.locate import engine_devices, locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
+from kitty_nb.supervisor.port_owner import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
-from kitty_nb.supervisor.server import refuse_busy_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

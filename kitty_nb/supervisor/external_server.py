@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -164,8 +165,7 @@ class ExternalServer:
             StartCancelledError: The router was detached from, or has ended, before that.
         """
         async with self._turn:
-            self._loading = anyio.CancelScope()
-            with self._loading:
+            with anyio.CancelScope() as self._loading:
                 if self._over:
                     self._loading.cancel()
                 await self._load(name, fresh=fresh)
@@ -264,9 +264,8 @@ class ExternalServer:
         known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
         config = self._config.model_copy(update={"model": None, **known_by})
         whole = child is not None and child.process.age < _WHOLE
-        recorder = LoadRecorder(
-            config, meter, lambda text: self._notify(text, Level.WARNING), whole=whole
-        )
+        warn = partial(self._notify, level=Level.WARNING)
+        recorder = LoadRecorder(config, meter, warn, whole=whole)
         await recorder.forecast()
         status, ask_at = ModelStatus.LOADING, 0.0
         while status == ModelStatus.LOADING:

@@ -22,11 +22,12 @@ _LIVE = {*_LOADABLE, ServerStatus.READY}
 
 
 @dataclass(frozen=True, slots=True)
-class Spawn:
-    """Action: start a server process as this generation."""
+class Begin:
+    """Action: start a server process as this generation, or watch the one that was found."""
 
     generation: int
     config: ServerConfig
+    found: ServerRecord | PortOwner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,7 @@ class Wait:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Attach:
-    """Action: watch this server, which runs already, as this generation."""
-
-    generation: int
-    server: ServerRecord | PortOwner
-
-
-Action = Spawn | Terminate | Wait | Attach
+Action = Begin | Terminate | Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +164,7 @@ class Lifecycle(ServerState):
 
     generation: int = 0
     issued: int = 0
-    pending: Spawn | None = None
+    pending: Begin | None = None
     served: bool = False
     crashes: int = 0
 
@@ -199,8 +192,11 @@ def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, .
             return (now, ()) if there else _start(now, config)
         case StopAsked(force):
             return _stop(now, force)
+        case Found() if not now.status.absent:
+            return now, ()
         case Found(server):
-            return _found(now, server)
+            config = now.config if isinstance(server, PortOwner) else server.config
+            return _begin(now, Begin(now.issued + 1, config, server))
         case _ if stimulus.generation != now.generation:
             return now, ()
         case _:
@@ -208,42 +204,26 @@ def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, .
 
 
 def _start(now: Lifecycle, config: ServerConfig) -> tuple[Lifecycle, tuple[Action, ...]]:
-    spawn = Spawn(now.issued + 1, config)
-    now = replace(now, issued=spawn.generation)
+    coming = Begin(now.issued + 1, config)
+    now = replace(now, issued=coming.generation)
     if now.status.absent:
-        return _begin(now, spawn)
-    stopping = replace(now, status=ServerStatus.STOPPING, pending=spawn, error=None)
+        return _begin(now, coming)
+    stopping = replace(now, status=ServerStatus.STOPPING, pending=coming, error=None)
     if now.status is ServerStatus.STOPPING:
         return stopping, ()
     return stopping, (Terminate(now.generation),)
 
 
-def _begin(now: Lifecycle, spawn: Spawn) -> tuple[Lifecycle, tuple[Action, ...]]:
+def _begin(now: Lifecycle, coming: Begin) -> tuple[Lifecycle, tuple[Action, ...]]:
     begun = Lifecycle(
         ServerStatus.STARTING,
-        spawn.config,
-        generation=spawn.generation,
-        issued=max(now.issued, spawn.generation),
+        coming.config,
+        pid=coming.found.pid if coming.found else None,
+        generation=coming.generation,
+        issued=max(now.issued, coming.generation),
         restart_count=now.restart_count + (1 if now.pending else 0),
     )
-    return begun, (spawn,)
-
-
-def _found(
-    now: Lifecycle, server: ServerRecord | PortOwner
-) -> tuple[Lifecycle, tuple[Action, ...]]:
-    if not now.status.absent:
-        return now, ()
-    attach = Attach(now.issued + 1, server)
-    found = Lifecycle(
-        ServerStatus.STARTING,
-        now.config if isinstance(server, PortOwner) else server.config,
-        generation=attach.generation,
-        issued=attach.generation,
-        pid=server.pid,
-        restart_count=now.restart_count,
-    )
-    return found, (attach,)
+    return begun, (coming,)
 
 
 def _stop(now: Lifecycle, force: bool) -> tuple[Lifecycle, tuple[Action, ...]]:
@@ -270,7 +250,7 @@ def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ..
         case Refused() | Exited() if not now.status.absent:  # it can be told of twice
             return _gone(now, report)
         case WaitOver() if now.status is ServerStatus.RESTARTING:
-            begun, actions = _begin(now, Spawn(now.issued + 1, now.config))
+            begun, actions = _begin(now, Begin(now.issued + 1, now.config))
             again = replace(begun, restart_count=now.restart_count + 1, crashes=now.crashes)
             return replace(again, served=True), actions
         case _:

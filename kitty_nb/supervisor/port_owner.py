@@ -16,11 +16,14 @@ from kitty_nb.config import FLAG_PREFIX, spelled, value_of
 from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import PortBusyError, ServerFailedError
 from kitty_nb.supervisor.process import is_ours
+from kitty_nb.supervisor.registry import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from kitty_nb.config import ServerConfig
 
 _LAST_PORT = 65535
 _USUAL_PORT = 8082  # no administrator's, as those above one of theirs are
@@ -121,6 +124,27 @@ def port_refusal(host: str, port: int) -> str | None:
     if problem.errno == errno.EACCES:
         return f"Port {port} is reserved for administrators; choose one above 1023."
     return f"Cannot use port {port} on {host}: {problem.strerror or problem}."
+
+
+def refuse_busy_port(config: ServerConfig) -> None:
+    """Try the port with a real bind. Run it in a worker thread.
+
+    Raises:
+        PortBusyError: Somebody listens there; the message says who, and what can be done.
+        ServerFailedError: No port of this address can be listened on.
+    """
+    if problem := port_refusal(config.host, config.port):
+        try:
+            free_port = next_free_port(config.host, config.port)
+        except ServerFailedError:  # no port will do: the address itself is wrong
+            raise ServerFailedError(f"{problem} Correct LLAMACPP_HOST.") from None
+        key = f"LLAMACPP_{config.profile.upper()}_PORT"
+        owner = owner_of(config.host, config.port)
+        record = owner and record_of(owner.pid, config.log_dir)
+        whose = f" It serves the profile {record.config.profile!r}." if record else ""
+        attachable = owner is not None and owner.attachable
+        advice = f"Stop that program, or set {key} to a free port, such as {free_port}."
+        raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
 
 
 def next_free_port(host: str, port: int) -> int:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -15,14 +15,8 @@ import anyio.lowlevel
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.catalog import why_not_served
-from kitty_nb.config import OnKernelExit, server_environment, takes_secret
-from kitty_nb.engine.command_line import (
-    ORIGINS,
-    build_command,
-    leaves_out_projector,
-    open_to_pages,
-    sleeps,
-)
+from kitty_nb.config import OnKernelExit, server_environment
+from kitty_nb.engine import command_line
 from kitty_nb.engine.locate import device_names, locate_engine, remote_machines
 from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
 from kitty_nb.supervisor import lifecycle, registry
@@ -48,7 +42,7 @@ from kitty_nb.supervisor.health import (
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
-from kitty_nb.supervisor.port_owner import PortOwner, next_free_port, owner_of, port_refusal
+from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 
@@ -127,12 +121,8 @@ class Server:
         # The load.
         self._began = found.began if found else clock()
         self._meter = LoadMeter()
-        self._recorder = LoadRecorder(
-            config,
-            self._meter,
-            lambda text: self._notify(text, Level.WARNING),
-            whole=found is None,
-        )
+        warn = partial(self._notify, level=Level.WARNING)
+        self._recorder = LoadRecorder(config, self._meter, warn, whole=found is None)
         running = found is not None and found.ready is not None
         self._reporter = LoadReporter(config.health_max_attempts, silent=running)
         self._health = HealthCheckResult(ServerStatus.STARTING)
@@ -223,7 +213,7 @@ class Server:
             if leaving := await run_sync(registry.leaving_server, config):
                 self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
                 await leaving.terminate(config.stop_grace_seconds)
-            command = build_command(engine, config)
+            command = command_line.build_command(engine, config)
             self._warn_of_old_build(engine)
             await run_sync(refuse_busy_port, config)
             # Called off while a thread tried the port, it is told so only now.
@@ -232,16 +222,16 @@ class Server:
             await self._start_process(command, devices)
 
     def _warn_of_old_build(self, engine: Engine) -> None:
-        if leaves_out_projector(engine, self._config):
+        if command_line.leaves_out_projector(engine, self._config):
             self._notify(
                 f"This build of llama-server ({engine.version}) has no --mmproj, so the model"
                 " accepts only text. For images and audio, update llama.cpp."
             )
-        if open_to_pages(engine, self._config):
+        if command_line.open_to_pages(engine, self._config):
             self._notify(
-                "The server has no API key, and this build of llama-server"
-                f" ({engine.version}) has no {ORIGINS}: any web page that you open can use the"
-                " model. Remove LLAMACPP_API_KEY=none, or update llama.cpp."
+                f"The server has no API key, and this build of llama-server ({engine.version}) has"
+                f" no {command_line.ORIGINS}: any web page that you open can use the model."
+                " Remove LLAMACPP_API_KEY=none, or update llama.cpp."
             )
 
     async def _start_process(
@@ -252,7 +242,7 @@ class Server:
         record = registry.ServerRecord(
             began=self._began,
             api_key=self.api_key,
-            idle_seconds=0 if sleeps(command) else config.idle_shutdown_seconds or 0,
+            idle_seconds=0 if command_line.sleeps(command) else config.idle_shutdown_seconds or 0,
             devices=devices,
             config=config,
         )
@@ -580,40 +570,3 @@ class Server:
 
     def _notify(self, message: str, level: Level = Level.INFO) -> None:
         self._emit(Activity.now(message, level))
-
-
-def refuse_busy_port(config: ServerConfig) -> None:
-    """Try the port with a real bind. Run it in a worker thread.
-
-    Raises:
-        PortBusyError: Somebody listens there; the message says who, and what can be done.
-        ServerFailedError: No port of this address can be listened on.
-    """
-    if problem := port_refusal(config.host, config.port):
-        try:
-            free_port = next_free_port(config.host, config.port)
-        except ServerFailedError:  # no port will do: the address itself is wrong
-            raise ServerFailedError(f"{problem} Correct LLAMACPP_HOST.") from None
-        key = f"LLAMACPP_{config.profile.upper()}_PORT"
-        owner = owner_of(config.host, config.port)
-        record = owner and registry.record_of(owner.pid, config.log_dir)
-        whose = f" It serves the profile {record.config.profile!r}." if record else ""
-        attachable = owner is not None and owner.attachable
-        advice = f"Stop that program, or set {key} to a free port, such as {free_port}."
-        raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
-
-
-_HIDDEN = "(hidden)"
-
-
-async def public_command(config: ServerConfig) -> tuple[str, ...]:
-    """Return the words that would be run. What may be a secret in `extra_args` is replaced.
-
-    The key that clients need is not among them: the server learns it from its environment.
-
-    Raises:
-        KittyError: There is no engine, or it does not know a setting.
-    """
-    command = build_command(await locate_engine(config.binary), config)
-    hidden = (_HIDDEN if takes_secret(flag) else word for flag, word in pairwise(command))
-    return command[0], *hidden

@@ -431,10 +431,8 @@ class Supervisor:
         self._now, actions = lifecycle.step(before, stimulus)
         for action in actions:
             match action:
-                case lifecycle.Spawn(generation, config):
-                    self._begin(generation, config)
-                case lifecycle.Attach(generation, server):
-                    self._begin(generation, self._now.config, server)
+                case lifecycle.Begin(generation, config, found):
+                    self._begin(generation, config, found)
                 case lifecycle.Terminate(_, force):
                     if self._server:
                         self._server.stop(force)
@@ -456,7 +454,7 @@ class Supervisor:
         self,
         generation: int,
         config: ServerConfig,
-        found: ServerRecord | PortOwner | None = None,
+        found: ServerRecord | PortOwner | None,
     ) -> None:
         self._health = None
         if isinstance(found, PortOwner):
