@@ -110,6 +110,7 @@ class Server:
         self._asking: TaskGroup | None = None
         # The process.
         self._record, self._found = found, found is not None
+        self._found_ready = found is not None and found.ready is not None
         self._process: ServerProcess | None = None
         self._sidecar: Sidecar | None = None
         self._log: LogTail | None = None
@@ -123,8 +124,7 @@ class Server:
         self._meter = LoadMeter()
         warn = partial(self._notify, level=Level.WARNING)
         self._recorder = LoadRecorder(config, self._meter, warn, whole=found is None)
-        running = found is not None and found.ready is not None
-        self._reporter = LoadReporter(config.health_max_attempts, silent=running)
+        self._reporter = LoadReporter(config.health_max_attempts, silent=self._found_ready)
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # its first request, once it is asked
 
@@ -187,7 +187,7 @@ class Server:
         seconds = self._record.load_seconds
         took = "" if seconds is None else f", whose model loaded in {seconds:.0f} s"
         self._notify(f"Found a running server (PID {self._process.pid}){took}.")
-        if self._record.ready is None:
+        if not self._found_ready:
             self._meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
         if self._guards:
             self._start_sidecar()
@@ -296,7 +296,7 @@ class Server:
 
     async def _measure_load(self) -> None:
         """Learn how long the load should take, then measure it and publish its progress."""
-        if self._record and self._record.ready is not None:
+        if self._found_ready:
             return
         await self._recorder.forecast()
         while not self.was_ready and self._failure is None:  # noqa: ASYNC110 (nothing tells)
@@ -385,22 +385,20 @@ class Server:
             owner = await self._port_owner()
             who = owner.who if owner else "another server"
             return f"port {self._config.port} is now in use by {who}"
-        match await self.probe.identify():
-            case Identity.KEY_REFUSED:
-                self._give_up(_KEY_REFUSED)
-                return "it rejects our API key"
-            case Identity.OTHER_MODEL:
-                name = self._config.served_alias
-                return f"it answers, but not as {name}: something overrides --alias"
+        identity = await self.probe.identify()
+        if identity is Identity.KEY_REFUSED:
+            self._give_up(_KEY_REFUSED)
+            return "it rejects our API key"
+        if identity is Identity.OTHER_MODEL:
+            name = self._config.served_alias
+            return f"it answers, but not as {name}: something overrides --alias"
         return None
 
     async def _prove(self, answered: anyio.Event) -> None:
         """See whether the server answers a request; where that fails, it is hopeless."""
-        if self._record is None or self._record.ready is None:
-            said = await self.probe.first_answer()
-            if said:
-                self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
-                return
+        if not self._found_ready and (said := await self.probe.first_answer()):
+            self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
+            return
         answered.set()
         self.probe.hint()
 
