@@ -2,19 +2,23 @@
 
 It speaks the part of llama-server that kitty_nb uses; its own flags say how it misbehaves. Tests
 hand those over as EXTRA_ARGS, so they travel the same way as any user's.
+
+The suite starts it hundreds of times, and most of such a start is imports: so it reads its command
+line and speaks HTTP by itself, rather than by argparse and http.server.
 """
+
+# ruff: noqa: PTH123 - pathlib, too, takes longer to import than all that is used of it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from contextlib import suppress
 
 FLAGS = [
     (("-m", "--model"), "FNAME", "model path to load"),
@@ -62,13 +66,21 @@ def print_help() -> None:
         print(f"{spelled + (f' {value}' if value else ''):<40}{text}")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
-    for names, value, _ in FLAGS:
-        parser.add_argument(*names, **({} if value else {"action": "store_true"}))
-    return parser.parse_args()
+def parse(words: list[str]) -> dict[str, str]:
+    """The flags given, each by its first long name; a switch has an empty value."""
+    flags = {
+        name: (next(long for long in names if long.startswith("--")), value)
+        for names, value, _ in FLAGS
+        for name in names
+    }
+    options: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if word not in flags:
+            sys.exit(f"error: invalid argument: {word}")
+        name, value = flags[word]
+        options[name] = next(rest) if value else ""
+    return options
 
 
 def log(line: str) -> None:
@@ -81,124 +93,128 @@ def work(seconds: float) -> None:
         pass
 
 
+def touch(path: str) -> None:
+    with open(path, "a"):
+        pass
+
+
 class Server:
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: dict[str, str]) -> None:
         self.options = options
         self.ready = threading.Event()
-        self.posted: list[str] = []
+        self.posted = 0
         self.busy = False
+
+    def seconds(self, flag: str) -> float:
+        return float(self.options.get(flag, 0))
 
     def slot(self) -> dict[str, object]:
         idle = {"id": 0, "is_processing": self.busy}
-        tokens = {"n_decoded": int(self.options.tokens or 0)}
-        task = {"id_task": len(self.posted), "next_token": [tokens]}
+        tokens = {"n_decoded": int(self.options.get("--tokens", 0))}
+        task = {"id_task": self.posted, "next_token": [tokens]}
         return idle | task if self.busy else idle
 
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
+    def get(self, path: str, authorization: str | None) -> tuple[int, object]:
+        if told := self.options.get("--tell-keys"):
+            with open(told, "a") as file:
+                file.write(f"{path} {'key' if authorization else 'no key'}\n")
+        key = os.environ.get("LLAMA_API_KEY")
+        alias = self.options.get("--answer-as", self.options.get("--alias"))
+        answers = {
+            "/health": {"status": "ok"},
+            "/v1/models": {"data": [{"id": alias}]},
+            "/slots": [self.slot()],
+        }
+        ready, body = self.ready.is_set(), answers.get(path)
+        refused = key and path != "/health" and authorization != f"Bearer {key}"
+        status = 401 if refused else 404 if body is None else 200 if ready else 503
+        return status, body if ready else {"error": {"code": 503, "message": "Loading model"}}
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def post(self) -> tuple[int, object]:
+        self.posted += 1
+        pause = "--first-answer" if self.posted == 1 else "--later-answers"
+        self.busy = True
+        time.sleep(self.seconds(pause))
+        self.busy = False
+        if failure := self.options.get("--fail-requests"):
+            return 500, {"error": {"code": 500, "message": failure, "type": "server_error"}}
+        return 200, {"content": "a"}
 
-            def do_GET(self) -> None:
-                ready = server.ready.is_set()
-                alias = server.options.answer_as or server.options.alias
-                answers = {
-                    "/health": {"status": "ok"},
-                    "/v1/models": {"data": [{"id": alias}]},
-                    "/slots": [server.slot()],
-                }
-                body = answers.get(self.path)
-                key = os.environ.get("LLAMA_API_KEY")
-                loading = {"error": {"code": 503, "message": "Loading model"}}
-                refused = (
-                    key
-                    and self.path != "/health"
-                    and self.headers["Authorization"] != f"Bearer {key}"
-                )
-                if server.options.tell_keys:
-                    keyed = "key" if self.headers["Authorization"] else "no key"
-                    with Path(server.options.tell_keys).open("a") as told:
-                        told.write(f"{self.path} {keyed}\n")
-                status = 401 if refused else 404 if body is None else 200 if ready else 503
-                data = json.dumps(body if ready else loading).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+    def converse(self, connection: socket.socket) -> None:
+        """Answer the requests of one client, one after the other."""
+        with suppress(OSError), connection, connection.makefile("rb") as reader:
+            while request := reader.readline():
+                method, path, _ = request.decode().split()
+                headers: dict[str, str] = {}
+                while header := reader.readline().strip():
+                    name, _, value = header.decode("latin-1").partition(":")
+                    headers[name.lower()] = value.strip()
+                reader.read(int(headers.get("content-length", 0)))
+                answer = self.post() if method == "POST" else None
+                status, body = answer or self.get(path, headers.get("authorization"))
+                data = json.dumps(body).encode()
+                start = f"HTTP/1.1 {status} {status}\r\nContent-Length: {len(data)}\r\n\r\n"
+                connection.sendall(start.encode() + data)
+                if headers.get("connection") == "close":
+                    return
 
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"] or 0))
-                server.posted.append(self.path)
-                first = len(server.posted) == 1
-                pause = server.options.first_answer if first else server.options.later_answers
-                server.busy = True
-                time.sleep(float(pause or 0))
-                server.busy = False
-                failure = server.options.fail_requests
-                error = {"error": {"code": 500, "message": failure, "type": "server_error"}}
-                data = json.dumps(error if failure else {"content": "a"}).encode()
-                self.send_response(500 if failure else 200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+    def serve(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
 
     def load(self) -> bytearray:
         weights = bytearray()
-        seconds = float(self.options.load_seconds or 0)
-        path = Path(self.options.model)
-        with path.open("rb") as file:
+        seconds, path = self.seconds("--load-seconds"), self.options["--model"]
+        with open(path, "rb") as file:
             log(f"srv    load_model: loading model '{path}'")
             began, size = time.monotonic(), os.fstat(file.fileno()).st_size
             while block := file.read(max(1, size // 200)):
                 weights += block
                 time.sleep(max(0.0, began + seconds * len(weights) / size - time.monotonic()))
-        time.sleep(float(self.options.prepare_seconds or 0))
-        work(float(self.options.compile or 0))
+        time.sleep(self.seconds("--prepare-seconds"))
+        work(self.seconds("--compile"))
         return weights
 
     def run(self) -> None:
         options = self.options
-        if options.ignore_sigterm:
+        if "--ignore-sigterm" in options:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if options.tidy_up:
+        if "--tidy-up" in options:
             signal.signal(signal.SIGTERM, self.tidy_up)
-        if options.spawn_child:
+        if file := options.get("--spawn-child"):
             child = os.posix_spawn(sys.executable, [sys.executable, "-c", "input()"], os.environ)
-            Path(options.spawn_child).write_text(str(child))
-        time.sleep(float(options.bind_after or 0))
-        httpd = ThreadingHTTPServer((options.host, int(options.port)), self.handler())
-        httpd.daemon_threads = True
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+            with open(file, "w") as told:
+                told.write(str(child))
+        time.sleep(self.seconds("--bind-after"))
+        listener = socket.create_server((options["--host"], int(options["--port"])))
+        threading.Thread(target=self.serve, args=(listener,), daemon=True).start()
         weights = self.load()
-        if options.exit_after is not None:
-            threading.Timer(float(options.exit_after), self.end).start()
-        while options.never_ready:
+        if "--exit-after" in options:
+            threading.Timer(self.seconds("--exit-after"), self.end).start()
+        while "--never-ready" in options:
             signal.pause()
-        if options.ready_mark:
-            Path(options.ready_mark).touch()
+        if file := options.get("--ready-mark"):
+            touch(file)
         self.ready.set()
         log("srv          main: model loaded")
-        log(f"srv          main: server is listening on http://{options.host}:{options.port}")
-        work(float(options.work or 0))
-        while options.flood:
-            began, lines = time.monotonic(), int(options.flood) // 10
+        address = f"http://{options['--host']}:{options['--port']}"
+        log(f"srv          main: server is listening on {address}")
+        work(self.seconds("--work"))
+        while "--flood" in options:
+            began, lines = time.monotonic(), int(options["--flood"]) // 10
             sys.stderr.write("".join(f"flood {n:08} {'~' * 80}\n" for n in range(lines)))
             sys.stderr.flush()
             time.sleep(max(0.0, began + 0.1 - time.monotonic()))
-        if options.blurt:
-            sys.stderr.buffer.write(Path(options.blurt).read_bytes())
+        if file := options.get("--blurt"):
+            with open(file, "rb") as blurted:
+                sys.stderr.buffer.write(blurted.read())
             sys.stderr.buffer.flush()
-        while not options.chatter:
+        while "--chatter" not in options:
             signal.pause()
         began, written = time.monotonic(), 0
         while True:
-            due = int((time.monotonic() - began) * int(options.chatter))
+            due = int((time.monotonic() - began) * int(options["--chatter"]))
             sys.stderr.write("".join(f"chatter {n} {len(weights)}\n" for n in range(written, due)))
             sys.stderr.flush()
             written = due
@@ -206,13 +222,13 @@ class Server:
 
     def tidy_up(self, *_: object) -> None:
         time.sleep(0.5)
-        Path(self.options.tidy_up).touch()
+        touch(self.options["--tidy-up"])
         os._exit(0)
 
     def end(self) -> None:
-        if self.options.last_words:
-            log(self.options.last_words)
-        code = int(self.options.exit_code or 0)
+        if words := self.options.get("--last-words"):
+            log(words)
+        code = int(self.options.get("--exit-code", 0))
         if code < 0:
             os.kill(os.getpid(), -code)
             signal.pause()
@@ -225,4 +241,4 @@ if __name__ == "__main__":
     elif "--version" in sys.argv:
         print("version: 1 (standin)")
     else:
-        Server(parse()).run()
+        Server(parse(sys.argv[1:])).run()
