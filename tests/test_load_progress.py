@@ -197,15 +197,22 @@ def test_a_load_at_another_rate_than_known_is_found_out(factor: float) -> None:
     assert half.eta == pytest.approx(11.2 - half.elapsed, rel=0.25)
 
 
-@pytest.mark.parametrize("basis", [Basis.SAME_LOAD, Basis.HOST])
-def test_the_eta_of_a_slower_load_grows_no_faster_than_time_passes(basis: Basis) -> None:
-    shown, _ = played(meter_for(basis, 0.2, 2, 0.3), 0.2, 10, 1)
-    for before, now in pairwise(shown):
-        assert before.eta is not None
-        assert now.eta is not None
-        assert now.eta - before.eta <= now.elapsed - before.elapsed + 1e-9
-    longer = next((one.elapsed for one in shown if one.overdue), None)
-    assert longer == (pytest.approx(1.2 * 2.5, abs=0.1) if basis is Basis.SAME_LOAD else None)
+@pytest.mark.parametrize("loading", [0.5, 2.0, 6.0])
+def test_the_eta_of_a_slower_load_never_leaps_and_is_true_or_not_shown(loading: float) -> None:
+    shown, _ = played(meter_for(Basis.SAME_LOAD, 0.2, loading, 1), 0.2, 10, 1)
+    etas = [(one.elapsed, one.eta) for one in shown if one.eta is not None]
+    for (before, eta), (now, later) in pairwise(etas):
+        assert later - eta <= now - before + 1e-9
+    late = [eta == pytest.approx(11.2 - at, rel=0.3, abs=0.5) for at, eta in etas if at > loading]
+    assert all(late)
+    assert late
+    assert all(one.overdue for one in shown if one.elapsed > (loading + 1.2) * 1.1)
+    assert not shown[0].overdue
+
+
+def test_a_load_as_usual_is_not_overdue() -> None:
+    shown, _ = played(meter_for(Basis.SAME_LOAD, 0.2, 10, 1), 0.2, 10, 1)
+    assert not any(one.overdue or one.eta is None for one in shown)
 
 
 def test_bytes_that_come_at_once_do_not_fill_the_bar() -> None:

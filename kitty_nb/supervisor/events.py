@@ -70,8 +70,9 @@ class LoadProgress:
         fraction: 0 to 1, the share of the load's time that has passed; 1 only when the server is
             ready.
         elapsed: Seconds since the start was asked for.
-        eta: Seconds left, or None while nothing is known. It grows by no more than time passes.
-        overdue: Whether it has taken longer already than such loads took before.
+        eta: Seconds left. It grows by no more than time passes; None while nothing is known, or
+            while a load falls behind its past so far that a truer number would leap.
+        overdue: Whether it takes longer than loads of the past suggest.
     """
 
     stage: Stage

@@ -74,8 +74,8 @@ _FULL, _HIGHEST = 0.98, 0.99
 # It corrects half of its error while this share of the load passes, and where it has run ahead
 # still moves at this share of its pace.
 _HALVED, _SLOWEST = 0.02, 0.2
-# From so many times what loads of this model took, one takes longer than usual.
-_UNUSUAL, _OF_MODEL = 1.2, {Basis.SAME_LOAD, Basis.SAME_MODEL}
+# From so many times what was to be expected, a load takes longer than usual.
+_UNUSUAL = 1.1
 # It moves in so many steps, of these seconds. Before the load begins they are short, because what
 # the process has by then is what its bytes are counted from. From the longest on, it moves once a
 # second, together with the health check.
@@ -219,9 +219,13 @@ class LoadMeter:
         if self._guessing and not flows:
             return LoadProgress(self.stage, self._fraction, elapsed)
         self._slack = min(self._slack, left - elapsed)
-        eta, usual = max(self._slack + elapsed, 0.0), self.expected.total * _UNUSUAL
-        overdue = self.expected.basis in _OF_MODEL and elapsed > usual
-        return LoadProgress(self.stage, self._fraction, elapsed, eta, overdue)
+        eta = max(self._slack + elapsed, 0.0)
+        if self._guessing:
+            return LoadProgress(self.stage, self._fraction, elapsed, eta)
+        held_back = left > eta * _UNUSUAL
+        overdue = held_back or elapsed > self.expected.total * _UNUSUAL
+        shown = None if held_back else eta
+        return LoadProgress(self.stage, self._fraction, elapsed, shown, overdue)
 
     @property
     def _guessing(self) -> bool:
