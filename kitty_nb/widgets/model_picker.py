@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import aclosing, suppress
 from html import escape
 from itertools import islice
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import WeakKeyDictionary
 
@@ -467,7 +468,7 @@ class ModelBrowser(display.Page):
         self._told: dict[str, object] = {}
         self._ids: dict[Path, int] = {}  # the page's names for the models; each keeps its number
         self._fits: dict[int, str] = {}
-        self._view = display.LiveView(self._look, say, lambda: _LOOK_EVERY, _PAUSE)
+        self._view = display.LiveView(self._look, say, self._next_look, _PAUSE)
         self.look_again, self.stop = self._view.wake, self._view.stop
         self.last_time = LastTime(form)
         picker.on_list = self.look_again
@@ -489,6 +490,9 @@ class ModelBrowser(display.Page):
             ):
                 with suppress(KittyError):  # the manager is closed
                     self._manager.run(self._mark, by_id[number], favourite)
+
+    def _next_look(self) -> float:
+        return _LOOK_EVERY if self._unfolded else inf
 
     async def _mark(self, model: Path, favourite: bool) -> None:
         config = self._manager.state.config
