@@ -45,7 +45,6 @@ _SMALL = re.compile(
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
 _CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
 _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "": operator.le,
     "<=": operator.le,
     ">=": operator.ge,
     "==": operator.eq,
@@ -216,7 +215,7 @@ class Constraint:
 
     Attributes:
         name: The name of a metric or a setting.
-        sign: The comparison, such as `<=`; empty for at most.
+        sign: The comparison, such as `<=`.
         bound: The number, or the word for `==`.
     """
 
@@ -241,7 +240,7 @@ class Constraint:
             return 1.0
 
     def __str__(self) -> str:
-        return f"{self.name} {self.sign or '<='} {self.bound}"
+        return f"{self.name} {self.sign} {self.bound}"
 
 
 def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
@@ -260,7 +259,7 @@ def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
                 f"Can't parse the constraint {text!r}. Write a name and one of <=, >=, <, >, ==,"
                 ' such as "context_size>=".'
             )
-        found.append(Constraint(match["name"], match["sign"], bound))
+        found.append(Constraint(match["name"], match["sign"] or "<=", bound))
     return tuple(found)
 
 

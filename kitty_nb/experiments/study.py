@@ -271,7 +271,7 @@ def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
 
 def _cut(low: float, high: float, bound: Constraint) -> tuple[float, float]:
     """The ends of what a bound leaves of a range."""
-    limit, sign = bound.bound, bound.sign or "<="
+    limit, sign = bound.bound, bound.sign
     if sign in {"<", ">"}:
         limit = math.nextafter(limit, math.inf if sign == ">" else -math.inf)
     return (
