@@ -141,7 +141,8 @@ def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
             return httpx.Response(200, json={})
         body = json.loads(request.content)
         if request.url.path == "/tokenize":
-            return httpx.Response(200, json={"tokens": [*map(ord, body["content"])]})
+            tokens = [{"id": ord(letter), "piece": letter} for letter in body["content"]]
+            return httpx.Response(200, json={"tokens": tokens})
         if body.get("stream"):
             text = 'data: {"content": "blue", "timings": {}}\n\n'
             return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, text=text)

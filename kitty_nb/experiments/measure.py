@@ -54,6 +54,8 @@ _CERTAIN = 1e6  # added to a token's logit, so that it is taken whatever the oth
 _LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no vocabulary has more
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
 
+_Piece = str | list[int]  # the text of a token, or its bytes where a character is split
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -175,12 +177,12 @@ class BenchmarkClient:
         whole = await self._tokens(prompt + text)
         if whole[: len(before)] != before:  # a token reaches across the seam
             whole = before + await self._tokens(text, add_special=False)
+        ids = [token for token, _ in whole]
         return [
-            await self._likelihood(whole[:end], whole[end])
-            for end in range(len(before), len(whole))
+            await self._likelihood(ids[:end], *whole[end]) for end in range(len(before), len(whole))
         ]
 
-    async def _likelihood(self, before: list[int], token: int) -> float:
+    async def _likelihood(self, before: list[int], token: int, piece: _Piece) -> float:
         """Return the log-probability of the next token.
 
         A server reports the probability of the token it takes, so it is made to take this one, with
@@ -188,12 +190,13 @@ class BenchmarkClient:
         a part of a character, which is looked up among the likeliest tokens instead, while the
         server takes a whole character.
         """
-        taken = token
-        for count in (1, *_LIKELIEST):
+        taken, counts = token, [1]
+        if not isinstance(piece, str):
+            taken, counts = (await self._tokens("a", add_special=False))[-1][0], [*_LIKELIEST]
+        for count in counts:
             found = await self._probabilities(before, taken, count)
             if token in found:
                 return found[token]
-            taken = (await self._tokens("a", add_special=False))[-1]
         raise ExperimentError(
             "Perplexity cannot be measured: this build of llama-server does not report the"
             " probability of a given token. Update llama.cpp, or leave it out."
@@ -218,9 +221,10 @@ class BenchmarkClient:
             if {"id", "logprob"} <= one.keys()
         }
 
-    async def _tokens(self, text: str, *, add_special: bool = True) -> list[int]:
-        request = {"content": text, "add_special": add_special}
-        return list((await post(self._http, "/tokenize", request, "tokens"))["tokens"])
+    async def _tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, _Piece]]:
+        request = {"content": text, "add_special": add_special, "with_pieces": True}
+        tokens = (await post(self._http, "/tokenize", request, "tokens"))["tokens"]
+        return [(one["id"], one["piece"]) for one in tokens]
 
     async def _filled(self, prompt: str) -> str:
         """Repeat a prompt until it is as long as the workload wants, or the context allows."""
