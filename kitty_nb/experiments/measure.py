@@ -224,7 +224,7 @@ class BenchmarkClient:
     async def _tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, _Piece]]:
         request = {"content": text, "add_special": add_special, "with_pieces": True}
         tokens = (await post(self._http, "/tokenize", request, "tokens"))["tokens"]
-        return [(one["id"], one["piece"]) for one in tokens]
+        return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
 
     async def _filled(self, prompt: str) -> str:
         """Repeat a prompt until it is as long as the workload wants, or the context allows."""
@@ -233,7 +233,7 @@ class BenchmarkClient:
             return prompt
         once, twice = [len(await self._tokens(t)) for t in (prompt, f"{prompt} {prompt}")]
         size, templated = twice - once, len(await self._tokens(await self._templated(prompt)))
-        if size < 1:  # the model has no vocabulary
+        if size < 1:  # a build without pieces, or a model without a vocabulary
             return prompt
         room = (self.context or 0) // workload.levels[-1] - workload.max_tokens - (templated - size)
         return " ".join([prompt] * max(1, min(math.ceil(workload.fill / size), room // size)))
