@@ -20,22 +20,17 @@ import pytest
 from conftest import eventually
 from hub_server import MB, ONE, Hub, Repo
 from model_files import write_header
-from typer.testing import CliRunner, Result
+from terminal import run
+from typer.testing import Result
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.catalog.gguf import read_header
-from kitty_nb.cli import app
 from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.supervisor.history import Outcome
 
 # A command in this process leaves the server that it has started, as the program would.
 pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 _COMMAND = (sys.executable, "-m", "kitty_nb.cli")
-
-
-def run(*words: object) -> Result:
-    """A command, without the cost of a process."""
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def write_env(folder: Path, config: ServerConfig, *lines: str) -> Path:

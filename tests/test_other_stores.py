@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import eventually
 from model_files import write_header
-from typer.testing import CliRunner
+from terminal import run
 
 from kitty_nb import ControlPanel, ServerConfig, ServerStatus
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.cli import app
 from kitty_nb.errors import ConfigError
 
 
@@ -126,9 +125,9 @@ def test_only_blobs_that_are_models_may_be_named(env: Path, blob: Path) -> None:
 
 
 def test_the_command_lists_them_unless_told_otherwise(env: Path, blob: Path) -> None:
-    scan = ["scan", "--env", str(env)]
-    assert f"kitty:1b ({blob})" in CliRunner().invoke(app, scan).stdout
+    scan = ("scan", "--env", env)
+    assert f"kitty:1b ({blob})" in run(*scan).stdout
     env.write_text(env.read_text() + "LLAMACPP_OTHER_STORES=0\n")
-    listed = CliRunner().invoke(app, scan).stdout
+    listed = run(*scan).stdout
     assert "own.gguf" in listed
     assert "kitty:1b" not in listed

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from hub_server import ONE, Hub
 from rich.table import Table
-from typer.testing import CliRunner
+from terminal import run
 
 from kitty_nb import ServerConfig
-from kitty_nb.cli import app
 from kitty_nb.cli.console import PlainConsole
 from kitty_nb.errors import KittyError, printable
 
@@ -60,7 +59,7 @@ def test_file_names_and_logs_are_tame(
         f"LLAMACPP_MODELS_DIR={models}\nLLAMACPP_LOG_DIR={config.log_dir}\n"
         "LLAMACPP_OTHER_STORES=0\n"
     )
-    result = CliRunner().invoke(app, [verb, "--env", str(env)], color=True)
+    result = run(verb, "--env", env, color=True)
     assert result.exit_code == 0
     assert tame(result.output)
     assert "owned" in result.output.replace("\n", "")
@@ -71,7 +70,7 @@ def test_names_on_the_hub_and_what_is_said_of_them_are_tame(hub: Hub, tmp_path: 
     files[f"tiny-{EVIL}-Q5_K_M.gguf"] = b"x"
     env = tmp_path / "x.env"
     env.write_text(f"LLAMACPP_MODELS_DIR={tmp_path}\n")
-    result = CliRunner().invoke(app, ["download", ONE, "--list", "--env", str(env)], color=True)
+    result = run("download", ONE, "--list", "--env", env, color=True)
     assert "owned" in result.output.replace("\n", "")
     assert tame(result.output)
     assert tame("".join(KittyError(f"no {EVIL}")._render_traceback_()))

@@ -15,10 +15,9 @@ import platformdirs
 import psutil
 import pytest
 from conftest import eventually
-from typer.testing import CliRunner
+from terminal import run
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
-from kitty_nb.cli import app
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import (
     ConfigError,
@@ -61,7 +60,7 @@ def record_about(process: subprocess.Popen[bytes], config: ServerConfig) -> Path
 def command(*words: str, config: ServerConfig) -> tuple[int, str]:
     env = config.log_dir.parent / "settings.env"
     env.write_text(f"LLAMACPP_LOG_DIR={config.log_dir}\nLLAMACPP_PORT={config.port}\n")
-    result = CliRunner().invoke(app, [*words, "--env", str(env)])
+    result = run(*words, "--env", env)
     return result.exit_code, result.output
 
 
@@ -188,7 +187,7 @@ def test_settings_of_another_user_are_not_taken_up_on_the_way_up(
     belongs = f"{env} belongs to the user {second_user.pw_name}"
     with pytest.raises(ConfigError, match=belongs):
         ServerConfig.from_env()
-    result = CliRunner().invoke(app, ["status"])
+    result = run("status")
     assert result.exit_code == 1
     assert "belongs to the user" in result.output
     assert ServerConfig.from_env(env).binary == Path("/tmp/evil")  # named, it is vouched for
@@ -318,6 +317,6 @@ def test_notebooks_of_another_user_are_not_opened(
     notebook = project / "notebooks" / "control_panel.ipynb"
     notebook.write_text("{}")
     give(notebook, second_user)
-    result = CliRunner().invoke(app, ["lab", "--version"])
+    result = run("lab", "--version")
     assert result.exit_code == 1
     assert f"belongs to the user {second_user.pw_name}" in result.output

@@ -8,21 +8,16 @@ from pathlib import Path
 import anyio
 import pytest
 from conftest import eventually
-from typer.testing import CliRunner, Result
+from terminal import run
 
 from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.cli import app
 from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError
 
 UNSEEN = "x" * 300
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture
