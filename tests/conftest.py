@@ -4,7 +4,7 @@
 file or test runs in one process, so that a debugger and `-s` work. Markers choose parts:
 `pytest -m slow` what takes long (floods, killed sweeps, more browser journeys), `-m native` and
 `-m real_model` what needs a compiled engine or a real model, `-m browser` JupyterLab. `.ci/run`
-runs all of them.
+runs all of them. `--shuffle SEED` runs the tests in another order: none may depend on it.
 
 Each process has folders, ports and a home of its own. One process has all tests of a module whose
 fixtures are costly (`TOGETHER`); those of the others go wherever there is time.
@@ -16,6 +16,7 @@ import asyncio
 import gc
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -116,6 +117,11 @@ def marked(run: str) -> list[psutil.Process]:
         and process.info["status"] != psutil.STATUS_ZOMBIE
         and process.pid != os.getpid()
     ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "run the tests in a random order, the same for the same seed"
+    parser.addoption("--shuffle", type=int, metavar="SEED", help=about)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -344,8 +350,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark each test by what it needs, so that `-m native` and `-m real_model` choose them all."""
+    seed = config.getoption("shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
     for item in items:
         names = set(getattr(item, "fixturenames", ()))
         if "real_model" in names:
