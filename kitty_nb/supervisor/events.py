@@ -48,7 +48,7 @@ class ServerStatus(StrEnum):
 
 
 class Stage(Enum):
-    """The parts of a load, in order; the value is what to call it."""
+    """The stages of a load, in order; the value is the name that is shown."""
 
     STARTING = "starting"
     LOADING = "loading weights"
@@ -221,7 +221,7 @@ class StateChanged:
 
 @dataclass(frozen=True, slots=True)
 class HealthChecked:
-    """A start has made its check of the second.
+    """The once-a-second health check of a start.
 
     Attributes:
         result: What the server answered.
@@ -236,14 +236,14 @@ class HealthChecked:
 
 @dataclass(frozen=True, slots=True)
 class ProgressMade:
-    """A load has moved, or its clock has."""
+    """The progress of a load."""
 
     progress: LoadProgress
 
 
 @dataclass(frozen=True, slots=True)
 class RouterLoad:
-    """A router that was attached to loads one of its models.
+    """The load of a model in an attached router.
 
     Attributes:
         model: The name that clients ask for.

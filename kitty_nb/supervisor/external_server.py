@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _LOOK_EVERY = 1.0  # seconds
 _ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
 _CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds
-_WHOLE = 1.0  # the age of a child up to which its load was watched from the beginning
+_WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginning
 
 
 async def find_external_server(config: ServerConfig) -> PortOwner:
@@ -75,18 +75,18 @@ class ExternalServer:
     """
 
     def __init__(self, generation: int, config: ServerConfig, owner: PortOwner, emit: Emit) -> None:
-        # Another profile's server has left us its key; anybody else's may have the configured one.
+        # The key of another profile's server is on record; any other may have the configured one.
         record = record_of(owner.pid, config.log_dir)
         self.owner = owner
         self.api_key: SecretStr | None = record.api_key if record else config.api_key
         self.devices = (record and record.devices) or ()
-        self.lines: tuple[str, ...] = ()  # its log is not ours to read
+        self.lines: tuple[str, ...] = ()  # its log is its owner's
         self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=owner.sleeps)
         self._generation, self._config, self._emit = generation, config, emit
         self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
-        self._turn = anyio.Lock()  # one load is asked for at a time
-        self._models: dict[str, ModelStatus] = {}  # how each model of a router is
-        self._followed: dict[str, anyio.Event] = {}  # loads under way, and their ends
+        self._turn = anyio.Lock()  # one request to load at a time
+        self._models: dict[str, ModelStatus] = {}  # a router's models
+        self._followed: dict[str, anyio.Event] = {}  # loads under way
         self._over = False
 
     def stop(self, _force: bool) -> None:
@@ -154,7 +154,7 @@ class ExternalServer:
         return name
 
     async def load(self, name: str, *, fresh: bool) -> None:
-        """Have a router serve one of its models. Called off, the model is unloaded again.
+        """Load one of a router's models. If cancelled, it is unloaded again.
 
         Args:
             name: Which one.
@@ -192,15 +192,15 @@ class ExternalServer:
             raise ServerFailedError(f"The router refused to {verb} {name}: {reason}")
 
     async def _look(self, preferred: str | None = None) -> ModelStatus:
-        """See which models it has and which it serves, and tell of those that it has unloaded.
+        """Read the status of its models, and report those that it has unloaded.
 
-        Too busy to answer, it has them as before.
+        A router that is too busy to answer has them as before.
 
         Args:
             preferred: The model that is in use from now on, if it is loaded.
 
         Returns:
-            How that model is; one that is gone is unloaded.
+            That model's status; one that is gone is unloaded.
         """
         if models := await self.probe.router_models():
             before, self._models = self._models, models
@@ -229,7 +229,7 @@ class ExternalServer:
     async def _follow(self, name: str) -> bool:
         """Show one load from its beginning to its end; return whether it succeeded.
 
-        It is asked for here, unless it is under way: a short one may be over at the next look.
+        It is requested here, unless it is under way: a short one may be over at the next poll.
         """
         if other := self._followed.get(name):
             await other.wait()
@@ -253,14 +253,14 @@ class ExternalServer:
             over.set()
 
     async def _show_load(self, name: str) -> bool:
-        """Show a load by what its child has in memory and by the history of loads."""
+        """Publish a load's progress, by its child's memory and the history of loads."""
         self._notify(f"The router is loading {name}.")
         child = await self._find_child(name)
         began = time.monotonic() - (child.process.age if child else 0.0)
         meter = LoadMeter()
         meter.measure(Usage(0, 0), 0.0)
         meter.enter_stage(Stage.STARTING, 0.0)
-        # What a load is known by is the child's command line.
+        # The history knows a load by the child's command line.
         known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
         config = self._config.model_copy(update={"model": None, **known_by})
         whole = child is not None and child.process.age < _WHOLE
@@ -291,7 +291,7 @@ class ExternalServer:
         return loaded
 
     async def _find_child(self, name: str) -> _Child | None:
-        """Find what serves a model; it may start a moment after the load was asked for."""
+        """Find the process of a model; it may start a moment after the request."""
         child: _Child | None = None
         with anyio.move_on_after(_CHILD_WITHIN):
             while child is None:
@@ -309,7 +309,7 @@ class ExternalServer:
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """What serves one model. The port, another one each time, is not among its `arguments`."""
+    """The process of one model. The port, which changes, is not among its `arguments`."""
 
     process: ServerProcess
     model: Path | None

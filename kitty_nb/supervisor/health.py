@@ -29,7 +29,7 @@ from kitty_nb.supervisor.events import (
 
 
 class _Late(ModuleType):
-    """A module that is imported when it is first used: a server loads meanwhile."""
+    """A module that is imported on first use, while a server already loads."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(import_module(self.__name__), name)
@@ -64,9 +64,9 @@ def read_answer(status: int, reason: str, latency: float) -> HealthCheckResult:
 
 
 def ask_once(config: ServerConfig) -> HealthCheckResult:
-    """Ask `/health`, without a key and by no proxy. It blocks.
+    """Ask `/health`, without a key or a proxy. It blocks.
 
-    Not by httpx, whose import takes several times as long as all else that a look needs.
+    It avoids httpx, whose import takes several times as long as the request.
     """
     began = time.perf_counter()
     where = urlsplit(config.endpoint)
@@ -86,7 +86,7 @@ def ask_once(config: ServerConfig) -> HealthCheckResult:
 
 
 class AnswerPace:
-    """Measures between one look at `/slots` and the next.
+    """The tokens per second between two reads of `/slots`.
 
     The server counts tokens of a request while it works on it, so this costs it nothing more than
     the look. What a request brought between the last look and its end is not seen.
@@ -101,8 +101,8 @@ class AnswerPace:
     def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
         """Return the tokens a second since the last ones; None at the first look, or untold.
 
-        A slow server's next token may come after several looks: until then the pace is the last
-        one, or that of a token which came now.
+        A slow server's next token may take several reads: until then the pace is the last one, or
+        that of a token which came now, whichever is lower.
 
         Args:
             slots: What `/slots` answers.
@@ -136,11 +136,6 @@ class AnswerPace:
     def silence(self, at: float) -> float:
         """Return for how many seconds requests have been worked on without a first token."""
         return 0.0 if self._silent_since is None else at - self._silent_since
-
-
-def any_answering(slots: list[dict[str, Any]]) -> bool:
-    """True if a request has got its first token: its server does compute."""
-    return any(slot.get("is_processing") and _decoded(slot) for slot in slots)
 
 
 def _decoded(slot: dict[str, Any]) -> int | None:
@@ -227,7 +222,7 @@ class HealthProbe:
 
     @cached_property
     def _health(self) -> httpx.Request:
-        """Put together once, because a load is asked every second and that is much of its cost."""
+        """Built once: building it is much of the cost of a check."""
         return self._client.build_request("GET", "/health")
 
     async def aclose(self) -> None:
@@ -236,7 +231,7 @@ class HealthProbe:
             await self._client.aclose()
 
     def hint(self) -> None:
-        """Wake who asks: there is reason to expect another answer."""
+        """Wake the health check: the log hints at another answer."""
         self._news.set()
 
     async def hinted(self, *, within: float) -> bool:
@@ -275,7 +270,7 @@ class HealthProbe:
         if not self.trusted:
             unknown = "not yet identified as the server that kitty_nb started"
             return replace(result, status=ServerStatus.STARTING, message=unknown)
-        if self._sleeps:  # to be asked for its slots would keep it awake
+        if self._sleeps:  # reading its slots would keep it awake
             props = await self._get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
@@ -318,7 +313,8 @@ class HealthProbe:
             async def look_at_slots() -> None:
                 while True:
                     await anyio.sleep(_LOOK_AGAIN)
-                    if any_answering(_objects(await self._get("/slots"))):
+                    slots = _objects(await self._get("/slots"))
+                    if any(slot.get("is_processing") and _decoded(slot) for slot in slots):
                         tasks.cancel_scope.cancel()
 
             tasks.start_soon(look_at_slots)
@@ -330,13 +326,13 @@ class HealthProbe:
         for path, request in _FIRST_REQUESTS:
             response = await self._post(path, request)
             if response.status_code not in _ANOTHER_KIND:
-                # What it refuses is its own affair.
+                # A refusal is an answer, too.
                 return _failure(response) if response.is_server_error else None
         return None
 
     async def _post(self, path: str, request: dict[str, Any]) -> httpx.Response:
         while True:
-            with suppress(httpx.HTTPError):  # its end is noticed elsewhere
+            with suppress(httpx.HTTPError):  # an exit is noticed elsewhere
                 response = await self._client.post(
                     path,
                     json=request,
@@ -353,12 +349,12 @@ class HealthProbe:
         return isinstance(props, dict) and props.get("role") == "router"
 
     async def router_models(self) -> dict[str, ModelStatus]:
-        """Return how each model of a router is, by name; none where it is too busy to answer."""
+        """Return the status of each of a router's models; none if it is too busy to answer."""
         models = _listed(await self._get("/v1/models"))
         return {str(one.get("id")): _model_status(one.get("status")) for one in models}
 
     async def order(self, verb: str, model: str) -> str:
-        """Tell a router to load or unload a model; return why it does not, empty where it does."""
+        """Make a router load or unload a model; return its reason to refuse, or nothing."""
         try:
             response = await self._client.post(
                 f"/models/{verb}", json={"model": model}, headers=self._key
@@ -404,7 +400,7 @@ def _objects(answer: Any) -> list[dict[str, Any]]:
     return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
 
 
-_SILENT = 10.0  # seconds; from here on, a request without a first token is worth a word
+_SILENT = 10.0  # seconds; from here on, a request without a first token is reported
 FIRST_ANSWER = "no first answer yet"
 
 

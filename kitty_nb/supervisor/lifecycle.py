@@ -32,7 +32,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Action: end that generation's process; politely first, unless forced."""
+    """Action: end that generation's process, gracefully unless forced."""
 
     generation: int
     force: bool = False
@@ -40,7 +40,7 @@ class Terminate:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Action: say when the back-off of that generation is over."""
+    """Action: report the end of that generation's back-off."""
 
     generation: int
     seconds: float
@@ -79,7 +79,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """Stimulus: the process is there."""
+    """Stimulus: the process has been spawned."""
 
     generation: int
     pid: int
@@ -102,7 +102,7 @@ class BecameReady:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """Stimulus: the process shows no life any more."""
+    """Stimulus: the process has stalled, or will never be ready."""
 
     generation: int
     reason: str
@@ -110,7 +110,7 @@ class GaveUp:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Stimulus: no process was started, for a reason that waiting does not mend."""
+    """Stimulus: no process was started, for a reason that does not pass by itself."""
 
     generation: int
     reason: str
@@ -120,7 +120,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """Stimulus: the process has ended, or was called off before there was one.
+    """Stimulus: the process has exited, or its launch was cancelled.
 
     Attributes:
         generation: Which process it was.
@@ -128,7 +128,7 @@ class Exited:
         at: When, in seconds of the monotonic clock.
         repeats: Whether starting it again would end the same way.
         asked: Whether somebody else has stopped it on purpose.
-        broken: Whether it is kitty_nb that failed, at watching or at ending it.
+        broken: Whether kitty_nb itself failed to supervise it.
     """
 
     generation: int
@@ -247,7 +247,7 @@ def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ..
         case GaveUp(_, reason) if now.status in _LOADABLE:
             given_up = replace(now, status=ServerStatus.STOPPING, error=reason)
             return given_up, (Terminate(now.generation),)
-        case Refused() | Exited() if not now.status.absent:  # it can be told of twice
+        case Refused() | Exited() if not now.status.absent:  # it may be reported twice
             return _gone(now, report)
         case WaitOver() if now.status is ServerStatus.RESTARTING:
             begun, actions = _begin(now, Begin(now.issued + 1, now.config))

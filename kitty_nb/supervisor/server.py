@@ -59,11 +59,11 @@ if TYPE_CHECKING:
 
 # Seconds between two looks at the log.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1
-# Seconds. The log announces ready first: health is asked when the log hints at news, and else
-# ever more rarely, each pause so many times the last, but at each whole second of a load.
+# Seconds. The log announces READY first, so a hint in it triggers a check. Otherwise each pause is
+# so many times the last one, with a check at each whole second of a load.
 _ASK_FIRST, _ASK_FACTOR, _ASK_LONGEST, _ASK_READY = 0.01, 4, 1.0, 2.0
-_AT_ONCE = 0.3  # seconds; a first answer that takes no longer is not worth a word
-# Seconds, or once it is ready: started together, a server and its sidecar hold each other up.
+_AT_ONCE = 0.3  # seconds; a first answer that is no slower is not reported
+# Seconds. Started together, a server and its sidecar would slow each other down.
 _SIDECAR_AFTER = 0.2
 _SIDECAR_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
@@ -84,9 +84,9 @@ class Server:
         config: What to start.
         api_key: What the server is to ask its clients for.
         emit: Called with each event, report and answer to a health check.
-        found: The server to watch, when another program or kernel has started it.
+        found: The server to watch, if another program or kernel started it.
         clock: Seconds.
-        processes: The class of its process.
+        processes: Spawns its process, or attaches to it.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Server:
         self._sidecar: Sidecar | None = None
         self._log: LogTail | None = None
         self.lines: deque[str] = deque(maxlen=_LINES_KEPT)
-        # Of the last two answers: a kill between an answer and the end is this server's.
+        # At the last two answers: a kill between an answer and the exit was this server's.
         self._oom_kills = deque([oom_kills()], maxlen=2)
         self._failure: str | None = None
         self._ended = False
@@ -126,25 +126,25 @@ class Server:
         self._recorder = LoadRecorder(config, self._meter, warn, whole=found is None)
         self._reporter = LoadReporter(config.health_max_attempts, silent=self._found_ready)
         self._health = HealthCheckResult(ServerStatus.STARTING)
-        self._answered: anyio.Event | None = None  # its first request, once it is asked
+        self._answered: anyio.Event | None = None  # set by the answer to its first request
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices beside the processor that it has put the model on, as far as known yet."""
+        """The devices other than the CPU that hold the model, as far as known yet."""
         return (self._record and self._record.devices) or ()
 
     def stop(self, force: bool) -> None:
-        """End the process, or call the launch off when there is none yet."""
+        """End the process, or cancel the launch if there is none yet."""
         if self._process is None:
             self._launching.cancel()
         elif not self._ended:
             registry.withdraw_record(self._config, self._process.pid, self._process.create_time)
-            if self._asking:  # hang up: some builds wait for those who still ask before they end
+            if self._asking:  # hang up: some builds finish open requests before they exit
                 self._asking.cancel_scope.cancel()
             self._tasks.start_soon(self._signal, self._process, force)
 
     async def run(self) -> None:
-        """Live until the process has ended. Called off, it leaves the process to its sidecar."""
+        """Supervise the process until it ends. Cancelled, it leaves the process to its sidecar."""
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._tasks.start_soon(self._measure_load)
@@ -171,7 +171,7 @@ class Server:
     # Launch
 
     async def _begin(self) -> KittyError | OSError | None:
-        """Get the process; return why there is none, unless the launch was called off."""
+        """Get the process; return why there is none, unless the launch was cancelled."""
         try:
             with self._launching:
                 await (self._adopt() if self._found else self._launch())
@@ -188,12 +188,12 @@ class Server:
         took = "" if seconds is None else f", whose model loaded in {seconds:.0f} s"
         self._notify(f"Found a running server (PID {self._process.pid}){took}.")
         if not self._found_ready:
-            self._meter.measure(Usage(0, 0), 0.0)  # what it has loaded so far counts
+            self._meter.measure(Usage(0, 0), 0.0)  # bytes loaded so far count
         if self._guards:
             self._start_sidecar()
 
     async def _launch(self) -> None:
-        """Start the profile's server, if nobody else has it. Called off, or failing, leave none."""
+        """Start the profile's server, unless it runs elsewhere; leave none on failure or cancel."""
         config, devices = self._config, None
         self._notify("Server starting…")
         if not config.local_only:
@@ -203,7 +203,7 @@ class Server:
                 Level.WARNING,
             )
         if remote_machines(config):  # they answer one client at a time
-            with suppress(KittyError, OSError):  # what follows says what is wrong
+            with suppress(KittyError, OSError):  # the launch reports what is wrong
                 devices = await self._list_devices()
         engine = await locate_engine(config.binary)
         self._recorder.set_engine(engine)
@@ -216,7 +216,7 @@ class Server:
             command = command_line.build_command(engine, config)
             self._warn_of_old_build(engine)
             await run_sync(refuse_busy_port, config)
-            # Called off while a thread tried the port, it is told so only now.
+            # A cancellation during the thread's work is delivered only here.
             await anyio.lowlevel.checkpoint_if_cancelled()
             rotate(config.log_path, config.log_keep)
             await self._start_process(command, devices)
@@ -237,7 +237,7 @@ class Server:
     async def _start_process(
         self, command: tuple[str, ...], devices: tuple[str, ...] | None
     ) -> None:
-        """Start it, guarded or announced, so that a kernel killed just now leaves no stray."""
+        """Start the process, guarded or announced, so that a killed kernel leaves no orphan."""
         config = self._config
         record = registry.ServerRecord(
             began=self._began,
@@ -250,7 +250,7 @@ class Server:
             if self._guards:
                 self._start_sidecar()
             else:
-                registry.write_record(record)  # were we killed just now, it is found by its mark
+                registry.write_record(record)  # found by its mark if we are killed now
             sidecar = self._sidecar
             mark = sidecar.environment if sidecar else registry.mark_of(record)
             environment = server_environment(self.api_key) | mark
@@ -281,14 +281,14 @@ class Server:
         return Outcome.FAILED
 
     async def _watch(self, process: ServerProcess) -> int | None:
-        """Watch the process until it has ended; return its exit code, where the system tells."""
+        """Watch the process until it exits; return its exit code, if the system knows it."""
         self.probe.process = process
         self._log = LogTail(self._config.log_path)
         self._meter.enter_stage(Stage.STARTING, self._elapsed())
         self._emit(lifecycle.Spawned(self._generation, process.pid))
         for task in (self._follow_log, self._ask_health, self._tend_sidecar, self._name_devices):
             self._tasks.start_soon(task)
-        if self._launching.cancel_called:  # too late to be called off
+        if self._launching.cancel_called:  # the launch finished before it could be cancelled
             self.stop(force=True)
         return await process.wait()
 
@@ -307,8 +307,8 @@ class Server:
         elapsed = self._elapsed()
         usage = self._process.usage() if self._process else None
         if usage:
-            # What a process had before it began to load does not count, so the log is read only
-            # now: it tells of the beginning before the first byte is there.
+            # Bytes from before the load do not count, so the log, which announces the load before
+            # its first byte, is read only now.
             self._read_log()
             self._meter.measure(usage, elapsed)
         if self._process and elapsed - self._meter.moved_at > self._config.stall_seconds:
@@ -323,7 +323,7 @@ class Server:
             await anyio.sleep(_LOG_READY if self.was_ready else _LOG_LOADING)
 
     def _read_log(self, *, to_end: bool = False) -> bool:
-        """Publish the new lines, or a part of very many; say whether there were any."""
+        """Publish new lines, at most one read of them; return whether there were any."""
         lines = tuple(map(readable, self._log.read(to_end=to_end))) if self._log else ()
         if not lines:
             return False
@@ -331,7 +331,7 @@ class Server:
         self._meter.heartbeat(self._elapsed())
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
             self._meter.enter_stage(Stage.LOADING, self._elapsed())
-            self._tasks.start_soon(self.probe.find_listener)  # it is bound before that line
+            self._tasks.start_soon(self.probe.find_listener)  # the port is bound before that line
         self._emit(LogLines(lines))
         if not self.was_ready and any(map(_NEWS.search, lines)):
             self.probe.hint()
@@ -350,7 +350,7 @@ class Server:
     # Health
 
     async def _ask_health(self) -> None:
-        """Ask how it is until it is ready, and more rarely from then on."""
+        """Check health until the server is ready, and more rarely from then on."""
         pause = _ASK_FIRST
         async with anyio.create_task_group() as self._asking:
             while (result := await self._check(self._asking)).status is not ServerStatus.READY:
@@ -364,7 +364,7 @@ class Server:
                 await anyio.sleep(_ASK_READY)
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
-        """Ask once. Ready is believed of our own server, and once it has answered a request."""
+        """Check once. READY takes our own server, and an answer to a first request."""
         result = await self.probe.check()
         if result.status is not ServerStatus.READY:
             return result
@@ -380,7 +380,7 @@ class Server:
         return replace(result, status=ServerStatus.LOADING, message=FIRST_ANSWER)
 
     async def _verify_identity(self) -> str | None:
-        """Why what answers on our port is not our server, in words; None when it is."""
+        """Return the reason to doubt that our server is what answers; None if it is."""
         if not await self.probe.find_listener():
             owner = await self._port_owner()
             who = owner.who if owner else "another server"
@@ -395,7 +395,7 @@ class Server:
         return None
 
     async def _prove(self, answered: anyio.Event) -> None:
-        """See whether the server answers a request; where that fails, it is hopeless."""
+        """Send a first request; give the server up if that fails."""
         if not self._found_ready and (said := await self.probe.first_answer()):
             self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
             return
@@ -419,7 +419,7 @@ class Server:
                 self._emit(event)
 
     def _enter(self, status: ServerStatus, elapsed: float) -> float:
-        """Act on another status; return what the load has taken by then, in seconds."""
+        """Act on another status; return the seconds that the load has taken."""
         if status is ServerStatus.LOADING:
             self._meter.enter_stage(Stage.LOADING, elapsed)
             self._emit(lifecycle.LoadBegan(self._generation))
@@ -431,16 +431,16 @@ class Server:
             self._emit(lifecycle.BecameReady(self._generation, since))
             self._emit(ProgressMade(self._meter.progress(elapsed)))
             if usage := self._process.usage() if self._process else None:
-                self._meter.measure(usage, elapsed)  # what came since the last look counts
+                self._meter.measure(usage, elapsed)  # bytes since the last measurement count
             self._tasks.start_soon(self._recorder.record, elapsed, Outcome.READY)
         return elapsed
 
     def _note_ready(self, elapsed: float) -> tuple[float, float]:
-        """Return since when it is ready, by the monotonic clock, and what the load took."""
+        """Return when it became ready, on the monotonic clock, and the seconds the load took."""
         now, record = self._clock(), self._record
         if record and record.ready is not None and record.load_seconds is not None:
             return record.ready, record.load_seconds
-        # Withdrawn, it must not come back: the server is being ended just as it becomes ready.
+        # A server that is stopped just as it becomes ready must not get its record back.
         if record and not self._being_ended():
             self._record = record.model_copy(update={"ready": now, "load_seconds": elapsed})
             try:
@@ -457,10 +457,10 @@ class Server:
     # Beside the server
 
     async def _name_devices(self) -> None:
-        """Learn which devices the server uses. Its load does not wait for that."""
+        """Find out which devices the server uses, while it loads."""
         if self._record is None or self._record.devices is not None:
             return
-        with suppress(KittyError, OSError):  # people can do without
+        with suppress(KittyError, OSError):  # the names are optional
             devices = await self._list_devices()
             self._record = self._record.model_copy(update={"devices": devices})
             if not self._found and not self._being_ended():
@@ -472,10 +472,10 @@ class Server:
         return await device_names(self._config)
 
     async def _tend_sidecar(self) -> None:
-        """Have a sidecar, unless another program has one; replace one that was killed."""
+        """Start a sidecar unless another program has one; replace one that was killed."""
         if not self._found:
             await anyio.sleep(_SIDECAR_AFTER)
-            with suppress(OSError):  # the next look tries again
+            with suppress(OSError):  # tried again below
                 self._start_sidecar()
         while True:
             await anyio.sleep(_SIDECAR_THERE_WITHIN)
@@ -484,7 +484,7 @@ class Server:
                     self._start_sidecar()
 
     def _start_sidecar(self) -> None:
-        """Start the helper, unless there is one; it watches the server once that runs.
+        """Start the sidecar, unless one runs; it watches the server if that runs already.
 
         Raises:
             OSError: It cannot be started.
@@ -509,7 +509,7 @@ class Server:
             await process.terminate(self._config.stop_grace_seconds)
 
     async def _finish(self, code: int | None) -> Outcome:
-        """Read the log to its end and report why the process ended."""
+        """Read the log to its end and report why the process exited."""
         while self._read_log():
             await anyio.lowlevel.checkpoint()
         self._read_log(to_end=True)
@@ -534,7 +534,7 @@ class Server:
         return await run_sync(owner_of, self._config.host, self._config.port)
 
     async def _kill(self) -> None:
-        """Let no process run that nothing watches, unless others may watch it."""
+        """Kill our process if supervision failed; one that was found may be watched elsewhere."""
         if self._process and not self._found:
             with anyio.CancelScope(shield=True):
                 self._process.kill()
@@ -543,7 +543,7 @@ class Server:
             self._ended = True
 
     def _being_ended(self) -> bool:
-        """True if this program or another one is ending the server, or has ended it."""
+        """True if this program or another one is stopping the server, or has stopped it."""
         process = self._process
         return process is not None and registry.was_stopped(
             self._config, process.pid, process.create_time
@@ -554,7 +554,7 @@ class Server:
         self._emit(lifecycle.GaveUp(self._generation, reason))
 
     def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> Outcome:
-        """Report the end of the process; return how the load ended, if it was still under way."""
+        """Report the exit of the process; return the outcome of a load that it cut short."""
         failure = self._failure or (None if asked else reason)
         if failure and not (self._found and registry.last_failure(self._config)):
             registry.note_failure(self._config, failure)

@@ -75,7 +75,7 @@ class Supervisor:
     Args:
         config: What to serve when `start` is not told otherwise.
         clock: Seconds, as `time.monotonic` counts them.
-        processes: The class of the server's processes.
+        processes: Spawns the server's processes, or attaches to them.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         self._host = anyio.create_task_group()
         await self._host.__aenter__()
-        with anyio.CancelScope(shield=True):  # called off here, it would wait for what never ends
+        with anyio.CancelScope(shield=True):  # cancelled here, it would wait forever
             await self._host.start(self._live)
         try:
             found = await self._look_for_server()
-            if found and found.ready is not None:  # who finds it may use it at once
+            if found and found.ready is not None:  # whoever finds it may use it at once
                 with anyio.move_on_after(_SETTLED_WITHIN):
                     await self._until(lambda: self._now.status.settled)
         except BaseException:
-            self.detach()  # a server that was found is nobody's to stop yet
+            self.detach()  # a server that was only found is not ours to stop
             await self.__aexit__()
             raise
         self._tasks.start_soon(self._look_forever)
@@ -121,7 +121,7 @@ class Supervisor:
             with anyio.CancelScope(shield=True), suppress(ServerFailedError):
                 await self.stop()
         self._tasks.cancel_scope.cancel()
-        # Not told of the user's error, the task group lets it pass as it is, not in a group.
+        # Without the user's error, the task group does not wrap it in an exception group.
         await self._host.__aexit__(None, None, None)
 
     async def _live(self, task_status: TaskStatus[None]) -> None:
@@ -189,10 +189,10 @@ class Supervisor:
             ServerCrashedError: The process ended by itself.
             StartCancelledError: It was stopped or replaced before it was ready.
         """
-        router = self._external is not None and self._external.models is not None
-        other = config and config.replace() != self._now.wanted.replace()
-        if config and self._attached(config) and (router or other):
-            return await self._load_there(config.model, fresh=False, wait=wait_for_ready)
+        if config and (server := self._attached(config)):
+            other = config.replace() != self._now.wanted.replace()
+            if other or server.owner.models is not None:
+                return await self._load_there(server, config.model, wait_for_ready)
         return await self._launch(config, wait_for_ready, on_progress, fresh=False, anyway=anyway)
 
     async def restart(
@@ -204,9 +204,9 @@ class Supervisor:
         anyway: bool = False,
     ) -> ServerState:
         """Like `start`, but always with a fresh process."""
-        if self._attached(config):
+        if server := self._attached(config):
             model = config.model if config else None
-            return await self._load_there(model, fresh=True, wait=wait_for_ready)
+            return await self._load_there(server, model, wait_for_ready, fresh=True)
         return await self._launch(config, wait_for_ready, on_progress, fresh=True, anyway=anyway)
 
     async def switch_model(
@@ -229,8 +229,8 @@ class Supervisor:
             on_progress: As for `start`.
             anyway: As for `start`.
         """
-        if self._attached():
-            return await self._load_there(model, fresh=False, wait=wait_for_ready)
+        if server := self._attached():
+            return await self._load_there(server, model, wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
         return await self._launch(
             None, wait_for_ready, on_progress, fresh=True, anyway=anyway, **changes
@@ -324,12 +324,12 @@ class Supervisor:
         stops = self._stops
         async with self._turn:
             wanted = (config or self._now.wanted).replace(**changes)
-            config = await anyio.to_thread.run_sync(resolve_model, wanted)  # files come and go
+            config = await anyio.to_thread.run_sync(resolve_model, wanted)  # files may go
             there = not fresh and not self._now.status.absent and self._now.wanted == config
             fits = anyway or there
             if not fits and (reason := await self._forecaster.why_not(config, self._running)):
                 raise WillNotFitError(reason)
-            if stops != self._stops:  # asked for later, though there was nothing yet to stop
+            if stops != self._stops:  # a stop was requested meanwhile
                 raise StartCancelledError(_STOPPED)
             self._feed(lifecycle.StartAsked(config, fresh))
         generation = self._now.latest
@@ -351,21 +351,20 @@ class Supervisor:
             unsubscribe()
         return self._outcome(generation)
 
-    def _attached(self, config: ServerConfig | None = None) -> bool:
-        """Tell whether a server that was not started here is where the settings want one."""
+    def _attached(self, config: ServerConfig | None = None) -> ExternalServer | None:
+        """Return the attached server, if it is where the settings want one."""
         here = config is None or config.endpoint == self._now.config.endpoint
-        return here and self._external is not None and self._now.status is ServerStatus.READY
+        ready = here and self._now.status is ServerStatus.READY
+        return self._server if ready and isinstance(self._server, ExternalServer) else None
 
     async def _load_there(
-        self, model: str | Path | None, *, fresh: bool, wait: bool
+        self, server: ExternalServer, model: str | Path | None, wait: bool, fresh: bool = False
     ) -> ServerState:
-        """Have the router that was attached to serve a model.
+        """Make the attached router serve a model.
 
         Raises:
             ServerFailedError: It is no router, has no such model, or does not load it.
         """
-        server = self._server
-        assert isinstance(server, ExternalServer)  # noqa: S101 (it was asked)
         name = server.named(model)
         if wait:
             await server.load(name, fresh=fresh)
@@ -408,7 +407,7 @@ class Supervisor:
             await self._changed.wait()
 
     def _begin_task(self, work: Callable[..., Awaitable[object]], *args: object) -> None:
-        """Have something done meanwhile. Its failure is told, and ends nothing else."""
+        """Run something in the background. Its failure is reported and ends nothing else."""
         generation = self._now.generation
 
         async def guarded() -> None:
@@ -477,7 +476,7 @@ class Supervisor:
         self._begin_task(self._server.run)
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
-        """The key of the server to come: that of the last one where its clients can go on so."""
+        """Return the key for the next server: the last one's, so that its clients can go on."""
         last = self._server
         if config.api_key is None and isinstance(last, Server) and last.was_ready:
             return last.api_key or choose_api_key(config)
@@ -526,7 +525,7 @@ class Supervisor:
             self._broadcast.publish(Activity.now(message, level))
 
     def _on_fact(self, fact: Event | lifecycle.Report | HealthCheckResult) -> None:
-        """Take in what a server reports."""
+        """Handle a report of the server."""
         if isinstance(fact, HealthCheckResult):
             self._health = fact
             self._broadcast.publish(StateChanged(self.state))
