@@ -200,7 +200,6 @@ class HealthProbe:
         self.trusted = trusted
         self.process: ServerProcess | None = None
         self._port = config.port
-        self._finding = anyio.Lock()
         self._news = anyio.Event()
         self._alias = config.served_alias
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
@@ -244,10 +243,9 @@ class HealthProbe:
 
     async def find_listener(self) -> bool:
         """Find out whether it is our process that listens: then it goes on until it ends."""
-        async with self._finding:
-            if not self.trusted and self.process:
-                listens = await anyio.to_thread.run_sync(self.process.listens_on, self._port)
-                self.trusted = listens is not False
+        if not self.trusted and self.process:
+            listens = await anyio.to_thread.run_sync(self.process.listens_on, self._port)
+            self.trusted = self.trusted or listens is not False
         return self.trusted
 
     async def check(self) -> HealthCheckResult:

@@ -535,12 +535,14 @@ class Server:
 
     async def _kill(self) -> None:
         """Kill our process if supervision failed; one that was found may be watched elsewhere."""
-        if self._process and not self._found:
+        if self._found:
+            return
+        if self._process:
             with anyio.CancelScope(shield=True):
                 self._process.kill()
                 await self._process.wait()
             registry.withdraw_record(self._config, self._process.pid, self._process.create_time)
-            self._ended = True
+        self._ended = True
 
     def _being_ended(self) -> bool:
         """True if this program or another one is stopping the server, or has stopped it."""

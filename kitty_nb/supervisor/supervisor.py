@@ -337,7 +337,9 @@ class Supervisor:
             return self.state
 
         def relay(event: Event) -> None:
-            if on_progress and isinstance(event, HealthChecked) and self._is_present(generation):
+            stopping = self._now.status is ServerStatus.STOPPING
+            present = self._now.generation == generation and not stopping
+            if on_progress and present and isinstance(event, HealthChecked):
                 on_progress(event.result, event.attempt, event.max_attempts)
 
         unsubscribe = self.subscribe(relay)
@@ -377,9 +379,6 @@ class Supervisor:
             await server.load(name, fresh=fresh)
         except ServerError as error:
             self._broadcast.publish(Activity.now(str(error), Level.ERROR))
-
-    def _is_present(self, generation: int) -> bool:
-        return self._now.generation == generation and self._now.status is not ServerStatus.STOPPING
 
     def _is_over(self, generation: int) -> bool:
         settled = self._now.generation == generation and self._now.status.settled
@@ -443,11 +442,6 @@ class Supervisor:
                 self._announce()
             self._changed.set()
             self._changed = anyio.Event()
-
-    def _retry(self) -> str:
-        delay = max(0.0, (self._now.retry_at or 0.0) - self._clock())
-        most = self._now.config.restart_max
-        return f"Restarting in {delay:.0f} s ({self._now.crashes} of {most})."
 
     def _begin(
         self,
@@ -514,13 +508,16 @@ class Supervisor:
         self._feed(lifecycle.WaitOver(generation))
 
     def _announce(self) -> None:
+        now = self._now
+        delay = max(0.0, (now.retry_at or 0.0) - self._clock())
+        retry = f"Restarting in {delay:.0f} s ({now.crashes} of {now.config.restart_max})."
         message, level = {
             ServerStatus.STOPPING: ("Server stopping…", Level.INFO),
             ServerStatus.STOPPED: ("Server stopped.", Level.INFO),
-            ServerStatus.RESTARTING: (f"{self._now.error} {self._retry()}", Level.WARNING),
-            ServerStatus.FAILED: (self._now.error, Level.ERROR),
-            ServerStatus.CRASHED: (self._now.error, Level.ERROR),
-        }.get(self._now.status, (None, Level.INFO))
+            ServerStatus.RESTARTING: (f"{now.error} {retry}", Level.WARNING),
+            ServerStatus.FAILED: (now.error, Level.ERROR),
+            ServerStatus.CRASHED: (now.error, Level.ERROR),
+        }.get(now.status, (None, Level.INFO))
         if message:
             self._broadcast.publish(Activity.now(message, level))
 
