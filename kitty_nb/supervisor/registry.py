@@ -69,6 +69,10 @@ class ServerRecord(BaseModel):
     devices: tuple[str, ...] | None = None
     config: ServerConfig
 
+    def names(self, process: ServerProcess) -> bool:
+        """Tell whether it is the record of this process."""
+        return (self.pid, self.create_time) == (process.pid, process.create_time)
+
     def of(self, process: ServerProcess) -> Self:
         """Return the record with this process in it."""
         return self.model_copy(update={"pid": process.pid, "create_time": process.create_time})
@@ -169,23 +173,23 @@ def write_record(record: ServerRecord) -> None:
     failure_path(path).unlink(missing_ok=True)
 
 
-def withdraw_record(config: ServerConfig, pid: int, create_time: float) -> None:
+def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
     """Withdraw the record of this process, so that its end is known to be meant."""
     record, path = read_record(config), record_path(config)
     damaged = record is None and path.is_file()
-    if damaged or (record and (record.pid, record.create_time) == (pid, create_time)):
+    if damaged or (record and record.names(process)):
         with suppress(OSError):
             withdraw(path)
 
 
-def was_stopped(config: ServerConfig, pid: int, create_time: float) -> bool:
+def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     """True if somebody has withdrawn the record of this process in order to end it.
 
     The record of a process that died by itself stays until the next start, for all who watch. One
     that is damaged, or was lost with its folder, nobody has withdrawn.
     """
     if record := read_record(config):
-        return (record.pid, record.create_time) != (pid, create_time)
+        return not record.names(process)
     return config.log_dir.is_dir() and not record_path(config).exists()
 
 

@@ -138,7 +138,7 @@ class Server:
         if self._process is None:
             self._launching.cancel()
         elif not self._ended:
-            registry.withdraw_record(self._config, self._process.pid, self._process.create_time)
+            registry.withdraw_record(self._config, self._process)
             if self._asking:  # hang up: some builds finish open requests before they exit
                 self._asking.cancel_scope.cancel()
             self._tasks.start_soon(self._signal, self._process, force)
@@ -541,15 +541,12 @@ class Server:
             with anyio.CancelScope(shield=True):
                 self._process.kill()
                 await self._process.wait()
-            registry.withdraw_record(self._config, self._process.pid, self._process.create_time)
+            registry.withdraw_record(self._config, self._process)
         self._ended = True
 
     def _being_ended(self) -> bool:
         """True if this program or another one is stopping the server, or has stopped it."""
-        process = self._process
-        return process is not None and registry.was_stopped(
-            self._config, process.pid, process.create_time
-        )
+        return self._process is not None and registry.was_stopped(self._config, self._process)
 
     def _give_up(self, reason: str) -> None:
         self._failure = reason
