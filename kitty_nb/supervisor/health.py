@@ -374,9 +374,11 @@ class HealthProbe:
 
 
 def _model_status(told: Any) -> ModelStatus:
+    if not isinstance(told, dict):
+        return ModelStatus.UNLOADED
     try:
-        return ModelStatus(told["value"])
-    except (ValueError, LookupError, TypeError):  # one that sleeps is loaded again by a request
+        return ModelStatus(str(told.get("value")))
+    except ValueError:  # one that sleeps is loaded again by a request
         return ModelStatus.LOADED
 
 
