@@ -222,7 +222,7 @@ class _Tuning(TrialRunner):
             partial(fingerprints_here, [model], self.config, must_exist=True)
         )
         await self._kept.add()  # creates the file, so that an unusable one shows first
-        self._search.resume(await anyio.to_thread.run_sync(self._rows_of, [model]))
+        await anyio.to_thread.run_sync(lambda: self._search.resume(self._rows_of([model])))
         async with this_machine(self.config, self.workload, self._logs) as execute:
             await self._carry_out(self._plan(), execute)
 
