@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: listed, and downloaded so that only whole ones have their name.
+"""Models of the Hugging Face Hub: listed, downloaded, verified, and only then named.
 
 The listing, login, client and errors are huggingface_hub's. Its `snapshot_download` is not used: an
 interrupted one (2.4) deletes what it has fetched, and a killed one leaves it behind unused.

@@ -378,7 +378,7 @@ class Allocation:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the pool has room, `tight` where less than the margin is left."""
+        """The verdict on this pool: `tight` where less than the margin is left."""
         left = self.pool.free - self.requirement.known
         if left < 0:
             return Verdict.WILL_NOT_FIT

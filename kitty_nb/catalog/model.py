@@ -33,7 +33,7 @@ _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf
 
 @dataclass(frozen=True, slots=True)
 class ShardName:
-    """What the name of one shard header.
+    """The parts of a shard's file name.
 
     Attributes:
         prefix: The file name up to the shard's number, e.g. `qwen2.5-coder-32b-q8_0`.
@@ -351,7 +351,7 @@ class Model:
 
     @property
     def kind(self) -> Kind:
-        """Whether it is a model, or goes with one."""
+        """The kind of its file: a model, or what goes with one."""
         return self.facts.kind
 
     @property

@@ -49,15 +49,15 @@ class FoundFile:
     """A file that looks like a model by its name.
 
     Attributes:
-        path: Where it is, or will be.
-        signature: What tells whether it has changed; None when it is not there (yet).
-        downloading: Bytes that have come so far, while it is on its way; None otherwise.
-        known_as: What the store that has it calls it; None where the file's name says it.
+        path: Its place, also while it is still being downloaded.
+        signature: Changes whenever the file does; None while it is not there.
+        downloading: Bytes of it that are downloaded so far; None when no download is under way.
+        known_as: Its store's name for it; None where the file's name is that.
         repository: The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
         projector: The projector that the store keeps for it.
-        problem: What is wrong with it beyond what it says itself.
-        filling: Whether what comes is written into the file itself, which has its full length.
-        facts: What it says; None while it is not there, or not yet read.
+        problem: A fault of its store, as a sentence, such as a manifest that can't be read.
+        filling: Whether the download is written into the file itself, at its full length.
+        facts: Its header's facts; None while it is not there, or not yet read.
     """
 
     path: Path
@@ -72,12 +72,12 @@ class FoundFile:
 
     @property
     def readable(self) -> bool:
-        """True if its header is worth reading: something should be in its place, and is no blob."""
+        """True if its header should be read: its store is sound, and it is more than a part."""
         return self.problem is None and (self.signature is not None or self.downloading is None)
 
     @property
     def unfinished(self) -> bool:
-        """True if it is being downloaded: not where an old part lies beside the whole file."""
+        """True if a download is under way, not where an old part lies beside the whole file."""
         whole = self.signature and self.facts and self.facts.problem is None
         return self.downloading is not None and (self.filling or not whole)
 
@@ -86,12 +86,12 @@ class FoundFile:
         """True if it ends too early, and was written to a moment ago."""
         if not (self.signature and self.facts and self.facts.cut_short):
             return False
-        # A time that lies ahead tells nothing, and would make it a download for ever.
+        # A time in the future says nothing, and would make it a download for ever.
         return abs(time.time() - self.signature.mtime_ns / 1e9) < _JUST_NOW
 
     @property
     def size(self) -> int:
-        """Bytes that are there, or have come so far."""
+        """Bytes that are on the disk so far."""
         there = self.signature.size if self.signature else 0
         return max(there, self.downloading or 0) if self.unfinished else there
 
