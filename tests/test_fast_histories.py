@@ -13,6 +13,9 @@ from fast_time import SimulatedProcess, clock, simulated
 from kitty_nb import HealthCheckResult, ServerConfig, ServerState, ServerStatus, Supervisor
 from kitty_nb.errors import ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, StateChanged
+from kitty_nb.supervisor.health import NOT_IN_TIME
+from kitty_nb.supervisor.registry import record_path
+from kitty_nb.supervisor.sidecar import withdraw
 
 Misbehaving = Callable[..., ServerConfig]
 
@@ -117,3 +120,17 @@ def test_a_server_that_never_listens_is_given_up(misbehaving: Misbehaving) -> No
             await supervisor.start(anyway=True)
 
     simulated(misbehaving(stall_seconds=40), scenario, NeverListening)
+
+
+def test_a_server_that_is_being_stopped_is_not_said_to_hang(misbehaving: Misbehaving) -> None:
+    config = misbehaving()
+
+    async def scenario(supervisor: Supervisor, events: list[Event]) -> None:
+        await supervisor.start(anyway=True)
+        SimulatedProcess.latest.paused = True
+        withdraw(record_path(config))  # as another program does that stops it
+        await reach(supervisor, lambda state: state.last_health_check == NOT_IN_TIME)
+        await supervisor.stop(force=True)
+        assert not any("not responding" in line for line in said(events))
+
+    simulated(config, scenario)

@@ -37,8 +37,6 @@ from kitty_nb.errors import (
 )
 from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade, Stage, StateChanged
 from kitty_nb.supervisor.log import readable
-from kitty_nb.supervisor.registry import record_path
-from kitty_nb.supervisor.sidecar import withdraw
 
 Misbehaving = Callable[..., ServerConfig]
 
@@ -566,20 +564,6 @@ def test_called_off_while_it_begins_it_ends(config: ServerConfig, steps: int) ->
         assert ended
 
     anyio.run(scenario)
-
-
-def test_a_server_that_is_being_stopped_is_not_said_to_hang(config: ServerConfig) -> None:
-    async def scenario(supervisor: Supervisor, events: list[Event]) -> None:
-        state = await supervisor.start()
-        await reach(supervisor, lambda state: bool(latest(state).slots_total))
-        assert state.pid
-        os.kill(state.pid, signal.SIGSTOP)
-        withdraw(record_path(config))  # as another program does that stops it
-        await reach(supervisor, lambda state: latest(state).message == "no answer in time")
-        await supervisor.stop(force=True)
-        assert not any("not responding" in message for message in messages(events))
-
-    supervised(config, scenario)
 
 
 def test_a_server_open_to_the_network_is_warned_of(config: ServerConfig) -> None:
