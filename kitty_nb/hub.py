@@ -501,7 +501,8 @@ def _open_part(path: Path, target: Path) -> IO[bytes]:
 
 
 async def _sha256(path: Path) -> str:
-    (found,) = await run_sync(digest_files, (path,), lambda *_: None)
+    # Abandoned when cancelled: Ctrl-C must not wait until a large file is read.
+    (found,) = await run_sync(digest_files, (path,), lambda *_: None, abandon_on_cancel=True)
     return found.sha256
 
 
