@@ -163,10 +163,10 @@ class Fault:
                 assert _error(start.wait) == case.manager.state.error
             case.heal.close()
             if self.status is READY:
-                eventually(lambda: case.manager.check_health().wait(20).status is READY)
-            again = case.manager.restart(case.healthy).wait(20)
+                eventually(lambda: case.manager.check_health().wait(60).status is READY)
+            again = case.manager.restart(case.healthy).wait(60)
             assert again.status is READY
-            assert case.manager.stop().wait(10).status is STOPPED
+            assert case.manager.stop().wait(60).status is STOPPED
         assert not {pid for pid in pids if runs(pid)}
 
 

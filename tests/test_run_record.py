@@ -14,7 +14,7 @@ import anyio
 import httpx
 import psutil
 import pytest
-from conftest import eventually
+from conftest import demo_config, eventually, unused_port
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.client import Access
@@ -45,6 +45,15 @@ def manager(config: ServerConfig) -> Iterator[ModelManager]:
 @pytest.fixture
 def record(manager: ModelManager) -> RunRecord:
     return record_run(manager, ["Who are you?"], max_tokens=6).wait(60)
+
+
+@pytest.fixture(scope="module")
+def kept(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """A record for the tests that only read it."""
+    config = demo_config(demo_model, tmp_path_factory.mktemp("kept"), unused_port())
+    with ModelManager(config=config) as manager:
+        manager.start().wait(60)
+        return record_run(manager, ["Who are you?"], max_tokens=6).wait(60)
 
 
 def changed(record: RunRecord, **changes: Any) -> RunRecord:
@@ -122,10 +131,10 @@ def test_no_key_is_in_a_record(config: ServerConfig, tmp_path: Path, whose: str)
     assert key not in repr(record) + str(record) + repr(record.config)
 
 
-def test_no_secret_flag_is_in_a_record(record: RunRecord, config: ServerConfig) -> None:
+def test_no_secret_flag_is_in_a_record(kept: RunRecord, config: ServerConfig) -> None:
     words = ("--hf-token", "hf_abc", "--keep", "4", "-hft", "hf_abc", "--ssl-key-file", "k")
     config = config.replace(extra_args=words, api_key="open-sesame")
-    made = RunRecord.model_validate({**dict(record), "config": config})
+    made = RunRecord.model_validate({**dict(kept), "config": config})
     assert made.config.extra_args == ("--keep", "4", "--ssl-key-file", "k")
     assert "hf_abc" not in made.model_dump_json() + str(made.model_dump())
     assert "sesame" not in made.model_dump_json() + str(made.model_dump())
@@ -236,32 +245,32 @@ def test_another_kernel_records_the_same_server(manager: ModelManager, record: R
 
 
 def test_cancelling_a_replay_ends_its_server(
-    record: RunRecord, misbehaving: Callable[..., ServerConfig]
+    kept: RunRecord, misbehaving: Callable[..., ServerConfig]
 ) -> None:
     endless = misbehaving("--never-ready")
-    operation = replay(changed(record, config=endless), config=endless)
+    operation = replay(changed(kept, config=endless), config=endless)
     eventually(lambda: operation.progress and operation.progress.elapsed > 0.2, within=30)
     eventually(psutil.Process().children)
     operation.cancel()
     eventually(lambda: operation.done)
 
 
-def test_differences_are_named_and_located(record: RunRecord) -> None:
+def test_differences_are_named_and_located(kept: RunRecord) -> None:
     text = ANSWER.replace("demo", "other")
     other = changed(
-        record,
-        exchanges=(record.exchanges[0].model_copy(update={"output": text}),) * 2,
-        engine=record.engine.model_copy(update={"version": "1 (old)"}),
-        config=record.config.model_copy(update={"threads": 7, "port": 1}),
+        kept,
+        exchanges=(kept.exchanges[0].model_copy(update={"output": text}),) * 2,
+        engine=kept.engine.model_copy(update={"version": "1 (old)"}),
+        config=kept.config.model_copy(update={"threads": 7, "port": 1}),
         load_seconds=None,
     )
-    comparison = compare(record, other)
+    comparison = compare(kept, other)
     assert not comparison.same_outputs
     first, second = comparison.outputs
     assert (first.exchange, first.position, first.now) == (0, ANSWER.index("demo"), "other model,")
     assert (second.exchange, second.position, second.recorded) == (1, 0, "")
     named = {one.what: (one.recorded, one.now) for one in comparison.differences}
-    assert named["engine.version"] == (record.engine.version, "1 (old)")
+    assert named["engine.version"] == (kept.engine.version, "1 (old)")
     assert named["config.threads"] == ("1", "7")
     assert "config.port" not in named
     assert named["exchanges[1].finish_reason"] == ("-", "length")
@@ -271,7 +280,7 @@ def test_differences_are_named_and_located(record: RunRecord) -> None:
     assert "load" not in {one.what.split(",")[0] for one in comparison.figures}
 
 
-def test_tool_calls_are_recorded_and_compared(record: RunRecord) -> None:
+def test_tool_calls_are_recorded_and_compared(kept: RunRecord) -> None:
     request = Request(messages=({"role": "user", "content": "Weather?"},))
 
     def run(number: str, city: str) -> RunRecord:
@@ -285,7 +294,7 @@ def test_tool_calls_are_recorded_and_compared(record: RunRecord) -> None:
                 transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
                 return httpx.AsyncClient(transport=transport, base_url=self.endpoint)
 
-        return changed(record, exchanges=anyio.run(ask, Server("http://server", None), [request]))
+        return changed(kept, exchanges=anyio.run(ask, Server("http://server", None), [request]))
 
     paris = run("1", "Paris")
     assert compare(paris, run("2", "Paris")).same_outputs
@@ -324,28 +333,28 @@ def broken(text: str, how: str) -> str:
         *("an unknown setting", "version 0"),
     ],
 )
-def test_a_damaged_record_is_refused(record: RunRecord, tmp_path: Path, how: str) -> None:
-    path = record.save(tmp_path / "run.json")
+def test_a_damaged_record_is_refused(kept: RunRecord, tmp_path: Path, how: str) -> None:
+    path = kept.save(tmp_path / "run.json")
     path.write_text(broken(path.read_text(), how))
     with pytest.raises(RunRecordError, match=r"run\.json is not a run record.*damaged"):
         RunRecord.load(path)
 
 
-def test_a_later_versions_record_is_refused(record: RunRecord, tmp_path: Path) -> None:
-    path = record.save(tmp_path / "run.json")
+def test_a_later_versions_record_is_refused(kept: RunRecord, tmp_path: Path) -> None:
+    path = kept.save(tmp_path / "run.json")
     document = json.loads(path.read_text()) | {"schema_version": 99, "seed": {"other": 1}}
     path.write_text(json.dumps(document))
     with pytest.raises(RunRecordError, match=r"later version.*schema 99.*pip install"):
         RunRecord.load(path)
 
 
-def test_files_that_cannot_be_read_or_written_are_named(record: RunRecord, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_or_written_are_named(kept: RunRecord, tmp_path: Path) -> None:
     with pytest.raises(RunRecordError, match=r"Can't read .*gone\.json: No such file"):
         RunRecord.load(tmp_path / "gone.json")
-    file = record.save(tmp_path / "run.json")
+    file = kept.save(tmp_path / "run.json")
     with pytest.raises(RunRecordError, match="Can't write"):
-        record.save(file / "run.json")
-    assert RunRecord.load(file) == record
+        kept.save(file / "run.json")
+    assert RunRecord.load(file) == kept
     assert [path.name for path in tmp_path.glob("*run.json*")] == ["run.json"]
 
 
