@@ -341,7 +341,7 @@ class SweepPanel(VBox):
         self._facts = _facts(trials, self._results)
 
     def _show_load(self, running: Collection[Trial]) -> None:
-        loads = [self._loads[trial] for trial in running if trial in self._loads]
+        loads = filter(None, map(self._loads.get, running))
         load = min(loads, key=lambda one: one.stage is Stage.READY, default=None)
         ready = load is not None and load.stage is Stage.READY
         self.load_bar.show(ServerStatus.READY if ready else ServerStatus.LOADING, load)
