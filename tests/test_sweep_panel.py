@@ -101,7 +101,7 @@ def hold_after_first(sweep: Sweep) -> list[SweepEvent]:
 def test_from_start_to_the_lines_of_the_best(
     made: Callable[..., Sweep], panel_for: Callable[..., SweepPanel]
 ) -> None:
-    sweep = made(grid=GRID, repeats=2)
+    sweep = made(grid=GRID, repeats=2, prompts="Hi!")
     panel = panel_for(sweep)
     assert "NOT STARTED" in panel.status_line.value
     assert panel.trials_bar.text.value == "0 of 8 trials"

@@ -36,6 +36,7 @@ def search(config: ServerConfig, tmp_path: Path) -> Search:
             "objective": nearness,
             "space": SPACE,
             "budget": 6,
+            "prompts": "Hi!",
             "max_tokens": 4,
             "config": base,
             "store": tmp_path / "tune.journal",
