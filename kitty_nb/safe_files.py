@@ -5,9 +5,9 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import secrets
 import sqlite3
 import stat
-import tempfile
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -37,27 +37,30 @@ def user_folder(find: Callable[[str], Path]) -> Path:
         return NO_HOME
 
 
-def write_atomic(file: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file whole or not at all, for its owner alone.
+def write_atomic(file: Path, content: bytes, *, durable: bool = True, private: bool = True) -> None:
+    """Write a file whole or not at all.
 
     Args:
         file: The file.
         content: All of it.
         durable: Whether it must survive a power cut, which takes the disk a while.
+        private: Whether only its owner may read it; otherwise the umask decides.
 
     Raises:
         OSError: It cannot be written; the previous content is still there.
     """
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}")  # nobody can put a link there
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    descriptor = os.open(partial, flags, 0o600 if private else 0o666)
     try:
         with os.fdopen(descriptor, "wb") as written:
             written.write(content)
             if durable:
                 written.flush()
                 os.fsync(written.fileno())
-        Path(name).replace(file)
+        partial.replace(file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from faults import CRASHED, FAILED, LOADING, READY, Case, Fault
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ConfigError
+from kitty_nb.supervisor import registry
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import ServerRecord, record_path, write_record
 
@@ -205,10 +205,10 @@ def fill_log_disk(case: Case) -> None:
 def fill_disk(case: Case) -> None:
     patch = case.heal.enter_context(pytest.MonkeyPatch.context())
 
-    def refuse(**_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(case.config.log_dir))
 
-    patch.setattr(tempfile, "mkstemp", refuse)
+    patch.setattr(registry, "write_atomic", refuse)
 
 
 def forbidden_folder(case: Case) -> None:

@@ -26,6 +26,7 @@ from kitty_nb.catalog.cache import FileDigest
 from kitty_nb.config import ServerConfig, takes_secret
 from kitty_nb.errors import ConfigError, RunRecordError
 from kitty_nb.isolated_server import SERVER_SETTINGS, EngineKind, LoadSeconds
+from kitty_nb.safe_files import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -280,11 +281,9 @@ class RunRecord(_Facts):
             RunRecordError: The file cannot be written.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(f"{self.to_json()}\n", encoding="utf-8")
-            partial.replace(path)
+            write_atomic(path, f"{self.to_json()}\n".encode(), private=False)
         except OSError as error:
             raise RunRecordError(
                 f"Can't write {path}: {error.strerror or error}. Free some space, check the"
