@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -201,6 +202,7 @@ def test_a_model_that_vanishes_or_is_none_is_said_in_words(
     gone = Path(shutil.copy(str(config.model), tmp_path / "gone.gguf"))
     config = config.replace(models_dir=tmp_path, model=gone)
     gone.write_bytes(gone.read_bytes()[:5000])
+    os.utime(gone, (0, 0))  # just written, it would be growing
     (damaged,) = look(config)
     gone.unlink()
     (absent,) = look(config)

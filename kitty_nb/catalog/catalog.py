@@ -20,8 +20,8 @@ from pydantic import TypeAdapter
 from kitty_nb.catalog.cache import FileCache, signature_of, unchanged
 from kitty_nb.catalog.model import (
     FileFacts,
+    FoundFile,
     Kind,
-    doubt,
     is_projector_name,
     plain_name,
     read_facts,
@@ -29,7 +29,7 @@ from kitty_nb.catalog.model import (
     shard_paths,
     why_never,
 )
-from kitty_nb.catalog.stores import FoundFile, Store, files_in, find_files, is_folder, matching
+from kitty_nb.catalog.stores import Store, files_in, find_files, is_folder, matching
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
@@ -86,12 +86,12 @@ def _beside(path: Path, roots: Sequence[Path]) -> list[FoundFile]:
 
 
 def why_not_served(path: Path) -> str | None:
-    """Say what a file is that is no model to serve; None of any other, also where it is damaged."""
-    facts = [read_facts(shard) for shard in shard_paths(path)]
-    if any(one.problem for one in facts):
-        return None
-    reason = why_never(path, facts[0], sum(one.tensor_count for one in facts))
-    return reason or doubt(path, facts[0], dict(facts[0].weights))
+    """Say why a model cannot or may not be served, and what to do; None where nothing is known."""
+    files = [_with_facts(FoundFile(shard, signature_of(shard))) for shard in shard_paths(path)]
+    (row,) = rows(files, path.parent)
+    if row.kind is Kind.MODEL:
+        return row.problem or row.doubt
+    return row.problem or why_never(row.path, row.facts, 0)
 
 
 @dataclass(frozen=True, slots=True)

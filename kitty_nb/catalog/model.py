@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path, PurePath
 
+    from kitty_nb.catalog.cache import FileSignature
     from kitty_nb.catalog.gguf import GgufHeader
-    from kitty_nb.catalog.stores import FoundFile
 
 
 _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
@@ -288,6 +289,61 @@ def _takes_tools(header: GgufHeader, template: str | None) -> bool | None:
     return any(_TOOLS.search(code) for code in _IN_JINJA.findall(template))
 
 
+_JUST_NOW = 120  # seconds in which a download that still runs has written something
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file that looks like a model by its name.
+
+    Attributes:
+        path: Its place, also while it is still being downloaded.
+        signature: Changes whenever the file does; None while it is not there.
+        downloading: Bytes of it that are downloaded so far; None when no download is under way.
+        known_as: Its store's name for it; None where the file's name is that.
+        repository: The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
+        projector: The projector that the store keeps for it.
+        problem: A fault of its store, as a sentence, such as a manifest that can't be read.
+        filling: Whether the download is written into the file itself, at its full length.
+        facts: Its header's facts; None while it is not there, or not yet read.
+    """
+
+    path: Path
+    signature: FileSignature | None
+    downloading: int | None = None
+    known_as: str | None = None
+    repository: str | None = None
+    projector: Path | None = None
+    problem: str | None = None
+    filling: bool = False
+    facts: FileFacts | None = None
+
+    @property
+    def readable(self) -> bool:
+        """True if its header should be read: its store is sound, and it is more than a part."""
+        return self.problem is None and (self.signature is not None or self.downloading is None)
+
+    @property
+    def unfinished(self) -> bool:
+        """True if a download is under way, not where an old part lies beside the whole file."""
+        whole = self.signature and self.facts and self.facts.problem is None
+        return self.downloading is not None and (self.filling or not whole)
+
+    @property
+    def growing(self) -> bool:
+        """True if it ends too early, and was written to a moment ago."""
+        if not (self.signature and self.facts and self.facts.cut_short):
+            return False
+        # A time in the future says nothing, and would make it a download for ever.
+        return abs(time.time() - self.signature.mtime_ns / 1e9) < _JUST_NOW
+
+    @property
+    def size(self) -> int:
+        """Bytes that are on the disk so far."""
+        there = self.signature.size if self.signature else 0
+        return max(there, self.downloading or 0) if self.unfinished else there
+
+
 @dataclass(frozen=True, slots=True)
 class ModelNote:
     """The usage history of a model.
@@ -381,16 +437,23 @@ class Model:
         return shard.prefix if shard else self.path.stem
 
     @property
+    def state(self) -> str:
+        """The obstacle to serving it, in a word or two; empty where nothing is known."""
+        if self.downloading:
+            return "downloading"
+        if self.missing:
+            return "incomplete"
+        if self.problem:
+            return "unusable"
+        return "may not load" if self.doubt else ""
+
+    @property
     def label(self) -> str:
         """One line for a list to choose from."""
-        state = ""
-        if self.downloading:
-            state = "downloading"
-        elif self.missing:
-            state = f"incomplete ({len(self.missing)} of {self.shard_count} shards missing)"
-        elif self.problem or self.doubt:
-            state = "unusable" if self.problem else "may not load"
-        elif self.shard_count > 1:
+        state = self.state
+        if state == "incomplete":
+            state = f"{state} ({len(self.missing)} of {self.shard_count} shards missing)"
+        elif not state and self.shard_count > 1:
             state = f"{self.shard_count} shards"
         parts = (self.known_as or self.stem, self.quantization, decimal(self.size), state)
         return " · ".join(filter(None, parts))

@@ -19,7 +19,8 @@ from kitty_nb.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kitty_nb.catalog.stores import FoundFile, Store
+    from kitty_nb.catalog.model import FoundFile
+    from kitty_nb.catalog.stores import Store
     from kitty_nb.config import ServerConfig
 
 _SHOWN = 5

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -19,8 +18,8 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitty_nb.catalog.cache import FileSignature, signature_of
-from kitty_nb.catalog.model import FileFacts, ShardName, file_size
+from kitty_nb.catalog.cache import signature_of
+from kitty_nb.catalog.model import FoundFile, ShardName, file_size
 from kitty_nb.config import user_variables
 from kitty_nb.safe_files import user_folder
 
@@ -37,63 +36,10 @@ _UNFINISHED = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _FILLING = ".aria2"  # beside a file that has its full length from the beginning
-_JUST_NOW = 120  # seconds in which a download that still runs has written something
 _OLLAMA_LAYER = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 _LARGEST_MANIFEST = 1 << 20  # bytes; real ones have one or two thousand
 is_folder = os.path.isdir  # unlike pathlib's, it is False of what may not be looked at
-
-
-@dataclass(frozen=True, slots=True)
-class FoundFile:
-    """A file that looks like a model by its name.
-
-    Attributes:
-        path: Its place, also while it is still being downloaded.
-        signature: Changes whenever the file does; None while it is not there.
-        downloading: Bytes of it that are downloaded so far; None when no download is under way.
-        known_as: Its store's name for it; None where the file's name is that.
-        repository: The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
-        projector: The projector that the store keeps for it.
-        problem: A fault of its store, as a sentence, such as a manifest that can't be read.
-        filling: Whether the download is written into the file itself, at its full length.
-        facts: Its header's facts; None while it is not there, or not yet read.
-    """
-
-    path: Path
-    signature: FileSignature | None
-    downloading: int | None = None
-    known_as: str | None = None
-    repository: str | None = None
-    projector: Path | None = None
-    problem: str | None = None
-    filling: bool = False
-    facts: FileFacts | None = None
-
-    @property
-    def readable(self) -> bool:
-        """True if its header should be read: its store is sound, and it is more than a part."""
-        return self.problem is None and (self.signature is not None or self.downloading is None)
-
-    @property
-    def unfinished(self) -> bool:
-        """True if a download is under way, not where an old part lies beside the whole file."""
-        whole = self.signature and self.facts and self.facts.problem is None
-        return self.downloading is not None and (self.filling or not whole)
-
-    @property
-    def growing(self) -> bool:
-        """True if it ends too early, and was written to a moment ago."""
-        if not (self.signature and self.facts and self.facts.cut_short):
-            return False
-        # A time in the future says nothing, and would make it a download for ever.
-        return abs(time.time() - self.signature.mtime_ns / 1e9) < _JUST_NOW
-
-    @property
-    def size(self) -> int:
-        """Bytes that are on the disk so far."""
-        there = self.signature.size if self.signature else 0
-        return max(there, self.downloading or 0) if self.unfinished else there
 
 
 def find_files(directory: Path) -> list[FoundFile]:

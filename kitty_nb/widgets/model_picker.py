@@ -336,7 +336,7 @@ def table_rows(
             used=note.last_used,
             load="" if note.load_seconds is None else display.duration(note.load_seconds),
             favourite=note.favourite,
-            state=_state(model),
+            state=model.state,
             problem=model.problem or model.doubt or "",
             words=" ".join(filter(None, (*said, model.repository, model.name))).casefold(),
         )
@@ -354,14 +354,6 @@ def _store(model: Model, stores: Sequence[Store]) -> str:
         if model.path.is_relative_to(store.path):
             return "" if store.kind is StoreKind.FOLDER else store.kind.value
     return str(model.path.parent)
-
-
-def _state(model: Model) -> str:
-    if model.downloading:
-        return "downloading"
-    if model.missing:
-        return "incomplete"
-    return "unusable" if model.problem else "may not load" if model.doubt else ""
 
 
 _CONFIRMED = {
