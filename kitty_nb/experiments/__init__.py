@@ -4,8 +4,9 @@ Optuna, pandas and Matplotlib are imported by what needs them: a replay, or a wo
 trials, should not wait for them.
 """
 
+from kitty_nb.experiments.combination import Combination
 from kitty_nb.experiments.recording import record_run, replay
-from kitty_nb.experiments.results import Combination, Results
+from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_record import Comparison, Exchange, Request, RunRecord, compare
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from kitty_nb.experiments.results import Combination
+    from kitty_nb.experiments.combination import Combination
 
     Numbers = NDArray[np.float64]
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.config import env_lines
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.combination import Combination, choose
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     Spread,
-    batch_tokens,
     constraints_of,
     known,
     metrics_of,
     read_objective,
 )
-from kitty_nb.experiments.space import batch_effect, changes, idle_batches, in_use
-from kitty_nb.experiments.trial import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,112 +30,8 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.metrics import Constraint, Objective
     from kitty_nb.experiments.trial import Trial, TrialResult
 
-_UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
 _SHOWN = 3  # reasons in a message
 _LENGTH = 300  # characters of one
-
-
-@dataclass(frozen=True, repr=False)
-class Combination:
-    """The rows of one combination of model and settings, taken together.
-
-    Attributes:
-        trial: The combination; its first repeat stands for all.
-        base: The settings that it changes.
-        outcomes: The number of repeats with each outcome.
-        reasons: The reasons that repeats were not measured, each sentence once.
-        metrics: The numbers of those measured, by name.
-        close: Others that were about as good when this one was chosen: too close to tell.
-        batch_tokens: The most tokens that a batch may have had, by name of the speed.
-        idle: Batch sizes that made no difference when it was chosen: no batch was as large.
-        once: Whether it was chosen by a speed that was measured once.
-    """
-
-    trial: Trial
-    base: ServerConfig
-    outcomes: Mapping[Outcome, int] = field(default_factory=Counter)
-    reasons: tuple[str, ...] = ()
-    metrics: Mapping[str, Spread] = field(default_factory=dict)
-    close: tuple[Trial, ...] = ()
-    batch_tokens: Mapping[str, int] = field(default_factory=dict)
-    idle: tuple[str, ...] = ()
-    once: bool = False
-
-    @classmethod
-    def of(cls, rows: Sequence[TrialResult], base: ServerConfig) -> Combination:
-        """Take rows of the same combination together."""
-        measured = [metrics_of(row) for row in rows if row.outcome is Outcome.DONE]
-        names = dict.fromkeys(name for one in measured for name in one)
-        tokens = [batch_tokens(row) for row in rows]
-        return cls(
-            trial=rows[0].trial.combination,
-            base=base,
-            outcomes=Counter(row.outcome for row in rows),
-            reasons=tuple(dict.fromkeys(row.reason for row in rows if row.reason)),
-            metrics={n: Spread.over([one[n] for one in measured if n in one]) for n in names},
-            batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
-        )
-
-    def __repr__(self) -> str:
-        doubt = f"; {self.doubt}" if self.doubt else ""
-        return f"Combination({self.trial.label}: {self.done} measured{doubt})"
-
-    @property
-    def done(self) -> int:
-        """The number of repeats that were measured."""
-        return self.outcomes.get(Outcome.DONE, 0)
-
-    @property
-    def doubt(self) -> str:
-        """The reason for doubting the choice, in words; empty if there is none."""
-        others = len(self.close)
-        doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
-        if self.once:
-            doubts.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
-        return ", ".join([*doubts, *(["nearest to the settings in use"] if others else [])])
-
-    @property
-    def config(self) -> ServerConfig:
-        """Its settings, to start a server with; those that made no difference are as in use.
-
-        Raises:
-            ConfigError: The model is gone.
-        """
-        return self.base.replace(**self._changes)
-
-    @property
-    def _changes(self) -> dict[str, Any]:
-        made = changes(self.trial, self.base)
-        return {name: value for name, value in made.items() if name not in self.idle}
-
-    def value(self, name: str) -> Any:
-        """Return a setting or the median of a metric, None where it has none.
-
-        A `context_size` that was left to the engine is what a request had of it.
-        """
-        if name in self.metrics:
-            return self.metrics[name].median
-        given = {"model": self.trial.model, **dict(self.trial.settings)}
-        value = given[name] if name in given else getattr(self.base, name, None)
-        if name == "context_size" and not value and "context" in self.metrics:
-            return int(self.metrics["context"].median)
-        return value
-
-    def keeps(self, bounds: Iterable[Constraint]) -> bool:
-        """True if it keeps all bounds."""
-        return all(bound.allows(self.value(bound.name)) for bound in bounds)
-
-    def env_lines(self, profile: str | None = None) -> str:
-        """Return the lines to paste into `.env` so that a profile is served like this.
-
-        Args:
-            profile: Without it that of the sweep's own settings.
-        """
-        config = self.config.replace(profile=profile) if profile else self.config
-        notes = [f"# {self.doubt.capitalize()}."] if self.doubt else []
-        if self.idle:
-            notes.append(f"# Without {' and '.join(self.idle)}: no batch measured was so large.")
-        return "\n".join([*notes, *env_lines(config, self._changes)])
 
 
 @dataclass(frozen=True)
@@ -242,7 +135,7 @@ class Results:
             ExperimentError: There is none; the message names what comes nearest.
         """
         if fitting := self.fitting(objective, bounds):
-            return _choose(fitting, objective)
+            return choose(fitting, objective)
         measured = self._measured("there is no best")
         if all(objective.of(row) is None for row in self.rows):
             raise ExperimentError(
@@ -323,51 +216,6 @@ def extra(name: str, of: str = "experiments") -> ModuleType:
             f"This needs {name}, which cannot be imported: {error}. Install it:"
             f" pip install 'kitty_nb[{of}]'"
         ) from error
-
-
-def _choose(fitting: Sequence[Combination], objective: Objective) -> Combination:
-    """The best median; of those too close to it to tell, the nearest to the settings in use.
-
-    Two are too close where their ranges overlap, or where they differ only in batch sizes that no
-    batch was large enough for. What was measured once has no range, so of a speed some is assumed.
-    """
-    name, sign = objective.name, 1 if objective.smaller else -1
-
-    def cost(one: Combination) -> float:
-        return sign * one.metrics[name].median
-
-    def ends(one: Combination) -> tuple[float, float]:
-        unknown = _UNKNOWN * abs(cost(one)) if one.once else 0.0
-        least, most = sorted((sign * one.metrics[name].low, sign * one.metrics[name].high))
-        return least - unknown, most + unknown
-
-    def effect(one: Combination, tokens: int) -> object:
-        return one.trial.model, batch_effect(one.trial.settings, one.base, tokens)
-
-    def alike(one: Combination) -> bool:
-        tokens = max(each.batch_tokens.get(name, 0) for each in (one, first))
-        return tokens > 0 and effect(one, tokens) == effect(first, tokens)
-
-    def distance(one: Combination) -> tuple[int, int, float]:
-        given = (
-            (setting, value) for setting, value in one.trial.settings if setting not in one.idle
-        )
-        changed = sum(value != in_use(setting, one.base) for setting, value in given)
-        return changed, len(one.idle), cost(one)
-
-    judged = [_judged(one, name) for one in fitting] if objective.tells_speed else fitting
-    first = min(judged, key=cost)
-    worst = ends(first)[1]
-    close = (one for one in judged if ends(one)[0] <= worst or alike(one))
-    best, *others = sorted(close, key=distance)
-    return replace(best, close=tuple(one.trial for one in others))
-
-
-def _judged(one: Combination, speed: str) -> Combination:
-    """The combination with what makes its speed doubtful."""
-    tokens = one.batch_tokens.get(speed)
-    idle = idle_batches(one.trial.settings, one.base, tokens) if tokens else ()
-    return replace(one, idle=idle, once=one.done == 1)
 
 
 def _frame(rows: Iterable[dict[str, Any]]) -> DataFrame:

@@ -26,7 +26,8 @@ from optuna.trial import TrialState
 
 from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments.results import Combination, Results
+from kitty_nb.experiments.combination import Combination
+from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
 from kitty_nb.experiments.store import quiet
 from kitty_nb.experiments.trial import Outcome, Trial

@@ -23,7 +23,7 @@ from kitty_nb.experiments.metrics import (
     partial_metrics,
     read_objective,
 )
-from kitty_nb.experiments.results import Combination, Results, extra
+from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import (
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     import optuna
 
+    from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.study import Search
     from kitty_nb.experiments.trial import (
         Execute,
