@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from model_files import write_model
+from model_files import write_header, write_model
 
 from kitty_nb.catalog.gguf import read_header
 from kitty_nb.catalog.memory import (
@@ -341,6 +341,19 @@ def test_numbers_that_are_missing_or_absurd_are_named(
 ) -> None:
     with pytest.raises(ModelFileError, match=message):
         read_shape(model(**details))
+
+
+@pytest.mark.parametrize("shape", [[4], [4, 8]])
+@pytest.mark.parametrize("name", ["blk.0.ffn_up.weight", f"blk.{'9' * 5000}.ffn_up.weight"])
+def test_odd_tensors_have_no_part_in_the_shape(tmp_path: Path, name: str, shape: list[int]) -> None:
+    keys = {"block_count": 1, "embedding_length": 4, "context_length": 8}
+    path = write_header(
+        tmp_path / "odd.gguf",
+        tensors={name: (shape, gguf.GGMLQuantizationType.F32)},
+        **{f"qwen2.{key}": value for key, value in keys.items()},
+        **{"qwen2.attention.head_count": 1},
+    )
+    assert len(read_shape(path).layers) == 1
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path, model: Callable[..., Path]) -> None:

@@ -32,7 +32,7 @@ _OTHER_MEMORY = re.compile(
     r"\.(ssm|wkv|kda|shortconv|indexer|recurrent_layers|full_attention_interval|token_shift_count"
     r"|compress_ratios|decoder_block_count)\b"
 )
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)", re.ASCII)
 # Types that llama.cpp rearranges for the processor (`ggml/src/ggml-cpu/repack.cpp`, with AVX2 or
 # ARM's dot product): Q4_0, Q4_K and IQ4_NL.
 _REARRANGED = {2, 12, 20}
@@ -204,14 +204,15 @@ class _ShapeReader:
         experts go where gate and up were, if they fit.
         """
         shapes = {name: tensor.shape for name, tensor in block}
+
+        def side(name: str, number: int) -> int:
+            return next(iter(shapes.get(f"{name}.weight", ())[number:]), 0)
+
         used = self._number("expert_used_count", 0)
         widest = 0
         for suffix, times in (("", 1), ("_shexp", 1), ("_exps", used)):
-            down = shapes.get(f"ffn_down{suffix}.weight", (0,))[0] * times
-            into = times * sum(
-                shapes.get(f"ffn_{kind}{suffix}.weight", (0, 0))[1]
-                for kind in ("up", "gate", "gate_up")
-            )
+            down = side(f"ffn_down{suffix}", 0) * times
+            into = times * sum(side(f"ffn_{kind}{suffix}", 1) for kind in ("up", "gate", "gate_up"))
             inner = into + (down if into == 2 * down else 0)
             results = self._width * times if suffix == "_exps" else 0
             if results > into:
