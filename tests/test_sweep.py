@@ -20,6 +20,7 @@ import psutil
 import pytest
 from conftest import MARK, eventually
 from model_files import write_model
+from optuna.storages.journal import JournalFileOpenLock
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError, WaitTimeoutError
@@ -867,6 +868,25 @@ def test_the_lock_of_a_program_that_was_killed_is_broken(tmp_path: Path) -> None
     path.with_name("rows.journal.lock").touch()
     anyio.run(store.add, rows_of(2))
     assert len(store.read()) == 2
+
+
+def test_a_lock_that_another_program_took_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.journal"
+    store = RowStore(path, "conditions")
+    release = JournalFileOpenLock.release
+
+    def lose(lock: JournalFileOpenLock) -> None:
+        path.with_name("rows.journal.lock").unlink()
+        release(lock)
+
+    monkeypatch.setattr(JournalFileOpenLock, "release", lose)
+    with pytest.raises(ResultStoreError, match="1 results are kept in memory"):
+        anyio.run(store.add, rows_of(1))
+    monkeypatch.undo()
+    anyio.run(store.add)
+    assert len(store.read()) == 1
 
 
 def test_a_file_that_cannot_be_written_costs_no_row(sweep: Callable[..., Sweep]) -> None:

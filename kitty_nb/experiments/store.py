@@ -154,7 +154,7 @@ class RowStore:
             LookupError,
             TypeError,
             AssertionError,
-            RecursionError,
+            RuntimeError,  # too deep a row, or another program took a lock that stood still
         ) as error:
             self._replayed = None
             kept = f" {self.unwritten} results are kept in memory." if self._unwritten else ""
