@@ -177,13 +177,14 @@ class Database:
         with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as file:
             # Nobody misses the last row after a power cut, nor a cache that it damages.
             file.execute(f"PRAGMA synchronous = {'NORMAL' if self.precious else 'OFF'}")
-            (version,) = file.execute("PRAGMA user_version").fetchone()
-            if version > self.version:
-                raise sqlite3.NotSupportedError("a newer version of kitty_nb wrote it")
-            if version < self.version:
-                for statement in (*self.tables, f"PRAGMA user_version = {self.version}"):
-                    file.execute(statement)
             with file:
+                if _version(file) < self.version:
+                    file.execute("BEGIN IMMEDIATE")  # of several programs, one prepares it
+                if _version(file) < self.version:
+                    for statement in (*self.tables, f"PRAGMA user_version = {self.version}"):
+                        file.execute(statement)
+                if _version(file) > self.version:
+                    raise sqlite3.NotSupportedError("a newer version of kitty_nb wrote it")
                 return work(file)
 
     def _begin_anew(self) -> None:
@@ -201,3 +202,7 @@ class Database:
         if sentence not in _complained:
             _complained.add(sentence)
             self.complain(sentence)
+
+
+def _version(file: sqlite3.Connection) -> int:
+    return int(file.execute("PRAGMA user_version").fetchone()[0])

@@ -6,14 +6,16 @@ import json
 import os
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from model_files import write_header, write_model
 
 from kitty_nb.catalog.catalog import ModelCatalog
-from kitty_nb.safe_files import NO_HOME
+from kitty_nb.safe_files import NO_HOME, Database
 
 OLD = 1_700_000_000_000_000_000
 AHEAD = 4_000_000_000_000_000_000
@@ -87,6 +89,28 @@ def test_what_could_not_be_read_is_tried_again_though_it_looks_unchanged(tmp_pat
         assert (found.problem is None) is readable
 
 
+@pytest.mark.parametrize("number", [3, (1 << 63) + 3])
+def test_a_file_from_the_far_future_with_a_large_number_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
+    path = model(folder / "m.gguf", "one")
+    stat = Path.stat
+
+    def odd(self: Path, **options: bool) -> os.stat_result:
+        status = stat(self, **options)
+        if self != path:
+            return status
+        return SimpleNamespace(  # type: ignore[return-value]
+            st_mode=status.st_mode, st_size=status.st_size, st_mtime_ns=1 << 64, st_ino=number
+        )
+
+    monkeypatch.setattr(Path, "stat", odd)
+    assert titles(folder, cache) == ["one"]
+    path.write_bytes(path.read_bytes().replace(b"one", b"two"))
+    assert titles(folder, cache) == ["one"]
+
+
 def test_a_name_that_is_no_text_is_remembered(tmp_path: Path) -> None:
     folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
     try:
@@ -120,6 +144,25 @@ def test_a_damaged_cache_costs_the_cache_alone(
     if damage != "schema":
         changed(path, "3rd")
         assert titles(folder, cache) == ["two"], "a cache is kept again"
+
+
+def test_programs_that_create_a_cache_at_once_all_use_it(tmp_path: Path) -> None:
+    complaints: list[str] = []
+    together = threading.Barrier(8)
+    tables = ("DROP TABLE IF EXISTS files", "CREATE TABLE files (name)")
+
+    def use(round_: int) -> None:
+        path = tmp_path / f"{round_}.sqlite3"
+        database = Database(path, "It", "", complaints.append, tables)
+        together.wait()
+        database.use(lambda file: file.execute("INSERT INTO files VALUES (1)"), None)
+
+    for round_ in range(8):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(use, [round_] * 8))
+        with closing(sqlite3.connect(tmp_path / f"{round_}.sqlite3")) as file:
+            assert file.execute("SELECT count(*) FROM files").fetchone() == (8,)
+    assert not complaints
 
 
 def test_a_cache_of_another_version(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _FRESH_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
+_LARGEST = (1 << 63) - 1  # SQLite's; some file systems, such as CIFS, number files beyond it
 _MAX_ROWS = 20_000
 _TABLES = (
     "DROP TABLE IF EXISTS files",
@@ -64,7 +65,9 @@ def signature_of(path: Path) -> FileSignature | None:
         status = path.stat()
     except OSError:
         return None
-    return FileSignature(status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileSignature(
+        status.st_size, min(status.st_mtime_ns, _LARGEST), status.st_ino & _LARGEST
+    )
 
 
 def unchanged(path: Path, signature: FileSignature) -> bool:

@@ -22,6 +22,7 @@ import anyio
 import anyio.from_thread
 from anyio.to_thread import run_sync
 
+from kitty_nb.catalog.cache import signature_of
 from kitty_nb.catalog.gguf import read_header
 from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
 from kitty_nb.config import PROJECTOR, value_of
@@ -164,9 +165,10 @@ def _fingerprint(file: Path) -> tuple[int, str]:
     try:
         with file.open("rb") as opened:
             digest = hashlib.blake2b(opened.read(_DIGESTED), digest_size=16).hexdigest()
-        return file.stat().st_mtime_ns, digest
     except OSError:
         return 0, ""
+    signature = signature_of(file)
+    return signature.mtime_ns if signature else 0, digest
 
 
 def _settings(config: ServerConfig) -> str:
@@ -473,9 +475,5 @@ def _read_header(model: Path) -> tuple[int, float]:
         header = read_header(model)
     except ModelFileError:
         return 0, 1.0
-    used, count = (
-        header.metadata.get(f"{header.architecture}.{key}")
-        for key in ("expert_used_count", "expert_count")
-    )
-    share = used / count if isinstance(used, int) and isinstance(count, int) and count else 1.0
-    return header.data_at, share
+    used, count = header.own_number("expert_used_count"), header.own_number("expert_count")
+    return header.data_at, min(used / count, 1.0) if used and count else 1.0
