@@ -69,7 +69,8 @@ def sweep(base: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
     made: list[Sweep] = []
 
     def make(**more: object) -> Sweep:
-        given = {"config": base, "max_tokens": 8, "repeats": 1, "store": tmp_path / "sweep.journal"}
+        given = {"config": base, "store": tmp_path / "sweep.journal"}
+        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1}
         made.append(Sweep(**(given | more)))  # type: ignore[arg-type]
         return made[-1]
 
@@ -98,7 +99,8 @@ def heard(sweep: Sweep) -> list[SweepEvent]:
 
 def test_two_by_two(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
     grid = {"threads": [1, 2], "cache_type_k": ["f16", "q8_0"]}
-    one = sweep(grid=grid, repeats=2, parallel=(1, 4), prompts=[PROMPT, "And then?"])
+    asked = {"prompts": [PROMPT, "And then?"], "max_tokens": 8, "parallel": (1, 4)}
+    one = sweep(grid=grid, repeats=2, **asked)
     events = heard(one)
     operation = one.run()
     results = operation.wait(WAIT)
@@ -283,28 +285,27 @@ _KILLED = """
 import sys
 from kitty_nb import ServerConfig
 from kitty_nb.experiments import Sweep
-config = ServerConfig.model_validate_json(sys.argv[1])
-grid = {"threads": [1, 2], "batch_size": [64, 128]}
-with Sweep(config=config, grid=grid, repeats=2, max_tokens=8, store=sys.argv[2]) as sweep:
+given = {"config": ServerConfig.model_validate_json(sys.argv[1]), "store": sys.argv[2]}
+given |= {"grid": {"threads": [1, 2]}, "repeats": 2, "prompts": "Hi!", "max_tokens": 2}
+with Sweep(**given) as sweep:
+    sweep.subscribe(lambda event: print(type(event).__name__, flush=True))
     sweep.run().wait()
 """
 
 
 def test_a_killed_sweep_goes_on_where_it_was(
-    sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
+    sweep: Callable[..., Sweep], base: ServerConfig
 ) -> None:
-    program = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, base.model_dump_json(), str(tmp_path / "sweep.journal")]
-    )
-    grid = {"threads": [1, 2], "batch_size": [64, 128]}
-    one = sweep(grid=grid, repeats=2)
-    eventually(lambda: sweep(grid=grid, repeats=2).results.rows, within=WAIT)
-    eventually(servers, within=WAIT)
-    program.send_signal(signal.SIGKILL)
-    program.wait(WAIT)
+    one = sweep(grid={"threads": [1, 2]}, repeats=2)
+    command = [sys.executable, "-c", _KILLED, base.model_dump_json(), str(one.store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout
+        assert any(line == "TrialEnded\n" for line in program.stdout)
+        eventually(servers, within=WAIT)
+        program.kill()
     eventually(lambda: not servers(), within=30, why="the killed sweep's server lives on")
     before = one.results.rows
-    assert 1 <= len(before) < 8
+    assert 1 <= len(before) < 4
     events = heard(one)
     rows = one.run().wait(WAIT).rows
     assert rows[: len(before)] == before
@@ -315,7 +316,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
 
 
 def test_cancel_stops_the_server_and_keeps_what_is_done(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(grid={"threads": [1, 2]}, repeats=4)
+    one = sweep(grid={"threads": [1, 2]}, repeats=2)
     ended = threading.Event()
     one.subscribe(lambda event: ended.set() if isinstance(event, TrialEnded) else None)
     operation = one.run()
@@ -324,9 +325,9 @@ def test_cancel_stops_the_server_and_keeps_what_is_done(sweep: Callable[..., Swe
         one.run()
     one.cancel()
     results = operation.wait(WAIT)
-    assert 1 <= len(results.rows) < 8
+    assert 1 <= len(results.rows) < 4
     assert not servers()
-    assert len(one.run().wait(WAIT).rows) == 8
+    assert len(one.run().wait(WAIT).rows) == 4
 
 
 def test_a_cancelled_operation_ends_the_run_too(sweep: Callable[..., Sweep]) -> None:
@@ -452,7 +453,7 @@ def test_a_model_that_goes_away_is_a_row(
 ) -> None:
     assert base.model
     copy = Path(shutil.copy(base.model, tmp_path / "copy.gguf"))
-    one = sweep(models=[base.model, copy], repeats=3)
+    one = sweep(models=[base.model, copy], repeats=2)
 
     def take_away(event: SweepEvent) -> None:
         if isinstance(event, TrialEnded) and event.result.trial.repeat == 1:
@@ -460,7 +461,7 @@ def test_a_model_that_goes_away_is_a_row(
 
     one.subscribe(take_away)
     rows = one.run().wait(WAIT).rows
-    assert len(rows) == 6
+    assert len(rows) == 4
     for row in rows:
         gone = row.trial.model == str(copy) and row.trial.repeat > 1
         if row.trial.repeat > 1:
