@@ -1,1 +1,1 @@
-"""What the project costs and how true it is, each figure measured beside its yardstick."""
+"""Benchmarks of the project's claims, each figure measured beside its yardstick."""

@@ -1,4 +1,4 @@
-"""What listing models costs: a first scan against the `gguf` package's reader, and a second one.
+"""The cost of listing models: a first scan against the `gguf` package's reader, and a second one.
 
 And what opening a panel costs when all of them are known.
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _openings(folder: Path) -> Iterator[tuple[float, float]]:
-    """How long each of several panels takes to be there, and until all models can be chosen."""
+    """Measure how long several panels take to be there, and until all models can be chosen."""
     from kitty_nb import ControlPanel  # noqa: PLC0415 - not to be counted with the scans
 
     env = folder / ".env"

@@ -1,4 +1,4 @@
-"""What a second worker is worth: the same trials on one worker, and on two.
+"""The worth of a second worker: the same trials on one worker, and on two.
 
 Each worker is pinned to a core of its own, with the servers that it starts; both clusters are up
 all the time, and take turns. The demo model fits into a core's own cache, so that the two do not

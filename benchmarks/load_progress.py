@@ -1,4 +1,4 @@
-"""How true the load bar and the ETA are, and what watching a load costs.
+"""The truth of the load bar and the ETA, and the cost of watching a load.
 
 `python -m benchmarks.load_progress [--engine PATH] [--model PATH]` loads that model, or a demo
 model of 1.65 GB, again and again by that engine, or the one found as usual: off the disk (its page

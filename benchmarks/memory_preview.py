@@ -1,4 +1,4 @@
-"""How true the memory forecast is, and how fast: formula over the engine's own breakdown.
+"""The accuracy and speed of the memory forecast: formula over the engine's own breakdown.
 
 `python -m benchmarks.memory_preview [--engine PATH] [--model PATH]` asks that engine about that
 model, or else the one found as usual about headers as long as real ones, made by the tests.

@@ -1,4 +1,4 @@
-"""How often a notebook, run again, gives the outputs saved in it: `20 of 20` is all of them.
+"""Notebooks run again, and how often they give their saved outputs: `20 of 20` is every time.
 
 Each run is `pytest --nbval` in a folder of its own, with a kernel and servers of its own; cells
 compare their outputs with the saved ones to the letter. A run that is not done in time has failed.

@@ -1,4 +1,4 @@
-"""Whether anything piles up: starts and stops in one process, some ended by a kill.
+"""A search for leaks: starts and stops in one process, some ended by a kill.
 
 Each cycle starts the engine and ends it by a stop, a forced stop, a restart
 or SIGKILL, at a random moment. Threads, files, processes and what Python holds (`blocks`) stay as
@@ -35,7 +35,7 @@ _SECONDS = 20.0
 
 @dataclass(frozen=True)
 class _Left:
-    """What this process holds while no server runs; memory in MB, blocks as Python counts them."""
+    """This process while no server runs; memory in MB, blocks as Python counts them."""
 
     threads: int
     files: int

@@ -1,4 +1,4 @@
-"""What a benchmark runs on: an engine and a model, from the command line or the environment."""
+"""The subject of a benchmark: an engine and a model, from the command line or the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What supervising costs: ready lag, start overhead, death detection, gaps on the kernel's loop.
+"""The cost of supervising: ready lag, start overhead, death detection, gaps on the kernel's loop.
 
 READY waits for a first answer, whose cost is the model's own: the same request is timed on a bare
 server, and its median is taken off the lag.

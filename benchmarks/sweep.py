@@ -1,4 +1,4 @@
-"""What a sweep adds to its trials, and how true its speeds are.
+"""The time that a sweep adds to its trials, and the truth of its speeds.
 
 `python -m benchmarks.sweep [--engine PATH] [--model PATH]`, by default on the engine found as usual
 and a dense model of zeros, about as long to load and to ask as a small real one. The yardstick for

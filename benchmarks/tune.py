@@ -1,10 +1,10 @@
-"""How close `tune` comes to a full grid's best, with a quarter of its trials.
+"""The distance of `tune` from a full grid's best, with a quarter of its trials.
 
 By default the model is dense, of zeros, and about as long to ask as a small real one; of another
-one the grid is smaller. All servers
-have one thread, for with as many as there are cores any neighbour on the machine decides what is
-fastest. Grid and searches are measured one after the other; their winners then once more side by
-side, in turns, because the best of many noisy figures is partly luck:
+one the grid is smaller. All servers have one thread, for with as many as there are cores any
+neighbour on the machine decides what is fastest. Grid and searches are measured one after the
+other; their winners then once more side by side, in turns, because the best of many noisy figures
+is partly luck:
 
     python -m benchmarks.tune [--engine PATH] [--model PATH]
 """
@@ -105,7 +105,7 @@ def _search(
 def _side_by_side(
     config: ServerConfig, folder: Path, best: Combination, winners: list[Combination], rounds: int
 ) -> list[float]:
-    """What each winner reaches of the best, by medians of as many rounds."""
+    """The share of the best that each winner reaches, by medians of as many rounds."""
     configs = [dict(one.trial.settings) for one in (best, *winners)]
     results = _sweep(config, folder / "again.journal", configs=configs, repeats=rounds)
     rates = {frozenset(one.trial.settings): one.value(_OBJECTIVE) for one in results.combinations}

@@ -1,4 +1,4 @@
-"""How the suite is organised.
+"""The organisation of the suite.
 
 `pytest` runs what a change should be checked by, in several processes and some minutes; a named
 file or test runs in one process, so that a debugger and `-s` work. Markers choose parts:
@@ -148,7 +148,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def no_cache_outside(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What the catalog remembers stays out of the user's cache folder."""
+    """Keep what the catalog remembers out of the user's cache folder."""
     folder = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: folder / name)
 

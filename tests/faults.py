@@ -1,4 +1,4 @@
-"""What a fault does to a server: one row says it, and the rest is the same for all rows."""
+"""Faults and their effect on a server: one row says it, and the rest is the same for all rows."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def nothing(_: Case) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, and what becomes of the server.
+    """A fault, and what becomes of the server.
 
     Attributes:
         name: What goes wrong, in words.

@@ -54,7 +54,7 @@ class Asked:
 
 
 class Hub:
-    """What the server has, how it misbehaves, and what it was asked.
+    """The server's files, its misbehaviour, and the requests that it got.
 
     Attributes:
         repos: Repositories by name.

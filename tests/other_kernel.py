@@ -30,7 +30,7 @@ if sys.argv[2] != "end":
 
 
 def runs(pid: int) -> bool:
-    """Whether it does; an orphan that has ended may stay listed until init looks."""
+    """True if it does; an orphan that has ended may stay listed until init looks."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

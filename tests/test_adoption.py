@@ -222,7 +222,7 @@ def test_the_record_is_private_and_whole(config: ServerConfig) -> None:
 
 
 def told_until(config: ServerConfig, pattern: str) -> list[str]:
-    """What is told to who finds the server, up to what matches a pattern."""
+    """The activities shown to whoever finds the server, up to one that matches a pattern."""
     said: list[str] = []
 
     def listen(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees: the control notebook in JupyterLab, in a real browser."""
+"""The view of a person: the control notebook in JupyterLab, in a real browser."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class Notebook:
         expect(self.page.locator("body")).to_have_attribute("data-jp-theme-light", light)
 
     def barriers(self) -> list[str]:
-        """What axe finds in the panel that the WCAG's level AA forbids."""
+        """The faults that axe finds in the panel, by the WCAG's level AA."""
         # JupyterLab's body has no height, so axe would take all that is in it for hidden.
         self.page.add_style_tag(content="body { height: 100vh !important }")
         rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}

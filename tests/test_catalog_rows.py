@@ -1,4 +1,4 @@
-"""What the catalog tells of a model, and what it makes of files that are not whole models."""
+"""The catalog's facts about models, and its rows for files that are not whole models."""
 
 from __future__ import annotations
 

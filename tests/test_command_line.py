@@ -66,7 +66,7 @@ def bare(config: ServerConfig) -> ServerConfig:
 
 
 def settings(help_text: str, config: ServerConfig) -> tuple[str, ...]:
-    """What follows the flags that every command has."""
+    """The words after the flags that every command has."""
     return build_command(engine(help_text), config)[9:]
 
 

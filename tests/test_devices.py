@@ -73,7 +73,7 @@ def listens(port: int) -> bool:
 
 
 def needed(refusal: str) -> str:
-    """What a refusal says without what is free, which changes by the second."""
+    """A refusal without the free memory, which changes by the second."""
     return re.sub(r" [\d.]+ GB free", "", refusal)
 
 

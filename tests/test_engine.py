@@ -205,7 +205,7 @@ def test_found_on_path_before_the_wheel(
 def test_another_program_of_the_same_path_is_asked_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
 ) -> None:
-    """What a program said is kept beyond this process; a script counts with what it starts."""
+    """A program's answer is kept beyond this process; a script counts with what it starts."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     path = inside = tmp_path / "llama-server"

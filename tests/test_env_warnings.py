@@ -1,4 +1,4 @@
-"""What a `.env` file or the environment says in vain is said."""
+"""Warnings about keys in a `.env` file or the environment that have no effect."""
 
 from __future__ import annotations
 

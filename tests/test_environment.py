@@ -1,4 +1,4 @@
-"""What a server has of the environment of the program that starts it."""
+"""The environment of a server, taken from that of the program that starts it."""
 
 from __future__ import annotations
 

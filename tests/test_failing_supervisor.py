@@ -1,4 +1,4 @@
-"""What goes wrong inside kitty_nb ends in a state and a sentence, and nothing waits for ever."""
+"""Failures inside kitty_nb: each ends in a state and a sentence, and nothing waits for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can happen to what is written: records, locks, logs and the folders. On the real engine,
+"""Faults of what is written: records, locks, logs and the folders. On the real engine,
 unless only the stand-in can produce it."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can happen to a server's process, its kernel and its clock: each row on the real engine,
+"""Faults of a server's process, its kernel and its clock: each row on the real engine,
 unless only the stand-in can produce it."""
 
 from __future__ import annotations

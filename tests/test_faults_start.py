@@ -1,4 +1,4 @@
-"""What can be wrong before a server runs: each row on the real engine, unless only the stand-in
+"""Faults before a server runs: each row on the real engine, unless only the stand-in
 can produce it."""
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Misbehaving = Callable[..., ServerConfig]
 
 
 def tokens_computed(manager: ModelManager) -> float:
-    """What the server itself counts, of prompts and answers, since it was started."""
+    """The server's own counts, of prompts and answers, since it was started."""
     lines = manager.http.get("/metrics").text.splitlines()
     counts = dict(line.split() for line in lines if not line.startswith("#"))
     return float(counts["llamacpp:prompt_tokens_total"])

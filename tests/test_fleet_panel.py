@@ -70,7 +70,7 @@ def wait_for(panel: FleetPanel, **statuses: str) -> None:
 
 
 def click(panel: FleetPanel, kind: str, profile: str | None = None) -> None:
-    """What the page sends."""
+    """Send what the page sends."""
     panel._handle_custom_msg({"kind": kind} | ({"profile": profile} if profile else {}), [])
 
 

@@ -198,7 +198,7 @@ class Kernel:
         return "".join(self.printed), reply["content"].get("ename", "")
 
     def interrupt(self) -> None:
-        """What the interrupt button does."""
+        """Do what the interrupt button does."""
         psutil.Process(self.manager.provisioner.pid).send_signal(signal.SIGINT)  # type: ignore[union-attr]
 
 

@@ -103,7 +103,7 @@ def line(wanted: Wanted) -> Iterator[MemoryLine]:
 
 
 def written(line: MemoryLine) -> list[tuple[Any, str]]:
-    """What is written into the widget from now on, and by which thread."""
+    """The writes to the widget from now on, each with its thread."""
     seen: list[tuple[Any, str]] = []
     line.observe(
         lambda change: seen.append((change["new"], threading.current_thread().name)), "value"

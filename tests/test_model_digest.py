@@ -1,4 +1,4 @@
-"""Which model it is: the SHA-256 of its files, read once."""
+"""The identity of a model: the SHA-256 of its files, read once."""
 
 from __future__ import annotations
 

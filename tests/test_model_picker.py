@@ -150,7 +150,7 @@ def test_a_model_elsewhere_that_is_chosen_stays_when_the_folder_changes(
 
 
 class Page:
-    """What a page that shows the table and the details has received."""
+    """The messages to a page that shows the table and the details."""
 
     def __init__(self, panel: ControlPanel, sent: list[tuple[str, dict[str, object]]]) -> None:
         self._sent, self._panel, self._since = sent, panel, len(sent)

@@ -1,4 +1,4 @@
-"""What the catalog remembers between scans, and how it reports while it scans."""
+"""The catalog's memory between scans, and its reports while it scans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What another user of the machine leaves in our way is neither believed nor run."""
+"""Files and processes of another user in our way are neither believed nor run."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_where_sockets_are_hidden_the_listeners_user_tells(second_user: User) ->
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where we work: a folder of ours below one that everybody can write to, as in `/tmp`."""
+    """A place to work: a folder of ours below one that everybody can write to, as in `/tmp`."""
     shared = tmp_path / "shared"
     (shared / "project").mkdir(parents=True)
     shared.chmod(0o1777)

@@ -84,7 +84,7 @@ def one(folder: Path) -> Model:
 
 
 def shown(model: Model) -> set[str]:
-    """What a person reads of it: in the table, and in the details."""
+    """The text that a person reads of it: in the table, and in the details."""
     (row,) = table_rows([model], [], {}, {model.path: 1})
     return {row["problem"], model_facts(model)["Problem"]}
 

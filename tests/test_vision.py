@@ -51,7 +51,7 @@ def seeing(config: ServerConfig, tmp_path: Path) -> ServerConfig:
 
 
 def paired(model: Path, root: Path) -> Path | None:
-    """What a start would use; the catalog must say the same."""
+    """The projector that a start would use; the catalog must say the same."""
     (row,) = [row for row in ModelCatalog(root).scan() if row.path == model]
     described = ModelCatalog(root).describe(model)
     config = resolve_model(ServerConfig(models_dir=root, model=model))

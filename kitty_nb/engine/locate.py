@@ -285,7 +285,7 @@ def _engine(candidate: _Candidate, told_help: str, told_version: str) -> Engine:
 
 
 def _answers() -> Database:
-    """What programs printed in other processes, by their stamp."""
+    """The answers of programs that other processes asked, by their stamp."""
     path = user_folder(platformdirs.user_cache_path) / "engines.sqlite3"
     return Database(path, "The cache", "llama-server is asked again.", _log.warning, _TABLES)
 

@@ -162,7 +162,7 @@ class Request(_Facts):
 
     @property
     def body(self) -> dict[str, JsonValue]:
-        """What is sent there."""
+        """The JSON that is sent there."""
         if self.text is None:
             return {"messages": list(self.messages), **self.parameters}
         return {"prompt": self.text, **self.parameters}

@@ -241,7 +241,7 @@ class LoadMeter:
         return self.expected.loading + self._vocabulary
 
     def _flow_seconds(self) -> float:
-        """How long the first bytes seen have come: at the known rate, else since the last look."""
+        """The seconds of the bytes seen so far: at the known rate, else since the last look."""
         if self._guessing:
             return math.inf
         return self.expected.loading * min(self.loaded / max(self.total, 1), 1.0)
@@ -259,7 +259,7 @@ class LoadMeter:
         return (worth * foreseen + passed * (1.0 - share)) / (worth + share)
 
     def _preparing(self, loaded_at: float) -> float:
-        """How long preparing should take, if the last byte is there then."""
+        """The seconds that preparing should take, if the last byte is there then."""
         expected = self.expected.preparing
         if self._guessing:
             expected += (loaded_at - self._began.get(Stage.LOADING, loaded_at)) * _PREPARING
