@@ -28,8 +28,6 @@ from kitty_nb.catalog.gguf import read_header
 from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.supervisor.history import Outcome
 
-# A command in this process leaves the server that it has started, as the program would.
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 _COMMAND = (sys.executable, "-m", "kitty_nb.cli")
 
 

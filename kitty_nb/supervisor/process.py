@@ -146,6 +146,11 @@ class ServerProcess:
         self._others_end_within = 0.0
         self._signal(signal.SIGKILL)
 
+    def leave(self) -> None:
+        """Let it run on unwatched."""
+        if self._child:
+            leave_child(self._child)
+
     def usage(self) -> Usage | None:
         """Measure memory, bytes read and work, or return None when the process has just ended."""
         first, *others = map(_usage, self._family())
@@ -212,6 +217,17 @@ class ServerProcess:
         for one in others:
             with suppress(psutil.Error, OSError):
                 one.send_signal(number)  # never another process of the same number
+
+
+_left: list[Popen[bytes]] = []
+
+
+def leave_child(child: Popen[bytes]) -> None:
+    """Keep a child that nobody watches any more, and reap those of them that have ended.
+
+    Python complains of one that is dropped while it runs, and closes the pipe to it.
+    """
+    _left[:] = [one for one in (*_left, child) if one.poll() is None]
 
 
 def _usage(process: psutil.Process) -> Usage | None:

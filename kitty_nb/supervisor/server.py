@@ -160,9 +160,8 @@ class Server:
         finally:
             if self._log:
                 self._log.close()
-            if not self._ended and not self._found and self._process and self._process.runs():
-                with suppress(OSError):
-                    self._start_sidecar()
+            if not self._ended:
+                self._leave()
             with anyio.CancelScope(shield=True):
                 await self.probe.aclose()
                 if self._ended and self._sidecar:
@@ -529,6 +528,16 @@ class Server:
         with suppress(OSError):
             withdrawn_path(registry.record_path(self._config)).unlink()
         return outcome
+
+    def _leave(self) -> None:
+        """Leave the process to its sidecar; both run on unwatched."""
+        if self._process:
+            if not self._found and self._process.runs():
+                with suppress(OSError):
+                    self._start_sidecar()
+            self._process.leave()
+        if self._sidecar:
+            self._sidecar.leave()
 
     async def _port_owner(self) -> PortOwner | None:
         return await run_sync(owner_of, self._config.host, self._config.port)

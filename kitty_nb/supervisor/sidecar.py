@@ -24,7 +24,7 @@ import anyio.to_thread
 import psutil
 
 from kitty_nb.supervisor.log import shrink
-from kitty_nb.supervisor.process import AT_WORK, ServerProcess, Usage
+from kitty_nb.supervisor.process import AT_WORK, ServerProcess, Usage, leave_child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,6 +123,10 @@ class Sidecar:
             self._program.stdin.flush()
             if not self._mark:
                 self._program.stdin.close()
+
+    def leave(self) -> None:
+        """Let it run on with its server."""
+        leave_child(self._program)
 
     async def ended(self) -> None:
         """Wait for its end, which follows that of its server."""

@@ -1,6 +1,6 @@
-"""The widgets, one per file: `ControlPanel`, `FleetPanel` and `SweepPanel` compose them.
+"""The widgets: `ControlPanel`, `FleetPanel` and `SweepPanel`, and the parts they are made of.
 
-They are imported when they are first used, as in `kitty_nb`: one does not wait for the other.
+Panels are imported when they are first used, as in `kitty_nb`: one does not wait for the other.
 """
 
 from importlib import import_module
