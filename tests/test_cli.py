@@ -257,8 +257,8 @@ def test_a_start_that_fails_says_why(env: Path, config: ServerConfig) -> None:
 def test_why_a_start_failed_is_known_until_the_next_one(
     env: Path, stand_in: Path, flags: str, says: str
 ) -> None:
-    good = f"{env.read_text()}LLAMACPP_BIN={stand_in}\nLLAMACPP_STALL_SECONDS=1\n"
-    env.write_text(f"{good}LLAMACPP_EXTRA_ARGS={flags}\n")
+    good = f"{env.read_text()}LLAMACPP_BIN={stand_in}\n"
+    env.write_text(f"{good}LLAMACPP_STALL_SECONDS=1\nLLAMACPP_EXTRA_ARGS={flags}\n")
     failed = run("start", "--env", env)
     assert failed.exit_code == 1
     reason = failed.stderr.partition("kitty-nb: ")[2].splitlines()[0]

@@ -166,7 +166,7 @@ def test_the_context_ends_with_the_server(config: ServerConfig) -> None:
 
 
 def test_a_slow_load_shows_every_stage_and_never_falls(misbehaving: Misbehaving) -> None:
-    config = misbehaving("--load-seconds", "2", "--prepare-seconds", "1")
+    config = misbehaving("--load-seconds", "2", "--prepare-seconds", "3")
     checks: list[tuple[HealthCheckResult, int, int]] = []
 
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:

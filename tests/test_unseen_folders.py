@@ -3,6 +3,7 @@ can: a name that is too long makes the system refuse like a parent that may not 
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import anyio
@@ -58,6 +59,13 @@ def test_the_doctor_goes_on_to_its_last_check(env: Path) -> None:
     assert "LLAMACPP_BIN" in findings["Engine"].advice
     assert findings["Disk"].verdict is Verdict.OK  # of the folder above
     assert run("doctor", "--env", env).exit_code == 1
+
+
+def test_whoever_has_the_port_is_told_without_the_folder_of_records(env: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env.write_text(f"{env.read_text()}LLAMACPP_PORT={taken.getsockname()[1]}\n")
+        findings = {finding.what: finding for finding in examine(env)}
+    assert findings["Port of primary"].verdict is Verdict.ERROR
 
 
 def test_a_program_that_may_not_be_looked_at_is_explained(tmp_path: Path) -> None:

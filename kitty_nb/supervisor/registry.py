@@ -142,9 +142,10 @@ def leaving_server(config: ServerConfig) -> ServerProcess | None:
 
 def record_of(pid: int, folder: Path) -> ServerRecord | None:
     """Return the record of the server that is this process or its wrapper, of whatever profile."""
-    for record in filter(None, map(_read, folder.glob(f"*{RECORD}"))):
-        if (process := process_of(record)) and process.includes(pid):
-            return record
+    with suppress(OSError):  # a folder that cannot be looked at has none
+        for record in filter(None, map(_read, folder.glob(f"*{RECORD}"))):
+            if (process := process_of(record)) and process.includes(pid):
+                return record
     return None
 
 
