@@ -210,6 +210,15 @@ def test_the_eta_of_a_slower_load_never_leaps_and_is_true_or_not_shown(loading: 
     assert not shown[0].overdue
 
 
+def test_the_time_left_of_a_guess_ends_and_does_not_grow() -> None:
+    shown, _ = played(meter_for(Basis.NOTHING, 0.1, 5.0, 0.5), 0.2, 10, 20)
+    etas = [one.eta for one in shown if one.stage is Stage.PREPARING]
+    known = [eta for eta in etas if eta is not None]
+    assert known
+    assert etas == known + [None] * (len(etas) - len(known))
+    assert max(known) <= 1.0 + 1e-9  # the rule of thumb, and a twentieth of the weights' time
+
+
 def test_a_load_as_usual_is_not_overdue() -> None:
     shown, _ = played(meter_for(Basis.SAME_LOAD, 0.2, 10, 1), 0.2, 10, 1)
     assert not any(one.overdue or one.eta is None for one in shown)

@@ -10,7 +10,7 @@ from conftest import eventually
 
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import Allocation, MemoryPool, MemoryPreview, Requirement, Verdict
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.widgets.settings_form import MemoryLine, memory_sentence
 
 GB = 10**9
@@ -124,6 +124,20 @@ def test_it_shows_the_chosen_model_and_hides_without_one(line: MemoryLine, wante
     line.refresh()
     eventually(lambda: line.preview is None)
     assert line.layout.display == "none"
+
+
+def test_a_wrong_setting_is_said_where_its_memory_would_be(
+    line: MemoryLine, wanted: Wanted
+) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        wanted.config.replace(context_size="lots <of>")
+    wanted.error = wrong.value
+    line.refresh()
+    eventually(lambda: "Context lots &lt;of&gt;: It is not valid. Write a number" in line.value)
+    assert (line.layout.display, line.preview) == (None, None)
+    wanted.error = None
+    line.refresh()
+    eventually(lambda: "for a context of 512" in line.value)
 
 
 def test_the_latest_setting_wins_and_the_managers_thread_writes(

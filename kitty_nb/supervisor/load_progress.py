@@ -221,7 +221,8 @@ class LoadMeter:
         self._slack = min(self._slack, left - elapsed)
         eta = max(self._slack + elapsed, 0.0)
         if self._guessing:
-            return LoadProgress(self.stage, self._fraction, elapsed, eta)
+            shown = None if self._outlasts(elapsed) else eta
+            return LoadProgress(self.stage, self._fraction, elapsed, shown)
         held_back = left > eta * _UNUSUAL
         overdue = held_back or elapsed > self.expected.total * _UNUSUAL
         shown = None if held_back else eta
@@ -264,6 +265,11 @@ class LoadMeter:
         if self._guessing:
             expected += (loaded_at - self._began.get(Stage.LOADING, loaded_at)) * _PREPARING
         return expected
+
+    def _outlasts(self, elapsed: float) -> bool:
+        """True if preparing lasts longer than it should: what is left would only grow."""
+        began = self._began.get(Stage.PREPARING, elapsed)
+        return elapsed - began > self._preparing(began)
 
     def _rest(self, expected: float, elapsed: float) -> float:
         """The seconds left of the current stage, by the clock alone; never 0."""

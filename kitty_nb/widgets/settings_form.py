@@ -12,7 +12,7 @@ from ipywidgets import Dropdown, GridBox, Text, Widget
 from kitty_nb.catalog.demo_model import DEMO_NAME, write_demo_model
 from kitty_nb.catalog.memory import Verdict
 from kitty_nb.config import FlashAttention, ServerConfig
-from kitty_nb.errors import KittyError, ModelFileError
+from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.widgets.display import Line, button, labelled
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ _WORTH_SAYING = _GB / 10  # bytes
 
 
 class MemoryLine(Line):
-    """A sentence about memory; hidden while no model is chosen.
+    """A sentence about memory, or about a setting that is wrong; hidden while no model is chosen.
 
     Args:
         manager: It works the figures out, and calls back on its own thread.
@@ -135,6 +135,8 @@ class MemoryLine(Line):
             self.stop()
             try:
                 config = self._wanted()
+            except ConfigError as error:
+                self._manager.run(self._complain, error)
             except KittyError:
                 self._manager.run(self._hide)
             else:
@@ -148,9 +150,22 @@ class MemoryLine(Line):
     async def _hide(self) -> None:
         self._show(None)
 
+    async def _complain(self, error: ConfigError) -> None:
+        self.preview = None
+        self.write(f"<span class='kitty-bad'>{_setting_sentence(error)}</span>")
+
     def _show(self, preview: MemoryPreview | None) -> None:
         self.write(memory_sentence(preview) if preview else "")
         self.preview = preview
+
+
+def _setting_sentence(error: ConfigError) -> str:
+    """Describe what is wrong with the fields, as HTML, by the names that they have on screen."""
+    return "<br>".join(
+        f"{escape(_FIELDS[one.key][0] if one.key in _FIELDS else one.key)} {escape(one.value)}:"
+        f" {escape(one.reason)} {escape(one.fix)}"
+        for one in error.problems
+    )
 
 
 def memory_sentence(preview: MemoryPreview) -> str:
@@ -178,7 +193,8 @@ def memory_sentence(preview: MemoryPreview) -> str:
     if (most := preview.largest_context) is not None:
         whole = "the model's maximum context fits"
         fits = whole if preview.whole_context else "largest context that fits"
-        line += f"; {fits}: {most:,}" if most else "; no context size fits"
+        if not (preview.whole_context and most == preview.context):
+            line += f"; {fits}: {most:,}" if most else "; no context size fits"
     pools = " · ".join(
         f"{escape(one.pool.name)} {_size(one.requirement.known)} of {_free(one)}"
         for one in preview.allocations
