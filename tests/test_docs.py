@@ -85,7 +85,7 @@ def test_the_examples_of_a_page_run_one_after_the_other(
     (tmp_path / ".env").write_text(
         f"LLAMACPP_PORT={free_port}\nLLAMACPP_MODELS_DIR=models\nLLAMACPP_LOG_DIR=logs\n"
         "LLAMACPP_HISTORY=history.sqlite3\nLLAMACPP_ON_KERNEL_EXIT=stop\n"
-        "LLAMACPP_PRIMARY_MODEL=kitty-demo.gguf\nLLAMACPP_CTX=4096\n"
+        "LLAMACPP_PRIMARY_MODEL=kitty-demo.gguf\nLLAMACPP_CTX=4096\nLLAMACPP_THREADS=1\n"
     )
     model = (models / "kitty-demo.gguf").read_bytes()
     hub.repos["ggml-org/gemma-3-4b-it-GGUF"] = Repo({"gemma-3-4b-it-Q4_K_M.gguf": model})

@@ -24,6 +24,7 @@ def at_home(folder: Path, port: int) -> None:
     (folder / ".env").write_text(
         f"LLAMACPP_PORT={port}\nLLAMACPP_MODELS_DIR=models\nLLAMACPP_LOG_DIR=logs\n"
         "LLAMACPP_HISTORY=history.sqlite3\nLLAMACPP_ON_KERNEL_EXIT=stop\n"
+        "LLAMACPP_THREADS=1\n"  # several would wait for each other, and compute while they do
     )
     (folder / "models").mkdir()
 
@@ -48,13 +49,13 @@ def test_a_notebook_gives_the_outputs_kept_of_it(
 ) -> None:
     at_home(tmp_path, free_port)
     command = [
-        *(sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=120"),
-        # Cells run in their order, whatever shuffles the tests of this suite.
-        *("-p", "no:cacheprovider", "-p", "no:randomly"),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "nbval.plugin"),
+        *("--nbval", "--nbval-cell-timeout=120"),
         shutil.copy(RUN_ONCE / notebook.name, tmp_path),
     ]
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of a dozen plugins
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
