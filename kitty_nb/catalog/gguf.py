@@ -85,12 +85,10 @@ class ArrayInfo:
     """The kept part of an array.
 
     Attributes:
-        element_type: The number of the elements' type in the GGUF format, e.g. 8 for strings.
         length: How many elements it has.
         numbers: Its elements, if they are numbers and no more than a model can have layers.
     """
 
-    element_type: int
     length: int
     numbers: tuple[bool | int | float, ...] = ()
 
@@ -282,12 +280,12 @@ class _Reader:
         if kind == _STRING:
             length = self._count("strings in an array", _MOST_STRINGS)
             self._skip_strings(length)
-            return ArrayInfo(kind, length)
+            return ArrayInfo(length)
         code, length = self._code(kind), self._scalar("Q")
         if length <= MOST_LAYERS:
-            return ArrayInfo(kind, length, self._unpack(f"{length}{code}"))
+            return ArrayInfo(length, self._unpack(f"{length}{code}"))
         self._at += length * struct.calcsize(self._order + code)
-        return ArrayInfo(kind, length)
+        return ArrayInfo(length)
 
     def _code(self, kind: int) -> str:
         if kind not in _SCALARS:
