@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
@@ -43,7 +42,7 @@ from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
-from kitty_nb.supervisor.process import ServerProcess, Usage, oom_kills
+from kitty_nb.supervisor.process import Usage, oom_kills
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
+    from kitty_nb.supervisor.process import ServerProcess
 
     Emit = Callable[[Event | lifecycle.Report | HealthCheckResult], None]
 
@@ -95,10 +95,10 @@ class Server:
         config: ServerConfig,
         api_key: SecretStr | None,
         emit: Emit,
-        found: registry.ServerRecord | None = None,
+        found: registry.ServerRecord | None,
         *,
-        clock: Callable[[], float] = time.monotonic,
-        processes: type[ServerProcess] = ServerProcess,
+        clock: Callable[[], float],
+        processes: type[ServerProcess],
     ) -> None:
         self.api_key = found.api_key if found else api_key
         self.probe = HealthProbe(config, self.api_key)
@@ -145,10 +145,15 @@ class Server:
 
     async def run(self) -> None:
         """Supervise the process until it ends. Cancelled, it leaves the process to its sidecar."""
+        refusal: KittyError | OSError | None = None  # stays None where the launch is cancelled
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._tasks.start_soon(self._measure_load)
-                refusal = await self._begin()
+                try:
+                    with self._launching:
+                        await (self._adopt() if self._found else self._launch())
+                except (KittyError, OSError) as error:
+                    refusal = error
                 code = await self._watch(self._process) if self._process else None
                 self._ended = True
                 self._tasks.cancel_scope.cancel()
@@ -168,15 +173,6 @@ class Server:
                     await self._sidecar.ended()
 
     # Launch
-
-    async def _begin(self) -> KittyError | OSError | None:
-        """Get the process; return why there is none, unless the launch was cancelled."""
-        try:
-            with self._launching:
-                await (self._adopt() if self._found else self._launch())
-        except (KittyError, OSError) as error:
-            return error
-        return None
 
     async def _adopt(self) -> None:
         assert self._record  # noqa: S101 (it was found)
