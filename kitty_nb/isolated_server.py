@@ -1,8 +1,8 @@
 """The waist between experiments and the rooms below: a server of one's own, and facts about it.
 
 Experiments import the manager and the client, `kitty_nb.errors`, `kitty_nb.config`,
-`kitty_nb.catalog` and this module. `isolated_server` serves a `ServerConfig` beside
-whatever else runs, and is certain to end its server.
+`kitty_nb.catalog`, `kitty_nb.safe_files` and this module. `isolated_server` serves a `ServerConfig`
+beside whatever else runs, and is certain to end its server.
 """
 
 from __future__ import annotations

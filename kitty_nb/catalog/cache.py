@@ -1,4 +1,4 @@
-"""Cache of facts read from files, kept until the files change: facts, shapes, SHA-256 digests."""
+"""A cache of what files hold, kept until the files change: their headers' facts, their SHA-256."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class FileCache(Generic[T]):
     """Remembers one kind of facts about files, by path and signature. It never raises.
 
     Args:
-        kind: The name of the facts and their version, e.g. `shape 2`: another one whenever they
+        kind: The name of the facts and their version, e.g. `facts 6`: another one whenever they
             change or are worked out otherwise.
         load: Reads from text what is remembered; its ValueError and TypeError mean damage.
         dump: Writes it as text.

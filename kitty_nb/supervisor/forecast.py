@@ -405,7 +405,7 @@ class ModelStats:
         self._forecaster = Forecaster()
 
     def history(self, config: ServerConfig, warn: Callable[[str], None]) -> LoadHistory:
-        """Return the history of loads and favourites; `warn` is told what is wrong with it."""
+        """Return the history of loads and favourites; `warn` is called with its faults."""
         return LoadHistory(config.history, warn)
 
     async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:

@@ -155,7 +155,7 @@ def _say(text: str) -> None:
 
 
 def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
-    """Wait for an operation while the kernel's own tasks go on; an interrupt calls it off.
+    """Wait for an operation while the kernel's own tasks go on; an interrupt cancels it.
 
     Raises:
         KittyError: What the operation ended with.
@@ -173,7 +173,7 @@ def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
 
 
 def _print_pieces(pieces: SimpleQueue[Piece]) -> None:
-    """Print what has come, thoughts in grey."""
+    """Print the pieces so far, thoughts in grey."""
     text = ""
     while not pieces.empty():
         piece = pieces.get()

@@ -129,7 +129,7 @@ class MemoryLine(Line):
     def refresh(self) -> None:
         """Look again, because the model or a setting has changed.
 
-        Callable from any thread but the manager's. A look under way is called off.
+        Callable from any thread but the manager's. A look under way is cancelled.
         """
         with self._turn, suppress(KittyError):  # the manager may have been closed
             self.stop()
@@ -143,7 +143,7 @@ class MemoryLine(Line):
                 self._looking = self._manager.preview_memory(config, self._show)
 
     def stop(self) -> None:
-        """Call off the look under way, if there is one."""
+        """Cancel the look under way, if there is one."""
         if self._looking is not None:
             self._looking.cancel()
 
