@@ -63,6 +63,7 @@ _USUAL = "Q4_K_M"  # llama.cpp's own default
 _NO_MODEL = re.compile(r"(?<![a-z])imatrix(?![a-z])", re.IGNORECASE)
 _TIMEOUT = 20.0  # seconds
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+_KEPT = " The downloaded part is kept."
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +221,13 @@ def _ask(reference: HubReference) -> Repository:
 
 
 @contextmanager
-def hub_errors(repository: str) -> Iterator[None]:
-    """Raise the errors of the Hub's client as sentences with a remedy."""
+def hub_errors(repository: str, downloaded: str = "") -> Iterator[None]:
+    """Raise the errors of the Hub's client as sentences with a remedy.
+
+    Args:
+        repository: Its name.
+        downloaded: What to add about files of it that may have been downloaded.
+    """
     import httpx2  # noqa: PLC0415
     from huggingface_hub import constants, errors  # noqa: PLC0415
 
@@ -242,12 +248,12 @@ def hub_errors(repository: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise HubError(
             f"The Hub answered with status {error.response.status_code} for {repository}. Try again"
-            f" later, or {_LOG_IN}. The downloaded part is kept."
+            f" later, or {_LOG_IN}.{downloaded}"
         ) from error
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
         raise HubOfflineError(
             f"Can't reach the Hub at {constants.ENDPOINT} ({type(error).__name__}: {error}). Check"
-            " the connection and try again. The downloaded part is kept."
+            f" the connection and try again.{downloaded}"
         ) from error
 
 
@@ -397,7 +403,7 @@ class Download:
             )
         self._done, self._on_progress = 0, on_progress
         try:
-            with hub_errors(self._repository.name):
+            with hub_errors(self._repository.name, _KEPT):
                 headers = await run_sync(build_hf_headers)
                 async with get_async_session() as client:
                     client.headers.update(headers)
@@ -412,7 +418,7 @@ class Download:
             kind = DiskFullError if error.errno in _NO_ROOM else HubError
             raise kind(
                 f"Can't write to {self._folder}: {error}. Free some space, fix its permissions, or"
-                " set LLAMACPP_MODELS_DIR to another folder. The downloaded part is kept."
+                f" set LLAMACPP_MODELS_DIR to another folder.{_KEPT}"
             ) from error
         return self.model
 
