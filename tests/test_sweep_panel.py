@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,10 @@ def panel_for() -> Iterator[Callable[..., SweepPanel]]:
     yield make
     for panel in panels:
         panel.close()
+
+
+def test_a_panel_that_was_never_made_is_closed_without_a_word() -> None:
+    SweepPanel.__new__(SweepPanel).close()
 
 
 def reach(panel: SweepPanel, status: str) -> None:
@@ -207,6 +212,7 @@ def test_what_fails_says_why_and_can_be_tried_again(
 ) -> None:
     broken = tmp_path / "<i>broken&.gguf"
     broken.write_bytes(demo_model.read_bytes()[:200_000])
+    os.utime(broken, (0, 0))  # it is not being downloaded now
     sweep = made(models=[demo_model, broken])
     panel = panel_for(sweep)
     panel.buttons.start.click()

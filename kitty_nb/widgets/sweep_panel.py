@@ -194,9 +194,9 @@ class SweepPanel(VBox):
 
     def close(self) -> None:
         """Remove the widgets. A sweep that runs goes on."""
+        if self.comm is None:  # closed, or never made, because an argument was wrong
+            return
         with self._writing:
-            if self.comm is None:
-                return
             self._unsubscribe()
             self._view.stop()
             for widget in [*tree(self)][1:]:
