@@ -100,6 +100,13 @@ class Operation(Generic[T]):
         return self._progress()
 
 
+class _Answer(Operation[str]):
+    """An answer on its way. The model stops when nobody awaits it any more: a cell interrupted."""
+
+    def __await__(self) -> Generator[Any, None, str]:
+        return asyncio.wrap_future(self._future).__await__()
+
+
 def _command(
     method: Callable[Concatenate[Supervisor, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[ModelManager, P], Operation[T]]:
@@ -266,7 +273,9 @@ class ModelManager:
         on_piece: Callable[[Piece], object] | None = None,
         **options: Any,
     ) -> Operation[str]:
-        """Ask the model; the result is its answer. Cancelled, the server stops answering.
+        """Ask the model; the result is its answer.
+
+        If it is cancelled, or an `await` of it is interrupted, the server stops answering.
 
         Args:
             messages: A prompt, or a whole conversation in the form of OpenAI's protocol.
@@ -286,7 +295,8 @@ class ModelManager:
                 f" switch_model(…): {', '.join(router.models)}."
             )
         request = {"model": state.alias, "messages": messages, **options}
-        return self.run(access.chat, request, on_piece or (lambda _: None))
+        asked = self._start(access.chat, request, on_piece or (lambda _: None))
+        return _Answer(asked, lambda: self._progress)
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
@@ -298,6 +308,9 @@ class ModelManager:
         Raises:
             KittyError: The manager is closed.
         """
+        return Operation(self._start(function, *args), lambda: self._progress)
+
+    def _start(self, function: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Future[T]:
         if self._forked:
             raise KittyError(
                 "This manager belongs to the parent process. Create one in this process:"
@@ -305,7 +318,7 @@ class ModelManager:
             )
         if self._closed:
             raise KittyError("This manager is closed. Run the cell that created it again.")
-        return Operation(self._portal.start_task_soon(function, *args), lambda: self._progress)
+        return self._portal.start_task_soon(function, *args)
 
     def close(self) -> None:
         """Stop the server and end the thread. Closing twice does no harm."""

@@ -71,7 +71,7 @@ def test_a_server_is_started_asked_and_stopped(run: Run) -> None:
     assert re.search(r"\r\w.* · .*\rREADY", started)
     last = started.rpartition("\r")[2]
     assert re.match(r"READY: demo at http://127\.0\.0\.1:\d+ \(PID \d+", last)
-    assert "READY: demo" in run("%kitty status")
+    assert "READY: demo" in run("%kitty")  # the verb is understood to be status
     answer = run("%%kitty_chat --temperature 0\nWho are you?")
     assert answer.startswith("Hello! I am")
     assert len(run("%%kitty_chat --max-tokens 3\nWho are you?")) < len(answer)

@@ -42,7 +42,7 @@ class KittyMagics(Magics):
         self._confirm = session.ConfirmOnce("Run this again to start anyway.")
 
     @magic_arguments()
-    @argument("verb", choices=_VERBS, help="The action for the profile's server.")
+    @argument("verb", nargs="?", default="status", choices=_VERBS, help="What to do; else status.")
     @argument("model", nargs="?", help="switch: a .gguf file, relative to the models folder.")
     @argument("--profile", default="primary", help="The profile to use.")
     @argument("--env", default=".env", help="The .env file with the settings.")
