@@ -7,7 +7,7 @@ file or test runs in one process, so that a debugger and `-s` work. Markers choo
 runs all of them. `--shuffle SEED` runs the tests in another order: none may depend on it.
 
 Each process has folders, ports and a home of its own. One process has all tests of a module whose
-fixtures are costly (`TOGETHER`); those of the others go wherever there is time.
+fixtures or imports are costly (`TOGETHER`); those of the others go wherever there is time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None) or os.environ.get("KITTY_N
 if _NATIVE_ENGINE:
     os.environ["KITTY_NATIVE_ENGINE"] = _NATIVE_ENGINE  # for the processes of xdist
 
-TOGETHER = {"test_browser", "test_dask_sweep"}
+TOGETHER = {"test_browser", "test_dask_sweep", "test_results"}
 STAND_IN = Path(__file__).parent / "stand_in_server.py"
 MARK = "KITTY_NB_TEST_RUN"
 

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import psutil
 import pytest
 from conftest import MARK, eventually
-from distributed import Client
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ExperimentError
@@ -29,10 +29,14 @@ from kitty_nb.experiments.trial import (
 )
 from kitty_nb.supervisor.events import Stage
 
+if TYPE_CHECKING:  # else a second's import in processes that run other tests
+    from distributed import Client
+
 WAIT = 120.0
 _MACHINES = Path(__file__).parent / "dask_machines.py"
 _SLOT = {"resources": {"kitty_trial": 1}}
-_LONG = ["Hi!"] * 100  # so that a server is there long enough to be found
+# So that a server is there long enough to be found.
+_LONG = {"prompts": ["Hi!"] * 100, "max_tokens": 8}
 
 
 @contextmanager
@@ -57,6 +61,8 @@ def machines(folder: Path, **options: object) -> Iterator[subprocess.Popen[str]]
 
 @contextmanager
 def connected(process: subprocess.Popen[str]) -> Iterator[Client]:
+    from distributed import Client  # noqa: PLC0415
+
     assert process.stdout
     with Client(process.stdout.readline().strip()) as client:
         yield client
@@ -73,6 +79,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[Client]:
+    from distributed import Client  # noqa: PLC0415
+
     with Client(address) as client:
         client.wait_for_workers(2, timeout=WAIT)
         yield client
@@ -170,7 +178,7 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(
 def test_cancel_ends_the_servers_of_all_workers(
     sweep: Callable[..., Sweep], client: Client
 ) -> None:
-    one = sweep(repeats=3, prompts=_LONG)
+    one = sweep(repeats=3, prompts=["Hi!"] * 50)
     operation = one.run(client=client)
     eventually(lambda: len(servers()) == 2, within=WAIT)
     one.cancel()
@@ -280,6 +288,8 @@ def _show(name: str) -> None:
 
 
 def test_a_client_of_the_loop_that_runs(sweep: Callable[..., Sweep], address: str) -> None:
+    from distributed import Client  # noqa: PLC0415
+
     async def script() -> None:
         async with Client(address, asynchronous=True) as client, sweep() as one:
             (row,) = (await one.run_here(client=client)).rows
@@ -300,7 +310,7 @@ def test_a_worker_that_dies_gives_its_trial_away(
     sweep: Callable[..., Sweep], tmp_path: Path
 ) -> None:
     with machines(tmp_path, n_workers=2, **_SLOT) as process, connected(process) as client:
-        one = sweep(repeats=3, prompts=_LONG)
+        one = sweep(repeats=3, **_LONG)
         events = heard(one)
         operation = one.run(client=client)
         eventually(lambda: count(events, TrialProgressed), within=WAIT)
@@ -319,7 +329,7 @@ def test_a_trial_that_takes_its_workers_with_it_is_a_row(
     sweep: Callable[..., Sweep], demo_model: Path, tmp_path: Path
 ) -> None:
     with machines(tmp_path, n_workers=2, **_SLOT) as process, connected(process) as client:
-        one = sweep(prompts=_LONG)
+        one = sweep(**_LONG)
         stop = one.subscribe(kill_when_ready)
         (row,) = one.run(client=client).wait(WAIT).rows
         assert row.outcome is Outcome.FAILED
