@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -356,6 +358,19 @@ def test_files_that_cannot_be_read_or_written_are_named(kept: RunRecord, tmp_pat
         kept.save(file / "run.json")
     assert RunRecord.load(file) == kept
     assert [path.name for path in tmp_path.glob("*run.json*")] == ["run.json"]
+
+
+def test_a_record_is_written_through_nobodys_link_and_as_the_umask_says(
+    kept: RunRecord, tmp_path: Path
+) -> None:
+    (tmp_path / ".run.json.part").symlink_to(tmp_path / "elsewhere")
+    umask = os.umask(0o027)
+    try:
+        file = kept.save(tmp_path / "run.json")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_request_is_either_a_conversation_or_a_text() -> None:
