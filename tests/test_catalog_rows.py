@@ -62,6 +62,7 @@ def test_a_header_tells_all_of_a_model(tmp_path: Path, endian: gguf.GGUFEndian) 
         ("{%- if tools is defined -%}", True),
         ("{{ tools | tojson }}", True),
         ("{{ toolset }}", False),
+        pytest.param("{{" * 100_000, False, id="never closed"),
     ],
 )
 def test_a_template_tells_whether_it_takes_tools(

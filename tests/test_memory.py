@@ -343,6 +343,12 @@ def test_numbers_that_are_missing_or_absurd_are_named(
         read_shape(model(**details))
 
 
+def test_a_sentence_stays_short_whatever_the_header_says(model: Callable[..., Path]) -> None:
+    with pytest.raises(ModelFileError) as refused:
+        read_shape(model(attention__head_count="x" * 100_000))
+    assert len(str(refused.value)) < 500
+
+
 @pytest.mark.parametrize("shape", [[4], [4, 8]])
 @pytest.mark.parametrize("name", ["blk.0.ffn_up.weight", f"blk.{'9' * 5000}.ffn_up.weight"])
 def test_odd_tensors_have_no_part_in_the_shape(tmp_path: Path, name: str, shape: list[int]) -> None:

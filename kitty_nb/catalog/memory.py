@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Far beyond the context, the width or the vocabulary of any model.
 _NATURAL, _POSITIVE = range(1 << 24), range(1, 1 << 24)
 _SHAPES_KEPT = 1024
+_LONGEST = 200  # letters of what a header says, in a sentence
 # Keys of models that remember otherwise than by keys and values for each token: state-space,
 # linear and indexed sparse attention, encoders with a decoder.
 _OTHER_MEMORY = re.compile(
@@ -241,7 +242,7 @@ class _ShapeReader:
 
     def _unusable(self, what: str) -> ModelFileError:
         return ModelFileError(
-            f"{self._header.path.name} {what}, so its memory use cannot be estimated. Download it"
+            f"{self._header.path.name} {what:.{_LONGEST}}, so its memory use cannot be estimated. Download it"
             " again, or try another conversion of the model."
         )
 

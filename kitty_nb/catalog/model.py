@@ -121,7 +121,9 @@ def plain_name(name: str) -> str:
     return _SEPARATORS.sub("-", name.casefold()).strip("-")
 
 
-_IN_JINJA = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+# Up to the next delimiter of either kind: a search for the right one takes forever where none is.
+_IN_JINJA = re.compile(r"\{[{%](?:(?!\{[{%]|[%}]\}).)*", re.DOTALL)
+_LONGEST = 1 << 20  # letters of a template, far beyond any real one
 _TOOLS = re.compile(r"\btools\b")
 _OF_LORA = (".lora_a", ".lora_b")  # converters of 2024 do not say the file's type
 _REPOSITORY = re.compile(r"https?://[^/]+/(?P<name>.+?)/?")
@@ -286,7 +288,8 @@ def _takes_tools(header: GgufHeader, template: str | None) -> bool | None:
         return True
     if template is None:
         return None
-    return any(_TOOLS.search(code) for code in _IN_JINJA.findall(template))
+    code = _IN_JINJA.finditer(template, 0, _LONGEST)
+    return any(_TOOLS.search(part[0]) for part in code)
 
 
 _JUST_NOW = 120  # seconds in which a download that still runs has written something
