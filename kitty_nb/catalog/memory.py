@@ -242,8 +242,8 @@ class _ShapeReader:
 
     def _unusable(self, what: str) -> ModelFileError:
         return ModelFileError(
-            f"{self._header.path.name} {what:.{_LONGEST}}, so its memory use cannot be estimated. Download it"
-            " again, or try another conversion of the model."
+            f"{self._header.path.name} {what:.{_LONGEST}}, so its memory use cannot be estimated."
+            " Download it again, or try another conversion of the model."
         )
 
 
