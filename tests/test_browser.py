@@ -14,16 +14,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from conftest import eventually
 from model_files import write_header
-from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
 
 from kitty_nb import write_demo_model
+
+if TYPE_CHECKING:  # else a second's import in processes that run other tests
+    from playwright.sync_api import Browser, Locator, Page, Response
 
 pytestmark = pytest.mark.browser
 
@@ -39,12 +41,20 @@ _CHROMIUM_FLAGS = [
 ]
 _LOAD_SECONDS = 8
 
-expect.set_options(timeout=30_000)  # a machine that tests is a busy one
+
+def expect(part: Locator | Page) -> Any:
+    """Return Playwright's assertions about a part of a page."""
+    from playwright.sync_api import expect as asserted  # noqa: PLC0415
+
+    asserted.set_options(timeout=30_000)  # a machine that tests is a busy one
+    return asserted(part)
 
 
 # Playwright keeps an event loop running in this thread, so it must end with this module.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415
+
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
         names = ("chromium", "chromium-browser", "google-chrome")
@@ -198,6 +208,8 @@ class Notebook:
 
     def barriers(self) -> list[str]:
         """The faults that axe finds in the panel, by the WCAG's level AA."""
+        from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415
+
         # JupyterLab's body has no height, so axe would take all that is in it for hidden.
         self.page.add_style_tag(content="body { height: 100vh !important }")
         rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
