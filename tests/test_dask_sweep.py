@@ -64,7 +64,8 @@ def connected(process: subprocess.Popen[str]) -> Iterator[Client]:
     from distributed import Client  # noqa: PLC0415
 
     assert process.stdout
-    with Client(process.stdout.readline().strip()) as client:
+    # One that gives up a lost scheduler leaves its thread behind: it has more time than a test.
+    with Client(process.stdout.readline().strip(), timeout=3 * WAIT) as client:
         yield client
 
 

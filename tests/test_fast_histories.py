@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
 
 import anyio
 import pytest
 from fast_time import SimulatedProcess, clock, simulated
 
 from kitty_nb import HealthCheckResult, ServerConfig, ServerState, ServerStatus, Supervisor
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import ServerCrashedError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, StateChanged
 from kitty_nb.supervisor.health import NOT_IN_TIME
 from kitty_nb.supervisor.registry import record_path
@@ -30,6 +32,24 @@ class NeverListening(NeverReady):
 
 class SlowLoad(SimulatedProcess):
     ready_after = 15.0
+
+
+class LogsAsItEnds(SimulatedProcess):
+    log_path: Path
+
+    @classmethod
+    def spawn(
+        cls, command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> Self:
+        process = super().spawn(command, log_path, environment)
+        process.log_path = log_path
+        process.end(7)
+        return process
+
+    async def wait(self) -> int | None:
+        code = await super().wait()
+        self.log_path.write_text("loading model\n")
+        return code
 
 
 async def reach(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> None:
@@ -120,6 +140,16 @@ def test_a_server_that_never_listens_is_given_up(misbehaving: Misbehaving) -> No
             await supervisor.start(anyway=True)
 
     simulated(misbehaving(stall_seconds=40), scenario, NeverListening)
+
+
+def test_a_server_whose_load_is_read_only_after_its_end_has_crashed(
+    misbehaving: Misbehaving,
+) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        with pytest.raises(ServerCrashedError, match="exit code 7"):
+            await supervisor.start(anyway=True)
+
+    simulated(misbehaving(), scenario, LogsAsItEnds)
 
 
 def test_a_server_that_is_being_stopped_is_not_said_to_hang(misbehaving: Misbehaving) -> None:

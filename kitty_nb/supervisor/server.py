@@ -326,7 +326,8 @@ class Server:
         self._meter.heartbeat(self._elapsed())
         if self._meter.stage is Stage.STARTING and any(map(_LOADING.search, lines)):
             self._meter.enter_stage(Stage.LOADING, self._elapsed())
-            self._tasks.start_soon(self.probe.find_listener)  # the port is bound before that line
+            if not self._ended:  # the port is bound before that line
+                self._tasks.start_soon(self.probe.find_listener)
         self._emit(LogLines(lines))
         if not self.was_ready and any(map(_NEWS.search, lines)):
             self.probe.hint()
