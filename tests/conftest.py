@@ -274,6 +274,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hugging Face Hub on loopback, which clients take for the real one."""
     from huggingface_hub import close_session, constants  # noqa: PLC0415 - its settings are set
 
+    close_session()  # one that a test without this Hub has left was made in other surroundings
     with Hub(usual_repositories()).serving() as hub:
         files = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
