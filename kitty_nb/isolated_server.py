@@ -28,14 +28,8 @@ from anyio.to_thread import run_sync
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
-from kitty_nb.engine.locate import (
-    Dialect,
-    Engine,
-    EngineKind,
-    Option,
-    engine_devices,
-    locate_engine,
-)
+from kitty_nb.engine.devices import engine_devices
+from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory

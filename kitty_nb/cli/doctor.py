@@ -26,7 +26,8 @@ from kitty_nb.catalog.stores import model_stores
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
-from kitty_nb.engine.locate import engine_devices, locate_engine
+from kitty_nb.engine.devices import engine_devices
+from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices

@@ -1,4 +1,4 @@
-"""The llama-server to run, and what it says of itself: its dialect, version and devices."""
+"""The llama-server to run, its version, and the flags that it knows."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ import anyio
 import anyio.to_thread
 import platformdirs
 
-from kitty_nb.config import server_environment, spelled, value_of
+from kitty_nb.config import server_environment, spelled
 from kitty_nb.engine import embedded
 from kitty_nb.errors import EngineError, EngineNotFoundError
 from kitty_nb.safe_files import Database, distrust, user_folder
 
 if TYPE_CHECKING:
     import sqlite3
-
-    from kitty_nb.config import ServerConfig
 
 # Descriptions start at column 26 or later in every build, options well before it.
 _OPTION_LINE = re.compile(r" {0,12}(?P<text>--?[A-Za-z].*)")
@@ -307,109 +305,3 @@ async def output_of(command: tuple[str, ...], answer_within: float) -> str:
         return f"{error.strerror}."
     text = done.stdout.decode(errors="replace")
     return text if text.strip() else f"nothing, and exited with code {done.returncode}."
-
-
-_MIB = 1 << 20
-_ANSWER_WITHIN = 20.0  # seconds; a GPU's driver can take its time when it is used first
-# Seconds. Machines of --rpc serve one client at a time: a server that runs keeps others waiting.
-_REMOTE_WITHIN = 2.0
-_LISTED = "Available devices"
-# One of these is there where Linux has a GPU's driver, on a PC, in WSL or on a Jetson.
-_DRIVERS = ("/dev/dri", "/dev/kfd", "/dev/dxg", "/dev/nvidiactl", "/dev/nvmap")
-_DEVICE = re.compile(
-    r"^  (?P<name>\S+): (?P<about>.*) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device with its memory, such as a GPU, or a machine that serves as one.
-
-    Attributes:
-        name: What the engine calls it, e.g. `Vulkan0`.
-        about: What it is, e.g. `AMD Radeon RX 7900 XTX`; where another machine is meant, its
-            address.
-        free: Bytes of its memory that are free.
-        total: Bytes in all.
-    """
-
-    name: str
-    about: str
-    free: int
-    total: int
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.about})"
-
-
-def parse_devices(text: str) -> tuple[Device, ...]:
-    """Read what `llama-server --list-devices` prints."""
-    return tuple(
-        Device(found["name"], found["about"], int(found["free"]) * _MIB, int(found["total"]) * _MIB)
-        for found in _DEVICE.finditer(text)
-    )
-
-
-async def engine_devices(config: ServerConfig) -> tuple[Engine, tuple[Device, ...] | None]:
-    """Find the engine of some settings, and its devices as `list_devices` returns them.
-
-    Raises:
-        EngineError: There is no engine that can be run.
-    """
-    engine = await locate_engine(config.binary)
-    return engine, await list_devices(engine, config)
-
-
-async def device_names(config: ServerConfig) -> tuple[str, ...] | None:
-    """Return the devices' names as first listed, before a server kept other machines busy.
-
-    Raises:
-        EngineError: There is no engine that can be run.
-    """
-    engine = await locate_engine(config.binary)
-    question = engine.command, remote_machines(config), _chosen(config)
-    if question not in _names and (found := await list_devices(engine, config)) is not None:
-        _names[question] = tuple(map(str, found))
-    return _names.get(question)
-
-
-_names: dict[tuple[object, ...], tuple[str, ...]] = {}
-
-
-async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ...] | None:
-    """Ask an engine for the devices that it would use with some settings, as it orders them.
-
-    Returns:
-        None where this build does not list them, or machines of `--rpc` are busy.
-    """
-    if engine.dialect.option("--list-devices") is None:
-        return None
-    # Python is slow to say that there is none.
-    if engine.kind is EngineKind.EMBEDDED and not await anyio.to_thread.run_sync(_has_driver):
-        return ()
-    remote = remote_machines(config)
-    servers = ("--rpc", remote) if remote else ()
-    command = (*engine.command, *servers, "--list-devices")
-    answer = await output_of(command, _REMOTE_WITHIN if remote else _ANSWER_WITHIN)
-    if _LISTED not in answer:
-        return None
-    found = parse_devices(answer)
-    chosen = _chosen(config)
-    if chosen is not None:
-        by_name = {device.name: device for device in found}
-        return tuple(by_name[name] for name in chosen.split(",") if name in by_name)
-    # Other machines come first, as llama.cpp has it: their part of the model travels less.
-    return tuple(sorted(found, key=lambda device: not device.name.startswith("RPC")))
-
-
-def _chosen(config: ServerConfig) -> str | None:
-    return value_of(config.extra_args, {"-dev", "--device"})
-
-
-def _has_driver() -> bool:
-    return sys.platform != "linux" or any(Path(file).exists() for file in _DRIVERS)
-
-
-def remote_machines(config: ServerConfig) -> str | None:
-    """The addresses of other machines that lend their devices; None without any."""
-    return value_of(config.extra_args, {"--rpc"})
