@@ -281,11 +281,11 @@ def test_a_history_in_use_does_not_delay_a_crash(
 
     async def run() -> None:
         async with Supervisor(config) as supervisor:
+            connection.execute("BEGIN EXCLUSIVE")  # the forecast waits for it, too
             await supervisor.start(wait_for_ready=False)
             while supervisor.state.pid is None:
                 await anyio.sleep(0.005)
             pid = supervisor.state.pid
-            connection.execute("BEGIN EXCLUSIVE")
             while runs(pid):
                 await anyio.sleep(0.005)
             died = time.monotonic()

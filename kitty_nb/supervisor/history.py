@@ -260,9 +260,11 @@ class LoadHistory:
     async def recall(self, host: str, path: str) -> tuple[LoadRecord, ...]:
         """Return a host's loads that became ready, newest first, the model at `path` before all."""
         values = (host, path, _ROWS_RECALLED)
-        return await self._use(
-            lambda file: tuple(LoadRecord(*row) for row in file.execute(_RECALL, values)), ()
-        )
+
+        def look(file: sqlite3.Connection) -> tuple[LoadRecord, ...]:
+            return tuple(LoadRecord(*row) for row in file.execute(_RECALL, values))
+
+        return await self._use(look, (), abandon_on_cancel=True)
 
     async def add(self, record: LoadRecord) -> None:
         """Write a row, and forget the oldest once there are very many."""
@@ -287,7 +289,7 @@ class LoadHistory:
                 found[texts[text]] = note
             return found
 
-        return await self._use(look, {})
+        return await self._use(look, {}, abandon_on_cancel=True)
 
     async def set_favorite(self, model: Path, favorite: bool) -> None:
         """Remember whether a model is a favourite."""
@@ -298,8 +300,15 @@ class LoadHistory:
         )
         await self._use(lambda file: file.execute(statement, (path_text(model),)), None)
 
-    async def _use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        return await run_sync(self._file.use, work, otherwise)
+    async def _use(
+        self,
+        work: Callable[[sqlite3.Connection], T],
+        otherwise: T,
+        *,
+        abandon_on_cancel: bool = False,
+    ) -> T:
+        """Use the file in a thread; what is only read may be abandoned, what is written not."""
+        return await run_sync(self._file.use, work, otherwise, abandon_on_cancel=abandon_on_cancel)
 
 
 def _mapping(text: object) -> dict[str, Any]:
