@@ -17,7 +17,7 @@ import pytest
 from conftest import eventually
 
 from kitty_nb.config import FlashAttention
-from kitty_nb.engine import embedded
+from kitty_nb.engine import embedded, embedded_options
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine, parse_help
 
@@ -37,13 +37,13 @@ DIALECT = parse_help(embedded.help_text())
 def set_up(*words: str) -> Any:
     """The parameters that a command line ends up as."""
     params = xllamacpp.CommonParams()
-    for _, value, target in embedded.read_arguments(words):
-        embedded.set_option(params, target, value)
+    for flag, value in embedded_options.read_arguments(words):
+        embedded_options.set_option(params, flag, value)
     return params
 
 
 def test_help_reads_back_as_the_table() -> None:
-    heads = ["-h, --help, --usage", "--version", "--list-devices", *embedded.OPTIONS]
+    heads = ["-h, --help, --usage", "--version", "--list-devices", *embedded_options.OPTIONS]
 
     for option, head in zip(DIALECT.options, heads, strict=True):
         names, value = re.fullmatch(r"((?:-\S+, )*-\S+)(?: (.*))?", head).groups()
@@ -53,15 +53,22 @@ def test_help_reads_back_as_the_table() -> None:
 
 @pytest.mark.parametrize("option", DIALECT.options[3:], ids=lambda option: option.flags[-1])
 def test_every_option_is_one_that_the_wheel_has(option: Option, tmp_path: Path) -> None:
-    template = tmp_path / "template.jinja"
-    template.write_text("{{ messages }}")
+    file = tmp_path / "file"
+    file.write_text("{}")
     samples = {
+        **dict.fromkeys(re.findall(r"--\S+-file", " ".join(option.flags)), str(file)),
         "--chat-template-kwargs": '{"name": 1}',
-        "--chat-template-file": str(template),
+        **dict.fromkeys(re.findall(r"--cpu-range\S*", " ".join(option.flags)), "0-1"),
+        "--device-draft": "none",
+        "--json-schema": '{"type": "string"}',
+        "--lora-scaled": "adapter.gguf:0.5",
         "--media-path": str(tmp_path),
         "--override-tensor": "ffn=CPU",
+        "--override-tensor-draft": "ffn=CPU",
         "--samplers": "top_k;temperature",
+        "--sampling-seq": "kt",
         "--slot-save-path": str(tmp_path),
+        "--spec-type": "ngram-mod,draft-simple",
     }
 
     for flag in option.flags:
@@ -69,11 +76,45 @@ def test_every_option_is_one_that_the_wheel_has(option: Option, tmp_path: Path) 
             set_up(flag, *[value] * option.values)
 
 
+def test_a_target_is_written_down_only_where_the_name_does_not_tell() -> None:
+    params = xllamacpp.CommonParams()
+
+    for head, target in embedded_options.OPTIONS.items():
+        names = [name.partition(" ")[0] for name in head.split(", ")]
+        derived = embedded_options.attribute_of(params, names)
+        assert target != derived if target else derived, head
+
+
+@pytest.mark.native
+def test_every_option_of_llama_server_is_there_or_has_a_reason(native_engine: Path) -> None:
+    """A native build's options, those that the wheel does and those that it cannot do."""
+    done = subprocess.run([native_engine, "--help"], capture_output=True, text=True, check=True)
+    explained = {
+        flag: reason
+        for names, _, reason in (one.partition("  ") for one in embedded_options.WITHOUT)
+        for flag in names.split(", ")
+    }
+
+    known = parse_help(done.stdout).options
+    missing = [flag for option in known for flag in option.flags if not DIALECT.option(flag)]
+
+    assert [flag for flag in missing if not explained.get(flag)] == []
+    assert [flag for flag in explained if DIALECT.option(flag)] == []
+    for option in known:
+        if ours := DIALECT.option(option.flags[0]):
+            assert ours.values == option.values, option.flags
+
+
 def test_values_arrive() -> None:
     params = set_up(
         *("--ctx_size", "4096", "-fa", "off", "--no-jinja", "-nkvo", "--load-mode", "mmap+mlock"),
         *("-ngl", "all", "--alias", "a, b", "--seed", "-1", "--reasoning", "off", "-ctk", "q8_0"),
         *("--chat-template-kwargs", '{"deep": true}', "--timeout", "7", "--rerank"),
+        *("--spec-type", "ngram-mod,draft-simple", "--spec-ngram-mod-n-max", "32", "-ngld", "all"),
+        *("-md", "draft.gguf", "--spec-draft-n-max", "5", "--no-spec-draft-backend-sampling"),
+        *("-Cr", "1-2", "-Cbd", "0x5", "--prio-draft", "2", "-fitt", "512", "-ncmoe", "2"),
+        *("--json-schema", '{"type": "string"}', "--sampler-seq", "kt", "--no-repack"),
+        *("--lora-scaled", "a:0.5,b:2", "--no-reasoning-preserve", "--spec-draft-poll", "1"),
     )
 
     assert params.n_ctx == 4096
@@ -85,11 +126,51 @@ def test_values_arrive() -> None:
     assert params.model_alias == {"a", "b"}
     assert params.sampling.seed == 2**32 - 1
     assert params.enable_reasoning == 0
-    assert params.default_template_kwargs == {"enable_thinking": "false", "deep": "true"}
+    assert params.default_template_kwargs == {
+        "enable_thinking": "false",
+        "deep": "true",
+        "preserve_reasoning": "false",
+    }
     assert params.cache_type_k.name == "GGML_TYPE_Q8_0"
     assert params.timeout_read == params.timeout_write == 7
+    assert [kind.name for kind in params.speculative.types] == [
+        "COMMON_SPECULATIVE_TYPE_NGRAM_MOD",
+        "COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE",
+    ]
+    draft = params.speculative.draft
+    assert params.speculative.ngram_mod.n_max == 32
+    assert (draft.mparams.path, draft.n_max, draft.n_gpu_layers) == ("draft.gguf", 5, -2)
+    assert not draft.backend_sampling
+    assert params.cpuparams.cpumask[:4] == [False, True, True, False]
+    assert draft.cpuparams_batch.cpumask[:4] == [True, False, True, False]
+    assert draft.cpuparams_batch.mask_valid
+    assert draft.cpuparams.priority.name == "GGML_SCHED_PRIO_HIGH"
+    assert draft.cpuparams.poll == 1
+    assert set(params.fit_params_target) == {512 << 20}
+    assert params.tensor_buft_overrides.count("=CPU") == 2
+    assert params.sampling.grammar.type == xllamacpp.common_grammar_type(2)
+    assert params.sampling.samplers == "top_k;temperature"
+    assert params.no_extra_bufts
+    assert [(one.path, one.scale) for one in params.lora_adapters] == [("a", 0.5), ("b", 2.0)]
     assert params.embedding
     assert params.pooling_type.name == "LLAMA_POOLING_TYPE_RANK"
+
+
+@pytest.mark.parametrize(
+    ("words", "origins"),
+    [
+        ((), "*"),
+        (("--tools", "read_file"), "localhost"),
+        (("--agent",), "localhost"),
+        (("--agent", "--no-agent"), "*"),
+        (("--cors-origins", "*", "--mcp-servers-json", "{}"), "*"),
+    ],
+)
+def test_tools_are_closed_to_other_web_pages(words: tuple[str, ...], origins: str) -> None:
+    params = set_up(*words)
+    embedded_options.close_to_pages(params)
+
+    assert params.cors_origins == origins
 
 
 def test_an_explicit_0_asks_for_the_whole_context() -> None:
