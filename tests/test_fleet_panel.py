@@ -77,30 +77,30 @@ def click(panel: FleetPanel, kind: str, profile: str | None = None) -> None:
 def test_two_profiles_run_at_once(open_: Open, env: Path) -> None:
     panel = open_(env)
     assert repr(panel) == "FleetPanel(profiles=['primary', 'coder'])"
-    assert {r["status"] for r in panel.rows} == {"STOPPED"}
+    assert {r["status"] for r in panel.rows} == {"Not running"}
     click(panel, "start", "primary")
-    wait_for(panel, primary="READY", coder="STOPPED")
+    wait_for(panel, primary="Ready", coder="Not running")
     assert (row(panel, "primary")["start"], row(panel, "primary")["stop"]) == (False, True)
     click(panel, "start", "coder")
-    wait_for(panel, primary="READY", coder="READY")
+    wait_for(panel, primary="Ready", coder="Ready")
     for profile in ("primary", "coder"):
         eventually(lambda p=profile: str(row(panel, p)["memory"]).endswith("B"), within=20)
         answer = panel.manager(profile).chat("Who are you?").wait(30)
         assert answer.startswith("Hello! I am")
         assert row(panel, profile)["model"] == "demo.gguf"
     data, _ = DisplayFormatter().format(panel)
-    assert "<tr><td>coder</td><td>READY</td><td>demo.gguf</td>" in data["text/html"]
+    assert "<tr><td>coder</td><td>Ready</td><td>demo.gguf</td>" in data["text/html"]
     click(panel, "stop_all")
-    wait_for(panel, primary="STOPPED", coder="STOPPED")
+    wait_for(panel, primary="Not running", coder="Not running")
     click(panel, "start_all")
-    wait_for(panel, primary="READY", coder="READY")
+    wait_for(panel, primary="Ready", coder="Ready")
 
 
 def test_how_fast_it_answers_is_shown(open_: Open, env: Path) -> None:
     env.write_text(f"{env.read_text()}LLAMACPP_EXTRA_ARGS='--context-shift'\n")
     panel = open_(env)
     panel.start("primary")
-    wait_for(panel, primary="READY")
+    wait_for(panel, primary="Ready")
     eventually(lambda: row(panel, "primary")["pace"] == "0", within=20)
     endless = panel.manager("primary").chat("Who are you?", ignore_eos=True)
     eventually(lambda: row(panel, "primary")["pace"] not in {"0", UNKNOWN}, within=20)
@@ -119,12 +119,12 @@ def test_profiles_that_want_one_port_are_told_before_they_start(
         row(panel, "mine")["problem"]
     )
     click(panel, "start_all")
-    wait_for(panel, primary="READY", mine="STOPPED")
+    wait_for(panel, primary="Ready", mine="Not running")
     assert not row(panel, "mine")["start"]
     click(panel, "stop", "primary")
-    wait_for(panel, primary="STOPPED")
+    wait_for(panel, primary="Not running")
     click(panel, "start", "mine")
-    wait_for(panel, mine="READY")
+    wait_for(panel, mine="Ready")
     eventually(lambda: "set for mine" in str(row(panel, "primary")["problem"]))
 
 
@@ -171,7 +171,7 @@ def test_a_start_that_fails_says_why(
     )
     panel = open_(env)
     click(panel, "start", "primary")
-    wait_for(panel, primary="CRASHED")
+    wait_for(panel, primary="Crashed")
     eventually(lambda: "ended with exit code 1" in str(row(panel, "primary")["problem"]))
     env.write_text(f"{env.read_text()}LLAMACPP_CTX=many\n")
     click(panel, "start", "primary")
@@ -196,33 +196,33 @@ def test_what_will_not_fit_is_asked_for_twice(
     panel = open_(write_env(tmp_path, config, *large))
     click(panel, "start_all")
     eventually(lambda: "Press the button again" in str(row(panel, "primary")["problem"]))
-    assert row(panel, "primary")["status"] == "STOPPED"
+    assert row(panel, "primary")["status"] == "Not running"
     click(panel, "start", "primary")
-    wait_for(panel, primary="READY")
+    wait_for(panel, primary="Ready")
 
 
 def test_a_panel_and_the_fleet_have_one_server(open_: Open, env: Path) -> None:
     fleet = open_(env)
     fleet.start("primary")
-    wait_for(fleet, primary="READY")
+    wait_for(fleet, primary="Ready")
     panel = ControlPanel(env)
     assert panel.manager is fleet.manager("primary")
     panel.close()
     assert fleet.manager("primary").state.status == "READY"  # the fleet uses it still
     panel.manager.close()
-    wait_for(fleet, primary="STOPPED")
+    wait_for(fleet, primary="Not running")
     fleet.start("primary")
-    wait_for(fleet, primary="READY")
+    wait_for(fleet, primary="Ready")
 
 
 def test_running_the_cell_again_shows_the_same_servers(open_: Open, env: Path) -> None:
     first = open_(env)
     first.start("coder")
-    wait_for(first, coder="READY")
+    wait_for(first, coder="Ready")
     second = open_(env)
-    wait_for(second, coder="READY")
+    wait_for(second, coder="Ready")
     first.close()
-    assert row(second, "coder")["status"] == "READY"
+    assert row(second, "coder")["status"] == "Ready"
     pid = second.manager("coder").state.pid
     second.close()
     assert pid
@@ -233,10 +233,10 @@ def test_running_the_cell_again_shows_the_same_servers(open_: Open, env: Path) -
 def test_running_the_cell_again_leaves_one_panel(open_: Open, env: Path) -> None:
     first = open_(env)
     first.start("primary")
-    wait_for(first, primary="READY")
+    wait_for(first, primary="Ready")
     second = open_(env)
     assert first.comm is None
-    wait_for(second, primary="READY")
+    wait_for(second, primary="Ready")
     panels_and_managers = 3
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("kitty_nb") == panels_and_managers
@@ -245,11 +245,11 @@ def test_running_the_cell_again_leaves_one_panel(open_: Open, env: Path) -> None
 def test_a_manager_that_was_closed_is_replaced_when_it_is_needed(open_: Open, env: Path) -> None:
     panel = open_(env)
     panel.start("primary")
-    wait_for(panel, primary="READY")
+    wait_for(panel, primary="Ready")
     panel.manager("primary").close()
-    wait_for(panel, primary="STOPPED")
+    wait_for(panel, primary="Not running")
     panel.start("primary")
-    wait_for(panel, primary="READY")
+    wait_for(panel, primary="Ready")
 
 
 def test_a_fleet_sends_few_messages(
@@ -261,7 +261,7 @@ def test_a_fleet_sends_few_messages(
     seconds = 3
     threading.Event().wait(seconds)  # the measured span itself, not a wait for something
     assert 1 <= len(sent) <= 20 * seconds
-    wait_for(panel, primary="READY", coder="READY")
+    wait_for(panel, primary="Ready", coder="Ready")
 
 
 def test_a_fleet_that_cannot_be_kept_current_says_so(

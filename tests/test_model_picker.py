@@ -20,7 +20,8 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import model_picker
-from kitty_nb.widgets.model_picker import model_facts, table_rows
+from kitty_nb.widgets.details import model_facts
+from kitty_nb.widgets.model_browser import table_rows
 
 
 @pytest.fixture
@@ -150,15 +151,15 @@ def test_a_model_elsewhere_that_is_chosen_stays_when_the_folder_changes(
 
 
 class Page:
-    """The messages to a page that shows the table and the details."""
+    """The messages to a page that shows the table."""
 
     def __init__(self, panel: ControlPanel, sent: list[tuple[str, dict[str, object]]]) -> None:
         self._sent, self._panel, self._since = sent, panel, len(sent)
-        for part in ("table", "details"):
-            self.says(kind="replay", part=part)
+        panel.browser.selected_index = 0
+        self.says(kind="replay", part="table")
 
     def says(self, **message: object) -> None:
-        self._panel.browser._handle_custom_msg(message, [])
+        self._panel.browser.table._handle_custom_msg(message, [])
 
     def last(self, kind: str) -> dict[str, Any]:
         contents = [data.get("content") for _, data in self._sent[self._since :]]
@@ -257,12 +258,12 @@ def test_a_damaged_memory_is_said_once_and_done_without(env: Path) -> None:
 
 
 def test_what_is_browsed_is_not_saved_with_the_notebook(page: Page, panel: ControlPanel) -> None:
-    eventually(lambda: page.last("facts").get("facts") and page.rows())
+    eventually(page.rows)
     saved = json.dumps(embed_data([panel]), default=repr)
-    assert "bear" in json.dumps(page.last("facts"))
-    assert "Trained context" in json.dumps(page.last("facts"))
-    assert "Trained context" not in saved
     assert '"words"' not in saved
+    assert "Trained context" not in saved
+    panel.details.selected_index = 0
+    eventually(lambda: "Trained context" in panel.details.model.value)
 
 
 def model(path: str, **facts: Any) -> Model:

@@ -193,7 +193,7 @@ def test_the_panel_shows_whose_load_it_is(
             assert panel.load_bar.bar.bar_style == ""
             eventually(lambda: "large · ready" in panel.load_bar.text.value)
             assert panel.load_bar.bar.bar_style == "success"
-            eventually(lambda: "as <b>large</b>" in panel.status_line.value)
+            eventually(lambda: "<b>large</b>" in panel.status_line.value)
             there.ask("unload", "small")
             gone = "The router unloaded small."
             eventually(lambda: gone in panel.activity_log.lines)  # shown after the bar
@@ -219,8 +219,7 @@ def test_the_panel_switches_there(
                 assert not panel.buttons.start.disabled
                 panel.buttons.start.click()
                 eventually(lambda: manager.state.alias == name)  # noqa: B023 - within the loop
-                eventually(lambda: panel.buttons.start.disabled)
-            assert not panel.buttons.restart.disabled
+                eventually(lambda: panel.buttons.start.layout.display == "none")
             assert panel.buttons.stop.description == "Detach"
         finally:
             panel.close()

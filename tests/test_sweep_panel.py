@@ -109,16 +109,16 @@ def test_from_start_to_the_lines_of_the_best(
 ) -> None:
     sweep = made(grid=GRID, repeats=2)
     panel = panel_for(sweep)
-    assert "NOT STARTED" in panel.status_line.value
+    assert "Not started" in panel.status_line.value
     assert panel.trials_bar.text.value == "0 of 8 trials"
     assert panel.table.table.count("waiting") == 4
     assert enabled(panel) == {"Start"}
     panel.buttons.start.click()
-    reach(panel, "RUNNING")
+    reach(panel, "Running")
     assert enabled(panel) == {"Pause", "Cancel"}
     eventually(lambda: "<b>demo.gguf</b> · threads <b>" in panel.now.value, within=WAIT)
     eventually(lambda: "★" in panel.table.table, within=WAIT, why="no best is marked")
-    reach(panel, "DONE")
+    reach(panel, "Done")
     assert panel.trials_bar.text.value == "8 of 8 trials"
     assert panel.trials_bar.bar.value == panel.trials_bar.bar.max == 8
     assert panel.load_bar.layout.display == panel.now.layout.display == "none"
@@ -161,7 +161,7 @@ def test_the_load_under_way_is_shown(
     eventually(loading, within=WAIT, why="the load bar stands still")
     assert panel.load_bar.layout.display is None
     panel.buttons.cancel.click()
-    reach(panel, "NOT STARTED")
+    reach(panel, "Not started")
     assert panel.load_bar.layout.display == "none"
 
 
@@ -172,7 +172,7 @@ def test_pause_resume_cancel_and_go_on(
     panel = panel_for(sweep)
     events = hold_after_first(sweep)
     panel.buttons.start.click()
-    reach(panel, "PAUSED")
+    reach(panel, "Paused")
     assert panel.trials_bar.bar.value == 1
     assert "left" in panel.trials_bar.text.value
     assert enabled(panel) == {"Resume", "Cancel", "Use the best"}
@@ -180,12 +180,12 @@ def test_pause_resume_cancel_and_go_on(
     eventually(lambda: panel.trials_bar.bar.value >= 2, within=WAIT)
     eventually(lambda: panel.buttons.pause.description == "Pause")
     panel.buttons.cancel.click()
-    reach(panel, "INTERRUPTED")
+    reach(panel, "Interrupted")
     assert 2 <= panel.trials_bar.bar.value < 8
     assert enabled(panel) == {"Continue", "Use the best"}
     before = sum(isinstance(event, TrialEnded) for event in events)
     panel.buttons.start.click()
-    reach(panel, "DONE")
+    reach(panel, "Done")
     ended = [event.result.trial for event in events if isinstance(event, TrialEnded)]
     assert len(ended) == len(set(ended)) == 8 > before
 
@@ -197,11 +197,11 @@ def test_a_cancelled_pause_does_not_hold_the_next_run(
     panel = panel_for(sweep)
     hold_after_first(sweep)
     panel.buttons.start.click()
-    reach(panel, "PAUSED")
+    reach(panel, "Paused")
     panel.buttons.cancel.click()
-    reach(panel, "INTERRUPTED")
+    reach(panel, "Interrupted")
     panel.buttons.start.click()
-    reach(panel, "DONE")
+    reach(panel, "Done")
 
 
 def test_what_fails_says_why_and_can_be_tried_again(
@@ -216,7 +216,7 @@ def test_what_fails_says_why_and_can_be_tried_again(
     sweep = made(models=[demo_model, broken])
     panel = panel_for(sweep)
     panel.buttons.start.click()
-    reach(panel, "DONE")
+    reach(panel, "Done")
     assert sweep.results.best().trial.model == demo_model.name
     assert "1 failed" in panel.status_line.value
     assert "<td>&lt;i&gt;broken&amp;.gguf</td>" in panel.table.table
@@ -226,7 +226,7 @@ def test_what_fails_says_why_and_can_be_tried_again(
     shutil.copy(demo_model, broken)
     panel.buttons.start.click()
     eventually(lambda: "failed" not in panel.status_line.value, within=WAIT)
-    reach(panel, "DONE")
+    reach(panel, "Done")
     assert [row.outcome for row in sweep.results.rows] == [Outcome.DONE] * 2
 
 
@@ -235,7 +235,7 @@ def test_a_sweep_that_breaks_off_says_why(
 ) -> None:
     panel = panel_for(made(grid={"cache_typ_k": ["f16"]}))
     panel.buttons.start.click()
-    reach(panel, "FAILED")
+    reach(panel, "Failed")
     assert "Did you mean cache_type_k?" in panel.notice.value
     assert enabled(panel) == {"Continue"}
 
@@ -248,7 +248,7 @@ def test_a_store_that_cannot_be_read_is_told(
     panel = panel_for(made(store=store))
     assert "use the results file" in panel.notice.value
     panel.buttons.start.click()
-    reach(panel, "FAILED")
+    reach(panel, "Failed")
     assert "Free some disk space" in panel.notice.value
 
 
@@ -258,9 +258,9 @@ def test_a_run_from_code_is_shown_too(
     sweep = made()
     panel = panel_for(sweep)
     sweep.run().wait(WAIT)
-    reach(panel, "DONE")
+    reach(panel, "Done")
     again = panel_for(made())
-    assert "DONE" in again.status_line.value
+    assert "Done" in again.status_line.value
     assert "★" in again.table.table
 
 
@@ -289,7 +289,7 @@ def test_the_best_goes_into_the_control_panel(
         )
         panel = panel_for(sweep, control)
         panel.buttons.start.click()
-        reach(panel, "DONE")
+        reach(panel, "Done")
         panel.buttons.use.click()
         assert panel.notice.value == ""
         assert control.picker.model is not None
@@ -325,8 +325,8 @@ def test_two_sweeps_at_once_are_asked_about(
     assert not second.running
     other.buttons.start.click()
     assert not first.running
-    reach(one, "INTERRUPTED")
-    reach(other, "DONE")
+    reach(one, "Interrupted")
+    reach(other, "Done")
 
 
 def test_a_sweep_has_one_panel(
@@ -344,13 +344,13 @@ def test_a_sweep_has_one_panel(
     closed = [message for message, _ in sent if message == "comm_close"]
     assert len(closed) == sum(message == "comm_open" for message, _ in sent) / 2
     panel.buttons.start.click()
-    reach(panel, "RUNNING")
+    reach(panel, "Running")
     again = panel_for(made(repeats=4))  # the cell is run once more
     assert panel.comm is None
     assert "earlier run of this cell" in again.notice.value
     again.buttons.start.click()
     assert not sweep.running
-    reach(again, "DONE")
+    reach(again, "Done")
     again.close()
     again.close()
     opened = sum(message == "comm_open" for message, _ in sent)
@@ -370,7 +370,7 @@ def test_a_running_sweep_sends_few_messages(
     eventually(lambda: any(isinstance(e, TrialStarted) for e in events), within=WAIT)
     sent.clear()
     began = time.monotonic()
-    reach(panel, "DONE")
+    reach(panel, "Done")
     seconds = time.monotonic() - began
     assert len(events) > 2 * 100
     assert len(sent) <= 20 * seconds
@@ -382,7 +382,7 @@ def test_constraints_that_none_keeps_are_told(
 ) -> None:
     panel = panel_for(made(), constraints={"memory_gib": 0.001})
     panel.buttons.start.click()
-    reach(panel, "DONE")
+    reach(panel, "Done")
     assert "keeps memory_gib &lt;= 0.001" in panel.notice.value
     assert panel.buttons.use.disabled
 

@@ -1,6 +1,60 @@
-// The page's side of Accessible: what ipywidgets does not tell keyboards and screen readers.
+// The page's side of Accessible: what ipywidgets does not tell keyboards, screen readers and people
+// who look elsewhere.
+
+const LONG = 10_000; // ms; a shorter load is waited for
+const UNDER_WAY = ["Starting", "Loading"];
+const ENDED = ["Ready", "Failed", "Crashed"];
+let title = null; // the page's own, while another stands in its place
+
+window.addEventListener("focus", () => {
+  if (title !== null) document.title = title;
+  title = null;
+});
+
+function announce(text) {
+  if (!document.hasFocus()) {
+    title ??= document.title;
+    document.title = text;
+  }
+  if (window.Notification?.permission === "granted") {
+    new Notification("kitty_nb", { body: text, tag: "kitty_nb" });
+  }
+}
+
+// Tells of the end of a long load.
+function watchLoad(panel, load) {
+  const word = panel.querySelector(".kitty-badge")?.textContent;
+  if (UNDER_WAY.includes(word)) load.since ??= performance.now();
+  else {
+    const long = load.since && performance.now() - load.since > LONG;
+    const model = panel.querySelector(".kitty-status b")?.textContent;
+    if (long && ENDED.includes(word)) announce([word, model].filter(Boolean).join(": "));
+    load.since = null;
+  }
+}
+
+// Moves the focus from what has been hidden to what stands in its place.
+function keepFocus(panel, focus) {
+  const visible = (node) => node.offsetParent !== null;
+  if (!focus.last || visible(focus.last) || document.activeElement !== document.body) return;
+  const near = focus.last.closest(".kitty-buttons")?.querySelectorAll("button") ?? [];
+  const others = panel.querySelectorAll(".kitty-buttons button");
+  [...near, ...others].find((button) => visible(button) && !button.disabled)?.focus();
+}
+
+// A panel whose kernel is gone would look alive.
+function sayGone(panel) {
+  if (!panel.matches(".jupyter-widgets-disconnected")) return;
+  if (panel.querySelector(":scope > .kitty-gone")) return;
+  for (const part of panel.children) part.inert = true;
+  const textContent =
+    "This panel's kernel has restarted or ended. Run the cell again: a server that still runs is" +
+    " found, with its log.";
+  panel.prepend(element("div", "kitty-gone", { role: "alert", textContent }));
+}
 
 function improve(panel, said) {
+  sayGone(panel);
   for (const bar of panel.querySelectorAll(".kitty-bar .progress")) {
     const text = bar.closest(".kitty-load, .kitty-fetch")?.querySelector(".kitty-bar-text");
     bar.role = "progressbar";
@@ -11,7 +65,7 @@ function improve(panel, said) {
     bar.ariaValueText = text?.textContent || null;
   }
   for (const notice of panel.querySelectorAll(".kitty-notice")) notice.role = "alert";
-  const activity = panel.querySelector(":scope > .kitty-activity");
+  const activity = panel.querySelector(".kitty-activity");
   if (activity) Object.assign(activity, { role: "group", ariaLabel: "Activity", tabIndex: 0 });
   for (const head of panel.querySelectorAll(".jupyter-widget-Collapse-header")) {
     head.role = "button";
@@ -39,7 +93,15 @@ function render({ model, el }) {
   el.append(said);
   let panel = null;
   let gone = false;
-  const observer = new MutationObserver(() => improve(panel, said));
+  const load = { since: null };
+  const focus = { last: null };
+  const see = (event) => (focus.last = event.target);
+  const observer = new MutationObserver(() => {
+    improve(panel, said);
+    watchLoad(panel, load);
+    // Only once it has been drawn does the browser take the focus from what is hidden.
+    requestAnimationFrame(() => requestAnimationFrame(() => keepFocus(panel, focus)));
+  });
   const name = () => panel && (panel.ariaLabel = model.get("label"));
   const attach = () => {
     panel = el.closest(".kitty-panel");
@@ -48,8 +110,9 @@ function render({ model, el }) {
     panel.role = "region";
     name();
     panel.addEventListener("keydown", unfold);
+    panel.addEventListener("focusin", see);
     observer.observe(panel, {
-      attributeFilter: ["style", "class"],
+      attributeFilter: ["style", "class", "disabled"],
       childList: true,
       subtree: true,
     });
@@ -61,6 +124,7 @@ function render({ model, el }) {
     gone = true;
     observer.disconnect();
     panel?.removeEventListener("keydown", unfold);
+    panel?.removeEventListener("focusin", see);
     model.off("change:label", name);
   };
 }

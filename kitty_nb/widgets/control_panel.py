@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipywidgets import VBox
+from ipywidgets import HBox, VBox
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
 from kitty_nb.catalog.stores import model_stores
@@ -22,8 +22,12 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.widgets import display, server_view, session
+from kitty_nb.widgets.address import Address, snippet
+from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
-from kitty_nb.widgets.model_picker import ModelBrowser, ModelPicker
+from kitty_nb.widgets.model_browser import ModelBrowser
+from kitty_nb.widgets.model_picker import ModelPicker
+from kitty_nb.widgets.server_log import ActivityLog, ServerLog
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from kitty_nb.manager import ModelManager
 
 _LOOK_EVERY = 1.0  # seconds
+_TROUBLE = {ServerStatus.FAILED, ServerStatus.CRASHED, ServerStatus.RESTARTING}
 
 
 class ControlPanel(VBox):
@@ -91,39 +96,73 @@ class ControlPanel(VBox):
         """Make the widgets; an earlier panel on this manager hands over what it has."""
         manager = self.manager
         told = earlier.activity_log.activities if earlier else ()
-        self.activity_log: server_view.ActivityLog = server_view.ActivityLog(told)
+        self.activity_log: ActivityLog = ActivityLog(told)  # first: the others write there
         self.status_line = display.Line("kitty-status")
+        self.load_bar = server_view.LoadBar()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
+        self.buttons = server_view.ServerButtons()
+        self.notice = display.Notice()
+        self.address = Address(
+            {"key": manager.reveal_api_key, "code": lambda: snippet(manager.state, self)}
+        )
+        self.settings = SettingsForm(self._config, self._choose)
+        self.memory = MemoryLine(manager, self._wanted)
+        self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
+        self.details = Details(self._view.wake)
         self.download = (
             earlier._hand_over(self)
             if earlier
             else DownloadForm(manager, self._models_dir, self.picker.choose)
         )
-        self.settings = SettingsForm(self._config, self._choose)
-        self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
-        self.memory = MemoryLine(manager, self._wanted)
-        self.buttons = server_view.ServerButtons()
-        self.load_bar = server_view.LoadBar()
-        self.notice = display.Notice()
-        self.snippet = display.Line("kitty-snippet")
-        self.web_page = server_view.WebPage(manager.reveal_api_key)
-        self.server_log = server_view.ServerLog(self._view.wake)
-        name = display.Accessible(f"kitty_nb control panel of the profile {self._profile}")
-        models = (self.picker, self.browser.last_time, self.browser, self.download)
-        start = (self.settings, self.memory, self.buttons, self.load_bar, self.notice)
-        server = (self.snippet, self.web_page, self.activity_log, self.server_log)
-        super().__init__([self.status_line, *models, *start, *server, name])
-        self.add_class("kitty-panel")
+        self.server_log = ServerLog(self._view.wake)
+        self._arrange()
         self._answer_clicks()
 
+    def _arrange(self) -> None:
+        """Lay the parts out, from what is always needed to what is folded away.
+
+        What a ready server is used with goes between the notice and the address; what is looked up
+        now and then is a `Fold` in the last row, which holds the memory, too.
+        """
+        profile = self._config.profile
+        label = "" if profile == server_view.DEFAULT_PROFILE else f" of the profile {profile}"
+        self._settings_fold = display.Fold("Settings", self.settings, self.browser.last_time)
+        self._log_fold = display.Fold("Log", self.activity_log, self.server_log)
+        self._notice_row = HBox([self.notice, self.buttons.remedies])
+        self._folds = HBox(
+            [
+                self.memory,
+                self._settings_fold,
+                self.details,
+                self.browser,
+                self.download,
+                self._log_fold,
+            ]
+        )
+        super().__init__(
+            [
+                HBox([self.status_line, self.load_bar]).add_class("kitty-top"),
+                HBox([self.picker, self.buttons]).add_class("kitty-choice"),
+                self._notice_row.add_class("kitty-notice-row"),
+                self.address,
+                self._folds.add_class("kitty-folds"),
+                display.Accessible(f"kitty_nb control panel{label}"),
+            ]
+        )
+        self.add_class("kitty-panel")
+
     def _answer_clicks(self) -> None:
-        actions = session.ActionRunner(self.manager.run, self._show_problem)
-        start, restart = self.manager.start, self.manager.restart
-        self.buttons.start.on_click(lambda _: actions.run(start, self._wanted))
-        self.buttons.use_port.on_click(lambda _: actions.run(start, self._on_free_port))
-        self.buttons.restart.on_click(lambda _: actions.run(restart, self._wanted))
-        self.buttons.stop.on_click(lambda _: actions.run(self.manager.stop))
-        self.buttons.attach.on_click(lambda _: actions.run(self.manager.attach))
+        actions = session.ActionRunner(self.manager.run, self._show_problem, remedy="")
+        start, restart, stop = self.manager.start, self.manager.restart, self.manager.stop
+        self._actions, buttons = actions, self.buttons
+        for pressed in (buttons.start, buttons.now):
+            pressed.on_click(lambda _: actions.run(start, self._wanted))
+        for pressed in (buttons.stop, buttons.cancel):
+            pressed.on_click(lambda _: actions.run(stop))
+        buttons.use_port.on_click(lambda _: actions.run(start, self._on_free_port))
+        buttons.restart.on_click(lambda _: actions.run(restart, self._wanted))
+        buttons.attach.on_click(lambda _: actions.run(self.manager.attach))
+        buttons.anyway.on_click(lambda _: actions.insist())
         self.settings.save.on_click(lambda _: self._save())
         self.picker.rescan.on_click(lambda _: self.rescan())
         display.receive_while_busy(display.tree(self))
@@ -134,8 +173,8 @@ class ControlPanel(VBox):
     def _repr_html_(self) -> str:
         state = self.manager.state
         ready = state.status is ServerStatus.READY
-        facts = state.status, state.model_name or "", state.endpoint if ready else ""
-        return display.still(f"kitty_nb, profile {self._profile}", facts)
+        facts = server_view.word(state.status), state.model_name or "", ready and state.endpoint
+        return display.still("kitty_nb", [fact for fact in facts if fact])
 
     @property
     def choice(self) -> ServerConfig:
@@ -187,7 +226,7 @@ class ControlPanel(VBox):
         self.picker.stop()
         self.browser.stop()
         self.memory.stop()
-        if self.download in self.children:  # else a later run of the cell has it
+        if self.download in self._folds.children:  # else a later run of the cell has it
             self.download.stop()
         session.release(self)
         for widget in [*display.tree(self)][1:]:
@@ -202,7 +241,7 @@ class ControlPanel(VBox):
 
     def _hand_over(self, later: ControlPanel) -> DownloadForm:
         """Give the form, with its download under way, to a later run of this cell."""
-        self.set_trait("children", [part for part in self.children if part is not self.download])
+        self._folds.children = [one for one in self._folds.children if one is not self.download]
         self.download.attach(later._models_dir, later.picker.choose)
         return self.download
 
@@ -298,6 +337,8 @@ class ControlPanel(VBox):
                 self._view.before_drawing(partial(self._follow, state.config))
         if state.status is ServerStatus.READY:
             self._problem = None
+        if state.status in _TROUBLE:
+            self._log_fold.selected_index = 0
         if state.status.settled or state.status.absent:
             self._view.before_drawing(self.memory.refresh)
 
@@ -310,33 +351,41 @@ class ControlPanel(VBox):
 
     def _draw(self) -> None:
         state, model = self.manager.state, self.picker.model
-        differs = model is not None and (
-            model.path.name != state.model_name
-            if state.external
-            else model.path != state.config.model
-        )
+        problem = self._problem
         startable = model is not None and model.startable
-        self.buttons.show(state, server_view.choices(state, startable=startable, differs=differs))
-        ready = state.status is ServerStatus.READY
-        self.snippet.write(server_view.snippet(state, self) if ready else "")
-        self.web_page.show(state)
+        now = server_view.choices(
+            state,
+            startable=startable,
+            other_model=self._differs(state),
+            other_settings=self._settings_differ(state),
+        )
+        doubtful = problem is not None and problem == self._actions.refusal
+        self.buttons.show(state, now, doubtful=doubtful)
+        self.address.show(state)
         if state.external:
             self.load_bar.show_router(self._router_load)
         else:
-            self.load_bar.show(state.status, self.manager.progress)
-        self.notice.show(
-            self._problem
-            or (state.error and f"{state.error}{_what_to_press(state)}")
-            or (model and (model.problem or model.doubt))
-            or self._hints
-        )
+            self.load_bar.show(state, self.manager.progress)
+        message = problem or state.error or (model and (model.problem or model.doubt))
+        self.notice.show(message or self._hints)
+        display.show_if(self._notice_row, bool(message or self._hints))
+        self._settings_fold.titles = (f"Settings: {self.settings.summary}",)
+        self.details.show(state, self.manager.progress, model)
         self.activity_log.flush()
         self.server_log.flush()
         # Last: whoever waits for a state finds all that belongs to it.
         self.status_line.write(server_view.status_line(state))
 
+    def _differs(self, state: ServerState) -> bool:
+        """Return whether the chosen model is another one than the server's."""
+        model = self.picker.model
+        if model is None or state.external is None:
+            return model is not None and model.path != state.config.model
+        return model.path.name != state.model_name
 
-def _what_to_press(state: ServerState) -> str:
-    if state.status is ServerStatus.RESTARTING:
-        return " It starts again by itself; press Cancel to prevent that."
-    return " Or press Attach to use that llama-server as it is." if state.attachable else ""
+    def _settings_differ(self, state: ServerState) -> bool:
+        """Return whether a restart would change anything."""
+        try:
+            return state.external is None and self._wanted() != state.config
+        except ConfigError:
+            return False

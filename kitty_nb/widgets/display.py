@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 import traitlets
 from anywidget import AnyWidget
-from ipywidgets import HTML, Button, DOMWidget, HBox, IntProgress, Widget
+from ipywidgets import HTML, Accordion, Button, DOMWidget, HBox, IntProgress, VBox, Widget
 
 from kitty_nb.errors import KittyError
 
@@ -93,6 +93,24 @@ class Page(AnyWidget):
 
     def receive(self, message: Any) -> None:
         """Take a message of a page, on the front end's thread."""
+
+
+class Fold(Accordion):
+    """A part that is folded away under its name; several of them share a row.
+
+    Args:
+        name: Its name.
+        *parts: What it shows when it is unfolded.
+    """
+
+    def __init__(self, name: str, *parts: Widget) -> None:
+        super().__init__([VBox(parts)], titles=(name,), selected_index=None)
+        self.add_class("kitty-fold")
+
+    @property
+    def unfolded(self) -> bool:
+        """True if somebody can see it."""
+        return self.selected_index is not None
 
 
 def button(word: str, icon: str, tip: str = "", style: str = "") -> Button:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from anyio import CancelScope
 from anyio.to_thread import run_sync
-from ipywidgets import HTML, Accordion, Dropdown, HBox, Text, VBox
+from ipywidgets import HTML, Dropdown, HBox, Text
 from rich.filesize import decimal
 from rich.progress import Progress
 
 from kitty_nb.errors import KittyError
 from kitty_nb.hub import Download, HubReference, find_repository
-from kitty_nb.widgets.display import Meter, Notice, button, duration, labelled, show_if
+from kitty_nb.widgets.display import Fold, Meter, Notice, button, duration, labelled, show_if
 from kitty_nb.widgets.session import ActionRunner
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kitty_nb.manager import ModelManager, Operation
 
 
-class DownloadForm(Accordion):
+class DownloadForm(Fold):
     """A folded section: name a repository, see its models, fetch one of them.
 
     The manager's thread writes everything but the values of the two fields, which are the user's;
@@ -65,8 +65,7 @@ class DownloadForm(Accordion):
         self._actions = ActionRunner(manager.run, self.notice.show)
         where = HBox([self.repository, self.show_files]).add_class("kitty-form-row")
         what = HBox([self.choice, self.download, self.cancel]).add_class("kitty-form-row")
-        form = VBox([where, what, self.files, self.progress, self.notice]).add_class("kitty-form")
-        super().__init__([form], titles=("Download a model",), selected_index=None)
+        super().__init__("Get a model", where, what, self.files, self.progress, self.notice)
         self.add_class("kitty-download")
         self.show_files.on_click(lambda _: self._list())
         self.choice.observe(lambda _: self._choose(), names="value")

@@ -54,7 +54,7 @@ function createRow(profile, send) {
     say(pace, facts.pace);
     start.disabled = !facts.start;
     stop.disabled = !facts.stop;
-    say(stop, facts.status === "RESTARTING" ? "Cancel" : "Stop");
+    say(stop, facts.status === "Restarting" ? "Cancel" : "Stop");
     say(text, facts.problem);
     problem.hidden = !facts.problem;
   };

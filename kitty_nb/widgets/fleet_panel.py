@@ -19,7 +19,7 @@ from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets import session
 from kitty_nb.widgets.display import LiveView, Page, asset, receive_while_busy, still, table
-from kitty_nb.widgets.server_view import TONES, choices, describe_load, unanswered, vitals
+from kitty_nb.widgets.server_view import TONES, choices, describe_load, unanswered, vitals, word
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -97,13 +97,13 @@ def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
 
 def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
     state, served = profile.state, profile.served
-    can = choices(state, startable=profile.startable and not held, differs=False)
+    can = choices(state, startable=profile.startable and not held, other_model=False)
     loading = state.status in {ServerStatus.STARTING, ServerStatus.LOADING}
     load = profile.progress if loading else None
     facts = [describe_load(load)] if load else [*vitals(state), unanswered(state)]
     return FleetRow(
         profile=profile.config.profile,
-        status=state.status,
+        status=word(state.status),
         tone=TONES[state.status],
         detail=" · ".join(filter(None, facts)),
         fraction=load.fraction if load else None,

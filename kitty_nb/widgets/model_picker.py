@@ -1,4 +1,4 @@
-"""The models to choose from: the dropdown, the scan that fills it, the table and the details."""
+"""The models to choose from: the dropdown, and the scan that fills it."""
 
 from __future__ import annotations
 
@@ -7,33 +7,24 @@ import time
 from collections import Counter
 from contextlib import aclosing, suppress
 from html import escape
-from itertools import islice
-from math import inf
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import anyio
-import anyio.to_thread
-from ipywidgets import HTML, Dropdown, HBox, VBox
-from rich.filesize import decimal
+from ipywidgets import Dropdown, HBox, VBox
 
-from kitty_nb.catalog.catalog import ModelCatalog, families
-from kitty_nb.catalog.memory import Verdict
-from kitty_nb.catalog.model import ModelNote, shard_paths
-from kitty_nb.catalog.stores import StoreKind, model_stores
+from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.errors import KittyError
 from kitty_nb.widgets import display
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from kitty_nb.catalog.catalog import ScanStep
     from kitty_nb.catalog.model import Model
     from kitty_nb.catalog.stores import Store
-    from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager, Operation
-    from kitty_nb.widgets.settings_form import SettingsForm
 
 
 class ModelDropdown(Dropdown):
@@ -126,9 +117,7 @@ class ModelPicker(VBox):
         self._list_due = 0.0
         self._following: Operation[None] | None = None
         self.dropdown = ModelDropdown(self._note_choice)
-        self.rescan = display.button(
-            "Rescan", "refresh", "Reload the .env file and look for models"
-        )
+        self.rescan = display.button("", "refresh", "Rescan: reload .env and look for models")
         self.scan_line = display.Line("kitty-scan")
         row = HBox([self.dropdown, self.rescan]).add_class("kitty-picker")
         super().__init__([row, self.scan_line])
@@ -265,266 +254,3 @@ def _scanned(step: ScanStep) -> str:
     percent = 100 * step.done / step.total
     bar = f"<div class='kitty-scan-bar'><div style='width:{percent:.1f}%'></div></div>"
     return f"{bar}Reading models: {step.done:,} of {step.total:,}"
-
-
-class Row(TypedDict):
-    """One model in the table; everything is text for people but `used`.
-
-    Attributes:
-        id: The page's name for it.
-        family: The base model; empty for a model that is alone in its family.
-        name: The name that people know.
-        store: The program whose folder it is in; empty in the models folder.
-        quantization: The way in which its weights are stored.
-        size: The size of all its files.
-        context: The tokens that it was trained for.
-        used: When it was last ready, in seconds since the epoch, for the page's own clock.
-        load: The time that this load took.
-        favourite: Whether it is marked.
-        state: Why it cannot be started, in a word or two.
-        problem: The same as a sentence.
-        words: The text that the filter looks through, in small letters.
-    """
-
-    id: int
-    family: str
-    name: str
-    store: str
-    quantization: str
-    size: str
-    context: str
-    used: float | None
-    load: str
-    favourite: bool
-    state: str
-    problem: str
-    words: str
-
-
-def table_rows(
-    models: Sequence[Model],
-    stores: Sequence[Store],
-    notes: Mapping[Path, ModelNote],
-    ids: Mapping[Path, int],
-) -> list[Row]:
-    """Arrange models by family: first those with a favourite, then those used last.
-
-    Args:
-        models: In the order that holds where nothing is remembered.
-        stores: The folders that they may be in.
-        notes: What is remembered of them.
-        ids: The page's names for them.
-    """
-    nothing = ModelNote()
-
-    def rank(model: Model) -> tuple[bool, float]:
-        note = notes.get(model.path, nothing)
-        return not note.favourite, -(note.last_used or 0.0)
-
-    def row(model: Model, family: str, alone: bool) -> Row:
-        note = notes.get(model.path, nothing)
-        name, store = model.known_as or model.stem, _store(model, stores)
-        said = (name, family, model.title, model.quantization, model.architecture, store)
-        return Row(
-            id=ids[model.path],
-            family="" if alone else family,
-            name=name,
-            store=store,
-            quantization=model.quantization or "",
-            size=decimal(model.size),
-            context=f"{model.context_length:,}" if model.context_length else "",
-            used=note.last_used,
-            load="" if note.load_seconds is None else display.duration(note.load_seconds),
-            favourite=note.favourite,
-            state=model.state,
-            problem=model.problem or model.doubt or "",
-            words=" ".join(filter(None, (*said, model.repository, model.name))).casefold(),
-        )
-
-    ranked = [(name, sorted(members, key=rank)) for name, members in families(models).items()]
-    return [
-        row(model, family, alone=len(members) == 1)
-        for family, members in sorted(ranked, key=lambda item: rank(item[1][0]))
-        for model in members
-    ]
-
-
-def _store(model: Model, stores: Sequence[Store]) -> str:
-    for store in stores:
-        if model.path.is_relative_to(store.path):
-            return "" if store.kind is StoreKind.FOLDER else store.kind.value
-    return str(model.path.parent)
-
-
-_CONFIRMED = {
-    True: "confirmed by the tensors",
-    False: "according to most tensors; the file's metadata disagrees",
-    None: "not confirmed by the tensors",
-}
-
-
-def model_facts(model: Model) -> dict[str, str]:
-    """Return what is known of a model, by the name of each fact."""
-    files, facts = shard_paths(model.path), model.facts
-    quantization = model.quantization and f"{model.quantization} ({_CONFIRMED[model.confirmed]})"
-    known = {
-        "Title": model.title,
-        "Made from": facts.base_model,
-        "Architecture": model.architecture,
-        "Parameters": _count(model.parameters) or facts.size_label,
-        "Layers": _count(facts.layers),
-        "Attention heads": _count(facts.heads),
-        "Vocabulary": _count(facts.vocabulary, " tokens"),
-        "Trained context": _count(model.context_length, " tokens"),
-        "Quantization": quantization,
-        "License": facts.license,
-        "Takes in": ", ".join(model.modalities),
-        "Projector": model.projector,
-        "Tools": {True: "yes", False: "no", None: None}[facts.tools],
-        "Repository": model.repository,
-        "Known as": model.known_as,
-        "Size": f"{decimal(model.size)} ({model.size:,} bytes)",
-        "File": model.path,
-        "Shards": f"{len(files)} files, to {files[-1].name}" if len(files) > 1 else None,
-        "Missing": ", ".join(model.missing),
-        "Problem": model.problem or model.doubt,
-    }
-    return {name: str(value) for name, value in known.items() if value}
-
-
-def _count(number: int | None, of: str = "") -> str | None:
-    return None if number is None else f"{number:,}{of}"
-
-
-class LastTime(HBox):
-    """An offer of the settings of last time; hidden where there is none, or they are set already.
-
-    Args:
-        form: Where the settings go.
-    """
-
-    def __init__(self, form: SettingsForm) -> None:
-        self._form = form
-        self._settings: Mapping[str, object] = {}
-        self.text = HTML()
-        self.use = display.button("Use these", "", "Fill in the fields below")
-        self.use.on_click(lambda _: self._form.apply(self._settings))
-        super().__init__([self.text, self.use])
-        self.add_class("kitty-last-time")
-        self.show(None)
-
-    def show(self, note: ModelNote | None) -> None:
-        """Offer what a model was used with."""
-        used = note is not None and note.last_used is not None
-        self._settings = note.settings if note and used else {}
-        others = self._form.differing(self._settings) if used else []
-        self.text.value = f"Last time: {escape(' · '.join(others))}" if others else ""
-        display.show_if(self, bool(others))
-
-
-_LOOK_EVERY = 30.0  # seconds; free memory changes, and other programs use the same history
-_PAUSE = 0.25  # seconds between two looks
-_JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
-
-
-class ModelBrowser(display.Page):
-    """A table of the models and the details of one, folded under the picker.
-
-    Their contents travel as messages, once somebody has unfolded them, so neither the widget's
-    state nor a saved notebook grows with them. The manager's loop writes them.
-
-    Args:
-        manager: It knows how models were used, and whether they fit.
-        picker: Whose models these are; a click on a row chooses there.
-        form: Where the settings of last time go.
-        wanted: Returns the settings that a start would use, or raises a `KittyError`.
-        say: Called, on the manager's loop, with a sentence about what cannot be remembered.
-
-    Attributes:
-        last_time: The offer of settings.
-    """
-
-    _esm: ClassVar[str] = display.asset("page.js", "model_browser.js")
-
-    def __init__(
-        self,
-        manager: ModelManager,
-        picker: ModelPicker,
-        form: SettingsForm,
-        wanted: Callable[[], ServerConfig],
-        say: Callable[[str], None],
-    ) -> None:
-        super().__init__("kitty-browser")
-        self._manager, self._picker, self._wanted, self._say = manager, picker, wanted, say
-        self._unfolded: set[str] = set()
-        self._told: dict[str, object] = {}
-        self._ids: dict[Path, int] = {}  # the page's names for the models; each keeps its number
-        self._fits: dict[int, str] = {}
-        self._view = display.LiveView(self._look, say, self._next_look, _PAUSE)
-        self.look_again, self.stop = self._view.wake, self._view.stop
-        self.last_time = LastTime(form)
-        picker.on_list = self.look_again
-        self._view.start(manager.run)
-
-    def receive(self, message: Any) -> None:
-        """Take a message of a page."""
-        self._told.pop("chosen", None)  # a page shows at once what is chosen there
-        by_id = dict(enumerate(self._ids))
-        match message:
-            case {"kind": "replay", "part": str(part)}:
-                self._unfolded.add(part)
-                self._told.clear()
-                self.look_again()
-            case {"kind": "choose", "id": int(number)} if number in by_id:
-                self._picker.choose(by_id[number])
-            case {"kind": "mark", "id": int(number), "favourite": bool(favourite)} if (
-                number in by_id
-            ):
-                with suppress(KittyError):  # the manager is closed
-                    self._manager.run(self._mark, by_id[number], favourite)
-
-    def _next_look(self) -> float:
-        return _LOOK_EVERY if self._unfolded else inf
-
-    async def _mark(self, model: Path, favourite: bool) -> None:
-        config = self._manager.state.config
-        history = self._manager.stats.history(config, self._say)
-        await history.set_favorite(model, favourite)
-        self.look_again()
-
-    async def _look(self) -> None:
-        model, models = self._picker.model, self._picker.models
-        try:
-            config, right = self._wanted(), True
-        except KittyError:
-            config, right = self._manager.state.config, False
-        history = self._manager.stats.history(config, self._say)
-        notes = await history.notes(one.path for one in models)
-        self.last_time.show(notes.get(model.path) if model else None)
-        if "details" in self._unfolded:
-            facts = [*model_facts(model).items()] if model else []
-            template = (model.facts.chat_template if model else None) or ""
-            self._tell("facts", facts=facts, template=template)
-        if "table" in self._unfolded:
-            for one in models:
-                self._ids.setdefault(one.path, len(self._ids))
-            stores, ids = model_stores(config), self._ids
-            rows = await anyio.to_thread.run_sync(table_rows, models, stores, notes, ids)
-            self._tell("rows", rows=rows)
-            self._tell("chosen", id=ids[model.path] if model else None)
-            if right:
-                await self._judge([one.path for one in models if one.startable], config)
-
-    async def _judge(self, models: Sequence[Path], config: ServerConfig) -> None:
-        """Look which models fit, until something has changed again."""
-        waiting = iter(models)
-        while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._view.changed:
-            for path, verdict in (await self._manager.stats.fits(some, config)).items():
-                self._fits[self._ids[path]] = "" if verdict is Verdict.UNKNOWN else verdict.value
-            self._tell("fits", fits={**self._fits})
-
-    def _tell(self, kind: str, **content: object) -> None:
-        """Send contents to the page, where they are other than before."""
-        if self._told.get(kind) != content:
-            self._told[kind] = content
-            self.send({"kind": kind, **content})

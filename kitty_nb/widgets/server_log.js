@@ -29,8 +29,8 @@ function render(el, store) {
     placeholder: "Filter",
     ariaLabel: "Filter the server log",
   });
-  const follow = element("button", "kitty-log-button", { type: "button" });
-  const copyAll = element("button", "kitty-log-button", { type: "button", textContent: "Copy" });
+  const follow = element("button", "kitty-small-button", { type: "button" });
+  const copyAll = element("button", "kitty-small-button", { type: "button", textContent: "Copy" });
   const bar = element("div", "kitty-log-bar");
   bar.append(
     element("span", "kitty-heading", { textContent: "Server log" }),

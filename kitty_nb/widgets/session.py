@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
@@ -124,7 +125,7 @@ class ConfirmOnce:
             yield
         except WillNotFitError as error:
             self.refused = wanted
-            raise WillNotFitError(f"{error} {self._remedy}") from None
+            raise WillNotFitError(f"{error} {self._remedy}".rstrip()) from None
 
 
 class ActionRunner:
@@ -133,13 +134,24 @@ class ActionRunner:
     Args:
         run: Runs a coroutine function on an event loop, which waits for the ends.
         show_problem: Called on any thread with what went wrong, and with None at each click.
+        remedy: How to insist on a start that will not fit, as a sentence.
+
+    Attributes:
+        refusal: Why the latest start was refused, where `insist` starts it anyway.
+        insist: Does the same again.
     """
 
+    refusal: str | None = None
+    insist: Callable[[], None]
+
     def __init__(
-        self, run: Callable[..., object], show_problem: Callable[[str | None], None]
+        self,
+        run: Callable[..., object],
+        show_problem: Callable[[str | None], None],
+        remedy: str = "Press the button again to start anyway.",
     ) -> None:
         self._run, self._show_problem = run, show_problem
-        self._confirm = ConfirmOnce("Press the button again to start anyway.")
+        self._confirm = ConfirmOnce(remedy)
         self._starting: Operation[Any] | None = None
 
     def run(
@@ -153,6 +165,7 @@ class ActionRunner:
             action: Begins the work, such as a command of the manager.
             wanted: Returns the settings, where it starts a server.
         """
+        self.refusal, self.insist = None, partial(self.run, action, wanted)
         self._show_problem(None)
         if self._starting is not None:
             self._starting.cancel()
@@ -174,4 +187,6 @@ class ActionRunner:
         try:
             yield
         except Exception as error:  # noqa: BLE001 (raised in a callback, nobody would see it)
+            if isinstance(error, WillNotFitError):
+                self.refusal = str(error)
             self._show_problem(explain(error))

@@ -31,6 +31,14 @@ _FIELDS = {
     "parallel": ("Parallel", "Concurrent requests; they share the context"),
     "flash_attention": ("Flash attn", "Flash attention; saves memory and time where supported"),
 }
+# How a value is named where the fields are folded away.
+_SHORT = {
+    "n_gpu_layers": "GPU {}",
+    "threads": "{} threads",
+    "parallel": "{} slots",
+    "flash_attention": "flash attention {}",
+}
+_ALL_LAYERS = "999"
 
 
 class SettingsForm(GridBox):
@@ -73,6 +81,18 @@ class SettingsForm(GridBox):
     def values(self) -> dict[str, object]:
         """The field values, as keywords for `ServerConfig.replace`."""
         return {name: field.value or None for name, field in self.fields.items()}
+
+    @property
+    def summary(self) -> str:
+        """The values in a few words, e.g. `context 8192 · GPU all · 4 slots`."""
+        words = [
+            _SHORT.get(name, _FIELDS[name][0].lower() + " {}").format(
+                "all" if name == "n_gpu_layers" and field.value == _ALL_LAYERS else field.value
+            )
+            for name, field in self.fields.items()
+            if field.value not in {"", FlashAttention.AUTO}
+        ]
+        return " · ".join(words) or "all automatic"
 
     @property
     def edits(self) -> dict[str, object]:
@@ -155,7 +175,7 @@ class MemoryLine(Line):
         self.write(f"<span class='kitty-bad'>{_setting_sentence(error)}</span>")
 
     def _show(self, preview: MemoryPreview | None) -> None:
-        self.write(memory_sentence(preview) if preview else "")
+        self.write(memory_line(preview) if preview else "")
         self.preview = preview
 
 
@@ -166,6 +186,16 @@ def _setting_sentence(error: ConfigError) -> str:
         f" {escape(one.reason)} {escape(one.fix)}"
         for one in error.problems
     )
+
+
+def memory_line(preview: MemoryPreview) -> str:
+    """Draw a few words, e.g. `Memory 442 MB of 23.0 GB · fits`; hover and focus show the rest."""
+    needs, pools = preview.requirement, preview.allocations
+    of = f" of {_size(pools[0].pool.free)}" if len(pools) == 1 else ""
+    size = f" {_size(needs.known)}{of}" if pools else ""
+    short = f"Memory{size} · <b class='kitty-{_TONES[preview.verdict]}'>{preview.verdict}</b>"
+    rest = f"<span class='kitty-tip-text' role='tooltip'>{memory_sentence(preview)}</span>"
+    return f"<span class='kitty-tip' tabindex='0'>{short}{rest}</span>"
 
 
 def memory_sentence(preview: MemoryPreview) -> str:

@@ -21,7 +21,7 @@ from kitty_nb.experiments import Combination, Outcome, Perplexity, Results, Swee
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.space import FIELDS
 from kitty_nb.experiments.trial import RequestAnswered, SweepEnded, SweepEvent, TrialProgressed
-from kitty_nb.supervisor.events import ServerStatus, Stage
+from kitty_nb.supervisor.events import Stage
 from kitty_nb.widgets import session
 from kitty_nb.widgets.display import (
     Accessible,
@@ -33,7 +33,6 @@ from kitty_nb.widgets.display import (
     duration,
     explain,
     receive_while_busy,
-    show_if,
     still,
     tree,
 )
@@ -61,13 +60,13 @@ _WHOLE_FROM = 100  # tokens a second from which decimals only distract
 class SweepStatus(StrEnum):
     """The status of a sweep, as the panel shows it."""
 
-    NOT_STARTED = "NOT STARTED"
-    RUNNING = "RUNNING"
-    PAUSING = "PAUSING"
-    PAUSED = "PAUSED"
-    INTERRUPTED = "INTERRUPTED"
-    FAILED = "FAILED"
-    DONE = "DONE"
+    NOT_STARTED = "Not started"
+    RUNNING = "Running"
+    PAUSING = "Pausing"
+    PAUSED = "Paused"
+    INTERRUPTED = "Interrupted"
+    FAILED = "Failed"
+    DONE = "Done"
 
 
 _TONES = {
@@ -342,10 +341,7 @@ class SweepPanel(VBox):
 
     def _show_load(self, running: Collection[Trial]) -> None:
         loads = filter(None, map(self._loads.get, running))
-        load = min(loads, key=lambda one: one.stage is Stage.READY, default=None)
-        ready = load is not None and load.stage is Stage.READY
-        self.load_bar.show(ServerStatus.READY if ready else ServerStatus.LOADING, load)
-        show_if(self.load_bar, bool(running))
+        self.load_bar.show_load(min(loads, key=lambda one: one.stage is Stage.READY, default=None))
 
 
 _shown: WeakSet[Sweep] = WeakSet()

@@ -1,5 +1,4 @@
-// The page's side of ModelBrowser: a table of models to filter and choose from, and the details of
-// the chosen one with its chat template.
+// The page's side of ModelTable: models to filter and choose from.
 
 const COLUMNS = [
   ["", "star"],
@@ -23,7 +22,6 @@ function receive(store, message) {
   if (message.kind === "rows") store.rows = message.rows;
   else if (message.kind === "fits") Object.assign(store.fits, message.fits);
   else if (message.kind === "chosen") store.chosen = message.id;
-  else if (message.kind === "facts") store.details = message;
   else return;
   store.views.forEach((view) => view[message.kind]());
 }
@@ -83,7 +81,7 @@ function drawRow(row, store) {
   return line;
 }
 
-function renderTable(el, store) {
+function render(el, store) {
   const filter = element("input", "kitty-filter", {
     type: "search",
     placeholder: "Search by name, family, quantization, architecture",
@@ -105,11 +103,8 @@ function renderTable(el, store) {
   const scroller = element("div", "kitty-table-scroll");
   const empty = element("div", "kitty-table-empty", { hidden: true });
   scroller.append(table, empty);
-  const fold = element("details", "kitty-fold");
-  const summary = element("summary", "", { textContent: "Browse models" });
-  keepKeys(fold);
-  fold.append(summary, bar, scroller);
-  el.append(fold);
+  keepKeys(el);
+  el.append(bar, scroller);
 
   let lines = []; // of rows: [line, words]
   let families = []; // [heading, lines]
@@ -183,7 +178,6 @@ function renderTable(el, store) {
     },
   };
 
-  fold.addEventListener("toggle", () => fold.open && store.ask("table"));
   filter.addEventListener("input", applyFilter);
   filter.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowDown") return;
@@ -212,47 +206,8 @@ function renderTable(el, store) {
   body.addEventListener("focusin", (event) => focusOn(event.target.closest(".kitty-row")));
 
   if (store.rows.length) view.rows();
+  store.ask("table");
   return view;
 }
 
-function renderDetails(el, store) {
-  const fold = element("details", "kitty-fold");
-  const facts = element("dl", "kitty-facts");
-  const template = element("pre", "kitty-template", { tabIndex: 0 });
-  template.ariaLabel = "Chat template";
-  const heading = element("div", "kitty-muted", { textContent: "Chat template" });
-  const none = element("div", "kitty-muted", { textContent: "No model is chosen." });
-  const summary = element("summary", "", { textContent: "Details" });
-  keepKeys(fold);
-  fold.append(summary, none, facts, heading, template);
-  el.append(fold);
-
-  const draw = () => {
-    facts.replaceChildren();
-    for (const [name, value] of store.details.facts) {
-      facts.append(
-        element("dt", "kitty-muted", { textContent: name }),
-        element("dd", "", { textContent: value }),
-      );
-    }
-    none.hidden = store.details.facts.length > 0;
-    template.textContent = store.details.template;
-    heading.hidden = template.hidden = !store.details.template;
-  };
-  fold.addEventListener("toggle", () => fold.open && store.ask("details"));
-  draw();
-  return draw;
-}
-
-function render(el, store) {
-  const table = element("div", "kitty-table-box");
-  const details = element("div", "kitty-details-box");
-  el.append(table, details);
-  return { ...renderTable(table, store), facts: renderDetails(details, store) };
-}
-
-function begin() {
-  return { rows: [], fits: {}, chosen: null, details: { facts: [], template: "" } };
-}
-
-export default stored(begin, receive, render);
+export default stored(() => ({ rows: [], fits: {}, chosen: null }), receive, render);

@@ -1,0 +1,100 @@
+// The page's side of Address: what to copy, and an address of the server's own web page that this
+// browser can reach.
+
+const LOOPBACK = new Set(["localhost", "127.0.0.1", "[::1]"]);
+
+// Where the notebook's server passes requests on to a port, if it does. Its other answers (404 where
+// jupyter-server-proxy is missing, a redirection to a login page) are not the server's "ok".
+async function proxied(endpoint) {
+  const config = document.getElementById("jupyter-config-data");
+  const base = config && JSON.parse(config.textContent).baseUrl;
+  if (!base) return null;
+  const address = new URL(`proxy/${new URL(endpoint).port}/`, new URL(base, location.href)).href;
+  try {
+    const health = await (await fetch(new URL("health", address))).json();
+    return health.status === "ok" ? address : null;
+  } catch {
+    return null;
+  }
+}
+
+function isWithinReach(endpoint) {
+  // A front end without JupyterLab's settings, such as an editor's, forwards ports by itself.
+  const inJupyter = document.getElementById("jupyter-config-data") !== null;
+  return !inJupyter || LOOPBACK.has(location.hostname) || !LOOPBACK.has(new URL(endpoint).hostname);
+}
+
+// Copies what only the kernel knows. Every page that shows the panel hears the answer; only the one
+// that asked takes it.
+function ask(model, what) {
+  return new Promise((answer) => {
+    const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    const take = (message) => {
+      if (message.kind !== "copy" || message.for !== asker) return;
+      model.off("msg:custom", take);
+      answer(message.text);
+    };
+    model.on("msg:custom", take);
+    model.send({ kind: "copy", what, for: asker });
+  });
+}
+
+function copyButton(words, title, text) {
+  const button = element("button", "kitty-small-button", {
+    type: "button",
+    textContent: words,
+    title,
+  });
+  button.addEventListener("click", async () => {
+    await copy(await text());
+    copied(button);
+  });
+  return button;
+}
+
+async function describe(model) {
+  const endpoint = model.get("endpoint");
+  if (!endpoint) return [];
+  const page = (await proxied(endpoint)) ?? (isWithinReach(endpoint) ? `${endpoint}/` : null);
+  const url = `${endpoint}/v1`;
+  const key = copyButton("Copy key", "The API key that the server asks for", () =>
+    ask(model, "key"),
+  );
+  const way = page
+    ? element("a", "", {
+        href: page,
+        target: "_blank",
+        rel: "noopener",
+        textContent: "Web page",
+        title: "The server's own chat page; it asks for the API key",
+      })
+    : element("span", "", {
+        textContent:
+          "This browser can't reach the server's own web page. To open it through JupyterLab:" +
+          " pip install jupyter-server-proxy where JupyterLab runs, then restart JupyterLab.",
+      });
+  return [
+    element("code", "", { textContent: url }),
+    copyButton("Copy address", "The base URL for OpenAI clients", () => url),
+    ...(model.get("asks_key") ? [key] : []),
+    copyButton("Copy code", "A cell that asks the model, ready to paste", () => ask(model, "code")),
+    way,
+  ];
+}
+
+function render({ model, el }) {
+  let latest = 0;
+  const update = async () => {
+    const mine = ++latest;
+    const parts = await describe(model);
+    if (mine !== latest) return; // overtaken by another change
+    el.replaceChildren(...parts);
+    el.hidden = parts.length === 0;
+  };
+  el.hidden = true;
+  model.on("change", update);
+  update();
+  return () => model.off("change", update);
+}
+
+export default { render };

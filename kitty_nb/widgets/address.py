@@ -1,0 +1,93 @@
+"""How to reach a ready server: its address, its key, code that asks it, its own web page."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import traitlets
+from IPython import get_ipython
+
+from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.widgets.display import Page, asset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kitty_nb.supervisor.events import ServerState
+
+
+class Address(Page):
+    """The server's address and what to copy, while the server is ready.
+
+    The kernel does not know by which address the browser reaches it, nor whether that passes
+    JupyterHub or a tunnel, so the page itself finds out: where jupyter-server-proxy answers, the
+    link to the server's web page goes through the notebook's own server; else it is the server's
+    address, on this machine.
+
+    The server asks for its key there. The key is in neither the link nor this widget's state: it
+    travels when the user presses its *Copy*, in a message that nothing keeps.
+
+    Args:
+        texts: Returns what can be copied, by name, when somebody copies it; None where there is
+            nothing.
+    """
+
+    _esm: ClassVar[str] = asset("page.js", "clipboard.js", "address.js")
+    endpoint: Any = traitlets.Unicode("").tag(sync=True)
+    asks_key: Any = traitlets.Bool(True).tag(sync=True)
+
+    def __init__(self, texts: Mapping[str, Callable[[], str | None]]) -> None:
+        super().__init__("kitty-address")
+        self._texts = texts
+
+    def show(self, state: ServerState) -> None:
+        """Show the address of a server, or hide."""
+        with self.hold_sync():
+            self.endpoint = state.endpoint if state.status is ServerStatus.READY else ""
+            self.asks_key = self._texts["key"]() is not None
+
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        match message:
+            case {"kind": "copy", "what": str(what), "for": str(asker)} if what in self._texts:
+                self.send({"kind": "copy", "for": asker, "text": self._texts[what]() or ""})
+
+
+_CODE = """\
+print({panel}.manager.chat("Who are you?", max_tokens=500).wait())
+
+# The same over OpenAI's API, with an httpx.Client that has the server's address and key.
+messages = [{{"role": "user", "content": "Who are you?"}}]
+request = {{"model": {alias!r}, "messages": messages, "max_tokens": 500}}
+answer = {panel}.manager.http.post("/v1/chat/completions", json=request)
+print(answer.json()["choices"][0]["message"]["content"])
+
+{openai}
+
+# Other programs need the base URL {endpoint}/v1 and the key:
+key = {panel}.manager.reveal_api_key()"""
+_OPENAI = """\
+# And with an openai.OpenAI client.
+print({panel}.manager.client.chat.completions.create(**request).choices[0].message.content)"""
+_NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
+
+
+def snippet(state: ServerState, panel: object) -> str:
+    """Return code that uses a server, to paste into a cell.
+
+    Args:
+        state: The server.
+        panel: The panel that the code goes through.
+    """
+    name, where = _name_of(panel), {"alias": state.alias, "endpoint": state.endpoint}
+    openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
+    return _CODE.format(panel=name, openai=openai, **where)
+
+
+def _name_of(thing: object) -> str:
+    """Return a name that cells have for something, if only `_3`, the output of a cell."""
+    shell = get_ipython()
+    names = shell.user_ns.copy().items() if shell else ()
+    found = [name for name, value in names if value is thing and name.strip("_")]
+    return min(found, key=lambda name: name.startswith("_"), default="panel")
