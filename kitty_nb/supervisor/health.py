@@ -414,6 +414,7 @@ class LoadReporter:
     def __init__(self, attempts: int, *, silent: bool) -> None:
         self._attempts, self._silent = attempts, silent
         self._attempt, self._due = 0, 0.0
+        self._loaded_at: float | None = None
 
     def news(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
         """Return the check of the second, where it is due or the last, and what it says."""
@@ -437,10 +438,11 @@ class LoadReporter:
             checks = "1 check" if attempt == 1 else f"{attempt} checks"
             return f"Model loaded ({checks}, {elapsed:.0f}s elapsed)"
         if result.message == FIRST_ANSWER:
-            return (
-                "The model is loaded; waiting for its first answer (some devices compile kernels"
-                f" for minutes first)… ({elapsed:.0f}s elapsed)"
-            )
+            self._loaded_at = elapsed if self._loaded_at is None else self._loaded_at
+            slow = elapsed - self._loaded_at >= _SILENT
+            why = " (some devices compile kernels for minutes first)" if slow else ""
+            said = f"The model is loaded; waiting for its first answer{why}…"
+            return f"{said} ({elapsed:.0f}s elapsed)"
         if result.status is ServerStatus.LOADING:
             count = f"{attempt}/{self._attempts}, " if elapsed < self._attempts else ""
             return f"Loading model… ({count}{elapsed:.0f}s elapsed)"

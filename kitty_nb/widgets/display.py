@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _HERE = Path(__file__).parent
+_CARD = "display: inline-block; padding: 8px 16px; border: 1px solid #888; border-radius: 8px"
 _STILL = "A snapshot from when the cell ran. Run the cell again for the live panel."
 
 
@@ -142,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def still(name: str, facts: Sequence[str], table: str = "") -> str:
-    """Draw a snapshot of a panel as plain HTML, without scripts and styles.
+    """Draw a snapshot of a panel as plain HTML, without scripts and style sheets.
 
     Args:
         name: The panel's name.
@@ -150,7 +151,8 @@ def still(name: str, facts: Sequence[str], table: str = "") -> str:
         table: HTML to show below.
     """
     line = " · ".join(escape(fact) for fact in facts if fact)
-    return f"<p><b>{escape(name)}</b> · {line}<br><small>{_STILL}</small></p>{table}"
+    head = f"<b>{escape(name)}</b> · {line}<br><small>{_STILL}</small>"
+    return f"<div style='{_CARD}'>{head}{table}</div>"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

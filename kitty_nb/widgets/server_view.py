@@ -215,6 +215,7 @@ class ServerButtons(HBox):
             doubtful: Whether a start was refused that can be insisted on.
         """
         waiting = state.status is ServerStatus.RESTARTING
+        show_if(self, not waiting)
         show_if(self.start, now.switch or (state.status.absent and not waiting))
         self.start.disabled = not now.start
         self.start.description = "Switch" if now.switch else "Start"
@@ -226,6 +227,6 @@ class ServerButtons(HBox):
         show_if(self.now, waiting and now.start)
         show_if(self.cancel, waiting)
         self.use_port.description = f"Use port {state.free_port}"
-        show_if(self.use_port, now.start and state.free_port is not None)
-        show_if(self.attach, state.attachable)
+        show_if(self.use_port, now.start and state.free_port is not None and not doubtful)
+        show_if(self.attach, state.attachable and not doubtful)
         show_if(self.anyway, doubtful)

@@ -172,7 +172,7 @@ class MemoryLine(Line):
 
     async def _complain(self, error: ConfigError) -> None:
         self.preview = None
-        self.write(f"<span class='kitty-bad'>{_setting_sentence(error)}</span>")
+        self.write(f"<span class='kitty-bad kitty-wrong'>{_setting_sentence(error)}</span>")
 
     def _show(self, preview: MemoryPreview | None) -> None:
         self.write(memory_line(preview) if preview else "")
@@ -182,7 +182,7 @@ class MemoryLine(Line):
 def _setting_sentence(error: ConfigError) -> str:
     """Describe what is wrong with the fields, as HTML, by the names that they have on screen."""
     return "<br>".join(
-        f"{escape(_FIELDS[one.key][0] if one.key in _FIELDS else one.key)} {escape(one.value)}:"
+        f"{escape(_FIELDS[one.key][0] if one.key in _FIELDS else one.key)} “{escape(one.value)}”:"
         f" {escape(one.reason)} {escape(one.fix)}"
         for one in error.problems
     )
