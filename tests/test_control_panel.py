@@ -38,7 +38,7 @@ from kitty_nb.supervisor.log import previous
 from kitty_nb.widgets.address import snippet
 from kitty_nb.widgets.display import duration, receive_while_busy
 from kitty_nb.widgets.server_log import LINES_KEPT
-from kitty_nb.widgets.server_view import Choices, choices, describe_load
+from kitty_nb.widgets.server_view import Choices, choices, describe_load, vitals
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_how_to_use_the_model_is_told_once_it_is_ready(panel: ControlPanel) -> N
     panel.buttons.start.click()
     wait_for(panel, "Ready")
     eventually(lambda: panel.address.endpoint == panel.manager.state.endpoint)
-    code = snippet(panel.manager.state, panel)
+    code = snippet(panel)
     printed: list[str] = []
     exec(code, {"panel": panel, "print": printed.append})
     assert [text.startswith("Hello! I am") for text in printed] == [True] * (
@@ -145,9 +145,9 @@ def test_code_names_the_panel_as_the_notebook_does(
     cells: dict[str, object] = {"_": panel, "_3": panel, "other": object()}
     shell = SimpleNamespace(user_ns=cells)
     monkeypatch.setattr("kitty_nb.widgets.address.get_ipython", lambda: shell)
-    assert "print(_3.manager.chat(" in snippet(panel.manager.state, panel)
+    assert "print(_3.manager.chat(" in snippet(panel)
     cells["mine"] = panel
-    assert "print(mine.manager.chat(" in snippet(panel.manager.state, panel)
+    assert "print(mine.manager.chat(" in snippet(panel)
 
 
 def test_the_key_is_copied_by_a_message_that_nothing_keeps(
@@ -837,6 +837,15 @@ def test_a_restart_is_offered_where_it_would_change_something() -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "up 0 s"), (59, "up 59 s"), (185, "up 3 min"), (7500, "up 2 h 05 min")],
+)
+def test_the_first_line_rarely_moves_as_the_server_stays_up(seconds: float, text: str) -> None:
+    since = time.monotonic() - seconds
+    assert [*vitals(ServerState(ServerStatus.READY, ServerConfig(), ready_since=since))] == [text]
 
 
 def test_the_line_beside_the_bar() -> None:

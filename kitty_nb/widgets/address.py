@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kitty_nb.supervisor.events import ServerState
+    from kitty_nb.widgets.control_panel import ControlPanel
 
 
 class Address(Page):
@@ -73,14 +74,10 @@ print({panel}.manager.client.chat.completions.create(**request).choices[0].messa
 _NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
 
 
-def snippet(state: ServerState, panel: object) -> str:
-    """Return code that uses a server, to paste into a cell.
-
-    Args:
-        state: The server.
-        panel: The panel that the code goes through.
-    """
-    name, where = _name_of(panel), {"alias": state.alias, "endpoint": state.endpoint}
+def snippet(panel: ControlPanel) -> str:
+    """Return code that asks the server of a panel, to paste into a cell."""
+    state, name = panel.manager.state, _name_of(panel)
+    where = {"alias": state.alias, "endpoint": state.endpoint}
     openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
     return _CODE.format(panel=name, openai=openai, **where)
 

@@ -102,9 +102,8 @@ class ControlPanel(VBox):
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
-        self.address = Address(
-            {"key": manager.reveal_api_key, "code": lambda: snippet(manager.state, self)}
-        )
+        code = partial(snippet, self)
+        self.address = Address({"key": manager.reveal_api_key, "code": code})
         self.settings = SettingsForm(self._config, self._choose)
         self.memory = MemoryLine(manager, self._wanted)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
@@ -128,27 +127,14 @@ class ControlPanel(VBox):
         label = "" if profile == server_view.DEFAULT_PROFILE else f" of the profile {profile}"
         self._settings_fold = display.Fold("Settings", self.settings, self.browser.last_time)
         self._log_fold = display.Fold("Log", self.activity_log, self.server_log)
+        top = HBox([self.status_line, self.load_bar]).add_class("kitty-top")
+        choice = HBox([self.picker, self.buttons]).add_class("kitty-choice")
         self._notice_row = HBox([self.notice, self.buttons.remedies])
-        self._folds = HBox(
-            [
-                self.memory,
-                self._settings_fold,
-                self.details,
-                self.browser,
-                self.download,
-                self._log_fold,
-            ]
-        )
-        super().__init__(
-            [
-                HBox([self.status_line, self.load_bar]).add_class("kitty-top"),
-                HBox([self.picker, self.buttons]).add_class("kitty-choice"),
-                self._notice_row.add_class("kitty-notice-row"),
-                self.address,
-                self._folds.add_class("kitty-folds"),
-                display.Accessible(f"kitty_nb control panel{label}"),
-            ]
-        )
+        self._notice_row.add_class("kitty-notice-row")
+        folds = self._settings_fold, self.details, self.browser, self.download, self._log_fold
+        self._folds = HBox([self.memory, *folds]).add_class("kitty-folds")
+        name = display.Accessible(f"kitty_nb control panel{label}")
+        super().__init__([top, choice, self._notice_row, self.address, self._folds, name])
         self.add_class("kitty-panel")
 
     def _answer_clicks(self) -> None:
@@ -379,9 +365,9 @@ class ControlPanel(VBox):
     def _differs(self, state: ServerState) -> bool:
         """Return whether the chosen model is another one than the server's."""
         model = self.picker.model
-        if model is None or state.external is None:
-            return model is not None and model.path != state.config.model
-        return model.path.name != state.model_name
+        if model and state.external:
+            return model.path.name != state.model_name
+        return model is not None and model.path != state.config.model
 
     def _settings_differ(self, state: ServerState) -> bool:
         """Return whether a restart would change anything."""
