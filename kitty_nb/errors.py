@@ -139,7 +139,7 @@ class StartCancelledError(ServerError):
 
 
 class NoAnswerError(ServerError):
-    """A model's answer has no text."""
+    """A model's answer has no text, or not the form that was asked for."""
 
 
 class HubError(KittyError):

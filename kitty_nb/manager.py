@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import threading
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
 from functools import partial, wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
-import nest_asyncio2
 from anyio.from_thread import start_blocking_portal
 
-from kitty_nb.client import Access
+from kitty_nb.client.access import Access
+from kitty_nb.client.conversation import Form, converse
+from kitty_nb.client.images import with_images
 from kitty_nb.config import OnKernelExit, ServerConfig
-from kitty_nb.errors import KittyError, WaitTimeoutError
+from kitty_nb.errors import KittyError
+from kitty_nb.operation import Chat, Operation, Pieces
 from kitty_nb.supervisor.events import (
     Event,
     LoadProgress,
@@ -31,80 +30,19 @@ from kitty_nb.supervisor.forecast import ModelStats
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Coroutine, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     import httpx
 
-    from kitty_nb.client import Piece
+    from kitty_nb.client import Answer, Piece, PromptProgress
+    from kitty_nb.client.images import Image
+
+    Messages = str | list[dict[str, Any]]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Operation(Generic[T]):
-    """Work in progress on the supervisor's thread.
-
-    `await` it in a cell, or `wait` for it. Neither ending the wait nor dropping this object ends
-    the work; `cancel` does.
-    """
-
-    def __init__(self, future: Future[T], progress: Callable[[], LoadProgress | None]) -> None:
-        self._future = future
-        self._progress = progress
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
-
-    def __repr__(self) -> str:
-        return f"Operation(done={self.done})"
-
-    def wait(self, timeout: float | None = None) -> T:
-        """Block until the result is there, and return it.
-
-        In a cell, the kernel's own tasks continue meanwhile.
-
-        Args:
-            timeout: Seconds, or None to wait as long as it takes.
-
-        Raises:
-            WaitTimeoutError: It is not done in time; it continues.
-            KittyError: The operation's own error.
-        """
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            wait_for([self._future], timeout)
-        else:
-            nest_asyncio2.apply(loop)
-            future = asyncio.wrap_future(self._future)
-            # Its error is raised below; asyncio would report it again as never retrieved.
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
-            loop.run_until_complete(asyncio.wait([future], timeout=timeout))
-        if not self._future.done():
-            raise WaitTimeoutError(f"Not done after {timeout} s; it continues in the background.")
-        return self._future.result()
-
-    def cancel(self) -> None:
-        """Cancel it. A cancelled start stops its server."""
-        self._future.cancel()
-
-    @property
-    def done(self) -> bool:
-        """True if it has ended, whatever the result."""
-        return self._future.done()
-
-    @property
-    def progress(self) -> LoadProgress | None:
-        """The progress of the current load; None before the first."""
-        return self._progress()
-
-
-class _Answer(Operation[str]):
-    """An answer on its way. The model stops when nobody awaits it any more: a cell interrupted."""
-
-    def __await__(self) -> Generator[Any, None, str]:
-        return asyncio.wrap_future(self._future).__await__()
 
 
 def _command(
@@ -157,6 +95,7 @@ class ModelManager:
         self.stats = ModelStats(lambda: self.state.pid)
         self._progress: LoadProgress | None = None
         self._http: tuple[tuple[Access, int], httpx.Client] | None = None
+        self._requests: tuple[Access, httpx.AsyncClient] | None = None
         self._closing = threading.Lock()
         self._supervisor.subscribe(self._remember)
         with ExitStack() as stack:
@@ -164,6 +103,7 @@ class ModelManager:
             # Whatever still runs when the supervisor has ended, such as a panel, ends too.
             stack.callback(lambda: self._portal.call(self._portal.stop, True))
             stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
+            stack.callback(lambda: self._portal.call(self._close_requests))
             self._resources = stack.pop_all()
         self._closed, self._pid = False, os.getpid()
         atexit.register(self._close_at_exit)
@@ -267,23 +207,72 @@ class ModelManager:
     memory_use = _command(Supervisor.memory_use)
     preview_memory = _command(Supervisor.preview_memory)
 
+    @overload
     def chat(
         self,
-        messages: str | list[dict[str, Any]],
+        messages: Messages,
         on_piece: Callable[[Piece], object] | None = None,
+        on_progress: Callable[[PromptProgress], object] | None = None,
+        *,
+        response_format: None = None,
         **options: Any,
-    ) -> Operation[str]:
-        """Ask the model; the result is its answer.
+    ) -> Chat[Answer]: ...
 
-        If it is cancelled, or an `await` of it is interrupted, the server stops answering.
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        on_piece: Callable[[Piece], object] | None = None,
+        on_progress: Callable[[PromptProgress], object] | None = None,
+        *,
+        response_format: type[T],
+        **options: Any,
+    ) -> Chat[T]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        on_piece: Callable[[Piece], object] | None = None,
+        on_progress: Callable[[PromptProgress], object] | None = None,
+        *,
+        response_format: dict[str, Any],
+        **options: Any,
+    ) -> Chat[Any]: ...
+
+    def chat(
+        self,
+        messages: Messages,
+        on_piece: Callable[[Piece], object] | None = None,
+        on_progress: Callable[[PromptProgress], object] | None = None,
+        *,
+        response_format: Any = None,
+        images: Sequence[Image] = (),
+        tools: Sequence[Callable[..., Any]] = (),
+        max_rounds: int = 10,
+        **options: Any,
+    ) -> Chat[Any]:
+        """Ask the model; the result is its `Answer`, or the object that `response_format` asks for.
+
+        Await it, wait for it, or iterate over its pieces as they arrive. If it is cancelled, or
+        nobody wants the rest, the server stops answering.
 
         Args:
             messages: A prompt, or a whole conversation in the form of OpenAI's protocol.
             on_piece: Called on the manager's thread with each piece, as it arrives.
+            on_progress: Called on the manager's thread while the prompt is read, where the build
+                of llama-server tells.
+            response_format: A pydantic model or another type that pydantic knows, of which the
+                result is one; or a JSON schema, for plain Python objects.
+            images: Pictures for the last message: paths, bytes, Pillow's, or data URLs.
+            tools: Functions that the model may call, by their signatures and docstrings; they run
+                on threads of their own or, if they are asynchronous, on the manager's.
+            max_rounds: How often the model may call tools before it has to answer.
             **options: Other fields of the request, such as `temperature` or `max_tokens`.
 
         Raises:
-            KittyError: The server is not ready, or doesn't finish its answer.
+            NoAnswerError: The model did not answer in words, or in the form asked for.
+            KittyError: The server is not ready, takes no pictures, or doesn't finish its answer.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -294,9 +283,31 @@ class ModelManager:
                 "The router has not loaded a model yet. Name one with chat(…, model=…) or"
                 f" switch_model(…): {', '.join(router.models)}."
             )
-        request = {"model": state.alias, "messages": messages, **options}
-        asked = self._start(access.chat, request, on_piece or (lambda _: None))
-        return _Answer(asked, lambda: self._progress)
+        if images and not state.external and not state.projector:
+            raise KittyError(
+                f"{state.alias} runs without a projector, so it sees no pictures. Start a model"
+                " that has one beside its file (mmproj-….gguf), or set LLAMACPP_MMPROJ."
+            )
+        form = None if response_format is None else Form(response_format)
+        request = {
+            "model": state.alias,
+            "messages": with_images(messages, images),
+            **(form.request if form else {}),
+            **options,
+        }
+        pieces = Pieces()
+
+        def hand_on(piece: Piece) -> None:
+            pieces.add(piece)
+            if on_piece:
+                on_piece(piece)
+
+        async def work() -> Any:
+            http = await self._client_of(access)
+            answer = await converse(http, request, hand_on, on_progress, tools, max_rounds)
+            return form.read(answer) if form else answer
+
+        return Chat(self._start(work), lambda: self._progress, pieces)
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
@@ -329,6 +340,18 @@ class ModelManager:
             self._resources.close()
             self._close_http()
         atexit.unregister(self._close_at_exit)
+
+    async def _client_of(self, access: Access) -> httpx.AsyncClient:
+        """Return the manager's own client of a server, whose connections are used again."""
+        if self._requests is None or self._requests[0] != access:
+            await self._close_requests()
+            self._requests = access, access.async_http()
+        return self._requests[1]
+
+    async def _close_requests(self) -> None:
+        if self._requests:
+            (_, http), self._requests = self._requests, None
+            await http.aclose()
 
     @property
     def _access(self) -> Access:

@@ -70,7 +70,7 @@ _NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None) or os.environ.get("KITTY_N
 if _NATIVE_ENGINE:
     os.environ["KITTY_NATIVE_ENGINE"] = _NATIVE_ENGINE  # for the processes of xdist
 
-TOGETHER = {"test_browser", "test_dask_sweep", "test_results"}
+TOGETHER = {"test_browser", "test_chat", "test_dask_sweep", "test_results"}
 STAND_IN = Path(__file__).parent / "stand_in_server.py"
 MARK = "KITTY_NB_TEST_RUN"
 
@@ -323,7 +323,7 @@ def software_gpu(native_engine: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "Vulkan0"
 
 
-@pytest.fixture(params=["embedded", "native"])
+@pytest.fixture(scope="module", params=["embedded", "native"])
 def engine(request: pytest.FixtureRequest) -> Path | None:
     """Both engines, one after the other, as a value for `ServerConfig.binary`."""
     if request.param == "native":

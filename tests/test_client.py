@@ -6,16 +6,18 @@ import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
+from typing import Any
 
 import anyio
 import pytest
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.client import Access, Piece
+from kitty_nb.client import Access, Answer, Piece
+from kitty_nb.client.conversation import converse
 from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
-from kitty_nb.experiments.recording import ask
+from kitty_nb.experiments.recording import ask as record_answers
 from kitty_nb.experiments.run_record import Request
 from kitty_nb.experiments.trial import Workload
 from kitty_nb.supervisor.health import HealthProbe, Identity
@@ -27,8 +29,8 @@ SEPARATORS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"
 
 @pytest.fixture
 def says() -> Iterator[Says]:
-    """A server that answers each request by the same bytes."""
-    answer = {"kind": STREAM, "body": b""}
+    """A server that answers each request by the same bytes; of several, by the next."""
+    answer: dict[str, Any] = {"kind": STREAM, "bodies": [b""]}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -36,7 +38,8 @@ def says() -> Iterator[Says]:
             self.send_response(200)
             self.send_header("Content-Type", answer["kind"])
             self.end_headers()
-            self.wfile.write(answer["body"])
+            bodies = answer["bodies"]
+            self.wfile.write(bodies.pop(0) if len(bodies) > 1 else bodies[0])
 
         def do_GET(self) -> None:
             self.headers["Content-Length"] = "0"
@@ -49,8 +52,8 @@ def says() -> Iterator[Says]:
     thread = Thread(target=server.serve_forever)
     thread.start()
 
-    def say(body: str, kind: str = STREAM) -> Access:
-        answer.update(kind=kind, body=body.encode())
+    def say(*bodies: str, kind: str = STREAM) -> Access:
+        answer.update(kind=kind, bodies=[body.encode() for body in bodies])
         return Access(f"http://127.0.0.1:{server.server_port}", None)
 
     yield say
@@ -61,7 +64,12 @@ def says() -> Iterator[Says]:
 
 def chat(access: Access) -> tuple[str, list[Piece]]:
     pieces: list[Piece] = []
-    return anyio.run(access.chat, {"messages": []}, pieces.append), pieces
+
+    async def ask() -> str:
+        async with access.async_http() as http:
+            return str(await converse(http, {"messages": []}, pieces.append))
+
+    return anyio.run(ask), pieces
 
 
 def events(*deltas: dict[str, object], finish: str | None = "stop", space: str = " ") -> str:
@@ -77,7 +85,7 @@ def test_an_answer_may_hold_any_separator_of_lines(
     options = {"grammar": f'root ::= "{grammar}"', "max_tokens": 64}
     with ModelManager(config=config.replace(binary=engine)) as manager:
         manager.start().wait(60)
-        assert manager.chat("Say it.", **options).wait(60) == SEPARATORS
+        assert manager.chat("Say it.", **options).wait(60).text == SEPARATORS
 
 
 def test_a_trial_reads_them_too(says: Says) -> None:
@@ -101,7 +109,7 @@ def test_an_answer_is_read_however_it_is_spelled(says: Says) -> None:
     assert chat(says(unasked + events(*parts)))[0] == "so!"
     assert chat(says(events(*parts).replace("\n", "\r\n")))[0] == "so!"
     whole = {"choices": [{"message": {"content": "so!"}, "finish_reason": "stop"}]}
-    assert chat(says(json.dumps(whole), "application/json; charset=utf-8"))[0] == "so!"
+    assert chat(says(json.dumps(whole), kind="application/json; charset=utf-8"))[0] == "so!"
     assert chat(says(events())) == ("", [])  # the model chose to say nothing
 
 
@@ -160,6 +168,52 @@ def test_a_model_that_only_thought_has_not_answered(
     assert all(piece.thinking for piece in pieces)
 
 
+def call(name: str, arguments: str) -> str:
+    begun = {"index": 0, "id": "a", "function": {"name": name, "arguments": ""}}
+    rest = {"index": 0, "function": {"arguments": arguments}}
+    return events({"tool_calls": [begun]}, {"tool_calls": [rest]}, finish="tool_calls")
+
+
+def test_tools_are_run_until_the_model_answers(says: Says) -> None:
+    threads: list[int] = []
+
+    def weather(city: str, days: int = 1) -> dict[str, Any]:
+        """Look up the weather of a city."""
+        threads.append(get_ident())
+        return {"city": city, "days": days}
+
+    async def broken() -> None:
+        raise ValueError("out of order")
+
+    calls = [
+        call("weather", '{"city": "Rome", "days": "2"}'),
+        call("weather", '{"days": 1}'),
+        call("broken", "{}"),
+        call("unknown", "{}"),
+    ]
+    tools = weather, broken
+
+    def talk(*bodies: str, max_rounds: int = 10) -> Answer:
+        async def ask() -> Answer:
+            async with says(*bodies).async_http() as http:
+                request = {"messages": [], "tool_choice": "required"}
+                return await converse(http, request, print, None, tools, max_rounds)
+
+        return anyio.run(ask)
+
+    answer = talk(*calls, events({"content": "It is fine."}))
+    assert answer.text == "It is fine."
+    rome, incomplete, failed, unknown = (call.result or "" for call in answer.tool_calls)
+    assert json.loads(rome) == {"city": "Rome", "days": 2}
+    assert "city" in incomplete
+    assert "out of order" in failed
+    assert unknown == "Error: there is no tool unknown. There are weather, broken."
+    assert threads
+    assert get_ident() not in threads  # one that blocks has a thread of its own
+    with pytest.raises(NoAnswerError, match="called tools 2 times without answering"):
+        talk(call("weather", '{"city": "Rome"}'), max_rounds=2)
+
+
 PAGE = "<!doctype html>\n<title>Log in</title>" + "x" * 1000
 NOT_OURS = [
     (PAGE, "text/html", "200 with text/html: '<!doctype html> <title>Log in</title>x"),
@@ -174,13 +228,13 @@ NOT_OURS = [
 def test_another_program_is_told_from_a_server(
     says: Says, body: str, kind: str, reason: str
 ) -> None:
-    access = says(body, kind)
+    access = says(body, kind=kind)
     with pytest.raises(ServerError, match=reason) as caught:
         chat(access)
     assert access.endpoint in str(caught.value)
     assert len(str(caught.value)) < 500
     with pytest.raises(ExperimentError, match="sent no answer"):
-        anyio.run(ask, access, [Request(text="a")])
+        anyio.run(record_answers, access, [Request(text="a")])
 
 
 def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
@@ -195,7 +249,7 @@ def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
 )
 def test_whatever_a_server_says_of_itself_is_survived(says: Says, body: str) -> None:
     async def look() -> None:
-        endpoint = says(body, "application/json").endpoint
+        endpoint = says(body, kind="application/json").endpoint
         port = int(endpoint.rpartition(":")[2])
         probe = HealthProbe(ServerConfig(port=port, alias="ours"), trusted=True)
         assert (await probe.check_activity()).slots_total is None

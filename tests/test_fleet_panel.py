@@ -86,7 +86,7 @@ def test_two_profiles_run_at_once(open_: Open, env: Path) -> None:
     for profile in ("primary", "coder"):
         eventually(lambda p=profile: str(row(panel, p)["memory"]).endswith("B"), within=20)
         answer = panel.manager(profile).chat("Who are you?").wait(30)
-        assert answer.startswith("Hello! I am")
+        assert answer.text.startswith("Hello! I am")
         assert row(panel, profile)["model"] == "demo.gguf"
     data, _ = DisplayFormatter().format(panel)
     assert "<tr><td>coder</td><td>Ready</td><td>demo.gguf</td>" in data["text/html"]

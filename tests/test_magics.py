@@ -163,8 +163,8 @@ def test_a_chat_is_heard_piece_by_piece(config: ServerConfig) -> None:
         pieces: list[str] = []
         answer = manager.chat("Who are you?", lambda piece: pieces.append(piece.text)).wait(30)
         assert len(pieces) > 5
-        assert "".join(pieces) == answer
-        assert answer.startswith("Hello! I am")
+        assert "".join(pieces) == answer.text
+        assert answer.text.startswith("Hello! I am")
         too_long = [{"role": "user", "content": "word " * 5000}]
         with pytest.raises(ServerError, match="context"):
             manager.chat(too_long).wait(30)

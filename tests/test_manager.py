@@ -29,27 +29,6 @@ def manager(config: ServerConfig) -> Iterator[ModelManager]:
         yield manager
 
 
-def test_an_answer_that_nobody_awaits_any_more_is_called_off(
-    manager: ModelManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended = threading.Event()
-
-    class Thoughtful:
-        async def chat(self, *_: object) -> None:
-            try:
-                await asyncio.sleep(3600)
-            finally:
-                ended.set()
-
-    async def impatient() -> None:
-        await asyncio.wait_for(manager.chat("What is the answer?"), 0.2)
-
-    monkeypatch.setattr(ModelManager, "access", Thoughtful())
-    with pytest.raises(TimeoutError):
-        asyncio.run(impatient())
-    assert ended.wait(20)
-
-
 def test_closing_ends_what_still_runs(config: ServerConfig) -> None:
     ended = threading.Event()
 

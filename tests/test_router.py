@@ -325,10 +325,10 @@ def test_a_real_router_is_used(
             manager.attach().wait(60)
             for name in ("one", "two\u2028"):
                 assert manager.switch_model(name).wait(60).alias == name
-                assert manager.chat("Who are you?").wait(60).startswith("Hello! I am")
+                assert manager.chat("Who are you?").wait(60).text.startswith("Hello! I am")
             eventually(lambda: "loaded two\u2028 in" in said(told))
             assert manager.restart().wait(60).alias == "two\u2028"
-            assert manager.chat("Who are you?", model="one").wait(60).startswith("Hello! I am")
+            assert manager.chat("Who are you?", model="one").wait(60).text.startswith("Hello! I am")
         finally:
             process.terminate()
 

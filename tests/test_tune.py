@@ -12,7 +12,7 @@ from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, measure, tune
 from kitty_nb.experiments.trial import SweepEvent, TrialEnded, TrialStarted
-from kitty_nb.manager import Operation
+from kitty_nb.operation import Operation
 
 WAIT = 180.0
 SPACE = {"batch_size": [32, 64, 128, 256, 512, 1024], "threads": [1, 2]}

@@ -17,7 +17,7 @@ import psutil
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.client import post, props, stream
+from kitty_nb.client.protocol import post, props, stream
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, WillNotFitError, first_of
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.run_record import Exchange, Request, Timings

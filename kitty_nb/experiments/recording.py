@@ -27,7 +27,7 @@ from kitty_nb.catalog.cache import digest_files
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.client import broken_off, post, props
+from kitty_nb.client.protocol import broken_off, post, props
 from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.errors import ExperimentError, RunRecordError, ServerError
 from kitty_nb.experiments.run_record import (
@@ -51,7 +51,7 @@ from kitty_nb.isolated_server import (
     isolated_server,
     locate_engine,
 )
-from kitty_nb.manager import Operation
+from kitty_nb.operation import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,7 +30,7 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
 )
 from kitty_nb.isolated_server import Broadcast, in_background, locate_engine
-from kitty_nb.manager import Operation
+from kitty_nb.operation import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable

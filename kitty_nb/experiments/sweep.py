@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.space import Skip
     from kitty_nb.experiments.trial import Execute, Perplexity, Quality, Trial, TrialResult
     from kitty_nb.isolated_server import LoadProgress
-    from kitty_nb.manager import Operation
+    from kitty_nb.operation import Operation
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         SweepEvent,
         Trial,
     )
-    from kitty_nb.manager import Operation
+    from kitty_nb.operation import Operation
 
 _PATIENCE = 4.0  # times as long as others a trial may take
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from kitty_nb.manager import ModelManager, Operation
+    from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
 
 
 class DownloadForm(Fold):

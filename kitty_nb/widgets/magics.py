@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from kitty_nb.client import Piece
     from kitty_nb.config import ServerConfig
-    from kitty_nb.manager import ModelManager, Operation
+    from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
     from kitty_nb.supervisor.events import ServerState
 
 T = TypeVar("T")

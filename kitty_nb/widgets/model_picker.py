@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.catalog import ScanStep
     from kitty_nb.catalog.model import Model
     from kitty_nb.catalog.stores import Store
-    from kitty_nb.manager import ModelManager, Operation
+    from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
 
 
 class ModelDropdown(Dropdown):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.manager import Operation
+    from kitty_nb.operation import Operation
 
 T = TypeVar("T")
 

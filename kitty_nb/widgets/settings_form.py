@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kitty_nb.catalog.memory import Allocation, MemoryPreview
-    from kitty_nb.manager import ModelManager, Operation
+    from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
 
 
 _FIELDS = {

@@ -1,0 +1,156 @@
+"""A question until it is answered: the tools that the model calls, the form of the answer."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
+
+from kitty_nb.client.chat import complete
+from kitty_nb.errors import NoAnswerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import httpx
+
+    from kitty_nb.client.chat import Answer, Piece, PromptProgress, ToolCall
+
+    Tools = Sequence[Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form that an answer is to have.
+
+    Args:
+        wanted: A type that pydantic knows, such as a model class, or a JSON schema.
+    """
+
+    wanted: Any
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the server takes: it lets the model say nothing else."""
+        schema = self.wanted
+        if not isinstance(schema, dict):
+            schema = TypeAdapter(schema).json_schema()
+        form = {"name": "answer", "schema": schema, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
+
+    def read(self, answer: Answer) -> Any:
+        """Return the object in an answer.
+
+        Raises:
+            NoAnswerError: It is cut short, or has another form.
+        """
+        if answer.finish_reason == "length":
+            raise NoAnswerError(
+                "The answer was cut short before its JSON was complete. Raise max_tokens, or the"
+                " context size."
+            )
+        try:
+            if isinstance(self.wanted, dict):
+                return from_json(answer.text)
+            return TypeAdapter(self.wanted).validate_json(answer.text)
+        except ValueError as error:  # pydantic's too
+            raise NoAnswerError(f"The answer does not have the form asked for: {error}") from None
+
+
+async def converse(
+    http: httpx.AsyncClient,
+    request: Mapping[str, Any],
+    on_piece: Callable[[Piece], object],
+    on_progress: Callable[[PromptProgress], object] | None = None,
+    tools: Tools = (),
+    max_rounds: int = 10,
+) -> Answer:
+    """Ask the model, and run the tools that it calls, until it answers in words.
+
+    Args:
+        http: A client of the server.
+        request: What `/v1/chat/completions` takes.
+        on_piece: Called with each piece.
+        on_progress: Called while a prompt is read, where the server's build tells.
+        tools: Functions that the model may call, by their signatures and docstrings. One that
+            blocks has a thread of its own; what it raises is told to the model.
+        max_rounds: How often the model may call tools before it has to answer.
+
+    Returns:
+        The last answer, with the calls of all.
+
+    Raises:
+        NoAnswerError: The model did not answer in words.
+        ServerError: The server refused the request, broke off, or is no llama-server.
+    """
+    functions = {tool.__name__: tool for tool in tools}
+    asked = dict(request)
+    if functions:
+        asked["tools"] = [*map(_describe, functions.values()), *asked.get("tools", ())]
+    made: tuple[ToolCall, ...] = ()
+    for _ in range(max_rounds + 1):
+        answer = await complete(http, asked, on_piece, on_progress)
+        if not answer.tool_calls or not functions:
+            break
+        calls = [replace(call, result=await _run(functions, call)) for call in answer.tool_calls]
+        made += tuple(calls)
+        asked["messages"] = [*asked["messages"], *_as_messages(answer, calls)]
+        asked.pop("tool_choice", None)  # else a call that was demanded would be demanded for ever
+    else:
+        raise NoAnswerError(
+            f"The model called tools {max_rounds} times without answering. Raise max_rounds, or say"
+            " in the prompt when to stop."
+        )
+    if missing := answer.missing:
+        raise NoAnswerError(missing)
+    return replace(answer, tool_calls=made)
+
+
+def _describe(tool: Callable[..., Any]) -> dict[str, Any]:
+    function = {
+        "name": tool.__name__,
+        "description": inspect.getdoc(tool) or "",
+        "parameters": _adapter(tool).json_schema(),
+    }
+    return {"type": "function", "function": function}
+
+
+def _adapter(tool: Any) -> TypeAdapter[Any]:
+    """Return what knows a function's parameters, and calls it with JSON for them."""
+    return TypeAdapter(tool)
+
+
+async def _run(functions: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
+    """Return what the model is told of a call's result."""
+    if call.name not in functions:
+        return f"Error: there is no tool {call.name}. There are {', '.join(functions)}."
+    run = partial(_adapter(functions[call.name]).validate_json, call.arguments or "{}")
+    try:
+        result = await run_sync(run, abandon_on_cancel=True)
+        if inspect.isawaitable(result):
+            result = await result
+    except ValidationError as error:
+        return f"Error: {error}"
+    except Exception as error:  # noqa: BLE001 (whatever a user's function raises)
+        return f"Error: {error!r}"
+    return result if isinstance(result, str) else to_json(result, fallback=str).decode()
+
+
+def _as_messages(answer: Answer, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    asked = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments or "{}"},
+        }
+        for call in calls
+    ]
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": call.result or ""} for call in calls
+    ]
+    return [{"role": "assistant", "content": answer.text, "tool_calls": asked}, *results]

@@ -1,0 +1,144 @@
+"""Work in progress on a manager's thread, to await, wait for, cancel or iterate."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import nest_asyncio2
+
+from kitty_nb.errors import WaitTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator
+
+    from kitty_nb.client import Piece
+    from kitty_nb.supervisor.events import LoadProgress
+
+T = TypeVar("T")
+
+
+class Operation(Generic[T]):
+    """Work in progress on the supervisor's thread.
+
+    `await` it in a cell, or `wait` for it. Neither ending the wait nor dropping this object ends
+    the work; `cancel` does.
+    """
+
+    def __init__(self, future: Future[T], progress: Callable[[], LoadProgress | None]) -> None:
+        self._future = future
+        self._progress = progress
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
+
+    def __repr__(self) -> str:
+        return f"Operation(done={self.done})"
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Block until the result is there, and return it.
+
+        In a cell, the kernel's own tasks continue meanwhile.
+
+        Args:
+            timeout: Seconds, or None to wait as long as it takes.
+
+        Raises:
+            WaitTimeoutError: It is not done in time; it continues.
+            KittyError: The operation's own error.
+        """
+        _wait(self._future, timeout)
+        if not self._future.done():
+            raise WaitTimeoutError(f"Not done after {timeout} s; it continues in the background.")
+        return self._future.result()
+
+    def cancel(self) -> None:
+        """Cancel it. A cancelled start stops its server."""
+        self._future.cancel()
+
+    @property
+    def done(self) -> bool:
+        """True if it has ended, whatever the result."""
+        return self._future.done()
+
+    @property
+    def progress(self) -> LoadProgress | None:
+        """The progress of the current load; None before the first."""
+        return self._progress()
+
+
+def _wait(future: Future[Any], timeout: float | None = None) -> None:
+    """Block until a future is done; in a cell, the kernel's own tasks continue meanwhile."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        wait_for([future], timeout)
+    else:
+        nest_asyncio2.apply(loop)
+        waiting = asyncio.wrap_future(future)
+        # Its error is raised elsewhere; asyncio would report it again as never retrieved.
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        loop.run_until_complete(asyncio.wait([waiting], timeout=timeout))
+
+
+class Pieces:
+    """The pieces of an answer, in a chain: each is a future until it is there."""
+
+    def __init__(self) -> None:
+        self.first: Future[Any] = Future()
+        self._next = self.first
+
+    def add(self, piece: Piece) -> None:
+        """Add a piece."""
+        last, self._next = self._next, Future()
+        last.set_result((piece, self._next))
+
+    def end(self) -> None:
+        """There are no more."""
+        self._next.set_result(None)
+
+
+class Chat(Operation[T]):
+    """An answer on its way: await it, wait for it, or iterate over its pieces.
+
+    The model stops when nobody wants the rest: when an `await` is interrupted, or a loop over the
+    pieces is left early.
+    """
+
+    def __init__(
+        self,
+        future: Future[T],
+        progress: Callable[[], LoadProgress | None],
+        pieces: Pieces,
+    ) -> None:
+        super().__init__(future, progress)
+        self._pieces = pieces
+        future.add_done_callback(lambda _: pieces.end())
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.wrap_future(self._future).__await__()
+
+    def __iter__(self) -> Iterator[Piece]:
+        link = self._pieces.first
+        try:
+            while True:
+                _wait(link)
+                if link.result() is None:
+                    break
+                piece, link = link.result()
+                yield piece
+            self.wait()
+        finally:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        link = self._pieces.first
+        try:
+            while found := await asyncio.shield(asyncio.wrap_future(link)):
+                piece, link = found
+                yield piece
+            await self
+        finally:
+            self.cancel()

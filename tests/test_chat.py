@@ -1,0 +1,129 @@
+"""Answers of a real model: whole, in pieces, as objects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from conftest import demo_config, eventually, unused_port
+from pydantic import BaseModel, Field
+
+from kitty_nb import ModelManager
+from kitty_nb.client import Piece, PromptProgress
+from kitty_nb.errors import KittyError, NoAnswerError
+
+GREEDY = {"temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> None:
+    """The manager of all these tests keeps its connections until the last of them."""
+
+
+@pytest.fixture(scope="module")
+def manager(
+    real_model: Path, engine: Path | None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ModelManager]:
+    config = demo_config(real_model, tmp_path_factory.mktemp("chat"), unused_port())
+    config = config.replace(binary=engine, context_size=4096, parallel=1, tool_calling=True)
+    with ModelManager(config=config) as manager:
+        manager.start().wait(120)
+        yield manager
+
+
+def raw(manager: ModelManager, prompt: str, **options: object) -> dict[str, object]:
+    messages = [{"role": "user", "content": prompt}]
+    request = {"messages": messages, **GREEDY, **options}
+    answer: dict[str, object] = manager.http.post("/v1/chat/completions", json=request).json()
+    return answer
+
+
+def idle(manager: ModelManager) -> bool:
+    slots = manager.http.get("/slots").json()
+    return not any(slot["is_processing"] for slot in slots)
+
+
+def test_an_answer_tells_what_it_took(manager: ModelManager) -> None:
+    alone = raw(manager, "Name a colour.")
+    answer = manager.chat("Name a colour.", **GREEDY).wait(60)
+
+    assert str(answer) == answer.text == alone["choices"][0]["message"]["content"]
+    assert answer.usage.prompt == alone["usage"]["prompt_tokens"]
+    assert answer.usage.answer == alone["usage"]["completion_tokens"]
+    assert 0 < (answer.usage.cached or 0) < (answer.usage.prompt or 0)  # the same prompt again
+    assert 0 < (answer.timings.first_token or 0) < (answer.timings.total or 0)
+    assert answer.timings.answer_per_second
+    assert answer.finish_reason in {"stop", "length"}
+
+
+def test_its_pieces_are_iterated_as_they_come(manager: ModelManager) -> None:
+    whole = manager.chat("Name a colour.", **GREEDY).wait(60).text
+    assert "".join(piece.text for piece in manager.chat("Name a colour.", **GREEDY)) == whole
+
+    async def read() -> list[Piece]:
+        return [piece async for piece in manager.chat("Name a colour.", **GREEDY)]
+
+    pieces = asyncio.run(read())
+    assert len(pieces) > 1
+    assert "".join(piece.text for piece in pieces) == whole
+
+
+def test_the_model_stops_when_nobody_wants_the_rest(manager: ModelManager) -> None:
+    endless = {"max_tokens": 4000, "ignore_eos": True}
+    for _ in manager.chat("Tell me a story.", **endless):
+        break
+    eventually(lambda: idle(manager), within=20)
+
+    async def leave() -> None:
+        async for _ in manager.chat("Tell me a story.", **endless):
+            break
+
+    asyncio.run(leave())
+    eventually(lambda: idle(manager), within=20)
+
+    async def lose_patience() -> None:
+        await asyncio.wait_for(manager.chat("Tell me a story.", **endless), 0.5)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(lose_patience())
+    eventually(lambda: idle(manager), within=20)
+
+
+def test_an_error_ends_the_loop_over_its_pieces(manager: ModelManager) -> None:
+    with pytest.raises(KittyError, match="refused"):
+        list(manager.chat("Hello", temperature="hot"))
+
+
+class Colour(BaseModel):
+    name: Annotated[str, Field(max_length=20)]
+    red: Annotated[int, Field(ge=0, le=255)]
+    warm: bool
+
+
+def test_an_answer_becomes_an_object(manager: ModelManager) -> None:
+    options = {"temperature": 0, "max_tokens": 200}
+    colour = manager.chat("Describe a colour.", response_format=Colour, **options).wait(60)
+    assert isinstance(colour, Colour)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    plain = manager.chat("Count.", response_format=schema, **options).wait(60)
+    assert isinstance(plain["n"], int)
+    with pytest.raises(NoAnswerError, match="cut short before its JSON"):
+        manager.chat("Describe a colour.", response_format=Colour, max_tokens=2).wait(60)
+
+
+def test_a_long_prompt_shows_its_progress(manager: ModelManager) -> None:
+    seen: list[PromptProgress] = []
+    manager.chat("word " * 3000, on_progress=seen.append, max_tokens=1).wait(120)
+    assert len(seen) > 1
+    shares = [step.fraction for step in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert seen[-1].total > 3000
+
+
+def test_pictures_need_a_projector_and_be_pictures(manager: ModelManager, tmp_path: Path) -> None:
+    with pytest.raises(KittyError, match="without a projector"):
+        manager.chat("What is this?", images=[tmp_path / "cat.png"])
