@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from kitty_nb.client import Answer, Piece, PromptProgress
     from kitty_nb.client.images import Image
+    from kitty_nb.supervisor.events import Work
+    from kitty_nb.supervisor.requests import Request
 
     Messages = str | list[dict[str, Any]]
 
@@ -197,6 +199,19 @@ class ModelManager:
     def log_lines(self) -> tuple[str, ...]:
         """The newest lines of the server's log."""
         return self._supervisor.log_lines
+
+    @property
+    def work(self) -> Work:
+        """What the server works on now."""
+        return self._supervisor.work
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The newest requests, by anybody, that the server has finished; no contents.
+
+        Those of a server that was only attached to are not known.
+        """
+        return self._supervisor.requests
 
     start = _command(Supervisor.start)
     restart = _command(Supervisor.restart)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.port_owner import PortOwner
+    from kitty_nb.supervisor.requests import Request
 
 
 class ServerStatus(StrEnum):
@@ -105,6 +106,42 @@ class HealthCheckResult:
     asleep: bool = False
     tokens_per_second: float | None = None
     silent_for: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReading:
+    """The progress of a prompt that a server reads.
+
+    Attributes:
+        elapsed: Seconds since the server began with it.
+        fraction: 0 to 1, the share of its time that has passed; None until it can be told.
+        eta: Seconds to the first token; likewise.
+    """
+
+    elapsed: float
+    fraction: float | None = None
+    eta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The work of a ready server now.
+
+    Attributes:
+        busy: Requests being worked on.
+        slots: Requests that can be worked on at once; None where the build does not tell.
+        reading: The prompt that has been read for the longest time; None while none is.
+        tokens_per_second: The speed of all answers together; None where the build does not tell.
+        cached: The share of the latest prompts that came from the cache, 0 to 1; None if unknown.
+        accepted: The share of drafted tokens that were accepted; None without drafts.
+    """
+
+    busy: int = 0
+    slots: int | None = None
+    reading: PromptReading | None = None
+    tokens_per_second: float | None = None
+    cached: float | None = None
+    accepted: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +318,30 @@ class LogLines:
     lines: tuple[str, ...]
 
 
-Event = StateChanged | HealthChecked | ProgressMade | RouterLoad | Activity | LogLines
+@dataclass(frozen=True, slots=True)
+class Working:
+    """What a ready server works on, several times a second while it does."""
+
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """A server has finished a request."""
+
+    request: Request
+
+
+Event = (
+    StateChanged
+    | HealthChecked
+    | ProgressMade
+    | RouterLoad
+    | Activity
+    | LogLines
+    | Working
+    | RequestFinished
+)
 
 
 E = TypeVar("E")

@@ -15,7 +15,14 @@ import anyio.to_thread
 import psutil
 
 from kitty_nb.errors import ServerFailedError, StartCancelledError
-from kitty_nb.supervisor.events import Activity, Level, RouterLoad, ServerStatus, Stage
+from kitty_nb.supervisor.events import (
+    Activity,
+    Level,
+    RouterLoad,
+    ServerStatus,
+    Stage,
+    Working,
+)
 from kitty_nb.supervisor.health import HealthProbe, ModelStatus
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
@@ -23,6 +30,8 @@ from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
 from kitty_nb.supervisor.registry import record_of
+from kitty_nb.supervisor.requests import RequestLog
+from kitty_nb.supervisor.workload import WorkMeter
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -82,6 +91,7 @@ class ExternalServer:
         self.devices = (record and record.devices) or ()
         self.lines: tuple[str, ...] = ()  # its log is its owner's
         self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=owner.sleeps)
+        self.work = WorkMeter(RequestLog(0.0, 0.0))  # by its slots alone
         self._generation, self._config, self._emit = generation, config, emit
         self._watching, self._loading = anyio.CancelScope(), anyio.CancelScope()
         self._turn = anyio.Lock()  # one request to load at a time
@@ -117,6 +127,7 @@ class ExternalServer:
         while process.runs():
             health = await self.probe.check_activity()
             self._emit(health)
+            self._note_work(health.tokens_per_second)
             if health.status is not status:
                 status = health.status
                 if status is ServerStatus.LOADING:
@@ -127,6 +138,12 @@ class ExternalServer:
                         tasks.start_soon(self._watch_models, tasks)
                     self._emit(BecameReady(self._generation, time.monotonic() - process.age))
             await anyio.sleep(_LOOK_EVERY)
+
+    def _note_work(self, pace: float | None) -> None:
+        was_busy, now = self.work.busy, time.monotonic()
+        self.work.look(self.probe.slots, pace, now)
+        if was_busy or self.work.busy:
+            self._emit(Working(self.work.work(now)))
 
     # A router: a server that loads and unloads models, each in a child of its own.
 

@@ -109,7 +109,7 @@ class AnswerPace:
             at: When it did, in seconds of any clock.
         """
         busy = {
-            (slot.get("id"), slot.get("id_task")): _decoded(slot)
+            (slot.get("id"), slot.get("id_task")): decoded(slot)
             for slot in slots
             if slot.get("is_processing")
         }
@@ -138,7 +138,7 @@ class AnswerPace:
         return 0.0 if self._silent_since is None else at - self._silent_since
 
 
-def _decoded(slot: dict[str, Any]) -> int | None:
+def decoded(slot: dict[str, Any]) -> int | None:
     """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
     tokens = slot.get("next_token")
     if isinstance(tokens, list):
@@ -187,6 +187,7 @@ class HealthProbe:
     Attributes:
         trusted: Likewise. Until then, only `/health` is asked, without the key.
         process: The server's process, by which it comes to be trusted.
+        slots: What its `/slots` answered last; empty where it does not.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class HealthProbe:
     ) -> None:
         self.trusted = trusted
         self.process: ServerProcess | None = None
+        self.slots: list[dict[str, Any]] = []
         self._port = config.port
         self._news = anyio.Event()
         self._alias = config.served_alias
@@ -271,17 +273,21 @@ class HealthProbe:
             props = await self._get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
-        slots = _objects(await self._get("/slots"))
-        if not slots:
+        pace = await self.look_at_slots()
+        if not self.slots:
             return result
-        now = time.monotonic()
         return replace(
             result,
-            slots_busy=sum(bool(slot.get("is_processing")) for slot in slots),
-            slots_total=len(slots),
-            tokens_per_second=self._pace.measure(slots, now),
-            silent_for=self._pace.silence(now),
+            slots_busy=sum(bool(slot.get("is_processing")) for slot in self.slots),
+            slots_total=len(self.slots),
+            tokens_per_second=pace,
+            silent_for=self._pace.silence(time.monotonic()),
         )
+
+    async def look_at_slots(self) -> float | None:
+        """Read `slots`; return the tokens a second since the last look, where that is told."""
+        self.slots = _objects(await self._get("/slots"))
+        return self._pace.measure(self.slots, time.monotonic()) if self.slots else None
 
     async def identify(self) -> Identity:
         """Ask for the model's name, by which our own server is told from a stranger.
@@ -311,7 +317,7 @@ class HealthProbe:
                 while True:
                     await anyio.sleep(_LOOK_AGAIN)
                     slots = _objects(await self._get("/slots"))
-                    if any(slot.get("is_processing") and _decoded(slot) for slot in slots):
+                    if any(slot.get("is_processing") and decoded(slot) for slot in slots):
                         tasks.cancel_scope.cancel()
 
             tasks.start_soon(look_at_slots)

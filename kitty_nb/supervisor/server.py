@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
@@ -28,8 +29,10 @@ from kitty_nb.supervisor.events import (
     Level,
     LogLines,
     ProgressMade,
+    RequestFinished,
     ServerStatus,
     Stage,
+    Working,
 )
 from kitty_nb.supervisor.forecast import offloads
 from kitty_nb.supervisor.health import (
@@ -44,7 +47,9 @@ from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import Usage, oom_kills
+from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
+from kitty_nb.supervisor.workload import WorkMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +68,8 @@ _LOG_LOADING, _LOG_READY = 0.01, 0.1
 # Seconds. The log announces READY first, so a hint in it triggers a check. Otherwise each pause is
 # so many times the last one, with a check at each whole second of a load.
 _ASK_FIRST, _ASK_FACTOR, _ASK_LONGEST, _ASK_READY = 0.01, 4, 1.0, 2.0
+# Seconds, while requests are worked on. A look at the slots costs the server a moment.
+_WORK_SHOWN, _SLOTS_ASKED = 0.25, 0.5
 _AT_ONCE = 0.3  # seconds; a first answer that is no slower is not reported
 # Seconds. Started together, a server and its sidecar would slow each other down.
 _SIDECAR_AFTER = 0.2
@@ -128,6 +135,9 @@ class Server:
         self._reporter = LoadReporter(config.health_max_attempts, silent=self._found_ready)
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
+        # Its work, once it is ready.
+        self.work = WorkMeter(RequestLog(clock(), time.time() - clock()))
+        self._worked = anyio.Event()
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -280,6 +290,7 @@ class Server:
         """Watch the process until it exits; return its exit code, if the system knows it."""
         self.probe.process = process
         self._log = LogTail(self._config.log_path)
+        self.work.log.dated(self._clock() - process.age)
         self._meter.enter_stage(Stage.STARTING, self._elapsed())
         self._emit(lifecycle.Spawned(self._generation, process.pid))
         for task in (self._follow_log, self._ask_health, self._tend_sidecar, self._name_devices):
@@ -331,9 +342,16 @@ class Server:
             if not self._ended:  # the port is bound before that line
                 self._tasks.start_soon(self.probe.find_listener)
         self._emit(LogLines(lines))
+        self._note_work(lines)
         if not self.was_ready and any(map(_NEWS.search, lines)):
             self.probe.hint()
         return True
+
+    def _note_work(self, lines: tuple[str, ...]) -> None:
+        for request in self.work.log.read(lines, self._clock()):
+            self._emit(RequestFinished(request))
+        if self.work.busy:
+            self._worked.set()
 
     def _stalled(self) -> str:
         answer = self._health
@@ -357,9 +375,32 @@ class Server:
                 hinted = await self.probe.hinted(within=min(pause, second))
                 pause = _ASK_FIRST if hinted else min(pause * _ASK_FACTOR, _ASK_LONGEST)
             self._note_health(result)
+            self._asking.start_soon(self._show_work)
+            self._asking.start_soon(self._ask_slots)
             while True:
                 self._note_health(await self.probe.check_activity())
+                self.work.look(self.probe.slots, self._health.tokens_per_second, self._clock())
                 await anyio.sleep(_ASK_READY)
+
+    async def _show_work(self) -> None:
+        """Publish the work: often while there is any, and once more when it is done."""
+        while True:
+            self._emit(Working(self.work.work(self._clock())))
+            if self.work.busy:
+                await anyio.sleep(_WORK_SHOWN)
+            else:
+                self._worked = anyio.Event()
+                await self._worked.wait()
+
+    async def _ask_slots(self) -> None:
+        """Look at the slots while there is work, so that an idle server may fall asleep."""
+        while True:
+            await anyio.sleep(_SLOTS_ASKED)
+            if self.work.busy:
+                pace = await self.probe.look_at_slots()
+                self.work.look(self.probe.slots, pace, self._clock())
+            else:
+                await self._worked.wait()
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
         """Check once. READY takes our own server, and an answer to a first request."""

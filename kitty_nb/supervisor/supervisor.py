@@ -36,6 +36,7 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     Stage,
     StateChanged,
+    Work,
 )
 from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
 from kitty_nb.supervisor.forecast import Forecaster, Running, memory_use
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import MemoryUse
     from kitty_nb.supervisor.registry import ServerRecord
+    from kitty_nb.supervisor.requests import Request
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]
     OnPreview = Callable[[MemoryPreview], object]
@@ -159,6 +161,19 @@ class Supervisor:
     def api_key(self) -> SecretStr | None:
         """The API key that clients must send; None when none is needed, or there is no server."""
         return self._server.api_key if self._server else None
+
+    @property
+    def work(self) -> Work:
+        """What the server works on now; nothing without one."""
+        return self._server.work.work(self._clock()) if self._server and self._now.pid else Work()
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The newest requests that the server has finished since its start, oldest first.
+
+        Of a server that was only attached to, whose log is its owner's, none are known.
+        """
+        return tuple(self._server.work.log.finished) if self._server else ()
 
     @property
     def log_lines(self) -> tuple[str, ...]:

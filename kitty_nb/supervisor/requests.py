@@ -1,0 +1,277 @@
+"""The requests that a server has finished or works on, read from its log."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from kitty_nb.errors import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+KEPT = 200  # finished requests
+_PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the most that the request for READY takes
+
+
+class Ending(StrEnum):
+    """How a request ended."""
+
+    FINISHED = "finished"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request that a server has finished, without its contents.
+
+    Attributes:
+        at: When the server began to work on it, in seconds since the epoch.
+        ended: How it ended: LENGTH where its limit of tokens cut the answer, as far as known.
+        prompt_tokens: Tokens of the prompt, with the cached ones; None where the log does not say.
+        answer_tokens: Tokens of the answer; likewise.
+        first_token: Seconds from its beginning to the first token; likewise.
+        seconds: Seconds that it took.
+        tokens_per_second: The speed of the answer; None if it has fewer than two tokens.
+        cached: The share of the prompt that came from the cache, 0 to 1; None if not known.
+        accepted: The share of drafted tokens that were accepted; None without drafts.
+        error: What the server said went wrong, if anything.
+    """
+
+    at: float
+    ended: Ending
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    first_token: float | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    cached: float | None = None
+    accepted: float | None = None
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Task:
+    """What is known of a request while the server works on it; times are in seconds of one clock.
+
+    Attributes:
+        began: When work on it began.
+        prompt: Tokens of its whole prompt, once known.
+        cached: How many of them came from the cache.
+        read: How many of them have been read, with the cached ones.
+        read_at: When that was so.
+        decoded: Tokens of the answer.
+        batch: Where the batch that is being read ends, in tokens of the prompt, where slots tell.
+        limit: The most tokens that the answer may have, where slots tell.
+        reading: Seconds that reading the prompt took.
+        computed: Tokens of the prompt that were read, without the cached ones.
+        speed: Tokens of the answer a second.
+        seconds: Seconds that it took.
+        accepted: The share of drafted tokens that were accepted.
+        cancelled: Whether its client has gone.
+        error: What the server says went wrong.
+    """
+
+    began: float
+    prompt: int | None = None
+    cached: int | None = None
+    read: int = 0
+    read_at: float | None = None
+    decoded: int | None = None
+    batch: int | None = None
+    limit: int | None = None
+    reading: float | None = None
+    computed: int | None = None
+    speed: float | None = None
+    seconds: float | None = None
+    accepted: float | None = None
+    cancelled: bool = False
+    error: str = ""
+
+    def finish(self, held: int, at: float, epoch: float) -> Request:
+        """Return the record of its end.
+
+        Args:
+            held: Tokens that its slot holds: those of the prompt, and all of the answer but one.
+            at: When it ended.
+            epoch: What to add to the clock for seconds since the epoch.
+        """
+        prompt = self.prompt
+        if prompt is None and self.computed is not None:
+            prompt = max(held - max((self.decoded or 0) - 1, 0), self.computed)
+        elif prompt is None and not (self.error or self.cancelled):
+            prompt = held  # an embedding has no timings
+        cached = None
+        if prompt and self.computed is not None:
+            cached = 1 - self.computed / prompt
+        elif prompt and self.cached is not None:
+            cached = self.cached / prompt
+        if self.error:
+            ended = Ending.ERROR
+        elif self.cancelled:
+            ended = Ending.CANCELLED
+        elif self.limit and self.decoded is not None and self.decoded >= self.limit:
+            ended = Ending.LENGTH
+        else:
+            ended = Ending.FINISHED
+        return Request(
+            self.began + epoch,
+            ended,
+            prompt,
+            self.decoded,
+            self.reading,
+            self.seconds if self.seconds is not None else at - self.began,
+            self.speed,
+            cached,
+            self.accepted,
+            self.error,
+        )
+
+
+# `minutes.seconds.milliseconds.microseconds` since the server's start; old builds write none.
+_CLOCK = re.compile(r"(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) ")
+_SLOT = re.compile(r"\bid +(\d+) \| task (\d+) \|(.*)")
+_BEGUN = re.compile(r"processing task")
+_PROMPT = re.compile(r"new prompt,.*(?:task\.n_tokens|n_prompt_tokens) = (\d+)")
+_HELD = re.compile(r"(?:cached n_tokens|n_past) = (\d+), memory_seq_rm")
+_READ = re.compile(
+    r"prompt processing.*, n_tokens = +(\d+),.*progress = ([\d.]+)"
+    r"(?:.* ([\d.]+) tokens per second)?"
+)
+_READ_ALL = re.compile(r"prompt eval time = +([\d.]+) ms / +(\d+) tokens")
+_ANSWERED = re.compile(r"^ *eval time = +([\d.]+) ms / +(\d+) (?:tokens|runs)")
+_TOOK = re.compile(r"total time = +([\d.]+) ms")
+_DRAFTED = re.compile(r"draft acceptance(?: rate)? = ([\d.]+)")
+_ENDED = re.compile(r"stop processing: (?:n_tokens|n_past) = (\d+)")
+_CANCELLED = re.compile(r"cancel task, id_task = (\d+)")
+_FAILED = re.compile(r"send_error: task id = (\d+), error: (.*)")
+
+
+class RequestLog:
+    """Follows the requests through a server's log.
+
+    Args:
+        began: When the server's process began, in seconds of the clock that `read` is told; `dated`
+            corrects it.
+        epoch: What to add to that clock for seconds since the epoch.
+
+    Attributes:
+        finished: The newest finished requests, oldest first.
+        tasks: Those under way, by slot and number.
+        prompt_speed: Tokens a second at which the last prompt was read; None before the first.
+    """
+
+    def __init__(self, began: float, epoch: float) -> None:
+        self.finished: deque[Request] = deque(maxlen=KEPT)
+        self.tasks: dict[tuple[int, int], Task] = {}
+        self.prompt_speed: float | None = None
+        self._epoch = epoch
+        # The server's own clock began a moment after its process. Whoever reads its lines as they
+        # come learns when; lines of the past are dated by the process.
+        self._zero, self._live = began, False
+        self._last: tuple[int, int] | None = None
+        self._probed = False
+
+    def dated(self, began: float) -> None:
+        """Correct when the server's process began, before its first lines are read."""
+        self._zero = began
+
+    def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
+        """Take new lines; return the requests that they finish.
+
+        Args:
+            lines: Lines of the log, as `readable` returns them.
+            at: When they were read.
+        """
+        ended = [request for line in lines for request in self._read_line(line, at)]
+        self._live = True
+        self.finished.extend(ended)
+        return tuple(ended)
+
+    def _read_line(self, line: str, at: float) -> Iterator[Request]:
+        at = self._when(line, at)
+        if failed := _FAILED.search(line):
+            for task in self._numbered(failed[1]):
+                task.error = printable(failed[2])
+        elif cancelled := _CANCELLED.search(line):
+            for task in self._numbered(cancelled[1]):
+                task.cancelled = True
+        elif slot := _SLOT.search(line):
+            self._last = key = int(slot[1]), int(slot[2])
+            if _BEGUN.search(slot[3]):
+                self.tasks[key] = Task(at)
+            yield from self._read_task(key, slot[3], at)
+        elif self._last:  # old builds write the timings on lines of their own
+            yield from self._read_task(self._last, line, at)
+
+    def _read_task(self, key: tuple[int, int], words: str, at: float) -> Iterator[Request]:
+        task = self.tasks.get(key)
+        if task is None:
+            return
+        if ended := _ENDED.search(words):
+            del self.tasks[key]
+            request = task.finish(int(ended[1]), at, self._epoch)
+            first, self._probed = not self._probed, True
+            if not (first and _is_probe(request)):
+                yield request
+        elif found := _PROMPT.search(words):
+            task.prompt = int(found[1])
+        elif found := _HELD.search(words):
+            if task.cached is None:
+                task.cached = int(found[1])
+            task.read, task.read_at = int(found[1]), at
+        elif found := _READ.search(words):
+            if task.prompt is None and float(found[2]):
+                task.prompt = max(round(int(found[1]) / float(found[2])), int(found[1]))
+            if int(found[1]) >= _TELLING and float(found[3] or 0):
+                self.prompt_speed = float(found[3])
+            task.read, task.read_at = int(found[1]), at
+        else:
+            self._read_timings(task, words)
+
+    def _read_timings(self, task: Task, words: str) -> None:
+        if found := _READ_ALL.search(words):
+            task.reading, task.computed = float(found[1]) / 1000, int(found[2])
+            if task.cached is None:  # then it was derived from a rounded share
+                task.prompt = None
+            if task.computed >= _TELLING and task.reading:
+                self.prompt_speed = task.computed / task.reading
+        elif found := _ANSWERED.search(words):
+            task.decoded = int(found[2])
+            # The first token comes with the prompt.
+            if task.decoded > 1 and float(found[1]):
+                task.speed = (task.decoded - 1) / float(found[1]) * 1000
+        elif found := _TOOK.search(words):
+            task.seconds = float(found[1]) / 1000
+        elif found := _DRAFTED.search(words):
+            task.accepted = float(found[1])
+
+    def _numbered(self, number: str) -> Iterator[Task]:
+        return (task for (_, one), task in self.tasks.items() if one == int(number))
+
+    def _when(self, line: str, at: float) -> float:
+        """Return when a line was written."""
+        if not (clock := _CLOCK.match(line)):
+            return at
+        minutes, seconds, thousandths, millionths = map(int, clock.groups())
+        since = minutes * 60 + seconds + thousandths / 1e3 + millionths / 1e6
+        if self._live:
+            self._zero = min(at - since, max(self._zero, at - since - _LATE))
+        return min(self._zero + since, at)
+
+
+_TELLING = 32  # tokens; a pace measured on fewer is of one batch's overhead
+_LATE = 0.3  # seconds; lines are read sooner after they were written
+
+
+def _is_probe(request: Request) -> bool:
+    """True for the request by which a server proves that it is ready."""
+    small = (request.prompt_tokens or 0) <= _PROBE_PROMPT
+    return (
+        request.ended is Ending.FINISHED and small and (request.answer_tokens or 0) <= _PROBE_ANSWER
+    )

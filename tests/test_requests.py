@@ -1,0 +1,139 @@
+"""What a server's log and slots tell of its requests."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kitty_nb.supervisor.requests import Ending, RequestLog
+from kitty_nb.supervisor.workload import WorkMeter
+
+LOGS = {
+    name: text.strip().split("\n")
+    for name, text in tomllib.loads(Path(__file__).with_name("requests.toml").read_text()).items()
+}
+EPOCH, LATER = 1_000_000.0, 1_000.0
+
+
+def lines(engine: str, task: int) -> list[str]:
+    return [line for line in LOGS[engine] if f"task {task} |" in line]
+
+
+def slot(decoded: int, **told: Any) -> dict[str, Any]:
+    tokens = [{"n_decoded": decoded, "n_remain": 30 - decoded}]
+    return {"id": 3, "id_task": 1, "is_processing": True, "next_token": tokens, **told}
+
+
+def test_finished_requests_of_the_native_engine() -> None:
+    log = RequestLog(0.0, EPOCH)
+    first, again, failed, left = log.read(LOGS["native"], LATER)
+    assert first.at == pytest.approx(EPOCH + 5.64, abs=0.01)
+    assert (first.prompt_tokens, first.answer_tokens, first.cached) == (3414, 30, 0)
+    assert first.first_token == pytest.approx(91.92, abs=0.01)
+    assert first.seconds == pytest.approx(112.42, abs=0.01)
+    assert first.tokens_per_second == pytest.approx(29 / 20.499, abs=0.01)
+    assert (again.prompt_tokens, again.cached) == (3415, pytest.approx(3399 / 3415))
+    assert (first.ended, left.ended) == (Ending.FINISHED, Ending.CANCELLED)
+    assert failed.ended is Ending.ERROR
+    assert failed.error.startswith("request (5515 tokens) exceeds")
+    assert tuple(log.finished) == (first, again, failed, left)
+    assert not log.tasks
+
+
+def test_finished_requests_of_the_embedded_engine() -> None:
+    log = RequestLog(0.0, EPOCH)
+    (first,) = log.read(LOGS["embedded"], LATER)
+    assert (first.prompt_tokens, first.answer_tokens, first.cached) == (54, 10, 0)
+    assert first.seconds == pytest.approx(25.74, abs=0.01)
+    (again,) = log.tasks.values()  # when the recording ended
+    assert (again.prompt, again.cached, again.read) == (54, 49, 50)
+
+
+def test_the_request_by_which_a_server_proves_itself_is_not_counted() -> None:
+    log = RequestLog(0.0, EPOCH)
+    probe = (
+        "0.01.000.000 I slot launch_slot_: id  0 | task 0 | processing task, is_child = 0",
+        "0.01.100.000 I slot print_timing: id  0 | task 0 | prompt eval time = 99.0 ms / 2 tokens",
+        "0.01.100.000 I slot print_timing: id  0 | task 0 |        eval time = 0.01 ms / 1 tokens",
+        "0.01.100.000 I slot      release: id  0 | task 0 | stop processing: n_tokens = 2, trunc",
+    )
+    assert log.read(probe, LATER) == ()
+    again = [line.replace("task 0", "task 2") for line in probe]
+    assert len(log.read(again, LATER)) == 1
+
+
+def test_what_the_log_says_is_stripped_of_controls() -> None:
+    log = RequestLog(0.0, EPOCH)
+    launch, *_, release = lines("native", 1)
+    error = "srv send_error: task id = 1, error: \x1b[31mbad\x07"
+    (request,) = log.read((launch, error, release), LATER)
+    assert request.error.isprintable()
+
+
+def test_drafts_are_told() -> None:
+    launch, *_, release = lines("native", 1)
+    drafts = "slot print_timing: id  3 | task 1 | draft acceptance = 0.57576 (171 accepted / 297"
+    (request,) = RequestLog(0.0, EPOCH).read((launch, drafts, release), LATER)
+    assert request.accepted == pytest.approx(0.576, abs=0.001)
+
+
+def test_an_answer_that_its_limit_cut_is_told_from_a_finished_one() -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    launch, *rest = lines("native", 1)
+    meter.log.read((launch,), 6.0)
+    meter.look([slot(12)], 1.4, 100.0)
+    (request,) = meter.log.read(rest, 119.0)
+    assert request.ended is Ending.LENGTH
+
+
+def test_a_prompt_is_followed_between_its_batches() -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    launch, half, *rest = lines("native", 1)
+    meter.log.read((launch,), 5.7)
+    reading = meter.work(7.0).reading
+    assert reading
+    assert reading.fraction is None
+    meter.log.read((half,), 51.7)
+    found = [meter.work(at).reading for at in (52.0, 60.0, 70.0)]
+    assert all(one and one.fraction and one.eta for one in found)
+    truth = [(at - 5.64) / 91.9 for at in (52.0, 60.0, 70.0)]
+    assert [one.fraction for one in found if one] == pytest.approx(truth, abs=0.16)
+    slow = meter.work(300.0).reading
+    assert slow
+    assert slow.fraction
+    assert slow.fraction < 1
+    meter.look([slot(1)], 0.0, 98.0)
+    assert meter.work(98.0).reading is None
+    meter.log.read(rest, 119.0)
+    assert meter.work(119.0).busy == 0
+
+
+def test_the_whole_prompt_is_known_at_once_where_the_log_tells() -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter.log.read(lines("native", 1), 119.0)
+    meter.log.read(lines("embedded", 0)[:3], 120.0)
+    reading = meter.work(120.0).reading
+    assert reading
+    assert reading.eta == pytest.approx(54 / 37.1, abs=0.4)
+
+
+def test_what_is_lost_with_a_rotated_log_does_not_look_busy_for_ever() -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter.log.read(lines("native", 1)[:1], 6.0)
+    meter.look([{"id": 3, "is_processing": False}], 0.0, 8.0)
+    assert not meter.busy
+
+
+def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter.look([slot(0), {"id": 0, "is_processing": False}], 0.0, 10.0)
+    work = meter.work(12.0)
+    assert (work.busy, work.slots) == (1, 2)
+    assert work.reading
+    assert work.reading.elapsed == 2
+    meter.look([slot(3), {"id": 0, "is_processing": False}], 4.5, 13.0)
+    work = meter.work(13.0)
+    assert (work.reading, work.tokens_per_second) == (None, 4.5)
