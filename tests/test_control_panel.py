@@ -164,6 +164,10 @@ def test_the_key_is_copied_by_a_message_that_nothing_keeps(
         answer = {"kind": "copy", "for": "me", "text": "hush-hush"}
         told = [data for _, data in sent if "hush-hush" in str(data)]
         assert told == [{"method": "custom", "content": answer}]
+        panel.address._handle_custom_msg({"kind": "copy", "what": "openai", "for": "me"}, [])
+        cell = sent[-1][1]["content"]["text"]
+        assert "key = panel.manager.reveal_api_key()\nfrom openai import" in cell
+        assert f'base_url="{panel.manager.base_url}"' in cell
         assert "hush-hush" not in str(embed_data([panel]))
         assert "hush-hush" not in panel._repr_html_()
     finally:

@@ -54,6 +54,7 @@ ROOMS = {
         "catalog",
         "engine",
         "supervisor",
+        "client",
         "isolated_server",
         "hub",
     },

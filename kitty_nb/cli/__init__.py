@@ -30,7 +30,7 @@ _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
 _EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, with the reason on stderr; 2 wrong arguments; 3 no server is"
-    " running (status, wait-ready, key); 130 interrupted by Ctrl-C."
+    " running (status, wait-ready, key, connect); 130 interrupted by Ctrl-C."
 )
 
 
@@ -250,6 +250,41 @@ def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
         typer.echo(record.api_key.get_secret_value())
     else:
         _say("The server requires no API key.", err=True)
+
+
+@app.command()
+def connect(
+    name: Annotated[
+        str | None, typer.Argument(help="The other program; without it, all are listed.")
+    ] = None,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Print code that uses the server from another program; exit with 3 if none is running.
+
+    The key is not in that code, which gets it with `kitty-nb key`. What to install is on stderr.
+    """
+    from kitty_nb.cli.commands import key_command
+    from kitty_nb.client.connect import Served, hand_overs
+    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+
+    found = hand_overs()
+    if name is None:
+        width = max(map(len, found))
+        _say("\n".join(f"{one:{width}}  {found[one].title}" for one in found))
+        return
+    if name not in found:
+        raise typer.BadParameter(f"Choose one of {', '.join(found)}.", param_hint="NAME")
+    config = _settings(env, profile)
+    refuse_open_folder(config)
+    record = find_server(config)
+    if record is None:
+        _end_without_server(config)
+    base_url, asks_key = f"{record.config.endpoint}/v1", record.api_key is not None
+    served = Served(base_url, record.config.served_alias, config.profile, asks_key)
+    if found[name].install:
+        _say(f"This needs: pip install {found[name].install}", err=True)
+    _say(found[name].in_terminal(served, key_command(env, config.profile)))
 
 
 @app.command()

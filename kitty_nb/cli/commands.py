@@ -160,6 +160,18 @@ def _same_profile(env: Path, profile: str, *words: str) -> str:
     return shlex.join(("kitty-nb", *words, *where, *which))
 
 
+def key_command(env: Path, profile: str) -> tuple[str, ...]:
+    """Return the command that prints a profile's key, for any folder and environment."""
+    from kitty_nb.config.env_file import read_env
+
+    beside = Path(sys.executable).with_name("kitty-nb")
+    program = (str(beside),) if beside.exists() else (sys.executable, "-Pm", "kitty_nb.cli")
+    found = read_env(env).path
+    where = ("--env", str(found)) if found.exists() else ()
+    which = () if profile == "primary" else ("--profile", profile)
+    return (*program, "key", *where, *which)
+
+
 def _has_begun(state: ServerState) -> bool:
     running = state.pid is not None and state.status is not ServerStatus.STOPPING
     return running or state.status.idle

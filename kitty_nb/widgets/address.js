@@ -52,6 +52,17 @@ function copyButton(words, title, text) {
   return button;
 }
 
+function menu(model) {
+  const programs = model.get("programs").map((name) =>
+    copyButton(name, "A cell that uses the server with this package, ready to paste", () =>
+      ask(model, name),
+    ),
+  );
+  const fold = element("details", "");
+  fold.append(element("summary", "", { textContent: "Copy for…" }), ...programs);
+  return fold;
+}
+
 async function describe(model) {
   const endpoint = model.get("endpoint");
   if (!endpoint) return [];
@@ -78,6 +89,7 @@ async function describe(model) {
     copyButton("Copy address", "The base URL for OpenAI clients", () => url),
     ...(model.get("asks_key") ? [key] : []),
     copyButton("Copy code", "A cell that asks the model, ready to paste", () => ask(model, "code")),
+    menu(model),
     way,
   ];
 }

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import traitlets
 from IPython import get_ipython
 
+from kitty_nb.client.connect import Served, hand_overs
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.display import Page, asset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from kitty_nb.client.connect import HandOver
     from kitty_nb.supervisor.events import ServerState
     from kitty_nb.widgets.control_panel import ControlPanel
 
@@ -32,14 +35,18 @@ class Address(Page):
     Args:
         texts: Returns what can be copied, by name, when somebody copies it; None where there is
             nothing.
+        programs: Those names that are in the menu of other programs.
     """
 
     _esm: ClassVar[str] = asset("page.js", "clipboard.js", "address.js")
     endpoint: Any = traitlets.Unicode("").tag(sync=True)
     asks_key: Any = traitlets.Bool(True).tag(sync=True)
+    programs: Any = traitlets.List().tag(sync=True)
 
-    def __init__(self, texts: Mapping[str, Callable[[], str | None]]) -> None:
-        super().__init__("kitty-address")
+    def __init__(
+        self, texts: Mapping[str, Callable[[], str | None]], programs: Iterable[str] = ()
+    ) -> None:
+        super().__init__("kitty-address", programs=[*programs])
         self._texts = texts
 
     def show(self, state: ServerState) -> None:
@@ -80,6 +87,18 @@ def snippet(panel: ControlPanel) -> str:
     where = {"alias": state.alias, "endpoint": state.endpoint}
     openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
     return _CODE.format(panel=name, openai=openai, **where)
+
+
+def cells_for_programs(panel: ControlPanel) -> dict[str, Callable[[], str]]:
+    """Return, by program, what makes a cell that uses the server of a panel with it."""
+
+    def cell(hand_over: HandOver) -> str:
+        manager, state = panel.manager, panel.manager.state
+        asks_key = manager.reveal_api_key() is not None
+        served = Served(manager.base_url, state.alias, state.config.profile, asks_key)
+        return hand_over.in_notebook(served, f"{_name_of(panel)}.manager")
+
+    return {name: partial(cell, one) for name, one in hand_overs().items() if one.python}
 
 
 def _name_of(thing: object) -> str:

@@ -22,7 +22,7 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.widgets import display, server_view, session
-from kitty_nb.widgets.address import Address, snippet
+from kitty_nb.widgets.address import Address, cells_for_programs, snippet
 from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.model_browser import ModelBrowser
@@ -102,8 +102,10 @@ class ControlPanel(VBox):
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
-        code = partial(snippet, self)
-        self.address = Address({"key": manager.reveal_api_key, "code": code})
+        programs = cells_for_programs(self)
+        self.address = Address(
+            {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs}, programs
+        )
         self.settings = SettingsForm(self._config, self._choose)
         self.memory = MemoryLine(manager, self._wanted)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)

@@ -1,0 +1,93 @@
+"""Hand-overs of a running server to other programs: code to paste that gets the key by itself."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_NO_KEY = "none"  # clients insist on a key, also for a server that asks for none
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running server, as other programs see it.
+
+    Attributes:
+        base_url: The base URL for OpenAI clients.
+        model: The name that it serves its model by.
+        profile: Its profile.
+        asks_key: Whether it requires a key.
+    """
+
+    base_url: str
+    model: str
+    profile: str
+    asks_key: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Code that lets another program use a server.
+
+    Attributes:
+        title: The program.
+        install: Its packages, as words for `pip install`; empty where it needs none.
+        python: The template of its Python code; empty where the program is a command.
+        shell: The template of its shell lines; empty where the program is a library.
+    """
+
+    title: str
+    install: str = ""
+    python: str = ""
+    shell: str = ""
+
+    def in_terminal(self, served: Served, key_command: Sequence[str]) -> str:
+        """Return shell lines or, where there are none, Python code for any interpreter.
+
+        Args:
+            served: The server.
+            key_command: The command that prints the key.
+        """
+        if self.shell:
+            key = f'"$({shlex.join(key_command)})"' if served.asks_key else _NO_KEY
+            return _fill(self.shell, served, key)
+        key = f"subprocess.check_output({[*key_command]!r}, text=True).strip()"
+        lines = ("import subprocess", "", f"key = {key}") if served.asks_key else ()
+        return self._python(served, *lines)
+
+    def in_notebook(self, served: Served, manager: str) -> str:
+        """Return Python code for a cell; empty where the program is a command.
+
+        Args:
+            served: The server.
+            manager: An expression for the `ModelManager` there.
+        """
+        lines = (f"key = {manager}.reveal_api_key()",) if served.asks_key else ()
+        return self._python(served, *lines) if self.python else ""
+
+    def _python(self, served: Served, *key: str) -> str:
+        code = _fill(self.python, served)
+        return "\n".join([*(key or [f'key = "{_NO_KEY}"']), code])
+
+
+def _fill(template: str, served: Served, key: str = "") -> str:
+    # A JSON string without an apostrophe: it ends no quotation of Python, YAML or a shell.
+    model = json.dumps(served.model, ensure_ascii=False)[1:-1].replace("'", "\\u0027")
+    name = f"kitty-{served.profile}"
+    url = served.base_url
+    return template.format(base_url=url, model=model, name=name, key=key).strip()
+
+
+@cache
+def hand_overs() -> Mapping[str, HandOver]:
+    """Return all hand-overs by name."""
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    return {name: HandOver(**facts) for name, facts in tomllib.loads(text).items()}
