@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, ov
 
 from anyio.from_thread import start_blocking_portal
 
+from kitty_nb.client import embeddings
 from kitty_nb.client.access import Access
 from kitty_nb.client.conversation import Form, converse
 from kitty_nb.client.images import with_images
-from kitty_nb.config import OnKernelExit, ServerConfig
+from kitty_nb.config import OnKernelExit, ServerConfig, Task
 from kitty_nb.errors import KittyError
 from kitty_nb.operation import Chat, Operation, Pieces
 from kitty_nb.supervisor.events import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import httpx
 
     from kitty_nb.client import Answer, Piece, PromptProgress
+    from kitty_nb.client.embeddings import Ranked, Vectors
     from kitty_nb.client.images import Image
     from kitty_nb.supervisor.events import Work
     from kitty_nb.supervisor.requests import Request
@@ -289,9 +291,7 @@ class ModelManager:
             NoAnswerError: The model did not answer in words, or in the form asked for.
             KittyError: The server is not ready, takes no pictures, or doesn't finish its answer.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        access, state = self.access, self.state
+        access, state = self._access_for(Task.CHAT), self.state
         router = state.external if state.external and not state.external.alias else None
         if router and router.models and "model" not in options:
             raise KittyError(
@@ -306,7 +306,7 @@ class ModelManager:
         form = None if response_format is None else Form(response_format)
         request = {
             "model": state.alias,
-            "messages": with_images(messages, images),
+            "messages": with_images(_as_messages(messages), images),
             **(form.request if form else {}),
             **options,
         }
@@ -323,6 +323,58 @@ class ModelManager:
             return form.read(answer) if form else answer
 
         return Chat(self._start(work), lambda: self._progress, pieces)
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 32,
+        on_progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> Operation[Vectors]:
+        """Turn texts into vectors; the result is an array of shape (texts, dimensions), float32.
+
+        Args:
+            texts: The texts.
+            batch_size: How many go into one request.
+            on_progress: Called on the manager's thread with how many texts are done, and how many
+                there are.
+
+        Raises:
+            KittyError: The server is not ready, its model does not embed, or a text is too long.
+        """
+        if isinstance(texts, str):
+            raise KittyError("embed takes a list of texts: embed([text]).")
+        return self._ask(Task.EMBED, embeddings.embed, [*texts], batch_size, on_progress)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], top_n: int | None = None
+    ) -> Operation[list[Ranked]]:
+        """Rank documents by how well they answer a query; the best is the first of the result.
+
+        Args:
+            query: The question.
+            documents: The texts to rank.
+            top_n: How many to return; None for all.
+
+        Raises:
+            KittyError: The server is not ready, its model does not rank, or a text is too long.
+        """
+        return self._ask(Task.RANK, embeddings.rerank, query, [*documents], top_n)
+
+    def tokenize(self, text: str) -> Operation[list[int]]:
+        """Return the tokens of a text, without those that the model puts around it.
+
+        Raises:
+            KittyError: The server is not ready.
+        """
+        return self._ask(None, embeddings.tokenize, text)
+
+    def count_tokens(self, messages: Messages) -> Operation[int]:
+        """Count the tokens of a prompt or conversation, with those of the model's chat template.
+
+        Raises:
+            KittyError: The server is not ready.
+        """
+        return self._ask(None, embeddings.count_tokens, _as_messages(messages))
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
@@ -355,6 +407,26 @@ class ModelManager:
             self._resources.close()
             self._close_http()
         atexit.unregister(self._close_at_exit)
+
+    def _ask(
+        self, task: Task | None, function: Callable[..., Coroutine[Any, Any, T]], *args: object
+    ) -> Operation[T]:
+        access = self._access_for(task)
+
+        async def work() -> T:
+            return await function(await self._client_of(access), *args)
+
+        return self.run(work)
+
+    def _access_for(self, task: Task | None) -> Access:
+        """Return the access to a server that was started for a task, if that matters."""
+        access, state = self.access, self.state
+        if task and not state.external and state.task is not task:
+            raise KittyError(
+                f"{state.alias} was started to {state.task}, not to {task}. {_STARTED_FOR[task]}"
+            )
+
+        return access
 
     async def _client_of(self, access: Access) -> httpx.AsyncClient:
         """Return the manager's own client of a server, whose connections are used again."""
@@ -395,4 +467,14 @@ class ModelManager:
             self._progress = event.progress
 
 
+_OR_THIS = "Start a model that was made for it, or this one with {} in LLAMACPP_EXTRA_ARGS."
+_STARTED_FOR = {
+    Task.CHAT: "Start a model that was made to chat.",
+    Task.EMBED: _OR_THIS.format("--embedding"),
+    Task.RANK: _OR_THIS.format("--rerank"),
+}
 _left: list[ExitStack] = []
+
+
+def _as_messages(messages: Messages) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -70,7 +70,7 @@ _NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None) or os.environ.get("KITTY_N
 if _NATIVE_ENGINE:
     os.environ["KITTY_NATIVE_ENGINE"] = _NATIVE_ENGINE  # for the processes of xdist
 
-TOGETHER = {"test_browser", "test_chat", "test_dask_sweep", "test_results"}
+TOGETHER = {"test_browser", "test_chat", "test_dask_sweep", "test_embeddings", "test_results"}
 STAND_IN = Path(__file__).parent / "stand_in_server.py"
 MARK = "KITTY_NB_TEST_RUN"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -276,3 +277,23 @@ def split_model(source: Path, folder: Path, count: int = 3) -> list[Path]:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     return sorted(folder.glob("split-*.gguf"))
+
+
+def write_pooled(source: Path, path: Path, pooling: int) -> Path:
+    """Copy a model of llama's architecture, and say by which pooling it makes one vector of many.
+
+    Args:
+        source: The model.
+        path: Where the copy goes.
+        pooling: llama.cpp's `enum llama_pooling_type`.
+    """
+    whole = source.read_bytes()
+    entries = b""
+    # The second makes the length one to which tensors are aligned.
+    for key, value in ((b"llama.pooling_type", pooling), (b"general.filler", 0)):
+        entries += struct.pack(f"<Q{len(key)}sII", len(key), key, 4, value)
+    assert len(entries) % 32 == 0
+    (count,) = struct.unpack_from("<Q", whole, 16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(whole[:16] + struct.pack("<Q", count + 1 + 1) + entries + whole[24:])
+    return path

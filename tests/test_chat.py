@@ -52,6 +52,7 @@ def test_an_answer_tells_what_it_took(manager: ModelManager) -> None:
 
     assert str(answer) == answer.text == alone["choices"][0]["message"]["content"]
     assert answer.usage.prompt == alone["usage"]["prompt_tokens"]
+    assert manager.count_tokens("Name a colour.").wait(60) == answer.usage.prompt
     assert answer.usage.answer == alone["usage"]["completion_tokens"]
     assert 0 < (answer.usage.cached or 0) < (answer.usage.prompt or 0)  # the same prompt again
     assert 0 < (answer.timings.first_token or 0) < (answer.timings.total or 0)

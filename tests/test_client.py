@@ -13,8 +13,9 @@ import anyio
 import pytest
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.client import Access, Answer, Piece
+from kitty_nb.client import Access, Answer, Piece, Ranked
 from kitty_nb.client.conversation import converse
+from kitty_nb.client.embeddings import rerank
 from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.recording import ask as record_answers
@@ -212,6 +213,18 @@ def test_tools_are_run_until_the_model_answers(says: Says) -> None:
     assert get_ident() not in threads  # one that blocks has a thread of its own
     with pytest.raises(NoAnswerError, match="called tools 2 times without answering"):
         talk(call("weather", '{"city": "Rome"}'), max_rounds=2)
+
+
+def test_documents_are_ranked_by_score(says: Says) -> None:
+    rows = [{"index": number, "relevance_score": score} for number, score in enumerate([1, 3, 2])]
+    access = says(json.dumps({"results": rows}), kind="application/json")
+
+    async def ask() -> list[Ranked]:
+        async with access.async_http() as http:
+            assert await rerank(http, "which", [], None) == []
+            return await rerank(http, "which", ["a", "b", "c"], 2)
+
+    assert anyio.run(ask) == [Ranked(1, 3, "b"), Ranked(2, 2, "c")]
 
 
 PAGE = "<!doctype html>\n<title>Log in</title>" + "x" * 1000

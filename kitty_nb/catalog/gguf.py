@@ -194,10 +194,14 @@ _MOST_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 _DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path, before: str | None = None) -> GgufHeader:
     """Read the header of a GGUF file and its list of tensors, whether those are there or not.
 
     Versions 2 and 3 are read, in either byte order.
+
+    Args:
+        path: The file.
+        before: Read no further than a key that begins so: a vocabulary takes long to read through.
 
     Raises:
         ModelFileError: It cannot be opened, is not GGUF, or is damaged or cut short.
@@ -207,7 +211,7 @@ def read_header(path: Path) -> GgufHeader:
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
             raise ModelFileError(f"{path} is not a file. Choose a .gguf file.")
         with path.open("rb") as file:
-            return _Reader(file, path, status.st_size).header()
+            return _Reader(file, path, status.st_size).header(before)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist. Check its name, or download it.") from None
     except OSError as error:
@@ -228,7 +232,7 @@ class _Reader:
         self._start = 0  # of the window, in the file
         self._at = 0  # the next byte, from the window's start; beyond its end after a skip
 
-    def header(self) -> GgufHeader:
+    def header(self, before: str | None) -> GgufHeader:
         if self._size == 0:
             raise self._damaged("is empty", ModelFileCutShortError)
         magic = self._take(4)
@@ -247,7 +251,12 @@ class _Reader:
             )
         tensor_count = self._count("tensors", _MOST_TENSORS)
         entry_count = self._count("metadata entries", _MOST_ENTRIES)
-        metadata = {self._string(): self._value() for _ in range(entry_count)}
+        metadata: dict[str, Value] = {}
+        for _ in range(entry_count):
+            key = self._string()
+            if before and key.startswith(before):
+                return GgufHeader(self._path, self._size, metadata, (), 0)
+            metadata[key] = self._value()
         entries = [self._tensor() for _ in range(tensor_count)]
         self._require(0)
         alignment = metadata.get("general.alignment", 32)

@@ -19,6 +19,7 @@ from kitty_nb.catalog.gguf import (
     read_header,
     stored_quantization,
 )
+from kitty_nb.config import Task
 from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Modality(StrEnum):
 
 
 # By `general.type`.
+_RANK = 4  # llama.cpp's LLAMA_POOLING_TYPE_RANK
 _TYPES = {
     **dict.fromkeys((None, "model", "vocab"), Kind.MODEL),
     "adapter": Kind.ADAPTER,
@@ -185,6 +187,7 @@ class FileFacts:
         chat_template: In Jinja.
         tools: Whether the template takes tools; None without a template.
         senses: The inputs that a projector adds to its model.
+        task: What it was made for.
         split_number: Which shard it is, from 0; None for a whole model.
         split_count: How many shards there are; 1 for a whole model.
         split_tensors: How many tensors all shards hold together; None when unsaid.
@@ -211,6 +214,7 @@ class FileFacts:
     chat_template: str | None = field(default=None, repr=False)
     tools: bool | None = None
     senses: tuple[Modality, ...] = ()
+    task: Task = Task.CHAT
     split_number: int | None = None
     split_count: int = 1
     split_tensors: int | None = None
@@ -252,10 +256,28 @@ def _facts(header: GgufHeader) -> FileFacts:
         chat_template=template,
         tools=_takes_tools(header, template),
         senses=tuple(sense for sense, key in _SENSES.items() if header.metadata.get(key) is True),
+        task=_task(header),
         split_number=header.number("split.no"),
         split_count=header.number("split.count") or 1,
         split_tensors=header.number("split.tensors.count"),
     )
+
+
+def read_task(path: Path) -> Task:
+    """Read what a model was made for; one that cannot be read is one to chat with."""
+    try:
+        return _task(read_header(path, before="tokenizer."))
+    except ModelFileError:
+        return Task.CHAT
+
+
+def _task(header: GgufHeader) -> Task:
+    """Tell by the pooling that its converter wrote, of old conversions by its architecture."""
+    labels = header.metadata.get(f"{header.architecture}.classifier.output_labels")
+    pooling = header.own_number("pooling_type") or 0
+    if pooling == _RANK or labels is not None:
+        return Task.RANK
+    return Task.EMBED if pooling or header.architecture in FORMATS["encoders"] else Task.CHAT
 
 
 def _kind(header: GgufHeader) -> Kind:

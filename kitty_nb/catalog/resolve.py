@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.catalog import find_projector
 from kitty_nb.catalog.gguf import named_quantization
-from kitty_nb.catalog.model import ShardName, file_size, name_some, shard_paths
+from kitty_nb.catalog.model import ShardName, file_size, name_some, read_task, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
-from kitty_nb.config import PROJECTOR, load_lenient
+from kitty_nb.config import PROJECTOR, load_lenient, task_by_flags
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     """Look up the files that settings name, as the last check before a start. It reads the disk.
 
     Returns:
-        The settings with the name that its store gives the model, and with its projector.
+        The settings with the name that its store gives the model, its projector and its task.
 
     Raises:
         ConfigError: No model is chosen, or listing what is wrong with its path and its projector's.
@@ -55,7 +55,8 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     kept = _file_in_store(config.model, others)
     known_as = kept.known_as.partition(", ")[0] if kept and kept.known_as else None
     projector = _projector(config, kept)
-    return config.model_copy(update={"known_as": known_as, "projector": projector})
+    task = task_by_flags(config.extra_args) or read_task(config.model)
+    return config.model_copy(update={"known_as": known_as, "projector": projector, "task": task})
 
 
 def load_profile(

@@ -7,3 +7,4 @@ from kitty_nb.client.chat import PromptProgress as PromptProgress
 from kitty_nb.client.chat import Timings as Timings
 from kitty_nb.client.chat import ToolCall as ToolCall
 from kitty_nb.client.chat import Usage as Usage
+from kitty_nb.client.embeddings import Ranked as Ranked

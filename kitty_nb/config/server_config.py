@@ -68,6 +68,14 @@ def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
     return values[-1] if values else None
 
 
+def task_by_flags(words: Sequence[str]) -> Task | None:
+    """Return the task that flags ask for; None where they leave it to the model."""
+    flags = {spelled(word) for word in words}
+    if flags & {"--rerank", "--reranking"}:
+        return Task.RANK
+    return Task.EMBED if flags & {"--embedding", "--embeddings"} else None
+
+
 def choose_api_key(config: ServerConfig) -> SecretStr | None:
     """Return the configured key, a generated one, or None if the server should have none."""
     if config.api_key is None:
@@ -116,6 +124,14 @@ class FlashAttention(StrEnum):
     ON = "on"
     OFF = "off"
     AUTO = "auto"
+
+
+class Task(StrEnum):
+    """The use of a model: to answer, to turn texts into vectors, or to rank documents."""
+
+    CHAT = "chat"
+    EMBED = "embed"
+    RANK = "rank"
 
 
 class OnKernelExit(StrEnum):
@@ -304,6 +320,8 @@ class ServerConfig(BaseModel):
     ] = None
     # The file that `mmproj` means for this model. `resolve_model` finds it.
     projector: Path | None = None
+    # What the model is for, by its header and `extra_args`. `resolve_model` finds it.
+    task: Task = Task.CHAT
     log_dir: Annotated[_InHome, Env("a folder for the server's log")] = _STATE / "logs"
     log_max_mb: Annotated[PositiveFloat, Env("a size in megabytes above 0")] = 16.0
     log_keep: Annotated[PositiveInt, Env("a number of older logs, 1 or more")] = 3
@@ -360,7 +378,7 @@ class ServerConfig(BaseModel):
         Raises:
             ConfigError: A changed value is wrong.
         """
-        given = {**dict(self), "known_as": None, "projector": None, **changes}
+        given = {**dict(self), "known_as": None, "projector": None, "task": Task.CHAT, **changes}
         config = type(self).model_validate(given)
         if isinstance(self.mmproj, Path) and self.model not in {None, config.model}:
             # A projector goes with the model that it was named for.

@@ -7,7 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitty_nb.config import env_settings, goes_without_key, spelled, value_of
+from kitty_nb.config import (
+    Task,
+    env_settings,
+    goes_without_key,
+    spelled,
+    task_by_flags,
+    value_of,
+)
 from kitty_nb.errors import EngineError, UnknownFlagError
 
 if TYPE_CHECKING:
@@ -38,8 +45,22 @@ def options_of(config: ServerConfig) -> list[tuple[str, str]]:
     values = ((flag, getattr(config, field)) for field, flag in _FLAGS.items())
     words = [word for flag, value in values if value is not None for word in (flag, str(value))]
     words += [_MMPROJ, str(config.projector)] if config.projector else []
+    words += _task_words(config)
     pairs = pairwise((*words, *config.extra_args, ""))
     return [(canonical(flag), value) for flag, value in pairs if is_flag(flag)]
+
+
+def _task_words(config: ServerConfig) -> list[str]:
+    """The words by which a model that embeds or ranks does so, with room for long texts.
+
+    Such a model reads a text in one go: one longer than the micro-batch is refused.
+    """
+    if config.task is Task.CHAT or task_by_flags(config.extra_args):
+        return []
+    words = [_TASKS[config.task]]
+    if config.ubatch_size is None:
+        words += ["--ubatch-size", str(config.batch_size or _BATCH)]
+    return words
 
 
 def is_flag(word: str) -> bool:
@@ -87,6 +108,8 @@ _ALWAYS = ("model", "host", "port", "alias", "api_key")
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
 SERVER_SETTINGS = (*_FLAGS, "mmproj", "extra_args")
 _MMPROJ = "--mmproj"
+_TASKS = {Task.EMBED: "--embedding", Task.RANK: "--rerank"}
+_BATCH = 2048  # llama-server's own --batch-size
 ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 # Flags that the manager writes itself, by the field that they come from.
@@ -138,6 +161,7 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from (_MMPROJ, str(config.projector))
     elif config.mmproj is not None and config.projector:
         raise UnknownFlagError(_lacks(engine, _MMPROJ, "mmproj"))
+    yield from spell(engine.dialect, _task_words(config))
     if config.idle_shutdown_seconds and knows(_SLEEP):
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):

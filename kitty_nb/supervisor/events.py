@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import anyio
 
+from kitty_nb.config import Task
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
@@ -217,6 +219,11 @@ class ServerState:
     def projector(self) -> Path | None:
         """The file by which the model takes in images and sound; None where it takes text only."""
         return None if self.external else self.config.projector
+
+    @property
+    def task(self) -> Task:
+        """What its model is for; one that was attached to is taken for one to chat with."""
+        return Task.CHAT if self.external else self.config.task
 
     @property
     def sentence(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from kitty_nb.catalog.model import shard_paths
+from kitty_nb.config import Task
 from kitty_nb.widgets.display import Fold, Line, duration
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ _CONFIRMED = {
 }
 
 
+_MADE_FOR = {Task.CHAT: None, Task.EMBED: "embeddings", Task.RANK: "ranking documents"}
+
+
 def model_facts(model: Model) -> dict[str, str]:
     """Return what is known of a model, by the name of each fact."""
     files, header = shard_paths(model.path), model.facts
@@ -98,6 +102,7 @@ def model_facts(model: Model) -> dict[str, str]:
         "Trained context": _count(model.context_length, " tokens"),
         "Quantization": quantization,
         "License": header.license,
+        "Made for": _MADE_FOR[header.task],
         "Takes in": ", ".join(model.modalities),
         "Projector": model.projector,
         "Tools": {True: "yes", False: "no", None: None}[header.tools],

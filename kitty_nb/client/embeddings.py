@@ -1,0 +1,149 @@
+"""Texts as vectors, as tokens, and in the order of their relevance."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import httpx
+
+from kitty_nb.client.protocol import broken_off, post
+from kitty_nb.errors import ServerError, first_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vectors = NDArray[np.float32]
+
+# Requests at once. With two, the server has the next batch while we read the last one.
+_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document, and how well it answers a query.
+
+    Attributes:
+        index: Its place among the documents given.
+        score: The model's own measure; higher is better.
+        document: Its text.
+    """
+
+    index: int
+    score: float
+    document: str
+
+
+async def embed(
+    http: httpx.AsyncClient,
+    texts: Sequence[str],
+    batch_size: int,
+    on_progress: Callable[[int, int], object],
+) -> Vectors:
+    """Return the vectors of texts, one row each: an array of shape (texts, dimensions).
+
+    Args:
+        http: A client of the server.
+        texts: The texts.
+        batch_size: How many go into one request.
+        on_progress: Called with the number of texts that are done, and that of all.
+
+    Raises:
+        ServerError: The server refused a text, which the message names, or broke off.
+    """
+    import numpy as np  # noqa: PLC0415 (100 ms that a start should not wait for)
+
+    rows: list[Any] = [None] * len(texts)
+    starts = iter(range(0, len(texts), batch_size))
+    done = 0
+
+    async def work() -> None:
+        nonlocal done
+        for start in starts:
+            batch = texts[start : start + batch_size]
+            vectors = await _vectors(http, batch, start)
+            rows[start : start + len(batch)] = [np.frombuffer(one, "<f4") for one in vectors]
+            done += len(batch)
+            on_progress(done, len(texts))
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(_AT_ONCE):
+                tasks.start_soon(work)
+    except ExceptionGroup as group:
+        raise first_of(group) from None
+    return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+
+
+async def _vectors(http: httpx.AsyncClient, texts: Sequence[str], start: int) -> list[bytes]:
+    try:
+        said = await _ask(
+            http, "/v1/embeddings", {"input": [*texts], "encoding_format": "base64"}, "data"
+        )
+    except ServerError as error:
+        if len(texts) == 1:
+            raise ServerError(f"Text {start}: {error}") from None
+        for number, text in enumerate(texts, start):  # one of them is to blame
+            await _vectors(http, [text], number)
+        raise
+    rows = sorted(said["data"], key=lambda row: int(row["index"]))
+    return [b64decode(row["embedding"]) for row in rows]
+
+
+async def rerank(
+    http: httpx.AsyncClient, query: str, documents: Sequence[str], top_n: int | None
+) -> list[Ranked]:
+    """Return documents, the one that answers a query best first.
+
+    Args:
+        http: A client of the server.
+        query: The question.
+        documents: The texts to rank.
+        top_n: How many to return; None for all.
+
+    Raises:
+        ServerError: The server refused the request, or broke off.
+    """
+    if not documents:
+        return []
+    said = await _ask(http, "/v1/rerank", {"query": query, "documents": [*documents]}, "results")
+    found = [
+        Ranked(row["index"], row["relevance_score"], documents[row["index"]])
+        for row in said["results"]
+    ]
+    return sorted(found, key=lambda one: one.score, reverse=True)[:top_n]
+
+
+async def tokenize(http: httpx.AsyncClient, text: str) -> list[int]:
+    """Return the tokens of a text, without those that the model puts around it.
+
+    Raises:
+        ServerError: The server broke off.
+    """
+    said = await _ask(http, "/tokenize", {"content": text}, "tokens")
+    return [int(token) for token in said["tokens"]]
+
+
+async def count_tokens(http: httpx.AsyncClient, messages: Sequence[dict[str, Any]]) -> int:
+    """Return how many tokens a conversation takes as a prompt, by the model's chat template.
+
+    Raises:
+        ServerError: The server refused the messages, or broke off.
+    """
+    said = await _ask(http, "/apply-template", {"messages": [*messages]}, "prompt")
+    whole = {"content": said["prompt"], "add_special": True, "parse_special": True}
+    return len((await _ask(http, "/tokenize", whole, "tokens"))["tokens"])
+
+
+async def _ask(
+    http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str
+) -> dict[str, Any]:
+    try:
+        return await post(http, path, request, wanted)
+    except httpx.HTTPError as error:
+        raise ServerError(broken_off(error)) from None

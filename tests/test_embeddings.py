@@ -1,0 +1,97 @@
+"""Models that embed or rank: recognised, started for it, and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import demo_config, unused_port
+from model_files import write_header, write_pooled
+
+from kitty_nb import ModelCatalog, ModelManager, ServerConfig
+from kitty_nb.catalog.model import read_task
+from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.config import Task
+from kitty_nb.errors import KittyError, ServerError
+
+TEXTS = ["a model", "", "who are you", "the demo model of kitty_nb", "hello " * 20, "a model"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> None:
+    """The manager of all these tests keeps its connections until the last of them."""
+
+
+@pytest.fixture(scope="module")
+def embedder(
+    demo_model: Path, engine: Path | None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ModelManager]:
+    folder = tmp_path_factory.mktemp("embed")
+    model = write_pooled(demo_model, folder / "models" / "embedder.gguf", 1)
+    config = demo_config(model, folder, unused_port()).replace(binary=engine, parallel=2)
+    with ModelManager(config=config) as manager:
+        manager.start().wait(60)
+        yield manager
+
+
+def test_texts_become_the_rows_that_the_server_gives_one_by_one(embedder: ModelManager) -> None:
+    assert embedder.state.task is Task.EMBED
+    seen: list[tuple[int, int]] = []
+    vectors = embedder.embed(TEXTS, 2, lambda *done: seen.append(done)).wait(60)
+    assert vectors.dtype == np.float32
+    assert len(vectors) == len(TEXTS)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        raw = embedder.http.post("/v1/embeddings", json={"input": text}).json()
+        np.testing.assert_allclose(vector, raw["data"][0]["embedding"], rtol=1e-3, atol=1e-4)
+    assert seen[-1] == (len(TEXTS), len(TEXTS))
+    assert embedder.embed([]).wait(60).shape[0] == 0
+
+
+def test_a_text_that_is_too_long_is_named(embedder: ModelManager) -> None:
+    with pytest.raises(ServerError, match="Text 3: "):
+        embedder.embed([*TEXTS[:3], "hello " * 600, *TEXTS]).wait(60)
+    with pytest.raises(KittyError, match="a list of texts"):
+        embedder.embed("hello")
+
+
+def test_what_a_model_was_not_started_for_is_refused(embedder: ModelManager) -> None:
+    with pytest.raises(KittyError, match=r"started to embed, not to rank\..*--rerank"):
+        embedder.rerank("who", ["a"])
+    with pytest.raises(KittyError, match="was started to embed, not to chat"):
+        embedder.chat("Hello")
+
+
+def test_tokens_are_those_of_the_server(embedder: ModelManager) -> None:
+    raw = embedder.http.post("/tokenize", json={"content": TEXTS[3]}).json()["tokens"]
+    assert embedder.tokenize(TEXTS[3]).wait(60) == raw
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "task"),
+    [
+        ("llama", {}, Task.CHAT),
+        ("qwen3", {"qwen3__pooling_type": 3}, Task.EMBED),
+        ("qwen3", {"qwen3__pooling_type": 4}, Task.RANK),
+        ("nomic-bert", {}, Task.EMBED),
+        ("bert", {"bert__classifier__output_labels": ["LABEL_0"]}, Task.RANK),
+        ("llama", {"llama__pooling_type": 0}, Task.CHAT),
+    ],
+)
+def test_the_header_tells_what_a_model_is_for(
+    tmp_path: Path, architecture: str, keys: dict[str, object], task: Task
+) -> None:
+    path = write_header(tmp_path / "model.gguf", architecture, **keys)
+    assert read_task(path) is task
+    (row,) = ModelCatalog(tmp_path).scan()
+    assert row.facts.task is task
+
+
+def test_flags_outrank_the_header(config: ServerConfig) -> None:
+    def task(*flags: str) -> Task:
+        return resolve_model(config.replace(extra_args=flags)).task
+
+    assert task() is Task.CHAT
+    assert task("--embeddings") is Task.EMBED
+    assert task("--reranking") is Task.RANK
