@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,22 +45,24 @@ def options_of(config: ServerConfig) -> list[tuple[str, str]]:
     values = ((flag, getattr(config, field)) for field, flag in _FLAGS.items())
     words = [word for flag, value in values if value is not None for word in (flag, str(value))]
     words += [_MMPROJ, str(config.projector)] if config.projector else []
-    words += _task_words(config)
+    words += chain.from_iterable(_task_options(config))
     pairs = pairwise((*words, *config.extra_args, ""))
     return [(canonical(flag), value) for flag, value in pairs if is_flag(flag)]
 
 
-def _task_words(config: ServerConfig) -> list[str]:
-    """The words by which a model that embeds or ranks does so, with room for long texts.
+def _task_options(config: ServerConfig) -> Iterator[tuple[str, ...]]:
+    """The options by which a model that embeds or ranks does so.
 
-    Such a model reads a text in one go: one longer than the micro-batch is refused.
+    It takes a text in one micro-batch, so that has room for a long one. With a cache for each slot,
+    llama.cpp cuts texts of unequal lengths apart, and makes their vectors from the last parts.
     """
-    if config.task is Task.CHAT or task_by_flags(config.extra_args):
-        return []
-    words = [_TASKS[config.task]]
+    if config.task is Task.CHAT:
+        return
+    if not task_by_flags(config.extra_args):
+        yield (_TASKS[config.task],)
     if config.ubatch_size is None:
-        words += ["--ubatch-size", str(config.batch_size or _BATCH)]
-    return words
+        yield ("--ubatch-size", str(config.batch_size or _BATCH))
+    yield ("--kv-unified",)
 
 
 def is_flag(word: str) -> bool:
@@ -161,7 +163,10 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from (_MMPROJ, str(config.projector))
     elif config.mmproj is not None and config.projector:
         raise UnknownFlagError(_lacks(engine, _MMPROJ, "mmproj"))
-    yield from spell(engine.dialect, _task_words(config))
+    for option in _task_options(config):
+        said = tuple(spell(engine.dialect, option))
+        if knows(said[0]):
+            yield from said
     if config.idle_shutdown_seconds and knows(_SLEEP):
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
