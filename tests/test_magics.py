@@ -76,6 +76,14 @@ def test_a_server_is_started_asked_and_stopped(run: Run) -> None:
     assert answer.startswith("Hello! I am")
     assert len(run("%%kitty_chat --max-tokens 3\nWho are you?")) < len(answer)
     assert run("%%kitty_chat --system 'You are a cat.'\nWho are you?").startswith("Hello!")
+    with pytest.raises(KittyError, match="runs without a projector"):
+        run("%%kitty_chat --image cat.png\nWhat is this?")
+    run("%%kitty_chat\nWho are you?")
+    run("%%kitty_chat --go-on\nWho are you?")
+    manager = session.get(".env", "primary")
+    assert manager
+    prompts = lambda: [request.prompt_tokens or 0 for request in manager.requests]  # noqa: E731
+    eventually(lambda: prompts()[-1] > 2 * prompts()[-2], within=20)
     assert len(run("%kitty logs -n 2").splitlines()) == 2
     before = re.findall(r"PID (\d+)", last)
     again = re.findall(r"PID (\d+)", run("%kitty restart"))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
+from kitty_nb.client.images import with_images
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError, printable
 from kitty_nb.widgets import session
-from kitty_nb.widgets.server_view import describe_load
+from kitty_nb.widgets.server_view import describe_load, describe_reading
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from IPython.core.interactiveshell import InteractiveShell
 
-    from kitty_nb.client import Piece
+    from kitty_nb.client import Piece, PromptProgress
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
     from kitty_nb.operation import Operation
@@ -41,6 +42,7 @@ class KittyMagics(Magics):
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self._confirm = session.ConfirmOnce("Run this again to start anyway.")
+        self._talks: dict[ModelManager, list[dict[str, Any]]] = {}
 
     @magic_arguments()
     @argument("verb", nargs="?", default="status", choices=_VERBS, help="What to do; else status.")
@@ -78,23 +80,31 @@ class KittyMagics(Magics):
     @argument("--system", help="The system prompt.")
     @argument("--temperature", type=float, help="0 always picks the most likely token.")
     @argument("--max-tokens", type=int, help="The maximum length of the answer, in tokens.")
+    @argument("--image", action="append", default=[], help="A picture to show; can be repeated.")
+    @argument("--go-on", action="store_true", help="Go on with the conversation so far.")
     @argument("--profile", default="primary", help="The profile whose model to ask.")
     @argument("--env", default=".env", help="The .env file with the settings.")
     @cell_magic
     def kitty_chat(self, line: str, cell: str) -> None:
-        """Ask the running model; its answer appears as it comes. Interrupt to end it."""
+        """Ask the running model; its answer appears as it comes. Interrupt to end it.
+
+        Each cell is a talk of its own, unless --go-on makes it part of the one before.
+        """
         given = _given(self.kitty_chat, line)
-        messages = [{"role": "user", "content": cell.strip()}]
-        if given.system:
-            messages.insert(0, {"role": "system", "content": given.system})
+        manager = session.acquire(given.env, given.profile, self)
+        talk = self._talks.get(manager, []) if given.go_on else []
+        if given.system and not talk:
+            talk = [{"role": "system", "content": given.system}]
+        messages = [*talk, {"role": "user", "content": cell.strip()}]
         options = {"temperature": given.temperature, "max_tokens": given.max_tokens}
         asked = {name: value for name, value in options.items() if value is not None}
-        pieces: SimpleQueue[Piece] = SimpleQueue()
-        answer = session.acquire(given.env, given.profile, self).chat(messages, pieces.put, **asked)
+        answer = _Answering(manager, messages, {"images": given.image, **asked})
         with suppress(KeyboardInterrupt):
-            _follow(answer, lambda: _print_pieces(pieces))
-        _print_pieces(pieces)
+            _follow(answer.chat, answer.show)
+        answer.show()
         print()
+        reply = {"role": "assistant", "content": answer.text}
+        self._talks[manager] = [*with_images(messages, given.image), reply]
 
     def _load(
         self, start: Callable[..., Operation[ServerState]], wanted: ServerConfig | str
@@ -150,6 +160,41 @@ class _ChangingLine:
             print(f"\r{text:{len(self._shown)}}", end="", flush=True)
             self._shown = text
 
+    def clear(self) -> None:
+        if self._shown:
+            print(f"\r{'':{len(self._shown)}}\r", end="", flush=True)
+            self._shown = ""
+
+
+class _Answering:
+    """An answer that is printed as it comes, after how much of a long prompt is read."""
+
+    def __init__(
+        self, manager: ModelManager, messages: list[dict[str, Any]], options: dict[str, Any]
+    ) -> None:
+        self._pieces: SimpleQueue[Piece] = SimpleQueue()
+        self._reading = _ChangingLine()
+        self._progress: PromptProgress | None = None
+        self.text = ""
+        self.chat = manager.chat(messages, self._pieces.put, self._note, **options)
+
+    def _note(self, progress: PromptProgress) -> None:
+        self._progress = progress
+
+    def show(self) -> None:
+        """Print what is new, thoughts in grey."""
+        text = ""
+        while not self._pieces.empty():
+            piece = self._pieces.get()
+            said = printable(piece.text)
+            text += f"{_GREY}{said}{_PLAIN}" if piece.thinking else said
+            self.text += "" if piece.thinking else piece.text
+        if text:
+            self._reading.clear()
+            print(text, end="", flush=True)
+        elif self._progress and not self.text:
+            self._reading.show(describe_reading(self._progress))
+
 
 def _say(text: str) -> None:
     print(printable(text))
@@ -171,17 +216,6 @@ def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
     except KeyboardInterrupt:
         operation.cancel()
         raise
-
-
-def _print_pieces(pieces: SimpleQueue[Piece]) -> None:
-    """Print the pieces so far, thoughts in grey."""
-    text = ""
-    while not pieces.empty():
-        piece = pieces.get()
-        said = printable(piece.text)
-        text += f"{_GREY}{said}{_PLAIN}" if piece.thinking else said
-    if text:
-        print(text, end="", flush=True)
 
 
 def _given(magic: Any, line: str) -> Namespace:

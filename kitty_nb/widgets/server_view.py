@@ -16,6 +16,7 @@ from kitty_nb.widgets.display import Meter, button, duration, show_if
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kitty_nb.client import PromptProgress
     from kitty_nb.supervisor.events import LoadProgress, RouterLoad, ServerState
 
 TONES = dict.fromkeys(ServerStatus, "busy") | {
@@ -92,6 +93,13 @@ def _shortened(name: str) -> str:
     """Return a file's name without its end; of one that is called by its hash, the beginning."""
     short = name.removesuffix(".gguf")
     return escape(f"{short[:_HASH_SHOWN]}…" if short.startswith("sha256-") else short)
+
+
+def describe_reading(progress: PromptProgress) -> str:
+    """Describe how much of a prompt is read, e.g. `reading the prompt · 62 % · 3 s left`."""
+    left = progress.seconds_left
+    parts = ["reading the prompt", f"{int(progress.fraction * 100)} %"]
+    return " · ".join([*parts, *([] if left is None else [f"{duration(max(left, 1))} left"])])
 
 
 def describe_load(progress: LoadProgress) -> str:
