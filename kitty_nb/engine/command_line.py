@@ -173,6 +173,8 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from (ORIGINS, "localhost")
     if knows("--log-jsonl"):
         yield "--log-jsonl"
+    if engine.dialect.traces:  # the log tells how long each prompt is, before it is read
+        yield from ("--verbosity", "4")
 
 
 def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:

@@ -32,7 +32,12 @@ usage: llama-server [options]
 llama.cpp's server, run by the xllamacpp wheel. Each option does what it does in llama-server:
 https://github.com/ggml-org/llama.cpp/tree/master/tools/server
 
-{options}"""
+{options}
+
+verbosity:
+ - 3: info
+ - 4: trace (more info)
+"""
 # What a value that an option cannot take ends in.
 _REFUSED = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError)
 

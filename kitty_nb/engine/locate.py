@@ -37,6 +37,7 @@ _CHOICES = re.compile(r"[\[<](?P<bars>[^|\s]+(?:\|[^|\s]+)+)[\]>]|\{(?P<commas>[
 # 2024, a description could follow by a single space.
 _VALUE = re.compile(r"(?P<first>(?:<[^<>]*>|\S)+)(?P<second> [A-Z]+$)?")
 
+_TRACES = "- 4: trace"
 _ALIKE = 0.81  # of 1; less is another flag that happens to share some letters
 _REMOVED = "the argument has been removed"  # it is listed, and ends the program when it is used
 
@@ -59,9 +60,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Dialect:
-    """All options of a build."""
+    """All options of a build.
+
+    Attributes:
+        options: What its `--help` lists.
+        traces: Whether verbosity 4 adds some lines for each request; in other builds it adds
+            hundreds.
+    """
 
     options: tuple[Option, ...]
+    traces: bool = False
 
     @cached_property
     def _by_flag(self) -> dict[str, Option]:
@@ -86,7 +94,8 @@ def parse_help(text: str) -> Dialect:
     long flags indented (2024), and the same without indentation (since). A long option pushes
     its description to the next line.
     """
-    return Dialect(tuple(filter(None, map(_parse_line, text.splitlines()))))
+    options = tuple(filter(None, map(_parse_line, text.splitlines())))
+    return Dialect(options, traces=_TRACES in text)
 
 
 def _parse_line(line: str) -> Option | None:
