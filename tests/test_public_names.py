@@ -41,6 +41,7 @@ ROOMS = {
         "config",
         "catalog",
         "supervisor.events",
+        "supervisor.requests",
         "client",
         "operation",
         "manager",

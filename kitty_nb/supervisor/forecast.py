@@ -396,7 +396,7 @@ def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory
 
 
 class ModelStats:
-    """Usage of the models on disk, and whether they fit. For coroutines of the supervisor's loop.
+    """Usage and memory of models, and whether they fit. For coroutines of the supervisor's loop.
 
     Args:
         pid: Returns the server that would exit before another starts.
@@ -409,6 +409,11 @@ class ModelStats:
     def history(self, config: ServerConfig, warn: Callable[[str], None]) -> LoadHistory:
         """Return the history of loads and favourites; `warn` is called with its faults."""
         return LoadHistory(config.history, warn)
+
+    async def memory_use(self) -> MemoryUse | None:
+        """Measure what the server holds now; None without one."""
+        pid = self._pid()
+        return None if pid is None else await run_sync(memory_use, pid)
 
     async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
         """Judge by formula which models would fit into the memory that is free now."""

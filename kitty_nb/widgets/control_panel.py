@@ -25,8 +25,10 @@ from kitty_nb.widgets import display, server_view, session
 from kitty_nb.widgets.address import Address, cells_for_programs, snippet
 from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
+from kitty_nb.widgets.live_line import LiveLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
+from kitty_nb.widgets.requests_table import RequestsTable
 from kitty_nb.widgets.server_log import ActivityLog, ServerLog
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
@@ -88,6 +90,7 @@ class ControlPanel(VBox):
         if not state.status.absent and state.external is None:  # started here or elsewhere
             self._follow(manager.state.config)
         self._view.start(manager.run)
+        self.live.watch(manager, self._show_error)
         self._look_again()
         if earlier:
             earlier.close()
@@ -106,6 +109,8 @@ class ControlPanel(VBox):
         self.address = Address(
             {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs}, programs
         )
+        self.live = LiveLine()
+        self.requests = RequestsTable(self._view.wake)
         self.settings = SettingsForm(self._config, self._choose)
         self.memory = MemoryLine(manager, self._wanted)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
@@ -133,10 +138,11 @@ class ControlPanel(VBox):
         choice = HBox([self.picker, self.buttons]).add_class("kitty-choice")
         self._notice_row = HBox([self.notice, self.buttons.remedies])
         self._notice_row.add_class("kitty-notice-row")
-        folds = self._settings_fold, self.details, self.browser, self.download, self._log_fold
-        self._folds = HBox([self.memory, *folds]).add_class("kitty-folds")
+        looked_up = self.details, self.browser, self.download, self.requests, self._log_fold
+        self._folds = HBox([self.memory, self._settings_fold, *looked_up]).add_class("kitty-folds")
         name = display.Accessible(f"kitty_nb control panel{label}")
-        super().__init__([top, choice, self._notice_row, self.address, self._folds, name])
+        used = self.live, self.address
+        super().__init__([top, choice, self._notice_row, *used, self._folds, name])
         self.add_class("kitty-panel")
 
     def _answer_clicks(self) -> None:
@@ -213,6 +219,7 @@ class ControlPanel(VBox):
         self._view.stop()
         self.picker.stop()
         self.browser.stop()
+        self.live.stop()
         self.memory.stop()
         if self.download in self._folds.children:  # else a later run of the cell has it
             self.download.stop()
@@ -359,6 +366,7 @@ class ControlPanel(VBox):
         display.show_if(self._notice_row, bool(message or self._hints))
         self._settings_fold.titles = (f"Settings: {self.settings.summary}",)
         self.details.show(state, self.manager.progress, model)
+        self.requests.show(self.manager.requests)
         self.activity_log.flush()
         self.server_log.flush()
         # Last: whoever waits for a state finds all that belongs to it.
