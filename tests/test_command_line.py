@@ -312,3 +312,11 @@ def test_either_spelling_is_served(config: ServerConfig, engine: Path | None, ex
     config = config.replace(binary=engine, extra_args=extra)
     with ModelManager(config=config) as manager:
         assert manager.start().wait(60).status is ServerStatus.READY
+
+
+def test_the_log_tells_of_prompts_where_that_takes_few_lines() -> None:
+    config = ServerConfig(model=Path("/m.gguf"))
+    levels = NEW + "-lv,   --verbosity N                    threshold. Values:\n - 3: info\n"
+    assert "--verbosity" not in build_command(engine(levels), config)
+    command = build_command(engine(levels + " - 4: trace (more info)\n"), config)
+    assert command[-2:] == ("--verbosity", "4")

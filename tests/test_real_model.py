@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conftest import eventually
 from test_real_loads import is_true, load
 
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.supervisor.events import Working
+from kitty_nb.supervisor.requests import Ending
 
 
 def test_its_load_is_followed_to_the_end(real_config: ServerConfig) -> None:
@@ -34,3 +37,24 @@ def test_the_catalog_reads_its_header(real_model: Path) -> None:
     assert model.architecture == "gemma3"
     assert model.quantization == "Q4_K_M"
     assert model.context_length == 32768
+
+
+def test_a_prompt_that_it_reads_is_followed(real_config: ServerConfig) -> None:
+    told: list[float] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, Working) and event.work.reading:
+            told.append(event.work.reading.fraction or 0.0)
+
+    with ModelManager(config=real_config.replace(context_size=2048)) as manager:
+        manager.start().wait(timeout=120)
+        for prompt in ("one two three " * 40, "four five six " * 40):  # the first teaches the pace
+            told.clear()
+            unsubscribe = manager.subscribe(note)
+            manager.http.post("/completion", json={"prompt": prompt, "n_predict": 2}, timeout=120)
+            unsubscribe()
+        assert told
+        assert told[-1] > told[0] or len(told) == 1
+        eventually(lambda: len(manager.requests) == 2)
+        assert manager.requests[-1].prompt_tokens
+        assert manager.requests[-1].ended is Ending.LENGTH

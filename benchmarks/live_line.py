@@ -1,0 +1,86 @@
+"""The cost and the truth of the live line: tokens a second lost, delay and error of the progress.
+
+Answers with and without a panel that watches take turns in one run. The truth of a prompt's
+progress is linear in time, from the request to its first token, as its client measures them; the
+first prompt, which teaches the prompt speed, is not counted. `python -m benchmarks.live_line
+[--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.subject import read_subject
+from kitty_nb import ControlPanel, ModelManager
+from kitty_nb.supervisor.events import Event, Working
+
+if TYPE_CHECKING:
+    import httpx
+
+_ROUNDS, _TOKENS, _PROMPTS = 6, 96, 4
+
+
+def main() -> None:
+    """Print the table."""
+    subject = read_subject(__doc__)
+    print(f"{subject}\n")
+    with tempfile.TemporaryDirectory() as name:
+        config = subject.config(Path(name), 100_000_000, context_size=4096, parallel=2)
+        with ModelManager(config=config) as manager:
+            manager.start().wait(120)
+            lost = [1 - _watched(manager) / _speed(manager.http) for _ in range(_ROUNDS)]
+            looks = [_follow(manager, number) for number in range(_PROMPTS + 1)][1:]
+    _row("tokens a second lost while watched", f"{statistics.median(lost):+.1%} (median)")
+    _row("  each", ", ".join(f"{one:+.1%}" for one in lost))
+    _row("delay of a prompt's progress", f"{max(delay for delay, _ in looks):.2f} s (largest)")
+    _row("error of a prompt's progress", f"{max(error for _, error in looks):.2f} (largest)")
+
+
+def _watched(manager: ModelManager) -> float:
+    panel = ControlPanel(manager=manager)
+    try:
+        return _speed(manager.http)
+    finally:
+        panel.close()
+
+
+def _speed(http: httpx.Client) -> float:
+    request = {"prompt": "Once", "n_predict": _TOKENS, "ignore_eos": True, "temperature": 0}
+    timings = http.post("/completion", json=request, timeout=600).json()["timings"]
+    return float(timings["predicted_per_second"])
+
+
+def _follow(manager: ModelManager, number: int) -> tuple[float, float]:
+    """The seconds until a prompt's progress is told, and the largest error in it."""
+    told: list[tuple[float, float]] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Working) and event.work.reading:
+            told.append((time.monotonic(), event.work.reading.fraction or 0.0))
+
+    prompt = " ".join(f"{number} {word} apple" for word in range(200))
+    request: dict[str, Any] = {"prompt": prompt, "n_predict": 2, "stream": True}
+    unsubscribe = manager.subscribe(note)
+    began = time.monotonic()
+    with manager.http.stream("POST", "/completion", json=request, timeout=600) as answer:
+        first = next(line for line in answer.iter_lines() if line and json.loads(line[6:]))
+        seconds = time.monotonic() - began
+        assert first
+    unsubscribe()
+    looks = [(at - began, share) for at, share in told if at - began <= seconds]
+    errors = [abs(at / seconds - share) for at, share in looks]
+    print(f"a prompt of {seconds:.1f} s, {len(looks)} looks")
+    return (looks[0][0], max(errors)) if looks else (seconds, 1.0)
+
+
+def _row(what: str, figure: str) -> None:
+    print(f"{what:<40}{figure}")
+
+
+if __name__ == "__main__":
+    main()
