@@ -53,6 +53,7 @@ FLAGS = [
     (("--first-answer",), "SECONDS", "let the first request wait for so long"),
     (("--later-answers",), "SECONDS", "let every other request wait for so long"),
     (("--tokens",), "N", "tell of so many tokens of the request under way"),
+    (("--chat",), "FILE", "answer chats by this file's lines: seconds to wait, and an event"),
     (("--fail-requests",), "STRING", "answer each request with this error"),
     (("--ready-mark",), "FILE", "touch this the moment before the first 200"),
 ]
@@ -140,6 +141,19 @@ class Server:
             return 500, {"error": {"code": 500, "message": failure, "type": "server_error"}}
         return 200, {"content": "a"}
 
+    def chat(self, connection: socket.socket) -> None:
+        kind = "Content-Type: text/event-stream"
+        connection.sendall(f"HTTP/1.1 200 OK\r\n{kind}\r\nConnection: close\r\n\r\n".encode())
+        self.busy = True
+        try:
+            with open(self.options["--chat"]) as lines:
+                for line in lines:
+                    seconds, event = json.loads(line)
+                    time.sleep(seconds)
+                    connection.sendall(f"data: {json.dumps(event)}\n\n".encode())
+        finally:
+            self.busy = False
+
     def converse(self, connection: socket.socket) -> None:
         """Answer the requests of one client, one after the other."""
         with suppress(OSError), connection, connection.makefile("rb") as reader:
@@ -150,6 +164,9 @@ class Server:
                     name, _, value = header.decode("latin-1").partition(":")
                     headers[name.lower()] = value.strip()
                 reader.read(int(headers.get("content-length", 0)))
+                if "--chat" in self.options and path == "/v1/chat/completions":
+                    self.chat(connection)
+                    return
                 answer = self.post() if method == "POST" else None
                 status, body = answer or self.get(path, headers.get("authorization"))
                 data = json.dumps(body).encode()

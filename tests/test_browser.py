@@ -323,6 +323,55 @@ def test_the_control_notebook_starts_a_model_and_stops_it(
     assert not psutil.pid_exists(pid)
 
 
+def test_the_panel_answers_and_its_chat_outlives_the_page_but_not_the_notebook(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    notebook = open_notebook(
+        "from kitty_nb import ControlPanel\npanel = ControlPanel()\npanel", "import time", ""
+    )
+    page, panel = notebook.page, notebook.panel
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    notebook.run(0)
+    notebook.choose("small")
+    notebook.button("Start").click()
+    notebook.expect_status("Ready")
+    question = panel.get_by_role("textbox", name="Question")
+    answer = panel.get_by_role("group", name="Answer")
+    question.click()
+    page.keyboard.type("Who are you, dd x a?")  # keys that would delete, cut and add cells
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("Well?")
+    page.keyboard.press("Enter")
+    expect(answer).to_contain_text("Hello! I am")
+    expect(panel.locator(".kitty-ask-turn")).to_contain_text("tok/s")
+    expect(panel.get_by_role("log", name="Chat")).to_have_attribute("aria-busy", "false")
+    expect(question).to_be_focused()
+    expect(page.locator(".jp-CodeCell")).to_have_count(3)
+    notebook.expect_no_barriers()
+    copy = panel.get_by_role("button", name="Copy as code")
+    copy.click()
+    expect(panel.get_by_role("button", name="Copied")).to_be_visible()
+    notebook.cell(2).locator(".cm-content").click()
+    page.keyboard.press("Control+v")
+    notebook.run(2)
+    expect(notebook.cell(2).locator(".jp-OutputArea-output")).to_contain_text("Hello! I am")
+    notebook.cell(2).locator(".cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.press("Delete")
+    page.evaluate("jupyterapp.commands.execute('notebook:clear-cell-output')")
+    notebook.save()
+    saved = max((workspace / "notebooks").glob("test-*.ipynb"), key=lambda one: one.stat().st_mtime)
+    assert "Hello! I am" not in saved.read_text()
+    page.reload()
+    expect(answer).to_contain_text("Hello! I am")
+    expect(question).to_be_visible()
+    panel.get_by_role("button", name="New chat").click()
+    expect(answer).to_have_count(0)
+    notebook.button("Stop").click()
+    notebook.expect_status("Not running")
+    expect(question).to_be_hidden()
+
+
 @pytest.mark.parametrize(
     "busy",
     [

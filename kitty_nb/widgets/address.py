@@ -83,7 +83,7 @@ _NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.
 
 def snippet(panel: ControlPanel) -> str:
     """Return code that asks the server of a panel, to paste into a cell."""
-    state, name = panel.manager.state, _name_of(panel)
+    state, name = panel.manager.state, name_of(panel)
     where = {"alias": state.alias, "endpoint": state.endpoint}
     openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
     return _CODE.format(panel=name, openai=openai, **where)
@@ -96,12 +96,12 @@ def cells_for_programs(panel: ControlPanel) -> dict[str, Callable[[], str]]:
         manager, state = panel.manager, panel.manager.state
         asks_key = manager.reveal_api_key() is not None
         served = Served(manager.base_url, state.alias, state.config.profile, asks_key)
-        return hand_over.in_notebook(served, f"{_name_of(panel)}.manager")
+        return hand_over.in_notebook(served, f"{name_of(panel)}.manager")
 
     return {name: partial(cell, one) for name, one in hand_overs().items() if one.python}
 
 
-def _name_of(thing: object) -> str:
+def name_of(thing: object) -> str:
     """Return a name that cells have for something, if only `_3`, the output of a cell."""
     shell = get_ipython()
     names = shell.user_ns.copy().items() if shell else ()

@@ -22,7 +22,8 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.widgets import display, server_view, session
-from kitty_nb.widgets.address import Address, cells_for_programs, snippet
+from kitty_nb.widgets.address import Address, cells_for_programs, name_of, snippet
+from kitty_nb.widgets.ask import Ask
 from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.live_line import LiveLine
@@ -105,6 +106,7 @@ class ControlPanel(VBox):
         self.picker = ModelPicker(manager, self._choose, self._look_again)
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
+        self.ask: Ask = Ask(manager, partial(name_of, self), earlier and earlier.ask)
         programs = cells_for_programs(self)
         self.address = Address(
             {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs}, programs
@@ -141,7 +143,7 @@ class ControlPanel(VBox):
         looked_up = self.details, self.browser, self.download, self.requests, self._log_fold
         self._folds = HBox([self.memory, self._settings_fold, *looked_up]).add_class("kitty-folds")
         name = display.Accessible(f"kitty_nb control panel{label}")
-        used = self.live, self.address
+        used = self.live, self.ask, self.address
         super().__init__([top, choice, self._notice_row, *used, self._folds, name])
         self.add_class("kitty-panel")
 
@@ -217,6 +219,7 @@ class ControlPanel(VBox):
         if self.comm is None:
             return
         self._view.stop()
+        self.ask.stop()
         self.picker.stop()
         self.browser.stop()
         self.live.stop()
@@ -356,6 +359,7 @@ class ControlPanel(VBox):
         )
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
+        self.ask.show(state)
         self.address.show(state)
         if state.external:
             self.load_bar.show_router(self._router_load)

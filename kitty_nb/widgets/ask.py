@@ -1,0 +1,208 @@
+"""`Ask`: the box of a panel in which a user asks the ready model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from pprint import pformat
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kitty_nb.config import Task
+from kitty_nb.errors import KittyError
+from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.widgets.display import Page, asset
+from kitty_nb.widgets.turn import Picture, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kitty_nb.client import Answer, Piece, PromptProgress
+    from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
+    from kitty_nb.supervisor.events import ServerState
+
+_SEND_EVERY = 0.1  # seconds; jupyter_server drops messages that come too often
+_KEPT = 1_000_000  # characters of a chat
+_PICTURES_KEPT = 20_000_000  # characters of their data URLs
+_FULL = "This chat is too long to be kept. Press New chat."
+_CODE = """\
+messages = {messages}
+answer = {panel}.manager.chat(messages).wait()
+print(answer)
+
+# To go on, add the answer and your next question, and ask again:
+# messages.append({{"role": "assistant", "content": str(answer)}})
+# messages.append({{"role": "user", "content": "…"}})"""
+
+
+class _Verbatim(str):
+    """Code in a literal."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+class Ask(Page):
+    """A chat with the ready model.
+
+    The chat is kept here, and travels as messages, new words only, so neither the widget's state
+    nor a saved notebook holds it. Messages number the pieces of an answer: a page that opens later,
+    or misses some, asks for a replay.
+
+    Args:
+        manager: The manager to ask through.
+        name: Returns the name that cells have for the panel.
+        earlier: The box whose chat to go on with.
+    """
+
+    _esm: ClassVar[str] = asset("page.js", "clipboard.js", "answer_text.js", "ask.js")
+    _css: ClassVar[str] = asset("ask.css")
+
+    def __init__(
+        self, manager: ModelManager, name: Callable[[], str], earlier: Ask | None = None
+    ) -> None:
+        super().__init__("kitty-ask")
+        self._manager, self._name = manager, name
+        if earlier:
+            earlier.stop()
+        self._turns = [*earlier.turns] if earlier else []
+        self._chat = 0  # pages drop what belongs to another one
+        self._facts: dict[str, object] = {}
+        self._answering: Operation[Answer] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._sent_at = 0.0
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The chat's questions and answers, oldest first."""
+        return tuple(self._turns)
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The pictures of the chat as data URLs, oldest first."""
+        return tuple(picture.url for turn in self._turns for picture in turn.pictures)
+
+    @property
+    def code(self) -> str:
+        """A cell that asks the last question again, with the chat that led to it."""
+        panel, messages = self._name(), _messages(self._turns)
+        urls = iter(range(len(self.pictures)))
+        for part in (part for one in messages if one["role"] == "user" for part in one["content"]):
+            if isinstance(part, dict) and "image_url" in part:
+                part["image_url"]["url"] = _Verbatim(f"{panel}.ask.pictures[{next(urls)}]")
+        return _CODE.format(messages=pformat(messages, width=96, sort_dicts=False), panel=panel)
+
+    def ask(self, question: str, pictures: Sequence[Picture] = ()) -> None:
+        """Ask the model; does nothing while it answers.
+
+        Args:
+            question: The question.
+            pictures: Pictures for it.
+        """
+        if (self._answering and not self._answering.done) or not (question.strip() or pictures):
+            return
+        turn = Turn(question, tuple(pictures))
+        self._turns.append(turn)
+        self._tell(turn, whole=True)
+        try:
+            self._check_size()
+            self._answering = self._manager.chat(
+                _messages(self._turns), partial(self._hear, turn), partial(self._read, turn)
+            )
+            self._manager.run(self._follow, turn, self._answering)
+        except KittyError as error:
+            turn.end(problem=str(error))
+            self._tell(turn)
+
+    def stop(self) -> None:
+        """Stop the answer under way, and the server's work on it."""
+        if self._answering:
+            self._answering.cancel()
+
+    def new_chat(self) -> None:
+        """Forget the chat, and begin another one."""
+        self.stop()
+        self._turns, self._chat = [], self._chat + 1
+        self._tell()
+
+    def show(self, state: ServerState) -> None:
+        """Show the box while a model that chats is ready; without one, only the chat so far."""
+        up, hint = state.status is ServerStatus.READY, ""
+        ready = up and state.task is Task.CHAT
+        if not up:
+            hint = "The server is not ready: start it, or wait for it, to go on."
+        elif not ready:
+            hint = "This model doesn't chat. Choose another one above and press Switch."
+        elif state.external and state.external.models and not state.external.alias:
+            hint = "The router has no model loaded. Choose one above and press Switch."
+        facts = {"ready": ready, "hint": hint, "name": state.alias, "sees": bool(state.projector)}
+        if facts != self._facts:
+            self._facts = facts
+            self.send({"kind": "facts", **facts})
+
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        match message:
+            case {"kind": "ask", "text": str(text), "pictures": list(pictures)}:
+                self.ask(text, [Picture(one["url"], one["thumbnail"]) for one in pictures])
+            case {"kind": "stop"}:
+                self.stop()
+            case {"kind": "new"}:
+                self.new_chat()
+            case {"kind": "code", "for": str(asker)}:
+                self.send({"kind": "code", "for": asker, "text": self.code})
+            case {"kind": "replay"}:
+                self.send({"kind": "facts", **self._facts})
+                self._tell(*self._turns, whole=True)
+
+    async def _follow(self, turn: Turn, answering: Operation[Answer]) -> None:
+        try:
+            turn.end(await answering)
+        except KittyError as error:
+            turn.end(problem=str(error))
+        finally:
+            turn.end()  # it was stopped, unless it has ended before
+            self._tell(turn)
+
+    def _check_size(self) -> None:
+        size = sum(len(turn.question) + len(turn.text) + len(turn.thinking) for turn in self._turns)
+        if size > _KEPT or sum(map(len, self.pictures)) > _PICTURES_KEPT:
+            raise KittyError(_FULL)
+
+    def _hear(self, turn: Turn, piece: Piece) -> None:
+        turn.add(piece)
+        self._tell_soon(turn)
+
+    def _read(self, turn: Turn, progress: PromptProgress) -> None:
+        turn.progress = progress
+        self._tell_soon(turn)
+
+    def _tell_soon(self, turn: Turn) -> None:
+        """Send what is new, at once or together with what comes in the next moment."""
+        if self._timer is None:
+            pause = max(0.0, self._sent_at + _SEND_EVERY - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(pause, self._tell, turn)
+
+    def _tell(self, *turns: Turn, whole: bool = False) -> None:
+        if not whole:
+            self._timer, self._sent_at = None, time.monotonic()
+        places = {turn: place for place, turn in enumerate(self._turns)}
+        news = [
+            {"turn": places[turn], **(turn.whole() if whole else turn.news())}
+            for turn in turns
+            if turn in places  # else it belongs to an earlier chat
+        ]
+        self.send({"kind": "turns", "chat": self._chat, "turns": news})
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Return a chat in the form of OpenAI's protocol; what was never answered is left out."""
+    *before, last = turns
+    answered = [
+        message
+        for turn in before
+        if (text := turn.text)
+        for message in (turn.message, {"role": "assistant", "content": text})
+    ]
+    return [*answered, last.message]
