@@ -27,7 +27,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit
-from kitty_nb.engine.command_line import SERVER_SETTINGS, spell
+from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
 from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, PortBusyError, ServerError
@@ -56,6 +56,7 @@ __all__ = [
     "LoadSeconds",
     "Option",
     "ServerState",
+    "accepts",
     "find_load",
     "free_memory",
     "gather_facts",

@@ -165,6 +165,48 @@ def test_setting_that_this_build_lacks(
         settings(OLD, bare.replace(**change))
 
 
+@pytest.mark.parametrize(
+    ("build", "speculation", "words"),
+    [
+        ("none,draft-simple,ngram-simple", "off", "--spec-type none"),
+        ("none,draft-simple,ngram-simple", "ngram", "--spec-type ngram-simple"),
+        ("none,draft-simple", "draft", "--spec-type draft-simple --model-draft d.gguf"),
+        ("[none|ngram-simple]", "ngram", "--spec-type ngram-simple"),
+        ("[none|ngram-simple]", "draft", "--model-draft d.gguf"),
+        ("", "draft", "--model-draft d.gguf"),
+        ("", "off", ""),
+    ],
+)
+def test_speculation_in_the_words_of_each_build(
+    bare: ServerConfig, build: str, speculation: str, words: str
+) -> None:
+    assert settings(_speculating(build), _drafting(bare, speculation)) == tuple(words.split())
+
+
+@pytest.mark.parametrize(
+    ("help_text", "speculation", "message"),
+    [
+        (OLD, "ngram", "no --spec-type, which LLAMACPP_SPECULATION"),
+        (OLD, "draft", "no --spec-draft-model, which LLAMACPP_SPECULATION"),
+        ("--spec-type none,draft-simple", "ngram", "no --spec-type ngram-simple, which"),
+    ],
+)
+def test_speculation_that_this_build_lacks(
+    bare: ServerConfig, help_text: str, speculation: str, message: str
+) -> None:
+    with pytest.raises(UnknownFlagError, match=message):
+        settings(help_text, _drafting(bare, speculation))
+
+
+def _speculating(kinds: str) -> str:
+    return f"{f'--spec-type {kinds}' if kinds else ''}\n-md, --model-draft FNAME"
+
+
+def _drafting(config: ServerConfig, speculation: str) -> ServerConfig:
+    drafter = Path("d.gguf") if speculation == "draft" else None
+    return config.replace(speculation=speculation).model_copy(update={"drafter": drafter})
+
+
 def test_tool_calling_that_this_build_lacks(bare: ServerConfig) -> None:
     with pytest.raises(UnknownFlagError, match="--jinja"):
         settings(BASE, bare.replace(tool_calling=True))

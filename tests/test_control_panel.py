@@ -465,6 +465,7 @@ def test_what_is_corrected_in_the_env_is_used_and_what_is_edited_stays(env: Path
             "batch_size": "",
             "parallel": "3",
             "flash_attention": "on",
+            "speculation": "",
         }
         eventually(lambda: panel.picker.model and panel.picker.model.name == "two.gguf")
         choose(panel, "one.gguf")

@@ -239,6 +239,7 @@ def test_all_that_the_manager_writes_is_understood(config: ServerConfig) -> None
         ubatch_size=64,
         flash_attention=FlashAttention.AUTO,
         tool_calling=False,
+        speculation="draft",
         extra_args="--metrics -np 2",
     )
     engine = anyio.run(locate_engine)

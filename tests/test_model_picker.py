@@ -239,6 +239,7 @@ def test_the_settings_of_last_time_are_offered(page: Page, panel: ControlPanel, 
         "batch_size": "",
         "parallel": "2",
         "flash_attention": "on",
+        "speculation": "",
     }
     eventually(lambda: offer.layout.display == "none")
 

@@ -6,7 +6,7 @@ import re
 import stat
 import struct
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -87,10 +87,13 @@ class ArrayInfo:
     Attributes:
         length: How many elements it has.
         numbers: Its elements, if they are numbers and no more than a model can have layers.
+        span: The bytes of the file that its strings take; of a list as long as a vocabulary without
+            the first and the last, in which models of one family may differ.
     """
 
     length: int
     numbers: tuple[bool | int | float, ...] = ()
+    span: range = field(default=range(0), compare=False, repr=False)
 
 
 Value = bool | int | float | str | ArrayInfo
@@ -183,6 +186,9 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 
 _WINDOW = 1 << 18  # bytes
+# llama.cpp compares the tokens of a draft model from the sixth on, and lets as many be missing.
+_FIRST, _PADDING = 5, 128
+_PADDED = 1 << 13  # tokens
 # Far beyond any real header, and little enough to read through.
 _LIMIT = 1 << 24  # bytes of a string, or of an alignment
 _MOST_STRINGS = 1 << 22  # in an array
@@ -218,6 +224,11 @@ def read_header(path: Path, before: str | None = None) -> GgufHeader:
         raise ModelFileError(
             f"Can't read {path}: {error.strerror}. Check its permissions and the disk."
         ) from error
+
+
+def _common(length: int) -> int:
+    """The number of tokens that vocabularies share whose lengths differ by a little padding."""
+    return (length - _PADDING) // _PADDED * _PADDED
 
 
 class _Reader:
@@ -288,8 +299,13 @@ class _Reader:
     def _array(self, kind: int) -> ArrayInfo:
         if kind == _STRING:
             length = self._count("strings in an array", _MOST_STRINGS)
-            self._skip_strings(length)
-            return ArrayInfo(length)
+            first, last = (_FIRST, _common(length)) if length > _PADDED else (0, length)
+            self._skip_strings(first)
+            start = self._start + self._at
+            self._skip_strings(last - first)
+            end = self._start + self._at
+            self._skip_strings(length - last)
+            return ArrayInfo(length, span=range(start, end))
         code, length = self._code(kind), self._scalar("Q")
         if length <= MOST_LAYERS:
             return ArrayInfo(length, self._unpack(f"{length}{code}"))

@@ -10,10 +10,11 @@ from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.catalog import find_projector
+from kitty_nb.catalog.draft import can_draft, find_drafts
 from kitty_nb.catalog.gguf import named_quantization
 from kitty_nb.catalog.model import ShardName, file_size, name_some, read_task, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
-from kitty_nb.config import PROJECTOR, load_lenient, task_by_flags
+from kitty_nb.config import PROJECTOR, Speculation, load_lenient, task_by_flags
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
+_DRAFT_FLAGS = {"-md", "--model-draft", "--spec-draft-model", "--spec-draft-hf", "-hfd"}
+_NO_DRAFT = "Download a smaller model of the same family, or set LLAMACPP_SPECULATION=ngram."
 _HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)
 _FILE_ENDING = re.compile(r"\.[A-Za-z]{2,12}$")
 _HUB_FOLDER = re.compile(r"[\w.-]+-GGUF/", re.ASCII | re.IGNORECASE)
@@ -34,10 +37,11 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     """Look up the files that settings name, as the last check before a start. It reads the disk.
 
     Returns:
-        The settings with the name that its store gives the model, its projector and its task.
+        The settings with the name that its store gives the model, and its projector, task and
+        draft model.
 
     Raises:
-        ConfigError: No model is chosen, or listing what is wrong with its path and its projector's.
+        ConfigError: No model is chosen, or listing what is wrong with the paths of the files.
     """
     if config.model is None:
         key = f"LLAMACPP_{config.profile.upper()}_MODEL"
@@ -45,6 +49,8 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
         raise ConfigError("", (Problem(key, "", "No model is chosen.", fix),))
     folder, *others = model_stores(config)
     named = {"model": config.model, "mmproj": config.mmproj}
+    if config.speculation is Speculation.DRAFT:
+        named["draft_model"] = config.draft_model
     problems = tuple(
         Problem(name, _relative(path, folder.path), *wrong)
         for name, path in named.items()
@@ -54,9 +60,13 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
         raise ConfigError("", problems)
     kept = _file_in_store(config.model, others)
     known_as = kept.known_as.partition(", ")[0] if kept and kept.known_as else None
-    projector = _projector(config, kept)
-    task = task_by_flags(config.extra_args) or read_task(config.model)
-    return config.model_copy(update={"known_as": known_as, "projector": projector, "task": task})
+    found = {
+        "known_as": known_as,
+        "projector": _projector(config, kept),
+        "task": task_by_flags(config.extra_args) or read_task(config.model),
+        "drafter": _drafter(config, others),
+    }
+    return config.model_copy(update=found)
 
 
 def load_profile(
@@ -87,6 +97,32 @@ def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
         return config.mmproj
     roots = [store.path for store in model_stores(config)]
     return kept.projector if kept else find_projector(config.model, roots)
+
+
+def _drafter(config: ServerConfig, others: Sequence[Store]) -> Path | None:
+    """The draft model of the settings, else the smallest one that fits the model.
+
+    Raises:
+        ConfigError: There is none, or its vocabulary is another one.
+    """
+    model, chosen = config.require_model(), config.draft_model
+    if config.speculation is not Speculation.DRAFT:
+        return None
+    if chosen and can_draft(chosen, model):
+        return chosen
+    if chosen is None and _DRAFT_FLAGS.intersection(config.extra_args):
+        return None
+    drafts = find_drafts(model, [config.models_dir, *(store.path for store in others)])
+    if chosen is None and drafts:
+        return drafts[0]
+    names = [_relative(path, config.models_dir) for path in drafts]
+    fix = f"Choose {' or '.join(names[:_SHOWN])}." if names else _NO_DRAFT
+    if chosen is None:
+        reason = f"No model of half its size or less has the vocabulary of {model.name}."
+        raise ConfigError("", (Problem("speculation", "draft", reason, fix),))
+    reason = f"Its vocabulary is not that of {model.name}."
+    value = _relative(chosen, config.models_dir)
+    raise ConfigError("", (Problem("draft_model", value, reason, fix),))
 
 
 def _what_is_wrong(

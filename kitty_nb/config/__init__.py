@@ -12,6 +12,7 @@ from kitty_nb.config.server_config import FlashAttention as FlashAttention
 from kitty_nb.config.server_config import OnKernelExit as OnKernelExit
 from kitty_nb.config.server_config import Secret as Secret
 from kitty_nb.config.server_config import ServerConfig as ServerConfig
+from kitty_nb.config.server_config import Speculation as Speculation
 from kitty_nb.config.server_config import Task as Task
 from kitty_nb.config.server_config import choose_api_key as choose_api_key
 from kitty_nb.config.server_config import env_settings as env_settings

@@ -134,6 +134,17 @@ class Task(StrEnum):
     RANK = "rank"
 
 
+class Speculation(StrEnum):
+    """The source of the tokens that are guessed ahead and checked together.
+
+    `ngram` guesses what followed the same words before, `draft` asks a smaller model.
+    """
+
+    OFF = "off"
+    NGRAM = "ngram"
+    DRAFT = "draft"
+
+
 class OnKernelExit(StrEnum):
     """The server's fate when the notebook's kernel ends."""
 
@@ -183,6 +194,11 @@ def default_port(profile: str) -> int:
 def _flash_attention(value: object) -> object:
     word = str(value).strip().lower()
     return "on" if word in _TRUE else "off" if word in _FALSE else word
+
+
+def _speculation(value: object) -> object:
+    word = str(value).strip().lower().replace("-", "")
+    return "off" if word in _FALSE else word.removesuffix(" model")
 
 
 def _key(value: SecretStr) -> SecretStr:
@@ -251,6 +267,11 @@ def _mmproj(value: object, info: ValidationInfo) -> object:
     return "off" if word in _FALSE else _in_models_dir(value, info)
 
 
+def _draft_model(value: object, info: ValidationInfo) -> object:
+    unset = value is None or str(value).strip().lower() == "auto"
+    return None if unset else _in_models_dir(value, info)
+
+
 _Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")]
 _Folder = Annotated[Path, BeforeValidator(_folder)]
 _InHome = Annotated[_Folder, AfterValidator(_there_is_a_home), Field(validate_default=True)]
@@ -310,6 +331,14 @@ class ServerConfig(BaseModel):
         Env("on, off or auto", "FLASH_ATTN"),
     ] = None
     tool_calling: Annotated[bool | None, Env("1 or 0")] = None
+    speculation: Annotated[
+        Annotated[Speculation, BeforeValidator(_speculation)] | None, Env("off, ngram or draft")
+    ] = None
+    draft_model: Annotated[
+        Path | None, BeforeValidator(_draft_model), Env("auto, or the path of a .gguf file")
+    ] = None
+    # The model that `draft_model` means for this model. `resolve_model` finds it.
+    drafter: Path | None = None
     extra_args: Annotated[
         tuple[str, ...], BeforeValidator(_words), Env("flags of llama-server, quoted as in a shell")
     ] = ()
@@ -378,7 +407,8 @@ class ServerConfig(BaseModel):
         Raises:
             ConfigError: A changed value is wrong.
         """
-        given = {**dict(self), "known_as": None, "projector": None, "task": Task.CHAT, **changes}
+        found = {"known_as": None, "projector": None, "task": Task.CHAT, "drafter": None}
+        given = {**dict(self), **found, **changes}
         config = type(self).model_validate(given)
         if isinstance(self.mmproj, Path) and self.model not in {None, config.model}:
             # A projector goes with the model that it was named for.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.config import (
+    Speculation,
     Task,
     env_settings,
     goes_without_key,
@@ -42,10 +43,11 @@ def spell(dialect: Dialect, words: Sequence[str]) -> Iterator[str]:
 
 def options_of(config: ServerConfig) -> list[tuple[str, str]]:
     """Return what settings ask of a server: canonical flags and the words after them, in order."""
-    values = ((flag, getattr(config, field)) for field, flag in _FLAGS.items())
+    values = ((flag, _value(config, field)) for field, flag in _FLAGS.items())
     words = [word for flag, value in values if value is not None for word in (flag, str(value))]
     words += [_MMPROJ, str(config.projector)] if config.projector else []
     words += chain.from_iterable(_task_options(config))
+    words += [_DRAFT, str(config.drafter)] if config.drafter else []
     pairs = pairwise((*words, *config.extra_args, ""))
     return [(canonical(flag), value) for flag, value in pairs if is_flag(flag)]
 
@@ -85,11 +87,11 @@ def _spell_first(dialect: Dialect, words: Sequence[str]) -> tuple[int, Sequence[
         return 1, (flag, "on")  # a switch in other builds
     if option and not option.values and value in _SWITCHED:
         return 2, (flag,) if value == "on" else ()  # with a value in other builds
-    if option:
+    if option and (accepts(option, value) or f"{canonical(flag)} {value}" not in _INSTEAD):
         taken = 1 + option.values
         return taken, words[:taken]
     name = next(filter(dialect.option, _NAMES.get(spelled(flag), ())), None)
-    if name:
+    if name and not option:
         return 1, (name,)
     said = [canonical(word) for word in words[:_LONGEST]]
     for taken in range(len(said), 0, -1):
@@ -105,10 +107,19 @@ _FLAGS = {
     "top_p": "--top-p", "repeat_penalty": "--repeat-penalty", "n_gpu_layers": "--n-gpu-layers",
     "threads": "--threads", "batch_size": "--batch-size", "ubatch_size": "--ubatch-size",
     "parallel": "--parallel", "flash_attention": "--flash-attn", "tool_calling": "--jinja",
+    "speculation": "--spec-type",
 }  # fmt: skip
 _ALWAYS = ("model", "host", "port", "alias", "api_key")
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
-SERVER_SETTINGS = (*_FLAGS, "mmproj", "extra_args")
+SERVER_SETTINGS = (*_FLAGS, "draft_model", "mmproj", "extra_args")
+# Of the kinds of n-grams, this one guesses 48 tokens at most: llama.cpp works attention out in
+# another way, and slightly different, for 64 tokens and more.
+_SPECULATION = {
+    Speculation.OFF: "none",
+    Speculation.NGRAM: "ngram-simple",
+    Speculation.DRAFT: "draft-simple",
+}
+_DRAFT = "--spec-draft-model"
 _MMPROJ = "--mmproj"
 _TASKS = {Task.EMBED: "--embedding", Task.RANK: "--rerank"}
 _BATCH = 2048  # llama-server's own --batch-size
@@ -167,6 +178,11 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         said = tuple(spell(engine.dialect, option))
         if knows(said[0]):
             yield from said
+    if config.drafter:
+        said = tuple(spell(engine.dialect, (_DRAFT, str(config.drafter))))
+        if not knows(said[0]):
+            raise UnknownFlagError(_lacks(engine, _DRAFT, "speculation"))
+        yield from said
     if config.idle_shutdown_seconds and knows(_SLEEP):
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
@@ -177,8 +193,14 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from ("--verbosity", "4")
 
 
-def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
+def _value(config: ServerConfig, field: str) -> object:
+    """A field's value in llama-server's words."""
     value = getattr(config, field)
+    return _SPECULATION[value] if isinstance(value, Speculation) else value
+
+
+def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
+    value = _value(config, field)
     if value is None:
         return ()
     flag = _FLAGS[field]
@@ -186,9 +208,24 @@ def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
     if isinstance(value, bool):
         asked = (flag,) if value else (flag.replace("--", "--no-"),)
     said = tuple(spell(engine.dialect, asked))
-    if not all(map(engine.dialect.option, filter(is_flag, said))):
-        raise UnknownFlagError(_lacks(engine, flag, field))
+    if not _understands(engine.dialect, said):
+        named = " ".join(asked) if engine.dialect.option(flag) else flag
+        raise UnknownFlagError(_lacks(engine, named, field))
     return said
+
+
+def _understands(dialect: Dialect, words: Sequence[str]) -> bool:
+    """Tell whether a build knows all flags, and where it lists the values of one, those too."""
+    for flag, value in pairwise((*words, "")):
+        option = dialect.option(flag)
+        if is_flag(flag) and (option is None or not accepts(option, value)):
+            return False
+    return True
+
+
+def accepts(option: Option, value: str) -> bool:
+    """Tell whether a build lists a value among those of an option, where it lists any."""
+    return not option.choices or set(value.split(",")) <= set(option.choices)
 
 
 def _lacks(engine: Engine, flag: str, field: str) -> str:

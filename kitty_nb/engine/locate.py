@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 # Descriptions start at column 26 or later in every build, options well before it.
 _OPTION_LINE = re.compile(r" {0,12}(?P<text>--?[A-Za-z].*)")
 _FLAG = re.compile(r"--?[A-Za-z][\w.-]*", re.ASCII)
-_CHOICES = re.compile(r"[\[<](?P<bars>[^|\s]+(?:\|[^|\s]+)+)[\]>]|\{(?P<commas>[^\s{}]+)\}")
+_CHOICES = re.compile(
+    r"[\[<](?P<bars>[^|\s]+(?:\|[^|\s]+)+)[\]>]|\{(?P<commas>[^\s{}]+)\}|(?P<some>none(?:,[\w-]+)+)"
+)
 # `<tensor name pattern>=<buffer type>` is one word to llama-server, `FNAME SCALE` are two. In early
 # 2024, a description could follow by a single space.
 _VALUE = re.compile(r"(?P<first>(?:<[^<>]*>|\S)+)(?P<second> [A-Z]+$)?")
@@ -51,6 +53,7 @@ class Option:
         values: How many words follow the flag, 0 for a switch. Builds of early 2024 leave the
             value of `--host` and `--n-predict` out, so 0 is a hint rather than a proof.
         choices: The words allowed as its value, where `--help` lists them, as in `[on|off|auto]`.
+            `--spec-type` takes several of its own, with commas.
     """
 
     flags: tuple[str, ...]
@@ -112,7 +115,7 @@ def _parse_line(line: str) -> Option | None:
     if value is None:
         return Option(flags, 0)
     listed = _CHOICES.fullmatch(value["first"])
-    choices = re.split(r"[|,]", listed["bars"] or listed["commas"]) if listed else ()
+    choices = re.split(r"[|,]", listed[listed.lastgroup or 0]) if listed else ()
     return Option(flags, 2 if value["second"] else 1, tuple(choices))
 
 

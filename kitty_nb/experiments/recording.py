@@ -237,7 +237,7 @@ async def digest_model(config: ServerConfig, on_progress: OnBytes | None = None)
         ModelFileError: A file is missing, cannot be read, or changes meanwhile.
     """
     shards = shard_paths(config.model) if config.model else ()
-    paired = (config.projector,) if config.projector else ()
+    paired = filter(None, (config.projector, config.drafter))
     words = (part for word in config.extra_args for part in word.split(","))
     named = (Path(found[1]) for word in words if (found := _GGUF.fullmatch(word)))
     files = (*shards, *paired, *named)

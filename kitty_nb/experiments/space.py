@@ -22,7 +22,7 @@ from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Trial
-from kitty_nb.isolated_server import SERVER_SETTINGS, spell
+from kitty_nb.isolated_server import SERVER_SETTINGS, accepts, spell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +56,7 @@ _ENGINE_DEFAULTS: Mapping[str, Value] = {
     "batch_size": 2048,
     "ubatch_size": 512,
     "flash_attention": "auto",
+    "speculation": "off",
     "cache_type_k": "f16",
     "cache_type_v": "f16",
     "mmproj": "auto",
@@ -150,7 +151,7 @@ def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None
         elif option is None and tuple(spell(dialect, words)) == words:
             reason = f"It is neither a setting nor a flag of this llama-server ({_flag(name)})."
             problems[name] = Problem(name, str(value), reason, _advice(name, dialect))
-        elif option and option.choices and value is not None and str(value) not in option.choices:
+        elif option and value is not None and not accepts(option, str(value)):
             fix = f"Use one of {', '.join(option.choices)}."
             problems[name, value] = Problem(
                 name, str(value), "llama-server doesn't accept it.", fix

@@ -50,7 +50,7 @@ _NOT_RESIDENT = bytes(range(0, 256, 2))  # the lowest bit tells; macOS sets othe
 _DIGESTED = 1 << 18  # bytes of the header; two models that differ do so in there
 _SETTINGS = {
     "context_size", "n_gpu_layers", "threads", "batch_size", "ubatch_size", "parallel",
-    "flash_attention",
+    "flash_attention", "speculation",
 }  # fmt: skip
 
 
@@ -157,6 +157,8 @@ def _files(config: ServerConfig) -> Iterator[Path]:
         yield from shard_paths(config.model)
     if config.projector:
         yield config.projector
+    if config.drafter:
+        yield from shard_paths(config.drafter)
     if named := value_of(config.extra_args, PROJECTOR):
         yield Path(named)
 

@@ -54,6 +54,7 @@ def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str
         "PID": state.pid,
         "Model name for clients": state.pid and state.alias,
         "Projector": state.pid and state.projector,
+        "Draft model": state.pid and state.config.drafter,
         "Devices": ", ".join(state.devices),
         "Loaded in": load and state.uptime is not None and duration(load.elapsed),
         "Health check answered in": latency and f"{latency * 1000:.0f} ms",

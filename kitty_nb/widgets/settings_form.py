@@ -11,7 +11,7 @@ from ipywidgets import Dropdown, GridBox, Text, Widget
 
 from kitty_nb.catalog.demo_model import DEMO_NAME, write_demo_model
 from kitty_nb.catalog.memory import Verdict
-from kitty_nb.config import FlashAttention, ServerConfig
+from kitty_nb.config import FlashAttention, ServerConfig, Speculation
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.widgets.display import Line, button, labelled
 
@@ -31,6 +31,11 @@ _FIELDS = {
     "batch_size": ("Batch", "Prompt tokens processed per batch"),
     "parallel": ("Parallel", "Concurrent requests; they share the context"),
     "flash_attention": ("Flash attn", "Flash attention; saves memory and time where supported"),
+    "speculation": (
+        "Speculation",
+        "Guess tokens ahead and check them together: faster where text"
+        " repeats (n-gram), or with a smaller model of the same vocabulary (draft model)",
+    ),
 }
 # How a value is named where the fields are folded away.
 _SHORT = {
@@ -38,8 +43,15 @@ _SHORT = {
     "threads": "{} threads",
     "parallel": "{} slots",
     "flash_attention": "flash attention {}",
+    "speculation": "speculation {}",
 }
 _ALL_LAYERS = "999"
+_SPECULATION = [
+    ("auto", ""),
+    ("off", Speculation.OFF),
+    ("n-gram", Speculation.NGRAM),
+    ("draft model", Speculation.DRAFT),
+]
 
 
 class SettingsForm(GridBox):
@@ -53,7 +65,7 @@ class SettingsForm(GridBox):
     def __init__(self, config: ServerConfig, on_change: Callable[[], object]) -> None:
         self.fields: dict[str, Widget] = {
             name: Dropdown(**labelled(*words))
-            if name == "flash_attention"
+            if name in {"flash_attention", "speculation"}
             else Text(placeholder="auto", continuous_update=False, **labelled(*words))
             for name, words in _FIELDS.items()
         }
@@ -70,6 +82,7 @@ class SettingsForm(GridBox):
         self._auto = FlashAttention.AUTO if config.flash_attention is FlashAttention.AUTO else ""
         choices = [("auto", self._auto), ("on", FlashAttention.ON), ("off", FlashAttention.OFF)]
         self.fields["flash_attention"].options = choices
+        self.fields["speculation"].options = _SPECULATION
         self._given = self._texts(dict(config))
         self.apply({**dict(config), **(edits or {})})
 
