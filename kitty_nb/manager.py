@@ -470,7 +470,7 @@ class ModelManager:
 _OR_THIS = "Start a model that was made for it, or this one with {} in LLAMACPP_EXTRA_ARGS."
 _STARTED_FOR = {
     Task.CHAT: "Start a model that was made to chat.",
-    Task.EMBED: _OR_THIS.format("--embedding"),
+    Task.EMBED: _OR_THIS.format("--embedding --pooling mean"),
     Task.RANK: _OR_THIS.format("--rerank"),
 }
 _left: list[ExitStack] = []

@@ -1,0 +1,113 @@
+"""What `chat` and `embed` add to raw HTTP.
+
+`python -m benchmarks.asking [--engine PATH] [--model PATH]` asks one server in turn, by
+`http.client` and by `manager.chat`, for the same greedy answer; then a server that embeds, by the
+fastest of some loops over `httpx` and by `manager.embed`, for the vectors of 1,000 short texts.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.subject import read_subject
+from kitty_nb import ModelManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from benchmarks.subject import Subject
+
+_RUNS, _TOKENS = 15, 96
+_TEXTS = [f"Note {number}: the cat slept on the warm stone." for number in range(1000)]
+_EMBED_RUNS = 3
+_LOOPS = ((16, 1), (32, 2), (64, 2), (32, 4))  # texts in a request, connections
+
+
+def main() -> None:
+    """Print the figures."""
+    subject = read_subject(__doc__)
+    print(f"{subject}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        _ask(subject, Path(folder))
+        _embed(subject, Path(folder))
+
+
+def _ask(subject: Subject, folder: Path) -> None:
+    config = subject.config(folder, context_size=2048, parallel=1, threads=1)
+    options = {"temperature": 0, "max_tokens": _TOKENS, "ignore_eos": True}
+    raw: list[tuple[float, float]] = []
+    ours: list[tuple[float, float]] = []
+    with ModelManager(config=config) as manager:
+        manager.start().wait(300)
+        for _ in range(_RUNS):
+            raw.append(_timed(partial(_raw_stream, manager, options)))
+            ours.append(_timed(lambda: manager.chat("Tell me a story.", **options)))
+    first = [statistics.median(one[0] for one in side) for side in (raw, ours)]
+    token = [statistics.median(one[1] for one in side) for side in (raw, ours)]
+    print(f"first token: raw {first[0] * 1e3:.1f} ms, chat {(first[1] - first[0]) * 1e3:+.2f} ms")
+    print(f"each token: raw {token[0] * 1e3:.2f} ms, chat {token[1] / token[0] - 1:+.2%}")
+
+
+def _timed(ask: Callable[[], Iterable[object]]) -> tuple[float, float]:
+    """Return the seconds to the first token, and for each that follows."""
+    began = time.perf_counter()
+    at = [time.perf_counter() for _ in ask()]
+    return at[0] - began, (at[-1] - at[0]) / (len(at) - 1)
+
+
+def _raw_stream(manager: ModelManager, options: dict[str, Any]) -> Iterable[object]:
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    request = json.dumps({"messages": messages, "stream": True, **options})
+    config = manager.state.config
+    key = {"Authorization": f"Bearer {manager.reveal_api_key()}"}
+    connection = http.client.HTTPConnection(config.host, config.port)
+    connection.request("POST", "/v1/chat/completions", request, key)
+    for line in connection.getresponse():
+        if b'"content":' in line and b'"content":null' not in line:
+            yield line
+    connection.close()
+
+
+def _embed(subject: Subject, folder: Path) -> None:
+    flags = ("--embedding", "--pooling", "mean")
+    settings = {"context_size": 8192, "parallel": 4, "threads": 2, "extra_args": flags}
+    loops: dict[tuple[int, int], list[float]] = {loop: [] for loop in _LOOPS}
+    ours: list[float] = []
+    with ModelManager(config=subject.config(folder, **settings)) as manager:
+        manager.start().wait(300)
+        for _ in range(_EMBED_RUNS):
+            for loop, seconds in loops.items():
+                seconds.append(_seconds(partial(_raw_embed, manager, *loop)))
+            ours.append(_seconds(lambda: manager.embed(_TEXTS).wait()))
+    best, seconds = min(loops.items(), key=lambda row: statistics.median(row[1]))
+    raw, embedded = statistics.median(seconds), statistics.median(ours)
+    print(f"1,000 texts: raw {raw:.2f} s ({best[0]} a request, {best[1]} connections), ", end="")
+    print(f"embed {embedded:.2f} s, {embedded / raw:.3f} x")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _raw_embed(manager: ModelManager, size: int, connections: int) -> None:
+    def ask(start: int) -> list[list[float]]:
+        batch = _TEXTS[start : start + size]
+        said = manager.http.post("/v1/embeddings", json={"input": batch}).json()
+        return [row["embedding"] for row in said["data"]]
+
+    with ThreadPoolExecutor(connections) as pool:
+        list(pool.map(ask, range(0, len(_TEXTS), size)))
+
+
+if __name__ == "__main__":
+    main()
