@@ -15,6 +15,7 @@
     │   │   └── WillNotFitError   not enough memory for the model
     │   ├── ServerCrashedError    its process exited on its own
     │   ├── StartCancelledError   it was stopped or superseded before it was ready
+    │   ├── RefusedError          the server refused a request for what it asks
     │   └── NoAnswerError         the answer has no text: only reasoning or a tool call
     ├── HubError             a download from the Hugging Face Hub failed
     │   ├── HubAccessError        the repository is missing, or access to it is restricted
@@ -136,6 +137,10 @@ class ServerCrashedError(ServerError):
 
 class StartCancelledError(ServerError):
     """A start was superseded by a stop, a restart or a switch."""
+
+
+class RefusedError(ServerError):
+    """A server refused a request for what it asks."""
 
 
 class NoAnswerError(ServerError):

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import demo_config, unused_port
+from conftest import demo_config, eventually, unused_port
 from model_files import write_header, write_pooled
 
-from kitty_nb import ModelCatalog, ModelManager, ServerConfig
+from kitty_nb import ControlPanel, ModelCatalog, ModelManager, ServerConfig
 from kitty_nb.catalog.model import read_task
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import Task
 from kitty_nb.errors import KittyError, ServerError
+from kitty_nb.widgets.address import snippet
 
 TEXTS = ["a model", "", "who are you", "the demo model of kitty_nb", "hello " * 20, "a model"]
 
@@ -47,6 +48,24 @@ def test_texts_become_the_rows_that_the_server_gives_one_by_one(embedder: ModelM
         np.testing.assert_allclose(vector, raw["data"][0]["embedding"], rtol=1e-3, atol=1e-4)
     assert seen[-1] == (len(TEXTS), len(TEXTS))
     assert embedder.embed([]).wait(60).shape[0] == 0
+
+
+def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
+    panel = ControlPanel(manager=embedder)
+    try:
+        eventually(lambda: panel.embed.layout.display is None)
+        for text in ("who are you", "who are you"):
+            panel.embed.text.value = text
+            panel.embed.embed.click()
+            eventually(lambda: "320 numbers · length" in panel.embed.vector.value)
+        eventually(lambda: "1.00 similar to the text before" in panel.embed.vector.value)
+        panel.embed.text.value = "hello " * 600
+        panel.embed.embed.click()
+        eventually(lambda: "longer than the context" in panel.notice.value)
+        code = snippet(panel)
+        assert "panel.manager.embed([" in code
+    finally:
+        panel.close()
 
 
 def test_a_text_that_is_too_long_is_named(embedder: ModelManager) -> None:
@@ -95,3 +114,4 @@ def test_flags_outrank_the_header(config: ServerConfig) -> None:
     assert task() is Task.CHAT
     assert task("--embeddings") is Task.EMBED
     assert task("--reranking") is Task.RANK
+    assert task("--embedding", "--pooling", "rank") is Task.RANK

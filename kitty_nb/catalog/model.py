@@ -148,6 +148,7 @@ class Modality(StrEnum):
 
 
 # By `general.type`.
+_TASK_WORDS = {Task.EMBED: "embeds", Task.RANK: "ranks"}
 _RANK = 4  # llama.cpp's LLAMA_POOLING_TYPE_RANK
 _TYPES = {
     **dict.fromkeys((None, "model", "vocab"), Kind.MODEL),
@@ -480,7 +481,8 @@ class Model:
             state = f"{state} ({len(self.missing)} of {self.shard_count} shards missing)"
         elif not state and self.shard_count > 1:
             state = f"{self.shard_count} shards"
-        parts = (self.known_as or self.stem, self.quantization, decimal(self.size), state)
+        task = _TASK_WORDS.get(self.facts.task)
+        parts = (self.known_as or self.stem, self.quantization, decimal(self.size), task, state)
         return " · ".join(filter(None, parts))
 
 

@@ -10,7 +10,7 @@ import anyio
 import httpx
 
 from kitty_nb.client.protocol import broken_off, post
-from kitty_nb.errors import ServerError, first_of
+from kitty_nb.errors import RefusedError, ServerError, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,7 +54,8 @@ async def embed(
         on_progress: Called with the number of texts that are done, and that of all.
 
     Raises:
-        ServerError: The server refused a text, which the message names, or broke off.
+        RefusedError: The server refused a text, which the message names.
+        ServerError: It broke off.
     """
     import numpy as np  # noqa: PLC0415 (100 ms that a start should not wait for)
 
@@ -85,9 +86,9 @@ async def _vectors(http: httpx.AsyncClient, texts: Sequence[str], start: int) ->
         said = await _ask(
             http, "/v1/embeddings", {"input": [*texts], "encoding_format": "base64"}, "data"
         )
-    except ServerError as error:
+    except RefusedError as error:
         if len(texts) == 1:
-            raise ServerError(f"Text {start}: {error}") from None
+            raise RefusedError(f"Text {start}: {error}") from None
         for number, text in enumerate(texts, start):  # one of them is to blame
             await _vectors(http, [text], number)
         raise

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from httpx import HTTPError
 from httpx_sse import EventSource, SSEError
 
-from kitty_nb.errors import ServerError
+from kitty_nb.errors import RefusedError, ServerError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection
 
     import httpx
 
+# The statuses by which llama-server refuses what is asked, rather than who asks, or when.
+_ABOUT_IT = {HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR}
 _QUOTED = 200  # characters of what came in place of an answer
 # What llama-server says of a prompt, and of all prompts and answers at once, that are too long.
 _TOO_LONG = "exceed_context_size_error"
@@ -35,14 +37,20 @@ async def post(
         wanted: A key that every answer of llama-server has there.
 
     Raises:
-        ServerError: The server refused the request, or is no llama-server.
+        RefusedError: The server refused what was asked.
+        ServerError: It is not ready, asks for another key, or is no llama-server.
         httpx.HTTPError: The server broke off.
     """
     response = await http.post(path, json=request)
     if response.status_code == HTTPStatus.NOT_FOUND:
         raise ServerError(f"This build of llama-server has no {path}. Update llama.cpp.")
     if response.is_error:
-        raise ServerError(_refusal(response.content, response.status_code))
+        about_it = response.status_code in {
+            HTTPStatus.BAD_REQUEST,
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+        }
+        error = RefusedError if about_it else ServerError
+        raise error(_refusal(response.content, response.status_code))
     return _part(response, response.content, {wanted})
 
 

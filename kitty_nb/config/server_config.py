@@ -71,7 +71,7 @@ def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
 def task_by_flags(words: Sequence[str]) -> Task | None:
     """Return the task that flags ask for; None where they leave it to the model."""
     flags = {spelled(word) for word in words}
-    if flags & {"--rerank", "--reranking"}:
+    if flags & {"--rerank", "--reranking"} or value_of(words, {"--pooling"}) == "rank":
         return Task.RANK
     return Task.EMBED if flags & {"--embedding", "--embeddings"} else None
 

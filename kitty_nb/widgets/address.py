@@ -10,6 +10,7 @@ import traitlets
 from IPython import get_ipython
 
 from kitty_nb.client.connect import Served, hand_overs
+from kitty_nb.config import Task
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.display import Page, asset
 
@@ -75,6 +76,15 @@ print(answer.json()["choices"][0]["message"]["content"])
 
 # Other programs need the base URL {endpoint}/v1 and the key:
 key = {panel}.manager.reveal_api_key()"""
+_EMBED = """\
+vectors = {panel}.manager.embed(["A first text.", "A second text."]).wait()
+vectors @ vectors.T
+
+# Other programs need the base URL {endpoint}/v1 and the key:
+key = {panel}.manager.reveal_api_key()"""
+_RANK = """\
+for found in {panel}.manager.rerank("A question?", ["An answer.", "Another text."]).wait():
+    print(found.score, found.document)"""
 _OPENAI = """\
 # And with an openai.OpenAI client.
 print({panel}.manager.client.chat.completions.create(**request).choices[0].message.content)"""
@@ -86,7 +96,8 @@ def snippet(panel: ControlPanel) -> str:
     state, name = panel.manager.state, name_of(panel)
     where = {"alias": state.alias, "endpoint": state.endpoint}
     openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
-    return _CODE.format(panel=name, openai=openai, **where)
+    code = {Task.CHAT: _CODE, Task.EMBED: _EMBED, Task.RANK: _RANK}[state.task]
+    return code.format(panel=name, openai=openai, **where)
 
 
 def cells_for_programs(panel: ControlPanel) -> dict[str, Callable[[], str]]:

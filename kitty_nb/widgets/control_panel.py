@@ -26,6 +26,7 @@ from kitty_nb.widgets.address import Address, cells_for_programs, name_of, snipp
 from kitty_nb.widgets.ask import Ask
 from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
+from kitty_nb.widgets.embed_box import EmbedBox
 from kitty_nb.widgets.live_line import LiveLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
@@ -107,6 +108,7 @@ class ControlPanel(VBox):
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
         self.ask: Ask = Ask(manager, partial(name_of, self), earlier and earlier.ask)
+        self.embed = EmbedBox(manager, self._show_problem)
         programs = cells_for_programs(self)
         self.address = Address(
             {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs}, programs
@@ -143,7 +145,7 @@ class ControlPanel(VBox):
         looked_up = self.details, self.browser, self.download, self.requests, self._log_fold
         self._folds = HBox([self.memory, self._settings_fold, *looked_up]).add_class("kitty-folds")
         name = display.Accessible(f"kitty_nb control panel{label}")
-        used = self.live, self.ask, self.address
+        used = self.live, self.ask, self.embed, self.address
         super().__init__([top, choice, self._notice_row, *used, self._folds, name])
         self.add_class("kitty-panel")
 
@@ -360,6 +362,7 @@ class ControlPanel(VBox):
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
         self.ask.show(state)
+        self.embed.show(state)
         self.address.show(state)
         if state.external:
             self.load_bar.show_router(self._router_load)
@@ -386,6 +389,6 @@ class ControlPanel(VBox):
     def _settings_differ(self, state: ServerState) -> bool:
         """Return whether a restart would change anything."""
         try:
-            return state.external is None and self._wanted() != state.config
+            return state.external is None and self._wanted() != state.config.replace()
         except ConfigError:
             return False
