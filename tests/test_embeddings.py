@@ -61,7 +61,7 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
         eventually(lambda: "1.00 similar to the text before" in panel.embed.vector.value)
         panel.embed.text.value = "hello " * 600
         panel.embed.embed.click()
-        eventually(lambda: "longer than the context" in panel.notice.value)
+        eventually(lambda: "longer than the model takes in one go" in panel.notice.value)
         code = snippet(panel)
         assert "panel.manager.embed([" in code
     finally:

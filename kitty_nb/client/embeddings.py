@@ -67,7 +67,7 @@ async def embed(
         nonlocal done
         for start in starts:
             batch = texts[start : start + batch_size]
-            vectors = await _vectors(http, batch, start)
+            vectors = await _vectors(http, batch, start, alone=len(texts) == 1)
             rows[start : start + len(batch)] = [np.frombuffer(one, "<f4") for one in vectors]
             done += len(batch)
             on_progress(done, len(texts))
@@ -81,16 +81,20 @@ async def embed(
     return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
 
 
-async def _vectors(http: httpx.AsyncClient, texts: Sequence[str], start: int) -> list[bytes]:
+async def _vectors(
+    http: httpx.AsyncClient, texts: Sequence[str], start: int, *, alone: bool
+) -> list[bytes]:
     try:
         said = await _ask(
             http, "/v1/embeddings", {"input": [*texts], "encoding_format": "base64"}, "data"
         )
     except RefusedError as error:
+        if alone:
+            raise
         if len(texts) == 1:
             raise RefusedError(f"Text {start}: {error}") from None
         for number, text in enumerate(texts, start):  # one of them is to blame
-            await _vectors(http, [text], number)
+            await _vectors(http, [text], number, alone=False)
         raise
     rows = sorted(said["data"], key=lambda row: int(row["index"]))
     return [b64decode(row["embedding"]) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ _QUOTED = 200  # characters of what came in place of an answer
 # What llama-server says of a prompt, and of all prompts and answers at once, that are too long.
 _TOO_LONG = "exceed_context_size_error"
 _FULL = "Context size has been exceeded"
+_TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large.*batch size: (\d+)")
 
 
 async def post(
@@ -139,6 +141,11 @@ def _refusal(said: bytes, status: int | None = None) -> str:
             f"A prompt of {facts.get('n_prompt_tokens', '?')} tokens is longer than the context of"
             f" a request, {facts.get('n_ctx', '?')} tokens. Raise context_size, lower parallel, or"
             " shorten the prompt."
+        )
+    if too_large := _TOO_LARGE.search(message):
+        return (
+            f"A text of {too_large[1]} tokens is longer than the model takes in one go,"
+            f" {too_large[2]} tokens. Raise context_size and ubatch_size, or shorten the text."
         )
     if _FULL in message:
         return (
