@@ -133,7 +133,7 @@ def test_a_wrong_setting_is_said_where_its_memory_would_be(
         wanted.config.replace(context_size="lots <of>")
     wanted.error = wrong.value
     line.refresh()
-    eventually(lambda: "Context lots &lt;of&gt;: It is not valid. Write a number" in line.value)
+    eventually(lambda: "Context “lots &lt;of&gt;”: It is not valid. Write a number" in line.value)
     assert (line.layout.display, line.preview) == (None, None)
     wanted.error = None
     line.refresh()

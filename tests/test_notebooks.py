@@ -80,7 +80,7 @@ def test_run_all_asks_the_users_own_server_and_leaves_it_running(
         pid = manager.start(config.replace(on_kernel_exit="keep")).wait(30).pid
         done = run_all("control_panel", tmp_path)
         assert not [out for cell in done for out in cell.outputs if out.output_type == "error"]
-        assert "READY · second.gguf" in done[0].outputs[0].data["text/html"]
+        assert "Ready · second.gguf" in done[0].outputs[0].data["text/html"]
         printed = "".join(out.text for out in done[1].outputs)  # in one piece or in several
         assert "Hello! I am the kitty_nb demo model" in printed
         assert (manager.state.status, manager.state.pid) == (ServerStatus.READY, pid)

@@ -300,7 +300,7 @@ def test_the_best_goes_into_the_control_panel(
         assert chosen["batch_size"] == ""
         assert chosen["flash_attention"] == "on"
         control.buttons.start.click()
-        eventually(lambda: "READY" in control.status_line.value, within=60)
+        eventually(lambda: "Ready" in control.status_line.value, within=60)
         served = control.manager.state.config
         assert served.extra_args == ("--cache-type-k", "q8_0")
         assert (served.threads, served.port, served.profile) == (2, config.port, "primary")

@@ -55,15 +55,13 @@ def options_of(config: ServerConfig) -> list[tuple[str, str]]:
 def _task_options(config: ServerConfig) -> Iterator[tuple[str, ...]]:
     """The options by which a model that embeds or ranks does so.
 
-    It takes a text in one micro-batch, so that has room for a long one. With a cache for each slot,
-    llama.cpp cuts texts of unequal lengths apart, and makes their vectors from the last parts.
+    With a cache for each slot, llama.cpp cuts texts of unequal lengths apart, and makes their
+    vectors from the last parts.
     """
     if config.task is Task.CHAT:
         return
     if not task_by_flags(config.extra_args):
         yield (_TASKS[config.task],)
-    if config.ubatch_size is None:
-        yield ("--ubatch-size", str(config.batch_size or _BATCH))
     yield ("--kv-unified",)
 
 
@@ -122,7 +120,6 @@ _SPECULATION = {
 _DRAFT = "--spec-draft-model"
 _MMPROJ = "--mmproj"
 _TASKS = {Task.EMBED: "--embedding", Task.RANK: "--rerank"}
-_BATCH = 2048  # llama-server's own --batch-size
 ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 # Flags that the manager writes itself, by the field that they come from.
