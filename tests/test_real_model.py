@@ -49,6 +49,7 @@ def test_a_prompt_that_it_reads_is_followed(real_config: ServerConfig) -> None:
     with ModelManager(config=real_config.replace(context_size=2048)) as manager:
         manager.start().wait(timeout=120)
         for prompt in ("one two three " * 40, "four five six " * 40):  # the first teaches the pace
+            eventually(lambda: not manager.work.busy)
             told.clear()
             unsubscribe = manager.subscribe(note)
             manager.http.post("/completion", json={"prompt": prompt, "n_predict": 2}, timeout=120)
