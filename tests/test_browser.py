@@ -309,6 +309,7 @@ def test_the_control_notebook_starts_a_model_and_stops_it(
     expect(notebook.button("Stop")).to_be_focused()
     notebook.expect_status("Ready")
     assert notebook.height() < 260
+    expect(notebook.panel.locator(".kitty-ask")).not_to_contain_text("not ready")
     expect(notebook.panel.locator(".kitty-address")).to_contain_text("http://127.0.0.1:")
     notebook.unfold("Log")
     expect(notebook.panel.locator(".kitty-activity")).to_contain_text("Model loaded")
@@ -717,7 +718,7 @@ def test_a_model_is_found_by_typing_and_chosen_by_keys(
     expect(chosen).to_contain_text("evil-32B")
     expect(panel.locator(".kitty-model option:checked")).to_contain_text("evil-32B")
     notebook.unfold("Details")
-    expect(panel.locator(".kitty-facts")).to_contain_text("<b>Evil</b> evil-32B")
+    expect(panel.locator(".kitty-model-facts")).to_contain_text("<b>Evil</b> evil-32B")
     expect(panel.locator(".kitty-template")).to_contain_text("<script>document.title")
     assert page.title() != "evil"
     notebook.save()
@@ -728,7 +729,7 @@ def test_a_model_is_found_by_typing_and_chosen_by_keys(
     expect(rows.first).to_contain_text("medium")
     expect(chosen).to_contain_text("evil-32B")
     rows.filter(has_text="small").click()
-    expect(panel.locator(".kitty-facts")).to_contain_text("small.gguf")
+    expect(panel.locator(".kitty-model-facts")).to_contain_text("small.gguf")
     page.reload()
     expect(panel.locator(".kitty-badge")).to_have_text("Not running", timeout=60_000)
     notebook.unfold("All models")

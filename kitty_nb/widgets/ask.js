@@ -127,7 +127,7 @@ function drawBox(el, store) {
   row.append(area, main);
   const pictures = element("div", "kitty-ask-pictures");
   const hint = element("div", "kitty-muted", { role: "status" });
-  let chosen = [];
+  let [chosen, told] = [[], ""];
 
   const busy = () => Boolean(store.turns.at(-1)?.busy);
   const fit = () => {
@@ -225,7 +225,8 @@ function drawBox(el, store) {
       say(main, busy() ? "Stop" : "Ask");
       main.classList.toggle("kitty-ask-stop", busy());
       main.title = busy() ? "Stop the answer, and the server's work on it" : "Ask (Enter)";
-      if (words || busy()) say(hint, words);
+      if (words !== told || busy()) say(hint, words); // else what this page has said stays
+      told = words;
     },
   };
 }
