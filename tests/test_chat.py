@@ -93,6 +93,11 @@ def test_the_model_stops_when_nobody_wants_the_rest(manager: ModelManager) -> No
     eventually(lambda: idle(manager), within=20)
 
 
+def test_answers_follow_each_other_at_once(manager: ModelManager) -> None:
+    said = [manager.chat("Hello", temperature=0, max_tokens=1).wait(60) for _ in range(60)]
+    assert all(answer.usage.answer == 1 for answer in said)
+
+
 def test_an_error_ends_the_loop_over_its_pieces(manager: ModelManager) -> None:
     with pytest.raises(KittyError, match="refused"):
         list(manager.chat("Hello", temperature="hot"))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # The statuses by which llama-server refuses what is asked, rather than who asks, or when.
 _ABOUT_IT = {HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR}
+# llama-server promises to keep a connection, but closes it after a stream: used again at once, as
+# by the next round of a tool, it would fail.
+_ONCE = {"Connection": "close"}
 _QUOTED = 200  # characters of what came in place of an answer
 # What llama-server says of a prompt, and of all prompts and answers at once, that are too long.
 _TOO_LONG = "exceed_context_size_error"
@@ -65,7 +68,8 @@ async def stream(
         ServerError: The server refused the request, could not go on, or is no llama-server.
         httpx.HTTPError: The server broke off.
     """
-    async with http.stream("POST", path, json={**request, "stream": True}) as response:
+    wanted = {**request, "stream": True}
+    async with http.stream("POST", path, json=wanted, headers=_ONCE) as response:
         if response.is_error:
             raise ServerError(_refusal(await response.aread(), response.status_code))
         if response.headers.get("Content-Type", "").startswith("application/json"):
