@@ -15,7 +15,7 @@ import pytest
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.client import Access, Answer, Piece, Ranked
 from kitty_nb.client.conversation import converse
-from kitty_nb.client.embeddings import rerank
+from kitty_nb.client.embeddings import embed, rerank
 from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.recording import ask as record_answers
@@ -225,6 +225,35 @@ def test_documents_are_ranked_by_score(says: Says) -> None:
             return await rerank(http, "which", ["a", "b", "c"], 2)
 
     assert anyio.run(ask) == [Ranked(1, 3, "b"), Ranked(2, 2, "c")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"choices": [None]},
+        {"choices": [{"delta": {"tool_calls": [None, {"function": None}], "content": 1}}]},
+        {"choices": [{"message": "x"}], "prompt_progress": {"total": "x"}, "timings": ["x"]},
+    ],
+)
+def test_an_answer_of_another_shape_is_no_answer(says: Says, said: dict[str, Any]) -> None:
+    with pytest.raises(ServerError, match="ended early"):
+        chat(says(json.dumps(said), kind="application/json"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, [None], [], [{"index": 0}], [{"index": 1, "embedding": "AAAAAA=="}],
+     [{"index": 0, "embedding": "AAA="}], [{"index": 0, "embedding": "!!"}]],
+)  # fmt: skip
+def test_vectors_of_another_shape_are_refused(says: Says, data: object) -> None:
+    access = says(json.dumps({"data": data}), kind="application/json")
+
+    async def ask() -> None:
+        async with access.async_http() as http:
+            await embed(http, ["a"], 1, print)
+
+    with pytest.raises(ServerError, match="otherwise than llama-server"):
+        anyio.run(ask)
 
 
 PAGE = "<!doctype html>\n<title>Log in</title>" + "x" * 1000

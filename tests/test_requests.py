@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,24 @@ def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:
     meter.look([slot(3), {"id": 0, "is_processing": False}], 4.5, 13.0)
     work = meter.work(13.0)
     assert (work.reading, work.tokens_per_second) == (None, 4.5)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "prompt processing, n_tokens = 50, progress = 1.2.3",
+        "prompt eval time = 1.2.3 ms / 5 tokens",
+        "new prompt, n_prompt_tokens = " + "9" * 5000,
+        "prompt processing, n_tokens = " + "9" * 400 + ", progress = 0.5",
+        "prompt processing, n_tokens = 40, progress = 0." + "0" * 310 + "1",
+        "prompt processing, n_tokens = 1," * 500,
+    ],
+)
+def test_whatever_a_log_says_is_survived(words: str) -> None:
+    log = RequestLog(0.0, 0.0)
+    log.read(["slot launch_slot_: id  0 | task 1 | processing task"], 1.0)
+    began = time.monotonic()
+    log.read([f"slot update_slots: id  0 | task 1 | {words}", words], 2.0)
+    log.read([f"send_error: task id = {'9' * 5000}, error: x", "9" * 5000 + ".00.000.000 hi"], 3.0)
+    assert time.monotonic() - began < 5
+    assert len(log.tasks) == 1

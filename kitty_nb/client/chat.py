@@ -203,26 +203,26 @@ class _Draft:
 
     def add(self, part: dict[str, Any]) -> None:
         """Take a part of the stream, or all of an answer that comes whole."""
-        if self._on_progress and isinstance(told := part.get("prompt_progress"), dict):
+        if self._on_progress and (told := _numbers(part.get("prompt_progress"))):
             total, cached, done, spent = (
-                told.get(name) or 0 for name in ("total", "cache", "processed", "time_ms")
+                told.get(name, 0) for name in ("total", "cache", "processed", "time_ms")
             )
             self._on_progress(PromptProgress(total, cached, done, spent / 1000))
-        self._told = part.get("timings") or self._told
-        self._usage = part.get("usage") or self._usage
-        choice: dict[str, Any] = next(iter(part.get("choices") or ()), {})
-        delta = choice.get("delta") or choice.get("message") or {}
+        self._told = _numbers(part.get("timings")) or self._told
+        self._usage = _numbers(part.get("usage")) or self._usage
+        choice = next(iter(_objects(part.get("choices"))), {})
+        delta = _object(choice.get("delta") or choice.get("message"))
         for thinking, name in ((True, "reasoning_content"), (False, "content")):
-            if text := delta.get(name):
+            if isinstance(text := delta.get(name), str) and text:
                 self._begin()
                 self._words[thinking].append(text)
                 self._on_piece(Piece(text, thinking))
-        for place, call in enumerate(delta.get("tool_calls") or ()):
+        for place, call in enumerate(_objects(delta.get("tool_calls"))):
             self._begin()
             known = self._calls.setdefault(call.get("index", place), ["", "", ""])
-            function = call.get("function", {})
+            function = _object(call.get("function"))
             news = call.get("id"), function.get("name"), function.get("arguments")
-            known[:] = [old + (new or "") for old, new in zip(known, news, strict=True)]
+            known[:] = [old + str(new or "") for old, new in zip(known, news, strict=True)]
         self._finish = choice.get("finish_reason") or self._finish
 
     def _begin(self) -> None:
@@ -251,3 +251,16 @@ class _Draft:
             usage=Usage(prompt, cached, answered, *drafts),
             timings=Timings(self._first, time.perf_counter() - self._began, *speeds),
         )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return an object of an answer: what answers need not be a llama-server."""
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _numbers(value: Any) -> dict[str, Any]:
+    return {name: one for name, one in _object(value).items() if type(one) in {int, float}}

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from base64 import b64decode
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import httpx
+from pydantic import (
+    Base64Bytes,
+    BaseModel,
+    FiniteFloat,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from kitty_nb.client.protocol import broken_off, post
 from kitty_nb.errors import RefusedError, ServerError, first_of
@@ -20,8 +27,22 @@ if TYPE_CHECKING:
 
     Vectors = NDArray[np.float32]
 
+T = TypeVar("T")
 # Requests at once. With two, the server has the next batch while we read the last one.
 _AT_ONCE = 2
+
+
+_STRANGE = "{} answered otherwise than llama-server does. Check what listens there."
+
+
+class _Vector(BaseModel):
+    index: NonNegativeInt
+    embedding: Base64Bytes  # of little-endian 32-bit floats
+
+
+class _Score(BaseModel):
+    index: NonNegativeInt
+    relevance_score: FiniteFloat
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +105,9 @@ async def embed(
 async def _vectors(
     http: httpx.AsyncClient, texts: Sequence[str], start: int, *, alone: bool
 ) -> list[bytes]:
+    request = {"input": [*texts], "encoding_format": "base64"}
     try:
-        said = await _ask(
-            http, "/v1/embeddings", {"input": [*texts], "encoding_format": "base64"}, "data"
-        )
+        rows = await _ask(http, "/v1/embeddings", request, "data", list[_Vector])
     except RefusedError as error:
         if alone:
             raise
@@ -96,8 +116,11 @@ async def _vectors(
         for number, text in enumerate(texts, start):  # one of them is to blame
             await _vectors(http, [text], number, alone=False)
         raise
-    rows = sorted(said["data"], key=lambda row: int(row["index"]))
-    return [b64decode(row["embedding"]) for row in rows]
+    vectors = {row.index: row.embedding for row in rows}
+    odd = any(len(one) % 4 or not one for one in vectors.values())
+    if odd or vectors.keys() != set(range(len(texts))):
+        raise ServerError(_STRANGE.format("/v1/embeddings"))
+    return [vectors[number] for number in range(len(texts))]
 
 
 async def rerank(
@@ -116,11 +139,11 @@ async def rerank(
     """
     if not documents:
         return []
-    said = await _ask(http, "/v1/rerank", {"query": query, "documents": [*documents]}, "results")
-    found = [
-        Ranked(row["index"], row["relevance_score"], documents[row["index"]])
-        for row in said["results"]
-    ]
+    request = {"query": query, "documents": [*documents]}
+    rows = await _ask(http, "/v1/rerank", request, "results", list[_Score])
+    if any(row.index >= len(documents) for row in rows):
+        raise ServerError(_STRANGE.format("/v1/rerank"))
+    found = [Ranked(row.index, row.relevance_score, documents[row.index]) for row in rows]
     return sorted(found, key=lambda one: one.score, reverse=True)[:top_n]
 
 
@@ -130,8 +153,7 @@ async def tokenize(http: httpx.AsyncClient, text: str) -> list[int]:
     Raises:
         ServerError: The server broke off.
     """
-    said = await _ask(http, "/tokenize", {"content": text}, "tokens")
-    return [int(token) for token in said["tokens"]]
+    return await _ask(http, "/tokenize", {"content": text}, "tokens", list[int])
 
 
 async def count_tokens(http: httpx.AsyncClient, messages: Sequence[dict[str, Any]]) -> int:
@@ -140,15 +162,19 @@ async def count_tokens(http: httpx.AsyncClient, messages: Sequence[dict[str, Any
     Raises:
         ServerError: The server refused the messages, or broke off.
     """
-    said = await _ask(http, "/apply-template", {"messages": [*messages]}, "prompt")
-    whole = {"content": said["prompt"], "add_special": True, "parse_special": True}
-    return len((await _ask(http, "/tokenize", whole, "tokens"))["tokens"])
+    prompt = await _ask(http, "/apply-template", {"messages": [*messages]}, "prompt", str)
+    whole = {"content": prompt, "add_special": True, "parse_special": True}
+    return len(await _ask(http, "/tokenize", whole, "tokens", list[int]))
 
 
 async def _ask(
-    http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str
-) -> dict[str, Any]:
+    http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str, kind: type[T]
+) -> T:
+    """Ask, and return the part of the answer that is wanted, which has to be of a kind."""
     try:
-        return await post(http, path, request, wanted)
+        said = await post(http, path, request, wanted)
+        return TypeAdapter(kind).validate_python(said.get(wanted))
     except httpx.HTTPError as error:
         raise ServerError(broken_off(error)) from None
+    except ValidationError:
+        raise ServerError(_STRANGE.format(path)) from None

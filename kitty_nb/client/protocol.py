@@ -107,7 +107,7 @@ def _part(response: httpx.Response, content: bytes, wanted: Collection[str] = ()
     """Return the JSON object in a part of an answer, which has one of the keys that are wanted."""
     try:
         part = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         part = None
     if not isinstance(part, dict) or (wanted and not part.keys() & {*wanted, "error"}):
         raise ServerError(_not_an_answer(response, content))
@@ -135,7 +135,7 @@ def _refusal(said: bytes, status: int | None = None) -> str:
     """
     try:
         body = json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = str(said, errors="replace").strip()
     error = body.get("error", body) if isinstance(body, dict) else body
     facts = error if isinstance(error, dict) else {"message": error}

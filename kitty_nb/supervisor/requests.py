@@ -133,23 +133,25 @@ class Task:
         )
 
 
+# A number as logs write it, of a size that nothing chokes on.
+_NUMBER = r"\d{1,12}(?:\.\d{1,12})?"
 # `minutes.seconds.milliseconds.microseconds` since the server's start; old builds write none.
-_CLOCK = re.compile(r"(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) ")
-_SLOT = re.compile(r"\bid +(\d+) \| task (\d+) \|(.*)")
+_CLOCK = re.compile(r"(\d{1,9})\.(\d\d)\.(\d{3})\.(\d{3}) ")
+_SLOT = re.compile(r"\bid +(\d{1,9}) \| task (\d{1,12}) \|(.*)")
 _BEGUN = re.compile(r"processing task")
-_PROMPT = re.compile(r"new prompt,.*(?:task\.n_tokens|n_prompt_tokens) = (\d+)")
-_HELD = re.compile(r"(?:cached n_tokens|n_past) = (\d+), memory_seq_rm")
+_PROMPT = re.compile(r"new prompt,.*?(?:task\.n_tokens|n_prompt_tokens) = (\d{1,12})\b")
+_HELD = re.compile(r"(?:cached n_tokens|n_past) = (\d{1,12}), memory_seq_rm")
 _READ = re.compile(
-    r"prompt processing.*, n_tokens = +(\d+),.*progress = ([\d.]+)"
-    r"(?:.* ([\d.]+) tokens per second)?"
+    rf"prompt processing[^=]*, n_tokens = +(\d{{1,12}}),[^/]*?progress = ({_NUMBER})"
+    rf"(?:,[^/]*/ +({_NUMBER}) tokens per second)?"
 )
-_READ_ALL = re.compile(r"prompt eval time = +([\d.]+) ms / +(\d+) tokens")
-_ANSWERED = re.compile(r"^ *eval time = +([\d.]+) ms / +(\d+) (?:tokens|runs)")
-_TOOK = re.compile(r"total time = +([\d.]+) ms")
-_DRAFTED = re.compile(r"draft acceptance(?: rate)? = ([\d.]+)")
-_ENDED = re.compile(r"stop processing: (?:n_tokens|n_past) = (\d+)")
-_CANCELLED = re.compile(r"cancel task, id_task = (\d+)")
-_FAILED = re.compile(r"send_error: task id = (\d+), error: (.*)")
+_READ_ALL = re.compile(rf"prompt eval time = +({_NUMBER}) ms / +(\d{{1,12}}) tokens")
+_ANSWERED = re.compile(rf"^ *eval time = +({_NUMBER}) ms / +(\d{{1,12}}) (?:tokens|runs)")
+_TOOK = re.compile(rf"total time = +({_NUMBER}) ms")
+_DRAFTED = re.compile(rf"draft acceptance(?: rate)? = ({_NUMBER})\b")
+_ENDED = re.compile(r"stop processing: (?:n_tokens|n_past) = (\d{1,12})\b")
+_CANCELLED = re.compile(r"cancel task, id_task = (\d{1,12})\b")
+_FAILED = re.compile(r"send_error: task id = (\d{1,12}), error: (.*)")
 
 
 class RequestLog:
@@ -164,6 +166,7 @@ class RequestLog:
         finished: The newest finished requests, oldest first.
         tasks: Those under way, by slot and number.
         prompt_speed: Tokens a second at which the last prompt was read; None before the first.
+        heard: Whether this build's log has told of a finished request.
     """
 
     def __init__(self, began: float, epoch: float) -> None:
@@ -175,7 +178,7 @@ class RequestLog:
         # come learns when; lines of the past are dated by the process.
         self._zero, self._live = began, False
         self._last: tuple[int, int] | None = None
-        self._probed = False
+        self.heard = False
 
     def dated(self, began: float) -> None:
         """Correct when the server's process began, before its first lines are read."""
@@ -216,7 +219,7 @@ class RequestLog:
         if ended := _ENDED.search(words):
             del self.tasks[key]
             request = task.finish(int(ended[1]), at, self._epoch)
-            first, self._probed = not self._probed, True
+            first, self.heard = not self.heard, True
             if not (first and _is_probe(request)):
                 yield request
         elif found := _PROMPT.search(words):

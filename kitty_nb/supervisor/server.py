@@ -378,7 +378,8 @@ class Server:
             self._asking.start_soon(self._show_work)
             self._asking.start_soon(self._ask_slots)
             while True:
-                self._note_health(await self.probe.check_activity())
+                idle = self.work.log.heard and not self.work.busy
+                self._note_health(await self.probe.check_activity(idle=idle))
                 self.work.look(self.probe.slots, self._health.tokens_per_second, self._clock())
                 await anyio.sleep(_ASK_READY)
 
