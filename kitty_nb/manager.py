@@ -204,7 +204,7 @@ class ModelManager:
 
     @property
     def work(self) -> Work:
-        """What the server works on now."""
+        """The requests that the server works on now."""
         return self._supervisor.work
 
     @property

@@ -146,7 +146,7 @@ def test_thinking_and_reading_are_told(telling: Callable[..., ControlPanel], sen
     eventually(lambda: shown(sent) == "So. ")
     turns = [turn for message in told(sent) for turn in message["turns"]]
     assert turns[0]["status"] == "Waiting for the model"
-    assert "Reading the prompt: 50 %, 2 s left" in [turn["status"] for turn in turns]
+    assert "Reading the prompt · 50 % · 2 s left" in [turn["status"] for turn in turns]
     assert "Thinking…" in [turn["thought"] for turn in turns]
 
 

@@ -267,7 +267,9 @@ def test_the_choice_is_saved_as_the_defaults(panel: ControlPanel, env: Path) -> 
     assert any(str(backup) in line for line in panel.activity_log.lines)
     saved = before.replace("two.gguf", "one.gguf") + "LLAMACPP_PRIMARY_CTX=1024\n"
     assert env.read_text() == saved
+    assert (str(backup) in panel.saved.value, panel.saved.layout.display) == (True, None)
     panel.settings.fields["threads"].value = ""
+    assert panel.saved.layout.display == "none"
     panel.settings.save.click()
     eventually(lambda: "Clear it in the file" in panel.notice.value)
     assert env.read_text() == saved

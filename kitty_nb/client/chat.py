@@ -135,7 +135,7 @@ class Answer:
 
     @property
     def missing(self) -> str:
-        """What came in place of words, as a sentence; empty where the model had its say."""
+        """A sentence about what came in place of words; empty where the model had its say."""
         if self.text:
             return ""
         if self.tool_calls:

@@ -36,7 +36,7 @@ class Form:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What the server takes: it lets the model say nothing else."""
+        """The request fields that hold the model to this form."""
         schema = self.wanted
         if not isinstance(schema, dict):
             schema = TypeAdapter(schema).json_schema()

@@ -222,7 +222,7 @@ class ServerState:
 
     @property
     def task(self) -> Task:
-        """What its model is for; one that was attached to is taken for one to chat with."""
+        """The use of its model; one that was attached to is taken for one to chat with."""
         return Task.CHAT if self.external else self.config.task
 
     @property
@@ -327,7 +327,7 @@ class LogLines:
 
 @dataclass(frozen=True, slots=True)
 class Working:
-    """What a ready server works on, several times a second while it does."""
+    """The work of a ready server, several times a second while it has some."""
 
     work: Work
 

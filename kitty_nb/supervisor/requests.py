@@ -18,7 +18,7 @@ _PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the most that the request for REA
 
 
 class Ending(StrEnum):
-    """How a request ended."""
+    """The outcome of a request."""
 
     FINISHED = "finished"
     LENGTH = "length"
@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(slots=True)
 class Task:
-    """What is known of a request while the server works on it; times are in seconds of one clock.
+    """A request that the server still works on; times are in seconds of one clock.
 
     Attributes:
         began: When work on it began.

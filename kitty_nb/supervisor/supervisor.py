@@ -164,7 +164,7 @@ class Supervisor:
 
     @property
     def work(self) -> Work:
-        """What the server works on now; nothing without one."""
+        """The requests that the server works on now; nothing without one."""
         return self._server.work.work(self._clock()) if self._server and self._now.pid else Work()
 
     @property

@@ -1,4 +1,4 @@
-"""How to reach a ready server: its address, its key, code that asks it, its own web page."""
+"""The ways to a ready server: its address, its key, code that asks it, its own web page."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,10 @@ class ControlPanel(VBox):
         """
         profile = self._config.profile
         label = "" if profile == server_view.DEFAULT_PROFILE else f" of the profile {profile}"
-        self._settings_fold = display.Fold("Settings", self.settings, self.browser.last_time)
+        self.saved = display.Line("kitty-fact")
+        self._settings_fold = display.Fold(
+            "Settings", self.settings, self.saved, self.browser.last_time
+        )
         self._log_fold = display.Fold("Log", self.activity_log, self.server_log)
         top = HBox([self.status_line, self.load_bar]).add_class("kitty-top")
         choice = HBox([self.picker, self.buttons]).add_class("kitty-choice")
@@ -272,10 +276,12 @@ class ControlPanel(VBox):
         else:
             self._say(saved.sentence)
             self.rescan()
+            self.saved.write(escape(saved.sentence))
 
     def _choose(self) -> None:
         """Somebody has chosen another model or setting; what was wrong before no longer counts."""
         self._problem, self._edited = None, True
+        self.saved.write("")
         self._look_again()
 
     def _follow(self, config: ServerConfig) -> None:

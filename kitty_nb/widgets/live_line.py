@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from math import ceil, inf
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kitty_nb.supervisor.events import ServerStatus, StateChanged, Working
 from kitty_nb.widgets.display import LiveView, Page, asset, duration
+from kitty_nb.widgets.server_view import describe_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,18 +25,16 @@ _MIB = 1 << 20
 
 
 def describe_work(work: Work) -> str:
-    """Describe what a server is doing: `2 of 4 slots · reading prompt 62 % · 3 s left`."""
+    """Describe what a server is doing: `2 of 4 slots · reading the prompt · 62 % · 3 s left`."""
     words = []
     if work.busy and work.slots:
         words.append(f"{work.busy} of {work.slots} slots")
     if work.reading and work.reading.fraction is not None:
-        words.append(f"reading prompt {int(work.reading.fraction * 100)} %")
-        if work.reading.eta is not None:
-            words.append(f"{ceil(work.reading.eta)} s left")
+        words.append(describe_reading(work.reading.fraction, work.reading.eta))
     elif work.reading:
-        words.append(f"reading prompt · {duration(work.reading.elapsed)}")
+        words.append(f"reading the prompt · {duration(work.reading.elapsed)}")
     if work.tokens_per_second:
-        words.append(f"{work.tokens_per_second:.3g} tok/s")
+        words.append(f"{work.tokens_per_second:.1f} tok/s")
     if words and work.cached is not None:
         words.append(f"cache hits {work.cached * 100:.0f} %")
     if words and work.accepted is not None:
@@ -44,7 +43,7 @@ def describe_work(work: Work) -> str:
 
 
 class LiveLine(Page):
-    """What a ready server is doing now, in words and as a chart; hidden until it does something.
+    """A ready server's work, in words and as a chart; hidden until it does something.
 
     All of it travels as messages and is kept here for a page that opens later, so neither the
     widget's state nor a saved notebook grows with it.

@@ -193,7 +193,8 @@ class _Answering:
             self._reading.clear()
             print(text, end="", flush=True)
         elif self._progress and not self.text:
-            self._reading.show(describe_reading(self._progress))
+            progress = self._progress
+            self._reading.show(describe_reading(progress.fraction, progress.seconds_left))
 
 
 def _say(text: str) -> None:

@@ -16,7 +16,6 @@ from kitty_nb.widgets.display import Meter, button, duration, show_if
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kitty_nb.client import PromptProgress
     from kitty_nb.supervisor.events import LoadProgress, RouterLoad, ServerState
 
 TONES = dict.fromkeys(ServerStatus, "busy") | {
@@ -95,11 +94,10 @@ def _shortened(name: str) -> str:
     return escape(f"{short[:_HASH_SHOWN]}…" if short.startswith("sha256-") else short)
 
 
-def describe_reading(progress: PromptProgress) -> str:
+def describe_reading(fraction: float, seconds_left: float | None) -> str:
     """Describe how much of a prompt is read, e.g. `reading the prompt · 62 % · 3 s left`."""
-    left = progress.seconds_left
-    parts = ["reading the prompt", f"{int(progress.fraction * 100)} %"]
-    return " · ".join([*parts, *([] if left is None else [f"{duration(max(left, 1))} left"])])
+    words = f"reading the prompt · {int(fraction * 100)} %"
+    return words if seconds_left is None else f"{words} · {max(ceil(seconds_left), 1)} s left"
 
 
 def describe_load(progress: LoadProgress) -> str:

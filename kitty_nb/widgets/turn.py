@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.widgets.display import duration
+from kitty_nb.widgets.server_view import describe_reading
 
 if TYPE_CHECKING:
     from kitty_nb.client import Answer, Piece, PromptProgress
@@ -62,7 +62,7 @@ class Turn:
 
     @property
     def thinking(self) -> str:
-        """What the model thought before it answered."""
+        """The thoughts of the model before it answered."""
         return "".join(piece.text for piece in tuple(self._pieces) if piece.thinking)
 
     @property
@@ -96,7 +96,7 @@ class Turn:
 
     @property
     def thought(self) -> str:
-        """How long the model has thought; empty where it has not."""
+        """The time spent thinking; empty where there was none."""
         if not any(piece.thinking for piece in tuple(self._pieces)):
             return ""
         if self._spoke_at is None and not self.ended:
@@ -105,16 +105,15 @@ class Turn:
 
     @property
     def status(self) -> str:
-        """What is going on, or how fast it went."""
+        """The progress of the answer, or its speed."""
         if self._first_at is not None:
             return " · ".join(self._figures())
         if self.ended:
             return "" if self.problem or self._answer else "Stopped"
         if self.progress is None:
             return "Waiting for the model"
-        left = self.progress.seconds_left
-        soon = "" if left is None else f", {ceil(left)} s left"
-        return f"Reading the prompt: {self.progress.fraction:.0%}{soon}".replace("%", " %")
+        words = describe_reading(self.progress.fraction, self.progress.seconds_left)
+        return words[0].upper() + words[1:]
 
     def _figures(self) -> list[str]:
         first, tokens = (self._first_at or 0.0) - self._asked_at, len(self._pieces)
