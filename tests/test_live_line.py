@@ -22,8 +22,8 @@ ANSWERING = Work(1, 4, None, 42.04, 0.81, 0.64)
         (Work(0, 4, cached=0.8), ""),
         (READING, "2 of 4 slots · reading the prompt · 62 % · 3 s left"),
         (Work(1, 4, PromptReading(12.0)), "1 of 4 slots · reading the prompt · 12 s"),
-        (ANSWERING, "1 of 4 slots · 42 tok/s · cache hits 81 % · drafts accepted 64 %"),
-        (Work(1, None, None, 0.512), "0.512 tok/s"),
+        (ANSWERING, "1 of 4 slots · 42.0 tok/s · cache hits 81 % · drafts accepted 64 %"),
+        (Work(1, None, None, 0.512), "0.5 tok/s"),
     ],
 )
 def test_work_in_words(work: Work, words: str) -> None:
