@@ -113,7 +113,7 @@ class SimulatedProcess(ServerProcess):
         return True
 
 
-async def _answer(probe: HealthProbe) -> HealthCheckResult:
+async def _answer(probe: HealthProbe, **_: object) -> HealthCheckResult:
     await anyio.lowlevel.checkpoint()
     assert isinstance(probe.process, SimulatedProcess)
     return probe.process.answer()

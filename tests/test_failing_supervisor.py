@@ -74,7 +74,7 @@ def test_a_program_out_of_file_descriptors_still_stops_its_server_and_ends(
 def test_a_watch_that_fails_leaves_no_process(
     misbehaving: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise MemoryError("no memory is left")
 
     before = {*psutil.Process().children()}
@@ -90,7 +90,7 @@ def test_a_watch_that_fails_leaves_no_process(
 def test_an_ending_that_fails_is_told_and_leaves_no_server(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise MemoryError("no memory is left")
 
     with ModelManager(config=config) as manager:
