@@ -50,11 +50,7 @@ async def post(
     if response.status_code == HTTPStatus.NOT_FOUND:
         raise ServerError(f"This build of llama-server has no {path}. Update llama.cpp.")
     if response.is_error:
-        about_it = response.status_code in {
-            HTTPStatus.BAD_REQUEST,
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-        }
-        error = RefusedError if about_it else ServerError
+        error = RefusedError if response.status_code in _ABOUT_IT else ServerError
         raise error(_refusal(response.content, response.status_code))
     return _part(response, response.content, {wanted})
 
