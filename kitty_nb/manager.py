@@ -8,14 +8,13 @@ import threading
 from contextlib import ExitStack
 from functools import partial, wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, overload
 
 from anyio.from_thread import start_blocking_portal
 
 from kitty_nb.client import embeddings
-from kitty_nb.client.access import Access
-from kitty_nb.client.conversation import Form, converse
-from kitty_nb.client.images import with_images
+from kitty_nb.client.access import Access, Connections
+from kitty_nb.client.conversation import Form, as_messages, chat_request, converse
 from kitty_nb.config import OnKernelExit, ServerConfig, Task
 from kitty_nb.errors import KittyError
 from kitty_nb.operation import Chat, Operation, Pieces
@@ -36,17 +35,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import httpx
+    from typing_extensions import TypeVar
 
     from kitty_nb.client import Answer, Piece, PromptProgress
+    from kitty_nb.client.conversation import Messages
     from kitty_nb.client.embeddings import Ranked, Vectors
     from kitty_nb.client.images import Image
     from kitty_nb.supervisor.events import Work
     from kitty_nb.supervisor.requests import Request
 
-    Messages = str | list[dict[str, Any]]
-
-P = ParamSpec("P")
-T = TypeVar("T")
+    P = ParamSpec("P")
+    T = TypeVar("T", default=Any)
 
 
 def _command(
@@ -98,8 +97,7 @@ class ModelManager:
         self.env: str | Path | None = env if config is None else None
         self.stats = ModelStats(lambda: self.state.pid)
         self._progress: LoadProgress | None = None
-        self._http: tuple[tuple[Access, int], httpx.Client] | None = None
-        self._requests: tuple[Access, httpx.AsyncClient] | None = None
+        self._connections = Connections()
         self._closing = threading.Lock()
         self._supervisor.subscribe(self._remember)
         with ExitStack() as stack:
@@ -107,7 +105,7 @@ class ModelManager:
             # Whatever still runs when the supervisor has ended, such as a panel, ends too.
             stack.callback(lambda: self._portal.call(self._portal.stop, True))
             stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
-            stack.callback(lambda: self._portal.call(self._close_requests))
+            stack.callback(lambda: self._portal.call(self._connections.aclose))
             self._resources = stack.pop_all()
         self._closed, self._pid = False, os.getpid()
         atexit.register(self._close_at_exit)
@@ -163,12 +161,7 @@ class ModelManager:
         Raises:
             KittyError: The server is not ready.
         """
-        access = self.access
-        key = access, os.getpid()  # a forked child must not use its parent's connections
-        if self._http is None or self._http[0] != key:
-            self._close_http()
-            self._http = key, access.http()
-        return self._http[1]
+        return self._connections.http(self.access)
 
     @property
     def client(self) -> Any:
@@ -242,20 +235,9 @@ class ModelManager:
         on_piece: Callable[[Piece], object] | None = None,
         on_progress: Callable[[PromptProgress], object] | None = None,
         *,
-        response_format: type[T],
+        response_format: type[T] | dict[str, Any],
         **options: Any,
     ) -> Chat[T]: ...
-
-    @overload
-    def chat(
-        self,
-        messages: Messages,
-        on_piece: Callable[[Piece], object] | None = None,
-        on_progress: Callable[[PromptProgress], object] | None = None,
-        *,
-        response_format: dict[str, Any],
-        **options: Any,
-    ) -> Chat[Any]: ...
 
     def chat(
         self,
@@ -291,35 +273,14 @@ class ModelManager:
             NoAnswerError: The model did not answer in words, or in the form asked for.
             KittyError: The server is not ready, takes no pictures, or doesn't finish its answer.
         """
-        access, state = self._access_for(Task.CHAT), self.state
-        router = state.external if state.external and not state.external.alias else None
-        if router and router.models and "model" not in options:
-            raise KittyError(
-                "The router has not loaded a model yet. Name one with chat(…, model=…) or"
-                f" switch_model(…): {', '.join(router.models)}."
-            )
-        if images and not state.external and not state.projector:
-            raise KittyError(
-                f"{state.alias} runs without a projector, so it sees no pictures. Start a model"
-                " that has one beside its file (mmproj-….gguf), or set LLAMACPP_MMPROJ."
-            )
+        access = self._access_for(Task.CHAT)
         form = None if response_format is None else Form(response_format)
-        request = {
-            "model": state.alias,
-            "messages": with_images(_as_messages(messages), images),
-            **(form.request if form else {}),
-            **options,
-        }
-        pieces = Pieces()
-
-        def hand_on(piece: Piece) -> None:
-            pieces.add(piece)
-            if on_piece:
-                on_piece(piece)
+        request = chat_request(self.state, messages, images, form, options)
+        pieces = Pieces(on_piece)
 
         async def work() -> Any:
-            http = await self._client_of(access)
-            answer = await converse(http, request, hand_on, on_progress, tools, max_rounds)
+            http = await self._connections.requests(access)
+            answer = await converse(http, request, pieces.add, on_progress, tools, max_rounds)
             return form.read(answer) if form else answer
 
         return Chat(self._start(work), lambda: self._progress, pieces)
@@ -374,7 +335,7 @@ class ModelManager:
         Raises:
             KittyError: The server is not ready.
         """
-        return self._ask(None, embeddings.count_tokens, _as_messages(messages))
+        return self._ask(None, embeddings.count_tokens, as_messages(messages))
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call back with each event, on the manager's thread, until the result is called."""
@@ -405,7 +366,7 @@ class ModelManager:
         with self._closing:
             self._closed = True
             self._resources.close()
-            self._close_http()
+            self._connections.close()
         atexit.unregister(self._close_at_exit)
 
     def _ask(
@@ -414,7 +375,7 @@ class ModelManager:
         access = self._access_for(task)
 
         async def work() -> T:
-            return await function(await self._client_of(access), *args)
+            return await function(await self._connections.requests(access), *args)
 
         return self.run(work)
 
@@ -425,29 +386,11 @@ class ModelManager:
             raise KittyError(
                 f"{state.alias} was started to {state.task}, not to {task}. {_STARTED_FOR[task]}"
             )
-
         return access
-
-    async def _client_of(self, access: Access) -> httpx.AsyncClient:
-        """Return the manager's own client of a server, whose connections are used again."""
-        if self._requests is None or self._requests[0] != access:
-            await self._close_requests()
-            self._requests = access, access.async_http()
-        return self._requests[1]
-
-    async def _close_requests(self) -> None:
-        if self._requests:
-            (_, http), self._requests = self._requests, None
-            await http.aclose()
 
     @property
     def _access(self) -> Access:
         return Access(self.state.endpoint, self._supervisor.api_key)
-
-    def _close_http(self) -> None:
-        if self._http:
-            self._http[1].close()
-            self._http = None
 
     def _close_at_exit(self) -> None:
         if self._forked:
@@ -474,7 +417,3 @@ _STARTED_FOR = {
     Task.RANK: _OR_THIS.format("--rerank"),
 }
 _left: list[ExitStack] = []
-
-
-def _as_messages(messages: Messages) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages

@@ -86,14 +86,17 @@ def _wait(future: Future[Any], timeout: float | None = None) -> None:
 class Pieces:
     """The pieces of an answer, in a chain: each is a future until it is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_piece: Callable[[Piece], object] | None = None) -> None:
+        self._on_piece = on_piece
         self.first: Future[Any] = Future()
         self._next = self.first
 
     def add(self, piece: Piece) -> None:
-        """Add a piece."""
+        """Add a piece, and hand it on."""
         last, self._next = self._next, Future()
         last.set_result((piece, self._next))
+        if self._on_piece:
+            self._on_piece(piece)
 
     def end(self) -> None:
         """There are no more."""

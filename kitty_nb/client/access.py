@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 from importlib import import_module
@@ -60,3 +61,38 @@ class Access:
             # Without certificates, which are not needed here and take 30 ms to load.
             "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         }
+
+
+class Connections:
+    """Clients whose connections are used again, until another server is asked."""
+
+    def __init__(self) -> None:
+        self._http: tuple[tuple[Access, int], httpx.Client] | None = None
+        self._requests: tuple[Access, httpx.AsyncClient] | None = None
+
+    def http(self, access: Access) -> httpx.Client:
+        """Return the client for the user."""
+        key = access, os.getpid()  # a forked child must not use its parent's connections
+        if self._http is None or self._http[0] != key:
+            self.close()
+            self._http = key, access.http()
+        return self._http[1]
+
+    async def requests(self, access: Access) -> httpx.AsyncClient:
+        """Return the client for this package's own requests, which one event loop makes."""
+        if self._requests is None or self._requests[0] != access:
+            await self.aclose()
+            self._requests = access, access.async_http()
+        return self._requests[1]
+
+    def close(self) -> None:
+        """Close the client for the user."""
+        if self._http:
+            self._http[1].close()
+            self._http = None
+
+    async def aclose(self) -> None:
+        """Close the client for our own requests."""
+        if self._requests:
+            (_, http), self._requests = self._requests, None
+            await http.aclose()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from anyio.to_thread import run_sync
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from kitty_nb.client.chat import complete
-from kitty_nb.errors import NoAnswerError
+from kitty_nb.client.images import with_images
+from kitty_nb.errors import KittyError, NoAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,26 @@ if TYPE_CHECKING:
     import httpx
 
     from kitty_nb.client.chat import Answer, Piece, PromptProgress, ToolCall
+    from kitty_nb.client.images import Image
 
+    Messages = str | list[dict[str, Any]]
     Tools = Sequence[Callable[..., Any]]
+
+
+class Server(Protocol):
+    """What a request depends on."""
+
+    @property
+    def alias(self) -> str:
+        """The name of the model to ask."""
+
+    @property
+    def to_choose(self) -> tuple[str, ...]:
+        """The models of a router that has loaded none."""
+
+    @property
+    def sees(self) -> bool:
+        """False if it is known to take no pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,37 @@ class Form:
             raise NoAnswerError(f"The answer does not have the form asked for: {error}") from None
 
 
+def as_messages(messages: Messages) -> list[dict[str, Any]]:
+    """Return a conversation, or one that a prompt begins."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def chat_request(
+    server: Server,
+    messages: Messages,
+    images: Sequence[Image],
+    form: Form | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what `/v1/chat/completions` takes.
+
+    Raises:
+        KittyError: The server has no model for it, or takes no pictures.
+    """
+    if server.to_choose and "model" not in options:
+        raise KittyError(
+            "The router has not loaded a model yet. Name one with chat(…, model=…) or"
+            f" switch_model(…): {', '.join(server.to_choose)}."
+        )
+    if images and not server.sees:
+        raise KittyError(
+            f"{server.alias} runs without a projector, so it sees no pictures. Start a model"
+            " that has one beside its file (mmproj-….gguf), or set LLAMACPP_MMPROJ."
+        )
+    said = with_images(as_messages(messages), images)
+    return {"model": server.alias, "messages": said, **(form.request if form else {}), **options}
+
+
 async def converse(
     http: httpx.AsyncClient,
     request: Mapping[str, Any],
@@ -99,7 +149,7 @@ async def converse(
             break
         calls = [replace(call, result=await _run(functions, call)) for call in answer.tool_calls]
         made += tuple(calls)
-        asked["messages"] = [*asked["messages"], *_as_messages(answer, calls)]
+        asked["messages"] = [*asked["messages"], *_told(answer, calls)]
         asked.pop("tool_choice", None)  # else a call that was demanded would be demanded for ever
     else:
         raise NoAnswerError(
@@ -141,7 +191,7 @@ async def _run(functions: Mapping[str, Callable[..., Any]], call: ToolCall) -> s
     return result if isinstance(result, str) else to_json(result, fallback=str).decode()
 
 
-def _as_messages(answer: Answer, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+def _told(answer: Answer, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     asked = [
         {
             "id": call.id,

@@ -221,6 +221,17 @@ class ServerState:
         return None if self.external else self.config.projector
 
     @property
+    def to_choose(self) -> tuple[str, ...]:
+        """The models of a router that has loaded none of them."""
+        router = self.external
+        return (router.models or ()) if router and not router.alias else ()
+
+    @property
+    def sees(self) -> bool:
+        """False if it is known to take no pictures."""
+        return self.external is not None or self.projector is not None
+
+    @property
     def task(self) -> Task:
         """The use of its model; one that was attached to is taken for one to chat with."""
         return Task.CHAT if self.external else self.config.task
