@@ -54,6 +54,9 @@ LIGHT = str(Path(__file__).parent / "light")
 sys.path.insert(0, LIGHT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [LIGHT, os.environ.get("PYTHONPATH")]))
 
+# Threads of engines that wait for each other by spinning would keep the other tests from running.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 # Read when huggingface_hub is imported: nothing of the user's is used, and no test reaches the Hub.
 _HUB_HOME = tempfile.TemporaryDirectory(prefix="kitty_nb-hub-")
 os.environ |= {
@@ -336,7 +339,7 @@ def engine(request: pytest.FixtureRequest) -> Path | None:
 def real_config(config: ServerConfig, real_model: Path, engine: Path | None) -> ServerConfig:
     """The real model on both engines."""
     return config.replace(
-        model=real_model, models_dir=real_model.parent, binary=engine, context_size=2048, threads=2
+        model=real_model, models_dir=real_model.parent, binary=engine, context_size=2048, threads=1
     )
 
 

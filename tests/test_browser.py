@@ -416,6 +416,7 @@ def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
         expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
 
 
+@pytest.mark.slow
 def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     open_notebook: Callable[..., Notebook],
 ) -> None:
@@ -464,6 +465,7 @@ def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     expect(notebook.button("Start")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_a_panel_without_its_kernel_says_what_to_run(
     open_notebook: Callable[..., Notebook],
 ) -> None:
@@ -515,6 +517,7 @@ def test_a_failure_is_explained_in_the_panel(
         broken.unlink()
 
 
+@pytest.mark.slow
 def test_the_log_filters_pauses_and_survives_a_reload(
     open_notebook: Callable[..., Notebook],
 ) -> None:

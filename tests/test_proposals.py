@@ -83,6 +83,7 @@ def known(base: ServerConfig, *rows: TrialResult, **more: Any) -> Search:
     return search
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_trials_finds_nearly_the_best(base: ServerConfig) -> None:
     shares = []
     for seed in range(5):
