@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _RESOURCE = "kitty_trial"
 _STOP_WITHIN = 30.0  # seconds; a worker that does not answer has ended, and so has its server
 _LOOK_AFTER = 3.0  # seconds
-_LOOKS = 10  # until nobody takes the place of a worker that is gone
+_LOOKS = 20  # until nobody takes the place of a worker that is gone: on a busy machine too
 _LOST_AT_MOST = 3
 _log = logging.getLogger(__name__)
 
