@@ -2,7 +2,8 @@
 
 Answers with and without a panel that watches take turns in one run. The truth of a prompt's
 progress is linear in time, from the request to its first token, as its client measures them; the
-first prompt, which teaches the prompt speed, is not counted. `python -m benchmarks.live_line
+first prompt, which teaches the prompt speed, is not counted, but that after a restart is. With
+`--busy`, the last prompts are read beside a busy core. `python -m benchmarks.live_line [--busy]
 [--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import subject_of, subject_parser
 from kitty_nb import ControlPanel, ModelManager
 from kitty_nb.supervisor.events import Event, Working
 
@@ -27,14 +30,19 @@ _ROUNDS, _TOKENS, _PROMPTS = 6, 96, 4
 
 def main() -> None:
     """Print the table."""
-    subject = read_subject(__doc__)
+    parser = subject_parser(__doc__)
+    parser.add_argument("--busy", action="store_true", help="occupy a core")
+    asked = parser.parse_args()
+    subject = subject_of(asked)
     print(f"{subject}\n")
     with tempfile.TemporaryDirectory() as name:
         config = subject.config(Path(name), 100_000_000, context_size=4096, parallel=2)
         with ModelManager(config=config) as manager:
             manager.start().wait(120)
             lost = [1 - _watched(manager) / _speed(manager.http) for _ in range(_ROUNDS)]
-            looks = [_follow(manager, number) for number in range(_PROMPTS + 1)][1:]
+            _follow(manager, 0)
+            manager.restart().wait(120)
+            looks = [_follow(manager, number, busy=asked.busy) for number in range(1, _PROMPTS + 1)]
     _row("tokens a second lost while watched", f"{statistics.median(lost):+.1%} (median)")
     _row("  each", ", ".join(f"{one:+.1%}" for one in lost))
     _row("delay of a prompt's progress", f"{max(delay for delay, _ in looks):.2f} s (largest)")
@@ -55,23 +63,31 @@ def _speed(http: httpx.Client) -> float:
     return float(timings["predicted_per_second"])
 
 
-def _follow(manager: ModelManager, number: int) -> tuple[float, float]:
-    """The seconds until a prompt's progress is told, and the largest error in it."""
+def _follow(manager: ModelManager, number: int, *, busy: bool = False) -> tuple[float, float]:
+    """The seconds until a prompt's progress is told, and the largest error in it.
+
+    Beside a busy core from the second one on: the first teaches another speed.
+    """
     told: list[tuple[float, float]] = []
 
     def note(event: Event) -> None:
-        if isinstance(event, Working) and event.work.reading:
-            told.append((time.monotonic(), event.work.reading.fraction or 0.0))
+        if isinstance(event, Working) and (reading := event.work.reading) and reading.total:
+            told.append((time.monotonic(), reading.fraction))
 
     prompt = " ".join(f"{number} {word} apple" for word in range(200))
     request: dict[str, Any] = {"prompt": prompt, "n_predict": 2, "stream": True}
     unsubscribe = manager.subscribe(note)
+    endless = [sys.executable, "-c", "while True: pass"]
+    load = subprocess.Popen(endless) if busy and number > 1 else None
     began = time.monotonic()
     with manager.http.stream("POST", "/completion", json=request, timeout=600) as answer:
         first = next(line for line in answer.iter_lines() if line and json.loads(line[6:]))
         seconds = time.monotonic() - began
         assert first
     unsubscribe()
+    if load:
+        load.kill()
+        load.wait()
     looks = [(at - began, share) for at, share in told if at - began <= seconds]
     errors = [abs(at / seconds - share) for at, share in looks]
     print(f"a prompt of {seconds:.1f} s, {len(looks)} looks")

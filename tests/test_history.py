@@ -42,6 +42,19 @@ RECORD = LoadRecord(
 )
 
 
+def test_how_a_prompt_was_read_is_remembered_with_its_settings(tmp_path: Path) -> None:
+    async def run() -> None:
+        history = LoadHistory(tmp_path / "history.sqlite3", pytest.fail)
+        assert await history.prompt_pace(RECORD) == (None, 0)
+        await history.set_prompt_pace(RECORD, 90.0, 0)
+        await history.set_prompt_pace(RECORD, 120.5, 516)
+        assert await history.prompt_pace(RECORD) == (120.5, 516)
+        other = replace(RECORD, settings='{"threads": 1}')
+        assert await history.prompt_pace(other) == (None, 0)
+
+    anyio.run(run)
+
+
 def rows(path: Path) -> list[tuple[object, ...]]:
     connection = sqlite3.connect(path)
     try:

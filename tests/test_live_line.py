@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from kitty_nb.supervisor.events import PromptReading, Work
+from kitty_nb.supervisor.events import PromptProgress, Work
 from kitty_nb.supervisor.requests import Ending, Request
 from kitty_nb.widgets.live_line import SHOWN, LiveLine, describe_work
 from kitty_nb.widgets.requests_table import RequestsTable, request_row
 
-READING = Work(2, 4, PromptReading(5.0, 0.624, 2.6), 0.0)
+READING = Work(2, 4, PromptProgress(1000, 0, 624, 5.0), 0.0)
 ANSWERING = Work(1, 4, None, 42.04, 0.81, 0.64)
 
 
@@ -20,8 +20,8 @@ ANSWERING = Work(1, 4, None, 42.04, 0.81, 0.64)
     [
         (Work(), ""),
         (Work(0, 4, cached=0.8), ""),
-        (READING, "2 of 4 slots · reading the prompt · 62 % · 3 s left"),
-        (Work(1, 4, PromptReading(12.0)), "1 of 4 slots · reading the prompt · 12 s"),
+        (READING, "2 of 4 slots · reading the prompt · 62 % · 4 s left"),
+        (Work(1, 4, PromptProgress(0, 0, 0, 12.0)), "1 of 4 slots · reading the prompt · 12 s"),
         (ANSWERING, "1 of 4 slots · 42.0 tok/s · cache hits 81 % · drafts accepted 64 %"),
         (Work(1, None, None, 0.512), "0.5 tok/s"),
     ],

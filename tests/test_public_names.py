@@ -21,7 +21,7 @@ ROOMS = {
     "catalog": {"errors", "safe_files", "config"},
     "engine": {"errors", "safe_files", "config"},
     "supervisor": {"errors", "safe_files", "config", "engine", "catalog"},
-    "client": {"errors"},
+    "client": {"errors", "supervisor.events"},
     "operation": {"errors", "client", "supervisor.events"},
     "manager": {"errors", "config", "engine", "catalog", "supervisor", "client", "operation"},
     "isolated_server": {"errors", "config", "engine", "supervisor", "client"},

@@ -41,7 +41,7 @@ def test_finished_requests_of_the_native_engine() -> None:
     assert failed.ended is Ending.ERROR
     assert failed.error.startswith("request (5515 tokens) exceeds")
     assert tuple(log.finished) == (first, again, failed, left)
-    assert not log.tasks
+    assert not log.active
 
 
 def test_finished_requests_of_the_embedded_engine() -> None:
@@ -49,7 +49,7 @@ def test_finished_requests_of_the_embedded_engine() -> None:
     (first,) = log.read(LOGS["embedded"], LATER)
     assert (first.prompt_tokens, first.answer_tokens, first.cached) == (54, 10, 0)
     assert first.seconds == pytest.approx(25.74, abs=0.01)
-    (again,) = log.tasks.values()  # when the recording ended
+    (again,) = log.active.values()  # when the recording ended
     assert (again.prompt, again.cached, again.read) == (54, 49, 50)
 
 
@@ -96,10 +96,10 @@ def test_a_prompt_is_followed_between_its_batches() -> None:
     meter.log.read((launch,), 5.7)
     reading = meter.work(7.0).reading
     assert reading
-    assert reading.fraction is None
+    assert not reading.total
     meter.log.read((half,), 51.7)
     found = [meter.work(at).reading for at in (52.0, 60.0, 70.0)]
-    assert all(one and one.fraction and one.eta for one in found)
+    assert all(one and one.fraction and one.seconds_left for one in found)
     truth = [(at - 5.64) / 91.9 for at in (52.0, 60.0, 70.0)]
     assert [one.fraction for one in found if one] == pytest.approx(truth, abs=0.16)
     slow = meter.work(300.0).reading
@@ -118,7 +118,45 @@ def test_the_whole_prompt_is_known_at_once_where_the_log_tells() -> None:
     meter.log.read(lines("embedded", 0)[:3], 120.0)
     reading = meter.work(120.0).reading
     assert reading
-    assert reading.eta == pytest.approx(54 / 37.1, abs=0.4)
+    later = meter.work(121.0).reading
+    assert later
+    assert later.done == pytest.approx(37.1 * (121 - meter.log.active[1, 0].began), abs=1)
+
+
+def prompt_lines(
+    task: int, began: float, speed: float, total: int = 1000
+) -> list[tuple[float, str]]:
+    """What a build logs that reads 400 tokens at once, and 116 at the end apart."""
+    lines = [(began, "processing task"), (began, f"new prompt, task.n_tokens = {total}")]
+    lines.append((began, "cached n_tokens = 0, memory_seq_rm [0, end)"))
+    for read in (400, 800, total - 116, total - 4):
+        share = f"prompt processing, n_tokens = {read}, progress = {read / total:.2f}"
+        lines.append((began + read / speed, share))
+    end = began + total / speed
+    took = f"prompt eval time = {total / speed * 1000:.2f} ms / {total} tokens"
+    lines += [(end, took), (end, f"stop processing: n_tokens = {total}, truncated = 0")]
+    return [(at, f"slot a: id  0 | task {task} | {words}") for at, words in lines]
+
+
+@pytest.mark.parametrize(("slower", "error"), [(1.0, 0.05), (1.2, 0.1), (3.0, 0.25), (0.5, 0.25)])
+def test_a_prompt_that_is_read_at_another_pace_is_corrected_batch_by_batch(
+    slower: float, error: float
+) -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH), 400)
+    for at, line in prompt_lines(1, -20.0, 100.0, 900):
+        meter.log.read((line,), at)
+    lines, seconds = prompt_lines(3, 0.0, 100.0 / slower), 10.0 * slower
+    shown: list[tuple[float, float]] = []
+    for moment in range(1, 100):
+        now = moment / 100 * seconds
+        while lines and lines[0][0] <= now:
+            meter.log.read((lines.pop(0)[1],), now)
+        reading = meter.work(now).reading
+        assert reading
+        shown.append((moment / 100, reading.fraction))
+    assert max(abs(truth - told) for truth, told in shown) < error
+    assert [told for _, told in shown] == sorted(told for _, told in shown)
+    assert shown[-1][1] == pytest.approx(1, abs=0.05)
 
 
 def test_what_is_lost_with_a_rotated_log_does_not_look_busy_for_ever() -> None:
@@ -134,7 +172,7 @@ def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:
     work = meter.work(12.0)
     assert (work.busy, work.slots) == (1, 2)
     assert work.reading
-    assert work.reading.elapsed == 2
+    assert work.reading.seconds == 2
     meter.look([slot(3), {"id": 0, "is_processing": False}], 4.5, 13.0)
     work = meter.work(13.0)
     assert (work.reading, work.tokens_per_second) == (None, 4.5)
@@ -158,4 +196,4 @@ def test_whatever_a_log_says_is_survived(words: str) -> None:
     log.read([f"slot update_slots: id  0 | task 1 | {words}", words], 2.0)
     log.read([f"send_error: task id = {'9' * 5000}, error: x", "9" * 5000 + ".00.000.000 hi"], 3.0)
     assert time.monotonic() - began < 5
-    assert len(log.tasks) == 1
+    assert len(log.active) == 1

@@ -11,6 +11,7 @@ import httpx
 
 from kitty_nb.client.protocol import broken_off, stream
 from kitty_nb.errors import ServerError
+from kitty_nb.supervisor.events import PromptProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,34 +28,6 @@ class Piece:
 
     text: str
     thinking: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PromptProgress:
-    """The part of a prompt that the server has read.
-
-    Attributes:
-        total: Tokens of the prompt.
-        cached: Tokens that were in its cache.
-        done: Tokens that are read, with those of the cache.
-        seconds: The time that reading has taken so far.
-    """
-
-    total: int
-    cached: int
-    done: int
-    seconds: float
-
-    @property
-    def fraction(self) -> float:
-        """The share of the tokens to read that are read, 0 to 1."""
-        return (self.done - self.cached) / max(self.total - self.cached, 1)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Seconds until the first token, at the present pace; None before the first tokens."""
-        read = self.done - self.cached
-        return self.seconds / read * (self.total - self.done) if read > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from kitty_nb.client.chat import Answer, Piece, PromptProgress, ToolCall
+    from kitty_nb.client.chat import Answer, Piece, ToolCall
     from kitty_nb.client.images import Image
+    from kitty_nb.supervisor.events import PromptProgress
 
     Messages = str | list[dict[str, Any]]
     Tools = Sequence[Callable[..., Any]]

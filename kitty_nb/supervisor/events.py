@@ -111,18 +111,31 @@ class HealthCheckResult:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptReading:
-    """The progress of a prompt that a server reads.
+class PromptProgress:
+    """The part of a prompt that the server has read.
 
     Attributes:
-        elapsed: Seconds since the server began with it.
-        fraction: 0 to 1, the share of its time that has passed; None until it can be told.
-        eta: Seconds to the first token; likewise.
+        total: Tokens of the prompt; 0 until it can be told how many of them are read.
+        cached: Tokens that were in its cache.
+        done: Tokens that are read, with those of the cache.
+        seconds: The time that reading has taken so far.
     """
 
-    elapsed: float
-    fraction: float | None = None
-    eta: float | None = None
+    total: int
+    cached: int
+    done: int
+    seconds: float
+
+    @property
+    def fraction(self) -> float:
+        """The share of the tokens to read that are read, 0 to 1."""
+        return (self.done - self.cached) / max(self.total - self.cached, 1)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the first token, at the present pace; None before the first tokens."""
+        read = self.done - self.cached
+        return self.seconds / read * (self.total - self.done) if read > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +153,7 @@ class Work:
 
     busy: int = 0
     slots: int | None = None
-    reading: PromptReading | None = None
+    reading: PromptProgress | None = None
     tokens_per_second: float | None = None
     cached: float | None = None
     accepted: float | None = None

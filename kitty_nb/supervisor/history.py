@@ -218,6 +218,8 @@ _COLUMNS = ", ".join(field.name for field in fields(LoadRecord))
 _TABLES = (
     f"CREATE TABLE IF NOT EXISTS loads (id INTEGER PRIMARY KEY, {_COLUMNS})",
     "CREATE TABLE IF NOT EXISTS favourites (path PRIMARY KEY)",
+    "CREATE TABLE IF NOT EXISTS prompts"
+    " (host, path, settings, speed, rest, PRIMARY KEY (host, path, settings))",
 )
 _INSERT = f"INSERT INTO loads ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(LoadRecord)))})"  # noqa: S608 (our names)
 _FORGET = "DELETE FROM loads WHERE id <= (SELECT max(id) FROM loads) - ?"
@@ -230,6 +232,11 @@ _BOUNDS = f"""
 _RECALL = f"""
     SELECT {_COLUMNS} FROM loads WHERE {_BOUNDS} ORDER BY path = ? DESC, id DESC LIMIT ?
 """  # noqa: S608 (our names)
+_PACE = """
+    SELECT speed, rest FROM prompts WHERE host = ? AND path = ? AND settings = ?
+        AND speed BETWEEN 1e-6 AND 1e9 AND rest BETWEEN 0 AND 1e9
+"""
+_SET_PACE = "INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?)"
 # SQLite takes the other columns from the row with the greatest `at`.
 _LAST = f"""
     SELECT path, settings, starting + loading + preparing, max(at) FROM loads
@@ -255,7 +262,7 @@ class LoadHistory:
             " favourites and last settings are not saved.",
             lambda text: anyio.from_thread.run_sync(warn, text),
             _TABLES,
-            version=2,
+            version=3,
             precious=True,
         )
 
@@ -276,6 +283,17 @@ class LoadHistory:
             file.execute(_FORGET, (_ROWS_KEPT,))
 
         await self._use(insert, None)
+
+    async def prompt_pace(self, facts: LoadFacts) -> tuple[float | None, int]:
+        """Return how the last prompt was read: `RequestLog`'s `prompt_speed` and `rest`."""
+        key = (facts.host, facts.path, facts.settings)
+        found = await self._use(lambda file: file.execute(_PACE, key).fetchone(), None)
+        return (float(found[0]), int(found[1])) if found else (None, 0)
+
+    async def set_prompt_pace(self, facts: LoadFacts, speed: float, rest: int) -> None:
+        """Remember how a prompt was read."""
+        row = (facts.host, facts.path, facts.settings, speed, rest)
+        await self._use(lambda file: file.execute(_SET_PACE, row), None)
 
     async def notes(self, models: Iterable[Path]) -> dict[Path, ModelNote]:
         """Return the usage of those models that were loaded here or are favourites."""
@@ -457,6 +475,16 @@ class LoadRecorder:
             self._facts = replace(self._facts, engine=kind, version=version)
         self._meter.total = self._facts.size if self._facts.size >= _TELLING else 0
         self._meter.expected = estimate_load(self._records, self._facts, self._active)
+
+    async def prompt_pace(self) -> tuple[float | None, int]:
+        """Return how the last prompt was read with these settings, as far as known."""
+        return await self._history.prompt_pace(self._facts) if self._facts else (None, 0)
+
+    async def set_prompt_pace(self, speed: float | None, rest: int) -> None:
+        """Remember how the last prompt was read."""
+        if self._facts and speed:
+            with anyio.CancelScope(shield=True):
+                await self._history.set_prompt_pace(self._facts, speed, rest)
 
     async def record(self, elapsed: float, outcome: Outcome) -> None:
         """Write the load's row, once, and let nothing stop that."""

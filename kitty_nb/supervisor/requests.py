@@ -56,16 +56,19 @@ class Request:
 
 
 @dataclass(slots=True)
-class Task:
+class ActiveRequest:
     """A request that the server still works on; times are in seconds of one clock.
 
     Attributes:
         began: When work on it began.
+        read_at: When so much of its prompt was read as is now.
         prompt: Tokens of its whole prompt, once known.
         cached: How many of them came from the cache.
         read: How many of them have been read, with the cached ones.
-        read_at: When that was so.
         decoded: Tokens of the answer.
+        pace: Tokens a second in the last batch of the prompt; None before the first.
+        rest: Tokens that were left when all but the last few were read.
+        shown: How many tokens were last told to be read.
         batch: Where the batch that is being read ends, in tokens of the prompt, where slots tell.
         limit: The most tokens that the answer may have, where slots tell.
         reading: Seconds that reading the prompt took.
@@ -78,10 +81,13 @@ class Task:
     """
 
     began: float
+    read_at: float
     prompt: int | None = None
     cached: int | None = None
     read: int = 0
-    read_at: float | None = None
+    pace: float | None = None
+    rest: int = 0
+    shown: int = 0
     decoded: int | None = None
     batch: int | None = None
     limit: int | None = None
@@ -92,6 +98,18 @@ class Task:
     accepted: float | None = None
     cancelled: bool = False
     error: str = ""
+
+    def advance(self, read: int, at: float) -> None:
+        """Note that a batch is read."""
+        step, seconds = (
+            read - self.read,
+            at - self.read_at,
+        )
+        if step >= _TELLING and seconds > 0:
+            self.pace = step / seconds
+        if self.prompt and self.prompt - read >= _TELLING:
+            self.rest = self.prompt - read
+        self.read, self.read_at = read, at
 
     def finish(self, held: int, at: float, epoch: float) -> Request:
         """Return the record of its end.
@@ -164,15 +182,17 @@ class RequestLog:
 
     Attributes:
         finished: The newest finished requests, oldest first.
-        tasks: Those under way, by slot and number.
+        active: Those under way, by slot and number.
         prompt_speed: Tokens a second at which the last prompt was read; None before the first.
+        rest: Tokens at the end of a prompt that are read apart, as far as known; 0 for none.
         heard: Whether this build's log has told of a finished request.
     """
 
     def __init__(self, began: float, epoch: float) -> None:
         self.finished: deque[Request] = deque(maxlen=KEPT)
-        self.tasks: dict[tuple[int, int], Task] = {}
+        self.active: dict[tuple[int, int], ActiveRequest] = {}
         self.prompt_speed: float | None = None
+        self.rest = 0
         self._epoch = epoch
         # The server's own clock began a moment after its process. Whoever reads its lines as they
         # come learns when; lines of the past are dated by the process.
@@ -207,17 +227,17 @@ class RequestLog:
         elif slot := _SLOT.search(line):
             self._last = key = int(slot[1]), int(slot[2])
             if _BEGUN.search(slot[3]):
-                self.tasks[key] = Task(at)
+                self.active[key] = ActiveRequest(at, at)
             yield from self._read_task(key, slot[3], at)
         elif self._last:  # old builds write the timings on lines of their own
             yield from self._read_task(self._last, line, at)
 
     def _read_task(self, key: tuple[int, int], words: str, at: float) -> Iterator[Request]:
-        task = self.tasks.get(key)
+        task = self.active.get(key)
         if task is None:
             return
         if ended := _ENDED.search(words):
-            del self.tasks[key]
+            del self.active[key]
             request = task.finish(int(ended[1]), at, self._epoch)
             first, self.heard = not self.heard, True
             if not (first and _is_probe(request)):
@@ -233,17 +253,18 @@ class RequestLog:
                 task.prompt = max(round(int(found[1]) / float(found[2])), int(found[1]))
             if int(found[1]) >= _TELLING and float(found[3] or 0):
                 self.prompt_speed = float(found[3])
-            task.read, task.read_at = int(found[1]), at
+            task.advance(int(found[1]), at)
         else:
             self._read_timings(task, words)
 
-    def _read_timings(self, task: Task, words: str) -> None:
+    def _read_timings(self, task: ActiveRequest, words: str) -> None:
         if found := _READ_ALL.search(words):
             task.reading, task.computed = float(found[1]) / 1000, int(found[2])
             if task.cached is None:  # then it was derived from a rounded share
                 task.prompt = None
             if task.computed >= _TELLING and task.reading:
                 self.prompt_speed = task.computed / task.reading
+            self.rest = task.rest or (self.rest if task.computed <= self.rest else 0)
         elif found := _ANSWERED.search(words):
             task.decoded = int(found[2])
             # The first token comes with the prompt.
@@ -254,8 +275,8 @@ class RequestLog:
         elif found := _DRAFTED.search(words):
             task.accepted = float(found[1])
 
-    def _numbered(self, number: str) -> Iterator[Task]:
-        return (task for (_, one), task in self.tasks.items() if one == int(number))
+    def _numbered(self, number: str) -> Iterator[ActiveRequest]:
+        return (task for (_, one), task in self.active.items() if one == int(number))
 
     def _when(self, line: str, at: float) -> float:
         """Return when a line was written."""

@@ -136,7 +136,7 @@ class Server:
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
-        self.work = WorkMeter(RequestLog(clock(), time.time() - clock()))
+        self.work = WorkMeter(RequestLog(clock(), time.time() - clock()), config.batch_size)
         self._worked = anyio.Event()
 
     @property
@@ -170,6 +170,7 @@ class Server:
                 self._tasks.cancel_scope.cancel()
             outcome = await (self._finish(code) if self._process else self._refuse(refusal))
             await self._recorder.record(self._elapsed(), outcome)
+            await self._recorder.set_prompt_pace(self.work.log.prompt_speed, self.work.log.rest)
         except Exception:
             await self._kill()
             raise
@@ -306,6 +307,7 @@ class Server:
         if self._found_ready:
             return
         await self._recorder.forecast()
+        self.work.log.prompt_speed, self.work.log.rest = await self._recorder.prompt_pace()
         while not self.was_ready and self._failure is None:  # noqa: ASYNC110 (nothing tells)
             await anyio.sleep(self._measure())
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.supervisor.events import PromptReading, Work
+from kitty_nb.supervisor.events import PromptProgress, Work
 from kitty_nb.supervisor.health import decoded
-from kitty_nb.supervisor.requests import RequestLog, Task
+from kitty_nb.supervisor.requests import ActiveRequest, RequestLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _RECENT = 20  # requests, whose cache hits and drafts are told
 _SEEN_AFTER = 1.0  # seconds; from here on, slots and log know of the same requests
-_NEARLY = 0.99  # the most that is told of a prompt before its first token
+_BATCH = 2048  # tokens; llama.cpp's default
+_SURE = 0.9  # the part of a batch that is told at the expected pace
 
 
 class WorkMeter:
@@ -22,17 +23,19 @@ class WorkMeter:
 
     Args:
         log: The requests by its log. What only the slots tell of is added to its tasks.
+        batch: The most tokens of a prompt that it reads at once.
     """
 
-    def __init__(self, log: RequestLog) -> None:
+    def __init__(self, log: RequestLog, batch: int | None = None) -> None:
         self.log = log
+        self._batch = batch or _BATCH
         self._slots: int | None = None
         self._pace: float | None = None
 
     @property
     def busy(self) -> bool:
         """True if requests are worked on."""
-        return bool(self.log.tasks)
+        return bool(self.log.active)
 
     def look(self, slots: Iterable[dict[str, Any]], pace: float | None, at: float) -> None:
         """Take the answer of `/slots`; an empty one changes nothing.
@@ -51,16 +54,16 @@ class WorkMeter:
             number, task = slot.get("id"), slot.get("id_task", 0)
             if slot.get("is_processing") and isinstance(number, int) and isinstance(task, int):
                 working[number, task] = slot
-        for key, task in tuple(self.log.tasks.items()):
+        for key, task in tuple(self.log.active.items()):
             # Its end may stand in lines that were lost when the log was rotated.
             if key not in working and at - task.began > _SEEN_AFTER:
-                del self.log.tasks[key]
+                del self.log.active[key]
         for key, slot in working.items():
-            _note(self.log.tasks.setdefault(key, Task(at)), slot)
+            _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot)
 
     def work(self, at: float) -> Work:
         """Return the work at a time."""
-        tasks = self.log.tasks.values()
+        tasks = self.log.active.values()
         reading = [task for task in tasks if not task.decoded]
         latest = list(islice(reversed(self.log.finished), _RECENT))
         drafted = [request.accepted for request in latest if request.accepted is not None]
@@ -79,25 +82,30 @@ class WorkMeter:
             accepted=sum(drafted) / len(drafted) if drafted else None,
         )
 
-    def _reading(self, task: Task, at: float) -> PromptReading:
-        """Estimate a prompt's progress between two batches by the speed of those before."""
-        elapsed, speed = max(at - task.began, 0.0), self.log.prompt_speed
+    def _reading(self, task: ActiveRequest, at: float) -> PromptProgress:
+        """Estimate a prompt's progress: what is read, and part of the batch under way.
+
+        The pace is that of this prompt's last batch; in the first, that of the last prompt.
+        """
+        seconds, speed = max(at - task.began, 0.0), task.pace or self.log.prompt_speed
         if not (task.prompt and speed):
-            return PromptReading(elapsed)
-        since = max(at - (task.read_at or task.began), 0.0)
-        batch = min(task.batch or task.prompt, task.prompt)
-        if batch > task.read and task.read + speed * since > batch:
-            speed = (batch - task.read) / since  # slower than the last ones
-        left = max(task.prompt - task.read - speed * since, 0.0) / speed
-        fraction = elapsed / (elapsed + left) if elapsed + left else 0.0
-        return PromptReading(elapsed, min(fraction, _NEARLY), left)
+            return PromptProgress(0, 0, 0, seconds)
+        ends = task.batch or 0, task.read + self._batch, task.prompt - self.log.rest
+        batch = min((end for end in ends if task.read < end < task.prompt), default=task.prompt)
+        since = max(at - task.read_at, 0.0)
+        share = speed * since / max(batch - task.read, 1)
+        if share > _SURE:  # slower than expected: come closer and closer to the end of the batch
+            share = 1 - (1 - _SURE) * _SURE / share
+        done = min(task.read + int(share * (batch - task.read)), task.prompt - 1)
+        task.shown = max(task.shown, done)
+        return PromptProgress(task.prompt, min(task.cached or 0, task.shown), task.shown, seconds)
 
 
-def _age(task: Task) -> float:
+def _age(task: ActiveRequest) -> float:
     return task.began
 
 
-def _note(task: Task, slot: dict[str, Any]) -> None:
+def _note(task: ActiveRequest, slot: dict[str, Any]) -> None:
     """Note what a slot tells of its task."""
     told = decoded(slot)
     if told is None:

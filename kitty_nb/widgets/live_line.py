@@ -8,7 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kitty_nb.supervisor.events import ServerStatus, StateChanged, Working
-from kitty_nb.widgets.display import LiveView, Page, asset, duration
+from kitty_nb.widgets.display import LiveView, Page, asset
 from kitty_nb.widgets.server_view import describe_reading
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ def describe_work(work: Work) -> str:
     words = []
     if work.busy and work.slots:
         words.append(f"{work.busy} of {work.slots} slots")
-    if work.reading and work.reading.fraction is not None:
-        words.append(describe_reading(work.reading.fraction, work.reading.eta))
-    elif work.reading:
-        words.append(f"reading the prompt · {duration(work.reading.elapsed)}")
+    if work.reading:
+        words.append(describe_reading(work.reading))
     if work.tokens_per_second:
         words.append(f"{work.tokens_per_second:.1f} tok/s")
     if words and work.cached is not None:

@@ -193,8 +193,7 @@ class _Answering:
             self._reading.clear()
             print(text, end="", flush=True)
         elif self._progress and not self.text:
-            progress = self._progress
-            self._reading.show(describe_reading(progress.fraction, progress.seconds_left))
+            self._reading.show(describe_reading(self._progress))
 
 
 def _say(text: str) -> None:

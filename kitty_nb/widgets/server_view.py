@@ -16,7 +16,7 @@ from kitty_nb.widgets.display import Meter, button, duration, show_if
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kitty_nb.supervisor.events import LoadProgress, RouterLoad, ServerState
+    from kitty_nb.supervisor.events import LoadProgress, PromptProgress, RouterLoad, ServerState
 
 TONES = dict.fromkeys(ServerStatus, "busy") | {
     ServerStatus.STOPPED: "idle",
@@ -94,10 +94,12 @@ def _shortened(name: str) -> str:
     return escape(f"{short[:_HASH_SHOWN]}…" if short.startswith("sha256-") else short)
 
 
-def describe_reading(fraction: float, seconds_left: float | None) -> str:
+def describe_reading(progress: PromptProgress) -> str:
     """Describe how much of a prompt is read, e.g. `reading the prompt · 62 % · 3 s left`."""
-    words = f"reading the prompt · {int(fraction * 100)} %"
-    return words if seconds_left is None else f"{words} · {max(ceil(seconds_left), 1)} s left"
+    if not progress.total:
+        return f"reading the prompt · {duration(progress.seconds)}"
+    words, left = f"reading the prompt · {int(progress.fraction * 100)} %", progress.seconds_left
+    return words if left is None else f"{words} · {max(ceil(left), 1)} s left"
 
 
 def describe_load(progress: LoadProgress) -> str:

@@ -112,7 +112,7 @@ class Turn:
             return "" if self.problem or self._answer else "Stopped"
         if self.progress is None:
             return "Waiting for the model"
-        words = describe_reading(self.progress.fraction, self.progress.seconds_left)
+        words = describe_reading(self.progress)
         return words[0].upper() + words[1:]
 
     def _figures(self) -> list[str]:
