@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from conftest import eventually
 from test_real_loads import is_true, load
@@ -61,3 +63,43 @@ def test_a_prompt_that_it_reads_is_followed(real_config: ServerConfig) -> None:
         eventually(lambda: len(manager.requests) == 1)
         assert manager.requests[-1].prompt_tokens
         assert manager.requests[-1].ended is Ending.LENGTH
+
+
+def earlier_call(city: str, weather: str) -> list[dict[str, Any]]:
+    """A question that was answered with the help of a tool, which a small model imitates."""
+    function = {"name": "weather", "arguments": json.dumps({"city": city})}
+    calls = [{"id": city, "type": "function", "function": function}]
+    return [
+        {"role": "user", "content": f"What is the weather in {city}?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": city, "content": weather},
+        {"role": "assistant", "content": weather},
+    ]
+
+
+def test_it_calls_a_python_function(real_config: ServerConfig) -> None:
+    asked: list[str] = []
+
+    def weather(city: str) -> str:
+        """Look up the weather of a city."""
+        asked.append(city)
+        return f"It is foggy in {city}."
+
+    template = str(Path(__file__).with_name("tools.jinja"))
+    config = real_config.replace(
+        tool_calling=True, extra_args=("--chat-template-file", template), parallel=1
+    )
+    messages = [
+        *earlier_call("Paris", "It is sunny in Paris."),
+        *earlier_call("Madrid", "It is windy in Madrid."),
+        {"role": "user", "content": "What is the weather in Rome?"},
+    ]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "stop": ["<|im_end|>"]}
+    with ModelManager(config=config) as manager:
+        manager.start().wait(timeout=120)
+        chat = manager.chat(messages, tools=[weather], tool_choice="required", **options)
+        answer = chat.wait(timeout=120)
+
+    assert set(asked) == {"Rome"}
+    assert {call.result for call in answer.tool_calls} == {"It is foggy in Rome."}
+    assert "foggy" in answer.text
