@@ -297,3 +297,54 @@ def write_pooled(source: Path, path: Path, pooling: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(whole[:16] + struct.pack("<Q", count + 1 + 1) + entries + whole[24:])
     return path
+
+
+WORDS = ["cat", "dog", "the", "sits", "on", "mat", "sun", "what", "is"]
+
+
+def write_ranker(path: Path, pooling: int | None = 4) -> Path:
+    """Write a cross-encoder of random weights, which ranks documents that are made of `WORDS`."""
+    width, inner = 32, 64
+    random = np.random.default_rng(1)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"\u2581{word}" for word in WORDS)]
+    keys: dict[str, Any] = {
+        "context_length": 256,
+        "embedding_length": width,
+        "feed_forward_length": inner,
+    }
+    keys |= {"block_count": 1, "attention.head_count": 2, "attention.layer_norm_epsilon": 1e-6}
+    keys |= {"attention.causal": False, "pooling_type": pooling}
+    matrices = {"token_embd": (len(tokens), width), "position_embd": (256, width)}
+    matrices |= {"token_types": (2, width), "cls": (width, width), "cls.output": (1, width)}
+    biases = {"cls": width, "cls.output": 1}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        matrices[f"blk.0.{name}"], biases[f"blk.0.{name}"] = (width, width), width
+    for name, rows, columns in (("ffn_up", inner, width), ("ffn_down", width, inner)):
+        matrices[f"blk.0.{name}"], biases[f"blk.0.{name}"] = (rows, columns), rows
+    norms = "token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(gguf.GGUFWriter(path, "bert")) as writer:
+        for key, value in keys.items():
+            _add(writer, f"bert.{key}", value)
+        writer.add_tokenizer_model("bert")
+        writer.add_token_list(tokens)
+        kinds = [gguf.TokenType.CONTROL] * 5 + [gguf.TokenType.NORMAL] * len(WORDS)
+        writer.add_token_types(kinds)
+        writer.add_token_type_count(2)
+        writer.add_pad_token_id(0)
+        writer.add_unk_token_id(1)
+        writer.add_bos_token_id(2)
+        writer.add_eos_token_id(3)
+        writer.add_sep_token_id(3)
+        writer.add_mask_token_id(4)
+        for name, shape in matrices.items():
+            writer.add_tensor(f"{name}.weight", random.normal(0, 0.3, shape).astype("f4"))
+        for name, length in biases.items():
+            writer.add_tensor(f"{name}.bias", np.zeros(length, np.float32))
+        for name in norms:
+            writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+            writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return path

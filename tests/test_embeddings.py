@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import demo_config, eventually, unused_port
-from model_files import write_header, write_pooled
+from model_files import WORDS, write_header, write_pooled, write_ranker
 
 from kitty_nb import ControlPanel, ModelCatalog, ModelManager, ServerConfig
 from kitty_nb.catalog.model import read_task
@@ -87,6 +87,34 @@ def test_tokens_are_those_of_the_server(embedder: ModelManager) -> None:
     assert embedder.tokenize(TEXTS[3]).wait(60) == raw
 
 
+def test_a_server_that_is_attached_to_embeds_too(embedder: ModelManager, tmp_path: Path) -> None:
+    config = embedder.state.config
+    other = ServerConfig(profile="other", port=config.port, log_dir=config.log_dir)
+    with ModelManager(config=other) as manager:
+        assert manager.attach().wait(60).task is Task.EMBED
+        assert manager.embed(TEXTS[:1]).wait(60).shape == (1, 320)
+
+
+@pytest.mark.parametrize("pooling", [4, None])  # old conversions do not say it
+def test_documents_are_ranked_as_by_the_server(
+    config: ServerConfig, engine: Path | None, tmp_path: Path, pooling: int | None
+) -> None:
+    model = write_ranker(tmp_path / "models" / "ranker.gguf", pooling)
+    documents = [f"the {word} sits" for word in WORDS]
+    asked = {"query": "what is the sun", "documents": documents}
+    with ModelManager(config=config.replace(model=model, context_size=256, binary=engine)) as one:
+        assert one.start().wait(60).task is Task.RANK
+        ranked = one.rerank(asked["query"], documents).wait(60)
+        raw = one.http.post("/v1/rerank", json=asked).json()["results"]
+        best = one.rerank(asked["query"], documents, 2).wait(60)
+    by_server = {row["index"]: row["relevance_score"] for row in raw}
+    assert {row.index: row.score for row in ranked} == pytest.approx(by_server)
+    assert [row.score for row in ranked] == sorted(by_server.values(), reverse=True)
+    assert len(set(by_server.values())) == len(documents)
+    assert [row.document for row in ranked] == [documents[row.index] for row in ranked]
+    assert best == ranked[:2]
+
+
 @pytest.mark.parametrize(
     ("architecture", "keys", "task"),
     [
@@ -102,6 +130,16 @@ def test_the_header_tells_what_a_model_is_for(
     tmp_path: Path, architecture: str, keys: dict[str, object], task: Task
 ) -> None:
     path = write_header(tmp_path / "model.gguf", architecture, **keys)
+    assert read_task(path) is task
+    (row,) = ModelCatalog(tmp_path).scan()
+    assert row.facts.task is task
+
+
+@pytest.mark.parametrize(("pooling", "task"), [(4, Task.RANK), (None, Task.RANK), (2, Task.EMBED)])
+def test_the_tensors_tell_where_the_header_does_not(
+    tmp_path: Path, pooling: int | None, task: Task
+) -> None:
+    path = write_ranker(tmp_path / "model.gguf", pooling)
     assert read_task(path) is task
     (row,) = ModelCatalog(tmp_path).scan()
     assert row.facts.task is task

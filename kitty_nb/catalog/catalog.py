@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.model import Model
 
-_FACTS = "facts 7"  # one higher whenever `FileFacts` changes or is worked out otherwise
+_FACTS = "facts 8"  # one higher whenever `FileFacts` changes or is worked out otherwise
 _FILE_FACTS = TypeAdapter(FileFacts)
 _READERS = 4  # files at a time: reading from a disk, and working on what was read
 _STEP_SECONDS = 0.2

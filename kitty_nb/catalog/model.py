@@ -267,18 +267,22 @@ def _facts(header: GgufHeader) -> FileFacts:
 def read_task(path: Path) -> Task:
     """Read what a model was made for; one that cannot be read is one to chat with."""
     try:
-        return _task(read_header(path, before="tokenizer."))
+        header = read_header(path, before="tokenizer.")
+        if header.architecture in FORMATS["encoders"]:  # its tensors tell, too
+            header = read_header(path)
+        return _task(header)
     except ModelFileError:
         return Task.CHAT
 
 
 def _task(header: GgufHeader) -> Task:
-    """Tell by the pooling that its converter wrote, of old conversions by its architecture."""
+    """Tell by the pooling that its converter wrote, of old conversions by what they consist of."""
     labels = header.metadata.get(f"{header.architecture}.classifier.output_labels")
-    pooling = header.own_number("pooling_type") or 0
-    if pooling == _RANK or labels is not None:
+    pooling, encodes = header.own_number("pooling_type"), header.architecture in FORMATS["encoders"]
+    classifies = encodes and any(tensor.name.startswith("cls.") for tensor in header.tensors)
+    if pooling == _RANK or labels is not None or (pooling is None and classifies):
         return Task.RANK
-    return Task.EMBED if pooling or header.architecture in FORMATS["encoders"] else Task.CHAT
+    return Task.EMBED if pooling or encodes else Task.CHAT
 
 
 def _kind(header: GgufHeader) -> Kind:

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import anyio
 
-from kitty_nb.config import Task
-
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from kitty_nb.config import ServerConfig
+    from kitty_nb.config import ServerConfig, Task
     from kitty_nb.supervisor.port_owner import PortOwner
     from kitty_nb.supervisor.requests import Request
 
@@ -246,8 +244,8 @@ class ServerState:
 
     @property
     def task(self) -> Task:
-        """The use of its model; one that was attached to is taken for one to chat with."""
-        return Task.CHAT if self.external else self.config.task
+        """The use of its model."""
+        return self.external.task if self.external else self.config.task
 
     @property
     def sentence(self) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.config import FLAG_PREFIX, spelled, value_of
+from kitty_nb.config import FLAG_PREFIX, Task, spelled, task_by_flags, value_of
 from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind
@@ -49,6 +49,7 @@ class PortOwner:
         sleeps: Whether it frees an idle model by itself, and would be kept awake by many questions.
         unspoken: The flag for which kitty_nb cannot talk to it, such as one for TLS.
         user: Whose process it is; None where it is this user's own.
+        task: What it was started for.
     """
 
     port: int
@@ -61,6 +62,7 @@ class PortOwner:
     sleeps: bool = False
     unspoken: str | None = None
     user: str | None = None
+    task: Task = Task.CHAT
 
     @property
     def attachable(self) -> bool:
@@ -230,6 +232,7 @@ def _describe(pid: int, port: int) -> PortOwner | None:
         sleeps=sleeps(words),
         user=user,
         unspoken=next((flag for flag in UNSPOKEN_FLAGS if value_of(words, {flag})), None),
+        task=task_by_flags(words) or Task.CHAT,
     )
 
 
