@@ -60,22 +60,27 @@ def paired(model: Path, root: Path) -> Path | None:
     return row.projector
 
 
-def test_an_image_is_answered(seeing: ServerConfig, engine: Path | None) -> None:
-    question = [
-        {"type": "text", "text": "What is this?"},
-        {"type": "image_url", "image_url": {"url": png()}},
-    ]
-    request = {"messages": [{"role": "user", "content": question}], "max_tokens": 40}
+PIECES = 4  # tokens of the vectors that a picture becomes
+
+
+def tokens_for_a_picture(manager: ModelManager, path: Path) -> int:
+    """Ask with a picture and without; return how many tokens it adds to the prompt."""
+    path.write_bytes(base64.b64decode(png().partition(",")[2]))
+    options = {"max_tokens": 40, "temperature": 0, "cache_prompt": False}
+    seen = manager.chat("What is this?", images=[path], **options).wait(120)
+    told = manager.chat("What is this?", **options).wait(120)
+    assert seen.text
+    assert seen.usage.prompt
+    assert told.usage.prompt
+    return seen.usage.prompt - told.usage.prompt
+
+
+def test_an_image_is_answered(seeing: ServerConfig, engine: Path | None, tmp_path: Path) -> None:
     with ModelManager(config=seeing.replace(binary=engine)) as manager:
         state = manager.start().wait(60)
         assert "with mmproj-F16.gguf" in state.sentence
         assert manager.http.get("/props").json()["modalities"]["vision"] is True
-        answer = manager.http.post("/v1/chat/completions", json=request).json()
-        words = answer["usage"]["prompt_tokens"]
-        assert "kitty_nb demo model" in answer["choices"][0]["message"]["content"]
-        request["messages"] = [{"role": "user", "content": question[:1]}]
-        without = manager.http.post("/v1/chat/completions", json=request).json()
-        assert words > without["usage"]["prompt_tokens"] + 3  # four pieces of the image
+        assert tokens_for_a_picture(manager, tmp_path / "red.png") >= PIECES
         manager.restart(manager.state.config.replace(mmproj="off")).wait(60)
         assert manager.http.get("/props").json()["modalities"]["vision"] is False
 
@@ -92,6 +97,7 @@ def test_the_real_model_sees_by_a_projector_of_its_width(
     with ModelManager(config=real_config.replace(models_dir=tmp_path, model=link)) as manager:
         manager.start().wait(120)
         assert manager.http.get("/props").json()["modalities"]["vision"] is True
+        assert tokens_for_a_picture(manager, tmp_path / "red.png") >= PIECES
 
 
 def test_a_projector_is_passed_on_unless_it_is_left_out(

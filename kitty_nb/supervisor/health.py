@@ -156,7 +156,7 @@ _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/rerank", {"query": "Hello", "documents": ["Hello"]}),
 )
 _ANOTHER_KIND = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
-_NO_NEXT_TOKEN = "logits computation"  # what a model that only encodes lacks
+_ENCODES_ONLY = "logits computation"  # what a model that only encodes lacks
 _ASK_AGAIN, _LOOK_AGAIN = 0.2, 1.0  # seconds
 
 
@@ -336,7 +336,7 @@ class HealthProbe:
     async def _first_failure(self) -> str | None:
         for path, request in _FIRST_REQUESTS:
             response = await self._post(path, request)
-            if response.status_code not in _ANOTHER_KIND and _NO_NEXT_TOKEN not in response.text:
+            if response.status_code not in _ANOTHER_KIND and _ENCODES_ONLY not in response.text:
                 # A refusal is an answer, too.
                 return _failure(response) if response.is_server_error else None
         return None
