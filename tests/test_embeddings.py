@@ -50,6 +50,17 @@ def test_texts_become_the_rows_that_the_server_gives_one_by_one(embedder: ModelM
     assert embedder.embed([]).wait(60).shape[0] == 0
 
 
+def test_a_vector_is_the_mean_of_those_of_its_tokens(embedder: ModelManager) -> None:
+    """The demo model's layers add nothing: the vector of a token is 1 at its number, else 0."""
+    text = "who are you the demo model"
+    request = {"content": text, "add_special": True}
+    tokens = embedder.http.post("/tokenize", json=request).json()["tokens"]
+    counts = np.bincount(tokens, minlength=320)
+    assert len(set(tokens)) > 3
+    (vector,) = embedder.embed([text]).wait(60)
+    np.testing.assert_allclose(vector, counts / np.linalg.norm(counts), atol=1e-3)
+
+
 def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
     panel = ControlPanel(manager=embedder)
     try:
