@@ -172,6 +172,7 @@ async def isolated_server(
             on_kernel_exit=OnKernelExit.STOP,
             idle_shutdown_seconds=None,
             restart_max=0,
+            keep_prompts=False,
         )
         async with Supervisor(own) as supervisor:
             supervisor.subscribe(follow)

@@ -18,6 +18,7 @@ from kitty_nb.client.conversation import Form, as_messages, chat_request, conver
 from kitty_nb.config import OnKernelExit, ServerConfig, Task
 from kitty_nb.errors import KittyError
 from kitty_nb.operation import Chat, Operation, Pieces
+from kitty_nb.pinned import Pinned
 from kitty_nb.supervisor.events import (
     Event,
     LoadProgress,
@@ -320,6 +321,19 @@ class ModelManager:
             KittyError: The server is not ready, its model does not rank, or a text is too long.
         """
         return self._ask(Task.RANK, embeddings.rerank, query, [*documents], top_n)
+
+    def pinned(self, name: str, text: str) -> Pinned:
+        """Have the server read a text once, for this and all later kernels, to ask about it.
+
+        Args:
+            name: The name under which it is kept on disk, as `kitty-nb prompts list` shows it.
+            text: The text. What is kept of another text of that name is replaced.
+
+        Raises:
+            KittyError: The server is not ready, keeps no prompts, or refused the text; once it is
+                waited for.
+        """
+        return Pinned(text, self.run(self._supervisor.pin, name, text), self.chat)
 
     def tokenize(self, text: str) -> Operation[list[int]]:
         """Return the tokens of a text, without those that the model puts around it.

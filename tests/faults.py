@@ -174,7 +174,7 @@ def _leaves_nothing(case: Case) -> None:
     assert not record_path(case.healthy).exists()
     names = {path.name for path in case.healthy.log_dir.iterdir()}
     logs = {f"primary.log.{age}" for age in (1, 2, 3)}
-    assert names <= {"primary.lock", "primary.sidecar.lock", "primary.log", *logs}
+    assert names <= {"primary.lock", "primary.sidecar.lock", "primary.log", "prompts", *logs}
     for process in psutil.process_iter(["cmdline"]):
         assert str(case.folder) not in " ".join(process.info["cmdline"] or ())
 

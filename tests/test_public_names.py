@@ -23,7 +23,17 @@ ROOMS = {
     "supervisor": {"errors", "safe_files", "config", "engine", "catalog"},
     "client": {"errors", "supervisor.events"},
     "operation": {"errors", "client", "supervisor.events"},
-    "manager": {"errors", "config", "engine", "catalog", "supervisor", "client", "operation"},
+    "pinned": {"operation", "supervisor.prompt_keeper"},
+    "manager": {
+        "errors",
+        "config",
+        "engine",
+        "catalog",
+        "supervisor",
+        "client",
+        "operation",
+        "pinned",
+    },
     "isolated_server": {"errors", "config", "engine", "supervisor", "client"},
     "hub": {"errors", "catalog"},
     "experiments": {

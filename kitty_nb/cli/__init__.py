@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections import deque
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -385,6 +386,45 @@ def download(
     if problem := why_not_served(model):
         _say(problem, err=True)
     _say(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
+
+
+class _Prompts(StrEnum):
+    LIST = "list"
+    CLEAR = "clear"
+
+
+@app.command()
+def prompts(
+    action: Annotated[_Prompts, typer.Argument(help="What to do.")] = _Prompts.LIST,
+    name: Annotated[str, typer.Argument(help="Only prompts of this name.")] = "",
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """List or remove the prompts that are kept on disk, of all profiles in the same log folder."""
+    from datetime import datetime
+
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from kitty_nb.cli.console import PlainConsole
+    from kitty_nb.supervisor.kept_prompts import PromptStore
+
+    config = _settings(env, profile)
+    store = PromptStore.of(config)
+    kept = [prompt for prompt in store.prompts() if name in {"", prompt.name}]
+    if action is _Prompts.CLEAR:
+        store.clear(kept, whole=not name)
+        _say(f"Removed {len(kept)} kept prompt{'s' * (len(kept) != 1)}.")
+    elif not kept:
+        _say(f"There are no kept prompts in {config.prompts_dir}.")
+    else:
+        table = Table("Name", "Model", "Tokens", "Size", "Saved", box=None)
+        for one in kept:
+            at = datetime.fromtimestamp(one.at).astimezone()
+            where = one.name or f"(slot {one.slot} of {one.profile})"
+            size = decimal(one.size)
+            table.add_row(where, one.model, f"{one.tokens:,}", size, f"{at:%Y-%m-%d %H:%M}")
+        PlainConsole().print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

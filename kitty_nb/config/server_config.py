@@ -355,6 +355,8 @@ class ServerConfig(BaseModel):
     log_max_mb: Annotated[PositiveFloat, Env("a size in megabytes above 0")] = 16.0
     log_keep: Annotated[PositiveInt, Env("a number of older logs, 1 or more")] = 3
     history: Annotated[_InHome, Env("a file for the history of loads")] = _STATE / "history.sqlite3"
+    keep_prompts: Annotated[bool, Env("on or off")] = True
+    keep_prompts_gb: Annotated[PositiveFloat, Env("a size in gigabytes above 0")] = 8.0
     health_max_attempts: Annotated[PositiveInt, Env("a number of checks, 1 or more")] = 120
     stall_seconds: Annotated[PositiveFloat, Env("a number of seconds above 0")] = 120.0
     on_kernel_exit: Annotated[OnKernelExit, Env("keep or stop")] = OnKernelExit.KEEP
@@ -452,6 +454,11 @@ class ServerConfig(BaseModel):
     def log_path(self) -> Path:
         """The file that the server's output goes to."""
         return self.log_dir / f"{self.profile}.log"
+
+    @property
+    def prompts_dir(self) -> Path:
+        """The folder of kept prompts, which profiles with the same folder for logs share."""
+        return self.log_dir / "prompts"
 
     @model_validator(mode="wrap")
     @classmethod

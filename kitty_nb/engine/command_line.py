@@ -122,6 +122,7 @@ _MMPROJ = "--mmproj"
 _TASKS = {Task.EMBED: "--embedding", Task.RANK: "--rerank"}
 ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
+_KEEP = "--slot-save-path"
 # Flags that the manager writes itself, by the field that they come from.
 _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
 # Flags that change how a server is talked to, in a way that the manager does not know.
@@ -154,6 +155,13 @@ def sleeps(command: Sequence[str]) -> bool:
     return not (value_of(command, {_SLEEP}) or "-").startswith("-")
 
 
+def keeps_prompts(engine: Engine, config: ServerConfig) -> bool:
+    """Tell whether a server's prompts are kept: the build can, and the model reads to answer."""
+    theirs = value_of(config.extra_args, {_KEEP}) is not None
+    wanted = config.keep_prompts and config.task is Task.CHAT and not theirs
+    return wanted and engine.dialect.option(_KEEP) is not None
+
+
 def leaves_out_projector(engine: Engine, config: ServerConfig) -> bool:
     """Tell whether a model goes without its projector because this build takes none."""
     return config.projector is not None and not engine.dialect.option(_MMPROJ)
@@ -184,6 +192,8 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
         yield from (ORIGINS, "localhost")
+    if keeps_prompts(engine, config):
+        yield from (_KEEP, str(config.prompts_dir))
     if knows("--log-jsonl"):
         yield "--log-jsonl"
     if engine.dialect.traces:  # the log tells how long each prompt is, before it is read

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
+from kitty_nb.errors import RefusedError, ServerError
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -276,12 +277,12 @@ class HealthProbe:
             unknown = "not yet identified as the server that kitty_nb started"
             return replace(result, status=ServerStatus.STARTING, message=unknown)
         if self._sleeps:  # reading its slots would keep it awake
-            props = await self._get("/props")
+            props = await self.get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
         busy = any(slot.get("is_processing") for slot in self.slots)
         if not (idle and self.slots and not busy):
-            self.slots = _objects(await self._get("/slots"))
+            self.slots = await self.ask_slots()
         if not self.slots:
             return result
         return replace(
@@ -294,7 +295,7 @@ class HealthProbe:
 
     async def look_at_slots(self) -> float | None:
         """Read `slots`; return the tokens a second since the last look, where that is told."""
-        self.slots = _objects(await self._get("/slots"))
+        self.slots = await self.ask_slots()
         return self._pace.measure(self.slots, time.monotonic()) if self.slots else None
 
     async def identify(self) -> Identity:
@@ -302,7 +303,7 @@ class HealthProbe:
 
         Builds that do not list their models get the benefit of the doubt.
         """
-        models = await self._get("/v1/models")
+        models = await self.get("/v1/models")
         if models in _KEY_REFUSED:
             return Identity.KEY_REFUSED
         named = [(one.get("id"), *(one.get("aliases") or ())) for one in _listed(models)]
@@ -324,7 +325,7 @@ class HealthProbe:
             async def look_at_slots() -> None:
                 while True:
                     await anyio.sleep(_LOOK_AGAIN)
-                    slots = _objects(await self._get("/slots"))
+                    slots = await self.ask_slots()
                     if any(slot.get("is_processing") and decoded(slot) for slot in slots):
                         tasks.cancel_scope.cancel()
 
@@ -356,12 +357,12 @@ class HealthProbe:
 
     async def is_router(self) -> bool:
         """Ask whether it serves many models, each by a child of its own."""
-        props = await self._get("/props")
+        props = await self.get("/props")
         return isinstance(props, dict) and props.get("role") == "router"
 
     async def router_models(self) -> dict[str, ModelStatus]:
         """Return the status of each of a router's models; none if it is too busy to answer."""
-        models = _listed(await self._get("/v1/models"))
+        models = _listed(await self.get("/v1/models"))
         return {str(one.get("id")): _model_status(one.get("status")) for one in models}
 
     async def order(self, verb: str, model: str) -> str:
@@ -374,7 +375,39 @@ class HealthProbe:
             return f"it does not answer ({type(error).__name__})"
         return "" if response.is_success else _failure(response)
 
-    async def _get(self, path: str) -> Any:
+    async def ask_slots(self) -> list[dict[str, Any]]:
+        """Return what `/slots` answers now; nothing where it does not."""
+        return _objects(await self.get("/slots"))
+
+    async def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Have the server do something, however long that takes, and return its answer.
+
+        Raises:
+            RefusedError: It can't do that, now or later.
+            ServerError: It won't do it now, broke off, or is not known to be ours.
+        """
+        if not self.trusted:
+            raise ServerError("it is not known to be the server that kitty_nb started")
+        try:
+            response = await self._client.post(
+                path,
+                json=request,
+                headers=self._key,
+                timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
+            )
+            said = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"it does not answer ({type(error).__name__})") from None
+        if response.is_error or not isinstance(said, dict):
+            never = response.status_code == HTTPStatus.NOT_IMPLEMENTED
+            raise (RefusedError if never else ServerError)(_failure(response))
+        return said
+
+    async def get(self, path: str) -> Any:
+        """Return what it answers to a question, or the status by which it refuses our key.
+
+        None without an answer, or as long as it is not known to be ours.
+        """
         if not self.trusted:
             return None
         try:

@@ -53,6 +53,7 @@ class ServerRecord(BaseModel):
         api_key: What it asks its clients for; None when it asks for nothing.
         idle_seconds: How long it may be unused before its sidecar ends it; 0 is for ever.
         devices: What it can put the model on beside the processor; None while nobody has asked.
+        prompts: What its kept prompts depend on; None where it keeps none.
         config: What it was started with.
     """
 
@@ -67,6 +68,7 @@ class ServerRecord(BaseModel):
     api_key: Secret | None = None
     idle_seconds: int = 0
     devices: tuple[str, ...] | None = None
+    prompts: dict[str, str] | None = None
     config: ServerConfig
 
     def names(self, process: ServerProcess) -> bool:

@@ -55,6 +55,23 @@ class Request:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a slot holds after a request.
+
+    Attributes:
+        task: The number of the request.
+        tokens: Those of its prompt and answer.
+        cached: How many of them were there before; None where the log does not say.
+        extends: Whether the request went on where the slot's contents ended, as far as known.
+    """
+
+    task: int
+    tokens: int
+    cached: int | None = None
+    extends: bool = False
+
+
 @dataclass(slots=True)
 class ActiveRequest:
     """A request that the server still works on; times are in seconds of one clock.
@@ -78,6 +95,7 @@ class ActiveRequest:
         accepted: The share of drafted tokens that were accepted.
         cancelled: Whether its client has gone.
         error: What the server says went wrong.
+        extends: Whether it goes on where the slot's contents end.
     """
 
     began: float
@@ -98,6 +116,7 @@ class ActiveRequest:
     accepted: float | None = None
     cancelled: bool = False
     error: str = ""
+    extends: bool = False
 
     def advance(self, read: int, at: float) -> None:
         """Note that a batch is read."""
@@ -157,6 +176,7 @@ _NUMBER = r"\d{1,12}(?:\.\d{1,12})?"
 _CLOCK = re.compile(r"(\d{1,9})\.(\d\d)\.(\d{3})\.(\d{3}) ")
 _SLOT = re.compile(r"\bid +(\d{1,9}) \| task (\d{1,12}) \|(.*)")
 _BEGUN = re.compile(r"processing task")
+_SELECTED = re.compile(r"\bid +(\d{1,9}) \| task -1 \| selected slot by.*?(f_keep = 1\.000|$)")
 _PROMPT = re.compile(r"new prompt,.*?(?:task\.n_tokens|n_prompt_tokens) = (\d{1,12})\b")
 _HELD = re.compile(r"(?:cached n_tokens|n_past) = (\d{1,12}), memory_seq_rm")
 _READ = re.compile(
@@ -186,6 +206,7 @@ class RequestLog:
         prompt_speed: Tokens a second at which the last prompt was read; None before the first.
         rest: Tokens at the end of a prompt that are read apart, as far as known; 0 for none.
         heard: Whether this build's log has told of a finished request.
+        held: What each slot holds since its last request.
     """
 
     def __init__(self, began: float, epoch: float) -> None:
@@ -198,7 +219,9 @@ class RequestLog:
         # come learns when; lines of the past are dated by the process.
         self._zero, self._live = began, False
         self._last: tuple[int, int] | None = None
+        self._extended: set[int] = set()  # the slots that the next request goes on with
         self.heard = False
+        self.held: dict[int, Held] = {}
 
     def dated(self, began: float) -> None:
         """Correct when the server's process began, before its first lines are read."""
@@ -224,10 +247,13 @@ class RequestLog:
         elif cancelled := _CANCELLED.search(line):
             for task in self._numbered(cancelled[1]):
                 task.cancelled = True
+        elif selected := _SELECTED.search(line):
+            number = int(selected[1])
+            (self._extended.add if selected[2] else self._extended.discard)(number)
         elif slot := _SLOT.search(line):
             self._last = key = int(slot[1]), int(slot[2])
             if _BEGUN.search(slot[3]):
-                self.active[key] = ActiveRequest(at, at)
+                self.active[key] = ActiveRequest(at, at, extends=key[0] in self._extended)
             yield from self._read_task(key, slot[3], at)
         elif self._last:  # old builds write the timings on lines of their own
             yield from self._read_task(self._last, line, at)
@@ -238,6 +264,7 @@ class RequestLog:
             return
         if ended := _ENDED.search(words):
             del self.active[key]
+            self.held[key[0]] = Held(key[1], int(ended[1]), task.cached, task.extends)
             request = task.finish(int(ended[1]), at, self._epoch)
             first, self.heard = not self.heard, True
             if not (first and _is_probe(request)):

@@ -43,10 +43,12 @@ from kitty_nb.supervisor.health import (
     serving_news,
 )
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
+from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import Usage, oom_kills
+from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 from kitty_nb.supervisor.workload import WorkMeter
@@ -138,6 +140,7 @@ class Server:
         # Its work, once it is ready.
         self.work = WorkMeter(RequestLog(clock(), time.time() - clock()), config.batch_size)
         self._worked = anyio.Event()
+        self.prompts: PromptKeeper | None = None  # where they are kept, and once that is known
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -194,6 +197,8 @@ class Server:
         seconds = self._record.load_seconds
         took = "" if seconds is None else f", whose model loaded in {seconds:.0f} s"
         self._notify(f"Found a running server (PID {self._process.pid}){took}.")
+        if self._record.prompts is not None:
+            self._make_keeper(self._record.prompts)
         if not self._found_ready:
             self._meter.measure(Usage(0, 0), 0.0)  # bytes loaded so far count
         if self._guards:
@@ -220,13 +225,18 @@ class Server:
             if leaving := await run_sync(registry.leaving_server, config):
                 self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
                 await leaving.terminate(config.stop_grace_seconds)
-            command = command_line.build_command(engine, config)
+            keeps = await self._can_keep_prompts(engine)
+            command = command_line.build_command(
+                engine, config.model_copy(update={"keep_prompts": keeps})
+            )
             self._warn_of_old_build(engine)
             await run_sync(refuse_busy_port, config)
             # A cancellation during the thread's work is delivered only here.
             await anyio.lowlevel.checkpoint_if_cancelled()
             rotate(config.log_path, config.log_keep)
             await self._start_process(command, devices)
+        if keeps:
+            self._tasks.start_soon(self._keep_prompts, engine)
 
     def _warn_of_old_build(self, engine: Engine) -> None:
         if command_line.leaves_out_projector(engine, self._config):
@@ -382,7 +392,7 @@ class Server:
             while True:
                 idle = self.work.log.heard and not self.work.busy
                 self._note_health(await self.probe.check_activity(idle=idle))
-                self.work.look(self.probe.slots, self._health.tokens_per_second, self._clock())
+                self._look_at_slots(self._health.tokens_per_second)
                 await anyio.sleep(_ASK_READY)
 
     async def _show_work(self) -> None:
@@ -400,10 +410,14 @@ class Server:
         while True:
             await anyio.sleep(_SLOTS_ASKED)
             if self.work.busy:
-                pace = await self.probe.look_at_slots()
-                self.work.look(self.probe.slots, pace, self._clock())
+                self._look_at_slots(await self.probe.look_at_slots())
             else:
                 await self._worked.wait()
+
+    def _look_at_slots(self, pace: float | None) -> None:
+        """Take the answer of `/slots`; an end that it tells of stands in the log by now."""
+        self._read_log()
+        self.work.look(self.probe.slots, pace, self._clock())
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
         """Check once. READY takes our own server, and an answer to a first request."""
@@ -438,9 +452,14 @@ class Server:
 
     async def _prove(self, answered: anyio.Event) -> None:
         """Send a first request; give the server up if that fails."""
-        if not self._found_ready and (said := await self.probe.first_answer()):
-            self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
-            return
+        async with anyio.create_task_group() as tasks:
+            if self.prompts:
+                tasks.start_soon(self.prompts.prepare)
+            if not self._found_ready and (said := await self.probe.first_answer()):
+                self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
+                return
+        if self.prompts and self._asking:
+            self._asking.start_soon(self._restore_prompts, self.prompts)
         answered.set()
         self.probe.hint()
 
@@ -496,17 +515,69 @@ class Server:
                 )
         return now, elapsed
 
+    # Its prompts
+
+    async def _can_keep_prompts(self, engine: Engine) -> bool:
+        """Make the folder for prompts, if they are kept, and tell whether it can be used."""
+        if not command_line.keeps_prompts(engine, self._config):
+            return False
+        try:
+            problem = await run_sync(PromptStore.of(self._config).prepare)
+        except OSError as error:
+            problem = f"Can't make {self._config.prompts_dir} ({error.strerror})."
+        if problem:
+            self._notify(
+                f"{problem} Prompts are not kept. Set LLAMACPP_LOG_DIR to a folder that only you"
+                " can write to, or LLAMACPP_KEEP_PROMPTS=off.",
+                Level.WARNING,
+            )
+        return not problem
+
+    async def _keep_prompts(self, engine: Engine) -> None:
+        """Find out what may be restored, while the model loads."""
+        facts = await run_sync(state_facts, self._config, engine)
+        with suppress(OSError):  # then a later kernel keeps none
+            self._amend_record(prompts=facts)
+        await self._make_keeper(facts).look()
+
+    def _make_keeper(self, facts: dict[str, str]) -> PromptKeeper:
+        self.prompts = PromptKeeper(
+            self._config,
+            facts,
+            PromptStore.of(self._config),
+            self.probe,
+            self.work.log,
+            self._notify,
+            self._clock,
+        )
+        return self.prompts
+
+    async def _restore_prompts(self, prompts: PromptKeeper) -> None:
+        """Restore what may be restored, then save what comes."""
+        if not self._found:
+            await prompts.restore()
+        await prompts.tend()
+
     # Beside the server
+
+    def _amend_record(self, **changes: object) -> None:
+        """Write what has become known of our own server since it was started.
+
+        Raises:
+            OSError: It can't be written.
+        """
+        if self._record:
+            self._record = self._record.model_copy(update=changes)
+            # A server that is being stopped must not get its record back.
+            if not self._found and not self._being_ended():
+                registry.write_record(self._record)
 
     async def _name_devices(self) -> None:
         """Find out which devices the server uses, while it loads."""
         if self._record is None or self._record.devices is not None:
             return
         with suppress(KittyError, OSError):  # the names are optional
-            devices = await self._list_devices()
-            self._record = self._record.model_copy(update={"devices": devices})
-            if not self._found and not self._being_ended():
-                registry.write_record(self._record)
+            self._amend_record(devices=await self._list_devices())
 
     async def _list_devices(self) -> tuple[str, ...] | None:
         if not await run_sync(offloads, self._config):
@@ -547,14 +618,24 @@ class Server:
         await anyio.lowlevel.checkpoint()  # the connection is closed before the signal is sent
         if force:
             process.kill()
-        else:
-            await process.terminate(self._config.stop_grace_seconds)
+            return
+        grace = self._config.stop_grace_seconds
+        if self.prompts and self.was_ready and not self._health.asleep:
+            self._read_log()
+            with anyio.move_on_after(grace):
+                await self.prompts.save()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(process.terminate, grace)
+            if self.prompts:
+                await self.prompts.settle()
 
     async def _finish(self, code: int | None) -> Outcome:
         """Read the log to its end and report why the process exited."""
         while self._read_log():
             await anyio.lowlevel.checkpoint()
         self._read_log(to_end=True)
+        if self.prompts:
+            await self.prompts.settle()
         asked = self._being_ended()
         kills, before = oom_kills(), self._oom_kills[0]
         out_of_memory = None if kills is None else kills != before

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.memory import MemoryPreview
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import MemoryUse
+    from kitty_nb.supervisor.prompt_keeper import Pin
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.requests import Request
 
@@ -65,6 +66,11 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; one that hangs is shown before it answers
 _STOPPED = "The server was stopped before it was ready."
+_KEEPS_NONE = (
+    "This server keeps no prompts: LLAMACPP_KEEP_PROMPTS is off, it was started by another program,"
+    " or its build of llama-server can't. Start it with LLAMACPP_KEEP_PROMPTS=on, or update"
+    " llama.cpp."
+)
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine lists its devices
 
 
@@ -317,6 +323,24 @@ class Supervisor:
             on_preview or (lambda _: None),
             _PREVIEW_PAUSE,
         )
+
+    async def pin(self, name: str, text: str) -> Pin:
+        """Have the server read a text that questions are about, or restore what it read of it.
+
+        Args:
+            name: The name under which the prompt is kept on disk, for all profiles that run the
+                same model with the same settings.
+            text: The text, which is to be the system message of what is asked.
+
+        Raises:
+            ServerError: The server is not ready, keeps no prompts, or refused the text.
+        """
+        server = self._server
+        if self._now.status is not ServerStatus.READY:
+            raise ServerFailedError(f"The server is {self._now.status}, not READY.")
+        if not isinstance(server, Server) or server.prompts is None:
+            raise ServerError(_KEEPS_NONE)
+        return await server.prompts.pin(name, text)
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""

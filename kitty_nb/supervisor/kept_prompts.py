@@ -1,0 +1,248 @@
+"""Prompts on disk: what a server's slots held, and when another server may take it up.
+
+A state is written by the engine, `KEY.state`; what is known of it stands beside it in `KEY.json`,
+which is written last: a state without one is not complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
+
+from kitty_nb.engine.command_line import options_of
+from kitty_nb.safe_files import distrust, write_atomic
+from kitty_nb.supervisor.history import gather_facts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
+
+_STATE, _ABOUT, _USELESS = ".state", ".json", ".useless"
+_MODEL, _BUILD = "the model's file", "llama-server"
+# What changes neither the contents of a state nor how it is read.
+_NEUTRAL = {"--n-predict", "--temp", "--top-p", "--repeat-penalty", "--threads", "--threads-batch"}
+_READ_AT_ONCE = 1 << 20  # bytes
+_ABANDONED_AFTER = 3600.0  # seconds; a state is not written for that long
+
+
+class KeptPrompt(BaseModel):
+    """What is known of a prompt on disk.
+
+    Attributes:
+        key: The name of its files, without an ending.
+        name: The name that a program gave it; empty for one kept by itself.
+        profile: The profile whose server held it.
+        model: The model's name, for people.
+        slot: The slot that held it.
+        tokens: Its length.
+        size: Bytes of its state.
+        checksum: Of its state.
+        source: Digest of the text that it was made of; empty for one kept by itself.
+        facts: What it depends on, by the name for people, each as a digest.
+        at: When it was saved, in seconds since the epoch.
+        reading: Seconds that reading it took, or would take; None where that is not known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    key: str
+    name: str = ""
+    profile: str
+    model: str
+    slot: NonNegativeInt
+    tokens: NonNegativeInt
+    size: NonNegativeInt = 0
+    checksum: NonNegativeInt = 0
+    source: str = ""
+    facts: dict[str, str]
+    at: NonNegativeFloat = 0.0
+    reading: NonNegativeFloat | None = None
+
+    def changed(self, facts: Mapping[str, str]) -> list[str]:
+        """Return the names of the facts that differ, and so forbid its use."""
+        return [name for name in {**self.facts, **facts} if self.facts.get(name) != facts.get(name)]
+
+    def replaces(self, other: KeptPrompt) -> bool:
+        """True if another one of the same name, or of the same slot and model, is out of date."""
+        if self.name or other.name:
+            return (self.name, self.facts) == (other.name, other.facts)
+        return (self.profile, self.model, self.slot) == (other.profile, other.model, other.slot)
+
+
+def state_facts(config: ServerConfig, engine: Engine) -> dict[str, str]:
+    """Return what the states of a server's slots depend on, by its name for people. It blocks.
+
+    Args:
+        config: The settings, with the files that `resolve_model` found.
+        engine: The engine.
+    """
+    model = gather_facts(config)
+    facts = {
+        _MODEL: digest_of(model.size, model.mtime_ns, model.digest),
+        _BUILD: digest_of(engine.kind, engine.version, _stamp(engine.command[0])),
+    }
+    for flag, value in options_of(config):
+        if flag not in _NEUTRAL:
+            # A flag may stand several times, as that of an adapter does.
+            facts[flag] = digest_of(facts.get(flag), value, _stamp(value))
+    return facts
+
+
+def digest_of(*parts: object) -> str:
+    """Return a digest of some values: states may depend on what must not be readable."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    """Return what changes with a file; None where a word is none."""
+    try:
+        found = Path(file).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStore:
+    """A folder of prompts. Its methods block.
+
+    Attributes:
+        folder: The folder; only its owner may look into it.
+        budget: The most bytes that they may take together.
+    """
+
+    folder: Path
+    budget: float
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Self:
+        """Return the store of a profile."""
+        return cls(config.prompts_dir, config.keep_prompts_gb * 1e9)
+
+    def prepare(self) -> str | None:
+        """Make the folder; return why it can't be used, if so.
+
+        Raises:
+            OSError: It can't be made.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if reason := distrust(self.folder):
+            return reason
+        self.folder.chmod(0o700)
+        return None
+
+    def prompts(self) -> list[KeptPrompt]:
+        """Return what is kept, newest first; nothing from a folder that others can write to."""
+        if not self.folder.is_dir() or distrust(self.folder):
+            return []
+        return sorted(self._read(), key=lambda prompt: prompt.at, reverse=True)
+
+    def _read(self) -> Iterator[KeptPrompt]:
+        for about in self.folder.glob(f"*{_ABOUT}"):
+            with suppress(OSError, ValidationError):
+                prompt = KeptPrompt.model_validate_json(about.read_bytes())
+                if prompt.key == about.stem and not distrust(about, folders=False):
+                    yield prompt
+
+    def new_key(self) -> str:
+        """Return a name that no other state has."""
+        return secrets.token_hex(8)
+
+    def state(self, key: str) -> Path:
+        """Return the path of a state."""
+        return self.folder / f"{key}{_STATE}"
+
+    def intact(self, prompt: KeptPrompt) -> bool:
+        """Tell whether a state is what was saved."""
+        try:
+            return _checksum(self.state(prompt.key)) == prompt.checksum
+        except OSError:
+            return False
+
+    def add(self, prompt: KeptPrompt) -> KeptPrompt | None:
+        """Keep a state that the engine has written, in place of the last one of its kind.
+
+        Older ones go where there are too many.
+
+        Returns:
+            What is kept; None where it alone is larger than the budget.
+
+        Raises:
+            OSError: It can't be read or written.
+        """
+        state = self.state(prompt.key)
+        try:
+            state.chmod(0o600)
+            size = state.stat().st_size
+            if size > self.budget:
+                self.remove(prompt)
+                return None
+            prompt = prompt.model_copy(
+                update={"size": size, "checksum": _checksum(state), "at": time.time()}
+            )
+            about = self.folder / f"{prompt.key}{_ABOUT}"
+            write_atomic(about, prompt.model_dump_json().encode(), durable=False)
+        except BaseException:
+            self.remove(prompt)
+            raise
+        self._make_room(prompt)
+        return prompt
+
+    def _make_room(self, newest: KeptPrompt) -> None:
+        total = 0
+        for prompt in self.prompts():
+            total += prompt.size
+            if prompt.key != newest.key and (newest.replaces(prompt) or total > self.budget):
+                total -= prompt.size
+                self.remove(prompt)
+        for state in self.folder.glob(f"*{_STATE}"):
+            with suppress(OSError):
+                old = time.time() - state.stat().st_mtime > _ABANDONED_AFTER
+                if old and not state.with_suffix(_ABOUT).exists():
+                    state.unlink()
+
+    def remove(self, prompt: KeptPrompt) -> None:
+        """Remove a prompt: first what is known of it, so that nobody takes up half of it."""
+        for ending in (_ABOUT, _STATE):
+            with suppress(OSError):
+                (self.folder / f"{prompt.key}{ending}").unlink()
+
+    def clear(self, prompts: Iterable[KeptPrompt], *, whole: bool) -> None:
+        """Remove prompts; if all of the folder is meant, whatever else lies there, too."""
+        for prompt in prompts:
+            self.remove(prompt)
+        for file in self.folder.iterdir() if whole and self.folder.is_dir() else ():
+            if file.suffix in {_STATE, _ABOUT, _USELESS}:
+                file.unlink(missing_ok=True)
+
+    def is_useless(self, facts: Mapping[str, str]) -> bool:
+        """Tell whether this build has been found unable to keep prompts of this model."""
+        return self._useless(facts).exists()
+
+    def note_useless(self, facts: Mapping[str, str]) -> None:
+        """Remember that this build cannot keep prompts of this model."""
+        with suppress(OSError):
+            self._useless(facts).touch(mode=0o600)
+
+    def _useless(self, facts: Mapping[str, str]) -> Path:
+        named = [facts.get(name) for name in (_MODEL, _BUILD, "--swa-full")]
+        return self.folder / f"{digest_of(*named)}{_USELESS}"
+
+
+def _checksum(file: Path) -> int:
+    """Return a file's CRC-32: it finds damage, five times as fast as a digest of cryptography."""
+    found = 0
+    with file.open("rb") as opened:
+        while part := opened.read(_READ_AT_ONCE):
+            found = zlib.crc32(part, found)
+    return found

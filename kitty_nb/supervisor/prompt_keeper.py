@@ -1,0 +1,369 @@
+"""Keeps the prompts of one server: saves them when it rests or stops, restores them at its start.
+
+The engine reads and writes the states of its slots itself: `POST /slots/N?action=save|restore`, see
+`tools/server/README.md` of llama.cpp. What a state depends on is for `kept_prompts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.to_thread import run_sync
+
+from kitty_nb.errors import RefusedError, ServerError
+from kitty_nb.supervisor.events import Level
+from kitty_nb.supervisor.kept_prompts import KeptPrompt, digest_of
+from kitty_nb.supervisor.requests import Held
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.health import HealthProbe
+    from kitty_nb.supervisor.kept_prompts import PromptStore
+    from kitty_nb.supervisor.requests import RequestLog
+
+    Notify = Callable[[str, Level], object]
+
+_WORTH = 256  # tokens; fewer are read again in no time
+_RESTED, _LOOK = 2.0, 1.0  # seconds without work, after which slots are saved; between two looks
+_SPARED = 50  # saving is rare: it takes a fiftieth of the time, and spares the disk
+_CONTEXT, _ADAPTERS = "the context of a slot", "the scale of an adapter"
+_ADAPTER_FLAGS = {"--lora", "--lora-scaled"}
+_QUESTIONS = ("Why?", "1 2")  # what they have in common is what any question begins with
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A named prompt that a server has read.
+
+    Attributes:
+        name: Its name.
+        tokens: Its length.
+        seconds: Seconds until it was there.
+        reading: Seconds that reading it took, now or in the past; None where that is not known.
+        restored: Whether it came from the disk.
+    """
+
+    name: str
+    tokens: int
+    seconds: float
+    reading: float | None
+    restored: bool
+
+
+class PromptKeeper:
+    """The kept prompts of one server.
+
+    Args:
+        config: What the server was started with.
+        facts: What its states depend on, as `state_facts` tells.
+        store: Where states lie.
+        probe: Asks the server.
+        log: What the server's log tells of its requests.
+        notify: Called with each sentence for the user.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        facts: Mapping[str, str],
+        store: PromptStore,
+        probe: HealthProbe,
+        log: RequestLog,
+        notify: Notify,
+        clock: Callable[[], float],
+    ) -> None:
+        self._profile, self._model = config.profile, config.served_alias
+        self._facts, self._store = dict(facts), store
+        self._probe, self._log, self._notify, self._clock = probe, log, notify, clock
+        self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
+        self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
+        self._candidates: list[KeptPrompt] = []
+        self._restored: dict[int, KeptPrompt] = {}  # by slot, until a request uses it
+        self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
+        self._off = False
+        self._turn = anyio.Lock()
+
+    async def look(self) -> None:
+        """Find what can be restored, while the server loads; damage is looked for, too."""
+        for prompt in await run_sync(self._store.prompts):
+            if prompt.name or (prompt.profile, prompt.model) != (self._profile, self._model):
+                continue
+            if changed := set(prompt.changed(self._facts)) - {_CONTEXT, _ADAPTERS}:
+                self._refuse(prompt, changed)
+            elif await run_sync(self._store.intact, prompt):
+                self._candidates.append(prompt)
+            else:
+                self._notify(f"{_kept(prompt)} was damaged, and is removed.", Level.WARNING)
+                await run_sync(self._store.remove, prompt)
+
+    async def prepare(self) -> None:
+        """Learn the rest of what states depend on from the server itself, before it is ready."""
+        self._off = await run_sync(self._store.is_useless, self._facts)
+        slots = await self._probe.ask_slots()
+        self._facts[_CONTEXT] = digest_of(*(slot.get("n_ctx") for slot in slots))
+        if _ADAPTER_FLAGS & self._facts.keys():
+            self._facts[_ADAPTERS] = digest_of(await self._scales())
+
+    async def restore(self) -> None:
+        """Restore what the slots held, ahead of all requests that come from now on."""
+        async with self._turn, anyio.create_task_group() as tasks:
+            for prompt in () if self._off else self._candidates:
+                if changed := prompt.changed(self._facts):
+                    self._refuse(prompt, changed)
+                else:
+                    tasks.start_soon(self._restore, prompt, prompt.slot)
+        self._candidates.clear()
+
+    async def _restore(self, prompt: KeptPrompt, slot: int) -> bool:
+        began = self._clock()
+        file = self._store.state(prompt.key).name
+        try:
+            said = await self._probe.post(f"/slots/{slot}?action=restore", {"filename": file})
+        except ServerError as error:
+            self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
+            return False
+        if said.get("n_restored") != prompt.tokens:
+            self._notify(f"{_kept(prompt)} was not restored whole, and is removed.", Level.WARNING)
+            await run_sync(self._store.remove, prompt)
+            return False
+        self._restored[slot] = prompt
+        seconds = self._clock() - began
+        instead = f" instead of {prompt.reading:.0f} s" if prompt.reading else ""
+        self._notify(f"{_kept(prompt)} was restored in {seconds:.1f} s{instead}.", Level.INFO)
+        return True
+
+    async def tend(self) -> None:
+        """Save the slots of a server that rests."""
+        rested, due = 0.0, 0.0
+        while not self._off:
+            await anyio.sleep(_LOOK)
+            self._judge()
+            now = self._clock()
+            rested = 0.0 if self._log.active else rested + _LOOK
+            if rested >= _RESTED and now >= due and self._changed(self._log.held):
+                with anyio.CancelScope(shield=True):  # else the engine writes what nobody keeps
+                    await self.save()
+                await self.settle()
+                due = self._clock() + (self._clock() - now) * _SPARED
+
+    def _judge(self) -> None:
+        """Find out from the next request whether a restored prompt was of any use."""
+        for slot, prompt in tuple(self._restored.items()):
+            held = self._log.held.get(slot)
+            if held is None:
+                continue
+            del self._restored[slot]
+            # One that goes on where the prompt ended, and yet had to be read from its beginning.
+            if held.extends and held.cached is not None and held.cached < prompt.tokens / 2:
+                self._give_up(
+                    "it read one again that was restored, as older builds do for models with"
+                    " sliding windows or recurrent layers"
+                )
+
+    def _give_up(self, why: str) -> None:
+        self._off = True
+        self._store.note_useless(self._facts)
+        self._notify(
+            f"This build of llama-server can't keep prompts of {self._model}: {why}. A newer build"
+            " may be able to.",
+            Level.INFO,
+        )
+
+    def _changed(self, contents: Mapping[int, Held]) -> list[int]:
+        """Return the slots whose contents are worth keeping, and are not kept yet."""
+        return [
+            slot
+            for slot, held in contents.items()
+            if held.tokens >= _WORTH
+            and self._saved.get(slot) != held.task
+            and not (slot in self._pins and self._pins[slot].tokens == held.tokens)
+        ]
+
+    async def _contents(self) -> dict[int, Held]:
+        """Return what the slots at rest hold: the server knows before its log tells."""
+        contents = {}
+        for slot in await self._probe.ask_slots():
+            number = slot.get("id")
+            logged = self._log.held.get(number) if isinstance(number, int) else None
+            task = slot.get("id_task", logged and logged.task)
+            tokens = slot.get("n_prompt_tokens", logged and logged.tokens)
+            if isinstance(task, int) and isinstance(tokens, int) and not slot.get("is_processing"):
+                contents[int(slot["id"])] = Held(task, tokens)
+        return contents
+
+    async def save(self) -> None:
+        """Have the engine write what the slots at rest hold; `settle` keeps it."""
+        if self._off:
+            return
+        async with self._turn:
+            contents = await self._contents()
+            for slot in self._changed(contents):
+                await self._save(slot, contents[slot])
+
+    async def _save(
+        self, slot: int, held: Held | None = None, name: str = "", source: str = ""
+    ) -> KeptPrompt | None:
+        pace = self._log.prompt_speed
+        key = self._store.new_key()
+        file = self._store.state(key)
+        try:
+            if not name and not await self._default_scales(slot):
+                return None
+            said = await self._probe.post(f"/slots/{slot}?action=save", {"filename": file.name})
+        except RefusedError as error:
+            self._give_up(str(error).rstrip("."))
+            return None
+        except ServerError:  # it ends, or is too busy
+            return None
+        if held:
+            self._saved[slot] = held.task
+        prompt = KeptPrompt(
+            key=key,
+            name=name,
+            profile=self._profile,
+            model=self._model,
+            slot=slot,
+            tokens=said.get("n_saved", 0),
+            source=source,
+            facts=self._facts,
+            reading=said.get("n_saved", 0) / pace if pace else None,
+        )
+        if prompt.tokens < _WORTH and not name:
+            await run_sync(self._store.remove, prompt)  # something else has emptied the slot
+            return None
+        self._written.append(prompt)
+        return prompt
+
+    async def settle(self) -> None:
+        """Keep what the engine has written."""
+        while self._written:
+            prompt = self._written.pop()
+            try:
+                if not await run_sync(self._store.add, prompt):
+                    self._notify(
+                        f"{_kept(prompt)} is larger than LLAMACPP_KEEP_PROMPTS_GB, and is removed.",
+                        Level.INFO,
+                    )
+            except OSError as error:
+                self._notify(
+                    f"Can't keep a prompt in {self._store.folder} ({error.strerror}). Free some"
+                    " space, or set LLAMACPP_KEEP_PROMPTS=off.",
+                    Level.WARNING,
+                )
+
+    async def pin(self, name: str, text: str) -> Pin:
+        """Have a slot hold what every question about a text begins with.
+
+        Args:
+            name: The name under which it is kept.
+            text: The text, which becomes the system message.
+
+        Raises:
+            ServerError: The server refused it, or broke off.
+        """
+        began = self._clock()
+        tokens = await self._prefix(text)
+        source = digest_of(tokens)
+        async with self._turn:
+            for slot, prompt in self._pins.items():
+                held = self._log.held.get(slot)
+                if prompt.source == source and held and held.tokens == prompt.tokens:
+                    return Pin(name, prompt.tokens, 0.0, prompt.reading, restored=True)
+            slot = await self._free_slot()
+            contents = await self._contents()
+            if slot in self._changed(contents):
+                await self._save(slot, contents[slot])
+            kept = await self._find(name, source)
+            restored = kept is not None and await self._restore(kept, slot)
+            if not (kept and restored):
+                kept = await self._read(name, source, tokens, slot)
+            self._pins[slot] = kept
+        await self.settle()
+        return Pin(name, kept.tokens, self._clock() - began, kept.reading, restored)
+
+    async def _prefix(self, text: str) -> list[int]:
+        """Return the tokens that all conversations about a text have in common."""
+        asked = []
+        for question in _QUESTIONS:
+            messages = [
+                {"role": "system", "content": text},
+                {"role": "user", "content": question},
+            ]
+            prompt = (await self._probe.post("/apply-template", {"messages": messages}))["prompt"]
+            request = {"content": prompt, "add_special": True, "parse_special": True}
+            asked.append((await self._probe.post("/tokenize", request))["tokens"])
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*asked, strict=False))
+        return [token for token, _ in same]
+
+    async def _find(self, name: str, source: str) -> KeptPrompt | None:
+        """Return the kept prompt of that name, if it is of the same text and may be used."""
+        for prompt in await run_sync(self._store.prompts):
+            if self._off or (prompt.name, prompt.source) != (name, source):
+                continue
+            if prompt.changed(self._facts) or not await run_sync(self._store.intact, prompt):
+                continue
+            return prompt
+        return None
+
+    async def _read(self, name: str, source: str, tokens: list[int], slot: int) -> KeptPrompt:
+        """Have the server read a prompt, and keep it."""
+        request = {"prompt": tokens, "n_predict": 0, "id_slot": slot, "cache_prompt": True}
+        said = await self._probe.post("/completion", request)
+        seconds = said.get("timings", {}).get("prompt_ms", 0.0) / 1000
+        prompt = None if self._off else await self._save(slot, None, name, source)
+        if prompt:
+            self._written[-1] = prompt = prompt.model_copy(update={"reading": seconds})
+            return prompt
+        return KeptPrompt(
+            key="",
+            name=name,
+            profile=self._profile,
+            model=self._model,
+            slot=slot,
+            tokens=len(tokens),
+            source=source,
+            facts=self._facts,
+            reading=seconds,
+        )
+
+    async def _free_slot(self) -> int:
+        """Return the slot whose contents were used longest ago."""
+        free = [slot for slot in await self._probe.ask_slots() if not slot.get("is_processing")]
+        if not free:
+            raise ServerError("All slots are busy. Try again when an answer is complete.")
+        numbers = [int(slot["id"]) for slot in free]
+        return min(
+            numbers, key=lambda slot: self._log.held[slot].task if slot in self._log.held else -1
+        )
+
+    async def _default_scales(self, slot: int) -> bool:
+        """Tell whether a slot was computed with the adapters as they were at the start."""
+        if not _ADAPTER_FLAGS & self._facts.keys():
+            return True
+        scales = await self._scales()
+        used = [one for one in await self._probe.ask_slots() if one.get("id") == slot]
+        asked = [_scales(one.get("params", {}).get("lora") or []) for one in used]
+        return digest_of(scales) == self._facts.get(_ADAPTERS) and asked in ([scales], [{}])
+
+    async def _scales(self) -> dict[Any, Any]:
+        return _scales(await self._probe.get("/lora-adapters"))
+
+    def _refuse(self, prompt: KeptPrompt, changed: Iterable[str]) -> None:
+        names = ", ".join(sorted(changed))
+        verb = "has" if len(set(changed)) == 1 else "have"
+        self._notify(f"{_kept(prompt)} was not restored: {names} {verb} changed.", Level.INFO)
+
+
+def _scales(adapters: Any) -> dict[Any, Any]:
+    return {one.get("id"): one.get("scale") for one in adapters if isinstance(one, dict)}
+
+
+def _kept(prompt: KeptPrompt) -> str:
+    which = f"The prompt {prompt.name!r}" if prompt.name else "A prompt"
+    return f"{which} of {prompt.tokens:,} tokens"

@@ -1,0 +1,299 @@
+"""Prompts that outlive their server, on the real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+from typer.testing import CliRunner
+
+from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.cli import app
+from kitty_nb.client import Answer
+from kitty_nb.engine.locate import Dialect, Engine, EngineKind
+from kitty_nb.errors import ServerError
+from kitty_nb.supervisor.events import Activity
+from kitty_nb.supervisor.kept_prompts import KeptPrompt, PromptStore, state_facts
+
+TEXT = " ".join(f"Row {n} of the table has {n * 7 % 13} apples." for n in range(40))
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(params=["demo", pytest.param("gemma", marks=pytest.mark.slow)])
+def kept_config(
+    config: ServerConfig, engine: Path | None, request: pytest.FixtureRequest
+) -> ServerConfig:
+    """A small model and a real one, with a cache that older builds restore, too."""
+    settings = {"binary": engine, "parallel": 2, "context_size": 8192, "extra_args": "--swa-full"}
+    if request.param == "gemma":
+        real: Path = request.getfixturevalue("real_model")
+        settings |= {"model": real, "models_dir": real.parent, "context_size": 4096}
+    return config.replace(**settings)
+
+
+@contextmanager
+def ready(config: ServerConfig) -> Iterator[tuple[ModelManager, list[str]]]:
+    """A server that is ready, and what is said meanwhile."""
+    said: list[str] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, Activity):
+            said.append(event.message)
+
+    with ModelManager(config=config) as manager:
+        manager.subscribe(note)
+        manager.start().wait(120)
+        yield manager, said
+
+
+def ask(manager: ModelManager, *words: str) -> Answer:
+    """Ask the last of some words, after a conversation of the others."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(words)]
+    answer: Answer = manager.chat(messages, **GREEDY).wait(120)
+    return answer
+
+
+def reused(answer: Answer) -> float:
+    assert answer.usage.prompt
+    return (answer.usage.cached or 0) / answer.usage.prompt
+
+
+def kept(config: ServerConfig) -> list[KeptPrompt]:
+    return PromptStore.of(config).prompts()
+
+
+def test_a_conversation_goes_on_after_a_stop_and_a_kill(kept_config: ServerConfig) -> None:
+    with ready(kept_config) as (manager, said):
+        first = ask(manager, TEXT)
+        expected = ask(manager, TEXT, first.text, "And pears?").text
+        manager.stop().wait(60)
+        (prompt,) = kept(kept_config)
+        assert prompt.tokens > (first.usage.prompt or 0)
+        files = [*kept_config.prompts_dir.iterdir()]
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+        assert stat.S_IMODE(kept_config.prompts_dir.stat().st_mode) == 0o700
+
+        manager.start().wait(120)
+        again = ask(manager, TEXT, first.text, "And pears?")
+        assert again.text == expected
+        assert reused(again) > 0.9
+        assert any("was restored" in line for line in said)
+
+        eventually(lambda: kept(kept_config)[0].at > prompt.at, why="it is not saved at rest")
+        assert manager.state.pid
+        os.kill(manager.state.pid, signal.SIGKILL)
+        eventually(lambda: manager.state.status is not ServerStatus.READY)
+        manager.start().wait(120)
+        assert reused(ask(manager, TEXT, first.text, "And pears?", again.text, "Plums?")) > 0.9
+
+
+def test_a_pinned_text_is_read_once_for_all_kernels_and_profiles(kept_config: ServerConfig) -> None:
+    with ready(kept_config) as (manager, _), manager.pinned("table", TEXT) as table:
+        assert not table.pin.restored
+        expected = table.chat("How many apples in row 7?", **GREEDY).wait(120)
+        assert expected.usage.cached == table.pin.tokens
+        with manager.pinned("table", TEXT) as again:
+            assert again.pin.tokens == table.pin.tokens
+    other = kept_config.replace(profile="coder", alias="other")
+    with ready(other) as (manager, said), manager.pinned("table", TEXT) as table:
+        assert table.pin.restored
+        assert table.pin.reading
+        assert table.pin.seconds < table.pin.reading
+        answer = table.chat("How many apples in row 7?", **GREEDY).wait(120)
+        assert answer.text == expected.text
+        assert reused(answer) > 0.9
+        assert any("table" in line and "restored" in line for line in said)
+        with manager.pinned("table", f"Another {TEXT}") as another:
+            assert not another.pin.restored
+
+
+def test_a_change_leaves_it_unused_and_says_why(kept_config: ServerConfig) -> None:
+    with ready(kept_config) as (manager, _):
+        text = ask(manager, TEXT).text
+    (prompt,) = kept(kept_config)
+    with ready(kept_config.replace(context_size=6144)) as (manager, said):
+        eventually(lambda: any("--ctx-size has changed" in line for line in said))
+        assert reused(ask(manager, TEXT, text, "And pears?")) < 0.1
+    (prompt,) = kept(kept_config)  # that of the other context took its place
+    state = PromptStore.of(kept_config).state(prompt.key)
+    state.write_bytes(state.read_bytes()[:-1])
+    with ready(kept_config.replace(context_size=6144)) as (manager, said):
+        eventually(lambda: any("was damaged" in line for line in said))
+        assert reused(ask(manager, TEXT, text, "And pears?")) < 0.1
+        assert not state.exists()
+
+
+def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:
+    with ready(kept_config.replace(keep_prompts=False)) as (manager, _):
+        ask(manager, TEXT)
+        with pytest.raises(ServerError, match="LLAMACPP_KEEP_PROMPTS"), manager.pinned("a", TEXT):
+            pass
+    assert not kept_config.prompts_dir.exists()
+
+
+CHANGES: dict[str, object] = {
+    "context_size": 1024,
+    "n_gpu_layers": 3,
+    "batch_size": 64,
+    "ubatch_size": 32,
+    "parallel": 3,
+    "flash_attention": "on",
+    "tool_calling": True,
+    "speculation": "ngram",
+    "extra_args": "--cache-type-k q8_0",
+}
+FLAGS = (
+    "--cache-type-k q4_0",
+    "--cache-type-v q8_0",
+    "--rope-freq-base 20000",
+    "--rope-scaling yarn",
+    "--yarn-ext-factor 0.5",
+    "--lora {adapter}",
+    "--lora-scaled {adapter} 0.5",
+    "--control-vector {adapter}",
+    "--chat-template chatml",
+    "--chat-template-file {adapter}",
+    "--override-kv a=int:1",
+    "--swa-full",
+    "--no-kv-offload",
+)
+
+
+def test_no_wrong_restore_after_random_changes(config: ServerConfig, tmp_path: Path) -> None:
+    """Of model, build, settings and files, one of 200 at a time."""
+    dice = random.Random(7)
+    model, adapter, program = (tmp_path / name for name in ("model.gguf", "adapter", "program"))
+    assert config.model
+    model.write_bytes(config.model.read_bytes())
+    adapter.write_bytes(b"adapter")
+    program.write_bytes(b"program")
+    engine = Engine(EngineKind.NATIVE, (str(program),), "1 (abc)", Dialect(()))
+    base = config.replace(model=model, extra_args=f"--lora {adapter}")
+    store = PromptStore(tmp_path / "prompts", 1e9)
+    assert store.prepare() is None
+    state = store.state("a")
+    state.write_bytes(dice.randbytes(5000))
+    facts = state_facts(base, engine)
+    prompt = store.add(
+        KeptPrompt(key="a", profile="primary", model="demo", slot=0, tokens=900, facts=facts)
+    )
+    assert prompt
+    assert not prompt.changed(state_facts(base.replace(temperature=0.5, port=9), engine))
+    whole = state.read_bytes()
+
+    def usable(config: ServerConfig = base, engine: Engine = engine) -> bool:
+        return not prompt.changed(state_facts(config, engine)) and store.intact(prompt)
+
+    def setting() -> bool:
+        name = dice.choice([*CHANGES])
+        return usable(base.replace(**{name: CHANGES[name]}))
+
+    def flag() -> bool:
+        more = dice.choice(FLAGS).format(adapter=adapter).split()
+        return usable(base.replace(extra_args=(*base.extra_args, *more)))
+
+    def build() -> bool:
+        return usable(engine=replace(engine, version=f"{dice.randrange(2, 9999)} (abc)"))
+
+    def damage() -> bool:
+        state.write_bytes(damaged(whole, dice))
+        try:
+            return usable()
+        finally:
+            state.write_bytes(whole)
+
+    def another_file() -> bool:
+        file = dice.choice([model, adapter, program])
+        file.write_bytes(damaged(file.read_bytes(), dice))
+        return usable()
+
+    assert usable()
+    wrong = [change for change in dice.choices([setting, flag, build, damage], k=170) if change()]
+    wrong += [another_file for _ in range(30) if another_file()]
+    assert not wrong
+
+
+def damaged(content: bytes, dice: random.Random) -> bytes:
+    """Change a bit, cut the end, or add to it."""
+    changed = bytearray(content)
+    match dice.randrange(3):
+        case 0:
+            changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+        case 1:
+            del changed[dice.randrange(len(changed)) :]
+        case _:
+            changed += dice.randbytes(dice.randrange(1, 50))
+    return bytes(changed)
+
+
+def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:
+    store = PromptStore(tmp_path / "prompts", 2500)
+    assert store.prepare() is None
+
+    def add(name: str, size: int = 1000) -> KeptPrompt | None:
+        key = store.new_key()
+        store.state(key).write_bytes(bytes(size))
+        one = KeptPrompt(
+            key=key, name=name, profile="primary", model="m", slot=0, tokens=900, facts={}
+        )
+        return store.add(one)
+
+    for name in ("a", "b", "c", "b"):
+        assert add(name)
+    assert [prompt.name for prompt in store.prompts()] == ["b", "c"]
+    assert add("large", 3000) is None
+    assert len([*store.folder.iterdir()]) == 4
+    assert add("")
+    assert add("")  # takes the place of the last one in its slot
+    assert [prompt.name for prompt in store.prompts()] == ["", "b"]
+
+
+def test_what_others_could_have_written_is_not_used(tmp_path: Path) -> None:
+    store = PromptStore(tmp_path / "prompts", 1e9)
+    assert store.prepare() is None
+    store.state("a").write_bytes(b"state")
+    added = store.add(KeptPrompt(key="a", profile="p", model="m", slot=0, tokens=900, facts={}))
+    assert store.prompts() == [added]
+    about = store.folder / "a.json"
+    for wrong in ("{", "[]", json.dumps({"key": "../a"}), about.read_text().replace('"a"', '"b"')):
+        (store.folder / "c.json").write_text(wrong)
+        assert store.prompts() == [added]
+    store.folder.chmod(0o777)
+    assert store.prompts() == []
+    assert "Other users can write" in (store.prepare() or "")
+
+
+def test_they_are_listed_and_removed_in_a_terminal(config: ServerConfig, tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text(f"LLAMACPP_LOG_DIR={config.log_dir}\n")
+    run = CliRunner().invoke
+    assert "no kept prompts" in run(app, ["prompts", "--env", str(env)]).output
+    store = PromptStore.of(config)
+    assert store.prepare() is None
+    for name in ("manual.txt", ""):
+        key = store.new_key()
+        store.state(key).write_bytes(bytes(2000))
+        store.add(
+            KeptPrompt(
+                key=key, name=name, profile="primary", model="m", slot=0, tokens=1234, facts={}
+            )
+        )
+    listed = run(app, ["prompts", "list", "--env", str(env)]).output
+    assert "manual.txt" in listed
+    assert "1,234" in listed
+    assert (
+        "Removed 1 kept" in run(app, ["prompts", "clear", "manual.txt", "--env", str(env)]).output
+    )
+    assert [prompt.name for prompt in store.prompts()] == [""]
+    assert "Removed 1 kept" in run(app, ["prompts", "clear", "--env", str(env)]).output
+    assert [*store.folder.iterdir()] == []
