@@ -138,6 +138,27 @@ def prompt_lines(
     return [(at, f"slot a: id  0 | task {task} | {words}") for at, words in lines]
 
 
+@pytest.mark.parametrize("slower", [1.0, 2.0, 5.0])
+def test_on_a_busy_machine_the_processor_s_time_tells(slower: float) -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+
+    def follow(task: int, began: float, slower: float) -> list[tuple[float, float]]:
+        """Read a prompt; two processors compute it where nothing else is to be done."""
+        lines, seconds = prompt_lines(task, began, 100.0 / slower), 10.0 * slower
+        shown: list[tuple[float, float]] = []
+        for moment in range(101):
+            now = began + moment / 100 * seconds
+            meter.log.spent = task * 100 + (now - began) * 2 / slower
+            while lines and lines[0][0] <= now:
+                meter.log.read((lines.pop(0)[1],), now)
+            if (reading := meter.work(now).reading) and reading.total:
+                shown.append((moment / 100, reading.fraction))
+        return shown
+
+    follow(1, -20.0, 1.0)
+    assert max(abs(truth - told) for truth, told in follow(2, 0.0, slower)) < 0.1
+
+
 @pytest.mark.parametrize(("slower", "error"), [(1.0, 0.05), (1.2, 0.1), (3.0, 0.25), (0.5, 0.25)])
 def test_a_prompt_that_is_read_at_another_pace_is_corrected_batch_by_batch(
     slower: float, error: float

@@ -84,6 +84,8 @@ class ActiveRequest:
         read: How many of them have been read, with the cached ones.
         decoded: Tokens of the answer.
         pace: Tokens a second in the last batch of the prompt; None before the first.
+        load: Processor seconds a second in that batch.
+        spent: Processor seconds that the server had used at `read_at`.
         rest: Tokens that were left when all but the last few were read.
         shown: How many tokens were last told to be read.
         batch: Where the batch that is being read ends, in tokens of the prompt, where slots tell.
@@ -104,6 +106,8 @@ class ActiveRequest:
     cached: int | None = None
     read: int = 0
     pace: float | None = None
+    load: float = 0.0
+    spent: float = 0.0
     rest: int = 0
     shown: int = 0
     decoded: int | None = None
@@ -118,17 +122,14 @@ class ActiveRequest:
     error: str = ""
     extends: bool = False
 
-    def advance(self, read: int, at: float) -> None:
-        """Note that a batch is read."""
-        step, seconds = (
-            read - self.read,
-            at - self.read_at,
-        )
+    def advance(self, read: int, at: float, spent: float) -> None:
+        """Note that a batch is read, and the processor seconds that the server has used so far."""
+        step, seconds = read - self.read, at - self.read_at
         if step >= _TELLING and seconds > 0:
-            self.pace = step / seconds
+            self.pace, self.load = step / seconds, (spent - self.spent) / seconds
         if self.prompt and self.prompt - read >= _TELLING:
             self.rest = self.prompt - read
-        self.read, self.read_at = read, at
+        self.read, self.read_at, self.spent = read, at, spent
 
     def finish(self, held: int, at: float, epoch: float) -> Request:
         """Return the record of its end.
@@ -204,6 +205,8 @@ class RequestLog:
         finished: The newest finished requests, oldest first.
         active: Those under way, by slot and number.
         prompt_speed: Tokens a second at which the last prompt was read; None before the first.
+        load: Processor seconds a second in a batch of it; 0 where not known.
+        spent: Processor seconds that the server has used so far; whoever reads its log sets it.
         rest: Tokens at the end of a prompt that are read apart, as far as known; 0 for none.
         heard: Whether this build's log has told of a finished request.
         held: What each slot holds since its last request.
@@ -213,6 +216,7 @@ class RequestLog:
         self.finished: deque[Request] = deque(maxlen=KEPT)
         self.active: dict[tuple[int, int], ActiveRequest] = {}
         self.prompt_speed: float | None = None
+        self.load = self.spent = 0.0
         self.rest = 0
         self._epoch = epoch
         # The server's own clock began a moment after its process. Whoever reads its lines as they
@@ -253,7 +257,8 @@ class RequestLog:
         elif slot := _SLOT.search(line):
             self._last = key = int(slot[1]), int(slot[2])
             if _BEGUN.search(slot[3]):
-                self.active[key] = ActiveRequest(at, at, extends=key[0] in self._extended)
+                extends = key[0] in self._extended
+                self.active[key] = ActiveRequest(at, at, spent=self.spent, extends=extends)
             yield from self._read_task(key, slot[3], at)
         elif self._last:  # old builds write the timings on lines of their own
             yield from self._read_task(self._last, line, at)
@@ -274,13 +279,13 @@ class RequestLog:
         elif found := _HELD.search(words):
             if task.cached is None:
                 task.cached = int(found[1])
-            task.read, task.read_at = int(found[1]), at
+            task.read, task.read_at, task.spent = int(found[1]), at, self.spent
         elif found := _READ.search(words):
             if task.prompt is None and float(found[2]):
                 task.prompt = max(round(int(found[1]) / float(found[2])), int(found[1]))
             if int(found[1]) >= _TELLING and float(found[3] or 0):
                 self.prompt_speed = float(found[3])
-            task.advance(int(found[1]), at)
+            task.advance(int(found[1]), at, self.spent)
         else:
             self._read_timings(task, words)
 
@@ -291,6 +296,7 @@ class RequestLog:
                 task.prompt = None
             if task.computed >= _TELLING and task.reading:
                 self.prompt_speed = task.computed / task.reading
+                self.load = task.load
             self.rest = task.rest or (self.rest if task.computed <= self.rest else 0)
         elif found := _ANSWERED.search(words):
             task.decoded = int(found[2])

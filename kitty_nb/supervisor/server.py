@@ -360,10 +360,15 @@ class Server:
         return True
 
     def _note_work(self, lines: tuple[str, ...]) -> None:
+        self._note_effort()
         for request in self.work.log.read(lines, self._clock()):
             self._emit(RequestFinished(request))
         if self.work.busy:
             self._worked.set()
+
+    def _note_effort(self) -> None:
+        if self.was_ready and self._process and (usage := self._process.usage()):
+            self.work.log.spent = usage.processor
 
     def _stalled(self) -> str:
         answer = self._health
@@ -398,6 +403,7 @@ class Server:
     async def _show_work(self) -> None:
         """Publish the work: often while there is any, and once more when it is done."""
         while True:
+            self._note_effort()
             self._emit(Working(self.work.work(self._clock())))
             if self.work.busy:
                 await anyio.sleep(_WORK_SHOWN)

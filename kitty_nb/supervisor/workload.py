@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _RECENT = 20  # requests, whose cache hits and drafts are told
 _SEEN_AFTER = 1.0  # seconds; from here on, slots and log know of the same requests
 _BATCH = 2048  # tokens; llama.cpp's default
+_COMPUTES = 0.5  # processor seconds a second; less, and a GPU computes
 _SURE = 0.9  # the part of a batch that is told at the expected pace
 
 
@@ -85,14 +86,17 @@ class WorkMeter:
     def _reading(self, task: ActiveRequest, at: float) -> PromptProgress:
         """Estimate a prompt's progress: what is read, and part of the batch under way.
 
-        The pace is that of this prompt's last batch; in the first, that of the last prompt.
+        The pace is that of this prompt's last batch; in the first, that of the last prompt. Where
+        the processor computes, its time counts: of that, a token takes as much on a busy machine.
         """
         seconds, speed = max(at - task.began, 0.0), task.pace or self.log.prompt_speed
         if not (task.prompt and speed):
             return PromptProgress(0, 0, 0, seconds)
         ends = task.batch or 0, task.read + self._batch, task.prompt - self.log.rest
         batch = min((end for end in ends if task.read < end < task.prompt), default=task.prompt)
-        since = max(at - task.read_at, 0.0)
+        since, load = max(at - task.read_at, 0.0), task.load if task.pace else self.log.load
+        if load >= _COMPUTES:
+            since = (self.log.spent - task.spent) / load
         share = speed * since / max(batch - task.read, 1)
         if share > _SURE:  # slower than expected: come closer and closer to the end of the batch
             share = 1 - (1 - _SURE) * _SURE / share
