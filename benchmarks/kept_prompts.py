@@ -45,9 +45,9 @@ def main() -> None:
         tokens = cold.usage.prompt or 0
         print(f"{'':<28}first token   reused   same answer")
         print(f"{'nothing kept':<28}{cold.timings.first_token:9.2f} s ({tokens} tokens)")
-        for what, again in _ways(config, folder, talk):
+        for what, again, known in _ways(config, folder, talk):
             share = (again.timings.first_token or 0) / (cold.timings.first_token or 1)
-            reused = (again.usage.cached or 0) / (again.usage.prompt or 1)
+            reused = (again.usage.cached or 0) / known
             same = "yes" if again.text == reference else "no"
             print(f"{what:<28}{again.timings.first_token:9.2f} s {share:7.1%} {reused:7.1%} {same}")
         _costs(config)
@@ -72,7 +72,8 @@ def _reference(config: ServerConfig) -> tuple[list[dict[str, str]], Answer, str]
 
 def _ways(
     config: ServerConfig, folder: Path, talk: list[dict[str, str]]
-) -> list[tuple[str, Answer]]:
+) -> list[tuple[str, Answer, int]]:
+    """Return how an answer came to go on, itself, and the tokens that were kept for it."""
     other = write_demo_model(folder / "other.gguf")
     found = []
     with ModelManager(config=config) as manager:
@@ -81,21 +82,31 @@ def _ways(
         manager.switch_model(other).wait(_WITHIN)
         assert config.model
         manager.switch_model(config.model).wait(_WITHIN)
-        found.append(("A, B, A", _ask(manager, talk)))
         store = PromptStore.of(config)
-        last = max(prompt.at for prompt in store.prompts())
-        while max(prompt.at for prompt in store.prompts()) == last:
+        tokens, last = _newest(store)
+        found.append(("A, B, A", _ask(manager, talk), tokens))
+        while _newest(store)[1] == last:
             time.sleep(0.5)  # until it has been saved at rest
         assert manager.state.pid
         os.kill(manager.state.pid, signal.SIGKILL)
         while manager.state.status is ServerStatus.READY:
             time.sleep(0.05)
         manager.start().wait(_WITHIN)
-        found.append(("kill -9 of the server", _ask(manager, talk)))
+        found.append(("kill -9 of the server", *_again(manager, talk)))
     with ModelManager(config=config) as manager:  # the last one ended its server
         manager.start().wait(_WITHIN)
-        found.append(("a new kernel", _ask(manager, talk)))
+        found.append(("a new kernel", *_again(manager, talk)))
     return found
+
+
+def _again(manager: ModelManager, talk: list[dict[str, str]]) -> tuple[Answer, int]:
+    answer = _ask(manager, talk)
+    return answer, answer.usage.prompt or 0  # all of it was asked before
+
+
+def _newest(store: PromptStore) -> tuple[int, float]:
+    prompt = store.prompts()[0]
+    return prompt.tokens, prompt.at
 
 
 def _costs(config: ServerConfig) -> None:

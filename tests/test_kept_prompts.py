@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,6 +132,35 @@ def test_a_change_leaves_it_unused_and_says_why(kept_config: ServerConfig) -> No
         eventually(lambda: any("was damaged" in line for line in said))
         assert reused(ask(manager, TEXT, text, "And pears?")) < 0.1
         assert not state.exists()
+
+
+@pytest.fixture
+def tiny_disk(kept_config: ServerConfig) -> Iterator[Path]:
+    """A disk for prompts with room for hardly any."""
+    place = kept_config.prompts_dir
+    place.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "t", place]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_said_once_and_harms_nothing(
+    kept_config: ServerConfig, tiny_disk: Path
+) -> None:
+    def complaints() -> list[str]:
+        return [line for line in said if line.startswith("Can't keep a prompt")]
+
+    with ready(kept_config) as (manager, said):
+        text = ask(manager, TEXT).text
+        eventually(complaints)
+        with manager.pinned("table", TEXT) as table:
+            assert not table.pin.restored
+        assert ask(manager, TEXT, text, "And pears?").text
+        manager.stop().wait(60)
+        assert len(complaints()) == 1
+        assert [*tiny_disk.iterdir()] == []
 
 
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:

@@ -185,7 +185,7 @@ class PromptStore:
             state.chmod(0o600)
             size = state.stat().st_size
             if size > self.budget:
-                self.remove(prompt)
+                self.discard(prompt.key)
                 return None
             prompt = prompt.model_copy(
                 update={"size": size, "checksum": _checksum(state), "at": time.time()}
@@ -193,7 +193,7 @@ class PromptStore:
             about = self.folder / f"{prompt.key}{_ABOUT}"
             write_atomic(about, prompt.model_dump_json().encode(), durable=False)
         except BaseException:
-            self.remove(prompt)
+            self.discard(prompt.key)
             raise
         self._make_room(prompt)
         return prompt
@@ -204,23 +204,23 @@ class PromptStore:
             total += prompt.size
             if prompt.key != newest.key and (newest.replaces(prompt) or total > self.budget):
                 total -= prompt.size
-                self.remove(prompt)
+                self.discard(prompt.key)
         for state in self.folder.glob(f"*{_STATE}"):
             with suppress(OSError):
                 old = time.time() - state.stat().st_mtime > _ABANDONED_AFTER
                 if old and not state.with_suffix(_ABOUT).exists():
                     state.unlink()
 
-    def remove(self, prompt: KeptPrompt) -> None:
-        """Remove a prompt: first what is known of it, so that nobody takes up half of it."""
+    def discard(self, key: str) -> None:
+        """Remove the files of a prompt, the state last: half of it is then none."""
         for ending in (_ABOUT, _STATE):
             with suppress(OSError):
-                (self.folder / f"{prompt.key}{ending}").unlink()
+                (self.folder / f"{key}{ending}").unlink()
 
     def clear(self, prompts: Iterable[KeptPrompt], *, whole: bool) -> None:
         """Remove prompts; if all of the folder is meant, whatever else lies there, too."""
         for prompt in prompts:
-            self.remove(prompt)
+            self.discard(prompt.key)
         for file in self.folder.iterdir() if whole and self.folder.is_dir() else ():
             if file.suffix in {_STATE, _ABOUT, _USELESS}:
                 file.unlink(missing_ok=True)

@@ -87,6 +87,7 @@ class PromptKeeper:
         self._restored: dict[int, KeptPrompt] = {}  # by slot, until a request uses it
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
         self._off = False
+        self._complaints: set[str] = set()
         self._turn = anyio.Lock()
 
     async def look(self) -> None:
@@ -100,7 +101,7 @@ class PromptKeeper:
                 self._candidates.append(prompt)
             else:
                 self._notify(f"{_kept(prompt)} was damaged, and is removed.", Level.WARNING)
-                await run_sync(self._store.remove, prompt)
+                await run_sync(self._store.discard, prompt.key)
 
     async def prepare(self) -> None:
         """Learn the rest of what states depend on from the server itself, before it is ready."""
@@ -130,7 +131,7 @@ class PromptKeeper:
             return False
         if said.get("n_restored") != prompt.tokens:
             self._notify(f"{_kept(prompt)} was not restored whole, and is removed.", Level.WARNING)
-            await run_sync(self._store.remove, prompt)
+            await run_sync(self._store.discard, prompt.key)
             return False
         self._restored[slot] = prompt
         seconds = self._clock() - began
@@ -219,10 +220,14 @@ class PromptKeeper:
         except RefusedError as error:
             self._give_up(str(error).rstrip("."))
             return None
-        except ServerError:  # it ends, or is too busy
+        except ServerError as error:
+            await run_sync(self._store.discard, key)
+            if self._probe.process and self._probe.process.runs():
+                self._complain(str(error).rstrip("."))
             return None
-        if held:
-            self._saved[slot] = held.task
+        finally:
+            if held:
+                self._saved[slot] = held.task
         prompt = KeptPrompt(
             key=key,
             name=name,
@@ -235,7 +240,7 @@ class PromptKeeper:
             reading=said.get("n_saved", 0) / pace if pace else None,
         )
         if prompt.tokens < _WORTH and not name:
-            await run_sync(self._store.remove, prompt)  # something else has emptied the slot
+            await run_sync(self._store.discard, key)  # something else has emptied the slot
             return None
         self._written.append(prompt)
         return prompt
@@ -251,11 +256,16 @@ class PromptKeeper:
                         Level.INFO,
                     )
             except OSError as error:
-                self._notify(
-                    f"Can't keep a prompt in {self._store.folder} ({error.strerror}). Free some"
-                    " space, or set LLAMACPP_KEEP_PROMPTS=off.",
-                    Level.WARNING,
-                )
+                self._complain(error.strerror or type(error).__name__)
+
+    def _complain(self, why: str) -> None:
+        if why not in self._complaints:
+            self._complaints.add(why)
+            self._notify(
+                f"Can't keep a prompt in {self._store.folder}: {why}. Free some space there, or set"
+                " LLAMACPP_KEEP_PROMPTS=off.",
+                Level.WARNING,
+            )
 
     async def pin(self, name: str, text: str) -> Pin:
         """Have a slot hold what every question about a text begins with.
