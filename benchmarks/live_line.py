@@ -69,6 +69,8 @@ def _follow(manager: ModelManager, number: int, *, busy: bool = False) -> tuple[
     Beside a busy core from the second one on: the first teaches another speed.
     """
     told: list[tuple[float, float]] = []
+    while manager.work.busy:  # with the end of the last request
+        time.sleep(0.05)
 
     def note(event: Event) -> None:
         if isinstance(event, Working) and (reading := event.work.reading) and reading.total:
