@@ -245,8 +245,9 @@ def test_a_load_that_began_long_ago_is_not_told_of_all_at_once(
     misbehaving: Callable[..., ServerConfig], kernel: Callable[..., Kernel]
 ) -> None:
     config = misbehaving("--never-ready")
-    kernel("load", binary=config.binary, extra_args=config.extra_args)
+    watch = kernel("load", binary=config.binary, extra_args=config.extra_args)
     eventually(lambda: read_record(config) and owner_of(config.host, config.port))
+    watch.end(signal.SIGKILL)  # it would write the record again
     record = read_record(config)
     assert record
     write_record(record.model_copy(update={"began": record.began - 60}))
@@ -259,8 +260,7 @@ def test_a_load_that_began_long_ago_is_not_told_of_all_at_once(
 def test_a_server_that_has_long_been_ready_says_what_its_load_took(
     config: ServerConfig, kernel: Callable[..., Kernel]
 ) -> None:
-    kernel("stay")
-    eventually(lambda: (found := read_record(config)) and found.ready is not None)
+    kernel("stay").end(signal.SIGKILL)
     record = read_record(config)
     assert record
     write_record(record.model_copy(update={"began": record.began - 10_000, "load_seconds": 7.0}))
