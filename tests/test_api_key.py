@@ -267,6 +267,7 @@ def test_openai_is_used_where_it_is_installed(
         "class AsyncOpenAI(OpenAI): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openai", raising=False)  # that of another test
     access = Access("http://127.0.0.1:1", None)
     with access.http() as http:
         client = access.openai(http)

@@ -243,7 +243,6 @@ def test_all_that_the_manager_writes_is_understood(config: ServerConfig) -> None
         extra_args="--metrics -np 2",
     )
     engine = anyio.run(locate_engine)
-    full.prompts_dir.mkdir(parents=True)
 
     set_up(*build_command(engine, full)[len(engine.command) :])
 

@@ -62,7 +62,6 @@ async def command_text(config: ServerConfig) -> str:
     from kitty_nb.engine.locate import locate_engine
 
     config = await anyio.to_thread.run_sync(resolve_model, config)
-    config = config.model_copy(update={"keep_prompts": False})  # nobody would save them
     # The key that clients need is not in it: the server learns that from its environment.
     command = build_command(await locate_engine(config.binary), config)
     public = ("(hidden)" if takes_secret(flag) else word for flag, word in pairwise(command))

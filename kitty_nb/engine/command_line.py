@@ -129,11 +129,18 @@ _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
 UNSPOKEN_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
 
 
-def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
+def build_command(
+    engine: Engine, config: ServerConfig, prompts: Path | None = None
+) -> tuple[str, ...]:
     """Return the arguments that start `engine` with the settings of `config`.
 
     Settings that are `None` are left out, so that the engine's own defaults hold. `extra_args`
     come last, spelled as this build does: where a flag stands twice, llama-server takes the last.
+
+    Args:
+        engine: The engine.
+        config: The settings.
+        prompts: The folder for what slots hold, where that is kept and `keeps_prompts`.
 
     Raises:
         UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
@@ -146,6 +153,7 @@ def build_command(engine: Engine, config: ServerConfig) -> tuple[str, ...]:
         *("--host", config.host, "--port", str(config.port)),
         *(word for field in _FLAGS for word in _words(engine, config, field)),
         *_derived(engine, config),
+        *((_KEEP, str(prompts)) if prompts else ()),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
     )
 
@@ -192,8 +200,6 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
         yield from (ORIGINS, "localhost")
-    if keeps_prompts(engine, config):
-        yield from (_KEEP, str(config.prompts_dir))
     if knows("--log-jsonl"):
         yield "--log-jsonl"
     if engine.dialect.traces:  # the log tells how long each prompt is, before it is read

@@ -227,7 +227,7 @@ class Server:
                 await leaving.terminate(config.stop_grace_seconds)
             keeps = await self._can_keep_prompts(engine)
             command = command_line.build_command(
-                engine, config.model_copy(update={"keep_prompts": keeps})
+                engine, config, config.prompts_dir if keeps else None
             )
             self._warn_of_old_build(engine)
             await run_sync(refuse_busy_port, config)
