@@ -125,9 +125,9 @@ class ActiveRequest:
     def advance(self, read: int, at: float, spent: float) -> None:
         """Note that a batch is read, and the processor seconds that the server has used so far."""
         step, seconds = read - self.read, at - self.read_at
-        if step >= _TELLING and seconds > 0:
+        if step >= TELLING and seconds > 0:
             self.pace, self.load = step / seconds, (spent - self.spent) / seconds
-        if self.prompt and self.prompt - read >= _TELLING:
+        if self.prompt and self.prompt - read >= TELLING:
             self.rest = self.prompt - read
         self.read, self.read_at, self.spent = read, at, spent
 
@@ -283,7 +283,7 @@ class RequestLog:
         elif found := _READ.search(words):
             if task.prompt is None and float(found[2]):
                 task.prompt = max(round(int(found[1]) / float(found[2])), int(found[1]))
-            if int(found[1]) >= _TELLING and float(found[3] or 0):
+            if int(found[1]) >= TELLING and float(found[3] or 0):
                 self.prompt_speed = float(found[3])
             task.advance(int(found[1]), at, self.spent)
         else:
@@ -294,7 +294,7 @@ class RequestLog:
             task.reading, task.computed = float(found[1]) / 1000, int(found[2])
             if task.cached is None:  # then it was derived from a rounded share
                 task.prompt = None
-            if task.computed >= _TELLING and task.reading:
+            if task.computed >= TELLING and task.reading:
                 self.prompt_speed = task.computed / task.reading
                 self.load = task.load
             self.rest = task.rest or (self.rest if task.computed <= self.rest else 0)
@@ -322,7 +322,7 @@ class RequestLog:
         return min(self._zero + since, at)
 
 
-_TELLING = 32  # tokens; a pace measured on fewer is of one batch's overhead
+TELLING = 32  # tokens; a pace measured on fewer is of one batch's overhead
 _LATE = 0.3  # seconds; lines are read sooner after they were written
 
 

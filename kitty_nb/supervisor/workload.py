@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.supervisor.events import PromptProgress, Work
 from kitty_nb.supervisor.health import decoded
-from kitty_nb.supervisor.requests import ActiveRequest, RequestLog
+from kitty_nb.supervisor.requests import TELLING, ActiveRequest, RequestLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -90,7 +90,7 @@ class WorkMeter:
         the processor computes, its time counts: of that, a token takes as much on a busy machine.
         """
         seconds, speed = max(at - task.began, 0.0), task.pace or self.log.prompt_speed
-        if not (task.prompt and speed):
+        if not (speed and task.prompt and task.prompt >= TELLING):
             return PromptProgress(0, 0, 0, seconds)
         ends = task.batch or 0, task.read + self._batch, task.prompt - self.log.rest
         batch = min((end for end in ends if task.read < end < task.prompt), default=task.prompt)
