@@ -90,6 +90,18 @@ def test_an_answer_that_its_limit_cut_is_told_from_a_finished_one() -> None:
     assert request.ended is Ending.LENGTH
 
 
+def test_a_cancelled_request_has_the_speed_that_its_slot_told() -> None:
+    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    launch, *_, release = lines("native", 1)
+    meter.log.read((launch,), 6.0)
+    for decoded, at in ((0, 7.0), (2, 100.0), (2, 101.0), (12, 105.0)):
+        meter.look([slot(decoded)], None, at)
+    cancel = "1.50.000.000 W srv          stop: cancel task, id_task = 1"
+    (request,) = meter.log.read((cancel, release), 119.0)
+    assert (request.ended, request.answer_tokens) == (Ending.CANCELLED, 12)
+    assert request.tokens_per_second == pytest.approx(2.0)
+
+
 def test_a_prompt_is_followed_between_its_batches() -> None:
     meter = WorkMeter(RequestLog(0.0, EPOCH))
     launch, half, *rest = lines("native", 1)

@@ -90,6 +90,7 @@ class ActiveRequest:
         shown: How many tokens were last told to be read.
         batch: Where the batch that is being read ends, in tokens of the prompt, where slots tell.
         limit: The most tokens that the answer may have, where slots tell.
+        begun: How many of the answer's tokens slots told first, and when.
         reading: Seconds that reading the prompt took.
         computed: Tokens of the prompt that were read, without the cached ones.
         speed: Tokens of the answer a second.
@@ -113,6 +114,7 @@ class ActiveRequest:
     decoded: int | None = None
     batch: int | None = None
     limit: int | None = None
+    begun: tuple[int, float] | None = None
     reading: float | None = None
     computed: int | None = None
     speed: float | None = None

@@ -60,7 +60,7 @@ class WorkMeter:
             if key not in working and at - task.began > _SEEN_AFTER:
                 del self.log.active[key]
         for key, slot in working.items():
-            _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot)
+            _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
 
     def work(self, at: float) -> Work:
         """Return the work at a time."""
@@ -109,11 +109,16 @@ def _age(task: ActiveRequest) -> float:
     return task.began
 
 
-def _note(task: ActiveRequest, slot: dict[str, Any]) -> None:
-    """Note what a slot tells of its task."""
+def _note(task: ActiveRequest, slot: dict[str, Any], at: float) -> None:
+    """Note what a slot tells of its task at a time."""
     told = decoded(slot)
     if told is None:
         return
+    if told and task.begun is None:
+        task.begun = told, at
+    elif task.begun and told > (task.decoded or 0) and at > task.begun[1]:
+        # The log tells the speed of an answer only if nobody cancels it.
+        task.speed = (told - task.begun[0]) / (at - task.begun[1])
     task.decoded = told
     tokens = slot["next_token"]
     left = (tokens[0] if isinstance(tokens, list) else tokens).get("n_remain")
