@@ -20,7 +20,8 @@ import httpx
 import psutil
 import pytest
 from conftest import eventually
-from model_files import write_header
+from model_files import write_header, write_projector
+from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import write_demo_model
 
@@ -84,6 +85,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
         "LLAMACPP_CTX=512\n"
         f"LLAMACPP_PORT={ports[0]}\n"
         "LLAMACPP_MANY_MODELS_DIR=many\n"
+        "LLAMACPP_SEEING_MODELS_DIR=seeing\n"
         f"LLAMACPP_SLOW_PORT={ports[1]}\n"
         "LLAMACPP_SLOW_HISTORY=slow.sqlite3\n"  # else the other engine's loads are expected
         f"LLAMACPP_SLOW_BIN={stand_in}\n"
@@ -660,6 +662,44 @@ def test_without_a_proxy_the_link_is_shown_where_it_can_work(
     else:
         expect(line).to_contain_text("pip install jupyter-server-proxy")
         expect(line.locator("a")).to_have_count(0)
+    notebook.button("Stop").click()
+    notebook.expect_status("Not running")
+
+
+_GIVE_PICTURE = """async (area, [kind, url]) => {
+  const data = new DataTransfer();
+  const blob = await (await fetch(url)).blob();
+  data.items.add(new File([blob], "red.png", { type: blob.type }));
+  const event =
+    kind === "paste"
+      ? new ClipboardEvent(kind, { clipboardData: data, bubbles: true, cancelable: true })
+      : new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true });
+  area.dispatchEvent(event);
+}"""
+
+
+@pytest.mark.slow
+def test_pictures_are_dropped_and_pasted_into_the_question(
+    open_notebook: Callable[..., Notebook], workspace: Path
+) -> None:
+    model = write_demo_model(workspace / "seeing" / "demo.gguf")
+    write_projector(model.with_name("mmproj-F16.gguf"), DEMO_WIDTH)
+    notebook = open_notebook('from kitty_nb import ControlPanel\nControlPanel(profile="seeing")')
+    notebook.run(0)
+    notebook.choose("demo")
+    notebook.button("Start").click()
+    notebook.expect_status("Ready")
+    panel = notebook.panel
+    question = panel.get_by_role("textbox", name="Question")
+    expect(panel.get_by_role("button", name="Add picture")).to_be_visible()
+    for count, kind in enumerate(("drop", "paste"), 1):
+        question.evaluate(_GIVE_PICTURE, [kind, png()])
+        expect(panel.get_by_role("img", name="red.png")).to_have_count(count)
+    question.fill("What are these?")
+    question.press("Enter")
+    expect(panel.get_by_role("group", name="Answer")).to_contain_text("Hello! I am")
+    expect(panel.get_by_role("img", name="Picture of the question")).to_have_count(2)
+    expect(panel.get_by_role("log", name="Chat")).to_have_attribute("aria-busy", "false")
     notebook.button("Stop").click()
     notebook.expect_status("Not running")
 
