@@ -515,6 +515,7 @@ def test_a_failure_is_explained_in_the_panel(
         notebook.expect_status("Crashed")
         expect(notebook.panel.locator(".kitty-notice-row")).to_contain_text("lemur")
         expect(notebook.panel.locator(".kitty-log-error").first).to_be_visible()
+        notebook.expect_no_barriers()
     finally:
         broken.unlink()
 
