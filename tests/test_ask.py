@@ -16,6 +16,7 @@ from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.widgets.details import model_facts
 from kitty_nb.widgets.turn import Picture, Turn
 
 Sent = list[tuple[str, dict[str, object]]]
@@ -120,6 +121,16 @@ def test_a_page_that_opens_later_is_told_all_and_the_notebook_keeps_nothing(
     panel.ask.receive({"kind": "new"})
     assert panel.ask.turns == ()
     assert told(sent)[-1] == {"kind": "turns", "chat": message["chat"] + 1, "turns": []}
+    panel.close()
+
+
+def test_a_model_without_a_template_is_told_of_before_it_is_asked(
+    real_model: Path, config: ServerConfig, started: Make, sent: Sent
+) -> None:
+    panel = started(config.replace(model=real_model, models_dir=real_model.parent))
+    eventually(lambda: told(sent, "facts"))
+    eventually(lambda: "no chat template" in told(sent, "facts")[-1]["prompt"])
+    assert model_facts(panel.picker.model)["Chat template"] == "none; answers may run on"
     panel.close()
 
 

@@ -283,6 +283,7 @@ def test_the_fields_are_what_the_server_is_started_with(panel: ControlPanel) -> 
     assert (fields["context_size"].value, fields["threads"].value) == ("512", "1")
     fields["context_size"].value = "1024"
     fields["parallel"].value = "2"
+    assert panel.settings.summary == "context 1024 · 1 thread · 2 slots"
     fields["threads"].value = ""
     panel.buttons.start.click()
     wait_for(panel, "Ready")
@@ -741,14 +742,16 @@ def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     eventually(lambda: "in " in panel.status_line.value)
     eventually(lambda: "SIGSEGV" in panel.notice.value, why=panel.notice.value)
     assert "tart it again" not in panel.notice.value
-    assert panel.load_bar.text.value == "until the restart"
+    assert panel.load_bar.text.value == "waiting before the restart"
     assert panel.load_bar.bar.value > 0
     eventually(lambda: offered(panel) == {"Restart now", "Cancel"})
     eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
     eventually(lambda: len(set(seen)) >= 5)
     assert sorted(set(seen), reverse=True) == [*range(max(seen), min(seen) - 1, -1)]
+    assert panel._log_fold.unfolded
     panel.buttons.cancel.click()
     wait_for(panel, "Not running")
+    eventually(lambda: not panel._log_fold.unfolded)
 
 
 def test_stop_works_during_a_load(misbehaving_panel: Callable[..., ControlPanel]) -> None:

@@ -85,10 +85,12 @@ def test_a_conversation_goes_on_after_a_stop_and_a_kill(kept_config: ServerConfi
         assert stat.S_IMODE(kept_config.prompts_dir.stat().st_mode) == 0o700
 
         manager.start().wait(120)
+        eventually(lambda: manager.work.restored)
+        assert manager.work.restored.tokens == prompt.tokens
         again = ask(manager, TEXT, first.text, "And pears?")
         assert again.text == expected
         assert reused(again) > 0.9
-        assert any("was restored" in line for line in said)
+        assert any("tokens restored in" in line for line in said)
 
         eventually(lambda: kept(kept_config)[0].at > prompt.at, why="it is not saved at rest")
         assert manager.state.pid

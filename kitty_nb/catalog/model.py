@@ -220,6 +220,11 @@ class FileFacts:
     split_count: int = 1
     split_tensors: int | None = None
 
+    @property
+    def lacks_template(self) -> bool:
+        """True if it is made to answer, and does not say how questions are written to it."""
+        return self.task is Task.CHAT and self.tokenizer and self.chat_template is None
+
 
 def read_facts(path: Path) -> FileFacts:
     """Read what a file says about itself; what is wrong with it becomes its `problem`."""

@@ -379,8 +379,15 @@ class HealthProbe:
         """Return what `/slots` answers now; nothing where it does not."""
         return _objects(await self.get("/slots"))
 
-    async def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+    async def post(
+        self, path: str, request: dict[str, Any], asked: anyio.Event | None = None
+    ) -> dict[str, Any]:
         """Have the server do something, however long that takes, and return its answer.
+
+        Args:
+            path: Where to ask.
+            request: What to send.
+            asked: Set once it is sent.
 
         Raises:
             RefusedError: It can't do that, now or later.
@@ -388,12 +395,18 @@ class HealthProbe:
         """
         if not self.trusted:
             raise ServerError("it is not known to be the server that kitty_nb started")
+
+        async def trace(step: str, _: object) -> None:
+            if asked and step == "http11.send_request_body.complete":
+                asked.set()
+
         try:
             response = await self._client.post(
                 path,
                 json=request,
                 headers=self._key,
                 timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
+                extensions={"trace": trace},
             )
             said = response.json()
         except (httpx.HTTPError, ValueError) as error:

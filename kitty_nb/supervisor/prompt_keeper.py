@@ -14,12 +14,14 @@ import anyio
 from anyio.to_thread import run_sync
 
 from kitty_nb.errors import RefusedError, ServerError
-from kitty_nb.supervisor.events import Level
+from kitty_nb.supervisor.events import Level, Restored
 from kitty_nb.supervisor.kept_prompts import KeptPrompt, digest_of
 from kitty_nb.supervisor.requests import Held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from anyio.abc import TaskStatus
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.health import HealthProbe
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.requests import RequestLog
 
     Notify = Callable[[str, Level], object]
+    Tell = Callable[[Restored], object]
 
 _WORTH = 256  # tokens; fewer are read again in no time
 _RESTED, _LOOK = 2.0, 1.0  # seconds without work, after which slots are saved; between two looks
@@ -65,6 +68,7 @@ class PromptKeeper:
         probe: Asks the server.
         log: What the server's log tells of its requests.
         notify: Called with each sentence for the user.
+        tell: Called with each prompt that is restored.
         clock: Seconds.
     """
 
@@ -76,11 +80,18 @@ class PromptKeeper:
         probe: HealthProbe,
         log: RequestLog,
         notify: Notify,
+        tell: Tell,
         clock: Callable[[], float],
     ) -> None:
         self._profile, self._model = config.profile, config.served_alias
         self._facts, self._store = dict(facts), store
-        self._probe, self._log, self._notify, self._clock = probe, log, notify, clock
+        self._probe, self._log, self._notify, self._tell, self._clock = (
+            probe,
+            log,
+            notify,
+            tell,
+            clock,
+        )
         self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
         self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
         self._candidates: list[KeptPrompt] = []
@@ -111,32 +122,43 @@ class PromptKeeper:
         if _ADAPTER_FLAGS & self._facts.keys():
             self._facts[_ADAPTERS] = digest_of(await self._scales())
 
-    async def restore(self) -> None:
-        """Restore what the slots held, ahead of all requests that come from now on."""
+    async def restore(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Restore what the slots held.
+
+        Its task has started once the server has been asked to: whatever is asked later, waits.
+        """
         async with self._turn, anyio.create_task_group() as tasks:
             for prompt in () if self._off else self._candidates:
                 if changed := prompt.changed(self._facts):
                     self._refuse(prompt, changed)
                 else:
-                    tasks.start_soon(self._restore, prompt, prompt.slot)
+                    asked = anyio.Event()
+                    tasks.start_soon(self._restore, prompt, prompt.slot, asked)
+                    await asked.wait()
+            task_status.started()
         self._candidates.clear()
 
-    async def _restore(self, prompt: KeptPrompt, slot: int) -> bool:
+    async def _restore(self, prompt: KeptPrompt, slot: int, asked: anyio.Event) -> bool:
         began = self._clock()
         file = self._store.state(prompt.key).name
         try:
-            said = await self._probe.post(f"/slots/{slot}?action=restore", {"filename": file})
+            said = await self._probe.post(
+                f"/slots/{slot}?action=restore", {"filename": file}, asked
+            )
         except ServerError as error:
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
             return False
+        finally:
+            asked.set()
         if said.get("n_restored") != prompt.tokens:
             self._notify(f"{_kept(prompt)} was not restored whole, and is removed.", Level.WARNING)
             await run_sync(self._store.discard, prompt.key)
             return False
         self._restored[slot] = prompt
-        seconds = self._clock() - began
-        instead = f" instead of {prompt.reading:.0f} s" if prompt.reading else ""
-        self._notify(f"{_kept(prompt)} was restored in {seconds:.1f} s{instead}.", Level.INFO)
+        restored = Restored(prompt.tokens, self._clock() - began, prompt.reading)
+        self._tell(restored)
+        which = f"the prompt {prompt.name!r}" if prompt.name else "a kept prompt"
+        self._notify(f"Found {which}: {restored}.", Level.INFO)
         return True
 
     async def tend(self) -> None:
@@ -290,7 +312,7 @@ class PromptKeeper:
             if slot in self._changed(contents):
                 await self._save(slot, contents[slot])
             kept = await self._find(name, source)
-            restored = kept is not None and await self._restore(kept, slot)
+            restored = kept is not None and await self._restore(kept, slot, anyio.Event())
             if not (kept and restored):
                 kept = await self._read(name, source, tokens, slot)
             self._pins[slot] = kept

@@ -30,6 +30,7 @@ from kitty_nb.supervisor.events import (
     LogLines,
     ProgressMade,
     RequestFinished,
+    Restored,
     ServerStatus,
     Stage,
     Working,
@@ -465,7 +466,9 @@ class Server:
                 self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
                 return
         if self.prompts and self._asking:
-            self._asking.start_soon(self._restore_prompts, self.prompts)
+            if not self._found:
+                await self._asking.start(self.prompts.restore)
+            self._asking.start_soon(self.prompts.tend)
         answered.set()
         self.probe.hint()
 
@@ -554,15 +557,14 @@ class Server:
             self.probe,
             self.work.log,
             self._notify,
+            self._tell_restored,
             self._clock,
         )
         return self.prompts
 
-    async def _restore_prompts(self, prompts: PromptKeeper) -> None:
-        """Restore what may be restored, then save what comes."""
-        if not self._found:
-            await prompts.restore()
-        await prompts.tend()
+    def _tell_restored(self, restored: Restored) -> None:
+        self.work.restored = restored
+        self._worked.set()
 
     # Beside the server
 

@@ -12,6 +12,8 @@ from kitty_nb.supervisor.requests import TELLING, ActiveRequest, RequestLog
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kitty_nb.supervisor.events import Restored
+
 _RECENT = 20  # requests, whose cache hits and drafts are told
 _SEEN_AFTER = 1.0  # seconds; from here on, slots and log know of the same requests
 _BATCH = 2048  # tokens; llama.cpp's default
@@ -25,11 +27,15 @@ class WorkMeter:
     Args:
         log: The requests by its log. What only the slots tell of is added to its tasks.
         batch: The most tokens of a prompt that it reads at once.
+
+    Attributes:
+        restored: The kept prompt that was restored last; None once something is asked.
     """
 
     def __init__(self, log: RequestLog, batch: int | None = None) -> None:
         self.log = log
         self._batch = batch or _BATCH
+        self.restored: Restored | None = None
         self._slots: int | None = None
         self._pace: float | None = None
 
@@ -74,6 +80,8 @@ class WorkMeter:
             if request.cached is not None and request.prompt_tokens
         ]
         cached, whole = map(sum, zip(*prompts, strict=True)) if prompts else (0, 0)
+        if tasks:
+            self.restored = None
         return Work(
             busy=len(tasks),
             slots=self._slots,
@@ -81,6 +89,7 @@ class WorkMeter:
             tokens_per_second=self._pace if tasks else None,
             cached=cached / whole if whole else None,
             accepted=sum(drafted) / len(drafted) if drafted else None,
+            restored=self.restored,
         )
 
     def _reading(self, task: ActiveRequest, at: float) -> PromptProgress:

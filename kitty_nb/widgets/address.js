@@ -53,8 +53,8 @@ function copyButton(words, title, text) {
 }
 
 function menu(model) {
-  const programs = model.get("programs").map((name) =>
-    copyButton(name, "A cell that uses the server with this package, ready to paste", () =>
+  const programs = model.get("programs").map(([name, title]) =>
+    copyButton(title, "A cell that uses the server with this package, ready to paste", () =>
       ask(model, name),
     ),
   );

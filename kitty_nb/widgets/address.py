@@ -15,11 +15,14 @@ from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.display import Page, asset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from kitty_nb.client.connect import HandOver
     from kitty_nb.supervisor.events import ServerState
     from kitty_nb.widgets.control_panel import ControlPanel
+
+
+_NONE: Mapping[str, str] = {}
 
 
 class Address(Page):
@@ -36,7 +39,7 @@ class Address(Page):
     Args:
         texts: Returns what can be copied, by name, when somebody copies it; None where there is
             nothing.
-        programs: Those names that are in the menu of other programs.
+        programs: Titles of those that are in the menu of other programs, by name.
     """
 
     _esm: ClassVar[str] = asset("page.js", "clipboard.js", "address.js")
@@ -45,9 +48,9 @@ class Address(Page):
     programs: Any = traitlets.List().tag(sync=True)
 
     def __init__(
-        self, texts: Mapping[str, Callable[[], str | None]], programs: Iterable[str] = ()
+        self, texts: Mapping[str, Callable[[], str | None]], programs: Mapping[str, str] = _NONE
     ) -> None:
-        super().__init__("kitty-address", programs=[*programs])
+        super().__init__("kitty-address", programs=[*programs.items()])
         self._texts = texts
 
     def show(self, state: ServerState) -> None:

@@ -2,6 +2,8 @@
 
 const PICTURE_SIZE = 6_000_000; // of one question's data URLs; Jupyter's messages end at 10 MiB
 const THUMBNAIL = 128; // pixels
+const ASKING = "Asking…"; // until the kernel has heard it
+const BUSY = "The model is still answering. Wait, or press Stop answer.";
 
 function receive(store, message) {
   if (message.kind === "facts") {
@@ -127,12 +129,16 @@ function drawBox(el, store) {
   row.append(area, main);
   const pictures = element("div", "kitty-ask-pictures");
   const hint = element("div", "kitty-muted", { role: "status" });
-  let [chosen, told] = [[], ""];
+  let [chosen, note] = [[], ""];
 
   const busy = () => Boolean(store.turns.at(-1)?.busy);
   const fit = () => {
     area.style.height = "auto";
     area.style.height = `${area.scrollHeight + 2}px`;
+  };
+  const tell = (words) => {
+    note = words;
+    say(hint, store.facts.hint || note);
   };
   const drawPictures = () => {
     pictures.hidden = !chosen.length;
@@ -150,25 +156,29 @@ function drawBox(el, store) {
     );
   };
   const add = async (files) => {
-    say(hint, "");
+    tell("");
     if (!store.facts.sees) {
-      say(hint, "This model takes no pictures: it runs without a projector (mmproj).");
+      tell("This model takes no pictures: it runs without a projector (mmproj).");
       return;
     }
     for (const file of files) {
       const read = await readPicture(file).catch(() => null);
       const size = [read, ...chosen].reduce((sum, one) => sum + (one?.url.length ?? 0), 0);
-      if (!read) say(hint, `The browser can't read ${file.name} as a picture.`);
-      else if (size > PICTURE_SIZE) say(hint, "The pictures of a question are limited to 4.5 MB.");
+      if (!read) tell(`The browser can't read ${file.name} as a picture.`);
+      else if (size > PICTURE_SIZE) tell("The pictures of a question are limited to 4.5 MB.");
       else chosen.push({ ...read, name: file.name });
     }
     drawPictures();
   };
   const submit = () => {
-    if (busy() || !(area.value.trim() || chosen.length)) return;
+    if (!(area.value.trim() || chosen.length)) return;
+    if (busy()) {
+      tell(BUSY);
+      return;
+    }
     const pictures = chosen.map(({ url, thumbnail }) => ({ url, thumbnail }));
     store.send({ kind: "ask", text: area.value, pictures });
-    say(hint, "Asking…"); // until the kernel has heard it
+    tell(ASKING);
     [store.last, area.value, chosen] = [area.value, "", []];
     fit();
     drawPictures();
@@ -219,14 +229,12 @@ function drawBox(el, store) {
     choose: () => file.click(),
     focus: () => area.focus(),
     update() {
-      const { hint: words, name } = store.facts;
-      row.hidden = Boolean(words);
-      area.placeholder = `Ask ${name}`;
-      say(main, busy() ? "Stop" : "Ask");
+      row.hidden = Boolean(store.facts.hint);
+      area.placeholder = store.facts.prompt;
+      say(main, busy() ? "Stop answer" : "Ask");
       main.classList.toggle("kitty-ask-stop", busy());
       main.title = busy() ? "Stop the answer, and the server's work on it" : "Ask (Enter)";
-      if (words !== told || busy()) say(hint, words); // else what this page has said stays
-      told = words;
+      tell(note === (busy() ? ASKING : BUSY) ? "" : note);
     },
   };
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _SEND_EVERY = 0.1  # seconds; jupyter_server drops messages that come too often
 _KEPT = 1_000_000  # characters of a chat
 _PICTURES_KEPT = 20_000_000  # characters of their data URLs
+_NO_TEMPLATE = " (its file has no chat template, so answers may run on)"
 _FULL = "This chat is too long to be kept. Press New chat."
 _CODE = """\
 messages = {messages}
@@ -126,8 +127,13 @@ class Ask(Page):
         self._turns, self._chat = [], self._chat + 1
         self._tell()
 
-    def show(self, state: ServerState) -> None:
-        """Show the box while a model that chats is ready; without one, only the chat so far."""
+    def show(self, state: ServerState, *, template: bool = True) -> None:
+        """Show the box while a model that chats is ready; without one, only the chat so far.
+
+        Args:
+            state: The server.
+            template: Whether the model has a chat template.
+        """
         up, hint = state.status is ServerStatus.READY, ""
         ready = up and state.task is Task.CHAT
         if not up:
@@ -136,7 +142,8 @@ class Ask(Page):
             hint = "This model doesn't chat. Choose another one above and press Switch."
         elif state.external and state.external.models and not state.external.alias:
             hint = "The router has no model loaded. Choose one above and press Switch."
-        facts = {"ready": ready, "hint": hint, "name": state.alias, "sees": bool(state.projector)}
+        prompt = f"Ask {state.alias}{'' if template else _NO_TEMPLATE}"
+        facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": bool(state.projector)}
         if facts != self._facts:
             self._facts = facts
             self.send({"kind": "facts", **facts})

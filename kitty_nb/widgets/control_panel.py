@@ -11,6 +11,7 @@ from ipywidgets import HBox, VBox
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
 from kitty_nb.catalog.stores import model_stores
+from kitty_nb.client.connect import hand_overs
 from kitty_nb.config import ServerConfig, env_warnings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import (
@@ -70,6 +71,7 @@ class ControlPanel(VBox):
         self._config: ServerConfig
         self._problem: str | None = None
         self._hints = ""  # settings that have no effect
+        self._log_shown = False  # by itself, for some trouble
         self._edited = False  # since the fields were filled, or a server was started with them
         self._taken: frozenset[str] = frozenset()
         earlier: ControlPanel | None = None
@@ -112,7 +114,8 @@ class ControlPanel(VBox):
         self.embed = EmbedBox(manager, self._show_problem)
         programs = cells_for_programs(self)
         self.address = Address(
-            {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs}, programs
+            {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs},
+            {name: hand_overs()[name].title for name in programs},
         )
         self.live = LiveLine()
         self.requests = RequestsTable(self._view.wake)
@@ -343,8 +346,10 @@ class ControlPanel(VBox):
                 self._view.before_drawing(partial(self._follow, state.config))
         if state.status is ServerStatus.READY:
             self._problem = None
-        if state.status in _TROUBLE:
-            self._log_fold.selected_index = 0
+        if state.status in _TROUBLE and not self._log_fold.unfolded:
+            self._log_fold.selected_index, self._log_shown = 0, True
+        elif self._log_shown and state.status in {ServerStatus.READY, ServerStatus.STOPPED}:
+            self._log_fold.selected_index, self._log_shown = None, False
         if state.status.settled or state.status.absent:
             self._view.before_drawing(self.memory.refresh)
 
@@ -367,7 +372,7 @@ class ControlPanel(VBox):
         )
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
-        self.ask.show(state)
+        self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)
         if state.external:
@@ -391,6 +396,12 @@ class ControlPanel(VBox):
         if model and state.external:
             return model.path.name != state.model_name
         return model is not None and model.path != state.config.model
+
+    def _has_template(self, state: ServerState) -> bool:
+        """Return whether the model that is served has a chat template, as far as known."""
+        served = (one for one in self.picker.models if one.path == state.config.model)
+        given = any(word.startswith("--chat-template") for word in state.config.extra_args)
+        return given or not any(one.facts.lacks_template for one in served)
 
     def _settings_differ(self, state: ServerState) -> bool:
         """Return whether a restart would change anything."""

@@ -106,6 +106,7 @@ def model_facts(model: Model) -> dict[str, str]:
         "Made for": _MADE_FOR[header.task],
         "Takes in": ", ".join(model.modalities),
         "Projector": model.projector,
+        "Chat template": "none; answers may run on" if header.lacks_template else None,
         "Tools": {True: "yes", False: "no", None: None}[header.tools],
         "Repository": model.repository,
         "Known as": model.known_as,

@@ -37,6 +37,8 @@ def describe_work(work: Work) -> str:
         words.append(f"cache hits {work.cached * 100:.0f} %")
     if words and work.accepted is not None:
         words.append(f"drafts accepted {work.accepted * 100:.0f} %")
+    if not words and work.restored:
+        words.append(f"prompt of {work.restored}")
     return " · ".join(words)
 
 
@@ -109,9 +111,10 @@ class LiveLine(Page):
             self.words, self.shown = "", False
         else:
             now = self._clock()
-            self.words = describe_work(work)
-            begins = bool(self.words) and not self.shown
+            words = describe_work(work)
+            begins = bool(words) and not self.shown
             self.shown = self.shown or begins
+            self.words = words or ("idle" if self.shown else "")
             if not self._points or now - self._points[-1][0] >= _POINT_EVERY:
                 self._points.append((now, work.tokens_per_second or 0.0, memory // _MIB))
                 if self.shown and not begins:

@@ -34,7 +34,7 @@ function render(el, store) {
     empty.hidden = store.rows.length > 0;
     table.hidden = !store.rows.length;
     const line = (row) => {
-      const shown = { ...row, at: new Date(row.at * 1000).toLocaleTimeString() };
+      const shown = { ...row, at: new Date(row.at * 1000).toLocaleTimeString([], { hourCycle: "h23" }) };
       const line = element("tr", row.ended === "error" ? "kitty-bad-text" : "", { title: row.error });
       line.append(...COLUMNS.map(([, key]) => element("td", "", { textContent: shown[key] })));
       return line;

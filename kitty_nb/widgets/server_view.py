@@ -125,7 +125,7 @@ class LoadBar(Meter):
         """Show how far a load is, how long a restart waits, or that a server is stopping."""
         if state.retry_in is not None:
             self._pause = max(self._pause, state.retry_in)
-            self.write(state.retry_in / max(self._pause, 1.0), "until the restart")
+            self.write(state.retry_in / max(self._pause, 1.0), "waiting before the restart")
         elif state.status is ServerStatus.STOPPING:
             self.write(None, "freeing memory")
         elif state.status in {ServerStatus.STARTING, ServerStatus.LOADING}:

@@ -100,9 +100,9 @@ class SettingsForm(GridBox):
     def summary(self) -> str:
         """The values in a few words, e.g. `context 8192 · GPU all · 4 slots`."""
         words = [
-            _SHORT.get(name, _FIELDS[name][0].lower() + " {}").format(
-                "all" if name == "n_gpu_layers" and field.value == _ALL_LAYERS else field.value
-            )
+            _SHORT.get(name, _FIELDS[name][0].lower() + " {}")
+            .format("all" if name == "n_gpu_layers" and field.value == _ALL_LAYERS else field.value)
+            .removesuffix("s" if field.value == "1" else "")
             for name, field in self.fields.items()
             if field.value not in {"", FlashAttention.AUTO}
         ]
