@@ -62,7 +62,7 @@ def test_the_bar_counts_the_bytes_of_the_child(wrapped: Wrapped, tmp_path: Path)
             with anyio.fail_after(30):
                 await supervisor.start()
         (row,) = await LoadHistory(config.history, print).recall(this_host(), path_text(model))
-        assert row.loaded >= 98_500_000
+        assert row.loaded >= 90_000_000  # less what it read before its log could be read
         assert row.loading == pytest.approx(2, abs=0.7)
 
     anyio.run(scenario)

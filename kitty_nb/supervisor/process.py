@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+_KILLED_WITHIN = 1.0  # seconds; one that a driver holds may take for ever
 _EXIT_POLL = 0.02  # seconds, where the system has no file descriptors of processes
 # Seconds that the server of a wrapper has to end after it, where somebody else ends the two.
 _OTHERS_END_WITHIN = 10.0
@@ -129,6 +130,8 @@ class ServerProcess:
         with anyio.move_on_after(self._others_end_within):
             await self._others_ended()
         self._signal(signal.SIGKILL)  # a wrapper script may die before its llama-server
+        with anyio.move_on_after(_KILLED_WITHIN):
+            await self._others_ended()
         return self._child.wait() if self._child else None
 
     async def terminate(self, grace: float) -> None:
