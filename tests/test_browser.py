@@ -256,6 +256,30 @@ class Notebook:
         self.panel.locator(".kitty-model select").select_option(value=option.get_attribute("value"))
 
 
+def write_notebook(workspace: Path, *cells: str) -> str:
+    """Write a notebook beside the usual ones; return its name."""
+    name = f"test-{secrets.token_hex(4)}.ipynb"
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    body = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": f"c{index}",
+                "metadata": {},
+                "source": source,
+                "outputs": [],
+                "execution_count": None,
+            }
+            for index, source in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": kernel},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    (workspace / "notebooks" / name).write_text(json.dumps(body))
+    return name
+
+
 @pytest.fixture
 def open_notebook(browser: Browser, lab: str, workspace: Path) -> Iterator[Callable[..., Notebook]]:
     context = browser.new_context(viewport={"width": 1280, "height": 1400})
@@ -263,25 +287,7 @@ def open_notebook(browser: Browser, lab: str, workspace: Path) -> Iterator[Calla
     def open_(*cells: str, host: str = "127.0.0.1", address: str = lab) -> Notebook:
         name = "control_panel.ipynb"
         if cells:
-            name = f"test-{secrets.token_hex(4)}.ipynb"
-            kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-            body = {
-                "cells": [
-                    {
-                        "cell_type": "code",
-                        "id": f"c{index}",
-                        "metadata": {},
-                        "source": source,
-                        "outputs": [],
-                        "execution_count": None,
-                    }
-                    for index, source in enumerate(cells)
-                ],
-                "metadata": {"kernelspec": kernel},
-                "nbformat": 4,
-                "nbformat_minor": 5,
-            }
-            (workspace / "notebooks" / name).write_text(json.dumps(body))
+            name = write_notebook(workspace, *cells)
         page = context.new_page()
         page.goto(address.format(f"notebooks/{name}").replace("127.0.0.1", host))
         expect(page.locator(".jp-CodeCell").first).to_be_visible(timeout=60_000)
@@ -373,6 +379,34 @@ def test_the_panel_answers_and_its_chat_outlives_the_page_but_not_the_notebook(
     notebook.button("Stop").click()
     notebook.expect_status("Not running")
     expect(question).to_be_hidden()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("front_end", ["notebooks", "voila/render"])
+def test_a_panel_works_in_other_front_ends(
+    browser: Browser, lab: str, workspace: Path, front_end: str
+) -> None:
+    name = write_notebook(workspace, "from kitty_nb import ControlPanel\nControlPanel()")
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.goto(lab.replace("doc/tree", front_end).format(f"notebooks/{name}"))
+    notebook = Notebook(page)
+    if front_end == "notebooks":  # Voilà runs all cells by itself
+        busy = ".jp-NotebookKernelStatus-info"  # it says nothing of one that is idle
+        idle = page.locator(f".jp-NotebookKernelStatus-fade:not({busy})")
+        expect(idle).to_be_attached(timeout=60_000)
+        notebook.run(0)
+    notebook.expect_status("Not running")
+    notebook.choose("medium")
+    notebook.button("Start").click()
+    notebook.expect_status("Ready")
+    notebook.panel.get_by_role("textbox", name="Question").fill("Who are you?")
+    page.keyboard.press("Enter")
+    answer = notebook.panel.get_by_role("group", name="Answer")
+    expect(answer).to_contain_text("Hello! I am")
+    notebook.button("Stop").click()
+    notebook.expect_status("Not running")
+    page.close()
+    end_kernels(lab)
 
 
 @pytest.mark.parametrize(
