@@ -29,7 +29,7 @@ def manager(
 ) -> Iterator[ModelManager]:
     config = demo_config(real_model, tmp_path_factory.mktemp("chat"), unused_port())
     config = config.replace(
-        binary=engine, context_size=4096, parallel=1, batch_size=256, tool_calling=True
+        binary=engine, context_size=4096, parallel=1, batch_size=128, tool_calling=True
     )
     with ModelManager(config=config) as manager:
         manager.start().wait(120)
@@ -124,12 +124,12 @@ def test_an_answer_becomes_an_object(manager: ModelManager) -> None:
 
 def test_a_long_prompt_shows_its_progress(manager: ModelManager) -> None:
     seen: list[PromptProgress] = []
-    manager.chat("word " * 600, on_progress=seen.append, max_tokens=1).wait(120)
+    manager.chat("word " * 300, on_progress=seen.append, max_tokens=1).wait(120)
     assert len(seen) > 1
     shares = [step.fraction for step in seen]
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    assert seen[-1].total > 600
+    assert seen[-1].total > 300
 
 
 def test_pictures_need_a_projector_and_be_pictures(manager: ModelManager, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ async def surprises(config: ServerConfig, *texts: dict[str, str]) -> list[tuple[
     return found
 
 
+@pytest.mark.slow
 def test_a_real_tokenizers_texts_have_the_perplexity_that_others_compute(
     real_config: ServerConfig,
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_real_tokenizers_texts_have_the_perplexity_that_others_compute(
     assert sum(map(operator.mul, bits, lengths)) / sum(lengths) == pytest.approx(ALL, rel=0.01)
 
 
+@pytest.mark.slow
 def test_quantized_caches_rank_as_they_should(real_config: ServerConfig, tmp_path: Path) -> None:
     prompt, (text, _) = next(iter(GEMMA.items()))
     sweep = Sweep(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import eventually
 from test_real_loads import is_true, load
 
@@ -77,6 +78,7 @@ def earlier_call(city: str, weather: str) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_it_calls_a_python_function(real_config: ServerConfig) -> None:
     asked: list[str] = []
 
