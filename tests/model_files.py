@@ -279,6 +279,23 @@ def split_model(source: Path, folder: Path, count: int = 3) -> list[Path]:
     return sorted(folder.glob("split-*.gguf"))
 
 
+def write_adapter(path: Path, model: Path) -> Path:
+    """Write a LoRA adapter that hardly changes a model."""
+    (query,) = (one for one in gguf.GGUFReader(model).tensors if one.name == "blk.0.attn_q.weight")
+    inner, outer = map(int, query.shape)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    for end, shape in (("a", (1, inner)), ("b", (outer, 1))):
+        writer.add_tensor(f"{query.name}.lora_{end}", np.full(shape, 1e-6, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write_pooled(source: Path, path: Path, pooling: int) -> Path:
     """Copy a model of llama's architecture, and say by which pooling it makes one vector of many.
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
+from model_files import write_adapter
 from typer.testing import CliRunner
 
-from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.cli import app
 from kitty_nb.client import Answer
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind
@@ -163,6 +164,52 @@ def test_a_full_disk_is_said_once_and_harms_nothing(
         manager.stop().wait(60)
         assert len(complaints()) == 1
         assert [*tiny_disk.iterdir()] == []
+
+
+def test_each_model_of_a_profile_has_its_own_though_they_share_an_alias(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    other = write_demo_model(tmp_path / "other.gguf", size=20_000_000)
+    with ready(config.replace(context_size=4096)) as (manager, said):
+        first = ask(manager, TEXT)
+        manager.switch_model(other).wait(60)
+        ask(manager, f"Other: {TEXT}")
+        assert config.model
+        manager.switch_model(config.model).wait(60)
+        assert reused(ask(manager, TEXT, first.text, "And pears?")) > 0.9
+        assert not [line for line in said if "not restored" in line]
+    assert {prompt.model for prompt in kept(config)} == {"demo", "other"}
+
+
+def test_slots_that_share_one_cache_are_all_restored(config: ServerConfig) -> None:
+    both = config.replace(context_size=8192, parallel=2, extra_args="--kv-unified")
+    with ready(both) as (manager, _):
+        first = ask(manager, TEXT)
+        eventually(lambda: kept(both))  # the next request moves it out of its slot
+        second = ask(manager, f"Other: {TEXT}")
+        eventually(lambda: len(kept(both)) == 2)
+        manager.stop().wait(60)
+        manager.start().wait(60)
+        assert reused(ask(manager, TEXT, first.text, "And pears?")) > 0.9
+        assert reused(ask(manager, f"Other: {TEXT}", second.text, "And pears?")) > 0.9
+
+
+def test_what_another_scale_of_an_adapter_has_made_is_not_kept(
+    config: ServerConfig, engine: Path | None, tmp_path: Path
+) -> None:
+    assert config.model
+    adapter = write_adapter(tmp_path / "adapter.gguf", config.model)
+    adapted = config.replace(binary=engine, context_size=4096, extra_args=("--lora", str(adapter)))
+    with ready(adapted) as (manager, _):
+        text = ask(manager, TEXT).text
+        eventually(lambda: kept(adapted))
+        manager.http.post("/lora-adapters", json=[{"id": 0, "scale": 0.5}]).raise_for_status()
+        ask(manager, TEXT, text, "And pears?")
+        before = kept(adapted)
+        manager.stop().wait(60)
+        assert kept(adapted) == before
+        manager.start().wait(60)
+        assert reused(ask(manager, TEXT, text, "And pears?")) > 0.9
 
 
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:

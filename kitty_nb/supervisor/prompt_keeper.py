@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,6 +16,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.errors import RefusedError, ServerError
 from kitty_nb.supervisor.events import Level, Restored
+from kitty_nb.supervisor.history import path_text
 from kitty_nb.supervisor.kept_prompts import KeptPrompt, digest_of
 from kitty_nb.supervisor.requests import Held
 
@@ -83,15 +85,12 @@ class PromptKeeper:
         tell: Tell,
         clock: Callable[[], float],
     ) -> None:
-        self._profile, self._model = config.profile, config.served_alias
+        self._profile = config.profile
+        # Not by its alias, which a profile may give to each of its models.
+        self._model = config.known_as or Path(path_text(config.model)).stem
         self._facts, self._store = dict(facts), store
-        self._probe, self._log, self._notify, self._tell, self._clock = (
-            probe,
-            log,
-            notify,
-            tell,
-            clock,
-        )
+        self._probe, self._log, self._clock = probe, log, clock
+        self._notify, self._tell = notify, tell
         self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
         self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
         self._candidates: list[KeptPrompt] = []
