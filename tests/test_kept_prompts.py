@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
-from model_files import write_adapter
+from model_files import write_adapter, write_projector
+from test_vision import DEMO_WIDTH, png
 from typer.testing import CliRunner
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
@@ -210,6 +211,48 @@ def test_what_another_scale_of_an_adapter_has_made_is_not_kept(
         assert kept(adapted) == before
         manager.start().wait(60)
         assert reused(ask(manager, TEXT, text, "And pears?")) > 0.9
+
+
+def test_a_prompt_with_a_picture_is_kept_and_is_not_that_of_another(
+    config: ServerConfig, engine: Path | None, tmp_path: Path
+) -> None:
+    projector = write_projector(tmp_path / "mmproj.gguf", DEMO_WIDTH)
+    seeing = config.replace(binary=engine, context_size=4096, mmproj=projector)
+
+    def see(side: int) -> int:
+        url = {"type": "image_url", "image_url": {"url": png(side)}}
+        content = [url, {"type": "text", "text": TEXT}]
+        answer: Answer = manager.chat([{"role": "user", "content": content}], **GREEDY).wait(60)
+        return answer.usage.cached or 0
+
+    with ready(seeing) as (manager, _):
+        see(8)
+        manager.restart().wait(60)
+        eventually(lambda: manager.work.restored)
+        assert see(9) < 100
+        manager.restart().wait(60)
+        eventually(lambda: manager.work.restored)
+        assert see(9) > 1000
+
+
+@pytest.mark.slow
+def test_an_older_build_that_cannot_is_found_out_by_what_it_reads_again(
+    config: ServerConfig, native_engine: Path, real_model: Path
+) -> None:
+    """It leaves out what sliding windows need, from where a conversation goes on."""
+    older = config.replace(
+        binary=native_engine, model=real_model, models_dir=real_model.parent, context_size=4096
+    )
+    with ready(older) as (manager, said):
+        text = ask(manager, TEXT).text
+        manager.restart().wait(60)
+        ask(manager, TEXT, text, "And pears?")
+        eventually(lambda: any("can't keep prompts of gemma" in line for line in said))
+        manager.restart().wait(60)
+        said.clear()
+        ask(manager, TEXT, text, "And plums?")
+        manager.stop().wait(60)
+    assert not any("prompt" in line for line in said)
 
 
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:

@@ -152,7 +152,8 @@ class Restored:
 
     def __str__(self) -> str:
         """For example `12,410 tokens restored in 0.4 s instead of 58 s`."""
-        instead = f" instead of {self.reading:.0f} s" if self.reading else ""
+        slow = self.reading is not None and self.reading >= 1
+        instead = f" instead of {self.reading:.0f} s" if slow else ""
         return f"{self.tokens:,} tokens restored in {self.seconds:.1f} s{instead}"
 
 

@@ -563,7 +563,7 @@ class Server:
         return self.prompts
 
     def _tell_restored(self, restored: Restored) -> None:
-        self.work.restored = restored
+        self.work.note_restored(restored, self._clock())
         self._worked.set()
 
     # Beside the server

@@ -27,15 +27,12 @@ class WorkMeter:
     Args:
         log: The requests by its log. What only the slots tell of is added to its tasks.
         batch: The most tokens of a prompt that it reads at once.
-
-    Attributes:
-        restored: The kept prompt that was restored last; None once something is asked.
     """
 
     def __init__(self, log: RequestLog, batch: int | None = None) -> None:
         self.log = log
         self._batch = batch or _BATCH
-        self.restored: Restored | None = None
+        self._restored: tuple[float, Restored] | None = None
         self._slots: int | None = None
         self._pace: float | None = None
 
@@ -68,6 +65,10 @@ class WorkMeter:
         for key, slot in working.items():
             _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
 
+    def note_restored(self, restored: Restored, at: float) -> None:
+        """Take a kept prompt that was restored; it is told of until something else is asked."""
+        self._restored = at, restored
+
     def work(self, at: float) -> Work:
         """Return the work at a time."""
         tasks = self.log.active.values()
@@ -80,8 +81,8 @@ class WorkMeter:
             if request.cached is not None and request.prompt_tokens
         ]
         cached, whole = map(sum, zip(*prompts, strict=True)) if prompts else (0, 0)
-        if tasks:
-            self.restored = None
+        if self._restored and any(task.began > self._restored[0] for task in tasks):
+            self._restored = None
         return Work(
             busy=len(tasks),
             slots=self._slots,
@@ -89,7 +90,7 @@ class WorkMeter:
             tokens_per_second=self._pace if tasks else None,
             cached=cached / whole if whole else None,
             accepted=sum(drafted) / len(drafted) if drafted else None,
-            restored=self.restored,
+            restored=self._restored and self._restored[1],
         )
 
     def _reading(self, task: ActiveRequest, at: float) -> PromptProgress:
