@@ -1,6 +1,6 @@
 """What `chat` and `embed` add to raw HTTP.
 
-`python -m benchmarks.asking [--engine PATH] [--model PATH]` asks one server in turn, by
+`python -m benchmarks.asking [--part ask|embed] [--engine PATH] [--model PATH]` asks one server in turn, by
 `http.client` and by `manager.chat`, for the same greedy answer; then a server that embeds, by the
 fastest of some loops over `httpx` and by `manager.embed`, for the vectors of 1,000 short texts.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import subject_of, subject_parser
 from kitty_nb import ModelManager
 
 if TYPE_CHECKING:
@@ -34,18 +34,23 @@ if TYPE_CHECKING:
 
 _RUNS, _TOKENS = 15, 96
 _TEXTS = [f"Note {number}: the cat slept on the warm stone." for number in range(1000)]
-_EMBED_RUNS = 3
-_FEW = 128  # of them to choose the loop by
+_EMBED_RUNS = 2
+_FEW = 64  # of them to choose the loop by
 _LOOPS = ((16, 1), (32, 2), (64, 2), (32, 4))  # texts in a request, connections
 
 
 def main() -> None:
     """Print the figures."""
-    subject = read_subject(__doc__)
+    parser = subject_parser(__doc__)
+    parts = {"ask": _ask, "embed": _embed}
+    parser.add_argument("--part", choices=parts, help="measure only this")
+    args = parser.parse_args()
+    subject = subject_of(args)
     print(f"{subject}\n")
     with tempfile.TemporaryDirectory() as folder:
-        _ask(subject, Path(folder))
-        _embed(subject, Path(folder))
+        for name, part in parts.items():
+            if args.part in {None, name}:
+                part(subject, Path(folder))
 
 
 def _ask(subject: Subject, folder: Path) -> None:
@@ -58,10 +63,12 @@ def _ask(subject: Subject, folder: Path) -> None:
         for _ in range(_RUNS):
             raw.append(_timed(partial(_raw_stream, manager, options)))
             ours.append(_timed(lambda: manager.chat("Tell me a story.", **options)))
-    first = [statistics.median(one[0] for one in side) for side in (raw, ours)]
-    token = [statistics.median(one[1] for one in side) for side in (raw, ours)]
-    print(f"first token: raw {first[0] * 1e3:.1f} ms, chat {(first[1] - first[0]) * 1e3:+.2f} ms")
-    print(f"each token: raw {token[0] * 1e3:.2f} ms, chat {token[1] / token[0] - 1:+.2%}")
+    first, token = (statistics.median(one[part] for one in raw) for part in (0, 1))
+    pairs = [*zip(raw, ours, strict=True)]
+    later = statistics.median(our[0] - bare[0] for bare, our in pairs)
+    slower = statistics.median(our[1] / bare[1] for bare, our in pairs) - 1
+    print(f"first token: raw {first * 1e3:.1f} ms, chat {later * 1e3:+.2f} ms (median of pairs)")
+    print(f"each token: raw {token * 1e3:.2f} ms, chat {slower:+.2%} (median of pairs)")
 
 
 def _timed(ask: Callable[[], Iterable[object]]) -> tuple[float, float]:
