@@ -1,8 +1,9 @@
 """What `chat` and `embed` add to raw HTTP.
 
-`python -m benchmarks.asking [--part ask|embed] [--engine PATH] [--model PATH]` asks one server in turn, by
-`http.client` and by `manager.chat`, for the same greedy answer; then a server that embeds, by the
-fastest of some loops over `httpx` and by `manager.embed`, for the vectors of 1,000 short texts.
+`python -m benchmarks.asking [--part ask|embed] [--engine PATH] [--model PATH]` asks one server in
+turn, by `http.client` and by `manager.chat`, for the same greedy answer; then a server that embeds,
+by the fastest of some loops over `httpx` and by `manager.embed`, for the vectors of 1,000 short
+texts.
 """
 
 from __future__ import annotations
