@@ -255,6 +255,18 @@ def test_an_older_build_that_cannot_is_found_out_by_what_it_reads_again(
     assert not any("prompt" in line for line in said)
 
 
+def test_of_two_kernels_that_watch_a_server_one_keeps_a_prompt(config: ServerConfig) -> None:
+    watched = config.replace(context_size=4096)
+    with ready(watched) as (manager, _), ModelManager(config=watched) as second:
+        eventually(lambda: second.state.status is ServerStatus.READY)
+        ask(manager, TEXT)
+        eventually(lambda: kept(watched))
+        before = {file.name for file in watched.prompts_dir.iterdir()}
+        second.stop().wait(60)
+        eventually(lambda: manager.state.status is ServerStatus.STOPPED)
+        assert {file.name for file in watched.prompts_dir.iterdir()} == before
+
+
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:
     with ready(kept_config.replace(keep_prompts=False)) as (manager, _):
         ask(manager, TEXT)

@@ -48,6 +48,8 @@ class KeptPrompt(BaseModel):
         size: Bytes of its state.
         checksum: Of its state.
         source: Digest of the text that it was made of; empty for one kept by itself.
+        request: Digest of the process and the request that made it: of several programs that watch
+            a server, one keeps it.
         facts: What it depends on, by the name for people, each as a digest.
         at: When it was saved, in seconds since the epoch.
         reading: Seconds that reading it took, or would take; None where that is not known.
@@ -64,6 +66,7 @@ class KeptPrompt(BaseModel):
     size: NonNegativeInt = 0
     checksum: NonNegativeInt = 0
     source: str = ""
+    request: str = ""
     facts: dict[str, str]
     at: NonNegativeFloat = 0.0
     reading: NonNegativeFloat | None = None

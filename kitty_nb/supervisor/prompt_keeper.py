@@ -225,8 +225,18 @@ class PromptKeeper:
             return
         async with self._turn:
             contents = await self._contents()
+            kept = {prompt.request for prompt in await run_sync(self._store.prompts)}
             for slot in self._changed(contents):
-                await self._save(slot, contents[slot])
+                held = contents[slot]
+                if self._request(slot, held) in kept:
+                    self._saved[slot] = held.task
+                else:
+                    await self._save(slot, held)
+
+    def _request(self, slot: int, held: Held) -> str:
+        """Return a digest of the request that a slot held last, of all that there ever were."""
+        process = self._probe.process
+        return digest_of(process and (process.pid, process.create_time), slot, held.task)
 
     async def _save(
         self, slot: int, held: Held | None = None, name: str = "", source: str = ""
@@ -257,6 +267,7 @@ class PromptKeeper:
             slot=slot,
             tokens=said.get("n_saved", 0),
             source=source,
+            request=self._request(slot, held) if held else "",
             facts=self._facts,
             reading=said.get("n_saved", 0) / pace if pace else None,
         )
