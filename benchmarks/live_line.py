@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import httpx
 
 _ROUNDS, _TOKENS, _PROMPTS = 6, 96, 4
+_SETTLED = 4.0  # seconds, in which a new panel looks for models, devices and memory
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
 
 def _watched(manager: ModelManager) -> float:
     panel = ControlPanel(manager=manager)
+    time.sleep(_SETTLED)
     try:
         return _speed(manager.http)
     finally:
