@@ -259,23 +259,36 @@ class PromptKeeper:
         finally:
             if held:
                 self._saved[slot] = held.task
-        prompt = KeptPrompt(
-            key=key,
-            name=name,
-            profile=self._profile,
-            model=self._model,
-            slot=slot,
-            tokens=said.get("n_saved", 0),
-            source=source,
-            request=self._request(slot, held) if held else "",
-            facts=self._facts,
-            reading=said.get("n_saved", 0) / pace if pace else None,
-        )
+        tokens = int(said.get("n_saved", 0))
+        prompt = self._describe(slot, tokens, tokens / pace if pace else None, name, source, key)
+        if held:
+            prompt = prompt.model_copy(update={"request": self._request(slot, held)})
         if prompt.tokens < _WORTH and not name:
             await run_sync(self._store.discard, key)  # something else has emptied the slot
             return None
         self._written.append(prompt)
         return prompt
+
+    def _describe(
+        self,
+        slot: int,
+        tokens: int,
+        reading: float | None,
+        name: str,
+        source: str,
+        key: str = "",
+    ) -> KeptPrompt:
+        return KeptPrompt(
+            key=key,
+            name=name,
+            profile=self._profile,
+            model=self._model,
+            slot=slot,
+            tokens=tokens,
+            source=source,
+            facts=self._facts,
+            reading=reading,
+        )
 
     async def settle(self) -> None:
         """Keep what the engine has written."""
@@ -362,17 +375,7 @@ class PromptKeeper:
         if prompt:
             self._written[-1] = prompt = prompt.model_copy(update={"reading": seconds})
             return prompt
-        return KeptPrompt(
-            key="",
-            name=name,
-            profile=self._profile,
-            model=self._model,
-            slot=slot,
-            tokens=len(tokens),
-            source=source,
-            facts=self._facts,
-            reading=seconds,
-        )
+        return self._describe(slot, len(tokens), seconds, name, source)
 
     async def _free_slot(self) -> int:
         """Return the slot whose contents were used longest ago."""
