@@ -358,12 +358,11 @@ class PromptKeeper:
 
     async def _find(self, name: str, source: str) -> KeptPrompt | None:
         """Return the kept prompt of that name, if it is of the same text and may be used."""
-        for prompt in await run_sync(self._store.prompts):
-            if self._off or (prompt.name, prompt.source) != (name, source):
-                continue
-            if prompt.changed(self._facts) or not await run_sync(self._store.intact, prompt):
-                continue
-            return prompt
+        for prompt in () if self._off else await run_sync(self._store.prompts):
+            same = (prompt.name, prompt.source) == (name, source)
+            fit = same and not prompt.changed(self._facts)
+            if fit and await run_sync(self._store.intact, prompt):
+                return prompt
         return None
 
     async def _read(self, name: str, source: str, tokens: list[int], slot: int) -> KeptPrompt:
