@@ -39,7 +39,7 @@ class Pinned:
         return self
 
     def __repr__(self) -> str:
-        return f"Pinned({self.pin!r})" if self._operation.done else "Pinned(still being read)"
+        return f"Pinned(done={self._operation.done})"
 
     @property
     def pin(self) -> Pin:

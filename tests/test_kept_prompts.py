@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -402,6 +403,24 @@ def test_what_others_could_have_written_is_not_used(tmp_path: Path) -> None:
     for wrong in ("{", "[]", json.dumps({"key": "../a"}), about.read_text().replace('"a"', '"b"')):
         (store.folder / "c.json").write_text(wrong)
         assert store.prompts() == [added]
+    (store.folder / "c.json").unlink()
+    for odd in ('"at": 1e300', '"at": -1', '"size": 1e400', '"tokens": "many"'):
+        name, _, _ = odd.partition(":")
+        changed = re.sub(rf"{name}:\s*[^,]+", odd, about.read_text())
+        assert changed != about.read_text()
+        (store.folder / "a.json").write_text(changed)
+        assert store.prompts() == []
+    about.unlink()
+    os.mkfifo(about)  # reading it would wait for ever
+    store.state("b").mkdir()
+    (store.folder / "notes.json").write_text("mine")
+    assert store.prompts() == []
+    store.clear([], whole=True)
+    assert (store.folder / "notes.json").exists()
+    link = PromptStore(tmp_path / "link", 1e9)
+    link.folder.symlink_to(store.folder)
+    assert "is a link" in (link.prepare() or "")
+    assert link.prompts() == []
     store.folder.chmod(0o777)
     assert store.prompts() == []
     assert "Other users can write" in (store.prepare() or "")

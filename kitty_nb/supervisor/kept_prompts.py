@@ -7,15 +7,23 @@ which is written last: a state without one is not complete.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import time
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+)
 
 from kitty_nb.engine.command_line import options_of
 from kitty_nb.safe_files import distrust, write_atomic
@@ -31,8 +39,12 @@ _STATE, _ABOUT, _USELESS = ".state", ".json", ".useless"
 _MODEL, _BUILD = "the model's file", "llama-server"
 # What changes neither the contents of a state nor how it is read.
 _NEUTRAL = {"--n-predict", "--temp", "--top-p", "--repeat-penalty", "--threads", "--threads-batch"}
-_READ_AT_ONCE = 1 << 20  # bytes
+_OURS = re.compile(r"\.?[0-9a-f]{16,32}\.(?:state|json|useless)\b")
+_READ_AT_ONCE, _LONGEST = 1 << 20, 1 << 16  # bytes; the latter of what is known of a prompt
 _ABANDONED_AFTER = 3600.0  # seconds; a state is not written for that long
+
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class KeptPrompt(BaseModel):
@@ -61,14 +73,14 @@ class KeptPrompt(BaseModel):
     name: str = ""
     profile: str
     model: str
-    slot: NonNegativeInt
-    tokens: NonNegativeInt
-    size: NonNegativeInt = 0
+    slot: _Count
+    tokens: _Count
+    size: _Count = 0
     checksum: NonNegativeInt = 0
     source: str = ""
     request: str = ""
     facts: dict[str, str]
-    at: NonNegativeFloat = 0.0
+    at: Annotated[float, Field(ge=0, lt=1 << 33)] = 0.0
     reading: NonNegativeFloat | None = None
 
     def changed(self, facts: Mapping[str, str]) -> list[str]:
@@ -132,6 +144,10 @@ class PromptStore:
         """Return the store of a profile."""
         return cls(config.prompts_dir, config.keep_prompts_gb * 1e9)
 
+    @property
+    def _trusted(self) -> bool:
+        return self.folder.is_dir() and not self.folder.is_symlink() and not distrust(self.folder)
+
     def prepare(self) -> str | None:
         """Make the folder; return why it can't be used, if so.
 
@@ -139,6 +155,8 @@ class PromptStore:
             OSError: It can't be made.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder.is_symlink():
+            return f"{self.folder} is a link."
         if reason := distrust(self.folder):
             return reason
         self.folder.chmod(0o700)
@@ -146,13 +164,16 @@ class PromptStore:
 
     def prompts(self) -> list[KeptPrompt]:
         """Return what is kept, newest first; nothing from a folder that others can write to."""
-        if not self.folder.is_dir() or distrust(self.folder):
+        try:
+            return sorted(self._read(), key=lambda prompt: prompt.at, reverse=True)
+        except OSError:  # out of file descriptors, for one
             return []
-        return sorted(self._read(), key=lambda prompt: prompt.at, reverse=True)
 
     def _read(self) -> Iterator[KeptPrompt]:
-        for about in self.folder.glob(f"*{_ABOUT}"):
+        for about in self.folder.glob(f"*{_ABOUT}") if self._trusted else ():
             with suppress(OSError, ValidationError):
+                if not _is_plain(about) or about.stat().st_size > _LONGEST:
+                    continue
                 prompt = KeptPrompt.model_validate_json(about.read_bytes())
                 if prompt.key == about.stem and not distrust(about, folders=False):
                     yield prompt
@@ -167,8 +188,10 @@ class PromptStore:
 
     def intact(self, prompt: KeptPrompt) -> bool:
         """Tell whether a state is what was saved."""
+        state = self.state(prompt.key)
         try:
-            return _checksum(self.state(prompt.key)) == prompt.checksum
+            whole = _is_plain(state) and state.stat().st_size == prompt.size
+            return whole and _checksum(state) == prompt.checksum
         except OSError:
             return False
 
@@ -224,9 +247,10 @@ class PromptStore:
         """Remove prompts; if all of the folder is meant, whatever else lies there, too."""
         for prompt in prompts:
             self.discard(prompt.key)
-        for file in self.folder.iterdir() if whole and self.folder.is_dir() else ():
-            if file.suffix in {_STATE, _ABOUT, _USELESS}:
-                file.unlink(missing_ok=True)
+        for file in self.folder.iterdir() if whole and self._trusted else ():
+            if _OURS.match(file.name):
+                with suppress(OSError):
+                    file.unlink()
 
     def is_useless(self, facts: Mapping[str, str]) -> bool:
         """Tell whether this build has been found unable to keep prompts of this model."""
@@ -240,6 +264,11 @@ class PromptStore:
     def _useless(self, facts: Mapping[str, str]) -> Path:
         named = [facts.get(name) for name in (_MODEL, _BUILD, "--swa-full")]
         return self.folder / f"{digest_of(*named)}{_USELESS}"
+
+
+def _is_plain(file: Path) -> bool:
+    """Tell whether reading a file can neither block nor lead elsewhere."""
+    return file.is_file() and not file.is_symlink()
 
 
 def _checksum(file: Path) -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _WORTH = 256  # tokens; fewer are read again in no time
 _RESTED, _LOOK = 2.0, 1.0  # seconds without work, after which slots are saved; between two looks
+_SAVED_WITHIN = 10.0  # seconds; a server that works on a long prompt does not do it before
 _SPARED = 50  # saving is rare: it takes a fiftieth of the time, and spares the disk
 _CONTEXT, _ADAPTERS = "the context of a slot", "the scale of an adapter"
 _ADAPTER_FLAGS = {"--lora", "--lora-scaled"}
@@ -96,7 +97,7 @@ class PromptKeeper:
         self._candidates: list[KeptPrompt] = []
         self._restored: dict[int, KeptPrompt] = {}  # by slot, until a request uses it
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
-        self._off = False
+        self._begun = self._off = False
         self._complaints: set[str] = set()
         self._turn = anyio.Lock()
 
@@ -112,6 +113,8 @@ class PromptKeeper:
             else:
                 self._notify(f"{_kept(prompt)} was damaged, and is removed.", Level.WARNING)
                 await run_sync(self._store.discard, prompt.key)
+        if self._begun and not self._off:
+            await self._restore_late()
 
     async def prepare(self) -> None:
         """Learn the rest of what states depend on from the server itself, before it is ready."""
@@ -135,6 +138,17 @@ class PromptKeeper:
                     tasks.start_soon(self._restore, prompt, prompt.slot, asked)
                     await asked.wait()
             task_status.started()
+        self._candidates.clear()
+        self._begun = True
+
+    async def _restore_late(self) -> None:
+        """Restore what was found when the server was ready, where nobody has asked since."""
+        async with self._turn:
+            used = {slot for slot, held in self._log.held.items() if held.tokens >= _WORTH}
+            used |= {slot for slot, _ in self._log.active}
+            for prompt in self._candidates:
+                if prompt.slot not in used and not prompt.changed(self._facts):
+                    await self._restore(prompt, prompt.slot, anyio.Event())
         self._candidates.clear()
 
     async def _restore(self, prompt: KeptPrompt, slot: int, asked: anyio.Event) -> bool:
@@ -169,8 +183,7 @@ class PromptKeeper:
             now = self._clock()
             rested = 0.0 if self._log.active else rested + _LOOK
             if rested >= _RESTED and now >= due and self._changed(self._log.held):
-                with anyio.CancelScope(shield=True):  # else the engine writes what nobody keeps
-                    await self.save()
+                await self.save()
                 await self.settle()
                 due = self._clock() + (self._clock() - now) * _SPARED
 
@@ -244,10 +257,16 @@ class PromptKeeper:
         pace = self._log.prompt_speed
         key = self._store.new_key()
         file = self._store.state(key)
+        said: dict[str, Any] = {}
         try:
             if not name and not await self._default_scales(slot):
                 return None
-            said = await self._probe.post(f"/slots/{slot}?action=save", {"filename": file.name})
+            request = {"filename": file.name}
+            # Cancelled, the engine would write what nobody keeps.
+            with anyio.move_on_after(_SAVED_WITHIN, shield=True):
+                said = await self._probe.post(f"/slots/{slot}?action=save", request)
+            if not said:
+                raise ServerError("the server did not save it in time")
         except RefusedError as error:
             self._give_up(str(error).rstrip("."))
             return None
@@ -295,11 +314,15 @@ class PromptKeeper:
         while self._written:
             prompt = self._written.pop()
             try:
-                if not await run_sync(self._store.add, prompt):
+                with anyio.CancelScope(shield=True):
+                    kept = await run_sync(self._store.add, prompt)
+                if not kept:
                     self._notify(
                         f"{_kept(prompt)} is larger than LLAMACPP_KEEP_PROMPTS_GB, and is removed.",
                         Level.INFO,
                     )
+            except FileNotFoundError:
+                pass  # somebody has cleared the folder meanwhile
             except OSError as error:
                 self._complain(error.strerror or type(error).__name__)
 
@@ -378,10 +401,13 @@ class PromptKeeper:
 
     async def _free_slot(self) -> int:
         """Return the slot whose contents were used longest ago."""
-        free = [slot for slot in await self._probe.ask_slots() if not slot.get("is_processing")]
+        slots = await self._probe.ask_slots()
+        free = [slot for slot in slots if not slot.get("is_processing")]
+        if not slots:
+            raise ServerError("The server does not list its slots. Start it without --no-slots.")
         if not free:
             raise ServerError("All slots are busy. Try again when an answer is complete.")
-        numbers = [int(slot["id"]) for slot in free]
+        numbers = [int(slot.get("id", 0)) for slot in free]
         return min(
             numbers, key=lambda slot: self._log.held[slot].task if slot in self._log.held else -1
         )
@@ -405,7 +431,8 @@ class PromptKeeper:
 
 
 def _scales(adapters: Any) -> dict[Any, Any]:
-    return {one.get("id"): one.get("scale") for one in adapters if isinstance(one, dict)}
+    listed = adapters if isinstance(adapters, list) else ()
+    return {one.get("id"): one.get("scale") for one in listed if isinstance(one, dict)}
 
 
 def _kept(prompt: KeptPrompt) -> str:

@@ -336,11 +336,16 @@ class Supervisor:
             ServerError: The server is not ready, keeps no prompts, or refused the text.
         """
         server = self._server
+        if not (isinstance(name, str) and name.strip() and text):
+            raise ServerError("A pinned prompt needs a name and a text.")
         if self._now.status is not ServerStatus.READY:
             raise ServerFailedError(f"The server is {self._now.status}, not READY.")
         if not isinstance(server, Server) or server.prompts is None:
             raise ServerError(_KEEPS_NONE)
-        return await server.prompts.pin(name, text)
+        try:
+            return await server.prompts.pin(name, text)
+        except ServerError as error:
+            raise ServerError(f"{name!r} can't be pinned: {error}") from None
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what happens from now on. A reader too far behind loses the newest events."""
