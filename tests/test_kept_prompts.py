@@ -268,6 +268,29 @@ def test_of_two_kernels_that_watch_a_server_one_keeps_a_prompt(config: ServerCon
         assert {file.name for file in watched.prompts_dir.iterdir()} == before
 
 
+def test_a_text_can_be_pinned_under_two_names(config: ServerConfig) -> None:
+    roomy = config.replace(context_size=16384)
+    with ready(roomy) as (manager, _):
+        for name in ("a", "b"):
+            with manager.pinned(name, TEXT):
+                pass
+        assert {prompt.name for prompt in kept(roomy)} == {"a", "b"}
+        failed = manager.pinned(" ", TEXT)
+        with pytest.raises(ServerError, match="needs a name and a text"):
+            _ = failed.pin
+        assert "done=True" in repr(failed)
+
+
+def test_every_slot_is_kept_by_a_stop(config: ServerConfig) -> None:
+    four = config.replace(context_size=16384, parallel=4)
+    with ready(four) as (manager, _):
+        for slot in range(4):
+            manager.chat(f"{slot}: {TEXT}", id_slot=slot, **GREEDY).wait(60)
+        manager.stop().wait(60)
+        assert {prompt.slot for prompt in kept(four)} == {0, 1, 2, 3}
+    assert len([*four.prompts_dir.iterdir()]) == 8
+
+
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:
     with ready(kept_config.replace(keep_prompts=False)) as (manager, _):
         ask(manager, TEXT)

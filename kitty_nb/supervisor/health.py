@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
-from kitty_nb.errors import RefusedError, ServerError
+from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -391,7 +391,8 @@ class HealthProbe:
 
         Raises:
             RefusedError: It can't do that, now or later.
-            ServerError: It won't do it now, broke off, or is not known to be ours.
+            ServerCrashedError: It broke off.
+            ServerError: It won't do it now, or is not known to be ours.
         """
         if not self.trusted:
             raise ServerError("it is not known to be the server that kitty_nb started")
@@ -410,7 +411,7 @@ class HealthProbe:
             )
             said = response.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise ServerError(f"it does not answer ({type(error).__name__})") from None
+            raise ServerCrashedError(f"it does not answer ({type(error).__name__})") from None
         if response.is_error or not isinstance(said, dict):
             never = response.status_code == HTTPStatus.NOT_IMPLEMENTED
             raise (RefusedError if never else ServerError)(_failure(response))

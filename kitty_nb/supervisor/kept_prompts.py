@@ -41,7 +41,7 @@ _MODEL, _BUILD = "the model's file", "llama-server"
 _NEUTRAL = {"--n-predict", "--temp", "--top-p", "--repeat-penalty", "--threads", "--threads-batch"}
 _OURS = re.compile(r"\.?[0-9a-f]{16,32}\.(?:state|json|useless)\b")
 _READ_AT_ONCE, _LONGEST = 1 << 20, 1 << 16  # bytes; the latter of what is known of a prompt
-_ABANDONED_AFTER = 3600.0  # seconds; a state is not written for that long
+_ABANDONED_AFTER = 600.0  # seconds; a state is not written for that long
 
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -160,6 +160,7 @@ class PromptStore:
         if reason := distrust(self.folder):
             return reason
         self.folder.chmod(0o700)
+        self._sweep()
         return None
 
     def prompts(self) -> list[KeptPrompt]:
@@ -231,6 +232,10 @@ class PromptStore:
             if prompt.key != newest.key and (newest.replaces(prompt) or total > self.budget):
                 total -= prompt.size
                 self.discard(prompt.key)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove states of programs that were killed before they could say what they are."""
         for state in self.folder.glob(f"*{_STATE}"):
             with suppress(OSError):
                 old = time.time() - state.stat().st_mtime > _ABANDONED_AFTER

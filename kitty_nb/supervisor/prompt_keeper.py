@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.to_thread import run_sync
 
-from kitty_nb.errors import RefusedError, ServerError
+from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError
 from kitty_nb.supervisor.events import Level, Restored
 from kitty_nb.supervisor.history import path_text
 from kitty_nb.supervisor.kept_prompts import KeptPrompt, digest_of
@@ -99,6 +99,7 @@ class PromptKeeper:
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
         self._begun = self._off = False
         self._complaints: set[str] = set()
+        self._reading: set[anyio.CancelScope] = set()
         self._turn = anyio.Lock()
 
     async def look(self) -> None:
@@ -108,7 +109,7 @@ class PromptKeeper:
                 continue
             if changed := set(prompt.changed(self._facts)) - {_CONTEXT, _ADAPTERS}:
                 self._refuse(prompt, changed)
-            elif await run_sync(self._store.intact, prompt):
+            elif await run_sync(self._store.intact, prompt, abandon_on_cancel=True):
                 self._candidates.append(prompt)
             else:
                 self._notify(f"{_kept(prompt)} was damaged, and is removed.", Level.WARNING)
@@ -158,6 +159,10 @@ class PromptKeeper:
             said = await self._probe.post(
                 f"/slots/{slot}?action=restore", {"filename": file}, asked
             )
+        except ServerCrashedError:  # the next server would break off in the same way
+            await run_sync(self._store.discard, prompt.key)
+            self._notify(f"{_kept(prompt)} broke the server, and is removed.", Level.WARNING)
+            return False
         except ServerError as error:
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
             return False
@@ -231,6 +236,11 @@ class PromptKeeper:
             if isinstance(task, int) and isinstance(tokens, int) and not slot.get("is_processing"):
                 contents[int(slot["id"])] = Held(task, tokens)
         return contents
+
+    def hang_up(self) -> None:
+        """Break off what is being read: the server is to stop."""
+        for scope in self._reading:
+            scope.cancel()
 
     async def save(self) -> None:
         """Have the engine write what the slots at rest hold; `settle` keeps it."""
@@ -317,10 +327,7 @@ class PromptKeeper:
                 with anyio.CancelScope(shield=True):
                     kept = await run_sync(self._store.add, prompt)
                 if not kept:
-                    self._notify(
-                        f"{_kept(prompt)} is larger than LLAMACPP_KEEP_PROMPTS_GB, and is removed.",
-                        Level.INFO,
-                    )
+                    self._complain("it is larger than LLAMACPP_KEEP_PROMPTS_GB")
             except FileNotFoundError:
                 pass  # somebody has cleared the folder meanwhile
             except OSError as error:
@@ -330,8 +337,8 @@ class PromptKeeper:
         if why not in self._complaints:
             self._complaints.add(why)
             self._notify(
-                f"Can't keep a prompt in {self._store.folder}: {why}. Free some space there, or set"
-                " LLAMACPP_KEEP_PROMPTS=off.",
+                f"Can't keep a prompt in {self._store.folder}: {why}. Free some space there, raise"
+                " LLAMACPP_KEEP_PROMPTS_GB, or set LLAMACPP_KEEP_PROMPTS=off.",
                 Level.WARNING,
             )
 
@@ -351,7 +358,8 @@ class PromptKeeper:
         async with self._turn:
             for slot, prompt in self._pins.items():
                 held = self._log.held.get(slot)
-                if prompt.source == source and held and held.tokens == prompt.tokens:
+                same = (prompt.name, prompt.source) == (name, source)
+                if same and held and held.tokens == prompt.tokens:
                     return Pin(name, prompt.tokens, 0.0, prompt.reading, restored=True)
             slot = await self._free_slot()
             contents = await self._contents()
@@ -391,8 +399,17 @@ class PromptKeeper:
     async def _read(self, name: str, source: str, tokens: list[int], slot: int) -> KeptPrompt:
         """Have the server read a prompt, and keep it."""
         request = {"prompt": tokens, "n_predict": 0, "id_slot": slot, "cache_prompt": True}
-        said = await self._probe.post("/completion", request)
-        seconds = said.get("timings", {}).get("prompt_ms", 0.0) / 1000
+        said: dict[str, Any] = {}
+        with anyio.CancelScope() as scope:
+            self._reading.add(scope)
+            try:
+                said = await self._probe.post("/completion", request)
+            finally:
+                self._reading.discard(scope)
+        if scope.cancelled_caught:
+            raise ServerError("the server is being stopped")
+        timings = said.get("timings", {})
+        seconds = None if timings.get("cache_n") else timings.get("prompt_ms", 0.0) / 1000
         prompt = None if self._off else await self._save(slot, None, name, source)
         if prompt:
             self._written[-1] = prompt = prompt.model_copy(update={"reading": seconds})

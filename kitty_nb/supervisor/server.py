@@ -156,6 +156,8 @@ class Server:
             registry.withdraw_record(self._config, self._process)
             if self._asking:  # hang up: some builds finish open requests before they exit
                 self._asking.cancel_scope.cancel()
+            if self.prompts:
+                self.prompts.hang_up()
             self._tasks.start_soon(self._signal, self._process, force)
 
     async def run(self) -> None:
