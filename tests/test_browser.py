@@ -638,7 +638,7 @@ def test_what_is_offered_for_copying_runs_and_the_key_is_copied(
     panel.get_by_role("button", name="Copy key").click()
     eventually(lambda: page.evaluate("navigator.clipboard.readText()") == key)
     panel.get_by_text("Copy for…").click()
-    panel.get_by_role("button", name="openai", exact=True).click()
+    panel.get_by_role("button", name="OpenAI's Python client", exact=True).click()
     eventually(lambda: "import OpenAI" in page.evaluate("navigator.clipboard.readText()"))
     assert key not in panel.inner_html()
     notebook.button("Stop").click()
