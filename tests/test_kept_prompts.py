@@ -9,6 +9,7 @@ import re
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -279,6 +280,37 @@ def test_a_text_can_be_pinned_under_two_names(config: ServerConfig) -> None:
         with pytest.raises(ServerError, match="needs a name and a text"):
             _ = failed.pin
         assert "done=True" in repr(failed)
+
+
+def test_pins_have_slots_of_their_own_as_far_as_there_are_any(config: ServerConfig) -> None:
+    two = config.replace(context_size=8192, parallel=2)
+    texts = {"a": TEXT, "b": f"Other: {TEXT}"}
+    for _ in range(2):  # the second time, both are restored
+        with ready(two) as (manager, _):
+            pins = [manager.pinned(name, text) for name, text in texts.items()]
+            assert {pin.pin.name for pin in pins} == texts.keys()
+            for pin in pins:
+                assert reused(pin.chat("How many?", **GREEDY).wait(60)) > 0.9
+            manager.stop().wait(60)
+
+
+def test_what_a_slot_held_before_a_restore_does_not_speak_against_it(config: ServerConfig) -> None:
+    roomy = config.replace(context_size=4096, parallel=1)
+    with ready(roomy) as (manager, _), manager.pinned("table", TEXT):
+        pass
+    with ready(roomy) as (manager, said):
+        first = {"role": "user", "content": "Hello?"}
+        short = manager.chat([first], temperature=0, max_tokens=1).wait(60)
+        more = [{"role": "assistant", "content": short.text}, {"role": "user", "content": "And?"}]
+        # Goes on where the slot's contents end, which are few.
+        manager.chat([first, *more], temperature=0, max_tokens=1).wait(60)
+        with manager.pinned("table", TEXT) as table:
+            assert table.pin.restored
+            before = len(kept(roomy))
+            time.sleep(1.5)  # in which it is judged
+            assert reused(table.chat("How many?", **GREEDY).wait(60)) > 0.9
+        eventually(lambda: len(kept(roomy)) > before)
+        assert not any("can't keep" in line for line in said)
 
 
 def test_every_slot_is_kept_by_a_stop(config: ServerConfig) -> None:

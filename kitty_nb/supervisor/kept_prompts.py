@@ -16,14 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
 
 from kitty_nb.engine.command_line import options_of
 from kitty_nb.safe_files import distrust, write_atomic
@@ -42,8 +35,6 @@ _NEUTRAL = {"--n-predict", "--temp", "--top-p", "--repeat-penalty", "--threads",
 _OURS = re.compile(r"\.?[0-9a-f]{16,32}\.(?:state|json|useless)\b")
 _READ_AT_ONCE, _LONGEST = 1 << 20, 1 << 16  # bytes; the latter of what is known of a prompt
 _ABANDONED_AFTER = 600.0  # seconds; a state is not written for that long
-
-
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -76,7 +67,7 @@ class KeptPrompt(BaseModel):
     slot: _Count
     tokens: _Count
     size: _Count = 0
-    checksum: NonNegativeInt = 0
+    checksum: _Count = 0
     source: str = ""
     request: str = ""
     facts: dict[str, str]
@@ -145,8 +136,9 @@ class PromptStore:
         return cls(config.prompts_dir, config.keep_prompts_gb * 1e9)
 
     @property
-    def _trusted(self) -> bool:
-        return self.folder.is_dir() and not self.folder.is_symlink() and not distrust(self.folder)
+    def _doubt(self) -> str | None:
+        """Why others could have changed what is in the folder, if so."""
+        return f"{self.folder} is a link." if self.folder.is_symlink() else distrust(self.folder)
 
     def prepare(self) -> str | None:
         """Make the folder; return why it can't be used, if so.
@@ -155,10 +147,8 @@ class PromptStore:
             OSError: It can't be made.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.folder.is_symlink():
-            return f"{self.folder} is a link."
-        if reason := distrust(self.folder):
-            return reason
+        if doubt := self._doubt:
+            return doubt
         self.folder.chmod(0o700)
         self._sweep()
         return None
@@ -171,7 +161,7 @@ class PromptStore:
             return []
 
     def _read(self) -> Iterator[KeptPrompt]:
-        for about in self.folder.glob(f"*{_ABOUT}") if self._trusted else ():
+        for about in self.folder.glob(f"*{_ABOUT}") if not self._doubt else ():
             with suppress(OSError, ValidationError):
                 if not _is_plain(about) or about.stat().st_size > _LONGEST:
                     continue
@@ -252,7 +242,7 @@ class PromptStore:
         """Remove prompts; if all of the folder is meant, whatever else lies there, too."""
         for prompt in prompts:
             self.discard(prompt.key)
-        for file in self.folder.iterdir() if whole and self._trusted else ():
+        for file in self.folder.glob("*") if whole and not self._doubt else ():
             if _OURS.match(file.name):
                 with suppress(OSError):
                     file.unlink()

@@ -1,15 +1,10 @@
-"""Keeps the prompts of one server: saves them when it rests or stops, restores them at its start.
-
-The engine reads and writes the states of its slots itself: `POST /slots/N?action=save|restore`, see
-`tools/server/README.md` of llama.cpp. What a state depends on is for `kept_prompts`.
-"""
+"""Keeps a server's prompts: saves them when it rests or stops, restores them at its start."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.to_thread import run_sync
@@ -18,7 +13,7 @@ from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError
 from kitty_nb.supervisor.events import Level, Restored
 from kitty_nb.supervisor.history import path_text
 from kitty_nb.supervisor.kept_prompts import KeptPrompt, digest_of
-from kitty_nb.supervisor.requests import Held
+from kitty_nb.supervisor.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -28,18 +23,16 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.health import HealthProbe
     from kitty_nb.supervisor.kept_prompts import PromptStore
-    from kitty_nb.supervisor.requests import RequestLog
+    from kitty_nb.supervisor.requests import Held, RequestLog
 
     Notify = Callable[[str, Level], object]
     Tell = Callable[[Restored], object]
 
 _WORTH = 256  # tokens; fewer are read again in no time
 _RESTED, _LOOK = 2.0, 1.0  # seconds without work, after which slots are saved; between two looks
-_SAVED_WITHIN = 10.0  # seconds; a server that works on a long prompt does not do it before
 _SPARED = 50  # saving is rare: it takes a fiftieth of the time, and spares the disk
 _CONTEXT, _ADAPTERS = "the context of a slot", "the scale of an adapter"
 _ADAPTER_FLAGS = {"--lora", "--lora-scaled"}
-_QUESTIONS = ("Why?", "1 2")  # what they have in common is what any question begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +83,16 @@ class PromptKeeper:
         # Not by its alias, which a profile may give to each of its models.
         self._model = config.known_as or Path(path_text(config.model)).stem
         self._facts, self._store = dict(facts), store
-        self._probe, self._log, self._clock = probe, log, clock
+        self._slots, self._probe, self._log, self._clock = Slots(probe, log), probe, log, clock
         self._notify, self._tell = notify, tell
         self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
         self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
         self._candidates: list[KeptPrompt] = []
-        self._restored: dict[int, KeptPrompt] = {}  # by slot, until a request uses it
+        # By slot: what was restored, and what it held before, until a request uses it.
+        self._restored: dict[int, tuple[KeptPrompt, Held | None]] = {}
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
         self._begun = self._off = False
         self._complaints: set[str] = set()
-        self._reading: set[anyio.CancelScope] = set()
         self._turn = anyio.Lock()
 
     async def look(self) -> None:
@@ -120,10 +113,9 @@ class PromptKeeper:
     async def prepare(self) -> None:
         """Learn the rest of what states depend on from the server itself, before it is ready."""
         self._off = await run_sync(self._store.is_useless, self._facts)
-        slots = await self._probe.ask_slots()
-        self._facts[_CONTEXT] = digest_of(*(slot.get("n_ctx") for slot in slots))
+        self._facts[_CONTEXT] = digest_of(*await self._slots.contexts())
         if _ADAPTER_FLAGS & self._facts.keys():
-            self._facts[_ADAPTERS] = digest_of(await self._scales())
+            self._facts[_ADAPTERS] = digest_of(await self._slots.scales())
 
     async def restore(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Restore what the slots held.
@@ -153,12 +145,9 @@ class PromptKeeper:
         self._candidates.clear()
 
     async def _restore(self, prompt: KeptPrompt, slot: int, asked: anyio.Event) -> bool:
-        began = self._clock()
-        file = self._store.state(prompt.key).name
+        began, before = self._clock(), self._log.held.get(slot)
         try:
-            said = await self._probe.post(
-                f"/slots/{slot}?action=restore", {"filename": file}, asked
-            )
+            tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
         except ServerCrashedError:  # the next server would break off in the same way
             await run_sync(self._store.discard, prompt.key)
             self._notify(f"{_kept(prompt)} broke the server, and is removed.", Level.WARNING)
@@ -168,11 +157,11 @@ class PromptKeeper:
             return False
         finally:
             asked.set()
-        if said.get("n_restored") != prompt.tokens:
+        if tokens != prompt.tokens:
             self._notify(f"{_kept(prompt)} was not restored whole, and is removed.", Level.WARNING)
             await run_sync(self._store.discard, prompt.key)
             return False
-        self._restored[slot] = prompt
+        self._restored[slot] = prompt, before
         restored = Restored(prompt.tokens, self._clock() - began, prompt.reading)
         self._tell(restored)
         which = f"the prompt {prompt.name!r}" if prompt.name else "a kept prompt"
@@ -184,7 +173,7 @@ class PromptKeeper:
         rested, due = 0.0, 0.0
         while not self._off:
             await anyio.sleep(_LOOK)
-            self._judge()
+            await self._judge()
             now = self._clock()
             rested = 0.0 if self._log.active else rested + _LOOK
             if rested >= _RESTED and now >= due and self._changed(self._log.held):
@@ -192,23 +181,23 @@ class PromptKeeper:
                 await self.settle()
                 due = self._clock() + (self._clock() - now) * _SPARED
 
-    def _judge(self) -> None:
+    async def _judge(self) -> None:
         """Find out from the next request whether a restored prompt was of any use."""
-        for slot, prompt in tuple(self._restored.items()):
+        for slot, (prompt, before) in tuple(self._restored.items()):
             held = self._log.held.get(slot)
-            if held is None:
+            if held is None or held is before:
                 continue
             del self._restored[slot]
             # One that goes on where the prompt ended, and yet had to be read from its beginning.
             if held.extends and held.cached is not None and held.cached < prompt.tokens / 2:
-                self._give_up(
+                await self._give_up(
                     "it read one again that was restored, as older builds do for models with"
                     " sliding windows or recurrent layers"
                 )
 
-    def _give_up(self, why: str) -> None:
+    async def _give_up(self, why: str) -> None:
         self._off = True
-        self._store.note_useless(self._facts)
+        await run_sync(self._store.note_useless, self._facts)
         self._notify(
             f"This build of llama-server can't keep prompts of {self._model}: {why}. A newer build"
             " may be able to.",
@@ -225,96 +214,77 @@ class PromptKeeper:
             and not (slot in self._pins and self._pins[slot].tokens == held.tokens)
         ]
 
-    async def _contents(self) -> dict[int, Held]:
-        """Return what the slots at rest hold: the server knows before its log tells."""
-        contents = {}
-        for slot in await self._probe.ask_slots():
-            number = slot.get("id")
-            logged = self._log.held.get(number) if isinstance(number, int) else None
-            task = slot.get("id_task", logged and logged.task)
-            tokens = slot.get("n_prompt_tokens", logged and logged.tokens)
-            if isinstance(task, int) and isinstance(tokens, int) and not slot.get("is_processing"):
-                contents[int(slot["id"])] = Held(task, tokens)
-        return contents
-
     def hang_up(self) -> None:
         """Break off what is being read: the server is to stop."""
-        for scope in self._reading:
-            scope.cancel()
+        self._slots.hang_up()
 
     async def save(self) -> None:
         """Have the engine write what the slots at rest hold; `settle` keeps it."""
         if self._off:
             return
         async with self._turn:
-            contents = await self._contents()
+            contents = await self._slots.contents()
             kept = {prompt.request for prompt in await run_sync(self._store.prompts)}
             for slot in self._changed(contents):
-                held = contents[slot]
-                if self._request(slot, held) in kept:
-                    self._saved[slot] = held.task
+                if self._request(slot, contents[slot]) in kept:
+                    self._saved[slot] = contents[slot].task
                 else:
-                    await self._save(slot, held)
+                    await self._save_rested(slot, contents[slot])
+
+    async def _save_rested(self, slot: int, held: Held) -> None:
+        """Save what a slot holds, unless it was computed with other adapters than at the start."""
+        self._saved[slot] = held.task
+        if _ADAPTER_FLAGS & self._facts.keys():
+            now, used = await self._slots.scales(), await self._slots.scales(slot)
+            if digest_of(now) != self._facts.get(_ADAPTERS) or used not in ({}, now):
+                return
+        pace = self._log.prompt_speed
+        reading = held.tokens / pace if pace else None
+        await self._save(self._describe(slot, reading, request=self._request(slot, held)))
 
     def _request(self, slot: int, held: Held) -> str:
         """Return a digest of the request that a slot held last, of all that there ever were."""
         process = self._probe.process
         return digest_of(process and (process.pid, process.create_time), slot, held.task)
 
-    async def _save(
-        self, slot: int, held: Held | None = None, name: str = "", source: str = ""
-    ) -> KeptPrompt | None:
-        pace = self._log.prompt_speed
-        key = self._store.new_key()
-        file = self._store.state(key)
-        said: dict[str, Any] = {}
+    async def _save(self, prompt: KeptPrompt) -> KeptPrompt | None:
+        """Have the engine write a prompt; return it with its length, None where it did not."""
         try:
-            if not name and not await self._default_scales(slot):
-                return None
-            request = {"filename": file.name}
-            # Cancelled, the engine would write what nobody keeps.
-            with anyio.move_on_after(_SAVED_WITHIN, shield=True):
-                said = await self._probe.post(f"/slots/{slot}?action=save", request)
-            if not said:
-                raise ServerError("the server did not save it in time")
+            file = self._store.state(prompt.key).name
+            tokens = await self._slots.save(prompt.slot, file)
         except RefusedError as error:
-            self._give_up(str(error).rstrip("."))
+            await self._give_up(str(error).rstrip("."))
             return None
         except ServerError as error:
-            await run_sync(self._store.discard, key)
+            await run_sync(self._store.discard, prompt.key)
             if self._probe.process and self._probe.process.runs():
                 self._complain(str(error).rstrip("."))
             return None
-        finally:
-            if held:
-                self._saved[slot] = held.task
-        tokens = int(said.get("n_saved", 0))
-        prompt = self._describe(slot, tokens, tokens / pace if pace else None, name, source, key)
-        if held:
-            prompt = prompt.model_copy(update={"request": self._request(slot, held)})
-        if prompt.tokens < _WORTH and not name:
-            await run_sync(self._store.discard, key)  # something else has emptied the slot
+        if tokens < _WORTH and not prompt.name:
+            await run_sync(self._store.discard, prompt.key)  # something else has emptied the slot
             return None
+        prompt = prompt.model_copy(update={"tokens": tokens})
         self._written.append(prompt)
         return prompt
 
     def _describe(
         self,
         slot: int,
-        tokens: int,
         reading: float | None,
-        name: str,
-        source: str,
-        key: str = "",
+        *,
+        request: str = "",
+        name: str = "",
+        source: str = "",
     ) -> KeptPrompt:
         return KeptPrompt(
-            key=key,
+            key=self._store.new_key(),
             name=name,
             profile=self._profile,
             model=self._model,
             slot=slot,
-            tokens=tokens,
+            tokens=0,
             source=source,
+            request=request,
             facts=self._facts,
             reading=reading,
         )
@@ -353,7 +323,7 @@ class PromptKeeper:
             ServerError: The server refused it, or broke off.
         """
         began = self._clock()
-        tokens = await self._prefix(text)
+        tokens = await self._slots.prefix(text)
         source = digest_of(tokens)
         async with self._turn:
             for slot, prompt in self._pins.items():
@@ -361,10 +331,10 @@ class PromptKeeper:
                 same = (prompt.name, prompt.source) == (name, source)
                 if same and held and held.tokens == prompt.tokens:
                     return Pin(name, prompt.tokens, 0.0, prompt.reading, restored=True)
-            slot = await self._free_slot()
-            contents = await self._contents()
+            slot = await self._slots.free(self._pins, self._restored)
+            contents = await self._slots.contents()
             if slot in self._changed(contents):
-                await self._save(slot, contents[slot])
+                await self._save_rested(slot, contents[slot])
             kept = await self._find(name, source)
             restored = kept is not None and await self._restore(kept, slot, anyio.Event())
             if not (kept and restored):
@@ -372,20 +342,6 @@ class PromptKeeper:
             self._pins[slot] = kept
         await self.settle()
         return Pin(name, kept.tokens, self._clock() - began, kept.reading, restored)
-
-    async def _prefix(self, text: str) -> list[int]:
-        """Return the tokens that all conversations about a text have in common."""
-        asked = []
-        for question in _QUESTIONS:
-            messages = [
-                {"role": "system", "content": text},
-                {"role": "user", "content": question},
-            ]
-            prompt = (await self._probe.post("/apply-template", {"messages": messages}))["prompt"]
-            request = {"content": prompt, "add_special": True, "parse_special": True}
-            asked.append((await self._probe.post("/tokenize", request))["tokens"])
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(*asked, strict=False))
-        return [token for token, _ in same]
 
     async def _find(self, name: str, source: str) -> KeptPrompt | None:
         """Return the kept prompt of that name, if it is of the same text and may be used."""
@@ -398,58 +354,15 @@ class PromptKeeper:
 
     async def _read(self, name: str, source: str, tokens: list[int], slot: int) -> KeptPrompt:
         """Have the server read a prompt, and keep it."""
-        request = {"prompt": tokens, "n_predict": 0, "id_slot": slot, "cache_prompt": True}
-        said: dict[str, Any] = {}
-        with anyio.CancelScope() as scope:
-            self._reading.add(scope)
-            try:
-                said = await self._probe.post("/completion", request)
-            finally:
-                self._reading.discard(scope)
-        if scope.cancelled_caught:
-            raise ServerError("the server is being stopped")
-        timings = said.get("timings", {})
-        seconds = None if timings.get("cache_n") else timings.get("prompt_ms", 0.0) / 1000
-        prompt = None if self._off else await self._save(slot, None, name, source)
-        if prompt:
-            self._written[-1] = prompt = prompt.model_copy(update={"reading": seconds})
-            return prompt
-        return self._describe(slot, len(tokens), seconds, name, source)
-
-    async def _free_slot(self) -> int:
-        """Return the slot whose contents were used longest ago."""
-        slots = await self._probe.ask_slots()
-        free = [slot for slot in slots if not slot.get("is_processing")]
-        if not slots:
-            raise ServerError("The server does not list its slots. Start it without --no-slots.")
-        if not free:
-            raise ServerError("All slots are busy. Try again when an answer is complete.")
-        numbers = [int(slot.get("id", 0)) for slot in free]
-        return min(
-            numbers, key=lambda slot: self._log.held[slot].task if slot in self._log.held else -1
-        )
-
-    async def _default_scales(self, slot: int) -> bool:
-        """Tell whether a slot was computed with the adapters as they were at the start."""
-        if not _ADAPTER_FLAGS & self._facts.keys():
-            return True
-        scales = await self._scales()
-        used = [one for one in await self._probe.ask_slots() if one.get("id") == slot]
-        asked = [_scales(one.get("params", {}).get("lora") or []) for one in used]
-        return digest_of(scales) == self._facts.get(_ADAPTERS) and asked in ([scales], [{}])
-
-    async def _scales(self) -> dict[Any, Any]:
-        return _scales(await self._probe.get("/lora-adapters"))
+        reading = await self._slots.read(slot, tokens)
+        prompt = self._describe(slot, reading, name=name, source=source)
+        kept = None if self._off else await self._save(prompt)
+        return kept or prompt.model_copy(update={"tokens": len(tokens)})
 
     def _refuse(self, prompt: KeptPrompt, changed: Iterable[str]) -> None:
         names = ", ".join(sorted(changed))
         verb = "has" if len(set(changed)) == 1 else "have"
         self._notify(f"{_kept(prompt)} was not restored: {names} {verb} changed.", Level.INFO)
-
-
-def _scales(adapters: Any) -> dict[Any, Any]:
-    listed = adapters if isinstance(adapters, list) else ()
-    return {one.get("id"): one.get("scale") for one in listed if isinstance(one, dict)}
 
 
 def _kept(prompt: KeptPrompt) -> str:

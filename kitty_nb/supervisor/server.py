@@ -228,18 +228,18 @@ class Server:
             if leaving := await run_sync(registry.leaving_server, config):
                 self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
                 await leaving.terminate(config.stop_grace_seconds)
-            keeps = await self._can_keep_prompts(engine)
+            prompts = await self._prompt_facts(engine)
             command = command_line.build_command(
-                engine, config, config.prompts_dir if keeps else None
+                engine, config, None if prompts is None else config.prompts_dir
             )
             self._warn_of_old_build(engine)
             await run_sync(refuse_busy_port, config)
             # A cancellation during the thread's work is delivered only here.
             await anyio.lowlevel.checkpoint_if_cancelled()
             rotate(config.log_path, config.log_keep)
-            await self._start_process(command, devices)
-        if keeps:
-            self._tasks.start_soon(self._keep_prompts, engine)
+            await self._start_process(command, devices, prompts)
+        if prompts is not None:
+            self._tasks.start_soon(self._make_keeper(prompts).look)
 
     def _warn_of_old_build(self, engine: Engine) -> None:
         if command_line.leaves_out_projector(engine, self._config):
@@ -255,7 +255,10 @@ class Server:
             )
 
     async def _start_process(
-        self, command: tuple[str, ...], devices: tuple[str, ...] | None
+        self,
+        command: tuple[str, ...],
+        devices: tuple[str, ...] | None,
+        prompts: dict[str, str] | None,
     ) -> None:
         """Start the process, guarded or announced, so that a killed kernel leaves no orphan."""
         config = self._config
@@ -264,6 +267,7 @@ class Server:
             api_key=self.api_key,
             idle_seconds=0 if command_line.sleeps(command) else config.idle_shutdown_seconds or 0,
             devices=devices,
+            prompts=prompts,
             config=config,
         )
         try:
@@ -528,10 +532,10 @@ class Server:
 
     # Its prompts
 
-    async def _can_keep_prompts(self, engine: Engine) -> bool:
-        """Make the folder for prompts, if they are kept, and tell whether it can be used."""
+    async def _prompt_facts(self, engine: Engine) -> dict[str, str] | None:
+        """Return what kept prompts depend on; None where none are kept, or there is no folder."""
         if not command_line.keeps_prompts(engine, self._config):
-            return False
+            return None
         try:
             problem = await run_sync(PromptStore.of(self._config).prepare)
         except OSError as error:
@@ -542,14 +546,8 @@ class Server:
                 " can write to, or LLAMACPP_KEEP_PROMPTS=off.",
                 Level.WARNING,
             )
-        return not problem
-
-    async def _keep_prompts(self, engine: Engine) -> None:
-        """Find out what may be restored, while the model loads."""
-        facts = await run_sync(state_facts, self._config, engine)
-        with suppress(OSError):  # then a later kernel keeps none
-            self._amend_record(prompts=facts)
-        await self._make_keeper(facts).look()
+            return None
+        return await run_sync(state_facts, self._config, engine)
 
     def _make_keeper(self, facts: dict[str, str]) -> PromptKeeper:
         self.prompts = PromptKeeper(
@@ -570,24 +568,15 @@ class Server:
 
     # Beside the server
 
-    def _amend_record(self, **changes: object) -> None:
-        """Write what has become known of our own server since it was started.
-
-        Raises:
-            OSError: It can't be written.
-        """
-        if self._record:
-            self._record = self._record.model_copy(update=changes)
-            # A server that is being stopped must not get its record back.
-            if not self._found and not self._being_ended():
-                registry.write_record(self._record)
-
     async def _name_devices(self) -> None:
         """Find out which devices the server uses, while it loads."""
         if self._record is None or self._record.devices is not None:
             return
         with suppress(KittyError, OSError):  # the names are optional
-            self._amend_record(devices=await self._list_devices())
+            devices = await self._list_devices()
+            self._record = self._record.model_copy(update={"devices": devices})
+            if not self._found and not self._being_ended():
+                registry.write_record(self._record)
 
     async def _list_devices(self) -> tuple[str, ...] | None:
         if not await run_sync(offloads, self._config):

@@ -140,7 +140,7 @@ class Ask(Page):
             hint = "The server is not ready: start it, or wait for it, to go on."
         elif not ready:
             hint = "This model doesn't chat. Choose another one above and press Switch."
-        elif state.external and state.external.models and not state.external.alias:
+        elif state.to_choose:
             hint = "The router has no model loaded. Choose one above and press Switch."
         prompt = f"Ask {state.alias}{'' if template else _NO_TEMPLATE}"
         facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": bool(state.projector)}
