@@ -88,8 +88,8 @@ class PromptKeeper:
         self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
         self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
         self._candidates: list[KeptPrompt] = []
-        # By slot: what was restored, and what it held before, until a request uses it.
-        self._restored: dict[int, tuple[KeptPrompt, Held | None]] = {}
+        # By slot: what was restored, and the last task before that, until a request uses it.
+        self._restored: dict[int, tuple[KeptPrompt, int]] = {}
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
         self._begun = self._off = False
         self._complaints: set[str] = set()
@@ -123,12 +123,14 @@ class PromptKeeper:
         Its task has started once the server has been asked to: whatever is asked later, waits.
         """
         async with self._turn, anyio.create_task_group() as tasks:
-            for prompt in () if self._off else self._candidates:
+            candidates = () if self._off else tuple(self._candidates)
+            before = await self._slots.contents() if candidates else {}
+            for prompt in candidates:
                 if changed := prompt.changed(self._facts):
                     self._refuse(prompt, changed)
                 else:
                     asked = anyio.Event()
-                    tasks.start_soon(self._restore, prompt, prompt.slot, asked)
+                    tasks.start_soon(self._restore, prompt, prompt.slot, before, asked)
                     await asked.wait()
             task_status.started()
         self._candidates.clear()
@@ -139,13 +141,16 @@ class PromptKeeper:
         async with self._turn:
             used = {slot for slot, held in self._log.held.items() if held.tokens >= _WORTH}
             used |= {slot for slot, _ in self._log.active}
+            before = await self._slots.contents()
             for prompt in self._candidates:
                 if prompt.slot not in used and not prompt.changed(self._facts):
-                    await self._restore(prompt, prompt.slot, anyio.Event())
+                    await self._restore(prompt, prompt.slot, before, anyio.Event())
         self._candidates.clear()
 
-    async def _restore(self, prompt: KeptPrompt, slot: int, asked: anyio.Event) -> bool:
-        began, before = self._clock(), self._log.held.get(slot)
+    async def _restore(
+        self, prompt: KeptPrompt, slot: int, before: Mapping[int, Held], asked: anyio.Event
+    ) -> bool:
+        began = self._clock()
         try:
             tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
         except ServerCrashedError:  # the next server would break off in the same way
@@ -161,7 +166,7 @@ class PromptKeeper:
             self._notify(f"{_kept(prompt)} was not restored whole, and is removed.", Level.WARNING)
             await run_sync(self._store.discard, prompt.key)
             return False
-        self._restored[slot] = prompt, before
+        self._restored[slot] = prompt, before[slot].task if slot in before else -1
         restored = Restored(prompt.tokens, self._clock() - began, prompt.reading)
         self._tell(restored)
         which = f"the prompt {prompt.name!r}" if prompt.name else "a kept prompt"
@@ -185,7 +190,7 @@ class PromptKeeper:
         """Find out from the next request whether a restored prompt was of any use."""
         for slot, (prompt, before) in tuple(self._restored.items()):
             held = self._log.held.get(slot)
-            if held is None or held is before:
+            if held is None or held.task <= before:
                 continue
             del self._restored[slot]
             # One that goes on where the prompt ended, and yet had to be read from its beginning.
@@ -336,7 +341,7 @@ class PromptKeeper:
             if slot in self._changed(contents):
                 await self._save_rested(slot, contents[slot])
             kept = await self._find(name, source)
-            restored = kept is not None and await self._restore(kept, slot, anyio.Event())
+            restored = kept is not None and await self._restore(kept, slot, contents, anyio.Event())
             if not (kept and restored):
                 kept = await self._read(name, source, tokens, slot)
             self._pins[slot] = kept
