@@ -491,6 +491,14 @@ def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     page.evaluate("window.dispatchEvent(new Event('focus'))")
     expect(page).not_to_have_title("Ready: medium")
     notebook.expect_no_barriers()
+    size = page.viewport_size
+    page.set_viewport_size({"width": 640, "height": 700})  # as with a zoom of 200 %
+    question = panel.get_by_role("textbox", name="Question")
+    question.scroll_into_view_if_needed()
+    question.fill("Who are you?")
+    expect(panel.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
+    notebook.expect_no_barriers()
+    page.set_viewport_size(size)
     psutil.Process(notebook.pid()).send_signal(signal.SIGSEGV)
     notebook.expect_status("Restarting")
     expect(panel.get_by_role("alert").first).to_contain_text("SIGSEGV")

@@ -25,7 +25,7 @@ MODULES = {
     "llamaindex-embeddings": "llama_index.embeddings.openai_like",
     "litellm": "litellm",
 }
-SLOW = ("langchain", "llamaindex", "litellm")
+MAIN = "openai"  # the client that most have; the others import for seconds
 NOTEBOOK = """
 print("---")
 from types import SimpleNamespace
@@ -84,7 +84,7 @@ def paste(command: list[str], code: str, home: Path, **more: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW))
+        pytest.param(name, marks=[pytest.mark.slow] * (name != MAIN))
         for name, found in hand_overs().items()
         if found.python and name in MODULES
     ],
@@ -106,6 +106,7 @@ def test_curl_gets_an_answer(env: Path, tmp_path: Path) -> None:
     assert '"finish_reason"' in paste(["sh"], printed("curl", env), tmp_path)
 
 
+@pytest.mark.slow
 def test_programs_that_read_the_environment_get_an_answer(env: Path, tmp_path: Path) -> None:
     ask = 'python -c "from openai import OpenAI; print(OpenAI().models.list().data[0].id)"'
     said = paste(["sh"], printed("env", env) + ask, tmp_path, OPENAI_API_KEY="their-own")

@@ -47,6 +47,7 @@ def is_true(progress: list[LoadProgress]) -> None:
     assert [p.fraction for p in progress].count(1.0) == 1
 
 
+@pytest.mark.slow
 def test_a_cold_load_of_a_real_model_is_followed_and_the_next_is_foreseen(
     config: ServerConfig, tmp_path: Path
 ) -> None:

@@ -267,25 +267,33 @@ class _Reader:
             key = self._string()
             if before and key.startswith(before):
                 return GgufHeader(self._path, self._size, metadata, (), 0)
+            if key in metadata:  # as in a hole full of zeros
+                raise self._damaged(f"has the key {key!r} twice")
             metadata[key] = self._value()
-        entries = [self._tensor() for _ in range(tensor_count)]
+        entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(tensor_count):
+            name = self._string()
+            if name in entries:
+                raise self._damaged(f"has the tensor {name!r} twice")
+            entries[name] = self._tensor()
         self._require(0)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment < _LIMIT:
             raise self._damaged(f"has the alignment {alignment}")
         data_at = -(-(self._start + self._at) // alignment) * alignment
-        starts = sorted({offset for *_, offset in entries})
+        starts = sorted({offset for *_, offset in entries.values()})
         ends = dict(pairwise([*starts, self._size - data_at]))
-        tensors = tuple(Tensor(*entry, ends[entry[-1]] - entry[-1]) for entry in entries)
+        tensors = tuple(
+            Tensor(name, *entry, ends[entry[-1]] - entry[-1]) for name, entry in entries.items()
+        )
         return GgufHeader(self._path, self._size, metadata, tensors, data_at)
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
+    def _tensor(self) -> tuple[tuple[int, ...], int, int]:
         dimensions: int = self._scalar("I")
         if dimensions > _MOST_DIMENSIONS:
             raise self._damaged(f"has a tensor of {dimensions} dimensions")
         *shape, kind, offset = self._unpack(f"{dimensions}QIQ")
-        return name, tuple(shape), kind, offset
+        return tuple(shape), kind, offset
 
     def _value(self) -> Value:
         kind: int = self._scalar("I")
