@@ -191,3 +191,14 @@ def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
     path.chmod(0)
     with pytest.raises(ModelFileError, match=r"Can't read .*: Permission denied"):
         read_header(path)
+
+
+@pytest.mark.parametrize("twice", ["key", "tensor"])
+def test_what_stands_twice_is_damage(tmp_path: Path, twice: str) -> None:
+    entry = struct.pack("<Q1sII", 1, b"k", 4, 7)
+    tensor = struct.pack("<Q1sIQIQ", 1, b"t", 1, 1, 0, 0)
+    counts, body = {"key": ((0, 2), entry), "tensor": ((2, 0), tensor)}[twice]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + body * 2)
+    with pytest.raises(ModelFileError, match=f"has the {twice} '.' twice. It is damaged"):
+        read_header(path)
