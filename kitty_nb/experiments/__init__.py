@@ -8,6 +8,13 @@ from kitty_nb.experiments.combination import Combination
 from kitty_nb.experiments.recording import record_run, replay
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_record import Comparison, Exchange, Request, RunRecord, compare
+from kitty_nb.experiments.statistics import (
+    Difference,
+    Verdict,
+    compare_paired,
+    own_spread,
+    proportion_interval,
+)
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (
     ExactMatch,
@@ -23,6 +30,7 @@ from kitty_nb.experiments.tuning import TuneResult, tune
 __all__ = [
     "Combination",
     "Comparison",
+    "Difference",
     "ExactMatch",
     "Exchange",
     "Measurement",
@@ -36,8 +44,12 @@ __all__ = [
     "Trial",
     "TrialResult",
     "TuneResult",
+    "Verdict",
     "Workload",
     "compare",
+    "compare_paired",
+    "own_spread",
+    "proportion_interval",
     "record_run",
     "replay",
     "tune",

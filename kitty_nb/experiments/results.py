@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.combination import Combination, choose
+from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     Spread,
@@ -21,7 +21,6 @@ from kitty_nb.experiments.metrics import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from types import ModuleType
 
     from matplotlib.figure import Figure
     from pandas import DataFrame
@@ -201,21 +200,6 @@ class Results:
             told = "".join(f"\n- {count} of them: {reason}" for reason, count in reasons)
             raise ExperimentError(f"None of {len(self.rows)} trials was measured, so {so}.{told}")
         return measured
-
-
-def extra(name: str, of: str = "experiments") -> ModuleType:
-    """Import a package of an extra of this one.
-
-    Raises:
-        ExperimentError: It is missing.
-    """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ExperimentError(
-            f"This needs {name}, which cannot be imported: {error}. Install it:"
-            f" pip install 'kitty_nb[{of}]'"
-        ) from error
 
 
 def _frame(rows: Iterable[dict[str, Any]]) -> DataFrame:

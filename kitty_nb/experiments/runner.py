@@ -15,8 +15,8 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
+from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here
-from kitty_nb.experiments.results import extra
 from kitty_nb.experiments.space import check_flags, digest
 from kitty_nb.experiments.trial import (
     Outcome,

@@ -14,8 +14,9 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
+from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
-from kitty_nb.experiments.results import Results, extra
+from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import combine, fill_batches, in_order
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Outcome, Workload

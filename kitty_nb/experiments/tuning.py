@@ -15,6 +15,7 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
@@ -23,7 +24,6 @@ from kitty_nb.experiments.metrics import (
     partial_metrics,
     read_objective,
 )
-from kitty_nb.experiments.results import Results, extra
 from kitty_nb.experiments.runner import TrialRunner
 from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import optuna
 
     from kitty_nb.experiments.combination import Combination
+    from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.study import Search
     from kitty_nb.experiments.trial import (
         Execute,

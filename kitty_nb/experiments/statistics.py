@@ -1,0 +1,175 @@
+"""Differences that noise does not explain. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.extras import extra
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CONFIDENCE = 0.98  # 95 % would name 5 winners among 100 pairs of equals, and often more
+LEAST_ROUNDS = 3  # below that no interval is worth its name
+_RESAMPLES = 2000
+_POWER = 0.8  # chance with which the rounds that "would tell" do
+_MOST_ROUNDS = 1000  # nobody measures more to tell two settings apart
+
+
+class Verdict(StrEnum):
+    """What a comparison tells of the second of two."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    TOO_CLOSE = "too close to tell"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A measured difference between two, and what it is worth.
+
+    Attributes:
+        ratio: The second over the first: the geometric mean over the rounds.
+        low: The lower end of the ratio's confidence interval.
+        high: Its upper end.
+        rounds: The number of rounds measured.
+        verdict: The verdict on the second.
+        more_rounds: The number of further rounds that would probably tell if the ratio stays as it
+            is; 0 where it is told, None where no reasonable number would.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    verdict: Verdict
+    more_rounds: int | None
+
+    def __str__(self) -> str:
+        """The verdict in words, such as `faster by 10.2 % (8.1 to 12.4 %)`."""
+        if self.rounds < LEAST_ROUNDS:
+            return f"{self.verdict}, {_more(self.more_rounds)}"
+        ends = f"{_percent(self.low)} to {_percent(self.high)} %"
+        if self.verdict is Verdict.TOO_CLOSE:
+            return f"{self.verdict} ({ends}), {_more(self.more_rounds)}"
+        return f"{self.verdict}: {_percent(self.ratio)} % ({ends})"
+
+
+def compare_paired(
+    baseline: Sequence[float],
+    other: Sequence[float],
+    *,
+    smaller_is_better: bool,
+    spread: float = 0.0,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Difference:
+    """Compare two series that were measured in the same rounds, by the ratio in each round.
+
+    The interval is a bootstrap of the mean log ratio, its percentiles widened for few rounds
+    (Hesterberg 2015), and at least Student's: of five numbers, resampling alone knows too little.
+
+    Args:
+        baseline: Positive numbers, one for each round.
+        other: Those of the other in the same rounds.
+        smaller_is_better: Whether less is better, as of seconds.
+        spread: The share by which the same settings differ on this machine; see `own_spread`. A
+            difference that is no larger is too close to tell.
+        confidence: Of the interval. By default about 2 in 100 comparisons of equals have a winner.
+        seed: Of the resampling.
+
+    Raises:
+        ExperimentError: The series are not of the same rounds, or a number is not positive.
+    """
+    logs = _log_ratios(baseline, other)
+    rounds = len(logs)
+    if rounds < LEAST_ROUNDS:
+        ratio = math.exp(math.fsum(logs) / rounds) if logs else 1.0
+        missing = LEAST_ROUNDS - rounds
+        return Difference(ratio, 0.0, math.inf, rounds, Verdict.TOO_CLOSE, missing)
+    mean = math.fsum(logs) / rounds
+    low, high = _interval(logs, confidence, seed)
+    if low <= 0 <= high or abs(mean) <= math.log1p(spread):
+        verdict = Verdict.TOO_CLOSE
+        more = _more_rounds(mean, (high - low) / 2, rounds, confidence, spread)
+    else:
+        verdict = Verdict.SLOWER if (mean > 0) is smaller_is_better else Verdict.FASTER
+        more = 0
+    return Difference(math.exp(mean), math.exp(low), math.exp(high), rounds, verdict, more)
+
+
+def own_spread(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the share by which two series of the same settings differ: the machine's own spread.
+
+    Raises:
+        ExperimentError: The series are not of the same rounds, or a number is not positive.
+    """
+    logs = _log_ratios(first, second)
+    return math.expm1(abs(math.fsum(logs) / len(logs))) if logs else 0.0
+
+
+def proportion_interval(
+    successes: int, total: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return Wilson's interval for a share of successes."""
+    test = extra("scipy.stats").binomtest(successes, total)
+    low, high = test.proportion_ci(confidence, method="wilson")
+    return float(low), float(high)
+
+
+def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
+    if len(baseline) != len(other):
+        raise ExperimentError(
+            f"{len(baseline)} rounds cannot be compared with {len(other)}. Give a number of each"
+            " for every round."
+        )
+    if not all(value > 0 and math.isfinite(value) for value in (*baseline, *other)):
+        raise ExperimentError("Ratios need positive numbers. Compare another metric.")
+    return [math.log(after / before) for before, after in zip(baseline, other, strict=True)]
+
+
+def _interval(logs: Sequence[float], confidence: float, seed: int) -> tuple[float, float]:
+    """The interval of a mean: the wider of Student's and the bootstrap's at either end."""
+    stats, rounds = extra("scipy.stats"), len(logs)
+    numpy = extra("numpy")
+    error = stats.sem(logs)
+    mean, quantile = math.fsum(logs) / rounds, stats.t.ppf((1 + confidence) / 2, rounds - 1)
+    level = 1 - 2 * stats.norm.sf(quantile * math.sqrt(rounds / (rounds - 1)))
+    found = stats.bootstrap(
+        (logs,),
+        numpy.mean,
+        n_resamples=_RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        rng=numpy.random.default_rng(seed),
+    ).confidence_interval
+    half = quantile * error
+    return min(float(found.low), mean - half), max(float(found.high), mean + half)
+
+
+def _more_rounds(
+    mean: float, half: float, rounds: int, confidence: float, spread: float
+) -> int | None:
+    """The rounds still missing, if the mean stays and the interval narrows with their root."""
+    if abs(mean) <= math.log1p(spread):
+        return None
+    t, level = extra("scipy.stats").t, (1 + confidence) / 2
+    deviation = half * math.sqrt(rounds) / t.ppf(level, rounds - 1)
+    counts = extra("numpy").arange(rounds + 1, _MOST_ROUNDS + 1)
+    needed = (t.ppf(level, counts - 1) + t.ppf(_POWER, counts - 1)) * deviation
+    enough = counts[needed <= abs(mean) * counts**0.5]
+    return int(enough[0]) - rounds if len(enough) else None
+
+
+def _percent(ratio: float) -> str:
+    return f"{(ratio - 1) * 100:+.1f}"
+
+
+def _more(rounds: int | None) -> str:
+    if rounds is None:
+        return "and more rounds would hardly tell"
+    return f"{rounds} more round{'s' * (rounds != 1)} would tell"
