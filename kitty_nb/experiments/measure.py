@@ -28,6 +28,7 @@ from kitty_nb.experiments.trial import (
     Outcome,
     Perplexity,
     RequestAnswered,
+    RequestTimes,
     Speed,
     TrialProgressed,
     TrialResult,
@@ -62,14 +63,12 @@ class Answer:
     """A measured answer.
 
     Attributes:
-        prompt: Index of its prompt.
-        first_token: Seconds until its first token arrived.
+        times: Its times at the client.
         timings: The server's own.
         exchange: What was asked and answered, as a run record keeps it.
     """
 
-    prompt: int
-    first_token: float
+    times: RequestTimes
     timings: Timings
     exchange: Exchange
 
@@ -143,15 +142,40 @@ class BenchmarkClient:
             parallel=parallel,
             requests=len(answers),
             seconds=seconds,
-            time_to_first_token=median(answer.first_token for answer in answers),
+            time_to_first_token=median(answer.times.time_to_first_token for answer in answers),
             prompt_tokens_per_second=_median(t.prompt_per_second for t in timings if t.prompt_n),
             generation_tokens_per_second=_median(
                 t.predicted_per_second for t in timings if t.predicted_n > 1
             ),
             total_tokens_per_second=sum(t.predicted_n for t in timings) / seconds,
             prompt_tokens=max(t.prompt_n for t in timings),
+            each=tuple(answer.times for answer in answers),
         )
         return speed, tuple(answers)
+
+    async def arrive(self, offsets: Iterable[float]) -> tuple[float, tuple[RequestTimes, ...]]:
+        """Ask the prompts in turn, each at its time, whatever is still to be answered.
+
+        Args:
+            offsets: Seconds from now, ascending.
+
+        Returns:
+            The seconds until the last answer, and the times of each request.
+        """
+        times: list[RequestTimes] = []
+
+        async def ask(prompt: int) -> None:
+            times.append((await self._ask(prompt)).times)
+
+        began, prompts = anyio.current_time(), len(self._prompts)
+        try:
+            async with anyio.create_task_group() as tasks:
+                for number, offset in enumerate(offsets):
+                    await anyio.sleep_until(began + offset)
+                    tasks.start_soon(ask, number % prompts)
+        except ExceptionGroup as group:
+            raise first_of(group) from None
+        return anyio.current_time() - began, tuple(times)
 
     async def surprise(self, quality: Perplexity) -> tuple[float, float]:
         """Measure the perplexity of the expected texts, and their bits per character."""
@@ -246,7 +270,7 @@ class BenchmarkClient:
 
     async def _ask(self, prompt: int, **changes: object) -> Answer:
         request = Request(text=self._prompts[prompt], parameters=self._parameters)
-        began, first_token, pieces = time.perf_counter(), None, []
+        sent, began, first_token, pieces = time.time(), time.perf_counter(), None, []
         parts = stream(self._http, "/completion", {**request.body, **changes})
         async with aclosing(parts):
             async for part in parts:
@@ -254,14 +278,19 @@ class BenchmarkClient:
                     first_token = time.perf_counter() - began
                 pieces.append(part.get("content", ""))
                 if "timings" in part:
+                    seconds = time.perf_counter() - began
                     timings = Timings.model_validate(part["timings"])
+                    read = timings.prompt_n + timings.cache_n
+                    times = RequestTimes(
+                        sent, first_token, seconds, timings.predicted_n, read, prompt
+                    )
                     exchange = Exchange(
                         request=request,
                         output="".join(pieces),
                         finish_reason=_FINISHED.get(part.get("stop_type", "")),
                         timings=timings,
                     )
-                    return Answer(prompt, first_token, timings, exchange)
+                    return Answer(times, timings, exchange)
         raise httpx.RemoteProtocolError("the answer ended early")
 
 
@@ -428,7 +457,7 @@ class _Run:
         if isinstance(self._workload.quality, Perplexity):
             perplexity, bits = await client.surprise(self._workload.quality)
             await server.sample_memory()
-        texts = {answer.prompt: answer.exchange.output for answer in first}
+        texts = {answer.times.prompt: answer.exchange.output for answer in first}
         measured = Measurement(
             load=server.load,
             speeds=tuple(speeds),
@@ -455,7 +484,7 @@ class _Run:
                 parallel=parallel,
                 tokens_per_second=answer.timings.predicted_per_second,
                 prompt_tokens_per_second=answer.timings.prompt_per_second,
-                time_to_first_token=answer.first_token,
+                time_to_first_token=answer.times.time_to_first_token,
             )
         )
 

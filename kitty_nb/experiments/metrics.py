@@ -11,10 +11,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.latency import LATENCY_NAMES, latencies, too_few_requests
 from kitty_nb.experiments.trial import (
     Measurement,
     Outcome,
     RequestAnswered,
+    RequestTimes,
     Speed,
     Trial,
     TrialProgressed,
@@ -23,9 +25,9 @@ from kitty_nb.experiments.trial import (
 from kitty_nb.isolated_server import LoadSeconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from kitty_nb.experiments.trial import SweepEvent
+    from kitty_nb.experiments.trial import SweepEvent, Workload
 
 _GIB = 1 << 30
 OBJECTIVE = "generation_tokens_per_second"
@@ -39,10 +41,10 @@ _SPEEDS = (
 _AS_MEASURED = ("context", "slots", "machine_load", "quality", "perplexity", "bits_per_character")
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
-    r"time_to_first_token\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
+    r"time_(to_first|between)_tokens?\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
     r"|machine_load"
 )
-_SPEED = re.compile(r"\w*_per_second(_\d+)?|time_to_first_token\w*|\w*seconds")
+_SPEED = re.compile(r"\w*_per_second(_\d+)?|time_(to_first|between)_tokens?\w*|\w*seconds")
 _CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
 _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -68,6 +70,7 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
     for number, speed in enumerate(measured.speeds):
         end = f"_{speed.parallel}" if number else ""
         numbers |= {name + end: getattr(speed, name) for name in _SPEEDS}
+        numbers |= {name + end: value for name, value in latencies(speed.each).items()}
         if speed.memory and len(measured.speeds) > 1:
             numbers[f"memory_gib_{speed.parallel}"] = _gib(speed.memory, speed.gpu_memory)
     load, longest = measured.load, max((one.prompt_tokens for one in measured.speeds), default=0)
@@ -117,7 +120,7 @@ def batch_tokens(result: TrialResult) -> dict[str, int]:
             else speed.prompt_tokens * speed.parallel
         )
         for number, speed in enumerate(speeds)
-        for name in _SPEEDS
+        for name in (*_SPEEDS, *LATENCY_NAMES)
         if speed.prompt_tokens
     }
 
@@ -132,13 +135,13 @@ def tells_speed(name: str) -> bool:
     return bool(_SPEED.fullmatch(name))
 
 
-def metric_names(parallel: Iterable[int]) -> frozenset[str]:
-    """Return the names of all numbers that a row can have, before there is one.
-
-    Args:
-        parallel: Numbers of requests at once, ascending.
-    """
-    speeds = tuple(Speed(level, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1, 1) for level in parallel)
+def metric_names(workload: Workload) -> frozenset[str]:
+    """Return the names of all numbers that a row can have, before there is one."""
+    each = RequestTimes(0.0, 1.0, 2.0, 2)
+    speeds = tuple(
+        Speed(n, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, (each,) * len(workload.asked(n)))
+        for n in workload.levels
+    )
     load = LoadSeconds(1.0, 1.0, 1.0)
     full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
@@ -272,7 +275,7 @@ def known(name: str, names: Collection[str]) -> str:
     if name not in names:
         near = get_close_matches(name, names, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(names))}."
-        raise ExperimentError(f"No result has {name!r}. {advice}")
+        raise ExperimentError(f"No result has {name!r}. {too_few_requests(name) or advice}")
     return name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
@@ -18,6 +19,7 @@ from kitty_nb.experiments.metrics import (
     metrics_of,
     read_objective,
 )
+from kitty_nb.safe_files import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -69,7 +71,7 @@ class Results:
         Raises:
             ExperimentError: pandas is missing.
         """
-        return _frame(
+        return frame_of(
             {
                 "model": row.trial.model,
                 **dict(row.trial.settings),
@@ -84,13 +86,58 @@ class Results:
         )
 
     @property
+    def requests(self) -> DataFrame:
+        """A row for each request of each trial: what it asked, and its times in seconds.
+
+        `sent` is in seconds since the epoch. Rows of an earlier version have no requests.
+
+        Raises:
+            ExperimentError: pandas is missing.
+        """
+        return frame_of(
+            {
+                "model": row.trial.model,
+                **dict(row.trial.settings),
+                "repeat": row.trial.repeat,
+                "concurrency": speed.parallel,
+                "prompt": one.prompt,
+                "prompt_tokens": one.prompt_tokens,
+                "tokens": one.tokens,
+                "sent": one.sent,
+                "time_to_first_token": one.time_to_first_token,
+                "time_between_tokens": one.time_between_tokens,
+                "seconds": one.seconds,
+                "host": row.host,
+            }
+            for row in self.rows
+            if row.measurement
+            for speed in row.measurement.speeds
+            for one in speed.each
+        )
+
+    def to_parquet(self, path: str | Path, *, requests: bool = False) -> Path:
+        """Write the table of trials, or that of requests, as Parquet, and return where.
+
+        Values of a setting that are of several types are written as text.
+
+        Raises:
+            ExperimentError: pyarrow is missing, or the file cannot be written.
+        """
+        extra("pyarrow")
+        frame = self.requests if requests else self.frame
+        for name in frame.columns:
+            if len({type(value) for value in frame[name].dropna()}) > 1:
+                frame[name] = frame[name].map(str, na_action="ignore")
+        return _written(path, frame.to_parquet(index=False))
+
+    @property
     def summary(self) -> DataFrame:
         """A row for each combination: medians, and as `…_low` and `…_high` how far they spread.
 
         Raises:
             ExperimentError: pandas is missing.
         """
-        return _frame(
+        return frame_of(
             {
                 "model": one.trial.model,
                 **dict(one.trial.settings),
@@ -202,6 +249,24 @@ class Results:
         return measured
 
 
-def _frame(rows: Iterable[dict[str, Any]]) -> DataFrame:
+def _written(path: str | Path, content: bytes) -> Path:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content, private=False)
+    except OSError as error:
+        raise ExperimentError(
+            f"Can't write {path}: {error.strerror or error}. Free some space, check the folder's"
+            " permissions, or choose another place."
+        ) from error
+    return path
+
+
+def frame_of(rows: Iterable[dict[str, Any]]) -> DataFrame:
+    """Return a table with a row for each mapping.
+
+    Raises:
+        ExperimentError: pandas is missing.
+    """
     frame: DataFrame = extra("pandas").DataFrame(list(rows))
     return frame

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from threading import Thread
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.space import Settings
     from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial, Workload
     from kitty_nb.isolated_server import LoadProgress
@@ -71,6 +72,7 @@ class TrialRunner:
         trials: tuple[Trial, ...] = (),
     ) -> None:
         extra("optuna")
+        extra("pyarrow")  # here, not when there is something to lose
         from kitty_nb.experiments.store import RowStore, earlier_store  # noqa: PLC0415 (of an extra)
 
         self.config = config
@@ -232,6 +234,16 @@ class TrialRunner:
             _log.exception("Running a trial failed.")
             reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
             return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
+
+    async def _write_requests(self, results: Results) -> None:
+        """Write the times of each request beside the store; the store has them, too."""
+        if not any(row.measurement for row in results.rows):
+            return
+        path = self.store.with_suffix(".requests.parquet")
+        try:
+            await anyio.to_thread.run_sync(partial(results.to_parquet, path, requests=True))
+        except ExperimentError as error:
+            _log.warning(error)
 
     async def _write(self, *rows: TrialResult) -> None:
         try:

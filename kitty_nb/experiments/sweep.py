@@ -82,7 +82,10 @@ class Sweep(TrialRunner):
         chat: Whether prompts go through the model's chat template.
         record: Whether to make each trial's run record, too; `row.record` can be replayed. Each
             model is hashed for that, once. Trials that were measured without one are run again.
-        store: The file for the rows.
+        requests: Requests at each number in `parallel`, at the least; prompts are repeated to reach
+            it. A p90 needs 10, a p95 20, and a p99 100.
+        store: The file for the rows. The times of each request go beside it at the end of a run,
+            e.g. `sweep.requests.parquet`.
         logs: A folder in which to keep the servers' logs.
 
     Attributes:
@@ -113,12 +116,13 @@ class Sweep(TrialRunner):
         quality: Quality | Perplexity | None = None,
         chat: bool = True,
         record: bool = False,
+        requests: int = 0,
         store: str | Path = "sweep.journal",
         logs: str | Path | None = None,
     ) -> None:
         base = config or ServerConfig.from_env()
         asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
-        workload = Workload.of(prompts, parallel, quality, **asked)
+        workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
         named = [models] if isinstance(models, str | Path) else models
         combinations = combine(base, named, grid, configs, skip)
         if repeats < 1:
@@ -214,7 +218,9 @@ class Sweep(TrialRunner):
             await self._run(at, retry)
 
         await self._controlled(work)
-        return self.results
+        results = self.results
+        await self._write_requests(results)
+        return results
 
     async def _run(self, where: AbstractAsyncContextManager[Execute] | None, retry: bool) -> None:
         with suppress(EngineError):  # another machine may have one; else each row says so

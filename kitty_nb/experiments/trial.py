@@ -118,6 +118,8 @@ class Workload:
         quality: A score for answers, or texts whose perplexity is measured.
         record: Whether each trial also makes a run record, so that it can be repeated.
         fill: Tokens to which prompts are lengthened by repetition, as far as they fit.
+        at_least: Requests at each number in parallel; prompts are repeated to reach it. A p90 needs
+            10, a p95 20, and a p99 100.
     """
 
     prompts: tuple[str, ...] = (DEFAULT_PROMPT,)
@@ -128,6 +130,7 @@ class Workload:
     quality: Quality | Perplexity | None = None
     record: bool = False
     fill: int = 0
+    at_least: int = 0
 
     @classmethod
     def of(
@@ -153,7 +156,7 @@ class Workload:
 
     def asked(self, parallel: int) -> tuple[int, ...]:
         """Return the indices of the prompts to ask: each one, repeated until all slots are busy."""
-        count = ceil(len(self.prompts) / parallel) * parallel
+        count = ceil(max(len(self.prompts), self.at_least) / parallel) * parallel
         return tuple(index % len(self.prompts) for index in range(count))
 
     @property
@@ -169,7 +172,8 @@ class Workload:
         """Return what results depend on, as JSON has it."""
         same = {name: getattr(self, name) for name in ("prompts", "max_tokens", "seed", "chat")}
         more = {"parallel": self.levels, "quality": identity(self.quality), "fill": self.fill}
-        return same | more
+        # Without the name where it is not set: earlier versions' rows count.
+        return same | more | ({"at_least": self.at_least} if self.at_least else {})
 
     def _problems(self) -> Iterator[Problem]:
         if not self.prompts or not all(self.prompts):
@@ -181,6 +185,9 @@ class Workload:
         if not self.parallel or min(self.parallel) < 1:
             fix = "Write numbers of requests, such as (1, 4)."
             yield Problem("parallel", str(self.parallel), "It must be 1 or more.", fix)
+        if self.at_least < 0:
+            fix = "Write the least number of requests; a p99 needs 100."
+            yield Problem("requests", str(self.at_least), "It must be 0 or more.", fix)
         match self.quality:
             case ExactMatch(expected):
                 for prompt in (p for p in dict.fromkeys(self.prompts) if p not in expected):
@@ -194,6 +201,35 @@ class Workload:
             case quality if quality is not None and not callable(quality):
                 fix = "Use ExactMatch({prompt: answer}), Perplexity({prompt: text}) or a function."
                 yield Problem("quality", repr(quality), "It measures nothing.", fix)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """The times of one request, as its client saw them, in seconds.
+
+    Attributes:
+        sent: When it was sent, in seconds since the epoch.
+        time_to_first_token: From sending it to the arrival of the first token: waiting for a slot
+            counts.
+        seconds: From sending it to the arrival of the last token.
+        tokens: Tokens of the answer.
+        prompt_tokens: Tokens of the prompt.
+        prompt: Index of its prompt.
+    """
+
+    sent: float
+    time_to_first_token: float
+    seconds: float
+    tokens: int
+    prompt_tokens: int = 0
+    prompt: int = 0
+
+    @property
+    def time_between_tokens(self) -> float | None:
+        """From the first token to the last, over the tokens after the first; None without any."""
+        if self.tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
+            return None
+        return (self.seconds - self.time_to_first_token) / (self.tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +250,8 @@ class Speed:
             beginning, so with fewer requests at once, too. 0 where it is not known.
         gpu_memory: What they had of GPUs' own memory then, in bytes; None where nothing reports it.
         prompt_tokens: Tokens of the longest prompt; 0 where that is not known.
+        each: The times of each request, in the order in which they were answered; an earlier
+            version's rows have none.
     """
 
     parallel: int
@@ -226,6 +264,7 @@ class Speed:
     memory: int = 0
     gpu_memory: int | None = 0
     prompt_tokens: int = 0
+    each: tuple[RequestTimes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

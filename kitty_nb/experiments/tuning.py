@@ -122,6 +122,7 @@ def tune(
     quality: Quality | Perplexity | None = None,
     chat: bool = True,
     record: bool = False,
+    requests: int = 0,
     store: str | Path = "tune.journal",
     logs: str | Path | None = None,
     on_event: Callable[[SweepEvent], object] = lambda _: None,
@@ -154,6 +155,7 @@ def tune(
         config: The settings that the space changes; by default those of `.env`.
         quality: As for a `Sweep`.
         chat: Whether prompts go through the model's chat template.
+        requests: As for a `Sweep`.
         record: As for a `Sweep`; trials that were measured without a run record do not count.
         store: The file for the rows.
         logs: A folder in which to keep the servers' logs.
@@ -173,10 +175,10 @@ def tune(
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
-    workload = Workload.of(prompts, parallel, quality, **asked)
+    workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
     if budget < 1:
         raise ExperimentError(f"budget is {budget}, so nothing would be tried. Write 1 or more.")
-    names = metric_names(workload.levels)
+    names = metric_names(workload)
     bounds = constraints_of(constraints)
     aim = read_objective(objective, names)
     search = Search(*read_space(model, config, space, bounds, names), aim, bounds, config, seed)
@@ -214,6 +216,7 @@ class _Tuning(TrialRunner):
     async def _find(self) -> TuneResult:
         await self._controlled(self._run)
         search, results = self._search, self._search.results
+        await self._write_requests(results)
         best, name = results.choose(search.objective, search.bounds), search.objective.name
         return TuneResult(best, best.metrics[name].median, name, results, search.study)
 
