@@ -68,6 +68,7 @@ ROOMS = {
         "client",
         "isolated_server",
         "hub",
+        "experiments",
     },
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -31,7 +31,7 @@ _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
 _EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, with the reason on stderr; 2 wrong arguments; 3 no server is"
-    " running (status, wait-ready, key, connect); 130 interrupted by Ctrl-C."
+    " running (status, wait-ready, key, connect, load-test --running); 130 interrupted by Ctrl-C."
 )
 
 
@@ -425,6 +425,78 @@ def prompts(
             size = decimal(one.size)
             table.add_row(where, one.model, f"{one.tokens:,}", size, f"{at:%Y-%m-%d %H:%M}")
         PlainConsole().print(table)
+
+
+@app.command()
+def load_test(
+    model: Annotated[
+        str | None, typer.Argument(help="A .gguf file; by default the profile's model.")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at once; repeat for several.")
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Requests a second, whatever is answered; repeat for several."),
+    ] = None,
+    arrivals: Annotated[str, typer.Option(help="poisson or constant.")] = "poisson",
+    limit: Annotated[
+        str,
+        typer.Option(help='Find the highest rate that keeps "time_to_first_token_p95 <= 2".'),
+    ] = "",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 100,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A user message; repeat for several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of arrivals and sampling.")] = 0,
+    running: Annotated[
+        bool, typer.Option("--running", help="Test the profile's running server.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Write each request's times there.")
+    ] = None,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Measure latency under load, as Markdown, on a server of its own or the running one.
+
+    At a concurrency, each request waits for the answer before it; at a rate, none does.
+    """
+    from kitty_nb.client import Access
+    from kitty_nb.experiments import load_test as begin
+    from kitty_nb.experiments.trial import DEFAULT_PROMPT
+    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+
+    config, access = _settings(env, profile, valid=not running), None
+    if running:
+        refuse_open_folder(config)
+        record = find_server(config)
+        if record is None:
+            _end_without_server(config)
+        access = Access(record.config.endpoint, record.api_key)
+    test = begin(
+        model,
+        concurrency=concurrency or (),
+        rate=rate or (),
+        arrivals=arrivals,
+        limit=limit,
+        requests=requests,
+        max_tokens=max_tokens,
+        seed=seed,
+        config=config,
+        access=access,
+        on_load=lambda load: _say(f"{load.label}: done in {load.seconds:.1f} s", err=True),
+        prompts=prompt or DEFAULT_PROMPT,
+    )
+    try:
+        found = test.wait()
+    except KeyboardInterrupt:
+        test.cancel()
+        raise
+    _say(str(found))
+    if save:
+        found.to_parquet(save)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

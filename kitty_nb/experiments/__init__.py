@@ -5,6 +5,7 @@ trials, should not wait for them.
 """
 
 from kitty_nb.experiments.combination import Combination
+from kitty_nb.experiments.load_test import Load, LoadTest, load_test
 from kitty_nb.experiments.recording import record_run, replay
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_record import Comparison, Exchange, Request, RunRecord, compare
@@ -34,6 +35,8 @@ __all__ = [
     "Difference",
     "ExactMatch",
     "Exchange",
+    "Load",
+    "LoadTest",
     "Measurement",
     "Outcome",
     "Perplexity",
@@ -50,6 +53,7 @@ __all__ = [
     "Workload",
     "compare",
     "compare_paired",
+    "load_test",
     "own_spread",
     "proportion_interval",
     "record_run",

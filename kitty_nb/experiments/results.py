@@ -123,12 +123,7 @@ class Results:
         Raises:
             ExperimentError: pyarrow is missing, or the file cannot be written.
         """
-        extra("pyarrow")
-        frame = self.requests if requests else self.frame
-        for name in frame.columns:
-            if len({type(value) for value in frame[name].dropna()}) > 1:
-                frame[name] = frame[name].map(str, na_action="ignore")
-        return _written(path, frame.to_parquet(index=False))
+        return write_parquet(self.requests if requests else self.frame, path)
 
     @property
     def summary(self) -> DataFrame:
@@ -249,7 +244,25 @@ class Results:
         return measured
 
 
-def _written(path: str | Path, content: bytes) -> Path:
+def write_parquet(frame: DataFrame, path: str | Path) -> Path:
+    """Write a table as Parquet, and return where; values of several types are written as text.
+
+    Raises:
+        ExperimentError: pyarrow is missing, or the file cannot be written.
+    """
+    extra("pyarrow")
+    for name in frame.columns:
+        if len({type(value) for value in frame[name].dropna()}) > 1:
+            frame[name] = frame[name].map(str, na_action="ignore")
+    return written(path, frame.to_parquet(index=False))
+
+
+def written(path: str | Path, content: bytes) -> Path:
+    """Write a file, whole or not at all, and return where.
+
+    Raises:
+        ExperimentError: It cannot be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

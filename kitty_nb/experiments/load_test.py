@@ -1,0 +1,359 @@
+"""Load tests: requests that wait for answers, and arrivals at a rate, which do not."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+
+from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.config import ServerConfig
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.latency import PERCENTILES, latencies, percent_of
+from kitty_nb.experiments.measure import BenchmarkClient
+from kitty_nb.experiments.metrics import constraints_of, known
+from kitty_nb.experiments.results import frame_of, write_parquet
+from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
+from kitty_nb.isolated_server import in_background, isolated_server
+from kitty_nb.operation import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from pandas import DataFrame
+
+    from kitty_nb.client import Access
+    from kitty_nb.experiments.metrics import Constraint
+    from kitty_nb.isolated_server import LoadProgress
+
+    OnLoad = Callable[["Load"], object]
+
+_AT_ONCE = (1, 4)  # requests, where nothing else is asked for
+_LIMIT = re.compile(r"\s*(\w+\s*[<>]=?)\s*(\d+(?:\.\d+)?)\s*")
+_SHOWN = ("p50", "p90", "p99")
+
+
+class Arrivals(StrEnum):
+    """How requests arrive at a rate: evenly, or by chance as people do."""
+
+    CONSTANT = "constant"
+    POISSON = "poisson"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One load on a server, and the times of its requests.
+
+    Attributes:
+        concurrency: Requests at once, the next of which waits for an answer (closed loop); None
+            where they arrive at a rate.
+        rate: Requests a second that arrive whatever is answered (open loop); None otherwise.
+        seconds: From the first request to the last answer.
+        requests: The times of each, in the order in which they were answered.
+    """
+
+    concurrency: int | None
+    rate: float | None
+    seconds: float
+    requests: tuple[RequestTimes, ...]
+
+    @property
+    def label(self) -> str:
+        """The load in words."""
+        return f"{self.concurrency} at once" if self.concurrency else f"{self.rate:.3g} a second"
+
+    def metrics(self, percents: Iterable[int] = PERCENTILES) -> dict[str, float]:
+        """Return its numbers by name: rates, and percentiles of latency, in seconds."""
+        return {
+            "requests_per_second": len(self.requests) / self.seconds,
+            "total_tokens_per_second": sum(one.tokens for one in self.requests) / self.seconds,
+            **latencies(self.requests, percents),
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class LoadTest:
+    """The outcome of a load test; `print` shows it as a table in Markdown.
+
+    Attributes:
+        loads: What was tried, in order.
+        limit: The limit that had to be kept; empty where none was asked for.
+        highest_rate: The highest rate tried that kept the limit; None where none did.
+        broken_rate: The lowest rate tried that broke it; None where none did.
+    """
+
+    loads: tuple[Load, ...]
+    limit: str = ""
+    highest_rate: float | None = None
+    broken_rate: float | None = None
+
+    @property
+    def summary(self) -> str:
+        """The highest rate that keeps the limit, in a sentence; empty without a limit."""
+        if not self.limit:
+            return ""
+        if self.highest_rate is None:
+            return f"No rate kept {self.limit}, not even {self.broken_rate:.3g} requests a second."
+        held = f"{self.limit} holds up to {self.highest_rate:.3g} requests a second"
+        if self.broken_rate is None:
+            return f"{held}, all that the server can answer."
+        return f"{held}, and breaks at {self.broken_rate:.3g}."
+
+    @property
+    def frame(self) -> DataFrame:
+        """A row for each load.
+
+        Raises:
+            ExperimentError: pandas is missing.
+        """
+        return frame_of({**_named(load), **load.metrics()} for load in self.loads)
+
+    @property
+    def requests(self) -> DataFrame:
+        """A row for each request; `sent` is in seconds since the epoch.
+
+        Raises:
+            ExperimentError: pandas is missing.
+        """
+        return frame_of(
+            {
+                **_named(load),
+                "prompt": one.prompt,
+                "prompt_tokens": one.prompt_tokens,
+                "tokens": one.tokens,
+                "sent": one.sent,
+                "time_to_first_token": one.time_to_first_token,
+                "time_between_tokens": one.time_between_tokens,
+                "seconds": one.seconds,
+            }
+            for load in self.loads
+            for one in load.requests
+        )
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write the table of requests as Parquet, and return where.
+
+        Raises:
+            ExperimentError: pyarrow is missing, or the file cannot be written.
+        """
+        return write_parquet(self.requests, path)
+
+    def __str__(self) -> str:
+        lines = [
+            "| load | requests | requests/s | tokens/s | time to first token, s: p50 / p90 / p99"
+            " | time between tokens, s: p50 / p90 / p99 |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for load in self.loads:
+            found = load.metrics()
+            each = (
+                " / ".join(_number(found.get(f"{name}_{percent}")) for percent in _SHOWN)
+                for name in ("time_to_first_token", "time_between_tokens")
+            )
+            rates = (found["requests_per_second"], found["total_tokens_per_second"])
+            cells = (load.label, str(len(load.requests)), *map(_number, rates), *each)
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, *(["", self.summary] if self.summary else [])])
+
+    __repr__ = __str__
+
+
+def load_test(
+    model: object = None,
+    *,
+    concurrency: int | Iterable[int] = (),
+    rate: float | Iterable[float] = (),
+    arrivals: str = Arrivals.POISSON,
+    limit: str = "",
+    requests: int = 100,
+    prompts: str | Iterable[str] = DEFAULT_PROMPT,
+    max_tokens: int = 64,
+    seed: int = 0,
+    chat: bool = True,
+    steps: int = 6,
+    config: ServerConfig | None = None,
+    access: Access | None = None,
+    on_load: OnLoad = lambda _: None,
+) -> Operation[LoadTest]:
+    """Put loads on a server, and return at once.
+
+    Requests that arrive while all slots are busy wait in the server, and their waiting counts in
+    the time to first token. With a limit, it looks for the highest rate that keeps it: first what
+    the server can answer with all slots busy, then by bisection.
+
+    Args:
+        model: The file, absolute or in the models folder; by default the one in `config`.
+        concurrency: Numbers of requests at once: each waits for an answer before the next. By
+            default 1 and 4, unless you give a rate or a limit.
+        rate: Requests a second that arrive whether or not earlier ones are answered.
+        arrivals: `poisson`, or `constant` for even gaps.
+        limit: What the server must keep, such as `time_to_first_token_p95 <= 2`.
+        requests: Requests of each load. A p90 needs 10, a p95 20, and a p99 100.
+        prompts: User messages, asked in turn.
+        max_tokens: Length of each answer.
+        seed: Of the arrivals and of the server's sampling.
+        chat: Whether prompts go through the model's chat template.
+        steps: Rates to try, at most, for the limit.
+        config: The server's settings; by default those of `.env`.
+        access: A server that runs already, such as `manager.access`; without it, a server of its
+            own is started and ends with the test.
+        on_load: Called with each load that is done.
+
+    Returns:
+        Cancelling it ends the test, and its server. It may end with what starting a server and
+        asking it raise.
+
+    Raises:
+        ConfigError: A setting or option is wrong.
+        ExperimentError: The limit cannot be understood, or needs more requests.
+    """
+    at_once = _listed(concurrency)
+    rates = _listed(rate)
+    if not (at_once or rates or limit):
+        at_once = _AT_ONCE
+    if not all(one > 0 for one in rates) or steps < 1:
+        raise ExperimentError("A rate or steps is not above 0. Write requests a second, such as 2.")
+    if arrivals not in set(Arrivals):
+        raise ExperimentError(f"There are no arrivals {arrivals!r}. Write poisson or constant.")
+    asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "at_least": requests}
+    workload = Workload.of(prompts, at_once or 1, None, **asked)
+    bound = _read_limit(limit, workload) if limit else None
+    here = config or (ServerConfig() if access else ServerConfig.from_env())
+    progress: deque[LoadProgress] = deque(maxlen=1)
+
+    async def run() -> LoadTest:
+        async with (
+            _server(model, here, access, progress.append) as reached,
+            reached.async_http() as http,
+        ):
+            client = BenchmarkClient(http, workload, {})
+            await client.warm_up()
+            test = _Test(client, workload, Arrivals(arrivals), on_load)
+            for several in at_once:
+                await test.closed(several)
+            for one in rates:
+                await test.open(one)
+            return await test.search(bound, limit, steps) if bound else LoadTest(test.loads)
+
+    _, future = in_background(run, "kitty_nb load test")
+    return Operation(future, lambda: progress[-1] if progress else None)
+
+
+def arrival_times(rate: float, count: int, arrivals: Arrivals, seed: int) -> Iterator[float]:
+    """Yield when requests arrive, in seconds after the first, which comes at once. Pure.
+
+    With the same seed, arrivals at another rate are the same but faster or slower.
+    """
+    random = Random(seed)  # noqa: S311 (no secret)
+    at = 0.0
+    for _ in range(count):
+        yield at
+        at += 1 / rate if arrivals is Arrivals.CONSTANT else random.expovariate(1.0) / rate
+
+
+def next_rate(kept: float, broken: float | None, most: float) -> float:
+    """Return the rate to try next: the most first, then the middle of what is open. Pure.
+
+    Args:
+        kept: The highest rate that kept the limit; 0 before there is one.
+        broken: The lowest rate that broke it; None before there is one.
+        most: What the server can answer.
+    """
+    return most if broken is None else (kept + broken) / 2
+
+
+class _Test:
+    """The loads of one test, put on one server."""
+
+    def __init__(
+        self, client: BenchmarkClient, workload: Workload, arrivals: Arrivals, on_load: OnLoad
+    ) -> None:
+        self.loads: tuple[Load, ...] = ()
+        self._client = client
+        self._workload = workload
+        self._arrivals = arrivals
+        self._on_load = on_load
+
+    async def closed(self, concurrency: int) -> Load:
+        """Keep so many requests under way."""
+        speed, _ = await self._client.speed(concurrency, lambda _: None)
+        return self._add(Load(concurrency, None, speed.seconds, speed.each))
+
+    async def open(self, rate: float) -> Load:
+        """Send requests at a rate, whatever is answered."""
+        count = len(self._workload.asked(1))
+        offsets = arrival_times(rate, count, self._arrivals, self._workload.seed)
+        seconds, times = await self._client.arrive(offsets)
+        return self._add(Load(None, rate, seconds, times))
+
+    async def search(self, bound: Constraint, limit: str, steps: int) -> LoadTest:
+        """Look for the highest rate that keeps a limit."""
+        full = await self.closed(self._client.slots or 1)
+        most = len(full.requests) / full.seconds
+        kept, broken = 0.0, None
+        for _ in range(steps):
+            rate = next_rate(kept, broken, most)
+            load = await self.open(rate)
+            if bound.allows(load.metrics({percent_of(bound.name)})[bound.name]):
+                kept = rate
+                if broken is None:
+                    break
+            else:
+                broken = rate
+        return LoadTest(self.loads, limit, kept or None, broken)
+
+    def _add(self, load: Load) -> Load:
+        self.loads += (load,)
+        self._on_load(load)
+        return load
+
+
+@asynccontextmanager
+async def _server(
+    model: object,
+    config: ServerConfig,
+    access: Access | None,
+    on_progress: Callable[[LoadProgress], object],
+) -> AsyncGenerator[Access]:
+    """The server to ask: one that runs, or one that ends with this."""
+    if access:
+        yield access
+        return
+    if model is not None:
+        config = config.replace(model=model, allow_absolute_paths=True)
+    resolved = await run_sync(resolve_model, config)
+    async with isolated_server(resolved, on_progress=on_progress) as server:
+        yield server.access
+
+
+def _read_limit(limit: str, workload: Workload) -> Constraint:
+    """Read a limit on a percentile, and check that there are enough requests for it."""
+    if not (match := _LIMIT.fullmatch(limit)):
+        raise ExperimentError(
+            f"Can't parse the limit {limit!r}. Write a percentile of a latency, a sign and seconds,"
+            ' such as "time_to_first_token_p95 <= 2".'
+        )
+    (bound,) = constraints_of({match[1]: float(match[2])})
+    percents = {percent_of(bound.name), *PERCENTILES} - {0}
+    each = [RequestTimes(0.0, 1.0, 2.0, 2)] * len(workload.asked(1))
+    known(bound.name, latencies(each, percents))
+    return bound
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    return (given,) if isinstance(given, int | float) else tuple(given)
+
+
+def _named(load: Load) -> dict[str, object]:
+    return {"concurrency": load.concurrency, "rate": load.rate}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import anyio
+import pandas as pd
+import pytest
+from terminal import run
+
+from kitty_nb import ServerConfig, ServerStatus, Supervisor
+from kitty_nb.client import Access
+from kitty_nb.errors import ConfigError, ExperimentError
+from kitty_nb.experiments import Load, LoadTest, RequestTimes, load_test
+from kitty_nb.experiments.load_test import Arrivals, arrival_times, next_rate
+
+WAIT = 120.0
+
+
+@pytest.fixture
+def base(config: ServerConfig) -> ServerConfig:
+    return config.replace(context_size=1024, parallel=2)
+
+
+def test_constant_arrivals_have_even_gaps() -> None:
+    assert list(arrival_times(4.0, 3, Arrivals.CONSTANT, 0)) == [0.0, 0.25, 0.5]
+
+
+def test_poisson_arrivals_are_seeded_and_scale_with_the_rate() -> None:
+    slow, fast, other = (
+        list(arrival_times(rate, 2000, Arrivals.POISSON, seed))
+        for rate, seed in ((1.0, 7), (10.0, 7), (1.0, 8))
+    )
+    assert fast == pytest.approx([at / 10 for at in slow])
+    assert slow != other
+    assert slow[-1] / 2000 == pytest.approx(1.0, rel=0.1)
+    gaps = sorted(after - before for before, after in pairwise(slow))
+    assert gaps[len(gaps) // 2] == pytest.approx(0.693, rel=0.1)  # the median of e^-x
+
+
+def test_the_rate_is_found_by_halves() -> None:
+    def find(true: float, most: float, steps: int) -> tuple[float, float | None]:
+        kept, broken = 0.0, None
+        for _ in range(steps):
+            rate = next_rate(kept, broken, most)
+            if rate <= true:
+                kept = rate
+                if broken is None:
+                    break
+            else:
+                broken = rate
+        return kept, broken
+
+    kept, broken = find(3.0, 8.0, 8)
+    assert kept <= 3.0 < (broken or 0)
+    assert (broken or 0) - kept == pytest.approx(8.0 / 2**7)
+    assert find(9.0, 8.0, 8) == (8.0, None)
+
+
+def test_closed_and_open_loads_on_a_server_of_its_own(base: ServerConfig) -> None:
+    heard: list[Load] = []
+    test = load_test(
+        config=base,
+        concurrency=(1, 3),
+        rate=50,
+        arrivals="constant",
+        requests=12,
+        max_tokens=4,
+        on_load=heard.append,
+    ).wait(WAIT)
+    assert test.loads == tuple(heard)
+    assert [(one.concurrency, one.rate) for one in heard] == [(1, None), (3, None), (None, 50)]
+    assert [len(one.requests) for one in heard] == [12, 12, 12]
+    frame = test.frame
+    assert (frame["time_to_first_token_p90"] >= frame["time_to_first_token_p50"]).all()
+    assert "time_to_first_token_p95" not in frame
+    requests = test.requests
+    assert len(requests) == 36
+    sent = sorted(requests[requests["rate"] == 50]["sent"])
+    assert sent[-1] - sent[0] == pytest.approx(11 / 50, rel=0.5)
+    assert "| 3 at once | 12 |" in str(test)
+    assert "| 50 a second | 12 |" in str(test)
+
+
+def test_waiting_for_a_slot_counts_in_the_time_to_first_token(base: ServerConfig) -> None:
+    config = base.replace(parallel=1)
+    ask = load_test(config=config, concurrency=(1, 4), requests=12, max_tokens=64)
+    # In answers, as long as they took then: one of four requests has the slot, three wait for it.
+    waited = [
+        median(one.time_to_first_token for one in load.requests)
+        / median(one.seconds - one.time_to_first_token for one in load.requests)
+        for load in ask.wait(WAIT).loads
+    ]
+    alone, queued = waited
+    assert alone < 1
+    assert queued > 2
+
+
+def test_the_highest_rate_that_keeps_a_limit(base: ServerConfig) -> None:
+    ask = {"config": base, "requests": 10, "max_tokens": 8, "steps": 3}
+    easy = load_test(limit="time_to_first_token_p90 <= 60", **ask).wait(WAIT)  # type: ignore[arg-type]
+    full, held = easy.loads
+    assert full.concurrency == 2
+    assert easy.highest_rate == held.rate == pytest.approx(full.metrics()["requests_per_second"])
+    assert "all that the server can answer" in easy.summary
+    never = load_test(limit="time_to_first_token_p90 < 0", **ask).wait(WAIT)  # type: ignore[arg-type]
+    assert [load.rate for load in never.loads[1:]] == pytest.approx(
+        [(never.loads[1].rate or 0) / 2**n for n in range(3)]
+    )
+    assert never.highest_rate is None
+    assert str(never).endswith("requests a second.")
+
+
+def test_a_limit_between_two_rates_is_bracketed() -> None:
+    loads = (Load(None, 2.0, 1.0, (RequestTimes(0.0, 0.1, 0.2, 3),)),)
+    test = LoadTest(loads, "time_to_first_token_p50 <= 1", 2.0, 2.5)
+    assert test.summary == (
+        "time_to_first_token_p50 <= 1 holds up to 2 requests a second, and breaks at 2.5."
+    )
+
+
+def test_a_server_that_runs_already_is_asked_and_left_running(
+    base: ServerConfig, demo_model: Path
+) -> None:
+    async def main() -> None:
+        async with Supervisor(base) as supervisor:
+            state = await supervisor.start()
+            access = Access(state.endpoint, supervisor.api_key)
+            test = await load_test(access=access, concurrency=2, requests=2, max_tokens=2)
+            assert len(test.requests) == 2
+            assert (await supervisor.check_health()).status is ServerStatus.READY
+
+    anyio.run(main)
+
+
+def test_a_load_test_in_a_terminal(config: ServerConfig, tmp_path: Path) -> None:
+    env = tmp_path / "my.env"
+    env.write_text(
+        f"LLAMACPP_MODELS_DIR={config.models_dir}\nLLAMACPP_PRIMARY_MODEL={config.model}\n"
+        f"LLAMACPP_LOG_DIR={tmp_path / 'logs'}\nLLAMACPP_HISTORY={config.history}\n"
+        "LLAMACPP_CTX=512\nLLAMACPP_THREADS=1\n"
+    )
+    words = ("load-test", "--env", env, "--requests", "4", "--max-tokens", "4")
+    saved = tmp_path / "load.parquet"
+    done = run(*words, "--concurrency", "2", "--rate", "20", "--save", saved)
+    assert done.exit_code == 0, done.stderr
+    assert [line.split(" | ")[:2] for line in done.stdout.splitlines()[2:]] == [
+        ["| 2 at once", "4"],
+        ["| 20 a second", "4"],
+    ]
+    assert "20 a second: done in" in done.stderr
+    assert len(pd.read_parquet(saved)) == 8
+    assert run(*words, "--running").exit_code == 3
+    refused = run(*words, "--limit", "time_to_first_token_p90 <= 2")
+    assert (refused.exit_code, refused.stderr.count("Write requests=10.")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"limit": "fast"}, "Can't parse the limit"),
+        ({"limit": "time_to_first_token_p99 <= 2", "requests": 10}, "Write requests=100"),
+        ({"limit": "time_to_frist_token_p90 <= 2"}, "Did you mean time_to_first_token_p90"),
+        ({"rate": 0}, "not above 0"),
+        ({"rate": 1, "arrivals": "bursts"}, "poisson or constant"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(
+    config: ServerConfig, asked: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ExperimentError, match=told):
+        load_test(config=config, **asked)  # type: ignore[arg-type]
+
+
+def test_a_wrong_number_of_requests_at_once_is_refused(config: ServerConfig) -> None:
+    with pytest.raises(ConfigError, match="parallel"):
+        load_test(config=config, concurrency=0)
