@@ -95,7 +95,7 @@ def sweep(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]
     def make(**more: object) -> Sweep:
         store = tmp_path / f"{len(made)}.journal"
         given = {"config": config, "store": store}
-        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1}
+        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1, "busy_repeats": 0}
         made.append(Sweep(**(given | more)))  # type: ignore[arg-type]
         return made[-1]
 

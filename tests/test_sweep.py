@@ -70,7 +70,7 @@ def sweep(base: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
 
     def make(**more: object) -> Sweep:
         given = {"config": base, "store": tmp_path / "sweep.journal"}
-        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1}
+        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1, "busy_repeats": 0}
         made.append(Sweep(**(given | more)))  # type: ignore[arg-type]
         return made[-1]
 

@@ -53,7 +53,7 @@ def made(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]]
 
     def make(**more: object) -> Sweep:
         given = {"config": config.replace(context_size=1024)}
-        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1}
+        given |= {"prompts": "Hi!", "max_tokens": 2, "repeats": 1, "busy_repeats": 0}
         store = tmp_path / "sweep.journal"
         sweeps.append(Sweep(**({"store": store} | given | more)))  # type: ignore[arg-type]
         return sweeps[-1]

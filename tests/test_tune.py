@@ -39,6 +39,7 @@ def search(config: ServerConfig, tmp_path: Path) -> Search:
             "prompts": "Hi!",
             "max_tokens": 4,
             "config": base,
+            "busy_repeats": 0,
             "store": tmp_path / "tune.journal",
         }
         return tune(**(given | more))  # type: ignore[arg-type]

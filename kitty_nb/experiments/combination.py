@@ -35,6 +35,7 @@ class Combination:
         batch_tokens: The most tokens that a batch may have had, by name of the speed.
         idle: Batch sizes that made no difference when it was chosen: no batch was as large.
         once: Whether it was chosen by a speed that was measured once.
+        busy: Of those measured, the number on a busy machine.
     """
 
     trial: Trial
@@ -46,6 +47,7 @@ class Combination:
     batch_tokens: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
     once: bool = False
+    busy: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[TrialResult], base: ServerConfig) -> Combination:
@@ -59,6 +61,7 @@ class Combination:
             outcomes=Counter(row.outcome for row in rows),
             reasons=tuple(dict.fromkeys(row.reason for row in rows if row.reason)),
             metrics={n: Spread.over([one[n] for one in measured if n in one]) for n in names},
+            busy=sum(row.busy for row in rows),
             batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
         )
 
@@ -78,6 +81,8 @@ class Combination:
         doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
         if self.once:
             doubts.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
+        if self.busy:
+            doubts.append(f"{self.busy} of {self.done} measured while other processes were busy")
         return ", ".join([*doubts, *(["nearest to the settings in use"] if others else [])])
 
     @property

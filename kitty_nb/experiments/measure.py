@@ -19,6 +19,7 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props, stream
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, WillNotFitError, first_of
+from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.space import changes
@@ -448,11 +449,14 @@ class _Run:
     ) -> tuple[Measurement, tuple[Answer, ...]]:
         speeds = []
         first: tuple[Answer, ...] = ()
+        pid = server.state.pid or 0
+        before = await usage_with(pid)
         for parallel in self._workload.levels:
             speed, answers = await client.speed(parallel, partial(self._on_answer, parallel))
             await server.sample_memory()
             speeds.append(replace(speed, memory=server.memory, gpu_memory=server.gpu_memory))
             first = first or answers
+        noise = await noise_since(before, pid)
         perplexity = bits = None
         if isinstance(self._workload.quality, Perplexity):
             perplexity, bits = await client.surprise(self._workload.quality)
@@ -468,6 +472,7 @@ class _Run:
             perplexity=perplexity,
             bits_per_character=bits,
             slots=client.slots,
+            noise=noise,
         )
         return measured, first
 

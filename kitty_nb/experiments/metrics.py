@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.latency import LATENCY_NAMES, latencies, too_few_requests
+from kitty_nb.experiments.noise import Noise
 from kitty_nb.experiments.trial import (
     Measurement,
     Outcome,
@@ -42,7 +43,7 @@ _AS_MEASURED = ("context", "slots", "machine_load", "quality", "perplexity", "bi
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
     r"time_(to_first|between)_tokens?\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
-    r"|machine_load"
+    r"|machine_load|load_during|other_processes|temperature_celsius"
 )
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_(to_first|between)_tokens?\w*|\w*seconds")
 _CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
@@ -86,6 +87,13 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
         **{name: getattr(measured, name) for name in _AS_MEASURED},
         "seconds": result.seconds.overall,
     }
+    if noise := measured.noise:
+        numbers |= {
+            "load_during": noise.load,
+            "other_processes": noise.others,
+            "clock_ghz": noise.clock_ghz,
+            "temperature_celsius": noise.temperature_celsius,
+        }
     return {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -143,7 +151,8 @@ def metric_names(workload: Workload) -> frozenset[str]:
         for n in workload.levels
     )
     load = LoadSeconds(1.0, 1.0, 1.0)
-    full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0)
+    noise = Noise(1.0, 1.0, 1.0, 1.0)
+    full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0, noise)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
 
 

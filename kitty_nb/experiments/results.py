@@ -78,6 +78,7 @@ class Results:
                 "repeat": row.trial.repeat,
                 "outcome": row.outcome.value,
                 "reason": row.reason,
+                "busy": row.busy,
                 **metrics_of(row),
                 "host": row.host,
                 "engine": row.engine,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import math
 import time
 from contextlib import suppress
 from functools import partial
@@ -57,6 +58,7 @@ class TrialRunner:
         config: The settings that trials change.
         workload: The requests of each trial.
         store: The file for the rows.
+        busy_repeats: How often a trial is measured again because the machine was busy.
         warnings: Sentences about settings that have no effect.
         trials: All trials, where they are known in advance.
         store_problem: The reason that rows are only in memory; empty when all are saved.
@@ -70,6 +72,7 @@ class TrialRunner:
         logs: str | Path | None,
         warnings: Iterable[str],
         trials: tuple[Trial, ...] = (),
+        busy_repeats: int = 1,
     ) -> None:
         extra("optuna")
         extra("pyarrow")  # here, not when there is something to lose
@@ -80,6 +83,7 @@ class TrialRunner:
         self.store = Path(store).expanduser().absolute()
         self.warnings = tuple(filter(None, (*warnings, earlier_store(self.store))))
         self.trials = trials
+        self.busy_repeats = busy_repeats
         self._logs = Path(logs).expanduser().absolute() if logs else None
         self._kept = RowStore(self.store, digest(config, workload))
         self._rows: dict[str, TrialResult] = {}
@@ -210,13 +214,31 @@ class TrialRunner:
         self._running[trial] = time.monotonic()
         self._publish(TrialStarted(trial))
         try:
-            row = await self._measure(trial, execute, self._publish)
+            row = await self._undisturbed(trial, execute)
         finally:
             self._running.pop(trial, None)
         self._rows[trial.key] = row
         self._publish(TrialEnded(row))
         with anyio.CancelScope(shield=True):
             await self._write(row)
+
+    async def _undisturbed(self, trial: Trial, execute: Execute) -> TrialResult:
+        """Return a trial's row; measure again while others keep the machine busy, a few times.
+
+        The row is the least disturbed. Several trials at once disturb each other, so it would be
+        in vain.
+        """
+        row = await self._measure(trial, execute, self._publish)
+        for _ in range(self.busy_repeats if self._slots == 1 else 0):
+            if not row.busy:
+                break
+            _log.warning(
+                "Other processes used %.0f %% of the processors during %s; it is measured again.",
+                others(row) * 100,
+                trial.label,
+            )
+            row = min(row, await self._measure(trial, execute, self._publish), key=others)
+        return row
 
     async def _measure(
         self, trial: Trial, execute: Execute, on_progress: OnProgress
@@ -275,3 +297,9 @@ class TrialRunner:
         if isinstance(event, TrialStarted | TrialProgressed):
             self._load = event.progress if isinstance(event, TrialProgressed) else None
         self._broadcast.publish(event)
+
+
+def others(row: TrialResult) -> float:
+    """Return the share of the processors that other processes used; the most where unknown."""
+    noise = row.measurement and row.measurement.noise
+    return noise.others if noise else math.inf

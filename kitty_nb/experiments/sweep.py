@@ -87,6 +87,8 @@ class Sweep(TrialRunner):
         store: The file for the rows. The times of each request go beside it at the end of a run,
             e.g. `sweep.requests.parquet`.
         logs: A folder in which to keep the servers' logs.
+        busy_repeats: How often a trial is measured again because other processes kept the machine
+            busy. The least disturbed row counts, and says whether it was `busy`.
 
     Attributes:
         config: The settings that the grid changes.
@@ -119,6 +121,7 @@ class Sweep(TrialRunner):
         requests: int = 0,
         store: str | Path = "sweep.journal",
         logs: str | Path | None = None,
+        busy_repeats: int = 1,
     ) -> None:
         base = config or ServerConfig.from_env()
         asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
@@ -133,7 +136,7 @@ class Sweep(TrialRunner):
         workload, useless = fill_batches(workload, tried, base)
         warnings = (*(() if config else env_warnings(".env", base.profile)), *useless)
         trials = in_order(combinations, repeats, seed)
-        super().__init__(base, workload, store, logs, warnings, trials)
+        super().__init__(base, workload, store, logs, warnings, trials, busy_repeats)
         self._rows_read = False
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from types import CellType, CodeType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.experiments.noise import Noise  # noqa: TC001 (pydantic reads the types)
 from kitty_nb.experiments.run_record import RunRecord
 from kitty_nb.isolated_server import LoadSeconds  # noqa: TC001 (pydantic reads the types)
 
@@ -284,6 +285,8 @@ class Measurement:
         bits_per_character: Of the same texts, for models that split them into other tokens.
         slots: Requests that the server answers at once; None where a build hides it.
         machine_load: Share of the processors that was busy before the server was started.
+        noise: The state of the machine during the requests; None where they were too
+            short to tell.
     """
 
     load: LoadSeconds
@@ -297,6 +300,7 @@ class Measurement:
     bits_per_character: float | None = None
     slots: int | None = None
     machine_load: float | None = None
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +366,12 @@ class TrialResult:
     at: float = 0.0
     fingerprint: ModelFingerprint | None = None
     document: str = field(default="", repr=False)
+
+    @property
+    def busy(self) -> bool:
+        """True if other processes are likely to have distorted what was measured."""
+        noise = self.measurement and self.measurement.noise
+        return bool(noise and noise.busy)
 
     def may_be_of(self, model: ModelFingerprint | None) -> bool:
         """True if it may be a row of this model; where the model is not here, any row may be.

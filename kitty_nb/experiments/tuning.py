@@ -125,6 +125,7 @@ def tune(
     requests: int = 0,
     store: str | Path = "tune.journal",
     logs: str | Path | None = None,
+    busy_repeats: int = 1,
     on_event: Callable[[SweepEvent], object] = lambda _: None,
 ) -> Operation[TuneResult]:
     """Search for the settings that are best at something, and return at once.
@@ -159,6 +160,7 @@ def tune(
         record: As for a `Sweep`; trials that were measured without a run record do not count.
         store: The file for the rows.
         logs: A folder in which to keep the servers' logs.
+        busy_repeats: As for a `Sweep`.
         on_event: Called on the search's thread when a trial begins, makes progress or ends.
 
     Returns:
@@ -189,6 +191,7 @@ def tune(
         workload=workload,
         store=store,
         logs=logs,
+        busy_repeats=busy_repeats,
         warnings=(*warnings, *useless),
         search=search,
         budget=budget,
