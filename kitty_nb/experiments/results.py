@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from kitty_nb.experiments.metrics import (
     metrics_of,
     read_objective,
 )
+from kitty_nb.experiments.space import baseline_of
 from kitty_nb.safe_files import write_atomic
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.metrics import Constraint, Objective
+    from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import Trial, TrialResult
 
 _SHOWN = 3  # reasons in a message
@@ -152,7 +154,8 @@ class Results:
         """Return the combination with the best median.
 
         Where others are too close to tell, it is the one nearest to the settings in use, and has
-        the others as `close`.
+        the others as `close`. From three rounds on, paired intervals decide what is too close;
+        before, whether ranges overlap.
 
         Args:
             objective: A number of the table. Of seconds, memory and perplexity less is better.
@@ -177,7 +180,7 @@ class Results:
             ExperimentError: There is none; the message names what comes nearest.
         """
         if fitting := self.fitting(objective, bounds):
-            return choose(fitting, objective)
+            return choose(fitting, objective, self._spread(objective))
         measured = self._measured("there is no best")
         if all(objective.of(row) is None for row in self.rows):
             raise ExperimentError(
@@ -194,15 +197,76 @@ class Results:
 
     def fitting(self, objective: Objective, bounds: Sequence[Constraint]) -> list[Combination]:
         """Return the combinations that keep all bounds, with the objective's value in `metrics`."""
-        values: dict[Trial, list[float]] = {}
+        values: dict[Trial, dict[int, float]] = {}
         for row in self.rows:
             if (value := objective.of(row)) is not None:
-                values.setdefault(row.trial.combination, []).append(value)
+                values.setdefault(row.trial.combination, {})[row.trial.repeat] = value
+        name = objective.name
         return [
-            replace(one, metrics={**one.metrics, objective.name: Spread.over(values[one.trial])})
+            replace(
+                one,
+                metrics={**one.metrics, name: Spread.over([*values[one.trial].values()])},
+                series={**one.series, name: values[one.trial]},
+            )
             for one in self.combinations
             if one.trial in values and one.keeps(bounds)
         ]
+
+    def verdict(
+        self, one: Combination, other: Combination | None = None, objective: str = OBJECTIVE
+    ) -> Difference:
+        """Compare a combination with another one, by the rounds in which both were measured.
+
+        Args:
+            one: The combination that the verdict is on.
+            other: The other; by default the settings in use.
+            objective: A speed or another number of the table; *faster* means better.
+
+        Raises:
+            ExperimentError: The settings in use were not measured, or have no such number.
+        """
+        measured = self._measured("there is nothing to compare")
+        aim = read_objective(objective, {name for each in measured for name in each.metrics})
+        other = other or self._in_use()
+        spread = self._spread(aim)
+        found = one.against(other, aim.name, smaller_is_better=aim.smaller, spread=spread)
+        if found is None:
+            raise ExperimentError(f"{aim.name} is not always positive. Compare another number.")
+        return found
+
+    def verdicts(self, objective: str = OBJECTIVE) -> DataFrame:
+        """A row for each combination: whether it is faster than the settings in use.
+
+        `ratio` is its number over theirs, between `low` and `high` with 98 % confidence;
+        `more_rounds` would probably tell what is too close.
+
+        Raises:
+            ExperimentError: The settings in use were not measured, or have no such number.
+        """
+        in_use = self._in_use()
+        return frame_of(
+            {
+                "model": one.trial.model,
+                **dict(one.trial.settings),
+                **asdict(self.verdict(one, in_use, objective)),
+            }
+            for one in self._measured("there is nothing to compare")
+            if one.trial != in_use.trial
+        )
+
+    def _in_use(self) -> Combination:
+        measured = {one.trial: one for one in self._measured("there is nothing to compare")}
+        found = measured.get(baseline_of([*measured], self.config))
+        if found is None:
+            raise ExperimentError(
+                "The settings in use were not measured. Make the sweep with baseline=True."
+            )
+        return found
+
+    def _spread(self, objective: Objective) -> float:
+        """The share by which the same settings differ on this machine; 0 where unknown."""
+        each = (one.own_spread(objective.name) for one in self.fitting(objective, ()))
+        return max(each, default=0.0)
 
     def env_lines(
         self,

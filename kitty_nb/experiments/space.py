@@ -113,7 +113,20 @@ def combine(
     return left
 
 
-def in_order(combinations: Sequence[Trial], repeats: int, seed: int) -> tuple[Trial, ...]:
+def baseline_of(combinations: Sequence[Trial], base: ServerConfig) -> Trial:
+    """Return the combination that is the settings in use, whether or not it is one of these."""
+    model = _model_name(base.model, base) if base.model else combinations[0].model
+    same = (
+        one
+        for one in combinations
+        if one.model == model and all(value == in_use(name, base) for name, value in one.settings)
+    )
+    return next(same, Trial(model))
+
+
+def in_order(
+    combinations: Sequence[Trial], repeats: int, seed: int, twice: Trial | None = None
+) -> tuple[Trial, ...]:
     """Return all trials: each combination once, then each once more, every round shuffled.
 
     A drift, such as a machine warming up, then affects all combinations alike.
@@ -122,10 +135,13 @@ def in_order(combinations: Sequence[Trial], repeats: int, seed: int) -> tuple[Tr
         combinations: The combinations to try.
         repeats: The number of measurements of each.
         seed: The seed of the order.
+        twice: One that is measured twice in each round, the second time as the round's negative.
     """
     rounds = []
     for repeat in range(1, repeats + 1):
-        trials = [Trial(one.model, one.settings, repeat) for one in combinations]
+        once = dict.fromkeys((*combinations, *([twice] if twice else [])))
+        trials = [Trial(one.model, one.settings, repeat) for one in once]
+        trials += [Trial(twice.model, twice.settings, -repeat)] if twice else []
         Random(f"{seed} {repeat}").shuffle(trials)  # noqa: S311 (an order, not a secret)
         rounds += trials
     return tuple(rounds)

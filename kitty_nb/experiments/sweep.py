@@ -18,7 +18,7 @@ from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.runner import TrialRunner
-from kitty_nb.experiments.space import combine, fill_batches, in_order
+from kitty_nb.experiments.space import baseline_of, combine, fill_batches, in_order
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Outcome, Workload
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class Sweep(TrialRunner):
         store: The file for the rows. The times of each request go beside it at the end of a run,
             e.g. `sweep.requests.parquet`.
         logs: A folder in which to keep the servers' logs.
+        baseline: Whether to measure the settings in use, too, twice in each round: what differs
+            between the two is the machine's own spread, and no smaller difference counts.
         busy_repeats: How often a trial is measured again because other processes kept the machine
             busy. The least disturbed row counts, and says whether it was `busy`.
 
@@ -121,6 +123,7 @@ class Sweep(TrialRunner):
         requests: int = 0,
         store: str | Path = "sweep.journal",
         logs: str | Path | None = None,
+        baseline: bool = False,
         busy_repeats: int = 1,
     ) -> None:
         base = config or ServerConfig.from_env()
@@ -135,7 +138,8 @@ class Sweep(TrialRunner):
         tried = [trial.settings for trial in combinations]
         workload, useless = fill_batches(workload, tried, base)
         warnings = (*(() if config else env_warnings(".env", base.profile)), *useless)
-        trials = in_order(combinations, repeats, seed)
+        in_use = baseline_of(combinations, base) if baseline else None
+        trials = in_order(combinations, repeats, seed, in_use)
         super().__init__(base, workload, store, logs, warnings, trials, busy_repeats)
         self._rows_read = False
 

@@ -49,7 +49,8 @@ class Trial:
     Attributes:
         model: The model's file as the user named it, absolute or in the models folder.
         settings: Names and values that differ from the sweep's own settings.
-        repeat: The number of this measurement of the combination, from 1.
+        repeat: The round in which the combination is measured, from 1; negative where it is
+            measured a second time in that round, for the machine's own spread.
     """
 
     model: str

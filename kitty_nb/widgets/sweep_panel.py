@@ -416,7 +416,7 @@ def _under_way(
 
 def _now(trial: Trial, answer: RequestAnswered | None) -> str:
     settings = (f"{name} <b>{escape(word(value))}</b>" for name, value in trial.settings)
-    parts = [f"<b>{escape(model_name(trial))}</b>", *settings, f"repeat {trial.repeat}"]
+    parts = [f"<b>{escape(model_name(trial))}</b>", *settings, f"repeat {abs(trial.repeat)}"]
     if answer:
         parts.append(f"request {answer.done} of {answer.total}")
         if answer.parallel > 1:

@@ -1,0 +1,131 @@
+"""False winners among comparisons of equals, and true differences of 10 % that are found.
+
+Two servers of the same settings answer in turns, one request at a time, each round in another
+order: the same answer on both, and a longer one on the second, which takes about 10 % more time;
+the true ratio is that of the whole series. Each of 100 comparisons is a block of contiguous rounds;
+blocks overlap, so the counts are not independent. All of it is done twice: alone, and beside a
+process that keeps a core busy.
+
+    python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--rounds 200] [--block 40]
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import anyio
+import psutil
+
+from benchmarks.subject import subject_of, subject_parser
+from kitty_nb.experiments import Verdict, Workload, compare_paired
+from kitty_nb.experiments.measure import BenchmarkClient
+from kitty_nb.isolated_server import isolated_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kitty_nb import ServerConfig
+
+_COMPARISONS = 100
+_TOKENS, _LONGER = 20, 22
+_FALSE_AT_MOST, _FOUND_AT_LEAST, _SECONDS = 5, 90, 180
+_NAMES = ("one", "same", "longer")
+
+Series = dict[str, list[float]]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = subject_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--block", type=int, default=40, help="rounds of a comparison")
+    asked = parser.parse_args()
+    subject = subject_of(asked)
+    print(f"{subject}; load before {psutil.getloadavg()[0]:.1f}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        config = subject.config(Path(folder), context_size=512, threads=1)
+        for what, spinning in (("alone", 0), ("beside a busy core", 1)):
+            with _spinning(spinning):
+                series, seconds = anyio.run(_measure, config, asked.rounds)
+            _report(what, series, seconds, asked.block)
+
+
+async def _measure(config: ServerConfig, rounds: int) -> tuple[Series, float]:
+    """Return the seconds of each request by name and round, and those of all."""
+    series: Series = {name: [] for name in _NAMES}
+    async with AsyncExitStack() as stack:
+        clients = {}
+        for server, names in enumerate((_NAMES[:1], _NAMES[1:])):
+            own = config.replace(profile=f"server{server}", alias=f"server{server}")
+            one = await stack.enter_async_context(isolated_server(own))
+            http = await stack.enter_async_context(one.access.async_http())
+            for name in names:
+                tokens = _LONGER if name == "longer" else _TOKENS
+                clients[name] = BenchmarkClient(http, Workload(("Hi!",), tokens), {})
+                await clients[name].warm_up()
+        began = time.monotonic()
+        for number in range(rounds):
+            for name in Random(number).sample(_NAMES, len(_NAMES)):  # noqa: S311 (an order)
+                speed, _ = await clients[name].speed(1, lambda _: None)
+                series[name].append(speed.seconds)
+        return series, time.monotonic() - began
+
+
+def _report(what: str, series: Series, seconds: float, block: int) -> None:
+    rounds = len(series["one"])
+    starts = [round(n * (rounds - block) / (_COMPARISONS - 1)) for n in range(_COMPARISONS)]
+    # A comparison needs two of a round's three requests.
+    needed = seconds / rounds * block * 2 / 3
+    noise = _deviation(series["one"], series["same"])
+    print(f"{what}: {rounds} rounds in {seconds:.0f} s; noise of a ratio {noise * 100:.1f} %")
+    for name, wanted, verdict in (
+        ("same", f"<= {_FALSE_AT_MOST}", None),
+        ("longer", f">= {_FOUND_AT_LEAST}", Verdict.SLOWER),
+    ):
+        told = [
+            compare_paired(
+                series["one"][start : start + block],
+                series[name][start : start + block],
+                smaller_is_better=True,
+            ).verdict
+            for start in starts
+        ]
+        count = sum(one is verdict if verdict else one is not Verdict.TOO_CLOSE for one in told)
+        whole = compare_paired(series["one"], series[name], smaller_is_better=True)
+        label = "true difference found" if verdict else "false winners"
+        print(
+            f"  {label} in {_COMPARISONS} comparisons of {block} rounds: {count} (asked {wanted});"
+            f" whole series: ratio {whole.ratio:.3f} ({whole.low:.3f} to {whole.high:.3f})"
+        )
+    print(f"  one comparison takes {needed:.0f} s (asked <= {_SECONDS})\n")
+    sys.stdout.flush()
+
+
+def _deviation(first: list[float], second: list[float]) -> float:
+    logs = [math.log(b / a) for a, b in zip(first, second, strict=True)]
+    mean = sum(logs) / len(logs)
+    return math.sqrt(sum((one - mean) ** 2 for one in logs) / (len(logs) - 1))
+
+
+@contextmanager
+def _spinning(count: int) -> Iterator[None]:
+    """Keep so many cores busy."""
+    several = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in several:
+            one.kill()
+            one.wait()
+
+
+if __name__ == "__main__":
+    main()
