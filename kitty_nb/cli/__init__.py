@@ -499,6 +499,39 @@ def load_test(
         found.to_parquet(save)
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A .gguf file, here or in the models folder; else the profile's."),
+    ] = None,
+    pp: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt; 0: none.")] = 512,
+    tg: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer; 0: none.")] = 128,
+    depths: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Tokens in the context before each test.")
+    ] = "0,4096,16384",
+    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each test.")] = 5,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Measure the speed of prompts and answers; print llama-bench's table in Markdown.
+
+    It runs on a server of its own, with the profile's engine and settings. Stop other servers
+    first: they would skew it.
+    """
+    from kitty_nb.cli import commands
+
+    numbers = _numbers(depths, "--depths")
+    config = _settings(env, profile)
+    if model is not None:
+        here = Path(model)
+        config = config.replace(
+            model=here.absolute() if here.is_file() else here, allow_absolute_paths=True
+        )
+    asked = {"prompt": pp, "answer": tg, "depths": numbers, "repeats": repeats}
+    _say(anyio.run(commands.bench, config, asked))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on notebooks/control_panel.ipynb in this folder.
@@ -536,6 +569,13 @@ def main() -> None:
 
 def _say(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter("Write numbers, such as 0,4096.", param_hint=option) from None
 
 
 def _load(config: ServerConfig, env: Path, begin: Begin) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments.bench import BenchProgress
     from kitty_nb.supervisor.events import Event, LoadProgress
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.supervisor import Supervisor
@@ -220,6 +221,34 @@ class _LoadDisplay:
             time=f"{progress.elapsed:.0f} s{left}",
             refresh=True,
         )
+
+
+async def bench(config: ServerConfig, asked: dict[str, Any]) -> str:
+    """Measure a model's speed, with a bar in a terminal; return the table.
+
+    Args:
+        config: The settings, with the model.
+        asked: What else `Bench` takes.
+
+    Raises:
+        KittyError: Nothing could be measured.
+    """
+    from kitty_nb.cli.console import load_bar
+    from kitty_nb.experiments.bench import Bench
+
+    job = Bench(config=config, **asked)
+    with load_bar() as bar:
+
+        def show(progress: BenchProgress) -> None:
+            bar.update(
+                bar.task_ids[0],
+                completed=progress.done / progress.total,
+                description=progress.test,
+                time=f"{progress.done} of {progress.total}",
+                refresh=True,
+            )
+
+        return str(await job.run_here(show))
 
 
 def read_status(config: ServerConfig) -> ServerState:

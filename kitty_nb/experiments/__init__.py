@@ -4,6 +4,7 @@ Optuna, pandas and Matplotlib are imported by what needs them: a replay, or a wo
 trials, should not wait for them.
 """
 
+from kitty_nb.experiments.bench import Bench, BenchTable
 from kitty_nb.experiments.combination import Combination
 from kitty_nb.experiments.load_test import Load, LoadTest, load_test
 from kitty_nb.experiments.recording import record_run, replay
@@ -30,6 +31,8 @@ from kitty_nb.experiments.trial import (
 from kitty_nb.experiments.tuning import TuneResult, tune
 
 __all__ = [
+    "Bench",
+    "BenchTable",
     "Combination",
     "Comparison",
     "Difference",
