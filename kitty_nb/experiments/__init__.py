@@ -6,6 +6,7 @@ trials, should not wait for them.
 
 from kitty_nb.experiments.bench import Bench, BenchTable
 from kitty_nb.experiments.combination import Combination
+from kitty_nb.experiments.comparison import ResultsComparison, compare_results
 from kitty_nb.experiments.load_test import Load, LoadTest, load_test
 from kitty_nb.experiments.recording import record_run, replay
 from kitty_nb.experiments.results import Results
@@ -46,6 +47,7 @@ __all__ = [
     "Request",
     "RequestTimes",
     "Results",
+    "ResultsComparison",
     "RunRecord",
     "Sweep",
     "SweepProgress",
@@ -56,6 +58,7 @@ __all__ = [
     "Workload",
     "compare",
     "compare_paired",
+    "compare_results",
     "load_test",
     "own_spread",
     "proportion_interval",

@@ -1,10 +1,10 @@
-"""Pictures of a sweep: bars with their spread, parallel coordinates, and Pareto fronts."""
+"""Pictures of a sweep: bars with their spread, curves, parallel coordinates and Pareto fronts."""
 
 from __future__ import annotations
 
 import re
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from kitty_nb.experiments.metrics import smaller_is_better
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.combination import Combination
 
     Numbers = NDArray[np.float64]
+    Point = tuple[float, float, float, float]
 
 _BAR = 0.35  # inches
+_APART = 0.008  # share of an axis
+# Okabe and Ito's colours, which people with any colour vision tell apart, and markers for print.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A", "#B8A800")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _COSTS = ("memory_gib", "load_seconds")  # shown by parallel coordinates beside the settings
 
 
@@ -56,9 +61,43 @@ def _bars(drawn: list[Combination], y: str, _: str) -> Figure:
     worst_first = sorted(drawn, key=lambda one: one.metrics[y].median, reverse=smaller_is_better(y))
     figure, axes = _figure(height=1.2 + _BAR * len(drawn))
     middle, ends = _error_bars(_spreads(worst_first, y))
-    axes.barh(_labels(worst_first), middle, xerr=ends, capsize=3)
-    axes.set_xlabel(f"{_words(y)}\n(median, and from the least to the greatest of the repeats)")
+    axes.barh(labels_of(worst_first), middle, xerr=ends, capsize=3, color=_COLOURS[0], ecolor="0.5")
+    axes.set_xlabel(f"{words_of(y)}\n(median, least to greatest of the repeats)")
     return figure
+
+
+def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str) -> Figure:
+    """Draw a line with its spread for each name.
+
+    Args:
+        drawn: By name, each point's place, and the median, least and greatest value there.
+        y: Name of the number.
+        x: What the place is, in words.
+    """
+    figure, axes = _figure()
+    places = sorted({point[0] for points in drawn.values() for point in points})
+    apart = _APART * (places[-1] - places[0])  # between curves, so that each spread is seen
+    for index, (label, points) in enumerate(drawn.items()):
+        place, *spreads = np.array(sorted(points)).T
+        middle, ends = _error_bars(np.array(spreads).T)
+        aside = apart * (index - (len(drawn) - 1) / 2)
+        axes.errorbar(place + aside, middle, ends, label=label, capsize=3, **_look(index))
+    axes.set_xlabel(x)
+    axes.set_ylabel(words_of(y))
+    axes.set_xticks(places)
+    axes.set_ylim(bottom=0)  # from zero: noise is not full height
+    axes.grid(visible=True, axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _look(index: int) -> dict[str, Any]:
+    """The colour and marker of one of several, which differ in both."""
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": ("-", "--", ":")[index // len(_COLOURS) % 3],
+    }
 
 
 def _parallel(drawn: list[Combination], y: str, _: str) -> Figure:
@@ -71,7 +110,7 @@ def _parallel(drawn: list[Combination], y: str, _: str) -> Figure:
         across, colour = range(len(names)), colormaps["viridis"](middle[-1])
         axes.errorbar(across, middle, ends, color=colour, marker="o", capsize=3, alpha=0.8)
     axes.set_xlabel("(points are medians, bars from the least to the greatest of the repeats)")
-    axes.set_xticks(range(len(names)), [_words(name).replace(" ", "\n", 1) for name in names])
+    axes.set_xticks(range(len(names)), [words_of(name).replace(" ", "\n", 1) for name in names])
     axes.set_yticks([])
     axes.grid(visible=True, axis="x")
     return figure
@@ -103,12 +142,13 @@ def _pareto(drawn: list[Combination], y: str, x: str) -> Figure:
     axes.errorbar(across, up, high, wide, color="0.7", marker="o", capsize=3, linestyle="")
     best = front([*zip(across, up, strict=True)], x, y)
     axes.plot(across[best], up[best], color="0.5")
-    labels = _labels(drawn)
+    labels = labels_of(drawn)
     for index in best:
-        axes.scatter(across[index], up[index], label=labels[index], zorder=3)
-    figure.legend(loc="outside lower center")
-    axes.set_xlabel(_words(x))
-    axes.set_ylabel(_words(y))
+        look = _look(best.index(index)) | {"linestyle": ""}
+        axes.plot(across[index], up[index], label=labels[index], zorder=3, markersize=8, **look)
+    figure.legend(loc="outside lower center", frameon=False)
+    axes.set_xlabel(words_of(x))
+    axes.set_ylabel(words_of(y))
     axes.update_datalim([(0.0, 0.0)])  # 21.2 and 22.1 should look alike
     axes.autoscale_view()
     return figure
@@ -116,7 +156,9 @@ def _pareto(drawn: list[Combination], y: str, x: str) -> Figure:
 
 def _figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
     figure = Picture(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _spreads(drawn: list[Combination], name: str) -> Numbers:
@@ -131,12 +173,12 @@ def _error_bars(spreads: Numbers) -> tuple[Numbers, Numbers]:
     return middle, np.array([middle - low, high - middle])
 
 
-def _varying(drawn: list[Combination]) -> list[str]:
+def _varying(drawn: Sequence[Combination]) -> list[str]:
     names = ["model", *dict.fromkeys(name for one in drawn for name, _ in one.trial.settings)]
     return [name for name in names if len({str(one.value(name)) for one in drawn}) > 1]
 
 
-def _labels(drawn: list[Combination]) -> list[str]:
+def labels_of(drawn: Sequence[Combination]) -> list[str]:
     """The settings that distinguish the combinations, in words."""
     names = _varying(drawn)
     words = [
@@ -151,10 +193,12 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004
 
 
-def _words(name: str) -> str:
+def words_of(name: str) -> str:
+    """Return a number's name in words, with its unit."""
     at_once = re.fullmatch(r"(.+?)_(\d+)", name)
     words = (at_once[1] if at_once else name).replace("_", " ").replace("gib", "GiB")
-    unit = ", s" if words == "time to first token" or words.endswith("seconds") else ""
+    timed = words.startswith(("time to first token", "time between tokens"))
+    unit = ", s" if timed or words.endswith("seconds") else ""
     words = words.removesuffix(" seconds") if words != "seconds" else "trial"
     return f"{words}{unit}, {at_once[2]} at once" if at_once else f"{words}{unit}"
 

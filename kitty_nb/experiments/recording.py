@@ -220,8 +220,8 @@ async def describe_run(
             build=str(served.get("build_info", "")),
             devices=state.devices,
         ),
-        host=await run_sync(_host_facts),
-        libraries=await run_sync(_library_versions),
+        host=await run_sync(host_facts),
+        libraries=await run_sync(library_versions),
         seed=seed,
         load_seconds=LoadSeconds(load.starting, load.loading, load.preparing, load.cached)
         if load
@@ -303,7 +303,7 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
     )
 
 
-def _host_facts() -> HostFacts:
+def host_facts() -> HostFacts:
     """Describe this machine. It asks drivers and programs: call it in a worker thread."""
     memory = free_memory()
     affinity = getattr(os, "sched_getaffinity", None)  # macOS pins nothing
@@ -320,7 +320,7 @@ def _host_facts() -> HostFacts:
     )
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Return the versions of the installed libraries that a run goes through."""
     return {name: version(name) for name in _LIBRARIES if find_spec(name)}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.combination import Combination, choose
 from kitty_nb.experiments.extras import extra
+from kitty_nb.experiments.latency import LATENCIES
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     Spread,
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.metrics import Constraint, Objective
+    from kitty_nb.experiments.plots import Point
     from kitty_nb.experiments.statistics import Difference
-    from kitty_nb.experiments.trial import Trial, TrialResult
+    from kitty_nb.experiments.trial import Trial, TrialResult, Workload
 
 _SHOWN = 3  # reasons in a message
 _LENGTH = 300  # characters of one
@@ -44,10 +46,12 @@ class Results:
     Attributes:
         config: The settings that the trials change.
         rows: One for each trial that has ended, in that order.
+        workload: The requests of each trial, where they are known.
     """
 
     config: ServerConfig
     rows: tuple[TrialResult, ...]
+    workload: Workload | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -281,24 +285,84 @@ class Results:
         """Draw what was measured; a notebook shows the figure.
 
         Args:
-            kind: `bars` of medians with their spread; `parallel` coordinates, one line for each
-                combination through all that varies; or `pareto`, what is best at one number for
-                each amount of another.
-            y: The number that matters.
+            kind: `bars` of medians with their spread; `concurrency`, the number against requests at
+                once; `prompt`, a latency against the tokens of the prompt; `parallel` coordinates,
+                one line for each combination through all that varies; or `pareto`, what is best at
+                one number for each amount of another.
+            y: The number that matters; for `prompt`, a latency of each request.
             x: The number that it costs, for `pareto`: memory, perplexity, or also quality.
 
         Raises:
             ExperimentError: Matplotlib is missing, nothing was measured, or a name is not known.
         """
         extra("matplotlib")
-        from kitty_nb.experiments.plots import KINDS  # noqa: PLC0415 (of an extra)
+        from kitty_nb.experiments.plots import KINDS, curves, labels_of  # noqa: PLC0415 (of an extra)
 
-        if kind not in KINDS:
-            raise ExperimentError(f"There is no plot {kind!r}. There are {', '.join(KINDS)}.")
+        own = {"concurrency": self._by_concurrency, "prompt": self._by_prompt}
+        if kind not in KINDS | own:
+            kinds = ", ".join(KINDS | own)
+            raise ExperimentError(f"There is no plot {kind!r}. There are {kinds}.")
         measured = self._measured("there is nothing to draw")
+        if kind in own:
+            y = LATENCIES[0] if kind == "prompt" and y == OBJECTIVE else y
+            points = [own[kind](one, y) for one in measured]
+            if not any(points):
+                raise ExperimentError(f"No result has {y!r} for a plot against {kind}.")
+            named = zip(labels_of(measured), points, strict=True)
+            words = {"concurrency": "requests at once", "prompt": "prompt, tokens"}
+            return curves({label: found for label, found in named if found}, y, words[kind])
         names = {name for one in measured for name in one.metrics}
         wanted = {known(name, names) for name in ((y, x) if kind == "pareto" else (y,))}
         return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x)
+
+    def report(
+        self, path: str | Path, *, objective: str = OBJECTIVE, title: str = "Sweep of llama-server"
+    ) -> Path:
+        """Write one page of HTML, with its figures and no scripts, and return where.
+
+        It has the table, verdicts, curves, machine, engine, the models' SHA-256 (read once where a
+        model is on this machine), and the code to repeat the sweep.
+
+        Args:
+            path: Where to.
+            objective: The number to judge by.
+            title: Of the page.
+
+        Raises:
+            ExperimentError: Matplotlib is missing, nothing was measured, there is no such number,
+                or the file cannot be written.
+        """
+        extra("matplotlib")
+        from kitty_nb.experiments.report import report_of  # noqa: PLC0415 (of an extra)
+
+        return written(path, report_of(self, objective, title).encode())
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the table of trials as CSV, and return where.
+
+        Raises:
+            ExperimentError: pandas is missing, or the file cannot be written.
+        """
+        return written(path, self.frame.to_csv(index=False).encode())
+
+    def _by_concurrency(self, one: Combination, name: str) -> list[Point]:
+        """The points of a number at each number of requests at once."""
+        speeds = [row.measurement.speeds for row in self.rows if row.measurement]
+        levels = sorted({speed.parallel for each in speeds for speed in each})
+        names = {level: f"{name}_{level}" if index else name for index, level in enumerate(levels)}
+        found = {level: one.metrics[at] for level, at in names.items() if at in one.metrics}
+        return [(level, it.median, it.low, it.high) for level, it in found.items()]
+
+    def _by_prompt(self, one: Combination, name: str) -> list[Point]:
+        """The points of a latency at each length of prompt, at the least number at once."""
+        values: dict[int, list[float]] = {}
+        for row in self.rows:
+            if row.measurement and row.trial.combination == one.trial:
+                for request in row.measurement.speeds[0].each:
+                    if (value := getattr(request, name, None)) is not None:
+                        values.setdefault(request.prompt_tokens, []).append(value)
+        spreads = {length: Spread.over(several) for length, several in values.items()}
+        return [(length, it.median, it.low, it.high) for length, it in spreads.items()]
 
     def _measured(self, so: str) -> list[Combination]:
         measured = [one for one in self.combinations if one.done]

@@ -154,7 +154,7 @@ class Sweep(TrialRunner):
             ResultStoreError: The file of results cannot be read.
         """
         self._read_rows()
-        return Results(self.config, tuple(self._rows.values()))
+        return Results(self.config, tuple(self._rows.values()), self.workload)
 
     @property
     def progress(self) -> SweepProgress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from statistics import median
@@ -219,6 +219,7 @@ class _Tuning(TrialRunner):
     async def _find(self) -> TuneResult:
         await self._controlled(self._run)
         search, results = self._search, self._search.results
+        results = replace(results, workload=self.workload)
         await self._write_requests(results)
         best, name = results.choose(search.objective, search.bounds), search.objective.name
         return TuneResult(best, best.metrics[name].median, name, results, search.study)

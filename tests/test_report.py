@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_results import row
+
+from kitty_nb import ServerConfig
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments import (
+    ExactMatch,
+    Outcome,
+    RequestTimes,
+    Results,
+    Sweep,
+    Trial,
+    TrialResult,
+    Workload,
+    compare_results,
+)
+from kitty_nb.isolated_server import this_host
+
+ASKED = Workload(("<b>Why</b> & how?", "Long " * 9), 8, (1, 4), at_least=2)
+RATE = "generation_tokens_per_second"
+
+
+def with_requests(one: TrialResult) -> TrialResult:
+    """The row with two requests of different lengths at each number at once."""
+    assert one.measurement
+    each = (RequestTimes(0.0, 0.1, 0.8, 8, 10, 0), RequestTimes(0.0, 0.4, 1.1, 8, 90, 1))
+    speeds = tuple(replace(speed, each=each) for speed in one.measurement.speeds)
+    return replace(one, measurement=replace(one.measurement, speeds=speeds), host=this_host())
+
+
+@pytest.fixture
+def results(demo_model: Path) -> Results:
+    config = ServerConfig(
+        models_dir=demo_model.parent,
+        model=demo_model,
+        context_size=1024,
+        extra_args="--metrics --hf-token hush",
+    )
+    rates = ((2, (20.0, 21.0, 20.5)), (4, (31.0, 31.5, 31.2)))
+    rows = [
+        with_requests(row(demo_model.name, threads, repeat, rate, 2 + threads))
+        for threads, several in rates
+        for repeat, rate in enumerate(several, 1)
+    ]
+    failed = TrialResult(Trial(demo_model.name, (("threads", 8),)), Outcome.SKIPPED, "<too> big")
+    return Results(config, (*rows, failed), ASKED)
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(
+    results: Results, demo_model: Path, tmp_path: Path
+) -> None:
+    path = results.report(tmp_path / "new" / "out.html", title="Threads & <b>caches</b>")
+    page = path.read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "Threads &amp; &lt;b&gt;caches&lt;/b&gt;" in page
+    assert "&lt;too&gt; big" in page
+    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert set(re.findall(r"https?://[\w./-]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "prefers-color-scheme: dark" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {*re.findall(r'href="#([^"]+)"', page), *re.findall(r"url\(#([^)]+)\)", page)} <= {*ids}
+    assert hashlib.sha256(demo_model.read_bytes()).hexdigest() in page
+    assert "slower: -34" in page
+    assert page.count("<svg ") == page.count("<figcaption>") == 6
+    assert "threads 4" in page
+    assert "hush" not in page
+
+
+def test_the_code_in_a_report_makes_the_same_sweep(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(ASKED, quality=ExactMatch(dict.fromkeys(ASKED.prompts, "Yes.")))
+    results = replace(results, workload=asked)
+    page = results.report(tmp_path / "out.html").read_text()
+    code = unescape(page[page.rindex("<pre>") + 5 : page.rindex("</pre>")])
+    monkeypatch.chdir(tmp_path)
+    folder = f"LLAMACPP_MODELS_DIR={results.config.models_dir}\n"
+    (tmp_path / ".env").write_text(folder)
+    found: dict[str, object] = {}
+    exec(code.replace("sweep.run().wait()", "None"), found)
+    sweep = found["sweep"]
+    assert isinstance(sweep, Sweep)
+    with sweep:
+        assert {one.trial.combination for one in results.rows} == {
+            trial.combination for trial in sweep.trials
+        }
+        assert sweep.workload == asked
+        assert sweep.config.context_size == 1024
+        assert sweep.config.extra_args == ("--metrics",)
+        assert max(trial.repeat for trial in sweep.trials) == 3
+
+
+def test_a_report_of_a_model_that_is_elsewhere_says_so(results: Results, tmp_path: Path) -> None:
+    away = replace(results, config=ServerConfig(models_dir=tmp_path), workload=None)
+    page = away.report(tmp_path / "out.html").read_text()
+    assert "demo.gguf, which is not on this machine" in page
+    assert "LLAMACPP_PRIMARY_THREADS=4" in page
+    assert "Repeat it" not in page
+
+
+def test_nothing_measured_has_no_report(results: Results, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="None of 1 trials was measured"):
+        Results(results.config, results.rows[-1:]).report(tmp_path / "out.html")
+    with pytest.raises(ExperimentError, match="Did you mean memory_gib"):
+        results.report(tmp_path / "out.html", objective="memory_gb")
+
+
+def test_curves_are_against_requests_at_once_or_the_length_of_prompts(results: Results) -> None:
+    (axes,) = results.plot("concurrency", RATE).axes
+    lines = {tuple(bars.lines[0].get_ydata()) for bars in axes.containers}  # type: ignore[attr-defined]
+    assert lines == {(20.5, 20.5 / 4), (31.2, 31.2 / 4)}
+    assert list(axes.get_xticks()) == [1, 4]
+    assert axes.get_xlabel() == "requests at once"
+    looks = [bars.lines[0] for bars in axes.containers]  # type: ignore[attr-defined]
+    assert len({one.get_color() for one in looks}) == len({one.get_marker() for one in looks}) == 2
+    (axes,) = results.plot("prompt").axes
+    assert axes.get_ylabel() == "time to first token, s"
+    assert list(axes.get_xticks()) == [10, 90]
+    (axes,) = results.plot("prompt", "time_between_tokens").axes
+    assert axes.get_ylabel() == "time between tokens, s"
+    with pytest.raises(ExperimentError, match="for a plot against prompt"):
+        results.plot("prompt", "memory_gib")
+
+
+def test_two_sweeps_are_compared_by_combination_and_number(results: Results) -> None:
+    def slower(one: TrialResult) -> TrialResult:
+        if not one.measurement:
+            return one
+        speeds = tuple(
+            replace(s, generation_tokens_per_second=(s.generation_tokens_per_second or 0) * 0.8)
+            for s in one.measurement.speeds
+        )
+        return replace(one, measurement=replace(one.measurement, speeds=speeds))
+
+    elsewhere = [
+        replace(slower(one), trial=replace(one.trial, model=f"/models/{one.trial.model}"))
+        for one in results.rows
+        if dict(one.trial.settings)["threads"] == 2
+    ]
+    found = compare_results(results, Results(results.config, tuple(elsewhere)))
+    told = {one.metric: one.difference for one in found.compared}
+    assert told[RATE].ratio == pytest.approx(0.8)
+    assert told[RATE].verdict == "slower"
+    assert told["time_to_first_token"].verdict == "too close to tell"
+    assert [dict(trial.settings)["threads"] for trial in found.missing] == [4]
+    assert f"| {RATE} | 0.800 | slower" in str(found)
+    assert "memory_gib" not in told
+    frame = compare_results(results, results, ["memory_gib"]).frame
+    assert frame["ratio"].tolist() == [1.0, 1.0]
+    with pytest.raises(ExperimentError, match="no combination in common"):
+        compare_results(results, Results(results.config, ()))
+
+
+def test_the_table_is_written_as_csv(results: Results, tmp_path: Path) -> None:
+    read = pd.read_csv(results.to_csv(tmp_path / "trials.csv"))
+    assert read[RATE].tolist()[:6] == results.frame[RATE].tolist()[:6]
