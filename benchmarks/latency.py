@@ -1,8 +1,10 @@
-"""Our latencies and guidellm's, on one server in one run.
+"""Our latencies and guidellm's, of one server at the same time.
 
 `python -m benchmarks.latency --guidellm PATH [--engine PATH] [--model PATH]`, where PATH is the
 program in an environment of its own: `uv venv x && uv pip install --python x guidellm`. Both ask
-the same prompt for answers of the same length, in turns: what the machine does else comes and goes.
+the same prompt for answers of the same length, one request after the other, beside each other: so
+what else the machine does is the same for both. Ours count while theirs are under way. With two
+slots nobody waits; with one, each waits for the other's answer.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ from kitty_nb.experiments import load_test
 
 if TYPE_CHECKING:
     from kitty_nb import ServerConfig
+    from kitty_nb.experiments import RequestTimes
 
 _PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
-_ROUNDS, _REQUESTS, _TOKENS = 3, 10, 32
-_LOADS = ({"concurrency": 1}, {"concurrency": 4}, {"rate": 1.0})
+_REQUESTS, _TOKENS = 30, 32
 _THEIRS = {
     "time_to_first_token": "time_to_first_token_ms",
     "time_between_tokens": "inter_token_latency_ms",
+    "seconds": "request_latency",
 }
-_PERCENTS = (50, 90)
 
 
 def main() -> None:
@@ -42,69 +44,71 @@ def main() -> None:
     parser.add_argument("--guidellm", type=Path, required=True, metavar="PATH")
     asked = parser.parse_args()
     subject = subject_of(asked)
-    with tempfile.TemporaryDirectory() as name:
-        config = subject.config(Path(name), context_size=4096, parallel=2, threads=1)
-        print(f"{subject}\n")
-        anyio.run(_compare, config, asked.guidellm, Path(name))
+    print(f"{subject}\n")
+    for slots in (2, 1):
+        with tempfile.TemporaryDirectory() as name:
+            config = subject.config(Path(name), context_size=2048, parallel=slots, threads=1)
+            anyio.run(_compare, config, asked.guidellm, Path(name))
 
 
 async def _compare(config: ServerConfig, guidellm: Path, folder: Path) -> None:
+    ours: list[RequestTimes] = []
+    theirs: dict[str, Any] = {}
+
     async with Supervisor(config) as supervisor:
         state = await supervisor.start()
         access = Access(state.endpoint, supervisor.api_key)
-        for load in _LOADS:
-            ratios: dict[str, list[float]] = {}
-            for _ in range(_ROUNDS):
-                (ours,) = (
-                    await load_test(
-                        access=access,
-                        prompts=_PROMPT,
-                        requests=_REQUESTS,
-                        max_tokens=_TOKENS,
-                        arrivals="constant",
-                        **load,  # type: ignore[arg-type]
-                    )
-                ).loads
-                found = await run_sync(_guidellm, guidellm, access, load, folder)
-                for name, theirs in _THEIRS.items():
-                    for percent in _PERCENTS:
-                        there = found[theirs]["successful"]["percentiles"][f"p{percent}"] / 1000
-                        key = f"{name}_p{percent}"
-                        ratios.setdefault(key, []).append(ours.metrics()[key] / there)
-            for key, several in ratios.items():
-                each = ", ".join(f"{ratio:.3f}" for ratio in several)
-                print(f"{ours.label:<14}{key:<28}{statistics.median(several):.3f} x ({each})")
-                sys.stdout.flush()
+
+        async def ask_on() -> None:
+            ask = {"prompts": _PROMPT, "requests": 5, "max_tokens": _TOKENS}
+            while True:
+                test = await load_test(access=access, concurrency=1, **ask)  # type: ignore[arg-type]
+                ours.extend(test.loads[0].requests)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask_on)
+            theirs = await run_sync(_guidellm, guidellm, access, folder)
+            tasks.cancel_scope.cancel()
+    within = [
+        one
+        for one in ours
+        if theirs["start_time"] <= one.sent and one.sent + one.seconds <= theirs["end_time"]
+    ]
+    print(f"{config.parallel} slots: {len(within)} of our requests, {_REQUESTS} of guidellm's")
+    for name, named in _THEIRS.items():
+        found = theirs["metrics"][named]["successful"]
+        scale = 1000 if named.endswith("_ms") else 1
+        values = [getattr(one, name) for one in within]
+        for what, our, their in (
+            ("mean", statistics.mean(values), found["mean"] / scale),
+            ("median", statistics.median(values), found["median"] / scale),
+        ):
+            print(f"  {name:<22}{what:<8}{our / their:.3f} x ({our:.4f} s, {their:.4f} s)")
+    sys.stdout.flush()
 
 
-def _guidellm(program: Path, access: Access, load: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run guidellm once, and return its metrics."""
-    prompts = folder / "prompts.jsonl"
+def _guidellm(program: Path, access: Access, folder: Path) -> dict[str, Any]:
+    """Run guidellm once, and return its benchmark."""
+    prompts, report = folder / "prompts.jsonl", folder / "guidellm.json"
     prompts.write_text(f"{json.dumps({'prompt': _PROMPT})}\n" * _REQUESTS)
-    profile = (
-        f"kind=constant,rate={load['rate']}"
-        if "rate" in load
-        else f"kind=concurrent,streams={load['concurrency']}"
-    )
-    extras = {"body": {"ignore_eos": True, "cache_prompt": False, "temperature": 0}}
     backend = {
         "kind": "openai_http",
         "target": access.endpoint,
         "api_key": access.api_key.get_secret_value() if access.api_key else None,
         "max_tokens": _TOKENS,
-        "extras": extras,
+        "extras": {"body": {"ignore_eos": True, "cache_prompt": False, "temperature": 0}},
     }
     command = (
-        *(program, "run", "--backend", json.dumps(backend), "--profile", profile),
+        *(program, "run", "--backend", json.dumps(backend), "--profile", "kind=synchronous"),
         *("--data", f"kind=json_file,path={prompts}"),
         *("--constraint", f"kind=max_requests,count={_REQUESTS}"),
-        *("--output", f"kind=json,path={folder / 'guidellm.json'}", "--disable-console"),
+        *("--output", f"kind=json,path={report}", "--disable-console"),
     )
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((folder / "guidellm.json").read_text())
-    metrics: dict[str, Any] = report["benchmarks"][0]["metrics"]
-    return metrics
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    found: dict[str, Any] = benchmark
+    return found
 
 
 if __name__ == "__main__":

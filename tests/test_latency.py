@@ -111,5 +111,7 @@ def test_values_of_several_types_are_written_as_text(
 def test_a_percentile_of_too_few_requests_is_no_objective(config: ServerConfig) -> None:
     with pytest.raises(ExperimentError, match="Write requests=100"):
         tune(objective="time_to_first_token_p99", config=config)
+    with pytest.raises(ExperimentError, match="Write requests=20"):
+        tune(constraints={"time_to_first_token_p95": 2}, requests=19, config=config)
     with pytest.raises(ConfigError, match="requests"):
         tune(requests=-1, config=config)

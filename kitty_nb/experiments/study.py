@@ -27,6 +27,7 @@ from optuna.trial import TrialState
 from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments.combination import Combination
+from kitty_nb.experiments.latency import too_few_requests
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
 from kitty_nb.experiments.store import quiet
@@ -227,9 +228,10 @@ def read_space(
     for bound in bounds:
         known = {*given, *metrics}
         if bound.name not in known | {*FIELDS}:
+            advice = too_few_requests(bound.name) or f"Available: {', '.join(sorted(known))}."
             raise ExperimentError(
                 f"The constraint {bound} names neither a setting in the space nor a measurement."
-                f" Available: {', '.join(sorted(known))}."
+                f" {advice}"
             )
         in_base = as_value(getattr(base, bound.name, None))
         if bound.name not in known and not (in_base and bound.allows(in_base)):
