@@ -112,6 +112,15 @@ def test_a_report_of_a_model_that_is_elsewhere_says_so(results: Results, tmp_pat
     assert "Repeat it" not in page
 
 
+def test_curves_of_many_combinations_are_those_of_the_best(
+    results: Results, demo_model: Path, tmp_path: Path
+) -> None:
+    rows = tuple(row(demo_model.name, n, 1, 10.0 + n, 4) for n in range(1, 21))
+    page = Results(results.config, rows).report(tmp_path / "out.html").read_text()
+    curves = page.split("<svg ")[2]
+    assert sorted(map(int, re.findall(r">threads (\d+)<", curves))) == [*range(13, 21)]
+
+
 def test_nothing_measured_has_no_report(results: Results, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="None of 1 trials was measured"):
         Results(results.config, results.rows[-1:]).report(tmp_path / "out.html")

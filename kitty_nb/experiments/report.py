@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Labels = dict[Trial, str]
 
 _INK = "#010203"  # stands for the page's own colour of text, whichever it is
+_CURVES = 8
 _WIDTH = 5.6  # inches, so that text has the size of the page's small print
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _SHOWN = (
@@ -112,9 +113,9 @@ def report_of(results: Results, objective: str, title: str) -> str:
         *_failures(results),
         "<h2>Figures</h2>",
         "<p>Points are medians; bars span the least to the greatest of the repeats, or, against the"
-        " length of the prompt, of the requests.</p>",
+        f" length of the prompt, of the requests. Curves are of the best {_CURVES}, at most.</p>",
         '<div class="figures">',
-        *_figures(results, objective),
+        *_figures(results, objective, curves=_best_of(results, measured, objective)),
         "</div>",
         "<h2>Machine, engine and model</h2>",
         _table(("", ""), _facts(results)),
@@ -192,7 +193,15 @@ def _failures(results: Results) -> Iterator[str]:
         yield _table(("combination", "reason"), reasons)
 
 
-def _figures(results: Results, objective: str) -> Iterator[str]:
+def _best_of(results: Results, measured: Sequence[Combination], objective: str) -> Results:
+    """The results of as many combinations as can be told apart as curves, the best ones."""
+    sign = 1 if smaller_is_better(objective) else -1
+    best = sorted(measured, key=lambda one: sign * one.metrics[objective].median)[:_CURVES]
+    shown = {one.trial for one in best}
+    return replace(results, rows=tuple(r for r in results.rows if r.trial.combination in shown))
+
+
+def _figures(results: Results, objective: str, curves: Results) -> Iterator[str]:
     wanted = [("bars", objective, "")]
     several = results.workload is None or len(results.workload.levels) > 1
     if several:
@@ -203,7 +212,8 @@ def _figures(results: Results, objective: str) -> Iterator[str]:
     wanted += [("pareto", objective, x) for x in ("memory_gib", "quality", "perplexity")]
     for number, (kind, y, x) in enumerate(wanted):
         try:
-            svg = _svg(results, kind, y, x, number)
+            drawn = curves if kind in {"concurrency", "prompt"} else results
+            svg = _svg(drawn, kind, y, x, number)
         except ExperimentError:  # it was not measured
             continue
         if svg:
