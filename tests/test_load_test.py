@@ -120,6 +120,23 @@ def test_a_limit_between_two_rates_is_bracketed() -> None:
     )
 
 
+def test_a_plot_has_a_curve_for_each_percentile_against_the_rate() -> None:
+    times = [RequestTimes(0.0, 0.1 * n, 0.2 * n, 2) for n in range(1, 11)]
+    loads = tuple(Load(None, rate, 5.0, (*times,)) for rate in (1.0, 2.0))
+    (axes,) = LoadTest((Load(2, None, 5.0, (*times,)), *loads)).plot().axes
+    assert [axes.get_xlabel(), axes.get_ylabel()] == [
+        "requests per second",
+        "time to first token, s",
+    ]
+    lines = {bars.get_label(): tuple(bars.lines[0].get_ydata()) for bars in axes.containers}  # type: ignore[attr-defined]
+    assert lines == {
+        "p50": (pytest.approx(0.55),) * 2,
+        "p90": (pytest.approx(0.91),) * 2,
+    }
+    (axes,) = LoadTest((Load(2, None, 5.0, (*times,)),)).plot("time_between_tokens").axes
+    assert axes.get_xlabel() == "requests at once"
+
+
 def test_a_server_that_runs_already_is_asked_and_left_running(
     base: ServerConfig, demo_model: Path
 ) -> None:

@@ -15,7 +15,8 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.latency import PERCENTILES, latencies, percent_of
+from kitty_nb.experiments.extras import extra
+from kitty_nb.experiments.latency import LATENCIES, PERCENTILES, latencies, percent_of
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.metrics import constraints_of, known
 from kitty_nb.experiments.results import frame_of, write_parquet
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
     from pathlib import Path
 
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from kitty_nb.client import Access
     from kitty_nb.experiments.metrics import Constraint
+    from kitty_nb.experiments.plots import Point
     from kitty_nb.isolated_server import LoadProgress
 
     OnLoad = Callable[["Load"], object]
@@ -137,6 +140,29 @@ class LoadTest:
             for one in load.requests
         )
 
+    def plot(self, y: str = LATENCIES[0]) -> Figure:
+        """Draw the percentiles of a latency against the rate, or against requests at once.
+
+        Args:
+            y: `time_to_first_token` or `time_between_tokens`.
+
+        Raises:
+            ExperimentError: Matplotlib is missing, or there is no such latency.
+        """
+        extra("matplotlib")
+        from kitty_nb.experiments.plots import curves  # noqa: PLC0415 (of an extra)
+
+        known(y, LATENCIES)
+        x = "rate" if any(load.rate for load in self.loads) else "concurrency"
+        points: dict[str, list[Point]] = {}
+        for load in self.loads:
+            found, place = load.metrics(), getattr(load, x)
+            for percent in _SHOWN:
+                if place and (value := found.get(f"{y}_{percent}")) is not None:
+                    points.setdefault(percent, []).append((place, value, value, value))
+        words = {"rate": "requests per second", "concurrency": "requests at once"}
+        return curves(points, y, words[x])
+
     def to_parquet(self, path: str | Path) -> Path:
         """Write the table of requests as Parquet, and return where.
 
@@ -155,7 +181,7 @@ class LoadTest:
             found = load.metrics()
             each = (
                 " / ".join(_number(found.get(f"{name}_{percent}")) for percent in _SHOWN)
-                for name in ("time_to_first_token", "time_between_tokens")
+                for name in LATENCIES
             )
             rates = (found["requests_per_second"], found["total_tokens_per_second"])
             cells = (load.label, str(len(load.requests)), *map(_number, rates), *each)

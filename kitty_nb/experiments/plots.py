@@ -84,7 +84,8 @@ def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str) -> Figure:
         axes.errorbar(place + aside, middle, ends, label=label, capsize=3, **_look(index))
     axes.set_xlabel(x)
     axes.set_ylabel(words_of(y))
-    axes.set_xticks(places)
+    if all(place == int(place) for place in places):  # numbers of requests or tokens
+        axes.set_xticks(places)
     axes.set_ylim(bottom=0)  # from zero: noise is not full height
     axes.grid(visible=True, axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
