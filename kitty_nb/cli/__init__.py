@@ -532,6 +532,43 @@ def bench(
     _say(anyio.run(commands.bench, config, asked))
 
 
+@app.command()
+def regress(
+    records: Annotated[
+        list[Path], typer.Argument(metavar="RECORD...", help="Run records, as JSON files.")
+    ],
+    engine: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="PATH",
+            help="Another llama-server, or a Python environment with another xllamacpp; repeat"
+            " for several.",
+        ),
+    ],
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="Find the first engine, of those in order, that regresses."),
+    ] = False,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each engine.")] = 5,
+    pp: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt; 0: none.")] = 256,
+    tg: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer; 0: none.")] = 64,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Compare other engines with the one in use; exit with 1 if one is slower or answers otherwise.
+
+    Each round replays the records and times a prompt and an answer, on servers of its own.
+    """
+    from kitty_nb.cli import commands
+
+    asked = {"prompt": pp, "answer": tg, "rounds": rounds, "bisect": bisect}
+    config = _settings(env, profile)
+    found = anyio.run(commands.regress, records, engine, config, asked)
+    _say(str(found))
+    if found.regressed:
+        raise typer.Exit(_FAILED)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on notebooks/control_panel.ipynb in this folder.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import deque
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +34,12 @@ from kitty_nb.supervisor.registry import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from rich.progress import Progress
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments import Regression
     from kitty_nb.experiments.bench import BenchProgress
     from kitty_nb.supervisor.events import Event, LoadProgress
     from kitty_nb.supervisor.registry import ServerRecord
@@ -233,22 +234,48 @@ async def bench(config: ServerConfig, asked: dict[str, Any]) -> str:
     Raises:
         KittyError: Nothing could be measured.
     """
-    from kitty_nb.cli.console import load_bar
     from kitty_nb.experiments.bench import Bench
 
-    job = Bench(config=config, **asked)
+    with _bench_bar() as show:
+        return str(await Bench(config=config, **asked).run_here(show))
+
+
+async def regress(
+    records: Sequence[Path], engines: Sequence[Path], config: ServerConfig, asked: dict[str, Any]
+) -> Regression:
+    """Compare other engines with the one in use, with a bar in a terminal.
+
+    Args:
+        records: Files of run records.
+        engines: The other engines.
+        config: The settings of this machine.
+        asked: What else `regress` takes.
+
+    Raises:
+        KittyError: A record, a model or the engine in use can't be used.
+    """
+    from kitty_nb.experiments import regress as begin
+
+    with _bench_bar() as show:
+        operation = begin(records, engines, config=config, on_progress=show, **asked)
+        try:
+            return await operation
+        finally:
+            operation.cancel()
+
+
+@contextmanager
+def _bench_bar() -> Iterator[Callable[[BenchProgress], None]]:
+    from kitty_nb.cli.console import load_bar
+
     with load_bar() as bar:
-
-        def show(progress: BenchProgress) -> None:
-            bar.update(
-                bar.task_ids[0],
-                completed=progress.done / progress.total,
-                description=progress.test,
-                time=f"{progress.done} of {progress.total}",
-                refresh=True,
-            )
-
-        return str(await job.run_here(show))
+        yield lambda progress: bar.update(
+            bar.task_ids[0],
+            completed=progress.done / progress.total,
+            description=progress.test,
+            time=f"{progress.done} of {progress.total}",
+            refresh=True,
+        )
 
 
 def read_status(config: ServerConfig) -> ServerState:

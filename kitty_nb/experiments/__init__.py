@@ -9,6 +9,7 @@ from kitty_nb.experiments.combination import Combination
 from kitty_nb.experiments.comparison import ResultsComparison, compare_results
 from kitty_nb.experiments.load_test import Load, LoadTest, load_test
 from kitty_nb.experiments.recording import record_run, replay
+from kitty_nb.experiments.regress import Regression, regress
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_record import Comparison, Exchange, Request, RunRecord, compare
 from kitty_nb.experiments.statistics import (
@@ -44,6 +45,7 @@ __all__ = [
     "Measurement",
     "Outcome",
     "Perplexity",
+    "Regression",
     "Request",
     "RequestTimes",
     "Results",
@@ -63,6 +65,7 @@ __all__ = [
     "own_spread",
     "proportion_interval",
     "record_run",
+    "regress",
     "replay",
     "tune",
 ]

@@ -152,14 +152,7 @@ def replay(
     progress: deque[LoadProgress] = deque(maxlen=1)
 
     async def repeat() -> Comparison:
-        own = here.replace(
-            **record.config.model_dump(include=set(SERVER_SETTINGS)),
-            profile=record.profile,
-            alias=record.config.alias,
-            model=model,
-            allow_absolute_paths=True,
-        )
-        asked = await (run_sync(resolve_model, own) if model else _find(record, own))
+        asked = await settings_of(record, here, model)
         async with isolated_server(asked, anyway=True, on_progress=progress.append) as server:
             exchanges = await ask(server.access, (one.request for one in record.exchanges))
             repeated = await describe_run(server.state, server.access, exchanges, record.seed)
@@ -167,6 +160,29 @@ def replay(
 
     _, future = in_background(repeat, "kitty_nb replay")
     return Operation(future, lambda: progress[-1] if progress else None)
+
+
+async def settings_of(
+    record: RunRecord, here: ServerConfig, model: str | Path | None = None
+) -> ServerConfig:
+    """Return the settings that repeat a run on this machine.
+
+    Args:
+        record: The run.
+        here: The settings of this machine.
+        model: The model to ask instead of the recorded one.
+
+    Raises:
+        RunRecordError: The recorded model is not found.
+    """
+    own = here.replace(
+        **record.config.model_dump(include=set(SERVER_SETTINGS)),
+        profile=record.profile,
+        alias=record.config.alias,
+        model=model,
+        allow_absolute_paths=True,
+    )
+    return await (run_sync(resolve_model, own) if model else _find(record, own))
 
 
 async def ask(access: Access, requests: Iterable[Request]) -> tuple[Exchange, ...]:
@@ -289,7 +305,11 @@ def _similar_models(record: RunRecord, own: ServerConfig) -> list[Path]:
 
 
 async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
-    answer = await post(http, request.path, request.body, "choices")
+    return exchange_of(request, await post(http, request.path, request.body, "choices"))
+
+
+def exchange_of(request: Request, answer: dict[str, Any]) -> Exchange:
+    """Return a request with the server's answer to it."""
     choice: dict[str, Any] = next(iter(answer["choices"]), {})
     message = choice.get("message", {"content": choice.get("text")})
     calls = message.get("tool_calls") or ()

@@ -1,0 +1,421 @@
+"""`regress`: do other builds of the engine answer as the one in use does, and as fast?"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+
+import kitty_nb
+from kitty_nb.client.protocol import post, props
+from kitty_nb.config import ServerConfig
+from kitty_nb.errors import ExperimentError, KittyError
+from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchTest
+from kitty_nb.experiments.recording import exchange_of, settings_of
+from kitty_nb.experiments.run_record import RunRecord
+from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict, compare_paired, own_spread
+from kitty_nb.isolated_server import SERVER_SETTINGS, in_background, isolated_server, locate_engine
+from kitty_nb.operation import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    import httpx
+    from pydantic import JsonValue
+
+    from kitty_nb.experiments.run_record import Request
+    from kitty_nb.experiments.statistics import Difference
+
+    OnProgress = Callable[[BenchProgress], object]
+
+_PROGRAMS = ("llama-server", "bin/llama-server", "build/bin/llama-server")
+_LONG_ENOUGH = 0.5  # seconds
+_SHOWN = 40  # characters of an answer
+_IN_USE = "in use"
+
+
+@dataclass(frozen=True, slots=True)
+class OtherAnswer:
+    """An answer that differs from that of the engine in use.
+
+    Attributes:
+        record: The name of the run record.
+        answer: Its number in the record, from 1.
+        token: The first token that differs, from 1.
+        before: The beginning of the rest that the engine in use writes.
+        now: The beginning of the rest that the other build writes.
+    """
+
+    record: str
+    answer: int
+    token: int
+    before: str
+    now: str
+
+    def __str__(self) -> str:
+        return (
+            f"answer {self.answer} of {self.record} differs from token {self.token} on:"
+            f" {self.now!r} instead of {self.before!r}"
+        )
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """A build beside the engine in use.
+
+    Attributes:
+        engine: Where it is.
+        version: What it calls itself; empty where it can't be run.
+        speeds: How its tokens per second compare, by test.
+        answers: The answers that differ.
+        problem: The reason that it serves nothing, in a sentence.
+    """
+
+    engine: Path
+    version: str = ""
+    speeds: Mapping[str, Difference] = field(default_factory=dict)
+    answers: tuple[OtherAnswer, ...] = ()
+    problem: str = ""
+
+    @property
+    def regressed(self) -> bool:
+        """True if it is slower, answers otherwise or serves nothing."""
+        slower = any(one.verdict is Verdict.SLOWER for one in self.speeds.values())
+        return bool(self.problem or self.answers or slower)
+
+    def __str__(self) -> str:
+        told = [self.problem] if self.problem else []
+        told += [f"{test}: {difference}" for test, difference in self.speeds.items()]
+        told += map(str, self.answers)
+        if not self.problem and not self.answers:
+            told.append("all answers are the same")
+        head = f"{self.engine} {self.version}".rstrip()
+        return "\n".join([f"{head}: {'REGRESSED' if self.regressed else 'ok'}", *_listed(told)])
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What `regress` found; `print` shows it.
+
+    Attributes:
+        baseline: The version of the engine in use.
+        builds: The builds that were tried, in the order in which they were given.
+        first_bad: The first build that regresses, of a bisection; None where none does.
+        notes: What the engine in use does differently by itself, in sentences.
+    """
+
+    baseline: str
+    builds: tuple[BuildReport, ...]
+    first_bad: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def regressed(self) -> bool:
+        """True if a build that was tried regresses."""
+        return any(build.regressed for build in self.builds)
+
+    def __str__(self) -> str:
+        lines = [f"Engine in use: {self.baseline}", *_listed(self.notes), *map(str, self.builds)]
+        if self.first_bad:
+            lines.append(f"The first build that regresses is {self.first_bad}.")
+        return "\n".join(lines)
+
+
+def regress(
+    records: Iterable[RunRecord | str | Path],
+    engines: Iterable[str | Path],
+    *,
+    rounds: int = 5,
+    prompt: int = 256,
+    answer: int = 64,
+    bisect: bool = False,
+    config: ServerConfig | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> Operation[Regression]:
+    """Compare other builds of the engine with the one in use, and return at once.
+
+    Each round starts every build in turn with a record's settings, and measures it. The engine in
+    use is measured twice, which tells by how much the same differs on this machine. Answers are
+    compared with those of the engine in use.
+
+    Args:
+        records: Run records, or files of them.
+        engines: Other builds: a llama-server, a folder with one, or a Python environment (or its
+            interpreter) with another `xllamacpp`.
+        rounds: Measurements of each build.
+        prompt: Tokens of the prompt whose reading is timed.
+        answer: Tokens of the answer whose writing is timed.
+        bisect: The builds are in order, and the first that regresses is wanted: only some of them
+            are tried, about as many as halvings leave one.
+        config: The settings of this machine; without it those of `.env`.
+        on_progress: Called on the event loop before each measurement of a build.
+
+    Raises:
+        ExperimentError: There is no record, no engine or too few rounds.
+        RunRecordError: A record cannot be read.
+    """
+    given = [_named(one, number) for number, one in enumerate(records, 1)]
+    others = [Path(one).absolute() for one in engines]
+    if not given or not others:
+        raise ExperimentError("Give one record or more, and one engine or more to compare.")
+    if rounds < LEAST_ROUNDS:
+        raise ExperimentError(f"{rounds} rounds tell nothing. Write {LEAST_ROUNDS} or more.")
+    job = _Job(
+        given,
+        config or ServerConfig.from_env(),
+        [BenchTest(prompt, 0, 0), BenchTest(0, answer, 0)],
+        rounds,
+        on_progress,
+    )
+    work = job.bisect if bisect else job.compare
+    _, future = in_background(lambda: work(others), "kitty_nb regress")
+    return Operation(future, lambda: None)
+
+
+@dataclass
+class _Group:
+    """Records that are replayed on the same server, and the tests that fit into its context."""
+
+    config: ServerConfig
+    records: list[tuple[str, RunRecord]]
+    tests: list[BenchTest]
+
+    def label(self, test: BenchTest, alone: bool) -> str:
+        return str(test) if alone else f"{test} of {self.records[0][0]}"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer and its tokens; its characters where a build does not tell tokens."""
+
+    text: str
+    tokens: tuple[object, ...]
+
+
+@dataclass
+class _Found:
+    """What one build did: its speeds by test, one for each round, and its first answers."""
+
+    speeds: dict[str, list[float]] = field(default_factory=dict)
+    answers: dict[tuple[str, int], _Answer] = field(default_factory=dict)
+    problem: str = ""
+
+
+class _Job:
+    def __init__(
+        self,
+        records: Sequence[tuple[str, RunRecord]],
+        here: ServerConfig,
+        tests: Sequence[BenchTest],
+        rounds: int,
+        on_progress: OnProgress,
+    ) -> None:
+        self._records = records
+        self._here = here
+        self._tests = [test for test in tests if test.prompt or test.answer]
+        self._rounds = rounds
+        self._on_progress = on_progress
+        self._groups: list[_Group] = []
+
+    async def compare(self, engines: Sequence[Path]) -> Regression:
+        """Compare all builds with the engine in use, in the same rounds."""
+        await self._prepare()
+        baseline = (await locate_engine(self._here.binary)).version
+        with ExitStack() as stack:
+            programs = [stack.enter_context(_program(engine)) for engine in engines]
+            first, again, *others = await self._measure(
+                [self._here.binary, self._here.binary, *programs],
+                [_IN_USE, _IN_USE, *map(str, engines)],
+            )
+            if first.problem:
+                raise ExperimentError(f"The engine in use serves no record: {first.problem}")
+            versions = [await _version(program) for program in programs]
+        notes = []
+        for (record, number), answer in first.answers.items():
+            recorded = next(one for name, one in self._records if name == record)
+            if again.answers.get((record, number)) != answer:
+                notes.append(f"answer {number + 1} of {record} varies by itself: not compared")
+            elif answer.text != recorded.exchanges[number].text:
+                notes.append(f"answer {number + 1} of {record} is not as recorded any more")
+        steady = {key: one for key, one in first.answers.items() if again.answers.get(key) == one}
+        builds = tuple(
+            BuildReport(
+                engine,
+                version,
+                speeds={} if found.problem else _speeds(first, again, found),
+                answers=() if found.problem else tuple(_other_answers(steady, found.answers)),
+                problem=found.problem,
+            )
+            for engine, version, found in zip(engines, versions, others, strict=True)
+        )
+        return Regression(baseline, builds, notes=tuple(notes))
+
+    async def bisect(self, engines: Sequence[Path]) -> Regression:
+        """Find the first build in order that regresses, taking what comes after it for worse."""
+        tried: dict[int, BuildReport] = {}
+        last = await self.compare([engines[-1]])
+        tried[len(engines) - 1] = last.builds[0]
+        good, bad = -1, len(engines) - 1
+        while last.builds[0].regressed and bad - good > 1:
+            middle = (good + bad) // 2
+            (tried[middle],) = (await self.compare([engines[middle]])).builds
+            good, bad = (good, middle) if tried[middle].regressed else (middle, bad)
+        builds = tuple(tried[index] for index in sorted(tried))
+        return replace(
+            last, builds=builds, first_bad=engines[bad] if last.builds[0].regressed else None
+        )
+
+    async def _prepare(self) -> None:
+        """Find the records' models, once, and group records that have the same server."""
+        groups: dict[str, _Group] = {}
+        for name, record in self._records if not self._groups else ():
+            config = await settings_of(record, self._here)
+            key = f"{config.model} {config.model_dump(include=set(SERVER_SETTINGS))}"
+            group = groups.setdefault(key, _Group(config, [], []))
+            group.records.append((name, record))
+        self._groups = self._groups or [*groups.values()]
+
+    async def _measure(self, programs: Sequence[Path | None], names: Sequence[str]) -> list[_Found]:
+        """Measure all builds in each round; every other round goes the other way round."""
+        found = [_Found() for _ in programs]
+        order, done = [*range(len(programs))], 0
+        total = self._rounds * len(self._groups) * len(programs)
+        for number in range(self._rounds):
+            for group in self._groups:
+                for index in order if number % 2 == 0 else order[::-1]:
+                    self._on_progress(BenchProgress(names[index], done, total))
+                    done += 1
+                    if not found[index].problem:
+                        try:
+                            await self._one(group, programs[index], found[index], number)
+                        except KittyError as error:
+                            found[index].problem = str(error)
+        return found
+
+    async def _one(self, group: _Group, program: Path | None, found: _Found, number: int) -> None:
+        config = await run_sync(_with_binary, group.config, program)
+        async with isolated_server(config) as server, server.access.async_http() as http:
+            if not group.tests:
+                group.tests = await self._fitting(http)
+            client = await BenchClient.of(http, number)
+            for test in group.tests:
+                speed = await _fastest(client, test)
+                label = group.label(test, len(self._groups) == 1)
+                found.speeds.setdefault(label, []).append(speed)
+            for name, record in group.records if number == 0 else ():
+                for index, one in enumerate(record.exchanges):
+                    found.answers[name, index] = await _ask(http, one.request)
+
+    async def _fitting(self, http: httpx.AsyncClient) -> list[BenchTest]:
+        said = (await props(http)).get("default_generation_settings", {}).get("n_ctx")
+        room = int(said or max(test.context for test in self._tests)) // 2 - 2
+        return [
+            replace(test, prompt=min(test.prompt, room), answer=min(test.answer, room))
+            for test in self._tests
+        ]
+
+
+def _named(one: RunRecord | str | Path, number: int) -> tuple[str, RunRecord]:
+    if isinstance(one, RunRecord):
+        return f"record {number}", one
+    return str(one), RunRecord.load(one)
+
+
+def _with_binary(config: ServerConfig, program: Path | None) -> ServerConfig:
+    # Not `replace`: that would look the projector and the draft model up again.
+    return config.model_copy(update={"binary": program})
+
+
+@contextmanager
+def _program(engine: Path) -> Iterator[Path]:
+    """Provide the llama-server that a path stands for.
+
+    The one inside a Python environment's `xllamacpp` is run by this package's own code, which that
+    environment need not have.
+    """
+    python = engine
+    if engine.is_dir() and not any((engine / name).is_file() for name in _PROGRAMS):
+        python = engine / "bin" / "python"
+    if not python.is_file() or not python.name.startswith("python"):
+        yield engine
+        return
+    with TemporaryDirectory(prefix="kitty_nb-") as name:
+        folder = Path(name)
+        (folder / "lib").mkdir()
+        package = Path(kitty_nb.__file__).parent
+        (folder / "lib" / "kitty_nb").symlink_to(package, target_is_directory=True)
+        program = folder / "llama-server"
+        program.write_text(
+            f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(str(folder / 'lib'))}\n"
+            f'exec {shlex.quote(str(python))} -P -m kitty_nb.engine.embedded "$@"\n'
+        )
+        program.chmod(0o700)
+        yield program
+
+
+async def _version(program: Path) -> str:
+    try:
+        return (await locate_engine(program)).version
+    except KittyError:
+        return ""
+
+
+async def _fastest(client: BenchClient, test: BenchTest) -> float:
+    """Measure short tests several times: what else a machine does only ever makes one slower."""
+    await client.warm_up(test)
+    began, fastest = time.perf_counter(), 0.0
+    while not fastest or time.perf_counter() - began < _LONG_ENOUGH:
+        speed, _ = await client.measure(test)
+        fastest = max(fastest, speed)
+    return fastest
+
+
+async def _ask(http: httpx.AsyncClient, request: Request) -> _Answer:
+    """Ask, and have the server tell the tokens of its answer."""
+    told: JsonValue = True if request.text is None else 1  # as each of the two protocols has it
+    answer = await post(http, request.path, {**request.body, "logprobs": told}, "choices")
+    text = exchange_of(request, answer).text
+    choice: dict[str, Any] = next(iter(answer["choices"]), {})
+    listed = (choice.get("logprobs") or {}).get("content") or ()
+    tokens = tuple(one.get("id", one.get("token")) for one in listed if isinstance(one, dict))
+    whole = len(tokens) == (answer.get("usage") or {}).get("completion_tokens")
+    return _Answer(text, tokens if tokens and whole else tuple(text))
+
+
+def _speeds(first: _Found, again: _Found, found: _Found) -> dict[str, Difference]:
+    return {
+        test: compare_paired(
+            speeds,
+            found.speeds[test],
+            smaller_is_better=False,
+            spread=own_spread(speeds, again.speeds[test]),
+        )
+        for test, speeds in first.speeds.items()
+    }
+
+
+def _other_answers(
+    before: Mapping[tuple[str, int], _Answer], now: Mapping[tuple[str, int], _Answer]
+) -> Iterator[OtherAnswer]:
+    for (record, index), was in before.items():
+        if (other := now[record, index]).text != was.text:
+            token = _first_difference(was.tokens, other.tokens)
+            at = _first_difference(was.text, other.text)
+            rest, changed = (one.text[at : at + _SHOWN] for one in (was, other))
+            yield OtherAnswer(record, index + 1, token + 1, rest, changed)
+
+
+def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    pairs = enumerate(zip_longest(one, other))
+    return next((at for at, (a, b) in pairs if a != b), len(one))
+
+
+def _listed(sentences: Iterable[str]) -> list[str]:
+    return [f"- {one}" for one in sentences]
