@@ -131,6 +131,7 @@ def test_cancelling_ends_its_server(misbehaving: Callable[..., ServerConfig]) ->
     operation.cancel()
 
 
+@pytest.mark.slow
 def test_a_model_with_a_sliding_window_keeps_its_depth(real_config: ServerConfig) -> None:
     bench = Bench(prompt=32, answer=4, depths=1100, repeats=2, config=real_config)
     rows = anyio.run(bench.run_here).rows
