@@ -99,6 +99,22 @@ def test_the_table_is_llama_benchs_to_the_letter() -> None:
     assert str(table(*rows)).endswith("\n\nbuild: 7e4c0a9 (1)")
 
 
+def test_a_plot_shows_the_speed_against_the_depth() -> None:
+    rows = (
+        BenchRow(BenchTest(512, 0, 0), (811.0, 812.0)),
+        BenchRow(BenchTest(0, 128, 0), (70.0, 72.0)),
+        BenchRow(BenchTest(0, 128, 4096), (61.0,)),
+        BenchRow(BenchTest(0, 128, 9999), reason="It does not fit."),
+    )
+    (axes,) = table(*rows).plot().axes
+    (drawn,) = axes.containers
+    assert drawn.get_label() == "tg128"
+    assert drawn.lines[0].get_xydata().tolist() == [[0, 71], [4096, 61]]  # type: ignore[attr-defined]
+    assert axes.get_ylabel() == "generation tokens per second"
+    with pytest.raises(ExperimentError, match="nothing to draw"):
+        table(*rows[1:]).plot(prompts=True)
+
+
 def test_what_the_clock_does_not_confirm_is_said() -> None:
     held = table(BenchRow(BenchTest(512, 0, 0), (1000.0,), (500.0,)))
     assert "- pp512: By the clock it is 500.00 t/s" in str(held)

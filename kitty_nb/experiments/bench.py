@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from html import escape
 from random import Random
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import httpx
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from kitty_nb.experiments.plots import Point
     from kitty_nb.isolated_server import Dialect, IsolatedServer
 
 DEPTHS = (0, 4096, 16384)
@@ -149,6 +151,26 @@ class BenchTable:
             for row in self.rows
         )
         return frame
+
+    def plot(self, *, prompts: bool = False) -> Figure:
+        """Draw the speed of answers, or of prompts, against the depth.
+
+        Raises:
+            ExperimentError: Matplotlib is missing, or no such test was measured.
+        """
+        extra("matplotlib")
+        from kitty_nb.experiments.plots import curves  # noqa: PLC0415 (of an extra)
+
+        points: dict[str, list[Point]] = {}
+        for row in self.rows:
+            if row.speeds and bool(row.test.prompt) == prompts:
+                name = str(replace(row.test, depth=0))
+                spread = median(row.speeds), min(row.speeds), max(row.speeds)
+                points.setdefault(name, []).append((row.test.depth, *spread))
+        if not points:
+            raise ExperimentError("No such test was measured, so there is nothing to draw.")
+        y = "prompt_tokens_per_second" if prompts else "generation_tokens_per_second"
+        return curves(points, y, "depth, tokens in the context before")
 
     def __str__(self) -> str:
         lines = [self._line(cells) for cells in self._cells()]
