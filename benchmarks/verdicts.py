@@ -3,10 +3,11 @@
 Two servers of the same settings answer in turns, one request at a time, each round in another
 order: the same answer on both, and a longer one on the second, which takes about 10 % more time;
 the true ratio is that of the whole series. Each of 100 comparisons is a block of contiguous rounds;
-blocks overlap, so the counts are not independent. All of it is done twice: alone, and beside a
-process that keeps a core busy.
+blocks overlap, so the counts are not independent. All of it is done alone, and beside a process
+that keeps a core busy.
 
-    python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--rounds 200] [--block 40]
+    python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--seconds 120] [--block 40]
+        [--busy-cores 0 1]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -45,21 +47,25 @@ Series = dict[str, list[float]]
 def main() -> None:
     """Print the table."""
     parser = subject_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=120, help="of each of the two series")
+    parser.add_argument(
+        "--busy-cores", type=int, nargs="+", default=[0, 1], help="cores kept busy in each series"
+    )
     parser.add_argument("--block", type=int, default=40, help="rounds of a comparison")
     asked = parser.parse_args()
     subject = subject_of(asked)
     print(f"{subject}; load before {psutil.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory() as folder:
         config = subject.config(Path(folder), context_size=512, threads=1)
-        for what, spinning in (("alone", 0), ("beside a busy core", 1)):
-            with _spinning(spinning):
-                series, seconds = anyio.run(_measure, config, asked.rounds)
+        for cores in asked.busy_cores:
+            what = f"beside {cores} busy core{'s' * (cores > 1)}" if cores else "alone"
+            with _spinning(cores):
+                series, seconds = anyio.run(_measure, config, asked.seconds)
             _report(what, series, seconds, asked.block)
 
 
-async def _measure(config: ServerConfig, rounds: int) -> tuple[Series, float]:
-    """Return the seconds of each request by name and round, and those of all."""
+async def _measure(config: ServerConfig, limit: float) -> tuple[Series, float]:
+    """Return the seconds of each request by name and round, and how long it took."""
     series: Series = {name: [] for name in _NAMES}
     async with AsyncExitStack() as stack:
         clients = {}
@@ -72,7 +78,9 @@ async def _measure(config: ServerConfig, rounds: int) -> tuple[Series, float]:
                 clients[name] = BenchmarkClient(http, Workload(("Hi!",), tokens), {})
                 await clients[name].warm_up()
         began = time.monotonic()
-        for number in range(rounds):
+        for number in count():
+            if time.monotonic() - began > limit:
+                break
             for name in Random(number).sample(_NAMES, len(_NAMES)):  # noqa: S311 (an order)
                 speed, _ = await clients[name].speed(1, lambda _: None)
                 series[name].append(speed.seconds)
@@ -81,6 +89,7 @@ async def _measure(config: ServerConfig, rounds: int) -> tuple[Series, float]:
 
 def _report(what: str, series: Series, seconds: float, block: int) -> None:
     rounds = len(series["one"])
+    block = min(block, rounds // 2)
     starts = [round(n * (rounds - block) / (_COMPARISONS - 1)) for n in range(_COMPARISONS)]
     # A comparison needs two of a round's three requests.
     needed = seconds / rounds * block * 2 / 3
@@ -98,11 +107,11 @@ def _report(what: str, series: Series, seconds: float, block: int) -> None:
             ).verdict
             for start in starts
         ]
-        count = sum(one is verdict if verdict else one is not Verdict.TOO_CLOSE for one in told)
+        found = sum(one is verdict if verdict else one is not Verdict.TOO_CLOSE for one in told)
         whole = compare_paired(series["one"], series[name], smaller_is_better=True)
         label = "true difference found" if verdict else "false winners"
         print(
-            f"  {label} in {_COMPARISONS} comparisons of {block} rounds: {count} (asked {wanted});"
+            f"  {label} in {_COMPARISONS} comparisons of {block} rounds: {found} (asked {wanted});"
             f" whole series: ratio {whole.ratio:.3f} ({whole.low:.3f} to {whole.high:.3f})"
         )
     print(f"  one comparison takes {needed:.0f} s (asked <= {_SECONDS})\n")
@@ -116,9 +125,9 @@ def _deviation(first: list[float], second: list[float]) -> float:
 
 
 @contextmanager
-def _spinning(count: int) -> Iterator[None]:
+def _spinning(cores: int) -> Iterator[None]:
     """Keep so many cores busy."""
-    several = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    several = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
     try:
         yield
     finally:

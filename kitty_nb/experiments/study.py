@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Axis = CategoricalDistribution | IntDistribution | FloatDistribution
 Space = dict[str, Axis]
 
+_MODEL = "model"  # the name of the axis where there are several
 _RANDOM = 5  # trials by chance before the estimator has enough to go by
 _ASKED = 30  # proposals in a row that were measured already, before chance decides
 _ENUMERABLE = 4096  # combinations
@@ -59,11 +60,11 @@ _LAYERS = [0, 8, 16, 24, 32, 48, 999]  # to have on GPUs; the last is all of any
 
 
 class Search:
-    """A search for the best settings of one model, by the rows there are. It runs nothing.
+    """A search for the best model and settings, by the rows there are. It runs nothing.
 
     Attributes:
-        model: The model, as trials name it.
-        space: The choices.
+        models: The models to choose from, as trials name them; the one in use is the first.
+        space: The choices of settings.
         objective: The number to make best.
         bounds: The constraints to keep.
         study: Optuna's study, with a trial for each row.
@@ -72,15 +73,17 @@ class Search:
 
     def __init__(
         self,
-        model: str,
+        models: tuple[str, ...],
         space: Space,
         objective: Objective,
-        bounds: Sequence[Constraint],
+        bounds: tuple[Constraint, ...],
         config: ServerConfig,
         seed: int,
     ) -> None:
-        self.model = model
+        self.models = models
         self.space = space
+        model = {_MODEL: CategoricalDistribution(models)} if len(models) > 1 else {}
+        self._axes: Space = {**model, **space}
         self.objective = objective
         self.bounds = bounds
         self.rows: list[TrialResult] = []
@@ -114,7 +117,7 @@ class Search:
             )
             # A trial pruned for another objective may win by this one.
             lost = row.outcome is Outcome.PRUNED and f" {self.objective.name} " not in row.reason
-            if row.trial.model == self.model and inside and not lost:
+            if row.trial.model in self.models and inside and not lost:
                 ordered = tuple((name, settings[name]) for name in self.space)
                 self.tell(replace(row, trial=replace(row.trial, settings=ordered)))
 
@@ -138,8 +141,8 @@ class Search:
         value = self.objective.of(row)
         asked = self._asked.pop(row.trial, None)
         if asked is None:  # Optuna did not propose it
-            self.study.enqueue_trial(dict(row.trial.settings))
-            asked = self.study.ask({**self.space})
+            self.study.enqueue_trial({_MODEL: row.trial.model, **dict(row.trial.settings)})
+            asked = self.study.ask({**self._axes})
         if row.outcome is Outcome.DONE:
             one = Combination.of([row], self._config)
             for bound in self.bounds:
@@ -188,32 +191,37 @@ class Search:
         if not self.rows:
             used = {name: in_use(name, self._config) for name in self.space}
             first = {n: value for n, value in used.items() if _holds(self.space[n], value)}
-            self.study.enqueue_trial(first)
-        tried = {row.trial.settings for row in self.rows}
+            self.study.enqueue_trial({_MODEL: self.models[0], **first})
+        tried = {row.trial.combination for row in self.rows}
         for _ in range(_ASKED):
-            asked = self.study.ask({**self.space})
-            trial = Trial(self.model, tuple((name, asked.params[name]) for name in self.space))
-            if trial.settings not in tried:
+            asked = self.study.ask({**self._axes})
+            trial = self._trial(asked.params)
+            if trial not in tried:
                 self._asked[trial] = asked
                 return trial
             self.study.tell(asked, state=TrialState.FAIL)
-        left = [point for point in _points(self.space) if point not in tried]
-        return Trial(self.model, self._random.choice(left)) if left else None
+        points = (self._trial(dict(point)) for point in _points(self._axes))
+        left = [trial for trial in points if trial not in tried]
+        return self._random.choice(left) if left else None
+
+    def _trial(self, chosen: Mapping[str, Any]) -> Trial:
+        settings = tuple((name, chosen[name]) for name in self.space)
+        return Trial(chosen.get(_MODEL, self.models[0]), settings)
 
 
 def read_space(
-    model: object,
+    models: Sequence[object],
     base: ServerConfig,
     written: Mapping[str, Any] | None,
     bounds: Sequence[Constraint],
     metrics: Collection[str],
-) -> tuple[str, Space]:
-    """Return the model's name in trials, and the choices that keep all bounds on them.
+) -> tuple[tuple[str, ...], Space]:
+    """Return the models' names in trials, and the choices that keep all bounds on them.
 
     A bound on a setting that is not in the space fixes it there, unless `base` keeps it already.
 
     Args:
-        model: The file, absolute or in the models folder; None for that of `base`.
+        models: Files, absolute or in the models folder; without any, that of `base`.
         base: The settings where the space says nothing.
         written: By name a list of values, a tuple of the ends of a range, or one value; None for
             the settings that usually matter on this machine.
@@ -224,7 +232,7 @@ def read_space(
         ConfigError: Listing all names and values that are wrong.
         ExperimentError: Nothing is left to choose from.
     """
-    given = dict(_default(base) if written is None else written)
+    given = dict(default_space(base) if written is None else written)
     for bound in bounds:
         known = {*given, *metrics}
         if bound.name not in known | {*FIELDS}:
@@ -240,14 +248,14 @@ def read_space(
         raise ExperimentError("The space is empty. Name at least one setting to vary.")
     each = [{name: value} for name, choice in given.items() for value in _listed(choice)]
     try:
-        trials = combine(base, [] if model is None else [model], configs=[{}, *each])
+        trials = combine(base, models, configs=[{}, *each])
     except ConfigError as error:
         raise ConfigError("the space", error.problems) from None
     space = {
         name: _axis(name, choice, [bound for bound in bounds if bound.name == name])
         for name, choice in given.items()
     }
-    return trials[0].model, space
+    return tuple(dict.fromkeys(trial.model for trial in trials)), space
 
 
 def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
@@ -319,7 +327,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _default(base: ServerConfig) -> dict[str, Any]:
+def default_space(base: ServerConfig) -> dict[str, Any]:
     """Return the settings that change the speed on this machine, and not the answers.
 
     Batch sizes are left out: they matter only for prompts that are longer than a batch.

@@ -29,6 +29,7 @@ from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import (
     DEFAULT_PROMPT,
     Outcome,
+    Perplexity,
     TrialProgressed,
     TrialResult,
     TrialSeconds,
@@ -37,7 +38,7 @@ from kitty_nb.experiments.trial import (
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import optuna
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.study import Search
+    from kitty_nb.experiments.target import Proof
     from kitty_nb.experiments.trial import (
         Execute,
         OnProgress,
-        Perplexity,
         Quality,
         SweepEvent,
         Trial,
@@ -68,6 +69,7 @@ class TuneResult:
         objective: The objective's name.
         results: All rows, for tables and plots.
         study: Optuna's study, for its own plots and importances.
+        proof: What repeated measurements say, where there was a target.
     """
 
     best: Combination
@@ -75,6 +77,7 @@ class TuneResult:
     objective: str
     results: Results
     study: optuna.Study = field(compare=False)
+    proof: Proof | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class TuneResult:
         return (
             f"{self.objective} {self.value:.4g} with {self.best.trial.label}. That is the best of"
             f" {len(self.results.combinations)} combinations in {len(rows)} trials ({counts})."
-            f"{doubt}"
+            f"{doubt}{f' {self.proof}' if self.proof else ''}"
         )
 
     def __repr__(self) -> str:
@@ -114,6 +117,11 @@ def tune(
     budget: int = 20,
     prompts: str | Iterable[str] = DEFAULT_PROMPT,
     *,
+    target: str | None = None,
+    quality_loss: str | None = None,
+    memory: str | None = None,
+    text: str = "",
+    proof_rounds: int = 5,
     seconds: float | None = None,
     seed: int = 0,
     parallel: int | Iterable[int] = 1,
@@ -149,6 +157,15 @@ def tune(
         budget: The number of trials, with those in the store.
         prompts: One request each; 1 or more. By default a question, which is repeated
             to fill the batches where their sizes are chosen and the objective depends on them.
+        target: A bound to reach, such as `"generation_tokens_per_second >= 30"`. The search is then
+            for the least memory that reaches it, over all quants of the model on disk, and the
+            `proof` compares it with the settings in use and the runner-up.
+        quality_loss: How much worse the perplexity of `text` may be than that of the largest
+            quant, such as `"<= 2 %"`; only with a target.
+        memory: The most memory, such as `"<= 20 GB"`; only with a target.
+        text: The text for `quality_loss`, as an answer to the first prompt; a short one is built
+            in.
+        proof_rounds: The rounds of the proof.
         seconds: After how long no further trial begins; None for no limit.
         seed: Of the search and of the server's sampling.
         parallel: Numbers of requests to have under way at once, each measured on its own.
@@ -172,10 +189,23 @@ def tune(
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
     extra("optuna")
-    from kitty_nb.experiments.study import Search, read_space  # noqa: PLC0415 (of an extra)
+    from kitty_nb.experiments import target as targets  # noqa: PLC0415 (it imports this)
+    from kitty_nb.experiments.study import Search, default_space, read_space  # noqa: PLC0415 (of an extra)
 
     warnings = () if config else env_warnings(".env", "primary")
     config = config or ServerConfig.from_env()
+    models: Sequence[object] = [] if model is None else [model]
+    goal = None
+    if target:
+        goal = targets.Goal.of(target, quality_loss, memory, text, proof_rounds)
+        models, largest = targets.family_of(model, config)
+        objective, constraints = targets.COST, {**goal.limits, **(constraints or {})}
+        space = {**default_space(config), **targets.COSTS} if space is None else space
+        prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        if goal.loss and quality is None:
+            quality = Perplexity(dict.fromkeys(prompts[:1], goal.text))
+    elif quality_loss or memory:
+        raise ExperimentError("quality_loss and memory go with a target. Give one, or constraints.")
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
     workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
     if budget < 1:
@@ -183,25 +213,29 @@ def tune(
     names = metric_names(workload)
     bounds = constraints_of(constraints)
     aim = read_objective(objective, names)
-    search = Search(*read_space(model, config, space, bounds, names), aim, bounds, config, seed)
-    batches = [search.samples(name) for name in search.space if name in BATCHES]
+    search = Search(*read_space(models, config, space, bounds, names), aim, bounds, config, seed)
+    batches = [search.samples(name) for name in search.space if name in BATCHES and not goal]
     workload, useless = fill_batches(workload, [*product(*batches)], config, aim.name)
-    run = _Tuning(
-        config=config,
-        workload=workload,
-        store=store,
-        logs=logs,
-        busy_repeats=busy_repeats,
-        warnings=(*warnings, *useless),
-        search=search,
-        budget=budget,
-        seconds=seconds,
-    )
+    common: dict[str, Any] = {
+        "config": config,
+        "workload": workload,
+        "store": store,
+        "logs": logs,
+        "busy_repeats": busy_repeats,
+        "warnings": (*warnings, *useless),
+        "search": search,
+        "budget": budget,
+        "seconds": seconds,
+    }
+    run = Tuning(**common)
+    if goal:
+        reference = search.models[models.index(largest)]
+        run = targets.TargetTuning(goal=goal, reference=reference, **common)
     run.subscribe(on_event)
     return run.start()
 
 
-class _Tuning(TrialRunner):
+class Tuning(TrialRunner):
     """A search under way: each trial is asked for when the one before it has its row."""
 
     def __init__(
@@ -225,15 +259,18 @@ class _Tuning(TrialRunner):
         return TuneResult(best, best.metrics[name].median, name, results, search.study)
 
     async def _run(self) -> None:
-        model = self._search.model
+        models = self._search.models
         await self._check_flags(map(self._search.samples, self._search.space))
         await anyio.to_thread.run_sync(
-            partial(fingerprints_here, [model], self.config, must_exist=True)
+            partial(fingerprints_here, models, self.config, must_exist=True)
         )
         await self._kept.add()  # creates the file, so that an unusable one shows first
-        await anyio.to_thread.run_sync(lambda: self._search.resume(self._rows_of([model])))
+        self._resume(await anyio.to_thread.run_sync(self._rows_of, models))
         async with this_machine(self.config, self.workload, self._logs) as execute:
             await self._carry_out(self._plan(), execute)
+
+    def _resume(self, rows: list[TrialResult]) -> None:
+        self._search.resume(rows)
 
     def _plan(self) -> Iterator[Trial]:
         began, search = time.monotonic(), self._search
