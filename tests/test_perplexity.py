@@ -56,10 +56,12 @@ async def surprises(config: ServerConfig, *texts: dict[str, str]) -> list[tuple[
         state = await supervisor.start()
         async with Access(state.endpoint, supervisor.api_key).async_http() as http:
             for expected in texts:
-                workload = Workload(tuple(expected), max_tokens=2, chat=False)
+                quality = Perplexity(expected)
+                workload = Workload(tuple(expected), max_tokens=2, chat=False, quality=quality)
                 client = BenchmarkClient(http, workload, {})
                 await client.warm_up()
-                found.append(await client.surprise(Perplexity(expected)))
+                scores = await client.scores()
+                found.append((scores["perplexity"], scores["bits_per_character"]))
     return found
 
 
@@ -161,6 +163,6 @@ def test_a_text_that_a_model_holds_for_impossible_is_told() -> None:
             client = BenchmarkClient(http, workload, {})
             await client.warm_up()
             with pytest.raises(ExperimentError, match="infinite"):
-                await client.surprise(quality)
+                await client.scores()
 
     anyio.run(ask)

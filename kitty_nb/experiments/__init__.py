@@ -21,6 +21,7 @@ from kitty_nb.experiments.statistics import (
 )
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (
+    Divergence,
     ExactMatch,
     Measurement,
     Outcome,
@@ -38,6 +39,7 @@ __all__ = [
     "Combination",
     "Comparison",
     "Difference",
+    "Divergence",
     "ExactMatch",
     "Exchange",
     "Load",

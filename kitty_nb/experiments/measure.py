@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
@@ -18,12 +18,15 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props, stream
-from kitty_nb.errors import ConfigError, ExperimentError, KittyError, WillNotFitError, first_of
+from kitty_nb.errors import ConfigError, KittyError, WillNotFitError, first_of
+from kitty_nb.experiments.likelihood import Likelihoods, likeness, perplexity_of
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.space import changes
+from kitty_nb.experiments.statistics import mean_interval, proportion_interval
 from kitty_nb.experiments.trial import (
+    Divergence,
     Measurement,
     ModelFingerprint,
     Outcome,
@@ -45,18 +48,19 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.errors import Problem
+    from kitty_nb.experiments.likelihood import Distribution
     from kitty_nb.experiments.trial import Execute, OnProgress, Trial, Value, Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
+
+    Reference = tuple[Distribution, ...]
 
 _LOAD_SECONDS = 0.1  # seconds over which the machine's load is measured
 _WARM_UP_TOKENS = 16
 # llama-server's reasons for an answer's end, in the words of OpenAI's protocol.
 _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
-_CERTAIN = 1e6  # added to a token's logit, so that it is taken whatever the others' are
-_LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no vocabulary has more
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
-
-_Piece = str | list[int]  # the text of a token, or its bytes where a character is split
+# What references expect, by model and texts: each is asked once, and not for each trial.
+_references: dict[object, Reference] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class BenchmarkClient:
         http.headers["Connection"] = "close"
         self.context: int | None = None
         self.slots: int | None = None
-        self._http = http
+        self._http, self._texts = http, Likelihoods(http)
         self._workload = workload
         self._prompts: list[str] = []
         self._parameters: dict[str, JsonValue] = {
@@ -178,86 +182,49 @@ class BenchmarkClient:
             raise first_of(group) from None
         return anyio.current_time() - began, tuple(times)
 
-    async def surprise(self, quality: Perplexity) -> tuple[float, float]:
-        """Measure the perplexity of the expected texts, and their bits per character."""
-        likelihoods: list[float] = []
-        characters = 0
-        for prompt, asked in zip(self._workload.prompts, self._prompts, strict=True):
-            if text := quality.expected.get(prompt):
-                likelihoods += await self._likelihoods(asked, text)
-                characters += len(text)
-        surprise = -sum(likelihoods)
-        try:
-            perplexity = math.exp(surprise / len(likelihoods))
-        except OverflowError:
-            raise ExperimentError(
-                "The perplexity is infinite: the model gives a token of an expected text zero"
-                " probability. Give another text, or leave perplexity out."
-            ) from None
-        return perplexity, surprise / math.log(2) / characters
-
-    async def _likelihoods(self, prompt: str, text: str) -> list[float]:
-        """Return the log-probabilities of a text's own tokens after a prompt."""
-        before = await self._tokens(prompt)
-        whole = await self._tokens(prompt + text)
-        if whole[: len(before)] != before:  # a token reaches across the seam
-            whole = before + await self._tokens(text, add_special=False)
-        ids = [token for token, _ in whole]
-        return [
-            await self._likelihood(ids[:end], *whole[end]) for end in range(len(before), len(whole))
-        ]
-
-    async def _likelihood(self, before: list[int], token: int, piece: _Piece) -> float:
-        """Return the log-probability of the next token.
-
-        A server reports the probability of the token it takes, so it is made to take this one, with
-        a request for each: it reports nothing about tokens that it speculates on. Nor does it about
-        a part of a character, which is looked up among the likeliest tokens instead, while the
-        server takes a whole character.
-        """
-        taken, counts = token, [1]
-        if not isinstance(piece, str):
-            taken, counts = (await self._tokens("a", add_special=False))[-1][0], [*_LIKELIEST]
-        for count in counts:
-            found = await self._probabilities(before, taken, count)
-            if token in found:
-                return found[token]
-        raise ExperimentError(
-            "Perplexity cannot be measured: this build of llama-server does not report the"
-            " probability of a given token. Update llama.cpp, or leave it out."
-        )
-
-    async def _probabilities(self, before: list[int], taken: int, count: int) -> dict[int, float]:
-        """Return the log-probabilities of the token taken and of the `count` likeliest."""
-        request = {
-            "prompt": before,
-            "n_predict": 1,
-            "n_probs": count,
-            "temperature": 0.0,
-            "logit_bias": [[taken, _CERTAIN]],
-            "cache_prompt": True,
-            "id_slot": 0,
-        }
-        body = await post(self._http, "/completion", request, "content")
+    async def scores(self, reference: Reference | None = None) -> dict[str, Any]:
+        """Measure how likely the model finds the expected texts, as fields of a measurement."""
+        quality = self._workload.quality
+        if not isinstance(quality, Perplexity | Divergence):
+            return {}
+        pairs = self._expected(quality.expected)
+        if isinstance(quality, Divergence):
+            found = [one for pair in pairs for one in await self._texts.distributions(*pair)]
+            alike = likeness(reference or (), found)
+            return {
+                "kl_divergence": alike.kl_divergence,
+                "top_token_agreement": alike.top_token_agreement,
+                "intervals": {
+                    "kl_divergence": alike.interval,
+                    "top_token_agreement": proportion_interval(alike.agreed, alike.tokens),
+                },
+            }
+        likelihoods = [one for pair in pairs for one in await self._texts.of(*pair)]
+        perplexity, interval = perplexity_of(likelihoods)
+        characters = sum(len(text) for _, text in pairs)
         return {
-            one["id"]: one["logprob"]
-            for token in body.get("completion_probabilities", ())
-            for one in (token, *token.get("top_logprobs", ()))
-            if {"id", "logprob"} <= one.keys()
+            "perplexity": perplexity,
+            "bits_per_character": -sum(likelihoods) / math.log(2) / characters,
+            "intervals": {"perplexity": interval},
         }
 
-    async def _tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, _Piece]]:
-        request = {"content": text, "add_special": add_special, "with_pieces": True}
-        tokens = (await post(self._http, "/tokenize", request, "tokens"))["tokens"]
-        return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
+    async def expectations(self, expected: Mapping[str, str]) -> Reference:
+        """Return what the model expects in place of each token of some texts."""
+        pairs = self._expected(expected)
+        return tuple([one for pair in pairs for one in await self._texts.distributions(*pair)])
+
+    def _expected(self, expected: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Return each prompt, as the server reads it, with its text."""
+        asked = zip(self._workload.prompts, self._prompts, strict=True)
+        return [(whole, text) for prompt, whole in asked if (text := expected.get(prompt))]
 
     async def _filled(self, prompt: str) -> str:
         """Repeat a prompt until it is as long as the workload wants, or the context allows."""
         workload = self._workload
         if not workload.fill:
             return prompt
-        once, twice = [len(await self._tokens(t)) for t in (prompt, f"{prompt} {prompt}")]
-        size, templated = twice - once, len(await self._tokens(await self._templated(prompt)))
+        once, twice = [len(await self._texts.tokens(t)) for t in (prompt, f"{prompt} {prompt}")]
+        size, templated = twice - once, len(await self._texts.tokens(await self._templated(prompt)))
         if size < 1:  # a build without pieces, or a model without a vocabulary
             return prompt
         room = (self.context or 0) // workload.levels[-1] - workload.max_tokens - (templated - size)
@@ -421,6 +388,7 @@ class _Run:
         own = config.replace(**changes(trial, config, engine.dialect), profile=name, alias=name)
         fingerprint = await run_sync(fingerprint_of, trial.model, config)
         self.row = replace(self.row, fingerprint=fingerprint)
+        reference = await _reference_of(workload, config)
         document = ""
         async with isolated_server(own, folder, on_progress=self._loading) as server:
             self.row = replace(self.row, seconds=TrialSeconds(server.load.total))
@@ -429,23 +397,23 @@ class _Run:
                 began = time.monotonic()
                 await client.warm_up()
                 warm = time.monotonic()
-                measured, answers = await self._ask(client, server)
+                measured, answers = await self._ask(client, server, reference)
                 seconds = TrialSeconds(server.load.total, warm - began, time.monotonic() - warm)
             if workload.record:
                 exchanges = tuple(answer.exchange for answer in answers)
                 record = await describe_run(server.state, server.access, exchanges, workload.seed)
                 document = record.to_json()
-        quality, problem = await run_sync(_judge, workload, measured.answers)
+        judged, problem = await run_sync(_judge, workload, measured.answers)
         self.row = replace(
             self.row,
-            measurement=replace(measured, quality=quality, machine_load=busy / 100),
+            measurement=replace(measured, **judged, machine_load=busy / 100),
             document=document,
             seconds=seconds,
             reason=problem or _queued(workload.levels[-1], client.slots),
         )
 
     async def _ask(
-        self, client: BenchmarkClient, server: IsolatedServer
+        self, client: BenchmarkClient, server: IsolatedServer, reference: Reference
     ) -> tuple[Measurement, tuple[Answer, ...]]:
         speeds = []
         first: tuple[Answer, ...] = ()
@@ -457,10 +425,8 @@ class _Run:
             speeds.append(replace(speed, memory=server.memory, gpu_memory=server.gpu_memory))
             first = first or answers
         noise = await noise_since(before, pid)
-        perplexity = bits = None
-        if isinstance(self._workload.quality, Perplexity):
-            perplexity, bits = await client.surprise(self._workload.quality)
-            await server.sample_memory()
+        scores = await client.scores(reference)
+        await server.sample_memory()
         texts = {answer.times.prompt: answer.exchange.output for answer in first}
         measured = Measurement(
             load=server.load,
@@ -469,8 +435,7 @@ class _Run:
             gpu_memory=server.gpu_memory,
             context=client.context,
             answers=tuple(texts[index] for index in sorted(texts)),
-            perplexity=perplexity,
-            bits_per_character=bits,
+            **scores,
             slots=client.slots,
             noise=noise,
         )
@@ -494,16 +459,40 @@ class _Run:
         )
 
 
-def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[float | None, str]:
-    """Return the user's mean score of the answers, and what is wrong with the scoring."""
+async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
+    """Return what the reference of a divergence expects; nothing where none is measured."""
     quality = workload.quality
-    if quality is None or isinstance(quality, Perplexity):
-        return None, ""
+    if not isinstance(quality, Divergence):
+        return ()
+    model = await run_sync(fingerprint_of, quality.reference, config)
+    key = model, workload.prompts, workload.chat, workload.fill, *quality.expected.items()
+    if key not in _references:
+        own = config.replace(model=quality.reference, profile="reference", alias="reference")
+        async with isolated_server(own) as server, server.access.async_http() as http:
+            client = BenchmarkClient(http, workload, {})
+            await client.warm_up()
+            _references[key] = await client.expectations(quality.expected)
+    return _references[key]
+
+
+def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Return the mean of the user's scores with its interval, and what is wrong with the scoring.
+
+    The interval of 95 % tells how far the mean may be from that over all prompts of this kind.
+    """
+    quality = workload.quality
+    if quality is None or isinstance(quality, Perplexity | Divergence):
+        return {}, ""
     try:
         pairs = zip(workload.prompts, answers, strict=True)
-        return fmean(float(quality(*pair)) for pair in pairs), ""
+        scores = [float(quality(*pair)) for pair in pairs]
+        mean = fmean(scores)
     except Exception as error:  # noqa: BLE001 (whatever a user's function raises)
-        return None, f"quality failed with {error!r}; it must return a number for every answer."
+        return {}, f"quality failed with {error!r}; it must return a number for every answer."
+    yes_or_no = set(scores) <= {0.0, 1.0}
+    interval = proportion_interval(round(sum(scores)), len(scores)) if yes_or_no else None
+    interval = interval or mean_interval(scores)
+    return {"quality": mean, "intervals": {"quality": interval} if interval else {}}, ""
 
 
 def _queued(most: int, slots: int | None) -> str:

@@ -39,10 +39,15 @@ _SPEEDS = (
     "total_tokens_per_second",
     "time_to_first_token",
 )
-_AS_MEASURED = ("context", "slots", "machine_load", "quality", "perplexity", "bits_per_character")
+_AS_MEASURED = (
+    *("context", "slots", "machine_load", "quality", "perplexity", "bits_per_character"),
+    *("kl_divergence", "top_token_agreement"),
+)
+_ENDS = ("low", "high")
 _LEAST = 1e-9  # excess over a bound that is not allowed itself
 _SMALL = re.compile(
-    r"time_(to_first|between)_tokens?\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|perplexity|bits_per_character"
+    r"time_(to_first|between)_tokens?\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|bits_per_character"
+    r"|(perplexity|kl_divergence)(_ci_low|_ci_high)?"
     r"|machine_load|load_during|other_processes|temperature_celsius"
 )
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_(to_first|between)_tokens?\w*|\w*seconds")
@@ -87,6 +92,8 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
         **{name: getattr(measured, name) for name in _AS_MEASURED},
         "seconds": result.seconds.overall,
     }
+    for name, ends in measured.intervals.items():
+        numbers |= {f"{name}_ci_{end}": value for end, value in zip(_ENDS, ends, strict=True)}
     if noise := measured.noise:
         numbers |= {
             "load_during": noise.load,
@@ -152,7 +159,9 @@ def metric_names(workload: Workload) -> frozenset[str]:
     )
     load = LoadSeconds(1.0, 1.0, 1.0)
     noise = Noise(1.0, 1.0, 1.0, 1.0)
-    full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0, noise)
+    scores = ("quality", "perplexity", "kl_divergence", "top_token_agreement")
+    intervals = dict.fromkeys(scores, (1.0, 1.0))
+    full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0, noise, 1.0, 1.0, intervals)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
 
 

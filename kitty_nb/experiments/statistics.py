@@ -121,6 +121,11 @@ def proportion_interval(
     return float(low), float(high)
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Return the interval of a mean, by bootstrap; None of fewer than three values."""
+    return _interval(values, confidence, seed=0) if len(values) >= LEAST_ROUNDS else None
+
+
 def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
     if len(baseline) != len(other):
         raise ExperimentError(
@@ -132,15 +137,15 @@ def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float
     return [math.log(after / before) for before, after in zip(baseline, other, strict=True)]
 
 
-def _interval(logs: Sequence[float], confidence: float, seed: int) -> tuple[float, float]:
+def _interval(values: Sequence[float], confidence: float, seed: int) -> tuple[float, float]:
     """The interval of a mean: the wider of Student's and the bootstrap's at either end."""
-    stats, rounds = extra("scipy.stats"), len(logs)
+    stats, rounds = extra("scipy.stats"), len(values)
     numpy = extra("numpy")
-    error = stats.sem(logs)
-    mean, quantile = math.fsum(logs) / rounds, stats.t.ppf((1 + confidence) / 2, rounds - 1)
+    error = stats.sem(values)
+    mean, quantile = math.fsum(values) / rounds, stats.t.ppf((1 + confidence) / 2, rounds - 1)
     level = 1 - 2 * stats.norm.sf(quantile * math.sqrt(rounds / (rounds - 1)))
     found = stats.bootstrap(
-        (logs,),
+        (values,),
         numpy.mean,
         n_resamples=_RESAMPLES,
         confidence_level=level,

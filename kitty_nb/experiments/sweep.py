@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from kitty_nb.experiments.space import Skip
-    from kitty_nb.experiments.trial import Execute, Perplexity, Quality, Trial, TrialResult
+    from kitty_nb.experiments.trial import Execute, Quality, Trial, TrialResult
     from kitty_nb.isolated_server import LoadProgress
     from kitty_nb.operation import Operation
 
@@ -117,7 +117,7 @@ class Sweep(TrialRunner):
         config: ServerConfig | None = None,
         configs: Iterable[ServerConfig | Mapping[str, Any]] | None = None,
         skip: Skip | None = None,
-        quality: Quality | Perplexity | None = None,
+        quality: Quality | None = None,
         chat: bool = True,
         record: bool = False,
         requests: int = 0,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
 
-Quality = Callable[[str, str], float]
 # The attributes that tell functions, methods, partials, wrappers and callable objects apart.
 _PARTS = (
     *("__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__"),
@@ -106,6 +105,28 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far a model's expectations are from those of a reference, over the tokens of given texts.
+
+    `kl_divergence` is the mean Kullback-Leibler divergence from the reference, in nats: 0 where
+    quantization has changed nothing. `top_token_agreement` is the share of tokens where both find
+    the same one likeliest. Each server tells of its 4,096 likeliest tokens, and all others count as
+    one, so a divergence over the whole vocabulary may be a few percent larger.
+
+    Attributes:
+        reference: The file of the model to compare with, of the same family and with little or no
+            quantization; it runs once, with the sweep's own settings, before the first trial.
+        expected: The text for each prompt. Prompts without one do not count.
+    """
+
+    reference: str
+    expected: Mapping[str, str]
+
+
+Quality = Callable[[str, str], float] | Perplexity | Divergence
+
+
+@dataclass(frozen=True)
 class Workload:
     """The requests with which a server is measured.
 
@@ -129,7 +150,7 @@ class Workload:
     parallel: tuple[int, ...] = (1,)
     seed: int = 0
     chat: bool = True
-    quality: Quality | Perplexity | None = None
+    quality: Quality | None = None
     record: bool = False
     fill: int = 0
     at_least: int = 0
@@ -139,7 +160,7 @@ class Workload:
         cls,
         prompts: str | Iterable[str],
         parallel: int | Iterable[int],
-        quality: Quality | Perplexity | None,
+        quality: Quality | None,
         **more: Any,
     ) -> Workload:
         """Make a workload from one prompt or several, and one number or several."""
@@ -195,13 +216,17 @@ class Workload:
                 for prompt in (p for p in dict.fromkeys(self.prompts) if p not in expected):
                     fix = "Give ExactMatch the right answer to each prompt."
                     yield Problem("quality", prompt, "ExactMatch lacks this prompt.", fix)
-            case Perplexity(expected):
+            case Perplexity(expected) | Divergence(_, expected):
                 if not any(expected.get(prompt) for prompt in self.prompts):
-                    fix = "Give Perplexity the text to a prompt, spelled as in prompts=[…]."
-                    reason = "Perplexity has a text for none of the prompts."
+                    kind = type(self.quality).__name__
+                    fix = f"Give {kind} the text to a prompt, spelled as in prompts=[…]."
+                    reason = f"{kind} has a text for none of the prompts."
                     yield Problem("quality", "", reason, fix)
             case quality if quality is not None and not callable(quality):
-                fix = "Use ExactMatch({prompt: answer}), Perplexity({prompt: text}) or a function."
+                fix = (
+                    "Use ExactMatch({prompt: answer}), Perplexity({prompt: text}),"
+                    " Divergence(model, {prompt: text}) or a function."
+                )
                 yield Problem("quality", repr(quality), "It measures nothing.", fix)
 
 
@@ -288,6 +313,9 @@ class Measurement:
         machine_load: Share of the processors that was busy before the server was started.
         noise: The state of the machine during the requests; None where they were too
             short to tell.
+        kl_divergence: From the reference, in nats; None unless asked for.
+        top_token_agreement: Share of tokens where the reference finds the same one likeliest.
+        intervals: Of quality, perplexity, divergence and agreement, with 95 % confidence.
     """
 
     load: LoadSeconds
@@ -302,6 +330,9 @@ class Measurement:
     slots: int | None = None
     machine_load: float | None = None
     noise: Noise | None = None
+    kl_divergence: float | None = None
+    top_token_agreement: float | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +524,7 @@ there, and ends the sweep.
 """
 
 
-def identity(quality: Quality | Perplexity | None) -> str:
+def identity(quality: Quality | None) -> str:
     """Name a measure of quality, the same in every process.
 
     A function is known by its code and by the values bound to it, so that one that was edited is
@@ -502,7 +533,7 @@ def identity(quality: Quality | Perplexity | None) -> str:
     match quality:
         case None:
             return ""
-        case ExactMatch() | Perplexity():
+        case ExactMatch() | Perplexity() | Divergence():
             return repr(quality)
     text = repr(_plain(quality))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

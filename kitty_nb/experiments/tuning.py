@@ -127,7 +127,7 @@ def tune(
     parallel: int | Iterable[int] = 1,
     max_tokens: int = 64,
     config: ServerConfig | None = None,
-    quality: Quality | Perplexity | None = None,
+    quality: Quality | None = None,
     chat: bool = True,
     record: bool = False,
     requests: int = 0,

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from traitlets import Unicode
 
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments import Combination, Outcome, Perplexity, Results, Sweep
+from kitty_nb.experiments import Combination, Divergence, Outcome, Perplexity, Results, Sweep
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.space import FIELDS
 from kitty_nb.experiments.trial import RequestAnswered, SweepEnded, SweepEvent, TrialProgressed
@@ -441,6 +441,8 @@ def columns(workload: Workload) -> dict[str, str]:
     chosen["memory_gib"] = "Peak memory"
     if isinstance(workload.quality, Perplexity):
         chosen |= {"perplexity": "Perplexity", "bits_per_character": "Bits per character"}
+    elif isinstance(workload.quality, Divergence):
+        chosen |= {"kl_divergence": "KL divergence", "top_token_agreement": "Same top token"}
     elif workload.quality is not None:
         chosen["quality"] = "Quality"
     return chosen
