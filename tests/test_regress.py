@@ -132,6 +132,16 @@ def test_an_answer_that_is_not_as_recorded_is_a_note_and_no_regression(
     assert found.notes == ("answer 1 of record 1 is not as recorded any more",)
 
 
+def test_answers_alone_can_be_compared(
+    config: ServerConfig, record: RunRecord, build: Build
+) -> None:
+    found = compared(record, build("same"), config=config, rounds=3, prompt=0)
+    assert (found.builds[0].speeds, found.regressed) == ({}, False)
+    engine = build("broken", "--no-such-flag")
+    with pytest.raises(ExperimentError, match=r"The engine in use serves no record: .*no-such-fl"):
+        compared(record, engine, config=config.replace(binary=engine), rounds=3)
+
+
 def test_there_must_be_something_to_compare(config: ServerConfig, record: RunRecord) -> None:
     for records, engines in (([], ["a"]), ([record], [])):
         with pytest.raises(ExperimentError, match="one record or more, and one engine"):

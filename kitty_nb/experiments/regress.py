@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _PROGRAMS = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _LONG_ENOUGH = 0.5  # seconds
+_SMALL = 512  # tokens of context, where a build does not tell it
 _SHOWN = 40  # characters of an answer
 _IN_USE = "in use"
 
@@ -234,8 +235,8 @@ class _Job:
                 [self._here.binary, self._here.binary, *programs],
                 [_IN_USE, _IN_USE, *map(str, engines)],
             )
-            if first.problem:
-                raise ExperimentError(f"The engine in use serves no record: {first.problem}")
+            if problem := first.problem or again.problem:
+                raise ExperimentError(f"The engine in use serves no record: {problem}")
             versions = [await _version(program) for program in programs]
         notes = []
         for (record, number), answer in first.answers.items():
@@ -315,7 +316,7 @@ class _Job:
 
     async def _fitting(self, http: httpx.AsyncClient) -> list[BenchTest]:
         said = (await props(http)).get("default_generation_settings", {}).get("n_ctx")
-        room = int(said or max(test.context for test in self._tests)) // 2 - 2
+        room = (int(said) if said else _SMALL) // 2 - 2
         return [
             replace(test, prompt=min(test.prompt, room), answer=min(test.answer, room))
             for test in self._tests
