@@ -33,6 +33,7 @@ def test_every_depth_has_a_row_for_prompt_and_answer(config: ServerConfig) -> No
         mine <= own for row in table.rows for mine, own in zip(row.clock, row.speeds, strict=True)
     )
     assert [(one.done, one.total) for one in seen] == [(done, 8) for done in range(8)]
+    assert "unknown" not in table.build
     frame = table.frame
     assert list(frame["depth"]) == [0, 0, 128, 128]
     assert frame["tokens_per_second"].tolist() == [row.mean for row in table.rows]

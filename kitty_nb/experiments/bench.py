@@ -476,7 +476,9 @@ async def _describe(
         if value := value_of(config.extra_args, flags):
             settings[name] = value
     number, _, commit = str(said.get("build_info", "")).partition("-")
-    build = f"{commit or 'unknown'} ({number.lstrip('b')})"
+    build = f"{commit} ({number.lstrip('b')})"
+    if commit in {"", "unknown"}:  # as a wheel's says
+        build = (await locate_engine(config.binary)).version
     return BenchTable(
         model=" ".join(filter(None, words)) or config.require_model().stem,
         size=meta.get("size") or 0,
