@@ -62,8 +62,11 @@ async def _compare(config: ServerConfig, guidellm: Path, folder: Path) -> None:
         async def ask_on() -> None:
             ask = {"prompts": _PROMPT, "requests": 5, "max_tokens": _TOKENS}
             while True:
-                test = await load_test(access=access, concurrency=1, **ask)  # type: ignore[arg-type]
-                ours.extend(test.loads[0].requests)
+                test = load_test(access=access, concurrency=1, **ask)  # type: ignore[arg-type]
+                try:
+                    ours.extend((await test).loads[0].requests)
+                finally:
+                    test.cancel()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask_on)

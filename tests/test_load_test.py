@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -85,16 +86,21 @@ def test_closed_and_open_loads_on_a_server_of_its_own(base: ServerConfig) -> Non
 
 def test_waiting_for_a_slot_counts_in_the_time_to_first_token(base: ServerConfig) -> None:
     config = base.replace(parallel=1)
-    ask = load_test(config=config, concurrency=(1, 4), requests=12, max_tokens=64)
-    # In answers, as long as they took then: one of four requests has the slot, three wait for it.
+    test = load_test(config=config, concurrency=(1, 4), requests=12, max_tokens=64).wait(WAIT)
+    # One of four has the slot: the answers to three others end before the first token of its own.
     waited = [
-        median(one.time_to_first_token for one in load.requests)
-        / median(one.seconds - one.time_to_first_token for one in load.requests)
-        for load in ask.wait(WAIT).loads
+        median(
+            sum(
+                one.sent < other.sent + other.seconds < one.sent + one.time_to_first_token
+                for other in load.requests
+            )
+            for one in load.requests
+        )
+        for load in test.loads
     ]
     alone, queued = waited
-    assert alone < 1
-    assert queued > 2
+    assert alone == 0
+    assert queued >= 2  # the end of the third and the first token arrive at about the same time
 
 
 def test_the_highest_rate_that_keeps_a_limit(base: ServerConfig) -> None:
@@ -171,6 +177,29 @@ def test_a_load_test_in_a_terminal(config: ServerConfig, tmp_path: Path) -> None
     assert run(*words, "--running").exit_code == 3
     refused = run(*words, "--limit", "time_to_first_token_p90 <= 2")
     assert (refused.exit_code, refused.stderr.count("Write requests=10.")) == (1, 1)
+
+
+def test_a_server_that_ends_meanwhile_is_told_in_a_sentence(base: ServerConfig) -> None:
+    async def main() -> None:
+        async with Supervisor(base) as supervisor:
+            state = await supervisor.start()
+            access = Access(state.endpoint, supervisor.api_key)
+            first = anyio.Event()
+            loop = asyncio.get_running_loop()
+            test = load_test(
+                access=access,
+                concurrency=(1, 2),
+                requests=40,
+                max_tokens=64,
+                on_load=lambda _: loop.call_soon_threadsafe(first.set),
+            )
+            with anyio.fail_after(WAIT):
+                await first.wait()
+            await supervisor.stop(force=True)
+            with pytest.raises(ExperimentError, match="ended early"):
+                await test
+
+    anyio.run(main)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.client.protocol import broken_off
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.extras import extra
@@ -350,7 +352,10 @@ async def _server(
 ) -> AsyncGenerator[Access]:
     """The server to ask: one that runs, or one that ends with this."""
     if access:
-        yield access
+        try:
+            yield access
+        except httpx.HTTPError as error:
+            raise ExperimentError(broken_off(error)) from error
         return
     if model is not None:
         config = config.replace(model=model, allow_absolute_paths=True)
