@@ -19,6 +19,7 @@ from kitty_nb.experiments.statistics import (
     own_spread,
     proportion_interval,
 )
+from kitty_nb.experiments.suite import Suite
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (
     Divergence,
@@ -53,6 +54,7 @@ __all__ = [
     "Results",
     "ResultsComparison",
     "RunRecord",
+    "Suite",
     "Sweep",
     "SweepProgress",
     "Trial",

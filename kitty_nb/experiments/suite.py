@@ -1,0 +1,195 @@
+"""A small suite of tasks with right answers, made from a seed: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+_SANDBOX = Path(__file__).with_name("sandbox.py")
+_SECONDS = 5.0  # for the process that runs a model's code, which has less of the processor
+_NUMBER = re.compile(r"-?\d[\d,]*")
+_OBJECT = re.compile(r"\{[^{}]*\}")
+_CODE = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
+_NAMES = ("Ada", "Bruno", "Chiara", "Dmitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jamal")
+_CITIES = ("Lisbon", "Oslo", "Kyoto", "Quito", "Accra", "Perth", "Hanoi", "Turin", "Izmir", "Lima")
+_THINGS = ("lamps", "chairs", "bicycles", "kettles", "umbrellas", "violins", "ladders", "clocks")
+_DEPTHS = (0.1, 0.5, 0.9)  # of the needle, as a share of the text
+_FILLER = 40  # sentences around the needle
+
+
+class Kind(StrEnum):
+    """The kinds of tasks."""
+
+    ARITHMETIC = "arithmetic"
+    EXTRACTION = "extraction"
+    CODE = "code"
+    NEEDLE = "needle"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and what tells whether an answer is right.
+
+    Attributes:
+        kind: Its kind, which says how answers are judged.
+        prompt: The question.
+        expected: The right answer; of code the cases that it must satisfy, as JSON.
+    """
+
+    kind: Kind
+    prompt: str
+    expected: str
+
+    def solved_by(self, answer: str) -> bool:
+        """Tell whether an answer is right. It blocks: code is run in a process of its own."""
+        match self.kind:
+            case Kind.ARITHMETIC:
+                numbers = _NUMBER.findall(answer)
+                return bool(numbers) and numbers[-1].replace(",", "") == self.expected
+            case Kind.EXTRACTION:
+                return json.loads(self.expected) in map(_parsed, _OBJECT.findall(answer))
+            case Kind.CODE:
+                code = _CODE.search(answer)
+                return _runs(code[1] if code else answer, json.loads(self.expected))
+            case Kind.NEEDLE:
+                return self.expected in answer
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks as the prompts of a sweep, and as its measure of quality: the share that is solved.
+
+    `Sweep(prompts=suite.prompts, quality=suite, max_tokens=256)`
+
+    Attributes:
+        tasks: The tasks.
+    """
+
+    tasks: tuple[Task, ...]
+
+    @classmethod
+    def standard(cls, seed: int = 0, each: int = 5, kinds: Iterable[str] = tuple(Kind)) -> Suite:
+        """Make tasks of several kinds; the same seed makes the same ones everywhere.
+
+        Args:
+            seed: The seed.
+            each: The number of tasks of each kind.
+            kinds: The kinds: arithmetic, extraction, code, needle.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        made: list[Task] = []
+        for kind in map(Kind, kinds):
+            tasks = _MAKERS[kind](Random(f"{kind} {seed}"))  # noqa: S311 (no secret)
+            made += [next(tasks) for _ in range(each)]
+        return cls(tuple(made))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The questions."""
+        return tuple(task.prompt for task in self.tasks)
+
+    def __call__(self, prompt: str, answer: str) -> float:
+        """Judge an answer: 1 where it is right, else 0."""
+        task = next(one for one in self.tasks if one.prompt == prompt)
+        return float(task.solved_by(answer))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _runs(code: str, cases: list[Any]) -> bool:
+    """Tell whether code satisfies the cases, in a process without our environment."""
+    with TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", _SANDBOX],
+                input=json.dumps([code, cases]).encode(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={},
+                timeout=_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0
+
+
+def _arithmetic(chance: Random) -> Iterator[Task]:
+    seen = set()
+    while True:
+        a, b, c = chance.randint(12, 99), chance.randint(12, 99), chance.randint(2, 9)
+        if (a, b, c) not in seen:
+            seen.add((a, b, c))
+            prompt = f"What is {a} + {b} * {c}? Answer with the number only."
+            yield Task(Kind.ARITHMETIC, prompt, str(a + b * c))
+
+
+def _extraction(chance: Random) -> Iterator[Task]:
+    while True:
+        facts = {
+            "name": chance.choice(_NAMES),
+            "city": chance.choice(_CITIES),
+            "amount": chance.randint(100, 999),
+            "item": chance.choice(_THINGS),
+        }
+        prompt = (
+            f"Yesterday {facts['name']} from {facts['city']} ordered {facts['amount']}"
+            f" {facts['item']}, and asked for an invoice. Answer only with a JSON object that has"
+            " the keys name, city, amount (a number) and item."
+        )
+        yield Task(Kind.EXTRACTION, prompt, json.dumps(facts))
+
+
+def _code(chance: Random) -> Iterator[Task]:
+    while True:
+        factor, least = chance.randint(2, 9), chance.randint(10, 99)
+        prompt = (
+            f"Write a Python function f(numbers) that returns the sum of those numbers in a list"
+            f" that are divisible by {factor} and greater than {least}. Answer with the code only."
+        )
+        lists = [[chance.randint(0, 200) for _ in range(8)] for _ in range(4)]
+        cases = [
+            [[one], sum(n for n in one if n % factor == 0 and n > least)] for one in [[], *lists]
+        ]
+        yield Task(Kind.CODE, prompt, json.dumps(cases))
+
+
+def _needle(chance: Random) -> Iterator[Task]:
+    while True:
+        for depth in _DEPTHS:
+            city, code = chance.choice(_CITIES), str(chance.randint(10_000, 99_999))
+            lines = [
+                f"{chance.choice(_NAMES)} sold {chance.randint(2, 90)} {chance.choice(_THINGS)} in"
+                f" {chance.choice(_CITIES)}."
+                for _ in range(_FILLER)
+            ]
+            lines.insert(round(depth * _FILLER), f"The code of the depot in {city} is {code}.")
+            question = f"What is the code of the depot in {city}? Answer with the number only."
+            yield Task(Kind.NEEDLE, f"{' '.join(lines)}\n\n{question}", code)
+
+
+_MAKERS: dict[Kind, Callable[[Random], Iterator[Task]]] = {
+    Kind.ARITHMETIC: _arithmetic,
+    Kind.EXTRACTION: _extraction,
+    Kind.CODE: _code,
+    Kind.NEEDLE: _needle,
+}
