@@ -12,6 +12,7 @@ from kitty_nb.experiments.recording import record_run, replay
 from kitty_nb.experiments.regress import Regression, regress
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.run_record import Comparison, Exchange, Request, RunRecord, compare
+from kitty_nb.experiments.search_run import TuneResult
 from kitty_nb.experiments.statistics import (
     Difference,
     Verdict,
@@ -32,7 +33,7 @@ from kitty_nb.experiments.trial import (
     TrialResult,
     Workload,
 )
-from kitty_nb.experiments.tuning import TuneResult, tune
+from kitty_nb.experiments.tuning import tune
 
 __all__ = [
     "Bench",

@@ -15,10 +15,10 @@ from kitty_nb.experiments.combination import choose
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import Constraint
 from kitty_nb.experiments.results import Results
+from kitty_nb.experiments.search_run import TuneResult, Tuning
 from kitty_nb.experiments.space import in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict
 from kitty_nb.experiments.trial import Trial
-from kitty_nb.experiments.tuning import TuneResult, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -2,111 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
-from statistics import median
 from typing import TYPE_CHECKING, Any
-
-import anyio
-import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments import target as targets
 from kitty_nb.experiments.extras import extra
-from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.metrics import (
     OBJECTIVE,
     constraints_of,
     metric_names,
-    partial_metrics,
     read_objective,
 )
-from kitty_nb.experiments.runner import TrialRunner
+from kitty_nb.experiments.search_run import TuneResult, Tuning
 from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import (
     DEFAULT_PROMPT,
-    Outcome,
     Perplexity,
-    TrialProgressed,
     TrialResult,
-    TrialSeconds,
     Workload,
 )
-from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    import optuna
-
-    from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.results import Results
-    from kitty_nb.experiments.study import Search
-    from kitty_nb.experiments.target import Proof
     from kitty_nb.experiments.trial import (
-        Execute,
-        OnProgress,
         Quality,
         SweepEvent,
-        Trial,
     )
     from kitty_nb.operation import Operation
-
-_PATIENCE = 4.0  # times as long as others a trial may take
-
-
-@dataclass(frozen=True, repr=False)
-class TuneResult:
-    """The outcome of a search.
-
-    Attributes:
-        best: The best combination that keeps all constraints; see `Results.best`.
-        value: Its objective: the median of its measurements.
-        objective: The objective's name.
-        results: All rows, for tables and plots.
-        study: Optuna's study, for its own plots and importances.
-        proof: What repeated measurements say, where there was a target.
-    """
-
-    best: Combination
-    value: float
-    objective: str
-    results: Results
-    study: optuna.Study = field(compare=False)
-    proof: Proof | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The best settings by name."""
-        return dict(self.best.trial.settings)
-
-    @property
-    def summary(self) -> str:
-        """The result and the number of trials, in a sentence or two."""
-        rows = self.results.rows
-        ends = Counter(row.outcome.value for row in rows)
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
-        doubt = f" It is {self.best.doubt}." if self.best.doubt else ""
-        return (
-            f"{self.objective} {self.value:.4g} with {self.best.trial.label}. That is the best of"
-            f" {len(self.results.combinations)} combinations in {len(rows)} trials ({counts})."
-            f"{doubt}{f' {self.proof}' if self.proof else ''}"
-        )
-
-    def __repr__(self) -> str:
-        return f"TuneResult({self.summary})"
-
-    def env_lines(self, profile: str | None = None) -> str:
-        """Return the lines to paste into `.env` so that a profile is served like the best.
-
-        Args:
-            profile: Without it that of `config`.
-        """
-        return self.best.env_lines(profile)
 
 
 def tune(
@@ -189,7 +115,6 @@ def tune(
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
     extra("optuna")
-    from kitty_nb.experiments import target as targets  # noqa: PLC0415 (it imports this)
     from kitty_nb.experiments.study import Search, default_space, read_space  # noqa: PLC0415 (of an extra)
 
     warnings = () if config else env_warnings(".env", "primary")
@@ -233,95 +158,3 @@ def tune(
         run = targets.TargetTuning(goal=goal, reference=reference, **common)
     run.subscribe(on_event)
     return run.start()
-
-
-class Tuning(TrialRunner):
-    """A search under way: each trial is asked for when the one before it has its row."""
-
-    def __init__(
-        self, *, search: Search, budget: int, seconds: float | None, **common: Any
-    ) -> None:
-        super().__init__(**common)
-        self._search = search
-        self._budget = budget
-        self._seconds = seconds
-
-    def start(self) -> Operation[TuneResult]:
-        """Search in a thread of its own."""
-        return self._start(self._find, "kitty_nb tune")
-
-    async def _find(self) -> TuneResult:
-        await self._controlled(self._run)
-        search, results = self._search, self._search.results
-        results = replace(results, workload=self.workload)
-        await self._write_requests(results)
-        best, name = results.choose(search.objective, search.bounds), search.objective.name
-        return TuneResult(best, best.metrics[name].median, name, results, search.study)
-
-    async def _run(self) -> None:
-        models = self._search.models
-        await self._check_flags(map(self._search.samples, self._search.space))
-        await anyio.to_thread.run_sync(
-            partial(fingerprints_here, models, self.config, must_exist=True)
-        )
-        await self._kept.add()  # creates the file, so that an unusable one shows first
-        self._resume(await anyio.to_thread.run_sync(self._rows_of, models))
-        async with this_machine(self.config, self.workload, self._logs) as execute:
-            await self._carry_out(self._plan(), execute)
-
-    def _resume(self, rows: list[TrialResult]) -> None:
-        self._search.resume(rows)
-
-    def _plan(self) -> Iterator[Trial]:
-        began, search = time.monotonic(), self._search
-        while len(search.rows) < self._budget:
-            late = self._seconds is not None and time.monotonic() - began > self._seconds
-            trial = None if late and search.rows else search.ask()
-            if trial is None:
-                return
-            yield trial
-            search.tell(self._rows[trial.key])
-
-    async def _measure(
-        self, trial: Trial, execute: Execute, on_progress: OnProgress
-    ) -> TrialResult:
-        """Return the trial's row; it is pruned where it cannot win any more."""
-        if trial.repeat > 1:
-            return await super()._measure(trial, execute, on_progress)
-        name, usual = self._search.objective.name, self._search.usual_seconds
-        sofar: list[float] = []
-        why = ""
-
-        def watch(event: SweepEvent) -> None:
-            nonlocal why
-            on_progress(event)
-            found = partial_metrics(event, self.workload.levels[0])
-            if name not in found or why:
-                return
-            if isinstance(event, TrialProgressed):
-                sofar.clear()  # of a load's time so far the latest counts
-            sofar.append(found[name])
-            why = self._search.prune_reason(median(sofar))
-            if why:
-                scope.cancel()
-
-        began = time.monotonic()
-        row: TrialResult | None = None
-        with anyio.CancelScope() as scope:
-            if self._search.objective.tells_speed and usual:
-                scope.deadline = anyio.current_time() + _PATIENCE * usual
-            row = await super()._measure(trial, execute, watch)
-        if row:
-            return row
-        passed = time.monotonic() - began
-        here = await anyio.to_thread.run_sync(fingerprints_here, [trial.model], self.config)
-        late = f"its {name} was still missing after {passed:.1f} s, far longer than usual."
-        return TrialResult(
-            trial,
-            Outcome.PRUNED,
-            f"Pruned: {why or late}",
-            seconds=TrialSeconds(overall=passed),
-            host=this_host(),
-            at=time.time(),
-            fingerprint=here.get(trial.model),
-        )
