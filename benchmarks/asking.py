@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
 
 _RUNS, _TOKENS = 15, 96
-_TEXTS = [f"Note {number}: the cat slept on the warm stone." for number in range(1000)]
+_TEXTS = [f"Note {number}: a cat sat." for number in range(1000)]
 _EMBED_RUNS = 2
 _FEW = 64  # of them to choose the loop by
 _LOOPS = ((16, 1), (32, 2), (64, 2), (32, 4))  # texts in a request, connections
