@@ -542,6 +542,7 @@ def test_a_narrow_panel_shows_what_is_chosen_and_no_idle_scrollbar(
         assert row.evaluate("row => getComputedStyle(row).overflowY") == "visible"
 
 
+@pytest.mark.slow
 def test_a_failure_is_explained_in_the_panel(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:

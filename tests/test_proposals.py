@@ -32,9 +32,10 @@ from kitty_nb.experiments.trial import (
     Speed,
     Trial,
     TrialResult,
+    Workload,
 )
 
-NAMES = metric_names((1, 4))
+NAMES = metric_names(Workload(parallel=(1, 4)))
 RATE = read_objective("generation_tokens_per_second", NAMES)
 SPACE: Space = {
     "threads": Values((1, 2, 4, 8)),
@@ -68,7 +69,7 @@ def rate_of(settings: tuple[tuple[str, Any], ...]) -> float:
 
 def search_of(base: ServerConfig, space: Space = SPACE, seed: int = 0, **more: Any) -> Search:
     given = {"objective": RATE, "bounds": (), "config": base, "seed": seed}
-    return Search(MODEL, space, **(given | more))
+    return Search((MODEL,), space, **(given | more))
 
 
 def searched(search: Search, budget: int, measure: Callable[[Trial], TrialResult]) -> Search:
@@ -228,7 +229,7 @@ Read = Callable[..., Space]
 @pytest.fixture
 def read(base: ServerConfig) -> Read:
     def do(space: Any, constraints: Any = None, config: ServerConfig = base) -> Space:
-        return read_space("m.gguf", config, space, constraints_of(constraints), NAMES)[1]
+        return read_space(["m.gguf"], config, space, constraints_of(constraints), NAMES)[1]
 
     return do
 
@@ -294,7 +295,7 @@ def test_what_cannot_be_searched_is_refused(
 def test_the_usual_space_has_the_threads_of_this_machine(tmp_path: Path) -> None:
     model = write_demo_model(tmp_path / "demo.gguf")
     config = ServerConfig(models_dir=tmp_path, model=model)
-    name, space = read_space(None, config, None, (), NAMES)
+    (name,), space = read_space([], config, None, (), NAMES)
     assert name == "demo.gguf"
     threads = space["threads"]
     assert isinstance(threads, Values)

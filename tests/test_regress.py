@@ -96,6 +96,7 @@ def test_a_build_that_cannot_serve_says_why(
     assert "gone" in found.builds[1].problem
 
 
+@pytest.mark.slow
 def test_an_environment_stands_for_the_engine_in_it(
     config: ServerConfig, record: RunRecord
 ) -> None:
@@ -107,6 +108,7 @@ def test_an_environment_stands_for_the_engine_in_it(
         assert set(found.speeds) == {"pp192"}
 
 
+@pytest.mark.slow
 def test_a_bisection_finds_the_first_bad_build_with_few_tries(
     config: ServerConfig, record: RunRecord, build: Build
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_bisection_finds_the_first_bad_build_with_few_tries(
         assert (fine.first_bad, len(fine.builds)) == (None, 1)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_as_recorded_is_a_note_and_no_regression(
     config: ServerConfig, record: RunRecord, build: Build
 ) -> None:
@@ -132,6 +135,7 @@ def test_an_answer_that_is_not_as_recorded_is_a_note_and_no_regression(
     assert found.notes == ("answer 1 of record 1 is not as recorded any more",)
 
 
+@pytest.mark.slow
 def test_answers_alone_can_be_compared(
     config: ServerConfig, record: RunRecord, build: Build
 ) -> None:
@@ -152,6 +156,7 @@ def test_there_must_be_something_to_compare(config: ServerConfig, record: RunRec
         regress(["gone.json"], ["a"], config=config)
 
 
+@pytest.mark.slow
 def test_the_terminal_ends_with_1_if_a_build_regresses(
     config: ServerConfig, record: RunRecord, build: Build, tmp_path: Path
 ) -> None:

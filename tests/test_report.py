@@ -104,6 +104,7 @@ def test_the_code_in_a_report_makes_the_same_sweep(
         assert max(trial.repeat for trial in sweep.trials) == 3
 
 
+@pytest.mark.slow
 def test_a_report_of_a_model_that_is_elsewhere_says_so(results: Results, tmp_path: Path) -> None:
     away = replace(results, config=ServerConfig(models_dir=tmp_path), workload=None)
     page = away.report(tmp_path / "out.html").read_text()

@@ -123,6 +123,7 @@ def test_nineteen_of_twenty_reruns_reach_what_is_foretold() -> None:
     assert 0.92 <= np.mean(kept) <= 0.98
 
 
+@pytest.mark.slow
 def test_the_cheapest_that_reaches_the_target_is_proved(search: Search) -> None:
     goal = {"quality_loss": "<= 100000 %", "memory": "<= 20 GB"}
     found = search(**goal).wait(WAIT)

@@ -85,6 +85,7 @@ def test_an_image_is_answered(seeing: ServerConfig, engine: Path | None, tmp_pat
         assert manager.http.get("/props").json()["modalities"]["vision"] is False
 
 
+@pytest.mark.slow
 def test_the_real_model_sees_by_a_projector_of_its_width(
     real_config: ServerConfig, tmp_path: Path
 ) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from kitty_nb.supervisor.events import LoadProgress, Stage
-from kitty_nb.supervisor.process import AT_WORK
-
-if TYPE_CHECKING:
-    from kitty_nb.supervisor.process import Usage
+from kitty_nb.supervisor.process import AT_WORK, Usage
 
 
 class Basis(StrEnum):
@@ -83,6 +79,7 @@ _STEPS = 16
 _SHORTEST, _STARTING, _LONGEST = 0.005, 0.02, 0.6
 # Processor time is looked at over so many seconds: a single health check takes a burst of it.
 _WORKING = 1.0
+_UNSEEN = Usage(0, 0)  # what a process had before, where it was not seen then
 
 
 @dataclass(slots=True)
@@ -116,7 +113,7 @@ class LoadMeter:
     _began: dict[Stage, float] = field(default_factory=dict)
     _flowing: float | None = None
     _measured: float = 0.0
-    _base: Usage | None = None
+    _base: Usage = _UNSEEN
     _worked: tuple[float, float] = (0.0, 0.0)
     _fraction: float = 0.0
     _shown: float = 0.0
@@ -142,7 +139,6 @@ class LoadMeter:
         if self.stage is Stage.STARTING:
             self._base = usage
         else:
-            self._base = self._base or usage
             rise = max(usage.resident - self._base.resident, usage.read - self._base.read)
             self._see(rise, elapsed)
         self._measured = elapsed

@@ -48,7 +48,7 @@ from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
-from kitty_nb.supervisor.process import Usage, oom_kills
+from kitty_nb.supervisor.process import oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
@@ -132,7 +132,7 @@ class Server:
         self._ended = False
         # The load.
         self._began = found.began if found else clock()
-        self._meter = LoadMeter()
+        self._meter, self._foreseen = LoadMeter(), False
         warn = partial(self._notify, level=Level.WARNING)
         self._recorder = LoadRecorder(config, self._meter, warn, whole=found is None)
         self._reporter = LoadReporter(config.health_max_attempts, silent=self._found_ready)
@@ -202,8 +202,6 @@ class Server:
         self._notify(f"Found a running server (PID {self._process.pid}){took}.")
         if self._record.prompts is not None:
             self._make_keeper(self._record.prompts)
-        if not self._found_ready:
-            self._meter.measure(Usage(0, 0), 0.0)  # bytes loaded so far count
         if self._guards:
             self._start_sidecar()
 
@@ -320,13 +318,20 @@ class Server:
     # The load
 
     async def _measure_load(self) -> None:
-        """Learn how long the load should take, then measure it and publish its progress."""
+        """Measure the load, and publish its progress once it is known how long it should take.
+
+        What the process has before its load begins must be measured, however long that takes.
+        """
         if self._found_ready:
             return
-        await self._recorder.forecast()
-        self.work.log.prompt_speed, self.work.log.rest = await self._recorder.prompt_pace()
+        self._tasks.start_soon(self._foresee)
         while not self.was_ready and self._failure is None:  # noqa: ASYNC110 (nothing tells)
             await anyio.sleep(self._measure())
+
+    async def _foresee(self) -> None:
+        await self._recorder.forecast()
+        self._foreseen = True
+        self.work.log.prompt_speed, self.work.log.rest = await self._recorder.prompt_pace()
 
     def _measure(self) -> float:
         """Measure the load; return the seconds until the next time."""
@@ -340,7 +345,8 @@ class Server:
         if self._process and elapsed - self._meter.moved_at > self._config.stall_seconds:
             self._give_up(self._stalled())
         pause = self._meter.pause(elapsed)
-        self._emit(ProgressMade(self._meter.progress(elapsed, pause)))
+        if self._foreseen:
+            self._emit(ProgressMade(self._meter.progress(elapsed, pause)))
         return pause
 
     async def _follow_log(self) -> None:
