@@ -1,9 +1,10 @@
 """What `chat` and `embed` add to raw HTTP.
 
-`python -m benchmarks.asking [--part ask|embed] [--engine PATH] [--model PATH]` asks one server in
+`python -m benchmarks.asking [--part ask|embed] [--texts N] [--engine PATH] [--model PATH]` asks one server in
 turn, by `http.client` and by `manager.chat`, for the same greedy answer; then a server that embeds,
-by the fastest of some loops over `httpx` and by `manager.embed`, for the vectors of 1,000 short
-texts.
+by the fastest of some loops over `httpx` and by `manager.embed`, for the vectors of short texts.
+A model that writes, too, computes the scores of its whole vocabulary for each of their tokens, so
+`--texts 100` does for one.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
 
 _RUNS, _TOKENS = 15, 96
-_TEXTS = [f"Note {number}: a cat sat." for number in range(1000)]
 _EMBED_RUNS = 2
-_FEW = 64  # of them to choose the loop by
+_FEW = 32  # of them to choose the loop by
 _LOOPS = ((16, 1), (32, 2), (64, 2), (32, 4))  # texts in a request, connections
 
 
 def main() -> None:
     """Print the figures."""
     parser = subject_parser(__doc__)
-    parts = {"ask": _ask, "embed": _embed}
-    parser.add_argument("--part", choices=parts, help="measure only this")
+    parser.add_argument("--part", choices=("ask", "embed"), help="measure only this")
+    parser.add_argument("--texts", type=int, default=1000)
     args = parser.parse_args()
+    parts = {"ask": _ask, "embed": partial(_embed, count=args.texts)}
     subject = subject_of(args)
     print(f"{subject}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -92,21 +93,22 @@ def _raw_stream(manager: ModelManager, options: dict[str, Any]) -> Iterable[obje
     connection.close()
 
 
-def _embed(subject: Subject, folder: Path) -> None:
+def _embed(subject: Subject, folder: Path, count: int) -> None:
+    texts = [f"Note {number}: a cat sat." for number in range(count)]
     flags = ("--embedding", "--pooling", "mean")
     settings = {"context_size": 8192, "parallel": 4, "threads": 2, "extra_args": flags}
     with ModelManager(config=subject.config(folder, **settings)) as manager:
         manager.start().wait(300)
-        few = _TEXTS[:_FEW]
+        few = texts[:_FEW]
         size, connections = min(
             _LOOPS, key=lambda loop: _seconds(partial(_raw_embed, manager, few, *loop))
         )
         raw, ours = [], []
         for _ in range(_EMBED_RUNS):
-            raw.append(_seconds(partial(_raw_embed, manager, _TEXTS, size, connections)))
-            ours.append(_seconds(lambda: manager.embed(_TEXTS).wait()))
+            raw.append(_seconds(partial(_raw_embed, manager, texts, size, connections)))
+            ours.append(_seconds(lambda: manager.embed(texts).wait()))
     ratio = statistics.median(our / bare for our, bare in zip(ours, raw, strict=True))
-    print(f"1,000 texts: raw {statistics.median(raw):.2f} s ", end="")
+    print(f"{count:,} texts: raw {statistics.median(raw):.2f} s ", end="")
     print(f"({size} a request, {connections} connections), ", end="")
     print(f"embed {statistics.median(ours):.2f} s, {ratio:.3f} x (median of pairs)")
 

@@ -19,6 +19,7 @@ from kitty_nb.experiments import Divergence, ExactMatch, Outcome, Perplexity, Re
 from kitty_nb.experiments.likelihood import likeness, perplexity_of
 
 WAIT = 120.0
+SHORT = "I am a cat."
 PROMPT, TEXT = "Who are you?", "Hello! I am the kitty, and not the cat."
 
 
@@ -55,7 +56,7 @@ def test_divergence_is_that_over_the_whole_vocabulary(
 ) -> None:
     base = real_config.replace(flash_attention="on", threads=1, context_size=512)
     coarse = {"cache_type_k": "q4_0", "cache_type_v": "q4_0"}
-    divergence = Divergence(str(real_config.model), {PROMPT: TEXT})
+    divergence = Divergence(str(real_config.model), {PROMPT: SHORT})
     results = measure(config=base, configs=[coarse], quality=divergence)
     (row,) = results.frame.to_dict("records")
     flags = ("--cache-type-k", "q4_0", "--cache-type-v", "q4_0")
@@ -91,7 +92,7 @@ async def _expected(config: ServerConfig) -> list[dict[int, float]]:
                 return (await http.post(path, json=body)).json()
 
             before = (await post("/tokenize", content=PROMPT, add_special=True))["tokens"]
-            whole = (await post("/tokenize", content=PROMPT + TEXT, add_special=True))["tokens"]
+            whole = (await post("/tokenize", content=PROMPT + SHORT, add_special=True))["tokens"]
             found = []
             for end in range(len(before), len(whole)):
                 request = {"prompt": whole[:end], "n_predict": 1, "n_probs": 50_000}

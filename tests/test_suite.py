@@ -81,11 +81,11 @@ def test_code_that_does_more_than_compute_is_not_right(line: str) -> None:
 def test_a_real_models_share_of_right_answers_is_measured(
     real_config: ServerConfig, tmp_path: Path
 ) -> None:
-    suite = Suite.standard(each=2)
+    suite = Suite.standard(each=1)
     with Sweep(
         prompts=suite.prompts,
         quality=suite,
-        max_tokens=48,
+        max_tokens=32,
         repeats=1,
         config=real_config.replace(context_size=4096),
         store=tmp_path / "suite.journal",
