@@ -1,10 +1,10 @@
 """What `chat` and `embed` add to raw HTTP.
 
-`python -m benchmarks.asking [--part ask|embed] [--texts N] [--engine PATH] [--model PATH]` asks one server in
-turn, by `http.client` and by `manager.chat`, for the same greedy answer; then a server that embeds,
-by the fastest of some loops over `httpx` and by `manager.embed`, for the vectors of short texts.
-A model that writes, too, computes the scores of its whole vocabulary for each of their tokens, so
-`--texts 100` does for one.
+`python -m benchmarks.asking [--part ask|embed] [--texts N] [--engine PATH] [--model PATH]` asks one
+server in turn, by `http.client` and by `manager.chat`, for the same greedy answer; then a server
+that embeds, by the fastest of some loops over `httpx` and by `manager.embed`, for the vectors of
+short texts. A model that writes, too, computes the scores of its whole vocabulary for each of their
+tokens, so `--texts 100` does for one.
 """
 
 from __future__ import annotations
