@@ -6,6 +6,10 @@ the true ratio is that of the whole series. Each of 100 comparisons is a block o
 blocks overlap, so the counts are not independent. All of it is done alone, and beside a process
 that keeps a core busy.
 
+Two servers of the same settings differ a little for as long as they live: 1.3 % were seen on a
+quiet machine, where that is found, and counts as a false winner here. A sweep starts a server for
+each trial, so that such differences are part of its noise.
+
     python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--seconds 120] [--block 40]
         [--busy-cores 0 1]
 """
