@@ -79,7 +79,7 @@ def test_closed_and_open_loads_on_a_server_of_its_own(base: ServerConfig) -> Non
     requests = test.requests
     assert len(requests) == 36
     sent = sorted(requests[requests["rate"] == 50]["sent"])
-    assert sent[-1] - sent[0] == pytest.approx(11 / 50, rel=0.5)
+    assert sent[-1] - sent[0] > 0.9 * 11 / 50  # a busy machine sends some later
     assert "| 3 at once | 12 |" in str(test)
     assert "| 50 a second | 12 |" in str(test)
 
