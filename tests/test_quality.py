@@ -69,6 +69,9 @@ def test_divergence_is_that_over_the_whole_vocabulary(
     tops = [[max(one, key=one.__getitem__) for one in model] for model in (plain, other)]
     assert row["top_token_agreement"] == fmean(map(operator.eq, *tops))
     assert 0 < row["kl_divergence"] < row["kl_divergence_ci_high"]
+    # Under other settings, the reference expects something else.
+    same = measure(config=base.replace(extra_args=flags), quality=divergence).frame.iloc[0]
+    assert same["kl_divergence"] == pytest.approx(0, abs=1e-6)
 
 
 def test_what_one_of_two_lists_alone_counts_as_one() -> None:

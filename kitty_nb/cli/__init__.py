@@ -461,7 +461,7 @@ def load_test(
 ) -> None:
     """Measure latency under load, as Markdown, on a server of its own or the running one.
 
-    At a concurrency, each request waits for the answer before it; at a rate, none does.
+    With --concurrency, each request waits for the answer before it; with --rate, none does.
     """
     from kitty_nb.client import Access
     from kitty_nb.experiments import load_test as begin
@@ -516,8 +516,7 @@ def bench(
 ) -> None:
     """Measure the speed of prompts and answers; print llama-bench's table in Markdown.
 
-    It runs on a server of its own, with the profile's engine and settings. Stop other servers
-    first: they would skew it.
+    It runs on a server of its own, with the profile's settings. Stop others first: they skew it.
     """
     from kitty_nb.cli import commands
 

@@ -57,8 +57,7 @@ class ResultsComparison:
         """
         return frame_of(
             {
-                "model": one.trial.model,
-                **dict(one.trial.settings),
+                **one.trial.columns,
                 "metric": one.metric,
                 **asdict(one.difference),
                 "verdict": one.difference.verdict.value,

@@ -130,13 +130,7 @@ class LoadTest:
         return frame_of(
             {
                 **_named(load),
-                "prompt": one.prompt,
-                "prompt_tokens": one.prompt_tokens,
-                "tokens": one.tokens,
-                "sent": one.sent,
-                "time_to_first_token": one.time_to_first_token,
-                "time_between_tokens": one.time_between_tokens,
-                "seconds": one.seconds,
+                **one.columns,
             }
             for load in self.loads
             for one in load.requests

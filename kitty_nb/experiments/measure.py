@@ -38,7 +38,13 @@ from kitty_nb.experiments.trial import (
     TrialResult,
     TrialSeconds,
 )
-from kitty_nb.isolated_server import gather_facts, isolated_server, locate_engine, this_host
+from kitty_nb.isolated_server import (
+    SERVER_SETTINGS,
+    gather_facts,
+    isolated_server,
+    locate_engine,
+    this_host,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,7 +65,7 @@ _WARM_UP_TOKENS = 16
 # llama-server's reasons for an answer's end, in the words of OpenAI's protocol.
 _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
-# What references expect, by model and texts: each is asked once, and not for each trial.
+# What the last reference expects: it is asked once, and not for each trial.
 _references: dict[object, Reference] = {}
 
 
@@ -465,13 +471,16 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
     if not isinstance(quality, Divergence):
         return ()
     model = await run_sync(fingerprint_of, quality.reference, config)
-    key = model, workload.prompts, workload.chat, workload.fill, *quality.expected.items()
+    settings = config.model_dump_json(include=set(SERVER_SETTINGS))
+    key = model, settings, workload.prompts, workload.chat, workload.fill, repr(quality)
     if key not in _references:
         own = config.replace(model=quality.reference, profile="reference", alias="reference")
         async with isolated_server(own) as server, server.access.async_http() as http:
             client = BenchmarkClient(http, workload, {})
             await client.warm_up()
-            _references[key] = await client.expectations(quality.expected)
+            found = await client.expectations(quality.expected)
+        _references.clear()  # they are large, and a program has one sweep after another
+        _references[key] = found
     return _references[key]
 
 

@@ -79,8 +79,7 @@ class Results:
         """
         return frame_of(
             {
-                "model": row.trial.model,
-                **dict(row.trial.settings),
+                **row.trial.columns,
                 "repeat": row.trial.repeat,
                 "outcome": row.outcome.value,
                 "reason": row.reason,
@@ -103,17 +102,10 @@ class Results:
         """
         return frame_of(
             {
-                "model": row.trial.model,
-                **dict(row.trial.settings),
+                **row.trial.columns,
                 "repeat": row.trial.repeat,
                 "concurrency": speed.parallel,
-                "prompt": one.prompt,
-                "prompt_tokens": one.prompt_tokens,
-                "tokens": one.tokens,
-                "sent": one.sent,
-                "time_to_first_token": one.time_to_first_token,
-                "time_between_tokens": one.time_between_tokens,
-                "seconds": one.seconds,
+                **one.columns,
                 "host": row.host,
             }
             for row in self.rows
@@ -141,8 +133,7 @@ class Results:
         """
         return frame_of(
             {
-                "model": one.trial.model,
-                **dict(one.trial.settings),
+                **one.trial.columns,
                 "trials": one.done,
                 "reason": " ".join(one.reasons),
                 **{name: spread.median for name, spread in one.metrics.items()},
@@ -250,8 +241,7 @@ class Results:
         in_use = self._in_use()
         return frame_of(
             {
-                "model": one.trial.model,
-                **dict(one.trial.settings),
+                **one.trial.columns,
                 **asdict(self.verdict(one, in_use, objective)),
             }
             for one in self._measured("there is nothing to compare")

@@ -67,6 +67,11 @@ class Trial:
         settings = (f"{name} {value}" for name, value in self.settings)
         return ", ".join((PurePath(self.model).name, *settings))
 
+    @property
+    def columns(self) -> dict[str, Value]:
+        """Its model and settings by name, for a table."""
+        return {"model": self.model, **dict(self.settings)}
+
     @cached_property
     def key(self) -> str:
         """A digest of the trial, the same in every process: the key of its stored row."""
@@ -257,6 +262,12 @@ class RequestTimes:
         if self.tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
             return None
         return (self.seconds - self.time_to_first_token) / (self.tokens - 1)
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        """Its numbers by name, for a table."""
+        names = ("prompt", "prompt_tokens", "tokens", "sent", "time_to_first_token")
+        return {n: getattr(self, n) for n in (*names, "time_between_tokens", "seconds")}
 
 
 @dataclass(frozen=True, slots=True)
