@@ -1,16 +1,13 @@
 """False winners among comparisons of equals, and true differences of 10 % that are found.
 
-Two servers of the same settings answer in turns, one request at a time, each round in another
-order: the same answer on both, and a longer one on the second, which takes about 10 % more time;
-the true ratio is that of the whole series. Each of 100 comparisons is a block of contiguous rounds;
-blocks overlap, so the counts are not independent. All of it is done alone, and beside a process
-that keeps a core busy.
+As in a sweep, a new server is started for each measurement: two processes of the same settings
+differ by about 1 % for as long as they live. In each round, in an order by chance, one server gives
+an answer, another the same answer, and a third a longer one, which takes about 10 % more time; the
+true ratio is that of the whole series. Each of 100 comparisons is of as many rounds, drawn by
+chance from the series; they share rounds, so the counts are not independent. All of it is done
+alone, and beside a process that keeps a core busy.
 
-Two servers of the same settings differ a little for as long as they live: 1.3 % were seen on a
-quiet machine, where that is found, and counts as a false winner here. A sweep starts a server for
-each trial, so that such differences are part of its noise.
-
-    python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--seconds 120] [--block 40]
+    python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--seconds 300] [--block 8]
         [--busy-cores 0 1]
 """
 
@@ -21,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -51,11 +48,11 @@ Series = dict[str, list[float]]
 def main() -> None:
     """Print the table."""
     parser = subject_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="of each of the two series")
+    parser.add_argument("--seconds", type=float, default=300, help="of each of the two series")
     parser.add_argument(
         "--busy-cores", type=int, nargs="+", default=[0, 1], help="cores kept busy in each series"
     )
-    parser.add_argument("--block", type=int, default=40, help="rounds of a comparison")
+    parser.add_argument("--block", type=int, default=8, help="rounds of a comparison")
     asked = parser.parse_args()
     subject = subject_of(asked)
     print(f"{subject}; load before {psutil.getloadavg()[0]:.1f}\n")
@@ -71,31 +68,26 @@ def main() -> None:
 async def _measure(config: ServerConfig, limit: float) -> tuple[Series, float]:
     """Return the seconds of each request by name and round, and how long it took."""
     series: Series = {name: [] for name in _NAMES}
-    async with AsyncExitStack() as stack:
-        clients = {}
-        for server, names in enumerate((_NAMES[:1], _NAMES[1:])):
-            own = config.replace(profile=f"server{server}", alias=f"server{server}")
-            one = await stack.enter_async_context(isolated_server(own))
-            http = await stack.enter_async_context(one.access.async_http())
-            for name in names:
-                tokens = _LONGER if name == "longer" else _TOKENS
-                clients[name] = BenchmarkClient(http, Workload(("Hi!",), tokens), {})
-                await clients[name].warm_up()
-        began = time.monotonic()
-        for number in count():
-            if time.monotonic() - began > limit:
-                break
-            for name in Random(number).sample(_NAMES, len(_NAMES)):  # noqa: S311 (an order)
-                speed, _ = await clients[name].speed(1, lambda _: None)
-                series[name].append(speed.seconds)
-        return series, time.monotonic() - began
+    began = time.monotonic()
+    for number in count():
+        if time.monotonic() - began > limit:
+            break
+        for name in Random(number).sample(_NAMES, len(_NAMES)):  # noqa: S311 (an order)
+            workload = Workload(("Hi!",), _LONGER if name == "longer" else _TOKENS)
+            async with isolated_server(config) as server, server.access.async_http() as http:
+                client = BenchmarkClient(http, workload, {})
+                await client.warm_up()
+                speed, _ = await client.speed(1, lambda _: None)
+            series[name].append(speed.seconds)
+    return series, time.monotonic() - began
 
 
 def _report(what: str, series: Series, seconds: float, block: int) -> None:
     rounds = len(series["one"])
     block = min(block, rounds // 2)
-    starts = [round(n * (rounds - block) / (_COMPARISONS - 1)) for n in range(_COMPARISONS)]
-    # A comparison needs two of a round's three requests.
+    chance = Random(0)  # noqa: S311 (no secret)
+    drawn = [chance.sample(range(rounds), block) for _ in range(_COMPARISONS)]
+    # A comparison needs two of a round's three measurements.
     needed = seconds / rounds * block * 2 / 3
     noise = _deviation(series["one"], series["same"])
     print(f"{what}: {rounds} rounds in {seconds:.0f} s; noise of a ratio {noise * 100:.1f} %")
@@ -105,11 +97,11 @@ def _report(what: str, series: Series, seconds: float, block: int) -> None:
     ):
         told = [
             compare_paired(
-                series["one"][start : start + block],
-                series[name][start : start + block],
+                [series["one"][index] for index in indexes],
+                [series[name][index] for index in indexes],
                 smaller_is_better=True,
             ).verdict
-            for start in starts
+            for indexes in drawn
         ]
         found = sum(one is verdict if verdict else one is not Verdict.TOO_CLOSE for one in told)
         whole = compare_paired(series["one"], series[name], smaller_is_better=True)

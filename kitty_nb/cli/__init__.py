@@ -548,7 +548,7 @@ def regress(
         bool,
         typer.Option("--bisect", help="Find the first engine, of those in order, that regresses."),
     ] = False,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each engine.")] = 5,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each engine.")] = 8,
     pp: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt; 0: none.")] = 256,
     tg: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer; 0: none.")] = 64,
     env: _Env = _ENV,
