@@ -183,6 +183,15 @@ class WaitTimeoutError(KittyError, TimeoutError):
     """`Operation.wait` timed out; the operation goes on."""
 
 
+def not_encodable(error: UnicodeEncodeError) -> RefusedError:
+    """Return the refusal of a text that no request can carry."""
+    half = ord(error.object[error.start])
+    return RefusedError(
+        f"The text has half a surrogate pair (U+{half:04X}), which UTF-8 has no bytes for. Replace"
+        " such halves: text.encode(errors='replace').decode()."
+    )
+
+
 def first_of(error: Exception) -> Exception:
     """Return the first of the errors that a task group raised."""
     return first_of(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

@@ -278,3 +278,8 @@ def test_openai_is_used_where_it_is_installed(
         }
     assert type(access.openai(access.async_http())).__name__ == "AsyncOpenAI"
     del sys.modules["openai"]
+
+
+def test_no_repr_shows_a_key_among_the_flags() -> None:
+    config = ServerConfig(extra_args=("--api-key", "sesame-open"))
+    assert "sesame" not in repr(config) + str(config)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from kitty_nb import ModelManager
 from kitty_nb.client import Piece, PromptProgress
-from kitty_nb.errors import KittyError, NoAnswerError
+from kitty_nb.errors import KittyError, NoAnswerError, RefusedError
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
 
@@ -103,6 +103,12 @@ def test_answers_follow_each_other_at_once(manager: ModelManager) -> None:
 def test_an_error_ends_the_loop_over_its_pieces(manager: ModelManager) -> None:
     with pytest.raises(KittyError, match="refused"):
         list(manager.chat("Hello", temperature="hot"))
+
+
+@pytest.mark.parametrize("ask", ["chat", "tokenize", "count_tokens"])
+def test_half_a_surrogate_pair_is_refused(manager: ModelManager, ask: str) -> None:
+    with pytest.raises(RefusedError, match=r"half a surrogate pair \(U\+D83D\)"):
+        getattr(manager, ask)("torn \ud83d").wait(60)
 
 
 class Colour(BaseModel):

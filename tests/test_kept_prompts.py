@@ -280,6 +280,8 @@ def test_a_text_can_be_pinned_under_two_names(config: ServerConfig) -> None:
         with pytest.raises(ServerError, match="needs a name and a text"):
             _ = failed.pin
         assert "done=True" in repr(failed)
+        with pytest.raises(ServerError, match="half a surrogate pair"):
+            _ = manager.pinned("torn", "torn \ud83d").pin
 
 
 def test_pins_have_slots_of_their_own_as_far_as_there_are_any(config: ServerConfig) -> None:

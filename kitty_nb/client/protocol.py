@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from httpx import HTTPError
 from httpx_sse import EventSource, SSEError
 
-from kitty_nb.errors import RefusedError, ServerError
+from kitty_nb.errors import RefusedError, ServerError, not_encodable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection
@@ -46,7 +46,7 @@ async def post(
         ServerError: It is not ready, asks for another key, or is no llama-server.
         httpx.HTTPError: The server broke off.
     """
-    response = await http.post(path, json=request)
+    response = await http.send(_request(http, path, request))
     if response.status_code == HTTPStatus.NOT_FOUND:
         raise ServerError(f"This build of llama-server has no {path}. Update llama.cpp.")
     if response.is_error:
@@ -64,8 +64,8 @@ async def stream(
         ServerError: The server refused the request, could not go on, or is no llama-server.
         httpx.HTTPError: The server broke off.
     """
-    wanted = {**request, "stream": True}
-    async with http.stream("POST", path, json=wanted, headers=_ONCE) as response:
+    asked = _request(http, path, {**request, "stream": True}, _ONCE)
+    async with aclosing(await http.send(asked, stream=True)) as response:
         if response.is_error:
             raise ServerError(_refusal(await response.aread(), response.status_code))
         if response.headers.get("Content-Type", "").startswith("application/json"):
@@ -97,6 +97,15 @@ def broken_off(error: httpx.HTTPError | None = None) -> str:
     """Say that an answer has no end, and the error that cut it short."""
     how = type(error).__name__ if error else "its end is missing"
     return f"The answer ended early ({how}): the server was stopped or crashed. See its log."
+
+
+def _request(
+    http: httpx.AsyncClient, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> httpx.Request:
+    try:
+        return http.build_request("POST", path, json=body, headers=headers)
+    except UnicodeEncodeError as error:
+        raise not_encodable(error) from None
 
 
 def _part(response: httpx.Response, content: bytes, wanted: Collection[str] = ()) -> dict[str, Any]:

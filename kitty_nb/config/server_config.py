@@ -340,7 +340,10 @@ class ServerConfig(BaseModel):
     # The model that `draft_model` means for this model. `resolve_model` finds it.
     drafter: Path | None = None
     extra_args: Annotated[
-        tuple[str, ...], BeforeValidator(_words), Env("flags of llama-server, quoted as in a shell")
+        tuple[str, ...],
+        Field(repr=False),  # may hold a secret, until a start refuses it
+        BeforeValidator(_words),
+        Env("flags of llama-server, quoted as in a shell"),
     ] = ()
     mmproj: Annotated[
         Path | Literal["off"] | None,

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
-from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError
+from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError, not_encodable
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -410,6 +410,8 @@ class HealthProbe:
                 extensions={"trace": trace},
             )
             said = response.json()
+        except UnicodeEncodeError as error:
+            raise not_encodable(error) from None
         except (httpx.HTTPError, ValueError) as error:
             raise ServerCrashedError(f"it does not answer ({type(error).__name__})") from None
         if response.is_error or not isinstance(said, dict):
