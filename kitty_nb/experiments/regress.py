@@ -150,7 +150,8 @@ def regress(
         records: Run records, or files of them.
         engines: Other builds: a llama-server, a folder with one, or a Python environment (or its
             interpreter) with another `xllamacpp`.
-        rounds: Measurements of each build. Eight find nearly every difference of 10 %.
+        rounds: Measurements of each build. Eight find nearly every difference of 10 % on a
+            quiet machine.
         prompt: Tokens of the prompt whose reading is timed.
         answer: Tokens of the answer whose writing is timed.
         bisect: The builds are in order, and the first that regresses is wanted: only some of them

@@ -91,8 +91,8 @@ def tune(
         memory: The most memory, such as `"<= 20 GB"`; only with a target.
         text: The text for `quality_loss`, as an answer to the first prompt; a short one is built
             in.
-        proof_rounds: The rounds of the proof. Eight find nearly every difference of 10 %, five two in
-            three; see `benchmarks.verdicts`.
+        proof_rounds: The rounds of the proof. Eight find nearly every difference of 10 % on a quiet
+            machine.
         seconds: After how long no further trial begins; None for no limit.
         seed: Of the search and of the server's sampling.
         parallel: Numbers of requests to have under way at once, each measured on its own.
