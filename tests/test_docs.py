@@ -156,6 +156,6 @@ def test_every_verb_and_option_is_on_the_page_of_the_command_line() -> None:
 def test_every_extra_is_in_the_table() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     index = (ROOT / "docs" / "index.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", index, re.MULTILINE)) == set(
+    assert set(re.findall(r"^\| `([\w-]+)` \|", index, re.MULTILINE)) == set(
         project["optional-dependencies"]
     )

@@ -25,6 +25,7 @@ from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (
     Divergence,
     ExactMatch,
+    HarnessTask,
     Measurement,
     Outcome,
     Perplexity,
@@ -44,6 +45,7 @@ __all__ = [
     "Divergence",
     "ExactMatch",
     "Exchange",
+    "HarnessTask",
     "Load",
     "LoadTest",
     "Measurement",

@@ -20,7 +20,8 @@ _LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no voc
 _LISTED = 1 << 12  # tokens of a distribution; of Gemma's 262,000, the divergence is 2 % less
 _QUANTILE = NormalDist().inv_cdf(0.975)  # of an interval of 95 %
 
-_Piece = str | list[int]  # the text of a token, or its bytes where a character is split
+Piece = str | list[int]
+"""The text of a token, or its bytes where a character is split."""
 Distribution = dict[int, float]
 """The log-probabilities of the likeliest next tokens."""
 Interval = tuple[float, float]
@@ -62,7 +63,7 @@ class Likelihoods:
         """Return the log-probabilities of a text's own tokens after a prompt."""
         whole, begins = await self._split(prompt, text)
         ids = [token for token, _ in whole]
-        return [await self._likelihood(ids[:end], *whole[end]) for end in range(begins, len(whole))]
+        return [(await self.token(ids[:e], *whole[e]))[0] for e in range(begins, len(whole))]
 
     async def distributions(self, prompt: str, text: str) -> list[Distribution]:
         """Return what the model expected in place of each of a text's tokens."""
@@ -70,13 +71,13 @@ class Likelihoods:
         ids = [token for token, _ in whole]
         return [await self._expected(ids[:end], None, _LISTED) for end in range(begins, len(ids))]
 
-    async def tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, _Piece]]:
+    async def tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, Piece]]:
         """Return the tokens of a text, each with its piece of it."""
         request = {"content": text, "add_special": add_special, "with_pieces": True}
         tokens = (await post(self._http, "/tokenize", request, "tokens"))["tokens"]
         return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
 
-    async def _split(self, prompt: str, text: str) -> tuple[list[tuple[int, _Piece]], int]:
+    async def _split(self, prompt: str, text: str) -> tuple[list[tuple[int, Piece]], int]:
         """Return the tokens of both, and the index of the text's first."""
         before = await self.tokens(prompt)
         whole = await self.tokens(prompt + text)
@@ -84,8 +85,8 @@ class Likelihoods:
             whole = before + await self.tokens(text, add_special=False)
         return whole, len(before)
 
-    async def _likelihood(self, before: list[int], token: int, piece: _Piece) -> float:
-        """Return the log-probability of the next token.
+    async def token(self, before: list[int], token: int, piece: Piece) -> tuple[float, bool]:
+        """Return the log-probability of the next token, and whether it is the likeliest.
 
         A server reports the probability of the token it takes, so it is made to take this one, with
         a request for each: it reports nothing about tokens that it speculates on. Nor does it about
@@ -98,7 +99,7 @@ class Likelihoods:
         for count in counts:
             found = await self._expected(before, taken, count)
             if token in found:
-                return found[token]
+                return found[token], found[token] >= max(found.values())
         raise ExperimentError(
             "Perplexity cannot be measured: this build of llama-server does not report the"
             " probability of a given token. Update llama.cpp, or leave it out."

@@ -19,14 +19,17 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props, stream
 from kitty_nb.errors import ConfigError, KittyError, WillNotFitError, first_of
+from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.likelihood import Likelihoods, likeness, perplexity_of
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.space import changes
-from kitty_nb.experiments.statistics import mean_interval, proportion_interval
+from kitty_nb.experiments.statistics import proportion_interval, score_interval
 from kitty_nb.experiments.trial import (
+    MEASURED_ON_SERVER,
     Divergence,
+    HarnessTask,
     Measurement,
     ModelFingerprint,
     Outcome,
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.errors import Problem
-    from kitty_nb.experiments.likelihood import Distribution
+    from kitty_nb.experiments.likelihood import Distribution, Interval
     from kitty_nb.experiments.trial import Execute, OnProgress, Trial, Value, Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
 
@@ -114,7 +117,7 @@ class BenchmarkClient:
             "n_predict": workload.max_tokens,
             "seed": workload.seed,
             "cache_prompt": False,
-            "ignore_eos": workload.quality is None,
+            "ignore_eos": workload.quality is None or isinstance(workload.quality, HarnessTask),
             **{name: value for name, value in _GREEDY.items() if name not in settings},
         }
 
@@ -189,8 +192,14 @@ class BenchmarkClient:
         return anyio.current_time() - began, tuple(times)
 
     async def scores(self, reference: Reference | None = None) -> dict[str, Any]:
-        """Measure how likely the model finds the expected texts, as fields of a measurement."""
+        """Measure what needs the server, as fields of a measurement: likelihoods, a task."""
         quality = self._workload.quality
+        if isinstance(quality, HarnessTask):
+            from kitty_nb.experiments.harness import run_harness_task  # noqa: PLC0415 (of an extra)
+
+            seed = self._workload.seed
+            asked = run_harness_task(quality, self._http, slots=self.slots, seed=seed)
+            return _quality(*await asked)
         if not isinstance(quality, Perplexity | Divergence):
             return {}
         pairs = self._expected(quality.expected)
@@ -394,6 +403,8 @@ class _Run:
         own = config.replace(**changes(trial, config, engine.dialect), profile=name, alias=name)
         fingerprint = await run_sync(fingerprint_of, trial.model, config)
         self.row = replace(self.row, fingerprint=fingerprint)
+        if isinstance(workload.quality, HarnessTask):
+            await run_sync(extra, "lm_eval", "lm-eval")
         reference = await _reference_of(workload, config)
         document = ""
         async with isolated_server(own, folder, on_progress=self._loading) as server:
@@ -490,7 +501,7 @@ def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any]
     The interval of 95 % tells how far the mean may be from that over all prompts of this kind.
     """
     quality = workload.quality
-    if quality is None or isinstance(quality, Perplexity | Divergence):
+    if quality is None or isinstance(quality, MEASURED_ON_SERVER):
         return {}, ""
     try:
         pairs = zip(workload.prompts, answers, strict=True)
@@ -498,10 +509,11 @@ def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any]
         mean = fmean(scores)
     except Exception as error:  # noqa: BLE001 (whatever a user's function raises)
         return {}, f"quality failed with {error!r}; it must return a number for every answer."
-    yes_or_no = set(scores) <= {0.0, 1.0}
-    interval = proportion_interval(round(sum(scores)), len(scores)) if yes_or_no else None
-    interval = interval or mean_interval(scores)
-    return {"quality": mean, "intervals": {"quality": interval} if interval else {}}, ""
+    return _quality(mean, score_interval(scores)), ""
+
+
+def _quality(score: float, interval: Interval | None) -> dict[str, Any]:
+    return {"quality": score, "intervals": {"quality": interval} if interval else {}}
 
 
 def _queued(most: int, slots: int | None) -> str:

@@ -126,6 +126,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return _interval(values, confidence, seed=0) if len(values) >= LEAST_ROUNDS else None
 
 
+def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
+    """Return the interval of the mean of scores, which of right or wrong answers is Wilson's."""
+    if set(scores) <= {0.0, 1.0}:
+        return proportion_interval(round(sum(scores)), len(scores))
+    return mean_interval(scores)
+
+
 def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
     if len(baseline) != len(other):
         raise ExperimentError(

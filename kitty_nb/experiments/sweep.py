@@ -78,7 +78,8 @@ class Sweep(TrialRunner):
         skip: Called with each combination, as a mapping with `model` in it; those for which it
             returns true are left out.
         quality: `ExactMatch`, a function of prompt and answer that returns a number (higher is
-            better), or `Perplexity`. Answers then end where the model ends them.
+            better), `Perplexity`, `Divergence` or a `HarnessTask`. Answers that are scored end
+            where the model ends them.
         chat: Whether prompts go through the model's chat template.
         record: Whether to make each trial's run record, too; `row.record` can be replayed. Each
             model is hashed for that, once. Trials that were measured without one are run again.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from math import ceil
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import CellType, CodeType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +128,43 @@ class Divergence:
     expected: Mapping[str, str]
 
 
-Quality = Callable[[str, str], float] | Perplexity | Divergence
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of lm-evaluation-harness as a measure of quality, asked of each trial's server.
+
+    Its questions are asked after the workload's own requests, of the server's completions: answers
+    are written up to the task's stop sequences, choices are compared by their likelihood, with the
+    harness's rules and the server's tokens. Tasks that measure perplexity, need pictures or run a
+    model's code are refused. The harness downloads the data of its own tasks; a task in a folder
+    may contain code, which is run.
+
+    Attributes:
+        name: The task or group, such as `gsm8k`.
+        limit: The number of questions of each task, the first ones; None for all.
+        metric: The metric, where it is not the first: `acc_norm`, `exact_match,flexible-extract`.
+        shots: Solved examples before each question; None for as many as the task has by itself.
+        chat: Whether questions go through the model's chat template.
+        include_path: A folder of YAML tasks of your own, instead of the harness's.
+    """
+
+    name: str
+    limit: int | None = None
+    metric: str = ""
+    shots: int | None = None
+    chat: bool = False
+    include_path: str = ""
+
+    @property
+    def digest(self) -> str:
+        """A hash of the folder's files, so that a task that was edited is another. It blocks."""
+        folder = Path(self.include_path)
+        files = sorted(one for one in folder.rglob("*") if one.is_file() and self.include_path)
+        texts = (f"{one.relative_to(folder)}".encode() + one.read_bytes() for one in files)
+        return hashlib.blake2b(b"".join(texts), digest_size=12).hexdigest()
+
+
+Quality = Callable[[str, str], float] | Perplexity | Divergence | HarnessTask
+MEASURED_ON_SERVER = (Perplexity, Divergence, HarnessTask)
 
 
 @dataclass(frozen=True)
@@ -143,7 +179,7 @@ class Workload:
         seed: The seed of the server's sampling, which is greedy unless the trial varies a setting
             of sampling, such as the temperature.
         chat: Whether prompts go through the model's chat template.
-        quality: A score for answers, or texts whose perplexity is measured.
+        quality: A score for answers, texts whose likelihood is measured, or a task.
         record: Whether each trial also makes a run record, so that it can be repeated.
         fill: Tokens to which prompts are lengthened by repetition, as far as they fit.
         at_least: Requests at each number in parallel; prompts are repeated to reach it. A p90 needs
@@ -227,10 +263,18 @@ class Workload:
                     fix = f"Give {kind} the text to a prompt, spelled as in prompts=[…]."
                     reason = f"{kind} has a text for none of the prompts."
                     yield Problem("quality", "", reason, fix)
+            case HarnessTask(limit=limit) if limit is not None and limit < 1:
+                fix = "Write a number of questions, or leave it out for all."
+                yield Problem("quality", str(limit), "limit must be 1 or more.", fix)
+            case HarnessTask(include_path=folder) if folder and not Path(folder).is_dir():
+                fix = "Correct include_path, or leave it out for the harness's own tasks."
+                yield Problem("quality", folder, "There is no such folder.", fix)
+            case HarnessTask():
+                pass
             case quality if quality is not None and not callable(quality):
                 fix = (
                     "Use ExactMatch({prompt: answer}), Perplexity({prompt: text}),"
-                    " Divergence(model, {prompt: text}) or a function."
+                    " Divergence(model, {prompt: text}), HarnessTask(name) or a function."
                 )
                 yield Problem("quality", repr(quality), "It measures nothing.", fix)
 
@@ -546,6 +590,8 @@ def identity(quality: Quality | None) -> str:
             return ""
         case ExactMatch() | Perplexity() | Divergence():
             return repr(quality)
+        case HarnessTask():
+            return f"{quality!r} {quality.digest}"
     text = repr(_plain(quality))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
