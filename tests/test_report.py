@@ -47,7 +47,7 @@ def results(demo_model: Path) -> Results:
     )
     rates = ((2, (20.0, 21.0, 20.5)), (4, (31.0, 31.5, 31.2)))
     rows = [
-        with_requests(row(demo_model.name, threads, repeat, rate, 2 + threads))
+        with_requests(row(demo_model.name, threads, repeat, rate, 2 + threads, quality=1 / threads))
         for threads, several in rates
         for repeat, rate in enumerate(several, 1)
     ]
@@ -75,7 +75,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert {*re.findall(r'href="#([^"]+)"', page), *re.findall(r"url\(#([^)]+)\)", page)} <= {*ids}
     assert hashlib.sha256(demo_model.read_bytes()).hexdigest() in page
     assert "slower: -34" in page
-    assert page.count("<svg ") == page.count("<figcaption>") == 6
+    assert page.count("<svg ") == page.count("<figcaption>") == 8
+    assert "against memory GiB, with quality as colour" in page
     assert "threads 4" in page
     assert "hush" not in page
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import psutil
@@ -211,6 +212,26 @@ def test_plots_show_noise_as_such_and_units(results: Results) -> None:
     assert {"4,440", "1.3", "0"} < {text.get_text() for text in axes.texts}
 
 
+def test_a_pareto_plot_of_three_numbers_names_what_nothing_beats(results: Results) -> None:
+    rows = [
+        row("m.gguf", threads, 1, rate, gib, quality=quality)
+        for threads, rate, gib, quality in ((1, 9, 2, 0.2), (2, 8, 3, 0.9), (3, 7, 4, 0.8))
+    ]
+    figure = Results(results.config, tuple(rows)).plot("pareto", colour="quality")
+    axes, bar = figure.axes
+    assert bar.get_ylabel() == "quality (more is better)"
+    assert bar.get_ylim() == pytest.approx((0.2, 0.9))
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == ["1: threads 1", "2: threads 2"]
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("1", (2, 9)), ("2", (3, 8))]  # type: ignore[attr-defined]
+    colours = axes.collections[-1].get_facecolors()  # type: ignore[attr-defined]
+    bright = [sum(colour[:3]) for colour in colours]
+    assert bright[0] < bright[2] < bright[1]
+    svg = StringIO()
+    figure.savefig(svg, format="svg")
+    assert "<image" not in svg.getvalue()  # which a report does not show
+
+
 def test_an_unknown_plot_names_the_others(results: Results) -> None:
     with pytest.raises(ExperimentError, match="bars, parallel, pareto"):
         results.plot("pie")
@@ -224,6 +245,10 @@ def test_the_front_holds_what_nothing_beats() -> None:
     points = [(4.0, 20.0), (6.0, 30.0), (6.0, 25.0), (7.0, 30.0), (3.0, 10.0)]
     assert front(points, "memory_gib", "generation_tokens_per_second") == [4, 0, 1]
     assert front(points, "quality", "generation_tokens_per_second") == [3]
+    rated = [
+        (*point, quality) for point, quality in zip(points, (0.5, 0.5, 0.6, 0.4, 0.5), strict=True)
+    ]
+    assert front(rated, "memory_gib", "generation_tokens_per_second", "quality") == [4, 0, 1, 2]
 
 
 def test_without_the_extra_the_error_names_it(results: Results) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from kitty_nb.experiments.metrics import smaller_is_better
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
@@ -28,6 +31,7 @@ _APART = 0.008  # share of an axis
 # Okabe and Ito's colours, which people with any colour vision tell apart, and markers for print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A", "#B8A800")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_BESIDE: Any = {"textcoords": "offset points", "fontsize": 9}
 _COSTS = ("memory_gib", "load_seconds")  # shown by parallel coordinates beside the settings
 
 
@@ -40,24 +44,23 @@ class Picture(Figure):
         return png.getvalue()
 
 
-def front(points: Sequence[tuple[float, float]], x: str, y: str) -> list[int]:
-    """Return the indices of those points that no other beats in both numbers, by `x`. Pure.
+def front(points: Sequence[tuple[float, ...]], *names: str) -> list[int]:
+    """Return the indices of those points that no other beats in all numbers, by the first. Pure.
 
     Args:
-        points: Values of `x` and `y`.
-        x: Name of the one number, which says whether less of it is better.
-        y: Name of the other.
+        points: Values of the numbers.
+        names: Their names, which say whether less is better.
     """
-    signs = [1 if smaller_is_better(name) else -1 for name in (x, y)]
-    costs = [(signs[0] * one, signs[1] * other) for one, other in points]
+    signs = [1 if smaller_is_better(name) else -1 for name in names]
+    costs = [tuple(map(operator.mul, signs, point)) for point in points]
     kept: list[int] = []
-    for index in sorted(range(len(costs)), key=costs.__getitem__):
-        if not kept or costs[index][1] < costs[kept[-1]][1]:
+    for index in sorted(range(len(costs)), key=costs.__getitem__):  # what beats one comes before it
+        if not any(all(map(operator.le, costs[other], costs[index])) for other in kept):
             kept.append(index)
     return kept
 
 
-def _bars(drawn: list[Combination], y: str, _: str) -> Figure:
+def _bars(drawn: list[Combination], y: str, *_: str) -> Figure:
     worst_first = sorted(drawn, key=lambda one: one.metrics[y].median, reverse=smaller_is_better(y))
     figure, axes = _figure(height=1.2 + _BAR * len(drawn))
     middle, ends = _error_bars(_spreads(worst_first, y))
@@ -101,7 +104,7 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _parallel(drawn: list[Combination], y: str, _: str) -> Figure:
+def _parallel(drawn: list[Combination], y: str, *_: str) -> Figure:
     costs = [n for n in _COSTS if n != y and all(n in one.metrics for one in drawn)]
     names = [*_varying(drawn), *costs, y]
     figure, axes = _figure(width=1.6 * max(len(names), 3))
@@ -137,22 +140,42 @@ def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> Num
     return places
 
 
-def _pareto(drawn: list[Combination], y: str, x: str) -> Figure:
-    figure, axes = _figure()
+def _pareto(drawn: list[Combination], y: str, x: str, colour: str) -> Figure:
+    figure, axes = _figure(height=5.5 if colour else 4.5)
     (across, wide), (up, high) = (_error_bars(_spreads(drawn, name)) for name in (x, y))
     axes.errorbar(across, up, high, wide, color="0.7", marker="o", capsize=3, linestyle="")
-    best = front([*zip(across, up, strict=True)], x, y)
-    axes.plot(across[best], up[best], color="0.5")
-    labels = labels_of(drawn)
-    for index in best:
-        look = _look(best.index(index)) | {"linestyle": ""}
-        axes.plot(across[index], up[index], label=labels[index], zorder=3, markersize=8, **look)
+    names, labels = [name for name in (x, y, colour) if name], labels_of(drawn)
+    medians = [tuple(one.metrics[name].median for name in names) for one in drawn]
+    best = front(medians, *names)
+    looks = [_look(number) | {"linestyle": ""} for number in range(len(best))]
+    if colour:
+        tints = _colour_bar(figure, axes, colour, [median[-1] for median in medians])
+        axes.scatter(across, up, c=tints, s=40, zorder=3)
+        for number, (index, look) in enumerate(zip(best, looks, strict=True), 1):
+            look |= {"color": tints[index], "markeredgecolor": "0.4"}
+            labels[index] = f"{number}: {labels[index]}"
+            axes.annotate(f"{number}", (across[index], up[index]), (7, 5), **_BESIDE)
+    else:
+        axes.plot(across[best], up[best], color="0.5")
+    for index, look in zip(best, looks, strict=True):
+        size = 11 if colour else 8
+        axes.plot(across[index], up[index], label=labels[index], zorder=4, markersize=size, **look)
     figure.legend(loc="outside lower center", frameon=False)
     axes.set_xlabel(words_of(x))
     axes.set_ylabel(words_of(y))
     axes.update_datalim([(0.0, 0.0)])  # 21.2 and 22.1 should look alike
     axes.autoscale_view()
     return figure
+
+
+def _colour_bar(figure: Figure, axes: Axes, name: str, values: Sequence[float]) -> Numbers:
+    """Draw a colour bar, and return each value's colour of an even and colour-blind safe map."""
+    scale = ScalarMappable(Normalize(min(values), max(values)), "cividis")
+    better = "less" if smaller_is_better(name) else "more"
+    bar = figure.colorbar(scale, ax=axes, label=f"{words_of(name)} ({better} is better)")
+    for drawn in bar.ax.collections:
+        drawn.set(rasterized=False, edgecolor="face")  # no picture inside a report's SVG
+    return np.asarray(scale.to_rgba(np.array(values)))
 
 
 def _figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
@@ -204,4 +227,8 @@ def words_of(name: str) -> str:
     return f"{words}{unit}, {at_once[2]} at once" if at_once else f"{words}{unit}"
 
 
-KINDS = {"bars": _bars, "parallel": _parallel, "pareto": _pareto}
+KINDS: dict[str, Callable[[list[Combination], str, str, str], Figure]] = {
+    "bars": _bars,
+    "parallel": _parallel,
+    "pareto": _pareto,
+}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from kitty_nb.catalog.cache import FileDigest
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.results import Results
@@ -118,7 +119,7 @@ def report_of(results: Results, objective: str, title: str) -> str:
         *_figures(results, objective, curves=_best_of(results, measured, objective)),
         "</div>",
         "<h2>Machine, engine and model</h2>",
-        _table(("", ""), _facts(results)),
+        _table(("", ""), [*_machine(results), *_models(results)]),
         *_code(results),
     ]
     return (
@@ -202,35 +203,38 @@ def _best_of(results: Results, measured: Sequence[Combination], objective: str) 
 
 
 def _figures(results: Results, objective: str, curves: Results) -> Iterator[str]:
-    wanted = [("bars", objective, "")]
+    wanted: list[tuple[str, str, str, str]] = [("bars", objective, "", "")]
     several = results.workload is None or len(results.workload.levels) > 1
     if several:
         names = ("generation_tokens_per_second", "total_tokens_per_second", "time_to_first_token")
         tails = ("time_to_first_token_p90", "time_between_tokens_p90")
-        wanted += [("concurrency", name, "") for name in (*names, *tails)]
-    wanted += [("prompt", "time_to_first_token", "")]
-    wanted += [("pareto", objective, x) for x in ("memory_gib", "quality", "perplexity")]
-    for number, (kind, y, x) in enumerate(wanted):
+        wanted += [("concurrency", name, "", "") for name in (*names, *tails)]
+    wanted += [("prompt", "time_to_first_token", "", "")]
+    scores = ("quality", "perplexity")
+    wanted += [("pareto", objective, x, "") for x in ("memory_gib", *scores)]
+    wanted += [("pareto", objective, "memory_gib", score) for score in scores]
+    for number, (kind, y, x, colour) in enumerate(wanted):
         try:
             drawn = curves if kind in {"concurrency", "prompt"} else results
-            svg = _svg(drawn, kind, y, x, number)
+            svg = _svg(drawn, number, kind, y, x, colour)
         except ExperimentError:  # it was not measured
             continue
         if svg:
             yield svg
 
 
-def _svg(results: Results, kind: str, y: str, x: str, number: int) -> str:
+def _svg(results: Results, number: int, kind: str, y: str, x: str, colour: str) -> str:
     """Return a figure with its caption; empty where it has nothing to compare."""
     matplotlib = extra("matplotlib")
     style = {"svg.fonttype": "none", "svg.hashsalt": "kitty_nb", **dict.fromkeys(_INKED, _INK)}
     with matplotlib.rc_context(style):
-        figure = results.plot(kind, y, x or "memory_gib")
+        figure = results.plot(kind, y, x or "memory_gib", colour)
         if kind in {"concurrency", "prompt"} and len(figure.axes[0].get_xticks()) < 2:  # noqa: PLR2004
             return ""
         against = {"concurrency": "requests at once", "prompt": "the length of the prompt"}
         other = against.get(kind) or (words_of(x) if x else "")
         caption = words_of(y).capitalize() + (f", against {other}" if other else "")
+        caption += f", with {words_of(colour)} as colour" if colour else ""
         drawn = _inline(figure, f"f{number}-")
     return (
         f'<figure role="group" aria-label="{escape(caption)}">{drawn}'
@@ -250,31 +254,46 @@ def _inline(figure: Figure, prefix: str) -> str:
     return svg.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
 
 
-def _facts(results: Results) -> Iterator[tuple[str, str]]:
-    """What the rows say of machines and engines, and what this machine knows of the models."""
+def _machine(results: Results) -> Iterator[tuple[str, str]]:
+    return ((name, escape(text)) for name, text in machine_of(results))
+
+
+def _models(results: Results) -> Iterator[tuple[str, str]]:
+    for model, files in files_of(results).items():
+        if not files:
+            yield "model", f"{escape(PurePath(model).name)}, which is not on this machine"
+        for file in files:
+            hashed = f'<span class="hash">{escape(file.sha256)}</span>'
+            yield "model", f"{escape(file.name)}, {decimal(file.size)}, SHA-256 {hashed}"
+
+
+def machine_of(results: Results) -> Iterator[tuple[str, str]]:
+    """Return what is known of the machines and engines of results, as names and texts."""
     hosts = dict.fromkeys(row.host for row in results.rows if row.host)
     for host in hosts:
-        yield "machine", escape(host)
+        yield "machine", host
     if this_host() in hosts:
         facts = host_facts()
         gpus = (f"{gpu.name}, {decimal(gpu.memory)}" for gpu in facts.gpus)
-        yield "processor", escape(f"{facts.cpu}, {facts.usable_threads} threads usable")
-        yield "memory", escape(", ".join((decimal(facts.ram), *gpus)))
-        yield "system", escape(f"{facts.os}; {facts.python}")
+        yield "processor", f"{facts.cpu}, {facts.usable_threads} threads usable"
+        yield "memory", ", ".join((decimal(facts.ram), *gpus))
+        yield "system", f"{facts.os}; {facts.python}"
         versions = (f"{name} {version}" for name, version in library_versions().items())
-        yield "libraries", escape(", ".join(versions))
+        yield "libraries", ", ".join(versions)
     for engine in dict.fromkeys(row.engine for row in results.rows if row.engine):
-        yield "engine", escape(engine)
+        yield "engine", engine
+
+
+def files_of(results: Results) -> dict[str, tuple[FileDigest, ...]]:
+    """Return the files of each model by its name in trials; none of one that is not here."""
+    found: dict[str, tuple[FileDigest, ...]] = {}
     with start_blocking_portal() as portal:
         for model in dict.fromkeys(row.trial.model for row in results.rows):
             try:
-                files = portal.call(digest_model, _serving(model, results.config)).shards
+                found[model] = portal.call(digest_model, _serving(model, results.config)).shards
             except (ConfigError, ModelFileError):  # measured elsewhere, or gone since
-                yield "model", f"{escape(PurePath(model).name)}, which is not on this machine"
-                continue
-            for file in files:
-                hashed = f'<span class="hash">{escape(file.sha256)}</span>'
-                yield "model", f"{escape(file.name)}, {decimal(file.size)}, SHA-256 {hashed}"
+                found[model] = ()
+    return found
 
 
 def _serving(model: str, config: ServerConfig) -> ServerConfig:

@@ -271,7 +271,9 @@ class Results:
         """Return the `.env` lines of the best combination; see `best`."""
         return self.best(objective, constraints).env_lines(profile)
 
-    def plot(self, kind: str = "bars", y: str = OBJECTIVE, x: str = "memory_gib") -> Figure:
+    def plot(
+        self, kind: str = "bars", y: str = OBJECTIVE, x: str = "memory_gib", colour: str = ""
+    ) -> Figure:
         """Draw what was measured; a notebook shows the figure.
 
         Args:
@@ -281,6 +283,7 @@ class Results:
                 one number for each amount of another.
             y: The number that matters; for `prompt`, a latency of each request.
             x: The number that it costs, for `pareto`: memory, perplexity, or also quality.
+            colour: A third number, for `pareto`: a point's colour, such as its quality.
 
         Raises:
             ExperimentError: Matplotlib is missing, nothing was measured, or a name is not known.
@@ -302,8 +305,9 @@ class Results:
             words = {"concurrency": "requests at once", "prompt": "prompt, tokens"}
             return curves({label: found for label, found in named if found}, y, words[kind])
         names = {name for one in measured for name in one.metrics}
-        wanted = {known(name, names) for name in ((y, x) if kind == "pareto" else (y,))}
-        return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x)
+        asked = (y, x, colour) if kind == "pareto" else (y,)
+        wanted = {known(name, names) for name in asked if name}
+        return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x, colour)
 
     def report(
         self, path: str | Path, *, objective: str = OBJECTIVE, title: str = "Sweep of llama-server"
@@ -334,6 +338,37 @@ class Results:
             ExperimentError: pandas is missing, or the file cannot be written.
         """
         return written(path, self.frame.to_csv(index=False).encode())
+
+    def to_mlflow(
+        self,
+        experiment: str = "kitty_nb",
+        *,
+        tracking_uri: str | None = None,
+        objective: str = OBJECTIVE,
+        title: str = "Sweep of llama-server",
+    ) -> str:
+        """Log the results to MLflow, and return the run's ID.
+
+        The run has the best combination's numbers and the report; under it is a run for each
+        combination: its settings as parameters, its numbers as in `summary` as metrics, and its
+        machines, engine and model's SHA-256 as tags. It names files and prompts, as the report.
+
+        Args:
+            experiment: The name of MLflow's experiment, which is made where it is missing.
+            tracking_uri: Where to, such as `sqlite:///mlflow.db` or a server's address; by default
+                what MLflow is set up for.
+            objective: The number to judge by.
+            title: Of the run and the report.
+
+        Raises:
+            ExperimentError: MLflow or Matplotlib is missing, MLflow refuses, nothing was measured,
+                or there is no such number.
+        """
+        extra("mlflow", "mlflow")
+        extra("matplotlib")
+        from kitty_nb.experiments.mlflow_log import log_to_mlflow  # noqa: PLC0415 (of an extra)
+
+        return log_to_mlflow(self, experiment, tracking_uri, objective, title)
 
     def _by_concurrency(self, one: Combination, name: str) -> list[Point]:
         """The points of a number at each number of requests at once."""

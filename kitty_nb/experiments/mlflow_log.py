@@ -1,0 +1,89 @@
+"""The results of a sweep as runs of MLflow."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.plots import labels_of
+from kitty_nb.experiments.report import files_of, machine_of
+
+if TYPE_CHECKING:
+    from kitty_nb.experiments.combination import Combination
+    from kitty_nb.experiments.results import Results
+
+
+def log_to_mlflow(
+    results: Results, experiment: str, tracking_uri: str | None, objective: str, title: str
+) -> str:
+    """Log a run with a nested one for each combination, and return its ID; see `Results`."""
+    best = results.best(objective)
+    try:
+        return _log(results, best, MlflowClient(tracking_uri), experiment, objective, title)
+    except MlflowException as error:
+        raise ExperimentError(
+            f"MLflow refused the results: {error}. Check tracking_uri and MLFLOW_TRACKING_URI."
+        ) from error
+
+
+def _log(
+    results: Results,
+    best: Combination,
+    client: MlflowClient,
+    experiment: str,
+    objective: str,
+    title: str,
+) -> str:
+    found = client.get_experiment_by_name(experiment)
+    where = found.experiment_id if found else client.create_experiment(experiment)
+    files, drawn = files_of(results), results.combinations
+    parent: str = client.create_run(where, tags=_facts(results), run_name=title).info.run_id
+    client.log_batch(parent, _metrics(best), _params(best))
+    for one, label in zip(drawn, labels_of(drawn), strict=True):
+        rows = tuple(row for row in results.rows if row.trial.combination == one.trial)
+        tags = {
+            **_facts(replace(results, rows=rows)),
+            MLFLOW_PARENT_RUN_ID: parent,
+            "best": str(one.trial == best.trial).lower(),
+            "model_sha256": " ".join(file.sha256 for file in files[one.trial.model]),
+            "notes": " ".join(one.reasons),
+            "trials": str(one.done),
+        }
+        run = client.create_run(where, tags=tags, run_name=label).info.run_id
+        client.log_batch(run, _metrics(one), _params(one))
+        client.set_terminated(run, "FINISHED" if one.done else "FAILED")
+    with TemporaryDirectory() as folder:
+        page = results.report(f"{folder}/report.html", objective=objective, title=title)
+        client.log_artifact(parent, str(page))
+    client.set_terminated(parent)
+    return parent
+
+
+def _facts(results: Results) -> dict[str, str]:
+    """The machines and engines as tags, of which a run has one by each name."""
+    tags: dict[str, str] = {}
+    for name, text in machine_of(results):
+        tags[name] = f"{tags[name]}; {text}" if name in tags else text
+    return tags
+
+
+def _params(one: Combination) -> list[Param]:
+    return [Param(name, str(value)) for name, value in one.trial.columns.items()]
+
+
+def _metrics(one: Combination) -> list[Metric]:
+    """The medians, with the least and the greatest of the repeats as `…_low` and `…_high`."""
+    now = int(time.time() * 1000)
+    return [
+        Metric(name + end, value, now, 0)
+        for name, spread in one.metrics.items()
+        for end, value in (("", spread.median), ("_low", spread.low), ("_high", spread.high))
+    ]
