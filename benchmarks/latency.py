@@ -1,10 +1,12 @@
 """Our latencies and guidellm's, of one server at the same time.
 
-`python -m benchmarks.latency --guidellm PATH [--engine PATH] [--model PATH]`, where PATH is the
-program in an environment of its own: `uv venv x && uv pip install --python x guidellm`. Both ask
-the same prompt for answers of the same length, one request after the other, beside each other: so
-what else the machine does is the same for both. Ours count while theirs are under way. With two
-slots nobody waits; with one, each waits for the other's answer.
+`python -m benchmarks.latency --guidellm PATH [--rate R] [--engine PATH] [--model PATH]`, where
+the first PATH is the program in an environment of its own: `uv venv x && uv pip install --python x
+guidellm`. Both ask the same prompt for answers of the same length, one request after the other,
+beside each other: so what else the machine does is the same for both. Ours count while theirs are
+under way. With two slots nobody waits; with one, each waits for the other's answer. With a rate,
+each is an open loop: it sends so many requests a second at even gaps, whatever is answered, to a
+server of four slots.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import numpy as np
 from anyio.to_thread import run_sync
 
 from benchmarks.subject import subject_of, subject_parser
@@ -42,16 +45,17 @@ def main() -> None:
     """Print the table."""
     parser = subject_parser(__doc__)
     parser.add_argument("--guidellm", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--rate", type=float, metavar="R", help="requests a second, of each")
     asked = parser.parse_args()
     subject = subject_of(asked)
     print(f"{subject}\n")
-    for slots in (2, 1):
+    for slots in (4,) if asked.rate else (2, 1):
         with tempfile.TemporaryDirectory() as name:
             config = subject.config(Path(name), context_size=2048, parallel=slots, threads=1)
-            anyio.run(_compare, config, asked.guidellm, Path(name))
+            anyio.run(_compare, config, asked.guidellm, asked.rate, Path(name))
 
 
-async def _compare(config: ServerConfig, guidellm: Path, folder: Path) -> None:
+async def _compare(config: ServerConfig, guidellm: Path, rate: float | None, folder: Path) -> None:
     ours: list[RequestTimes] = []
     theirs: dict[str, Any] = {}
 
@@ -60,9 +64,12 @@ async def _compare(config: ServerConfig, guidellm: Path, folder: Path) -> None:
         access = Access(state.endpoint, supervisor.api_key)
 
         async def ask_on() -> None:
-            ask = {"prompts": _PROMPT, "requests": 5, "max_tokens": _TOKENS}
+            ask: dict[str, Any] = {"prompts": _PROMPT, "max_tokens": _TOKENS}
+            ask |= {"concurrency": 1, "requests": 5}
+            if rate:
+                ask |= {"concurrency": (), "rate": rate, "arrivals": "constant", "requests": 60}
             while True:
-                test = load_test(access=access, concurrency=1, **ask)  # type: ignore[arg-type]
+                test = load_test(access=access, **ask)
                 try:
                     ours.extend((await test).loads[0].requests)
                 finally:
@@ -70,7 +77,7 @@ async def _compare(config: ServerConfig, guidellm: Path, folder: Path) -> None:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask_on)
-            theirs = await run_sync(_guidellm, guidellm, access, folder)
+            theirs = await run_sync(_guidellm, guidellm, access, rate, folder)
             tasks.cancel_scope.cancel()
     within = [
         one
@@ -85,12 +92,13 @@ async def _compare(config: ServerConfig, guidellm: Path, folder: Path) -> None:
         for what, our, their in (
             ("mean", statistics.mean(values), found["mean"] / scale),
             ("median", statistics.median(values), found["median"] / scale),
+            ("p95", float(np.percentile(values, 95)), found["percentiles"]["p95"] / scale),
         ):
             print(f"  {name:<22}{what:<8}{our / their:.3f} x ({our:.4f} s, {their:.4f} s)")
     sys.stdout.flush()
 
 
-def _guidellm(program: Path, access: Access, folder: Path) -> dict[str, Any]:
+def _guidellm(program: Path, access: Access, rate: float | None, folder: Path) -> dict[str, Any]:
     """Run guidellm once, and return its benchmark."""
     prompts, report = folder / "prompts.jsonl", folder / "guidellm.json"
     prompts.write_text(f"{json.dumps({'prompt': _PROMPT})}\n" * _REQUESTS)
@@ -101,8 +109,9 @@ def _guidellm(program: Path, access: Access, folder: Path) -> dict[str, Any]:
         "max_tokens": _TOKENS,
         "extras": {"body": {"ignore_eos": True, "cache_prompt": False, "temperature": 0}},
     }
+    profile = f"kind=constant,rate={rate}" if rate else "kind=synchronous"
     command = (
-        *(program, "run", "--backend", json.dumps(backend), "--profile", "kind=synchronous"),
+        *(program, "run", "--backend", json.dumps(backend), "--profile", profile),
         *("--data", f"kind=json_file,path={prompts}"),
         *("--constraint", f"kind=max_requests,count={_REQUESTS}"),
         *("--output", f"kind=json,path={report}", "--disable-console"),
