@@ -15,6 +15,7 @@
     │   │   └── WillNotFitError   not enough memory for the model
     │   ├── ServerCrashedError    its process exited on its own
     │   ├── StartCancelledError   it was stopped or superseded before it was ready
+    │   ├── OutOfReachError       the machine that it runs on can't be reached
     │   ├── RefusedError          the server refused a request for what it asks
     │   └── NoAnswerError         the answer has no text: only reasoning or a tool call
     ├── HubError             a download from the Hugging Face Hub failed
@@ -137,6 +138,10 @@ class ServerCrashedError(ServerError):
 
 class StartCancelledError(ServerError):
     """A start was superseded by a stop, a restart or a switch."""
+
+
+class OutOfReachError(ServerError):
+    """The machine that a server runs on can't be reached; the server there goes on."""
 
 
 class RefusedError(ServerError):

@@ -30,7 +30,7 @@ from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
 from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
-from kitty_nb.errors import EngineError, PortBusyError, ServerError
+from kitty_nb.errors import EngineError, KittyError, PortBusyError, ServerError
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
@@ -153,7 +153,13 @@ async def isolated_server(
         WillNotFitError: There is not enough memory.
         ConfigError: The settings, or the model file since, are not usable.
         ServerError: It did not become ready, or fell silent while it was used.
+        KittyError: The profile runs on another machine.
     """
+    if config.ssh:
+        raise KittyError(
+            f"The profile {config.profile!r} runs on {config.ssh}, and this measures on its own"
+            " machine. Do it there, or without LLAMACPP_SSH."
+        )
     stages: dict[Stage, float] = {}
 
     def follow(event: Event) -> None:

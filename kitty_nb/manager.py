@@ -16,9 +16,10 @@ from kitty_nb.client import embeddings
 from kitty_nb.client.access import Access, Connections
 from kitty_nb.client.conversation import Form, as_messages, chat_request, converse
 from kitty_nb.config import OnKernelExit, ServerConfig, Task
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import KittyError, OutOfReachError
 from kitty_nb.operation import Chat, Operation, Pieces
 from kitty_nb.pinned import Pinned
+from kitty_nb.remote.supervisor import RemoteSupervisor
 from kitty_nb.supervisor.events import (
     Event,
     LoadProgress,
@@ -27,7 +28,6 @@ from kitty_nb.supervisor.events import (
     ServerState,
     ServerStatus,
 )
-from kitty_nb.supervisor.forecast import ModelStats
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     import httpx
     from typing_extensions import TypeVar
 
+    from kitty_nb.catalog.catalog import ModelCatalog
     from kitty_nb.client import Answer, Piece, PromptProgress
     from kitty_nb.client.conversation import Messages
     from kitty_nb.client.embeddings import Ranked, Vectors
     from kitty_nb.client.images import Image
+    from kitty_nb.remote.models import RemoteCatalog
     from kitty_nb.supervisor.events import Work
     from kitty_nb.supervisor.requests import Request
 
@@ -56,7 +58,8 @@ def _command(
 
     @wraps(method)
     def command(self: ModelManager, /, *args: P.args, **options: P.kwargs) -> Operation[T]:
-        return self.run(partial(method, self._supervisor, *args, **options))
+        named = getattr(self._supervisor, method.__name__)  # the other machine's, for one there
+        return self.run(partial(named, *args, **options))
 
     # `help` shows this one, not the method's own.
     vars(command)["__signature__"] = signature(method).replace(return_annotation=Operation)
@@ -94,9 +97,10 @@ class ModelManager:
         *,
         config: ServerConfig | None = None,
     ) -> None:
-        self._supervisor = Supervisor(config or ServerConfig.from_env(env, profile))
         self.env: str | Path | None = env if config is None else None
-        self.stats = ModelStats(lambda: self.state.pid)
+        config = config or ServerConfig.from_env(env, profile)
+        self._supervisor = RemoteSupervisor(config) if config.ssh else Supervisor(config)
+        self.stats = self._supervisor.stats
         self._progress: LoadProgress | None = None
         self._connections = Connections()
         self._closing = threading.Lock()
@@ -147,6 +151,8 @@ class ModelManager:
         Raises:
             KittyError: The server is not ready.
         """
+        if self.state.status is ServerStatus.OUT_OF_REACH:
+            raise OutOfReachError(self.state.error)
         if self.state.status is not ServerStatus.READY:
             raise KittyError(
                 f"The server is {self.state.status}. Start it, and wait until it is READY."
@@ -208,6 +214,14 @@ class ModelManager:
         Those of a server that was only attached to are not known.
         """
         return self._supervisor.requests
+
+    def catalog(self, config: ServerConfig) -> ModelCatalog | RemoteCatalog:
+        """Return the models that settings may choose from, on the machine of the server."""
+        return self._supervisor.catalog(config)
+
+    def settled(self, config: ServerConfig) -> ServerConfig:
+        """Return settings with the paths that they mean on the machine of the server."""
+        return self._supervisor.settled(config)
 
     start = _command(Supervisor.start)
     restart = _command(Supervisor.restart)

@@ -47,7 +47,7 @@ def problems(path: Path, profile: str = "primary") -> dict[str, str]:
 def test_every_setting_of_the_example_is_a_field_and_every_field_is_in_the_example() -> None:
     documented = set(dotenv_values(ROOT / ".env.example"))
     suffixes = {setting.suffix for setting in env_settings().values()}
-    of_a_profile = {"MODEL", "ALIAS"}
+    of_a_profile = {"MODEL", "ALIAS", "SSH"}
     assert documented == {
         f"LLAMACPP_PRIMARY_{suffix}" if suffix in of_a_profile else f"LLAMACPP_{suffix}"
         for suffix in suffixes

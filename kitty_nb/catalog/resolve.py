@@ -38,11 +38,13 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
 
     Returns:
         The settings with the name that its store gives the model, and its projector, task and
-        draft model.
+        draft model. Those of another machine are left to that machine.
 
     Raises:
         ConfigError: No model is chosen, or listing what is wrong with the paths of the files.
     """
+    if config.ssh:
+        return config
     if config.model is None:
         key = f"LLAMACPP_{config.profile.upper()}_MODEL"
         fix = f"Choose one, or set {key}. {_listed(_names(config.models_dir), config.models_dir)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections import deque
@@ -594,6 +595,24 @@ def lab(context: typer.Context) -> None:
     root = ["--allow-root"] if psutil.Process().username() == "root" else []
     here = f"--ServerApp.root_dir={Path.cwd()}"
     LabApp.launch_instance([str(_NOTEBOOKS / _NOTEBOOK), here, *root, *context.args])
+
+
+@app.command(hidden=True)
+def serve(
+    profile: _Profile = _PROFILE,
+    stdio: Annotated[
+        bool, typer.Option("--stdio", help="Speak over standard input and output.")
+    ] = False,
+) -> None:
+    """Supervise the profile's server for another machine, which runs this over ssh."""
+    from kitty_nb.remote.serve import serve as begin
+
+    if not stdio:
+        raise typer.BadParameter("Another machine runs this, with --stdio.", param_hint="--stdio")
+    # Whatever prints must not get between the lines.
+    send = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    anyio.run(begin, profile, sys.stdin.fileno(), send)
 
 
 def main() -> None:

@@ -6,15 +6,18 @@ import shlex
 import sys
 from collections import deque
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
 
 from kitty_nb.errors import (
     KittyError,
+    OutOfReachError,
     ServerCrashedError,
     ServerFailedError,
     StartCancelledError,
@@ -41,11 +44,13 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments import Regression
     from kitty_nb.experiments.bench import BenchProgress
+    from kitty_nb.remote.supervisor import RemoteSupervisor
     from kitty_nb.supervisor.events import Event, LoadProgress
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.supervisor import Supervisor
 
-    Begin = Callable[[Supervisor, ServerConfig], Awaitable[object]]
+    AnySupervisor = Supervisor | RemoteSupervisor
+    Begin = Callable[[AnySupervisor, ServerConfig], Awaitable[object]]
 
 _DRAWN_AFTER = 0.2  # seconds; a small model is ready by then, and rich is not imported for it
 _POLL = 0.1  # seconds between reads of a log that is followed
@@ -85,7 +90,7 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
         KittyError: The start failed; the message names the next command to try.
     """
     async with _supervise(config, env) as supervisor:
-        before = supervisor.state
+        before, config = supervisor.state, supervisor.settled(config)
         same = before.config.model_copy(update={"on_kernel_exit": config.on_kernel_exit})
         if not before.status.idle and same == config:
             config = before.config
@@ -93,7 +98,10 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
         state = await _until(supervisor, _has_begun)
         if state.status.idle:
             raise ServerFailedError(state.error)
+        state = replace(state, address=None)  # this connection's
         told = [state.sentence + (" It was already running." if state.pid == before.pid else "")]
+        if config.ssh:
+            told.append(f"To use it from here: {tunnel_command(state.config)}")
         if supervisor.api_key and not state.config.api_key:  # whoever set a key knows it
             key = _same_profile(env, state.config.profile, "key")
             told.append(f"Clients must send its API key. To print it: {key}")
@@ -130,16 +138,32 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
         raise WaitTimeoutError(f"The server is not ready after {within:g} s; it is still loading.")
 
 
-@asynccontextmanager
-async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[Supervisor]:
-    """Supervise a profile's server and show its load; it keeps running when the command ends."""
+def tunnel_command(config: ServerConfig) -> str:
+    """Return the command that brings the port of a server on another machine here."""
+    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
+    there = urlsplit(config.endpoint).netloc
+    return shlex.join(("ssh", *own, "-N", "-L", f"{config.port}:{there}", config.ssh or ""))
+
+
+async def _supervisor(config: ServerConfig) -> AnySupervisor:
+    if config.ssh:
+        from kitty_nb.remote.supervisor import RemoteSupervisor
+
+        return RemoteSupervisor(config)
     from kitty_nb.supervisor.supervisor import Supervisor
 
     await anyio.to_thread.run_sync(refuse_open_folder, config)
-    supervisor, display = Supervisor(config), _LoadDisplay()
+    return Supervisor(config)
+
+
+@asynccontextmanager
+async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[AnySupervisor]:
+    """Supervise a profile's server and show its load; it keeps running when the command ends."""
+    supervisor, display = await _supervisor(config), _LoadDisplay()
     supervisor.detach()
     try:
         async with supervisor:
+            _refuse_lost(supervisor.state)
             supervisor.subscribe(display.show)  # only now: what was there before is no news
             yield supervisor
     except WillNotFitError as error:
@@ -179,11 +203,19 @@ def _has_begun(state: ServerState) -> bool:
     return running or state.status.idle
 
 
-async def _until(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> ServerState:
+async def _until(
+    supervisor: AnySupervisor, condition: Callable[[ServerState], bool]
+) -> ServerState:
     async with aclosing(supervisor.events()) as events:
         while not condition(supervisor.state):
             await anext(events)
+            _refuse_lost(supervisor.state)
     return supervisor.state
+
+
+def _refuse_lost(state: ServerState) -> None:
+    if state.status is ServerStatus.OUT_OF_REACH:
+        raise OutOfReachError(state.error)
 
 
 class _LoadDisplay:

@@ -226,8 +226,8 @@ def _words(value: object) -> object:
 
 def _folder(value: object, info: ValidationInfo) -> object:
     """A path as a person writes it: `~` allowed, relative to the `.env` file it stands in."""
-    if value is None:
-        return None
+    if value is None or _is_elsewhere(info):
+        return value
     source = cast("_Source", info.context or _NO_SOURCE)
     return _absolute(source.folder.absolute(), value)
 
@@ -246,8 +246,13 @@ def _absolute(folder: Path, value: object) -> str:
     return path
 
 
+def _is_elsewhere(info: ValidationInfo) -> bool:
+    """True for a path of another machine, which stays as it is written."""
+    return info.data.get("ssh") is not None and info.field_name != "ssh_config"
+
+
 def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
-    if path.is_relative_to(NO_HOME):
+    if path.is_relative_to(NO_HOME) and not _is_elsewhere(info):
         key = PREFIX + env_settings()[str(info.field_name)].suffix
         reason = "Its default is in the home folder, and this user has none."
         raise ValueError(reason, f"Set {key}, or HOME.", key)
@@ -257,7 +262,7 @@ def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
 def _in_models_dir(value: object, info: ValidationInfo) -> object:
     """A path as a person writes it, relative to the models folder."""
     folder = info.data.get("models_dir")  # missing if it is wrong itself
-    return _absolute(folder, value) if folder else value
+    return _absolute(folder, value) if folder and not _is_elsewhere(info) else value
 
 
 def _mmproj(value: object, info: ValidationInfo) -> object:
@@ -273,6 +278,8 @@ def _draft_model(value: object, info: ValidationInfo) -> object:
 
 
 _Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")]
+# No option of ssh, and nothing that its configuration could hand to a shell.
+_Destination = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\[][\w.@:%+/\[\]\\-]*$")]
 _Folder = Annotated[Path, BeforeValidator(_folder)]
 _InHome = Annotated[_Folder, AfterValidator(_there_is_a_home), Field(validate_default=True)]
 _InModels = Annotated[Path, BeforeValidator(_in_models_dir)]
@@ -294,6 +301,12 @@ class ServerConfig(BaseModel):
     profile: Annotated[str, StringConstraints(to_lower=True)] = Field(
         default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$"
     )
+    # The machine that it runs on, if that is another one; its paths are that machine's.
+    ssh: Annotated[_Destination | None, Env("user@host, or a name of your ssh configuration")] = (
+        None
+    )
+    ssh_bin: Annotated[str | None, Env("the path of kitty-nb on the other machine")] = None
+    ssh_config: Annotated[_Folder | None, Env("a file with ssh's configuration")] = None
     models_dir: Annotated[_InHome, Env("a folder with .gguf files")] = _DATA / "models"
     allow_absolute_paths: Annotated[bool, Env("1 or 0; 1 allows models in any folder")] = False
     other_stores: Annotated[bool, Env("1 or 0; 0 leaves out the models of other programs")] = True

@@ -31,6 +31,7 @@ class ServerStatus(StrEnum):
     RESTARTING = "RESTARTING"
     FAILED = "FAILED"
     CRASHED = "CRASHED"
+    OUT_OF_REACH = "OUT OF REACH"  # on another machine; what it does there is not known
 
     @property
     def settled(self) -> bool:
@@ -210,6 +211,7 @@ class ServerState:
         attachable: Whether that program is a llama-server, to be watched and used as it is.
         external: The server, where it is one that was attached to, not started.
         devices: What it has put the model on beside the processor, as its engine names them.
+        address: Where it is reached from here, if it runs on another machine.
     """
 
     status: ServerStatus
@@ -224,6 +226,7 @@ class ServerState:
     attachable: bool = False
     external: PortOwner | None = None
     devices: tuple[str, ...] = ()
+    address: str | None = None
 
     @property
     def alias(self) -> str:
@@ -242,7 +245,7 @@ class ServerState:
     @property
     def endpoint(self) -> str:
         """The server's base URL."""
-        return self.config.endpoint
+        return self.address or self.config.endpoint
 
     @property
     def uptime(self) -> float | None:
@@ -276,9 +279,11 @@ class ServerState:
         if self.error:
             return f"{self.status}: {self.error}"
         if self.status.idle:
-            return f"No server is running for the profile {self.config.profile!r}."
+            where = f" on {self.config.ssh}" if self.config.ssh else ""
+            return f"No server is running for the profile {self.config.profile!r}{where}."
         sight = f" with {self.projector.name}" if self.projector else ""
-        model = f"{self.alias}{sight} at {self.endpoint}"
+        machine = f" on {self.config.ssh}" if self.config.ssh else ""
+        model = f"{self.alias}{sight} at {self.endpoint}{machine}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status

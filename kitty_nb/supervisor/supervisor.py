@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import anyio.to_thread
 
+from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.catalog.stores import model_stores
 from kitty_nb.config import OnKernelExit, choose_api_key
 from kitty_nb.errors import (
     PortBusyError,
@@ -39,7 +41,7 @@ from kitty_nb.supervisor.events import (
     Work,
 )
 from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
-from kitty_nb.supervisor.forecast import Forecaster, Running, memory_use
+from kitty_nb.supervisor.forecast import Forecaster, ModelStats, Running, memory_use
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import find_server
@@ -84,6 +86,9 @@ class Supervisor:
         config: What to serve when `start` is not told otherwise.
         clock: Seconds, as `time.monotonic` counts them.
         processes: Spawns the server's processes, or attaches to them.
+
+    Attributes:
+        stats: Usage of the models on disk, and whether they fit.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class Supervisor:
         self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
         self._stops = 0
         self._forecaster = Forecaster()
+        self.stats = ModelStats(lambda: self._now.pid)
         self._changed = anyio.Event()
         self._broadcast: Broadcast[Event] = Broadcast()
         self._host: TaskGroup
@@ -185,6 +191,14 @@ class Supervisor:
     def log_lines(self) -> tuple[str, ...]:
         """The newest lines of the server's log."""
         return tuple(self._server.lines) if self._server else ()
+
+    def catalog(self, config: ServerConfig) -> ModelCatalog:
+        """Return the models that settings may choose from."""
+        return ModelCatalog(model_stores(config))
+
+    def settled(self, config: ServerConfig) -> ServerConfig:
+        """Return settings with the paths that they mean on the server's machine: this one."""
+        return config
 
     async def start(
         self,

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ipywidgets import HBox, VBox
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
-from kitty_nb.catalog.stores import model_stores
 from kitty_nb.client.connect import hand_overs
-from kitty_nb.config import ServerConfig, env_warnings, save_settings
+from kitty_nb.config import ServerConfig, as_written, env_warnings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import (
     Activity,
@@ -42,7 +41,12 @@ if TYPE_CHECKING:
     from kitty_nb.manager import ModelManager
 
 _LOOK_EVERY = 1.0  # seconds
-_TROUBLE = {ServerStatus.FAILED, ServerStatus.CRASHED, ServerStatus.RESTARTING}
+_TROUBLE = {
+    ServerStatus.FAILED,
+    ServerStatus.CRASHED,
+    ServerStatus.RESTARTING,
+    ServerStatus.OUT_OF_REACH,
+}
 
 
 class ControlPanel(VBox):
@@ -123,7 +127,7 @@ class ControlPanel(VBox):
         self.memory = MemoryLine(manager, self._wanted)
         self.browser = ModelBrowser(manager, self.picker, self.settings, self._wanted, self._say)
         self.details = Details(self._view.wake)
-        self.download = (
+        self.download: DownloadForm = (
             earlier._hand_over(self)
             if earlier
             else DownloadForm(manager, self._models_dir, self.picker.choose)
@@ -253,13 +257,13 @@ class ControlPanel(VBox):
         return self.download
 
     def _scan(self) -> None:
-        folder = self._config.models_dir
         try:
-            if done := ensure_models_dir(folder):
+            if not self._config.ssh and (done := ensure_models_dir(self._config.models_dir)):
                 self._say(done)
         except ModelFileError as error:
             self._problem = str(error)
-        self.picker.scan(model_stores(self._config), preferred=self._config.model)
+        config = self.manager.settled(self._config)
+        self.picker.scan(self.manager.catalog(config), preferred=config.model)
 
     def _models_dir(self) -> Path:
         return self._config.models_dir
@@ -273,7 +277,9 @@ class ControlPanel(VBox):
         """Write the choice into the `.env` file."""
         try:
             names = {"model", "mmproj", *self.settings.fields, *self._taken}
-            saved = save_settings(self._wanted(), self._env, names)
+            wanted = self._wanted()
+            wanted = as_written(wanted) if wanted.ssh else wanted
+            saved = save_settings(wanted, self._env, names)
         except KittyError as error:
             self._show_problem(str(error))
         else:
@@ -306,7 +312,8 @@ class ControlPanel(VBox):
         self._view.wake()
 
     def _wanted(self) -> ServerConfig:
-        return self._config.replace(model=self.picker.dropdown.value, **self.settings.values)
+        chosen = self._config.replace(model=self.picker.dropdown.value, **self.settings.values)
+        return self.manager.settled(chosen)
 
     def _show_problem(self, problem: str | None) -> None:
         self._problem = problem
@@ -337,6 +344,9 @@ class ControlPanel(VBox):
         self._view.wake()
 
     def _note_status(self, state: ServerState) -> None:
+        if self._status is ServerStatus.OUT_OF_REACH:  # what is there may have changed
+            self.server_log.clear()
+            self._view.before_drawing(self._scan)
         self._status = state.status
         self.browser.look_again()
         if state.status is ServerStatus.STARTING:

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from kitty_nb.catalog.catalog import families
 from kitty_nb.catalog.memory import Verdict
 from kitty_nb.catalog.model import ModelNote
-from kitty_nb.catalog.stores import StoreKind, model_stores
+from kitty_nb.catalog.stores import StoreKind
 from kitty_nb.errors import KittyError
 from kitty_nb.widgets import display
 
@@ -243,7 +243,7 @@ class ModelBrowser(display.Fold):
         if self.unfolded:
             for one in models:
                 self._ids.setdefault(one.path, len(self._ids))
-            stores, ids = model_stores(config), self._ids
+            stores, ids = self._picker.stores, self._ids
             rows = await anyio.to_thread.run_sync(table_rows, models, stores, notes, ids)
             self._tell("rows", rows=rows)
             self._tell("chosen", id=ids[model.path] if model else None)

@@ -7,25 +7,27 @@ import time
 from collections import Counter
 from contextlib import aclosing, suppress
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import anyio
 from ipywidgets import Dropdown, HBox, VBox
 
-from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.errors import KittyError
 from kitty_nb.widgets import display
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from kitty_nb.catalog.catalog import ScanStep
+    from kitty_nb.catalog.catalog import ModelCatalog, ScanStep
     from kitty_nb.catalog.model import Model
     from kitty_nb.catalog.stores import Store
     from kitty_nb.manager import ModelManager
     from kitty_nb.operation import Operation
+    from kitty_nb.remote.models import RemoteCatalog
+
+    Catalog: TypeAlias = ModelCatalog | RemoteCatalog
 
 
 class ModelDropdown(Dropdown):
@@ -110,7 +112,7 @@ class ModelPicker(VBox):
         self._manager, self._on_choice, self._on_change = manager, on_choice, on_change
         self.on_list: Callable[[], object] = lambda: None
         self._models: dict[Path | None, Model] = {}
-        self._catalog: ModelCatalog | None = None
+        self._catalog: Catalog | None = None
         self._preferred: Path | None = None
         self._wish: Path | None = None
         self._choice: Path | None = None  # the wish, where somebody has chosen it
@@ -130,18 +132,23 @@ class ModelPicker(VBox):
         return tuple(self._models.values())
 
     @property
+    def stores(self) -> tuple[Store, ...]:
+        """The folders that the models are from."""
+        return self._catalog.stores if self._catalog else ()
+
+    @property
     def model(self) -> Model | None:
         """The chosen model."""
         return self._models.get(self.dropdown.value)
 
-    def scan(self, stores: Iterable[Store], preferred: Path | None = None) -> None:
+    def scan(self, catalog: Catalog, preferred: Path | None = None) -> None:
         """List the models of some folders, from now on.
 
         Returns when all are listed, or after a moment, while it goes on in the background. What
         somebody has chosen stays so as long as it is there.
 
         Args:
-            stores: The folders; names are relative to the first.
+            catalog: The folders; those of another machine are listed by that machine.
             preferred: Choose this one, where nobody has chosen another; it may be elsewhere.
         """
         self.stop()
@@ -149,7 +156,7 @@ class ModelPicker(VBox):
             earlier.stop()  # another panel on this manager; each watch keeps a thread
         _watching[self._manager] = self
         with self.dropdown.turn:
-            self._catalog = catalog = ModelCatalog(stores)
+            self._catalog = catalog
             if self._choice in {None, self._preferred}:
                 self._choice, self._wish = None, preferred or self._wish
             self._preferred, self._list_due = preferred, 0.0
@@ -164,9 +171,10 @@ class ModelPicker(VBox):
         One that is not listed yet is listed first, as is one that has just been downloaded.
         """
         with self.dropdown.turn:
-            if path not in self._models and self._catalog and path.exists():
+            if path not in self._models and self._catalog:
                 fresh = self._catalog.describe(path)
-                self._list([*self.models, *([fresh] if fresh else [])], finished=False)
+                if fresh and path.exists():
+                    self._list([*self.models, fresh], finished=False)
             if path in self._models:
                 self.dropdown.value = self._choice = path
 
@@ -183,7 +191,7 @@ class ModelPicker(VBox):
         if _watching.get(self._manager) is self:  # it would keep itself and its manager for ever
             del _watching[self._manager]
 
-    async def _follow(self, catalog: ModelCatalog) -> None:
+    async def _follow(self, catalog: Catalog) -> None:
         try:
             lists = catalog.watch(on_step=lambda step: self._take(catalog, step))
             async with aclosing(lists):
@@ -196,7 +204,7 @@ class ModelPicker(VBox):
             self.scan_line.write(escape(display.explain(error)))
             self._complete.set()
 
-    def _take(self, catalog: ModelCatalog, step: ScanStep) -> None:
+    def _take(self, catalog: Catalog, step: ScanStep) -> None:
         """Show one step of a search, in a worker thread."""
         if catalog is not self._catalog:
             return
@@ -212,7 +220,7 @@ class ModelPicker(VBox):
         if finished:
             self._complete.set()
 
-    def _beside(self, catalog: ModelCatalog, step: ScanStep, finished: bool) -> list[Model]:
+    def _beside(self, catalog: Catalog, step: ScanStep, finished: bool) -> list[Model]:
         """The models that are wanted and not found there: elsewhere, or not read yet."""
         found = {model.path for model in step.models}
         beside = []

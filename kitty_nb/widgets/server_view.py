@@ -23,6 +23,7 @@ TONES = dict.fromkeys(ServerStatus, "busy") | {
     ServerStatus.READY: "good",
     ServerStatus.FAILED: "bad",
     ServerStatus.CRASHED: "bad",
+    ServerStatus.OUT_OF_REACH: "bad",
 }
 DEFAULT_PROFILE = ServerConfig.model_fields["profile"].default
 _HASH_SHOWN = 19  # sha256- and twelve digits, as Ollama shows it
@@ -72,6 +73,8 @@ def status_line(state: ServerState) -> str:
 def _facts(state: ServerState) -> Iterator[str]:
     if state.config.profile != DEFAULT_PROFILE:
         yield f"<span class='kitty-heading'>{escape(state.config.profile)}</span>"
+    if state.config.ssh:
+        yield f"on {escape(state.config.ssh)}"
     if not state.config.local_only:
         hint = "Set LLAMACPP_HOST=127.0.0.1 to keep it to this machine."
         host = escape(state.config.host)
@@ -179,7 +182,8 @@ def choices(
         other_model: Whether the chosen model is another one than the server's.
         other_settings: Whether the settings shown are other than the server's.
     """
-    running = not state.status.absent and state.status is not ServerStatus.STOPPING
+    lost = state.status is ServerStatus.OUT_OF_REACH  # it will be reached again by itself
+    running = not (state.status.absent or lost or state.status is ServerStatus.STOPPING)
     usable = running and (state.external is None or state.external.models is not None)
     switch = usable and startable and other_model
     return Choices(

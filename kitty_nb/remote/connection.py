@@ -1,0 +1,300 @@
+"""One ssh connection to another machine: lines to `kitty-nb serve` there, and a tunnel."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+from collections import deque
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from subprocess import PIPE
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from kitty_nb.errors import OutOfReachError, first_of, printable
+from kitty_nb.remote.protocol import LONGEST, PROTOCOL, SILENT_FOR, Hello, load, parse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from anyio.abc import Process
+
+    from kitty_nb.config import ServerConfig
+
+LOOPBACK = "127.0.0.1"
+# Seconds.
+_CONNECT_WITHIN = 8
+_HELLO_WITHIN = 30.0  # with connecting; Python begins there, maybe on a slow disk
+_FORWARD_WITHIN = 5.0
+_ENDS_WITHIN = 2.0
+_GREETINGS = 1 << 16  # bytes that a shell's start files may print before
+# The places that kitty-nb may be in, beside what the other machine's PATH names.
+_KNOWN = ("$HOME/.local/bin/kitty-nb", "$HOME/.local/share/kitty_nb/env/bin/kitty-nb")
+_NOT_FOUND = 127
+_OPTIONS = {
+    # Nobody is there to type, and nothing is believed that nobody has checked.
+    "BatchMode": "yes",
+    "StrictHostKeyChecking": "yes",
+    "ConnectTimeout": _CONNECT_WITHIN,
+    # A line that is dead is noticed, also while nobody asks anything.
+    "ServerAliveInterval": 2,
+    "ServerAliveCountMax": 3,
+    # Of this connection alone, whatever the user's configuration says of others.
+    "ControlPersist": "no",
+    "ClearAllForwardings": "yes",
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+    "PermitLocalCommand": "no",
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+}
+
+
+class Connection:
+    """An open connection.
+
+    Attributes:
+        hello: What the other machine said first.
+    """
+
+    def __init__(self, process: Process, folder: Path, host: str) -> None:
+        assert process.stdin  # noqa: S101 (it was asked for)
+        assert process.stdout  # noqa: S101 (likewise)
+        self.hello: Hello
+        self._process, self._host = process, host
+        self._socket = folder / "ssh"
+        self._send, self._receive = process.stdin, BufferedByteReceiveStream(process.stdout)
+        self._said: deque[str] = deque(maxlen=20)
+        self._tunnels: dict[tuple[str, int], int] = {}
+        self._sending = anyio.Lock()
+
+    async def greet(self) -> None:
+        """Wait for the other machine's first line.
+
+        Raises:
+            OutOfReachError: There is none, or it is of another version.
+        """
+        skipped = 0
+        while skipped < _GREETINGS and (text := await self._read(_HELLO_WITHIN)) is not None:
+            with suppress(ValueError):
+                kind, protocol, data = parse(text)
+                if kind == "hello" and protocol != PROTOCOL:
+                    raise OutOfReachError(_other_version(self._host, protocol, data))
+                if kind == "hello":
+                    self.hello = load(data, Hello)
+                    return
+            skipped += len(text) + 1
+        raise OutOfReachError(await self.why_ended())
+
+    async def line(self) -> tuple[str, Any, Any] | None:
+        """Return what the other machine says next; None once it has ended, or fallen silent."""
+        text = await self._read(SILENT_FOR)
+        return None if text is None else parse(text)
+
+    async def _read(self, silent_for: float) -> bytes | None:
+        with anyio.move_on_after(silent_for):
+            try:
+                return await self._receive.receive_until(b"\n", LONGEST)
+            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError):
+                return None
+        self._said.append(f"{self._host} has not answered for {silent_for:.0f} s.")
+        return None
+
+    async def send(self, text: bytes) -> None:
+        """Send a line.
+
+        Raises:
+            OutOfReachError: The connection has ended, or the line takes nothing more.
+        """
+        try:
+            with anyio.fail_after(SILENT_FOR):
+                async with self._sending:
+                    await self._send.send(text)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, TimeoutError, OSError):
+            raise OutOfReachError(f"The connection to {self._host} is broken.") from None
+
+    async def forward(self, host: str, port: int, preferred: int) -> int:
+        """Forward a port of this machine's loopback to one of the other machine.
+
+        Args:
+            host: The server's address there.
+            port: The server's port there.
+            preferred: The port here, if it is free.
+
+        Returns:
+            The port here.
+
+        Raises:
+            OutOfReachError: ssh does not do it.
+        """
+        if found := self._tunnels.get((host, port)):
+            return found
+        said = ""
+        for here in (preferred, _free_port(), _free_port()):
+            where = f"{LOOPBACK}:{here}:{host}:{port}"
+            command = ("ssh", "-F", "none", "-S", str(self._socket), "-O", "forward", "-L", where)
+            with anyio.move_on_after(_FORWARD_WITHIN):
+                done = await anyio.run_process((*command, "--", "other"), check=False)
+                if done.returncode == 0:
+                    self._tunnels[host, port] = here
+                    return here
+                said = done.stderr.decode(errors="replace").strip()
+        raise OutOfReachError(f"ssh forwards no port to {self._host}: {said or 'no answer'}.")
+
+    async def listen(self, on_line: Callable[[str], object]) -> None:
+        """Read what ssh itself says, until it ends."""
+        assert self._process.stderr  # noqa: S101 (it was asked for)
+        said = BufferedByteReceiveStream(self._process.stderr)
+        with suppress(anyio.IncompleteRead, anyio.ClosedResourceError, anyio.DelimiterNotFound):
+            while True:
+                text = await said.receive_until(b"\n", _GREETINGS)
+                words = printable(text.decode(errors="replace").rstrip("\r"))
+                self._said.append(words)
+                on_line(words)
+
+    async def why_ended(self) -> str:
+        """Say why the connection ended, once it has."""
+        with anyio.move_on_after(_ENDS_WITHIN):
+            await self._process.wait()
+            await anyio.sleep(0.05)  # what it said last is read
+        return explain(self._host, self._process.returncode, tuple(self._said))
+
+    async def aclose(self) -> None:
+        """End it."""
+        with anyio.CancelScope(shield=True):
+            with suppress(ProcessLookupError):
+                self._process.terminate()
+            with anyio.move_on_after(_ENDS_WITHIN):
+                await self._process.wait()
+            if self._process.returncode is None:
+                with suppress(ProcessLookupError):
+                    self._process.kill()
+            await self._process.aclose()
+
+
+@asynccontextmanager
+async def connect(
+    config: ServerConfig, on_line: Callable[[str], object]
+) -> AsyncGenerator[Connection]:
+    """Connect to the machine of a profile; leaving the context ends the connection.
+
+    Args:
+        config: The profile's settings.
+        on_line: Called with each line that ssh itself says.
+
+    Raises:
+        OutOfReachError: It can't be reached, or has no kitty_nb that is of use.
+    """
+    assert config.ssh  # noqa: S101 (whoever calls this has looked)
+    with TemporaryDirectory(prefix="kitty_nb-") as folder:
+        command = ssh_command(config, Path(folder) / "ssh", _serve(config))
+        try:
+            process = await anyio.open_process(
+                command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
+            )
+        except OSError as error:
+            problem = f"Can't run ssh ({error.strerror}). Install OpenSSH's client."
+            raise OutOfReachError(problem) from None
+        connection = Connection(process, Path(folder), config.ssh)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(connection.listen, on_line)
+                await connection.greet()
+                yield connection
+                tasks.cancel_scope.cancel()
+        except ExceptionGroup as group:
+            raise first_of(group) from None
+        finally:
+            await connection.aclose()
+
+
+def ssh_command(config: ServerConfig, socket_path: Path, remote: str) -> tuple[str, ...]:
+    """Return the command of a connection, which other commands share by a socket."""
+    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
+    options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
+    where = ("-T", "-M", "-S", str(socket_path), *options)
+    return ("ssh", *own, *where, "--", str(config.ssh), remote)
+
+
+def _serve(config: ServerConfig) -> str:
+    """Return what the other machine's shell runs, whichever shell that is."""
+    words = f"serve --stdio --profile {config.profile}"
+    if config.ssh_bin:
+        return f"exec {_quoted(config.ssh_bin)} {words}"
+    places = " ".join(f'"{place}"' for place in ("kitty-nb", *_KNOWN))
+    script = (
+        f'for k in {places}; do command -v "$k" >/dev/null 2>&1 && exec "$k" {words}; done;'
+        f" exit {_NOT_FOUND}"
+    )
+    return f"exec sh -c {shlex.quote(script)}"
+
+
+def _quoted(path: str) -> str:
+    home = "~/"
+    return home + shlex.quote(path[len(home) :]) if path.startswith(home) else shlex.quote(path)
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind((LOOPBACK, 0))
+        return int(trial.getsockname()[1])
+
+
+_EXPLAINED = (
+    (
+        r"Host key verification failed|No .* host key is known",
+        "This machine does not know the host key of {host}, or another one than it shows. Run"
+        " `ssh {host}` once and compare the fingerprint.",
+    ),
+    (
+        r"Permission denied",
+        "{host} asks for a password, or for the passphrase of a key. Run `ssh-copy-id {host}` once,"
+        " or `ssh-add`.",
+    ),
+    (r"Could not resolve hostname", "There is no host {host}. Check LLAMACPP_SSH."),
+    (r"Connection refused", "{host} refuses the connection. Check that sshd runs there."),
+    (
+        r"timed out|No route to host|Network is unreachable",
+        "{host} does not answer. Check that it runs, and the network.",
+    ),
+    (r"No such command 'serve'|No such option", "{host} has an older kitty_nb. Update it there."),
+    (
+        r"Bad configuration option|Bad owner or permissions|Can't open user config file",
+        "ssh can't use its configuration: {said}",
+    ),
+)
+FORWARDING_REFUSED = re.compile(r"open failed: administratively prohibited")
+_MISSING = (
+    "{host} has no kitty-nb on its PATH. Install it there (kitty-nb install-remote), or set"
+    " LLAMACPP_SSH_BIN to its path there."
+)
+
+
+def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
+    """Say why a connection ended, and the remedy.
+
+    Args:
+        host: The machine.
+        code: ssh's exit code; None while it runs.
+        said: The last lines that it said.
+    """
+    last = next((words for words in reversed(said) if words.strip()), "")
+    if code == _NOT_FOUND:
+        return _MISSING.format(host=host)
+    for pattern, sentence in _EXPLAINED:
+        if found := next((words for words in said if re.search(pattern, words)), None):
+            return sentence.format(host=host, said=found)
+    return f"The connection to {host} ended{f': {last}' if last else ''}."
+
+
+def _other_version(host: str, protocol: object, hello: object) -> str:
+    theirs = hello.get("version", "?") if isinstance(hello, dict) else "?"
+    return (
+        f"{host} has kitty_nb {theirs} (protocol {protocol}), this machine {version('kitty_nb')}"
+        f" (protocol {PROTOCOL}). Install the same version on both."
+    )

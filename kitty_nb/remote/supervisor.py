@@ -1,0 +1,504 @@
+"""`RemoteSupervisor`: a supervisor on another machine, with the methods of one on this."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+import anyio
+import anyio.lowlevel
+from pydantic import SecretStr
+
+from kitty_nb.catalog.memory import MemoryPreview
+from kitty_nb.errors import KittyError, OutOfReachError, ServerError, WaitTimeoutError
+from kitty_nb.remote.connection import FORWARDING_REFUSED, LOOPBACK, Connection, connect
+from kitty_nb.remote.models import RemoteCatalog, RemoteStats
+from kitty_nb.remote.protocol import (
+    ANSWERS,
+    EVENTS,
+    Command,
+    Failure,
+    Snapshot,
+    Verb,
+    dump,
+    line,
+    load,
+)
+from kitty_nb.supervisor.events import (
+    Activity,
+    Broadcast,
+    Event,
+    HealthChecked,
+    HealthCheckResult,
+    Level,
+    LogLines,
+    ProgressMade,
+    RequestFinished,
+    ServerState,
+    ServerStatus,
+    StateChanged,
+    Work,
+    Working,
+)
+from kitty_nb.supervisor.requests import KEPT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from anyio.abc import TaskGroup
+
+    from kitty_nb.catalog.stores import Store
+    from kitty_nb.config import Places, ServerConfig
+    from kitty_nb.supervisor.events import MemoryUse
+    from kitty_nb.supervisor.prompt_keeper import Pin
+    from kitty_nb.supervisor.requests import Request
+    from kitty_nb.supervisor.supervisor import OnPreview, OnProgress
+
+_LINES_KEPT = 2_000
+# Seconds.
+_ENTERED_WITHIN = 5.0
+_TRIED_WITHIN = 9.0  # by an attempt to connect; it goes on
+_ANSWERED_WITHIN = 60.0  # by a machine that is alive; a dead one is noticed sooner
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
+_PAUSE_SHARE = 0.05  # of the time that it has been out of reach
+
+
+class _Call:
+    """What was asked of the other machine, until it has answered."""
+
+    def __init__(self, verb: Verb, on_step: Callable[[Any], object] | None) -> None:
+        self.verb, self.on_step = verb, on_step
+        self.done = anyio.Event()
+        self.answer: Any = None
+        self.error: KittyError | None = None
+
+    def fail(self, error: KittyError) -> None:
+        self.error = error
+        self.done.set()
+
+
+class RemoteSupervisor:
+    """Starts, watches and stops one llama-server on another machine. An async context manager.
+
+    Its methods are those of `Supervisor`. It connects by itself, and again when the connection has
+    broken; the server there lives on meanwhile, and its state is OUT_OF_REACH.
+
+    Args:
+        config: What to serve when `start` is not told otherwise; `config.ssh` is the machine.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        assert config.ssh  # noqa: S101 (whoever makes one has looked)
+        self._config, self._host = config, config.ssh
+        self._places: Places | None = None
+        self._state = ServerState(
+            ServerStatus.OUT_OF_REACH, config, error=f"Connecting to {self._host}…"
+        )
+        self.api_key: SecretStr | None = None
+        self.stores: tuple[Store, ...] = ()
+        self.stats, self.work = RemoteStats(self), Work()
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._requests: deque[Request] = deque(maxlen=KEPT)
+        self._broadcast: Broadcast[Event] = Broadcast()
+        self._connection: Connection | None = None
+        self._offset = 0.0  # from the other machine's clock to this one's
+        self._ports: dict[tuple[str, int], int] = {}
+        self._calls: dict[int, _Call] = {}
+        self._numbers = count(1)
+        self._tried, self._now = anyio.Event(), anyio.Event()
+        self._leaving = False
+        self._tasks: TaskGroup
+
+    async def __aenter__(self) -> Self:
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._keep_connected)
+        try:
+            with anyio.move_on_after(_ENTERED_WITHIN):
+                await self._tried.wait()
+        except BaseException:
+            self.detach()
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._connection and not (self._leaving or self._state.status.idle):
+            with anyio.CancelScope(shield=True), suppress(KittyError):
+                await self.stop()
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)
+
+    def detach(self) -> None:
+        """Let the server run on when this context ends."""
+        self._leaving = True
+
+    @property
+    def state(self) -> ServerState:
+        """A snapshot of the server as it was last heard of."""
+        return self._state
+
+    @property
+    def reached(self) -> bool:
+        """True while there is a connection."""
+        return self._connection is not None
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The newest requests that the server has finished since its start, oldest first."""
+        return tuple(self._requests)
+
+    @property
+    def log_lines(self) -> tuple[str, ...]:
+        """The newest lines of the server's log."""
+        return tuple(self._lines)
+
+    def catalog(self, config: ServerConfig) -> RemoteCatalog:
+        """Return the models of the other machine."""
+        return RemoteCatalog(self, config)
+
+    def settled(self, config: ServerConfig) -> ServerConfig:
+        """Return settings with the paths that they mean there; as they are while none are known."""
+        return self._places.settle(config) if self._places else config
+
+    async def start(
+        self,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
+    ) -> ServerState:
+        """See `Supervisor.start`.
+
+        Raises:
+            OutOfReachError: The connection broke. What was asked for goes on there.
+        """
+        return await self._begin(
+            Verb.START, on_progress, config=config, wait=wait_for_ready, anyway=anyway
+        )
+
+    async def restart(
+        self,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
+    ) -> ServerState:
+        """Like `start`, but always with a fresh process."""
+        return await self._begin(
+            Verb.RESTART, on_progress, config=config, wait=wait_for_ready, anyway=anyway
+        )
+
+    async def switch_model(
+        self,
+        model: str | Path,
+        alias: str | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+        *,
+        anyway: bool = False,
+    ) -> ServerState:
+        """See `Supervisor.switch_model`; the file is one of the other machine."""
+        return await self._begin(
+            Verb.SWITCH,
+            on_progress,
+            model=Path(model),
+            name=alias,
+            wait=wait_for_ready,
+            anyway=anyway,
+        )
+
+    async def stop(self, force: bool = False) -> ServerState:
+        """See `Supervisor.stop`."""
+        within = 2 * self._state.config.stop_grace_seconds + _ANSWERED_WITHIN
+        return self._near(await self.call(Verb.STOP, within=within, force=force))
+
+    async def attach(self) -> ServerState:
+        """See `Supervisor.attach`."""
+        return self._near(await self.call(Verb.ATTACH))
+
+    async def check_health(self) -> HealthCheckResult:
+        """Ask the server how it is, now."""
+        if self._connection is None:
+            return HealthCheckResult(ServerStatus.OUT_OF_REACH, message=self._state.error or "")
+        found: HealthCheckResult = await self.call(Verb.CHECK)
+        return found
+
+    async def memory_use(self) -> MemoryUse | None:
+        """Measure what the server holds; None without one, or while it is out of reach."""
+        if self._connection is None:
+            return None
+        found: MemoryUse | None = await self.call(Verb.MEMORY)
+        return found
+
+    async def preview_memory(
+        self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
+    ) -> MemoryPreview:
+        """See `Supervisor.preview_memory`; the memory is that of the other machine."""
+        try:
+            found: MemoryPreview = await self.call(Verb.PREVIEW, on_preview, config=config)
+        except OutOfReachError as error:
+            return MemoryPreview(problem=str(error))
+        return found
+
+    async def pin(self, name: str, text: str) -> Pin:
+        """See `Supervisor.pin`."""
+        if not (isinstance(name, str) and name.strip() and text):
+            raise ServerError("A pinned prompt needs a name and a text.")
+        found: Pin = await self.call(Verb.PIN, within=None, name=name, text=text)
+        return found
+
+    def events(self) -> AsyncGenerator[Event, None]:
+        """Yield what happens from now on. A reader too far behind loses the newest events."""
+        return self._broadcast.stream()
+
+    def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call back with each event, on the supervisor's loop, until the result is called."""
+        return self._broadcast.subscribe(callback)
+
+    async def call(
+        self,
+        verb: Verb,
+        on_step: Callable[[Any], object] | None = None,
+        *,
+        within: float | None = _ANSWERED_WITHIN,
+        **takes: Any,
+    ) -> Any:
+        """Have the other machine do something, and return its answer.
+
+        If it is cancelled, it is cancelled there, too.
+
+        Args:
+            verb: What to do.
+            on_step: Called with each result before the last.
+            within: Seconds that the other machine has for it; None for any time.
+            **takes: Fields of `Command`.
+
+        Raises:
+            OutOfReachError: There is no connection, or it broke.
+            WaitTimeoutError: The other machine took longer.
+            KittyError: What was raised there.
+        """
+        connection = await self._reached()
+        if takes.get("config"):
+            takes["config"] = self.settled(takes["config"])
+        number, call = next(self._numbers), _Call(verb, on_step)
+        self._calls[number] = call
+        try:
+            await connection.send(line("do", number, dump(Command(verb=verb, **takes), Command)))
+            with anyio.move_on_after(within):
+                await call.done.wait()
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True), suppress(OutOfReachError):
+                await connection.send(line("cancel", number))
+            raise
+        finally:
+            self._calls.pop(number, None)
+        if not call.done.is_set():
+            raise WaitTimeoutError(f"{self._host} has not done it within {within:.0f} s.")
+        if call.error:
+            raise call.error
+        return call.answer
+
+    async def _begin(self, verb: Verb, on_progress: OnProgress | None, **takes: Any) -> ServerState:
+        def relay(event: Event) -> None:
+            if on_progress and isinstance(event, HealthChecked):
+                on_progress(event.result, event.attempt, event.max_attempts)
+
+        self._config = takes.get("config") or self._config
+        unsubscribe = self.subscribe(relay)
+        try:
+            await self.call(verb, within=None, **takes)
+        finally:
+            unsubscribe()
+        return self._state
+
+    async def _reached(self) -> Connection:
+        """Return the connection, if need be after another attempt to make one.
+
+        Raises:
+            OutOfReachError: The machine can't be reached.
+        """
+        if self._connection is None:
+            self._now.set()  # without the rest of the pause
+            with anyio.move_on_after(_TRIED_WITHIN):
+                await self._tried.wait()
+        if self._connection is None:
+            raise OutOfReachError(self._state.error or f"{self._host} is out of reach.")
+        return self._connection
+
+    def host(self, work: Callable[[], Awaitable[object]]) -> anyio.CancelScope:
+        """Run something beside the connection, until it is cancelled or the context ends."""
+        scope = anyio.CancelScope()
+
+        async def scoped() -> None:
+            with scope:
+                await work()
+
+        self._tasks.start_soon(scoped)
+        return scope
+
+    async def connected(self) -> None:
+        """Wait until the machine is reached."""
+        while self._connection is None:
+            await self._tried.wait()
+            await anyio.lowlevel.checkpoint()
+
+    async def _keep_connected(self) -> None:
+        """Connect, and again when the connection has broken: soon, and more rarely later on."""
+        lost_at = time.monotonic()
+        while True:
+            try:
+                async with connect(self._config, self._hear_ssh) as connection:
+                    await self._attend(connection)
+                    reason = await connection.why_ended()
+            except OutOfReachError as error:
+                reason = str(error)
+            if self._connection:
+                lost_at = time.monotonic()
+            self._now = anyio.Event()
+            self._lose(reason)
+            pause = (time.monotonic() - lost_at) * _PAUSE_SHARE
+            with anyio.move_on_after(min(max(pause, _FIRST_PAUSE), _LONGEST_PAUSE)):
+                await self._now.wait()
+
+    def _lose(self, reason: str) -> None:
+        lost, self._connection = self._connection is not None, None
+        for call in self._calls.values():
+            call.fail(OutOfReachError(reason))
+        self.work = Work()
+        before, self._state = (
+            self._state,
+            replace(
+                self._state,
+                status=ServerStatus.OUT_OF_REACH,
+                ready_since=None,
+                retry_at=None,
+                error=f"{reason} The server there goes on." if lost else reason,
+            ),
+        )
+        if self._state != before:
+            self._broadcast.publish(StateChanged(self._state))
+            self._notify(self._state.error or "", Level.WARNING if lost else Level.ERROR)
+        tried, self._tried = self._tried, anyio.Event()
+        tried.set()
+
+    async def _attend(self, connection: Connection) -> None:
+        """Open the profile there, and take what is told until the connection ends.
+
+        Raises:
+            OutOfReachError: The profile can't run there.
+        """
+        if connection.hello.problem:
+            raise OutOfReachError(f"{self._host}: {connection.hello.problem}")
+        self._offset = time.monotonic() - connection.hello.now
+        self._places = connection.hello.places
+        command = Command(verb=Verb.OPEN, config=self.settled(self._config))
+        await connection.send(line("do", 0, dump(command, Command)))
+        while (found := await connection.line()) is not None:
+            match found:
+                case "told", number, _:
+                    await connection.send(line("heard", number))
+                case "key", _, key:
+                    self.api_key = key and SecretStr(key)
+                case "event", name, data:
+                    await self._note(connection, load(data, EVENTS[name]))
+                case "answer", 0, data:
+                    await self._opened(connection, load(data, Snapshot))
+                case "failed", 0, data:
+                    raise OutOfReachError(f"{self._host}: {load(data, Failure).error()}")
+                case kind, int(number), data if call := self._calls.get(number):
+                    self._take(call, kind, data)
+
+    def _take(self, call: _Call, kind: str, data: Any) -> None:
+        if kind == "failed":
+            call.fail(load(data, Failure).error())
+        elif kind == "answer":
+            call.answer = load(data, ANSWERS[call.verb]) if data is not None else None
+            call.done.set()
+        elif call.on_step:
+            call.on_step(load(data, ANSWERS[call.verb]))
+
+    async def _opened(self, connection: Connection, found: Snapshot) -> None:
+        again, self.stores = bool(self.stores), found.stores
+        self._lines = deque(found.lines, maxlen=_LINES_KEPT)
+        self._requests = deque(found.requests, maxlen=KEPT)
+        self.work = found.work
+        if found.progress:
+            self._broadcast.publish(ProgressMade(found.progress))
+        state = await self._tunnelled(connection, found.state)
+        self._connection = connection
+        self._set(state)
+        if again:
+            self._notify(f"Reached {self._host} again.", Level.SUCCESS)
+        else:
+            for activity in found.activities:
+                self._broadcast.publish(activity)
+        self._tried.set()
+
+    async def _note(self, connection: Connection, event: Event) -> None:
+        match event:
+            case StateChanged(state):
+                self._set(await self._tunnelled(connection, state))
+                return
+            case LogLines(lines):
+                self._lines.extend(lines)
+            case RequestFinished(request):
+                self._requests.append(request)
+            case Working(work):
+                self.work = work
+        self._broadcast.publish(event)
+
+    def _set(self, state: ServerState) -> None:
+        if state.status is ServerStatus.STARTING is not self._state.status:
+            self._lines.clear()
+            self._requests.clear()
+        self._state = state
+        self._broadcast.publish(StateChanged(state))
+
+    async def _tunnelled(self, connection: Connection, state: ServerState) -> ServerState:
+        """Return a state of the other machine as it is seen from here, with a way to its server."""
+        there = urlsplit(state.config.endpoint)
+        way = there.hostname or LOOPBACK, state.config.port
+        if state.pid is not None:
+            here = self._ports.get(way, state.config.port)
+            self._ports[way] = await connection.forward(*way, here)
+        return self._near(state)
+
+    def _near(self, state: ServerState) -> ServerState:
+        own = self._config
+        mine = {
+            "ssh": own.ssh,
+            "ssh_bin": own.ssh_bin,
+            "ssh_config": own.ssh_config,
+            "on_kernel_exit": own.on_kernel_exit,
+            "api_key": own.api_key,
+        }
+        there = urlsplit(state.config.endpoint)
+        port = self._ports.get((there.hostname or LOOPBACK, state.config.port))
+        return replace(
+            state,
+            config=state.config.model_copy(update=mine),
+            ready_since=state.ready_since and state.ready_since + self._offset,
+            retry_at=state.retry_at and state.retry_at + self._offset,
+            address=f"http://{LOOPBACK}:{port}" if port else None,
+        )
+
+    def _hear_ssh(self, words: str) -> None:
+        if FORWARDING_REFUSED.search(words):
+            self._notify(
+                f"sshd on {self._host} forwards no ports, so the server there can't be asked from"
+                " here. Set AllowTcpForwarding to yes or local in its sshd_config.",
+                Level.ERROR,
+            )
+
+    def _notify(self, message: str, level: Level) -> None:
+        self._broadcast.publish(Activity.now(message, level))
