@@ -20,6 +20,7 @@ ROOMS = {
     "config": {"errors", "safe_files"},
     "catalog": {"errors", "safe_files", "config"},
     "engine": {"errors", "safe_files", "config"},
+    "formats": {"errors", "config", "catalog", "engine"},
     "supervisor": {"errors", "safe_files", "config", "engine", "catalog"},
     "client": {"errors", "supervisor.events"},
     "operation": {"errors", "client", "supervisor.events"},
@@ -73,6 +74,7 @@ ROOMS = {
         "isolated_server",
         "hub",
         "experiments",
+        "formats",
     },
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

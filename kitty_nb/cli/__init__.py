@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from kitty_nb.errors import KittyError, printable
+from kitty_nb.formats import Format, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -287,6 +288,74 @@ def connect(
     if found[name].install:
         _say(f"This needs: pip install {found[name].install}", err=True)
     _say(found[name].in_terminal(served, key_command(env, config.profile)))
+
+
+@app.command()
+def export(
+    to: Annotated[Format, typer.Argument(metavar="FORMAT", help=f"{', '.join(Format)}.")],
+    every: Annotated[
+        bool, typer.Option("--all", help="Export every profile in the file, in one file.")
+    ] = False,
+    image: Annotated[
+        str | None, typer.Option(help="The container image, for quadlet and compose.")
+    ] = None,
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Print the profile as a file for another program, which then runs the server.
+
+    No secret is in it. What it cannot hold, and where its key goes, is on stderr.
+    """
+    from kitty_nb.cli import commands
+    from kitty_nb.config import configured_profiles
+
+    names = configured_profiles(env) if every else (profile,)
+    configs = _all_settings(env, names, valid=True)
+    exported = anyio.run(commands.export, to, configs, image)
+    for note in exported.notes:
+        _say(f"kitty-nb: {note}", err=True)
+    typer.echo(exported.text, nl=False)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A llama-swap YAML, router INI, Modelfile, or LM Studio preset."),
+    ],
+    source: Annotated[
+        Source | None,
+        typer.Option("--from", metavar="NAME", help=f"Its program: {', '.join(Source)}."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The .gguf file, for a preset that names no model.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Change profiles that the .env file has already.")
+    ] = False,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print the lines instead of writing them.")
+    ] = False,
+    env: _Env = _ENV,
+    profile: Annotated[
+        str | None, typer.Option(help="The profile's name; else its name in the file.")
+    ] = None,
+) -> None:
+    """Write the profiles in a file of another program into the .env file.
+
+    A backup of that is kept. No secret is taken over. What is left out is on stderr.
+    """
+    from kitty_nb.cli import commands
+    from kitty_nb.config import add_profiles, env_lines
+
+    found = anyio.run(commands.read_profiles, file, env, source, profile, model)
+    for note in found.notes:
+        _say(f"kitty-nb: {note}", err=True)
+    if only_print:
+        for config in found.configs:
+            _say("\n".join(env_lines(config, config.model_fields_set)))
+    else:
+        _say(add_profiles(found.configs, env, replace=replace).sentence)
 
 
 @app.command()

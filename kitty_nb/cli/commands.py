@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from kitty_nb.experiments import Regression
     from kitty_nb.experiments.bench import BenchProgress
     from kitty_nb.remote.supervisor import RemoteSupervisor
+    from kitty_nb.formats import Format, Source
+    from kitty_nb.formats.exports import Exported
+    from kitty_nb.formats.imports import Imported
     from kitty_nb.supervisor.events import Event, LoadProgress
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.supervisor import Supervisor
@@ -136,6 +139,43 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
         if state.status.idle:
             raise StartCancelledError("The server was stopped before it was ready.")
         raise WaitTimeoutError(f"The server is not ready after {within:g} s; it is still loading.")
+
+
+async def export(to: Format, configs: Sequence[ServerConfig], image: str | None) -> Exported:
+    """Write profiles for another program.
+
+    Args:
+        to: That program.
+        configs: The profiles.
+        image: The container image; None for llama.cpp's own.
+
+    Raises:
+        KittyError: A profile has no model, or the format holds one profile only.
+    """
+    from kitty_nb.catalog.resolve import resolve_model
+    from kitty_nb.engine.locate import locate_engine
+    from kitty_nb.formats import exports
+
+    for config in configs:
+        if config.ssh:
+            raise KittyError(f"{config.profile} runs on {config.ssh}. Run kitty-nb export there.")
+    found = [await anyio.to_thread.run_sync(resolve_model, config) for config in configs]
+    engine = await locate_engine(found[0].binary) if to.runs_here else None
+    return exports.export(to, found, engine, image or exports.IMAGE)
+
+
+async def read_profiles(
+    file: Path, env: Path, source: Source | None, name: str | None, model: Path | None
+) -> Imported:
+    """Read the profiles in a file of another program; see `import_profiles`."""
+    from kitty_nb.engine.locate import locate_engine
+    from kitty_nb.errors import EngineError
+    from kitty_nb.formats.imports import import_profiles
+
+    dialect = None
+    with suppress(EngineError):  # without one, fewer switches are known as such
+        dialect = (await locate_engine()).dialect
+    return import_profiles(file, env, source, name=name, model=model, dialect=dialect)
 
 
 def tunnel_command(config: ServerConfig) -> str:

@@ -144,6 +144,38 @@ def save_settings(
             would have to be unset.
     """
     env = read_env(path)
+    return write_env(env, _changes(env, config, names))
+
+
+def add_profiles(
+    configs: Collection[ServerConfig], path: str | Path = ".env", *, replace: bool = False
+) -> SavedEnv:
+    """Write whole profiles into a `.env` file, all or none of them.
+
+    Args:
+        configs: Their settings. Secrets are never written.
+        path: The file, found as by `ServerConfig.from_env`; created if it is missing.
+        replace: Whether profiles that are in the file already may be changed.
+
+    Raises:
+        ConfigError: As `save_settings`, or a profile is in the file already.
+    """
+    env, changes = read_env(path), dict[str, str]()
+    there = {_split_key(key)[0].lower() for key, value in env.values.items() if value}
+    problems = [
+        Problem(config.profile, "", "It is in the file already.", "Name another, or replace it.")
+        for config in configs
+        if config.profile in there and not replace
+    ]
+    if problems:
+        raise ConfigError(str(env.path), tuple(problems))
+    for config in configs:
+        changes |= _changes(env, config, None)
+    return write_env(env, changes)
+
+
+def _changes(env: EnvFile, config: ServerConfig, names: Collection[str] | None) -> dict[str, str]:
+    """The keys that a profile's settings would change in a file, with their values."""
     given, complaint = _load(env, config.profile)
     wrong = {problem.key for problem in complaint.problems} if complaint else set()
     changes: dict[str, str] = {}
@@ -161,7 +193,7 @@ def save_settings(
             problems.append(Problem(shared, shown(name, env.values[shared]), reason, fix))
     if problems:
         raise ConfigError(str(env.path), tuple(problems))
-    return write_env(env, changes)
+    return changes
 
 
 def env_lines(config: ServerConfig, names: Collection[str]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.config import (
+    ServerConfig,
     Speculation,
     Task,
     env_settings,
@@ -16,12 +17,11 @@ from kitty_nb.config import (
     task_by_flags,
     value_of,
 )
-from kitty_nb.errors import EngineError, UnknownFlagError
+from kitty_nb.errors import ConfigError, EngineError, UnknownFlagError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Dialect, Engine, Option
 
 
@@ -125,12 +125,23 @@ _SLEEP = "--sleep-idle-seconds"
 _KEEP = "--slot-save-path"
 # Flags that the manager writes itself, by the field that they come from.
 _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
+# Fields by the canonical name of the flag that says them, to read a command line.
+_FIELDS = {canonical(flag): field for field, flag in _FLAGS.items()} | {
+    canonical(f"--{name}"): name for name in ("model", "host", "port", "alias")
+} | {_SLEEP: "idle_shutdown_seconds", "--no-jinja": "tool_calling"}  # fmt: skip
+_BARE = {"--jinja": "on", "--no-jinja": "off", "--flash-attn": "on"}  # where no value follows
+_KINDS = {word: kind for kind, word in _SPECULATION.items()}
+_ALL_LAYERS = 999
 # Flags that change how a server is talked to, in a way that the manager does not know.
 UNSPOKEN_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
 
 
 def build_command(
-    engine: Engine, config: ServerConfig, prompts: Path | None = None
+    engine: Engine,
+    config: ServerConfig,
+    prompts: Path | None = None,
+    *,
+    supervised: bool = True,
 ) -> tuple[str, ...]:
     """Return the arguments that start `engine` with the settings of `config`.
 
@@ -141,6 +152,7 @@ def build_command(
         engine: The engine.
         config: The settings.
         prompts: The folder for what slots hold, where that is kept and `keeps_prompts`.
+        supervised: Whether its log is for us to read. Otherwise it is as anybody starts it.
 
     Raises:
         UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
@@ -154,8 +166,73 @@ def build_command(
         *(word for field in _FLAGS for word in _words(engine, config, field)),
         *_derived(engine, config),
         *((_KEEP, str(prompts)) if prompts else ()),
+        *(_for_our_eyes(engine) if supervised else ()),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
     )
+
+
+def portable_arguments(config: ServerConfig) -> tuple[str, ...]:
+    """Return what settings ask of a current llama-server that is not on this machine.
+
+    Raises:
+        ConfigError: When no model is chosen.
+    """
+    origins = goes_without_key(config) and not value_of(config.extra_args, {ORIGINS})
+    idle = config.idle_shutdown_seconds
+    return (
+        *("--model", str(config.require_model()), "--alias", config.served_alias),
+        *("--host", config.host, "--port", str(config.port)),
+        *(word for field in _FLAGS for word in _asked(config, field)),
+        *((_MMPROJ, str(config.projector)) if config.projector else ()),
+        *chain.from_iterable(_task_options(config)),
+        *((_DRAFT, str(config.drafter)) if config.drafter else ()),
+        *((_SLEEP, str(idle)) if idle else ()),
+        *((ORIGINS, "localhost") if origins else ()),
+        *config.extra_args,
+    )
+
+
+def split_options(words: Iterable[str]) -> list[tuple[str, ...]]:
+    """Split arguments into options, each a flag and the words up to the next flag."""
+    options: list[list[str]] = []
+    for word in words:
+        if is_flag(word) or not options:
+            options.append([])
+        options[-1].append(word)
+    return [tuple(option) for option in options]
+
+
+def read_arguments(words: Iterable[str]) -> dict[str, object]:
+    """Return the settings that arguments of llama-server ask for, the inverse of `build_command`.
+
+    What no setting stands for is left in `extra_args`. Where a flag stands twice, the last counts.
+
+    Args:
+        words: The arguments, without the program.
+    """
+    found: dict[str, object] = {}
+    others: list[str] = []
+    for flag, *values in split_options(words):
+        field = _FIELDS.get(canonical(flag))
+        value: object = values[0] if values else _BARE.get(canonical(flag), "")
+        if field == "n_gpu_layers" and value == "all":
+            value = _ALL_LAYERS
+        elif field == "speculation":
+            value = _KINDS.get(str(value), value)
+        # A word too many, such as a file after a switch, is for llama-server to judge.
+        if field and len(values) <= 1 and _is_valid(field, value):
+            found[field] = value
+        else:
+            others += (flag, *values)
+    return found | {"extra_args": tuple(others)}
+
+
+def _is_valid(field: str, value: object) -> bool:
+    try:
+        ServerConfig().replace(**{field: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def sleeps(command: Sequence[str]) -> bool:
@@ -200,7 +277,10 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
         yield from (ORIGINS, "localhost")
-    if knows("--log-jsonl"):
+
+
+def _for_our_eyes(engine: Engine) -> Iterator[str]:
+    if engine.dialect.option("--log-jsonl"):
         yield "--log-jsonl"
     if engine.dialect.traces:  # the log tells how long each prompt is, before it is read
         yield from ("--verbosity", "4")
@@ -212,14 +292,18 @@ def _value(config: ServerConfig, field: str) -> object:
     return _SPECULATION[value] if isinstance(value, Speculation) else value
 
 
-def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
-    value = _value(config, field)
+def _asked(config: ServerConfig, field: str) -> tuple[str, ...]:
+    """What a field asks for, in llama.cpp's own words; nothing if it is unset."""
+    value, flag = _value(config, field), _FLAGS[field]
     if value is None:
         return ()
-    flag = _FLAGS[field]
-    asked: tuple[str, ...] = (flag, str(value))
     if isinstance(value, bool):
-        asked = (flag,) if value else (flag.replace("--", "--no-"),)
+        return (flag,) if value else (flag.replace("--", "--no-"),)
+    return (flag, str(value))
+
+
+def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
+    flag, asked = _FLAGS[field], _asked(config, field)
     said = tuple(spell(engine.dialect, asked))
     if not _understands(engine.dialect, said):
         named = " ".join(asked) if engine.dialect.option(flag) else flag

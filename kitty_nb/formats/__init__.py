@@ -1,0 +1,36 @@
+"""Profiles in the formats of other programs: exports of them, and imports into `.env`.
+
+The arguments of llama-server are the common language: `engine/command_line.py` has the table from
+settings to flags, read both ways. What a format cannot hold is a note, never dropped silently.
+"""
+
+from enum import StrEnum
+
+
+class Format(StrEnum):
+    """The program that is to run the server."""
+
+    LLAMA_SWAP = "llama-swap"
+    ROUTER = "router"
+    SYSTEMD = "systemd"
+    QUADLET = "quadlet"
+    COMPOSE = "compose"
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether one file holds several profiles."""
+        return self not in {Format.SYSTEMD, Format.QUADLET}
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it runs this machine's engine, rather than one in a container or its own."""
+        return self in {Format.LLAMA_SWAP, Format.SYSTEMD}
+
+
+class Source(StrEnum):
+    """The program that a file is of."""
+
+    LLAMA_SWAP = "llama-swap"
+    ROUTER = "router"
+    OLLAMA = "ollama"
+    LM_STUDIO = "lm-studio"

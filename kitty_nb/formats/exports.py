@@ -1,0 +1,394 @@
+"""Profiles written for programs that run llama-server without kitty_nb; never with secrets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kitty_nb.config import env_settings, goes_without_key, takes_secret
+from kitty_nb.engine.command_line import (
+    SERVER_SETTINGS,
+    build_command,
+    portable_arguments,
+    split_options,
+)
+from kitty_nb.errors import KittyError
+from kitty_nb.formats import Format
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.engine.locate import Engine
+
+    Writer = Callable[[Sequence["_Served"], str, list[str]], str]
+
+IMAGE = "ghcr.io/ggml-org/llama.cpp:server"
+_HOME = "https://github.com/ggml-org/llama.cpp/blob/master"
+_PLAIN = re.compile(r"[\w@:,./=+-]+", re.ASCII)
+# What any format can hold, or what ends where the profile does: where models are looked for, how
+# a load is watched.
+_HELD = {
+    *SERVER_SETTINGS, "model", "alias", "host", "port", "api_key", "idle_shutdown_seconds",
+    "binary", "models_dir", "allow_absolute_paths", "other_stores", "history", "log_dir",
+    "health_max_attempts", "stall_seconds", "on_kernel_exit",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A file for another program.
+
+    Attributes:
+        text: Its content.
+        notes: What it could not hold, in sentences.
+    """
+
+    text: str
+    notes: tuple[str, ...]
+
+
+def export(
+    form: Format, configs: Sequence[ServerConfig], engine: Engine | None = None, image: str = IMAGE
+) -> Exported:
+    """Write profiles in a format.
+
+    Args:
+        form: The format.
+        configs: The settings of each profile, as `resolve_model` returns them.
+        engine: The engine, where `form.runs_here`.
+        image: The container image with a llama-server, for quadlet and compose.
+
+    Raises:
+        KittyError: The format holds one profile only, or the engine does not know a setting.
+    """
+    if len(configs) > 1 and not form.takes_several:
+        raise KittyError(f"A {form} file holds one profile. Export them one by one.")
+    write, held = _WRITERS[form]
+    notes: list[str] = []
+    served = []
+    for config in configs:
+        if form.runs_here and engine:
+            program = engine.command
+            words = build_command(engine, config, supervised=False)[len(program) :]
+        else:
+            program, words = (), portable_arguments(config)
+        served.append(_Served(config, program, _without_secrets(config, words, notes)))
+        notes += _not_held(form, config, _HELD | held)
+    return Exported(write(served, image, notes), tuple(dict.fromkeys(notes)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """One profile: its settings, the engine's own words, and its arguments without secrets."""
+
+    config: ServerConfig
+    program: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.config.profile
+
+    @property
+    def asks_key(self) -> bool:
+        return not goes_without_key(self.config)
+
+    def with_value(self, flag: str, value: str) -> tuple[str, ...]:
+        """The arguments with another value for a flag that they have."""
+        at = self.arguments.index(flag) + 1
+        return (*self.arguments[:at], value, *self.arguments[at + 1 :])
+
+    def without(self, flag: str) -> tuple[str, ...]:
+        options = split_options(self.arguments)
+        return tuple(word for option in options if option[0] != flag for word in option)
+
+
+def _without_secrets(
+    config: ServerConfig, words: Iterable[str], notes: list[str]
+) -> tuple[str, ...]:
+    kept: list[str] = []
+    for option in split_options(words):
+        if takes_secret(option[0]):
+            key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
+            notes.append(f"{option[0]} of {key} takes a secret and is left out: set it there.")
+        else:
+            kept += option
+    return tuple(kept)
+
+
+def _not_held(form: Format, config: ServerConfig, held: set[str]) -> list[str]:
+    left = [
+        f"LLAMACPP_{config.profile.upper()}_{setting.suffix}={getattr(config, name)}"
+        for name, setting in env_settings().items()
+        if name not in held
+        and getattr(config, name) != type(config).model_fields[name].get_default()
+    ]
+    return [f"A {form} file has nothing like {', '.join(left)}."] if left else []
+
+
+# llama-swap: https://github.com/mostlygeek/llama-swap/blob/main/config.example.yaml
+
+
+class _Block(str):
+    """Text that YAML shows line by line."""
+
+    __slots__ = ()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a `_Block` as it stands."""
+
+
+_Dumper.add_representer(
+    _Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+)
+
+
+def _yaml(data: object) -> str:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
+    models: dict[str, Any] = {}
+    for one in served:
+        config = one.config
+        options = split_options(one.with_value("--host", "127.0.0.1"))
+        words = (
+            one.program,
+            *(
+                ("--port", "${PORT}") if option[0] == "--port" else option
+                for option in options
+                if option[0] != "--sleep-idle-seconds"
+            ),
+        )
+        lines = [" ".join(map(_swap_word, line)) for line in words]
+        if "${" in "".join(lines).replace("${PORT}", ""):
+            notes.append(f"{one.name}: llama-swap takes ${{…}} for a macro, so it won't start.")
+        models[one.name] = {"cmd": _Block("\n".join(lines) + "\n")}
+        if aliases := _aliases(one, served, notes):
+            models[one.name]["aliases"] = aliases
+        models[one.name]["ttl"] = config.idle_shutdown_seconds or 0
+        models[one.name]["unloadTimeout"] = max(1, round(config.stop_grace_seconds))
+        if config.host != "127.0.0.1":
+            notes.append(f"{one.name}: to open llama-swap to the network, start it with -listen.")
+    keys = {}
+    if any(one.asks_key for one in served):
+        keys = {"apiKeys": ["${env.LLAMA_SWAP_API_KEY}"]}
+        notes.append("llama-swap asks for the key in LLAMA_SWAP_API_KEY: set it before it starts.")
+    head = (
+        "# Profiles of kitty_nb for llama-swap: llama-swap --config FILE --listen 127.0.0.1:8080\n"
+        "# It runs one model at a time; groups and a matrix let several run together.\n"
+    )
+    # Large models take longer than the two minutes after which llama-swap gives up.
+    return head + _yaml({"healthCheckTimeout": 1800, **keys, "models": models})
+
+
+def _swap_word(word: str) -> str:
+    return word if word == "${PORT}" else shlex.quote(word)
+
+
+def _aliases(one: _Served, served: Sequence[_Served], notes: list[str]) -> list[str]:
+    """The name that clients use, unless another profile has it, too."""
+    alias = one.config.served_alias
+    taken = Counter(other.config.served_alias for other in served)
+    taken.update(other.name for other in served)
+    if taken[alias] == 1:
+        return [alias]
+    if alias != one.name:
+        notes.append(f"{one.name}: {alias} names another profile, too; ask for {one.name}.")
+    return []
+
+
+# llama-server's router: _HOME/tools/server/README.md#model-presets
+
+
+def _router(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
+    sections = ["; Profiles of kitty_nb: llama-server --models-preset FILE\nversion = 1\n"]
+    for one in served:
+        lines = [f"[{one.name}]"]
+        aliases = _aliases(one, served, notes)
+        keys: set[str] = set()
+        for flag, *values in split_options(one.arguments):
+            key, value = flag.lstrip("-"), " ".join(values) if values else "true"
+            if key == "alias":
+                value = ",".join(aliases)
+            why_not = _why_no_preset(key, values, keys)
+            if why_not:
+                notes.append(f"{one.name}: {shlex.join((flag, *values))} is left out: {why_not}.")
+            elif value:
+                lines.append(f"{key} = {value}")
+                keys.add(key)
+        sections.append("\n".join(lines) + "\n")
+    if any(one.asks_key for one in served):
+        notes.append("The router asks for the key in LLAMA_API_KEY: set it before it starts.")
+    return "\n".join(sections)
+
+
+def _why_no_preset(key: str, values: Sequence[str], keys: set[str]) -> str:
+    if key in keys:
+        return "presets have each option once"
+    if len(values) > 1:
+        return "presets have one value for an option"
+    if re.search(r"[;#\r\n]", "".join(values)):
+        return "in presets, ';' and '#' begin a comment"
+    return ""
+
+
+# systemd: systemd.service(5); podman-systemd.unit(5)
+
+
+def _systemd(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
+    one = served[0]
+    return "\n".join(
+        (
+            f"# ~/.config/systemd/user/{_unit(one)}.service",
+            f"# systemctl --user daemon-reload && systemctl --user enable --now {_unit(one)}",
+            "# To keep it without a login: loginctl enable-linger",
+            *_unit_head(one),
+            "",
+            "[Service]",
+            "Type=exec",
+            f"ExecStart={' '.join(map(_unit_word, (*one.program, *one.arguments)))}",
+            *_key_file(one, notes),
+            *_unit_end(one),
+        )
+    )
+
+
+def _quadlet(served: Sequence[_Served], image: str, notes: list[str]) -> str:
+    one = served[0]
+    config = one.config
+    arguments = one.with_value("--host", "0.0.0.0")
+    _note_image(image, notes)
+    return "\n".join(
+        (
+            f"# ~/.config/containers/systemd/{_unit(one)}.container",
+            f"# systemctl --user daemon-reload && systemctl --user start {_unit(one)}",
+            *_unit_head(one),
+            "",
+            "[Container]",
+            f"Image={image}",
+            f"Exec={' '.join(map(_unit_word, arguments))}",
+            f"PublishPort={_published(config)}",
+            *(f"Volume={_unit_word(f'{folder}:{folder}:ro')}" for folder in _folders(one)),
+            *_key_file(one, notes),
+            "",
+            "[Service]",
+            *_unit_end(one),
+        )
+    )
+
+
+def _unit(one: _Served) -> str:
+    return f"llama-{one.name}"
+
+
+def _unit_head(one: _Served) -> tuple[str, ...]:
+    config = one.config
+    tries = config.restart_max + 1
+    # Longer than all the tries take, so that a server that never starts is given up.
+    window = round(tries * config.restart_delay_max_seconds + config.restart_stable_seconds)
+    return (
+        "[Unit]",
+        f"Description=llama-server, profile {one.name} of kitty_nb",
+        f"StartLimitIntervalSec={window}",
+        f"StartLimitBurst={tries}",
+    )
+
+
+def _unit_end(one: _Served) -> tuple[str, ...]:
+    config = one.config
+    return (
+        f"Restart={'on-failure' if config.restart_max else 'no'}",
+        f"RestartSec={config.restart_delay_seconds:g}",
+        f"TimeoutStopSec={config.stop_grace_seconds:g}",
+        "",
+        "[Install]",
+        "WantedBy=default.target",
+        "",
+    )
+
+
+def _key_file(one: _Served, notes: list[str]) -> tuple[str, ...]:
+    if not one.asks_key:
+        return ()
+    notes.append(f"{one.name}: write LLAMA_API_KEY=… into ~/.config/{_unit(one)}.env, chmod 600.")
+    return (
+        "# LLAMA_API_KEY=…, the key that clients must send; only you may read the file.",
+        f"EnvironmentFile=%h/.config/{_unit(one)}.env",
+    )
+
+
+def _unit_word(word: str) -> str:
+    """Quote a word for systemd, which expands % and $ inside quotes, too."""
+    text = word.replace("%", "%%").replace("$", "$$")
+    if _PLAIN.fullmatch(word):
+        return text
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escapes.get(letter, letter) for letter in text) + '"'
+
+
+# Containers: https://github.com/compose-spec/compose-spec
+
+
+def _compose(served: Sequence[_Served], image: str, notes: list[str]) -> str:
+    services = {}
+    for one in served:
+        config = one.config
+        arguments = one.with_value("--host", "0.0.0.0")
+        services[one.name] = {
+            "image": image,
+            "command": [word.replace("$", "$$") for word in arguments],
+            "ports": [_published(config)],
+            "volumes": [
+                {"type": "bind", "source": folder, "target": folder, "read_only": True}
+                for folder in (str(path).replace("$", "$$") for path in _folders(one))
+            ],
+            **({"env_file": [f"{_unit(one)}.env"]} if one.asks_key else {}),
+            "restart": f"on-failure:{config.restart_max}" if config.restart_max else "no",
+            "stop_grace_period": f"{round(config.stop_grace_seconds * 1000)}ms",
+        }
+        if one.asks_key:
+            notes.append(f"{one.name}: write LLAMA_API_KEY=… into {_unit(one)}.env beside it.")
+    _note_image(image, notes)
+    head = (
+        "# Profiles of kitty_nb for containers: docker compose up\n"
+        "# NAME.env holds LLAMA_API_KEY=…, the key that clients must send; only you may read it.\n"
+    )
+    return head + _yaml({"services": services})
+
+
+def _published(config: ServerConfig) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"{host}:{config.port}:{config.port}"
+
+
+def _folders(one: _Served) -> list[Path]:
+    """The folders of all files that arguments name, and of those behind links."""
+    paths = [path for path in map(Path, one.arguments) if path.is_absolute() and path.is_file()]
+    return list(
+        dict.fromkeys(folder for path in paths for folder in (path.parent, path.resolve().parent))
+    )
+
+
+def _note_image(image: str, notes: list[str]) -> None:
+    if image == IMAGE:
+        notes.append(f"{IMAGE} computes on the CPU. For a GPU, see {_HOME}/docs/docker.md.")
+
+
+_UNIT = {"restart_max", "restart_delay_seconds", "restart_stable_seconds", "stop_grace_seconds"}
+# How each is written, and what else it holds.
+_WRITERS: dict[Format, tuple[Writer, set[str]]] = {
+    Format.LLAMA_SWAP: (_llama_swap, {"stop_grace_seconds"}),
+    Format.ROUTER: (_router, set()),
+    Format.SYSTEMD: (_systemd, _UNIT),
+    Format.QUADLET: (_quadlet, _UNIT),
+    Format.COMPOSE: (_compose, {"restart_max", "stop_grace_seconds"}),
+}

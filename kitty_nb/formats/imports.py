@@ -1,0 +1,575 @@
+"""Profiles read from files of other programs; the files are data, and nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from configparser import ConfigParser
+from configparser import Error as IniError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.catalog.stores import StoreKind, files_in, model_stores
+from kitty_nb.config import (
+    ServerConfig,
+    Speculation,
+    configured_profiles,
+    env_settings,
+    load_lenient,
+    takes_secret,
+    user_variables,
+)
+from kitty_nb.engine.command_line import (
+    canonical,
+    portable_arguments,
+    read_arguments,
+    split_options,
+)
+from kitty_nb.errors import ConfigError, KittyError
+from kitty_nb.formats import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from kitty_nb.engine.locate import Dialect
+
+_NAMES: dict[str, dict[str, str]] = tomllib.loads(
+    Path(__file__).with_name("names.toml").read_text(encoding="utf-8")
+)
+_TRUE, _FALSE = {"true", "on", "enabled", "1"}, {"false", "off", "disabled", "0"}
+_PROJECTORS, _DRAFTS = {"--mmproj"}, {"--spec-draft-model"}
+_REMOTE = {"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"}
+_FIRST_FREE_PORT = 8082
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One model of a file.
+
+    Attributes:
+        name: Its name there.
+        words: The arguments of llama-server that say the same.
+        notes: What has no meaning here, in sentences.
+        settings: What else it sets, by field.
+        aliases: Its other names.
+    """
+
+    name: str
+    words: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, object] = field(default_factory=dict)
+    aliases: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What a file holds.
+
+    Attributes:
+        configs: The profiles, not yet in any `.env` file.
+        notes: What was left out and what to do about it, in sentences.
+    """
+
+    configs: tuple[ServerConfig, ...]
+    notes: tuple[str, ...]
+
+
+def import_profiles(
+    file: Path,
+    env: str | Path = ".env",
+    source: Source | None = None,
+    *,
+    name: str | None = None,
+    model: Path | None = None,
+    dialect: Dialect | None = None,
+) -> Imported:
+    """Read the profiles in a file of another program.
+
+    Args:
+        file: The file.
+        env: The `.env` file that they are for: settings for all profiles hold for them, too.
+        source: The program that it is of; None to tell by its name and content.
+        name: The profile's name, if the file holds one; None for its name there.
+        model: The model of a profile for which the file names none.
+        dialect: The flags of an engine, which tell a switch from a flag with a value.
+
+    Raises:
+        KittyError: The file can't be read or is of no known program, or holds no profile.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KittyError(f"Can't read {file} ({error}).") from None
+    notes: list[str] = []
+    read = _READERS[source or _source_of(file, text)]
+    try:
+        entries = list(read(text, file, notes, dialect))
+    except (yaml.YAMLError, IniError, ValueError, AttributeError, TypeError) as error:
+        raise KittyError(f"Can't read {file}: {error}") from None
+    if not entries:
+        raise KittyError("\n".join([f"{file} holds no profile.", *notes]))
+    if name is not None and len(entries) > 1:
+        raise KittyError(f"{file} holds {len(entries)} profiles, so they keep their names.")
+    place = _Place(file.absolute().parent, env, model)
+    configs = []
+    for entry in entries:
+        configs.append(place.settle(entry, name))
+        notes += [f"{configs[-1].profile}: {note}" for note in entry.notes]
+    return Imported(tuple(configs), tuple(dict.fromkeys(notes)))
+
+
+def _source_of(file: Path, text: str) -> Source:
+    by_suffix = {
+        ".yaml": Source.LLAMA_SWAP,
+        ".yml": Source.LLAMA_SWAP,
+        ".ini": Source.ROUTER,
+        ".json": Source.LM_STUDIO,
+    }
+    if source := by_suffix.get(file.suffix.lower()):
+        return source
+    if re.search(r"^\s*FROM\s+\S", text, re.IGNORECASE | re.MULTILINE):
+        return Source.OLLAMA
+    raise KittyError(
+        f"{file} is not a file of {', '.join(Source)} by its name. Say which: --from NAME."
+    )
+
+
+# llama-swap
+
+
+def _read_llama_swap(
+    text: str, _file: Path, notes: list[str], _dialect: Dialect | None
+) -> Iterator[_Entry]:
+    whole = yaml.safe_load(text) or {}
+    for key in whole.keys() - {"models", "macros", "healthCheckTimeout", "globalTTL", "startPort"}:
+        if key == "apiKeys":
+            notes.append("apiKeys are left out: set LLAMACPP_API_KEY in .env yourself.")
+        else:
+            notes.append(f"{key!r} of llama-swap is left out.")
+    for name, model in (whole.get("models") or {}).items():
+        entry = _Entry(str(name))
+        macros = {**(whole.get("macros") or {}), **(model.get("macros") or {}), "MODEL_ID": name}
+        command = _expand(_without_comments(str(model.get("cmd") or "")), macros, entry.notes)
+        words = shlex.split(command)
+        if not _take_program(entry, words):
+            notes.append(f"{name}: its command starts no llama-server here, so it is left out.")
+            continue
+        ttl = model.get("ttl", -1)
+        ttl = whole.get("globalTTL", 0) if ttl == -1 else ttl
+        if ttl:
+            entry.settings["idle_shutdown_seconds"] = ttl
+        if model.get("unloadTimeout"):
+            entry.settings["stop_grace_seconds"] = model["unloadTimeout"]
+        entry.aliases += map(str, model.get("aliases") or [])
+        known = {"cmd", "macros", "ttl", "unloadTimeout", "aliases", "name", "description", "proxy"}
+        if left := sorted(model.keys() - known):
+            entry.notes.append(f"left out: {', '.join(left)}.")
+        yield entry
+
+
+def _without_comments(command: str) -> str:
+    lines = [line for line in command.splitlines() if not line.strip().startswith("#")]
+    return "\n".join(line.rstrip().removesuffix("\\") for line in lines)
+
+
+def _expand(command: str, macros: Mapping[str, object], notes: list[str]) -> str:
+    """Replace macros, also in macros; a port that llama-swap chooses is left out."""
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        if name in macros:
+            return str(macros[name])
+        if name.startswith("env.") and (known := user_variables([name[4:]])):
+            return next(iter(known.values()))
+        if name != "PORT":
+            notes.append(f"{found[0]} is not set, and stays as it is.")
+        return found[0]
+
+    for _ in range(len(macros) + 1):
+        before, command = command, re.sub(r"\$\{([\w.-]+)\}", value, command)
+        if command == before:
+            break
+    return _without_comments(command)
+
+
+def _take_program(entry: _Entry, words: list[str]) -> bool:
+    """Take the arguments of a command that starts llama-server; return whether it does."""
+    ours = "kitty_nb.engine.embedded"
+    at = next(
+        (
+            number
+            for number, word in enumerate(words)
+            if word == ours or Path(word).name.startswith("llama-server")
+        ),
+        None,
+    )
+    if at is None or Path(words[0]).name in {"docker", "podman"}:
+        return False
+    program = Path(words[at])
+    entry.words = words[at + 1 :]
+    if words[at] == ours:
+        return True
+    if at:
+        entry.notes.append(f"left out, before llama-server: {shlex.join(words[:at])}.")
+    if program.is_absolute() and str(program) != shutil.which("llama-server"):
+        entry.settings["binary"] = program
+    return True
+
+
+# llama-server's router
+
+
+def _read_router(
+    text: str, _file: Path, _notes: list[str], dialect: Dialect | None
+) -> Iterator[_Entry]:
+    parser = ConfigParser(
+        delimiters=("=",),
+        comment_prefixes=(";", "#"),
+        strict=False,
+        interpolation=None,
+        default_section="",  # there is none that holds for all but "*"
+        empty_lines_in_values=False,
+    )
+    parser.optionxform = str  # type: ignore[method-assign,assignment]
+    parser.read_string(f"[default]\n{text}")
+    shared = dict(parser["*"]) if "*" in parser else {}
+    for name in parser.sections():
+        own = dict(parser[name])
+        if name == "*" or (name == "default" and not own.keys() - {"version"}):
+            continue
+        entry = _Entry(name)
+        for key, value in (shared | own).items():
+            _take_preset(entry, key, re.split("[;#]", value, maxsplit=1)[0].strip(), dialect)
+        yield entry
+
+
+def _take_preset(entry: _Entry, key: str, value: str, dialect: Dialect | None) -> None:
+    if key in {"version", "dedup-cache-models"}:
+        return
+    if key == "stop-timeout":
+        entry.settings["stop_grace_seconds"] = value
+        return
+    if key == "load-on-startup":
+        entry.notes.append("load-on-startup is left out: start it when you need it.")
+        return
+    flag = _flag_of_preset(key, dialect)
+    option = dialect.option(flag) if dialect else None
+    is_switch = not option.values if option else value.lower() in {"true", "false"}
+    if not is_switch:
+        entry.words += (flag, value)
+    elif value.lower() in _TRUE:
+        entry.words.append(flag)
+    elif value.lower() in _FALSE:
+        negated = flag.replace("--no-", "--", 1) if flag.startswith("--no-") else f"--no-{flag[2:]}"
+        if canonical(flag) == "--jinja" or (dialect and dialect.option(negated)):
+            entry.words.append(negated)
+
+
+def _flag_of_preset(key: str, dialect: Dialect | None) -> str:
+    """The flag that a key means: one without its dashes, or the name of its variable."""
+    if key.startswith("LLAMA_ARG_"):
+        name = key.removeprefix("LLAMA_ARG_")
+        return _NAMES["router"].get(name, "--" + name.lower().replace("_", "-"))
+    if key == "LLAMA_API_KEY":
+        return "--api-key"
+    short = f"-{key}"
+    known = canonical(short) != short or (dialect and dialect.option(short))
+    return short if known else f"--{key}"
+
+
+# Ollama
+
+
+def _read_modelfile(
+    text: str, file: Path, _notes: list[str], _dialect: Dialect | None
+) -> Iterator[_Entry]:
+    entry = _Entry("")
+    left: dict[str, None] = {}
+    for instruction, argument in _instructions(text):
+        match instruction:
+            case "FROM":
+                entry.name = _take_base(entry, argument, file)
+            case "PARAMETER":
+                name, _, value = argument.partition(" ")
+                value = value.strip().strip('"')
+                flag = _NAMES["ollama"].get(name.lower())
+                if flag is None:
+                    left[f"PARAMETER {name}"] = None
+                else:
+                    entry.words += _option(flag, _plain(value))
+            case "ADAPTER":
+                path = file.parent / Path(argument).expanduser()
+                entry.words += ("--lora", str(path.absolute()))
+            case "LICENSE" | "REQUIRES":
+                pass
+            case _:
+                left[instruction] = None
+    if left:
+        entry.notes.append(
+            f"left out: {', '.join(left)}. A prompt, its template and stop words are the request's"
+            " and the model's own here."
+        )
+    if entry.name:
+        yield entry
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str]]:
+    lines = iter(text.splitlines())
+    for line in lines:
+        word, _, rest = line.strip().partition(" ")
+        if not word or word.startswith("#"):
+            continue
+        rest = rest.strip()
+        if '"""' in rest:
+            while rest.count('"""') == 1:
+                rest += "\n" + next(lines, '"""')
+            rest = rest.replace('"""', "")
+        yield word.upper(), rest
+
+
+def _take_base(entry: _Entry, base: str, file: Path) -> str:
+    path = file.parent / Path(base).expanduser()
+    if path.exists() or path.suffix.lower() == ".gguf":
+        entry.words += ("--model", str(path.absolute()))
+        suffix = file.suffix.removeprefix(".")  # as in Modelfile.coder
+        return suffix if file.stem.lower() == "modelfile" and suffix else path.stem
+    stores = [store for store in model_stores(ServerConfig()) if store.kind is StoreKind.OLLAMA]
+    for found in (found for store in stores for found in files_in(store)):
+        if {base, f"{base}:latest"} & set((found.known_as or "").split(", ")):
+            entry.words += ("--model", str(found.path))
+            return base
+    entry.notes.append(f"Ollama has no model {base} on this machine. Run: ollama pull {base}")
+    return base
+
+
+# LM Studio
+
+
+def _read_lm_studio(
+    text: str, file: Path, _notes: list[str], _dialect: Dialect | None
+) -> Iterator[_Entry]:
+    whole = json.loads(text)
+    entry = _Entry(str(whole.get("name") or file.name.partition(".")[0]))
+    parts = [whole, whole.get("operation") or {}, whole.get("load") or {}]
+    given = {one["key"]: one.get("value") for part in parts for one in part.get("fields") or []}
+    table = _NAMES["lm-studio"]
+    if "load_params" in whole or "inference_params" in whole:
+        given = {**(whole.get("load_params") or {}), **(whole.get("inference_params") or {})}
+        table = _NAMES["lm-studio-0-2"]
+    left = []
+    for key, value in given.items():
+        if isinstance(value, dict) and "checked" in value:
+            if not value["checked"]:
+                continue
+            value = value.get("value")  # noqa: PLW2901
+        flag = table.get(key)
+        if flag == "--n-gpu-layers" and "Ratio" in key:
+            value = {"max": 999, 1: 999, "off": 0, 0: 0}.get(value)  # noqa: PLW2901
+        if flag is None or (flag and not _is_plain(value)):
+            if value not in ("", None, [], {}):
+                left.append(key)
+        elif flag:
+            entry.words += _option(flag, value)
+    if left:
+        entry.notes.append(f"left out: {', '.join(left)}.")
+    entry.words += _model_of_lm_studio(file)
+    yield entry
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _model_of_lm_studio(file: Path) -> tuple[str, ...]:
+    """The model that LM Studio keeps these settings for, by their file's name."""
+    home, found, name = str(file.absolute()).partition("/user-concrete-model-default-config/")
+    if not found:
+        return ()
+    path = Path(home).parent / "models" / name.removesuffix(".json")
+    return ("--model", str(path)) if path.is_file() else ()
+
+
+def _plain(value: str) -> object:
+    return value.lower() == "true" if value.lower() in {"true", "false"} else value
+
+
+def _option(flag: str, value: object) -> tuple[str, ...]:
+    """The words for a value of another program."""
+    if not flag:
+        return ()
+    if flag == "--flash-attn":
+        return (flag, "on" if value else "off")
+    if isinstance(value, bool):
+        wanted = value is not flag.startswith("!")
+        return (flag.removeprefix("!"),) if wanted else ()
+    return (flag, str(value))
+
+
+_READERS: dict[Source, Callable[[str, Path, list[str], Dialect | None], Iterator[_Entry]]] = {
+    Source.LLAMA_SWAP: _read_llama_swap,
+    Source.ROUTER: _read_router,
+    Source.OLLAMA: _read_modelfile,
+    Source.LM_STUDIO: _read_lm_studio,
+}
+
+
+class _Place:
+    """Where profiles go: their names and ports must be free there, their files in reach.
+
+    Args:
+        folder: The folder that relative paths start at.
+        env: The `.env` file.
+        model: The model of a profile that names none.
+    """
+
+    def __init__(self, folder: Path, env: str | Path, model: Path | None) -> None:
+        self._folder, self._env, self._model = folder, env, model
+        self._names: set[str] = set()
+        there = {name: load_lenient(env, name)[0] for name in configured_profiles(env)}
+        self._ports = {name: config.port for name, config in there.items() if config.model}
+
+    def settle(self, entry: _Entry, name: str | None) -> ServerConfig:
+        """Return the settings that an entry asks for."""
+        profile = self._free_name(name or entry.name)
+        base, _ = load_lenient(self._env, profile)
+        words = [word for option in split_options(entry.words) for word in _kept(option, entry)]
+        found = read_arguments(words)
+        others = split_options(found.pop("extra_args"))  # type: ignore[arg-type]
+        settings = found | entry.settings
+        if "model" not in settings and self._model:
+            settings["model"] = self._model.absolute()
+        if "model" in settings:
+            settings["model"] = self._path(str(settings["model"]), entry)
+        else:
+            entry.notes.append(f"it names no model: set LLAMACPP_{profile.upper()}_MODEL.")
+        settings |= self._names_of(entry, profile, settings)
+        settings["port"] = self._free_port(profile, settings.get("port"), base.port)
+        files = {
+            field: self._path(values[0], entry)
+            for flags, field in ((_PROJECTORS, "mmproj"), (_DRAFTS, "draft_model"))
+            for flag, *values in others
+            if canonical(flag) in flags and values
+        }
+        if "draft_model" in files:
+            settings.setdefault("speculation", Speculation.DRAFT)
+        asked_off = any(canonical(flag) == "--no-mmproj" for flag, *_ in others)
+        others = [
+            option
+            for option in others
+            if canonical(option[0]) not in {*_PROJECTORS, *_DRAFTS, "--no-mmproj"}
+        ]
+        wanted = base.replace(**_valid(base, settings, entry))
+        return _as_found(wanted, files, others, entry, off=asked_off)
+
+    def _free_name(self, name: str) -> str:
+        plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
+        plain = plain if plain[:1].isalpha() else f"model_{plain}".rstrip("_")
+        suffixes = {setting.suffix for setting in env_settings().values()}
+        # A profile "draft" could not have a model: LLAMACPP_DRAFT_MODEL is a setting of all.
+        meant = any(f"{plain.upper()}_{suffix}" in suffixes for suffix in suffixes)
+        number, free = 2, f"{plain}2" if meant else plain
+        while free in self._names:
+            free, number = f"{plain}_{number}", number + 1
+        self._names.add(free)
+        return free
+
+    def _free_port(self, profile: str, asked: object, usual: int) -> int:
+        taken = {port for name, port in self._ports.items() if name != profile}
+        wanted = int(str(asked)) if asked else usual
+        if wanted in taken:
+            wanted = max(_FIRST_FREE_PORT, *taken) + 1
+        self._ports[profile] = wanted
+        return wanted
+
+    def _path(self, value: str, entry: _Entry) -> Path:
+        path = self._folder / Path(value).expanduser()
+        if not path.exists():
+            entry.notes.append(f"there is no {path}.")
+        return path
+
+    @staticmethod
+    def _names_of(entry: _Entry, profile: str, settings: Mapping[str, object]) -> dict[str, object]:
+        """The name that clients ask for; none where the model's own is meant."""
+        own = [] if entry.name.lower() == profile else [entry.name]
+        names = [*map(str, filter(None, [settings.get("alias")])), *entry.aliases, *own]
+        if rest := [name for name in dict.fromkeys(names[1:]) if name != names[0]]:
+            entry.notes.append(f"clients ask for {names[0]}, no longer for {', '.join(rest)}.")
+        model = settings.get("model")
+        stem = model.stem if isinstance(model, Path) else None
+        return {"alias": names[0] if names and names[0] != stem else None}
+
+
+def _kept(option: tuple[str, ...], entry: _Entry) -> tuple[str, ...]:
+    """An option, unless it can't be taken over."""
+    flag, *values = option
+    if takes_secret(flag) or canonical(flag) == "--api-key-file":
+        entry.notes.append(f"{flag} is left out: set LLAMACPP_API_KEY in .env yourself.")
+        return ()
+    if flag in _REMOTE:
+        name = values[0] if values else ""
+        entry.notes.append(f"{shlex.join(option)} is left out. Run: kitty-nb download {name}")
+        return ()
+    if canonical(flag) == "--port" and values == ["${PORT}"]:
+        return ()
+    return option
+
+
+def _valid(base: ServerConfig, settings: Mapping[str, object], entry: _Entry) -> dict[str, object]:
+    kept = {}
+    for name, value in settings.items():
+        try:
+            base.replace(**{name: value})
+        except ConfigError as error:
+            entry.notes.append(f"left out: {error.problems[0]}")
+        else:
+            kept[name] = value
+    return kept
+
+
+def _as_found(
+    wanted: ServerConfig,
+    files: Mapping[str, Path],
+    others: Iterable[tuple[str, ...]],
+    entry: _Entry,
+    *,
+    off: bool,
+) -> ServerConfig:
+    """Leave to kitty_nb what it finds by itself: projector, draft model, task."""
+    others = list(others)
+    extra = [word for option in others for word in option]
+    if wanted.model is None:
+        return wanted.replace(**files, extra_args=extra)
+    resolved = _resolved(wanted, entry)
+    if resolved is None:
+        return wanted.replace(**files, extra_args=extra)
+    wanted = wanted.replace(allow_absolute_paths=resolved.allow_absolute_paths)
+    changes: dict[str, Any] = {}
+    if resolved.projector != files.get("mmproj") or off:
+        changes["mmproj"] = files.get("mmproj", "off")
+    if "draft_model" in files and resolved.drafter != files["draft_model"]:
+        changes["draft_model"] = files["draft_model"]
+    by_itself = [
+        (canonical(flag), *values) for flag, *values in split_options(portable_arguments(resolved))
+    ]
+    kept = [one for one in others if (canonical(one[0]), *one[1:]) not in by_itself]
+    return wanted.replace(**changes, extra_args=[word for option in kept for word in option])
+
+
+def _resolved(config: ServerConfig, entry: _Entry) -> ServerConfig | None:
+    """Look its files up; a model may be outside the models folder."""
+    reason = ""
+    for allowed in dict.fromkeys((config.allow_absolute_paths, True)):
+        try:
+            return resolve_model(config.replace(allow_absolute_paths=allowed))
+        except ConfigError as error:
+            reason = f"{error.problems[0].reason} {error.problems[0].fix}"
+    if config.model and config.model.exists():
+        entry.notes.append(reason)
+    return None
