@@ -27,6 +27,7 @@ from kitty_nb.config import (
     user_variables,
 )
 from kitty_nb.engine.command_line import (
+    ORIGINS,
     canonical,
     portable_arguments,
     read_arguments,
@@ -516,7 +517,8 @@ def _kept(option: tuple[str, ...], entry: _Entry) -> tuple[str, ...]:
         name = values[0] if values else ""
         entry.notes.append(f"{shlex.join(option)} is left out. Run: kitty-nb download {name}")
         return ()
-    if canonical(flag) == "--port" and values == ["${PORT}"]:
+    ours = {"--port": ["${PORT}"], ORIGINS: ["localhost"]}  # llama-swap's choice, and kitty_nb's
+    if ours.get(canonical(flag)) == values:
         return ()
     return option
 
