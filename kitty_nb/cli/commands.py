@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments import Regression
     from kitty_nb.experiments.bench import BenchProgress
-    from kitty_nb.remote.supervisor import RemoteSupervisor
     from kitty_nb.formats import Format, Source
     from kitty_nb.formats.exports import Exported
     from kitty_nb.formats.imports import Imported
+    from kitty_nb.remote.supervisor import RemoteSupervisor
     from kitty_nb.supervisor.events import Event, LoadProgress
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.supervisor import Supervisor
