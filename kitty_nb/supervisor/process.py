@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import select
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
@@ -134,6 +136,30 @@ class ServerProcess:
             await self._others_ended()
         return self._child.wait() if self._child else None
 
+    def ends_within(self, seconds: float, readable: Sequence[int] = ()) -> bool:
+        """Wait for the process to end, without an event loop.
+
+        Args:
+            seconds: How long.
+            readable: Descriptors; it returns at once when one of them can be read.
+
+        Returns:
+            Whether it has ended.
+        """
+        deadline, watched, longest = time.monotonic() + seconds, [*readable], math.inf
+        with ExitStack() as stack:
+            try:
+                watched.append(os.pidfd_open(self.pid))
+                stack.callback(os.close, watched[-1])
+            except (OSError, AttributeError):  # as in `_ended`
+                longest = _EXIT_POLL
+            while self.runs() and (left := deadline - time.monotonic()) > 0:
+                pause = min(left, longest)
+                ready = select.select(watched, (), (), None if math.isinf(pause) else pause)[0]
+                if not set(readable).isdisjoint(ready):
+                    break
+        return not self.runs()
+
     async def terminate(self, grace: float) -> None:
         """Ask the processes to end, and force them when `grace` seconds were not enough."""
         self._others_end_within = grace
@@ -158,6 +184,11 @@ class ServerProcess:
         """Measure memory, bytes read and work, or return None when the process has just ended."""
         first, *others = map(_usage, self._family())
         return sum(filter(None, others), first) if first else None
+
+    @property
+    def alone(self) -> bool:
+        """True if no other process of its session has been seen so far."""
+        return len(self._family()) == 1
 
     def includes(self, pid: int) -> bool:
         """Tell whether a process is this one, or another of its session."""

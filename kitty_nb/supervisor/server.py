@@ -74,8 +74,9 @@ _ASK_FIRST, _ASK_FACTOR, _ASK_LONGEST, _ASK_READY = 0.01, 4, 1.0, 2.0
 # Seconds, while requests are worked on. A look at the slots costs the server a moment.
 _WORK_SHOWN, _SLOTS_ASKED = 0.25, 0.5
 _AT_ONCE = 0.3  # seconds; a first answer that is no slower is not reported
-# Seconds. Started together, a server and its sidecar would slow each other down.
-_SIDECAR_AFTER = 0.2
+# Seconds. Started together, a server and its sidecar would slow each other down, and a server
+# that ends at once needs none.
+_SIDECAR_AFTER = 1.0
 _SIDECAR_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
 _NEWS = re.compile(r"loading model|model loaded|listening on")

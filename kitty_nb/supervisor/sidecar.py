@@ -1,7 +1,8 @@
 """The helper process of one server: it rotates the log, stops an idle server, and ends an orphan.
 
-It runs as long as its server, also when no notebook is open any more, so it stays light: neither
-pydantic nor httpx is imported. Its kernel tells it through a pipe which server to watch. Where the
+It runs as long as its server, also when no notebook is open any more, and one begins beside each
+server, so it stays light: neither pydantic nor httpx is imported, and no event loop until the
+server has to be ended. Its kernel tells it through a pipe which server to watch. Where the
 settings say that the server ends with the kernel, the pipe stays open: when the kernel is gone,
 however that happened, the system closes its end, and the sidecar ends the server. The server of a
 kernel that was killed before it could tell is known by a mark in its environment.
@@ -12,9 +13,11 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import select
 import sys
 import time
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import TYPE_CHECKING, NamedTuple, TextIO
@@ -27,7 +30,7 @@ from kitty_nb.supervisor.log import shrink
 from kitty_nb.supervisor.process import AT_WORK, ServerProcess, Usage, leave_child
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kitty_nb.config import ServerConfig
 
@@ -144,51 +147,56 @@ def has_sidecar(log: Path) -> bool:
     return False
 
 
-async def attend(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> None:
+def attend(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> None:
     """Attend to a server until it has ended."""
-    async with anyio.create_task_group() as tasks:
-        if args.mark:
-            tasks.start_soon(_guard, args, process)
-
-        async def keep() -> None:
-            with suppress(OSError):  # its folder is gone; the guard goes on alone
-                if not await _keep(args, process, idle_seconds):
-                    tasks.cancel_scope.cancel()
-
-        tasks.start_soon(keep)
-        await process.wait()
-        tasks.cancel_scope.cancel()
-
-
-async def _guard(args: SidecarArgs, process: ServerProcess) -> None:
-    await anyio.wait_readable(sys.stdin.fileno())  # at its end: nothing more is written
-    await _end(args, process)
+    guarded = [sys.stdin.fileno()] if args.mark else []
+    keeping = _keep(args, process, idle_seconds)
+    pause = 0.0
+    while not process.ends_within(pause, guarded):
+        if select.select(guarded, (), (), 0)[0]:  # at its end: nothing more is written
+            return _end(args, process)
+        try:
+            pause = next(keeping)
+        except StopIteration:  # another sidecar has the log, or the server has been ended
+            return None
+        except OSError:  # its folder is gone; the guard goes on alone
+            keeping = repeat(math.inf)
+    if not process.alone:
+        anyio.run(process.wait)  # which ends what it leaves behind
+    return None
 
 
-async def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> bool:
-    """Rotate the log and end an idle server; return False where another sidecar does that."""
+def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Iterator[float]:
+    """Rotate the log and end an idle server; yield the seconds until that should go on.
+
+    It returns where another sidecar does that, or when the server has been ended.
+    """
     log, used_at, before = Path(args.log), time.monotonic(), _work_of(process)
     with _lock_path(log).open("a") as lock:
-        with anyio.move_on_after(math.inf if args.mark else _OTHER_ENDS_WITHIN) as waiting:
-            await _lock(lock)
-        if waiting.cancelled_caught:
-            return False
+        while not _is_locked(lock):
+            if not args.mark and time.monotonic() - used_at > _OTHER_ENDS_WITHIN:
+                return
+            yield _LOCK_EVERY
         while not idle_seconds or time.monotonic() - used_at < idle_seconds:
             shrink(log, int(args.log_bytes), int(args.logs_kept))
-            await anyio.sleep(_LOOK_EVERY)
+            yield _LOOK_EVERY
             now = _work_of(process)
             if now - before > _LOOK_EVERY:
                 used_at = time.monotonic()
             before = now
         _note(log, f"kitty_nb: stopped after {idle_seconds:.0f} s idle")
-        await _end(args, process)
-    return True
+        _end(args, process)
 
 
-async def _end(args: SidecarArgs, process: ServerProcess) -> None:
+def _end(args: SidecarArgs, process: ServerProcess) -> None:
     with suppress(OSError):  # a folder that is full, or gone, is no reason to let the server live
         withdraw(Path(args.record))
-    await process.terminate(float(args.grace))
+
+    async def end() -> None:
+        await process.terminate(float(args.grace))
+        await process.wait()
+
+    anyio.run(end)
 
 
 def _note(log: Path, line: str) -> None:
@@ -200,13 +208,13 @@ def _lock_path(log: Path) -> Path:
     return log.with_suffix(".sidecar.lock")
 
 
-async def _lock(file: TextIO) -> None:
-    """Become the one sidecar of this log, as soon as an earlier one has ended."""
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await anyio.sleep(_LOCK_EVERY)
+def _is_locked(file: TextIO) -> bool:
+    """Become the one sidecar of this log, unless an earlier one has not ended yet."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _work_of(process: ServerProcess) -> float:
@@ -231,9 +239,9 @@ def main(words: Sequence[str]) -> None:
     if told:
         process = ServerProcess.attach(int(told[0]), float(told[1]))
         if process:
-            anyio.run(attend, args, process, float(told[2]))
+            attend(args, process, float(told[2]))
     elif process := find_marked(args.mark):
-        anyio.run(_end, args, process)
+        _end(args, process)
 
 
 if __name__ == "__main__":
