@@ -231,7 +231,7 @@ def key_command(env: Path, profile: str) -> tuple[str, ...]:
     from kitty_nb.config.env_file import read_env
 
     beside = Path(sys.executable).with_name("kitty-nb")
-    program = (str(beside),) if beside.exists() else (sys.executable, "-Pm", "kitty_nb.cli")
+    program = (str(beside),) if beside.exists() else (sys.executable, "-Pm", str(__package__))
     found = read_env(env).path
     where = ("--env", str(found)) if found.exists() else ()
     which = () if profile == "primary" else ("--profile", profile)

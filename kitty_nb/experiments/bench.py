@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from html import escape
 from random import Random
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -181,16 +180,7 @@ class BenchTable:
         notes = [f"- {row.test}: {row.note}" for row in self.rows if row.note]
         return "\n".join([*lines, "", *notes, *([""] if notes else []), f"build: {self.build}"])
 
-    def _repr_html_(self) -> str:
-        head, *rows = (
-            "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
-            for tag, cells in zip(("th", *["td"] * len(self.rows)), self._cells(), strict=True)
-        )
-        notes = "".join(f"<li>{escape(f'{r.test}: {r.note}')}</li>" for r in self.rows if r.note)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        told = f"<ul>{notes}</ul>" if notes else ""
-        build = f"<p>build: {escape(self.build)}</p>"
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{told}{build}"
+    _repr_markdown_ = __str__  # front ends clean it of HTML
 
     def _heads(self) -> list[tuple[str, int]]:
         """Each column's heading and width, which is negative where text stands to the left."""
