@@ -13,7 +13,7 @@ import anyio
 import httpx
 import psutil
 import pytest
-from conftest import eventually
+from conftest import LOCAL, eventually
 from ipywidgets.embed import embed_data
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
@@ -59,7 +59,7 @@ def test_only_who_has_the_key_is_answered(
             _ = manager.client
         manager.start().wait(30)
         url = manager.state.endpoint + CHAT
-        assert httpx.post(url, json=QUESTION, trust_env=False).status_code == 401
+        assert httpx.post(url, json=QUESTION, **LOCAL).status_code == 401
         assert manager.http.post(CHAT, json=QUESTION).status_code == 200
         assert manager.http is manager.http
         assert manager.client is manager.http
@@ -120,7 +120,7 @@ def test_a_key_of_ones_own(config: ServerConfig, tmp_path: Path) -> None:
         manager.start().wait(30)
         headers = {"Authorization": "Bearer sesame-open"}
         url = manager.state.endpoint + CHAT
-        answer = httpx.post(url, json=QUESTION, headers=headers, trust_env=False)
+        answer = httpx.post(url, json=QUESTION, headers=headers, **LOCAL)
         assert answer.status_code == 200
         with ModelManager(config=config.replace(api_key="sesame-open")) as other:
             state = other.start().wait(30)
@@ -146,7 +146,7 @@ def test_no_key_when_none_is_wanted(config: ServerConfig, monkeypatch: pytest.Mo
         manager.start().wait(30)
         assert manager.reveal_api_key() is None
         url = manager.state.endpoint + CHAT
-        assert httpx.post(url, json=QUESTION, trust_env=False).status_code == 200
+        assert httpx.post(url, json=QUESTION, **LOCAL).status_code == 200
         assert manager.http.post(CHAT, json=QUESTION).status_code == 200
 
 
@@ -158,7 +158,7 @@ def test_without_a_key_the_pages_of_others_are_kept_out(
         url = manager.state.endpoint + "/v1/models"
 
         def allowed(origin: str) -> str | None:
-            answer = httpx.get(url, headers={"Origin": origin}, trust_env=False)
+            answer = httpx.get(url, headers={"Origin": origin}, **LOCAL)
             return answer.headers.get("Access-Control-Allow-Origin")
 
         assert allowed("https://evil.example") not in {"https://evil.example", "*"}

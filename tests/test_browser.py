@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
-from conftest import eventually
+from conftest import LOCAL, eventually
 from model_files import write_header, write_projector
 from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import write_demo_model
 
 if TYPE_CHECKING:  # else a second's import in processes that run other tests
-    from playwright.sync_api import Browser, Locator, Page, Response
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Response
 
 pytestmark = pytest.mark.browser
 
@@ -132,7 +132,7 @@ def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
 
         def answers() -> bool:
             try:
-                return httpx.get(f"{address}/api/status", headers=headers).is_success
+                return httpx.get(f"{address}/api/status", headers=headers, **LOCAL).is_success
             except httpx.HTTPError:
                 return False
 
@@ -280,10 +280,18 @@ def write_notebook(workspace: Path, *cells: str) -> str:
     return name
 
 
-@pytest.fixture
-def open_notebook(browser: Browser, lab: str, workspace: Path) -> Iterator[Callable[..., Notebook]]:
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """One for all tests: JupyterLab's megabytes of scripts are fetched and compiled once."""
     context = browser.new_context(viewport={"width": 1280, "height": 1400})
+    yield context
+    context.close()
 
+
+@pytest.fixture
+def open_notebook(
+    context: BrowserContext, lab: str, workspace: Path
+) -> Iterator[Callable[..., Notebook]]:
     def open_(*cells: str, host: str = "127.0.0.1", address: str = lab) -> Notebook:
         name = "control_panel.ipynb"
         if cells:
@@ -296,7 +304,8 @@ def open_notebook(browser: Browser, lab: str, workspace: Path) -> Iterator[Calla
         return Notebook(page)
 
     yield open_
-    context.close()
+    for page in context.pages:
+        page.close()
     end_kernels(lab)
 
 

@@ -250,6 +250,7 @@ def test_trials_go_where_their_model_is(
         assert "another file of that name" in row.reason
 
 
+@pytest.mark.slow
 def test_a_model_that_only_the_workers_have(
     sweep: Callable[..., Sweep], client: Client, config: ServerConfig, tmp_path: Path
 ) -> None:
@@ -292,6 +293,7 @@ def _show(name: str) -> None:
     sys.modules.pop(name)
 
 
+@pytest.mark.slow
 def test_a_client_of_the_loop_that_runs(sweep: Callable[..., Sweep], address: str) -> None:
     from distributed import Client  # noqa: PLC0415
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import httpx
 import pytest
-from conftest import eventually
+from conftest import LOCAL, eventually
 
 from kitty_nb.config import FlashAttention
 from kitty_nb.engine import embedded, embedded_options
@@ -252,7 +252,7 @@ class Serving:
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process = process
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", **LOCAL, timeout=10)
         self._log = log
 
     def health(self) -> int:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 steady = settings(
     derandomize=True,
     database=None,
-    max_examples=100,
+    max_examples=50,
     deadline=timedelta(seconds=10),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -201,7 +201,7 @@ TestLifecycle.settings = settings(
 )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_any_commands_and_kills_leave_one_server_or_none(
     misbehaving: Callable[..., ServerConfig], tmp_path: Path, seed: int
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import eventually
+from conftest import LOCAL, eventually
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
@@ -256,7 +256,7 @@ def test_an_interrupt_ends_the_answer_on_both_sides(
     pid = int(re.findall(r"PID (\d+)", kernel.run("%kitty start"))[-1])
 
     def busy() -> bool:
-        slots = httpx.get(f"{config.endpoint}/slots", timeout=10, trust_env=False).json()
+        slots = httpx.get(f"{config.endpoint}/slots", timeout=10, **LOCAL).json()
         return any(slot["is_processing"] for slot in slots)
 
     seen = []

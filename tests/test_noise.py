@@ -128,8 +128,8 @@ def spinning() -> Iterator[None]:
 @pytest.mark.usefixtures("spinning")
 def test_a_busy_machine_is_noted_with_the_real_engine(config: ServerConfig, tmp_path: Path) -> None:
     with Sweep(
-        prompts=["Hi!"] * 40,
-        max_tokens=200,
+        prompts=["Hi!"] * 12,
+        max_tokens=100,
         config=config.replace(context_size=512, threads=1),
         store=tmp_path / "sweep.journal",
         repeats=1,

@@ -43,7 +43,14 @@ def test_a_notebook_is_shipped_as_nobody_has_run_it(notebook: Path) -> None:
     assert shipped == run
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+# The others run headless, with parameters, in tests of their own.
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != "control_panel"))
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_gives_the_outputs_kept_of_it(
     notebook: Path, tmp_path: Path, free_port: int
 ) -> None:

@@ -30,7 +30,7 @@ def measure(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Resu
 
     def run(**more: Any) -> Results:
         given: dict[str, Any] = {"prompts": [PROMPT], "max_tokens": 4, "repeats": 1, "chat": False}
-        given |= {"config": config, "store": tmp_path / f"{len(made)}.journal"}
+        given |= {"config": config, "store": tmp_path / f"{len(made)}.journal", "busy_repeats": 0}
         made.append(Sweep(**(given | more)))
         return made[-1].run().wait(WAIT)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import eventually
+from conftest import LOCAL, eventually
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, StartCancelledError
@@ -29,15 +29,15 @@ class Router:
         self._url = url
 
     def ask(self, verb: str, model: str = "large") -> None:
-        httpx.post(f"{self._url}/models/{verb}", json={"model": model}, trust_env=False)
+        httpx.post(f"{self._url}/models/{verb}", json={"model": model}, **LOCAL)
 
     def status(self) -> str:
-        models = httpx.get(f"{self._url}/v1/models", trust_env=False).json()["data"]
+        models = httpx.get(f"{self._url}/v1/models", **LOCAL).json()["data"]
         return next(str(one["status"]["value"]) for one in models if one["id"] == "large")
 
     def answers(self) -> bool:
         try:
-            return httpx.get(f"{self._url}/health", trust_env=False).is_success
+            return httpx.get(f"{self._url}/health", **LOCAL).is_success
         except httpx.HTTPError:
             return False
 
@@ -45,12 +45,17 @@ class Router:
 Start = AbstractContextManager[Router]
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_model(tmp_path_factory.mktemp("large") / "large.gguf", size=100_000_000)
+
+
 @pytest.fixture
-def router(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Start]]:
+def router(config: ServerConfig, tmp_path: Path, large: Path) -> Iterator[Callable[..., Start]]:
     """Starts a router for a folder with a model of 100 MB and a small one, by their names."""
     folder = tmp_path / "router"
     folder.mkdir()
-    write_demo_model(folder / "large.gguf", size=100_000_000)
+    (folder / "large.gguf").hardlink_to(large)
     write_demo_model(folder / "small.gguf")
     program = folder / "llama-server"
     program.symlink_to(sys.executable)
