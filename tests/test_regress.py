@@ -33,12 +33,6 @@ def record(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRec
         return record_run(manager, ["Who are you?"], max_tokens=6).wait(60)
 
 
-@pytest.fixture(autouse=True)
-def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is told apart here differs by far more than long measurements are for."""
-    monkeypatch.setattr(sys.modules[regress.__module__], "_LONG_ENOUGH", 0.1)
-
-
 @pytest.fixture
 def build(tmp_path: Path, config: ServerConfig) -> Build:
     """Make a build of the engine in use that adds flags of its own."""
