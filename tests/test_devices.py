@@ -29,7 +29,6 @@ from kitty_nb.experiments.study import read_space
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, Stage
 from kitty_nb.supervisor.forecast import memory_use, with_devices
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
-from kitty_nb.widgets.server_view import status_line
 
 MIB = 1 << 20
 
@@ -231,7 +230,7 @@ def test_a_server_says_which_devices_it_uses(
         eventually(lambda: read_status(manager.state.config).devices == names)
         with ModelManager(env) as other:
             assert other.state.devices == names
-            assert names[0] in status_line(other.state)
+            assert names[0] in other.state.sentence
             other.run(leave, other).wait(5)
         found = {finding.what: finding for finding in examine(env)}
         for name in names:

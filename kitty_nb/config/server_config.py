@@ -224,6 +224,10 @@ def _words(value: object) -> object:
     return tuple(spelled(word) if isinstance(word, str) else word for word in words)
 
 
+def _listed(value: object) -> object:
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
 def _folder(value: object, info: ValidationInfo) -> object:
     """A path as a person writes it: `~` allowed, relative to the `.env` file it stands in."""
     if value is None or _is_elsewhere(info):
@@ -280,6 +284,7 @@ def _draft_model(value: object, info: ValidationInfo) -> object:
 _Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")]
 # No option of ssh, and nothing that its configuration could hand to a shell.
 _Destination = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\[][\w.@:%+/\[\]\\-]*$")]
+_Lender = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.@-]*(:[0-9]{1,5})?$")]
 _Folder = Annotated[Path, BeforeValidator(_folder)]
 _InHome = Annotated[_Folder, AfterValidator(_there_is_a_home), Field(validate_default=True)]
 _InModels = Annotated[Path, BeforeValidator(_in_models_dir)]
@@ -352,6 +357,15 @@ class ServerConfig(BaseModel):
     ] = None
     # The model that `draft_model` means for this model. `resolve_model` finds it.
     drafter: Path | None = None
+    # Machines whose devices are borrowed, by a ggml-rpc-server that ssh starts on each.
+    rpc_hosts: Annotated[
+        tuple[_Lender, ...],
+        BeforeValidator(_listed),
+        Env("machines as ssh knows them, host or host:port, with commas between them"),
+    ] = ()
+    rpc_command: Annotated[
+        tuple[str, ...], BeforeValidator(_words), Env("a command, quoted as in a shell")
+    ] = ()
     extra_args: Annotated[
         tuple[str, ...],
         Field(repr=False),  # may hold a secret, until a start refuses it

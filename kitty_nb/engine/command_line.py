@@ -17,6 +17,7 @@ from kitty_nb.config import (
     task_by_flags,
     value_of,
 )
+from kitty_nb.engine.rpc import with_workers
 from kitty_nb.errors import ConfigError, EngineError, UnknownFlagError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ _FLAGS = {
 }  # fmt: skip
 _ALWAYS = ("model", "host", "port", "alias", "api_key")
 # What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
-SERVER_SETTINGS = (*_FLAGS, "draft_model", "mmproj", "extra_args")
+SERVER_SETTINGS = (*_FLAGS, "draft_model", "mmproj", "rpc_hosts", "extra_args")
 # Of the kinds of n-grams, this one guesses 48 tokens at most: llama.cpp works attention out in
 # another way, and slightly different, for 64 tokens and more.
 _SPECULATION = {
@@ -123,6 +124,7 @@ _TASKS = {Task.EMBED: "--embedding", Task.RANK: "--rerank"}
 ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 _KEEP = "--slot-save-path"
+_CACHE, _RPC = "--cache-ram", "--rpc"
 # Flags that the manager writes itself, by the field that they come from.
 _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
 # Fields by the canonical name of the flag that says them, to read a command line.
@@ -160,7 +162,7 @@ def build_command(
         ConfigError: When no model is chosen.
     """
     return (
-        *engine.command,
+        *with_workers(config, engine.command),
         *("--model", str(config.require_model()), "--alias", config.served_alias),
         *("--host", config.host, "--port", str(config.port)),
         *(word for field in _FLAGS for word in _words(engine, config, field)),
@@ -243,7 +245,8 @@ def sleeps(command: Sequence[str]) -> bool:
 def keeps_prompts(engine: Engine, config: ServerConfig) -> bool:
     """Tell whether a server's prompts are kept: the build can, and the model reads to answer."""
     theirs = value_of(config.extra_args, {_KEEP}) is not None
-    wanted = config.keep_prompts and config.task is Task.CHAT and not theirs
+    whole = not config.rpc_hosts  # what other machines hold of a prompt cannot be saved
+    wanted = config.keep_prompts and config.task is Task.CHAT and whole and not theirs
     return wanted and engine.dialect.option(_KEEP) is not None
 
 
@@ -273,6 +276,10 @@ def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
         if not knows(said[0]):
             raise UnknownFlagError(_lacks(engine, _DRAFT, "speculation"))
         yield from said
+    if config.rpc_hosts:
+        _check_rpc(engine, config)
+        if knows(_CACHE) and not value_of(config.extra_args, {_CACHE}):
+            yield from (_CACHE, "0")  # llama-server aborts as it saves a prompt of other machines
     if config.idle_shutdown_seconds and knows(_SLEEP):
         yield from (_SLEEP, str(config.idle_shutdown_seconds))
     if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
@@ -284,6 +291,20 @@ def _for_our_eyes(engine: Engine) -> Iterator[str]:
         yield "--log-jsonl"
     if engine.dialect.traces:  # the log tells how long each prompt is, before it is read
         yield from ("--verbosity", "4")
+
+
+def _check_rpc(engine: Engine, config: ServerConfig) -> None:
+    key = _key("rpc_hosts")
+    if not engine.dialect.option(_RPC):
+        raise UnknownFlagError(
+            f"The {engine.kind} engine ({engine.version}) has no {_RPC}, which {key} needs. Set"
+            f" LLAMACPP_BIN to a llama-server that is built with RPC, or leave {key} empty."
+        )
+    if value_of(config.extra_args, {_RPC}):
+        raise EngineError(
+            f"{_key('extra_args')} has {_RPC}, and {key} is set. Choose one: {key} starts the"
+            f" workers itself, {_RPC} names some that run."
+        )
 
 
 def _value(config: ServerConfig, field: str) -> object:

@@ -12,6 +12,7 @@ import anyio.to_thread
 
 from kitty_nb.config import value_of
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, output_of
+from kitty_nb.engine.rpc import by_host, with_workers
 
 if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
@@ -95,9 +96,9 @@ async def list_devices(engine: Engine, config: ServerConfig) -> tuple[Device, ..
     if engine.kind is EngineKind.EMBEDDED and not await anyio.to_thread.run_sync(_has_driver):
         return ()
     remote = remote_machines(config)
-    servers = ("--rpc", remote) if remote else ()
-    command = (*engine.command, *servers, "--list-devices")
-    answer = await output_of(command, _REMOTE_WITHIN if remote else _ANSWER_WITHIN)
+    servers = ("--rpc", remote) if remote and not config.rpc_hosts else ()
+    command = (*with_workers(config, engine.command), *servers, "--list-devices")
+    answer = by_host(await output_of(command, _REMOTE_WITHIN if servers else _ANSWER_WITHIN))
     if _LISTED not in answer:
         return None
     found = parse_devices(answer)
@@ -119,4 +120,4 @@ def _has_driver() -> bool:
 
 def remote_machines(config: ServerConfig) -> str | None:
     """The addresses of other machines that lend their devices; None without any."""
-    return value_of(config.extra_args, {"--rpc"})
+    return ",".join(config.rpc_hosts) or value_of(config.extra_args, {"--rpc"})

@@ -77,7 +77,7 @@ _DRAFTED = 3  # unless told
 _ALL_LAYERS = 999
 _OLD_CONTEXT = 4096  # what builds without --fit take unless told
 _BUSY = (
-    "The --rpc machines do not answer: each serves one client at a time. To check whether the"
+    "The RPC machines do not answer: each serves one client at a time. To check whether the"
     " model fits, stop the server that uses them."
 )
 

@@ -80,6 +80,7 @@ _SIDECAR_AFTER = 1.0
 _SIDECAR_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
 _NEWS = re.compile(r"loading model|model loaded|listening on")
+_RPC_HOSTS = 2
 _LINES_KEPT = 2_000  # builds of 2024 print their whole usage after a bad flag
 _KEY_REFUSED = (
     "The server rejects the API key it was started with: something sets another key. Remove that"
@@ -231,7 +232,7 @@ class Server:
             command = command_line.build_command(
                 engine, config, None if prompts is None else config.prompts_dir
             )
-            self._warn_of_old_build(engine)
+            self._warn_of_build(engine)
             await run_sync(refuse_busy_port, config)
             # A cancellation during the thread's work is delivered only here.
             await anyio.lowlevel.checkpoint_if_cancelled()
@@ -240,11 +241,17 @@ class Server:
         if prompts is not None:
             self._tasks.start_soon(self._make_keeper(prompts).look)
 
-    def _warn_of_old_build(self, engine: Engine) -> None:
+    def _warn_of_build(self, engine: Engine) -> None:
         if command_line.leaves_out_projector(engine, self._config):
             self._notify(
                 f"This build of llama-server ({engine.version}) has no --mmproj, so the model"
                 " accepts only text. For images and audio, update llama.cpp."
+            )
+        if len(self._config.rpc_hosts) > _RPC_HOSTS:
+            self._notify(
+                f"With more than {_RPC_HOSTS} RPC hosts, llama-server has been seen to deadlock. If"
+                " it stops answering, remove some from LLAMACPP_RPC_HOSTS.",
+                Level.WARNING,
             )
         if command_line.open_to_pages(engine, self._config):
             self._notify(

@@ -1,0 +1,205 @@
+"""A command that borrows devices of other machines, by `ggml-rpc-server`s that ssh starts there.
+
+The protocol of `ggml-rpc-server` is open to whoever reaches its port. So it listens on the other
+machine's loopback, and the way there is ssh's tunnel. Run as a program, this module starts the
+workers, and becomes the command once they answer; a child of it stays with the ssh processes. All
+of it is one session, which outlives a kernel, and ends as one: a server without a worker is killed
+rather than left to hang, and workers without a server end, as their terminal hangs up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
+from threading import Thread
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kitty_nb.config import ServerConfig
+
+_PORT = 50052  # ggml-rpc-server's own default
+_LOOPBACK = "127.0.0.1"
+# Seconds.
+_ANSWERS_WITHIN = 30.0
+_LOOK_EVERY = 0.2
+_REFUSED_WITHIN = 0.2  # until ssh has closed a connection that leads nowhere
+_OPTIONS = (
+    "BatchMode=yes",
+    "StrictHostKeyChecking=yes",
+    "ConnectTimeout=8",
+    "ServerAliveInterval=2",
+    "ServerAliveCountMax=3",
+    "ExitOnForwardFailure=yes",
+    "ControlMaster=no",
+    "ControlPath=none",
+    "ForwardAgent=no",
+    "ForwardX11=no",
+    "RemoteCommand=none",
+)
+_WITHOUT_KEY = ("env", "-u", "LLAMA_API_KEY")
+_ON_PATH = """\
+if p=$(command -v ggml-rpc-server || command -v rpc-server)
+then "$p" --threads "$(getconf _NPROCESSORS_ONLN)" {where}
+else echo no ggml-rpc-server on the PATH
+fi"""
+_END = "kitty_nb: end of the worker"  # ssh stays as long as something uses the tunnel
+_AT = re.compile(r"^kitty_nb: RPC worker (?P<host>\S+) is at (?P<at>\S+)\r?$", re.MULTILINE)
+
+
+class Worker(NamedTuple):
+    """A machine whose devices are borrowed.
+
+    Attributes:
+        name: What the settings call it: a machine as ssh knows it, maybe with a port of its
+            loopback, on which its ggml-rpc-server is to listen.
+        command: What starts one there, without its address; None for the one on the PATH.
+        ssh_config: A file with ssh's configuration; None for the user's own.
+    """
+
+    name: str
+    command: str | None
+    ssh_config: str | None
+
+    def ssh(self, here: int) -> tuple[str, ...]:
+        """Return the command that starts it, with a tunnel to it from a port here."""
+        host, _, port = self.name.partition(":")
+        where = f"--host {_LOOPBACK} --port {port or _PORT}"
+        script = f"{self.command} {where}" if self.command else _ON_PATH.format(where=where)
+        own = ("-F", self.ssh_config) if self.ssh_config else ()
+        tunnel = ("-L", f"{_LOOPBACK}:{here}:{_LOOPBACK}:{port or _PORT}")
+        options = [word for option in _OPTIONS for word in ("-o", option)]
+        remote = shlex.join(("exec", "sh", "-c", f'{script}\necho "{_END}"'))
+        # With a terminal, so that the worker is hung up on when the connection ends.
+        return (*_WITHOUT_KEY, "ssh", *own, "-tt", *options, *tunnel, "--", host, remote)
+
+
+def with_workers(config: ServerConfig, command: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a command of llama-server that has the workers of some settings, if there are any."""
+    words = shlex.join(config.rpc_command) or None
+    ssh_config = str(config.ssh_config) if config.ssh_config else None
+    workers = [Worker(name, words, ssh_config) for name in config.rpc_hosts]
+    if not workers:
+        return command
+    return (sys.executable, "-P", "-m", __name__, json.dumps(workers), *command)
+
+
+def by_host(text: str) -> str:
+    """Name machines in place of the tunnels that lead to them."""
+    for found in _AT.finditer(text):
+        text = text.replace(found["at"], found["host"])
+    return text
+
+
+def main(words: Sequence[str]) -> None:
+    """Start the workers, and become the command, with their addresses."""
+    workers = [Worker(*fields) for fields in json.loads(words[0])]
+    ports = [_free_port() for _ in workers]
+    server, (ready, tell) = os.getpid(), os.pipe()
+    if os.fork() == 0:
+        os.close(ready)
+        _attend(workers, ports, server, tell)
+        os._exit(0)
+    os.close(tell)
+    if not os.read(ready, 1):
+        sys.exit(1)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps that
+    addresses = ",".join(f"{_LOOPBACK}:{port}" for port in ports)
+    program, *arguments = words[1:]
+    os.execvp(program, (program, "--rpc", addresses, *arguments))  # noqa: S606 (no shell)
+
+
+def _attend(workers: Sequence[Worker], ports: Sequence[int], server: int, tell: int) -> None:
+    """Run the workers as long as the server, and kill the server if one of them ends."""
+    ended: SimpleQueue[str] = SimpleQueue()
+    programs = []
+    try:
+        for worker, port in zip(workers, ports, strict=True):
+            program = Popen(
+                worker.ssh(port),
+                stdin=DEVNULL,
+                stdout=PIPE,
+                stderr=STDOUT,
+            )
+            programs.append(program)
+            Thread(target=_relay, args=(worker.name, program, ended), daemon=True).start()
+            _say(f"RPC worker {worker.name} is at {_LOOPBACK}:{port}")
+        for worker, port in zip(workers, ports, strict=True):
+            if problem := _why_silent(worker, port, ended, server):
+                return _say(problem)
+        os.write(tell, b"1")
+        while os.getppid() == server:
+            if how := _next(ended, _LOOK_EVERY):
+                _say(f"RPC worker {how}")
+                os.kill(server, signal.SIGABRT)  # as llama.cpp does, where it notices
+    finally:
+        for program in programs:
+            program.terminate()
+
+
+def _relay(host: str, program: Popen[bytes], ended: SimpleQueue[str]) -> None:
+    """Copy what a worker prints into the log, and say how it ended."""
+    assert program.stdout  # noqa: S101 (it was asked for)
+    said = ""
+    for line in program.stdout:
+        words = line.decode(errors="replace").strip()
+        if words == _END:
+            break
+        print(f"{host}: {words}", flush=True)
+        if words and not words.startswith("Connection to "):  # ssh's own word at each end
+            said = words
+    ended.put(f"{host} ended: {said}")
+
+
+def _why_silent(worker: Worker, port: int, ended: SimpleQueue[str], server: int) -> str | None:
+    """Wait until a worker answers; say why it doesn't."""
+    deadline = time.monotonic() + _ANSWERS_WITHIN
+    while os.getppid() == server and time.monotonic() < deadline:
+        answers = _answers(port)
+        if how := _next(ended, 0.0 if answers else _LOOK_EVERY):
+            return f"RPC worker {how}"
+        if answers:
+            return None
+    return f"RPC worker {worker.name} ended: no answer in {_ANSWERS_WITHIN:.0f} s"
+
+
+def _answers(port: int) -> bool:
+    """Tell whether a tunnel leads to a worker: ssh closes a connection that leads nowhere."""
+    with suppress(OSError), socket.create_connection((_LOOPBACK, port), _REFUSED_WITHIN) as one:
+        one.settimeout(_REFUSED_WITHIN)
+        try:
+            return bool(one.recv(1))
+        except TimeoutError:
+            return True
+    return False
+
+
+def _next(ended: SimpleQueue[str], seconds: float) -> str | None:
+    try:
+        return ended.get(timeout=seconds) if seconds else ended.get_nowait()
+    except Empty:
+        return None
+
+
+def _say(sentence: str) -> None:
+    print(f"kitty_nb: {sentence}", flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind((_LOOPBACK, 0))
+        return int(trial.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
