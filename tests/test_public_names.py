@@ -134,7 +134,7 @@ def test_only_the_named_rooms_signal_or_read_the_environment() -> None:
     wrong = []
     for path in SOURCES:
         forbidden = ["time.sleep", "shell=True"]
-        if path.name != "process.py":
+        if path.name not in {"process.py", "rpc.py"}:  # which is part of the server's session
             forbidden += ["killpg", "os.kill"]
         if room(path) != "config" and path.name != "embedded.py":
             forbidden += ["os.environ"]

@@ -136,7 +136,9 @@ def test_wrong_machines_are_refused(config: ServerConfig) -> None:
 def test_the_embedded_engine_borrows_nothing(config: ServerConfig) -> None:
     with (
         ModelManager(config=config.replace(rpc_hosts="red")) as manager,
-        pytest.raises(ServerFailedError, match=r"embedded engine .* has no --rpc.* Set LLAMACPP_BIN"),
+        pytest.raises(
+            ServerFailedError, match=r"embedded engine .* has no --rpc.* Set LLAMACPP_BIN"
+        ),
     ):
         manager.start().wait(60)
 
