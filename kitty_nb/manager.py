@@ -410,7 +410,7 @@ class ModelManager:
     def _access_for(self, task: Task | None) -> Access:
         """Return the access to a server that was started for a task, if that matters."""
         access, state = self.access, self.state
-        if task and not state.external and state.task is not task:
+        if task and not (state.external or state.router) and state.task is not task:
             raise KittyError(
                 f"{state.alias} was started to {state.task}, not to {task}. {_STARTED_FOR[task]}"
             )

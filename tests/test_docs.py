@@ -121,7 +121,7 @@ def test_what_looks_like_a_command_runs_or_says_why_not(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_settings_shown_are_settings_there_are(page: Path) -> None:
     def without_profile(keys: Iterable[str]) -> set[str]:
-        return {re.sub("_(PRIMARY|CODER|MINE)_", "_", key) for key in keys}
+        return {re.sub("_(PRIMARY|CODER|MINE|ROUTER|EMBEDDER)_", "_", key) for key in keys}
 
     shown = re.findall(r"\bLLAMACPP_[A-Z0-9_]+", page.read_text())
     assert without_profile(shown) <= without_profile(dotenv_values(ROOT / ".env.example"))

@@ -339,10 +339,10 @@ c = 0
     assert (first.profile, first.alias, first.context_size) == ("my_org_a_q8", "my-org/a:Q8", 2048)
     assert (first.n_gpu_layers, first.tool_calling, first.stop_grace_seconds) == (8, False, 30)
     assert first.extra_args == ("--no-mmap", "--mlock", "--no-cont-batching")
-    assert (first.flash_attention, first.model) == ("on", model)
+    assert (first.flash_attention, first.model, first.pinned) == ("on", model, True)
     # LLAMACPP_DRAFT_MODEL is a setting of all profiles.
     assert (second.profile, second.context_size) == ("draft2", 0)
-    assert "load-on-startup" in " ".join(back.notes)
+    assert "kitty-nb download my-org/b" in " ".join(back.notes)
 
 
 def test_modelfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ ROOMS = {
     "catalog": {"errors", "safe_files", "config"},
     "engine": {"errors", "safe_files", "config"},
     "formats": {"errors", "config", "catalog", "engine"},
-    "supervisor": {"errors", "safe_files", "config", "engine", "catalog"},
+    "supervisor": {"errors", "safe_files", "config", "engine", "catalog", "formats"},
     "client": {"errors", "supervisor.events"},
     "operation": {"errors", "client", "supervisor.events"},
     "pinned": {"operation", "supervisor.prompt_keeper"},

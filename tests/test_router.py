@@ -19,7 +19,7 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, wri
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, StartCancelledError
 from kitty_nb.experiments import record_run
 from kitty_nb.supervisor.events import Activity, Event, LoadProgress, RouterLoad, Stage
-from kitty_nb.supervisor.external_server import ExternalServer
+from kitty_nb.supervisor.router import RouterModels
 
 STAND_IN = Path(__file__).with_name("stand_in_router.py")
 
@@ -277,7 +277,7 @@ def test_a_load_shorter_than_a_look_is_told(
     async def look_away(*_: object) -> None:
         pass
 
-    monkeypatch.setattr(ExternalServer, "_watch_models", look_away)
+    monkeypatch.setattr(RouterModels, "_watch_models", look_away)
     told: list[Event] = []
     with router(), ModelManager(config=config) as manager:
         manager.subscribe(told.append)

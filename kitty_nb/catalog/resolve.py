@@ -14,7 +14,14 @@ from kitty_nb.catalog.draft import can_draft, find_drafts
 from kitty_nb.catalog.gguf import named_quantization
 from kitty_nb.catalog.model import ShardName, file_size, name_some, read_task, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
-from kitty_nb.config import PROJECTOR, Speculation, load_lenient, task_by_flags
+from kitty_nb.config import (
+    PROJECTOR,
+    ServerConfig,
+    Speculation,
+    configured_profiles,
+    load_lenient,
+    task_by_flags,
+)
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -22,7 +29,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.model import FoundFile
     from kitty_nb.catalog.stores import Store
-    from kitty_nb.config import ServerConfig
 
 _SHOWN = 5
 _PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
@@ -45,6 +51,8 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     """
     if config.ssh:
         return config
+    if config.models is not None:
+        return config  # each of its models has settings of its own
     if config.model is None:
         key = f"LLAMACPP_{config.profile.upper()}_MODEL"
         fix = f"Choose one, or set {key}. {_listed(_names(config.models_dir), config.models_dir)}"
@@ -69,6 +77,34 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
         "drafter": _drafter(config, others),
     }
     return config.model_copy(update=found)
+
+
+def routed_profiles(config: ServerConfig) -> tuple[ServerConfig, ...]:
+    """Look up the profiles that a router serves, and their files. It reads the disk.
+
+    Raises:
+        ConfigError: Listing what is wrong with all of them, or that there is none.
+    """
+    env, names = config.env or Path(".env"), config.models or ()
+    if names == ("all",):
+        names = tuple(
+            name
+            for name in configured_profiles(env)
+            if (one := load_lenient(env, name)[0]).model and one.models is None and not one.ssh
+        )
+    found: list[ServerConfig] = []
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            found.append(resolve_model(ServerConfig.from_env(env, name)))
+        except ConfigError as error:
+            problems += error.problems
+    if not found and not problems:
+        key = f"LLAMACPP_{config.profile.upper()}_MODELS"
+        problems.append(Problem(key, ", ".join(names), "No profile has a model.", "Set one."))
+    if problems:
+        raise ConfigError(str(env), tuple(problems))
+    return tuple(found)
 
 
 def load_profile(

@@ -267,6 +267,7 @@ def connect(
 
     The key is not in that code, which gets it with `kitty-nb key`. What to install is on stderr.
     """
+    from kitty_nb.catalog.resolve import routed_profiles
     from kitty_nb.cli.commands import key_command
     from kitty_nb.client.connect import Served, hand_overs
     from kitty_nb.supervisor.registry import find_server, refuse_open_folder
@@ -284,7 +285,8 @@ def connect(
     if record is None:
         _end_without_server(config)
     base_url, asks_key = f"{record.config.endpoint}/v1", record.api_key is not None
-    served = Served(base_url, record.config.served_alias, config.profile, asks_key)
+    names = record.config.served_alias or routed_profiles(record.config)[0].profile
+    served = Served(base_url, names, config.profile, asks_key)
     if found[name].install:
         _say(f"This needs: pip install {found[name].install}", err=True)
     _say(found[name].in_terminal(served, key_command(env, config.profile)))

@@ -70,10 +70,15 @@ async def command_text(config: ServerConfig) -> str:
     from kitty_nb.config import takes_secret
     from kitty_nb.engine.command_line import build_command
     from kitty_nb.engine.locate import locate_engine
+    from kitty_nb.supervisor.routing import router_command
 
     config = await anyio.to_thread.run_sync(resolve_model, config)
+    engine = await locate_engine(config.binary)
     # The key that clients need is not in it: the server learns that from its environment.
-    command = build_command(await locate_engine(config.binary), config)
+    if config.models is None:
+        command = build_command(engine, config)
+    else:
+        command = (await router_command(config, engine)).command
     public = ("(hidden)" if takes_secret(flag) else word for flag, word in pairwise(command))
     return shlex.join((command[0], *public))
 

@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.demo_model import write_demo_model
-from kitty_nb.catalog.resolve import load_profile
+from kitty_nb.catalog.resolve import load_profile, routed_profiles
 from kitty_nb.catalog.stores import model_stores
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
 from kitty_nb.config.env_file import read_env
@@ -215,6 +215,9 @@ def _models(config: ServerConfig) -> _Result:
 
 
 def _model(config: ServerConfig) -> _Result:
+    if config.models is not None:
+        served = routed_profiles(config)
+        return _OK, f"The models of {', '.join(one.profile for one in served)}, by a router."
     if not config.model:
         advice = f"Set LLAMACPP_{config.profile.upper()}_MODEL to one that kitty-nb scan lists."
         return _WARNING, "No model is chosen.", advice

@@ -94,8 +94,8 @@ def _as_written(problem: Problem, env: EnvFile, keys: Mapping[str, str]) -> tupl
 def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
     """The profiles in a `.env` file: roles first, then the others in the order of the file.
 
-    A role counts if it has any key of its own, another profile if it has a model, and `primary` if
-    there is no other.
+    A role counts if it has any key of its own, another profile if it has a model or routes to other
+    profiles, and `primary` if there is no other.
 
     Args:
         path: The file, found as by `ServerConfig.from_env`.
@@ -108,7 +108,7 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
         for key, value in read_env(path).values.items()
         if value
         for name, suffix in [_split_key(key)]
-        if suffix == "MODEL" or name.lower() in ROLES
+        if suffix in {"MODEL", "MODELS"} or name.lower() in ROLES
     )
     roles = [role for role in ROLES if role in found]
     others = [name for name in found if name and name not in ROLES]

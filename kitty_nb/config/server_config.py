@@ -228,6 +228,10 @@ def _listed(value: object) -> object:
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
+def _names(value: object) -> object:
+    return tuple(value.lower().replace(",", " ").split()) if isinstance(value, str) else value
+
+
 def _folder(value: object, info: ValidationInfo) -> object:
     """A path as a person writes it: `~` allowed, relative to the `.env` file it stands in."""
     if value is None or _is_elsewhere(info):
@@ -316,6 +320,13 @@ class ServerConfig(BaseModel):
     allow_absolute_paths: Annotated[bool, Env("1 or 0; 1 allows models in any folder")] = False
     other_stores: Annotated[bool, Env("1 or 0; 0 leaves out the models of other programs")] = True
     model: Annotated[_InModels | None, Env("the path of a .gguf file in the models folder")] = None
+    models: Annotated[
+        tuple[str, ...] | None, BeforeValidator(_names), Env("all, or names of profiles")
+    ] = None
+    # The `.env` file with the profiles in `models`.
+    env: Path | None = None
+    memory_gb: Annotated[PositiveFloat | None, Env("a size in gigabytes above 0")] = None
+    pinned: Annotated[bool, Env("1 or 0")] = False
     # The name that its store gives the model. `resolve_model` finds it.
     known_as: str | None = None
     alias: Annotated[_Name | None, Env("one name, without commas")] = None
@@ -429,6 +440,8 @@ class ServerConfig(BaseModel):
         """
         keys = setting_keys(env, profile, ignore)
         values = {"profile": profile} | {name: env.values[key] for name, key in keys.items()}
+        if "models" in keys:
+            values["env"] = str(env.path)
         return cls.model_validate(values, context=_Source(str(env.path), env.path.parent, keys))
 
     def replace(self, **changes: Any) -> Self:

@@ -125,6 +125,7 @@ ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 _KEEP = "--slot-save-path"
 _CACHE, _RPC = "--cache-ram", "--rpc"
+_PRESETS = "--models-preset"
 # Flags that the manager writes itself, by the field that they come from.
 _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
 # Fields by the canonical name of the flag that says them, to read a command line.
@@ -169,6 +170,35 @@ def build_command(
         *_derived(engine, config),
         *((_KEEP, str(prompts)) if prompts else ()),
         *(_for_our_eyes(engine) if supervised else ()),
+        *_checked(engine, spell(engine.dialect, config.extra_args)),
+    )
+
+
+def build_router_command(
+    engine: Engine, config: ServerConfig, presets: Path, most: int
+) -> tuple[str, ...]:
+    """Return the arguments that start `engine` as a router.
+
+    Args:
+        engine: The engine.
+        config: The router's own settings.
+        presets: The file with its models.
+        most: How many of them may be loaded at once.
+
+    Raises:
+        UnknownFlagError: When this build has no router, or lacks a flag in `extra_args`.
+    """
+    if not engine.dialect.option(_PRESETS):
+        raise UnknownFlagError(
+            f"This build of llama-server ({engine.version}) has no router. Set LLAMACPP_BIN to a"
+            " current llama-server, or serve the profiles with llama-swap: kitty-nb export"
+            " llama-swap --all"
+        )
+    open_page = goes_without_key(config) and engine.dialect.option(ORIGINS)
+    return (
+        *(*engine.command, "--host", config.host, "--port", str(config.port)),
+        *(_PRESETS, str(presets), "--models-max", str(most)),
+        *((ORIGINS, "localhost") if open_page else ()),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
     )
 
@@ -246,7 +276,8 @@ def keeps_prompts(engine: Engine, config: ServerConfig) -> bool:
     """Tell whether a server's prompts are kept: the build can, and the model reads to answer."""
     theirs = value_of(config.extra_args, {_KEEP}) is not None
     whole = not config.rpc_hosts  # what other machines hold of a prompt cannot be saved
-    wanted = config.keep_prompts and config.task is Task.CHAT and whole and not theirs
+    answers = config.models is None and config.task is Task.CHAT
+    wanted = config.keep_prompts and answers and whole and not theirs
     return wanted and engine.dialect.option(_KEEP) is not None
 
 

@@ -33,12 +33,12 @@ IMAGE = "ghcr.io/ggml-org/llama.cpp:server"
 _HOME = "https://github.com/ggml-org/llama.cpp/blob/master"
 _PLAIN = re.compile(r"[\w@:,./=+-]+", re.ASCII)
 # What any format can hold, or what ends where the profile does: where models are looked for, how
-# a load is watched.
+# a load is watched. Workers on other machines are started by kitty_nb alone.
 _HELD = {
     *SERVER_SETTINGS, "model", "alias", "host", "port", "api_key", "idle_shutdown_seconds",
     "binary", "models_dir", "allow_absolute_paths", "other_stores", "history", "log_dir",
-    "health_max_attempts", "stall_seconds", "on_kernel_exit",
-}  # fmt: skip
+    "health_max_attempts", "stall_seconds", "on_kernel_exit", "models", "memory_gb",
+} - {"rpc_hosts"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +186,11 @@ def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str
         "# Profiles of kitty_nb for llama-swap: llama-swap --config FILE --listen 127.0.0.1:8080\n"
         "# It runs one model at a time; groups and a matrix let several run together.\n"
     )
+    pinned = [one.name for one in served if one.config.pinned]
+    group = {"persistent": True, "swap": False, "exclusive": False, "members": pinned}
+    groups = {"groups": {"pinned": group}} if pinned else {}
     # Large models take longer than the two minutes after which llama-swap gives up.
-    return head + _yaml({"healthCheckTimeout": 1800, **keys, "models": models})
+    return head + _yaml({"healthCheckTimeout": 1800, **keys, "models": models, **groups})
 
 
 def _swap_word(word: str) -> str:
@@ -225,6 +228,7 @@ def _router(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
             elif value:
                 lines.append(f"{key} = {value}")
                 keys.add(key)
+        lines += ["load-on-startup = true"] if one.config.pinned else []
         sections.append("\n".join(lines) + "\n")
     if any(one.asks_key for one in served):
         notes.append("The router asks for the key in LLAMA_API_KEY: set it before it starts.")
@@ -386,8 +390,8 @@ def _note_image(image: str, notes: list[str]) -> None:
 _UNIT = {"restart_max", "restart_delay_seconds", "restart_stable_seconds", "stop_grace_seconds"}
 # How each is written, and what else it holds.
 _WRITERS: dict[Format, tuple[Writer, set[str]]] = {
-    Format.LLAMA_SWAP: (_llama_swap, {"stop_grace_seconds"}),
-    Format.ROUTER: (_router, set()),
+    Format.LLAMA_SWAP: (_llama_swap, {"stop_grace_seconds", "pinned"}),
+    Format.ROUTER: (_router, {"pinned"}),
     Format.SYSTEMD: (_systemd, _UNIT),
     Format.QUADLET: (_quadlet, _UNIT),
     Format.COMPOSE: (_compose, {"restart_max", "stop_grace_seconds"}),

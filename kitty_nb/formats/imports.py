@@ -258,7 +258,7 @@ def _take_preset(entry: _Entry, key: str, value: str, dialect: Dialect | None) -
         entry.settings["stop_grace_seconds"] = value
         return
     if key == "load-on-startup":
-        entry.notes.append("load-on-startup is left out: start it when you need it.")
+        entry.settings["pinned"] = value
         return
     flag = _flag_of_preset(key, dialect)
     option = dialect.option(flag) if dialect else None

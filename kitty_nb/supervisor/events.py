@@ -195,6 +195,34 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedModel:
+    """One of the models of a router.
+
+    Attributes:
+        status: In the router's words: unloaded, loading, loaded or sleeping.
+        progress: How far its load is; None without one.
+    """
+
+    status: str
+    progress: LoadProgress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterState:
+    """What a router that was started here serves.
+
+    Attributes:
+        models: Its models, by the names that clients ask for.
+        alias: The model in use, of those that are loaded; None where none is.
+        model: The file name of that model, where that is known.
+    """
+
+    models: dict[str, RoutedModel]
+    alias: str | None
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerState:
     """A snapshot of one server.
 
@@ -212,6 +240,7 @@ class ServerState:
         external: The server, where it is one that was attached to, not started.
         devices: What it has put the model on beside the processor, as its engine names them.
         address: Where it is reached from here, if it runs on another machine.
+        router: Its models, where it is a router that was started, not attached to.
     """
 
     status: ServerStatus
@@ -227,12 +256,15 @@ class ServerState:
     external: PortOwner | None = None
     devices: tuple[str, ...] = ()
     address: str | None = None
+    router: RouterState | None = None
 
     @property
     def alias(self) -> str:
         """The name that the server answers to."""
         if self.external:
             return self.external.alias or self.external.model or self.external.name
+        if self.config.models is not None:
+            return (self.router and self.router.alias) or f"router of {self.config.profile}"
         return self.config.served_alias
 
     @property
@@ -240,6 +272,8 @@ class ServerState:
         """The file name of its model, where that is known."""
         if self.external:
             return self.external.model
+        if self.router:
+            return self.router.model
         return self.config.model.name if self.config.model else None
 
     @property
@@ -260,13 +294,13 @@ class ServerState:
     @property
     def to_choose(self) -> tuple[str, ...]:
         """The models of a router that has loaded none of them."""
-        router = self.external
-        return (router.models or ()) if router and not router.alias else ()
+        router = self.external or self.router
+        return tuple(router.models or ()) if router and not router.alias else ()
 
     @property
     def sees(self) -> bool:
         """False if it is known to take no pictures."""
-        return self.external is not None or self.projector is not None
+        return bool(self.external or self.router or self.projector)
 
     @property
     def task(self) -> Task:

@@ -205,7 +205,7 @@ class HealthProbe:
         self.slots: list[dict[str, Any]] = []
         self._port = config.port
         self._news = anyio.Event()
-        self._alias = config.served_alias
+        self._alias, self._routes = config.served_alias, config.models is not None
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
         self._sleeps = by_settings if sleeps is None else sleeps
         self._pace = AnswerPace()
@@ -306,6 +306,8 @@ class HealthProbe:
         models = await self.get("/v1/models")
         if models in _KEY_REFUSED:
             return Identity.KEY_REFUSED
+        if self._routes:
+            return Identity.OURS if await self.is_router() else Identity.OTHER_MODEL
         named = [(one.get("id"), *(one.get("aliases") or ())) for one in _listed(models)]
         ours = not named or any(self._alias in names for names in named)
         return Identity.OURS if ours else Identity.OTHER_MODEL
@@ -374,6 +376,13 @@ class HealthProbe:
         except httpx.HTTPError as error:
             return f"it does not answer ({type(error).__name__})"
         return "" if response.is_success else _failure(response)
+
+    async def touch(self, model: str) -> None:
+        """Use one of a router's models, as little as that can be, if it is loaded."""
+        with suppress(httpx.HTTPError):
+            request = {"model": model, "content": ""}
+            path = "/tokenize?autoload=false"
+            await self._client.post(path, json=request, headers=self._key)
 
     async def ask_slots(self) -> list[dict[str, Any]]:
         """Return what `/slots` answers now; nothing where it does not."""

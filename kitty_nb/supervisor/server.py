@@ -20,6 +20,7 @@ from kitty_nb.engine import command_line
 from kitty_nb.engine.devices import device_names, remote_machines
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
+from kitty_nb.safe_files import write_atomic
 from kitty_nb.supervisor import lifecycle, registry
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
@@ -51,6 +52,8 @@ from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog
+from kitty_nb.supervisor.router import RouterModels
+from kitty_nb.supervisor.routing import pinned_profiles, presets_path, router_command
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 from kitty_nb.supervisor.workload import WorkMeter
 
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 
 # Seconds between two looks at the log. Each costs processor: of a load, a fiftieth of its time.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1
+_LOG_PINNED = 0.03  # what is pinned must be used before the next request
 # Seconds. The log announces READY first, so a hint in it triggers a check. Otherwise each pause is
 # so many times the last one, with a check at each whole second of a load.
 _ASK_FIRST, _ASK_FACTOR, _ASK_LONGEST, _ASK_READY = 0.01, 4, 1.0, 2.0
@@ -136,13 +140,15 @@ class Server:
         self._began = found.began if found else clock()
         self._meter, self._foreseen = LoadMeter(), False
         warn = partial(self._notify, level=Level.WARNING)
-        self._recorder = LoadRecorder(config, self._meter, warn, whole=found is None)
+        whole = found is None and config.models is None  # a router loads nothing itself
+        self._recorder = LoadRecorder(config, self._meter, warn, whole=whole)
         self._reporter = LoadReporter(config.health_max_attempts, silent=self._found_ready)
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
         self.work = WorkMeter(RequestLog(clock(), time.time() - clock()), config.batch_size)
         self._worked = anyio.Event()
+        self.router: RouterModels | None = None  # once it is ready
         self.prompts: PromptKeeper | None = None  # where they are kept, and once that is known
 
     @property
@@ -188,6 +194,8 @@ class Server:
             if not self._ended:
                 self._leave()
             with anyio.CancelScope(shield=True):
+                if self.router:
+                    await self.router.close()
                 await self.probe.aclose()
                 if self._ended and self._sidecar:
                     await self._sidecar.ended()
@@ -229,9 +237,12 @@ class Server:
                 self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
                 await leaving.terminate(config.stop_grace_seconds)
             prompts = await self._prompt_facts(engine)
-            command = command_line.build_command(
-                engine, config, None if prompts is None else config.prompts_dir
-            )
+            if config.models is None:
+                command = command_line.build_command(
+                    engine, config, None if prompts is None else config.prompts_dir
+                )
+            else:
+                command = await self._router_command(engine)
             self._warn_of_build(engine)
             await run_sync(refuse_busy_port, config)
             # A cancellation during the thread's work is delivered only here.
@@ -240,6 +251,13 @@ class Server:
             await self._start_process(command, devices, prompts)
         if prompts is not None:
             self._tasks.start_soon(self._make_keeper(prompts).look)
+
+    async def _router_command(self, engine: Engine) -> tuple[str, ...]:
+        plan = await router_command(self._config, engine)
+        write_atomic(presets_path(self._config), plan.presets.encode())
+        for note in plan.notes:
+            self._notify(note, Level.WARNING)
+        return plan.command
 
     def _warn_of_build(self, engine: Engine) -> None:
         if command_line.leaves_out_projector(engine, self._config):
@@ -271,7 +289,7 @@ class Server:
         record = registry.ServerRecord(
             began=self._began,
             api_key=self.api_key,
-            idle_seconds=0 if command_line.sleeps(command) else config.idle_shutdown_seconds or 0,
+            idle_seconds=self._idle_seconds(command),
             devices=devices,
             prompts=prompts,
             config=config,
@@ -284,6 +302,8 @@ class Server:
             sidecar = self._sidecar
             mark = sidecar.environment if sidecar else registry.mark_of(record)
             environment = server_environment(self.api_key) | mark
+            if config.models is not None:  # else it serves what llama.cpp has downloaded, too
+                environment["LLAMA_CACHE"] = str(config.log_dir / "no models here")
             self._process = self._processes.spawn(command, config.log_path, environment)
             if sidecar:
                 sidecar.watch(self._process, record.idle_seconds)
@@ -295,6 +315,11 @@ class Server:
             await self._kill()
             self._process = None
             raise
+
+    def _idle_seconds(self, command: tuple[str, ...]) -> int:
+        """The seconds after which the sidecar stops an unused server that frees nothing itself."""
+        by_itself = command_line.sleeps(command) or self._config.models is not None
+        return 0 if by_itself else self._config.idle_shutdown_seconds or 0
 
     async def _refuse(self, error: KittyError | OSError | None) -> Outcome:
         """Report that there is no process."""
@@ -360,7 +385,8 @@ class Server:
     async def _follow_log(self) -> None:
         while True:
             self._read_log()
-            pause = _LOG_READY if self.was_ready else self._elapsed() / 50
+            ready = _LOG_PINNED if self.router and self.router.pinned else _LOG_READY
+            pause = ready if self.was_ready else self._elapsed() / 50
             await anyio.sleep(min(max(pause, _LOG_LOADING), _LOG_READY))
 
     def _read_log(self, *, to_end: bool = False) -> bool:
@@ -375,6 +401,8 @@ class Server:
             if not self._ended:  # the port is bound before that line
                 self._tasks.start_soon(self.probe.find_listener)
         self._emit(LogLines(lines))
+        if self.router:
+            self.router.read_log(lines)
         self._note_work(lines)
         if not self.was_ready and any(map(_NEWS.search, lines)):
             self.probe.hint()
@@ -482,7 +510,9 @@ class Server:
         async with anyio.create_task_group() as tasks:
             if self.prompts:
                 tasks.start_soon(self.prompts.prepare)
-            if not self._found_ready and (said := await self.probe.first_answer()):
+            if self._config.models is not None:
+                await self._follow_router()
+            elif not self._found_ready and (said := await self.probe.first_answer()):
                 self._give_up(str(diagnose_first_answer(said, tuple(self.lines))))
                 return
         if self.prompts and self._asking:
@@ -491,6 +521,17 @@ class Server:
             self._asking.start_soon(self.prompts.tend)
         answered.set()
         self.probe.hint()
+
+    async def _follow_router(self) -> None:
+        """Follow the loads of its models from now on."""
+        assert self._process  # noqa: S101 (it has answered)
+        assert self._asking  # noqa: S101
+        pinned = await run_sync(pinned_profiles, self._config)
+        who = f"{self._config.profile} (PID {self._process.pid})"
+        self.router = RouterModels(
+            self._process.pid, who, self._config, self.probe, self._emit, pinned
+        )
+        await self.router.watch(self._asking)
 
     def _note_health(self, result: HealthCheckResult) -> None:
         before, self._health, elapsed = self._health, result, self._elapsed()

@@ -34,6 +34,7 @@ from kitty_nb.supervisor.events import (
     Level,
     LoadProgress,
     ProgressMade,
+    RouterState,
     ServerState,
     ServerStatus,
     Stage,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.prompt_keeper import Pin
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.requests import Request
+    from kitty_nb.supervisor.router import RouterModels
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]
     OnPreview = Callable[[MemoryPreview], object]
@@ -166,6 +168,7 @@ class Supervisor:
         shown = {field.name: getattr(now, field.name) for field in fields(ServerState)}
         shown["last_health_check"] = self._health
         shown["external"] = None if now.status.idle else self._external
+        shown["router"] = None if now.status.idle else self._routed
         shown["devices"] = self._server.devices if self._server and now.pid else ()
         return ServerState(**shown)
 
@@ -227,7 +230,7 @@ class Supervisor:
         if config and (server := self._attached(config)):
             other = config.replace() != self._now.wanted.replace()
             if other or server.owner.models is not None:
-                return await self._load_there(server, config.model, wait_for_ready)
+                return await self._load_there(config.model, wait_for_ready)
         return await self._launch(config, wait_for_ready, on_progress, fresh=False, anyway=anyway)
 
     async def restart(
@@ -239,9 +242,9 @@ class Supervisor:
         anyway: bool = False,
     ) -> ServerState:
         """Like `start`, but always with a fresh process."""
-        if server := self._attached(config):
+        if self._attached(config):
             model = config.model if config else None
-            return await self._load_there(server, model, wait_for_ready, fresh=True)
+            return await self._load_there(model, wait_for_ready, fresh=True)
         return await self._launch(config, wait_for_ready, on_progress, fresh=True, anyway=anyway)
 
     async def switch_model(
@@ -264,8 +267,8 @@ class Supervisor:
             on_progress: As for `start`.
             anyway: As for `start`.
         """
-        if server := self._attached():
-            return await self._load_there(server, model, wait_for_ready)
+        if self._attached() or self._router:
+            return await self._load_there(model, wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
         return await self._launch(
             None, wait_for_ready, on_progress, fresh=True, anyway=anyway, **changes
@@ -417,22 +420,35 @@ class Supervisor:
         ready = here and self._now.status is ServerStatus.READY
         return self._server if ready and isinstance(self._server, ExternalServer) else None
 
+    @property
+    def _router(self) -> RouterModels | None:
+        ready = self._now.status is ServerStatus.READY
+        return self._server.router if ready and self._server else None
+
     async def _load_there(
-        self, server: ExternalServer, model: str | Path | None, wait: bool, fresh: bool = False
+        self, model: str | Path | None, wait: bool, fresh: bool = False
     ) -> ServerState:
-        """Make the attached router serve a model.
+        """Make the router serve a model.
 
         Raises:
             ServerFailedError: It is no router, has no such model, or does not load it.
         """
-        name = server.named(model)
+        router = self._router
+        if router is None:
+            external = self._external
+            who = external.who if external else "the server"
+            raise ServerFailedError(
+                f"kitty_nb did not start {who}, so it can only detach from it, not restart it or"
+                " switch its model."
+            )
+        name = router.named(model)
         if wait:
-            await server.load(name, fresh=fresh)
+            await router.load(name, fresh=fresh)
         else:
-            self._begin_task(self._load_later, server, name, fresh)
+            self._begin_task(self._load_later, router, name, fresh)
         return self.state
 
-    async def _load_later(self, server: ExternalServer, name: str, fresh: bool) -> None:
+    async def _load_later(self, server: RouterModels, name: str, fresh: bool) -> None:
         try:
             await server.load(name, fresh=fresh)
         except ServerError as error:
@@ -543,6 +559,11 @@ class Supervisor:
     @property
     def _external(self) -> PortOwner | None:
         return self._server.owner if isinstance(self._server, ExternalServer) else None
+
+    @property
+    def _routed(self) -> RouterState | None:
+        router = self._server.router if isinstance(self._server, Server) else None
+        return RouterState(router.models, router.alias, router.model) if router else None
 
     async def _look_forever(self) -> None:
         while True:

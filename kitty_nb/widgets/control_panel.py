@@ -385,7 +385,7 @@ class ControlPanel(VBox):
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)
-        if state.external:
+        if state.external or state.router:
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state, self.manager.progress)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 _UNKNOWN = "\N{EN DASH}"
+# The state of a server that is coloured like one of a router's models.
+_AS_SERVER = {"loading": ServerStatus.LOADING, "loaded": ServerStatus.READY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,34 @@ class FleetRow(TypedDict):
 
 
 def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
-    """Describe all profiles, and which of them want one port."""
-    return [_row(profile, *_clash(profile, profiles)) for profile in profiles]
+    """Describe all profiles, each router's models below it, and which of them want one port."""
+    return [
+        row
+        for profile in profiles
+        for row in (_row(profile, *_clash(profile, profiles)), *_routed(profile))
+    ]
+
+
+def _routed(profile: Profile) -> list[FleetRow]:
+    """A row for each model of a router."""
+    router = profile.state.router
+    return [
+        FleetRow(
+            profile=f"{profile.config.profile}: {name}",
+            status=model.status.capitalize(),
+            tone=TONES[_AS_SERVER.get(model.status, ServerStatus.STOPPED)],
+            detail=describe_load(model.progress) if model.progress else "",
+            fraction=model.progress.fraction if model.progress else None,
+            model=name,
+            port=profile.served.port,
+            memory=_UNKNOWN,
+            pace=_UNKNOWN,
+            problem="",
+            start=False,
+            stop=False,
+        )
+        for name, model in (router.models if router else {}).items()
+    ]
 
 
 def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
@@ -107,7 +135,7 @@ def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
         tone=TONES[state.status],
         detail=" · ".join(filter(None, facts)),
         fraction=load.fraction if load else None,
-        model=served.model.name if served.model else _UNKNOWN,
+        model=served.model.name if served.model else ", ".join(served.models or ()) or _UNKNOWN,
         port=served.port,
         memory=_memory(profile.memory, state.devices) if state.pid else _UNKNOWN,
         pace=_pace(state),
@@ -339,13 +367,15 @@ class _Member:
         if state.status is ServerStatus.READY is not self._status:
             self._failure = None
         self._status = state.status
-        if config.model is None and self._complaint is None:
+        serves = config.model is not None or config.models is not None
+        if not serves and self._complaint is None:
             config = state.config  # of a model that was chosen in its panel
         problem = self._failure or self._complaint
-        if config.model is None and problem is None:
+        serves = config.model is not None or config.models is not None
+        if not serves and problem is None:
             key = f"LLAMACPP_{self._profile.upper()}_MODEL"
             problem = f"No model set. Set {key} to a .gguf file in {config.models_dir}."
-        startable = config.model is not None and self._complaint is None
+        startable = serves and self._complaint is None
         return Profile(config, state, manager.progress, self._memory, problem, startable)
 
     def start(self) -> None:

@@ -83,7 +83,7 @@ def config_to_start(manager: ModelManager, env: str | Path, profile: str) -> Ser
     config, complaint = load_profile(env, profile)
     if complaint:
         raise complaint
-    return config if config.model else manager.state.config
+    return config if config.model or config.models else manager.state.config
 
 
 def succeed(panel: T, *key: Hashable) -> T | None:

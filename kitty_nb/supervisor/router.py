@@ -1,0 +1,335 @@
+"""The models of a router: a llama-server that loads and unloads them, a child for each."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+import psutil
+
+from kitty_nb.errors import ServerFailedError, StartCancelledError
+from kitty_nb.supervisor.events import Activity, Level, RoutedModel, RouterLoad, Stage
+from kitty_nb.supervisor.health import ModelStatus
+from kitty_nb.supervisor.history import LoadRecorder, Outcome
+from kitty_nb.supervisor.load_progress import LoadMeter
+from kitty_nb.supervisor.port_owner import served_by
+from kitty_nb.supervisor.process import ServerProcess, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from anyio.abc import TaskGroup
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import Event, LoadProgress
+    from kitty_nb.supervisor.health import HealthProbe
+
+_ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
+_CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds
+_WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginning
+_USED = re.compile(r"proxying request to model (?P<model>.+) on port \d+")
+_SPAWNED = re.compile(r"spawning server instance with name=(?P<model>.+) on port \d+")
+_TOUCH_PAUSE, _QUIET = 0.02, 1.0  # seconds
+
+
+class RouterModels:
+    """Follows the models of one router, and has it load and unload them.
+
+    Args:
+        pid: The router's process.
+        who: The router, in words.
+        config: The settings of its profile.
+        probe: Asks it.
+        emit: Called with each event.
+        pinned: The models that are to stay loaded.
+
+    Attributes:
+        alias: The model in use, of those that are loaded; None where none is.
+        model: The file name of that model, where that is known.
+        names: All its models.
+        pinned: Those that are to stay loaded.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        who: str,
+        config: ServerConfig,
+        probe: HealthProbe,
+        emit: Callable[[Event], object],
+        pinned: Iterable[str] = (),
+    ) -> None:
+        self.alias: str | None = None
+        self.model: str | None = None
+        self.names: tuple[str, ...] = ()
+        self._pid, self._who, self._config, self._emit = pid, who, config, emit
+        self._probe, self.pinned = probe, tuple(pinned)
+        self._loading = anyio.CancelScope()
+        self._turn = anyio.Lock()  # one request to load at a time
+        self._models: dict[str, ModelStatus] = {}
+        self._followed: dict[str, anyio.Event] = {}  # loads under way
+        self._progress: dict[str, LoadProgress] = {}  # of loads under way
+        self._used = anyio.Event()  # another model than the pinned ones was
+        self._tasks: TaskGroup | None = None
+        self._over = False
+
+    @property
+    def models(self) -> dict[str, RoutedModel]:
+        """Each model, and how far its load is."""
+        return {
+            name: RoutedModel(status.value, self._progress.get(name))
+            for name, status in self._models.items()
+        }
+
+    async def watch(self, tasks: TaskGroup) -> None:
+        """Begin to follow its models, once they are known."""
+        await self._look()
+        self._tasks = tasks
+        tasks.start_soon(self._watch_models, tasks)
+        if self.pinned:
+            tasks.start_soon(self._touch_pinned)
+
+    async def close(self) -> None:
+        """Call off a load that was requested here."""
+        self._over = True
+        self._loading.cancel()
+        async with self._turn:
+            pass
+
+    def read_log(self, lines: Iterable[str]) -> None:
+        """Take lines of its log, which tell of each request, and of loads too short to be seen."""
+        for line in lines:
+            if (used := _USED.search(line)) and used["model"] not in self.pinned:
+                self._used.set()
+            if (began := _SPAWNED.search(line)) and self._tasks:
+                self._tasks.start_soon(self._follow_child, began["model"])
+
+    async def _follow_child(self, name: str) -> None:
+        child = await self._find_child(name)
+        if child and child.process.age < _WHOLE and name not in self._followed:
+            self._models[name] = ModelStatus.LOADING
+            await self._follow(name)
+
+    async def _touch_pinned(self) -> None:
+        """Use the pinned models whenever another was, so that they are not the least recently used.
+
+        That is what a router unloads to make room. One that was unloaded nevertheless is loaded
+        again when nobody asks for anything, as two loads at once may get in each other's way.
+        """
+        while True:
+            await self._used.wait()
+            self._used = anyio.Event()
+            for name in self.pinned:
+                await self._probe.touch(name)
+            await anyio.sleep(_TOUCH_PAUSE)
+            with anyio.move_on_after(_QUIET) as quiet:
+                await self._used.wait()
+            for name in self.pinned if quiet.cancelled_caught else ():
+                if self._models.get(name) == ModelStatus.UNLOADED:
+                    with suppress(ServerFailedError):
+                        await self._order("load", name)
+
+    def named(self, model: str | Path | None) -> str:
+        """Return the router's own name of one of its models.
+
+        Args:
+            model: That name, or a file that is called so; None for the model in use.
+
+        Raises:
+            ServerFailedError: It has no such model.
+        """
+        names = (self.alias,) if model is None else (str(model), PurePath(model).stem)
+        name = next((name for name in names if name in self.names), None)
+        if name is None:
+            what = "serves no model" if model is None else f"has no model {str(model)!r}"
+            there = ", ".join(self.names) or "none"
+            raise ServerFailedError(f"The router {self._who} {what}. Its models: {there}.")
+        return name
+
+    async def load(self, name: str, *, fresh: bool) -> None:
+        """Load one of a router's models. If cancelled, it is unloaded again.
+
+        Args:
+            name: Which one.
+            fresh: Unload it before, where it is loaded.
+
+        Raises:
+            ServerFailedError: The router does not load it.
+            StartCancelledError: The router was detached from, or has ended, before that.
+        """
+        async with self._turn:
+            with anyio.CancelScope() as self._loading:
+                if self._over:
+                    self._loading.cancel()
+                await self._load(name, fresh=fresh)
+        if self._loading.cancelled_caught:
+            raise StartCancelledError(f"kitty_nb detached from the router before it loaded {name}.")
+
+    async def _load(self, name: str, *, fresh: bool) -> None:
+        if name in self._followed:
+            await self._followed[name].wait()
+        status = await self._look(name)
+        if fresh and status == ModelStatus.LOADED:
+            await self._unload(name)
+            status = ModelStatus.UNLOADED
+        if status != ModelStatus.LOADED and not await self._follow(name):
+            raise ServerFailedError(f"The router failed to load {name}. See the router's log.")
+
+    async def _unload(self, name: str) -> None:
+        await self._order("unload", name)
+        while await self._look(name) != ModelStatus.UNLOADED:  # noqa: ASYNC110 (nothing tells)
+            await anyio.sleep(_ASK_ROUTER_EVERY)
+
+    async def _order(self, verb: str, name: str) -> None:
+        if reason := await self._probe.order(verb, name):
+            raise ServerFailedError(f"The router refused to {verb} {name}: {reason}")
+
+    async def _look(self, preferred: str | None = None) -> ModelStatus:
+        """Read the status of its models, and report those that it has unloaded.
+
+        A router that is too busy to answer has them as before.
+
+        Args:
+            preferred: The model that is in use from now on, if it is loaded.
+
+        Returns:
+            That model's status; one that is gone is unloaded.
+        """
+        if models := await self._probe.router_models():
+            before, self._models = self._models, models
+            loaded = [name for name, status in models.items() if status == ModelStatus.LOADED]
+            for name, status in models.items():
+                if status == ModelStatus.UNLOADED and before.get(name) == ModelStatus.LOADED:
+                    self._emit(RouterLoad(name, None))
+                    self._notify(f"The router unloaded {name}.")
+            wanted = (preferred, self.alias, *loaded)
+            alias = next((name for name in wanted if name in loaded), None)
+            if (alias, tuple(models)) != (self.alias, self.names):
+                child = await anyio.to_thread.run_sync(_child, self._pid, alias)
+                self.model = child.model.name if child and child.model else None
+                self.alias, self.names = alias, tuple(models)
+        return self._models.get(preferred or "", ModelStatus.UNLOADED)
+
+    async def _watch_models(self, tasks: TaskGroup) -> None:
+        """Follow the loads of a router, whoever asks for them."""
+        while True:
+            await self._look()
+            for name, status in self._models.items():
+                if status == ModelStatus.LOADING:
+                    tasks.start_soon(self._follow, name)
+            await anyio.sleep(_ASK_ROUTER_EVERY)
+
+    async def _follow(self, name: str) -> bool:
+        """Show one load from its beginning to its end; return whether it succeeded.
+
+        It is requested here, unless it is under way: a short one may be over at the next poll.
+        """
+        if other := self._followed.get(name):
+            await other.wait()
+            return self._models.get(name) == ModelStatus.LOADED
+        over = self._followed[name] = anyio.Event()
+        asked = self._models.get(name) != ModelStatus.LOADING
+        try:
+            if asked:
+                await self._order("load", name)
+                self._models[name] = ModelStatus.LOADING
+            return await self._show_load(name)
+        except anyio.get_cancelled_exc_class():
+            if asked:
+                with anyio.move_on_after(_UNLOADED_WITHIN, shield=True):
+                    with suppress(ServerFailedError):
+                        await self._unload(name)
+                self._emit(RouterLoad(name, None))
+            raise
+        finally:
+            del self._followed[name]
+            self._progress.pop(name, None)
+            over.set()
+
+    async def _show_load(self, name: str) -> bool:
+        """Publish a load's progress, by its child's memory and the history of loads."""
+        self._notify(f"The router is loading {name}.")
+        child = await self._find_child(name)
+        began = time.monotonic() - (child.process.age if child else 0.0)
+        meter = LoadMeter()
+        meter.measure(Usage(0, 0), 0.0)
+        meter.enter_stage(Stage.STARTING, 0.0)
+        # The history knows a load by the child's command line.
+        known_by = {"model": child.model, "extra_args": child.arguments} if child else {}
+        config = self._config.model_copy(update={"model": None, **known_by})
+        whole = child is not None and child.process.age < _WHOLE
+        warn = partial(self._notify, level=Level.WARNING)
+        recorder = LoadRecorder(config, meter, warn, whole=whole)
+        await recorder.forecast()
+        status, ask_at = ModelStatus.LOADING, 0.0
+        while status == ModelStatus.LOADING:
+            elapsed = time.monotonic() - began
+            usage = child.process.usage() if child else None
+            meter.enter_stage(Stage.LOADING, elapsed)
+            if usage:
+                meter.measure(usage, elapsed)
+            pause = min(meter.pause(elapsed), _SHOW_EVERY)
+            self._show(name, meter, elapsed, pause)
+            await anyio.sleep(pause)
+            if elapsed >= ask_at:
+                status, ask_at = await self._look(name), elapsed + _ASK_ROUTER_EVERY
+        loaded, elapsed = status == ModelStatus.LOADED, time.monotonic() - began
+        if loaded:
+            meter.enter_stage(Stage.READY, elapsed)
+            self._show(name, meter, elapsed, 0.0)
+            self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
+        else:
+            self._emit(RouterLoad(name, None))
+            self._notify(f"The router failed to load {name}. See the router's log.", Level.WARNING)
+        await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
+        return loaded
+
+    async def _find_child(self, name: str) -> _Child | None:
+        """Find the process of a model; it may start a moment after the request."""
+        child: _Child | None = None
+        with anyio.move_on_after(_CHILD_WITHIN):
+            while child is None:
+                child = await anyio.to_thread.run_sync(_child, self._pid, name)
+                await anyio.sleep(0.0 if child else _SHOW_EVERY)
+        return child
+
+    def _show(self, name: str, meter: LoadMeter, elapsed: float, lasting: float) -> None:
+        self._progress[name] = meter.progress(elapsed, lasting)
+        if name == next(reversed(self._followed)):  # of several, the latest
+            self._emit(RouterLoad(name, self._progress[name]))
+
+    def _notify(self, message: str, level: Level = Level.INFO) -> None:
+        self._emit(Activity.now(message, level))
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """The process of one model. The port, which changes, is not among its `arguments`."""
+
+    process: ServerProcess
+    model: Path | None
+    arguments: tuple[str, ...]
+
+
+def _child(router: int, name: str | None) -> _Child | None:
+    """Find the process that a router has started for a model; None where the system hides it."""
+    with suppress(psutil.Error):
+        for process in psutil.Process(router).children():
+            with suppress(psutil.Error, OSError):
+                words = process.cmdline()
+                model, alias = served_by(words)
+                if alias and name in alias.split(","):
+                    return _Child(
+                        ServerProcess(process.pid, None),
+                        Path(model) if model else None,
+                        tuple(word for flag, word in pairwise(words) if flag != "--port"),
+                    )
+    return None
