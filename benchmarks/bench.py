@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from benchmarks.subject import subject_of, subject_parser
-from kitty_nb.experiments.bench import Bench, BenchTest, plainly
+from kitty_nb.experiments.bench import Bench, BenchTest, plain_config
 from kitty_nb.isolated_server import isolated_server, locate_engine
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def main() -> None:
 async def _raw(config: ServerConfig, tests: tuple[BenchTest, ...]) -> Speeds:
     """Ask by hand, with our own clock; an answer's time is what more tokens take."""
     engine = await locate_engine(config.binary)
-    served = await anyio.to_thread.run_sync(plainly, config, engine.dialect, tests)
+    served = await anyio.to_thread.run_sync(plain_config, config, engine.dialect, tests)
     speeds: Speeds = {}
     async with isolated_server(served) as server:
         with server.access.http() as http:

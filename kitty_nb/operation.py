@@ -27,7 +27,9 @@ class Operation(Generic[T]):
     the work; `cancel` does.
     """
 
-    def __init__(self, future: Future[T], progress: Callable[[], LoadProgress | None]) -> None:
+    def __init__(
+        self, future: Future[T], progress: Callable[[], LoadProgress | None] = lambda: None
+    ) -> None:
         self._future = future
         self._progress = progress
 

@@ -61,7 +61,7 @@ def test_a_depth_beyond_the_trained_context_is_a_row_that_says_so(config: Server
     fits, beyond = bench.run().wait(WAIT).rows
     assert fits.mean
     assert beyond.mean is None
-    assert "does not fit into the context that the model was trained for, 4,096" in beyond.note
+    assert "does not fit into the model's trained context of 4,096 tokens" in beyond.note
     alone = Bench(prompt=16, answer=0, depths=4096, config=config)
     with pytest.raises(ExperimentError, match=r"No test fits .*4,096 tokens"):
         alone.run().wait(WAIT)
@@ -112,7 +112,7 @@ def test_a_plot_shows_the_speed_against_the_depth() -> None:
     assert drawn.get_label() == "tg128"
     assert drawn.lines[0].get_xydata().tolist() == [[0, 71], [4096, 61]]  # type: ignore[attr-defined]
     assert axes.get_ylabel() == "generation tokens per second"
-    with pytest.raises(ExperimentError, match="nothing to draw"):
+    with pytest.raises(ExperimentError, match="Nothing to plot"):
         table(*rows[1:]).plot(prompts=True)
 
 

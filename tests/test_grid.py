@@ -65,7 +65,7 @@ def test_skip_leaves_combinations_out(base: ServerConfig) -> None:
         base, ["a.gguf"], grid, skip=lambda one: one["context_size"] * one["threads"] > 1000
     )
     assert chosen(trials) == [{"context_size": 512, "threads": 1}]
-    with pytest.raises(ExperimentError, match="skip leaves none"):
+    with pytest.raises(ExperimentError, match="skip excludes all"):
         combine(base, ["a.gguf"], grid, skip=lambda _: True)
     with pytest.raises(ExperimentError, match="KeyError"):
         combine(base, ["a.gguf"], grid, skip=lambda one: one["contxt"])
@@ -82,7 +82,7 @@ def test_skip_leaves_combinations_out(base: ServerConfig) -> None:
         ({"cache type": [1]}, "the name of a setting"),
         ({"threads": "12"}, "one value, not a list"),
         ({"threads": 12}, "threads=\\[…\\]"),
-        ({"threads": [object()]}, "not a value"),
+        ({"threads": [object()]}, "can't be the value"),
         ({"threads": [0]}, "1 or more"),
         ({"flash_attention": ["maybe"]}, "on, off or auto"),
     ],

@@ -165,7 +165,7 @@ async def _compared(config: ServerConfig, choice: HarnessTask) -> list[bool]:
             assert (await score("written", chat=True))[0] == sum(chatted) / LIMIT
             for name, metric, reason in (
                 ("documents", "", "Use quality=Perplexity"),
-                ("surprise", "", "Less of brier_score is better"),
+                ("surprise", "", "brier_score is better when lower"),
                 ("choice", "acc_nrom", "Did you mean acc"),
                 ("riddles", "", "The task 'riddles' of lm-evaluation-harness failed: .*riddles"),
             ):

@@ -77,7 +77,7 @@ def test_each_request_of_a_sweep_is_kept_and_told_in_percentiles(
             assert row[f"{name}_p{percent}_4"] == pytest.approx(np.percentile(of[name], percent))
     assert row["time_to_first_token_p50"] == pytest.approx(row["time_to_first_token"])
     assert results.best("time_between_tokens_p90_4", {"time_to_first_token_p90": WAIT})
-    with pytest.raises(ExperimentError, match="A p99 needs 100 requests or more"):
+    with pytest.raises(ExperimentError, match="A p99 needs at least 100 requests"):
         results.best("time_to_first_token_p99")
 
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "one.requests.parquet"), requests)
@@ -110,9 +110,9 @@ def test_values_of_several_types_are_written_as_text(
 
 
 def test_a_percentile_of_too_few_requests_is_no_objective(config: ServerConfig) -> None:
-    with pytest.raises(ExperimentError, match="Write requests=100"):
+    with pytest.raises(ExperimentError, match="Set requests=100"):
         tune(objective="time_to_first_token_p99", config=config)
-    with pytest.raises(ExperimentError, match="Write requests=20"):
+    with pytest.raises(ExperimentError, match="Set requests=20"):
         tune(constraints={"time_to_first_token_p95": 2}, requests=19, config=config)
     with pytest.raises(ConfigError, match="requests"):
         tune(requests=-1, config=config)

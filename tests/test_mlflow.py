@@ -68,5 +68,5 @@ def test_a_sweep_is_a_run_with_one_for_each_combination(
     assert [one.data.tags["best"] for one in (two, four, eight)] == ["false", "true", "false"]
     assert (eight.info.status, eight.data.tags["notes"]) == ("FAILED", "too big")
 
-    with pytest.raises(ExperimentError, match="MLflow refused the results"):
+    with pytest.raises(ExperimentError, match="MLflow rejected the results"):
         results.to_mlflow(tracking_uri="nonsense://here")

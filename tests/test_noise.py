@@ -100,7 +100,7 @@ def test_a_trial_on_a_busy_machine_is_measured_again_a_few_times(
     assert results.frame["busy"].tolist() == [left > 0.1]
     kinds = [type(event) for event in events]
     assert kinds.count(TrialStarted) == kinds.count(TrialEnded) == 1
-    again = [text for text in caplog.messages if "it is measured again" in text]
+    again = [text for text in caplog.messages if "Repeating the trial" in text]
     assert len(again) == (repeats if others[0] > 0.1 else 0)
     with Sweep(config=config, store=store, repeats=1) as one:
         assert one.results.rows == results.rows  # what the store keeps, too

@@ -270,19 +270,24 @@ def test_bounds_cut_lists_and_fix_what_is_left_open(read: Read, base: ServerConf
     ("space", "constraints", "error", "words"),
     [
         ({}, None, ExperimentError, "space is empty"),
-        ({"threads": []}, None, ExperimentError, "no threads. Give other values"),
-        ({"threads": (8, 1)}, None, ExperimentError, "no threads. Give other values"),
+        ({"threads": []}, None, ExperimentError, "no value of threads. Give other values"),
+        ({"threads": (8, 1)}, None, ExperimentError, "no value of threads. Give other values"),
         ({"threads": [0]}, None, ConfigError, "THREADS|threads"),
         ({"port": [1, 2]}, None, ConfigError, "the space"),
-        ({"threads": [1, 2]}, {"threads>": 2}, ExperimentError, "no threads that keeps"),
-        ({"threads": (1, 2)}, {"threads>": "two"}, ExperimentError, "no threads that keeps"),
+        ({"threads": [1, 2]}, {"threads>": 2}, ExperimentError, "no value of threads that"),
+        (
+            {"threads": (1, 2)},
+            {"threads>": "two"},
+            ExperimentError,
+            "no value of threads that",
+        ),
+        ({"threads": [1]}, {"memory_gb": 2}, ExperimentError, "Did you mean memory_gib"),
         (
             {"threads": [1]},
-            {"memory_gb": 2},
+            {"context_size>": 512},
             ExperimentError,
-            "neither a setting in the space nor a measurement",
+            "no value of context_size",
         ),
-        ({"threads": [1]}, {"context_size>": 512}, ExperimentError, "no context_size that keeps"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(

@@ -81,7 +81,7 @@ def test_what_one_of_two_lists_alone_counts_as_one() -> None:
     apart = 0.5 * math.log(2) + 0.2 * math.log(0.2 / 0.45)
     assert found.kl_divergence == pytest.approx(apart / 2)
     assert (found.agreed, found.tokens) == (1, 2)
-    with pytest.raises(ExperimentError, match="split the texts differently"):
+    with pytest.raises(ExperimentError, match="their tokenizers differ"):
         likeness([first], [first, second])
 
 

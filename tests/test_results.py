@@ -146,7 +146,7 @@ def test_settings_in_use_are_preferred_wherever_they_are_written(
         ("generation_tokens_per_secnd", {}, "Did you mean generation_tokens_per_second?"),
         ("memory_gib", {"memory_gb": 1}, "Did you mean memory_gib?"),
         ("memory_gib", {"memory_gib ~": 1}, "Can't parse"),
-        ("memory_gib", {"memory_gib": 1}, "None of 2 combinations keeps memory_gib <= 1"),
+        ("memory_gib", {"memory_gib": 1}, "None of 2 combinations satisfies memory_gib <= 1"),
         ("memory_gib", {"cache_type_k": 3}, "None of 2 combinations"),
         ("memory_gib", {"n_gpu_layers": 3}, "None of 2 combinations"),
     ],
@@ -162,7 +162,7 @@ def test_nothing_measured_has_no_best_and_no_plot(results: Results) -> None:
     empty = Results(results.config, results.rows[5:])
     with pytest.raises(ExperimentError, match="no best"):
         empty.best()
-    with pytest.raises(ExperimentError, match="nothing to draw"):
+    with pytest.raises(ExperimentError, match="nothing to plot"):
         empty.plot()
     assert len(Results(results.config, ()).frame) == 0
 
@@ -273,5 +273,5 @@ def test_a_sweep_without_optuna_names_the_extra() -> None:
         "except Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("ExperimentError This needs optuna")
+    assert done.stdout.startswith("ExperimentError optuna can't be imported")
     assert "pip install 'kitty_nb[experiments]'" in done.stdout

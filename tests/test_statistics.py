@@ -137,7 +137,7 @@ def test_numbers_without_noise_are_told_apart_and_equal_ones_are_not() -> None:
     ("baseline", "other"), [([1.0], [1.0, 2.0]), ([1.0, 0.0, 1.0], [1.0] * 3), ([-1.0], [1.0])]
 )
 def test_what_has_no_ratio_is_refused(baseline: list[float], other: list[float]) -> None:
-    with pytest.raises(ExperimentError, match=r"rounds cannot be compared|positive numbers"):
+    with pytest.raises(ExperimentError, match=r"rounds with|positive numbers"):
         compare_paired(baseline, other, smaller_is_better=False)
 
 

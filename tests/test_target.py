@@ -175,19 +175,19 @@ def test_it_says_so_when_nothing_is_gained(search: Search, family: ServerConfig)
     found = search(config=family).wait(WAIT)
     assert found.best.trial.model == "demo-q4_0.gguf"
     assert found.proof
-    assert found.proof.gain == "Nothing is gained over the settings in use."
+    assert found.proof.gain == "There is no gain over the settings in use."
     assert found.proof.against_in_use is None
 
 
 def test_what_cannot_be_reached_names_the_nearest(search: Search) -> None:
-    with pytest.raises(ExperimentError, match="None of 3 combinations keeps"):
+    with pytest.raises(ExperimentError, match="None of 3 combinations satisfies"):
         search(target=f"{SPEED} >= 1000000000").wait(WAIT)
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"target": None, "memory": "<= 2 GB"}, "go with a target"),
+        ({"target": None, "memory": "<= 2 GB"}, "need a target"),
         ({"target": "speed >= 3"}, "No.* 'speed'|speed"),
         ({"quality_loss": "little"}, "<= 2 %"),
         ({"proof_rounds": 2}, "proof_rounds is 2"),

@@ -91,7 +91,7 @@ def test_what_is_in_vain_is_said_first_and_what_is_too_close_at_the_end(
     found = tune(space=space, budget=2, max_tokens=4, on_event=note).wait(WAIT)
     told = "\n".join(warned[0])
     assert "LLAMACPP_CONTEXT is not a setting" in told
-    assert "generation_tokens_per_second of one request at a time does not depend on batch" in told
+    assert "generation_tokens_per_second of one request at a time doesn't depend on batch" in told
     assert "too close to tell from 1 other" in found.summary
     assert found.env_lines().startswith("# Too close to tell from 1 other")
     assert "UBATCH_SIZE=" not in found.env_lines()  # 20 tokens are in no batch of 256

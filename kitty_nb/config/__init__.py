@@ -26,3 +26,4 @@ from kitty_nb.config.server_config import takes_secret as takes_secret
 from kitty_nb.config.server_config import task_by_flags as task_by_flags
 from kitty_nb.config.server_config import user_variables as user_variables
 from kitty_nb.config.server_config import value_of as value_of
+from kitty_nb.config.server_config import without_secrets as without_secrets

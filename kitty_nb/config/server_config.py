@@ -62,6 +62,15 @@ def takes_secret(word: str) -> bool:
     return _SECRET.fullmatch(spelled(word)) is not None
 
 
+def without_secrets(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the words of a command line without the flags that take secrets, and their values."""
+    return tuple(
+        word
+        for before, word in pairwise(("", *words))
+        if not takes_secret(before) and not takes_secret(word)
+    )
+
+
 def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
     """Return the value of the last of some flags, which is the one that llama-server uses."""
     values = [value for flag, value in pairwise(words) if spelled(flag) in flags]

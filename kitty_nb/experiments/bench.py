@@ -17,6 +17,7 @@ from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
 from kitty_nb.experiments.extras import extra
+from kitty_nb.experiments.output import frame_of, markdown_table
 from kitty_nb.experiments.run_record import Timings
 from kitty_nb.isolated_server import in_background, isolated_server, locate_engine
 from kitty_nb.operation import Operation
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 DEPTHS = (0, 4096, 16384)
 _BILLION = 1_000_000_000
 _PAD = 256  # llama.cpp rounds a context up to it
-_AGREE = 0.03  # share by which the clock may differ from the server's figure
-_UNNOTICED = 0.05  # seconds of a request that no server counts, such as HTTP
-_REREAD = 1.02  # of a test's tokens; a build may read the last one of the depth again
-# What llama-bench has no part in: copies of the state, which split a prompt's batches, too.
+_AGREE = 0.03  # relative difference tolerated between the clock and the server's timings
+_UNNOTICED = 0.05  # seconds of overhead, such as HTTP, that no server counts
+_REREAD = 1.02  # ratio of tokens read to those asked for; a build may read the last one again
+# llama-bench keeps no copies of the state, which would also split a prompt's batches.
 _PLAIN = (("--ctx-checkpoints", "0"), ("--cache-ram", "0"))
-# The cheapest sampler there is: llama-bench samples nothing.
+# The cheapest sampler, because llama-bench does not sample at all.
 _GREEDY = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
 _COLUMNS = {"batch_size": "n_batch", "ubatch_size": "n_ubatch", "flash_attention": "fa"}
 _CACHE = {"type_k": {"--cache-type-k", "-ctk"}, "type_v": {"--cache-type-v", "-ctv"}}
@@ -48,7 +49,7 @@ _CACHE = {"type_k": {"--cache-type-k", "-ctk"}, "type_v": {"--cache-type-v", "-c
 
 @dataclass(frozen=True, slots=True)
 class BenchTest:
-    """A row of llama-bench: a prompt or an answer of so many tokens, behind so many others."""
+    """A test of llama-bench: read a prompt or write an answer, after `depth` tokens of context."""
 
     prompt: int
     answer: int
@@ -60,8 +61,8 @@ class BenchTest:
 
     @property
     def context(self) -> int:
-        """The tokens that must fit into the context."""
-        # An answer follows a token of prompt, and its own first token costs no step.
+        """The context size needed, in tokens."""
+        # An answer follows one prompt token, and its own first token costs no decoding step.
         return self.depth + (self.prompt + 1 if self.prompt else self.answer + 2)
 
 
@@ -71,9 +72,9 @@ class BenchRow:
 
     Attributes:
         test: The test.
-        speeds: Tokens per second by the server's own timings, one for each repeat.
-        clock: The same by this program's clock, with all that a request costs.
-        reason: The reason that it was not measured, in a sentence.
+        speeds: Tokens per second by the server's own timings, one value per repeat.
+        clock: The same by the client's clock, including the overhead of a request.
+        reason: Why the test was not measured, in a sentence.
     """
 
     test: BenchTest
@@ -83,36 +84,39 @@ class BenchRow:
 
     @property
     def mean(self) -> float | None:
-        """Mean tokens per second; None where it was not measured."""
+        """Mean tokens per second; None if not measured."""
         return fmean(self.speeds) if self.speeds else None
 
     @property
     def deviation(self) -> float:
-        """Their standard deviation over the repeats."""
+        """The standard deviation of the speed over the repeats."""
         return stdev(self.speeds) if len(self.speeds) > 1 else 0.0
 
     @property
     def note(self) -> str:
-        """A sentence where the row says less than its number; empty otherwise."""
+        """A caveat about the measurement, in a sentence; empty if there is none."""
         if not self.speeds or not self.clock:
             return self.reason
         clock = fmean(self.clock)
         seconds = (self.test.prompt or self.test.answer) * (1 / clock - 1 / fmean(self.speeds))
         if abs(clock / fmean(self.speeds) - 1) <= _AGREE or abs(seconds) <= _UNNOTICED:
             return ""
-        return f"By the clock it is {clock:.2f} t/s: something kept the server from answering."
+        return (
+            f"By the clock it is {clock:.2f} t/s: something delayed the server. Close other"
+            " programs, and measure again."
+        )
 
 
 @dataclass(frozen=True)
 class BenchTable:
-    """What `Bench` measured; `print` shows llama-bench's table in Markdown.
+    """The results of `Bench`; `print` shows llama-bench's table in Markdown.
 
     Attributes:
-        model: The model in llama-bench's words, e.g. `gemma3 270M Q4_K - Medium`.
-        size: Bytes of its tensors.
-        parameters: The number of its weights.
-        backend: The kind of device that computes, e.g. `CPU`.
-        settings: The columns of llama-bench for settings, by their name there.
+        model: The model as llama-bench describes it, e.g. `gemma3 270M Q4_K - Medium`.
+        size: Size of the tensors in bytes.
+        parameters: The number of weights.
+        backend: The kind of device used, e.g. `CPU`.
+        settings: llama-bench's columns for settings, by their names there.
         build: The engine's build.
         rows: The tests, by depth.
     """
@@ -127,12 +131,12 @@ class BenchTable:
 
     @property
     def frame(self) -> DataFrame:
-        """A row for each test, with its numbers.
+        """The results as a data frame, with a row per test.
 
         Raises:
             ExperimentError: pandas is missing.
         """
-        frame: DataFrame = extra("pandas").DataFrame(
+        return frame_of(
             {
                 "model": self.model,
                 "size": self.size,
@@ -149,10 +153,9 @@ class BenchTable:
             }
             for row in self.rows
         )
-        return frame
 
     def plot(self, *, prompts: bool = False) -> Figure:
-        """Draw the speed of answers, or of prompts, against the depth.
+        """Plot generation speed, or prompt speed, against the depth.
 
         Raises:
             ExperimentError: Matplotlib is missing, or no such test was measured.
@@ -167,51 +170,37 @@ class BenchTable:
                 spread = median(row.speeds), min(row.speeds), max(row.speeds)
                 points.setdefault(name, []).append((row.test.depth, *spread))
         if not points:
-            raise ExperimentError("No such test was measured, so there is nothing to draw.")
+            raise ExperimentError(
+                "Nothing to plot: no such test was measured. Run the bench with a prompt or an"
+                " answer."
+            )
         y = "prompt_tokens_per_second" if prompts else "generation_tokens_per_second"
-        return curves(points, y, "depth, tokens in the context before")
+        return curves(points, y, "depth, tokens already in the context")
 
     def __str__(self) -> str:
-        lines = [self._line(cells) for cells in self._cells()]
-        rule = [
-            f"{'-' * (abs(width) - 1)}{'-' if width < 0 else ':'}" for _, width in self._heads()
-        ]
-        lines.insert(1, f"| {' | '.join(rule)} |")
+        scale, letter = (1e9, "B") if self.parameters >= _BILLION else (1e6, "M")
+        large = self.size >= 1 << 30
+        common = (
+            self.model,
+            f"{self.size / (1 << (30 if large else 20)):.2f} {'GiB' if large else 'MiB'}",
+            f"{self.parameters / scale:.2f} {letter}",
+            self.backend,
+            *(str(value) for _, value in self.settings),
+        )
+        names = [name for name, _ in self.settings]
+        lines = markdown_table(
+            ("model", "size", "params", "backend", *names, "test", "t/s"),
+            (
+                (*common, str(r.test), f"{r.mean:.2f} ± {r.deviation:.2f}" if r.mean else "-")
+                for r in self.rows
+            ),
+            align=f"lrrl{'r' * len(names)}rr",
+            widths=(30, 10, 10, 10, *(3 if n in {"ngl", "fa"} else len(n) for n in names), 15, 20),
+        )
         notes = [f"- {row.test}: {row.note}" for row in self.rows if row.note]
         return "\n".join([*lines, "", *notes, *([""] if notes else []), f"build: {self.build}"])
 
-    _repr_markdown_ = __str__  # front ends clean it of HTML
-
-    def _heads(self) -> list[tuple[str, int]]:
-        """Each column's heading and width, which is negative where text stands to the left."""
-        settings = ((name, 3 if name in {"ngl", "fa"} else len(name)) for name, _ in self.settings)
-        return [
-            *(("model", -30), ("size", 10), ("params", 10), ("backend", -10)),
-            *settings,
-            *(("test", 15), ("t/s", 20)),
-        ]
-
-    def _cells(self) -> list[list[str]]:
-        scale, letter = (1e9, "B") if self.parameters >= _BILLION else (1e6, "M")
-        params = f"{self.parameters / scale:.2f} {letter}"
-        large = self.size >= 1 << 30
-        size = f"{self.size / (1 << (30 if large else 20)):.2f} {'GiB' if large else 'MiB'}"
-        same = [self.model, size, params, self.backend, *(str(value) for _, value in self.settings)]
-        return [
-            [name for name, _ in self._heads()],
-            *(
-                [*same, str(row.test), f"{row.mean:.2f} ± {row.deviation:.2f}" if row.mean else "-"]
-                for row in self.rows
-            ),
-        ]
-
-    def _line(self, cells: Sequence[str]) -> str:
-        widths = [width for _, width in self._heads()]
-        padded = (
-            cell.ljust(-width) if width < 0 else cell.rjust(width)
-            for cell, width in zip(cells, widths, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
+    _repr_markdown_ = __str__  # front ends sanitize the HTML in Markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +208,9 @@ class BenchProgress:
     """The progress of a `Bench`.
 
     Attributes:
-        test: The test under way.
-        done: Measurements that are done, of all tests.
-        total: All of them.
+        test: The current test.
+        done: The number of measurements done, over all tests.
+        total: The number of measurements in all.
     """
 
     test: str
@@ -230,20 +219,20 @@ class BenchProgress:
 
 
 class Bench:
-    """llama-bench's table: speed of prompts and answers at several depths.
+    """llama-bench's table: prompt and generation speed at several depths.
 
-    It runs on a server of its own, so it measures the engine that serves, with its settings. The
+    The bench starts its own server, so it measures the engine you serve with, and its settings. The
     panel's server isn't touched, but stop it first: it would skew the measurements.
 
     Args:
-        model: The file, absolute or in the models folder; by default the one in `config`.
-        prompt: Tokens of the prompt to read; 0 leaves that test out.
-        answer: Tokens of the answer to write; 0 leaves that test out.
-        depths: Numbers of tokens that are in the context before a test.
-        repeats: Measurements of each test.
-        seed: Of the tokens, which are random.
-        config: The settings; by default those of `.env`. Context, number of slots, speculation and
-            projector are the bench's own.
+        model: The model file, absolute or in the models folder; by default the one in `config`.
+        prompt: Length of the prompt to read, in tokens; 0 skips that test.
+        answer: Length of the answer to write, in tokens; 0 skips that test.
+        depths: Numbers of tokens already in the context when a test begins.
+        repeats: The number of measurements per test.
+        seed: The seed of the random tokens.
+        config: The server's settings; by default those of `.env`. The bench sets the context size,
+            the number of slots, speculation and the projector itself.
 
     Raises:
         ExperimentError: There is nothing to measure.
@@ -276,23 +265,22 @@ class Bench:
     def run(
         self, on_progress: Callable[[BenchProgress], object] = lambda _: None
     ) -> Operation[BenchTable]:
-        """Measure, on an event loop in a thread of its own, and return at once."""
-        _, future = in_background(lambda: self.run_here(on_progress), "kitty_nb bench")
-        return Operation(future, lambda: None)
+        """Measure in a background thread, and return at once."""
+        return Operation(in_background(lambda: self.run_here(on_progress), "kitty_nb bench")[1])
 
     async def run_here(
         self, on_progress: Callable[[BenchProgress], object] = lambda _: None
     ) -> BenchTable:
-        """Like `run`, on the event loop that runs now, until it is over.
+        """Measure on the running event loop.
 
         Raises:
-            KittyError: The model cannot be served, or the server refuses a test.
+            KittyError: The model can't be served, or the server rejects a test.
         """
         config = await run_sync(resolve_model, self.config)
         facts = await run_sync(read_facts, config.require_model())
         trained = facts.context_length or max(test.context for test in self.tests)
         reasons = {
-            test: f"It does not fit into the context that the model was trained for, {trained:,}."
+            test: f"It does not fit into the model's trained context of {trained:,} tokens."
             for test in self.tests
             if test.context > trained
         }
@@ -309,7 +297,7 @@ class Bench:
                 rows |= {test: BenchRow(test, reason=reason) for test, reason in reasons.items()}
                 return replace(table, rows=tuple(rows[test] for test in self.tests))
         raise ExperimentError(
-            f"No test fits into the context that the model was trained for, {trained:,} tokens."
+            f"No test fits into the model's trained context of {trained:,} tokens."
             " Choose a shorter prompt, a shorter answer or smaller depths."
         )
 
@@ -321,7 +309,7 @@ class Bench:
     ) -> BenchTable:
         engine = await locate_engine(config.binary)
         async with (
-            isolated_server(await run_sync(plainly, config, engine.dialect, tests)) as server,
+            isolated_server(await run_sync(plain_config, config, engine.dialect, tests)) as server,
             server.access.async_http() as http,
         ):
             table = await _describe(server, http, config)
@@ -331,26 +319,24 @@ class Bench:
                 await client.warm_up(test)
                 samples: list[tuple[float, float]] = []
                 reason = ""
-                for repeat in range(self.repeats):
-                    done = index * self.repeats + repeat
-                    on_progress(BenchProgress(str(test), done, total))
-                    try:
+                try:
+                    for done in range(index * self.repeats, (index + 1) * self.repeats):
+                        on_progress(BenchProgress(str(test), done, total))
                         samples.append(await client.measure(test))
-                    except ExperimentError as error:
-                        samples, reason = [], str(error)
-                        break
+                except ExperimentError as error:
+                    samples, reason = [], str(error)
                 speeds, clock = zip(*samples, strict=True) if samples else ((), ())
                 rows.append(BenchRow(test, speeds, clock, reason))
             return replace(table, rows=tuple(rows))
 
 
 class BenchClient:
-    """Measures tests on a server, which must have been started `plainly`.
+    """Runs tests on a server that was started with the settings of `plain_config`.
 
     Args:
         http: A client of the server.
-        vocabulary: The number of the model's tokens.
-        seed: Of the tokens that are sent.
+        vocabulary: The size of the model's vocabulary, in tokens.
+        seed: The seed of the random tokens.
     """
 
     def __init__(self, http: httpx.AsyncClient, vocabulary: int, seed: int = 0) -> None:
@@ -361,28 +347,28 @@ class BenchClient:
 
     @classmethod
     async def of(cls, http: httpx.AsyncClient, seed: int = 0) -> BenchClient:
-        """Make one for the model that a server has."""
-        http.headers["Connection"] = "close"  # the server ends idle ones, at worst when next used
+        """Create a client for the model of a server."""
+        http.headers["Connection"] = "close"  # the server may close an idle one as it is reused
         return cls(http, (await _meta(http)).get("n_vocab") or 256, seed)
 
     async def warm_up(self, test: BenchTest) -> None:
-        """Have the test's kind of work done once, as llama-bench does."""
+        """Run the test's kind of work once without measuring, as llama-bench does."""
         await self._ask(self._tokens(test.prompt or 1), 1 if test.prompt else 2)
 
     async def measure(self, test: BenchTest) -> tuple[float, float]:
-        """Measure once: tokens per second by the server's timings, and by the clock.
+        """Run a test once; return tokens per second by the server's timings, and by the clock.
 
-        The context is filled first. A model that can forget its latest tokens keeps it for the next
-        test; one with a sliding window or a recurrent state reads it again.
+        The context is filled first. A model that can drop its latest tokens keeps it for the next
+        test; one with a sliding window or a recurrent state has to read it again.
 
         Raises:
-            ExperimentError: The server has not done what was asked.
+            ExperimentError: The server processed a different number of tokens.
         """
         before = Random(f"{self._seed} {test.depth}").choices(self._vocabulary, k=test.depth)  # noqa: S311
         if before:
             await self._ask(before, 1, cache=True)
         asked = [*before, *self._tokens(test.prompt or 1)]
-        # The first token of an answer comes from the prompt: it is not counted here.
+        # The first token of an answer comes from reading the prompt, so it is not counted.
         count = 1 if test.prompt else test.answer + 1
         timings, seconds = await self._ask(asked, count, cache=bool(before))
         apart = seconds - (timings.prompt_ms + timings.predicted_ms) / 1000
@@ -394,8 +380,8 @@ class BenchClient:
             wrong = tokens != test.answer
         if wrong or own <= 0:
             raise ExperimentError(
-                f"The engine did {tokens} tokens instead of {test.prompt or test.answer}: it does"
-                " not keep such a context. Try another depth."
+                f"The engine processed {tokens} tokens instead of {test.prompt or test.answer}: it"
+                " does not keep such a context. Try another depth."
             )
         return tokens / own, tokens / (own + apart)
 
@@ -425,8 +411,10 @@ def tests_of(prompt: int, answer: int, depths: Iterable[int]) -> tuple[BenchTest
     return tuple(BenchTest(*one, depth) for depth in ordered for one in both)
 
 
-def plainly(config: ServerConfig, dialect: Dialect, tests: Iterable[BenchTest]) -> ServerConfig:
-    """Return settings that serve a model for tests, with nothing that llama-bench lacks."""
+def plain_config(
+    config: ServerConfig, dialect: Dialect, tests: Iterable[BenchTest]
+) -> ServerConfig:
+    """Return settings for a server that runs tests with nothing that llama-bench lacks."""
     context = max(test.context for test in tests)
     plain = (word for words in _PLAIN if dialect.option(words[0]) for word in words)
     return resolve_model(
@@ -467,7 +455,7 @@ async def _describe(
             settings[name] = value
     number, _, commit = str(said.get("build_info", "")).partition("-")
     build = f"{commit} ({number.lstrip('b')})"
-    if commit in {"", "unknown"}:  # as a wheel's says
+    if commit in {"", "unknown"}:  # in a wheel
         build = (await locate_engine(config.binary)).version
     return BenchTable(
         model=" ".join(filter(None, words)) or config.require_model().stem,

@@ -1,7 +1,7 @@
-"""Trials on a Dask cluster: Dask picks the worker, which uses its own engine, models and folders.
+"""Trials on a Dask cluster, whose workers use their own engines, models and folders.
 
-Workers are started by the user. Each runs as many trials at once as it has slots of the resource
-`kitty_trial`; where none has it, one.
+The user starts the workers. Each runs as many trials at once as it has slots of the resource
+`kitty_trial`; if no worker has any, one at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import defaultdict
 from contextlib import asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -37,23 +37,24 @@ if TYPE_CHECKING:
     Workers = Mapping[str, Mapping[str, Any]]
 
 _RESOURCE = "kitty_trial"
-_STOP_WITHIN = 30.0  # seconds; a worker that does not answer has ended, and so has its server
+_STOP_WITHIN = 30.0  # seconds; a worker that doesn't answer is gone, and so is its server
 _LOOK_AFTER = 3.0  # seconds
-_LOOKS = 20  # until nobody takes the place of a worker that is gone: on a busy machine too
+_LOOKS = 20  # polls before a lost worker counts as not replaced, even on a busy machine
 _LOST_AT_MOST = 3
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Everything that the trials of a run have in common.
+    """The data shared by all trials of a run.
 
     Attributes:
-        topic: The topic of the cluster's events that carries the progress of trials.
+        topic: The topic of the cluster's events that carries the trials' progress.
         config: The sweep's settings.
-        host: The machine on which those settings hold as they are.
-        alone: Whether a trial waits until its worker has no other.
-        keep_logs: Whether the servers' logs are sent back.
+        workload: The requests of each trial.
+        host: The machine whose settings these are.
+        alone: Whether each worker runs one trial at a time.
+        keep_logs: Whether workers send the servers' logs back.
     """
 
     topic: str
@@ -65,10 +66,10 @@ class Setup:
 
 
 async def count_slots(client: Client) -> int:
-    """Return how many trials the workers take at once, 1 at least: more may be on their way.
+    """Return how many trials the workers run at once; at least 1, as workers may still join.
 
     Raises:
-        ExperimentError: There is no cluster.
+        ExperimentError: The cluster can't be reached.
     """
     async with _connected(client) as own:
         workers = await _workers(own)
@@ -81,19 +82,19 @@ async def dask_cluster(
 ) -> AsyncGenerator[Execute]:
     """Run trials on the workers of a cluster.
 
-    On other machines than this one a worker's own `.env` says where models and engine are. A trial
-    goes to a worker that has its model, and the same file as here where there is one here. The
-    trials of a worker that dies go to another, as often as `distributed.scheduler.allowed-failures`
-    says.
+    On other machines, the worker's own `.env` locates models and engine. A trial runs on a worker
+    that has its model; if the model is also on this machine, the files must be identical. When a
+    worker dies, its trials move to another one, up to `distributed.scheduler.allowed-failures`
+    times.
 
     Args:
         client: A client of the cluster; it stays open.
-        config: The settings that trials change.
-        workload: What to ask each server.
-        logs: A folder here for the servers' logs; without it they go with the trial.
+        config: The base settings.
+        workload: The requests of each trial.
+        logs: A local folder for the servers' logs; by default they are discarded.
 
     Raises:
-        ExperimentError: There is no cluster.
+        ExperimentError: The cluster can't be reached.
     """
     async with _connected(client) as own:
         workers = await _workers(own)
@@ -110,20 +111,20 @@ async def dask_cluster(
         yield cluster.run
 
 
+@dataclass
 class _Cluster:
-    """A cluster during one run, by a client of its own on the loop of the run."""
+    """A cluster during one run, with its own client on the run's event loop."""
 
-    def __init__(self, client: Any, setup: Setup, logs: Path | None) -> None:
-        self._client = client
-        self._setup = setup
-        self._logs = logs
-        self._listeners: dict[str, OnProgress] = {}
-        self._models: dict[str, ModelFingerprint | None] = {}
-        # By model and engine of a trial: what each worker has, or why it cannot run it.
-        self._found: defaultdict[object, dict[str, Any]] = defaultdict(dict)
+    client: Any
+    setup: Setup
+    logs: Path | None
+    listeners: dict[str, OnProgress] = field(default_factory=dict)
+    models: dict[str, ModelFingerprint | None] = field(default_factory=dict)
+    # By model and engine: each worker's fingerprint of the model, or why it can't run it.
+    found: defaultdict[object, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
 
     async def run(self, trial: Trial, on_progress: OnProgress) -> TrialResult:
-        """Return a trial's row, from whichever worker can run it."""
+        """Run a trial on a suitable worker."""
         try:
             for _ in range(_LOST_AT_MOST):
                 fit, unfit = await self._look(trial)
@@ -142,77 +143,77 @@ class _Cluster:
         return _failed(trial, _died(_LOST_AT_MOST))
 
     async def _look(self, trial: Trial) -> tuple[list[str], dict[str, str]]:
-        """Return the workers that can run a trial, and why the others cannot.
+        """Return the workers that can run a trial, and the reasons why others can't.
 
-        If files of the same name differ, the one in the notebook's folder is the model, otherwise
-        that of the first worker that has one.
+        If model files of the same name differ, the one on this machine is used, or else that of the
+        first worker that has one.
 
         Raises:
-            ExperimentError: No worker has kitty_nb.
+            ExperimentError: No worker has kitty_nb installed.
         """
         model = trial.model
-        if model not in self._models:
-            here = await run_sync(fingerprints_here, [model], self._setup.config)
-            self._models[model] = here.get(model)
-        found = self._found[model, dict(trial.settings).get("binary")]
+        if model not in self.models:
+            here = await run_sync(fingerprints_here, [model], self.setup.config)
+            self.models[model] = here.get(model)
+        found = self.found[model, dict(trial.settings).get("binary")]
         unfit: dict[str, str] = {}
         for _ in range(_LOOKS):
-            await self._client.wait_for_workers(1)
-            workers = await _workers(self._client)
+            await self.client.wait_for_workers(1)
+            workers = await _workers(self.client)
             if new := sorted(workers.keys() - found.keys()):
-                answers = await self._client.run(
-                    look, self._setup, trial, workers=new, on_error="return"
+                answers = await self.client.run(
+                    look, self.setup, trial, workers=new, on_error="return"
                 )
-                # A worker that did not answer at all is on its way out, or asked again.
+                # A worker that did not answer is leaving, or is asked again.
                 found |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
-            if self._models[model] is None:
+            if self.models[model] is None:
                 seen = (one for one in found.values() if isinstance(one, ModelFingerprint))
-                self._models[model] = next(seen, None)
-            reasons = {w: _why_not(one, self._models[model]) for w, one in found.items()}
+                self.models[model] = next(seen, None)
+            reasons = {w: _why_not(one, self.models[model]) for w, one in found.items()}
             unfit = {worker: reason for worker, reason in reasons.items() if reason}
             if found and all(isinstance(one, Exception) for one in found.values()):
                 raise ExperimentError(f"No worker can run trials. {_listed(unfit)}")
             able = found.keys() - unfit.keys()
-            fit = [w for w in workers if w in able and (_slots(workers[w]) or self._setup.alone)]
+            fit = [w for w in workers if w in able and (_slots(workers[w]) or self.setup.alone)]
             if fit or able <= workers.keys() <= found.keys():
                 return fit, unfit
-            await anyio.sleep(_LOOK_AFTER)  # others may take the places of those that are gone
-        return [], unfit | dict.fromkeys(able, "It is gone.")
+            await anyio.sleep(_LOOK_AFTER)  # lost workers may be replaced
+        return [], unfit | dict.fromkeys(able, "It left the cluster.")
 
     async def _send(
         self, trial: Trial, workers: list[str], on_progress: OnProgress
     ) -> tuple[TrialResult, bytes] | None:
-        """Have a worker run a trial, and return its row and the server's log.
+        """Run a trial on one of the workers, and return its row and the server's log.
 
-        None when all workers that could are gone: those that took their places have other
-        addresses, and the scheduler does not know that they are as good.
+        None if all of them left: the scheduler doesn't know that their replacements, which have
+        other addresses, would do.
         """
         name = uuid.uuid4().hex
-        self._listeners[name] = on_progress
-        slot = None if self._setup.alone else {_RESOURCE: 1}
-        future = self._client.submit(
-            run_job, self._setup, trial, name, pure=False, resources=slot, workers=workers
+        self.listeners[name] = on_progress
+        slot = None if self.setup.alone else {_RESOURCE: 1}
+        future = self.client.submit(
+            run_job, self.setup, trial, name, pure=False, resources=slot, workers=workers
         )
         answer: asyncio.Future[tuple[TrialResult, bytes]] = asyncio.ensure_future(future.result())
         try:
             while not answer.done():
                 await asyncio.wait([answer], timeout=_LOOK_AFTER)
-                if not set(workers) & (await _workers(self._client)).keys():
+                if not set(workers) & (await _workers(self.client)).keys():
                     break
             return answer.result() if answer.done() else None
         except anyio.get_cancelled_exc_class():
             future.release()
             with anyio.move_on_after(_STOP_WITHIN, shield=True), suppress(OSError):
-                await self._client.run(stop_job, name, on_error="ignore")
+                await self.client.run(stop_job, name, on_error="ignore")
             raise
         finally:
             answer.cancel()
             future.release()
-            del self._listeners[name]
+            del self.listeners[name]
 
     async def _keep(self, trial: Trial, log: bytes) -> None:
-        if self._logs and log:
-            folder = anyio.Path(self._logs)
+        if self.logs and log:
+            folder = anyio.Path(self.logs)
             try:
                 await folder.mkdir(parents=True, exist_ok=True)
                 await (folder / f"trial_{trial.key}.log").write_bytes(log)
@@ -220,23 +221,23 @@ class _Cluster:
                 _log.warning("Can't write the log of %s: %s.", trial.label, error)
 
     def on_event(self, event: tuple[float, tuple[str, bytes]]) -> None:
-        """Hand a worker's event to the listener of its trial."""
+        """Pass a worker's event to the listener of its trial."""
         name, pickled = event[1]
-        if listener := self._listeners.get(name):
+        if listener := self.listeners.get(name):
             listener(pickle.loads(pickled))  # noqa: S301 (Dask's results are pickles, too)
 
 
 @asynccontextmanager
 async def _connected(client: Client) -> AsyncGenerator[Any]:
-    """Connect to a client's cluster from the loop that runs now; the client may have another.
+    """Connect to a client's cluster from the running event loop, which the client may not share.
 
     Raises:
-        ExperimentError: The client is closed, or the cluster cannot be reached.
+        ExperimentError: The client is closed, or the cluster can't be reached.
     """
     if client.status != "running":
         raise ExperimentError(_unreachable(f"its client is {client.status}"))
     scheduler: Any = client.scheduler
-    own: Any = Client(  # declared by the types of blocking calls
+    own: Any = Client(  # typed for blocking calls only
         scheduler.address, security=client.security, asynchronous=True, set_as_default=False
     )
     try:
@@ -250,7 +251,7 @@ async def _connected(client: Client) -> AsyncGenerator[Any]:
 
 
 async def _workers(client: Any) -> Workers:
-    """Return what the scheduler knows of each worker, by its address."""
+    """Return the scheduler's information on each worker, by address."""
     workers: Workers = (await client.scheduler.identity())["workers"]
     return workers
 
@@ -260,10 +261,10 @@ def _slots(worker: Mapping[str, Any]) -> int:
 
 
 def _why_not(answer: object, model: ModelFingerprint | None) -> str:
-    """Say why a worker with this answer cannot run a trial of a model; empty where it can."""
+    """Say why a worker that gave this answer can't run a trial; empty if it can."""
     if isinstance(answer, ModelFingerprint):
-        return "" if answer == model else "It has another file of that name."
-    installed = "Install kitty_nb[dask] there, as it is here."
+        return "" if answer == model else "Its file of that name is a different one."
+    installed = "Install the same version of kitty_nb[dask] there."
     return f"{answer}. {installed}" if isinstance(answer, Exception) else str(answer)
 
 
@@ -280,20 +281,20 @@ def _died(count: int) -> str:
 
 def _unreachable(why: str) -> str:
     return (
-        f"The Dask cluster cannot be reached: {why}. Rows so far are kept; run the sweep again with"
-        " a client of a running cluster."
+        f"Can't reach the Dask cluster: {why}. Results so far are kept; run the sweep again with a"
+        " client of a running cluster."
     )
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
-    """Name each reason once, with its workers."""
+    """Return each reason once, with its workers."""
     workers: dict[str, list[str]] = {}
     for worker, reason in reasons.items():
         workers.setdefault(reason, []).append(worker)
     return " ".join(f"{', '.join(names)}: {reason}" for reason, names in workers.items())
 
 
-# What follows runs on the workers.
+# The functions below run on the workers.
 
 
 _running: dict[str, tuple[anyio.CancelScope, anyio.Event]] = {}
@@ -302,7 +303,7 @@ _turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
 async def look(setup: Setup, trial: Trial) -> ModelFingerprint | str:
-    """Return the model that this worker has for a trial, or why it cannot run it."""
+    """Return the fingerprint of this worker's model, or why it can't run the trial."""
     try:
         config = await run_sync(_settings_here, setup)
         fingerprint = await run_sync(fingerprint_of, trial.model, config)
@@ -313,14 +314,14 @@ async def look(setup: Setup, trial: Trial) -> ModelFingerprint | str:
 
 
 async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, bytes] | None:
-    """Run a trial on this worker; None when it was stopped.
+    """Run a trial on this worker; return None if it was stopped.
 
-    It runs on the worker's event loop: there it can be cancelled, also by the worker's own end.
+    The trial runs on the worker's event loop, so that it can be cancelled, also by a shutdown.
 
     Args:
         setup: The run's setup.
         trial: The trial.
-        name: A unique name for `stop_job` and for progress events.
+        name: A unique name, used by `stop_job` and progress events.
 
     Returns:
         The trial's row and the server's log.
@@ -331,7 +332,7 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
         worker.log_event(setup.topic, (name, pickle.dumps(event)))
 
     scope, ended = _running[name] = anyio.CancelScope(), anyio.Event()
-    if name in _stopped:  # the request to stop came before the job
+    if name in _stopped:  # `stop_job` was faster than the job
         scope.cancel()
     try:
         with (
@@ -347,7 +348,9 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
             log = await run_sync(_read_logs, folder) if setup.keep_logs else b""
             return row, log
     except OSError as error:
-        return _failed(trial, f"Can't write to {worker.local_directory}: {error}."), b""
+        return _failed(
+            trial, f"Can't write to {worker.local_directory}: {error}. Free some space there."
+        ), b""
     finally:
         del _running[name]
         ended.set()
@@ -355,7 +358,7 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
 
 
 async def stop_job(name: str) -> None:
-    """End a trial and its server, if it runs on this worker, and wait for that."""
+    """Stop a trial and its server if it runs on this worker, and wait for the end."""
     _stopped.add(name)
     if name in _running:
         scope, ended = _running[name]
@@ -364,12 +367,12 @@ async def stop_job(name: str) -> None:
 
 
 def _settings_here(setup: Setup) -> ServerConfig:
-    """Return a sweep's settings with the places that this machine's own `.env` names.
+    """Return a sweep's settings with the paths of this machine's own `.env`.
 
-    A models folder that it does not name is the sweep's, where there is one, as on a shared disk.
+    If that sets no models folder, the sweep's is used if it exists here, as on a shared disk.
 
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: `.env` can't be read.
     """
     config = setup.config
     if setup.host == this_host():

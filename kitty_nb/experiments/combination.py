@@ -1,4 +1,4 @@
-"""`Combination`: the repeats of one model with its settings, and the choice of the best of them."""
+"""`Combination`: the repeated trials of a model and settings; `choose` picks the best one."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import Trial, TrialResult
 
-_UNKNOWN = 0.1  # share of a speed within which one measurement says nothing
+_UNKNOWN = 0.1  # relative uncertainty assumed for a speed measured once
 
 
 @dataclass(frozen=True, repr=False)
 class Combination:
-    """The rows of one combination of model and settings, taken together.
+    """A combination of model and settings, with the results of its repeats.
 
     Attributes:
-        trial: The combination; its first repeat stands for all.
-        base: The settings that it changes.
-        outcomes: The number of repeats with each outcome.
-        reasons: The reasons that repeats were not measured, each sentence once.
-        metrics: The numbers of those measured, by name.
-        series: The same by name and round.
-        close: Others that were about as good when this one was chosen: too close to tell.
-        more_rounds: How many more rounds would probably tell it from those; 0 where not known.
-        batch_tokens: The most tokens that a batch may have had, by name of the speed.
-        idle: Batch sizes that made no difference when it was chosen: no batch was as large.
-        once: Whether it was chosen by a speed that was measured once.
-        busy: Of those measured, the number on a busy machine.
+        trial: The combination, as its first repeat.
+        base: The base settings.
+        outcomes: The number of repeats by outcome.
+        reasons: Why repeats were not measured, each sentence once.
+        metrics: The metrics over the repeats, by name.
+        series: The metrics by name and round.
+        close: Other combinations that were too close to tell when this one was chosen.
+        more_rounds: The number of further rounds that would probably decide; 0 if unknown.
+        batch_tokens: The maximum number of tokens in a batch, by name of the speed.
+        idle: Batch sizes without effect when this was chosen, because no batch was as large.
+        once: Whether the choice rests on a speed that was measured once.
+        busy: The number of repeats measured on a busy machine.
     """
 
     trial: Trial
@@ -58,7 +58,7 @@ class Combination:
 
     @classmethod
     def of(cls, rows: Sequence[TrialResult], base: ServerConfig) -> Combination:
-        """Take rows of the same combination together."""
+        """Aggregate the rows of a combination."""
         measured = {r.trial.repeat: metrics_of(r) for r in rows if r.outcome is Outcome.DONE}
         series: dict[str, dict[int, float]] = {}
         for repeat, numbers in measured.items():
@@ -82,12 +82,12 @@ class Combination:
 
     @property
     def done(self) -> int:
-        """The number of repeats that were measured."""
+        """The number of repeats measured."""
         return self.outcomes.get(Outcome.DONE, 0)
 
     @property
     def doubt(self) -> str:
-        """The reason for doubting the choice, in words; empty if there is none."""
+        """The reasons to doubt the choice, in words; empty if there are none."""
         others = len(self.close)
         doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
         if self.more_rounds:
@@ -100,10 +100,10 @@ class Combination:
 
     @property
     def config(self) -> ServerConfig:
-        """Its settings, to start a server with; those that made no difference are as in use.
+        """The settings to start a server with; settings without effect stay as in use.
 
         Raises:
-            ConfigError: The model is gone.
+            ConfigError: The model no longer exists.
         """
         return self.base.replace(**self._changes)
 
@@ -113,9 +113,9 @@ class Combination:
         return {name: value for name, value in made.items() if name not in self.idle}
 
     def value(self, name: str) -> Any:
-        """Return a setting or the median of a metric, None where it has none.
+        """Return a setting, or the median of a metric; None if there is none.
 
-        A `context_size` that was left to the engine is what a request had of it.
+        If `context_size` was left to the engine, it is the context that a request had.
         """
         if name in self.metrics:
             return self.metrics[name].median
@@ -128,16 +128,16 @@ class Combination:
     def against(
         self, baseline: Combination, name: str, *, smaller_is_better: bool, spread: float = 0.0
     ) -> Difference | None:
-        """Compare it with another one, by the rounds in which both were measured.
+        """Compare with another combination, over the rounds that both have.
 
         Args:
-            baseline: The other.
-            name: The number to compare by.
-            smaller_is_better: Whether less of it is better.
+            baseline: The other combination.
+            name: The metric to compare by.
+            smaller_is_better: Whether a smaller value is better.
             spread: See `compare_paired`.
 
         Returns:
-            None where numbers are not positive, so that they have no ratio.
+            The difference; None if a value isn't positive, because then there is no ratio.
         """
         theirs, ours = baseline.series.get(name, {}), self.series.get(name, {})
         rounds = [number for number in theirs if number > 0 and number in ours]
@@ -147,7 +147,7 @@ class Combination:
         return _compared(*pair, smaller_is_better=smaller_is_better, spread=spread)
 
     def own_spread(self, name: str) -> float:
-        """Return by which share it differs from itself, where it was measured twice in rounds."""
+        """Return the relative difference to itself, if it was measured twice per round; else 0."""
         series = self.series.get(name, {})
         rounds = [number for number in series if number > 0 and -number in series]
         if len(rounds) < LEAST_ROUNDS or any(value <= 0 for value in series.values()):
@@ -155,39 +155,38 @@ class Combination:
         return own_spread([series[n] for n in rounds], [series[-n] for n in rounds])
 
     def keeps(self, bounds: Iterable[Constraint]) -> bool:
-        """True if it keeps all bounds."""
+        """Return whether all bounds are satisfied."""
         return all(bound.allows(self.value(bound.name)) for bound in bounds)
 
     def env_lines(self, profile: str | None = None) -> str:
-        """Return the lines to paste into `.env` so that a profile is served like this.
+        """Return the `.env` lines for a profile with these settings.
 
         Args:
-            profile: Without it that of the sweep's own settings.
+            profile: The profile; by default that of the base settings.
         """
         config = self.config.replace(profile=profile) if profile else self.config
         notes = [f"# {self.doubt.capitalize()}."] if self.doubt else []
         if self.idle:
-            notes.append(f"# Without {' and '.join(self.idle)}: no batch measured was so large.")
+            notes.append(f"# Without {' and '.join(self.idle)}: no measured batch was that large.")
         return "\n".join([*notes, *env_lines(config, self._changes)])
 
 
-_compared = lru_cache(maxsize=4096)(compare_paired)  # a panel asks again with each row
+_compared = lru_cache(maxsize=4096)(compare_paired)  # a panel repeats them for each row
 
 
 def choose(
     fitting: Sequence[Combination], objective: Objective, spread: float = 0.0
 ) -> Combination:
-    """Return the best median; of those too close to it to tell, the nearest to the settings in use.
+    """Return the combination with the best median; among ties, the closest to the settings in use.
 
-    Two are too close where a paired comparison of three rounds or more says so. With fewer, they
-    are where their ranges overlap; what was measured once has no range, so of a speed some is
-    assumed. They are in any case where they differ only in batch sizes that no batch was large
-    enough for.
+    With three rounds or more, a tie is a paired comparison that is too close to tell. With fewer,
+    it is an overlap of ranges, where a speed measured once has an assumed range. Combinations that
+    differ only in batch sizes that no batch filled are always tied.
 
     Args:
         fitting: The combinations.
-        objective: What to choose by.
-        spread: The share by which the same settings differ on this machine.
+        objective: The objective to choose by.
+        spread: The machine's own relative variation; see `own_spread`.
     """
     name, sign = objective.name, 1 if objective.smaller else -1
 
@@ -217,7 +216,7 @@ def choose(
         changed = sum(value != in_use(setting, one.base) for setting, value in given)
         return changed, len(one.idle), cost(one)
 
-    judged = [_judged(one, name) for one in fitting] if objective.tells_speed else fitting
+    judged = [_judged(one, name) for one in fitting] if objective.is_speed else fitting
     first = min(judged, key=cost)
     worst = ends(first)[1]
     told = {one.trial: compared(one) for one in judged if one is not first}
@@ -235,7 +234,7 @@ def choose(
 
 
 def _judged(one: Combination, speed: str) -> Combination:
-    """The combination with what makes its speed doubtful."""
+    """Return the combination with the reasons to doubt its speed."""
     tokens = one.batch_tokens.get(speed)
     idle = idle_batches(one.trial.settings, one.base, tokens) if tokens else ()
     return replace(one, idle=idle, once=one.done == 1)

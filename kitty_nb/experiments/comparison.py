@@ -1,4 +1,4 @@
-"""Two sweeps side by side: two machines, or two builds of an engine. Pure."""
+"""Comparison of two sweeps: two machines, or two engine builds. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.metrics import known, smaller_is_better, tells_speed
-from kitty_nb.experiments.results import frame_of
+from kitty_nb.experiments.metrics import is_speed, known, smaller_is_better
+from kitty_nb.experiments.output import frame_of, markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One number of one combination in both.
+    """A metric of a combination that both sweeps measured.
 
     Attributes:
         trial: The combination.
-        metric: The number's name.
-        difference: The second over the first, with its interval and verdict.
+        metric: The metric's name.
+        difference: The second sweep over the first, with interval and verdict.
     """
 
     trial: Trial
@@ -38,11 +38,11 @@ class Compared:
 
 @dataclass(frozen=True, repr=False)
 class ResultsComparison:
-    """Two sweeps side by side; `print` shows it as a table in Markdown.
+    """Two sweeps compared; `print` shows a Markdown table.
 
     Attributes:
-        compared: Each combination and number that both have.
-        missing: Combinations that only one of them measured.
+        compared: Every combination and metric that both sweeps have.
+        missing: Combinations that only one sweep measured.
     """
 
     compared: tuple[Compared, ...]
@@ -50,7 +50,7 @@ class ResultsComparison:
 
     @property
     def frame(self) -> DataFrame:
-        """A row for each combination and number.
+        """The comparison as a data frame, with a row per combination and metric.
 
         Raises:
             ExperimentError: pandas is missing.
@@ -66,17 +66,17 @@ class ResultsComparison:
         )
 
     def __str__(self) -> str:
-        lines = ["| combination | metric | second over first | verdict |", "|---|---|---:|---|"]
-        lines += [
-            f"| {one.trial.label} | {one.metric} | {one.difference.ratio:.3f} | {one.difference} |"
+        rows = (
+            (one.trial.label, one.metric, f"{one.difference.ratio:.3f}", str(one.difference))
             for one in self.compared
-        ]
+        )
+        lines = markdown_table(("combination", "metric", "second / first", "verdict"), rows, "llrl")
         if self.missing:
             only = "; ".join(trial.label for trial in self.missing)
-            lines += ["", f"Measured in only one of them: {only}."]
+            lines += ["", f"Measured in only one sweep: {only}."]
         return "\n".join(lines)
 
-    __repr__ = __str__
+    __repr__ = _repr_markdown_ = __str__
 
 
 def compare_results(
@@ -84,28 +84,29 @@ def compare_results(
 ) -> ResultsComparison:
     """Compare two sweeps of the same combinations, on two machines or with two engine builds.
 
-    Combinations are the same if the model's file name and all settings are. Their repeats are
-    taken as rounds, so that a drift over the rounds that both have counts less.
+    Combinations match if their model file names and all settings are equal. Repeats are paired as
+    rounds, which reduces the effect of a drift that both sweeps share.
 
     Args:
-        first: What to compare with.
-        second: What is judged: *faster* means that it is better.
-        metrics: Numbers of the table; by default all speeds that are no percentiles.
+        first: The baseline.
+        second: The sweep to judge: *faster* means that it is better.
+        metrics: Names of metrics; by default all speeds except percentiles.
 
     Raises:
-        ExperimentError: They have no combination in common, or no such number.
+        ExperimentError: The sweeps have no combination in common, or a metric is unknown.
     """
     before, after = _by_combination(first), _by_combination(second)
     common = [key for key in before if key in after]
     if not common:
         raise ExperimentError(
-            "The two have no combination in common. Compare sweeps of the same models and settings."
+            "The sweeps have no combination in common. Compare sweeps of the same models and"
+            " settings."
         )
     names = {
         name for key in common for name in before[key].metrics.keys() & after[key].metrics.keys()
     }
     wanted = [known(name, names) for name in metrics] or sorted(
-        name for name in names if tells_speed(name) and "_p9" not in name and "_p50" not in name
+        name for name in names if is_speed(name) and "_p9" not in name and "_p50" not in name
     )
     compared = []
     for key in common:

@@ -1,4 +1,4 @@
-"""Packages of this one's extras, imported where they are needed."""
+"""Lazy imports of optional dependencies."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ if TYPE_CHECKING:
 
 
 def extra(name: str, of: str = "experiments") -> ModuleType:
-    """Import a package of an extra of this one.
+    """Import an optional dependency.
+
+    Args:
+        name: The module.
+        of: The extra of kitty_nb that installs it.
 
     Raises:
-        ExperimentError: It is missing.
+        ExperimentError: The module is missing.
     """
     try:
         return import_module(name)
     except ImportError as error:
         raise ExperimentError(
-            f"This needs {name}, which cannot be imported: {error}. Install it:"
-            f" pip install 'kitty_nb[{of}]'"
+            f"{name} can't be imported: {error}. Install it: pip install 'kitty_nb[{of}]'"
         ) from error

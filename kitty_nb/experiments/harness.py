@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, asked of a running server."""
+"""Tasks of lm-evaluation-harness, run against a server."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.likelihood import Interval, Piece
     from kitty_nb.experiments.trial import HarnessTask
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # what a task may set
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # parameters that a task may set
 
 
 async def run_harness_task(
     task: HarnessTask, http: httpx.AsyncClient, *, slots: int | None, seed: int
 ) -> tuple[float, Interval | None]:
-    """Run a task on a server; return its score, and the interval of 95 % where that is a mean.
+    """Run a task against a server; return its score, with a 95 % interval if that is a mean.
 
     Args:
         task: The task.
         http: A client of the server.
-        slots: Requests that the server answers at once.
+        slots: The number of requests the server processes at once; None if unknown.
         seed: The seed of the server's sampling.
 
     Raises:
-        KittyError: The task cannot be run, or the server refuses a request.
-        httpx.HTTPError: The server falls silent.
+        KittyError: The task can't be run, or the server rejects a request.
+        httpx.HTTPError: The connection fails.
     """
     model = _ServedModel(http, slots or 1, seed)
     await model.prepare()
@@ -60,7 +60,7 @@ async def run_harness_task(
 
 
 class _ServedModel(TemplateLM):
-    """The served model as the harness asks it, from a thread of the event loop that has its client.
+    """Adapter through which the harness, in a worker thread, queries the served model.
 
     The harness splits and scores texts by its own rules; the tokens are the server's.
     """
@@ -73,25 +73,25 @@ class _ServedModel(TemplateLM):
         self._first = 0
 
     async def prepare(self) -> None:
-        """Ask for the token that begins a text."""
+        """Look up the token that begins a text."""
         end = (await props(self._http)).get("eos_token") or "\n"
         begins = await self._texts.tokens("") or await self._texts.tokens(end, add_special=False)
         self._first = begins[0][0]
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text without a context."""
+        """The token that stands in for an empty context."""
         return self._first
 
     @property
     def tokenizer_name(self) -> str:
-        """A name for the harness's own cache, which is not used."""
+        """A name for the harness's cache, which isn't used."""
         return "llama-server"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Split a text into the model's tokens."""
+        """Tokenize a text."""
         special = add_special_tokens is not False
         tokens = from_thread.run(partial(self._texts.tokens, string, add_special=special))
         self._pieces.update(tokens)
@@ -100,7 +100,7 @@ class _ServedModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Write messages as the model's own template does."""
+        """Format messages with the model's chat template."""
         request = {"messages": chat_history, "add_generation_prompt": add_generation_prompt}
         return str(
             from_thread.run(post, self._http, "/apply-template", request, "prompt")["prompt"]
@@ -112,18 +112,18 @@ class _ServedModel(TemplateLM):
         return from_thread.run(self._likelihoods, [tokens for _, *tokens in requests])
 
     def loglikelihood_rolling(self, *_: object, **__: object) -> list[float]:
-        """Refuse the likelihood of whole documents."""
+        """Reject tasks that measure the likelihood of whole documents."""
         raise ExperimentError(
-            "This task measures perplexity, and less of that is better. Use"
+            "This task measures perplexity, where lower is better, unlike quality. Use"
             " quality=Perplexity({prompt: text}) instead."
         )
 
     def generate_until(self, requests: list[Instance], **_: object) -> list[str]:
-        """Have prompts continued until one of their stop sequences."""
+        """Generate answers up to a stop sequence."""
         return from_thread.run(self._continued, [one.args for one in requests])
 
     async def _likelihoods(self, pairs: list[list[list[int]]]) -> list[tuple[float, bool]]:
-        """Return how likely each continuation is, and whether it is the likeliest."""
+        """Return each continuation's log-likelihood, and whether greedy decoding yields it."""
         found = []
         for before, after in pairs:
             whole = [*before, *after]
@@ -163,7 +163,7 @@ class _ServedModel(TemplateLM):
 
 
 def _evaluate(task: HarnessTask, model: _ServedModel) -> tuple[float, Interval | None]:
-    """Run a task. It blocks."""
+    """Run a task. Blocking."""
     found = lm_eval.simple_evaluate(
         model,
         tasks=[task.name],
@@ -173,15 +173,15 @@ def _evaluate(task: HarnessTask, model: _ServedModel) -> tuple[float, Interval |
         task_manager=TaskManager(
             include_path=task.include_path or None, include_defaults=not task.include_path
         ),
-        bootstrap_iters=0,  # its own intervals fork this process
-        random_seed=None,  # other code of this process has its own
+        bootstrap_iters=0,  # would fork this process
+        random_seed=None,  # leave the seeds of this process alone
         numpy_random_seed=None,
         torch_random_seed=None,
     )
     numbers = {**found["results"], **found.get("groups", {})}.get(task.name)
     if numbers is None:
         raise ExperimentError(
-            f"{task.name} has no score of its own. Name one of its tasks:"
+            f"{task.name} has no overall score. Use one of its tasks:"
             f" {', '.join(found['results'])}."
         )
     scores = {
@@ -193,7 +193,7 @@ def _evaluate(task: HarnessTask, model: _ServedModel) -> tuple[float, Interval |
     metric, _, chosen = name.partition(",")
     if found["higher_is_better"].get(task.name, {}).get(metric) is False:
         raise ExperimentError(
-            f"Less of {metric} is better, but more quality is. Name another metric of {task.name}:"
+            f"{metric} is better when lower, unlike quality. Use another metric of {task.name}:"
             f" {', '.join(scores)}."
         )
     score = float(scores[name])

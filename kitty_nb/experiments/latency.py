@@ -1,4 +1,4 @@
-"""Latency over many requests: percentiles, and how many requests one needs. Pure."""
+"""Latency percentiles over many requests, and how many requests each needs. Pure."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _PERCENTILE = re.compile(rf"(?:{'|'.join(LATENCIES)})_p(\d+)(?:_\d+)?")
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Return a percentile between the values around it, as NumPy's `linear` does."""
+    """Return a percentile, interpolated linearly as NumPy does by default."""
     if len(values) == 1:
         return values[0]
     return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def requests_for(percent: int) -> int:
-    """Return the requests below which a percentile says no more than the slowest of them."""
+    """Return the least number of requests for which a percentile isn't just the maximum."""
     return 1 if percent <= 50 else -(-100 // (100 - percent))  # noqa: PLR2004 (the median)
 
 
 def latencies(
     times: Sequence[RequestTimes], percents: Iterable[int] = PERCENTILES
 ) -> dict[str, float]:
-    """Return the percentiles by name for which there are enough requests."""
+    """Return, by name, the percentiles for which there are enough requests."""
     found = {}
     for name in LATENCIES:
         values = [value for one in times if (value := getattr(one, name)) is not None]
@@ -43,17 +43,17 @@ def latencies(
 
 
 def percent_of(name: str) -> int:
-    """Return the percent of a percentile by its name; 0 where it is none."""
+    """Return 95 for a name such as `time_to_first_token_p95`; 0 for other names."""
     match = _PERCENTILE.fullmatch(name)
     return int(match[1]) if match and int(match[1]) < 100 else 0  # noqa: PLR2004
 
 
 def too_few_requests(name: str) -> str:
-    """Say how many requests a percentile needs; empty where the name is not one."""
+    """Say how many requests a percentile needs; empty for names of other metrics."""
     if not (percent := percent_of(name)):
         return ""
     needed = requests_for(percent)
     return (
-        f"A p{percent} needs {needed} requests or more: fewer say no more than the slowest of"
-        f" them. Write requests={needed}."
+        f"A p{percent} needs at least {needed} requests: with fewer, it is just the slowest of"
+        f" them. Set requests={needed}."
     )

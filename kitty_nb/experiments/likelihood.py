@@ -1,4 +1,4 @@
-"""How likely a model finds given texts: their perplexity, and the divergence from a reference."""
+"""Likelihoods of texts under a model: perplexity, and divergence from a reference."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
     import httpx
 
-_CERTAIN = 1e6  # added to a token's logit, so that it is taken whatever the others' are
-_LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: so many mostly do, and no vocabulary has more
-_LISTED = 1 << 12  # tokens of a distribution; of Gemma's 262,000, the divergence is 2 % less
-_QUANTILE = NormalDist().inv_cdf(0.975)  # of an interval of 95 %
+_CERTAIN = 1e6  # logit bias that forces a token
+_LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: usually enough, then any whole vocabulary
+_LISTED = 1 << 12  # tokens in a distribution; with Gemma's 262,000, it costs 2 % of divergence
+_QUANTILE = NormalDist().inv_cdf(0.975)  # for a 95 % interval
 
 Piece = str | list[int]
-"""The text of a token, or its bytes where a character is split."""
+"""The text of a token, or its bytes if it is part of a character."""
 Distribution = dict[int, float]
-"""The log-probabilities of the likeliest next tokens."""
+"""Log-probabilities of the most likely next tokens, by token ID."""
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """How far a model's expectations differ from those of a reference, over some tokens.
+    """The similarity of a model's predictions to those of a reference, over some tokens.
 
     Attributes:
         kl_divergence: The mean Kullback-Leibler divergence from the reference, in nats.
-        agreed: The number of tokens where both find the same one likeliest.
+        agreed: The number of tokens with the same most likely token.
         tokens: The number of tokens.
-        interval: Of the divergence, with 95 % confidence.
+        interval: The 95 % confidence interval of the divergence.
     """
 
     kl_divergence: float
@@ -45,53 +45,53 @@ class Likeness:
 
     @property
     def top_token_agreement(self) -> float:
-        """The share of tokens where both find the same one likeliest."""
+        """The fraction of tokens with the same most likely token."""
         return self.agreed / self.tokens
 
 
 class Likelihoods:
-    """Asks a server how likely texts are.
+    """Queries a server for the likelihoods of texts.
 
-    Its methods raise KittyError where the server refuses a request, and `httpx.HTTPError` where it
-    falls silent.
+    Its methods raise KittyError if the server rejects a request, and `httpx.HTTPError` if the
+    connection fails.
     """
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
 
     async def of(self, prompt: str, text: str) -> list[float]:
-        """Return the log-probabilities of a text's own tokens after a prompt."""
+        """Return the log-probabilities of a text's tokens after a prompt."""
         whole, begins = await self._split(prompt, text)
         ids = [token for token, _ in whole]
         return [(await self.token(ids[:e], *whole[e]))[0] for e in range(begins, len(whole))]
 
     async def distributions(self, prompt: str, text: str) -> list[Distribution]:
-        """Return what the model expected in place of each of a text's tokens."""
+        """Return the model's predictions for each token of a text after a prompt."""
         whole, begins = await self._split(prompt, text)
         ids = [token for token, _ in whole]
         return [await self._expected(ids[:end], None, _LISTED) for end in range(begins, len(ids))]
 
     async def tokens(self, text: str, *, add_special: bool = True) -> list[tuple[int, Piece]]:
-        """Return the tokens of a text, each with its piece of it."""
+        """Tokenize a text; return each token's ID and piece."""
         request = {"content": text, "add_special": add_special, "with_pieces": True}
         tokens = (await post(self._http, "/tokenize", request, "tokens"))["tokens"]
         return [(one["id"], one["piece"]) for one in tokens if isinstance(one, dict)]
 
     async def _split(self, prompt: str, text: str) -> tuple[list[tuple[int, Piece]], int]:
-        """Return the tokens of both, and the index of the text's first."""
+        """Return the tokens of prompt and text, and the index of the text's first token."""
         before = await self.tokens(prompt)
         whole = await self.tokens(prompt + text)
-        if whole[: len(before)] != before:  # a token reaches across the seam
+        if whole[: len(before)] != before:  # a token spans prompt and text
             whole = before + await self.tokens(text, add_special=False)
         return whole, len(before)
 
     async def token(self, before: list[int], token: int, piece: Piece) -> tuple[float, bool]:
-        """Return the log-probability of the next token, and whether it is the likeliest.
+        """Return the log-probability of a given next token, and whether it is the most likely one.
 
-        A server reports the probability of the token it takes, so it is made to take this one, with
-        a request for each: it reports nothing about tokens that it speculates on. Nor does it about
-        a part of a character, which is looked up among the likeliest tokens instead, while the
-        server takes a whole character.
+        The server reports the probability of the token it samples, so a logit bias forces this one,
+        with one request per token, because speculated tokens have no probabilities. For a token
+        that is part of a character the server reports none either, so a whole character is forced,
+        and the token is looked up among the most likely ones.
         """
         taken, counts = token, [1]
         if not isinstance(piece, str):
@@ -101,12 +101,12 @@ class Likelihoods:
             if token in found:
                 return found[token], found[token] >= max(found.values())
         raise ExperimentError(
-            "Perplexity cannot be measured: this build of llama-server does not report the"
-            " probability of a given token. Update llama.cpp, or leave it out."
+            "Can't measure perplexity: this build of llama-server doesn't report the probability of"
+            " a given token. Update llama.cpp, or leave perplexity out."
         )
 
     async def _expected(self, before: list[int], taken: int | None, count: int) -> Distribution:
-        """Return the log-probabilities of the token taken and of the `count` likeliest."""
+        """Return the log-probabilities of the sampled and the `count` most likely tokens."""
         request = {
             "prompt": before,
             "n_predict": 1,
@@ -126,13 +126,13 @@ class Likelihoods:
 
 
 def perplexity_of(likelihoods: Sequence[float]) -> tuple[float, Interval]:
-    """Return a text's perplexity by its tokens' log-probabilities, and its interval of 95 %.
+    """Return the perplexity for tokens' log-probabilities, and its 95 % interval.
 
-    The interval is that of the mean, with the standard error over the tokens, as llama-perplexity
-    has it: it holds for texts of this kind, not only for this one.
+    As in llama-perplexity, the interval uses the standard error over the tokens: it covers texts of
+    this kind, not just this one.
 
     Raises:
-        ExperimentError: A token is impossible.
+        ExperimentError: A token has zero probability.
     """
     mean, (low, high) = _mean([-one for one in likelihoods])
     try:
@@ -140,21 +140,21 @@ def perplexity_of(likelihoods: Sequence[float]) -> tuple[float, Interval]:
     except OverflowError:
         raise ExperimentError(
             "The perplexity is infinite: the model gives a token of an expected text zero"
-            " probability. Give another text, or leave perplexity out."
+            " probability. Use another text, or leave perplexity out."
         ) from None
 
 
 def likeness(reference: Sequence[Distribution], other: Sequence[Distribution]) -> Likeness:
-    """Compare what two models expected at the same places.
+    """Compare two models' predictions for the same tokens.
 
     Raises:
-        ExperimentError: The places are not the same: the models have other tokenizers.
+        ExperimentError: The tokens differ, because the models have different tokenizers.
     """
     if len(reference) != len(other) or not all((*reference, *other)):
         raise ExperimentError(
-            "The models cannot be compared token by token: they split the texts differently, or"
-            " this build of llama-server reports no probabilities. Use Perplexity, and"
-            " compare bits_per_character."
+            "Can't compare the models token by token: their tokenizers differ, or this build of"
+            " llama-server reports no probabilities. Use Perplexity, and compare"
+            " bits_per_character."
         )
     pairs = [*zip(reference, other, strict=True)]
     mean, interval = _mean([_divergence(one, another) for one, another in pairs])
@@ -163,9 +163,9 @@ def likeness(reference: Sequence[Distribution], other: Sequence[Distribution]) -
 
 
 def _divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """Return the divergence over the tokens that both list, with all the rest as one.
+    """Return the divergence over the tokens that both list, treating the rest as one token.
 
-    So it is at most that over the whole vocabulary.
+    It is a lower bound of the divergence over the whole vocabulary.
     """
     both = reference.keys() & other.keys()
     found = math.fsum(math.exp(reference[one]) * (reference[one] - other[one]) for one in both)

@@ -1,4 +1,4 @@
-"""Load tests: requests that wait for answers, and arrivals at a rate, which do not."""
+"""Load tests: closed loops of concurrent requests, and open loops of arrivals at a rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.latency import LATENCIES, PERCENTILES, latencies, percent_of
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.metrics import constraints_of, known
-from kitty_nb.experiments.results import frame_of, write_parquet
+from kitty_nb.experiments.output import frame_of, markdown_table, write_parquet
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
 from kitty_nb.isolated_server import in_background, isolated_server
 from kitty_nb.operation import Operation
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
     OnLoad = Callable[["Load"], object]
 
-_AT_ONCE = (1, 4)  # requests, where nothing else is asked for
+_AT_ONCE = (1, 4)  # default numbers of concurrent requests
 _LIMIT = re.compile(r"\s*(\w+\s*[<>]=?)\s*(\d+(?:\.\d+)?)\s*")
 _SHOWN = ("p50", "p90", "p99")
 
 
 class Arrivals(StrEnum):
-    """How requests arrive at a rate: evenly, or by chance as people do."""
+    """The arrival process: even gaps, or random ones as from independent people."""
 
     CONSTANT = "constant"
     POISSON = "poisson"
@@ -54,14 +54,14 @@ class Arrivals(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load on a server, and the times of its requests.
+    """A load on a server, and the times of its requests.
 
     Attributes:
-        concurrency: Requests at once, the next of which waits for an answer (closed loop); None
-            where they arrive at a rate.
-        rate: Requests a second that arrive whatever is answered (open loop); None otherwise.
-        seconds: From the first request to the last answer.
-        requests: The times of each, in the order in which they were answered.
+        concurrency: The number of concurrent requests, each sent when another is answered (closed
+            loop); None for an open loop.
+        rate: Requests per second, sent regardless of answers (open loop); None for a closed loop.
+        seconds: Seconds from the first request to the last answer.
+        requests: The times of each request, in the order of their answers.
     """
 
     concurrency: int | None
@@ -71,11 +71,11 @@ class Load:
 
     @property
     def label(self) -> str:
-        """The load in words."""
+        """A short description of the load."""
         return f"{self.concurrency} at once" if self.concurrency else f"{self.rate:.3g} a second"
 
     def metrics(self, percents: Iterable[int] = PERCENTILES) -> dict[str, float]:
-        """Return its numbers by name: rates, and percentiles of latency, in seconds."""
+        """Return the metrics by name: rates per second, and latency percentiles in seconds."""
         return {
             "requests_per_second": len(self.requests) / self.seconds,
             "total_tokens_per_second": sum(one.tokens for one in self.requests) / self.seconds,
@@ -85,13 +85,13 @@ class Load:
 
 @dataclass(frozen=True, repr=False)
 class LoadTest:
-    """The outcome of a load test; `print` shows it as a table in Markdown.
+    """The outcome of a load test; `print` shows a Markdown table.
 
     Attributes:
-        loads: What was tried, in order.
-        limit: The limit that had to be kept; empty where none was asked for.
-        highest_rate: The highest rate tried that kept the limit; None where none did.
-        broken_rate: The lowest rate tried that broke it; None where none did.
+        loads: The loads, in order.
+        limit: The latency limit, as given; empty without one.
+        highest_rate: The highest rate tried that kept the limit; None if none did.
+        broken_rate: The lowest rate tried that exceeded the limit; None if none did.
     """
 
     loads: tuple[Load, ...]
@@ -101,19 +101,19 @@ class LoadTest:
 
     @property
     def summary(self) -> str:
-        """The highest rate that keeps the limit, in a sentence; empty without a limit."""
+        """The highest rate that keeps the limit, as a sentence; empty without a limit."""
         if not self.limit:
             return ""
         if self.highest_rate is None:
             return f"No rate kept {self.limit}, not even {self.broken_rate:.3g} requests a second."
         held = f"{self.limit} holds up to {self.highest_rate:.3g} requests a second"
         if self.broken_rate is None:
-            return f"{held}, all that the server can answer."
-        return f"{held}, and breaks at {self.broken_rate:.3g}."
+            return f"{held}, the most that the server can answer."
+        return f"{held}, but not at {self.broken_rate:.3g}."
 
     @property
     def frame(self) -> DataFrame:
-        """A row for each load.
+        """The loads as a data frame, with a row per load.
 
         Raises:
             ExperimentError: pandas is missing.
@@ -122,28 +122,23 @@ class LoadTest:
 
     @property
     def requests(self) -> DataFrame:
-        """A row for each request; `sent` is in seconds since the epoch.
+        """The requests as a data frame; `sent` is in seconds since the epoch.
 
         Raises:
             ExperimentError: pandas is missing.
         """
         return frame_of(
-            {
-                **_named(load),
-                **one.columns,
-            }
-            for load in self.loads
-            for one in load.requests
+            {**_named(load), **one.columns} for load in self.loads for one in load.requests
         )
 
     def plot(self, y: str = LATENCIES[0]) -> Figure:
-        """Draw the percentiles of a latency against the rate, or against requests at once.
+        """Plot percentiles of a latency against the rate, or against concurrency.
 
         Args:
             y: `time_to_first_token` or `time_between_tokens`.
 
         Raises:
-            ExperimentError: Matplotlib is missing, or there is no such latency.
+            ExperimentError: Matplotlib is missing, or the latency is unknown.
         """
         extra("matplotlib")
         from kitty_nb.experiments.plots import curves  # noqa: PLC0415 (of an extra)
@@ -160,19 +155,22 @@ class LoadTest:
         return curves(points, y, words[x])
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write the table of requests as Parquet, and return where.
+        """Write the requests as Parquet, and return the path.
 
         Raises:
-            ExperimentError: pyarrow is missing, or the file cannot be written.
+            ExperimentError: pyarrow is missing, or the file can't be written.
         """
         return write_parquet(self.requests, path)
 
     def __str__(self) -> str:
-        lines = [
-            "| load | requests | requests/s | tokens/s | time to first token, s: p50 / p90 / p99"
-            " | time between tokens, s: p50 / p90 / p99 |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
+        head = (
+            "load",
+            "requests",
+            "requests/s",
+            "tokens/s",
+            *(f"{name.replace('_', ' ')}, s: {' / '.join(_SHOWN)}" for name in LATENCIES),
+        )
+        rows = []
         for load in self.loads:
             found = load.metrics()
             each = (
@@ -180,11 +178,11 @@ class LoadTest:
                 for name in LATENCIES
             )
             rates = (found["requests_per_second"], found["total_tokens_per_second"])
-            cells = (load.label, str(len(load.requests)), *map(_number, rates), *each)
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append((load.label, str(len(load.requests)), *map(_number, rates), *each))
+        lines = markdown_table(head, rows, "lrrrrr")
         return "\n".join([*lines, *(["", self.summary] if self.summary else [])])
 
-    __repr__ = __str__
+    __repr__ = _repr_markdown_ = __str__
 
 
 def load_test(
@@ -204,46 +202,49 @@ def load_test(
     access: Access | None = None,
     on_load: OnLoad = lambda _: None,
 ) -> Operation[LoadTest]:
-    """Put loads on a server, and return at once.
+    """Start a load test in the background.
 
-    Requests that arrive while all slots are busy wait in the server, and their waiting counts in
-    the time to first token. With a limit, it looks for the highest rate that keeps it: first what
-    the server can answer with all slots busy, then by bisection.
+    A request that finds all slots busy waits in the server, and the wait counts towards the time to
+    first token. With a limit, the test searches for the highest rate that keeps it: it measures the
+    throughput with all slots busy, tries that rate, and bisects.
 
     Args:
-        model: The file, absolute or in the models folder; by default the one in `config`.
-        concurrency: Numbers of requests at once: each waits for an answer before the next. By
-            default 1 and 4, unless you give a rate or a limit.
-        rate: Requests a second that arrive whether or not earlier ones are answered.
+        model: The model file, absolute or in the models folder; by default the one in `config`.
+        concurrency: Numbers of concurrent requests (closed loop). By default 1 and 4, unless you
+            give a rate or a limit.
+        rate: Requests per second, sent regardless of answers (open loop).
         arrivals: `poisson`, or `constant` for even gaps.
-        limit: What the server must keep, such as `time_to_first_token_p95 <= 2`.
-        requests: Requests of each load. A p90 needs 10, a p95 20, and a p99 100.
+        limit: A limit on a latency percentile, in seconds, such as
+            `time_to_first_token_p95 <= 2`.
+        requests: Requests per load. A p90 needs 10, a p95 20, and a p99 100.
         prompts: User messages, asked in turn.
-        max_tokens: Length of each answer.
-        seed: Of the arrivals and of the server's sampling.
+        max_tokens: Length of each answer, in tokens.
+        seed: The seed of the arrivals and of the server's sampling.
         chat: Whether prompts go through the model's chat template.
-        steps: Rates to try, at most, for the limit.
+        steps: The maximum number of rates to try for the limit.
         config: The server's settings; by default those of `.env`.
-        access: A server that runs already, such as `manager.access`; without it, a server of its
-            own is started and ends with the test.
-        on_load: Called with each load that is done.
+        access: A running server, such as `manager.access`. By default the test starts its own
+            server, and stops it at the end.
+        on_load: Called after each load.
 
     Returns:
-        Cancelling it ends the test, and its server. It may end with what starting a server and
-        asking it raise.
+        The test in progress; cancelling it stops its server. Its result may be any error of
+        starting a server or sending requests.
 
     Raises:
         ConfigError: A setting or option is wrong.
-        ExperimentError: The limit cannot be understood, or needs more requests.
+        ExperimentError: The limit can't be parsed, or needs more requests.
     """
     at_once = _listed(concurrency)
     rates = _listed(rate)
     if not (at_once or rates or limit):
         at_once = _AT_ONCE
     if not all(one > 0 for one in rates) or steps < 1:
-        raise ExperimentError("A rate or steps is not above 0. Write requests a second, such as 2.")
+        raise ExperimentError(
+            "rate and steps must be above 0. Give a rate in requests per second, such as 2."
+        )
     if arrivals not in set(Arrivals):
-        raise ExperimentError(f"There are no arrivals {arrivals!r}. Write poisson or constant.")
+        raise ExperimentError(f"Unknown arrivals {arrivals!r}. Use poisson or constant.")
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "at_least": requests}
     workload = Workload.of(prompts, at_once or 1, None, **asked)
     bound = _read_limit(limit, workload) if limit else None
@@ -264,14 +265,14 @@ def load_test(
                 await test.open(one)
             return await test.search(bound, limit, steps) if bound else LoadTest(test.loads)
 
-    _, future = in_background(run, "kitty_nb load test")
+    future = in_background(run, "kitty_nb load test")[1]
     return Operation(future, lambda: progress[-1] if progress else None)
 
 
 def arrival_times(rate: float, count: int, arrivals: Arrivals, seed: int) -> Iterator[float]:
-    """Yield when requests arrive, in seconds after the first, which comes at once. Pure.
+    """Yield the arrival times of requests, in seconds after the first. Pure.
 
-    With the same seed, arrivals at another rate are the same but faster or slower.
+    With the same seed, another rate only rescales the times.
     """
     random = Random(seed)  # noqa: S311 (no secret)
     at = 0.0
@@ -281,43 +282,41 @@ def arrival_times(rate: float, count: int, arrivals: Arrivals, seed: int) -> Ite
 
 
 def next_rate(kept: float, broken: float | None, most: float) -> float:
-    """Return the rate to try next: the most first, then the middle of what is open. Pure.
+    """Return the next rate of a bisection, which starts at the maximum. Pure.
 
     Args:
-        kept: The highest rate that kept the limit; 0 before there is one.
-        broken: The lowest rate that broke it; None before there is one.
-        most: What the server can answer.
+        kept: The highest rate that kept the limit; 0 if none did yet.
+        broken: The lowest rate that exceeded it; None if none did yet.
+        most: The server's maximum throughput.
     """
     return most if broken is None else (kept + broken) / 2
 
 
+@dataclass
 class _Test:
-    """The loads of one test, put on one server."""
+    """A load test on one server, with the loads so far."""
 
-    def __init__(
-        self, client: BenchmarkClient, workload: Workload, arrivals: Arrivals, on_load: OnLoad
-    ) -> None:
-        self.loads: tuple[Load, ...] = ()
-        self._client = client
-        self._workload = workload
-        self._arrivals = arrivals
-        self._on_load = on_load
+    client: BenchmarkClient
+    workload: Workload
+    arrivals: Arrivals
+    on_load: OnLoad
+    loads: tuple[Load, ...] = ()
 
     async def closed(self, concurrency: int) -> Load:
-        """Keep so many requests under way."""
-        speed, _ = await self._client.speed(concurrency, lambda _: None)
+        """Run a closed loop."""
+        speed, _ = await self.client.speed(concurrency, lambda _: None)
         return self._add(Load(concurrency, None, speed.seconds, speed.each))
 
     async def open(self, rate: float) -> Load:
-        """Send requests at a rate, whatever is answered."""
-        count = len(self._workload.asked(1))
-        offsets = arrival_times(rate, count, self._arrivals, self._workload.seed)
-        seconds, times = await self._client.arrive(offsets)
+        """Run an open loop."""
+        count = len(self.workload.asked(1))
+        offsets = arrival_times(rate, count, self.arrivals, self.workload.seed)
+        seconds, times = await self.client.arrive(offsets)
         return self._add(Load(None, rate, seconds, times))
 
     async def search(self, bound: Constraint, limit: str, steps: int) -> LoadTest:
-        """Look for the highest rate that keeps a limit."""
-        full = await self.closed(self._client.slots or 1)
+        """Search for the highest rate that keeps a limit."""
+        full = await self.closed(self.client.slots or 1)
         most = len(full.requests) / full.seconds
         kept, broken = 0.0, None
         for _ in range(steps):
@@ -333,7 +332,7 @@ class _Test:
 
     def _add(self, load: Load) -> Load:
         self.loads += (load,)
-        self._on_load(load)
+        self.on_load(load)
         return load
 
 
@@ -344,7 +343,7 @@ async def _server(
     access: Access | None,
     on_progress: Callable[[LoadProgress], object],
 ) -> AsyncGenerator[Access]:
-    """The server to ask: one that runs, or one that ends with this."""
+    """Provide access to the running server, or to one started for this test."""
     if access:
         try:
             yield access
@@ -359,11 +358,11 @@ async def _server(
 
 
 def _read_limit(limit: str, workload: Workload) -> Constraint:
-    """Read a limit on a percentile, and check that there are enough requests for it."""
+    """Parse a limit on a percentile, and check that there are enough requests for it."""
     if not (match := _LIMIT.fullmatch(limit)):
         raise ExperimentError(
-            f"Can't parse the limit {limit!r}. Write a percentile of a latency, a sign and seconds,"
-            ' such as "time_to_first_token_p95 <= 2".'
+            f"Can't parse the limit {limit!r}. Write a latency percentile, a comparison and"
+            ' seconds, such as "time_to_first_token_p95 <= 2".'
         )
     (bound,) = constraints_of({match[1]: float(match[2])})
     percents = {percent_of(bound.name), *PERCENTILES} - {0}

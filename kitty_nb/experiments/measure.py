@@ -1,4 +1,4 @@
-"""One trial, from its settings to its row: its own server, warmed up, measured and stopped."""
+"""Running one trial: start a server, warm it up, measure it and stop it."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ if TYPE_CHECKING:
 
     Reference = tuple[Distribution, ...]
 
-_LOAD_SECONDS = 0.1  # seconds over which the machine's load is measured
+_LOAD_SECONDS = 0.1  # how long the machine's load is sampled, in seconds
 _WARM_UP_TOKENS = 16
-# llama-server's reasons for an answer's end, in the words of OpenAI's protocol.
+# llama-server's stop types as OpenAI's finish reasons.
 _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
-# What the last reference expects: it is asked once, and not for each trial.
+# The predictions of the last reference, which is queried once and not for each trial.
 _references: dict[object, Reference] = {}
 
 
@@ -77,9 +77,9 @@ class Answer:
     """A measured answer.
 
     Attributes:
-        times: Its times at the client.
-        timings: The server's own.
-        exchange: What was asked and answered, as a run record keeps it.
+        times: The times measured by the client.
+        timings: The timings reported by the server.
+        exchange: The request and its answer, as stored in a run record.
     """
 
     times: RequestTimes
@@ -88,25 +88,26 @@ class Answer:
 
 
 class BenchmarkClient:
-    """The requests of a workload to one server.
+    """Sends the requests of a workload to a server.
 
-    Its methods raise KittyError where the server refuses a request, and `httpx.HTTPError` where it
-    falls silent.
+    Its methods raise KittyError if the server rejects a request, and `httpx.HTTPError` if the
+    connection fails.
 
     Args:
-        http: A client of the server; from now on it makes a connection for each request.
-        workload: What to ask.
-        settings: The trial's own settings; requests don't override them.
+        http: A client of the server, changed to open a connection per request.
+        workload: The requests.
+        settings: The trial's settings, which requests don't override.
 
     Attributes:
-        context: Tokens that one request may have; None where a build does not say.
-        slots: Requests that the server answers at once; None where a build does not say.
+        context: The context of a request in tokens; None if a build doesn't report it.
+        slots: The number of requests the server processes at once; None if a build doesn't report
+            it.
     """
 
     def __init__(
         self, http: httpx.AsyncClient, workload: Workload, settings: Mapping[str, Value]
     ) -> None:
-        # llama-server ends an idle connection after seconds, at worst just as it is used again.
+        # llama-server closes idle connections after seconds, possibly just as one is reused.
         http.headers["Connection"] = "close"
         self.context: int | None = None
         self.slots: int | None = None
@@ -122,7 +123,7 @@ class BenchmarkClient:
         }
 
     async def warm_up(self) -> None:
-        """Prepare the prompts and have one answered before anything is measured."""
+        """Prepare the prompts, and send one request that isn't measured."""
         facts = await props(self._http)
         self.context = facts.get("default_generation_settings", {}).get("n_ctx")
         self.slots = facts.get("total_slots")
@@ -133,7 +134,7 @@ class BenchmarkClient:
     async def speed(
         self, parallel: int, on_answer: Callable[[Answer], object]
     ) -> tuple[Speed, tuple[Answer, ...]]:
-        """Ask every prompt, `parallel` at a time, and call back with each answer."""
+        """Send every prompt, `parallel` at a time, and call back with each answer."""
         answers: list[Answer] = []
 
         async def ask_on(left: Iterator[int]) -> None:
@@ -168,10 +169,10 @@ class BenchmarkClient:
         return speed, tuple(answers)
 
     async def arrive(self, offsets: Iterable[float]) -> tuple[float, tuple[RequestTimes, ...]]:
-        """Ask the prompts in turn, each at its time, whatever is still to be answered.
+        """Send the prompts in turn at given times, regardless of answers.
 
         Args:
-            offsets: Seconds from now, ascending.
+            offsets: The times in seconds from now, ascending.
 
         Returns:
             The seconds until the last answer, and the times of each request.
@@ -192,7 +193,7 @@ class BenchmarkClient:
         return anyio.current_time() - began, tuple(times)
 
     async def scores(self, reference: Reference | None = None) -> dict[str, Any]:
-        """Measure what needs the server, as fields of a measurement: likelihoods, a task."""
+        """Measure quality that needs the server, as fields of a `Measurement`."""
         quality = self._workload.quality
         if isinstance(quality, HarnessTask):
             from kitty_nb.experiments.harness import run_harness_task  # noqa: PLC0415 (of an extra)
@@ -224,23 +225,23 @@ class BenchmarkClient:
         }
 
     async def expectations(self, expected: Mapping[str, str]) -> Reference:
-        """Return what the model expects in place of each token of some texts."""
+        """Return the model's predictions for each token of the texts."""
         pairs = self._expected(expected)
         return tuple([one for pair in pairs for one in await self._texts.distributions(*pair)])
 
     def _expected(self, expected: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Return each prompt, as the server reads it, with its text."""
+        """Return each templated prompt with its expected text."""
         asked = zip(self._workload.prompts, self._prompts, strict=True)
         return [(whole, text) for prompt, whole in asked if (text := expected.get(prompt))]
 
     async def _filled(self, prompt: str) -> str:
-        """Repeat a prompt until it is as long as the workload wants, or the context allows."""
+        """Repeat a prompt up to the workload's `fill`, as far as the context allows."""
         workload = self._workload
         if not workload.fill:
             return prompt
         once, twice = [len(await self._texts.tokens(t)) for t in (prompt, f"{prompt} {prompt}")]
         size, templated = twice - once, len(await self._texts.tokens(await self._templated(prompt)))
-        if size < 1:  # a build without pieces, or a model without a vocabulary
+        if size < 1:  # a model without a vocabulary, or a build that reports no pieces
             return prompt
         room = (self.context or 0) // workload.levels[-1] - workload.max_tokens - (templated - size)
         return " ".join([prompt] * max(1, min(math.ceil(workload.fill / size), room // size)))
@@ -290,19 +291,19 @@ async def run_trial(
     workload: Workload,
     folder: Path | None = None,
 ) -> TrialResult:
-    """Measure a trial on a server of its own, and return its row. It does not raise.
+    """Measure a trial on a new server, and return its row. Failures become rows, too.
 
-    The server has a free port, a profile and a log of its own, so whatever else is served goes on;
-    it ends with this call, also when that is cancelled or this process is killed.
+    The server has its own port, profile and log, so other servers aren't affected. It stops at the
+    end, also if the call is cancelled or this process is killed.
 
     Args:
-        trial: What to try.
-        on_progress: Called with the load's progress and with each answer.
-        config: The settings that it changes, as they are on this machine.
-        workload: What to ask.
-        folder: Where the server's log goes; without it the log goes with the server.
+        trial: The trial.
+        on_progress: Called with progress of the load and after each answer.
+        config: The base settings on this machine.
+        workload: The requests.
+        folder: The folder for the server's log; by default the log is discarded.
     """
-    run = _Run(trial, on_progress, workload)
+    run = _Run(TrialResult(trial, Outcome.DONE, host=this_host()), on_progress, workload)
     began = time.monotonic()
     try:
         await run.measure(config, folder)
@@ -321,7 +322,7 @@ async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
     """Find the engine of a trial on this machine.
 
     Raises:
-        EngineError: There is none, or it cannot be run.
+        EngineError: There is none, or it can't be run.
     """
     binary = dict(trial.settings).get("binary", config.binary)
     return await locate_engine(Path(str(binary)) if binary else None)
@@ -330,22 +331,22 @@ async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
 def this_machine(
     config: ServerConfig, workload: Workload, logs: Path | None = None
 ) -> AbstractAsyncContextManager[Execute]:
-    """Provide the callable that runs trials here.
+    """Provide the callable that runs trials on this machine.
 
     Args:
-        config: The settings that trials change.
-        workload: What to ask each server.
-        logs: A folder for the servers' logs, to be kept; without it they go with the trial.
+        config: The base settings.
+        workload: The requests of each trial.
+        logs: A folder for the servers' logs; by default they are discarded.
     """
     return nullcontext(partial(run_trial, config=config, workload=workload, folder=logs))
 
 
 def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
-    """Fingerprint a model on this machine. It blocks.
+    """Fingerprint a model on this machine. Blocking.
 
     Args:
-        model: Its name in trials.
-        config: The sweep's settings, which say where models are.
+        model: The model's name in trials.
+        config: The sweep's settings, with the models folder.
 
     Raises:
         ConfigError: The model is missing.
@@ -357,15 +358,15 @@ def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
 def fingerprints_here(
     models: Iterable[str], config: ServerConfig, *, must_exist: bool = False
 ) -> dict[str, ModelFingerprint]:
-    """Fingerprint the models that can be read on this machine. It blocks.
+    """Fingerprint the models that exist on this machine. Blocking.
 
     Args:
-        models: Their names in trials.
-        config: The sweep's settings, which say where models are.
+        models: The models' names in trials.
+        config: The sweep's settings, with the models folder.
         must_exist: Whether a missing model is an error.
 
     Raises:
-        ConfigError: Listing the missing models.
+        ConfigError: Models are missing; the error lists all of them.
     """
     found: dict[str, ModelFingerprint] = {}
     problems: list[Problem] = []
@@ -379,23 +380,22 @@ def fingerprints_here(
     return {model: one for model, one in found.items() if one.digest}
 
 
+@dataclass
 class _Run:
-    """One trial under way, with what is known of its row."""
+    """A trial in progress, with its row so far."""
 
-    def __init__(self, trial: Trial, on_progress: OnProgress, workload: Workload) -> None:
-        self.row = TrialResult(trial, Outcome.DONE, host=this_host())
-        self._trial = trial
-        self._on_progress = on_progress
-        self._workload = workload
-        self._answered = 0
+    row: TrialResult
+    on_progress: OnProgress
+    workload: Workload
+    answered: int = 0
 
     def end(self, outcome: Outcome, reason: str) -> None:
-        """Record the reason that the trial was not measured."""
+        """Set the outcome of a trial that was not measured."""
         self.row = replace(self.row, outcome=outcome, reason=reason)
 
     async def measure(self, config: ServerConfig, folder: Path | None) -> None:
-        """Start the server, measure it and stop it; then judge its answers."""
-        trial, workload = self._trial, self._workload
+        """Start the server, measure it and stop it; then score its answers."""
+        trial, workload = self.row.trial, self.workload
         busy = await run_sync(psutil.cpu_percent, _LOAD_SECONDS)
         engine = await engine_of(trial, config)
         self.row = replace(self.row, engine=engine.version)
@@ -436,7 +436,7 @@ class _Run:
         first: tuple[Answer, ...] = ()
         pid = server.state.pid or 0
         before = await usage_with(pid)
-        for parallel in self._workload.levels:
+        for parallel in self.workload.levels:
             speed, answers = await client.speed(parallel, partial(self._on_answer, parallel))
             await server.sample_memory()
             speeds.append(replace(speed, memory=server.memory, gpu_memory=server.gpu_memory))
@@ -459,15 +459,15 @@ class _Run:
         return measured, first
 
     def _loading(self, progress: LoadProgress) -> None:
-        self._on_progress(TrialProgressed(self._trial, progress))
+        self.on_progress(TrialProgressed(self.row.trial, progress))
 
     def _on_answer(self, parallel: int, answer: Answer) -> None:
-        self._answered += 1
-        self._on_progress(
+        self.answered += 1
+        self.on_progress(
             RequestAnswered(
-                trial=self._trial,
-                done=self._answered,
-                total=self._workload.requests,
+                trial=self.row.trial,
+                done=self.answered,
+                total=self.workload.requests,
                 parallel=parallel,
                 tokens_per_second=answer.timings.predicted_per_second,
                 prompt_tokens_per_second=answer.timings.prompt_per_second,
@@ -477,7 +477,7 @@ class _Run:
 
 
 async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
-    """Return what the reference of a divergence expects; nothing where none is measured."""
+    """Return the predictions of a divergence's reference; empty for other measures of quality."""
     quality = workload.quality
     if not isinstance(quality, Divergence):
         return ()
@@ -490,15 +490,15 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
             client = BenchmarkClient(http, workload, {})
             await client.warm_up()
             found = await client.expectations(quality.expected)
-        _references.clear()  # they are large, and a program has one sweep after another
+        _references.clear()  # they are large, and sweeps run one after another
         _references[key] = found
     return _references[key]
 
 
 def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Return the mean of the user's scores with its interval, and what is wrong with the scoring.
+    """Return the mean score with its 95 % interval, and a problem with the user's function, if any.
 
-    The interval of 95 % tells how far the mean may be from that over all prompts of this kind.
+    The interval covers the mean over all prompts of this kind.
     """
     quality = workload.quality
     if quality is None or isinstance(quality, MEASURED_ON_SERVER):
@@ -508,7 +508,7 @@ def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any]
         scores = [float(quality(*pair)) for pair in pairs]
         mean = fmean(scores)
     except Exception as error:  # noqa: BLE001 (whatever a user's function raises)
-        return {}, f"quality failed with {error!r}; it must return a number for every answer."
+        return {}, f"quality failed with {error!r}. It must return a number for every answer."
     return _quality(mean, score_interval(scores)), ""
 
 
@@ -517,7 +517,7 @@ def _quality(score: float, interval: Interval | None) -> dict[str, Any]:
 
 
 def _queued(most: int, slots: int | None) -> str:
-    """Say that more requests were under way than the server answers at once, if so."""
+    """Return a notice if there were more concurrent requests than slots; otherwise empty."""
     if slots is None or most <= slots:
         return ""
     return (

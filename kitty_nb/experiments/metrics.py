@@ -1,4 +1,4 @@
-"""The numbers of a row by name, objectives to choose by, and bounds to keep. Pure."""
+"""Metrics of a row by name, objectives to optimize, and constraints. Pure."""
 
 from __future__ import annotations
 
@@ -32,19 +32,14 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 OBJECTIVE = "generation_tokens_per_second"
-_SPECULATED = 64  # tokens that are processed together for one answer, at most
-_SPEEDS = (
-    OBJECTIVE,
-    "prompt_tokens_per_second",
-    "total_tokens_per_second",
-    "time_to_first_token",
-)
+_SPECULATED = 64  # maximum tokens per decoding step of an answer, with speculation
+_SPEEDS = (OBJECTIVE, "prompt_tokens_per_second", "total_tokens_per_second", "time_to_first_token")
 _AS_MEASURED = (
     *("context", "slots", "machine_load", "quality", "perplexity", "bits_per_character"),
     *("kl_divergence", "top_token_agreement"),
 )
 _ENDS = ("low", "high")
-_LEAST = 1e-9  # excess over a bound that is not allowed itself
+_LEAST = 1e-9  # excess of a value equal to a strict bound
 _SMALL = re.compile(
     r"time_(to_first|between)_tokens?\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|bits_per_character"
     r"|(perplexity|kl_divergence)(_ci_low|_ci_high)?"
@@ -62,12 +57,12 @@ _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 def metrics_of(result: TrialResult) -> dict[str, float]:
-    """Return the numbers of a row that is done; none of others.
+    """Return the metrics of a measured row by name; none for other rows.
 
-    Those of requests are at the least number in parallel; with each other number behind the name,
-    as in `total_tokens_per_second_4`, at that one. `memory_gib` is RAM and GPUs together, the most
-    of the whole trial; where there are several such numbers, `memory_gib_1` is the most up to then.
-    Not every device reports what a server holds of it: then there is only `ram_gib`.
+    Metrics of requests are those at the lowest concurrency; at other levels, the level is appended,
+    as in `total_tokens_per_second_4`. `memory_gib` is the peak of RAM and GPU memory together over
+    the trial; with several levels, `memory_gib_1` is the peak up to level 1. If a device doesn't
+    report a server's memory, only `ram_gib` exists.
     """
     measured = result.measurement
     if measured is None:
@@ -105,11 +100,11 @@ def metrics_of(result: TrialResult) -> dict[str, float]:
 
 
 def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
-    """Return the metrics of a trial under way that one of its events shows already, by name.
+    """Return the metrics of a running trial that an event reveals, by name.
 
     Args:
         event: The event.
-        least: The least number of requests in parallel, whose metrics have plain names.
+        least: The lowest concurrency, whose metrics have plain names.
     """
     match event:
         case TrialProgressed(progress=progress):
@@ -126,7 +121,7 @@ def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
 
 
 def batch_tokens(result: TrialResult) -> dict[str, int]:
-    """Return the most tokens that a batch may have had, by name of the speed that rests on it."""
+    """Return the maximum number of tokens in a batch, by name of the speed it affects."""
     speeds = result.measurement.speeds if result.measurement else ()
     return {
         f"{name}_{speed.parallel}" if number else name: (
@@ -141,17 +136,17 @@ def batch_tokens(result: TrialResult) -> dict[str, int]:
 
 
 def smaller_is_better(name: str) -> bool:
-    """True if less of it is better: seconds, memory, perplexity."""
+    """Return whether a smaller value is better, as of seconds, memory and perplexity."""
     return bool(_SMALL.fullmatch(name))
 
 
-def tells_speed(name: str) -> bool:
-    """True if it worsens as a trial takes longer."""
+def is_speed(name: str) -> bool:
+    """Return whether the metric gets worse the longer a trial takes."""
     return bool(_SPEED.fullmatch(name))
 
 
 def metric_names(workload: Workload) -> frozenset[str]:
-    """Return the names of all numbers that a row can have, before there is one."""
+    """Return the names of all metrics that a workload can produce."""
     each = RequestTimes(0.0, 1.0, 2.0, 2)
     speeds = tuple(
         Speed(n, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, (each,) * len(workload.asked(n)))
@@ -167,7 +162,7 @@ def metric_names(workload: Workload) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A number over the repeats: its median, least and greatest value."""
+    """The median, minimum and maximum of a metric over the repeats."""
 
     median: float
     low: float
@@ -175,25 +170,25 @@ class Spread:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of one value or more."""
+        """Compute the spread of one or more values."""
         return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The number that a search makes best: one of the table, or what a function makes of a row."""
+    """The objective of a search: a metric, or a function of a row."""
 
     name: str
     smaller: bool
     function: Callable[[TrialResult], float] | None = None
 
     @property
-    def tells_speed(self) -> bool:
-        """True if it worsens as a trial takes longer."""
-        return self.function is None and tells_speed(self.name)
+    def is_speed(self) -> bool:
+        """True if the objective gets worse the longer a trial takes."""
+        return self.function is None and is_speed(self.name)
 
     def of(self, row: TrialResult) -> float | None:
-        """Return its value in a row; None where the row has none.
+        """Return the objective's value for a row; None if the row has none.
 
         Raises:
             ExperimentError: The user's function failed.
@@ -207,7 +202,7 @@ class Objective:
         except Exception as error:
             raise ExperimentError(
                 f"objective failed with {error!r} for {row.trial.label}. It receives the row of a"
-                " finished trial and must return a number; higher is better."
+                " finished trial, and must return a number (higher is better)."
             ) from error
         return value if math.isfinite(value) else None
 
@@ -215,14 +210,14 @@ class Objective:
 def read_objective(
     given: str | Callable[[TrialResult], float], names: Collection[str]
 ) -> Objective:
-    """Read an objective as a person writes it: a name, `-name` where less is better, a function.
+    """Parse an objective: a metric's name, `-name` to minimize it, or a function to maximize.
 
     Args:
-        given: What the person wrote.
-        names: The numbers that rows will have.
+        given: The objective.
+        names: The names of available metrics.
 
     Raises:
-        ExperimentError: There is no such number.
+        ExperimentError: There is no such metric.
     """
     if callable(given):
         return Objective(getattr(given, "__name__", "objective"), smaller=False, function=given)
@@ -232,12 +227,12 @@ def read_objective(
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A bound that a result must keep.
+    """A bound on a metric or setting.
 
     Attributes:
-        name: The name of a metric or a setting.
-        sign: The comparison, such as `<=`.
-        bound: The number, or the word for `==`.
+        name: The name of the metric or setting.
+        sign: The comparison operator, such as `<=`.
+        bound: The value to compare with; a number, except for `==`.
     """
 
     name: str
@@ -245,14 +240,14 @@ class Constraint:
     bound: Any
 
     def allows(self, value: Any) -> bool:
-        """True if a value keeps it; an unknown value does not."""
+        """Return whether a value satisfies the constraint; an unknown one doesn't."""
         try:
             return value is not None and bool(_SIGNS[self.sign](value, self.bound))
         except TypeError:
             return False
 
     def excess(self, value: Any) -> float:
-        """Return the violation by a value as a share of the bound; 0 where the bound is kept."""
+        """Return the relative violation by a value; 0 if the constraint is satisfied."""
         if self.allows(value):
             return 0.0
         try:
@@ -265,12 +260,12 @@ class Constraint:
 
 
 def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
-    """Read constraints as a person writes them: `{"memory_gib": 20, "context_size>=": 16384}`.
+    """Parse constraints such as `{"memory_gib": 20, "context_size>=": 16384}`.
 
     A name alone means at most.
 
     Raises:
-        ExperimentError: One cannot be understood.
+        ExperimentError: A constraint can't be parsed.
     """
     found = []
     for text, bound in (written or {}).items():
@@ -285,10 +280,10 @@ def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
 
 
 def known(name: str, names: Collection[str]) -> str:
-    """Return a name that is one of those given.
+    """Return a name after checking that it is one of those given.
 
     Raises:
-        ExperimentError: It is not; the nearest is named.
+        ExperimentError: It isn't; the message suggests the closest name.
     """
     if name not in names:
         near = get_close_matches(name, names, n=1)

@@ -1,4 +1,4 @@
-"""The results of a sweep as runs of MLflow."""
+"""Logging results to MLflow."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 def log_to_mlflow(
     results: Results, experiment: str, tracking_uri: str | None, objective: str, title: str
 ) -> str:
-    """Log a run with a nested one for each combination, and return its ID; see `Results`."""
+    """Log a run with a nested run per combination, and return its ID; see `Results.to_mlflow`."""
     best = results.best(objective)
     try:
         return _log(results, best, MlflowClient(tracking_uri), experiment, objective, title)
     except MlflowException as error:
         raise ExperimentError(
-            f"MLflow refused the results: {error}. Check tracking_uri and MLFLOW_TRACKING_URI."
+            f"MLflow rejected the results: {error}. Check tracking_uri and MLFLOW_TRACKING_URI."
         ) from error
 
 
@@ -68,7 +68,7 @@ def _log(
 
 
 def _facts(results: Results) -> dict[str, str]:
-    """The machines and engines as tags, of which a run has one by each name."""
+    """Return machines and engines as tags, joining those of the same name."""
     tags: dict[str, str] = {}
     for name, text in machine_of(results):
         tags[name] = f"{tags[name]}; {text}" if name in tags else text
@@ -80,7 +80,7 @@ def _params(one: Combination) -> list[Param]:
 
 
 def _metrics(one: Combination) -> list[Metric]:
-    """The medians, with the least and the greatest of the repeats as `…_low` and `…_high`."""
+    """Return the medians, with minimum `…_low` and maximum `…_high` of the repeats."""
     now = int(time.time() * 1000)
     return [
         Metric(name + end, value, now, 0)

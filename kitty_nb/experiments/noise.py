@@ -1,4 +1,4 @@
-"""How busy the machine was with other things while a server was measured."""
+"""Interference: how busy other processes kept the machine during a measurement."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from anyio.to_thread import run_sync
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_BUSY = 0.1  # share of the processors beyond which others distort what is measured
-_SHORT = 0.2  # seconds; systems count in hundredths, so of less no share can be told
+_BUSY = 0.1  # fraction of processor time beyond which other processes distort a measurement
+_SHORT = 0.2  # seconds; systems count processor time in hundredths, too coarse for less
 _IDLE = ("idle", "iowait")
-_TWICE = ("guest", "guest_nice")  # which Linux counts within user and nice, too
+_TWICE = ("guest", "guest_nice")  # Linux includes these in user and nice
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,10 @@ class Noise:
     """The state of the machine during the requests of a trial.
 
     Attributes:
-        load: The share of the processors that was busy.
-        others: The share that processes other than the server and its client used.
-        clock_ghz: The processors' clock at the end; None where it is not known.
-        temperature_celsius: The warmest processor sensor at the end; None where there is none.
+        load: The busy fraction of the processor time.
+        others: The fraction used by processes other than the server and its client.
+        clock_ghz: The processors' clock at the end, in GHz; None if unknown.
+        temperature_celsius: The warmest processor sensor at the end, in °C; None without sensors.
     """
 
     load: float
@@ -42,12 +42,12 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Seconds of processor time up to a moment, over the number of processors.
+    """Cumulative processor time up to a moment, in seconds per processor.
 
     Attributes:
-        passed: Those of the clock.
-        busy: Those in which the processors were busy, with whatever.
-        own: Those that the server and its client used.
+        passed: All of it, idle time included.
+        busy: The time spent in any process.
+        own: The time spent in the server and its client.
     """
 
     passed: float
@@ -59,7 +59,7 @@ async def usage_with(pid: int) -> Usage:
     """Read the processor time so far.
 
     Args:
-        pid: The server's; its client is the thread that calls.
+        pid: The server's process ID; the calling thread counts as its client.
     """
     client = time.thread_time()
     times, server = await run_sync(_read, pid)
@@ -67,7 +67,7 @@ async def usage_with(pid: int) -> Usage:
 
 
 def usage_of(times: Mapping[str, float], own: float, processors: int) -> Usage:
-    """Make a `Usage` of `psutil.cpu_times` by name. Pure."""
+    """Compute a `Usage` from the fields of `psutil.cpu_times`. Pure."""
     passed = sum(seconds for name, seconds in times.items() if name not in _TWICE)
     busy = passed - sum(times.get(name, 0.0) for name in _IDLE)
     return Usage(passed / processors, busy / processors, own / processors)
@@ -79,13 +79,13 @@ def noise_between(
     clock_mhz: float | None = None,
     sensors: Mapping[str, Sequence[float]] | None = None,
 ) -> Noise | None:
-    """Tell what the machine did between two moments; None where they are too close. Pure.
+    """Return the machine's state between two moments; None if they are too close. Pure.
 
     Args:
-        before: The first moment.
-        after: The second.
-        clock_mhz: The processors' clock; None or 0 where it is not known.
-        sensors: The temperatures of the processors by sensor.
+        before: The usage at the first moment.
+        after: The usage at the second.
+        clock_mhz: The processors' clock in MHz; None or 0 if unknown.
+        sensors: Processor temperatures in °C, by sensor.
     """
     passed = after.passed - before.passed
     if passed < _SHORT:
@@ -101,7 +101,7 @@ def noise_between(
 
 
 async def noise_since(before: Usage, pid: int) -> Noise | None:
-    """Tell what the machine has done since a moment, with clock and temperature now."""
+    """Return the machine's state since a moment, with the present clock and temperature."""
     after = await usage_with(pid)
     return noise_between(before, after, *await run_sync(_clock_and_sensors))
 
@@ -114,7 +114,7 @@ def _read(pid: int) -> tuple[dict[str, float], float]:
             times = process.cpu_times()
             seconds += times.user + times.system
     except psutil.Error:
-        pass  # it has just ended, and so will the trial
+        pass  # the server just exited, and the trial will fail
     return psutil.cpu_times()._asdict(), seconds
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: bars with their spread, curves, parallel coordinates and Pareto fronts."""
+"""Plots of results: bars, curves, parallel coordinates and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     Point = tuple[float, float, float, float]
 
 _BAR = 0.35  # inches
-_APART = 0.008  # share of an axis
-# Okabe and Ito's colours, which people with any colour vision tell apart, and markers for print.
+_APART = 0.008  # fraction of an axis
+# Okabe and Ito's colour-blind safe palette, and markers for print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A", "#B8A800")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _BESIDE: Any = {"textcoords": "offset points", "fontsize": 9}
@@ -36,7 +36,7 @@ _COSTS = ("memory_gib", "load_seconds")  # shown by parallel coordinates beside 
 
 
 class Picture(Figure):
-    """A figure that a notebook shows also where pyplot has not been set up."""
+    """A figure that notebooks display without pyplot."""
 
     def _repr_png_(self) -> bytes:
         png = BytesIO()
@@ -45,16 +45,16 @@ class Picture(Figure):
 
 
 def front(points: Sequence[tuple[float, ...]], *names: str) -> list[int]:
-    """Return the indices of those points that no other beats in all numbers, by the first. Pure.
+    """Return the indices of the Pareto-optimal points, ordered by the first metric. Pure.
 
     Args:
-        points: Values of the numbers.
-        names: Their names, which say whether less is better.
+        points: The values of the metrics.
+        names: The metrics' names, which determine the direction.
     """
     signs = [1 if smaller_is_better(name) else -1 for name in names]
     costs = [tuple(map(operator.mul, signs, point)) for point in points]
     kept: list[int] = []
-    for index in sorted(range(len(costs)), key=costs.__getitem__):  # what beats one comes before it
+    for index in sorted(range(len(costs)), key=costs.__getitem__):  # dominating points come first
         if not any(all(map(operator.le, costs[other], costs[index])) for other in kept):
             kept.append(index)
     return kept
@@ -65,21 +65,21 @@ def _bars(drawn: list[Combination], y: str, *_: str) -> Figure:
     figure, axes = _figure(height=1.2 + _BAR * len(drawn))
     middle, ends = _error_bars(_spreads(worst_first, y))
     axes.barh(labels_of(worst_first), middle, xerr=ends, capsize=3, color=_COLOURS[0], ecolor="0.5")
-    axes.set_xlabel(f"{words_of(y)}\n(median, least to greatest of the repeats)")
+    axes.set_xlabel(f"{words_of(y)}\n(median and range of the repeats)")
     return figure
 
 
 def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str) -> Figure:
-    """Draw a line with its spread for each name.
+    """Plot a line with error bars for each name.
 
     Args:
-        drawn: By name, each point's place, and the median, least and greatest value there.
-        y: Name of the number.
-        x: What the place is, in words.
+        drawn: By name, the points: x, median, minimum and maximum.
+        y: The name of the metric.
+        x: The label of the x-axis.
     """
     figure, axes = _figure()
     places = sorted({point[0] for points in drawn.values() for point in points})
-    apart = _APART * (places[-1] - places[0])  # between curves, so that each spread is seen
+    apart = _APART * (places[-1] - places[0])  # keeps error bars from overlapping
     for index, (label, points) in enumerate(drawn.items()):
         place, *spreads = np.array(sorted(points)).T
         middle, ends = _error_bars(np.array(spreads).T)
@@ -89,14 +89,14 @@ def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str) -> Figure:
     axes.set_ylabel(words_of(y))
     if all(place == int(place) for place in places):  # numbers of requests or tokens
         axes.set_xticks(places)
-    axes.set_ylim(bottom=0)  # from zero: noise is not full height
+    axes.set_ylim(bottom=0)  # otherwise noise would fill the height
     axes.grid(visible=True, axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def _look(index: int) -> dict[str, Any]:
-    """The colour and marker of one of several, which differ in both."""
+    """Return a distinct colour, marker and line style."""
     return {
         "color": _COLOURS[index % len(_COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
@@ -113,7 +113,7 @@ def _parallel(drawn: list[Combination], y: str, *_: str) -> Figure:
         middle, ends = _error_bars(line)
         across, colour = range(len(names)), colormaps["viridis"](middle[-1])
         axes.errorbar(across, middle, ends, color=colour, marker="o", capsize=3, alpha=0.8)
-    axes.set_xlabel("(points are medians, bars from the least to the greatest of the repeats)")
+    axes.set_xlabel("(points are medians, bars the range of the repeats)")
     axes.set_xticks(range(len(names)), [words_of(name).replace(" ", "\n", 1) for name in names])
     axes.set_yticks([])
     axes.grid(visible=True, axis="x")
@@ -121,13 +121,13 @@ def _parallel(drawn: list[Combination], y: str, *_: str) -> Figure:
 
 
 def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> Numbers:
-    """The point where each combination crosses an axis, from 0 to 1, with its ticks beside it."""
+    """Draw an axis's ticks, and return where each combination crosses it, from 0 to 1."""
     places = np.zeros((len(drawn), 3))
     if name in drawn[0].metrics:
         values = _spreads(drawn, name)
-        low, high = min(0.0, values.min()), values.max()  # from zero: noise is not full height
+        low, high = min(0.0, values.min()), values.max()  # otherwise noise would fill the height
         places += (values - low) / ((high - low) or 1.0)
-        ticks = {0.0: _number(low), 1.0: _number(high)}
+        ticks = {0.0: number(low), 1.0: number(high)}
     else:
         settings = [one.value(name) for one in drawn]
         numbers = all(type(value) in {int, float} for value in settings)
@@ -163,18 +163,18 @@ def _pareto(drawn: list[Combination], y: str, x: str, colour: str) -> Figure:
     figure.legend(loc="outside lower center", frameon=False)
     axes.set_xlabel(words_of(x))
     axes.set_ylabel(words_of(y))
-    axes.update_datalim([(0.0, 0.0)])  # 21.2 and 22.1 should look alike
+    axes.update_datalim([(0.0, 0.0)])  # otherwise 21.2 and 22.1 would look far apart
     axes.autoscale_view()
     return figure
 
 
 def _colour_bar(figure: Figure, axes: Axes, name: str, values: Sequence[float]) -> Numbers:
-    """Draw a colour bar, and return each value's colour of an even and colour-blind safe map."""
+    """Draw a colour bar, and return each value's colour in a perceptually uniform map."""
     scale = ScalarMappable(Normalize(min(values), max(values)), "cividis")
     better = "less" if smaller_is_better(name) else "more"
     bar = figure.colorbar(scale, ax=axes, label=f"{words_of(name)} ({better} is better)")
     for drawn in bar.ax.collections:
-        drawn.set(rasterized=False, edgecolor="face")  # no picture inside a report's SVG
+        drawn.set(rasterized=False, edgecolor="face")  # keeps bitmaps out of the report's SVG
     return np.asarray(scale.to_rgba(np.array(values)))
 
 
@@ -186,13 +186,13 @@ def _figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
 
 
 def _spreads(drawn: list[Combination], name: str) -> Numbers:
-    """The median, least and greatest of a number, in a row for each combination."""
+    """Return an array of median, minimum and maximum, with a row per combination."""
     spreads = (one.metrics[name] for one in drawn)
     return np.array([(one.median, one.low, one.high) for one in spreads])
 
 
 def _error_bars(spreads: Numbers) -> tuple[Numbers, Numbers]:
-    """The medians, and how far the least and the greatest lie from them."""
+    """Return the medians, and the distances of minimum and maximum from them."""
     middle, low, high = spreads.T
     return middle, np.array([middle - low, high - middle])
 
@@ -203,7 +203,7 @@ def _varying(drawn: Sequence[Combination]) -> list[str]:
 
 
 def labels_of(drawn: Sequence[Combination]) -> list[str]:
-    """The settings that distinguish the combinations, in words."""
+    """Return a label for each combination: the settings that distinguish it."""
     names = _varying(drawn)
     words = [
         ", ".join(f"{name} {one.value(name)}".removeprefix("model ") for name in names)
@@ -212,13 +212,13 @@ def labels_of(drawn: Sequence[Combination]) -> list[str]:
     return [text or one.trial.label for text, one in zip(words, drawn, strict=True)]
 
 
-def _number(value: float) -> str:
-    """A number to three digits, but never with an exponent as 4.44e+03."""
+def number(value: float) -> str:
+    """Format a number to three digits, never with an exponent such as 4.44e+03."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004
 
 
 def words_of(name: str) -> str:
-    """Return a number's name in words, with its unit."""
+    """Return a metric's name in words, with its unit."""
     at_once = re.fullmatch(r"(.+?)_(\d+)", name)
     words = (at_once[1] if at_once else name).replace("_", " ").replace("gib", "GiB")
     timed = words.startswith(("time to first token", "time between tokens"))

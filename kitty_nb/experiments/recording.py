@@ -1,4 +1,4 @@
-"""Recording a run of a served model, and repeating it on a server of its own."""
+"""Recording a run of a served model, and replaying it on a new server."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     OnBytes = Callable[[int, int], object]
 
-_DIGITS = 12  # of a checksum, enough to tell by
+_DIGITS = 12  # of a checksum in messages
 _GGUF = re.compile(r"(.+\.gguf)(:[^:/]*)?", re.IGNORECASE | re.DOTALL)  # with an adapter's scale
 _CPU_NAME = re.compile(r"^(?:model name|Model)\s*:\s*(.+)$", re.MULTILINE)  # proc_cpuinfo(5)
 _LIBRARIES = ("kitty_nb", "xllamacpp", "gguf", "httpx", "anyio", "pydantic", "psutil", "numpy")
@@ -81,31 +81,31 @@ def record_run(
     on_progress: OnBytes | None = None,
     **parameters: JsonValue,
 ) -> Operation[RunRecord]:
-    """Ask the server that a manager runs, one request after the other, and record the run.
+    """Send requests to a manager's server, one after the other, and record the run.
 
-    Answers are greedy, so that they can be repeated; with a temperature, the seed makes them so.
+    Answers are greedy by default, and with a temperature seeded, so that a replay can repeat them.
 
     Args:
-        manager: Its server must be ready.
-        prompts: User messages, one conversation each; or whole conversations, as lists of
-            messages; or requests, whose own parameters take precedence.
-        max_tokens: The longest answer, in tokens.
-        temperature: The temperature of sampling; 0 takes the likeliest token each time.
+        manager: A manager whose server is ready.
+        prompts: User messages, one conversation each; conversations, as lists of messages; or
+            requests, whose own parameters take precedence.
+        max_tokens: Maximum length of an answer, in tokens.
+        temperature: The sampling temperature; 0 means greedy.
         seed: The seed of sampling.
-        on_progress: Called in a worker thread with the bytes of the model that are hashed, and
-            their total: only the first time that a model is recorded.
-        parameters: Other parameters of llama-server's requests, such as `top_k=1`.
+        on_progress: Called in a worker thread with the bytes hashed so far and their total, when
+            a model is recorded for the first time.
+        parameters: Other request parameters of llama-server, such as `top_k=1`.
 
     Raises:
-        KittyError: The server is not ready or was not started by kitty_nb, or a prompt cannot be
-            asked. Waiting for the result raises ExperimentError when the server refuses a request,
-            such as one that is longer than its context.
+        KittyError: The server is not ready or was not started by kitty_nb, or a prompt is invalid.
+            Waiting for the result raises ExperimentError if the server rejects a request, such as
+            one that exceeds the context.
     """
     sampling: dict[str, JsonValue] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
-        "cache_prompt": False,  # what was asked before must not change how this is computed
+        "cache_prompt": False,  # earlier requests must not influence the computation
         **parameters,
     }
     given = [prompts] if isinstance(prompts, str | Request) else prompts
@@ -113,15 +113,15 @@ def record_run(
     access, state = manager.access, manager.state
     if state.external:
         raise ExperimentError(
-            f"{state.external.who} was not started by kitty_nb, so the model and settings that"
-            " answer are unknown. Start your own server, and record that one."
+            f"{state.external.who} was not started by kitty_nb, so its model and settings are"
+            " unknown. Start your own server, and record that one."
         )
 
     async def run() -> RunRecord:
         exchanges = await ask(access, requests)
         if manager.state.ready_since != state.ready_since:
             raise ExperimentError(
-                "The server was replaced or ended during the run, so the answers do not come from"
+                "The server stopped or was restarted during the run, so the answers don't come from"
                 " a single server. Start it, and record again."
             )
         return await describe_run(state, access, exchanges, seed, on_progress)
@@ -132,21 +132,20 @@ def record_run(
 def replay(
     record: RunRecord, *, model: str | Path | None = None, config: ServerConfig | None = None
 ) -> Operation[Comparison]:
-    """Repeat a recorded run on a server of its own, and compare.
+    """Repeat a recorded run on a new server with the recorded settings, and compare.
 
-    The server gets the recorded settings and ends with the replay; other servers are not touched.
-    Cancelling the operation ends it too.
+    The server stops when the replay ends or is cancelled; other servers aren't touched.
 
     Args:
-        record: The run.
-        model: The model to ask instead of the recorded one. Without it the recorded model is
-            looked for where it was, then by its checksum in the models folder.
-        config: The settings of this machine: models folder, engine, history of loads. Without it
-            those of `.env`.
+        record: The run record.
+        model: Another model to use. By default the recorded model, at its recorded path or else
+            found by its checksum in the models folder.
+        config: The settings of this machine, such as models folder and engine; by default those of
+            `.env`.
 
     Raises:
-        ConfigError: `.env` cannot be read. Waiting for the result raises RunRecordError when the
-            recorded model is not found, and what starting a server and asking it raises.
+        ConfigError: `.env` can't be read. Waiting for the result raises RunRecordError if the
+            recorded model isn't found, or any error of starting a server or sending requests.
     """
     here = config or load_lenient(profile=record.profile)[0]
     progress: deque[LoadProgress] = deque(maxlen=1)
@@ -158,22 +157,22 @@ def replay(
             repeated = await describe_run(server.state, server.access, exchanges, record.seed)
             return compare(record, repeated)
 
-    _, future = in_background(repeat, "kitty_nb replay")
+    future = in_background(repeat, "kitty_nb replay")[1]
     return Operation(future, lambda: progress[-1] if progress else None)
 
 
 async def settings_of(
     record: RunRecord, here: ServerConfig, model: str | Path | None = None
 ) -> ServerConfig:
-    """Return the settings that repeat a run on this machine.
+    """Return the settings for replaying a run on this machine.
 
     Args:
-        record: The run.
+        record: The run record.
         here: The settings of this machine.
-        model: The model to ask instead of the recorded one.
+        model: Another model to use instead of the recorded one.
 
     Raises:
-        RunRecordError: The recorded model is not found.
+        RunRecordError: The recorded model isn't found.
     """
     own = here.replace(
         **record.config.model_dump(include=set(SERVER_SETTINGS)),
@@ -189,7 +188,7 @@ async def ask(access: Access, requests: Iterable[Request]) -> tuple[Exchange, ..
     """Send requests to a server, one after the other.
 
     Raises:
-        ExperimentError: The server refuses one, or breaks off.
+        ExperimentError: The server rejects a request, or the connection breaks.
     """
     try:
         async with access.async_http() as http:
@@ -207,11 +206,11 @@ async def describe_run(
     seed: int,
     on_progress: OnBytes | None = None,
 ) -> RunRecord:
-    """Put together the record of a server that is ready and has answered.
+    """Build the record of a ready server and its answers.
 
     Raises:
-        ModelFileError: A file of the model is missing or cannot be read.
-        ExperimentError: The model's file has changed since it was loaded.
+        ModelFileError: A file of the model is missing or can't be read.
+        ExperimentError: The model file has changed since it was loaded.
     """
     config = state.config
     engine = await locate_engine(config.binary)
@@ -222,8 +221,8 @@ async def describe_run(
     ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
     if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
         raise ExperimentError(
-            f"{config.model} has changed since this server loaded it, so the model that answered is"
-            " unknown. Restart the server, and record again."
+            f"{config.model} has changed since this server loaded it, so the model behind the"
+            " answers is unknown. Restart the server, and record again."
         )
     return RunRecord(
         made=datetime.now(UTC),
@@ -247,10 +246,10 @@ async def describe_run(
 
 
 async def digest_model(config: ServerConfig, on_progress: OnBytes | None = None) -> ModelDigest:
-    """Work out which model a server with these settings serves.
+    """Hash all files of the model that a server with these settings serves.
 
     Raises:
-        ModelFileError: A file is missing, cannot be read, or changes meanwhile.
+        ModelFileError: A file is missing, can't be read, or changes meanwhile.
     """
     shards = shard_paths(config.model) if config.model else ()
     paired = filter(None, (config.projector, config.drafter))
@@ -270,13 +269,13 @@ def _request(prompt: Prompt, sampling: dict[str, JsonValue]) -> Request:
         return Request.model_validate({"messages": prompt, "parameters": sampling})
     except ValidationError as error:
         raise ExperimentError(
-            f"Not a valid prompt: {prompt!r}. Write a text, a list of messages such as"
+            f"Not a valid prompt: {prompt!r}. Give a text, a list of messages such as"
             ' {"role": "user", "content": "…"}, or a Request.'
         ) from error
 
 
 async def _find(record: RunRecord, own: ServerConfig) -> ServerConfig:
-    """Return the settings with the recorded model, wherever it is now."""
+    """Return the settings with the present path of the recorded model."""
     wanted, recorded = record.model, record.config.model
     paths = [recorded] if recorded and await anyio.Path(recorded).is_file() else []
     fate = "has changed" if paths else "is gone"
@@ -294,7 +293,7 @@ async def _find(record: RunRecord, own: ServerConfig) -> ServerConfig:
 
 
 def _similar_models(record: RunRecord, own: ServerConfig) -> list[Path]:
-    """List the models of the folder with the recorded size and header."""
+    """Return the models in the folder whose size and header match the record."""
     return [
         model.path
         for model in ModelCatalog(own.models_dir).scan()
@@ -309,7 +308,7 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> Exchange:
 
 
 def exchange_of(request: Request, answer: dict[str, Any]) -> Exchange:
-    """Return a request with the server's answer to it."""
+    """Parse the server's answer to a request."""
     choice: dict[str, Any] = next(iter(answer["choices"]), {})
     message = choice.get("message", {"content": choice.get("text")})
     calls = message.get("tool_calls") or ()
@@ -324,7 +323,7 @@ def exchange_of(request: Request, answer: dict[str, Any]) -> Exchange:
 
 
 def host_facts() -> HostFacts:
-    """Describe this machine. It asks drivers and programs: call it in a worker thread."""
+    """Describe this machine. Blocking, because it queries drivers and programs."""
     memory = free_memory()
     affinity = getattr(os, "sched_getaffinity", None)  # macOS pins nothing
     return HostFacts(
@@ -341,7 +340,7 @@ def host_facts() -> HostFacts:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the installed libraries that a run goes through."""
+    """Return the versions of the installed libraries that a run depends on."""
     return {name: version(name) for name in _LIBRARIES if find_spec(name)}
 
 

@@ -1,4 +1,4 @@
-"""`regress`: do other builds of the engine answer as the one in use does, and as fast?"""
+"""`regress`: compare the answers and speed of other engine builds with the engine in use."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import shlex
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-from anyio.to_thread import run_sync
 
 import kitty_nb
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchTest
+from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchTest, tests_of
 from kitty_nb.experiments.recording import exchange_of, settings_of
-from kitty_nb.experiments.run_record import RunRecord
+from kitty_nb.experiments.run_record import RunRecord, first_difference
 from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict, compare_paired, own_spread
 from kitty_nb.isolated_server import SERVER_SETTINGS, in_background, isolated_server, locate_engine
 from kitty_nb.operation import Operation
@@ -37,21 +34,21 @@ if TYPE_CHECKING:
 
 _PROGRAMS = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _LONG_ENOUGH = 0.5  # seconds
-_SMALL = 512  # tokens of context, where a build does not tell it
-_SHOWN = 40  # characters of an answer
+_SMALL = 512  # assumed context, in tokens, if a build doesn't report it
+_SHOWN = 40  # characters in an excerpt of an answer
 _IN_USE = "in use"
 
 
 @dataclass(frozen=True, slots=True)
 class OtherAnswer:
-    """An answer that differs from that of the engine in use.
+    """An answer that differs from the one given by the engine in use.
 
     Attributes:
         record: The name of the run record.
-        answer: Its number in the record, from 1.
-        token: The first token that differs, from 1.
-        before: The beginning of the rest that the engine in use writes.
-        now: The beginning of the rest that the other build writes.
+        answer: The number of the answer in the record, from 1.
+        token: The number of the first token that differs, from 1.
+        before: An excerpt from there of the answer of the engine in use.
+        now: An excerpt from there of the answer of the other build.
     """
 
     record: str
@@ -69,14 +66,14 @@ class OtherAnswer:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """A build beside the engine in use.
+    """A build compared with the engine in use.
 
     Attributes:
-        engine: Where it is.
-        version: What it calls itself; empty where it can't be run.
-        speeds: How its tokens per second compare, by test.
+        engine: The build's path.
+        version: The version it reports; empty if it can't be run.
+        speeds: Differences in tokens per second, by test.
         answers: The answers that differ.
-        problem: The reason that it serves nothing, in a sentence.
+        problem: Why the build can't serve a record, in a sentence; empty if it can.
     """
 
     engine: Path
@@ -87,7 +84,7 @@ class BuildReport:
 
     @property
     def regressed(self) -> bool:
-        """True if it is slower, answers otherwise or serves nothing."""
+        """True if the build is slower, gives different answers, or can't serve a record."""
         slower = any(one.verdict is Verdict.SLOWER for one in self.speeds.values())
         return bool(self.problem or self.answers or slower)
 
@@ -103,13 +100,13 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Regression:
-    """What `regress` found; `print` shows it.
+    """The outcome of `regress`; `print` shows a summary.
 
     Attributes:
         baseline: The version of the engine in use.
-        builds: The builds that were tried, in the order in which they were given.
-        first_bad: The first build that regresses, of a bisection; None where none does.
-        notes: What the engine in use does differently by itself, in sentences.
+        builds: The builds that were tried, in the order given.
+        first_bad: The first build that regresses, found by bisection; None if none does.
+        notes: Answers that the engine in use itself doesn't reproduce, in sentences.
     """
 
     baseline: str
@@ -119,7 +116,7 @@ class Regression:
 
     @property
     def regressed(self) -> bool:
-        """True if a build that was tried regresses."""
+        """True if any build that was tried regresses."""
         return any(build.regressed for build in self.builds)
 
     def __str__(self) -> str:
@@ -140,50 +137,46 @@ def regress(
     config: ServerConfig | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> Operation[Regression]:
-    """Compare other builds of the engine with the one in use, and return at once.
+    """Compare other engine builds with the one in use, in the background.
 
     Each round starts every build in turn with a record's settings, and measures it. The engine in
-    use is measured twice, which tells by how much the same differs on this machine. Answers are
-    compared with those of the engine in use.
+    use is measured twice per round, which shows the machine's own variation. Answers are compared
+    with those of the engine in use.
 
     Args:
-        records: Run records, or files of them.
+        records: Run records, or paths of their files.
         engines: Other builds: a llama-server, a folder with one, or a Python environment (or its
             interpreter) with another `xllamacpp`.
-        rounds: Measurements of each build. Eight find nearly every difference of 10 % on a
-            quiet machine.
-        prompt: Tokens of the prompt whose reading is timed.
-        answer: Tokens of the answer whose writing is timed.
-        bisect: The builds are in order, and the first that regresses is wanted: only some of them
-            are tried, about as many as halvings leave one.
-        config: The settings of this machine; without it those of `.env`.
+        rounds: The number of measurements per build. Eight detect nearly every difference of 10 %
+            on a quiet machine.
+        prompt: Length of the timed prompt, in tokens.
+        answer: Length of the timed answer, in tokens.
+        bisect: Whether to find the first build that regresses by bisection, given builds in order.
+            About log2 of their number are tried.
+        config: The settings of this machine; by default those of `.env`.
         on_progress: Called on the event loop before each measurement of a build.
 
     Raises:
-        ExperimentError: There is no record, no engine or too few rounds.
-        RunRecordError: A record cannot be read.
+        ExperimentError: There are no records or engines, or too few rounds.
+        RunRecordError: A record can't be read.
     """
     given = [_named(one, number) for number, one in enumerate(records, 1)]
     others = [Path(one).absolute() for one in engines]
     if not given or not others:
-        raise ExperimentError("Give one record or more, and one engine or more to compare.")
+        raise ExperimentError("Nothing to compare. Give at least one record and one engine.")
     if rounds < LEAST_ROUNDS:
-        raise ExperimentError(f"{rounds} rounds tell nothing. Write {LEAST_ROUNDS} or more.")
-    job = _Job(
-        given,
-        config or ServerConfig.from_env(),
-        [BenchTest(prompt, 0, 0), BenchTest(0, answer, 0)],
-        rounds,
-        on_progress,
-    )
+        raise ExperimentError(
+            f"{rounds} rounds are too few to compare. Use {LEAST_ROUNDS} or more."
+        )
+    tests = tests_of(prompt, answer, (0,))
+    job = _Job(given, config or ServerConfig.from_env(), tests, rounds, on_progress)
     work = job.bisect if bisect else job.compare
-    _, future = in_background(lambda: work(others), "kitty_nb regress")
-    return Operation(future, lambda: None)
+    return Operation(in_background(lambda: work(others), "kitty_nb regress")[1])
 
 
 @dataclass
 class _Group:
-    """Records that are replayed on the same server, and the tests that fit into its context."""
+    """Records that share a server's settings, and the tests that fit into its context."""
 
     config: ServerConfig
     records: list[tuple[str, RunRecord]]
@@ -195,7 +188,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer and its tokens; its characters where a build does not tell tokens."""
+    """An answer and its tokens, or its characters if a build doesn't report tokens."""
 
     text: str
     tokens: tuple[object, ...]
@@ -203,49 +196,42 @@ class _Answer:
 
 @dataclass
 class _Found:
-    """What one build did: its speeds by test, one for each round, and its first answers."""
+    """A build's speeds by test, one per round, and its answers in the first round."""
 
     speeds: dict[str, list[float]] = field(default_factory=dict)
     answers: dict[tuple[str, int], _Answer] = field(default_factory=dict)
     problem: str = ""
 
 
+@dataclass
 class _Job:
-    def __init__(
-        self,
-        records: Sequence[tuple[str, RunRecord]],
-        here: ServerConfig,
-        tests: Sequence[BenchTest],
-        rounds: int,
-        on_progress: OnProgress,
-    ) -> None:
-        self._records = records
-        self._here = here
-        self._tests = [test for test in tests if test.prompt or test.answer]
-        self._rounds = rounds
-        self._on_progress = on_progress
-        self._groups: list[_Group] = []
+    records: Sequence[tuple[str, RunRecord]]
+    here: ServerConfig
+    tests: Sequence[BenchTest]
+    rounds: int
+    on_progress: OnProgress
+    groups: Sequence[_Group] = ()
 
     async def compare(self, engines: Sequence[Path]) -> Regression:
         """Compare all builds with the engine in use, in the same rounds."""
         await self._prepare()
-        baseline = (await locate_engine(self._here.binary)).version
+        baseline = (await locate_engine(self.here.binary)).version
         with ExitStack() as stack:
             programs = [stack.enter_context(_program(engine)) for engine in engines]
             first, again, *others = await self._measure(
-                [self._here.binary, self._here.binary, *programs],
+                [self.here.binary, self.here.binary, *programs],
                 [_IN_USE, _IN_USE, *map(str, engines)],
             )
             if problem := first.problem or again.problem:
-                raise ExperimentError(f"The engine in use serves no record: {problem}")
+                raise ExperimentError(f"The engine in use can't serve a record: {problem}")
             versions = [await _version(program) for program in programs]
         notes = []
         for (record, number), answer in first.answers.items():
-            recorded = next(one for name, one in self._records if name == record)
+            recorded = next(one for name, one in self.records if name == record)
             if again.answers.get((record, number)) != answer:
-                notes.append(f"answer {number + 1} of {record} varies by itself: not compared")
+                notes.append(f"answer {number + 1} of {record} varies between runs: not compared")
             elif answer.text != recorded.exchanges[number].text:
-                notes.append(f"answer {number + 1} of {record} is not as recorded any more")
+                notes.append(f"answer {number + 1} of {record} no longer matches the record")
         steady = {key: one for key, one in first.answers.items() if again.answers.get(key) == one}
         builds = tuple(
             BuildReport(
@@ -260,7 +246,7 @@ class _Job:
         return Regression(baseline, builds, notes=tuple(notes))
 
     async def bisect(self, engines: Sequence[Path]) -> Regression:
-        """Find the first build in order that regresses, taking what comes after it for worse."""
+        """Find the first build that regresses, assuming that all later ones do, too."""
         tried: dict[int, BuildReport] = {}
         last = await self.compare([engines[-1]])
         tried[len(engines) - 1] = last.builds[0]
@@ -275,24 +261,26 @@ class _Job:
         )
 
     async def _prepare(self) -> None:
-        """Find the records' models, once, and group records that have the same server."""
+        """Find the records' models, and group records that share a server's settings."""
+        if self.groups:
+            return
         groups: dict[str, _Group] = {}
-        for name, record in self._records if not self._groups else ():
-            config = await settings_of(record, self._here)
+        for name, record in self.records:
+            config = await settings_of(record, self.here)
             key = f"{config.model} {config.model_dump(include=set(SERVER_SETTINGS))}"
             group = groups.setdefault(key, _Group(config, [], []))
             group.records.append((name, record))
-        self._groups = self._groups or [*groups.values()]
+        self.groups = tuple(groups.values())
 
     async def _measure(self, programs: Sequence[Path | None], names: Sequence[str]) -> list[_Found]:
-        """Measure all builds in each round; every other round goes the other way round."""
+        """Measure all builds in each round, in reverse order every other round."""
         found = [_Found() for _ in programs]
         order, done = [*range(len(programs))], 0
-        total = self._rounds * len(self._groups) * len(programs)
-        for number in range(self._rounds):
-            for group in self._groups:
+        total = self.rounds * len(self.groups) * len(programs)
+        for number in range(self.rounds):
+            for group in self.groups:
                 for index in order if number % 2 == 0 else order[::-1]:
-                    self._on_progress(BenchProgress(names[index], done, total))
+                    self.on_progress(BenchProgress(names[index], done, total))
                     done += 1
                     if not found[index].problem:
                         try:
@@ -302,14 +290,15 @@ class _Job:
         return found
 
     async def _one(self, group: _Group, program: Path | None, found: _Found, number: int) -> None:
-        config = await run_sync(_with_binary, group.config, program)
+        # `replace` would look up the projector and the draft model again.
+        config = group.config.model_copy(update={"binary": program})
         async with isolated_server(config) as server, server.access.async_http() as http:
             if not group.tests:
                 group.tests = await self._fitting(http)
             client = await BenchClient.of(http, number)
             for test in group.tests:
                 speed = await _fastest(client, test)
-                label = group.label(test, len(self._groups) == 1)
+                label = group.label(test, len(self.groups) == 1)
                 found.speeds.setdefault(label, []).append(speed)
             for name, record in group.records if number == 0 else ():
                 for index, one in enumerate(record.exchanges):
@@ -320,7 +309,7 @@ class _Job:
         room = (int(said) if said else _SMALL) // 2 - 2
         return [
             replace(test, prompt=min(test.prompt, room), answer=min(test.answer, room))
-            for test in self._tests
+            for test in self.tests
         ]
 
 
@@ -330,17 +319,12 @@ def _named(one: RunRecord | str | Path, number: int) -> tuple[str, RunRecord]:
     return str(one), RunRecord.load(one)
 
 
-def _with_binary(config: ServerConfig, program: Path | None) -> ServerConfig:
-    # Not `replace`: that would look the projector and the draft model up again.
-    return config.model_copy(update={"binary": program})
-
-
 @contextmanager
 def _program(engine: Path) -> Iterator[Path]:
-    """Provide the llama-server that a path stands for.
+    """Provide the llama-server at a path.
 
-    The one inside a Python environment's `xllamacpp` is run by this package's own code, which that
-    environment need not have.
+    The one in a Python environment's `xllamacpp` runs through this package's code, which need not
+    be installed there.
     """
     python = engine
     if engine.is_dir() and not any((engine / name).is_file() for name in _PROGRAMS):
@@ -370,7 +354,7 @@ async def _version(program: Path) -> str:
 
 
 async def _fastest(client: BenchClient, test: BenchTest) -> float:
-    """Measure short tests several times: what else a machine does only ever makes one slower."""
+    """Return the highest speed of several runs: interference only ever slows one down."""
     await client.warm_up(test)
     began, fastest = time.perf_counter(), 0.0
     while not fastest or time.perf_counter() - began < _LONG_ENOUGH:
@@ -380,8 +364,8 @@ async def _fastest(client: BenchClient, test: BenchTest) -> float:
 
 
 async def _ask(http: httpx.AsyncClient, request: Request) -> _Answer:
-    """Ask, and have the server tell the tokens of its answer."""
-    told: JsonValue = True if request.text is None else 1  # as each of the two protocols has it
+    """Send a request, and have the server report the tokens of its answer."""
+    told: JsonValue = True if request.text is None else 1  # chat and plain completions differ
     answer = await post(http, request.path, {**request.body, "logprobs": told}, "choices")
     text = exchange_of(request, answer).text
     choice: dict[str, Any] = next(iter(answer["choices"]), {})
@@ -408,15 +392,10 @@ def _other_answers(
 ) -> Iterator[OtherAnswer]:
     for (record, index), was in before.items():
         if (other := now[record, index]).text != was.text:
-            token = _first_difference(was.tokens, other.tokens)
-            at = _first_difference(was.text, other.text)
+            token = first_difference(was.tokens, other.tokens)
+            at = first_difference(was.text, other.text)
             rest, changed = (one.text[at : at + _SHOWN] for one in (was, other))
             yield OtherAnswer(record, index + 1, token + 1, rest, changed)
-
-
-def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
-    pairs = enumerate(zip_longest(one, other))
-    return next((at for at, (a, b) in pairs if a != b), len(one))
 
 
 def _listed(sentences: Iterable[str]) -> list[str]:

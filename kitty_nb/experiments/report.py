@@ -1,44 +1,43 @@
-"""The results of a sweep as one page of HTML: no scripts, no other files, light and dark."""
+"""The report of a sweep: a self-contained HTML page without scripts, light and dark."""
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from html import escape
 from io import StringIO
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from pprint import pformat
 from typing import TYPE_CHECKING
 
 from anyio.from_thread import start_blocking_portal
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 from rich.filesize import decimal
 
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import takes_secret
+from kitty_nb.config import without_secrets
 from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import smaller_is_better
-from kitty_nb.experiments.plots import labels_of, words_of
+from kitty_nb.experiments.plots import labels_of, number, words_of
 from kitty_nb.experiments.recording import digest_model, host_facts, library_versions
 from kitty_nb.isolated_server import SERVER_SETTINGS, this_host
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterator
 
     from matplotlib.figure import Figure
 
     from kitty_nb.catalog.cache import FileDigest
-    from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.combination import Combination
     from kitty_nb.experiments.results import Results
-    from kitty_nb.experiments.trial import Trial
+    from kitty_nb.experiments.trial import Trial, Workload
 
-    Labels = dict[Trial, str]
-
-_INK = "#010203"  # stands for the page's own colour of text, whichever it is
+_INK = "#010203"  # placeholder for the page's text colour
 _CURVES = 8
-_WIDTH = 5.6  # inches, so that text has the size of the page's small print
+_WIDTH = 5.6  # inches, so that labels match the page's small print
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _SHOWN = (
     "generation_tokens_per_second",
@@ -50,200 +49,100 @@ _SHOWN = (
     "quality",
     "perplexity",
 )
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --page: #fff; --line: #d4d9e0; --soft: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --page: #14171c; --line: #3a414b; --soft: #1d2128; }
-}
-body { color: var(--ink); background: var(--page); font: 16px/1.5 system-ui, sans-serif;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-thead th { vertical-align: bottom; } td.n, th.n { text-align: right; }
-tbody th { white-space: nowrap; } td small { white-space: nowrap; opacity: .75; }
-tr.best td, tr.best th { font-weight: 600; background: var(--soft); }
-pre { background: var(--soft); border: 1px solid var(--line); padding: .8rem; overflow-x: auto;
-  font-size: .85rem; }
-.figures { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-figure { margin: 0; } figcaption { font-size: .9rem; }
-figure svg { max-width: 100%; height: auto; color: var(--ink); }
-.hash { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .8rem; }
-"""
+_BY_CONCURRENCY = (
+    *("generation_tokens_per_second", "total_tokens_per_second", "time_to_first_token"),
+    *("time_to_first_token_p90", "time_between_tokens_p90"),
+)
+_TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def report_of(results: Results, objective: str, title: str) -> str:
-    """Return the page.
+    """Render the page.
 
     Args:
-        results: What was measured.
-        objective: The number to judge by.
-        title: Of the page.
+        results: The measurements.
+        objective: The metric to compare by.
+        title: The page's title.
 
     Raises:
-        ExperimentError: Nothing was measured, or there is no such number.
+        ExperimentError: Nothing was measured, or there is no such metric.
     """
     config = results.config
-    results = replace(results, config=config.replace(extra_args=(*_shown(config.extra_args),)))
-    best = results.best(objective)
-    measured = [one for one in results.combinations if objective in one.metrics]
+    public = config.replace(extra_args=without_secrets(config.extra_args))
+    results = replace(results, config=public)
+    best, sign = results.best(objective), 1 if smaller_is_better(objective) else -1
+    measured = sorted(
+        (one for one in results.combinations if objective in one.metrics),
+        key=lambda one: sign * one.metrics[objective].median,
+    )
     labels = dict(zip((one.trial for one in measured), labels_of(measured), strict=True))
-    spread = f" It is {best.doubt}." if best.doubt else ""
-    made = datetime.now(UTC)
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{len(results.rows)} trials of {len(results.combinations)} combinations,"
-        f" {made:%Y-%m-%d %H:%M} UTC.</p>",
-        f"<h2>Best by {escape(words_of(objective))}</h2>",
-        f"<p><strong>{escape(labels[best.trial])}</strong>:"
-        f" {_figure_of(best, objective)}.{escape(spread)}</p>",
-        f"<pre>{escape(best.env_lines())}</pre>",
-        "<h2>Table</h2>",
-        "<p>Medians; in brackets, the least and the greatest of the repeats.</p>",
-        _combinations(measured, labels, best, objective),
-        "<h2>Verdicts</h2>",
-        f"<p>Each combination against the best, by {escape(words_of(objective))}: the ratio over"
-        " the rounds of repeats, with its confidence interval.</p>",
-        _table(
-            ("combination", "verdict", "rounds"),
-            _verdicts(results, measured, labels, best, objective),
-        ),
-        *_failures(results),
-        "<h2>Figures</h2>",
-        "<p>Points are medians; bars span the least to the greatest of the repeats, or, against the"
-        f" length of the prompt, of the requests. Curves are of the best {_CURVES}, at most.</p>",
-        '<div class="figures">',
-        *_figures(results, objective, curves=_best_of(results, measured, objective)),
-        "</div>",
-        "<h2>Machine, engine and model</h2>",
-        _table(("", ""), [*_machine(results), *_models(results)]),
-        *_code(results),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy"'
-        " content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+    page = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    page.filters |= {"words": words_of, "number": number}
+    return page.from_string(_TEMPLATE.read_text()).render(
+        title=title,
+        made=datetime.now(UTC),
+        results=results,
+        objective=objective,
+        best=best,
+        measured=measured,
+        labels=labels,
+        names=[
+            n for n in dict.fromkeys((objective, *_SHOWN)) if any(n in m.metrics for m in measured)
+        ],
+        verdicts=[
+            (labels[one.trial], *_verdict(results, one, best, objective))
+            for one in measured
+            if one.trial != best.trial
+        ],
+        notes=[
+            (one.trial.label, " ".join(one.reasons)) for one in results.combinations if one.reasons
+        ],
+        curves=_CURVES,
+        figures=[*_figures(results, objective, {one.trial for one in measured[:_CURVES]})],
+        facts=[*machine_of(results), *_models(results)],
+        code=_code(results, results.workload) if results.workload else "",
     )
 
 
-def _figure_of(one: Combination, name: str) -> str:
-    spread = one.metrics[name]
-    if one.done == 1:
-        return _number(spread.median)
-    ends = f"{_number(spread.low)} to {_number(spread.high)}"
-    return f"{_number(spread.median)} <small>({ends})</small>"
+def _verdict(
+    results: Results, one: Combination, best: Combination, objective: str
+) -> tuple[str, str]:
+    try:
+        found = results.verdict(one, best, objective)
+    except ExperimentError as error:
+        return str(error), ""
+    return str(found), str(found.rounds)
 
 
-def _combinations(
-    measured: Sequence[Combination], labels: Labels, best: Combination, objective: str
-) -> str:
-    there = {name for one in measured for name in one.metrics}
-    names = [name for name in dict.fromkeys((objective, *_SHOWN)) if name in there]
-    sign = 1 if smaller_is_better(objective) else -1
-    head = "".join(f'<th class="n" scope="col">{escape(words_of(name))}</th>' for name in names)
-    rows = []
-    for one in sorted(measured, key=lambda one: sign * one.metrics[objective].median):
-        cells = "".join(
-            f'<td class="n">{_figure_of(one, name) if name in one.metrics else ""}</td>'
-            for name in names
-        )
-        mark = ' class="best"' if one.trial == best.trial else ""
-        rows.append(
-            f'<tr{mark}><th scope="row">{escape(labels[one.trial])}</th>'
-            f'<td class="n">{one.done}</td>{cells}</tr>'
-        )
-    return (
-        '<div class="scroll"><table><thead><tr><th scope="col">combination</th>'
-        f'<th class="n" scope="col">trials</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _verdicts(
-    results: Results,
-    measured: Sequence[Combination],
-    labels: Labels,
-    best: Combination,
-    objective: str,
-) -> Iterator[tuple[str, ...]]:
-    for one in measured:
-        if one.trial != best.trial:
-            try:
-                found = results.verdict(one, best, objective)
-            except ExperimentError as error:
-                yield escape(labels[one.trial]), escape(str(error)), ""
-            else:
-                yield escape(labels[one.trial]), escape(str(found)), str(found.rounds)
-
-
-def _failures(results: Results) -> Iterator[str]:
-    reasons = [
-        (escape(one.trial.label), escape(" ".join(one.reasons)))
-        for one in results.combinations
-        if one.reasons
-    ]
-    if reasons:
-        yield "<h2>Notes on trials</h2>"
-        yield _table(("combination", "reason"), reasons)
-
-
-def _best_of(results: Results, measured: Sequence[Combination], objective: str) -> Results:
-    """The results of as many combinations as can be told apart as curves, the best ones."""
-    sign = 1 if smaller_is_better(objective) else -1
-    best = sorted(measured, key=lambda one: sign * one.metrics[objective].median)[:_CURVES]
-    shown = {one.trial for one in best}
-    return replace(results, rows=tuple(r for r in results.rows if r.trial.combination in shown))
-
-
-def _figures(results: Results, objective: str, curves: Results) -> Iterator[str]:
-    wanted: list[tuple[str, str, str, str]] = [("bars", objective, "", "")]
-    several = results.workload is None or len(results.workload.levels) > 1
-    if several:
-        names = ("generation_tokens_per_second", "total_tokens_per_second", "time_to_first_token")
-        tails = ("time_to_first_token_p90", "time_between_tokens_p90")
-        wanted += [("concurrency", name, "", "") for name in (*names, *tails)]
-    wanted += [("prompt", "time_to_first_token", "", "")]
+def _figures(
+    results: Results, objective: str, shown: Collection[Trial]
+) -> Iterator[tuple[str, Markup]]:
+    """Yield each figure's caption and SVG; curves only of the combinations that are shown."""
+    few = replace(results, rows=tuple(r for r in results.rows if r.trial.combination in shown))
     scores = ("quality", "perplexity")
-    wanted += [("pareto", objective, x, "") for x in ("memory_gib", *scores)]
-    wanted += [("pareto", objective, "memory_gib", score) for score in scores]
-    for number, (kind, y, x, colour) in enumerate(wanted):
-        try:
-            drawn = curves if kind in {"concurrency", "prompt"} else results
-            svg = _svg(drawn, number, kind, y, x, colour)
-        except ExperimentError:  # it was not measured
-            continue
-        if svg:
-            yield svg
-
-
-def _svg(results: Results, number: int, kind: str, y: str, x: str, colour: str) -> str:
-    """Return a figure with its caption; empty where it has nothing to compare."""
-    matplotlib = extra("matplotlib")
+    wanted = [
+        ("bars", objective, "", ""),
+        *(("concurrency", name, "", "") for name in _BY_CONCURRENCY),
+        ("prompt", "time_to_first_token", "", ""),
+        *(("pareto", objective, x, "") for x in ("memory_gib", *scores)),
+        *(("pareto", objective, "memory_gib", score) for score in scores),
+    ]
     style = {"svg.fonttype": "none", "svg.hashsalt": "kitty_nb", **dict.fromkeys(_INKED, _INK)}
-    with matplotlib.rc_context(style):
-        figure = results.plot(kind, y, x or "memory_gib", colour)
-        if kind in {"concurrency", "prompt"} and len(figure.axes[0].get_xticks()) < 2:  # noqa: PLR2004
-            return ""
-        against = {"concurrency": "requests at once", "prompt": "the length of the prompt"}
-        other = against.get(kind) or (words_of(x) if x else "")
-        caption = words_of(y).capitalize() + (f", against {other}" if other else "")
-        caption += f", with {words_of(colour)} as colour" if colour else ""
-        drawn = _inline(figure, f"f{number}-")
-    return (
-        f'<figure role="group" aria-label="{escape(caption)}">{drawn}'
-        f"<figcaption>{escape(caption)}.</figcaption></figure>"
-    )
+    against = {"concurrency": "requests at once", "prompt": "the length of the prompt"}
+    for index, (kind, y, x, colour) in enumerate(wanted):
+        with extra("matplotlib").rc_context(style), suppress(ExperimentError):  # not measured
+            drawn = few if kind in against else results
+            figure = drawn.plot(kind, y, x or "memory_gib", colour)
+            if kind in against and len(figure.axes[0].get_xticks()) < 2:  # noqa: PLR2004 (no curve)
+                continue
+            other = against.get(kind) or (words_of(x) if x else "")
+            caption = words_of(y).capitalize() + (f", against {other}" if other else "")
+            caption += f", with {words_of(colour)} as colour" if colour else ""
+            yield caption, _inline(figure, f"f{index}-")
 
 
-def _inline(figure: Figure, prefix: str) -> str:
-    """Return a figure as SVG inside HTML, in the page's colours, its ids apart from others'."""
+def _inline(figure: Figure, prefix: str) -> Markup:
+    """Return a figure as SVG for HTML, in the page's colours, its ids unique by a prefix."""
     text = StringIO()
     figure.set_size_inches(_WIDTH, figure.get_figheight() * _WIDTH / figure.get_figwidth() + 0.4)
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -251,24 +150,21 @@ def _inline(figure: Figure, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = svg.replace('href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
-    return svg.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
-
-
-def _machine(results: Results) -> Iterator[tuple[str, str]]:
-    return ((name, escape(text)) for name, text in machine_of(results))
+    svg = svg.replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+    return Markup(svg)  # noqa: S704 (Matplotlib escapes the labels)
 
 
 def _models(results: Results) -> Iterator[tuple[str, str]]:
     for model, files in files_of(results).items():
         if not files:
-            yield "model", f"{escape(PurePath(model).name)}, which is not on this machine"
+            yield "model", f"{PurePath(model).name}, which is not on this machine"
         for file in files:
-            hashed = f'<span class="hash">{escape(file.sha256)}</span>'
-            yield "model", f"{escape(file.name)}, {decimal(file.size)}, SHA-256 {hashed}"
+            hashed = Markup('<span class="hash">{}</span>').format(file.sha256)
+            yield "model", escape(f"{file.name}, {decimal(file.size)}, SHA-256 ") + hashed
 
 
 def machine_of(results: Results) -> Iterator[tuple[str, str]]:
-    """Return what is known of the machines and engines of results, as names and texts."""
+    """Yield facts about the machines and engines of results, each with its heading."""
     hosts = dict.fromkeys(row.host for row in results.rows if row.host)
     for host in hosts:
         yield "machine", host
@@ -285,32 +181,20 @@ def machine_of(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def files_of(results: Results) -> dict[str, tuple[FileDigest, ...]]:
-    """Return the files of each model by its name in trials; none of one that is not here."""
+    """Return each model's files by its name in trials; no files if it is not on this machine."""
     found: dict[str, tuple[FileDigest, ...]] = {}
     with start_blocking_portal() as portal:
         for model in dict.fromkeys(row.trial.model for row in results.rows):
             try:
-                found[model] = portal.call(digest_model, _serving(model, results.config)).shards
+                config = resolve_model(results.config.replace(model=model, projector=None))
+                found[model] = portal.call(digest_model, config).shards
             except (ConfigError, ModelFileError):  # measured elsewhere, or gone since
                 found[model] = ()
     return found
 
 
-def _serving(model: str, config: ServerConfig) -> ServerConfig:
-    return resolve_model(config.replace(model=model, projector=None))
-
-
-def _code(results: Results) -> Iterator[str]:
-    if results.workload:
-        yield "<h2>Repeat it</h2>"
-        yield f"<pre>{escape(code_of(results))}</pre>"
-
-
-def code_of(results: Results) -> str:
-    """Return Python that makes the same sweep, but for functions that judge answers."""
-    workload = results.workload
-    if workload is None:
-        raise ExperimentError("These results do not say what was asked, so nothing repeats them.")
+def _code(results: Results, workload: Workload) -> str:
+    """Return Python that makes the same sweep; the user must add a quality function."""
     trials = dict.fromkeys(row.trial.combination for row in results.rows)
     given = results.config.model_dump(
         mode="json", include=set(SERVER_SETTINGS), exclude_defaults=True, exclude={"model"}
@@ -350,25 +234,3 @@ def code_of(results: Results) -> str:
 
 def _pretty(value: object) -> str:
     return pformat(value, width=92, sort_dicts=False).replace("\n", "\n    ")
-
-
-def _shown(words: Sequence[str]) -> Iterator[str]:
-    """The words of a command line but for secrets."""
-    for before, word in zip(("", *words), words, strict=False):
-        if not takes_secret(word) and not takes_secret(before):
-            yield word
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of cells that are HTML already."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    thead = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-    return f'<div class="scroll"><table>{thead}<tbody>{body}</tbody></table></div>'
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"  # noqa: PLR2004

@@ -1,11 +1,10 @@
-"""The rows of a sweep: as a table, as medians with their spread, and the best of them."""
+"""`Results`: the results of a sweep, as tables, plots, verdicts and the best combination."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
@@ -20,11 +19,12 @@ from kitty_nb.experiments.metrics import (
     metrics_of,
     read_objective,
 )
+from kitty_nb.experiments.output import frame_of, write_file, write_parquet
 from kitty_nb.experiments.space import baseline_of
-from kitty_nb.safe_files import write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from matplotlib.figure import Figure
     from pandas import DataFrame
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import Trial, TrialResult, Workload
 
-_SHOWN = 3  # reasons in a message
-_LENGTH = 300  # characters of one
+_SHOWN = 3  # reasons listed in a message
+_LENGTH = 300  # maximum characters of a reason
 
 
 @dataclass(frozen=True)
 class Results:
-    """The measurements of a sweep so far. It does not change while the sweep goes on.
+    """An immutable snapshot of a sweep's results.
 
     Attributes:
-        config: The settings that the trials change.
-        rows: One for each trial that has ended, in that order.
-        workload: The requests of each trial, where they are known.
+        config: The base settings.
+        rows: The rows of finished trials, in order.
+        workload: The requests of each trial, if known.
     """
 
     config: ServerConfig
@@ -64,7 +64,7 @@ class Results:
 
     @cached_property
     def combinations(self) -> tuple[Combination, ...]:
-        """The rows of each combination taken together, in the order in which they first ended."""
+        """The results by combination, in the order in which each first finished."""
         groups: dict[Trial, list[TrialResult]] = {}
         for row in self.rows:
             groups.setdefault(row.trial.combination, []).append(row)
@@ -72,7 +72,7 @@ class Results:
 
     @property
     def frame(self) -> DataFrame:
-        """A row for each trial: its settings, how it ended, and all that was measured.
+        """The trials as a data frame: settings, outcome and metrics.
 
         Raises:
             ExperimentError: pandas is missing.
@@ -93,9 +93,9 @@ class Results:
 
     @property
     def requests(self) -> DataFrame:
-        """A row for each request of each trial: what it asked, and its times in seconds.
+        """The requests of all trials as a data frame, with times in seconds.
 
-        `sent` is in seconds since the epoch. Rows of an earlier version have no requests.
+        `sent` is in seconds since the epoch. Rows of older versions have no requests.
 
         Raises:
             ExperimentError: pandas is missing.
@@ -115,18 +115,18 @@ class Results:
         )
 
     def to_parquet(self, path: str | Path, *, requests: bool = False) -> Path:
-        """Write the table of trials, or that of requests, as Parquet, and return where.
+        """Write the trials, or the requests, as Parquet, and return the path.
 
-        Values of a setting that are of several types are written as text.
+        Columns of mixed types are written as text.
 
         Raises:
-            ExperimentError: pyarrow is missing, or the file cannot be written.
+            ExperimentError: pyarrow is missing, or the file can't be written.
         """
         return write_parquet(self.requests if requests else self.frame, path)
 
     @property
     def summary(self) -> DataFrame:
-        """A row for each combination: medians, and as `…_low` and `…_high` how far they spread.
+        """The combinations as a data frame: medians, with minimum `…_low` and maximum `…_high`.
 
         Raises:
             ExperimentError: pandas is missing.
@@ -148,17 +148,17 @@ class Results:
     ) -> Combination:
         """Return the combination with the best median.
 
-        Where others are too close to tell, it is the one nearest to the settings in use, and has
-        the others as `close`. From three rounds on, paired intervals decide what is too close;
-        before, whether ranges overlap.
+        If several are too close to tell, it is the one closest to the settings in use, with the
+        others as `close`. With three rounds or more, paired intervals decide what is too close;
+        with fewer, overlapping ranges.
 
         Args:
-            objective: A number of the table. Of seconds, memory and perplexity less is better.
-            constraints: Bounds to keep, of numbers or settings, by name and sign; a name alone
-                means at most: `{"memory_gib": 20, "context_size>=": 16384}`.
+            objective: A metric. Seconds, memory and perplexity are minimized, others maximized.
+            constraints: Bounds on metrics or settings, by name and comparison; a name alone means
+                at most: `{"memory_gib": 20, "context_size>=": 16384}`.
 
         Raises:
-            ExperimentError: No combination keeps them, or a name is not known.
+            ExperimentError: No combination satisfies the constraints, or a name is unknown.
         """
         measured = self._measured("there is no best")
         names = {name for one in measured for name in one.metrics}
@@ -169,29 +169,29 @@ class Results:
         return self.choose(aim, bounds)
 
     def choose(self, objective: Objective, bounds: Sequence[Constraint]) -> Combination:
-        """Return the best by an objective that keeps all bounds, with its value in `metrics`.
+        """Return the best combination that satisfies all bounds, with its objective in `metrics`.
 
         Raises:
-            ExperimentError: There is none; the message names what comes nearest.
+            ExperimentError: There is none; the message names the nearest.
         """
         if fitting := self.fitting(objective, bounds):
             return choose(fitting, objective, self._spread(objective))
         measured = self._measured("there is no best")
         if all(objective.of(row) is None for row in self.rows):
             raise ExperimentError(
-                f"No trial has {objective.name}. Choose another objective, or have it measured"
+                f"No trial has {objective.name}. Choose another objective, or measure it"
                 " (quality=…, parallel=…)."
             )
         near = min(measured, key=lambda one: sum(b.excess(one.value(b.name)) for b in bounds))
         have = ", ".join(f"{bound.name} {near.value(bound.name)}" for bound in bounds)
         raise ExperimentError(
-            f"None of {len(measured)} combinations keeps {' and '.join(map(str, bounds))}. The"
-            f" nearest is {near.trial.label}, with {have}. Loosen a constraint, or try other"
+            f"None of {len(measured)} combinations satisfies {' and '.join(map(str, bounds))}."
+            f" The nearest is {near.trial.label}, with {have}. Loosen a constraint, or try other"
             " settings."
         )
 
     def fitting(self, objective: Objective, bounds: Sequence[Constraint]) -> list[Combination]:
-        """Return the combinations that keep all bounds, with the objective's value in `metrics`."""
+        """Return the combinations that satisfy all bounds, with the objective in `metrics`."""
         values: dict[Trial, dict[int, float]] = {}
         for row in self.rows:
             if (value := objective.of(row)) is not None:
@@ -210,15 +210,15 @@ class Results:
     def verdict(
         self, one: Combination, other: Combination | None = None, objective: str = OBJECTIVE
     ) -> Difference:
-        """Compare a combination with another one, by the rounds in which both were measured.
+        """Compare two combinations, over the rounds that both have.
 
         Args:
-            one: The combination that the verdict is on.
-            other: The other; by default the settings in use.
-            objective: A speed or another number of the table; *faster* means better.
+            one: The combination to judge.
+            other: The combination to compare with; by default the settings in use.
+            objective: A metric; *faster* means better.
 
         Raises:
-            ExperimentError: The settings in use were not measured, or have no such number.
+            ExperimentError: The settings in use were not measured, or lack the metric.
         """
         measured = self._measured("there is nothing to compare")
         aim = read_objective(objective, {name for each in measured for name in each.metrics})
@@ -226,24 +226,23 @@ class Results:
         spread = self._spread(aim)
         found = one.against(other, aim.name, smaller_is_better=aim.smaller, spread=spread)
         if found is None:
-            raise ExperimentError(f"{aim.name} is not always positive. Compare another number.")
+            raise ExperimentError(
+                f"{aim.name} is not always positive, so it has no ratio. Compare another metric."
+            )
         return found
 
     def verdicts(self, objective: str = OBJECTIVE) -> DataFrame:
-        """A row for each combination: whether it is faster than the settings in use.
+        """Compare each combination with the settings in use, as a data frame.
 
-        `ratio` is its number over theirs, between `low` and `high` with 98 % confidence;
-        `more_rounds` would probably tell what is too close.
+        `ratio` is the combination's value over that of the settings in use, with the 98 %
+        confidence interval from `low` to `high`; `more_rounds` would probably decide.
 
         Raises:
-            ExperimentError: The settings in use were not measured, or have no such number.
+            ExperimentError: The settings in use were not measured, or lack the metric.
         """
         in_use = self._in_use()
         return frame_of(
-            {
-                **one.trial.columns,
-                **asdict(self.verdict(one, in_use, objective)),
-            }
+            {**one.trial.columns, **asdict(self.verdict(one, in_use, objective))}
             for one in self._measured("there is nothing to compare")
             if one.trial != in_use.trial
         )
@@ -253,12 +252,12 @@ class Results:
         found = measured.get(baseline_of([*measured], self.config))
         if found is None:
             raise ExperimentError(
-                "The settings in use were not measured. Make the sweep with baseline=True."
+                "The settings in use were not measured. Create the sweep with baseline=True."
             )
         return found
 
     def _spread(self, objective: Objective) -> float:
-        """The share by which the same settings differ on this machine; 0 where unknown."""
+        """Return the machine's own relative variation; 0 if unknown."""
         each = (one.own_spread(objective.name) for one in self.fitting(objective, ()))
         return max(each, default=0.0)
 
@@ -268,25 +267,25 @@ class Results:
         constraints: Mapping[str, Any] | None = None,
         profile: str | None = None,
     ) -> str:
-        """Return the `.env` lines of the best combination; see `best`."""
+        """Return the `.env` lines for the best combination; see `best`."""
         return self.best(objective, constraints).env_lines(profile)
 
     def plot(
         self, kind: str = "bars", y: str = OBJECTIVE, x: str = "memory_gib", colour: str = ""
     ) -> Figure:
-        """Draw what was measured; a notebook shows the figure.
+        """Plot the results; a notebook shows the figure.
 
         Args:
-            kind: `bars` of medians with their spread; `concurrency`, the number against requests at
-                once; `prompt`, a latency against the tokens of the prompt; `parallel` coordinates,
-                one line for each combination through all that varies; or `pareto`, what is best at
-                one number for each amount of another.
-            y: The number that matters; for `prompt`, a latency of each request.
-            x: The number that it costs, for `pareto`: memory, perplexity, or also quality.
-            colour: A third number, for `pareto`: a point's colour, such as its quality.
+            kind: `bars`, medians with their range; `concurrency`, a metric against concurrent
+                requests; `prompt`, a latency against the length of the prompt; `parallel`
+                coordinates, a line per combination through all that varies; or `pareto`, the
+                trade-off between two metrics.
+            y: The metric; for `prompt`, a latency.
+            x: The metric on the x-axis of `pareto`, such as memory, perplexity or quality.
+            colour: A third metric for `pareto`, shown as colour, such as quality.
 
         Raises:
-            ExperimentError: Matplotlib is missing, nothing was measured, or a name is not known.
+            ExperimentError: Matplotlib is missing, nothing was measured, or a name is unknown.
         """
         extra("matplotlib")
         from kitty_nb.experiments.plots import KINDS, curves, labels_of  # noqa: PLC0415 (of an extra)
@@ -294,13 +293,15 @@ class Results:
         own = {"concurrency": self._by_concurrency, "prompt": self._by_prompt}
         if kind not in KINDS | own:
             kinds = ", ".join(KINDS | own)
-            raise ExperimentError(f"There is no plot {kind!r}. There are {kinds}.")
-        measured = self._measured("there is nothing to draw")
+            raise ExperimentError(f"Unknown plot {kind!r}. Use one of {kinds}.")
+        measured = self._measured("there is nothing to plot")
         if kind in own:
             y = LATENCIES[0] if kind == "prompt" and y == OBJECTIVE else y
             points = [own[kind](one, y) for one in measured]
             if not any(points):
-                raise ExperimentError(f"No result has {y!r} for a plot against {kind}.")
+                raise ExperimentError(
+                    f"No result has {y!r} for a plot against {kind}. Choose another metric."
+                )
             named = zip(labels_of(measured), points, strict=True)
             words = {"concurrency": "requests at once", "prompt": "prompt, tokens"}
             return curves({label: found for label, found in named if found}, y, words[kind])
@@ -312,32 +313,32 @@ class Results:
     def report(
         self, path: str | Path, *, objective: str = OBJECTIVE, title: str = "Sweep of llama-server"
     ) -> Path:
-        """Write one page of HTML, with its figures and no scripts, and return where.
+        """Write the report, a self-contained HTML page without scripts, and return the path.
 
-        It has the table, verdicts, curves, machine, engine, the models' SHA-256 (read once where a
-        model is on this machine), and the code to repeat the sweep.
+        It contains a table, verdicts, figures, machine, engine, the SHA-256 of the models on this
+        machine, and the code to repeat the sweep.
 
         Args:
-            path: Where to.
-            objective: The number to judge by.
-            title: Of the page.
+            path: The file to write.
+            objective: The metric to compare by.
+            title: The page's title.
 
         Raises:
-            ExperimentError: Matplotlib is missing, nothing was measured, there is no such number,
-                or the file cannot be written.
+            ExperimentError: Matplotlib is missing, nothing was measured, the metric is unknown, or
+                the file can't be written.
         """
         extra("matplotlib")
         from kitty_nb.experiments.report import report_of  # noqa: PLC0415 (of an extra)
 
-        return written(path, report_of(self, objective, title).encode())
+        return write_file(path, report_of(self, objective, title).encode())
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the table of trials as CSV, and return where.
+        """Write the trials as CSV, and return the path.
 
         Raises:
-            ExperimentError: pandas is missing, or the file cannot be written.
+            ExperimentError: pandas is missing, or the file can't be written.
         """
-        return written(path, self.frame.to_csv(index=False).encode())
+        return write_file(path, self.frame.to_csv(index=False).encode())
 
     def to_mlflow(
         self,
@@ -349,20 +350,20 @@ class Results:
     ) -> str:
         """Log the results to MLflow, and return the run's ID.
 
-        The run has the best combination's numbers and the report; under it is a run for each
-        combination: its settings as parameters, its numbers as in `summary` as metrics, and its
-        machines, engine and model's SHA-256 as tags. It names files and prompts, as the report.
+        The run has the best combination's metrics and the report. Nested runs, one per combination,
+        have its settings as parameters, the values of `summary` as metrics, and its machines,
+        engine and model's SHA-256 as tags. Like the report, they reveal files and prompts.
 
         Args:
-            experiment: The name of MLflow's experiment, which is made where it is missing.
-            tracking_uri: Where to, such as `sqlite:///mlflow.db` or a server's address; by default
-                what MLflow is set up for.
-            objective: The number to judge by.
-            title: Of the run and the report.
+            experiment: The name of MLflow's experiment, which is created if missing.
+            tracking_uri: The tracking server or store, such as `sqlite:///mlflow.db`; by default
+                MLflow's own setting.
+            objective: The metric to compare by.
+            title: The name of the run and title of the report.
 
         Raises:
-            ExperimentError: MLflow or Matplotlib is missing, MLflow refuses, nothing was measured,
-                or there is no such number.
+            ExperimentError: MLflow or Matplotlib is missing, MLflow rejects the results, nothing
+                was measured, or the metric is unknown.
         """
         extra("mlflow", "mlflow")
         extra("matplotlib")
@@ -371,7 +372,7 @@ class Results:
         return log_to_mlflow(self, experiment, tracking_uri, objective, title)
 
     def _by_concurrency(self, one: Combination, name: str) -> list[Point]:
-        """The points of a number at each number of requests at once."""
+        """Return the points of a metric by concurrency."""
         speeds = [row.measurement.speeds for row in self.rows if row.measurement]
         levels = sorted({speed.parallel for each in speeds for speed in each})
         names = {level: f"{name}_{level}" if index else name for index, level in enumerate(levels)}
@@ -379,7 +380,7 @@ class Results:
         return [(level, it.median, it.low, it.high) for level, it in found.items()]
 
     def _by_prompt(self, one: Combination, name: str) -> list[Point]:
-        """The points of a latency at each length of prompt, at the least number at once."""
+        """Return the points of a latency by prompt length, at the lowest concurrency."""
         values: dict[int, list[float]] = {}
         for row in self.rows:
             if row.measurement and row.trial.combination == one.trial:
@@ -396,44 +397,3 @@ class Results:
             told = "".join(f"\n- {count} of them: {reason}" for reason, count in reasons)
             raise ExperimentError(f"None of {len(self.rows)} trials was measured, so {so}.{told}")
         return measured
-
-
-def write_parquet(frame: DataFrame, path: str | Path) -> Path:
-    """Write a table as Parquet, and return where; values of several types are written as text.
-
-    Raises:
-        ExperimentError: pyarrow is missing, or the file cannot be written.
-    """
-    extra("pyarrow")
-    for name in frame.columns:
-        if len({type(value) for value in frame[name].dropna()}) > 1:
-            frame[name] = frame[name].map(str, na_action="ignore")
-    return written(path, frame.to_parquet(index=False))
-
-
-def written(path: str | Path, content: bytes) -> Path:
-    """Write a file, whole or not at all, and return where.
-
-    Raises:
-        ExperimentError: It cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content, private=False)
-    except OSError as error:
-        raise ExperimentError(
-            f"Can't write {path}: {error.strerror or error}. Free some space, check the folder's"
-            " permissions, or choose another place."
-        ) from error
-    return path
-
-
-def frame_of(rows: Iterable[dict[str, Any]]) -> DataFrame:
-    """Return a table with a row for each mapping.
-
-    Raises:
-        ExperimentError: pandas is missing.
-    """
-    frame: DataFrame = extra("pandas").DataFrame(list(rows))
-    return frame

@@ -1,7 +1,4 @@
-"""`RunRecord`: what a served model was asked and all that its answers depend on, as JSON.
-
-`compare` lays two of them side by side.
-"""
+"""`RunRecord`: requests, answers and everything the answers depend on, as JSON; `compare`."""
 
 from __future__ import annotations
 
@@ -23,15 +20,15 @@ from pydantic import (
 )
 
 from kitty_nb.catalog.cache import FileDigest
-from kitty_nb.config import ServerConfig, takes_secret
+from kitty_nb.config import ServerConfig, without_secrets
 from kitty_nb.errors import ConfigError, RunRecordError
+from kitty_nb.experiments.output import markdown_table, write_file
 from kitty_nb.isolated_server import SERVER_SETTINGS, EngineKind, LoadSeconds
-from kitty_nb.safe_files import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# One higher whenever an older version of this package would misread a record.
+# Increment whenever an older version of this package would misread a record.
 SCHEMA_VERSION = 1
 _COMPARED: dict[str, Any] = {
     "config": set(SERVER_SETTINGS),
@@ -47,7 +44,7 @@ class _Facts(BaseModel):
 
 
 class Gpu(_Facts):
-    """A GPU as its driver names it, and its own memory in bytes."""
+    """A GPU's name, as its driver reports it, and its memory in bytes."""
 
     name: str
     memory: int
@@ -57,15 +54,15 @@ class HostFacts(_Facts):
     """A machine.
 
     Attributes:
-        name: Its name on the network.
+        name: The host name.
         cpu: The processor's name.
-        cores: Cores of the processor, where the system reports them.
-        threads: Hardware threads of the processor.
-        usable_threads: Hardware threads that this program may use.
-        ram: Bytes of memory.
-        gpus: NVIDIA's GPUs; a Mac's belongs to its processor.
-        os: The operating system with its version.
-        python: Python's implementation and version.
+        cores: The number of physical cores, if the system reports it.
+        threads: The number of hardware threads.
+        usable_threads: The number of hardware threads that this process may use.
+        ram: Size of the memory in bytes.
+        gpus: NVIDIA GPUs; a Mac's GPU is part of its processor.
+        os: The operating system and its version.
+        python: The Python implementation and version.
     """
 
     name: str
@@ -83,9 +80,8 @@ class ModelDigest(_Facts):
     """The identity of a model.
 
     Attributes:
-        shards: Its own files, first to last.
-        companions: The other GGUF files that the server reads: a projector, adapters, a draft
-            model.
+        shards: The model's own files, in order.
+        companions: Other GGUF files that the server reads: a projector, adapters, a draft model.
     """
 
     shards: tuple[FileDigest, ...]
@@ -93,12 +89,12 @@ class ModelDigest(_Facts):
 
     @property
     def name(self) -> str:
-        """The name of its first file."""
+        """The name of the first shard."""
         return self.shards[0].name if self.shards else ""
 
     @property
     def size(self) -> int:
-        """Bytes of the shards."""
+        """The total size of the shards in bytes."""
         return sum(shard.size for shard in self.shards)
 
 
@@ -106,10 +102,10 @@ class EngineFacts(_Facts):
     """The engine that served the model.
 
     Attributes:
-        kind: A llama-server of its own, or the one inside a wheel.
+        kind: A llama-server program, or the server inside a wheel.
         version: The program's version, e.g. `11434 (abc123)`.
-        build: The running server's own name, e.g. `b11434-abc123`; empty where it has none.
-        devices: The devices other than the processor that held the model.
+        build: The build that the running server reports, e.g. `b11434-abc123`; may be empty.
+        devices: The devices, other than the processor, that held the model.
     """
 
     kind: EngineKind
@@ -119,12 +115,12 @@ class EngineFacts(_Facts):
 
 
 class Timings(_Facts):
-    """The server's figures for one request: `n` are tokens, `ms` milliseconds.
+    """The server's timings of a request: `n` counts tokens, `ms` is in milliseconds.
 
     Attributes:
-        cache_n: Tokens of the prompt that were in the cache.
-        prompt_n: Tokens of the prompt that the server processed.
-        predicted_n: Tokens of the answer.
+        cache_n: Prompt tokens found in the cache.
+        prompt_n: Prompt tokens processed.
+        predicted_n: Tokens generated.
     """
 
     cache_n: int = 0
@@ -137,12 +133,12 @@ class Timings(_Facts):
 
 
 class Request(_Facts):
-    """A prompt: a conversation, or a text to continue.
+    """A request: a conversation, or a text to continue.
 
     Attributes:
-        messages: The conversation in OpenAI's protocol.
-        text: The text, without any template; instead of messages.
-        parameters: Everything else that is sent, such as sampling, seed and length.
+        messages: The conversation in OpenAI's format.
+        text: The text, sent without a chat template; used instead of messages.
+        parameters: All other parameters, such as sampling, seed and length.
     """
 
     messages: tuple[dict[str, JsonValue], ...] = ()
@@ -152,17 +148,17 @@ class Request(_Facts):
     @model_validator(mode="after")
     def _is_one(self) -> Self:
         if bool(self.messages) == (self.text is not None):
-            raise ValueError("write either messages or a text")
+            raise ValueError("give either messages or a text")
         return self
 
     @property
     def path(self) -> str:
-        """The server's path for it."""
+        """The server's endpoint for the request."""
         return "/v1/chat/completions" if self.text is None else "/v1/completions"
 
     @property
     def body(self) -> dict[str, JsonValue]:
-        """The JSON that is sent there."""
+        """The JSON body of the request."""
         if self.text is None:
             return {"messages": list(self.messages), **self.parameters}
         return {"prompt": self.text, **self.parameters}
@@ -173,10 +169,10 @@ class Exchange(_Facts):
 
     Attributes:
         output: The answer.
-        reasoning: The model's reasoning, where the server reports it separately.
-        tool_calls: Tool calls in OpenAI's protocol, without their ids, which never repeat.
-        finish_reason: Why the answer ended: `stop`, or `length` when it was cut short.
-        timings: The server's figures, if it reports any.
+        reasoning: The model's reasoning, if the server reports it separately.
+        tool_calls: Tool calls in OpenAI's format, without their random ids.
+        finish_reason: Why generation stopped: `stop`, or `length` if the answer was cut short.
+        timings: The server's timings, if it reports any.
     """
 
     request: Request
@@ -188,24 +184,24 @@ class Exchange(_Facts):
 
     @property
     def text(self) -> str:
-        """Everything that the model wrote."""
+        """All text generated: reasoning, answer and tool calls."""
         calls = (json.dumps(one, ensure_ascii=False, sort_keys=True) for one in self.tool_calls)
         return self.reasoning + self.output + "".join(calls)
 
 
 class RunRecord(_Facts):
-    """The prompts and answers of a served model, and everything they depend on.
+    """A served model's requests and answers, and everything the answers depend on.
 
-    No key is in it: neither the server's, nor those that `extra_args` may hold.
+    A record contains no secrets: neither the server's API key, nor any in `extra_args`.
 
     Attributes:
         made: The time of the recording.
-        config: The server's settings. A replay takes llama-server's own from it, and uses its own
-            folders, port and the like.
-        header: Hash of the beginning of the model's first file, which tells most models apart.
-        libraries: Versions by name.
-        seed: The seed of all sampling.
-        load_seconds: How long the load took; None where that is not known.
+        config: The server's settings. A replay uses those of llama-server itself, but the folders,
+            port and the like of its own machine.
+        header: Hash of the beginning of the model's first file, to find candidates quickly.
+        libraries: Library versions by name.
+        seed: The seed of sampling.
+        load_seconds: The seconds that the load took, by stage; None if unknown.
         exchanges: The requests and their answers, in order.
     """
 
@@ -228,7 +224,7 @@ class RunRecord(_Facts):
 
     @property
     def profile(self) -> str:
-        """The named set of settings that the server was started with."""
+        """The profile that the server was started with."""
         return self.config.profile
 
     @property
@@ -238,10 +234,10 @@ class RunRecord(_Facts):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a record that `save` wrote.
+        """Load a record from a file.
 
         Raises:
-            RunRecordError: There is none, it is damaged, or a later version wrote it.
+            RunRecordError: The file is missing or damaged, or a later version wrote it.
         """
         try:
             text = Path(path).read_bytes()
@@ -253,10 +249,10 @@ class RunRecord(_Facts):
 
     @classmethod
     def parse(cls, text: str | bytes, source: str = "The text") -> Self:
-        """Read a record from its JSON; `source` names it in errors.
+        """Parse a record from JSON; `source` names it in errors.
 
         Raises:
-            RunRecordError: It is damaged, or a later version wrote it.
+            RunRecordError: The record is damaged, or a later version wrote it.
         """
         try:
             return cls.model_validate_json(text)
@@ -271,30 +267,21 @@ class RunRecord(_Facts):
         )
 
     def to_json(self) -> str:
-        """Return it as JSON."""
+        """Return the record as JSON."""
         return self.model_dump_json(indent=2, exclude={"config": {"api_key"}})
 
     def save(self, path: str | Path) -> Path:
-        """Write it to a file, whole or not at all, and return where.
+        """Write the record to a file atomically, and return the path.
 
         Raises:
-            RunRecordError: The file cannot be written.
+            RunRecordError: The file can't be written.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, f"{self.to_json()}\n".encode(), private=False)
-        except OSError as error:
-            raise RunRecordError(
-                f"Can't write {path}: {error.strerror or error}. Free some space, check the"
-                " folder's permissions, or choose another place."
-            ) from error
-        return path
+        return write_file(path, f"{self.to_json()}\n".encode(), RunRecordError)
 
     @field_validator("schema_version")
     @classmethod
     def _is_known(cls, schema: int) -> int:
-        """Stop at once where the other fields may mean something else."""
+        """Reject a record of a later version before its other fields are misread."""
         if schema > SCHEMA_VERSION:
             raise RunRecordError(
                 f"A later version of kitty_nb wrote this run record (schema {schema}; this version"
@@ -305,21 +292,16 @@ class RunRecord(_Facts):
     @field_validator("config")
     @classmethod
     def _without_secrets(cls, config: ServerConfig) -> ServerConfig:
-        words = config.extra_args
-        kept = (
-            word
-            for before, word in zip(("", *words), words, strict=False)
-            if not takes_secret(word) and not takes_secret(before)
-        )
-        return config.model_copy(update={"api_key": None, "extra_args": tuple(kept)})
+        words = without_secrets(config.extra_args)
+        return config.model_copy(update={"api_key": None, "extra_args": words})
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference in something that the answers may depend on.
+    """A difference between two records in something the answers may depend on.
 
     Attributes:
-        what: Its place in the record, e.g. `engine.version`.
+        what: The field of the record, e.g. `engine.version`.
     """
 
     what: str
@@ -332,10 +314,10 @@ class OutputDifference:
     """An answer that differs.
 
     Attributes:
-        exchange: Its index, from 0.
-        position: The first character that differs, from 0.
-        recorded: The beginning of the recorded answer's rest.
-        now: The beginning of the present answer's rest.
+        exchange: The index of the exchange, from 0.
+        position: The index of the first character that differs, from 0.
+        recorded: An excerpt of the recorded answer from there.
+        now: An excerpt of the new answer from there.
     """
 
     exchange: int
@@ -349,7 +331,7 @@ class Figure:
     """A measurement, which varies from run to run.
 
     Attributes:
-        what: What was measured, with its unit.
+        what: The name of the measurement, with its unit.
     """
 
     what: str
@@ -358,20 +340,20 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """The present value over the recorded one."""
+        """The new value over the recorded one."""
         return self.now / self.recorded
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two runs side by side; `print` shows it as tables.
+    """Two runs compared; `print` shows the differences as tables.
 
     Attributes:
         recorded: The earlier run.
-        repeated: The later one.
+        repeated: The later run.
         outputs: Answers that differ.
-        differences: What else differs, timings apart.
-        figures: What was measured in both.
+        differences: Other differences, except timings.
+        figures: Measurements that both runs have.
     """
 
     recorded: RunRecord = field(repr=False)
@@ -382,7 +364,7 @@ class Comparison:
 
     @property
     def same_outputs(self) -> bool:
-        """True if all answers are the same, to the letter."""
+        """True if all answers are identical."""
         return not self.outputs
 
     def __str__(self) -> str:
@@ -393,18 +375,20 @@ class Comparison:
             f" recorded {one.recorded!r}, now {one.now!r}."
             for one in self.outputs
         ]
-        rows = [(one.what, one.recorded, one.now) for one in self.differences]
-        figures = [
-            (one.what, f"{one.recorded:.4g}", f"{one.now:.4g}", f"{one.ratio:.2f}")
-            for one in self.figures
-        ]
-        lines += _table(("differs", "recorded", "now"), rows)
-        lines += _table(("varies", "recorded", "now", "ratio"), figures)
+        if self.differences:
+            rows = ((one.what, one.recorded, one.now) for one in self.differences)
+            lines += ["", *markdown_table(("differs", "recorded", "now"), rows, "lll")]
+        if self.figures:
+            rates = (
+                (one.what, f"{one.recorded:.4g}", f"{one.now:.4g}", f"{one.ratio:.2f}")
+                for one in self.figures
+            )
+            lines += ["", *markdown_table(("varies", "recorded", "now", "ratio"), rates, "lrrr")]
         return "\n".join(lines)
 
 
 def compare(recorded: RunRecord, repeated: RunRecord) -> Comparison:
-    """Lay two runs side by side. What merely varies, such as timings, is no difference."""
+    """Compare two runs. Measurements, such as timings, don't count as differences."""
     before, after = (
         dict(_leaves(run.model_dump(mode="json", include=_COMPARED)))
         for run in (recorded, repeated)
@@ -434,16 +418,22 @@ def _leaves(value: object, place: str = "") -> Iterator[tuple[str, str]]:
         yield place, _NOTHING if value is None else str(value)
 
 
+def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the index of the first item that differs; the length if none does."""
+    pairs = enumerate(zip_longest(one, other))
+    return next((at for at, (a, b) in pairs if a != b), len(one))
+
+
 def _output_differences(recorded: RunRecord, repeated: RunRecord) -> Iterator[OutputDifference]:
     texts = ([exchange.text for exchange in run.exchanges] for run in (recorded, repeated))
     for index, (was, now) in enumerate(zip_longest(*texts, fillvalue="")):
         if was != now:
-            at = next((at for at, pair in enumerate(zip_longest(was, now)) if len(set(pair)) > 1))
+            at = first_difference(was, now)
             yield OutputDifference(index, at, was[at : at + _SHOWN], now[at : at + _SHOWN])
 
 
 def _measured(run: RunRecord) -> Iterator[tuple[str, float]]:
-    """Yield the figures of a run that are known."""
+    """Yield the measurements of a run by name."""
     if run.load_seconds:
         yield "load, s", run.load_seconds.total
     timings = [exchange.timings for exchange in run.exchanges if exchange.timings]
@@ -451,12 +441,3 @@ def _measured(run: RunRecord) -> Iterator[tuple[str, float]]:
         yield "prompt, tokens/s", sum(one.prompt_n for one in timings) / seconds
     if seconds := sum(one.predicted_ms for one in timings) / 1000:
         yield "generation, tokens/s", sum(one.predicted_n for one in timings) / seconds
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table below an empty line; none without rows."""
-    if not rows:
-        return []
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = (head, tuple("-" * width for width in widths), *rows)
-    return ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)]

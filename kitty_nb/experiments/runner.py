@@ -1,4 +1,4 @@
-"""The machinery of a sweep and a search: one loop in a thread, one trial after the other."""
+"""`TrialRunner`: runs the trials of a sweep or search on an event loop in a background thread."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ _log = logging.getLogger(__name__)
 
 
 class TrialRunner:
-    """Runs trials in a thread of its own, one at a time or several; it can be paused and cancelled.
+    """Runs trials in a background thread, one or several at a time; can be paused and cancelled.
 
     Attributes:
-        config: The settings that trials change.
+        config: The base settings.
         workload: The requests of each trial.
-        store: The file for the rows.
-        busy_repeats: How often a trial is measured again because the machine was busy.
-        warnings: Sentences about settings that have no effect.
-        trials: All trials, where they are known in advance.
-        store_problem: The reason that rows are only in memory; empty when all are saved.
+        store: The results file.
+        busy_repeats: How many times a trial is repeated because the machine was busy.
+        warnings: Warnings about settings without effect, in sentences.
+        trials: All trials, if known in advance.
+        store_problem: Why rows are only in memory; empty when all are saved.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrialRunner:
         busy_repeats: int = 1,
     ) -> None:
         extra("optuna")
-        extra("pyarrow")  # here, not when there is something to lose
+        extra("pyarrow")  # fails now rather than when there are results to lose
         from kitty_nb.experiments.store import RowStore, earlier_store  # noqa: PLC0415 (of an extra)
 
         self.config = config
@@ -113,38 +113,38 @@ class TrialRunner:
 
     @property
     def running(self) -> bool:
-        """True if it is running."""
+        """True while the run is in progress."""
         return self._control is not None
 
     def pause(self) -> None:
-        """Begin no further trial; the one under way goes on to its row."""
+        """Start no further trials; those in progress finish."""
         self._on_loop(partial(self._set_paused, True))
 
     def resume(self) -> None:
-        """Begin trials again."""
+        """Continue a paused run."""
         self._on_loop(partial(self._set_paused, False))
 
     def cancel(self) -> None:
-        """End the run and the server under way. Finished trials are kept; `run` does the rest."""
+        """Stop the run and its server. Finished trials are kept; `run` continues with the rest."""
         if control := self._control:
             self._on_loop(control[1].cancel)
 
     def close(self) -> None:
-        """Cancel the run and wait until its server and thread have ended."""
+        """Cancel the run, and wait until its server and thread have ended."""
         self.cancel()
         if self._thread:
             self._thread.join()
 
     def subscribe(self, callback: Callable[[SweepEvent], object]) -> Callable[[], None]:
-        """Call back with each event, on the run's thread, until the result is called."""
+        """Call back with each event on the run's thread; return a function that unsubscribes."""
         return self._broadcast.subscribe(callback)
 
     def _start(self, work: Callable[[], Awaitable[T]], name: str) -> Operation[T]:
-        """Do the work in a thread of its own, which ends with it."""
+        """Start the work in a background thread."""
         if self.running or not self._ended():
             raise ExperimentError(_RUNNING)
         if self._thread:
-            self._thread.join()  # it outlives its result by a moment
+            self._thread.join()  # it briefly outlives its result
         future: Future[T]
         self._thread, future = in_background(work, name)
         self._ended = future.done
@@ -153,7 +153,7 @@ class TrialRunner:
         return Operation(future, lambda: self._load)
 
     async def _controlled(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work so that `cancel` ends it; raise the first of its errors."""
+        """Do the work so that `cancel` stops it; raise its first error."""
         if self.running:
             raise ExperimentError(_RUNNING)
         problem = ""
@@ -166,7 +166,7 @@ class TrialRunner:
         except Exception as failure:  # noqa: BLE001 (raised again below)
             error = first_of(failure)
             known = isinstance(error, KittyError)
-            problem = str(error) if known else f"kitty_nb failed to run the sweep: {error!r}."
+            problem = str(error) if known else f"Internal error: {error!r}. Please report it."
             raise error from None
         finally:
             self._control = self._resumed = None
@@ -177,17 +177,17 @@ class TrialRunner:
             self._publish(SweepEnded(complete, problem))
 
     async def _check_flags(self, settings: Iterable[Settings]) -> None:
-        """Check the flags that will be tried against the engine's own.
+        """Check that the engine supports the flags of the trials.
 
         Raises:
-            EngineError: There is no engine here.
-            ConfigError: It lacks a flag.
+            EngineError: No engine is available here.
+            ConfigError: The engine lacks a flag.
         """
         engine = await locate_engine(self.config.binary)
         check_flags((one for several in settings for one in several), engine.dialect)
 
     def _rows_of(self, models: Iterable[str]) -> list[TrialResult]:
-        """Read the rows in the store that are of these models as they are here."""
+        """Read the stored rows that apply to these models as they are on this machine."""
         here = fingerprints_here(models, self.config)
         return [
             row
@@ -196,7 +196,7 @@ class TrialRunner:
         ]
 
     async def _carry_out(self, trials: Iterable[Trial], execute: Execute) -> None:
-        """Run trials in order, as many at once as there are slots, while it is not paused."""
+        """Run trials in order, one per slot at a time, except while paused."""
         plan = iter(trials)
 
         async def carry_on() -> None:
@@ -223,17 +223,17 @@ class TrialRunner:
             await self._write(row)
 
     async def _undisturbed(self, trial: Trial, execute: Execute) -> TrialResult:
-        """Return a trial's row; measure again while others keep the machine busy, a few times.
+        """Run a trial; repeat it a few times if other processes keep the machine busy.
 
-        The row is the least disturbed. Several trials at once disturb each other, so it would be
-        in vain.
+        Return the row with the least interference. Concurrent trials always interfere with each
+        other, so they are not repeated.
         """
         row = await self._measure(trial, execute, self._publish)
         for _ in range(self.busy_repeats if self._slots == 1 else 0):
             if not row.busy:
                 break
             _log.warning(
-                "Other processes used %.0f %% of the processors during %s; it is measured again.",
+                "Other processes used %.0f %% of the processors during %s. Repeating the trial.",
                 others(row) * 100,
                 trial.label,
             )
@@ -243,22 +243,22 @@ class TrialRunner:
     async def _measure(
         self, trial: Trial, execute: Execute, on_progress: OnProgress
     ) -> TrialResult:
-        """Return a trial's row, even if running it fails unexpectedly: other trials go on.
+        """Run a trial, and return a row even after an unexpected failure: other trials continue.
 
         Raises:
-            ExperimentError: Nothing can be run there any more.
+            ExperimentError: No further trials can be run.
         """
         try:
             return await execute(trial, on_progress)
         except ExperimentError:
             raise
-        except Exception as error:  # noqa: BLE001 (whatever it is, it has its row)
+        except Exception as error:  # noqa: BLE001 (becomes a row)
             _log.exception("Running a trial failed.")
-            reason = f"kitty_nb failed to run this trial: {error!r}. Please report it."
+            reason = f"Internal error: {error!r}. Please report it."
             return TrialResult(trial, Outcome.FAILED, reason, at=time.time())
 
     async def _write_requests(self, results: Results) -> None:
-        """Write the times of each request beside the store; the store has them, too."""
+        """Export the times of all requests to a file beside the store."""
         if not any(row.measurement for row in results.rows):
             return
         path = self.store.with_suffix(".requests.parquet")
@@ -285,12 +285,12 @@ class TrialRunner:
         self._publish(SweepPaused() if paused else SweepResumed())
 
     def _on_loop(self, act: Callable[[], None]) -> None:
-        """Act on the loop of the run, from whatever thread; at once when there is no run."""
+        """Act on the run's event loop, from any thread; immediately if there is no run."""
         control = self._control
         if control is None:
             act()
             return
-        with suppress(RuntimeError):  # it has just ended
+        with suppress(RuntimeError):  # the loop has just ended
             control[0].call_soon_threadsafe(act)
 
     def _publish(self, event: SweepEvent) -> None:
@@ -300,6 +300,6 @@ class TrialRunner:
 
 
 def others(row: TrialResult) -> float:
-    """Return the share of the processors that other processes used; the most where unknown."""
+    """Return the fraction of processor time used by other processes; infinity if unknown."""
     noise = row.measurement and row.measurement.noise
     return noise.others if noise else math.inf

@@ -1,8 +1,8 @@
-"""Runs a function that a model wrote, in a process of its own: it exits with 0 if all cases hold.
+"""A script that runs a function written by a model, and exits with 0 if it passes all test cases.
 
-Standard input is JSON: the code, and cases with arguments and result. The code may not import, nor
-reach what it was not given, and its time, memory and files are limited. That stops what a model
-writes by mistake; it is no wall against an attacker.
+Standard input is JSON: the code, and test cases of arguments and result. The code can't import
+modules or use other builtins than a few, and its time, memory and files are limited. That contains
+a model's mistakes; it is no defence against an attacker.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 _SECONDS, _BYTES = 2, 1 << 29
-_INNER = ("_", "gi_", "cr_", "ag_", "f_", "tb_")  # attributes that lead out: of frames, too
+_INNER = ("_", "gi_", "cr_", "ag_", "f_", "tb_")  # attributes that lead to builtins or frames
 _ALLOWED = (
     *("abs", "all", "any", "bool", "chr", "dict", "divmod", "enumerate", "filter", "float"),
     *("frozenset", "int", "isinstance", "iter", "len", "list", "map", "max", "min", "next", "ord"),
@@ -23,7 +23,7 @@ _ALLOWED = (
 
 
 def allows(code: str) -> bool:
-    """Tell whether code does nothing but compute. Pure."""
+    """Return whether code is free of imports and of attributes that escape the sandbox. Pure."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError):
@@ -33,7 +33,7 @@ def allows(code: str) -> bool:
             return False
         if getattr(node, "id", "").startswith("_"):
             return False
-        # By a format string, attributes can be reached that stand nowhere in the code.
+        # A format string can reach attributes that don't appear in the code.
         if isinstance(node, ast.Attribute) and (
             node.attr.startswith(_INNER) or node.attr in {"format", "format_map"}
         ):
@@ -42,10 +42,10 @@ def allows(code: str) -> bool:
 
 
 def holds(code: str, cases: list[tuple[list[Any], Any]]) -> bool:
-    """Run code, and tell whether its last function gives the result of each case."""
+    """Run code, and return whether its last function passes all test cases."""
     given = __builtins__ if isinstance(__builtins__, dict) else vars(__builtins__)
     scope: dict[str, Any] = {"__builtins__": {name: given[name] for name in _ALLOWED}}
-    exec(compile(code, "answer", "exec"), scope)  # noqa: S102 (what this process is for)
+    exec(compile(code, "answer", "exec"), scope)  # noqa: S102 (the purpose of this process)
     function = [one for one in scope.values() if callable(one)][-1]
     return all(function(*arguments) == result for arguments, result in cases)
 

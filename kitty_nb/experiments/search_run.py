@@ -1,4 +1,4 @@
-"""A search under way, trial by trial, and its outcome."""
+"""`Tuning`: runs a search trial by trial; `TuneResult`: its outcome."""
 
 from __future__ import annotations
 
@@ -13,16 +13,9 @@ import anyio
 import anyio.to_thread
 
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
-from kitty_nb.experiments.metrics import (
-    partial_metrics,
-)
+from kitty_nb.experiments.metrics import partial_metrics
 from kitty_nb.experiments.runner import TrialRunner
-from kitty_nb.experiments.trial import (
-    Outcome,
-    TrialProgressed,
-    TrialResult,
-    TrialSeconds,
-)
+from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
@@ -34,15 +27,10 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.study import Search
     from kitty_nb.experiments.target import Proof
-    from kitty_nb.experiments.trial import (
-        Execute,
-        OnProgress,
-        SweepEvent,
-        Trial,
-    )
+    from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
     from kitty_nb.operation import Operation
 
-_PATIENCE = 4.0  # times as long as others a trial may take
+_PATIENCE = 4.0  # multiple of the usual duration after which a trial is pruned
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,12 +38,12 @@ class TuneResult:
     """The outcome of a search.
 
     Attributes:
-        best: The best combination that keeps all constraints; see `Results.best`.
-        value: Its objective: the median of its measurements.
+        best: The best combination that satisfies all constraints; see `Results.best`.
+        value: The median of its objective.
         objective: The objective's name.
-        results: All rows, for tables and plots.
-        study: Optuna's study, for its own plots and importances.
-        proof: What repeated measurements say, where there was a target.
+        results: All results, for tables and plots.
+        study: The Optuna study, for Optuna's plots and importances.
+        proof: The comparison by repeated measurements, if there was a target.
     """
 
     best: Combination
@@ -67,12 +55,12 @@ class TuneResult:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The best settings by name."""
+        """The best settings, by name."""
         return dict(self.best.trial.settings)
 
     @property
     def summary(self) -> str:
-        """The result and the number of trials, in a sentence or two."""
+        """The result and the number of trials, in sentences."""
         rows = self.results.rows
         ends = Counter(row.outcome.value for row in rows)
         counts = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
@@ -87,27 +75,25 @@ class TuneResult:
         return f"TuneResult({self.summary})"
 
     def env_lines(self, profile: str | None = None) -> str:
-        """Return the lines to paste into `.env` so that a profile is served like the best.
+        """Return the `.env` lines for a profile with the best settings.
 
         Args:
-            profile: Without it that of `config`.
+            profile: The profile; by default that of `config`.
         """
         return self.best.env_lines(profile)
 
 
 class Tuning(TrialRunner):
-    """A search under way: each trial is asked for when the one before it has its row."""
+    """Runs a search, which chooses each trial from the results so far."""
 
-    def __init__(
-        self, *, search: Search, budget: int, seconds: float | None, **common: Any
-    ) -> None:
-        super().__init__(**common)
+    def __init__(self, *common: Any, search: Search, budget: int, seconds: float | None) -> None:
+        super().__init__(*common)
         self._search = search
         self._budget = budget
         self._seconds = seconds
 
     def start(self) -> Operation[TuneResult]:
-        """Search in a thread of its own."""
+        """Search in a background thread."""
         return self._start(self._find, "kitty_nb tune")
 
     async def _find(self) -> TuneResult:
@@ -124,7 +110,7 @@ class Tuning(TrialRunner):
         await anyio.to_thread.run_sync(
             partial(fingerprints_here, models, self.config, must_exist=True)
         )
-        await self._kept.add()  # creates the file, so that an unusable one shows first
+        await self._kept.add()  # creates the file, so that an unusable one fails early
         self._resume(await anyio.to_thread.run_sync(self._rows_of, models))
         async with this_machine(self.config, self.workload, self._logs) as execute:
             await self._carry_out(self._plan(), execute)
@@ -145,7 +131,7 @@ class Tuning(TrialRunner):
     async def _measure(
         self, trial: Trial, execute: Execute, on_progress: OnProgress
     ) -> TrialResult:
-        """Return the trial's row; it is pruned where it cannot win any more."""
+        """Run a trial; prune it once it can no longer win."""
         if trial.repeat > 1:
             return await super()._measure(trial, execute, on_progress)
         name, usual = self._search.objective.name, self._search.usual_seconds
@@ -159,7 +145,7 @@ class Tuning(TrialRunner):
             if name not in found or why:
                 return
             if isinstance(event, TrialProgressed):
-                sofar.clear()  # of a load's time so far the latest counts
+                sofar.clear()  # only the latest value of a load's elapsed time counts
             sofar.append(found[name])
             why = self._search.prune_reason(median(sofar))
             if why:
@@ -168,7 +154,7 @@ class Tuning(TrialRunner):
         began = time.monotonic()
         row: TrialResult | None = None
         with anyio.CancelScope() as scope:
-            if self._search.objective.tells_speed and usual:
+            if self._search.objective.is_speed and usual:
                 scope.deadline = anyio.current_time() + _PATIENCE * usual
             row = await super()._measure(trial, execute, watch)
         if row:

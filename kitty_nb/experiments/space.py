@@ -1,6 +1,6 @@
-"""The search space: settings by name, their combinations, and whether batch sizes matter. Pure.
+"""Settings to vary: their names, combinations and order, and whether batch sizes matter. Pure.
 
-A name is a field of `ServerConfig`, or a flag of llama-server that has no field.
+A name is a field of `ServerConfig`, or a flag of llama-server without a field.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     Settings = tuple[tuple[str, Value], ...]
     Skip = Callable[[Mapping[str, Any]], object]
 
-# Each request limits its own answer, so a server's limit would change nothing.
+# Each request limits its own answer, so the server's limit has no effect.
 FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
-# Options that each request, or the sweep, sets by itself, and the remedy.
+# Options that each request, or the sweep, sets itself, and what to do instead.
 _DECIDED = {
     "--seed": "Write seed=… in the sweep instead.",
     "--predict": "Write max_tokens=… in the sweep instead.",
@@ -49,8 +49,8 @@ _DECIDED = {
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
 }
 _NO_EFFECT = "It has no effect: each request, or the sweep, sets it."
-_MISSPELT = 0.92  # likeness from which a name is a misspelt field; real flags are less like one
-# llama-server's own defaults. Threads: one for each core.
+_MISSPELT = 0.92  # similarity from which a name is a misspelled field; real flags are below
+# llama-server's defaults. Threads: one per core.
 _ENGINE_DEFAULTS: Mapping[str, Value] = {
     "threads": psutil.cpu_count(logical=False),
     "batch_size": 2048,
@@ -77,16 +77,16 @@ def combine(
     """Return every combination of models and settings once.
 
     Args:
-        base: The settings where a combination sets nothing.
-        models: Files, absolute or in the models folder; without any, that of `base`.
-        grid: Values by name of setting: all combinations of them are tried.
-        configs: Combinations one by one, as whole settings or as changes to `base`. With a grid,
-            each is combined with all of it.
-        skip: Called with each combination, its model as `model`; return true to leave it out.
+        base: The base settings.
+        models: Files, absolute or in the models folder; by default that of `base`.
+        grid: Values by name of setting, to be combined.
+        configs: Individual combinations, as complete settings or as changes to `base`. Each is
+            combined with the grid.
+        skip: Called with each combination, its model as `model`; returns true to skip it.
 
     Raises:
-        ConfigError: Listing all names and values that are wrong.
-        ExperimentError: Nothing is left to try.
+        ConfigError: Some names or values are invalid; the error lists all of them.
+        ExperimentError: There is nothing to try.
     """
     problems: list[Problem] = []
     axes = {name: _values(name, values, problems) for name, values in (grid or {}).items()}
@@ -106,7 +106,7 @@ def combine(
     left = tuple(trial for trial in combinations if not _skipped(trial, skip))
     if not left:
         emptied = [name for name, values in axes.items() if not values]
-        what = f"no values are given for {', '.join(emptied)}" if emptied else "skip leaves none"
+        what = f"no values are given for {', '.join(emptied)}" if emptied else "skip excludes all"
         what = "configs is empty" if configs is not None and not listed else what
         raise ExperimentError(f"There is nothing to try: {what}. Give at least one combination.")
     _check_values(left, base)
@@ -114,7 +114,7 @@ def combine(
 
 
 def baseline_of(combinations: Sequence[Trial], base: ServerConfig) -> Trial:
-    """Return the combination that is the settings in use, whether or not it is one of these."""
+    """Return the combination equal to the settings in use; a new one if none of these is."""
     model = _model_name(base.model, base) if base.model else combinations[0].model
     same = (
         one
@@ -127,15 +127,15 @@ def baseline_of(combinations: Sequence[Trial], base: ServerConfig) -> Trial:
 def in_order(
     combinations: Sequence[Trial], repeats: int, seed: int, twice: Trial | None = None
 ) -> tuple[Trial, ...]:
-    """Return all trials: each combination once, then each once more, every round shuffled.
+    """Return all trials in rounds, each of which has every combination once, shuffled.
 
     A drift, such as a machine warming up, then affects all combinations alike.
 
     Args:
         combinations: The combinations to try.
-        repeats: The number of measurements of each.
+        repeats: The number of rounds.
         seed: The seed of the order.
-        twice: One that is measured twice in each round, the second time as the round's negative.
+        twice: A combination measured twice per round, the second time with a negative repeat.
     """
     rounds = []
     for repeat in range(1, repeats + 1):
@@ -148,10 +148,10 @@ def in_order(
 
 
 def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None:
-    """Reject flags that the engine lacks or a trial can't set, and values that it doesn't accept.
+    """Reject flags that the engine lacks or a trial can't set, and values it doesn't accept.
 
     Raises:
-        ConfigError: Listing all of them, each with the nearest name there is.
+        ConfigError: There are any; the error lists all of them, with suggestions.
     """
     problems: dict[object, Problem] = {}
     for name, value in sorted(set(settings), key=str):
@@ -177,10 +177,10 @@ def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None
 
 
 def as_value(value: Any) -> Value:
-    """Convert a value to the form in which trials are compared and stored.
+    """Convert a value to the form in which trials compare and store it.
 
     Raises:
-        TypeError: It cannot be a setting.
+        TypeError: The value can't be a setting.
     """
     match value:
         case Enum():
@@ -191,9 +191,9 @@ def as_value(value: Any) -> Value:
             return tuple(map(str, value))
         case None | bool() | int() | float() | str():
             return value
-    if callable(item := getattr(value, "item", None)):  # a number of NumPy, as its ranges hold them
+    if callable(item := getattr(value, "item", None)):  # a NumPy scalar
         return as_value(item())
-    raise TypeError(f"{value!r} is not a value that a setting can have")
+    raise TypeError(f"{value!r} can't be the value of a setting")
 
 
 def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) -> dict[str, Any]:
@@ -201,8 +201,8 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
 
     Args:
         trial: The trial.
-        base: The settings that the sweep starts from.
-        dialect: The engine's spelling of a switch that is off.
+        base: The base settings.
+        dialect: The engine's dialect, for switches that are off.
     """
     fields: dict[str, Any] = {name: value for name, value in trial.settings if name in FIELDS}
     flags = [
@@ -218,7 +218,7 @@ def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) ->
 
 
 def in_use(name: str, base: ServerConfig) -> Value:
-    """Return the value a setting has where a trial does not set it; None if that is not known."""
+    """Return a setting's value if a trial doesn't change it; None if unknown."""
     if name in FIELDS:
         value = as_value(getattr(base, name))
     else:
@@ -227,14 +227,14 @@ def in_use(name: str, base: ServerConfig) -> Value:
 
 
 def digest(base: ServerConfig, workload: Workload) -> str:
-    """Return a digest of the conditions under which rows can be compared."""
+    """Return a digest of the conditions that comparable rows share."""
     config = base.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
     text = json.dumps({"config": config, **dict(workload.conditions())}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[str, ...]:
-    """Name the batch sizes that treat so many tokens as those in use do."""
+    """Name the batch sizes that split `tokens` just as those in use do."""
 
     def effect_without(name: str) -> object:
         return batch_effect(tuple(one for one in settings if one[0] != name), base, tokens)
@@ -248,7 +248,7 @@ def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[s
 
 
 def batch_effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[object, ...]:
-    """Return a key that is equal where batches of at most so many tokens are treated alike."""
+    """Return a key that is equal for settings that split `tokens` into equal batches."""
     batch, ubatch = _sizes(settings, base)
     rest = frozenset(one for one in settings if one[0] not in BATCHES)
     return rest, min(batch, tokens), min(ubatch, batch, tokens)
@@ -257,18 +257,18 @@ def batch_effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[o
 def fill_batches(
     workload: Workload, tried: Sequence[Settings], base: ServerConfig, objective: str = ""
 ) -> tuple[Workload, tuple[str, ...]]:
-    """Let the default prompt fill the batches where their sizes are varied and matter.
+    """Lengthen the default prompt to fill the batches, if their sizes are varied and matter.
 
     Returns:
-        The workload, and a warning where it can't show a difference between the batch sizes.
+        The workload, and a warning if it can't distinguish the batch sizes.
     """
     sizes = zip(*(_sizes(settings, base) for settings in tried), strict=True)
     largest = max((max(values) for values in sizes if len(set(values)) > 1), default=0)
     if not largest:
         return workload, ()
-    if objective == OBJECTIVE and workload.levels[0] == 1:  # made token by token
+    if objective == OBJECTIVE and workload.levels[0] == 1:  # one token per step
         return workload, (
-            f"{objective} of one request at a time does not depend on batch sizes. Leave them out,"
+            f"{objective} of one request at a time doesn't depend on batch sizes. Leave them out,"
             " or compare prompt_tokens_per_second or time_to_first_token.",
         )
     if workload.prompts == (DEFAULT_PROMPT,) and not workload.quality:
@@ -282,13 +282,13 @@ def fill_batches(
     if shown == all_of_them:
         return workload, ()
     return workload, (
-        f"Prompts of about {tokens} tokens can't show a difference between all batch sizes: no"
-        f" batch is larger. Use prompts of {largest} tokens or more.",
+        f"Prompts of about {tokens} tokens don't fill all batch sizes, so some can't differ. Use"
+        f" prompts of {largest} tokens or more.",
     )
 
 
 def _check_names(names: Iterable[str]) -> Iterator[Problem]:
-    """Yield what is wrong with names of settings, as far as it shows without an engine."""
+    """Yield problems with names of settings that don't depend on the engine."""
     choice = f"{', '.join(FIELDS)}, or a flag of llama-server."
     for name in dict.fromkeys(names):
         if name in FIELDS:
@@ -303,7 +303,7 @@ def _check_names(names: Iterable[str]) -> Iterator[Problem]:
 
 
 def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:
-    """Validate the settings of all trials; their models are looked up later."""
+    """Validate the settings of all trials, but not their models."""
     problems: dict[tuple[str, str], Problem] = {}
     for trial in trials:
         try:
@@ -317,7 +317,7 @@ def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:
 def _one_config(
     config: ServerConfig | Mapping[str, Any], base: ServerConfig, problems: list[Problem]
 ) -> tuple[str | None, dict[str, Value]]:
-    """The model of a config, if it names one, and its other settings."""
+    """Return a config's model, if any, and its other settings."""
     if isinstance(config, ServerConfig):
         whole = {name: getattr(config, name) for name in (*FIELDS, "model")}
         config = {name: value for name, value in whole.items() if value != getattr(base, name)}
@@ -339,7 +339,7 @@ def _values(name: str, values: Iterable[Any], problems: list[Problem]) -> tuple[
 
 
 def _model_name(model: object, base: ServerConfig) -> str:
-    """A model's path in the models folder, which any machine can have."""
+    """Return a model's path relative to the models folder, which is valid on any machine."""
     path, folder = Path(str(getattr(model, "path", model))).expanduser(), base.models_dir
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
@@ -356,14 +356,14 @@ def _skipped(trial: Trial, skip: Skip | None) -> bool:
 
 
 def _decided(option: Option | None) -> str:
-    """Say where to set an option that a trial can't set; empty for any other."""
+    """Say where to set an option that a trial can't; empty for other options."""
     return next(
         (_DECIDED[flag] for flag in (option.flags if option else ()) if flag in _DECIDED), ""
     )
 
 
 def _advice(name: str, dialect: Dialect) -> str:
-    """Suggest the setting that was meant: its field, or the option's longest flag."""
+    """Suggest a field or flag for a misspelled name."""
     option = dialect.option(f"-{name}") or dialect.option(dialect.nearest(_flag(name)) or "")
     if option is None:
         return "See `llama-server --help`."
@@ -378,7 +378,7 @@ def _flag(name: str) -> str:
 
 
 def _words(name: str, value: Value, dialect: Dialect | None) -> tuple[str, ...]:
-    """A flag and its value as words of the command line."""
+    """Return a flag and its value as words of the command line."""
     flag = _flag(name)
     match value:
         case None:

@@ -1,4 +1,4 @@
-"""Differences that noise does not explain. Pure."""
+"""Paired comparisons and confidence intervals. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONFIDENCE = 0.98  # 95 % would name 5 winners among 100 pairs of equals, and often more
-LEAST_ROUNDS = 3  # below that no interval is worth its name
+LEAST_ROUNDS = 3  # minimum for a meaningful interval
 _RESAMPLES = 2000
-_POWER = 0.8  # chance with which the rounds that "would tell" do
-_MOST_ROUNDS = 1000  # nobody measures more to tell two settings apart
+_POWER = 0.8  # probability that the forecast number of rounds suffices
+_MOST_ROUNDS = 1000  # more would not be practical
 
 
 class Verdict(StrEnum):
-    """What a comparison tells of the second of two."""
+    """The verdict of a comparison on the second of two series."""
 
     FASTER = "faster"
     SLOWER = "slower"
@@ -30,16 +30,16 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A measured difference between two, and what it is worth.
+    """A measured difference between two series, with its confidence interval and verdict.
 
     Attributes:
-        ratio: The second over the first: the geometric mean over the rounds.
+        ratio: The second over the first, as the geometric mean over the rounds.
         low: The lower end of the ratio's confidence interval.
-        high: Its upper end.
-        rounds: The number of rounds measured.
+        high: The upper end.
+        rounds: The number of rounds.
         verdict: The verdict on the second.
-        more_rounds: The number of further rounds that would probably tell if the ratio stays as it
-            is; 0 where it is told, None where no reasonable number would.
+        more_rounds: The number of further rounds that would probably decide if the ratio stays the
+            same; 0 if it is decided, None if no practical number would.
     """
 
     ratio: float
@@ -50,7 +50,7 @@ class Difference:
     more_rounds: int | None
 
     def __str__(self) -> str:
-        """The verdict in words, such as `faster by 10.2 % (8.1 to 12.4 %)`."""
+        """The verdict in words, such as `faster: +10.2 % (+8.1 to +12.4 %)`."""
         if self.rounds < LEAST_ROUNDS:
             return f"{self.verdict}, {_more(self.more_rounds)}"
         ends = f"{_percent(self.low)} to {_percent(self.high)} %"
@@ -68,22 +68,23 @@ def compare_paired(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Difference:
-    """Compare two series that were measured in the same rounds, by the ratio in each round.
+    """Compare two series measured in the same rounds, by their ratios per round.
 
-    The interval is a bootstrap of the mean log ratio, its percentiles widened for few rounds
-    (Hesterberg 2015), and at least Student's: of five numbers, resampling alone knows too little.
+    The interval is a percentile bootstrap of the mean log ratio, expanded for small samples
+    (Hesterberg 2015), and never narrower than Student's t interval.
 
     Args:
-        baseline: Positive numbers, one for each round.
-        other: Those of the other in the same rounds.
-        smaller_is_better: Whether less is better, as of seconds.
-        spread: The share by which the same settings differ on this machine; see `own_spread`. A
-            difference that is no larger is too close to tell.
-        confidence: Of the interval. By default about 2 in 100 comparisons of equals have a winner.
-        seed: Of the resampling.
+        baseline: Positive numbers, one per round.
+        other: The other series, in the same rounds.
+        smaller_is_better: Whether a smaller value is better, as of seconds.
+        spread: The machine's own relative variation; see `own_spread`. A difference that isn't
+            larger is too close to tell.
+        confidence: The confidence level. By default, about 2 in 100 comparisons of equals have a
+            winner.
+        seed: The seed of the bootstrap.
 
     Raises:
-        ExperimentError: The series are not of the same rounds, or a number is not positive.
+        ExperimentError: The series differ in length, or a number isn't positive.
     """
     logs = _log_ratios(baseline, other)
     rounds = len(logs)
@@ -103,10 +104,10 @@ def compare_paired(
 
 
 def own_spread(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the share by which two series of the same settings differ: the machine's own spread.
+    """Return the relative difference of two series of the same settings: the machine's variation.
 
     Raises:
-        ExperimentError: The series are not of the same rounds, or a number is not positive.
+        ExperimentError: The series differ in length, or a number isn't positive.
     """
     logs = _log_ratios(first, second)
     return math.expm1(abs(math.fsum(logs) / len(logs))) if logs else 0.0
@@ -115,19 +116,19 @@ def own_spread(first: Sequence[float], second: Sequence[float]) -> float:
 def proportion_interval(
     successes: int, total: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return Wilson's interval for a share of successes."""
+    """Return Wilson's interval for a proportion of successes."""
     test = extra("scipy.stats").binomtest(successes, total)
     low, high = test.proportion_ci(confidence, method="wilson")
     return float(low), float(high)
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Return the interval of a mean, by bootstrap; None of fewer than three values."""
-    return _interval(values, confidence, seed=0) if len(values) >= LEAST_ROUNDS else None
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the bootstrap 95 % interval of a mean; None for fewer than three values."""
+    return _interval(values, 0.95, seed=0) if len(values) >= LEAST_ROUNDS else None
 
 
 def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
-    """Return the interval of the mean of scores, which of right or wrong answers is Wilson's."""
+    """Return the interval of a mean score: Wilson's if all scores are 0 or 1, else a bootstrap."""
     if set(scores) <= {0.0, 1.0}:
         return proportion_interval(round(sum(scores)), len(scores))
     return mean_interval(scores)
@@ -136,8 +137,8 @@ def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
 def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
     if len(baseline) != len(other):
         raise ExperimentError(
-            f"{len(baseline)} rounds cannot be compared with {len(other)}. Give a number of each"
-            " for every round."
+            f"Can't pair {len(baseline)} rounds with {len(other)}. Give both series a value for"
+            " every round."
         )
     if not all(value > 0 and math.isfinite(value) for value in (*baseline, *other)):
         raise ExperimentError("Ratios need positive numbers. Compare another metric.")
@@ -145,7 +146,7 @@ def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float
 
 
 def _interval(values: Sequence[float], confidence: float, seed: int) -> tuple[float, float]:
-    """The interval of a mean: the wider of Student's and the bootstrap's at either end."""
+    """Return the interval of a mean: at either end, the wider of Student's and the bootstrap's."""
     stats, rounds = extra("scipy.stats"), len(values)
     numpy = extra("numpy")
     error = stats.sem(values)
@@ -166,7 +167,7 @@ def _interval(values: Sequence[float], confidence: float, seed: int) -> tuple[fl
 def _more_rounds(
     mean: float, half: float, rounds: int, confidence: float, spread: float
 ) -> int | None:
-    """The rounds still missing, if the mean stays and the interval narrows with their root."""
+    """Return how many more rounds would decide, if mean and deviation stay the same."""
     if abs(mean) <= math.log1p(spread):
         return None
     t, level = extra("scipy.stats").t, (1 + confidence) / 2

@@ -1,7 +1,7 @@
-"""The rows of sweeps, kept as finished trials of Optuna studies in a journal file.
+"""Storage of results, as finished trials of Optuna studies in a journal file.
 
-A journal, not SQLite: opening one takes 0.2 ms instead of 2 s (SQLAlchemy and Alembic load and
-create tables), a row 0.4 ms instead of 8 ms.
+Compared with SQLite, opening a journal takes 0.2 ms instead of 2 s (SQLAlchemy and Alembic load and
+create tables), and adding a row 0.4 ms instead of 8 ms.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_JOURNAL = b'{"op_code"'  # the beginning of each line of a journal
-_SQLITE = b"SQLite for"  # the beginning of an earlier version's file
-_LOCK_SECONDS = 5  # for which a lock may stand still before its owner counts as dead
+_JOURNAL = b'{"op_code"'  # how each line of a journal begins
+_SQLITE = b"SQLite for"  # how the file of an earlier version begins
+_LOCK_SECONDS = 5  # after which the owner of an unchanged lock counts as dead
 _ROW = TypeAdapter(TrialResult)
 _Row = TrialResult | None
 
 
 class RowStore:
-    """Keeps the rows of all trials that were run under the same conditions.
+    """The stored results of all trials that ran under the same conditions.
 
-    A row that cannot be written stays in memory and is written with the next.
+    A row that can't be written stays in memory, and is written with the next.
 
     Args:
-        path: The file; it and its folder are created when first needed. Many sweeps may share it.
-        conditions: Digest of what the trials have in common; it names their study.
+        path: The file, created with its folder when first needed. Sweeps may share it.
+        conditions: A digest of the trials' common conditions; it names their study.
     """
 
     def __init__(self, path: Path, conditions: str) -> None:
@@ -58,10 +58,10 @@ class RowStore:
         return sum(row is not None for row in self._unwritten.values())
 
     def read(self) -> tuple[TrialResult, ...]:
-        """Return the newest row of each trial, in the order in which they were written.
+        """Return the latest row of each trial, in the order of writing.
 
         Raises:
-            ResultStoreError: The file cannot be used.
+            ResultStoreError: The file can't be used.
         """
         rows: dict[str, TrialResult] = {}
         with self._explained():
@@ -74,14 +74,14 @@ class RowStore:
         return tuple(rows.values())
 
     async def add(self, rows: Iterable[TrialResult] = (), dropped: Iterable[str] = ()) -> None:
-        """Write rows, and those that could not be written before; create the file if need be.
+        """Write rows and any backlog; create the file if necessary.
 
         Args:
-            rows: The rows, each in place of an earlier one of its trial.
-            dropped: Keys of trials whose rows count no more.
+            rows: The rows; each replaces an earlier row of its trial.
+            dropped: Keys of trials whose rows are discarded.
 
         Raises:
-            ResultStoreError: They cannot be written now; they are kept for the next time.
+            ResultStoreError: The file can't be written; the rows are kept for the next call.
         """
         self._unwritten |= {row.trial.key: row for row in rows} | dict.fromkeys(dropped)
         async with self._writing:
@@ -99,7 +99,7 @@ class RowStore:
                     del self._unwritten[key]
 
     def _study(self, *, create: bool = False) -> optuna.Study:
-        """The study of these conditions; an empty one where the file has none."""
+        """Return the study of these conditions, or an empty one if the file has none."""
         storage = self._storage()
         if self._conditions in optuna.get_all_study_names(storage):
             return optuna.load_study(study_name=self._conditions, storage=storage)
@@ -107,11 +107,11 @@ class RowStore:
             return optuna.create_study(
                 storage=storage if create else None,
                 study_name=self._conditions,
-                load_if_exists=True,  # another program may have been faster
+                load_if_exists=True,  # another process may have created it just now
             )
 
     def _storage(self) -> JournalStorage:
-        """The file, replayed from where it was read last, unless it is another one since."""
+        """Return the storage, which rereads only what was appended to the same file."""
         if reason := distrust(self._path, folders=False):
             raise PermissionError(reason.rstrip("."))
         with self._path.open("rb") as file:
@@ -130,7 +130,7 @@ class RowStore:
         return self._replayed[0]
 
     def _cut_half_line(self) -> None:
-        """Remove a last line that a killed program or a full disk left incomplete."""
+        """Remove an incomplete last line, left by a killed process or a full disk."""
         self._lock.acquire()
         try:
             with self._path.open("rb+") as file:
@@ -145,7 +145,7 @@ class RowStore:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what a damaged or forbidden file raises into a sentence."""
+        """Explain errors of a damaged or inaccessible file."""
         try:
             yield
         except (
@@ -154,7 +154,7 @@ class RowStore:
             LookupError,
             TypeError,
             AssertionError,
-            RuntimeError,  # too deep a row, or another program took a lock that stood still
+            RuntimeError,  # a row nested too deeply, or another process took a stale lock
         ) as error:
             self._replayed = None
             kept = f" {self.unwritten} results are kept in memory." if self._unwritten else ""
@@ -166,7 +166,7 @@ class RowStore:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Optuna from announcing a study; its user's own choice holds again afterwards."""
+    """Silence Optuna's messages about a new study, and restore the user's verbosity."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -176,18 +176,18 @@ def quiet() -> Iterator[None]:
 
 
 def earlier_store(path: Path) -> str:
-    """Say that results of an earlier version lie beside a file that is not there yet, if so."""
+    """Return a notice if only an earlier version's results file exists; otherwise empty."""
     earlier = path.with_suffix(".sqlite3")
     if path.exists() or not earlier.exists():
         return ""
     return (
-        f"{earlier} holds results of an earlier version of kitty_nb, which this one doesn't read."
-        f" Trials run again, into {path.name}; delete the earlier file when you don't need it."
+        f"{earlier} holds results of an earlier version of kitty_nb, which this version can't read."
+        f" Trials run again, into {path.name}; delete the old file when you no longer need it."
     )
 
 
 def _as_optuna(key: str, row: _Row) -> optuna.trial.FrozenTrial:
-    """A row as a finished trial; without a row, that the trial's earlier row counts no more."""
+    """Return a row as a finished Optuna trial; without a row, one that discards the earlier row."""
     value = metrics_of(row).get(OBJECTIVE) if row else None
     return create_trial(
         state=TrialState.FAIL if value is None else TrialState.COMPLETE,

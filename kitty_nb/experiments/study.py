@@ -1,8 +1,7 @@
-"""A search as an Optuna study: the choices, and what to measure next.
+"""`Search`: an Optuna study that proposes what to measure next, and its search space.
 
-Optuna's tree-structured Parzen estimator looks at all settings together (`multivariate`): by itself
-it comes within a few percent of a grid's best in a quarter of the grid's trials, where the one that
-looks at each setting alone does not.
+The sampler is Optuna's multivariate tree-structured Parzen estimator: it comes within a few percent
+of a grid's best in a quarter of the grid's trials, which the univariate one does not.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from optuna.trial import TrialState
 from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments.combination import Combination
-from kitty_nb.experiments.latency import too_few_requests
+from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
 from kitty_nb.experiments.store import quiet
@@ -47,28 +46,28 @@ if TYPE_CHECKING:
 Axis = CategoricalDistribution | IntDistribution | FloatDistribution
 Space = dict[str, Axis]
 
-_MODEL = "model"  # the name of the axis where there are several
-_RANDOM = 5  # trials by chance before the estimator has enough to go by
-_ASKED = 30  # proposals in a row that were measured already, before chance decides
+_MODEL = "model"  # the name of the axis of models
+_RANDOM = 5  # random trials before the estimator takes over
+_ASKED = 30  # repeated proposals in a row before a random choice
 _ENUMERABLE = 4096  # combinations
-_CONFIRM_EVERY = 8  # trials, one of which measures the best so far again
-_SURE = 3  # measurements after which the median of a combination is believed
-_PEERS = 4  # combinations from which on their median says what is usual
-_CLEARLY = 0.1  # share by which a trial must be worse than usual, beyond noise
-_WIDE = 16  # ratio of a range's ends from which on it is the order of magnitude that matters
-_LAYERS = [0, 8, 16, 24, 32, 48, 999]  # to have on GPUs; the last is all of any model
+_CONFIRM_EVERY = 8  # trials, the last of which repeats the best so far
+_SURE = 3  # measurements after which a median is trusted
+_PEERS = 4  # minimum number of combinations for a usual value
+_CLEARLY = 0.1  # relative margin, beyond noise, by which a pruned trial is worse than usual
+_WIDE = 16  # ratio of a range's ends from which it is searched on a logarithmic scale
+_LAYERS = [0, 8, 16, 24, 32, 48, 999]  # on GPUs; the last means all
 
 
 class Search:
-    """A search for the best model and settings, by the rows there are. It runs nothing.
+    """A search for the best model and settings. It chooses trials, but doesn't run them.
 
     Attributes:
-        models: The models to choose from, as trials name them; the one in use is the first.
-        space: The choices of settings.
-        objective: The number to make best.
-        bounds: The constraints to keep.
-        study: Optuna's study, with a trial for each row.
-        rows: The rows of all trials, those of earlier runs too.
+        models: The models to choose from, by their names in trials; the one in use comes first.
+        space: The settings to choose, with their values.
+        objective: The objective to optimize.
+        bounds: The constraints to satisfy.
+        study: The Optuna study, with a trial for each row.
+        rows: The rows of all trials, including earlier runs.
     """
 
     def __init__(
@@ -99,40 +98,40 @@ class Search:
 
     @property
     def results(self) -> Results:
-        """The rows, taken together."""
+        """The results so far."""
         return Results(self._config, tuple(self.rows))
 
     def samples(self, name: str) -> Settings:
-        """Return the values that a setting may have, of a range its ends, each with its name."""
+        """Return a setting's possible values, or the ends of its range, each with its name."""
         axis = self.space[name]
         ends = axis.choices if isinstance(axis, CategoricalDistribution) else (axis.low, axis.high)
         return tuple((name, value) for value in ends)
 
     def resume(self, rows: Iterable[TrialResult]) -> None:
-        """Take over those rows of earlier runs that are part of this search."""
+        """Add the rows of earlier runs that lie in the search space."""
         for row in rows:
             settings = dict(row.trial.settings)
             inside = settings.keys() == self.space.keys() and all(
                 _holds(axis, settings[name]) for name, axis in self.space.items()
             )
-            # A trial pruned for another objective may win by this one.
+            # A trial that was pruned for another objective may win now.
             lost = row.outcome is Outcome.PRUNED and f" {self.objective.name} " not in row.reason
             if row.trial.model in self.models and inside and not lost:
                 ordered = tuple((name, settings[name]) for name in self.space)
                 self.tell(replace(row, trial=replace(row.trial, settings=ordered)))
 
     def ask(self) -> Trial | None:
-        """Return what to measure next; None when everything is known.
+        """Return the next trial; None when the space is exhausted.
 
-        The settings in use come first. What is best so far is measured again now and then, because
-        medians are compared.
+        The settings in use come first. The best so far is repeated now and then, because medians
+        are compared.
         """
         doubtful = self._doubtful()
         confirm = doubtful is not None and (len(self.rows) + 1) % _CONFIRM_EVERY == 0
         return doubtful if confirm else self._propose() or doubtful
 
     def tell(self, row: TrialResult) -> None:
-        """Take a new row. What has no value counts as pruned, so as to be avoided.
+        """Add a row. A row without a value counts as pruned, so that the sampler avoids it.
 
         Raises:
             ExperimentError: The user's objective failed.
@@ -150,10 +149,10 @@ class Search:
         self.study.tell(asked, value, TrialState.PRUNED if value is None else None)
 
     def prune_reason(self, now: float) -> str:
-        """Say why a trial under way cannot win any more; empty while it may.
+        """Say why a running trial can no longer win; empty while it can.
 
         Args:
-            now: The objective by its requests so far.
+            now: The objective over the trial's requests so far.
         """
         medians = self._medians()
         if len(medians) < _PEERS:
@@ -162,23 +161,23 @@ class Search:
         behind = now - usual if self.objective.smaller else usual - now
         if behind <= _CLEARLY * abs(usual):
             return ""
-        return f"its {self.objective.name} was {now:.4g} by then, and {usual:.4g} is usual."
+        return f"its {self.objective.name} was {now:.4g} so far, and {usual:.4g} is usual."
 
     @property
     def usual_seconds(self) -> float | None:
-        """The usual seconds of a trial; None while too few are known."""
+        """The median duration of a trial in seconds; None while there are too few."""
         peers = self._medians()
         if len(peers) < _PEERS:
             return None
         return median(r.seconds.overall for r in self.rows if r.trial.combination in peers)
 
     def _medians(self) -> dict[Trial, float]:
-        """The objective of each combination that was measured and keeps all constraints."""
+        """Return the median objective of each combination that satisfies all constraints."""
         name, fitting = self.objective.name, self.results.fitting(self.objective, self.bounds)
         return {one.trial: one.metrics[name].median for one in fitting}
 
     def _doubtful(self) -> Trial | None:
-        """Another measurement of the best among those that were measured too seldom."""
+        """Return a repeat of the best combination whose median isn't trusted yet."""
         times = Counter(row.trial.combination for row in self.rows)
         values = {trial: v for trial, v in self._medians().items() if times[trial] < _SURE}
         if not values:
@@ -187,7 +186,7 @@ class Search:
         return replace(best, repeat=times[best] + 1)
 
     def _propose(self) -> Trial | None:
-        """A combination that was not tried yet; None if there is none."""
+        """Return a combination that was not tried yet; None if there is none."""
         if not self.rows:
             used = {name: in_use(name, self._config) for name in self.space}
             first = {n: value for n, value in used.items() if _holds(self.space[n], value)}
@@ -216,33 +215,27 @@ def read_space(
     bounds: Sequence[Constraint],
     metrics: Collection[str],
 ) -> tuple[tuple[str, ...], Space]:
-    """Return the models' names in trials, and the choices that keep all bounds on them.
+    """Return the models' names in trials, and the search space restricted by bounds on settings.
 
-    A bound on a setting that is not in the space fixes it there, unless `base` keeps it already.
+    A bound on a setting outside the space adds it with that value, unless `base` satisfies it.
 
     Args:
-        models: Files, absolute or in the models folder; without any, that of `base`.
-        base: The settings where the space says nothing.
+        models: Files, absolute or in the models folder; by default that of `base`.
+        base: The values of settings outside the space.
         written: By name a list of values, a tuple of the ends of a range, or one value; None for
             the settings that usually matter on this machine.
-        bounds: The constraints; those on measured numbers have no effect here.
-        metrics: The names of measured numbers.
+        bounds: The constraints; those on metrics have no effect here.
+        metrics: The names of metrics.
 
     Raises:
-        ConfigError: Listing all names and values that are wrong.
-        ExperimentError: Nothing is left to choose from.
+        ConfigError: Some names or values are invalid; the error lists all of them.
+        ExperimentError: The space is empty.
     """
     given = dict(default_space(base) if written is None else written)
     for bound in bounds:
-        known = {*given, *metrics}
-        if bound.name not in known | {*FIELDS}:
-            advice = too_few_requests(bound.name) or f"Available: {', '.join(sorted(known))}."
-            raise ExperimentError(
-                f"The constraint {bound} names neither a setting in the space nor a measurement."
-                f" {advice}"
-            )
+        known(bound.name, {*given, *metrics, *FIELDS})
         in_base = as_value(getattr(base, bound.name, None))
-        if bound.name not in known and not (in_base and bound.allows(in_base)):
+        if bound.name not in {*given, *metrics} and not (in_base and bound.allows(in_base)):
             given[bound.name] = bound.bound
     if not given:
         raise ExperimentError("The space is empty. Name at least one setting to vary.")
@@ -259,7 +252,7 @@ def read_space(
 
 
 def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
-    """The choices for Optuna: the values of a list, or a range, as far as bounds allow."""
+    """Return the values of a list or a range that satisfy the bounds, as Optuna's distribution."""
     if not _is_range(choice):
         values = dict.fromkeys(map(as_value, _listed(choice)))
         if left := [value for value in values if all(b.allows(value) for b in bounds)]:
@@ -277,11 +270,11 @@ def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
             return FloatDistribution(low, high, log=wide)
     kept = f" that keeps {' and '.join(map(str, bounds))}" if bounds else ""
     loosen = ", or loosen the constraint" if bounds else ""
-    raise ExperimentError(f"The space has no {name}{kept}. Give other values{loosen}.")
+    raise ExperimentError(f"The space has no value of {name}{kept}. Give other values{loosen}.")
 
 
 def _cut(low: float, high: float, bound: Constraint) -> tuple[float, float]:
-    """The ends of what a bound leaves of a range."""
+    """Return the ends of a range restricted by a bound."""
     limit, sign = bound.bound, bound.sign
     if sign in {"<", ">"}:
         limit = math.nextafter(limit, math.inf if sign == ">" else -math.inf)
@@ -292,7 +285,7 @@ def _cut(low: float, high: float, bound: Constraint) -> tuple[float, float]:
 
 
 def _holds(axis: Axis, value: Any) -> bool:
-    """True if a value is one that may be chosen."""
+    """Return whether an axis contains a value."""
     if isinstance(axis, CategoricalDistribution):
         return value in axis.choices
     kinds = (int,) if isinstance(axis, IntDistribution) else (int, float)
@@ -300,7 +293,7 @@ def _holds(axis: Axis, value: Any) -> bool:
 
 
 def _points(space: Space) -> list[tuple[tuple[str, Any], ...]]:
-    """All combinations of a space; none where there are too many to list."""
+    """Return all combinations of a space; none if there are too many to list."""
     axes: list[Sequence[Any]] = []
     for axis in space.values():
         if isinstance(axis, CategoricalDistribution):
@@ -328,9 +321,9 @@ def _is_number(value: object) -> bool:
 
 
 def default_space(base: ServerConfig) -> dict[str, Any]:
-    """Return the settings that change the speed on this machine, and not the answers.
+    """Return the settings that affect speed on this machine but not answers.
 
-    Batch sizes are left out: they matter only for prompts that are longer than a batch.
+    Batch sizes are omitted: they matter only for prompts longer than a batch.
     """
     cores = psutil.cpu_count(logical=False) or 1
     logical = psutil.cpu_count() or cores

@@ -1,4 +1,4 @@
-"""A small suite of tasks with right answers, made from a seed: nothing is downloaded."""
+"""A small suite of tasks with known answers, generated from a seed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
-_SECONDS = 5.0  # for the process that runs a model's code, which has less of the processor
+_SECONDS = 5.0  # wall-clock limit for running a model's code; its processor time is limited, too
 _NUMBER = re.compile(r"-?\d[\d,]*")
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _CODE = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
 _NAMES = ("Ada", "Bruno", "Chiara", "Dmitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jamal")
 _CITIES = ("Lisbon", "Oslo", "Kyoto", "Quito", "Accra", "Perth", "Hanoi", "Turin", "Izmir", "Lima")
 _THINGS = ("lamps", "chairs", "bicycles", "kettles", "umbrellas", "violins", "ladders", "clocks")
-_DEPTHS = (0.1, 0.5, 0.9)  # of the needle, as a share of the text
+_DEPTHS = (0.1, 0.5, 0.9)  # positions of the needle, as fractions of the text
 _FILLER = 40  # sentences around the needle
 
 
@@ -39,12 +39,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Task:
-    """A task, and what tells whether an answer is right.
+    """A task with its expected answer.
 
     Attributes:
-        kind: Its kind, which says how answers are judged.
+        kind: The kind of task, which determines how answers are judged.
         prompt: The question.
-        expected: The right answer; of code the cases that it must satisfy, as JSON.
+        expected: The correct answer; for code, test cases as JSON.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class Task:
     expected: str
 
     def solved_by(self, answer: str) -> bool:
-        """Tell whether an answer is right. It blocks: code is run in a process of its own."""
+        """Return whether an answer is correct. Blocking, because code runs in a subprocess."""
         match self.kind:
             case Kind.ARITHMETIC:
                 numbers = _NUMBER.findall(answer)
@@ -68,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks as the prompts of a sweep, and as its measure of quality: the share that is solved.
+    """Tasks that provide a sweep's prompts and its quality: the fraction solved.
 
     `Sweep(prompts=suite.prompts, quality=suite, max_tokens=256)`
 
@@ -80,15 +80,15 @@ class Suite:
 
     @classmethod
     def standard(cls, seed: int = 0, each: int = 5, kinds: Iterable[str] = tuple(Kind)) -> Suite:
-        """Make tasks of several kinds; the same seed makes the same ones everywhere.
+        """Generate tasks of several kinds, reproducibly.
 
         Args:
             seed: The seed.
-            each: The number of tasks of each kind.
+            each: The number of tasks per kind.
             kinds: The kinds: arithmetic, extraction, code, needle.
 
         Raises:
-            ValueError: There is no such kind.
+            ValueError: A kind is unknown.
         """
         made: list[Task] = []
         for kind in map(Kind, kinds):
@@ -98,11 +98,11 @@ class Suite:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The questions."""
+        """The questions, as prompts of a sweep."""
         return tuple(task.prompt for task in self.tasks)
 
     def __call__(self, prompt: str, answer: str) -> float:
-        """Judge an answer: 1 where it is right, else 0."""
+        """Score an answer: 1 if it is correct, else 0."""
         task = next(one for one in self.tasks if one.prompt == prompt)
         return float(task.solved_by(answer))
 
@@ -115,7 +115,7 @@ def _parsed(text: str) -> Any:
 
 
 def _runs(code: str, cases: list[Any]) -> bool:
-    """Tell whether code satisfies the cases, in a process without our environment."""
+    """Run code in a sandboxed subprocess, and return whether it passes all test cases."""
     with TemporaryDirectory() as folder:
         try:
             done = subprocess.run(

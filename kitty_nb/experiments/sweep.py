@@ -1,4 +1,4 @@
-"""`Sweep`: try every combination of settings, and keep the rows."""
+"""`Sweep`: measure every combination of settings."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class SweepProgress:
     """The progress of a sweep.
 
     Attributes:
-        done: Trials that have their row.
-        total: All trials.
-        running: Trials under way.
-        load: The load under way; None when there is none.
-        eta: Seconds left, or None while nothing is known.
-        paused: Whether no further trial begins.
+        done: The number of finished trials.
+        total: The number of trials.
+        running: The trials in progress.
+        load: The load in progress, if any.
+        eta: The estimated seconds left; None if unknown.
+        paused: Whether the sweep is paused.
     """
 
     done: int
@@ -55,53 +55,52 @@ class SweepProgress:
 
 
 class Sweep(TrialRunner):
-    """Tries every combination of models and settings, several times, and keeps what was measured.
+    """Measures every combination of models and settings several times, and stores the results.
 
-    Each trial has a server of its own, on a port of its own. The panel's server isn't touched, but
-    stop it first: it would skew the measurements. Rows are in the `store` as soon as they exist:
-    make the same sweep again and run it, and it does the rest, also with more values in the grid
-    or more repeats.
+    Each trial runs its own server on its own port. The panel's server isn't touched, but stop it
+    first: it would skew the measurements. Results are saved in the `store` immediately: to
+    continue, create the same sweep and run it, also with more values in the grid or more repeats.
 
     Args:
-        models: Files, absolute or in the models folder, or models of a `ModelCatalog`. Without any
+        models: Files, absolute or in the models folder, or models of a `ModelCatalog`; by default
             the one in `config`.
-        grid: Values to try by name: a field of `ServerConfig` (`context_size`), or a flag of
+        grid: Values to try, by name: a field of `ServerConfig` (`context_size`), or a flag of
             llama-server (`cache_type_k` for `--cache-type-k`).
-        prompts: One request each; 1 or more. By default a question, which is repeated to fill
-            the batches where their sizes vary.
-        repeats: The number of measurements of each combination.
-        seed: Of the order of trials and of the server's sampling.
-        parallel: Numbers of requests to have under way at once, each measured on its own.
-        max_tokens: Length of an answer.
-        config: The settings that the grid changes; by default those of `.env`.
-        configs: Combinations one by one, instead of a grid or to be combined with it.
-        skip: Called with each combination, as a mapping with `model` in it; those for which it
-            returns true are left out.
-        quality: `ExactMatch`, a function of prompt and answer that returns a number (higher is
-            better), `Perplexity`, `Divergence` or a `HarnessTask`. Answers that are scored end
-            where the model ends them.
+        prompts: One or more prompts, one request each. By default a question, repeated to fill the
+            batches if their sizes vary.
+        repeats: The number of measurements per combination.
+        seed: The seed of the order of trials and of the server's sampling.
+        parallel: Numbers of concurrent requests, each measured separately.
+        max_tokens: Length of an answer, in tokens.
+        config: The base settings; by default those of `.env`.
+        configs: Individual combinations, instead of a grid or combined with it.
+        skip: Called with each combination, as a mapping that includes `model`; returns true to skip
+            it.
+        quality: `ExactMatch`, `Perplexity`, `Divergence`, a `HarnessTask`, or a function of prompt
+            and answer that returns a number (higher is better). Scored answers may end before
+            `max_tokens`.
         chat: Whether prompts go through the model's chat template.
-        record: Whether to make each trial's run record, too; `row.record` can be replayed. Each
-            model is hashed for that, once. Trials that were measured without one are run again.
-        requests: Requests at each number in `parallel`, at the least; prompts are repeated to reach
+        record: Whether to make a run record of each trial, to replay with `row.record`. Each model
+            is hashed once. Trials measured without a record run again.
+        requests: The minimum number of requests at each concurrency; prompts are repeated to reach
             it. A p90 needs 10, a p95 20, and a p99 100.
-        store: The file for the rows. The times of each request go beside it at the end of a run,
-            e.g. `sweep.requests.parquet`.
-        logs: A folder in which to keep the servers' logs.
-        baseline: Whether to measure the settings in use, too, twice in each round: what differs
-            between the two is the machine's own spread, and no smaller difference counts.
-        busy_repeats: How often a trial is measured again because other processes kept the machine
-            busy. The least disturbed row counts, and says whether it was `busy`.
+        store: The results file. At the end of a run, the times of each request are written beside
+            it, e.g. to `sweep.requests.parquet`.
+        logs: A folder for the servers' logs.
+        baseline: Whether to measure the settings in use as well, twice per round: the difference
+            between the two is the machine's own variation, and no smaller difference counts.
+        busy_repeats: How many times to repeat a trial because other processes kept the machine
+            busy. The row with the least interference counts.
 
     Attributes:
-        config: The settings that the grid changes.
-        warnings: Settings of `.env`, the environment or the grid that change nothing, in sentences.
+        config: The base settings.
+        warnings: Settings of `.env`, the environment or the grid without effect, in sentences.
         workload: The requests of each trial.
-        trials: All trials, in the order in which they run.
-        store: The file for the rows.
+        trials: All trials, in order.
+        store: The results file.
 
     Raises:
-        ConfigError: Listing every name and value that is wrong.
+        ConfigError: Some names or values are invalid; the error lists all of them.
         ExperimentError: There is nothing to try.
     """
 
@@ -134,7 +133,7 @@ class Sweep(TrialRunner):
         combinations = combine(base, named, grid, configs, skip)
         if repeats < 1:
             raise ExperimentError(
-                f"repeats is {repeats}, so nothing would be tried. Write 1 or more."
+                f"repeats is {repeats}, so nothing would be tried. Use 1 or more."
             )
         tried = [trial.settings for trial in combinations]
         workload, useless = fill_batches(workload, tried, base)
@@ -149,17 +148,17 @@ class Sweep(TrialRunner):
 
     @property
     def results(self) -> Results:
-        """The rows so far, from this run and those before.
+        """The results so far, including earlier runs.
 
         Raises:
-            ResultStoreError: The file of results cannot be read.
+            ResultStoreError: The results file can't be read.
         """
         self._read_rows()
         return Results(self.config, tuple(self._rows.values()), self.workload)
 
     @property
     def progress(self) -> SweepProgress:
-        """The progress over this run and those before."""
+        """The progress so far, including earlier runs."""
         with suppress(ResultStoreError):  # `results` and `run` raise it
             self._read_rows()
         rows, running = dict(self._rows), dict(self._running)
@@ -184,20 +183,19 @@ class Sweep(TrialRunner):
         client: Client | None = None,
         retry: bool = False,
     ) -> Operation[Results]:
-        """Run what is left, on an event loop in a thread of its own, and return at once.
+        """Run the remaining trials in the background.
 
         Args:
-            where: Provides the callable that runs a trial; by default this machine, one at a time.
-            slots: The number of trials at once; by default 1, or as many as a cluster's workers
-                take.
+            where: Provides the callable that runs a trial; by default on this machine.
+            slots: The number of concurrent trials; by default 1, or what a cluster's workers take.
             client: A `dask.distributed.Client`, to run trials on its cluster.
-            retry: Whether trials that failed or were skipped are tried again.
+            retry: Whether to run trials again that failed or were skipped.
 
         Returns:
-            An operation whose result is the rows; after `cancel`, those so far.
+            The sweep in progress, with the results; after `cancel`, those so far.
 
         Raises:
-            ExperimentError: It runs already.
+            ExperimentError: The sweep is already running.
         """
         return self._start(
             lambda: self.run_here(where, slots, client=client, retry=retry), "kitty_nb sweep"
@@ -211,12 +209,12 @@ class Sweep(TrialRunner):
         client: Client | None = None,
         retry: bool = False,
     ) -> Results:
-        """Like `run`, on the event loop that runs now, until it is over.
+        """Run the remaining trials on the running event loop; see `run`.
 
         Raises:
-            ConfigError: The engine does not know a flag of the grid, or a model is not here.
-            ResultStoreError: The file of results cannot be used.
-            ExperimentError: It runs already, or a cluster cannot run it or is lost.
+            ConfigError: The engine lacks a flag of the grid, or a model is missing.
+            ResultStoreError: The results file can't be used.
+            ExperimentError: The sweep is already running, or a cluster can't run it or is lost.
         """
 
         async def work() -> None:
@@ -231,9 +229,9 @@ class Sweep(TrialRunner):
         return results
 
     async def _run(self, where: AbstractAsyncContextManager[Execute] | None, retry: bool) -> None:
-        with suppress(EngineError):  # another machine may have one; else each row says so
+        with suppress(EngineError):  # other machines may have an engine; if not, each row says so
             await self._check_flags(trial.settings for trial in self.trials)
-        await self._kept.add()  # creates the file, so that an unusable one shows first
+        await self._kept.add()  # creates the file, so that an unusable one fails early
         await anyio.to_thread.run_sync(self._read_rows, True)
         done = {key: row for key, row in self._rows.items() if row.outcome is Outcome.DONE}
         kept = done if retry else self._rows
@@ -262,12 +260,12 @@ class Sweep(TrialRunner):
         return dask_cluster(client, self.config, self.workload, self._logs), slots
 
     def _read_rows(self, again: bool = False) -> None:
-        """Read the rows of earlier runs of these trials, unless that is done."""
+        """Read the rows of earlier runs, unless done already."""
         if self._rows_read and not again:
             return
         rows = self._rows_of(trial.model for trial in self.trials)
-        own = {trial.key: trial for trial in self.trials}  # names may be in another order there
-        if self._rows_read and not again:  # a run has begun meanwhile
+        own = {trial.key: trial for trial in self.trials}  # settings may be in another order there
+        if self._rows_read and not again:  # a run has started meanwhile
             return
         found = {row.trial.key: row for row in rows if row.outcome is not Outcome.PRUNED}
         self._rows = {
@@ -279,14 +277,14 @@ class Sweep(TrialRunner):
 def seconds_left(
     results: Sequence[TrialResult], left: Sequence[Trial], passed: float = 0.0
 ) -> float | None:
-    """Forecast the seconds that trials take one after the other; None while nothing is known. Pure.
+    """Estimate the seconds that trials take, one after the other; None if unknown. Pure.
 
-    Each is expected to take the median of its combination, else of its model, else of all trials.
+    A trial is expected to take the median of its combination, or else of its model, or of all.
 
     Args:
-        results: Trials that have ended.
-        left: Those that have not.
-        passed: The seconds for which trials of `left` have been under way already.
+        results: The finished trials.
+        left: The remaining trials.
+        passed: The seconds that trials of `left` have been running.
     """
     if not left:
         return 0.0

@@ -1,4 +1,4 @@
-"""`tune` with a target: the cheapest settings of a family of quants that reach it, with proof."""
+"""`tune` with a target: the settings that reach it with the least memory, and their proof."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import TrialResult
 
-COSTS: Mapping[str, Any] = {  # what costs memory or quality, beside what usually matters
+COSTS: Mapping[str, Any] = {  # settings that trade memory or quality for speed
     "cache_type_k": ["f16", "q8_0"],
     "speculation": ["off", "ngram"],
     "ubatch_size": [128, 512],
@@ -44,21 +44,21 @@ _BOUND = re.compile(
     r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>)\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[GM]i?B)?"
 )
 _UNITS = {"%": 0.01, "GiB": 1.0, "GB": 1e9 / 2**30, "MiB": 1 / 1024, "MB": 1e6 / 2**30}
-_PROOF = 1000  # repeats from there on are rounds of the proof
-_CANDIDATES = 3  # that may fail the proof
-_RERUNS = 0.95  # share of re-runs in which the target is to hold: 19 of 20
-_SAME = 0.01  # share of memory that is no gain
+_PROOF = 1000  # numbers of repeats from here on are rounds of the proof
+_CANDIDATES = 3  # the number of proofs to attempt
+_RERUNS = 0.95  # fraction of re-runs that must reach the target: 19 of 20
+_SAME = 0.01  # relative difference in memory that counts as none
 
 
 def read_bound(text: str, name: str = "") -> Constraint:
-    """Read a bound as a person writes it: `generation_tokens_per_second >= 30`, `<= 20 GB`.
+    """Parse a bound such as `generation_tokens_per_second >= 30` or `<= 20 GB`.
 
     Args:
-        text: What the person wrote.
-        name: The name of the number, where the text has none.
+        text: The bound.
+        name: The name of the metric, if the text has none.
 
     Raises:
-        ExperimentError: It cannot be understood.
+        ExperimentError: The text can't be parsed.
     """
     match = _BOUND.fullmatch(text.strip())
     if match is None or not (match["name"] or name):
@@ -71,13 +71,13 @@ def read_bound(text: str, name: str = "") -> Constraint:
 
 @dataclass(frozen=True)
 class Goal:
-    """What `tune` is to reach, and at what cost.
+    """The target of a search, and its limits.
 
     Attributes:
-        target: The bound to keep.
-        limits: All bounds on measured numbers, as constraints are written.
-        loss: The bound on the share by which perplexity may be worse; None for any.
-        text: The text whose perplexity is measured.
+        target: The bound to reach.
+        limits: The bounds on metrics, in the form of constraints.
+        loss: The bound on the relative increase of perplexity; None for no bound.
+        text: The text for perplexity.
         rounds: The rounds of the proof.
     """
 
@@ -91,15 +91,13 @@ class Goal:
     def of(
         cls, target: str, quality_loss: str | None, memory: str | None, text: str, rounds: int
     ) -> Goal:
-        """Read a goal as a person writes it.
+        """Parse the arguments of `tune`.
 
         Raises:
-            ExperimentError: It cannot be understood.
+            ExperimentError: A bound can't be parsed, or there are too few rounds.
         """
         if rounds < LEAST_ROUNDS:
-            raise ExperimentError(
-                f"proof_rounds is {rounds}. A proof takes {LEAST_ROUNDS} or more."
-            )
+            raise ExperimentError(f"proof_rounds is {rounds}. Use {LEAST_ROUNDS} or more.")
         bounds = [read_bound(target), *([read_bound(memory, COST)] if memory else [])]
         limits = {f"{one.name}{one.sign}": one.bound for one in bounds}
         loss = read_bound(quality_loss, "quality_loss") if quality_loss else None
@@ -107,9 +105,9 @@ class Goal:
 
 
 def family_of(model: object, config: ServerConfig) -> tuple[list[Path], Path]:
-    """Return a model and the others of its family on disk, and the largest of all. It blocks.
+    """Return a model with the other quants of it on disk, and the largest of them. Blocking.
 
-    A family has one base model and one architecture; its quantization differs.
+    Quants of a model share its base model and architecture.
 
     Raises:
         ConfigError: The model is missing.
@@ -128,20 +126,20 @@ def family_of(model: object, config: ServerConfig) -> tuple[list[Path], Path]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What repeated measurements say about the settings that a search found.
+    """The comparison of the best settings with others by repeated measurements, round by round.
 
     Attributes:
         target: The target.
-        reached: What 19 of 20 re-runs are expected to reach, by the rounds measured.
-        rounds: The rounds measured, in each of which all were measured that are compared here.
-        kept: The rounds in which the target held.
-        memory_gib: The memory.
-        memory_in_use: The memory with the settings in use; None where they could not be measured.
-        quality_loss: The share by which perplexity is worse than the largest quant's; None where it
-            was not asked for.
-        against_in_use: The target's number compared with the settings in use; None where those are
-            the best, or could not be measured.
-        against_runner_up: The same compared with the next cheapest; None where there is none.
+        reached: The value that 19 of 20 re-runs are expected to reach.
+        rounds: The number of rounds.
+        kept: The number of rounds in which the target was reached.
+        memory_gib: The memory used, in GiB.
+        memory_in_use: The same with the settings in use; None if they couldn't be measured.
+        quality_loss: The relative increase of perplexity over the largest quant; None if not
+            limited.
+        against_in_use: The target's metric compared with the settings in use; None if those are the
+            best, or couldn't be measured.
+        against_runner_up: The same compared with the next cheapest; None without one.
     """
 
     target: Constraint
@@ -156,7 +154,7 @@ class Proof:
 
     @property
     def gain(self) -> str:
-        """What is gained over the settings in use, in a sentence."""
+        """The gain over the settings in use, in a sentence."""
         saved = (self.memory_in_use or 0.0) - self.memory_gib
         gains = []
         if self.memory_in_use and abs(saved) > _SAME * self.memory_in_use:
@@ -166,30 +164,24 @@ class Proof:
         if self.memory_in_use is None:
             return "The settings in use could not be measured."
         if not gains:
-            return "Nothing is gained over the settings in use."
+            return "There is no gain over the settings in use."
         return f"Compared with the settings in use: {', '.join(gains)}."
 
     def __str__(self) -> str:
         """The proof in sentences."""
         loss = self.quality_loss
-        quality = "" if loss is None else f" Perplexity: {loss * 100:+.1f} % against the largest."
+        quality = "" if loss is None else f" Perplexity: {loss * 100:+.1f} % vs. the largest quant."
         return (
-            f"{self.target} held in {self.kept} of {self.rounds} rounds; 19 of 20 re-runs should"
-            f" reach {self.reached:.4g}. It takes {self.memory_gib:.2f} GiB.{quality} {self.gain}"
+            f"{self.target} in {self.kept} of {self.rounds} rounds; 19 of 20 re-runs should reach"
+            f" {self.reached:.4g}. Memory: {self.memory_gib:.2f} GiB.{quality} {self.gain}"
         )
 
 
 class TargetTuning(Tuning):
-    """A search for the cheapest settings that reach a target, and their proof."""
+    """Runs a search for the settings that reach a target with the least memory, and proves them."""
 
-    def __init__(
-        self,
-        *,
-        goal: Goal,
-        reference: str,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
+    def __init__(self, *common: Any, goal: Goal, reference: str, **search: Any) -> None:
+        super().__init__(*common, **search)
         self._target = goal.target
         self._loss = goal.loss
         self._used = Trial(self._search.models[0])
@@ -200,7 +192,7 @@ class TargetTuning(Tuning):
         self._earlier: list[TrialResult] = []
 
     def _resume(self, rows: list[TrialResult]) -> None:
-        """Take over earlier rows; those of the search once it is known what quality they need."""
+        """Add the proof's rows; the search's follow once the reference's perplexity is known."""
         proofs = [r for r in rows if r.trial.repeat >= _PROOF or r.trial == self._reference]
         self._rows |= {row.trial.key: row for row in proofs}
         self._earlier = [row for row in rows if row.trial.repeat < _PROOF]
@@ -208,11 +200,11 @@ class TargetTuning(Tuning):
     async def _find(self) -> TuneResult:
         await self._controlled(self._run)
         search = self._search
-        if self._proved is None:  # nothing fits: say what comes nearest
+        if self._proved is None:  # `choose` names the nearest if nothing fits
             search.results.choose(search.objective, search.bounds)
             raise ExperimentError(
-                f"Nothing keeps {self._target} in 19 of 20 runs. Ask for less, or try again on a"
-                " quiet machine: noise counts, too."
+                f"No settings reach {self._target} in 19 of 20 runs. Lower the target, or try again"
+                " on a quiet machine, because noise counts against them."
             )
         best, proof = self._proved
         await self._write_requests(search.results)
@@ -236,7 +228,7 @@ class TargetTuning(Tuning):
         yield from self._prove()
 
     def _prove(self) -> Iterator[Trial]:
-        """Measure the cheapest, the next and the settings in use side by side, in rounds."""
+        """Yield rounds of the cheapest settings, the runner-up and the settings in use."""
         search = self._search
         left = search.results.fitting(search.objective, search.bounds)
         for number in range(_CANDIDATES):
@@ -263,7 +255,7 @@ class TargetTuning(Tuning):
     def _judge(
         self, proof: Results, best: Trial, other: Combination | None, *, same: bool
     ) -> Proof | None:
-        """Return the proof if the target holds in so many re-runs; otherwise None."""
+        """Return the proof if enough re-runs are expected to reach the target; otherwise None."""
         name = self._target.name
         by_trial = {one.trial: one for one in proof.combinations}
         one = by_trial[best]
@@ -292,7 +284,7 @@ class TargetTuning(Tuning):
         )
 
     def _missing(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """Yield those that have no row yet."""
+        """Yield the trials without a row."""
         for trial in trials:
             if trial.key not in self._rows:
                 yield trial
@@ -304,11 +296,11 @@ class TargetTuning(Tuning):
 
 
 def reached_in_reruns(values: Sequence[float], *, at_least: bool) -> float:
-    """Return what 19 of 20 re-runs are expected to reach, or not to exceed. Pure.
+    """Return the one-sided prediction bound that holds for 19 of 20 re-runs. Pure.
 
     Args:
-        values: Positive numbers, two or more.
-        at_least: Whether more is better.
+        values: Two or more positive numbers.
+        at_least: Whether the bound is a lower one.
     """
     logs = [math.log(value) for value in values]
     quantile = extra("scipy.stats").t.ppf(_RERUNS, len(logs) - 1)

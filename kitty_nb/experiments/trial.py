@@ -1,4 +1,4 @@
-"""Trials, their requests, results and events: data that travels between processes and machines."""
+"""Trials, workloads, results and events: the data exchanged between processes and machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
 
-# The attributes that tell functions, methods, partials, wrappers and callable objects apart.
+# The attributes that distinguish functions, methods, partials, wrappers and callable objects.
 _PARTS = (
     *("__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__"),
     *("func", "args", "keywords", "__wrapped__", "__func__", "__self__", "__dict__"),
@@ -33,7 +33,7 @@ Value = bool | int | float | str | tuple[str, ...] | None
 
 
 class Outcome(StrEnum):
-    """The outcome of a trial; a search prunes a trial that can no longer win."""
+    """The outcome of a trial; a search prunes trials that can no longer win."""
 
     DONE = "done"
     SKIPPED = "skipped"
@@ -43,13 +43,13 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of model and settings, to be measured once.
+    """One measurement of a combination of model and settings.
 
     Attributes:
-        model: The model's file as the user named it, absolute or in the models folder.
-        settings: Names and values that differ from the sweep's own settings.
-        repeat: The round in which the combination is measured, from 1; negative where it is
-            measured a second time in that round, for the machine's own spread.
+        model: The model file as the user named it, absolute or in the models folder.
+        settings: Names and values of settings that differ from the base settings.
+        repeat: The round, from 1; negative for the second measurement in a round, which shows the
+            machine's own variation.
     """
 
     model: str
@@ -58,52 +58,51 @@ class Trial:
 
     @property
     def combination(self) -> Trial:
-        """The first of its repeats, which stands for all of them."""
+        """The first repeat, which represents the combination."""
         return Trial(self.model, self.settings)
 
     @property
     def label(self) -> str:
-        """A description in words, e.g. `qwen.gguf, context_size 8192, threads 4`."""
+        """A short description, e.g. `qwen.gguf, context_size 8192, threads 4`."""
         settings = (f"{name} {value}" for name, value in self.settings)
         return ", ".join((PurePath(self.model).name, *settings))
 
     @property
     def columns(self) -> dict[str, Value]:
-        """Its model and settings by name, for a table."""
+        """The model and settings by name, as table columns."""
         return {"model": self.model, **dict(self.settings)}
 
     @cached_property
     def key(self) -> str:
-        """A digest of the trial, the same in every process: the key of its stored row."""
+        """A digest of the trial, stable across processes: the key of its stored row."""
         text = json.dumps([self.model, sorted(self.settings), self.repeat])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 where an answer is the expected one but for space around it, else 0.
+    """A score of 1 if an answer equals the expected one, ignoring surrounding whitespace, else 0.
 
     Attributes:
-        expected: The right answer to each prompt.
+        expected: The correct answer to each prompt.
     """
 
     expected: Mapping[str, str]
 
     def __call__(self, prompt: str, answer: str) -> float:
-        """Compare one answer."""
+        """Score an answer."""
         return float(answer.strip() == self.expected[prompt].strip())
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of given texts as answers: lower is better, and 1 is no surprise at all.
+    """Perplexity of given answers: lower is better, and 1 means perfect prediction.
 
-    The server reports how likely each token of a text was, before any sampling. Tokens are those of
-    the model's own tokenizer; to compare models with different ones, use the bits per character,
-    which are measured too.
+    It is computed from the probability that the server reports for each token, before sampling. To
+    compare models with different tokenizers, use `bits_per_character`, measured with it.
 
     Attributes:
-        expected: The text for each prompt. Prompts without one do not count.
+        expected: The text to predict, by prompt. Prompts without a text don't count.
     """
 
     expected: Mapping[str, str]
@@ -111,17 +110,17 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model's expectations are from those of a reference, over the tokens of given texts.
+    """Divergence of a model's predictions from those of a reference, over given texts.
 
-    `kl_divergence` is the mean Kullback-Leibler divergence from the reference, in nats: 0 where
-    quantization has changed nothing. `top_token_agreement` is the share of tokens where both find
-    the same one likeliest. Each server tells of its 4,096 likeliest tokens, and all others count as
-    one, so a divergence over the whole vocabulary may be a few percent larger.
+    `kl_divergence` is the mean Kullback-Leibler divergence from the reference, in nats: 0 if
+    quantization changes nothing. `top_token_agreement` is the fraction of tokens for which both
+    models predict the same most likely token. Both use the 4,096 most likely tokens and treat the
+    rest as one, so the divergence over the whole vocabulary may be a few percent larger.
 
     Attributes:
-        reference: The file of the model to compare with, of the same family and with little or no
-            quantization; it runs once, with the sweep's own settings, before the first trial.
-        expected: The text for each prompt. Prompts without one do not count.
+        reference: The file of the reference model, of the same family and with little or no
+            quantization. It runs once, with the base settings, before the first trial.
+        expected: The text to predict, by prompt. Prompts without a text don't count.
     """
 
     reference: str
@@ -130,21 +129,22 @@ class Divergence:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of lm-evaluation-harness as a measure of quality, asked of each trial's server.
+    """A task of lm-evaluation-harness as a measure of quality, run on each trial's server.
 
-    Its questions are asked after the workload's own requests, of the server's completions: answers
-    are written up to the task's stop sequences, choices are compared by their likelihood, with the
-    harness's rules and the server's tokens. Tasks that measure perplexity, need pictures or run a
-    model's code are refused. The harness downloads the data of its own tasks; a task in a folder
+    The task runs after the workload's requests, through the server's completions: answers are
+    generated up to the task's stop sequences, and choices are compared by likelihood, by the
+    harness's rules but with the server's tokens. Tasks that measure perplexity, need images or run
+    generated code are rejected. The harness downloads the data of its own tasks; a task in a folder
     may contain code, which is run.
 
     Attributes:
         name: The task or group, such as `gsm8k`.
-        limit: The number of questions of each task, the first ones; None for all.
-        metric: The metric, where it is not the first: `acc_norm`, `exact_match,flexible-extract`.
-        shots: Solved examples before each question; None for as many as the task has by itself.
+        limit: The number of questions per task, from the first; None for all.
+        metric: The metric, such as `acc_norm` or `exact_match,flexible-extract`; by default the
+            task's first.
+        shots: The number of solved examples before each question; None for the task's default.
         chat: Whether questions go through the model's chat template.
-        include_path: A folder of YAML tasks of your own, instead of the harness's.
+        include_path: A folder of your own YAML tasks, instead of the harness's.
     """
 
     name: str
@@ -156,7 +156,7 @@ class HarnessTask:
 
     @property
     def digest(self) -> str:
-        """A hash of the folder's files, so that a task that was edited is another. It blocks."""
+        """A hash of the folder's files, so that an edited task counts as a new one. Blocking."""
         folder = Path(self.include_path)
         files = sorted(one for one in folder.rglob("*") if one.is_file() and self.include_path)
         texts = (f"{one.relative_to(folder)}".encode() + one.read_bytes() for one in files)
@@ -169,21 +169,21 @@ MEASURED_ON_SERVER = (Perplexity, Divergence, HarnessTask)
 
 @dataclass(frozen=True)
 class Workload:
-    """The requests with which a server is measured.
+    """The requests that measure a server.
 
     Attributes:
-        prompts: User messages, one request each; with `chat` off, the raw text to continue.
-        max_tokens: Length of an answer, 2 or more. Without `quality`, every answer is that long
-            even if the model would end it earlier, so that all are alike.
+        prompts: User messages, one request each; without `chat`, raw texts to continue.
+        max_tokens: Length of an answer in tokens, 2 or more. Without `quality`, answers always have
+            this length, so that trials are comparable.
         parallel: Numbers of concurrent requests, each measured separately.
-        seed: The seed of the server's sampling, which is greedy unless the trial varies a setting
-            of sampling, such as the temperature.
+        seed: The seed of the server's sampling, which is greedy unless the trial varies a sampling
+            setting, such as the temperature.
         chat: Whether prompts go through the model's chat template.
-        quality: A score for answers, texts whose likelihood is measured, or a task.
-        record: Whether each trial also makes a run record, so that it can be repeated.
-        fill: Tokens to which prompts are lengthened by repetition, as far as they fit.
-        at_least: Requests at each number in parallel; prompts are repeated to reach it. A p90 needs
-            10, a p95 20, and a p99 100.
+        quality: A score for answers, texts to predict, or a task.
+        record: Whether to make a run record of each trial, so that it can be replayed.
+        fill: The length in tokens to which prompts are repeated, as far as they fit.
+        at_least: The minimum number of requests at each concurrency; prompts are repeated to reach
+            it. A p90 needs 10, a p95 20, and a p99 100.
     """
 
     prompts: tuple[str, ...] = (DEFAULT_PROMPT,)
@@ -204,7 +204,7 @@ class Workload:
         quality: Quality | None,
         **more: Any,
     ) -> Workload:
-        """Make a workload from one prompt or several, and one number or several."""
+        """Create a workload from one or more prompts, and one or more numbers in parallel."""
         several = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         levels = (parallel,) if isinstance(parallel, int) else tuple(parallel)
         return cls(prompts=several, parallel=levels, quality=quality, **more)
@@ -215,11 +215,11 @@ class Workload:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Each number of parallel requests once, ascending."""
+        """The distinct numbers of concurrent requests, ascending."""
         return tuple(sorted(set(self.parallel)))
 
     def asked(self, parallel: int) -> tuple[int, ...]:
-        """Return the indices of the prompts to ask: each one, repeated until all slots are busy."""
+        """Return the indices of the prompts to send, repeated to a multiple of `parallel`."""
         count = ceil(max(len(self.prompts), self.at_least) / parallel) * parallel
         return tuple(index % len(self.prompts) for index in range(count))
 
@@ -229,14 +229,14 @@ class Workload:
         return sum(len(self.asked(level)) for level in self.levels)
 
     def satisfied_by(self, row: TrialResult) -> bool:
-        """True if a row has all that is asked for, so that its trial need not be run."""
+        """Return whether a row has all that is asked for, so that its trial need not run again."""
         return not self.record or bool(row.document) or row.outcome is not Outcome.DONE
 
     def conditions(self) -> dict[str, Any]:
-        """Return what results depend on, as JSON has it."""
+        """Return what results depend on, in JSON types."""
         same = {name: getattr(self, name) for name in ("prompts", "max_tokens", "seed", "chat")}
         more = {"parallel": self.levels, "quality": identity(self.quality), "fill": self.fill}
-        # Without the name where it is not set: earlier versions' rows count.
+        # Omitted if not set, so that rows of older versions stay valid.
         return same | more | ({"at_least": self.at_least} if self.at_least else {})
 
     def _problems(self) -> Iterator[Problem]:
@@ -281,16 +281,16 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """The times of one request, as its client saw them, in seconds.
+    """The times of a request, measured by the client, in seconds.
 
     Attributes:
-        sent: When it was sent, in seconds since the epoch.
-        time_to_first_token: From sending it to the arrival of the first token: waiting for a slot
-            counts.
-        seconds: From sending it to the arrival of the last token.
-        tokens: Tokens of the answer.
-        prompt_tokens: Tokens of the prompt.
-        prompt: Index of its prompt.
+        sent: The time of sending, in seconds since the epoch.
+        time_to_first_token: From sending to the arrival of the first token, including the wait for
+            a slot.
+        seconds: From sending to the arrival of the last token.
+        tokens: The number of tokens in the answer.
+        prompt_tokens: The number of tokens in the prompt.
+        prompt: The index of the prompt.
     """
 
     sent: float
@@ -302,14 +302,14 @@ class RequestTimes:
 
     @property
     def time_between_tokens(self) -> float | None:
-        """From the first token to the last, over the tokens after the first; None without any."""
+        """The mean time between tokens after the first; None with fewer than two tokens."""
         if self.tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
             return None
         return (self.seconds - self.time_to_first_token) / (self.tokens - 1)
 
     @property
     def columns(self) -> dict[str, float | None]:
-        """Its numbers by name, for a table."""
+        """The values by name, as table columns."""
         names = ("prompt", "prompt_tokens", "tokens", "sent", "time_to_first_token")
         return {n: getattr(self, n) for n in (*names, "time_between_tokens", "seconds")}
 
@@ -321,19 +321,18 @@ class Speed:
     Rates are medians over the requests, as the server's own `timings` report them.
 
     Attributes:
-        parallel: The number of requests at once.
-        requests: The number of requests in all.
-        seconds: From the first request to the last answer.
-        time_to_first_token: Median of the seconds until the first token has arrived.
-        prompt_tokens_per_second: Of each request; None where no prompt was processed.
-        generation_tokens_per_second: Of each request; None where answers had a single token.
-        total_tokens_per_second: Tokens of all answers over `seconds`.
-        memory: The most RAM that the server's processes had had by then, in bytes: since their
-            beginning, so with fewer requests at once, too. 0 where it is not known.
-        gpu_memory: What they had of GPUs' own memory then, in bytes; None where nothing reports it.
-        prompt_tokens: Tokens of the longest prompt; 0 where that is not known.
-        each: The times of each request, in the order in which they were answered; an earlier
-            version's rows have none.
+        parallel: The number of concurrent requests.
+        requests: The total number of requests.
+        seconds: Seconds from the first request to the last answer.
+        time_to_first_token: The median in seconds.
+        prompt_tokens_per_second: Per request; None if no prompt was processed.
+        generation_tokens_per_second: Per request; None if answers had a single token.
+        total_tokens_per_second: The tokens of all answers over `seconds`.
+        memory: Peak RAM of the server's processes since their start, in bytes; 0 if unknown.
+        gpu_memory: Their GPU memory at that point, in bytes; None if no driver reports it.
+        prompt_tokens: The number of tokens in the longest prompt; 0 if unknown.
+        each: The times of each request, in the order of their answers; empty in rows of older
+            versions.
     """
 
     parallel: int
@@ -354,23 +353,21 @@ class Measurement:
     """The measurements of a server.
 
     Attributes:
-        load: The seconds of its stages of loading.
-        speeds: One for each number of parallel requests, in ascending order.
-        memory: The most RAM its processes had, in bytes; mapped weights count as they are touched.
-        gpu_memory: The most that they had of GPUs' own memory after requests, in bytes; None where
-            nothing reports it.
-        context: Tokens that one request may have, prompt and answer; None where a build hides it.
-        answers: To each prompt, asked one at a time.
-        quality: Mean over the answers of what the sweep's `quality` gave; None without one.
-        perplexity: Of the expected texts; None unless asked for.
-        bits_per_character: Of the same texts, for models that split them into other tokens.
-        slots: Requests that the server answers at once; None where a build hides it.
-        machine_load: Share of the processors that was busy before the server was started.
-        noise: The state of the machine during the requests; None where they were too
-            short to tell.
-        kl_divergence: From the reference, in nats; None unless asked for.
-        top_token_agreement: Share of tokens where the reference finds the same one likeliest.
-        intervals: Of quality, perplexity, divergence and agreement, with 95 % confidence.
+        load: The seconds of each loading stage.
+        speeds: The speed at each number of concurrent requests, ascending.
+        memory: Peak RAM of the server's processes, in bytes; mapped weights count once touched.
+        gpu_memory: Their peak GPU memory after requests, in bytes; None if no driver reports it.
+        context: The context of a request in tokens, prompt and answer; None if a build hides it.
+        answers: The answer to each prompt, at the lowest concurrency.
+        quality: The mean score of the answers; None without a score.
+        perplexity: Perplexity of the expected texts; None if not measured.
+        bits_per_character: The same per character, to compare models with different tokenizers.
+        slots: The number of requests the server processes at once; None if a build hides it.
+        machine_load: The busy fraction of the processors before the server started.
+        noise: The state of the machine during the requests; None if they were too short.
+        kl_divergence: The divergence from the reference in nats; None if not measured.
+        top_token_agreement: The fraction of tokens with the same most likely token.
+        intervals: 95 % confidence intervals of quality, perplexity, divergence and agreement.
     """
 
     load: LoadSeconds
@@ -392,13 +389,13 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class TrialSeconds:
-    """The seconds that each part of a trial took.
+    """The duration of each part of a trial, in seconds.
 
     Attributes:
-        load: From asking for the server to ready; 0 where it never was.
-        warm_up: The requests that are not measured.
-        requests: Those that are.
-        overall: From the trial's beginning to the end of its server.
+        load: From starting the server until it was ready; 0 if it never was.
+        warm_up: Requests that aren't measured.
+        requests: Requests that are measured.
+        overall: From the start of the trial to the exit of its server.
     """
 
     load: float = 0.0
@@ -414,11 +411,11 @@ class TrialSeconds:
 
 @dataclass(frozen=True, slots=True)
 class ModelFingerprint:
-    """The identity of a model, beyond its name.
+    """The identity of a model file, regardless of its name.
 
     Attributes:
-        size: Bytes of its files.
-        digest: Hash of the first file's beginning.
+        size: The total size of the files in bytes.
+        digest: Hash of the beginning of the first file.
     """
 
     size: int
@@ -431,16 +428,15 @@ class TrialResult:
 
     Attributes:
         trial: The trial.
-        outcome: Its outcome.
-        reason: The reason that it was not measured, or the problem with its quality, in a
-            sentence.
-        measurement: The measurements; None unless it is done.
-        seconds: The seconds of its parts.
-        host: The machine.
-        engine: The engine's name for itself; empty where none was found.
-        at: The end, in seconds since the epoch.
-        fingerprint: Of the model, where it was seen.
-        document: Its run record as JSON; empty unless the sweep makes records.
+        outcome: The outcome.
+        reason: Why the trial was not measured, or a problem with its quality, in a sentence.
+        measurement: The measurements; None unless done.
+        seconds: The duration of each part.
+        host: The name of the machine.
+        engine: The engine's version; empty if none was found.
+        at: The end of the trial, in seconds since the epoch.
+        fingerprint: The model's identity, if the file was found.
+        document: The run record as JSON; empty unless the sweep makes records.
     """
 
     trial: Trial
@@ -456,14 +452,14 @@ class TrialResult:
 
     @property
     def busy(self) -> bool:
-        """True if other processes are likely to have distorted what was measured."""
+        """True if other processes are likely to have distorted the measurement."""
         noise = self.measurement and self.measurement.noise
         return bool(noise and noise.busy)
 
     def may_be_of(self, model: ModelFingerprint | None) -> bool:
-        """True if it may be a row of this model; where the model is not here, any row may be.
+        """Return whether the row may be of this model; any row may be if the model isn't here.
 
-        The failure of a trial that found no model says nothing about one that is here.
+        A failure to find the model doesn't apply to a model that is here.
         """
         if model is None or self.fingerprint == model:
             return True
@@ -471,24 +467,24 @@ class TrialResult:
 
     @property
     def record(self) -> RunRecord | None:
-        """Its run record, to be saved or replayed.
+        """The run record, to save or replay; None if the sweep makes none.
 
         Raises:
-            RunRecordError: A later version of kitty_nb has written it.
+            RunRecordError: A later version of kitty_nb wrote it.
         """
         return RunRecord.parse(self.document) if self.document else None
 
 
 @dataclass(frozen=True, slots=True)
 class TrialStarted:
-    """A trial has begun."""
+    """A trial has started."""
 
     trial: Trial
 
 
 @dataclass(frozen=True, slots=True)
 class TrialProgressed:
-    """A trial's load has progressed."""
+    """A trial's server has made progress with its load."""
 
     trial: Trial
     progress: LoadProgress
@@ -500,12 +496,12 @@ class RequestAnswered:
 
     Attributes:
         trial: The trial.
-        done: The number of measured requests that are answered.
-        total: The number of all measured requests.
-        parallel: The number of requests under way at once.
-        tokens_per_second: The rate at which this answer was written, as the server reports it.
-        prompt_tokens_per_second: The rate at which its prompt was read, likewise.
-        time_to_first_token: Seconds until its first token had arrived.
+        done: The number of measured requests answered so far.
+        total: The total number of measured requests.
+        parallel: The number of concurrent requests.
+        tokens_per_second: The generation speed of this answer, as the server reports it.
+        prompt_tokens_per_second: The prompt speed, likewise.
+        time_to_first_token: Seconds from sending the request to the first token.
     """
 
     trial: Trial
@@ -519,28 +515,28 @@ class RequestAnswered:
 
 @dataclass(frozen=True, slots=True)
 class TrialEnded:
-    """A trial has its row."""
+    """A trial has finished, with a row."""
 
     result: TrialResult
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPaused:
-    """No further trial begins until the sweep is resumed; the one under way goes on."""
+    """The sweep is paused: no further trials start, and those in progress finish."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResumed:
-    """Trials begin again."""
+    """The sweep has resumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepEnded:
-    """The run is over.
+    """The run has ended.
 
     Attributes:
-        complete: Whether every trial has its row.
-        problem: The reason that it broke off, in a sentence; empty where it did not.
+        complete: Whether every trial has a row.
+        problem: The error that ended the run, in a sentence; empty if there was none.
     """
 
     complete: bool
@@ -549,7 +545,7 @@ class SweepEnded:
 
 @dataclass(frozen=True, slots=True)
 class StoreFailed:
-    """Rows could not be written; they are kept in memory and written with the next one.
+    """Rows could not be written; they are kept in memory, and written with the next one.
 
     Attributes:
         problem: The problem and its remedy, in a sentence.
@@ -572,18 +568,18 @@ SweepEvent = (
 
 OnProgress = Callable[[SweepEvent], object]
 Execute = Callable[[Trial, OnProgress], Awaitable[TrialResult]]
-"""Runs one trial somewhere, reports its progress on the event loop, and returns its row.
+"""Runs a trial somewhere, reports progress on the event loop, and returns the row.
 
-Being cancelled ends the trial's server. An `ExperimentError` means that nothing more can be run
+Cancelling it stops the trial's server. An `ExperimentError` means that no more trials can run
 there, and ends the sweep.
 """
 
 
 def identity(quality: Quality | None) -> str:
-    """Name a measure of quality, the same in every process.
+    """Return an identifier of a quality measure that is stable across processes.
 
-    A function is known by its code and by the values bound to it, so that one that was edited is
-    another. What it finds by a global name is not looked into.
+    A function is identified by its code and the values bound to it, so that an edited function
+    counts as a new one. Globals that it uses are ignored.
     """
     match quality:
         case None:
@@ -597,11 +593,11 @@ def identity(quality: Quality | None) -> str:
 
 
 def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
-    """Return what a value holds, in a form whose `repr` is the same in every process.
+    """Return the contents of a value in a form whose `repr` is stable across processes.
 
     Args:
         value: Any value.
-        within: The callables that hold it; one may hold itself.
+        within: The enclosing callables, because a callable may refer to itself.
     """
     match value:
         case None | bool() | int() | float() | complex() | str() | bytes():

@@ -1,7 +1,8 @@
-"""`tune`: the best settings in far fewer trials than a grid has combinations."""
+"""`tune`: a search for the best settings, in far fewer trials than a grid search."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -9,29 +10,16 @@ from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
 from kitty_nb.experiments.extras import extra
-from kitty_nb.experiments.metrics import (
-    OBJECTIVE,
-    constraints_of,
-    metric_names,
-    read_objective,
-)
+from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
 from kitty_nb.experiments.search_run import TuneResult, Tuning
 from kitty_nb.experiments.space import BATCHES, fill_batches
-from kitty_nb.experiments.trial import (
-    DEFAULT_PROMPT,
-    Perplexity,
-    TrialResult,
-    Workload,
-)
+from kitty_nb.experiments.trial import DEFAULT_PROMPT, Perplexity, TrialResult, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from kitty_nb.experiments.trial import (
-        Quality,
-        SweepEvent,
-    )
+    from kitty_nb.experiments.trial import Quality, SweepEvent
     from kitty_nb.operation import Operation
 
 
@@ -62,57 +50,56 @@ def tune(
     busy_repeats: int = 1,
     on_event: Callable[[SweepEvent], object] = lambda _: None,
 ) -> Operation[TuneResult]:
-    """Search for the settings that are best at something, and return at once.
+    """Search for the best settings in the background.
 
-    Trials run here one after the other, as those of a `Sweep` do. The settings in use come first,
-    then some by chance, then what Optuna expects to be better; every eighth trial measures the best
-    so far again, up to three times, for medians are compared. A trial that is clearly behind the
-    others is pruned. Rows are in the `store` as soon as they are there, and count: the same call
-    goes on where the last one ended.
+    Trials run on this machine, one after the other, like those of a `Sweep`: first the settings in
+    use, then a few random ones, then what Optuna proposes. Every eighth trial repeats the best so
+    far, up to three times, because medians are compared. A trial that falls clearly behind is
+    pruned. Results are saved in the `store` immediately; the same call continues from there.
 
     Args:
-        model: The file, absolute or in the models folder; by default the one in `config`.
-        objective: A number of the table, after a minus sign one of which less is better; or a
-            function of a row that is done, the higher the better.
-        space: What to choose from, by name of setting as in a `Sweep`: a list of values, or the
-            lowest and the highest number as a tuple. By default threads and flash attention, and
-            layers on a GPU where there is one.
-        constraints: Bounds to keep, of numbers or settings, by name and sign; a name alone means
-            at most: `{"memory_gib": 20, "context_size>=": 16384}`. What breaks one on a setting
-            is never tried.
-        budget: The number of trials, with those in the store.
-        prompts: One request each; 1 or more. By default a question, which is repeated
-            to fill the batches where their sizes are chosen and the objective depends on them.
-        target: A bound to reach, such as `"generation_tokens_per_second >= 30"`. The search is then
-            for the least memory that reaches it, over all quants of the model on disk, and the
-            `proof` compares it with the settings in use and the runner-up.
-        quality_loss: How much worse the perplexity of `text` may be than that of the largest
-            quant, such as `"<= 2 %"`; only with a target.
-        memory: The most memory, such as `"<= 20 GB"`; only with a target.
-        text: The text for `quality_loss`, as an answer to the first prompt; a short one is built
+        model: The model file, absolute or in the models folder; by default the one in `config`.
+        objective: The metric to optimize, with a minus sign to minimize it (`-seconds`); or a
+            function of a finished trial's row, to be maximized.
+        space: The values to choose from, by name of setting as in a `Sweep`: a list of values, or a
+            tuple of the lowest and highest number. By default threads, flash attention and, with a
+            GPU, the layers on it.
+        constraints: Bounds on metrics or settings, by name and comparison; a name alone means at
+            most: `{"memory_gib": 20, "context_size>=": 16384}`. Settings that violate one are never
+            tried.
+        budget: The number of trials, including those in the store.
+        prompts: One or more prompts, one request each. By default a question, repeated to fill the
+            batches if their sizes are varied and the objective depends on them.
+        target: A bound to reach, such as `"generation_tokens_per_second >= 30"`. The search then
+            minimizes memory over all quants of the model on disk, and the `proof` compares the
+            result with the settings in use and the runner-up.
+        quality_loss: How much worse the perplexity of `text` may be than with the largest quant,
+            such as `"<= 2 %"`; only with a target.
+        memory: The memory limit, such as `"<= 20 GB"`; only with a target.
+        text: The text for `quality_loss`, as the answer to the first prompt. A short one is built
             in.
-        proof_rounds: The rounds of the proof. Eight find nearly every difference of 10 % on a quiet
-            machine.
-        seconds: After how long no further trial begins; None for no limit.
-        seed: Of the search and of the server's sampling.
-        parallel: Numbers of requests to have under way at once, each measured on its own.
-        max_tokens: Length of an answer.
-        config: The settings that the space changes; by default those of `.env`.
+        proof_rounds: The rounds of the proof. Eight detect nearly every difference of 10 % on a
+            quiet machine.
+        seconds: The time in seconds after which no further trial starts; None for no limit.
+        seed: The seed of the search and of the server's sampling.
+        parallel: Numbers of concurrent requests, each measured separately.
+        max_tokens: Length of an answer, in tokens.
+        config: The base settings; by default those of `.env`.
         quality: As for a `Sweep`.
         chat: Whether prompts go through the model's chat template.
+        record: As for a `Sweep`; trials without a run record are repeated.
         requests: As for a `Sweep`.
-        record: As for a `Sweep`; trials that were measured without a run record do not count.
-        store: The file for the rows.
-        logs: A folder in which to keep the servers' logs.
+        store: The results file.
+        logs: A folder for the servers' logs.
         busy_repeats: As for a `Sweep`.
-        on_event: Called on the search's thread when a trial begins, makes progress or ends.
+        on_event: Called on the search's thread when a trial starts, makes progress or ends.
 
     Returns:
-        Cancelling it ends the search and the server under way; the rows stay in the store. It may
-        end with `ExperimentError`: no trial could be measured, or none keeps the constraints.
+        The search in progress; cancelling it stops its server, and results stay in the store. It
+        fails with `ExperimentError` if no trial could be measured or satisfies the constraints.
 
     Raises:
-        ConfigError: Listing every name and value that is wrong.
+        ConfigError: Some names or values are invalid; the error lists all of them.
         ExperimentError: There is nothing to try, or Optuna is missing.
     """
     extra("optuna")
@@ -131,31 +118,29 @@ def tune(
         if goal.loss and quality is None:
             quality = Perplexity(dict.fromkeys(prompts[:1], goal.text))
     elif quality_loss or memory:
-        raise ExperimentError("quality_loss and memory go with a target. Give one, or constraints.")
+        raise ExperimentError(
+            "quality_loss and memory need a target. Give one, or use constraints."
+        )
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
     workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
     if budget < 1:
-        raise ExperimentError(f"budget is {budget}, so nothing would be tried. Write 1 or more.")
+        raise ExperimentError(f"budget is {budget}, so nothing would be tried. Use 1 or more.")
     names = metric_names(workload)
     bounds = constraints_of(constraints)
     aim = read_objective(objective, names)
     search = Search(*read_space(models, config, space, bounds, names), aim, bounds, config, seed)
     batches = [search.samples(name) for name in search.space if name in BATCHES and not goal]
     workload, useless = fill_batches(workload, [*product(*batches)], config, aim.name)
-    common: dict[str, Any] = {
-        "config": config,
-        "workload": workload,
-        "store": store,
-        "logs": logs,
-        "busy_repeats": busy_repeats,
-        "warnings": (*warnings, *useless),
-        "search": search,
-        "budget": budget,
-        "seconds": seconds,
-    }
-    run = Tuning(**common)
+    kind: Callable[..., Tuning] = Tuning
     if goal:
         reference = search.models[models.index(largest)]
-        run = targets.TargetTuning(goal=goal, reference=reference, **common)
+        kind = partial(targets.TargetTuning, goal=goal, reference=reference)
+    warnings = (*warnings, *useless)
+    run = kind(
+        *(config, workload, store, logs, warnings, (), busy_repeats),
+        search=search,
+        budget=budget,
+        seconds=seconds,
+    )
     run.subscribe(on_event)
     return run.start()

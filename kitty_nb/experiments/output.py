@@ -1,0 +1,82 @@
+"""Output of results: data frames, Markdown tables and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.extras import extra
+from kitty_nb.safe_files import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from pandas import DataFrame
+
+
+def frame_of(rows: Iterable[dict[str, Any]]) -> DataFrame:
+    """Return a data frame with a row for each mapping.
+
+    Raises:
+        ExperimentError: pandas is missing.
+    """
+    frame: DataFrame = extra("pandas").DataFrame(list(rows))
+    return frame
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], align: str, widths: Sequence[int] = ()
+) -> list[str]:
+    """Return the lines of a table, padded so that it reads well as plain text, too.
+
+    Args:
+        head: The headings.
+        rows: The cells of each row.
+        align: One letter per column: `l` for left, `r` for right.
+        widths: The minimum width of each column, in characters; by default none.
+    """
+    rows = [head, *rows]
+    least = widths or [3] * len(head)
+    sizes = [max(one, *map(len, column)) for one, *column in zip(least, *rows, strict=True)]
+    pads = [str.rjust if side == "r" else str.ljust for side in align]
+    rule = [
+        "-" * (n - 1) + (":" if side == "r" else "-") for n, side in zip(sizes, align, strict=True)
+    ]
+    return [
+        f"| {' | '.join(pad(*cell) for pad, *cell in zip(pads, row, sizes, strict=True))} |"
+        for row in (head, rule, *rows[1:])
+    ]
+
+
+def write_parquet(frame: DataFrame, path: str | Path) -> Path:
+    """Write a data frame as Parquet, columns of mixed types as text, and return the path.
+
+    Raises:
+        ExperimentError: pyarrow is missing, or the file can't be written.
+    """
+    extra("pyarrow")
+    for name in frame.columns:
+        if len({type(value) for value in frame[name].dropna()}) > 1:
+            frame[name] = frame[name].map(str, na_action="ignore")
+    return write_file(path, frame.to_parquet(index=False))
+
+
+def write_file(
+    path: str | Path, content: bytes, error: type[ExperimentError] = ExperimentError
+) -> Path:
+    """Write a file atomically, and return its path.
+
+    Raises:
+        ExperimentError: The file can't be written; the error is of the given type.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content, private=False)
+    except OSError as problem:
+        raise error(
+            f"Can't write {path}: {problem.strerror or problem}. Free some space, check the"
+            " folder's permissions, or choose another place."
+        ) from problem
+    return path
