@@ -505,19 +505,19 @@ def load_test(
         str | None, typer.Argument(help="A .gguf file; by default the profile's model.")
     ] = None,
     concurrency: Annotated[
-        list[int] | None, typer.Option(min=1, help="Requests at once; repeat for several.")
+        list[int] | None, typer.Option(min=1, help="Concurrent requests; repeat for several.")
     ] = None,
     rate: Annotated[
         list[float] | None,
-        typer.Option(help="Requests a second, whatever is answered; repeat for several."),
+        typer.Option(help="Requests per second, sent regardless of answers; repeatable."),
     ] = None,
     arrivals: Annotated[str, typer.Option(help="poisson or constant.")] = "poisson",
     limit: Annotated[
         str,
-        typer.Option(help='Find the highest rate that keeps "time_to_first_token_p95 <= 2".'),
+        typer.Option(help='Find the highest rate within, e.g., "time_to_first_token_p95 <= 2".'),
     ] = "",
-    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 100,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per load.")] = 100,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer, in tokens.")] = 64,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A user message; repeat for several.")
     ] = None,
@@ -526,14 +526,15 @@ def load_test(
         bool, typer.Option("--running", help="Test the profile's running server.")
     ] = False,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE.parquet", help="Write each request's times there.")
+        Path | None,
+        typer.Option(metavar="FILE.parquet", help="Write the times of each request to a file."),
     ] = None,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
-    """Measure latency under load, as Markdown, on a server of its own or the running one.
+    """Measure latency under load, on a new server or the running one; print a Markdown table.
 
-    With --concurrency, each request waits for the answer before it; with --rate, none does.
+    --concurrency keeps a number of requests in flight; --rate sends them regardless of answers.
     """
     from kitty_nb.client import Access
     from kitty_nb.experiments import load_test as begin
@@ -577,18 +578,22 @@ def bench(
         str | None,
         typer.Argument(help="A .gguf file, here or in the models folder; else the profile's."),
     ] = None,
-    pp: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt; 0: none.")] = 512,
-    tg: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer; 0: none.")] = 128,
+    pp: Annotated[
+        int, typer.Option(metavar="N", help="Length of the prompt, in tokens; 0 skips it.")
+    ] = 512,
+    tg: Annotated[
+        int, typer.Option(metavar="N", help="Length of the answer, in tokens; 0 skips it.")
+    ] = 128,
     depths: Annotated[
-        str, typer.Option(metavar="N,N,…", help="Tokens in the context before each test.")
+        str, typer.Option(metavar="N,N,…", help="Tokens already in the context.")
     ] = "0,4096,16384",
-    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements of each test.")] = 5,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Measurements per test.")] = 5,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
-    """Measure the speed of prompts and answers; print llama-bench's table in Markdown.
+    """Measure prompt and generation speed; print llama-bench's table in Markdown.
 
-    It runs on a server of its own, with the profile's settings. Stop others first: they skew it.
+    It starts a new server with the profile's settings. Stop others first: they skew the results.
     """
     from kitty_nb.cli import commands
 
@@ -618,17 +623,23 @@ def regress(
     ],
     bisect: Annotated[
         bool,
-        typer.Option("--bisect", help="Find the first engine, of those in order, that regresses."),
+        typer.Option(
+            "--bisect", help="Find the first engine that regresses, given engines in order."
+        ),
     ] = False,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements of each engine.")] = 8,
-    pp: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt; 0: none.")] = 256,
-    tg: Annotated[int, typer.Option(metavar="N", help="Tokens of the answer; 0: none.")] = 64,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Measurements per engine.")] = 8,
+    pp: Annotated[
+        int, typer.Option(metavar="N", help="Length of the prompt, in tokens; 0 skips it.")
+    ] = 256,
+    tg: Annotated[
+        int, typer.Option(metavar="N", help="Length of the answer, in tokens; 0 skips it.")
+    ] = 64,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
-    """Compare other engines with the one in use; exit with 1 if one is slower or answers otherwise.
+    """Compare other engines with the one in use; exit with 1 if one is slower or answers differ.
 
-    Each round replays the records and times a prompt and an answer, on servers of its own.
+    Each round starts every engine and times a prompt and an answer; the first replays the records.
     """
     from kitty_nb.cli import commands
 
