@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kitty_nb import ServerConfig
-from kitty_nb.experiments import Suite, Sweep
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments import Suite, Sweep, suite
 from kitty_nb.experiments.suite import Kind, Task
 
 SUITE = Suite.standard(each=3)
@@ -22,8 +27,30 @@ def test_a_seed_makes_the_same_tasks_and_another_one_others() -> None:
     assert Suite.standard(each=3) == SUITE
     assert len({*SUITE.prompts, *Suite.standard(1, each=3).prompts}) == 24
     assert [task.kind for task in Suite.standard(each=1, kinds=["needle"]).tasks] == ["needle"]
-    with pytest.raises(ValueError, match="'riddle' is not a valid Kind"):
-        Suite.standard(kinds=["riddle"])
+    assert Suite.standard(each=1, kinds="needle").tasks == SUITE.tasks[-3:-2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"kinds": ["riddle"]}, "No kind is 'riddle'. Write arithmetic,"),
+        ({"each": 0}, "each is 0. Write a whole number from 1 to 10,000."),
+        ({"each": 10**9}, "each is 1000000000."),
+        ({"each": 1.5}, "each is 1.5."),
+    ],
+)
+def test_a_suite_that_cannot_be_made_is_refused_at_once(asked: Any, said: str) -> None:
+    with pytest.raises(ExperimentError, match=re.escape(said)):
+        Suite.standard(**asked)
+
+
+def test_a_prompt_of_another_sweep_is_named() -> None:
+    with pytest.raises(ExperimentError, match=r"no task 'Hello'\. Use prompts=suite"):
+        SUITE("Hello", "1")
+
+
+def test_an_answer_that_nests_without_end_is_wrong() -> None:
+    assert not first(Kind.EXTRACTION).solved_by('{"name": ' + "[" * 100_000 + "}")
 
 
 @pytest.mark.parametrize("kind", [Kind.ARITHMETIC, Kind.EXTRACTION, Kind.NEEDLE])
@@ -68,6 +95,8 @@ def test_code_is_right_if_it_satisfies_the_cases() -> None:
         "'{0.__class__}'.format(f)",
         "g = (g.gi_frame.f_back.f_globals for x in [0])",
         "__import__('os').abort()",
+        "match 1:\n    case int(__reduce_ex__=reduce): reduce(0)",
+        "int.mro()",
         "raise ValueError",
     ],
 )
@@ -78,14 +107,44 @@ def test_code_that_does_more_than_compute_is_not_right(line: str) -> None:
     assert not task.solved_by(f"{right}\n{line}\n")
 
 
+def test_code_may_use_patterns_and_throw_names_away() -> None:
+    task = first(Kind.CODE)
+    patterns = "for _ in range(2):\n    match 1:\n        case int(real=x): x"
+    assert task.solved_by(f"{patterns}\n{solution(task)}")
+
+
+_ESCAPE = """
+def f(numbers):
+    for one in object.__subclasses__():
+        if one.__name__ == "_wrap_close":
+            one.__init__.__globals__["unlink"]({path!r})
+"""
+
+
+def test_what_reaches_beyond_the_process_ends_it(tmp_path: Path) -> None:
+    (victim := tmp_path / "victim").touch()
+    sandbox = Path(suite.__file__).with_name("sandbox.py").read_text()
+    gate = "allows(code) and "
+    assert gate in sandbox
+    (open_gate := tmp_path / "sandbox.py").write_text(
+        sandbox.replace(gate, "").replace('"zip", ', '"zip", "object", ')
+    )
+    answer = json.dumps([_ESCAPE.format(path=str(victim)), [[[[]], None]]])
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", open_gate], input=answer.encode(), check=False
+    )
+    assert done.returncode == 1
+    assert victim.exists()
+
+
 @pytest.mark.slow
 def test_a_real_models_share_of_right_answers_is_measured(
     real_config: ServerConfig, tmp_path: Path
 ) -> None:
-    suite = Suite.standard(each=1)
+    tasks = Suite.standard(each=1)
     with Sweep(
-        prompts=suite.prompts,
-        quality=suite,
+        prompts=tasks.prompts,
+        quality=tasks,
         max_tokens=32,
         repeats=1,
         config=real_config.replace(context_size=4096),
@@ -94,7 +153,7 @@ def test_a_real_models_share_of_right_answers_is_measured(
         results = sweep.run().wait(240)
     (row,) = results.rows
     assert row.measurement
-    judged = [suite(*pair) for pair in zip(suite.prompts, row.measurement.answers, strict=True)]
+    judged = [tasks(*pair) for pair in zip(tasks.prompts, row.measurement.answers, strict=True)]
     assert row.measurement.quality == sum(judged) / len(judged)
     low, high = row.measurement.intervals["quality"]
     assert 0 <= low <= row.measurement.quality <= high <= 1

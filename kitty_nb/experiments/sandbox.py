@@ -1,19 +1,23 @@
 """A script that runs a function written by a model, and exits with 0 if it passes all test cases.
 
 Standard input is JSON: the code, and test cases of arguments and result. The code can't import
-modules or use other builtins than a few, and its time, memory and files are limited. That contains
-a model's mistakes; it is no defence against an attacker.
+modules or use other builtins than a few, and its time, memory and files are limited. If it reaches
+beyond this process all the same (a file, a signal, another process), an audit hook ends it first.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from typing import Any
 
 _SECONDS, _BYTES = 2, 1 << 29
 _INNER = ("_", "gi_", "cr_", "ag_", "f_", "tb_")  # attributes that lead to builtins or frames
+# A format string can reach attributes that don't appear in the code; `mro` ends at `object`.
+_LEADS_OUT = frozenset({"format", "format_map", "mro"})
+_COMPUTES = frozenset({"compile", "exec"})  # audit events of code that only computes
 _ALLOWED = (
     *("abs", "all", "any", "bool", "chr", "dict", "divmod", "enumerate", "filter", "float"),
     *("frozenset", "int", "isinstance", "iter", "len", "list", "map", "max", "min", "next", "ord"),
@@ -31,13 +35,12 @@ def allows(code: str) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             return False
-        if getattr(node, "id", "").startswith("_"):
+        if getattr(node, "id", "").startswith("__"):
             return False
-        # A format string can reach attributes that don't appear in the code.
-        if isinstance(node, ast.Attribute) and (
-            node.attr.startswith(_INNER) or node.attr in {"format", "format_map"}
-        ):
-            return False
+        # A pattern such as `case int(real=x)` reads attributes, too.
+        for name in (getattr(node, "attr", ""), *getattr(node, "kwd_attrs", ())):
+            if name.startswith(_INNER) or name in _LEADS_OUT:
+                return False
     return True
 
 
@@ -57,9 +60,15 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    sys.addaudithook(_end_beyond)
+
+
+def _end_beyond(event: str, _: object) -> None:
+    if event not in _COMPUTES:
+        os._exit(1)
 
 
 if __name__ == "__main__":
     code, cases = json.load(sys.stdin)
     _limit()
-    sys.exit(0 if allows(code) and holds(code, cases) else 1)
+    os._exit(0 if allows(code) and holds(code, cases) else 1)  # an orderly end is audited, too

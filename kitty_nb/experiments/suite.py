@@ -13,6 +13,9 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -26,6 +29,7 @@ _CITIES = ("Lisbon", "Oslo", "Kyoto", "Quito", "Accra", "Perth", "Hanoi", "Turin
 _THINGS = ("lamps", "chairs", "bicycles", "kettles", "umbrellas", "violins", "ladders", "clocks")
 _DEPTHS = (0.1, 0.5, 0.9)  # positions of the needle, as fractions of the text
 _FILLER = 40  # sentences around the needle
+_MOST = 10_000  # tasks of a kind; there are only some 60,000 that differ
 
 
 class Kind(StrEnum):
@@ -79,20 +83,25 @@ class Suite:
     tasks: tuple[Task, ...]
 
     @classmethod
-    def standard(cls, seed: int = 0, each: int = 5, kinds: Iterable[str] = tuple(Kind)) -> Suite:
+    def standard(
+        cls, seed: int = 0, each: int = 5, kinds: str | Iterable[str] = tuple(Kind)
+    ) -> Suite:
         """Generate tasks of several kinds, reproducibly.
 
         Args:
             seed: The seed.
-            each: The number of tasks per kind.
+            each: The number of tasks per kind, at most 10,000.
             kinds: The kinds: arithmetic, extraction, code, needle.
 
         Raises:
-            ValueError: A kind is unknown.
+            ExperimentError: A kind is unknown, or the number is out of range.
         """
+        whole("each", each, 1, _MOST)
         made: list[Task] = []
-        for kind in map(Kind, kinds):
-            tasks = _MAKERS[kind](Random(f"{kind} {seed}"))  # noqa: S311 (no secret)
+        for kind in (kinds,) if isinstance(kinds, str) else kinds:
+            if kind not in set(Kind):
+                raise ExperimentError(f"No kind is {kind!r}. Write {', '.join(Kind)}.")
+            tasks = _MAKERS[Kind(kind)](Random(f"{kind} {seed}"))  # noqa: S311 (no secret)
             made += [next(tasks) for _ in range(each)]
         return cls(tuple(made))
 
@@ -102,15 +111,21 @@ class Suite:
         return tuple(task.prompt for task in self.tasks)
 
     def __call__(self, prompt: str, answer: str) -> float:
-        """Score an answer: 1 if it is correct, else 0."""
-        task = next(one for one in self.tasks if one.prompt == prompt)
-        return float(task.solved_by(answer))
+        """Score an answer: 1 if it is correct, else 0.
+
+        Raises:
+            ExperimentError: The prompt is none of the suite's.
+        """
+        for task in self.tasks:
+            if task.prompt == prompt:
+                return float(task.solved_by(answer))
+        raise ExperimentError(f"The suite has no task {prompt!r}. Use prompts=suite.prompts.")
 
 
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model that repeats itself nests without end
         return None
 
 
