@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -92,6 +93,24 @@ def test_wrong_names_and_values_are_told(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         combine(base, ["a.gguf"], grid)
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        {"grid": {"hf_token": ["hush"]}},
+        {"grid": {"api-key": "hush"}},
+        {"grid": {"extra_args": [["--hf-token", "hush"]]}},
+        {"configs": [{"extra_args": ["--metrics", "-hft", "hush"]}]},
+        {"configs": [ServerConfig(models_dir="/models", extra_args="--hf_token hush")]},
+    ],
+)
+def test_a_secret_is_not_tried_for_results_show_what_is(
+    base: ServerConfig, tried: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="a secret") as refused:
+        combine(base, ["a.gguf"], **tried)
+    assert "hush" not in str(refused.value)
 
 
 def test_everything_wrong_is_told_at_once(base: ServerConfig) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 
-from kitty_nb.config import ServerConfig, value_of
+from kitty_nb.config import ServerConfig, takes_secret, value_of
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Trial
@@ -49,6 +49,8 @@ _DECIDED = {
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
 }
 _NO_EFFECT = "It has no effect: each request, or the sweep, sets it."
+_HIDDEN = "Its value is a secret, and results show every value that is tried."
+_OF_ALL = "Leave it out, and set it for all trials in LLAMACPP_EXTRA_ARGS."
 _MISSPELT = 0.92  # similarity from which a name is a misspelled field; real flags are below
 # llama-server's defaults. Threads: one per core.
 _ENGINE_DEFAULTS: Mapping[str, Value] = {
@@ -92,6 +94,8 @@ def combine(
     axes = {name: _values(name, values, problems) for name, values in (grid or {}).items()}
     listed = [_one_config(one, base, problems) for one in ([{}] if configs is None else configs)]
     problems += _check_names([*axes, *(name for _, settings in listed for name in settings)])
+    words = [*axes.get("extra_args", ()), *(settings.get("extra_args") for _, settings in listed)]
+    problems += _check_words(words)
     if problems:
         raise ConfigError("the sweep", tuple(problems))
     named = [_model_name(model, base) for model in models or filter(None, (base.model,))]
@@ -293,13 +297,23 @@ def _check_names(names: Iterable[str]) -> Iterator[Problem]:
     for name in dict.fromkeys(names):
         if name in FIELDS:
             continue
-        if name in ServerConfig.model_fields:
+        if takes_secret(_flag(name)):
+            yield Problem(name, "", _HIDDEN, _OF_ALL)
+        elif name in ServerConfig.model_fields:
             fix = _DECIDED.get(_flag(name), f"Leave it out. You can vary {choice}")
             yield Problem(name, "", "The sweep sets it itself.", fix)
         elif near := get_close_matches(name, FIELDS, n=1, cutoff=_MISSPELT):
             yield Problem(name, "", "There is no such setting.", f"Did you mean {near[0]}?")
         elif not re.fullmatch(r"[\w.-]+", name):
             yield Problem(name, "", "It isn't the name of a setting.", f"Use one of {choice}")
+
+
+def _check_words(several: Iterable[Value]) -> Iterator[Problem]:
+    """Yield secrets among flags that are tried: results, reports and labels show those."""
+    for words in several:
+        for word in words if isinstance(words, tuple) else ():
+            if takes_secret(word):
+                yield Problem("extra_args", word, _HIDDEN, _OF_ALL)
 
 
 def _check_values(trials: Iterable[Trial], base: ServerConfig) -> None:
@@ -329,7 +343,8 @@ def _one_config(
 def _values(name: str, values: Iterable[Any], problems: list[Problem]) -> tuple[Value, ...]:
     fix = f"Write {name}=[…] with the values to try."
     if isinstance(values, (str, bytes)):
-        problems.append(Problem(name, str(values), "It is one value, not a list.", fix))
+        shown = "" if takes_secret(_flag(name)) else str(values)
+        problems.append(Problem(name, shown, "It is one value, not a list.", fix))
         return ()
     try:
         return tuple(dict.fromkeys(map(as_value, values)))
