@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
+from threading import Event, Thread
 from typing import Any
 
 import anyio
@@ -130,6 +132,41 @@ def test_a_mean_of_scores_and_a_perplexity_have_intervals(measure: Callable[...,
     assert ends == pytest.approx(
         [math.exp(2 + 1.96 * sign / math.sqrt(3)) for sign in (-1, 1)], 1e-3
     )
+
+
+def test_a_quality_that_is_no_number_or_exits_is_told_in_the_row(
+    measure: Callable[..., Results],
+) -> None:
+    for quality, told in (
+        (lambda *_: math.nan, "quality returned [nan]. It must return a finite number"),
+        (lambda *_: sys.exit(3), "quality failed with SystemExit(3)"),
+    ):
+        (row,) = measure(quality=quality).rows
+        assert told in row.reason
+        assert row.measurement
+        assert row.measurement.quality is None
+
+
+def test_a_quality_that_never_returns_can_be_cancelled(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    asked, ended = Event(), Event()
+
+    def judge(*_: str) -> float:
+        asked.set()
+        ended.wait()
+        return 1.0
+
+    given: dict[str, Any] = {"prompts": [PROMPT], "max_tokens": 4, "quality": judge}
+    with Sweep(**given, config=config, store=tmp_path / "endless.journal") as sweep:
+        sweep.run()
+        assert asked.wait(WAIT)
+        closing = Thread(target=sweep.close, daemon=True)
+        closing.start()
+        closing.join(WAIT)
+        closed = not closing.is_alive()
+        ended.set()
+    assert closed
 
 
 def test_a_reference_that_is_not_there_is_a_row(measure: Callable[..., Results]) -> None:

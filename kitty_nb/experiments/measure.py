@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
+from concurrent.futures import Future
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -420,7 +423,7 @@ class _Run:
                 exchanges = tuple(answer.exchange for answer in answers)
                 record = await describe_run(server.state, server.access, exchanges, workload.seed)
                 document = record.to_json()
-        judged, problem = await run_sync(_judge, workload, measured.answers)
+        judged, problem = await _judged(workload, measured.answers)
         self.row = replace(
             self.row,
             measurement=replace(measured, **judged, machine_load=busy / 100),
@@ -495,6 +498,19 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
     return _references[key]
 
 
+async def _judged(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Judge on a thread that nobody waits for: a user's function may never return."""
+    found: Future[tuple[dict[str, Any], str]] = Future()
+    found.set_running_or_notify_cancel()
+    work = Thread(
+        target=lambda: found.set_result(_judge(workload, answers)),
+        name="kitty_nb quality",
+        daemon=True,
+    )
+    work.start()
+    return await asyncio.wrap_future(found)
+
+
 def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """Return the mean score with its 95 % interval, and a problem with the user's function, if any.
 
@@ -506,10 +522,11 @@ def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any]
     try:
         pairs = zip(workload.prompts, answers, strict=True)
         scores = [float(quality(*pair)) for pair in pairs]
-        mean = fmean(scores)
-    except Exception as error:  # noqa: BLE001 (whatever a user's function raises)
+    except BaseException as error:  # noqa: BLE001 (whatever a user's function raises, exits too)
         return {}, f"quality failed with {error!r}. It must return a number for every answer."
-    return _quality(mean, score_interval(scores)), ""
+    if not all(map(math.isfinite, scores)):
+        return {}, f"quality returned {scores}. It must return a finite number for every answer."
+    return _quality(fmean(scores), score_interval(scores)), ""
 
 
 def _quality(score: float, interval: Interval | None) -> dict[str, Any]:
