@@ -1,8 +1,8 @@
 """A router under a memory limit: what is lost, what it takes, what kitty_nb adds to it.
 
 `python -m benchmarks.router [--requests N] [--engine PATH]` serves six demo models behind one
-address, with memory for three, and sends random requests. Then it asks loaded models through this
-router and through a bare one that was started by hand on the same presets, in turn.
+address, with memory for three by the memory preview, and sends random requests. Then it asks a
+loaded model through this router and through a bare one on the same presets, in turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import psutil
 from benchmarks.free_port import free_port
 from benchmarks.subject import subject_of, subject_parser
 from kitty_nb import ModelManager, write_demo_model
-from kitty_nb.supervisor.routing import presets_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,13 +100,13 @@ def _serve(manager: ModelManager, names: list[str], count: int, limit: float) ->
 
 
 def _watch(pid: int | None, held: list[int], most: list[int], over: threading.Event) -> None:
-    """Note the most that the router's children hold, private and mapped."""
+    """Note the most that the router's children hold, without the libraries that they share."""
     router = psutil.Process(pid)
     while not over.wait(0.02):
         sizes = []
         for child in router.children():
             try:
-                sizes.append(child.memory_info().rss)
+                sizes.append(child.memory_full_info().uss)
             except psutil.Error:
                 continue
         held[0], most[0] = max(held[0], sum(sizes)), max(most[0], len(sizes))
@@ -135,7 +134,6 @@ def _compare(manager: ModelManager, name: str) -> None:
         f"a loaded model: bare router {bare * 1e3:.2f} ms, kitty_nb's"
         f" {statistics.median(added) * 1e3:+.2f} ms (median of pairs)"
     )
-    print(f"presets: {presets_path(config).name}")
 
 
 @contextmanager
