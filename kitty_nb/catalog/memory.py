@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -584,8 +584,5 @@ def _most(fits: Callable[[int], bool], upmost: int, step: int) -> int:
     """The largest number up to `upmost` that fits, else in whole steps; 0 when none does."""
     if fits(upmost):
         return upmost
-    low, high = 0, -(-upmost // step)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    return low * step
+    steps = range(step, upmost, step)
+    return step * bisect_left(steps, x=True, key=lambda size: not fits(size))
