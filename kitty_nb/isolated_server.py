@@ -26,16 +26,23 @@ from anyio.from_thread import BlockingPortal
 from anyio.to_thread import run_sync
 
 from kitty_nb.client import Access
-from kitty_nb.config import OnKernelExit
+from kitty_nb.config import OnKernelExit, goes_without_key
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
 from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
-from kitty_nb.errors import EngineError, KittyError, PortBusyError, ServerError
+from kitty_nb.errors import (
+    EngineError,
+    KittyError,
+    PortBusyError,
+    ServerError,
+    ServerFailedError,
+)
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
+from kitty_nb.supervisor.url_server import look_once
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -57,6 +64,7 @@ __all__ = [
     "Option",
     "ServerState",
     "accepts",
+    "access_at_url",
     "find_load",
     "free_memory",
     "gather_facts",
@@ -171,6 +179,7 @@ async def isolated_server(
 
     with TemporaryDirectory(prefix="kitty_nb-", ignore_cleanup_errors=True) as temporary:
         own = config.replace(
+            url=None,
             host=_HOST,
             port=_free_port(),
             api_key=None,
@@ -193,6 +202,19 @@ async def isolated_server(
             finally:
                 with anyio.CancelScope(shield=True):
                     await supervisor.stop(force=True)
+
+
+async def access_at_url(config: ServerConfig) -> Access:
+    """Find the server at the URL of a profile, and the model to ask there.
+
+    Raises:
+        ServerFailedError: It does not answer.
+    """
+    state = await look_once(config)
+    if state.error:
+        raise ServerFailedError(state.error)
+    key = None if goes_without_key(config) else config.api_key
+    return Access(state.endpoint, key, state.alias)
 
 
 async def has_gpu(config: ServerConfig) -> bool:

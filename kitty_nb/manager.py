@@ -290,6 +290,8 @@ class ModelManager:
         """
         access = self._access_for(Task.CHAT)
         form = None if response_format is None else Form(response_format)
+        if access.model:  # any server of OpenAI's protocol: no fields of llama-server's own
+            options, on_progress = {"stream_options": {"include_usage": True}} | options, None
         request = chat_request(self.state, messages, images, form, options)
         pieces = Pieces(on_piece)
 
@@ -401,9 +403,10 @@ class ModelManager:
         self, task: Task | None, function: Callable[..., Coroutine[Any, Any, T]], *args: object
     ) -> Operation[T]:
         access = self._access_for(task)
+        fields = {"model": access.model} if access.model and task else {}
 
         async def work() -> T:
-            return await function(await self._connections.requests(access), *args)
+            return await function(await self._connections.requests(access), *args, **fields)
 
         return self.run(work)
 
@@ -418,7 +421,9 @@ class ModelManager:
 
     @property
     def _access(self) -> Access:
-        return Access(self.state.endpoint, self._supervisor.api_key)
+        state = self.state
+        model = state.alias if state.config.url else None
+        return Access(state.endpoint, self._supervisor.api_key, model)
 
     def _close_at_exit(self) -> None:
         if self._forked:

@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import anyio
 import typer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kitty_nb.cli.commands import Begin
+    from kitty_nb.client import Access
     from kitty_nb.config import ServerConfig
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
@@ -207,6 +208,7 @@ def status(
     """Report the state of the profile's server; exit with 3 if none is running."""
     from kitty_nb.cli.commands import read_status, status_facts
     from kitty_nb.config import configured_profiles
+    from kitty_nb.supervisor.events import ServerStatus
 
     names = configured_profiles(env) if every else (profile,)
     states = [read_status(config) for config in _all_settings(env, names)]
@@ -216,7 +218,7 @@ def status(
     else:
         for state in states:
             _say(f"{state.config.profile}: {state.sentence}" if every else state.sentence)
-    if all(state.status.idle for state in states):
+    if all(state.status.idle or state.status is ServerStatus.OUT_OF_REACH for state in states):
         raise typer.Exit(_NOT_RUNNING)
 
 
@@ -242,15 +244,9 @@ def wait_ready(
 @app.command()
 def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     """Print the API key that clients must send; exit with 3 if no server is running."""
-    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
-
-    config = _settings(env, profile)
-    refuse_open_folder(config)
-    record = find_server(config)
-    if record is None:
-        _end_without_server(config)
-    if record.api_key:
-        typer.echo(record.api_key.get_secret_value())
+    key = _served(_settings(env, profile)).access.api_key
+    if key:
+        typer.echo(key.get_secret_value())
     else:
         _say("The server requires no API key.", err=True)
 
@@ -267,10 +263,8 @@ def connect(
 
     The key is not in that code, which gets it with `kitty-nb key`. What to install is on stderr.
     """
-    from kitty_nb.catalog.resolve import routed_profiles
     from kitty_nb.cli.commands import key_command
     from kitty_nb.client.connect import Served, hand_overs
-    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 
     found = hand_overs()
     if name is None:
@@ -280,13 +274,8 @@ def connect(
     if name not in found:
         raise typer.BadParameter(f"Choose one of {', '.join(found)}.", param_hint="NAME")
     config = _settings(env, profile)
-    refuse_open_folder(config)
-    record = find_server(config)
-    if record is None:
-        _end_without_server(config)
-    base_url, asks_key = f"{record.config.endpoint}/v1", record.api_key is not None
-    names = record.config.served_alias or routed_profiles(record.config)[0].profile
-    served = Served(base_url, names, config.profile, asks_key)
+    alias, access = _served(config)
+    served = Served(access.base_url, alias, config.profile, access.api_key is not None)
     if found[name].install:
         _say(f"This needs: pip install {found[name].install}", err=True)
     _say(found[name].in_terminal(served, key_command(env, config.profile)))
@@ -376,6 +365,8 @@ def logs(
     from kitty_nb.supervisor.registry import refuse_open_folder
 
     config = _settings(env, profile)
+    if config.url:
+        raise KittyError(f"The log of the server at {config.url} is where it runs.")
     refuse_open_folder(config)
     if follow:
         anyio.run(follow_log, config.log_path, _say, lines)
@@ -536,18 +527,12 @@ def load_test(
 
     --concurrency keeps a number of requests in flight; --rate sends them regardless of answers.
     """
-    from kitty_nb.client import Access
     from kitty_nb.experiments import load_test as begin
     from kitty_nb.experiments.trial import DEFAULT_PROMPT
-    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 
     config, access = _settings(env, profile, valid=not running), None
-    if running:
-        refuse_open_folder(config)
-        record = find_server(config)
-        if record is None:
-            _end_without_server(config)
-        access = Access(record.config.endpoint, record.api_key)
+    if running or (config.url and model is None):
+        access = _served(config).access
     test = begin(
         model,
         concurrency=concurrency or (),
@@ -719,6 +704,32 @@ def _load(config: ServerConfig, env: Path, begin: Begin) -> None:
     from kitty_nb.cli import commands
 
     _say(anyio.run(commands.load, config, env, begin))
+
+
+class _Served(NamedTuple):
+    """The model that a profile's server answers to, and the way there."""
+
+    alias: str
+    access: Access
+
+
+def _served(config: ServerConfig) -> _Served:
+    """Find the profile's server, or end the command."""
+    from kitty_nb.catalog.resolve import routed_profiles
+    from kitty_nb.client import Access
+    from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+
+    if config.url:
+        from kitty_nb.isolated_server import access_at_url
+
+        access = anyio.run(access_at_url, config)
+        return _Served(access.model or "", access)
+    refuse_open_folder(config)
+    record = find_server(config)
+    if record is None:
+        _end_without_server(config)
+    alias = record.config.served_alias or routed_profiles(record.config)[0].profile
+    return _Served(alias, Access(record.config.endpoint, record.api_key))
 
 
 def _end_without_server(config: ServerConfig) -> NoReturn:

@@ -143,7 +143,8 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
             raise ServerCrashedError(state.error)
         if state.status.idle:
             raise StartCancelledError("The server was stopped before it was ready.")
-        raise WaitTimeoutError(f"The server is not ready after {within:g} s; it is still loading.")
+        why = state.error or "it is still loading."
+        raise WaitTimeoutError(f"The server is not ready after {within:g} s; {why}")
 
 
 async def export(to: Format, configs: Sequence[ServerConfig], image: str | None) -> Exported:
@@ -244,8 +245,8 @@ def key_command(env: Path, profile: str) -> tuple[str, ...]:
 
 
 def _has_begun(state: ServerState) -> bool:
-    running = state.pid is not None and state.status is not ServerStatus.STOPPING
-    return running or state.status.idle
+    exists = state.pid is not None or state.config.url is not None
+    return (exists and state.status is not ServerStatus.STOPPING) or state.status.idle
 
 
 async def _until(
@@ -259,7 +260,8 @@ async def _until(
 
 
 def _refuse_lost(state: ServerState) -> None:
-    if state.status is ServerStatus.OUT_OF_REACH:
+    # One at a URL is waited for: it may be about to be started there.
+    if state.status is ServerStatus.OUT_OF_REACH and not state.config.url:
         raise OutOfReachError(state.error)
 
 
@@ -357,6 +359,10 @@ def _bench_bar() -> Iterator[Callable[[BenchProgress], None]]:
 
 def read_status(config: ServerConfig) -> ServerState:
     """Read the state of a profile's server, and why it exited if it did so by itself."""
+    if config.url:
+        from kitty_nb.supervisor.url_server import look_once
+
+        return anyio.run(look_once, config)
     refuse_open_folder(config)
     if running := find_server(config):
         health = ask_once(running.config)
@@ -387,7 +393,7 @@ async def status_facts(state: ServerState) -> dict[str, Any]:
     """
     from kitty_nb.supervisor.forecast import memory_use
 
-    record = find_server(state.config)
+    record = None if state.config.url else find_server(state.config)
     memory = speed = None
     if record and record.pid == state.pid:
         memory = await anyio.to_thread.run_sync(memory_use, record.pid)
@@ -397,13 +403,13 @@ async def status_facts(state: ServerState) -> dict[str, Any]:
         "status": state.status.value,
         "model": str(state.config.model) if state.config.model else None,
         "projector": str(state.projector) if state.projector else None,
-        "alias": state.config.served_alias or None,
+        "alias": (state.alias if state.external else state.config.served_alias) or None,
         "endpoint": state.endpoint,
         "pid": state.pid,
         "uptime_seconds": state.uptime,
         "devices": list(state.devices),
         "error": state.error,
-        "log": str(state.config.log_path),
+        "log": None if state.config.url else str(state.config.log_path),
         "memory": memory and {"ram": memory.resident, "gpu": memory.gpu},
         "tokens_per_second": speed,
     }

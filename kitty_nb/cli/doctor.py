@@ -33,6 +33,7 @@ from kitty_nb.isolated_server import isolated_server
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
 from kitty_nb.supervisor.port_owner import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+from kitty_nb.supervisor.url_server import look_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -215,6 +216,11 @@ def _models(config: ServerConfig) -> _Result:
 
 
 def _model(config: ServerConfig) -> _Result:
+    if config.url:
+        found = anyio.run(look_once, config)
+        models = ", ".join((found.external and found.external.models) or ()) or "none"
+        said = found.error or f"{config.url} answers. Its models: {models}."
+        return _ERROR if found.error else _OK, said
     if config.models is not None:
         served = routed_profiles(config)
         return _OK, f"The models of {', '.join(one.profile for one in served)}, by a router."
@@ -255,6 +261,8 @@ def _ports(env: str | Path, first: str) -> Iterator[Finding]:
         wrong = [str(p) for p in (complaint.problems if complaint else ()) if "_PORT" in p.key]
         problems[config] = "".join(wrong)
     for config, problem in problems.items():
+        if config.url:
+            continue
         sharing = [c.profile for c in problems if c.endpoint == config.endpoint and not problems[c]]
         yield Finding(f"Port of {config.profile}", *_port(config, problem, sharing))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import ssl
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import httpx
+
+from kitty_nb.tls import tls_context
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -24,10 +25,13 @@ class Access:
     Attributes:
         endpoint: Its address.
         api_key: What it asks for, or None when it asks for nothing.
+        model: The model to ask, where it may be any server of OpenAI's protocol; None for a
+            llama-server.
     """
 
     endpoint: str
     api_key: SecretStr | None
+    model: str | None = None
 
     @property
     def base_url(self) -> str:
@@ -58,8 +62,7 @@ class Access:
             "headers": {"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
             "timeout": _TIMEOUT,
             "trust_env": False,  # a proxy for the internet must not see local requests
-            # Without certificates, which are not needed here and take 30 ms to load.
-            "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            "verify": tls_context(self.endpoint),
         }
 
 

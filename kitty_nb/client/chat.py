@@ -185,8 +185,10 @@ class _Draft:
         self._usage = _numbers(part.get("usage")) or self._usage
         choice = next(iter(_objects(part.get("choices"))), {})
         delta = _object(choice.get("delta") or choice.get("message"))
-        for thinking, name in ((True, "reasoning_content"), (False, "content")):
-            if isinstance(text := delta.get(name), str) and text:
+        # Ollama and newer builds of vLLM call it `reasoning`.
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        for thinking, text in ((True, thought), (False, delta.get("content"))):
+            if isinstance(text, str) and text:
                 self._begin()
                 self._words[thinking].append(text)
                 self._on_piece(Piece(text, thinking))

@@ -20,7 +20,7 @@ from kitty_nb.client.protocol import broken_off, post
 from kitty_nb.errors import RefusedError, ServerError, first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ _STRANGE = "{} answered otherwise than llama-server does. Check what listens the
 
 class _Vector(BaseModel):
     index: NonNegativeInt
-    embedding: Base64Bytes  # of little-endian 32-bit floats
+    embedding: Base64Bytes | list[FiniteFloat]  # of little-endian 32-bit floats; or as they are
 
 
 class _Score(BaseModel):
@@ -65,6 +65,7 @@ async def embed(
     texts: Sequence[str],
     batch_size: int,
     on_progress: Callable[[int, int], object],
+    **fields: str,
 ) -> Vectors:
     """Return the vectors of texts, one row each: an array of shape (texts, dimensions).
 
@@ -73,6 +74,7 @@ async def embed(
         texts: The texts.
         batch_size: How many go into one request.
         on_progress: Called with the number of texts that are done, and that of all.
+        **fields: Other fields of a request, such as the model.
 
     Raises:
         RefusedError: The server refused a text, which the message names.
@@ -88,8 +90,11 @@ async def embed(
         nonlocal done
         for start in starts:
             batch = texts[start : start + batch_size]
-            vectors = await _vectors(http, batch, start, alone=len(texts) == 1)
-            rows[start : start + len(batch)] = [np.frombuffer(one, "<f4") for one in vectors]
+            vectors = await _vectors(http, batch, start, fields, alone=len(texts) == 1)
+            rows[start : start + len(batch)] = [
+                np.frombuffer(one, "<f4") if isinstance(one, bytes) else np.array(one, np.float32)
+                for one in vectors
+            ]
             done += len(batch)
             on_progress(done, len(texts))
 
@@ -103,9 +108,14 @@ async def embed(
 
 
 async def _vectors(
-    http: httpx.AsyncClient, texts: Sequence[str], start: int, *, alone: bool
-) -> list[bytes]:
-    request = {"input": [*texts], "encoding_format": "base64"}
+    http: httpx.AsyncClient,
+    texts: Sequence[str],
+    start: int,
+    fields: Mapping[str, str],
+    *,
+    alone: bool,
+) -> list[bytes | list[float]]:
+    request = {"input": [*texts], "encoding_format": "base64", **fields}
     try:
         rows = await _ask(http, "/v1/embeddings", request, "data", list[_Vector])
     except RefusedError as error:
@@ -114,17 +124,17 @@ async def _vectors(
         if len(texts) == 1:
             raise RefusedError(f"Text {start}: {error}") from None
         for number, text in enumerate(texts, start):  # one of them is to blame
-            await _vectors(http, [text], number, alone=False)
+            await _vectors(http, [text], number, fields, alone=False)
         raise
     vectors = {row.index: row.embedding for row in rows}
-    odd = any(len(one) % 4 or not one for one in vectors.values())
+    odd = any(not one or (isinstance(one, bytes) and len(one) % 4) for one in vectors.values())
     if odd or vectors.keys() != set(range(len(texts))):
         raise ServerError(_STRANGE.format("/v1/embeddings"))
     return [vectors[number] for number in range(len(texts))]
 
 
 async def rerank(
-    http: httpx.AsyncClient, query: str, documents: Sequence[str], top_n: int | None
+    http: httpx.AsyncClient, query: str, documents: Sequence[str], top_n: int | None, **fields: str
 ) -> list[Ranked]:
     """Return documents, the one that answers a query best first.
 
@@ -133,13 +143,14 @@ async def rerank(
         query: The question.
         documents: The texts to rank.
         top_n: How many to return; None for all.
+        **fields: Other fields of the request, such as the model.
 
     Raises:
         ServerError: The server refused the request, or broke off.
     """
     if not documents:
         return []
-    request = {"query": query, "documents": [*documents]}
+    request = {"query": query, "documents": [*documents], **fields}
     rows = await _ask(http, "/v1/rerank", request, "results", list[_Score])
     if any(row.index >= len(documents) for row in rows):
         raise ServerError(_STRANGE.format("/v1/rerank"))

@@ -48,7 +48,9 @@ async def post(
     """
     response = await http.send(_request(http, path, request))
     if response.status_code == HTTPStatus.NOT_FOUND:
-        raise ServerError(f"This build of llama-server has no {path}. Update llama.cpp.")
+        raise ServerError(
+            f"The server has no {path}. If it is a llama-server, update llama.cpp; others lack it."
+        )
     if response.is_error:
         error = RefusedError if response.status_code in _ABOUT_IT else ServerError
         raise error(_refusal(response.content, response.status_code))

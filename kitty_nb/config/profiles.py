@@ -94,8 +94,8 @@ def _as_written(problem: Problem, env: EnvFile, keys: Mapping[str, str]) -> tupl
 def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
     """The profiles in a `.env` file: roles first, then the others in the order of the file.
 
-    A role counts if it has any key of its own, another profile if it has a model or routes to other
-    profiles, and `primary` if there is no other.
+    A role counts if it has any key of its own, another profile if it has a model or a URL, or
+    routes to other profiles, and `primary` if there is no other.
 
     Args:
         path: The file, found as by `ServerConfig.from_env`.
@@ -108,7 +108,7 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
         for key, value in read_env(path).values.items()
         if value
         for name, suffix in [_split_key(key)]
-        if suffix in {"MODEL", "MODELS"} or name.lower() in ROLES
+        if suffix in {"MODEL", "MODELS", "URL"} or name.lower() in ROLES
     )
     roles = [role for role in ROLES if role in found]
     others = [name for name in found if name and name not in ROLES]
@@ -238,7 +238,7 @@ def env_warnings(path: str | Path, *profiles: str) -> tuple[str, ...]:
         ConfigError: It cannot be read, or a line in it cannot be understood.
     """
     env = read_env(path)
-    return (*_keys(env), *_values(env), *_environment(env, profiles))
+    return (*_keys(env), *_values(env), *_urls(env, profiles), *_environment(env, profiles))
 
 
 def _keys(env: EnvFile) -> Iterator[str]:
@@ -295,6 +295,22 @@ def _values(env: EnvFile) -> Iterator[str]:
             if value[0] in _CURLY or value[-1] in _CURLY:
                 yield f"{key} has curly quotes, which become part of its value. Use \" or '."
         known.add(key)
+
+
+def _urls(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:
+    for profile in profiles:
+        config, _ = _load(env, profile)
+        names = setting_keys(env, profile)
+        if config.key_in_the_clear:
+            yield (
+                f"{names['url']} is http to another machine, so {names['api_key']} travels there"
+                " unencrypted. Use https, or an SSH tunnel."
+            )
+        if config.url and config.api_key is None and "api_key" in names:
+            yield (
+                f"{names['api_key']} is not sent to {names['url']}, for which it was not written."
+                f" If that server asks for a key, set {PREFIX}{profile.upper()}_API_KEY."
+            )
 
 
 def _environment(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import (
@@ -226,6 +227,22 @@ def _host(value: str) -> str:
     return value
 
 
+def _url(value: str, info: ValidationInfo) -> str:
+    """An address of a server, without the `/v1` with which clients of OpenAI's protocol end it."""
+    if info.data.get("ssh"):
+        raise ValueError("SSH is set for this profile, too", "Unset one of the two.")
+    address = value.strip()
+    parts = urlsplit(address)
+    port = parts.port  # raises a ValueError where it is none
+    if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
+        raise ValueError("it is not the address of a server")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("it has a user or a password in it", "Write the key as API_KEY instead.")
+    if parts.query or parts.fragment or not address.isascii() or not address.isprintable():
+        raise ValueError("it has more in it than a host, a port and a path")
+    return address.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def _words(value: object) -> object:
     words = shlex.split(value) if isinstance(value, str) else value
     if not isinstance(words, list | tuple):
@@ -346,6 +363,11 @@ class ServerConfig(BaseModel):
     port: Annotated[int, Field(ge=1, le=65535), Env("a whole number from 1 to 65535")] = Field(
         default_factory=lambda values: default_port(values.get("profile", ""))
     )
+    # A server that is just there, which is asked instead of starting one.
+    url: Annotated[
+        Annotated[str, AfterValidator(_url)] | None,
+        Env("an address such as https://gpu.example:8080/v1"),
+    ] = None
     api_key: Annotated[
         Annotated[Secret, AfterValidator(_key)] | None,
         Env("letters, digits and signs without spaces or commas, or none"),
@@ -448,6 +470,8 @@ class ServerConfig(BaseModel):
             ignore: Keys to treat as unset, such as those that a `ConfigError` complained of.
         """
         keys = setting_keys(env, profile, ignore)
+        if not _written_for(keys.get("api_key"), keys.get("url")):
+            del keys["api_key"]
         values = {"profile": profile} | {name: env.values[key] for name, key in keys.items()}
         if "models" in keys:
             values["env"] = str(env.path)
@@ -491,16 +515,21 @@ class ServerConfig(BaseModel):
     @property
     def endpoint(self) -> str:
         """The server's address as a client on this machine uses it."""
+        if self.url:
+            return self.url
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def local_only(self) -> bool:
-        """True if only this machine can reach the server."""
-        try:
-            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        """True if only this machine can reach the server that would be started."""
+        return _is_loopback(self.host)
+
+    @property
+    def key_in_the_clear(self) -> bool:
+        """True if a key would travel to another machine without encryption."""
+        key = self.api_key is not None and not goes_without_key(self)
+        return key and self.url is not None and sends_in_the_clear(self.url)
 
     @property
     def log_path(self) -> Path:
@@ -529,6 +558,32 @@ class ServerConfig(BaseModel):
             raise ConfigError(source.name, problems) from None
 
 
+def sends_in_the_clear(url: str) -> bool:
+    """Tell whether what is sent to an address travels unencrypted to another machine."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not _is_loopback(parts.hostname or "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _written_for(key: str | None, url: str | None) -> bool:
+    """Tell whether a key was written for a profile's address.
+
+    One for all profiles is that of the servers started here, and nothing to send elsewhere.
+
+    Args:
+        key: The name of the setting that has the key.
+        url: The name of the setting that has the address.
+    """
+    shared = key == f"{PREFIX}API_KEY"
+    return not shared or url in {None, f"{PREFIX}URL"}
+
+
 def env_settings() -> dict[str, Env]:
     """Every field that a `.env` file can set, with its name there."""
     return {
@@ -552,7 +607,8 @@ def setting_keys(env: EnvFile, profile: str, ignore: Collection[str] = ()) -> di
 def shown(name: str, value: object) -> str:
     """A field's value as an error message may show it: possible secrets are hidden."""
     # The words of extra_args may include a key.
-    return "(hidden)" if name in {"api_key", "extra_args"} else str(value)
+    secret = name in {"api_key", "extra_args"} or (name == "url" and "@" in str(value))
+    return "(hidden)" if secret else str(value)
 
 
 def _no_setting(name: str) -> str:

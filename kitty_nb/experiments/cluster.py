@@ -100,7 +100,7 @@ async def dask_cluster(
         workers = await _workers(own)
         setup = Setup(
             topic=f"kitty_nb-{uuid.uuid4().hex}",
-            config=config.model_copy(update={"api_key": None}),
+            config=config.model_copy(update={"api_key": None, "url": None}),
             workload=workload,
             host=this_host(),
             alone=bool(workers) and not any(map(_slots, workers.values())),

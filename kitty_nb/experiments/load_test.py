@@ -23,7 +23,7 @@ from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.metrics import constraints_of, known
 from kitty_nb.experiments.output import frame_of, markdown_table, write_parquet
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
-from kitty_nb.isolated_server import in_background, isolated_server
+from kitty_nb.isolated_server import access_at_url, in_background, isolated_server
 from kitty_nb.operation import Operation
 
 if TYPE_CHECKING:
@@ -223,8 +223,9 @@ def load_test(
         chat: Whether prompts go through the model's chat template.
         steps: The maximum number of rates to try for the limit.
         config: The server's settings; by default those of `.env`.
-        access: A running server, such as `manager.access`. By default the test starts its own
-            server, and stops it at the end.
+        access: A running server, such as `manager.access`. By default the test asks the one at the
+            URL in the settings, by OpenAI's protocol, so its answers end where the model ends them;
+            without a URL it starts its own server, and stops it at the end.
         on_load: Called after each load.
 
     Returns:
@@ -256,7 +257,7 @@ def load_test(
             _server(model, here, access, progress.append) as reached,
             reached.async_http() as http,
         ):
-            client = BenchmarkClient(http, workload, {})
+            client = BenchmarkClient(http, workload, {}, reached.model)
             await client.warm_up()
             test = _Test(client, workload, Arrivals(arrivals), on_load)
             for several in at_once:
@@ -344,6 +345,8 @@ async def _server(
     on_progress: Callable[[LoadProgress], object],
 ) -> AsyncGenerator[Access]:
     """Provide access to the running server, or to one started for this test."""
+    if access is None and config.url and model is None:
+        access = await access_at_url(config)
     if access:
         try:
             yield access

@@ -21,7 +21,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props, stream
-from kitty_nb.errors import ConfigError, KittyError, WillNotFitError, first_of
+from kitty_nb.errors import ConfigError, KittyError, ServerError, WillNotFitError, first_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.likelihood import Likelihoods, likeness, perplexity_of
 from kitty_nb.experiments.noise import noise_since, usage_with
@@ -100,6 +100,8 @@ class BenchmarkClient:
         http: A client of the server, changed to open a connection per request.
         workload: The requests.
         settings: The trial's settings, which requests don't override.
+        model: The model to ask for by OpenAI's protocol, as any server understands it; None for a
+            llama-server's own protocol, which tells more.
 
     Attributes:
         context: The context of a request in tokens; None if a build doesn't report it.
@@ -108,14 +110,18 @@ class BenchmarkClient:
     """
 
     def __init__(
-        self, http: httpx.AsyncClient, workload: Workload, settings: Mapping[str, Value]
+        self,
+        http: httpx.AsyncClient,
+        workload: Workload,
+        settings: Mapping[str, Value],
+        model: str | None = None,
     ) -> None:
         # llama-server closes idle connections after seconds, possibly just as one is reused.
         http.headers["Connection"] = "close"
         self.context: int | None = None
         self.slots: int | None = None
         self._http, self._texts = http, Likelihoods(http)
-        self._workload = workload
+        self._workload, self._model = workload, model
         self._prompts: list[str] = []
         self._parameters: dict[str, JsonValue] = {
             "n_predict": workload.max_tokens,
@@ -127,6 +133,10 @@ class BenchmarkClient:
 
     async def warm_up(self) -> None:
         """Prepare the prompts, and send one request that isn't measured."""
+        if self._model:
+            self._prompts = [*self._workload.prompts]
+            await self._ask(0, max_tokens=min(self._workload.max_tokens, _WARM_UP_TOKENS))
+            return
         facts = await props(self._http)
         self.context = facts.get("default_generation_settings", {}).get("n_ctx")
         self.slots = facts.get("total_slots")
@@ -256,6 +266,8 @@ class BenchmarkClient:
         return str((await post(self._http, "/apply-template", request, "prompt"))["prompt"])
 
     async def _ask(self, prompt: int, **changes: object) -> Answer:
+        if self._model:
+            return await self._ask_any_server(prompt, self._model, **changes)
         request = Request(text=self._prompts[prompt], parameters=self._parameters)
         sent, began, first_token, pieces = time.time(), time.perf_counter(), None, []
         parts = stream(self._http, "/completion", {**request.body, **changes})
@@ -279,6 +291,42 @@ class BenchmarkClient:
                     )
                     return Answer(times, timings, exchange)
         raise httpx.RemoteProtocolError("the answer ended early")
+
+    async def _ask_any_server(self, prompt: int, model: str, **changes: object) -> Answer:
+        """Ask by OpenAI's protocol. The answer ends where the model ends it."""
+        chat, text, workload = self._workload.chat, self._prompts[prompt], self._workload
+        asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        request = {
+            "model": model,
+            "max_tokens": workload.max_tokens,
+            "seed": workload.seed,
+            "temperature": 0.0,
+            "stream_options": {"include_usage": True},
+            **asked,
+            **changes,
+        }
+        sent, began, first_token, last, pieces = time.time(), time.perf_counter(), 0.0, 0.0, []
+        usage: dict[str, Any] = {}
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        async with aclosing(stream(self._http, path, request)) as parts:
+            async for part in parts:
+                usage = part.get("usage") or usage
+                for choice in part.get("choices") or ():
+                    delta = choice.get("delta") or choice
+                    thought = delta.get("reasoning_content") or delta.get("reasoning")
+                    if piece := thought or delta.get("content") or delta.get("text"):
+                        last = time.perf_counter() - began
+                        first_token = first_token or last
+                        pieces.append(str(piece))
+        if not pieces:
+            raise ServerError(f"The server answered {text[:40]!r} without a word.")
+        tokens = int(usage.get("completion_tokens") or len(pieces))
+        read = int(usage.get("prompt_tokens") or 0)
+        return Answer(
+            RequestTimes(sent, first_token, last, tokens, read, prompt),
+            Timings(prompt_n=read, predicted_n=tokens),
+            Exchange(request=Request(text=text), output="".join(pieces)),
+        )
 
 
 def _median(rates: Iterable[float | None]) -> float | None:

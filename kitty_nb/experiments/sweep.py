@@ -127,6 +127,11 @@ class Sweep(TrialRunner):
         busy_repeats: int = 1,
     ) -> None:
         base = config or ServerConfig.from_env()
+        if base.url and not (models or configs):
+            raise ExperimentError(
+                f"A sweep starts a server for each trial, which kitty_nb can't do at {base.url}."
+                " Measure that server with load_test(concurrency=…), or name models to try here."
+            )
         asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
         workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
         named = [models] if isinstance(models, str | Path) else models

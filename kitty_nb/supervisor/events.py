@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig, Task
     from kitty_nb.supervisor.port_owner import PortOwner
     from kitty_nb.supervisor.requests import Request
+    from kitty_nb.supervisor.url_server import Endpoint
 
 
 class ServerStatus(StrEnum):
@@ -31,7 +32,7 @@ class ServerStatus(StrEnum):
     RESTARTING = "RESTARTING"
     FAILED = "FAILED"
     CRASHED = "CRASHED"
-    OUT_OF_REACH = "OUT OF REACH"  # on another machine; what it does there is not known
+    OUT_OF_REACH = "OUT OF REACH"  # elsewhere; what it does there is not known
 
     @property
     def settled(self) -> bool:
@@ -237,7 +238,7 @@ class ServerState:
         error: Why it failed or crashed, in a sentence to show.
         free_port: A port to take instead, when its own was in use by another program.
         attachable: Whether that program is a llama-server, to be watched and used as it is.
-        external: The server, where it is one that was attached to, not started.
+        external: The server, where it is one that was attached to or is at a URL, not started.
         devices: What it has put the model on beside the processor, as its engine names them.
         address: Where it is reached from here, if it runs on another machine.
         router: Its models, where it is a router that was started, not attached to.
@@ -253,7 +254,7 @@ class ServerState:
     error: str | None = None
     free_port: int | None = None
     attachable: bool = False
-    external: PortOwner | None = None
+    external: PortOwner | Endpoint | None = None
     devices: tuple[str, ...] = ()
     address: str | None = None
     router: RouterState | None = None
@@ -319,6 +320,9 @@ class ServerState:
         machine = f" on {self.config.ssh}" if self.config.ssh else ""
         model = f"{self.alias}{sight} at {self.endpoint}{machine}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
+        if self.config.url:
+            where = f"{model} (not started by kitty_nb)"
+            return f"{self.status}: {where}."
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status
         doubt = f" But it is not responding: {health.message}." if health and silent else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import ssl
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +26,7 @@ from kitty_nb.supervisor.events import (
     Level,
     ServerStatus,
 )
+from kitty_nb.tls import tls_context
 
 
 class _Late(ModuleType):
@@ -218,8 +218,7 @@ class HealthProbe:
             base_url=self._endpoint,
             timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN),
             trust_env=False,  # a proxy for the internet must not see local requests
-            # No certificates: loading them takes 30 ms of every start.
-            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            verify=tls_context(self._endpoint),
         )
 
     @cached_property

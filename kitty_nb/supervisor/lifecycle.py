@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.registry import ServerRecord
 
 _LOADABLE = {ServerStatus.STARTING, ServerStatus.LOADING}
-_LIVE = {*_LOADABLE, ServerStatus.READY}
+_LIVE = {*_LOADABLE, ServerStatus.READY, ServerStatus.OUT_OF_REACH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,14 @@ class BecameReady:
 
 
 @dataclass(frozen=True, slots=True)
+class OutOfReach:
+    """Stimulus: a server elsewhere does not answer; nothing says that it has ended."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GaveUp:
     """Stimulus: the process has stalled, or will never be ready."""
 
@@ -146,7 +154,7 @@ class WaitOver:
     generation: int
 
 
-Report = Spawned | LoadBegan | BecameReady | GaveUp | Refused | Exited | WaitOver
+Report = Spawned | LoadBegan | BecameReady | OutOfReach | GaveUp | Refused | Exited | WaitOver
 Stimulus = StartAsked | StopAsked | Found | Report
 
 
@@ -240,10 +248,14 @@ def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ..
     match report:
         case Spawned(_, pid):
             return replace(now, pid=pid), ()
-        case LoadBegan() if now.status is ServerStatus.STARTING:
-            return replace(now, status=ServerStatus.LOADING), ()
-        case BecameReady(_, at) if now.status in _LOADABLE:
-            return replace(now, status=ServerStatus.READY, ready_since=at, served=True), ()
+        case LoadBegan() if now.status in {ServerStatus.STARTING, ServerStatus.OUT_OF_REACH}:
+            return replace(now, status=ServerStatus.LOADING, error=None), ()
+        case BecameReady(_, at) if now.status in {*_LOADABLE, ServerStatus.OUT_OF_REACH}:
+            ready = replace(now, status=ServerStatus.READY, ready_since=at, error=None)
+            return replace(ready, served=True), ()
+        case OutOfReach(_, reason) if now.status in _LIVE:
+            gone = replace(now, status=ServerStatus.OUT_OF_REACH, ready_since=None)
+            return replace(gone, error=reason), ()
         case GaveUp(_, reason) if now.status in _LOADABLE:
             given_up = replace(now, status=ServerStatus.STOPPING, error=reason)
             return given_up, (Terminate(now.generation),)

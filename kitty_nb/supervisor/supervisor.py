@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.router import RouterModels
+    from kitty_nb.supervisor.url_server import Endpoint, UrlServer
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]
     OnPreview = Callable[[MemoryPreview], object]
@@ -103,7 +104,7 @@ class Supervisor:
         self._clock, self._processes = clock, processes
         self._now = lifecycle.Lifecycle(ServerStatus.STOPPED, config)
         self._health: HealthCheckResult | None = None
-        self._server: Server | ExternalServer | None = None
+        self._server: Server | ExternalServer | UrlServer | None = None
         self._leaving = self._ended = False
         self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
         self._stops = 0
@@ -121,7 +122,10 @@ class Supervisor:
             await self._host.start(self._live)
         try:
             found = await self._look_for_server()
-            if found and found.ready is not None:  # whoever finds it may use it at once
+            if self._now.config.url:
+                self._feed(lifecycle.StartAsked(self._now.config))
+            if (found and found.ready is not None) or self._now.config.url:
+                # Whoever finds it may use it at once.
                 with anyio.move_on_after(_SETTLED_WITHIN):
                     await self._until(lambda: self._now.status.settled)
         except BaseException:
@@ -135,7 +139,7 @@ class Supervisor:
         being_ended = self._now.status is ServerStatus.STOPPING
         if being_ended or not (self._leaving or self._now.status.idle):
             with anyio.CancelScope(shield=True), suppress(ServerFailedError):
-                await self.stop()
+                await self._stop(force=False)
         self._tasks.cancel_scope.cancel()
         # Without the user's error, the task group does not wrap it in an exception group.
         await self._host.__aexit__(None, None, None)
@@ -213,6 +217,8 @@ class Supervisor:
     ) -> ServerState:
         """Serve a model. A server that already runs with these settings is left as it is.
 
+        With the URL of a server in the settings, that one is used, and none is started.
+
         Args:
             config: The settings; without them those of the last start.
             wait_for_ready: Return only when the server answers requests.
@@ -227,6 +233,8 @@ class Supervisor:
             ServerCrashedError: The process ended by itself.
             StartCancelledError: It was stopped or replaced before it was ready.
         """
+        if (config or self._now.wanted).url:
+            return await self._use_url(config or self._now.wanted, wait_for_ready)
         if config and (server := self._attached(config)):
             other = config.replace() != self._now.wanted.replace()
             if other or server.owner.models is not None:
@@ -242,6 +250,7 @@ class Supervisor:
         anyway: bool = False,
     ) -> ServerState:
         """Like `start`, but always with a fresh process."""
+        self._refuse_at_url("restart", config)
         if self._attached(config):
             model = config.model if config else None
             return await self._load_there(model, wait_for_ready, fresh=True)
@@ -259,14 +268,18 @@ class Supervisor:
         """Serve another model with the same settings.
 
         Args:
-            model: Its file, absolute or relative to the models folder; where a router was attached
-                to, its name there.
+            model: Its file, absolute or relative to the models folder; its name where a router was
+                attached to, or on a server at a URL.
             alias: The name that clients ask for; without it the configured one stays. A router has
                 names of its own.
             wait_for_ready: As for `start`.
             on_progress: As for `start`.
             anyway: As for `start`.
         """
+        if server_at_url := self._at_url:
+            server_at_url.use(model)
+            self._broadcast.publish(StateChanged(self.state))
+            return self.state
         if self._attached() or self._router:
             return await self._load_there(model, wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}
@@ -279,7 +292,14 @@ class Supervisor:
 
         Args:
             force: Kill it at once instead of asking it to end.
+
+        Raises:
+            ServerFailedError: It is a server at a URL.
         """
+        self._refuse_at_url("stop")
+        return await self._stop(force)
+
+    async def _stop(self, force: bool) -> ServerState:
         self._stops += 1
         self._feed(lifecycle.StopAsked(force))
         generation = self._now.issued
@@ -414,6 +434,34 @@ class Supervisor:
             unsubscribe()
         return self._outcome(generation)
 
+    async def _use_url(self, config: ServerConfig, wait: bool) -> ServerState:
+        """Watch the server at a URL, and wait until it has answered or is known not to.
+
+        Raises:
+            ServerFailedError: It does not answer.
+            StartCancelledError: Another start took its place.
+        """
+        again = self._now.status is ServerStatus.OUT_OF_REACH
+        self._feed(lifecycle.StartAsked(config, fresh=again))
+        generation = self._now.latest
+        if not wait:
+            return self.state
+        await self._until(lambda: self._is_over(generation))
+        return self._outcome(generation)
+
+    def _refuse_at_url(self, verb: str, config: ServerConfig | None = None) -> None:
+        """Refuse what only whoever started a server can do with it.
+
+        Raises:
+            ServerFailedError: The server in use, or the one that is asked for, is at a URL.
+        """
+        wanted = config or self._now.wanted
+        if wanted.url and not self._now.status.idle:
+            raise ServerFailedError(
+                f"kitty_nb did not start the server at {wanted.url}, so it can't {verb} it. Do that"
+                f" where it runs, or unset LLAMACPP_{wanted.profile.upper()}_URL to start one here."
+            )
+
     def _attached(self, config: ServerConfig | None = None) -> ExternalServer | None:
         """Return the attached server, if it is where the settings want one."""
         here = config is None or config.endpoint == self._now.config.endpoint
@@ -455,8 +503,10 @@ class Supervisor:
             self._broadcast.publish(Activity.now(str(error), Level.ERROR))
 
     def _is_over(self, generation: int) -> bool:
-        settled = self._now.generation == generation and self._now.status.settled
-        return settled or self._now.superseded(generation)
+        status = self._now.status
+        over = status.settled or status is ServerStatus.OUT_OF_REACH
+        present = self._now.generation == generation
+        return (present and over) or self._now.superseded(generation)
 
     def _outcome(self, generation: int) -> ServerState:
         now = self._now
@@ -465,7 +515,7 @@ class Supervisor:
         match now.status:
             case ServerStatus.FAILED if now.free_port:
                 raise PortBusyError(now.error or "", now.free_port, attachable=now.attachable)
-            case ServerStatus.FAILED:
+            case ServerStatus.FAILED | ServerStatus.OUT_OF_REACH:
                 raise ServerFailedError(now.error)
             case ServerStatus.CRASHED:
                 raise ServerCrashedError(now.error)
@@ -524,6 +574,12 @@ class Supervisor:
         found: ServerRecord | PortOwner | None,
     ) -> None:
         self._health = None
+        if config.url:
+            from kitty_nb.supervisor.url_server import UrlServer  # noqa: PLC0415 (imports httpx)
+
+            self._server = UrlServer(generation, config, self._on_fact)
+            self._begin_task(self._server.run)
+            return
         if isinstance(found, PortOwner):
             self._server = ExternalServer(generation, config, found, self._on_fact)
             self._begin_task(self._server.run)
@@ -557,8 +613,15 @@ class Supervisor:
         return Running(now.pid, now.config if now.pid and not self._external else None)
 
     @property
-    def _external(self) -> PortOwner | None:
-        return self._server.owner if isinstance(self._server, ExternalServer) else None
+    def _at_url(self) -> UrlServer | None:
+        """The server at a URL, if one is in use."""
+        there = self._now.config.url and not self._now.status.idle
+        server = self._server
+        return None if not there or isinstance(server, Server | ExternalServer) else server
+
+    @property
+    def _external(self) -> PortOwner | Endpoint | None:
+        return None if isinstance(self._server, Server | None) else self._server.owner
 
     @property
     def _routed(self) -> RouterState | None:
@@ -575,7 +638,7 @@ class Supervisor:
 
     async def _look_for_server(self) -> ServerRecord | None:
         """Find the server that another program or kernel has started for this profile."""
-        if self._now.status.absent:
+        if self._now.status.absent and not self._now.config.url:
             record = await anyio.to_thread.run_sync(find_server, self._now.config)
             if record:
                 self._feed(lifecycle.Found(record))
@@ -596,6 +659,7 @@ class Supervisor:
             ServerStatus.RESTARTING: (f"{now.error} {retry}", Level.WARNING),
             ServerStatus.FAILED: (now.error, Level.ERROR),
             ServerStatus.CRASHED: (now.error, Level.ERROR),
+            ServerStatus.OUT_OF_REACH: (now.error, Level.WARNING),
         }.get(now.status, (None, Level.INFO))
         if message:
             self._broadcast.publish(Activity.now(message, level))

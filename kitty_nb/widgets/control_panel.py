@@ -112,6 +112,7 @@ class ControlPanel(VBox):
         self.status_line = display.Line("kitty-status")
         self.load_bar = server_view.LoadBar()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
+        self.served = server_view.ServedModels(self._ask_other)
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
         self.ask: Ask = Ask(manager, partial(name_of, self), earlier and earlier.ask)
@@ -150,11 +151,13 @@ class ControlPanel(VBox):
         )
         self._log_fold = display.Fold("Log", self.activity_log, self.server_log)
         top = HBox([self.status_line, self.load_bar]).add_class("kitty-top")
-        choice = HBox([self.picker, self.buttons]).add_class("kitty-choice")
+        choice = HBox([self.picker, self.served, self.buttons]).add_class("kitty-choice")
         self._notice_row = HBox([self.notice, self.buttons.remedies])
         self._notice_row.add_class("kitty-notice-row")
         looked_up = self.details, self.browser, self.download, self.requests, self._log_fold
         self._folds = HBox([self.memory, self._settings_fold, *looked_up]).add_class("kitty-folds")
+        files = self.picker, self.memory, self._settings_fold, self.browser, self.download
+        self._for_files = *files, self.requests, self.server_log
         name = display.Accessible(f"kitty_nb control panel{label}")
         used = self.live, self.ask, self.embed, self.address
         super().__init__([top, choice, self._notice_row, *used, self._folds, name])
@@ -256,7 +259,12 @@ class ControlPanel(VBox):
         self.download.attach(later._models_dir, later.picker.choose)
         return self.download
 
+    def _ask_other(self, model: str) -> None:
+        self._actions.run(partial(self.manager.switch_model, model))
+
     def _scan(self) -> None:
+        if self._config.url:  # no files of this machine
+            return
         try:
             if not self._config.ssh and (done := ensure_models_dir(self._config.models_dir)):
                 self._say(done)
@@ -373,15 +381,21 @@ class ControlPanel(VBox):
     def _draw(self) -> None:
         state, model = self.manager.state, self.picker.model
         problem = self._problem
+        elsewhere = self._config.url
         startable = model is not None and model.startable
+        if elsewhere:  # to be used instead of a server that runs here
+            startable = elsewhere != state.config.url
         now = server_view.choices(
             state,
             startable=startable,
-            other_model=self._differs(state),
+            other_model=elsewhere is not None or self._differs(state),
             other_settings=self._settings_differ(state),
         )
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
+        self.served.show(state)
+        for part in self._for_files:
+            display.show_if(part, not elsewhere)
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)
@@ -389,7 +403,8 @@ class ControlPanel(VBox):
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state, self.manager.progress)
-        message = problem or state.error or (model and (model.problem or model.doubt))
+        about = None if elsewhere else model and (model.problem or model.doubt)
+        message = problem or state.error or about
         self.notice.show(message or self._hints)
         display.show_if(self._notice_row, bool(message or self._hints))
         self._settings_fold.titles = (f"Settings: {self.settings.summary}",)

@@ -35,7 +35,8 @@ class Details(Fold):
         """Show a server, and the model that is chosen."""
         if self.unfolded:
             self.server.write(_draw(server_facts(state, load)))
-            self.model.write(draw_model(model) if model else "No model is chosen.")
+            chosen = draw_model(model) if model else "No model is chosen."
+            self.model.write("" if state.config.url else chosen)
 
 
 def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str]:
@@ -50,16 +51,17 @@ def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str
     latency = health and health.latency
     known = {
         "Profile": state.config.profile,
-        "Server": state.pid and ("not started by kitty_nb" if state.external else "llama-server"),
+        "Server": "not started by kitty_nb" if state.external else state.pid and "llama-server",
+        "URL": state.config.url,
         "PID": state.pid,
-        "Model name for clients": state.pid and state.alias,
+        "Model name for clients": (state.pid or state.external) and state.alias,
         "Projector": state.pid and state.projector,
         "Draft model": state.pid and state.config.drafter,
         "Devices": ", ".join(state.devices),
         "Loaded in": load and state.uptime is not None and duration(load.elapsed),
         "Health check answered in": latency and f"{latency * 1000:.0f} ms",
         "Slots": slots,
-        "Log file": state.config.log_path,
+        "Log file": None if state.config.url else state.config.log_path,
     }
     return {name: str(value) for name, value in known.items() if value}
 

@@ -49,7 +49,7 @@ function createRow(profile, send) {
     bar.ariaValueText = facts.detail;
     say(model, facts.model);
     model.title = facts.model;
-    say(port, String(facts.port));
+    say(port, String(facts.port ?? "\u2013"));
     say(memory, facts.memory);
     say(pace, facts.pace);
     start.disabled = !facts.start;

@@ -70,7 +70,7 @@ class FleetRow(TypedDict):
         detail: How far its load is, or since when it is ready.
         fraction: The share of its load that is done, while it loads.
         model: The model's name.
-        port: Where it listens, or would.
+        port: Where it listens, or would; None for one at a URL.
         memory: What it holds.
         pace: How fast it answers.
         problem: What is wrong, and what to do.
@@ -84,7 +84,7 @@ class FleetRow(TypedDict):
     detail: str
     fraction: float | None
     model: str
-    port: int
+    port: int | None
     memory: str
     pace: str
     problem: str
@@ -135,14 +135,21 @@ def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
         tone=TONES[state.status],
         detail=" · ".join(filter(None, facts)),
         fraction=load.fraction if load else None,
-        model=served.model.name if served.model else ", ".join(served.models or ()) or _UNKNOWN,
-        port=served.port,
+        model=_model(profile),
+        port=None if served.url else served.port,
         memory=_memory(profile.memory, state.devices) if state.pid else _UNKNOWN,
         pace=_pace(state),
         problem="\n".join(filter(None, (profile.problem or state.error, clash))),
         start=can.start,
         stop=can.stop,
     )
+
+
+def _model(profile: Profile) -> str:
+    if profile.state.external and profile.served.url:
+        return profile.state.alias
+    served = profile.served
+    return served.model.name if served.model else ", ".join(served.models or ()) or _UNKNOWN
 
 
 def _memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
@@ -169,7 +176,9 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
     Of those that wait for a port, the first in the list may have it, so nothing is said there.
     """
     port = profile.served.port
-    takers = [one for one in profiles if one.served.port == port]
+    takers = [one for one in profiles if one.served.port == port and not one.served.url]
+    if profile not in takers:
+        return "", False
     holder = next((p for p in takers if p is not profile and not p.state.status.idle), None)
     rival = holder or takers[0]
     if rival is profile or not profile.state.status.idle:
@@ -234,7 +243,7 @@ class FleetPanel(Page):
     def _repr_html_(self) -> str:
         rows = self._look()
         cells = [
-            (row["profile"], row["status"], row["model"], str(row["port"]), row["problem"])
+            (row["profile"], row["status"], row["model"], str(row["port"] or ""), row["problem"])
             for row in rows
         ]
         head = "Profile", "State", "Model", "Port", ""
@@ -372,7 +381,7 @@ class _Member:
             config = state.config  # of a model that was chosen in its panel
         problem = self._failure or self._complaint
         serves = config.model is not None or config.models is not None
-        if not serves and problem is None:
+        if not serves and config.url is None and problem is None:
             key = f"LLAMACPP_{self._profile.upper()}_MODEL"
             problem = f"No model set. Set {key} to a .gguf file in {config.models_dir}."
         startable = serves and self._complaint is None

@@ -128,6 +128,8 @@ class KittyMagics(Magics):
     def _print_log(self, manager: ModelManager, count: int) -> None:
         if count < 1:
             raise KittyError("The number of lines must be 1 or more: %kitty logs -n 40")
+        if url := manager.state.config.url:
+            raise KittyError(f"The log of the server at {url} is where it runs.")
         lines = manager.log_lines
         if not lines:
             raise KittyError("This kernel has no server log yet. To start the server: %kitty start")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ipywidgets import HBox
+from ipywidgets import Dropdown, HBox
 
 from kitty_nb.config import ServerConfig
 from kitty_nb.supervisor.events import ServerStatus, Stage
-from kitty_nb.widgets.display import Meter, button, duration, show_if
+from kitty_nb.widgets.display import Meter, button, duration, labelled, show_if
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kitty_nb.supervisor.events import LoadProgress, PromptProgress, RouterLoad, ServerState
 
@@ -75,7 +75,12 @@ def _facts(state: ServerState) -> Iterator[str]:
         yield f"<span class='kitty-heading'>{escape(state.config.profile)}</span>"
     if state.config.ssh:
         yield f"on {escape(state.config.ssh)}"
-    if not state.config.local_only:
+    if state.config.url:
+        yield escape(state.config.url)
+        if state.config.key_in_the_clear:
+            hint = "Use https in LLAMACPP_…_URL, or an SSH tunnel."
+            yield f"<span class='kitty-bad' title='{hint}'>key sent unencrypted</span>"
+    elif not state.config.local_only:
         hint = "Set LLAMACPP_HOST=127.0.0.1 to keep it to this machine."
         host = escape(state.config.host)
         yield f"<span class='kitty-bad' title='{hint}'>open to the network ({host})</span>"
@@ -188,7 +193,7 @@ def choices(
     switch = usable and startable and other_model
     return Choices(
         start=startable and (state.status.absent or switch),
-        stop=running or state.status is ServerStatus.RESTARTING,
+        stop=not state.config.url and (running or state.status is ServerStatus.RESTARTING),
         restart=usable
         and startable
         and not other_model
@@ -235,7 +240,7 @@ class ServerButtons(HBox):
         self.start.description = "Switch" if now.switch else "Start"
         self.start.tooltip = "Replace the running model" if now.switch else "Load the model"
         show_if(self.restart, now.restart)
-        show_if(self.stop, not state.status.absent)
+        show_if(self.stop, not state.status.absent and not state.config.url)
         self.stop.disabled = not now.stop
         self.stop.description = "Detach" if state.external else "Stop"
         show_if(self.now, waiting and now.start)
@@ -244,3 +249,35 @@ class ServerButtons(HBox):
         show_if(self.use_port, now.start and state.free_port is not None and not doubtful)
         show_if(self.attach, state.attachable and not doubtful)
         show_if(self.anyway, doubtful)
+
+
+class ServedModels(Dropdown):
+    """The models of a server at a URL, to choose the one to ask; hidden for any other server.
+
+    Args:
+        on_choice: Called with the one that somebody has chosen.
+    """
+
+    options: Any
+    value: Any
+
+    def __init__(self, on_choice: Callable[[str], object]) -> None:
+        self._filling = False
+        super().__init__(**labelled("Model", "Models that the server lists"))
+        self.add_class("kitty-model")
+        self.observe(lambda change: self._filling or on_choice(change["new"]), names="value")
+
+    def show(self, state: ServerState) -> None:
+        """List what a server has."""
+        served = state.external
+        models = (served.models or ()) if served and state.config.url else ()
+        chosen = state.alias if state.alias in models else None
+        if (models, chosen) != (self.options, self.value):
+            self._filling = True
+            try:
+                with self.hold_sync():
+                    self.index = None
+                    self.options, self.value = models, chosen
+            finally:
+                self._filling = False
+        show_if(self, bool(models))

@@ -83,7 +83,8 @@ def config_to_start(manager: ModelManager, env: str | Path, profile: str) -> Ser
     config, complaint = load_profile(env, profile)
     if complaint:
         raise complaint
-    return config if config.model or config.models else manager.state.config
+    chosen = config.model or config.models or config.url
+    return config if chosen else manager.state.config
 
 
 def succeed(panel: T, *key: Hashable) -> T | None:

@@ -1,0 +1,277 @@
+"""A server that is just there, at a URL: asked and watched by requests alone, never started."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
+
+import anyio
+import httpx
+
+from kitty_nb.config import Task, goes_without_key
+from kitty_nb.errors import ServerFailedError
+from kitty_nb.supervisor.events import (
+    Activity,
+    HealthCheckResult,
+    Level,
+    ServerState,
+    ServerStatus,
+)
+from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, OutOfReach
+from kitty_nb.supervisor.requests import RequestLog
+from kitty_nb.supervisor.workload import WorkMeter
+from kitty_nb.tls import tls_context
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pydantic import SecretStr
+
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.server import Emit
+
+_MODELS = "/v1/models"
+_LOOK_EVERY, _LOOK_AT_LEAST_EVERY = 2.0, 30.0  # seconds: while it answers, and while it does not
+_PATIENCE = httpx.Timeout(5.0)
+_MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
+_LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
+_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server at a URL.
+
+    Attributes:
+        url: Its address.
+        models: The names of its models.
+        alias: The one to ask; None where it lists none and the settings name none.
+    """
+
+    url: str
+    models: tuple[str, ...] = ()
+    alias: str | None = None
+
+    model: ClassVar[None] = None
+    task: ClassVar[Task] = Task.CHAT
+
+    @property
+    def name(self) -> str:
+        """Its host."""
+        return urlsplit(self.url).netloc
+
+    @property
+    def who(self) -> str:
+        """It in words."""
+        return f"the server at {self.url}"
+
+
+class UrlProbe:
+    """Asks a server for its models, which every server of OpenAI's protocol lists.
+
+    Its key goes nowhere else: redirects are not followed.
+
+    Args:
+        config: Settings of the profile.
+
+    Attributes:
+        models: The names that the last answer listed.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.models: tuple[str, ...] = ()
+        self.api_key: SecretStr | None = None if goes_without_key(config) else config.api_key
+        self._url, self._key = config.endpoint, f"LLAMACPP_{config.profile.upper()}"
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        key = self.api_key
+        return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
+            timeout=_PATIENCE,
+            trust_env=False,  # as all requests to servers
+            verify=tls_context(self._url),
+        )
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        if "_client" in vars(self):
+            await self._client.aclose()
+
+    async def check_activity(self) -> HealthCheckResult:
+        """Ask it: READY where it lists models, LOADING where it says so, else STARTING."""
+        began, content = time.perf_counter(), b""
+        try:
+            async with self._client.stream("GET", f"{self._url}{_MODELS}") as response:
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > _LARGEST:
+                        break
+        except httpx.HTTPError as error:
+            return HealthCheckResult(ServerStatus.STARTING, message=self._why_silent(error))
+        latency = time.perf_counter() - began
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return HealthCheckResult(ServerStatus.LOADING, latency, "it is loading a model")
+        if response.is_success and (models := _names(content)) is not None:
+            self.models = models
+            return HealthCheckResult(ServerStatus.READY, latency, "ok")
+        return HealthCheckResult(ServerStatus.STARTING, latency, self._why_useless(response))
+
+    def _why_silent(self, error: httpx.HTTPError) -> str:
+        if isinstance(error, httpx.TimeoutException):
+            return "no answer in time"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return (
+                f"its certificate can't be verified ({error}). Name the file with its authority's"
+                " certificate in SSL_CERT_FILE, in the environment of this program"
+            )
+        return f"the connection failed ({str(error) or type(error).__name__})"
+
+    def _why_useless(self, response: httpx.Response) -> str:
+        if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            what = "refuses the key in" if self.api_key else "asks for a key. Set"
+            return f"it {what} {self._key}_API_KEY"
+        if response.has_redirect_location:
+            to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
+            where = response.url.join(to).copy_with(username=None, password=None)
+            return f"it redirects to {where}. Set {self._key}_URL to where it really is"
+        said = f"{response.status_code} {response.reason_phrase}".strip()
+        return f"{_MODELS} answered {said} without a list of models. Check {self._key}_URL"
+
+
+class UrlServer:
+    """Watches a server at a URL until it is detached from.
+
+    Args:
+        generation: The number that its reports carry.
+        config: Settings of the profile.
+        emit: Called with each event, report and answer to a health check.
+
+    Attributes:
+        owner: The server, with what it serves now.
+    """
+
+    def __init__(self, generation: int, config: ServerConfig, emit: Emit) -> None:
+        self.owner = Endpoint(config.endpoint, alias=config.alias)
+        self.probe = UrlProbe(config)
+        self.api_key = self.probe.api_key
+        self.devices: tuple[str, ...] = ()
+        self.lines: tuple[str, ...] = ()
+        self.work = WorkMeter(RequestLog(0.0, 0.0))
+        self._generation, self._emit = generation, emit
+        self._chosen = config.alias
+        self._watching = anyio.CancelScope()
+
+    def stop(self, _force: bool) -> None:
+        """Detach from it."""
+        self._watching.cancel()
+
+    def use(self, name: str | Path) -> None:
+        """Ask another of its models from now on; it loads that itself, if it has to.
+
+        Raises:
+            ServerFailedError: It has no such model.
+        """
+        if str(name) not in self.owner.models:
+            there = _some(self.owner.models) or "none"
+            raise ServerFailedError(f"{self.owner.url} has no model {str(name)!r}, but: {there}.")
+        self._chosen = str(name)
+        self.owner = replace(self.owner, alias=self._chosen)
+        self._notify(f"Requests go to the model {name} from now on.")
+
+    async def run(self) -> None:
+        """Watch it. Once it is detached from, it counts as stopped."""
+        try:
+            with self._watching:
+                await self._watch()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.probe.aclose()
+        self._emit(Exited(self._generation, "detached", time.monotonic(), asked=True))
+
+    async def _watch(self) -> None:
+        status: ServerStatus | None = None
+        misses = 0
+        while True:
+            health = await self.probe.check_activity()
+            ready = health.status is ServerStatus.READY
+            misses = 0 if ready else misses + 1
+            if ready:
+                self._choose()
+                if status is not ServerStatus.READY:
+                    self._emit(BecameReady(self._generation, time.monotonic()))
+                    self._greet()
+            elif status is not ServerStatus.READY or misses >= _MISSES:
+                self._emit(OutOfReach(self._generation, why_unreachable(self.owner.url, health)))
+                if health.status is ServerStatus.LOADING:
+                    self._emit(LoadBegan(self._generation))
+            self._emit(health)
+            if ready or status is not ServerStatus.READY or misses >= _MISSES:
+                status = health.status
+            pause = _LOOK_EVERY if misses < _MISSES else _LOOK_EVERY * 2 ** min(misses - 1, 4)
+            loading = health.status is ServerStatus.LOADING
+            await anyio.sleep(_LOOK_EVERY if loading else min(pause, _LOOK_AT_LEAST_EVERY))
+
+    def _choose(self) -> None:
+        alias = self._chosen or chat_model(self.probe.models)
+        self.owner = replace(self.owner, models=self.probe.models, alias=alias)
+
+    def _greet(self) -> None:
+        url, models, alias = self.owner.url, self.owner.models, self.owner.alias
+        if alias and alias not in models:
+            said = f"{url} lists no model {alias!r}, but: {_some(models) or 'none'}."
+            self._notify(said, Level.WARNING)
+        else:
+            self._notify(f"{url} answers. It serves {_some(models) or 'no model'}.", Level.SUCCESS)
+
+    def _notify(self, message: str, level: Level = Level.INFO) -> None:
+        self._emit(Activity.now(message, level))
+
+
+def why_unreachable(url: str, health: HealthCheckResult) -> str:
+    """Say why a server at a URL can't be used, in a sentence."""
+    return f"{url} can't be used: {health.message}."
+
+
+async def look_once(config: ServerConfig) -> ServerState:
+    """Ask the server of a profile with a URL once."""
+    probe = UrlProbe(config)
+    try:
+        health = await probe.check_activity()
+    finally:
+        await probe.aclose()
+    alias = config.alias or chat_model(probe.models)
+    owner = Endpoint(config.endpoint, probe.models, alias)
+    found = ServerState(health.status, config, last_health_check=health, external=owner)
+    if health.status is ServerStatus.STARTING:
+        why = why_unreachable(config.endpoint, health)
+        return replace(found, status=ServerStatus.OUT_OF_REACH, error=why)
+    return found
+
+
+def chat_model(models: tuple[str, ...]) -> str | None:
+    """Return the model to ask where nobody has chosen; None where there is none.
+
+    It is the first whose name does not say that it is for embeddings.
+    """
+    return next((name for name in models if "embed" not in name.lower()), next(iter(models), None))
+
+
+def _names(content: bytes) -> tuple[str, ...] | None:
+    """Return the names in a list of models; None where it is none."""
+    try:
+        said: Any = json.loads(content)
+        listed = said["data"] or ()  # Ollama has null there before its first model
+        return tuple(str(one["id"]) for one in listed)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _some(models: tuple[str, ...]) -> str:
+    more = f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else ""
+    return ", ".join(models[:_SHOWN]) + more

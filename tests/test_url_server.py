@@ -1,0 +1,310 @@
+"""Profiles with the URL of a server that is just there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import eventually, unused_port
+from IPython.core.interactiveshell import InteractiveShell
+from stand_in_openai import Shape, certificate, ollama_models, tls_front, vllm_models
+from terminal import run
+from traitlets.config import Config
+
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.config import configured_profiles, env_warnings
+from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
+from kitty_nb.experiments import Sweep, load_test
+from kitty_nb.supervisor import url_server
+from kitty_nb.widgets import FleetPanel
+
+KEY = "sesame-open"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_server, "_LOOK_EVERY", 0.05)
+
+
+@pytest.fixture
+def ollama() -> Iterator[tuple[Shape, str]]:
+    shape = Shape(ollama_models("nomic-embed-text:latest", "llama3.2:latest", "qwen3:8b"))
+    with shape.serving() as url:
+        yield shape, url
+
+
+def written(folder: Path, *lines: str) -> Path:
+    path = folder / "my.env"
+    head = f"LLAMACPP_MODELS_DIR={folder}\nLLAMACPP_LOG_DIR={folder / 'logs'}\n"
+    path.write_text(head + "".join(f"{line}\n" for line in lines))
+    return path
+
+
+def settled(manager: ModelManager, status: ServerStatus) -> None:
+    eventually(lambda: manager.state.status is status, why=f"{status}: {manager.state}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://gpu.example/openai/v1/", "https://gpu.example/openai", "https://gpu.example/openai/"],
+)
+def test_an_address_is_written_with_or_without_what_clients_add(text: str) -> None:
+    config = ServerConfig(url=text)
+    assert config.endpoint == "https://gpu.example/openai"
+    assert config.replace(url=None).endpoint == "http://127.0.0.1:8082"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gpu.example:8080",
+        "ftp://gpu.example",
+        "http://",
+        "http://gpu.example:x",
+        "https://me:hush-hush@gpu.example",
+        "https://gpu.example/v1?key=1",
+        "https://gpu.example/\n",
+    ][:6],
+)
+def test_what_is_no_address_is_refused_without_its_password(text: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ServerConfig(url=text)
+    assert "hush-hush" not in str(refused.value)
+
+
+def test_a_key_goes_only_where_it_was_written_for(tmp_path: Path) -> None:
+    env = written(
+        tmp_path,
+        "LLAMACPP_API_KEY=of-my-own-servers",
+        "LLAMACPP_GPU_URL=http://gpu.example/v1",
+        "LLAMACPP_BOX_URL=http://gpu.example/v1",
+        f"LLAMACPP_BOX_API_KEY={KEY}",
+        "LLAMACPP_SAFE_URL=https://gpu.example/v1",
+        f"LLAMACPP_SAFE_API_KEY={KEY}",
+    )
+    assert configured_profiles(env) == ("gpu", "box", "safe")
+    assert ServerConfig.from_env(env, "gpu").api_key is None
+    assert ServerConfig.from_env(env, "primary").api_key
+    assert ServerConfig.from_env(env, "box").api_key
+    (not_sent,) = env_warnings(env, "gpu")
+    assert "LLAMACPP_API_KEY is not sent to LLAMACPP_GPU_URL" in not_sent
+    (unencrypted,) = env_warnings(env, "box")
+    assert "travels there unencrypted" in unencrypted
+    assert env_warnings(env, "safe") == env_warnings(env, "primary") == ()
+
+
+def test_a_real_server_behind_tls(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl, for a certificate")
+    pem = certificate(tmp_path)
+    with ModelManager(config=config.replace(api_key=KEY)) as there:
+        there.start().wait(60)
+        with tls_front(pem, config.port) as url:
+            here = config.replace(profile="gpu", url=url, api_key=KEY, model=None, alias=None)
+            with ModelManager(config=here) as manager:
+                settled(manager, ServerStatus.OUT_OF_REACH)
+                assert "SSL_CERT_FILE" in manager.state.sentence
+                with pytest.raises(ServerFailedError, match="certificate"):
+                    manager.start().wait(60)
+            monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+            with ModelManager(config=here) as manager:
+                state = manager.start().wait(60)  # it is there: nothing is started
+                assert (state.status, state.alias, state.pid) == (ServerStatus.READY, "demo", None)
+                answer = manager.chat("Hello", max_tokens=4).wait(60)
+                assert answer.usage.answer == 4
+                assert manager.client.models.list().data[0].id == "demo"
+                for refused in (manager.stop, manager.restart):
+                    with pytest.raises(ServerFailedError, match="did not start the server at http"):
+                        refused().wait(60)
+                assert there.stop().wait(60).status is ServerStatus.STOPPED
+                settled(manager, ServerStatus.OUT_OF_REACH)
+                with pytest.raises(KittyError, match="can't be used"):
+                    manager.chat("Hello")
+                there.start().wait(60)
+                settled(manager, ServerStatus.READY)
+                assert KEY not in repr(manager.state)
+        assert there.check_health().wait(60).status is ServerStatus.READY
+
+
+def test_one_that_speaks_like_ollama(ollama: tuple[Shape, str]) -> None:
+    shape, url = ollama
+    with ModelManager(config=ServerConfig(url=f"{url}/v1")) as manager:
+        settled(manager, ServerStatus.READY)
+        answer = manager.chat("Why?", on_progress=print).wait(30)
+        assert (answer.text, answer.thinking, answer.usage.answer) == ("Blue sky.", "Hm.", 5)
+        assert (answer.usage.prompt, answer.finish_reason) == (11, "stop")
+        asked = shape.seen[-1][2]
+        assert asked["model"] == "llama3.2:latest"  # the one before is for embeddings
+        assert "return_progress" not in asked
+        manager.switch_model("qwen3:8b").wait(30)
+        assert manager.state.alias == "qwen3:8b"
+        manager.chat("Why?").wait(30)
+        assert shape.seen[-1][2]["model"] == "qwen3:8b"
+        with pytest.raises(ServerFailedError, match="has no model 'gemma', but: nomic"):
+            manager.switch_model("gemma").wait(30)
+        vectors = manager.embed(["a", "b"]).wait(30)
+        assert np.array_equal(vectors, np.array([[0.5, 0], [0.5, 1]], np.float32))
+        with pytest.raises(KittyError, match="has no /tokenize"):
+            manager.tokenize("Hello").wait(30)
+        assert {key for _, key, _ in shape.seen} == {None}
+
+
+def test_one_that_asks_for_a_key_like_vllm() -> None:
+    shape = Shape(
+        vllm_models("Qwen/Qwen3-0.6B"), key=KEY, prefix="/llm", thinking="reasoning_content"
+    )
+    with shape.serving() as url:
+        config = ServerConfig(profile="box", url=url)
+        with ModelManager(config=config) as manager:
+            settled(manager, ServerStatus.OUT_OF_REACH)
+            assert "asks for a key. Set LLAMACPP_BOX_API_KEY" in manager.state.sentence
+        with ModelManager(config=config.replace(api_key="wrong")) as manager:
+            settled(manager, ServerStatus.OUT_OF_REACH)
+            assert "refuses the key in LLAMACPP_BOX_API_KEY" in manager.state.sentence
+        with ModelManager(config=config.replace(api_key=KEY)) as manager:
+            settled(manager, ServerStatus.READY)
+            assert manager.base_url == f"{url}/v1"
+            assert manager.chat("Why?").wait(30).thinking == "Hm."
+            assert shape.seen[-1][0] == "/llm/v1/chat/completions"
+
+
+def test_no_key_follows_a_redirect() -> None:
+    elsewhere = Shape(ollama_models("llama3.2:latest"))
+    with elsewhere.serving() as other:
+        shape = Shape({}, redirect=other)
+        with shape.serving() as url:
+            config = ServerConfig(url=url, api_key=KEY)
+            with ModelManager(config=config) as manager:
+                settled(manager, ServerStatus.OUT_OF_REACH)
+                sentence = manager.state.sentence
+                assert f"redirects to {other}/v1/models. Set LLAMACPP_PRIMARY_URL" in sentence
+                assert "secret" not in sentence
+    assert shape.seen[0][1] == f"Bearer {KEY}"
+    assert elsewhere.seen == []
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [({"hello": 1}, "without a list of models"), (ollama_models(), None)],
+)
+def test_what_lists_no_models(models: object, said: str | None) -> None:
+    with Shape(models).serving() as url, ModelManager(config=ServerConfig(url=url)) as manager:
+        settled(manager, ServerStatus.OUT_OF_REACH if said else ServerStatus.READY)
+        assert said is None or said in manager.state.sentence
+
+
+def test_where_nobody_listens_there_is_a_sentence_and_back_off() -> None:
+    url = f"http://127.0.0.1:{unused_port()}"
+    with ModelManager(config=ServerConfig(url=url)) as manager:
+        settled(manager, ServerStatus.OUT_OF_REACH)
+        with pytest.raises(ServerFailedError, match="the connection failed"):
+            manager.start().wait(30)
+        with Shape(ollama_models("a")).serving(int(url.rpartition(":")[2])):
+            settled(manager, ServerStatus.READY)
+
+
+def test_it_can_be_load_tested_but_not_swept(ollama: tuple[Shape, str]) -> None:
+    _, url = ollama
+    config = ServerConfig(url=url)
+    found = load_test(config=config, concurrency=2, requests=6, max_tokens=8).wait(60)
+    (load,) = found.loads
+    assert [(one.tokens, one.prompt_tokens) for one in load.requests] == [(5, 11)] * 6
+    with pytest.raises(ExperimentError, match=r"load_test\(concurrency"):
+        Sweep(config=config)
+
+
+def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:
+    shape, url = ollama
+    panel = ControlPanel(written(tmp_path, f"LLAMACPP_GPU_URL={url}"), "gpu")
+    try:
+        eventually(lambda: "Ready" in panel.status_line.value)
+        assert url in panel.status_line.value
+        eventually(lambda: panel.served.value == "llama3.2:latest")
+        hidden = panel.picker, panel.memory, panel.buttons.start, panel.buttons.stop
+        assert {one.layout.display for one in hidden} == {"none"}
+        panel.served.value = "qwen3:8b"
+        eventually(lambda: panel.manager.state.alias == "qwen3:8b")
+        panel.ask.ask("Why?")
+        eventually(lambda: [turn.text for turn in panel.ask.turns] == ["Blue sky."])
+        assert not list(tmp_path.glob("*.gguf"))
+        shape.models = "gone"
+        eventually(lambda: "Out of reach" in panel.status_line.value)
+        assert "without a list of models" in panel.notice.value
+    finally:
+        panel.close()
+
+
+def test_the_fleet_and_the_terminal(
+    ollama: tuple[Shape, str], tmp_path: Path, config: ServerConfig
+) -> None:
+    _, url = ollama
+    env = written(
+        tmp_path,
+        f"LLAMACPP_PRIMARY_MODEL={config.model}",
+        "LLAMACPP_ALLOW_ABSOLUTE_PATHS=1",
+        f"LLAMACPP_GPU_URL={url}",
+        f"LLAMACPP_GPU_API_KEY={KEY}",
+        "LLAMACPP_GPU_ALIAS=qwen3:8b",
+    )
+    fleet = FleetPanel(env)
+    try:
+        eventually(lambda: fleet.rows[1]["status"] == "Ready")
+        row = fleet.rows[1]
+        assert (row["model"], row["port"], row["start"], row["stop"]) == (
+            "qwen3:8b",
+            None,
+            False,
+            False,
+        )
+        assert row["problem"] == ""
+    finally:
+        fleet.close()
+    where = "--env", env, "--profile", "gpu"
+    assert "qwen3:8b" in (told := run("status", *where).output)
+    assert "not started by kitty_nb" in told
+    assert "It was already running." in run("start", *where).output
+    assert run("wait-ready", *where).exit_code == 0
+    assert run("key", *where).output.strip() == KEY
+    assert KEY not in run("connect", "openai", *where).output
+    assert "6" in run("load-test", "--requests", "6", "--concurrency", "1", *where).output
+    for verb in ("stop", "restart"):
+        refused = run(verb, *where)
+        assert refused.exit_code == 1
+        assert f"can't {verb} it" in refused.output
+    assert "is where it runs" in run("logs", *where).output
+
+
+def test_a_terminal_tells_that_it_is_out_of_reach(tmp_path: Path) -> None:
+    env = written(tmp_path, f"LLAMACPP_GPU_URL=http://127.0.0.1:{unused_port()}")
+    where = "--env", env, "--profile", "gpu"
+    status = run("status", *where)
+    assert status.exit_code == 3
+    assert "OUT OF REACH" in status.output
+    assert run("start", *where).exit_code == 1
+    assert "can't be used" in run("wait-ready", "--timeout", "0.2", *where).output
+
+
+def test_the_magics_say_what_cannot_be_done(
+    ollama: tuple[Shape, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = written(tmp_path, f"LLAMACPP_GPU_URL={ollama[1]}")
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    where = f"--profile gpu --env {env}"
+    shell.run_cell("%load_ext kitty_nb").raise_error()
+    try:
+        shell.run_cell(f"%kitty start {where}").raise_error()
+        shell.run_cell(f"%kitty switch qwen3:8b {where}").raise_error()
+        shell.run_cell(f"%%kitty_chat {where}\nWhy?").raise_error()
+        said = capsys.readouterr().out
+        assert "READY: llama3.2:latest" in said
+        assert "Blue sky." in said
+        for verb in ("stop", "restart", "logs"):
+            with pytest.raises(KittyError):
+                shell.run_cell(f"%kitty {verb} {where}").raise_error()
+    finally:
+        shell.run_cell("%unload_ext kitty_nb")
