@@ -74,7 +74,10 @@ _NATIVE_ENGINE = os.environ.pop("LLAMACPP_BIN", None) or os.environ.get("KITTY_N
 if _NATIVE_ENGINE:
     os.environ["KITTY_NATIVE_ENGINE"] = _NATIVE_ENGINE  # for the processes of xdist
 
-TOGETHER = {"test_browser", "test_chat", "test_dask_sweep", "test_embeddings", "test_results"}
+TOGETHER = {
+    *("test_browser", "test_chat", "test_dask_sweep"),
+    *("test_embeddings", "test_fleet", "test_results"),
+}
 STAND_IN = Path(__file__).parent / "stand_in_server.py"
 # How httpx asks loopback: without proxies, and without certificates, which take 20 ms to load.
 LOCAL: dict[str, Any] = {"trust_env": False, "verify": False}

@@ -47,7 +47,7 @@ def problems(path: Path, profile: str = "primary") -> dict[str, str]:
 def test_every_setting_of_the_example_is_a_field_and_every_field_is_in_the_example() -> None:
     documented = set(dotenv_values(ROOT / ".env.example"))
     suffixes = {setting.suffix for setting in env_settings().values()}
-    whose = dict.fromkeys(("MODEL", "ALIAS", "SSH", "PINNED"), "PRIMARY_")
+    whose = dict.fromkeys(("MODEL", "ALIAS", "SSH", "URL", "PINNED"), "PRIMARY_")
     whose |= dict.fromkeys(("MODELS", "MEMORY_GB"), "ROUTER_")
     assert documented == {f"LLAMACPP_{whose.get(suffix, '')}{suffix}" for suffix in suffixes}
 

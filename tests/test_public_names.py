@@ -50,6 +50,19 @@ ROOMS = {
         "isolated_server",
         "safe_files",
     },
+    "fleet": {
+        "errors",
+        "tls",
+        "safe_files",
+        "config",
+        "catalog",
+        "engine",
+        "supervisor",
+        "client",
+        "operation",
+        "isolated_server",
+        "experiments",
+    },
     "widgets": {
         "errors",
         "config",
@@ -62,6 +75,7 @@ ROOMS = {
         "manager",
         "hub",
         "experiments",
+        "fleet",
     },
     "cli": {
         "errors",

@@ -41,6 +41,7 @@ _STOP_WITHIN = 30.0  # seconds; a worker that doesn't answer is gone, and so is 
 _LOOK_AFTER = 3.0  # seconds
 _LOOKS = 20  # polls before a lost worker counts as not replaced, even on a busy machine
 _LOST_AT_MOST = 3
+_RUN_AGAIN = "Results so far are kept; run the sweep again with a client of a running cluster."
 _log = logging.getLogger(__name__)
 
 
@@ -71,8 +72,8 @@ async def count_slots(client: Client) -> int:
     Raises:
         ExperimentError: The cluster can't be reached.
     """
-    async with _connected(client) as own:
-        workers = await _workers(own)
+    async with connected(client) as own:
+        workers = await workers_of(own)
     return max(1, sum(map(_slots, workers.values())) or len(workers))
 
 
@@ -96,8 +97,8 @@ async def dask_cluster(
     Raises:
         ExperimentError: The cluster can't be reached.
     """
-    async with _connected(client) as own:
-        workers = await _workers(own)
+    async with connected(client) as own:
+        workers = await workers_of(own)
         setup = Setup(
             topic=f"kitty_nb-{uuid.uuid4().hex}",
             config=config.model_copy(update={"api_key": None, "url": None}),
@@ -129,7 +130,7 @@ class _Cluster:
             for _ in range(_LOST_AT_MOST):
                 fit, unfit = await self._look(trial)
                 if not fit:
-                    return _failed(trial, f"No worker can run this trial. {_listed(unfit)}")
+                    return _failed(trial, f"No worker can run this trial. {listed(unfit)}")
                 if answer := await self._send(trial, fit, on_progress):
                     row, log = answer
                     await self._keep(trial, log)
@@ -159,7 +160,7 @@ class _Cluster:
         unfit: dict[str, str] = {}
         for _ in range(_LOOKS):
             await self.client.wait_for_workers(1)
-            workers = await _workers(self.client)
+            workers = await workers_of(self.client)
             if new := sorted(workers.keys() - found.keys()):
                 answers = await self.client.run(
                     look, self.setup, trial, workers=new, on_error="return"
@@ -169,10 +170,10 @@ class _Cluster:
             if self.models[model] is None:
                 seen = (one for one in found.values() if isinstance(one, ModelFingerprint))
                 self.models[model] = next(seen, None)
-            reasons = {w: _why_not(one, self.models[model]) for w, one in found.items()}
+            reasons = {w: why_not(one, self.models[model]) for w, one in found.items()}
             unfit = {worker: reason for worker, reason in reasons.items() if reason}
             if found and all(isinstance(one, Exception) for one in found.values()):
-                raise ExperimentError(f"No worker can run trials. {_listed(unfit)}")
+                raise ExperimentError(f"No worker can run trials. {listed(unfit)}")
             able = found.keys() - unfit.keys()
             fit = [w for w in workers if w in able and (_slots(workers[w]) or self.setup.alone)]
             if fit or able <= workers.keys() <= found.keys():
@@ -198,7 +199,7 @@ class _Cluster:
         try:
             while not answer.done():
                 await asyncio.wait([answer], timeout=_LOOK_AFTER)
-                if not set(workers) & (await _workers(self.client)).keys():
+                if not set(workers) & (await workers_of(self.client)).keys():
                     break
             return answer.result() if answer.done() else None
         except anyio.get_cancelled_exc_class():
@@ -228,14 +229,18 @@ class _Cluster:
 
 
 @asynccontextmanager
-async def _connected(client: Client) -> AsyncGenerator[Any]:
+async def connected(client: Client, remedy: str = _RUN_AGAIN) -> AsyncGenerator[Any]:
     """Connect to a client's cluster from the running event loop, which the client may not share.
+
+    Args:
+        client: The client.
+        remedy: What to do if the cluster can't be reached, as a sentence.
 
     Raises:
         ExperimentError: The client is closed, or the cluster can't be reached.
     """
     if client.status != "running":
-        raise ExperimentError(_unreachable(f"its client is {client.status}"))
+        raise ExperimentError(_unreachable(f"its client is {client.status}", remedy))
     scheduler: Any = client.scheduler
     own: Any = Client(  # typed for blocking calls only
         scheduler.address, security=client.security, asynchronous=True, set_as_default=False
@@ -244,13 +249,13 @@ async def _connected(client: Client) -> AsyncGenerator[Any]:
         await own
         yield own
     except OSError as error:
-        raise ExperimentError(_unreachable(str(error))) from error
+        raise ExperimentError(_unreachable(str(error), remedy)) from error
     finally:
         with anyio.CancelScope(shield=True):
             await own.close()
 
 
-async def _workers(client: Any) -> Workers:
+async def workers_of(client: Any) -> Workers:
     """Return the scheduler's information on each worker, by address."""
     workers: Workers = (await client.scheduler.identity())["workers"]
     return workers
@@ -260,7 +265,7 @@ def _slots(worker: Mapping[str, Any]) -> int:
     return int(worker["resources"].get(_RESOURCE, 0))
 
 
-def _why_not(answer: object, model: ModelFingerprint | None) -> str:
+def why_not(answer: object, model: ModelFingerprint | None) -> str:
     """Say why a worker that gave this answer can't run a trial; empty if it can."""
     if isinstance(answer, ModelFingerprint):
         return "" if answer == model else "Its file of that name is a different one."
@@ -279,14 +284,11 @@ def _died(count: int) -> str:
     )
 
 
-def _unreachable(why: str) -> str:
-    return (
-        f"Can't reach the Dask cluster: {why}. Results so far are kept; run the sweep again with a"
-        " client of a running cluster."
-    )
+def _unreachable(why: str, remedy: str = _RUN_AGAIN) -> str:
+    return f"Can't reach the Dask cluster: {why}. {remedy}"
 
 
-def _listed(reasons: Mapping[str, str]) -> str:
+def listed(reasons: Mapping[str, str]) -> str:
     """Return each reason once, with its workers."""
     workers: dict[str, list[str]] = {}
     for worker, reason in reasons.items():
@@ -305,7 +307,7 @@ _turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 async def look(setup: Setup, trial: Trial) -> ModelFingerprint | str:
     """Return the fingerprint of this worker's model, or why it can't run the trial."""
     try:
-        config = await run_sync(_settings_here, setup)
+        config = await run_sync(settings_here, setup.config, setup.host)
         fingerprint = await run_sync(fingerprint_of, trial.model, config)
         await engine_of(trial, config)
     except KittyError as error:
@@ -341,7 +343,7 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
         ):
             folder = Path(temporary)
             async with _turns[worker.address] if setup.alone else nullcontext():
-                config = await run_sync(_settings_here, setup)
+                config = await run_sync(settings_here, setup.config, setup.host)
                 row = await run_trial(
                     trial, on_progress, config=config, workload=setup.workload, folder=folder
                 )
@@ -366,16 +368,19 @@ async def stop_job(name: str) -> None:
         await ended.wait()
 
 
-def _settings_here(setup: Setup) -> ServerConfig:
-    """Return a sweep's settings with the paths of this machine's own `.env`.
+def settings_here(config: ServerConfig, host: str) -> ServerConfig:
+    """Return settings with the paths of this machine's own `.env`.
 
-    If that sets no models folder, the sweep's is used if it exists here, as on a shared disk.
+    If that sets no models folder, the given one is used if it exists here, as on a shared disk.
+
+    Args:
+        config: The settings.
+        host: The machine on which they hold as they are.
 
     Raises:
         ConfigError: `.env` can't be read.
     """
-    config = setup.config
-    if setup.host == this_host():
+    if host == this_host():
         return config
     own, _ = load_lenient(profile=config.profile)
     shared = "models_dir" not in own.model_fields_set and config.models_dir.is_dir()

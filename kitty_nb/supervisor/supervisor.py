@@ -470,8 +470,10 @@ class Supervisor:
 
     @property
     def _router(self) -> RouterModels | None:
-        ready = self._now.status is ServerStatus.READY
-        return self._server.router if ready and self._server else None
+        server = self._server
+        if self._now.status is ServerStatus.READY and isinstance(server, Server | ExternalServer):
+            return server.router
+        return None
 
     async def _load_there(
         self, model: str | Path | None, wait: bool, fresh: bool = False

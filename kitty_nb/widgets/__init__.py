@@ -1,4 +1,4 @@
-"""The widgets: `ControlPanel`, `FleetPanel` and `SweepPanel`, and the parts they are made of.
+"""The panels `ControlPanel`, `FleetPanel`, `ReplicaPanel` and `SweepPanel`, and their parts.
 
 Panels are imported when they are first used, as in `kitty_nb`: one does not wait for the other.
 """
@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kitty_nb.widgets.control_panel import ControlPanel
     from kitty_nb.widgets.fleet_panel import FleetPanel
+    from kitty_nb.widgets.replica_panel import ReplicaPanel
     from kitty_nb.widgets.sweep_panel import SweepPanel
 
 _HOMES = {
     "ControlPanel": "control_panel",
     "FleetPanel": "fleet_panel",
+    "ReplicaPanel": "replica_panel",
     "SweepPanel": "sweep_panel",
 }
 
-__all__ = ["ControlPanel", "FleetPanel", "SweepPanel"]
+__all__ = ["ControlPanel", "FleetPanel", "ReplicaPanel", "SweepPanel"]
 
 
 def __getattr__(name: str) -> object:

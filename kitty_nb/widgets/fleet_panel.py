@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import LoadProgress, MemoryUse, ServerState
 
 
-_UNKNOWN = "\N{EN DASH}"
+UNKNOWN = "\N{EN DASH}"
 # The state of a server that is coloured like one of a router's models.
 _AS_SERVER = {"loading": ServerStatus.LOADING, "loaded": ServerStatus.READY}
 
@@ -113,8 +113,8 @@ def _routed(profile: Profile) -> list[FleetRow]:
             fraction=model.progress.fraction if model.progress else None,
             model=name,
             port=profile.served.port,
-            memory=_UNKNOWN,
-            pace=_UNKNOWN,
+            memory=UNKNOWN,
+            pace=UNKNOWN,
             problem="",
             start=False,
             stop=False,
@@ -137,7 +137,7 @@ def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
         fraction=load.fraction if load else None,
         model=_model(profile),
         port=None if served.url else served.port,
-        memory=_memory(profile.memory, state.devices) if state.pid else _UNKNOWN,
+        memory=describe_memory(profile.memory, state.devices) if state.pid else UNKNOWN,
         pace=_pace(state),
         problem="\n".join(filter(None, (profile.problem or state.error, clash))),
         start=can.start,
@@ -149,12 +149,13 @@ def _model(profile: Profile) -> str:
     if profile.state.external and profile.served.url:
         return profile.state.alias
     served = profile.served
-    return served.model.name if served.model else ", ".join(served.models or ()) or _UNKNOWN
+    return served.model.name if served.model else ", ".join(served.models or ()) or UNKNOWN
 
 
-def _memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
+def describe_memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
+    """Describe what a server holds, e.g. `1.2 GB + 3.4 GB CUDA0`."""
     if use is None:
-        return _UNKNOWN
+        return UNKNOWN
     names = ", ".join(name.partition(" (")[0] for name in devices) or "GPU"
     resident = decimal(use.resident)
     if use.gpu is not None:
@@ -164,9 +165,14 @@ def _memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
 
 def _pace(state: ServerState) -> str:
     health = state.last_health_check
-    if state.status is not ServerStatus.READY or not health or health.tokens_per_second is None:
-        return _UNKNOWN
-    pace = health.tokens_per_second
+    known = state.status is ServerStatus.READY and health
+    return describe_pace(health.tokens_per_second if known and health else None)
+
+
+def describe_pace(pace: float | None) -> str:
+    """Describe tokens a second."""
+    if pace is None:
+        return UNKNOWN
     return f"{pace:,.0f}" if pace >= 10 or not pace else f"{pace:.1f}"  # noqa: PLR2004
 
 

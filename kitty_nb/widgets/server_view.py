@@ -45,13 +45,14 @@ def vitals(state: ServerState) -> Iterator[str]:
     if state.retry_in is not None:
         yield f"in {ceil(state.retry_in)} s"
     if state.uptime is not None:
-        yield f"up {_coarse(int(state.uptime))}"
+        yield f"up {describe_uptime(state.uptime)}"
         if state.last_health_check and state.last_health_check.asleep:
             yield "asleep until the next request"
 
 
-def _coarse(seconds: int) -> str:
+def describe_uptime(uptime: float) -> str:
     """Return a time span in seconds or whole minutes, so that what is beside it rarely moves."""
+    seconds = int(uptime)
     if seconds < _MINUTE:
         return f"{seconds} s"
     return duration(seconds // _MINUTE * _MINUTE).removesuffix(" 00 s")

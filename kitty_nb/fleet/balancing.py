@@ -1,0 +1,276 @@
+"""Requests to whichever replica is least busy, and to another where one dies before it answers."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import httpx
+
+from kitty_nb.errors import ServerFailedError
+from kitty_nb.tls import tls_context
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+
+    from anyio.from_thread import BlockingPortal
+    from pydantic import SecretStr
+
+_ASKED = 4  # replicas whose slots are looked at for a request, however many there are
+_SLOTS_WITHIN = 0.25  # seconds; one that does not answer by then is busy with a prompt
+# A part of a streamed answer that has words in it.
+_WORDS = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"[^"]')
+_BLANK = b"\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A replica that is ready.
+
+    Attributes:
+        url: Its address.
+        slots: Requests that it can work on at once; None where the build does not tell.
+    """
+
+    url: str
+    slots: int | None = None
+
+
+class LeastBusyTransport(httpx.AsyncBaseTransport):
+    """Sends each request to the replica with the most free slots.
+
+    It knows which of them its own requests have, and asks a few replicas for those of others. A
+    replica that breaks off before any word of the answer has arrived is replaced by another.
+
+    Args:
+        targets: Returns the replicas that are ready.
+        key: What they ask for.
+    """
+
+    def __init__(self, targets: Callable[[], Sequence[Target]], key: SecretStr | None) -> None:
+        self._targets = targets
+        self._headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        limits = httpx.Limits(max_connections=None)
+        self._pool = httpx.AsyncHTTPTransport(verify=tls_context("http:"), limits=limits)
+        self._under_way: Counter[str] = Counter()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Have a replica answer a request.
+
+        Raises:
+            ServerFailedError: No replica is ready, or none is left to try.
+        """
+        await request.aread()
+        route = _Route(self, request)
+        response = await route.open()
+        headers = response.headers
+        return httpx.Response(
+            response.status_code,
+            headers=headers,
+            stream=_Stream(route, response, events=_is_stream(response)),
+            extensions=response.extensions,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._pool.aclose()
+
+    async def pick(self, tried: set[str]) -> str:
+        """Return the address of the least busy replica, which counts as asked from now on."""
+        targets = [target for target in self._targets() if target.url not in tried]
+        if not targets:
+            raise ServerFailedError(
+                f"All {len(tried)} replicas that were ready broke off. See `fleet.replicas`."
+                if tried
+                else "No replica is ready. Wait for one: fleet.wait_ready(1)."
+            )
+        random.shuffle(targets)
+        targets.sort(key=self._share)
+        targets = targets[:_ASKED]
+        busy: dict[str, int] = {}
+        if len(targets) > 1:
+            with anyio.move_on_after(_SLOTS_WITHIN):
+                async with anyio.create_task_group() as tasks:
+
+                    async def ask(target: Target) -> None:
+                        busy[target.url] = count = await self._slots_busy(target.url)
+                        if not count and not self._under_way[target.url]:
+                            tasks.cancel_scope.cancel()  # none is less busy
+
+                    for target in targets:
+                        tasks.start_soon(ask, target)
+        late = max((target.slots or 1) for target in targets)
+
+        def share(target: Target) -> float:
+            known = max(busy.get(target.url, late), self._under_way[target.url])
+            return known / (target.slots or 1)
+
+        url = min(targets, key=share).url
+        self._under_way[url] += 1
+        return url
+
+    def done(self, url: str) -> None:
+        """Count a request no longer."""
+        self._under_way[url] -= 1
+
+    async def send(self, request: httpx.Request, url: str) -> httpx.Response:
+        """Send a request to one replica."""
+        base = httpx.URL(url)
+        target = request.url.copy_with(scheme=base.scheme, host=base.host, port=base.port)
+        headers = request.headers.copy()
+        headers.update({"Host": base.netloc.decode(), "Connection": "close", **self._headers})
+        return await self._pool.handle_async_request(
+            httpx.Request(
+                request.method,
+                target,
+                headers=headers,
+                content=request.content,
+                extensions=request.extensions,
+            )
+        )
+
+    def _share(self, target: Target) -> float:
+        return self._under_way[target.url] / (target.slots or 1)
+
+    async def _slots_busy(self, url: str) -> int:
+        """Return how many slots a replica says are busy; 0 where its build does not tell."""
+        request = httpx.Request("GET", f"{url}/slots", headers=self._headers)
+        request.extensions = {"timeout": httpx.Timeout(_SLOTS_WITHIN).as_dict()}
+        try:
+            response = await self._pool.handle_async_request(request)
+            try:
+                await response.aread()
+                slots: Any = response.json()
+            finally:
+                await response.aclose()
+            return sum(bool(slot.get("is_processing")) for slot in slots)
+        except (httpx.HTTPError, ValueError, AttributeError, TypeError):
+            return 0
+
+
+class _Route:
+    """The way of one request: the replicas that were tried, and the one that answers."""
+
+    def __init__(self, transport: LeastBusyTransport, request: httpx.Request) -> None:
+        self._transport, self._request = transport, request
+        self._tried: set[str] = set()
+        self._at: str | None = None
+
+    async def open(self) -> httpx.Response:
+        """Have the next replica begin to answer."""
+        while True:
+            self.leave()
+            self._at = await self._transport.pick(self._tried)
+            self._tried.add(self._at)
+            try:
+                response = await self._transport.send(self._request, self._at)
+            except httpx.TransportError as error:
+                if isinstance(error, httpx.ReadTimeout):  # it may take as long anywhere
+                    self.leave()
+                    raise
+            except BaseException:
+                self.leave()
+                raise
+            else:
+                if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                    return response
+                await response.aclose()  # it loads, as after a crash
+
+    def leave(self) -> None:
+        """The replica has no more to do with it."""
+        if self._at:
+            self._transport.done(self._at)
+        self._at = None
+
+
+class _Stream(httpx.AsyncByteStream):
+    """An answer as it comes, from its beginning on another replica while no word has come."""
+
+    def __init__(self, route: _Route, response: httpx.Response, *, events: bool) -> None:
+        self._route, self._response, self._events = route, response, events
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        begun = False
+        while True:
+            try:
+                async with aclosing(self._parts()) as parts:
+                    async for part in parts:
+                        begun = begun or not self._events or bool(_WORDS.search(part))
+                        yield part
+            except httpx.TransportError as error:
+                if begun or isinstance(error, httpx.TimeoutException):
+                    raise
+                with suppress(httpx.HTTPError):
+                    await self._response.aclose()
+                self._response = await self._route.open()
+            else:
+                return
+
+    async def _parts(self) -> AsyncGenerator[bytes]:
+        """Yield whole events: what is cut off must not be glued to another replica's answer."""
+        stream: Any = self._response.stream
+        if not self._events:
+            async for chunk in stream:
+                yield chunk
+            return
+        rest = b""
+        async for chunk in stream:
+            whole, blank, rest = (rest + chunk).rpartition(_BLANK)
+            if blank:
+                yield whole + blank
+        if rest:
+            yield rest
+
+    async def aclose(self) -> None:
+        self._route.leave()
+        await self._response.aclose()
+
+
+def _is_stream(response: httpx.Response) -> bool:
+    return str(response.headers.get("Content-Type", "")).startswith("text/event-stream")
+
+
+class BlockingTransport(httpx.BaseTransport):
+    """An asynchronous transport for clients that block, on another thread's event loop.
+
+    Args:
+        transport: The transport.
+        portal: The way to its loop.
+    """
+
+    def __init__(self, transport: LeastBusyTransport, portal: BlockingPortal) -> None:
+        self._transport, self._portal = transport, portal
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request, and wait until an answer begins."""
+        request.read()
+        response = self._portal.call(self._transport.handle_async_request, request)
+        return httpx.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=_BlockingStream(response, self._portal),
+        )
+
+
+class _BlockingStream(httpx.SyncByteStream):
+    def __init__(self, response: httpx.Response, portal: BlockingPortal) -> None:
+        self._response, self._portal = response, portal
+
+    def __iter__(self) -> Iterator[bytes]:
+        stream: Any = self._response.stream
+        parts = stream.__aiter__()
+
+        async def following() -> bytes | None:
+            return await anext(parts, None)
+
+        while (part := self._portal.call(following)) is not None:
+            yield part
+
+    def close(self) -> None:
+        self._portal.call(self._response.aclose)

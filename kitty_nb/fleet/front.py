@@ -1,0 +1,296 @@
+"""A balancer in front of replicas: nginx or llama-swap, configured and supervised."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, ClassVar
+
+import anyio
+import httpx
+
+from kitty_nb.config import ServerConfig, server_environment
+from kitty_nb.errors import ServerFailedError
+from kitty_nb.safe_files import write_atomic
+from kitty_nb.supervisor.port_owner import next_free_port
+from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.registry import record_path
+from kitty_nb.supervisor.sidecar import Sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic import SecretStr
+
+    from kitty_nb.fleet.balancing import Target
+
+_HOST = "127.0.0.1"
+_FIRST_PORT = 8100
+_KEY_VARIABLE = "KITTY_FLEET_KEY"
+_TEMPORARY = ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
+_GRACE, _POLL = 5.0, 0.1  # seconds
+_BACK_OFF, _BACK_OFF_MOST, _RESTARTS, _STABLE = 0.5, 30.0, 5, 60.0
+_SHOWN = 5  # lines of its log
+
+_NGINX = """\
+# Requests go to the replica with the fewest of them. Each checks the key that clients send.
+worker_processes 1;
+daemon off;
+pid {folder}/nginx.pid;
+error_log stderr warn;
+{user}events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_max_body_size 0;
+{temporary}
+    upstream replicas {{
+        least_conn;
+{servers}
+    }}
+    server {{
+        listen {host}:{port};
+        location / {{
+            proxy_pass http://replicas;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            proxy_read_timeout 1h;
+            proxy_next_upstream error http_503 non_idempotent;
+        }}
+    }}
+}}
+"""
+
+
+def nginx_text(targets: Sequence[Target], port: int, folder: Path, without: str = "") -> str:
+    """Return nginx's configuration for some replicas; no key is in it.
+
+    Args:
+        targets: The replicas; one or more.
+        port: Where nginx listens, on this machine alone.
+        folder: Where it writes.
+        without: What `nginx -V` says of the build.
+    """
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    parts = [name for name in _TEMPORARY if f"--without-http_{name}_module" not in without]
+    return _NGINX.format(
+        folder=folder,
+        host=_HOST,
+        port=port,
+        # Its worker would be another user, who can't use the folder; others may not choose.
+        user=f"user {user} {user};\n" if os.geteuid() == 0 else "",
+        temporary="\n".join(f"    {name}_temp_path {folder}/{name};" for name in parts),
+        servers="\n".join(
+            f"        server {httpx.URL(target.url).netloc.decode()} max_fails=1 fail_timeout=5s;"
+            for target in targets
+        ),
+    )
+
+
+def llama_swap_text(targets: Sequence[Target], alias: str) -> str:
+    """Return llama-swap's configuration for some replicas, as JSON, which is YAML, too.
+
+    Its key is in an environment variable.
+
+    Each replica is a peer. A request for the model goes to the first peer that has a slot left.
+
+    Args:
+        targets: The replicas; one or more.
+        alias: The name by which clients ask for the model.
+    """
+    key = f"${{env.{_KEY_VARIABLE}}}"
+    peers = {f"replica-{number}": target for number, target in enumerate(targets)}
+    slots = min(target.slots or 1 for target in targets)
+    settings = {
+        "apiKeys": [key],
+        "models": {},
+        "peers": {
+            name: {"proxy": target.url, "apiKey": key, "models": [alias]}
+            for name, target in peers.items()
+        },
+        "selectors": {
+            alias: {
+                "strategy": "spillover",
+                "targets": [f"{name}/{alias}" for name in peers],
+                "settings": {"spillover": slots},
+            }
+        },
+    }
+    return json.dumps(settings, indent=2)
+
+
+class Front(ABC):
+    """A balancer on this machine, from `run` until that is cancelled.
+
+    Its configuration is in a folder that only this user can read, no key is on its command line,
+    and it ends with this process, however that ends.
+
+    Args:
+        key: What the replicas ask for.
+        alias: The name of their model.
+        port: Where it listens; by default a free port from 8100 on.
+
+    Attributes:
+        problem: Why it does not run; None while it does, or is about to.
+        restarts: How often it was restarted.
+
+    Raises:
+        ServerFailedError: It is not installed.
+    """
+
+    program: ClassVar[str]
+    install: ClassVar[str]
+
+    def __init__(self, key: SecretStr | None, alias: str, port: int | None = None) -> None:
+        found = self.find()
+        if found is None:
+            raise ServerFailedError(
+                f"{self.program} is not installed. {self.install} To write its configuration for"
+                f" another machine: fleet.configuration({self.program!r})."
+            )
+        self._path, self._key, self.alias = found, key, alias
+        self.port = port or next_free_port(_HOST, _FIRST_PORT - 1)
+        self.problem: str | None = None
+        self.restarts = 0
+        self._targets: tuple[Target, ...] = ()
+        self._changed = anyio.Event()
+
+    @classmethod
+    def find(cls) -> str | None:
+        """Return where the program is; None where it is not installed."""
+        beside = "/usr/sbin:/usr/local/sbin"  # Debian's place for servers, not on every PATH
+        return shutil.which(cls.program) or shutil.which(cls.program, path=beside)
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://{_HOST}:{self.port}"
+
+    def use(self, targets: Sequence[Target]) -> None:
+        """Send requests to these replicas from now on; called on the loop that runs it."""
+        if targets and tuple(targets) != self._targets:
+            self._targets = tuple(targets)
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Run it. It is started with the first replica, and again when it exits."""
+        with TemporaryDirectory(prefix="kitty_nb-front-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            await self._changed.wait()
+            crashes = 0
+            while crashes < _RESTARTS:
+                began = time.monotonic()
+                await self._run_once(folder)
+                crashes = 1 if time.monotonic() - began > _STABLE else crashes + 1
+                self.restarts += 1
+                await anyio.sleep(min(_BACK_OFF * 2**crashes, _BACK_OFF_MOST))
+            lines = deque(self._log(folder).read_text(errors="replace").splitlines(), _SHOWN)
+            self.problem = f"{self.program} exited {crashes} times: {' '.join(lines)}"
+
+    async def _run_once(self, folder: Path) -> None:
+        self._write(folder)
+        config = ServerConfig(profile="front", log_dir=folder)
+        sidecar = Sidecar(config, record_path(config), guards=True)
+        try:
+            environment = {**server_environment(None), **sidecar.environment, **self._secrets()}
+            process = ServerProcess.spawn(self._command(folder), self._log(folder), environment)
+            sidecar.watch(process, 0)
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._follow, folder)
+                    await process.wait()
+                    tasks.cancel_scope.cancel()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await process.terminate(_GRACE)
+                    await process.wait()
+        finally:
+            await sidecar.ended()
+
+    async def _follow(self, folder: Path) -> None:
+        while True:
+            await self._changed.wait()
+            self._write(folder)
+            await self._reload(folder)
+
+    def _write(self, folder: Path) -> None:
+        self._changed = anyio.Event()
+        text = self.text(self._targets, folder)
+        write_atomic(self._file(folder), text.encode(), durable=False)
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"{self.program}.conf"
+
+    def _log(self, folder: Path) -> Path:
+        return folder / "front.log"
+
+    def _secrets(self) -> dict[str, str]:
+        """Return the environment variables that hold a key."""
+        return {}
+
+    @abstractmethod
+    def text(self, targets: Sequence[Target], folder: Path) -> str:
+        """Return its configuration for some replicas."""
+
+    @abstractmethod
+    def _command(self, folder: Path) -> list[str]:
+        """Return its command line."""
+
+    async def _reload(self, folder: Path) -> None:
+        """Have it read its configuration again, where it does not do so by itself."""
+        return
+
+
+class Nginx(Front):
+    """nginx: the replica with the fewest requests is next."""
+
+    program: ClassVar[str] = "nginx"
+    install: ClassVar[str] = "Install it: apt-get install nginx-light, or brew install nginx."
+    _without = ""
+
+    def text(self, targets: Sequence[Target], folder: Path) -> str:
+        """Return its configuration for some replicas."""
+        return nginx_text(targets, self.port, folder, self._without)
+
+    async def run(self) -> None:
+        """Run it. It is started with the first replica, and again when it exits."""
+        built = await anyio.run_process([self._path, "-V"], check=False)
+        self._without = built.stderr.decode(errors="replace")
+        await super().run()
+
+    def _command(self, folder: Path) -> list[str]:
+        # -e: until it has read its configuration, it would write to a log of the system's.
+        return [self._path, "-p", str(folder), "-e", "stderr", "-c", str(self._file(folder))]
+
+    async def _reload(self, folder: Path) -> None:
+        command = [*self._command(folder), "-s", "reload"]
+        while (await anyio.run_process(command, check=False)).returncode:  # noqa: ASYNC110
+            await anyio.sleep(_POLL)  # it has not written its number yet
+
+
+class LlamaSwap(Front):
+    """llama-swap: replicas are its peers, filled slot by slot in their order."""
+
+    program: ClassVar[str] = "llama-swap"
+    install: ClassVar[str] = "Get it from https://github.com/mostlygeek/llama-swap."
+
+    def text(self, targets: Sequence[Target], folder: Path) -> str:
+        """Return its configuration for some replicas."""
+        return llama_swap_text(targets, self.alias)
+
+    def _command(self, folder: Path) -> list[str]:
+        file, listen = str(self._file(folder)), f"{_HOST}:{self.port}"
+        return [self._path, "--config", file, "--listen", listen, "--watch-config"]
+
+    def _secrets(self) -> dict[str, str]:
+        return {_KEY_VARIABLE: self._key.get_secret_value()} if self._key else {}
+
+
+FRONTS: dict[str, type[Front]] = {kind.program: kind for kind in (Nginx, LlamaSwap)}
