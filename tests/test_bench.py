@@ -17,6 +17,7 @@ from kitty_nb import ServerConfig
 from kitty_nb.errors import ExperimentError, KittyError
 from kitty_nb.experiments import Bench, BenchTable
 from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchRow, BenchTest
+from kitty_nb.experiments.noise import Noise
 
 WAIT = 120
 
@@ -122,6 +123,8 @@ def test_what_the_clock_does_not_confirm_is_said() -> None:
     assert held._repr_markdown_() == str(held)
     quick = table(BenchRow(BenchTest(16, 0, 0), (10_000.0,), (2_000.0,)))  # 6 ms of HTTP
     assert "By the clock" not in str(quick)
+    shared = table(BenchRow(BenchTest(16, 0, 0), (9.0,), (9.0,), noise=Noise(0.9, 0.4)))
+    assert "- pp16: Other processes used 40 % of the processors. Stop them" in str(shared)
     missing = table(BenchRow(BenchTest(16, 0, 0), reason="It is too deep."))
     assert "- pp16: It is too deep." in str(missing)
     assert "| - |" in re.sub(" +", " ", str(missing))

@@ -75,8 +75,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert {*re.findall(r'href="#([^"]+)"', page), *re.findall(r"url\(#([^)]+)\)", page)} <= {*ids}
     assert hashlib.sha256(demo_model.read_bytes()).hexdigest() in page
     assert "slower: -34" in page
+    assert "with its 98 % interval" in page
     assert page.count("<svg ") == page.count("<figcaption>") == 8
-    assert "against memory GiB, with quality as colour" in page
+    assert "against memory, GiB, with quality as colour" in page
     assert "threads 4" in page
     assert "hush" not in page
 
@@ -169,6 +170,7 @@ def test_two_sweeps_are_compared_by_combination_and_number(results: Results) -> 
     assert told["time_to_first_token"].verdict == "too close to tell"
     assert [dict(trial.settings)["threads"] for trial in found.missing] == [4]
     assert f"| {RATE} | 0.800 | slower" in re.sub(" +", " ", str(found))
+    assert found._repr_markdown_() == repr(found) == str(found)  # a table in a notebook
     assert "memory_gib" not in told
     frame = compare_results(results, results, ["memory_gib"]).frame
     assert frame["ratio"].tolist() == [1.0, 1.0]

@@ -196,7 +196,7 @@ def test_plots_show_noise_as_such_and_units(results: Results) -> None:
     assert axes.get_xlim()[0] <= 0 >= axes.get_ylim()[0]
     assert axes.get_xlim()[1] > 1.04 * 1.3  # the loads' own 1.3 s; no point sits on the frame
     (axes,) = results.plot("pareto").axes
-    assert axes.get_xlabel() == "memory GiB"
+    assert axes.get_xlabel() == "memory, GiB"
     ends = [s for bar in axes.collections for s in getattr(bar, "get_segments", list)()]
     assert any({low[1], high[1]} == {20.0, 26.0} for low, high in ends)
     (axes,) = results.plot("parallel").axes
@@ -222,7 +222,7 @@ def test_a_pareto_plot_of_three_numbers_names_what_nothing_beats(results: Result
     assert bar.get_ylabel() == "quality (more is better)"
     assert bar.get_ylim() == pytest.approx((0.2, 0.9))
     named = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert named == ["1: threads 1", "2: threads 2"]
+    assert named == ["1: threads 1", "2: threads 2", "beaten by one of these"]
     assert [(text.get_text(), text.xy) for text in axes.texts] == [("1", (2, 9)), ("2", (3, 8))]  # type: ignore[attr-defined]
     colours = axes.collections[-1].get_facecolors()  # type: ignore[attr-defined]
     bright = [sum(colour[:3]) for colour in colours]
@@ -230,6 +230,33 @@ def test_a_pareto_plot_of_three_numbers_names_what_nothing_beats(results: Result
     svg = StringIO()
     figure.savefig(svg, format="svg")
     assert "<image" not in svg.getvalue()  # which a report does not show
+
+
+def test_curves_say_what_their_bars_span(results: Results) -> None:
+    (legend,) = results.plot("concurrency").legends
+    assert legend.get_title().get_text() == "points are medians, bars the range of the repeats"
+    (legend,) = results.plot("pareto").legends  # where none beats another
+    assert "beaten by one of these" not in {text.get_text() for text in legend.get_texts()}
+
+
+def test_long_names_are_saved_whole(results: Results, tmp_path: Path) -> None:
+    rows = tuple(row(f"{'long-' * 40}{n}.gguf", 2, 1, 20.0 + n, 4) for n in (1, 2))
+    results.plot("concurrency").savefig(tmp_path / "short.svg")
+    Results(results.config, rows).plot("concurrency").savefig(tmp_path / "long.svg")
+    wide = [
+        float((tmp_path / name).read_text().partition('width="')[2].partition("pt")[0])
+        for name in ("short.svg", "long.svg")
+    ]
+    assert wide[1] > 1.5 * wide[0]
+
+
+def test_numbers_are_told_with_their_unit() -> None:
+    from kitty_nb.experiments.plots import words_of  # noqa: PLC0415 - takes a second
+
+    assert [*map(words_of, ("seconds", "memory_gib_1", "clock_ghz", "kl_divergence"))] == [
+        *("trial, s", "memory, GiB, 1 at once", "clock, GHz", "KL divergence, nats")
+    ]
+    assert words_of("time_to_first_token_p99_4") == "time to first token p99, s, 4 at once"
 
 
 def test_an_unknown_plot_names_the_others(results: Results) -> None:

@@ -17,6 +17,7 @@ from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
 from kitty_nb.experiments.extras import extra
+from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table
 from kitty_nb.experiments.run_record import Timings
 from kitty_nb.isolated_server import in_background, isolated_server, locate_engine
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from kitty_nb.experiments.noise import Noise
     from kitty_nb.experiments.plots import Point
     from kitty_nb.isolated_server import Dialect, IsolatedServer
 
@@ -75,12 +77,14 @@ class BenchRow:
         speeds: Tokens per second by the server's own timings, one value per repeat.
         clock: The same by the client's clock, including the overhead of a request.
         reason: Why the test was not measured, in a sentence.
+        noise: How busy the machine was; None if the test was too short to tell.
     """
 
     test: BenchTest
     speeds: tuple[float, ...] = ()
     clock: tuple[float, ...] = ()
     reason: str = ""
+    noise: Noise | None = None
 
     @property
     def mean(self) -> float | None:
@@ -94,9 +98,22 @@ class BenchRow:
 
     @property
     def note(self) -> str:
-        """A caveat about the measurement, in a sentence; empty if there is none."""
+        """Caveats about the measurement, in sentences; empty if there are none."""
+        return " ".join(filter(None, (self._disturbed, self._by_clock))) or self.reason
+
+    @property
+    def _disturbed(self) -> str:
+        if not self.speeds or self.noise is None or not self.noise.busy:
+            return ""
+        return (
+            f"Other processes used {self.noise.others * 100:.0f} % of the processors. Stop them,"
+            " and measure again."
+        )
+
+    @property
+    def _by_clock(self) -> str:
         if not self.speeds or not self.clock:
-            return self.reason
+            return ""
         clock = fmean(self.clock)
         seconds = (self.test.prompt or self.test.answer) * (1 / clock - 1 / fmean(self.speeds))
         if abs(clock / fmean(self.speeds) - 1) <= _AGREE or abs(seconds) <= _UNNOTICED:
@@ -149,6 +166,7 @@ class BenchTable:
                 "deviation": row.deviation if row.speeds else None,
                 "repeats": len(row.speeds),
                 "tokens_per_second_by_clock": fmean(row.clock) if row.clock else None,
+                "other_processes": row.noise.others if row.noise else None,
                 "note": row.note,
             }
             for row in self.rows
@@ -175,7 +193,7 @@ class BenchTable:
                 " answer."
             )
         y = "prompt_tokens_per_second" if prompts else "generation_tokens_per_second"
-        return curves(points, y, "depth, tokens already in the context")
+        return curves(points, y, "depth, tokens already in the context", "repeats")
 
     def __str__(self) -> str:
         scale, letter = (1e9, "B") if self.parameters >= _BILLION else (1e6, "M")
@@ -314,11 +332,13 @@ class Bench:
         ):
             table = await _describe(server, http, config)
             client = await BenchClient.of(http, self._seed)
+            pid = server.state.pid or 0
             rows, total = [], len(tests) * self.repeats
             for index, test in enumerate(tests):
                 await client.warm_up(test)
                 samples: list[tuple[float, float]] = []
                 reason = ""
+                before = await usage_with(pid)
                 try:
                     for done in range(index * self.repeats, (index + 1) * self.repeats):
                         on_progress(BenchProgress(str(test), done, total))
@@ -326,7 +346,8 @@ class Bench:
                 except ExperimentError as error:
                     samples, reason = [], str(error)
                 speeds, clock = zip(*samples, strict=True) if samples else ((), ())
-                rows.append(BenchRow(test, speeds, clock, reason))
+                noise = await noise_since(before, pid)
+                rows.append(BenchRow(test, speeds, clock, reason, noise))
             return replace(table, rows=tuple(rows))
 
 

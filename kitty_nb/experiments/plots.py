@@ -32,15 +32,21 @@ _APART = 0.008  # fraction of an axis
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A", "#B8A800")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _BESIDE: Any = {"textcoords": "offset points", "fontsize": 9}
+_BESIDE_OTHERS = 28  # characters of a label of which two fit side by side, also in a report
+_UNITS = {" seconds": "s", " gib": "GiB", " ghz": "GHz", " celsius": "°C"}
 _COSTS = ("memory_gib", "load_seconds")  # shown by parallel coordinates beside the settings
 
 
 class Picture(Figure):
     """A figure that notebooks display without pyplot."""
 
+    def savefig(self, fname: Any, **how: Any) -> None:
+        """Save the whole figure: long labels may extend beyond its frame."""
+        super().savefig(fname, **({"bbox_inches": "tight"} | how))
+
     def _repr_png_(self) -> bytes:
         png = BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight")
+        self.savefig(png, format="png")
         return png.getvalue()
 
 
@@ -69,13 +75,14 @@ def _bars(drawn: list[Combination], y: str, *_: str) -> Figure:
     return figure
 
 
-def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str) -> Figure:
+def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str, over: str = "") -> Figure:
     """Plot a line with error bars for each name.
 
     Args:
         drawn: By name, the points: x, median, minimum and maximum.
         y: The name of the metric.
         x: The label of the x-axis.
+        over: What the error bars are the range of; empty if there are none.
     """
     figure, axes = _figure()
     places = sorted({point[0] for points in drawn.values() for point in points})
@@ -91,8 +98,16 @@ def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str) -> Figure:
         axes.set_xticks(places)
     axes.set_ylim(bottom=0)  # otherwise noise would fill the height
     axes.grid(visible=True, axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _legend(figure, axes, over)
     return figure
+
+
+def _legend(figure: Figure, axes: Axes, over: str) -> None:
+    """Add a legend below the axes, which also explains the error bars."""
+    _, labels = axes.get_legend_handles_labels()
+    title = f"points are medians, bars the range of the {over}" if over else None
+    ncols = 2 if max(map(len, labels)) <= _BESIDE_OTHERS else 1
+    figure.legend(loc="outside lower center", ncols=ncols, frameon=False, title=title)
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -116,6 +131,7 @@ def _parallel(drawn: list[Combination], y: str, *_: str) -> Figure:
     axes.set_xlabel("(points are medians, bars the range of the repeats)")
     axes.set_xticks(range(len(names)), [words_of(name).replace(" ", "\n", 1) for name in names])
     axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
     axes.grid(visible=True, axis="x")
     return figure
 
@@ -135,18 +151,22 @@ def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> Num
         steps = max(len(ordered) - 1, 1)
         places += [[ordered.index(value) / steps] for value in settings]
         ticks = {index / steps: str(value) for index, value in enumerate(ordered)}
+    # Those of the first axis, mostly names of models, are long: they stand where no other axis is.
+    look: dict[str, Any] = {"xytext": (4, 2)} if column else {"xytext": (-7, -3), "ha": "right"}
     for place, text in ticks.items():
-        axes.annotate(text, (column, place), xytext=(4, 2), textcoords="offset points", fontsize=8)
+        axes.annotate(text, (column, place), textcoords="offset points", fontsize=8, **look)
     return places
 
 
 def _pareto(drawn: list[Combination], y: str, x: str, colour: str) -> Figure:
     figure, axes = _figure(height=5.5 if colour else 4.5)
     (across, wide), (up, high) = (_error_bars(_spreads(drawn, name)) for name in (x, y))
-    axes.errorbar(across, up, high, wide, color="0.7", marker="o", capsize=3, linestyle="")
+    rest = axes.errorbar(across, up, high, wide, color="0.7", marker="o", capsize=3, linestyle="")
     names, labels = [name for name in (x, y, colour) if name], labels_of(drawn)
     medians = [tuple(one.metrics[name].median for name in names) for one in drawn]
     best = front(medians, *names)
+    if len(best) < len(drawn):
+        rest.set_label("beaten by one of these")
     looks = [_look(number) | {"linestyle": ""} for number in range(len(best))]
     if colour:
         tints = _colour_bar(figure, axes, colour, [median[-1] for median in medians])
@@ -160,7 +180,7 @@ def _pareto(drawn: list[Combination], y: str, x: str, colour: str) -> Figure:
     for index, look in zip(best, looks, strict=True):
         size = 11 if colour else 8
         axes.plot(across[index], up[index], label=labels[index], zorder=4, markersize=size, **look)
-    figure.legend(loc="outside lower center", frameon=False)
+    _legend(figure, axes, "repeats")
     axes.set_xlabel(words_of(x))
     axes.set_ylabel(words_of(y))
     axes.update_datalim([(0.0, 0.0)])  # otherwise 21.2 and 22.1 would look far apart
@@ -220,11 +240,14 @@ def number(value: float) -> str:
 def words_of(name: str) -> str:
     """Return a metric's name in words, with its unit."""
     at_once = re.fullmatch(r"(.+?)_(\d+)", name)
-    words = (at_once[1] if at_once else name).replace("_", " ").replace("gib", "GiB")
-    timed = words.startswith(("time to first token", "time between tokens"))
-    unit = ", s" if timed or words.endswith("seconds") else ""
-    words = words.removesuffix(" seconds") if words != "seconds" else "trial"
-    return f"{words}{unit}, {at_once[2]} at once" if at_once else f"{words}{unit}"
+    words = (at_once[1] if at_once else name).replace("_", " ")
+    if words.startswith(("time to first token", "time between tokens")):
+        words += ", s"
+    words = {"seconds": "trial, s", "kl divergence": "KL divergence, nats"}.get(words, words)
+    for end, unit in _UNITS.items():
+        if words.endswith(end):
+            words = f"{words.removesuffix(end)}, {unit}"
+    return f"{words}, {at_once[2]} at once" if at_once else words
 
 
 KINDS: dict[str, Callable[[list[Combination], str, str, str], Figure]] = {

@@ -125,6 +125,8 @@ class Regression:
             lines.append(f"The first build that regresses is {self.first_bad}.")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def regress(
     records: Iterable[RunRecord | str | Path],

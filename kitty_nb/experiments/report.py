@@ -23,6 +23,7 @@ from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import smaller_is_better
 from kitty_nb.experiments.plots import labels_of, number, words_of
 from kitty_nb.experiments.recording import digest_model, host_facts, library_versions
+from kitty_nb.experiments.statistics import CONFIDENCE
 from kitty_nb.isolated_server import SERVER_SETTINGS, this_host
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def report_of(results: Results, objective: str, title: str) -> str:
         made=datetime.now(UTC),
         results=results,
         objective=objective,
+        confidence=round(CONFIDENCE * 100),
         best=best,
         measured=measured,
         labels=labels,
@@ -215,13 +217,15 @@ def _code(results: Results, workload: Workload) -> str:
     if judged and not written.startswith("<"):
         asked["quality"] = workload.quality
     named = ["Sweep"] + ([type(workload.quality).__name__] if "quality" in asked else [])
+    changed = ["config = ServerConfig.from_env()"]
+    if given:
+        changed[0] += ".replace("
+        changed += [*(f"    {name}={value!r}," for name, value in given.items()), ")"]
     lines = [
         "from kitty_nb import ServerConfig",
         f"from kitty_nb.experiments import {', '.join(sorted(named))}",
         "",
-        "config = ServerConfig.from_env().replace(",
-        *(f"    {name}={value!r}," for name, value in given.items()),
-        ")",
+        *changed,
         "sweep = Sweep(",
         *(f"    {name}={_pretty(value)}," for name, value in asked.items()),
         *(["    # quality=… (a function of yours)"] if judged and "quality" not in asked else []),

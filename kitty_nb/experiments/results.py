@@ -303,8 +303,11 @@ class Results:
                     f"No result has {y!r} for a plot against {kind}. Choose another metric."
                 )
             named = zip(labels_of(measured), points, strict=True)
-            words = {"concurrency": "requests at once", "prompt": "prompt, tokens"}
-            return curves({label: found for label, found in named if found}, y, words[kind])
+            words = {
+                "concurrency": ("requests at once", "repeats"),
+                "prompt": ("prompt, tokens", "requests"),
+            }
+            return curves({label: found for label, found in named if found}, y, *words[kind])
         names = {name for one in measured for name in one.metrics}
         asked = (y, x, colour) if kind == "pareto" else (y,)
         wanted = {known(name, names) for name in asked if name}

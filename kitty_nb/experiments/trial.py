@@ -262,7 +262,7 @@ class Workload:
                     kind = type(self.quality).__name__
                     fix = f"Give {kind} the text to a prompt, spelled as in prompts=[…]."
                     reason = f"{kind} has a text for none of the prompts."
-                    yield Problem("quality", "", reason, fix)
+                    yield Problem("quality", ", ".join(expected), reason, fix)
             case HarnessTask(limit=limit) if limit is not None and limit < 1:
                 fix = "Write a number of questions, or leave it out for all."
                 yield Problem("quality", str(limit), "limit must be 1 or more.", fix)
