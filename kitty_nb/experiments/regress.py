@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import kitty_nb
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError, KittyError
@@ -337,7 +336,7 @@ def _program(engine: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix="kitty_nb-") as name:
         folder = Path(name)
         (folder / "lib").mkdir()
-        package = Path(kitty_nb.__file__).parent
+        package = Path(__file__).parents[1]
         (folder / "lib" / "kitty_nb").symlink_to(package, target_is_directory=True)
         program = folder / "llama-server"
         program.write_text(
