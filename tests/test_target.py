@@ -13,7 +13,8 @@ from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import Outcome, TuneResult, Verdict, tune
 from kitty_nb.experiments.metrics import Constraint
-from kitty_nb.experiments.target import family_of, reached_in_reruns, read_bound
+from kitty_nb.experiments.proof import reached_in_reruns
+from kitty_nb.experiments.target import family_of, read_bound
 from kitty_nb.experiments.trial import SweepEvent, TrialStarted
 from kitty_nb.operation import Operation
 

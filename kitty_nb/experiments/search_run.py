@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import optuna
 
     from kitty_nb.experiments.combination import Combination
+    from kitty_nb.experiments.proof import Proof
     from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.study import Search
-    from kitty_nb.experiments.target import Proof
     from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial
     from kitty_nb.operation import Operation
 

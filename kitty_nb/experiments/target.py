@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, cast
 
 from kitty_nb.catalog.catalog import ModelCatalog, families
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.combination import choose
-from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import Constraint
+from kitty_nb.experiments.proof import Proof, reached_in_reruns
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.search_run import TuneResult, Tuning
 from kitty_nb.experiments.space import in_use
-from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict
+from kitty_nb.experiments.statistics import LEAST_ROUNDS
 from kitty_nb.experiments.trial import Trial
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import TrialResult
 
 COSTS: Mapping[str, Any] = {  # settings that trade memory or quality for speed
@@ -46,8 +43,6 @@ _BOUND = re.compile(
 _UNITS = {"%": 0.01, "GiB": 1.0, "GB": 1e9 / 2**30, "MiB": 1 / 1024, "MB": 1e6 / 2**30}
 _PROOF = 1000  # numbers of repeats from here on are rounds of the proof
 _CANDIDATES = 3  # the number of proofs to attempt
-_RERUNS = 0.95  # fraction of re-runs that must reach the target: 19 of 20
-_SAME = 0.01  # relative difference in memory that counts as none
 
 
 def read_bound(text: str, name: str = "") -> Constraint:
@@ -122,59 +117,6 @@ def family_of(model: object, config: ServerConfig) -> tuple[list[Path], Path]:
             others = [one.path for one in same if one.path != own]
             return [own, *others], largest.path
     return [own], own
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The comparison of the best settings with others by repeated measurements, round by round.
-
-    Attributes:
-        target: The target.
-        reached: The value that 19 of 20 re-runs are expected to reach.
-        rounds: The number of rounds.
-        kept: The number of rounds in which the target was reached.
-        memory_gib: The memory used, in GiB.
-        memory_in_use: The same with the settings in use; None if they couldn't be measured.
-        quality_loss: The relative increase of perplexity over the largest quant; None if not
-            limited.
-        against_in_use: The target's metric compared with the settings in use; None if those are the
-            best, or couldn't be measured.
-        against_runner_up: The same compared with the next cheapest; None without one.
-    """
-
-    target: Constraint
-    reached: float
-    rounds: int
-    kept: int
-    memory_gib: float
-    memory_in_use: float | None
-    quality_loss: float | None
-    against_in_use: Difference | None
-    against_runner_up: Difference | None
-
-    @property
-    def gain(self) -> str:
-        """The gain over the settings in use, in a sentence."""
-        saved = (self.memory_in_use or 0.0) - self.memory_gib
-        gains = []
-        if self.memory_in_use and abs(saved) > _SAME * self.memory_in_use:
-            gains.append(f"{abs(saved):.2f} GiB {'less' if saved > 0 else 'more'} memory")
-        if self.against_in_use and self.against_in_use.verdict is not Verdict.TOO_CLOSE:
-            gains.append(f"{self.target.name} {self.against_in_use}")
-        if self.memory_in_use is None:
-            return "The settings in use could not be measured."
-        if not gains:
-            return "There is no gain over the settings in use."
-        return f"Compared with the settings in use: {', '.join(gains)}."
-
-    def __str__(self) -> str:
-        """The proof in sentences."""
-        loss = self.quality_loss
-        quality = "" if loss is None else f" Perplexity: {loss * 100:+.1f} % vs. the largest quant."
-        return (
-            f"{self.target} in {self.kept} of {self.rounds} rounds; 19 of 20 re-runs should reach"
-            f" {self.reached:.4g}. Memory: {self.memory_gib:.2f} GiB.{quality} {self.gain}"
-        )
 
 
 class TargetTuning(Tuning):
@@ -293,16 +235,3 @@ class TargetTuning(Tuning):
         return trial.model == self._used.model and all(
             value == in_use(name, self.config) for name, value in trial.settings
         )
-
-
-def reached_in_reruns(values: Sequence[float], *, at_least: bool) -> float:
-    """Return the one-sided prediction bound that holds for 19 of 20 re-runs. Pure.
-
-    Args:
-        values: Two or more positive numbers.
-        at_least: Whether the bound is a lower one.
-    """
-    logs = [math.log(value) for value in values]
-    quantile = extra("scipy.stats").t.ppf(_RERUNS, len(logs) - 1)
-    far = float(quantile) * stdev(logs) * math.sqrt(1 + 1 / len(logs))
-    return math.exp(fmean(logs) - far if at_least else fmean(logs) + far)
