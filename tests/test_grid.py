@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from kitty_nb import ServerConfig
 from kitty_nb.engine.locate import Dialect, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments.space import changes, combine, in_order
+from kitty_nb.experiments.space import changes, combine, digest, in_order
 from kitty_nb.experiments.space import check_flags as check_settings
-from kitty_nb.experiments.trial import Trial
+from kitty_nb.experiments.trial import Trial, Workload
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +243,12 @@ def test_the_key_names_a_trial_in_every_process() -> None:
     code = f"from kitty_nb.experiments import Trial; print({trial!r}.key)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == trial.key
+
+
+def test_rows_of_earlier_versions_stay_valid() -> None:
+    """The digest by which a store finds its rows is that of the version that wrote them."""
+    config = ServerConfig(model=None)
+    assert digest(config, Workload(("Hi",), 8)) == "3febc7dfc0d1dc669581dbb9"
+    assert digest(config.replace(rpc_hosts="red"), Workload(("Hi",), 8)) != digest(
+        config, Workload(("Hi",), 8)
+    )

@@ -351,7 +351,9 @@ class ServerConfig(BaseModel):
     ] = None
     # The `.env` file with the profiles in `models`.
     env: Path | None = None
-    memory_gb: Annotated[PositiveFloat | None, Env("a size in gigabytes above 0")] = None
+    router_memory_gb: Annotated[
+        PositiveFloat | None, Env("a size in gigabytes above 0", "MEMORY_GB")
+    ] = None
     pinned: Annotated[bool, Env("1 or 0")] = False
     # The name that its store gives the model. `resolve_model` finds it.
     known_as: str | None = None

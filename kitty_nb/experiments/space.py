@@ -233,6 +233,8 @@ def in_use(name: str, base: ServerConfig) -> Value:
 def digest(base: ServerConfig, workload: Workload) -> str:
     """Return a digest of the conditions that comparable rows share."""
     config = base.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
+    if not base.rpc_hosts:  # rows of versions without this setting stay valid
+        del config["rpc_hosts"]
     text = json.dumps({"config": config, **dict(workload.conditions())}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 

@@ -37,7 +37,7 @@ _PLAIN = re.compile(r"[\w@:,./=+-]+", re.ASCII)
 _HELD = {
     *SERVER_SETTINGS, "model", "alias", "host", "port", "api_key", "idle_shutdown_seconds",
     "binary", "models_dir", "allow_absolute_paths", "other_stores", "history", "log_dir",
-    "health_max_attempts", "stall_seconds", "on_kernel_exit", "models", "memory_gb",
+    "health_max_attempts", "stall_seconds", "on_kernel_exit", "models", "router_memory_gb",
 } - {"rpc_hosts"}  # fmt: skip
 
 

@@ -67,8 +67,8 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     _, memory = await Forecaster().find_memory(config, Running(), measured)
     needs = await run_sync(_needs, profiles, engine, memory or measured)
     free = [pool.free for pool in (memory or measured).pools]
-    if config.memory_gb is not None:
-        free[0] = min(free[0], int(config.memory_gb * _GB))
+    if config.router_memory_gb is not None:
+        free[0] = min(free[0], int(config.router_memory_gb * _GB))
     pinned = [need for one, need in zip(profiles, needs, strict=True) if one.pinned]
     others = [need for one, need in zip(profiles, needs, strict=True) if not one.pinned]
     most = most_together(pinned, others, free)
