@@ -26,7 +26,7 @@ from kitty_nb import Fleet
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ROUNDS = 5
+_ROUNDS = 3
 _REQUESTS = 24
 _AT_ONCE = 2  # requests for each replica: the next waits in it while one is answered
 _ANSWER = 16  # tokens

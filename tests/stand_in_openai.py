@@ -46,6 +46,11 @@ class Shape:
     thinking: str = "reasoning"
     seen: list[tuple[str, str | None, Any]] = field(default_factory=list)
 
+    @property
+    def posts(self) -> list[tuple[str, str | None, Any]]:
+        """Those with a body, which health checks are not."""
+        return [one for one in self.seen if one[2] is not None]
+
     @contextmanager
     def serving(self, port: int = 0) -> Iterator[str]:
         with ThreadingHTTPServer(("127.0.0.1", port), _handler(self)) as server:

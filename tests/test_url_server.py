@@ -138,13 +138,13 @@ def test_one_that_speaks_like_ollama(ollama: tuple[Shape, str]) -> None:
         answer = manager.chat("Why?", on_progress=print).wait(30)
         assert (answer.text, answer.thinking, answer.usage.answer) == ("Blue sky.", "Hm.", 5)
         assert (answer.usage.prompt, answer.finish_reason) == (11, "stop")
-        asked = shape.seen[-1][2]
+        asked = shape.posts[-1][2]
         assert asked["model"] == "llama3.2:latest"  # the one before is for embeddings
         assert "return_progress" not in asked
         manager.switch_model("qwen3:8b").wait(30)
         assert manager.state.alias == "qwen3:8b"
         manager.chat("Why?").wait(30)
-        assert shape.seen[-1][2]["model"] == "qwen3:8b"
+        assert shape.posts[-1][2]["model"] == "qwen3:8b"
         with pytest.raises(ServerFailedError, match="has no model 'gemma', but: nomic"):
             manager.switch_model("gemma").wait(30)
         vectors = manager.embed(["a", "b"]).wait(30)
@@ -170,7 +170,7 @@ def test_one_that_asks_for_a_key_like_vllm() -> None:
             settled(manager, ServerStatus.READY)
             assert manager.base_url == f"{url}/v1"
             assert manager.chat("Why?").wait(30).thinking == "Hm."
-            assert shape.seen[-1][0] == "/llm/v1/chat/completions"
+            assert shape.posts[-1][0] == "/llm/v1/chat/completions"
 
 
 def test_no_key_follows_a_redirect() -> None:
