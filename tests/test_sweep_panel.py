@@ -387,7 +387,7 @@ def test_constraints_that_none_keeps_are_told(
     panel = panel_for(made(), constraints={"memory_gib": 0.001})
     panel.buttons.start.click()
     reach(panel, "Done")
-    assert "keeps memory_gib &lt;= 0.001" in panel.notice.value
+    assert "satisfies memory_gib &lt;= 0.001." in panel.notice.value
     assert panel.buttons.use.disabled
 
 

@@ -183,7 +183,8 @@ class Results:
                 " (quality=…, parallel=…)."
             )
         near = min(measured, key=lambda one: sum(b.excess(one.value(b.name)) for b in bounds))
-        have = ", ".join(f"{bound.name} {near.value(bound.name)}" for bound in bounds)
+        values = [(bound.name, near.value(bound.name)) for bound in bounds]
+        have = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in values)
         raise ExperimentError(
             f"None of {len(measured)} combinations satisfies {' and '.join(map(str, bounds))}."
             f" The nearest is {near.trial.label}, with {have}. Loosen a constraint, or try other"
