@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -49,6 +50,8 @@ def write_atomic(file: Path, content: bytes, *, durable: bool = True, private: b
     Raises:
         OSError: It cannot be written; the previous content is still there.
     """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError(errno.EINVAL, "It is a device or a pipe", str(file))
     partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}")  # nobody can put a link there
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     descriptor = os.open(partial, flags, 0o600 if private else 0o666)

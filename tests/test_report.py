@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import replace
 from html import unescape
@@ -80,6 +81,13 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert "against memory, GiB, with quality as colour" in page
     assert "threads 4" in page
     assert "hush" not in page
+
+
+def test_a_device_or_pipe_stays_what_it_is(results: Results, tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "out.csv")
+    with pytest.raises(ExperimentError, match="device or a pipe"):
+        results.to_csv(pipe)
+    assert pipe.is_fifo()
 
 
 def test_the_code_in_a_report_makes_the_same_sweep(
