@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,24 @@ def test_what_the_clock_does_not_confirm_is_said() -> None:
     missing = table(BenchRow(BenchTest(16, 0, 0), reason="It is too deep."))
     assert "- pp16: It is too deep." in str(missing)
     assert "| - |" in re.sub(" +", " ", str(missing))
+
+
+def test_ctrl_c_prints_the_rows_so_far(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = BenchClient.measure
+
+    async def interrupted(client: BenchClient, test: BenchTest) -> tuple[float, float]:
+        if test.answer:
+            signal.raise_signal(signal.SIGINT)
+            await anyio.sleep(WAIT)
+        return await measure(client, test)
+
+    monkeypatch.setattr(BenchClient, "measure", interrupted)
+    words = ("--pp", 16, "--tg", 4, "--depths", "0", "--repeats", 1)
+    done = run("bench", *words, "--env", write_env(tmp_path, config))
+    assert done.exit_code == 130
+    assert re.findall(r"\| +(pp16|tg4) \|", done.stdout) == ["pp16"]
 
 
 def test_the_terminal_prints_the_table(config: ServerConfig, tmp_path: Path) -> None:

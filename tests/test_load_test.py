@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -10,12 +12,14 @@ import anyio
 import pandas as pd
 import pytest
 from terminal import run
+from test_cli import write_env
 
 from kitty_nb import ServerConfig, ServerStatus, Supervisor
 from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Load, LoadTest, RequestTimes, load_test
 from kitty_nb.experiments.load_test import Arrivals, arrival_times, next_rate
+from kitty_nb.experiments.measure import BenchmarkClient
 
 WAIT = 120.0
 
@@ -160,12 +164,7 @@ def test_a_server_that_runs_already_is_asked_and_left_running(
 
 
 def test_a_load_test_in_a_terminal(config: ServerConfig, tmp_path: Path) -> None:
-    env = tmp_path / "my.env"
-    env.write_text(
-        f"LLAMACPP_MODELS_DIR={config.models_dir}\nLLAMACPP_PRIMARY_MODEL={config.model}\n"
-        f"LLAMACPP_LOG_DIR={tmp_path / 'logs'}\nLLAMACPP_HISTORY={config.history}\n"
-        "LLAMACPP_CTX=512\nLLAMACPP_THREADS=1\n"
-    )
+    env = write_env(tmp_path, config)
     words = ("load-test", "--env", env, "--requests", "4", "--max-tokens", "4")
     saved = tmp_path / "load.parquet"
     done = run(*words, "--concurrency", "2", "--rate", "20", "--save", saved)
@@ -179,6 +178,27 @@ def test_a_load_test_in_a_terminal(config: ServerConfig, tmp_path: Path) -> None
     assert run(*words, "--running").exit_code == 3
     refused = run(*words, "--limit", "time_to_first_token_p90 <= 2")
     assert (refused.exit_code, refused.stderr.count("Set requests=10.")) == (1, 1)
+
+
+@pytest.mark.parametrize("code", [130, 1])
+def test_ctrl_c_or_a_dead_server_keeps_the_loads_so_far(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    async def fail(*_: object) -> None:
+        if code == 1:
+            raise ExperimentError("The server died.")
+        os.kill(os.getpid(), signal.SIGINT)
+        await anyio.sleep(WAIT)
+
+    monkeypatch.setattr(BenchmarkClient, "arrive", fail)
+    words = ("--requests", "4", "--max-tokens", "4", "--concurrency", "1", "--rate", "1")
+    saved = tmp_path / "load.parquet"
+    done = run("load-test", *words, "--save", saved, "--env", write_env(tmp_path, config))
+    assert done.exit_code == code
+    assert [re.split(" *[|] *", line)[1:3] for line in done.stdout.splitlines()[2:]] == [
+        ["1 at once", "4"]
+    ]
+    assert len(pd.read_parquet(saved)) == 4
 
 
 def test_a_server_that_ends_meanwhile_is_told_in_a_sentence(base: ServerConfig) -> None:

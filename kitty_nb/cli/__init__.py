@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kitty_nb.cli.commands import Begin
     from kitty_nb.client import Access
     from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments import LoadTest
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
@@ -527,8 +528,15 @@ def load_test(
 
     --concurrency keeps a number of requests in flight; --rate sends them regardless of answers.
     """
+    from kitty_nb.experiments import Load, LoadTest
     from kitty_nb.experiments import load_test as begin
     from kitty_nb.experiments.trial import DEFAULT_PROMPT
+
+    loads: list[Load] = []
+
+    def keep(load: Load) -> None:
+        loads.append(load)
+        _say(f"{load.label}: done in {load.seconds:.1f} s", err=True)
 
     config, access = _settings(env, profile, valid=not running), None
     if running or (config.url and model is None):
@@ -544,17 +552,17 @@ def load_test(
         seed=seed,
         config=config,
         access=access,
-        on_load=lambda load: _say(f"{load.label}: done in {load.seconds:.1f} s", err=True),
+        on_load=keep,
         prompts=prompt or DEFAULT_PROMPT,
     )
     try:
         found = test.wait()
-    except KeyboardInterrupt:
+    except BaseException:  # if interrupted, or if the server dies: keep the loads so far
         test.cancel()
+        if loads:
+            _show_loads(LoadTest(tuple(loads)), save)
         raise
-    _say(str(found))
-    if save:
-        found.to_parquet(save)
+    _show_loads(found, save)
 
 
 @app.command()
@@ -581,6 +589,7 @@ def bench(
     It starts a new server with the profile's settings. Stop others first: they skew the results.
     """
     from kitty_nb.cli import commands
+    from kitty_nb.experiments import Bench
 
     numbers = _numbers(depths, "--depths")
     config = _settings(env, profile)
@@ -589,8 +598,12 @@ def bench(
         config = config.replace(
             model=here.absolute() if here.is_file() else here, allow_absolute_paths=True
         )
-    asked = {"prompt": pp, "answer": tg, "depths": numbers, "repeats": repeats}
-    _say(anyio.run(commands.bench, config, asked))
+    bench = Bench(prompt=pp, answer=tg, depths=numbers, repeats=repeats, config=config)
+    try:
+        anyio.run(commands.bench, bench)
+    finally:  # if interrupted, too: the rows so far
+        if bench.table:
+            _say(str(bench.table))
 
 
 @app.command()
@@ -691,6 +704,12 @@ def main() -> None:
 
 def _say(text: str, *, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
+
+
+def _show_loads(found: LoadTest, save: Path | None) -> None:
+    _say(str(found))
+    if save:
+        found.to_parquet(save)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments import Regression
-    from kitty_nb.experiments.bench import BenchProgress
+    from kitty_nb.experiments.bench import Bench, BenchProgress
     from kitty_nb.formats import Format, Source
     from kitty_nb.formats.exports import Exported
     from kitty_nb.formats.imports import Imported
@@ -303,20 +303,14 @@ class _LoadDisplay:
         )
 
 
-async def bench(config: ServerConfig, asked: dict[str, Any]) -> str:
-    """Measure a model's speed, with a bar in a terminal; return the table.
-
-    Args:
-        config: The settings, with the model.
-        asked: What else `Bench` takes.
+async def bench(wanted: Bench) -> None:
+    """Run a bench, with a bar in a terminal; its table holds the results, also if interrupted.
 
     Raises:
         KittyError: Nothing could be measured.
     """
-    from kitty_nb.experiments.bench import Bench
-
     with _bench_bar() as show:
-        return str(await Bench(config=config, **asked).run_here(show))
+        await wanted.run_here(show)
 
 
 async def regress(

@@ -252,6 +252,9 @@ class Bench:
         config: The server's settings; by default those of `.env`. The bench sets the context size,
             the number of slots, speculation and the projector itself.
 
+    Attributes:
+        table: The results so far; None before the first.
+
     Raises:
         ExperimentError: There is nothing to measure.
     """
@@ -278,6 +281,7 @@ class Bench:
                 "There is nothing to measure. Give a prompt or an answer of 1 token or more, a"
                 " depth of 0 or more, and 1 repeat or more."
             )
+        self.table: BenchTable | None = None
         self._seed = seed
 
     def run(
@@ -313,7 +317,8 @@ class Bench:
             else:
                 rows = {row.test: row for row in table.rows}
                 rows |= {test: BenchRow(test, reason=reason) for test, reason in reasons.items()}
-                return replace(table, rows=tuple(rows[test] for test in self.tests))
+                self.table = replace(table, rows=tuple(rows[test] for test in self.tests))
+                return self.table
         raise ExperimentError(
             f"No test fits into the model's trained context of {trained:,} tokens."
             " Choose a shorter prompt, a shorter answer or smaller depths."
@@ -348,6 +353,7 @@ class Bench:
                 speeds, clock = zip(*samples, strict=True) if samples else ((), ())
                 noise = await noise_since(before, pid)
                 rows.append(BenchRow(test, speeds, clock, reason, noise))
+                self.table = replace(table, rows=tuple(rows))
             return replace(table, rows=tuple(rows))
 
 
