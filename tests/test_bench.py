@@ -70,9 +70,12 @@ def test_a_depth_beyond_the_trained_context_is_a_row_that_says_so(config: Server
 
 
 def test_there_must_be_something_to_measure(config: ServerConfig) -> None:
-    for wrong in ({"prompt": 0, "answer": 0}, {"repeats": 0}, {"depths": -1}):
+    for wrong in ({"prompt": 0, "answer": 0}, {"depths": ()}):
         with pytest.raises(ExperimentError, match="nothing to measure"):
             Bench(config=config, **wrong)
+    for name, value in [("repeats", 0), ("depths", -1), ("prompt", 1.5), ("seed", -1)]:
+        with pytest.raises(ExperimentError, match=f"{name} is {value}. Write a whole number"):
+            Bench(config=config, **{name: value})
     with pytest.raises(KittyError, match=r"gone\.gguf"):
         Bench("gone.gguf", config=config).run().wait(WAIT)
 
@@ -160,7 +163,7 @@ def test_the_terminal_prints_the_table(config: ServerConfig, tmp_path: Path) -> 
         ]
     assert run("bench", "--depths", "deep", "--env", env).exit_code == 2
     none = run("bench", "--repeats", 0, "--env", env)
-    assert (none.exit_code, none.stderr.count("nothing to measure")) == (1, 1)
+    assert (none.exit_code, none.stderr.count("repeats is 0")) == (1, 1)
 
 
 def test_cancelling_ends_its_server(misbehaving: Callable[..., ServerConfig]) -> None:

@@ -230,7 +230,11 @@ def test_a_server_that_ends_meanwhile_is_told_in_a_sentence(base: ServerConfig) 
         ({"limit": "fast"}, "Can't parse the limit"),
         ({"limit": "time_to_first_token_p99 <= 2", "requests": 10}, "Set requests=100"),
         ({"limit": "time_to_frist_token_p90 <= 2"}, "Did you mean time_to_first_token_p90"),
-        ({"rate": 0}, "must be above 0"),
+        *(({"rate": one}, "Write a number") for one in (0, float("inf"), "2", [None])),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"limit": 5}, "Can't parse the limit 5"),
+        ({"prompts": [5]}, "prompts has 5"),
+        ({"concurrency": "4"}, "concurrency is '4'"),
         ({"rate": 1, "arrivals": "bursts"}, "poisson or constant"),
     ],
 )
@@ -242,5 +246,10 @@ def test_what_cannot_be_asked_is_refused_at_once(
 
 
 def test_a_wrong_number_of_requests_at_once_is_refused(config: ServerConfig) -> None:
-    with pytest.raises(ConfigError, match="parallel"):
-        load_test(config=config, concurrency=0)
+    for wrong in (0, 10**9, [1.5], [float("nan")], [True]):
+        with pytest.raises(ConfigError, match="parallel"):
+            load_test(config=config, concurrency=wrong)
+    for name in ("max_tokens", "requests", "seed"):
+        for number in (float("nan"), 1.5, "64", None, 10**30, True):
+            with pytest.raises(ConfigError, match=f"{name}.*must be a whole number"):
+                load_test(config=config, **{name: number})

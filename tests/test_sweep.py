@@ -563,8 +563,8 @@ def test_a_flag_that_the_engine_lacks_is_refused_before_the_first_trial(
     [
         ({"prompts": []}, "prompts"),
         ({"prompts": ["", "a"]}, "empty"),
-        ({"max_tokens": 1}, "2 or more"),
-        ({"parallel": (0, 1)}, "1 or more"),
+        ({"max_tokens": 1}, "from 2 to"),
+        ({"parallel": (0, 1)}, "from 1 to"),
         ({"repeats": 0}, "repeats is 0"),
         ({"quality": "exact"}, "ExactMatch.* or a function"),
         ({"quality": ExactMatch({"Who?": "I"})}, "ExactMatch lacks this prompt"),

@@ -114,6 +114,24 @@ def test_a_target_that_cannot_be_read_shows_one_that_can(text: str) -> None:
         read_bound(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "told"),
+    [
+        (f"{SPEED} >= 30 GB", "", "takes no unit"),
+        ("time_to_first_token <= 200 %", "", "takes no unit"),
+        ("<= 20 %", "memory_gib", "takes GiB or GB"),
+        ("<= 2", "quality_loss", "takes %"),
+        ("<= 2 GB", "quality_loss", "takes %"),
+        (">= 2 %", "quality_loss", "Write it like '<= 2 %'"),
+        ("perplexity <= 3", "quality_loss", "Write it like '<= 2 %'"),
+        (f"{SPEED} >= 2", "memory_gib", "Write it like '<= 20 GB'"),
+    ],
+)
+def test_a_bound_on_something_else_is_refused(text: str, name: str, told: str) -> None:
+    with pytest.raises(ExperimentError, match=told):
+        read_bound(text, name)
+
+
 def test_nineteen_of_twenty_reruns_reach_what_is_foretold() -> None:
     kept = []
     for seed in range(300):
@@ -192,6 +210,8 @@ def test_what_cannot_be_reached_names_the_nearest(search: Search) -> None:
         ({"target": "speed >= 3"}, "No.* 'speed'|speed"),
         ({"quality_loss": "little"}, "<= 2 %"),
         ({"proof_rounds": 2}, "proof_rounds is 2"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"budget": 1.5}, "budget is 1.5"),
     ],
 )
 def test_a_goal_that_cannot_be_meant_is_refused(

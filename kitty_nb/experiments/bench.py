@@ -16,6 +16,7 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
+from kitty_nb.experiments.arguments import SEEDS, listed, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 DEPTHS = (0, 4096, 16384)
 _BILLION = 1_000_000_000
+_TOKENS = 1 << 30  # far beyond any model's context
 _PAD = 256  # llama.cpp rounds a context up to it
 _AGREE = 0.03  # relative difference tolerated between the clock and the server's timings
 _UNNOTICED = 0.05  # seconds of overhead, such as HTTP, that no server counts
@@ -256,7 +258,7 @@ class Bench:
         table: The results so far; None before the first.
 
     Raises:
-        ExperimentError: There is nothing to measure.
+        ExperimentError: A number is wrong, or there is nothing to measure.
     """
 
     def __init__(
@@ -274,15 +276,17 @@ class Bench:
         if model is not None:
             base = base.replace(model=model, allow_absolute_paths=True)
         self.config = base
-        self.repeats = repeats
-        self.tests = tests_of(prompt, answer, (depths,) if isinstance(depths, int) else depths)
-        if not self.tests or repeats < 1:
+        self.repeats = whole("repeats", repeats, 1)
+        sizes = whole("prompt", prompt, 0, _TOKENS), whole("answer", answer, 0, _TOKENS)
+        several = [whole("depths", depth, 0, _TOKENS) for depth in listed("depths", depths)]
+        self.tests = tests_of(*sizes, several)
+        if not self.tests:
             raise ExperimentError(
-                "There is nothing to measure. Give a prompt or an answer of 1 token or more, a"
-                " depth of 0 or more, and 1 repeat or more."
+                "There is nothing to measure. Give a prompt or an answer of 1 token or more, and a"
+                " depth."
             )
         self.table: BenchTable | None = None
-        self._seed = seed
+        self._seed = whole("seed", seed, 0, SEEDS)
 
     def run(
         self, on_progress: Callable[[BenchProgress], object] = lambda _: None
@@ -434,8 +438,7 @@ class BenchClient:
 def tests_of(prompt: int, answer: int, depths: Iterable[int]) -> tuple[BenchTest, ...]:
     """Return llama-bench's tests in its order: at each depth the prompt, then the answer."""
     both = [(prompt, 0)] * (prompt > 0) + [(0, answer)] * (answer > 0)
-    ordered = sorted({depth for depth in depths if depth >= 0})
-    return tuple(BenchTest(*one, depth) for depth in ordered for one in both)
+    return tuple(BenchTest(*one, depth) for depth in sorted(set(depths)) for one in both)
 
 
 def plain_config(

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 from anyio.to_thread import run_sync
@@ -17,6 +17,7 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import broken_off
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import listed, positive, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.latency import LATENCIES, PERCENTILES, latencies, percent_of
 from kitty_nb.experiments.measure import BenchmarkClient
@@ -234,17 +235,14 @@ def load_test(
 
     Raises:
         ConfigError: A setting or option is wrong.
-        ExperimentError: The limit can't be parsed, or needs more requests.
+        ExperimentError: A number is wrong, or the limit can't be parsed or needs more requests.
     """
-    at_once = _listed(concurrency)
-    rates = _listed(rate)
+    at_once = listed("concurrency", concurrency)
+    rates = tuple(positive("rate", one) for one in listed("rate", rate))
     if not (at_once or rates or limit):
         at_once = _AT_ONCE
-    if not all(one > 0 for one in rates) or steps < 1:
-        raise ExperimentError(
-            "rate and steps must be above 0. Give a rate in requests per second, such as 2."
-        )
-    if arrivals not in set(Arrivals):
+    whole("steps", steps, 1)
+    if arrivals not in tuple(Arrivals):
         raise ExperimentError(f"Unknown arrivals {arrivals!r}. Use poisson or constant.")
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "at_least": requests}
     workload = Workload.of(prompts, at_once or 1, None, **asked)
@@ -362,7 +360,7 @@ async def _server(
 
 def _read_limit(limit: str, workload: Workload) -> Constraint:
     """Parse a limit on a percentile, and check that there are enough requests for it."""
-    if not (match := _LIMIT.fullmatch(limit)):
+    if not (match := _LIMIT.fullmatch(str(limit))):
         raise ExperimentError(
             f"Can't parse the limit {limit!r}. Write a latency percentile, a comparison and"
             ' seconds, such as "time_to_first_token_p95 <= 2".'
@@ -372,10 +370,6 @@ def _read_limit(limit: str, workload: Workload) -> Constraint:
     each = [RequestTimes(0.0, 1.0, 2.0, 2)] * len(workload.asked(1))
     known(bound.name, latencies(each, percents))
     return bound
-
-
-def _listed(given: Any) -> tuple[Any, ...]:
-    return (given,) if isinstance(given, int | float) else tuple(given)
 
 
 def _named(load: Load) -> dict[str, object]:

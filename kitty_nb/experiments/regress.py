@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError, KittyError
+from kitty_nb.experiments.arguments import whole
 from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchTest, tests_of
 from kitty_nb.experiments.recording import exchange_of, settings_of
 from kitty_nb.experiments.run_record import RunRecord, first_difference
@@ -128,8 +129,8 @@ class Regression:
 
 
 def regress(
-    records: Iterable[RunRecord | str | Path],
-    engines: Iterable[str | Path],
+    records: RunRecord | str | Path | Iterable[RunRecord | str | Path],
+    engines: str | Path | Iterable[str | Path],
     *,
     rounds: int = 8,
     prompt: int = 256,
@@ -145,9 +146,9 @@ def regress(
     with those of the engine in use.
 
     Args:
-        records: Run records, or paths of their files.
-        engines: Other builds: a llama-server, a folder with one, or a Python environment (or its
-            interpreter) with another `xllamacpp`.
+        records: One or more run records, or paths of their files.
+        engines: One or more other builds: a llama-server, a folder with one, or a Python
+            environment (or its interpreter) with another `xllamacpp`.
         rounds: The number of measurements per build. Eight detect nearly every difference of 10 %
             on a quiet machine.
         prompt: Length of the timed prompt, in tokens.
@@ -158,18 +159,17 @@ def regress(
         on_progress: Called on the event loop before each measurement of a build.
 
     Raises:
-        ExperimentError: There are no records or engines, or too few rounds.
+        ExperimentError: There are no records or engines, or a number is wrong.
         RunRecordError: A record can't be read.
     """
-    given = [_named(one, number) for number, one in enumerate(records, 1)]
-    others = [Path(one).absolute() for one in engines]
+    several = [records] if isinstance(records, str | Path | RunRecord) else records
+    given = [_named(one, number) for number, one in enumerate(several, 1)]
+    builds = [engines] if isinstance(engines, str | Path) else engines
+    others = [Path(one).absolute() for one in builds]
     if not given or not others:
         raise ExperimentError("Nothing to compare. Give at least one record and one engine.")
-    if rounds < LEAST_ROUNDS:
-        raise ExperimentError(
-            f"{rounds} rounds are too few to compare. Use {LEAST_ROUNDS} or more."
-        )
-    tests = tests_of(prompt, answer, (0,))
+    whole("rounds", rounds, LEAST_ROUNDS)
+    tests = tests_of(whole("prompt", prompt), whole("answer", answer), (0,))
     job = _Job(given, config or ServerConfig.from_env(), tests, rounds, on_progress)
     work = job.bisect if bisect else job.compare
     return Operation(in_background(lambda: work(others), "kitty_nb regress")[1])

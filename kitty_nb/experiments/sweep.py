@@ -14,6 +14,7 @@ import anyio.to_thread
 
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
+from kitty_nb.experiments.arguments import whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.results import Results
@@ -101,7 +102,7 @@ class Sweep(TrialRunner):
 
     Raises:
         ConfigError: Some names or values are invalid; the error lists all of them.
-        ExperimentError: There is nothing to try.
+        ExperimentError: A number is wrong, or there is nothing to try.
     """
 
     def __init__(
@@ -136,10 +137,8 @@ class Sweep(TrialRunner):
         workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
         named = [models] if isinstance(models, str | Path) else models
         combinations = combine(base, named, grid, configs, skip)
-        if repeats < 1:
-            raise ExperimentError(
-                f"repeats is {repeats}, so nothing would be tried. Use 1 or more."
-            )
+        whole("repeats", repeats, 1)
+        whole("busy_repeats", busy_repeats)
         tried = [trial.settings for trial in combinations]
         workload, useless = fill_batches(workload, tried, base)
         warnings = (*(() if config else env_warnings(".env", base.profile)), *useless)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kitty_nb.catalog.catalog import ModelCatalog, families
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import whole
 from kitty_nb.experiments.combination import choose
 from kitty_nb.experiments.metrics import Constraint
 from kitty_nb.experiments.proof import Proof, reached_in_reruns
@@ -36,11 +37,11 @@ _TEXT = (
     " than red light, so blue reaches our eyes from every direction. At sunset the light takes a"
     " longer way through the air; most of the blue is lost, and red and orange remain."
 )
-COST = "memory_gib"
+COST, LOSS = "memory_gib", "quality_loss"
 _BOUND = re.compile(
     r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>)\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[GM]i?B)?"
 )
-_UNITS = {"%": 0.01, "GiB": 1.0, "GB": 1e9 / 2**30, "MiB": 1 / 1024, "MB": 1e6 / 2**30}
+_SIZES = {"": 1.0, "GiB": 1.0, "GB": 1e9 / 2**30, "MiB": 1 / 1024, "MB": 1e6 / 2**30}
 _PROOF = 1000  # numbers of repeats from here on are rounds of the proof
 _CANDIDATES = 3  # the number of proofs to attempt
 
@@ -50,18 +51,23 @@ def read_bound(text: str, name: str = "") -> Constraint:
 
     Args:
         text: The bound.
-        name: The name of the metric, if the text has none.
+        name: The only metric that may be meant; by default the text names any.
 
     Raises:
-        ExperimentError: The text can't be parsed.
+        ExperimentError: The text can't be parsed, or has the unit of another metric.
     """
-    match = _BOUND.fullmatch(text.strip())
-    if match is None or not (match["name"] or name):
-        example = "<= 2 %" if name == "quality_loss" else "<= 20 GB"
+    match = _BOUND.fullmatch(str(text).strip())
+    metric, unit = (match["name"] or name, match["unit"] or "") if match else ("", "")
+    if not match or not metric or (name and (metric != name or match["sign"].startswith(">"))):
+        example = "<= 2 %" if name == LOSS else "<= 20 GB"
         example = example if name else "generation_tokens_per_second >= 30"
         raise ExperimentError(f"Can't parse {text!r}. Write it like {example!r}.")
-    number = float(match["number"]) * _UNITS.get(match["unit"] or "", 1.0)
-    return Constraint(match["name"] or name, match["sign"], number)
+    sizes = _SIZES if metric.endswith("_gib") else {"": 1.0}
+    units = {"%": 0.01} if metric == LOSS else sizes
+    if unit not in units:
+        allowed = " or ".join(filter(None, units)) or "no unit"
+        raise ExperimentError(f"{text!r} has the wrong unit: {metric} takes {allowed}.")
+    return Constraint(metric, match["sign"], float(match["number"]) * units[unit])
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,12 @@ class Goal:
         """Parse the arguments of `tune`.
 
         Raises:
-            ExperimentError: A bound can't be parsed, or there are too few rounds.
+            ExperimentError: A bound is wrong, or there are too few rounds.
         """
-        if rounds < LEAST_ROUNDS:
-            raise ExperimentError(f"proof_rounds is {rounds}. Use {LEAST_ROUNDS} or more.")
+        whole("proof_rounds", rounds, LEAST_ROUNDS)
         bounds = [read_bound(target), *([read_bound(memory, COST)] if memory else [])]
         limits = {f"{one.name}{one.sign}": one.bound for one in bounds}
-        loss = read_bound(quality_loss, "quality_loss") if quality_loss else None
+        loss = read_bound(quality_loss, LOSS) if quality_loss else None
         return cls(bounds[0], limits, loss, text or _TEXT, rounds)
 
 

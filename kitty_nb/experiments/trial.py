@@ -15,6 +15,7 @@ from types import CellType, CodeType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.experiments.arguments import MOST, SEEDS, is_whole, listed, texts
 from kitty_nb.experiments.noise import Noise  # noqa: TC001 (pydantic reads the types)
 from kitty_nb.experiments.run_record import RunRecord
 from kitty_nb.isolated_server import LoadSeconds  # noqa: TC001 (pydantic reads the types)
@@ -29,6 +30,7 @@ _PARTS = (
     *("__module__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__closure__"),
     *("func", "args", "keywords", "__wrapped__", "__func__", "__self__", "__dict__"),
 )
+_CONNECTIONS = 10_000  # more than any server answers at once
 Value = bool | int | float | str | tuple[str, ...] | None
 
 
@@ -205,9 +207,8 @@ class Workload:
         **more: Any,
     ) -> Workload:
         """Create a workload from one or more prompts, and one or more numbers in parallel."""
-        several = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        levels = (parallel,) if isinstance(parallel, int) else tuple(parallel)
-        return cls(prompts=several, parallel=levels, quality=quality, **more)
+        levels = listed("parallel", parallel)
+        return cls(prompts=texts("prompts", prompts), parallel=levels, quality=quality, **more)
 
     def __post_init__(self) -> None:
         if problems := tuple(self._problems()):
@@ -243,15 +244,15 @@ class Workload:
         if not self.prompts or not all(self.prompts):
             fix = "Write prompts=[…] with at least one, none of them empty."
             yield Problem("prompts", str(self.prompts), "One of them is empty.", fix)
-        if self.max_tokens < 2:  # noqa: PLR2004 (between two tokens lies the first interval)
-            fix = "Write 2 or more; 64 is a good start."
-            yield Problem("max_tokens", str(self.max_tokens), "A rate needs 2 tokens.", fix)
-        if not self.parallel or min(self.parallel) < 1:
-            fix = "Write numbers of requests, such as (1, 4)."
-            yield Problem("parallel", str(self.parallel), "It must be 1 or more.", fix)
-        if self.at_least < 0:
-            fix = "Write the least number of requests; a p99 needs 100."
-            yield Problem("requests", str(self.at_least), "It must be 0 or more.", fix)
+        for name, value, least, most, usual in (
+            ("max_tokens", self.max_tokens, 2, MOST, 64),  # a rate needs 2 tokens
+            ("seed", self.seed, 0, SEEDS, 0),
+            ("requests", self.at_least, 0, MOST, 100),
+            *(("parallel", one, 1, _CONNECTIONS, 4) for one in self.parallel or (None,)),
+        ):
+            if not is_whole(value, least, most):
+                reason = f"It must be a whole number from {least} to {most:,}."
+                yield Problem(name, repr(value), reason, f"Write one, such as {usual}.")
         match self.quality:
             case ExactMatch(expected):
                 for prompt in (p for p in dict.fromkeys(self.prompts) if p not in expected):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kitty_nb.config import ServerConfig, env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
+from kitty_nb.experiments.arguments import positive, texts, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
 from kitty_nb.experiments.search_run import TuneResult, Tuning
@@ -100,7 +101,7 @@ def tune(
 
     Raises:
         ConfigError: Some names or values are invalid; the error lists all of them.
-        ExperimentError: There is nothing to try, or Optuna is missing.
+        ExperimentError: A number or bound is wrong, there is nothing to try, or Optuna is missing.
     """
     extra("optuna")
     from kitty_nb.experiments.study import Search, default_space, read_space  # noqa: PLC0415 (of an extra)
@@ -114,7 +115,7 @@ def tune(
         models, largest = targets.family_of(model, config)
         objective, constraints = targets.COST, {**goal.limits, **(constraints or {})}
         space = {**default_space(config), **targets.COSTS} if space is None else space
-        prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        prompts = texts("prompts", prompts)
         if goal.loss and quality is None:
             quality = Perplexity(dict.fromkeys(prompts[:1], goal.text))
     elif quality_loss or memory:
@@ -123,8 +124,10 @@ def tune(
         )
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
     workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
-    if budget < 1:
-        raise ExperimentError(f"budget is {budget}, so nothing would be tried. Use 1 or more.")
+    whole("budget", budget, 1)
+    whole("busy_repeats", busy_repeats)
+    if seconds is not None:
+        positive("seconds", seconds)
     names = metric_names(workload)
     bounds = constraints_of(constraints)
     aim = read_objective(objective, names)
