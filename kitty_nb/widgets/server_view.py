@@ -265,7 +265,7 @@ class ServedModels(Dropdown):
     def __init__(self, on_choice: Callable[[str], object]) -> None:
         self._filling = False
         super().__init__(**labelled("Model", "Models that the server lists"))
-        self.add_class("kitty-model")
+        self.add_class("kitty-served")
         self.observe(lambda change: self._filling or on_choice(change["new"]), names="value")
 
     def show(self, state: ServerState) -> None:
