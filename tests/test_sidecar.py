@@ -79,11 +79,12 @@ def test_there_is_one_sidecar_however_many_watch(config: ServerConfig) -> None:
     assert sidecars(config) == []
 
 
+@pytest.mark.parametrize("exits", ["keep", "stop"])
 def test_a_sidecar_that_is_killed_is_replaced(
-    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, exits: str
 ) -> None:
     monkeypatch.setattr("kitty_nb.supervisor.server._SIDECAR_THERE_WITHIN", 0.2)
-    with ModelManager(config=config) as manager:
+    with ModelManager(config=config.replace(on_kernel_exit=exits)) as manager:
         manager.start().wait(30)
         eventually(lambda: has_sidecar(config.log_path))
         first = sidecars(config)

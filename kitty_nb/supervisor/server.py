@@ -656,11 +656,14 @@ class Server:
         Raises:
             OSError: It cannot be started.
         """
-        if not (self._sidecar and self._sidecar.runs):
-            path = registry.record_path(self._config)
-            self._sidecar = Sidecar(self._config, path, guards=self._guards)
-            if self._process and self._record:
-                self._sidecar.watch(self._process, self._record.idle_seconds)
+        if self._sidecar:
+            if self._sidecar.runs:
+                return
+            self._sidecar.close()
+        path = registry.record_path(self._config)
+        self._sidecar = Sidecar(self._config, path, guards=self._guards)
+        if self._process and self._record:
+            self._sidecar.watch(self._process, self._record.idle_seconds)
 
     @property
     def _guards(self) -> bool:

@@ -127,6 +127,12 @@ class Sidecar:
             if not self._mark:
                 self._program.stdin.close()
 
+    def close(self) -> None:
+        """Close the pipe to a process that has ended."""
+        assert self._program.stdin  # noqa: S101 (it was asked for)
+        with suppress(BrokenPipeError):
+            self._program.stdin.close()
+
     def leave(self) -> None:
         """Let it run on with its server."""
         leave_child(self._program)
