@@ -12,12 +12,13 @@ import pytest
 from test_results import row
 
 from kitty_nb import ServerConfig
-from kitty_nb.errors import ExperimentError
+from kitty_nb.errors import ExperimentError, RunRecordError
 from kitty_nb.experiments import (
     ExactMatch,
     Outcome,
     RequestTimes,
     Results,
+    RunRecord,
     Sweep,
     Trial,
     TrialResult,
@@ -81,6 +82,33 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert "against memory, GiB, with quality as colour" in page
     assert "threads 4" in page
     assert "hush" not in page
+
+
+def test_a_model_may_have_any_name(results: Results, tmp_path: Path) -> None:
+    name = "_a$\\frac$ $x_1$ \udcff <script> \x1b"
+
+    def renamed(one: TrialResult) -> TrialResult:
+        model = f"{name}.gguf" if dict(one.trial.settings)["threads"] == 4 else "other.gguf"
+        return replace(one, trial=replace(one.trial, model=model))
+
+    odd = replace(results, rows=tuple(map(renamed, results.rows)))
+    page = odd.report(tmp_path / "out.html").read_text()
+    assert "<script" not in page
+    shown = name.replace("\udcff", "\\udcff")
+    assert shown in odd.to_csv(tmp_path / "out.csv").read_text()
+    assert f"{shown}.gguf" in {*pd.read_parquet(odd.to_parquet(tmp_path / "out.parquet"))["model"]}
+    drawn = odd.plot("concurrency")
+    (legend,) = drawn.legends
+    assert len(legend.get_texts()) == 2
+    drawn.savefig(tmp_path / "out.png")
+
+
+def test_a_name_that_no_file_can_have_is_refused_in_a_sentence(results: Results) -> None:
+    for write in (results.to_csv, results.to_parquet):
+        with pytest.raises(ExperimentError, match="Can't write"):
+            write("/tmp/\0")
+    with pytest.raises(RunRecordError, match="Can't read"):
+        RunRecord.load("\ud800")
 
 
 def test_a_device_or_pipe_stays_what_it_is(results: Results, tmp_path: Path) -> None:

@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+def valid_text(text: str) -> str:
+    """Escape what no file or font takes: a file's name may have bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def frame_of(rows: Iterable[dict[str, Any]]) -> DataFrame:
     """Return a data frame with a row for each mapping.
 
     Raises:
         ExperimentError: pandas is missing.
     """
-    frame: DataFrame = extra("pandas").DataFrame(list(rows))
+    valid = [
+        {name: valid_text(one) if isinstance(one, str) else one for name, one in row.items()}
+        for row in rows
+    ]
+    frame: DataFrame = extra("pandas").DataFrame(valid)
     return frame
 
 
@@ -74,9 +83,10 @@ def write_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content, private=False)
-    except OSError as problem:
+    except (OSError, ValueError) as problem:  # no file can have a name with a zero byte
+        reason = getattr(problem, "strerror", None) or problem
         raise error(
-            f"Can't write {path}: {problem.strerror or problem}. Free some space, check the"
-            " folder's permissions, or choose another place."
+            f"Can't write {path}: {reason}. Free some space, check the folder's permissions, or"
+            " choose another place."
         ) from problem
     return path

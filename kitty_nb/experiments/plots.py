@@ -13,7 +13,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from kitty_nb.errors import printable
 from kitty_nb.experiments.metrics import smaller_is_better
+from kitty_nb.experiments.output import valid_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +72,8 @@ def _bars(drawn: list[Combination], y: str, *_: str) -> Figure:
     worst_first = sorted(drawn, key=lambda one: one.metrics[y].median, reverse=smaller_is_better(y))
     figure, axes = _figure(height=1.2 + _BAR * len(drawn))
     middle, ends = _error_bars(_spreads(worst_first, y))
-    axes.barh(labels_of(worst_first), middle, xerr=ends, capsize=3, color=_COLOURS[0], ecolor="0.5")
+    labels = [*map(_literal, labels_of(worst_first))]
+    axes.barh(labels, middle, xerr=ends, capsize=3, color=_COLOURS[0], ecolor="0.5")
     axes.set_xlabel(f"{words_of(y)}\n(median and range of the repeats)")
     return figure
 
@@ -91,7 +94,7 @@ def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str, over: str = "")
         place, *spreads = np.array(sorted(points)).T
         middle, ends = _error_bars(np.array(spreads).T)
         aside = apart * (index - (len(drawn) - 1) / 2)
-        axes.errorbar(place + aside, middle, ends, label=label, capsize=3, **_look(index))
+        axes.errorbar(place + aside, middle, ends, label=_literal(label), capsize=3, **_look(index))
     axes.set_xlabel(x)
     axes.set_ylabel(words_of(y))
     if all(place == int(place) for place in places):  # numbers of requests or tokens
@@ -150,7 +153,7 @@ def _places(axes: Axes, column: int, name: str, drawn: list[Combination]) -> Num
         ordered = sorted(set(settings), key=None if numbers else str)
         steps = max(len(ordered) - 1, 1)
         places += [[ordered.index(value) / steps] for value in settings]
-        ticks = {index / steps: str(value) for index, value in enumerate(ordered)}
+        ticks = {index / steps: _literal(str(value)) for index, value in enumerate(ordered)}
     # Those of the first axis, mostly names of models, are long: they stand where no other axis is.
     look: dict[str, Any] = {"xytext": (4, 2)} if column else {"xytext": (-7, -3), "ha": "right"}
     for place, text in ticks.items():
@@ -162,7 +165,8 @@ def _pareto(drawn: list[Combination], y: str, x: str, colour: str) -> Figure:
     figure, axes = _figure(height=5.5 if colour else 4.5)
     (across, wide), (up, high) = (_error_bars(_spreads(drawn, name)) for name in (x, y))
     rest = axes.errorbar(across, up, high, wide, color="0.7", marker="o", capsize=3, linestyle="")
-    names, labels = [name for name in (x, y, colour) if name], labels_of(drawn)
+    names = [name for name in (x, y, colour) if name]
+    labels = [*map(_literal, labels_of(drawn))]
     medians = [tuple(one.metrics[name].median for name in names) for one in drawn]
     best = front(medians, *names)
     if len(best) < len(drawn):
@@ -196,6 +200,12 @@ def _colour_bar(figure: Figure, axes: Axes, name: str, values: Sequence[float]) 
     for drawn in bar.ax.collections:
         drawn.set(rasterized=False, edgecolor="face")  # keeps bitmaps out of the report's SVG
     return np.asarray(scale.to_rgba(np.array(values)))
+
+
+def _literal(label: str) -> str:
+    """Return a label for Matplotlib, which would draw `$…$` as math and hide a leading `_`."""
+    text = valid_text(printable(label)).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:

@@ -19,7 +19,7 @@ from kitty_nb.experiments.metrics import (
     metrics_of,
     read_objective,
 )
-from kitty_nb.experiments.output import frame_of, write_file, write_parquet
+from kitty_nb.experiments.output import frame_of, valid_text, write_file, write_parquet
 from kitty_nb.experiments.space import baseline_of
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ class Results:
         extra("matplotlib")
         from kitty_nb.experiments.report import report_of  # noqa: PLC0415 (of an extra)
 
-        return write_file(path, report_of(self, objective, title).encode())
+        return write_file(path, valid_text(report_of(self, objective, title)).encode())
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the trials as CSV, and return the path.

@@ -241,10 +241,9 @@ class RunRecord(_Facts):
         """
         try:
             text = Path(path).read_bytes()
-        except OSError as error:
-            raise RunRecordError(
-                f"Can't read {path}: {error.strerror or error}. Check the path."
-            ) from error
+        except (OSError, ValueError) as error:  # no file can have a name with a zero byte
+            reason = getattr(error, "strerror", None) or error
+            raise RunRecordError(f"Can't read {path}: {reason}. Check the path.") from error
         return cls.parse(text, str(path))
 
     @classmethod
