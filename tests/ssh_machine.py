@@ -102,6 +102,12 @@ class SshMachine:
                 one.kill()
         return len(mine)
 
+    def sessions(self) -> list[psutil.Process]:
+        """Return the processes that serve the clients' connections."""
+        assert self._sshd
+        found = psutil.Process(self._sshd.pid).children(recursive=True)
+        return [one for one in found if one.name() in {"sshd", "kitty-nb"}]
+
     def _is_client(self, one: psutil.Process) -> bool:
         words = one.info["cmdline"] or []
         return one.info["name"] == "ssh" and str(self.client) in words

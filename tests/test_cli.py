@@ -102,6 +102,7 @@ def test_a_server_started_by_a_panel_is_watched_and_stopped_in_a_terminal(
             "pid": state.pid,
             "uptime_seconds": None,
             "devices": [],
+            "machine": None,
             "error": None,
             "log": str(config.log_path),
             "tokens_per_second": 0.0,

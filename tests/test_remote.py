@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import anyio
 import psutil
 import pytest
 from conftest import MARK, eventually
 from other_kernel import runs
 from ssh_machine import SshMachine, find_sshd, ssh_machine
 
-from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.config import Places, as_written
 from kitty_nb.errors import (
     ConfigError,
@@ -26,7 +31,16 @@ from kitty_nb.errors import (
     WillNotFitError,
 )
 from kitty_nb.remote.connection import explain
-from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade
+from kitty_nb.remote.protocol import WINDOW, parse
+from kitty_nb.remote.serve import Outbox
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    LoadProgress,
+    LogLines,
+    ProgressMade,
+    Stage,
+)
 from kitty_nb.supervisor.registry import find_server
 
 READY, STOPPED, LOST = ServerStatus.READY, ServerStatus.STOPPED, ServerStatus.OUT_OF_REACH
@@ -117,6 +131,7 @@ def test_a_server_elsewhere_is_started_watched_asked_and_stopped_as_one_here(
     assert not runs(state.pid)
 
 
+@pytest.mark.slow
 def test_nobody_sees_a_key_or_a_setting_in_a_list_of_processes(remote: ServerConfig) -> None:
     with ModelManager(config=remote.replace(api_key="sk-of-mine")) as manager:
         manager.start().wait(60)
@@ -151,7 +166,7 @@ def test_a_broken_connection_leaves_the_server_and_is_made_again(
 def test_what_waits_fails_at_once_when_the_connection_breaks(
     misbehaving: Callable[..., ServerConfig], remote: ServerConfig, there: SshMachine
 ) -> None:
-    slow = misbehaving("--load-seconds", "3").replace(ssh=remote.ssh, ssh_config=remote.ssh_config)
+    slow = misbehaving("--load-seconds", "2").replace(ssh=remote.ssh, ssh_config=remote.ssh_config)
     with ModelManager(config=slow) as manager:
         starting = manager.start()
         eventually(lambda: manager.state.pid)
@@ -166,6 +181,7 @@ def test_what_waits_fails_at_once_when_the_connection_breaks(
         manager.stop().wait(60)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_gone_is_a_sentence_and_found_when_it_is_back(
     remote: ServerConfig, tmp_path: Path
 ) -> None:
@@ -188,6 +204,26 @@ def test_a_machine_that_is_gone_is_a_sentence_and_found_when_it_is_back(
             eventually(lambda: manager.state.status is STOPPED)
 
 
+@pytest.mark.slow
+def test_a_server_that_ends_meanwhile_is_told(remote: ServerConfig, there: SshMachine) -> None:
+    heard: list[Event] = []
+    with ModelManager(config=remote) as manager:
+        pid = manager.start().wait(60).pid
+        assert pid
+        manager.subscribe(heard.append)
+        there.stop()
+        try:
+            eventually(lambda: manager.state.status is LOST)
+            psutil.Process(pid).kill()
+            eventually(lambda: not runs(pid))
+        finally:
+            there.start()
+        eventually(lambda: manager.state.status is STOPPED)
+        told = [event.message for event in heard if isinstance(event, Activity)]
+        assert any("ended meanwhile" in message for message in told)
+
+
+@pytest.mark.slow
 def test_a_server_there_is_adopted_and_outlives_this_kernel(remote: ServerConfig) -> None:
     first = ModelManager(config=remote)
     pid = first.start().wait(60).pid
@@ -203,6 +239,7 @@ def test_a_server_there_is_adopted_and_outlives_this_kernel(remote: ServerConfig
         second.stop().wait(60)
 
 
+@pytest.mark.slow
 def test_a_cancelled_start_stops_its_server_there(
     misbehaving: Callable[..., ServerConfig], remote: ServerConfig
 ) -> None:
@@ -214,6 +251,7 @@ def test_a_cancelled_start_stops_its_server_there(
         eventually(lambda: manager.state.status is STOPPED)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_a_server_here(
     misbehaving: Callable[..., ServerConfig], remote: ServerConfig
 ) -> None:
@@ -231,6 +269,7 @@ def test_errors_are_those_of_a_server_here(
             manager.start(there(crashing)).wait(60)
 
 
+@pytest.mark.slow
 def test_a_busy_port_there_offers_another(remote: ServerConfig) -> None:
     import socket  # noqa: PLC0415
 
@@ -240,6 +279,227 @@ def test_a_busy_port_there_offers_another(remote: ServerConfig) -> None:
         with pytest.raises(PortBusyError) as refused:
             manager.start().wait(60)
         assert refused.value.free_port
+
+
+@pytest.mark.slow
+def test_the_command_line_works_on_the_other_machine(remote: ServerConfig, tmp_path: Path) -> None:
+    env = env_file(remote, tmp_path)
+
+    def kitty(*words: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [KITTY, *words, "--env", str(env)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    assert "No server is running" in kitty("status", code=3)
+    assert "demo.gguf" in kitty("scan")
+    told = kitty("start")
+    assert f"READY: demo at {remote.endpoint} on there (PID" in told
+    assert f"ssh -F {remote.ssh_config} -N -L {remote.port}:127.0.0.1:{remote.port} there" in told
+    record = find_server(remote)
+    assert record
+    assert record.api_key
+    facts = json.loads(kitty("status", "--json"))
+    assert (facts["status"], facts["machine"], facts["pid"]) == ("READY", "there", record.pid)
+    assert facts["memory"]["ram"] > 1_000_000
+    assert kitty("key").strip() == record.api_key.get_secret_value()
+    assert "model loaded" in kitty("logs")
+    assert "ssh -F" in kitty("connect", "openai")
+    assert "ready" in kitty("wait-ready").lower()
+    assert "It was already running." in kitty("start")
+    assert "ssh there" in kitty("prompts", code=1)
+    assert f"Stopped the server (PID {record.pid})." in kitty("stop")
+    assert "model loaded" in kitty("logs", "-n", "100")
+
+
+def test_the_panel_lists_and_serves_the_models_of_the_other_machine(
+    remote: ServerConfig, there: SshMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = env_file(remote, tmp_path)
+    shutil.copy(remote.models_dir / "demo.gguf", remote.models_dir / "other.gguf")
+
+    def look(*_: object) -> None:
+        pytest.fail("a local file was looked at")
+
+    monkeypatch.setattr("kitty_nb.widgets.control_panel.ensure_models_dir", look)
+    monkeypatch.setattr("kitty_nb.catalog.catalog._describe", look)
+    monkeypatch.setattr("kitty_nb.catalog.catalog.files_in", look)
+    monkeypatch.setattr("kitty_nb.supervisor.forecast.free_memory", look)
+    panel = ControlPanel(env)
+    try:
+        eventually(lambda: panel.picker.model)
+        assert panel.picker.model
+        assert panel.picker.model.path == remote.models_dir / "demo.gguf"
+        assert [model.name for model in panel.picker.models] == ["demo.gguf", "other.gguf"]
+        eventually(lambda: panel.memory.preview and panel.memory.preview.allocations)
+        panel.buttons.start.click()
+        eventually(lambda: "Ready" in panel.status_line.value)
+        assert "on there" in panel.status_line.value
+        assert panel.load_bar.layout.display == "none"
+        assert panel.buttons.restart.layout.display == "none"  # the settings are the server's
+        panel.ask.ask("hello")
+        eventually(lambda: panel.ask.turns[0].text)
+        assert there.cut()
+        eventually(lambda: "Out of reach" in panel.status_line.value)
+        assert panel.buttons.stop.disabled
+        eventually(lambda: "Ready" in panel.status_line.value)
+        eventually(lambda: any("model loaded" in line for line in panel.server_log.lines))
+        (remote.models_dir / "other.gguf").rename(remote.models_dir / "another.gguf")
+        eventually(lambda: "another.gguf" in [model.name for model in panel.picker.models])
+        panel.picker.choose(remote.models_dir / "another.gguf")
+        panel.settings.save.click()
+        assert "LLAMACPP_PRIMARY_MODEL=another.gguf\n" in env.read_text()
+        panel.buttons.stop.click()
+        eventually(lambda: "Not running" in panel.status_line.value)
+    finally:
+        panel.close()
+
+
+@pytest.fixture
+def fake(there: SshMachine, tmp_path: Path) -> Callable[[str], ServerConfig]:
+    """A profile whose machine runs a script in the place of kitty-nb."""
+
+    def make(script: str) -> ServerConfig:
+        program = tmp_path / "a kitty-nb"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        return ServerConfig(ssh="there", ssh_config=there.client, ssh_bin=str(program))
+
+    return make
+
+
+def why(config: ServerConfig) -> str:
+    with ModelManager(config=config) as manager:
+        assert manager.state.status is LOST
+        return manager.state.error or ""
+
+
+def test_another_version_there_is_a_sentence(fake: Callable[[str], ServerConfig]) -> None:
+    said = why(fake("""echo '["hello",99,{"version":"9.9","now":1}]'; sleep 5"""))
+    assert said.startswith("there has kitty_nb 9.9 (protocol 99), this machine ")
+    assert said.endswith("Install the same version on both.")
+
+
+@pytest.mark.slow
+def test_what_start_files_print_is_passed_over(
+    fake: Callable[[str], ServerConfig], remote: ServerConfig
+) -> None:
+    noisy = fake(f"""echo Welcome; echo '[1]'; exec {KITTY} "$@" """)
+    with ModelManager(config=remote.replace(ssh_bin=noisy.ssh_bin)) as manager:
+        assert manager.state.status is STOPPED
+
+
+def test_a_machine_without_kitty_nb_is_a_sentence(there: SshMachine, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    said = why(ServerConfig(ssh="there", ssh_config=there.client, ssh_bin=missing))
+    assert said.startswith("there has no kitty-nb")
+
+
+def test_an_unknown_host_key_is_never_accepted(there: SshMachine, tmp_path: Path) -> None:
+    client = tmp_path / "ssh_config"
+    mine = there.client.read_text()
+    known = mine.replace(str(there.folder / "known_hosts"), str(tmp_path / "known"))
+    client.write_text(f"{known}  StrictHostKeyChecking no\n")
+    said = why(ServerConfig(ssh="there", ssh_config=client))
+    assert "does not know the host key of there" in said
+    assert not (tmp_path / "known").exists()
+
+
+def test_a_machine_that_wants_a_password_is_a_sentence(there: SshMachine, tmp_path: Path) -> None:
+    client, other = tmp_path / "ssh_config", tmp_path / "other"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", other], check=True)
+    client.write_text(there.client.read_text().replace(str(there.folder / "user"), str(other)))
+    assert "ssh-copy-id there" in why(ServerConfig(ssh="there", ssh_config=client))
+
+
+@pytest.mark.slow
+def test_kitty_nb_is_installed_where_it_is_found(
+    there: SshMachine, remote: ServerConfig, tmp_path: Path
+) -> None:
+    with ssh_machine(tmp_path / "bare", PATH="/usr/bin:/bin", REAL=KITTY) as bare:
+        config = remote.replace(ssh_config=bare.client)
+        assert "kitty-nb install-remote" in why(config)
+        env = env_file(config, tmp_path)
+        wheel = tmp_path / "kitty_nb-0.1.0-py3-none-any.whl"
+        about = "kitty_nb-0.1.0.dist-info"
+        with zipfile.ZipFile(wheel, "w") as file:  # one that runs the real one
+            code = "import os, sys\ndef main(): os.execv(os.environ['REAL'], sys.argv)\n"
+            file.writestr("kitty_stand_in.py", code)
+            file.writestr(
+                f"{about}/METADATA", "Metadata-Version: 2.1\nName: kitty_nb\nVersion: 0.1.0\n"
+            )
+            file.writestr(
+                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            file.writestr(
+                f"{about}/entry_points.txt", "[console_scripts]\nkitty-nb = kitty_stand_in:main\n"
+            )
+            file.writestr(f"{about}/RECORD", "")
+        command = [KITTY, "install-remote", str(wheel), "--env", str(env)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        with ModelManager(config=config) as manager:
+            assert manager.state.status is STOPPED
+
+
+@pytest.mark.slow
+def test_a_machine_that_freezes_is_given_up_and_found_again(
+    remote: ServerConfig, there: SshMachine
+) -> None:
+    with ModelManager(config=remote) as manager:
+        pid = manager.start().wait(60).pid
+        frozen = there.sessions()
+        for one in frozen:
+            one.suspend()
+        try:
+            began = time.monotonic()
+            eventually(lambda: manager.state.status is LOST)
+            assert time.monotonic() - began < 10
+            with pytest.raises(OutOfReachError):
+                manager.chat("hello")
+        finally:
+            for one in frozen:
+                one.resume()
+        eventually(lambda: manager.state.status is READY)
+        assert manager.state.pid == pid
+        manager.stop().wait(60)
+
+
+def test_on_a_slow_line_newer_facts_take_the_place_of_older_ones() -> None:
+    async def flood() -> list[tuple[str, Any, Any]]:
+        receive, send = os.pipe()
+        os.set_blocking(send, False)
+        outbox = Outbox(send)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(outbox.run)
+            for batch in range(2 * WINDOW):  # nobody reads them
+                outbox.put_event(Activity.now(f"batch {batch}"))
+                await anyio.sleep(0.05)
+            for step in range(5_000):
+                outbox.put_event(ProgressMade(LoadProgress(Stage.LOADING, step / 5_000, step)))
+                outbox.put_event(LogLines((f"line {step}",)))
+            await anyio.sleep(0.1)
+            sent = [parse(one) for one in os.read(receive, 1 << 20).splitlines()]
+            assert sum(kind == "told" for kind, _, _ in sent) == WINDOW
+            outbox.heard(WINDOW)
+            await anyio.wait_readable(receive)
+            await anyio.sleep(0.1)
+            rest = [parse(one) for one in os.read(receive, 1 << 20).splitlines()]
+            tasks.cancel_scope.cancel()
+        os.close(receive)
+        os.close(send)
+        return rest
+
+    found = anyio.run(flood)
+    progress = [data["progress"] for _, name, data in found if name == "ProgressMade"]
+    assert [one["elapsed"] for one in progress] == [4_999]
+    lines = [line for _, name, data in found if name == "LogLines" for line in data["lines"]]
+    assert lines == [f"line {step}" for step in range(5_000)]
 
 
 @pytest.mark.parametrize(

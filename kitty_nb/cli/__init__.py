@@ -104,8 +104,13 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     from kitty_nb.catalog.stores import model_stores
     from kitty_nb.cli.console import PlainConsole
 
-    config = _settings(env, profile)
-    models = ModelCatalog(model_stores(config)).scan()
+    config = _settings(env, profile, anywhere=True)
+    if config.ssh:
+        from kitty_nb.cli import elsewhere
+
+        models, config = anyio.run(elsewhere.list_models, config)
+    else:
+        models = ModelCatalog(model_stores(config)).scan()
     if not models:
         _say(f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model")
         return
@@ -146,7 +151,7 @@ def start(
     """
     from kitty_nb.cli import commands
 
-    config = _settings(env, profile, valid=True)
+    config = _settings(env, profile, valid=True, anywhere=not print_command)
     if print_command:
         _say(anyio.run(commands.command_text, config))
     else:
@@ -167,7 +172,7 @@ def stop(
     """Stop the profile's server, whoever started it; do nothing if none is running."""
     from kitty_nb.cli import commands
 
-    _say(anyio.run(commands.stop, _settings(env, profile), env, force))
+    _say(anyio.run(commands.stop, _settings(env, profile, anywhere=True), env, force))
 
 
 @app.command()
@@ -178,7 +183,7 @@ def restart(
     anyway: _Anyway = False,
 ) -> None:
     """Restart the profile's server with the current settings in the .env file."""
-    config = _settings(env, profile, valid=True)
+    config = _settings(env, profile, valid=True, anywhere=True)
     _load(config, env, lambda server, _: server.restart(config, not no_wait, anyway=anyway))
 
 
@@ -193,7 +198,7 @@ def switch(
 ) -> None:
     """Serve another model with the settings of the running server."""
     _load(
-        _settings(env, profile),
+        _settings(env, profile, anywhere=True),
         env,
         lambda server, _: server.switch_model(model, alias, not no_wait, anyway=anyway),
     )
@@ -212,9 +217,10 @@ def status(
     from kitty_nb.supervisor.events import ServerStatus
 
     names = configured_profiles(env) if every else (profile,)
-    states = [read_status(config) for config in _all_settings(env, names)]
+    read = [read_status(config) for config in _all_settings(env, names, anywhere=True)]
+    states = [state for state, _ in read]
     if as_json:
-        facts = [anyio.run(status_facts, state) for state in states]
+        facts = [anyio.run(status_facts, *one) for one in read]
         typer.echo(json.dumps(facts if every else facts[0], indent=2))
     else:
         for state in states:
@@ -235,7 +241,7 @@ def wait_ready(
     """Wait until the profile's server is ready; exit with 3 if none is running."""
     from kitty_nb.cli import commands
 
-    config = _settings(env, profile)
+    config = _settings(env, profile, anywhere=True)
     ready = anyio.run(commands.wait_ready, config, env, timeout)
     if ready is None:
         _end_without_server(config)
@@ -245,7 +251,7 @@ def wait_ready(
 @app.command()
 def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     """Print the API key that clients must send; exit with 3 if no server is running."""
-    key = _served(_settings(env, profile)).access.api_key
+    key = _served(_settings(env, profile, anywhere=True)).access.api_key
     if key:
         typer.echo(key.get_secret_value())
     else:
@@ -274,9 +280,11 @@ def connect(
         return
     if name not in found:
         raise typer.BadParameter(f"Choose one of {', '.join(found)}.", param_hint="NAME")
-    config = _settings(env, profile)
-    alias, access = _served(config)
+    config = _settings(env, profile, anywhere=True)
+    alias, access, tunnel = _served(config)
     served = Served(access.base_url, alias, config.profile, access.api_key is not None)
+    if tunnel:
+        _say(f"This brings the server's port here: {tunnel}", err=True)
     if found[name].install:
         _say(f"This needs: pip install {found[name].install}", err=True)
     _say(found[name].in_terminal(served, key_command(env, config.profile)))
@@ -362,12 +370,17 @@ def logs(
     ] = None,
 ) -> None:
     """Print the log of the profile's current or previous server."""
-    from kitty_nb.cli.commands import follow_log, log_lines
+    from kitty_nb.supervisor.log import follow_log, log_lines
     from kitty_nb.supervisor.registry import refuse_open_folder
 
-    config = _settings(env, profile)
+    config = _settings(env, profile, anywhere=True)
     if config.url:
         raise KittyError(f"The log of the server at {config.url} is where it runs.")
+    if config.ssh:
+        from kitty_nb.cli import elsewhere
+
+        anyio.run(elsewhere.show_log, config, _say, lines, follow)
+        return
     refuse_open_folder(config)
     if follow:
         anyio.run(follow_log, config.log_path, _say, lines)
@@ -677,6 +690,28 @@ def lab(context: typer.Context) -> None:
     LabApp.launch_instance([str(_NOTEBOOKS / _NOTEBOOK), here, *root, *context.args])
 
 
+@app.command()
+def install_remote(
+    source: Annotated[
+        str,
+        typer.Argument(help="A wheel of kitty_nb, which is sent; or what pip there can install."),
+    ],
+    env: _Env = _ENV,
+    profile: _Profile = _PROFILE,
+) -> None:
+    """Install kitty_nb on the profile's machine (LLAMACPP_SSH), into ~/.local/share/kitty_nb/env.
+
+    Its start needs no more: that place is known.
+    """
+    from kitty_nb.cli.elsewhere import install
+
+    config = _settings(env, profile, anywhere=True)
+    if not config.ssh:
+        raise KittyError(f"The profile {profile!r} runs on this machine. Set LLAMACPP_SSH first.")
+    install(config, source)
+    _say(f"Installed on {config.ssh}. To look at it: kitty-nb doctor --profile {profile}")
+
+
 @app.command(hidden=True)
 def serve(
     profile: _Profile = _PROFILE,
@@ -726,10 +761,17 @@ def _load(config: ServerConfig, env: Path, begin: Begin) -> None:
 
 
 class _Served(NamedTuple):
-    """The model that a profile's server answers to, and the way there."""
+    """The model that a profile's server answers to, and the way there.
+
+    Attributes:
+        alias: The model's name.
+        access: The way there, on the server's machine.
+        tunnel: The command that brings it to this machine; empty where it is this one.
+    """
 
     alias: str
     access: Access
+    tunnel: str = ""
 
 
 def _served(config: ServerConfig) -> _Served:
@@ -743,6 +785,14 @@ def _served(config: ServerConfig) -> _Served:
 
         access = anyio.run(access_at_url, config)
         return _Served(access.model or "", access)
+    if config.ssh:
+        from kitty_nb.cli import elsewhere
+
+        state, key = anyio.run(elsewhere.read_key, config)
+        if state.pid is None:
+            _end_without_server(config)
+        tunnel = elsewhere.tunnel_command(state.config)
+        return _Served(state.alias, Access(state.config.endpoint, key), tunnel)
     refuse_open_folder(config)
     record = find_server(config)
     if record is None:
@@ -756,12 +806,19 @@ def _end_without_server(config: ServerConfig) -> NoReturn:
     raise typer.Exit(_NOT_RUNNING)
 
 
-def _settings(env: Path, profile: str, *, valid: bool = False) -> ServerConfig:
-    return _all_settings(env, [profile], valid=valid)[0]
+def _settings(
+    env: Path, profile: str, *, valid: bool = False, anywhere: bool = False
+) -> ServerConfig:
+    return _all_settings(env, [profile], valid=valid, anywhere=anywhere)[0]
 
 
-def _all_settings(env: Path, profiles: Iterable[str], *, valid: bool = False) -> list[ServerConfig]:
-    """Read settings; a wrong one is an error only if they must be valid, as for a start."""
+def _all_settings(
+    env: Path, profiles: Iterable[str], *, valid: bool = False, anywhere: bool = False
+) -> list[ServerConfig]:
+    """Read settings; a wrong one is an error only if they must be valid, as for a start.
+
+    Those of another machine are refused unless the verb works anywhere.
+    """
     from kitty_nb.catalog.resolve import load_profile
     from kitty_nb.config import env_warnings
 
@@ -772,4 +829,11 @@ def _all_settings(env: Path, profiles: Iterable[str], *, valid: bool = False) ->
         _say(f"kitty-nb: {warning}", err=True)
     if valid and complaints:
         raise complaints[0]
-    return [config for config, _ in read]
+    configs = [config for config, _ in read]
+    for config in configs:
+        if config.ssh and not anywhere:
+            raise KittyError(
+                f"The profile {config.profile!r} runs on {config.ssh}, and this command works only"
+                f" on its own machine. Log in there and run it: ssh {config.ssh}"
+            )
+    return configs

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections import deque
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -27,7 +25,7 @@ from kitty_nb.errors import (
 )
 from kitty_nb.supervisor.events import Activity, Level, ProgressMade, ServerState, ServerStatus
 from kitty_nb.supervisor.health import HealthProbe, ask_once
-from kitty_nb.supervisor.log import LogTail, readable
+from kitty_nb.supervisor.log import has_log, log_lines
 from kitty_nb.supervisor.registry import (
     find_server,
     last_failure,
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
     from kitty_nb.formats.exports import Exported
     from kitty_nb.formats.imports import Imported
     from kitty_nb.remote.supervisor import RemoteSupervisor
-    from kitty_nb.supervisor.events import Event, LoadProgress
+    from kitty_nb.supervisor.events import Event, LoadProgress, MemoryUse
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.supervisor import Supervisor
 
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
     Begin = Callable[[AnySupervisor, ServerConfig], Awaitable[object]]
 
 _DRAWN_AFTER = 0.2  # seconds; a small model is ready by then, and rich is not imported for it
-_POLL = 0.1  # seconds between reads of a log that is followed
 _MEASURED_OVER = 0.5  # seconds
 
 
@@ -109,6 +106,8 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
         state = replace(state, address=None)  # this connection's
         told = [state.sentence + (" It was already running." if state.pid == before.pid else "")]
         if config.ssh:
+            from kitty_nb.cli.elsewhere import tunnel_command
+
             told.append(f"To use it from here: {tunnel_command(state.config)}")
         if supervisor.api_key and not state.config.api_key:  # whoever set a key knows it
             key = _same_profile(env, state.config.profile, "key")
@@ -136,7 +135,7 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
             return None
         with anyio.move_on_after(within):
             await _until(supervisor, lambda state: state.status.settled)
-        state = supervisor.state
+        state = replace(supervisor.state, address=None)  # this connection's
         if state.status is ServerStatus.READY:
             return state.sentence
         if state.status.idle and state.error:
@@ -182,13 +181,6 @@ async def read_profiles(
     with suppress(EngineError):  # without one, fewer switches are known as such
         dialect = (await locate_engine()).dialect
     return import_profiles(file, env, source, name=name, model=model, dialect=dialect)
-
-
-def tunnel_command(config: ServerConfig) -> str:
-    """Return the command that brings the port of a server on another machine here."""
-    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
-    there = urlsplit(config.endpoint).netloc
-    return shlex.join(("ssh", *own, "-N", "-L", f"{config.port}:{there}", config.ssh or ""))
 
 
 async def _supervisor(config: ServerConfig) -> AnySupervisor:
@@ -351,12 +343,24 @@ def _bench_bar() -> Iterator[Callable[[BenchProgress], None]]:
         )
 
 
-def read_status(config: ServerConfig) -> ServerState:
-    """Read the state of a profile's server, and why it exited if it did so by itself."""
+def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
+    """Read the state of a profile's server, and why it exited if it did so by itself.
+
+    Returns:
+        The state, and the memory of a server on another machine.
+    """
     if config.url:
         from kitty_nb.supervisor.url_server import look_once
 
-        return anyio.run(look_once, config)
+        return anyio.run(look_once, config), None
+    if config.ssh:
+        from kitty_nb.cli import elsewhere
+
+        return anyio.run(elsewhere.read_status, config)
+    return _read_status(config), None
+
+
+def _read_status(config: ServerConfig) -> ServerState:
     refuse_open_folder(config)
     if running := find_server(config):
         health = ask_once(running.config)
@@ -376,19 +380,20 @@ def read_status(config: ServerConfig) -> ServerState:
         from kitty_nb.supervisor.diagnosis import diagnose
 
         path = config.log_path
-        failure = str(diagnose(None, [*log_lines(path)] if _has_log(path) else []))
+        failure = str(diagnose(None, [*log_lines(path)] if has_log(path) else []))
     return ServerState(ServerStatus.CRASHED, record.config, error=failure)
 
 
-async def status_facts(state: ServerState) -> dict[str, Any]:
+async def status_facts(state: ServerState, memory: MemoryUse | None) -> dict[str, Any]:
     """Return a state as JSON, with the memory that the server holds and its present speed.
 
     `memory` is None without a server; so is what its build does not report.
     """
     from kitty_nb.supervisor.forecast import memory_use
 
-    record = None if state.config.url else find_server(state.config)
-    memory = speed = None
+    health = state.last_health_check
+    speed = health.tokens_per_second if health else None
+    record = None if state.config.ssh or state.config.url else find_server(state.config)
     if record and record.pid == state.pid:
         memory = await anyio.to_thread.run_sync(memory_use, record.pid)
         speed = None if record.ready is None else await _tokens_per_second(record)
@@ -398,6 +403,7 @@ async def status_facts(state: ServerState) -> dict[str, Any]:
         "model": str(state.config.model) if state.config.model else None,
         "projector": str(state.projector) if state.projector else None,
         "alias": (state.alias if state.external else state.config.served_alias) or None,
+        "machine": state.config.ssh,
         "endpoint": state.endpoint,
         "pid": state.pid,
         "uptime_seconds": state.uptime,
@@ -416,65 +422,3 @@ async def _tokens_per_second(record: ServerRecord) -> float | None:
             await anyio.sleep(_MEASURED_OVER)
             health = await probe.check_activity()
     return 0.0 if health.slots_busy == 0 else health.tokens_per_second
-
-
-def _has_log(path: Path) -> bool:
-    try:
-        path.open("rb").close()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise KittyError(
-            f"Can't read the log {path} ({error.strerror}). Check LLAMACPP_LOG_DIR and the"
-            " permissions of the file and its folder."
-        ) from None
-    return True
-
-
-def log_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a log, without the beginning of a very long one.
-
-    Raises:
-        KittyError: There is none, or it can't be read.
-    """
-    if not _has_log(path):
-        raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
-    with LogTail(path) as log:
-        yield from _drain(log, to_end=True)
-
-
-async def follow_log(path: Path, show: Callable[[str], object], last: int | None = None) -> None:
-    """Show what is written to a log, and to the one that replaces it, until cancelled.
-
-    Args:
-        path: The log; it need not exist yet.
-        show: Called with each line.
-        last: How many of the existing lines to begin with; None for all.
-
-    Raises:
-        KittyError: The log can't be read.
-    """
-    while True:
-        if _has_log(path):
-            with LogTail(path) as log:
-                number, replaced = _inode(path), False
-                while not replaced:
-                    replaced = _inode(path) != number  # asked first, so that no line is missed
-                    for line in deque(_drain(log, to_end=replaced), maxlen=last):
-                        show(line)
-                    last = None
-                    await anyio.sleep(_POLL)
-        await anyio.sleep(_POLL)
-
-
-def _drain(log: LogTail, *, to_end: bool) -> Iterator[str]:
-    while lines := log.read():
-        yield from map(readable, lines)
-    if to_end:
-        yield from map(readable, log.read(to_end=True))
-
-
-def _inode(path: Path) -> int | None:
-    with suppress(FileNotFoundError):
-        return path.stat().st_ino
-    return None

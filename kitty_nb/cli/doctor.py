@@ -23,6 +23,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.catalog.resolve import load_profile, routed_profiles
 from kitty_nb.catalog.stores import model_stores
+from kitty_nb.cli.elsewhere import read_status
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
@@ -30,6 +31,7 @@ from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
+from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
 from kitty_nb.supervisor.port_owner import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
@@ -88,6 +90,8 @@ def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]
         findings.append(Finding(".env", *_settings(env, profile, complaint)))
     except ConfigError as error:
         return [*findings, Finding(".env", _ERROR, str(error), "Correct these lines.")]
+    if config.ssh:
+        return [*findings, Finding("Machine", *_machine(config)), *_ports(env, config.profile)]
     try:
         engine = anyio.run(locate_engine, config.binary)
     except EngineError as error:
@@ -127,6 +131,15 @@ def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> _
     if not source.exists():
         found = f"No .env in {source.parent} or its parent folders; every setting has its default."
     return _WARNING if warnings else _OK, found, advice
+
+
+def _machine(config: ServerConfig) -> _Result:
+    began = time.monotonic()
+    state, _ = anyio.run(read_status, config)
+    if state.status is ServerStatus.OUT_OF_REACH:
+        return _ERROR, state.error or ""
+    found = f"Reached {config.ssh} in {time.monotonic() - began:.1f} s. {state.sentence}"
+    return _OK, found, f"For its engine, memory and models: ssh {config.ssh} kitty-nb doctor"
 
 
 def _engine(engine: Engine, config: ServerConfig) -> _Result:
@@ -258,6 +271,8 @@ def _ports(env: str | Path, first: str) -> Iterator[Finding]:
     problems: dict[ServerConfig, str] = {}
     for name in dict.fromkeys((first, *configured_profiles(env))):
         config, complaint = load_lenient(env, name)
+        if config.ssh:  # its port is another machine's
+            continue
         wrong = [str(p) for p in (complaint.problems if complaint else ()) if "_PORT" in p.key]
         problems[config] = "".join(wrong)
     for config, problem in problems.items():

@@ -34,7 +34,8 @@ _FORWARD_WITHIN = 5.0
 _ENDS_WITHIN = 2.0
 _GREETINGS = 1 << 16  # bytes that a shell's start files may print before
 # The places that kitty-nb may be in, beside what the other machine's PATH names.
-_KNOWN = ("$HOME/.local/bin/kitty-nb", "$HOME/.local/share/kitty_nb/env/bin/kitty-nb")
+ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` makes it
+_KNOWN = ("$HOME/.local/bin/kitty-nb", f"$HOME/{ENVIRONMENT}/bin/kitty-nb")
 _NOT_FOUND = 127
 _OPTIONS = {
     # Nobody is there to type, and nothing is believed that nobody has checked.
@@ -116,7 +117,7 @@ class Connection:
                 async with self._sending:
                     await self._send.send(text)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, TimeoutError, OSError):
-            raise OutOfReachError(f"The connection to {self._host} is broken.") from None
+            raise OutOfReachError(f"The connection to {self._host} ended.") from None
 
     async def forward(self, host: str, port: int, preferred: int) -> int:
         """Forward a port of this machine's loopback to one of the other machine.
@@ -124,7 +125,7 @@ class Connection:
         Args:
             host: The server's address there.
             port: The server's port there.
-            preferred: The port here, if it is free.
+            preferred: The port here, if it is free; 0 for any.
 
         Returns:
             The port here.
@@ -135,7 +136,7 @@ class Connection:
         if found := self._tunnels.get((host, port)):
             return found
         said = ""
-        for here in (preferred, _free_port(), _free_port()):
+        for here in (preferred or _free_port(), _free_port(), _free_port()):
             where = f"{LOOPBACK}:{here}:{host}:{port}"
             command = ("ssh", "-F", "none", "-S", str(self._socket), "-O", "forward", "-L", where)
             with anyio.move_on_after(_FORWARD_WITHIN):
@@ -144,6 +145,8 @@ class Connection:
                     self._tunnels[host, port] = here
                     return here
                 said = done.stderr.decode(errors="replace").strip()
+        if self._process.returncode is not None:
+            raise OutOfReachError(f"The connection to {self._host} ended.")
         raise OutOfReachError(f"ssh forwards no port to {self._host}: {said or 'no answer'}.")
 
     async def listen(self, on_line: Callable[[str], object]) -> None:
@@ -192,7 +195,7 @@ async def connect(
     """
     assert config.ssh  # noqa: S101 (whoever calls this has looked)
     with TemporaryDirectory(prefix="kitty_nb-") as folder:
-        command = ssh_command(config, Path(folder) / "ssh", _serve(config))
+        command = ssh_command(config, _serve(config), Path(folder) / "ssh")
         try:
             process = await anyio.open_process(
                 command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
@@ -213,12 +216,18 @@ async def connect(
             await connection.aclose()
 
 
-def ssh_command(config: ServerConfig, socket_path: Path, remote: str) -> tuple[str, ...]:
-    """Return the command of a connection, which other commands share by a socket."""
+def ssh_command(config: ServerConfig, remote: str, socket_path: Path | None) -> tuple[str, ...]:
+    """Return the command that runs another on the machine of a profile.
+
+    Args:
+        config: The profile's settings.
+        remote: What the shell there runs.
+        socket_path: Where the connection takes orders; None for one that takes none.
+    """
     own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
     options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
-    where = ("-T", "-M", "-S", str(socket_path), *options)
-    return ("ssh", *own, *where, "--", str(config.ssh), remote)
+    shared = ("-M", "-S", str(socket_path)) if socket_path else ("-S", "none")
+    return ("ssh", *own, "-T", *shared, *options, "--", str(config.ssh), remote)
 
 
 def _serve(config: ServerConfig) -> str:
@@ -270,8 +279,8 @@ _EXPLAINED = (
 )
 FORWARDING_REFUSED = re.compile(r"open failed: administratively prohibited")
 _MISSING = (
-    "{host} has no kitty-nb on its PATH. Install it there (kitty-nb install-remote), or set"
-    " LLAMACPP_SSH_BIN to its path there."
+    "{host} has no kitty-nb on its PATH. Install kitty_nb there (kitty-nb install-remote), or set"
+    " LLAMACPP_SSH_BIN to the path of kitty-nb there."
 )
 
 

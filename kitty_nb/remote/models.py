@@ -9,7 +9,7 @@ import anyio
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.catalog import ScanStep
-from kitty_nb.errors import OutOfReachError
+from kitty_nb.errors import KittyError, OutOfReachError
 from kitty_nb.remote.protocol import Verb
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ class RemoteCatalog:
             on_step: Called, in a worker thread, with each step of each scan.
         """
         send, receive = anyio.create_memory_object_stream[ScanStep](math.inf)
+        refusal: KittyError | None = None
 
         async def ask() -> None:
-            while True:
+            nonlocal refusal
+            while refusal is None:
                 await self._supervisor.connected()
                 try:
                     await self._supervisor.call(
@@ -61,6 +63,9 @@ class RemoteCatalog:
                     )
                 except OutOfReachError:
                     continue
+                except KittyError as error:
+                    refusal = error
+            send.close()
 
         scope = self._supervisor.host(ask)
         try:
@@ -69,6 +74,8 @@ class RemoteCatalog:
                     await run_sync(on_step, step)
                     if step.done == step.total:
                         yield list(step.models)
+            if refusal:
+                raise refusal
         finally:
             scope.cancel()
 

@@ -85,6 +85,7 @@ class Verb(StrEnum):
     MEMORY = "memory_use"
     PREVIEW = "preview_memory"
     PIN = "pin"
+    LOG = "log"
     SCAN = "scan"
     NOTES = "notes"
     FAVORITE = "set_favorite"
@@ -106,6 +107,8 @@ class Command(BaseModel):
     name: str | None = None
     text: str = ""
     favorite: bool = False
+    follow: bool = False
+    last: int | None = None
 
 
 class Hello(BaseModel):
@@ -114,6 +117,7 @@ class Hello(BaseModel):
     Attributes:
         version: Its kitty_nb.
         now: Its monotonic clock, in seconds.
+        boot: Which run of its system it is; that of this machine, if it is this machine.
         places: The paths of the profile there.
         problem: Why the profile cannot run there, such as a `.env` that can't be read.
     """
@@ -122,6 +126,7 @@ class Hello(BaseModel):
 
     version: str
     now: float
+    boot: str = ""
     places: Places | None = None
     problem: str = ""
 
@@ -137,6 +142,7 @@ class Snapshot:
     lines: tuple[str, ...]
     activities: tuple[Activity, ...]
     stores: tuple[Store, ...]
+    failure: str
 
 
 class Failure(BaseModel):
@@ -184,6 +190,7 @@ ANSWERS: dict[Verb, Any] = {
     Verb.MEMORY: MemoryUse | None,
     Verb.PREVIEW: MemoryPreview,
     Verb.PIN: Pin,
+    Verb.LOG: tuple[str, ...],
     Verb.SCAN: ScanStep,
     Verb.NOTES: dict[Path, ModelNote],
     Verb.FAVORITE: NoneType,

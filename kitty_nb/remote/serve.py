@@ -54,11 +54,12 @@ from kitty_nb.supervisor.events import (
     Working,
 )
 from kitty_nb.supervisor.history import LoadHistory
-from kitty_nb.supervisor.registry import refuse_open_folder
+from kitty_nb.supervisor.log import follow_log, log_lines
+from kitty_nb.supervisor.registry import last_failure, refuse_open_folder, this_boot
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from anyio.abc import TaskGroup
     from pydantic import SecretStr
@@ -69,8 +70,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SOON = 0.04  # seconds that facts about progress wait for others
-_LINES, _NEWS = 2_000, 1_000  # kept for a slow line
-_LAUNCHED_WITHIN = 30.0  # seconds; a start that was asked for goes on without its connection
+_LINES, _NEWS = 10_000, 1_000  # kept for a slow line
+_LAUNCHED_WITHIN = 90.0  # seconds; a start or restart goes on without its connection
 _LIST_EVERY = 1.0  # seconds between two lists of models while they are read
 _CHUNK = 1 << 16
 _STARTS = {Verb.START, Verb.RESTART, Verb.SWITCH}
@@ -89,19 +90,19 @@ async def serve(profile: str, receive: int, send: int) -> None:
     with suppress(OSError, RuntimeError):
         os.chdir(Path.home())  # whose `.env` is meant
     outbox = Outbox(send)
-    hello = Hello(version=version("kitty_nb"), now=time.monotonic())
+    hello = Hello(version=version("kitty_nb"), now=time.monotonic(), boot=this_boot())
     try:
         hello = hello.model_copy(update={"places": Places.of_this_machine(profile)})
     except KittyError as error:
         hello = hello.model_copy(update={"problem": str(error)})
     outbox.put(line("hello", PROTOCOL, dump(hello, Hello)))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_write, outbox, tasks)
+        tasks.start_soon(_write, outbox)
         await _Session(outbox).run(_lines(receive))
         tasks.cancel_scope.cancel()
 
 
-async def _write(outbox: Outbox, tasks: TaskGroup) -> None:
+async def _write(outbox: Outbox) -> None:
     try:
         await outbox.run()
     except OSError:  # the connection has ended; reading notices that, too
@@ -139,7 +140,7 @@ class Outbox:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._waiting: dict[object, Event | bytes] = {}
+        self._waiting: dict[object, Event | bytes | Callable[[], bytes]] = {}
         self._count = self._lines_put = self._told = self._heard = 0
         self._wake, self._hurry, self._room = anyio.Event(), anyio.Event(), anyio.Event()
 
@@ -151,6 +152,11 @@ class Outbox:
         self._waiting[key or self._count] = ready
         self._wake.set()
         self._hurry.set()
+
+    def put_later(self, key: object, make: Callable[[], bytes]) -> None:
+        """Send a line that is made when there is room for it; once for all calls until then."""
+        self._waiting[key] = make
+        self._wake.set()
 
     def put_event(self, event: Event) -> None:
         """Send an event, with others that come soon unless it is important."""
@@ -169,7 +175,8 @@ class Outbox:
             case StateChanged(state):  # an answer must not come before the state that it is about
                 key = StateChanged, state.status, state.pid, self._lines_put
         if len(self._waiting) >= _NEWS:
-            del self._waiting[next(iter(self._waiting))]
+            events = (one for one, it in self._waiting.items() if isinstance(it, Event))
+            self._waiting.pop(next(events, None), None)
         self._waiting.pop(key, None)
         self._waiting[key] = event
         self._wake.set()
@@ -204,11 +211,10 @@ class Outbox:
     async def _send(self, content: bytes) -> None:
         left = memoryview(content)
         while left:
-            await anyio.wait_writable(self._descriptor)
             try:
                 left = left[os.write(self._descriptor, left[:_CHUNK]) :]
             except BlockingIOError:
-                continue
+                await anyio.wait_writable(self._descriptor)
 
 
 def is_last(event: Event) -> bool:
@@ -216,9 +222,11 @@ def is_last(event: Event) -> bool:
     return isinstance(event, ProgressMade) and event.progress.fraction == 1.0
 
 
-def _encoded(one: Event | bytes) -> bytes:
+def _encoded(one: Event | bytes | Callable[[], bytes]) -> bytes:
     if isinstance(one, bytes):
         return one
+    if not isinstance(one, Event):
+        return one()
     return line("event", type(one).__name__, dump(one, type(one)))
 
 
@@ -296,6 +304,7 @@ class _Session:
             now.log_lines,
             tuple(self._activities),
             model_stores(now.state.config),
+            last_failure(now.state.config) or "",
         )
 
     def _tell(self, event: Event) -> None:
@@ -370,6 +379,11 @@ class _Session:
         """Answer what is asked about models."""
         config, models = command.config or self._supervisor.state.config, command.models
         match command.verb:
+            case Verb.LOG if command.follow:
+                await self._follow(config.log_path, number, command.last)
+                return ()
+            case Verb.LOG:
+                return tuple(deque(log_lines(config.log_path), command.last or _LINES))
             case Verb.SCAN:
                 await self._scan(config, number)
                 return None
@@ -387,6 +401,21 @@ class _Session:
             self._outbox.put_event(Activity.now(message, Level.WARNING))
 
         return LoadHistory(config.history, warn)
+
+    async def _follow(self, path: Path, number: int, last: int | None) -> None:
+        """Send what is written to a log, until cancelled."""
+        unsent: deque[str] = deque(maxlen=_LINES)
+
+        def step() -> bytes:
+            lines = dump(tuple(unsent), ANSWERS[Verb.LOG])
+            unsent.clear()
+            return line("step", number, lines)
+
+        def show(words: str) -> None:
+            unsent.append(words)
+            self._outbox.put_later(("log", number), step)
+
+        await follow_log(path, show, last)
 
     async def _scan(self, config: ServerConfig, number: int) -> None:
         """Send the list of models, and again whenever it has changed, until cancelled."""

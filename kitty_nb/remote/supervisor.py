@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from contextlib import suppress
@@ -16,7 +17,7 @@ import anyio.lowlevel
 from pydantic import SecretStr
 
 from kitty_nb.catalog.memory import MemoryPreview
-from kitty_nb.errors import KittyError, OutOfReachError, ServerError, WaitTimeoutError
+from kitty_nb.errors import ConfigError, KittyError, OutOfReachError, ServerError, WaitTimeoutError
 from kitty_nb.remote.connection import FORWARDING_REFUSED, LOOPBACK, Connection, connect
 from kitty_nb.remote.models import RemoteCatalog, RemoteStats
 from kitty_nb.remote.protocol import (
@@ -46,6 +47,7 @@ from kitty_nb.supervisor.events import (
     Work,
     Working,
 )
+from kitty_nb.supervisor.registry import this_boot
 from kitty_nb.supervisor.requests import KEPT
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.supervisor import OnPreview, OnProgress
 
+_log = logging.getLogger(__name__)
 _LINES_KEPT = 2_000
 # Seconds.
 _ENTERED_WITHIN = 5.0
@@ -362,10 +365,15 @@ class RemoteSupervisor:
                     reason = await connection.why_ended()
             except OutOfReachError as error:
                 reason = str(error)
-            if self._connection:
-                lost_at = time.monotonic()
+            except (ValueError, KeyError, ConfigError):
+                _log.exception("A line of the other machine is not understood.")
+                reason = f"{self._host} speaks otherwise. Install the same kitty_nb on both."
+            worked = self._connection is not None
             self._now = anyio.Event()
             self._lose(reason)
+            if worked:  # another attempt at once: most often only the connection is gone
+                lost_at = time.monotonic()
+                continue
             pause = (time.monotonic() - lost_at) * _PAUSE_SHARE
             with anyio.move_on_after(min(max(pause, _FIRST_PAUSE), _LONGEST_PAUSE)):
                 await self._now.wait()
@@ -425,10 +433,14 @@ class RemoteSupervisor:
             call.answer = load(data, ANSWERS[call.verb]) if data is not None else None
             call.done.set()
         elif call.on_step:
-            call.on_step(load(data, ANSWERS[call.verb]))
+            step = load(data, ANSWERS[call.verb])
+            try:
+                call.on_step(step)
+            except Exception:  # noqa: BLE001 (whatever a user's callback raises)
+                _log.exception("A callback failed.")
 
     async def _opened(self, connection: Connection, found: Snapshot) -> None:
-        again, self.stores = bool(self.stores), found.stores
+        again, self.stores, pid = bool(self.stores), found.stores, self._state.pid
         self._lines = deque(found.lines, maxlen=_LINES_KEPT)
         self._requests = deque(found.requests, maxlen=KEPT)
         self.work = found.work
@@ -437,8 +449,13 @@ class RemoteSupervisor:
         state = await self._tunnelled(connection, found.state)
         self._connection = connection
         self._set(state)
+        if found.lines:
+            self._broadcast.publish(LogLines(found.lines))
         if again:
             self._notify(f"Reached {self._host} again.", Level.SUCCESS)
+            if pid and state.status.idle:
+                reason = f"The server on {self._host} ended meanwhile. {found.failure}"
+                self._notify(reason.rstrip(), Level.ERROR)
         else:
             for activity in found.activities:
                 self._broadcast.publish(activity)
@@ -469,7 +486,9 @@ class RemoteSupervisor:
         there = urlsplit(state.config.endpoint)
         way = there.hostname or LOOPBACK, state.config.port
         if state.pid is not None:
-            here = self._ports.get(way, state.config.port)
+            # On one machine, the tunnel must not take the port that the server is about to take.
+            same = connection.hello.boot == this_boot()
+            here = self._ports.get(way, 0 if same else state.config.port)
             self._ports[way] = await connection.forward(*way, here)
         return self._near(state)
 

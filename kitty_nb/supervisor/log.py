@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
+import anyio
+
+from kitty_nb.errors import KittyError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
+_POLL = 0.1  # seconds between reads of a log that is followed
 _BYTES_PER_READ = 1 << 18
 _LONGEST_LINE = 1 << 14
 _FARTHEST_BEHIND = 1 << 22
@@ -150,3 +157,70 @@ def _clock(microseconds: int) -> str:
 def _memory(row: dict[str, Any], unit: str) -> str:
     parts = ", ".join(f"{part} {row[part]}" for part in ("model", "context", "compute"))
     return f"memory on {row['name']} in {unit}: {parts}"
+
+
+def has_log(path: Path) -> bool:
+    """Tell whether there is a log.
+
+    Raises:
+        KittyError: It can't be read.
+    """
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise KittyError(
+            f"Can't read the log {path} ({error.strerror}). Check LLAMACPP_LOG_DIR and the"
+            " permissions of the file and its folder."
+        ) from None
+    return True
+
+
+def log_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a log, without the beginning of a very long one.
+
+    Raises:
+        KittyError: There is none, or it can't be read.
+    """
+    if not has_log(path):
+        raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
+    with LogTail(path) as log:
+        yield from _drain(log, to_end=True)
+
+
+async def follow_log(path: Path, show: Callable[[str], object], last: int | None = None) -> None:
+    """Show what is written to a log, and to the one that replaces it, until cancelled.
+
+    Args:
+        path: The log; it need not exist yet.
+        show: Called with each line.
+        last: How many of the existing lines to begin with; None for all.
+
+    Raises:
+        KittyError: The log can't be read.
+    """
+    while True:
+        if has_log(path):
+            with LogTail(path) as log:
+                number, replaced = _inode(path), False
+                while not replaced:
+                    replaced = _inode(path) != number  # asked first, so that no line is missed
+                    for line in deque(_drain(log, to_end=replaced), maxlen=last):
+                        show(line)
+                    last = None
+                    await anyio.sleep(_POLL)
+        await anyio.sleep(_POLL)
+
+
+def _drain(log: LogTail, *, to_end: bool) -> Iterator[str]:
+    while lines := log.read():
+        yield from map(readable, lines)
+    if to_end:
+        yield from map(readable, log.read(to_end=True))
+
+
+def _inode(path: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None

@@ -32,7 +32,8 @@ _SPAWNED_WITHIN = 60.0  # seconds; an announcement that is older has come to not
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
-def _boot() -> str:
+def this_boot() -> str:
+    """Return which run of this machine's system it is; empty where the system does not tell."""
     try:
         return _BOOT.read_text().strip()
     except OSError:
@@ -61,7 +62,7 @@ class ServerRecord(BaseModel):
 
     pid: int = 0
     create_time: float = 0.0
-    boot: str = Field(default_factory=_boot)
+    boot: str = Field(default_factory=this_boot)
     began: float
     ready: float | None = None
     load_seconds: float | None = None
@@ -123,7 +124,7 @@ def mark_of(record: ServerRecord) -> dict[str, str]:
 
 def _find_announced(record: ServerRecord) -> ServerRecord | None:
     """Complete the record of a server whose program was killed as it was spawned."""
-    process = find_marked(mark_of(record)[MARK]) if record.boot == _boot() else None
+    process = find_marked(mark_of(record)[MARK]) if record.boot == this_boot() else None
     if process:
         record = record.of(process)
         with suppress(OSError):
@@ -153,7 +154,9 @@ def record_of(pid: int, folder: Path) -> ServerRecord | None:
 
 def process_of(record: ServerRecord) -> ServerProcess | None:
     """Return the process that a record is about, if it still runs."""
-    return ServerProcess.attach(record.pid, record.create_time) if record.boot == _boot() else None
+    return (
+        ServerProcess.attach(record.pid, record.create_time) if record.boot == this_boot() else None
+    )
 
 
 def _read(path: Path) -> ServerRecord | None:

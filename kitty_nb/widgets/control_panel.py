@@ -394,8 +394,8 @@ class ControlPanel(VBox):
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
         self.served.show(state)
-        for part in self._for_files:
-            display.show_if(part, not elsewhere)
+        for part in self._for_files:  # a download fills this machine's folder
+            display.show_if(part, not (elsewhere or (self._config.ssh and part is self.download)))
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)

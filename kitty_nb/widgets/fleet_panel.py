@@ -181,8 +181,9 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
 
     Of those that wait for a port, the first in the list may have it, so nothing is said there.
     """
-    port = profile.served.port
-    takers = [one for one in profiles if one.served.port == port and not one.served.url]
+    port, machine = profile.served.port, profile.served.ssh
+    here = [one for one in profiles if one.served.ssh == machine and not one.served.url]
+    takers = [one for one in here if one.served.port == port]
     if profile not in takers:
         return "", False
     holder = next((p for p in takers if p is not profile and not p.state.status.idle), None)

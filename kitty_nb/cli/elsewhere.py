@@ -1,0 +1,112 @@
+"""Work of the verbs for a profile on another machine: asked there, over ssh."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from kitty_nb.errors import KittyError, OutOfReachError
+from kitty_nb.remote.connection import ENVIRONMENT, ssh_command
+from kitty_nb.remote.protocol import Verb
+from kitty_nb.remote.supervisor import RemoteSupervisor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from pydantic import SecretStr
+
+    from kitty_nb.catalog.model import Model
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import MemoryUse, ServerState
+
+
+@asynccontextmanager
+async def _reached(config: ServerConfig) -> AsyncIterator[RemoteSupervisor]:
+    """Connect, and leave the server as it is.
+
+    Raises:
+        OutOfReachError: The machine can't be reached.
+    """
+    supervisor = RemoteSupervisor(config)
+    supervisor.detach()
+    async with supervisor:
+        if not supervisor.reached:
+            raise OutOfReachError(supervisor.state.error)
+        yield supervisor
+
+
+async def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
+    """Read the state of a profile's server and its memory; OUT_OF_REACH where that fails."""
+    supervisor = RemoteSupervisor(config)
+    supervisor.detach()
+    async with supervisor:
+        state = replace(supervisor.state, address=None)  # this connection's
+        return state, await supervisor.memory_use()
+
+
+async def read_key(config: ServerConfig) -> tuple[ServerState, SecretStr | None]:
+    """Return the state of a profile's server, and its API key."""
+    async with _reached(config) as supervisor:
+        return supervisor.state, supervisor.api_key
+
+
+async def show_log(
+    config: ServerConfig, show: Callable[[str], object], last: int | None, follow: bool
+) -> None:
+    """Show the log of a profile's server; with `follow`, until cancelled."""
+
+    def step(lines: tuple[str, ...]) -> None:
+        for line in lines:
+            show(line)
+
+    async with _reached(config) as supervisor:
+        asked = {"follow": follow, "last": last, "config": config}
+        step(await supervisor.call(Verb.LOG, step, within=None, **asked))
+
+
+async def list_models(config: ServerConfig) -> tuple[list[Model], ServerConfig]:
+    """List the models of the other machine; return the settings as that machine has them, too."""
+    async with _reached(config) as supervisor:
+        config = supervisor.settled(config)
+        async with aclosing(supervisor.catalog(config).watch(on_step=lambda _: None)) as lists:
+            return await anext(lists), config
+
+
+def install(config: ServerConfig, source: str) -> None:
+    """Install kitty_nb on the other machine, into an environment of its own; pip says how it goes.
+
+    Args:
+        config: The settings that name the machine.
+        source: A wheel of this machine, which is sent; or what pip there installs. Either may end
+            in extras, such as `[embedded]`.
+
+    Raises:
+        KittyError: It failed.
+    """
+    name, extras, rest = source.partition("[")
+    wheel = Path(name)
+    sent = wheel.read_bytes() if wheel.suffix == ".whl" and wheel.is_file() else b""
+    script = f'set -e; d="$HOME/{ENVIRONMENT}"; python3 -m venv "$d"; '
+    what = shlex.quote(source)
+    if sent:
+        script += f'cat > "$d"/{shlex.quote(wheel.name)}; '
+        what = f'"$d"/{shlex.quote(wheel.name + extras + rest)}'
+    script += f'"$d/bin/pip" install --upgrade --disable-pip-version-check {what}'
+    command = ssh_command(config, f"exec sh -c {shlex.quote(script)}", None)
+    if subprocess.run(command, input=sent, check=False).returncode:
+        raise KittyError(
+            f"{config.ssh} did not install {source}: see above. It needs Python 3.11 or later, with"
+            " venv."
+        )
+
+
+def tunnel_command(config: ServerConfig) -> str:
+    """Return the command that brings the port of a server on another machine here."""
+    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
+    there = urlsplit(config.endpoint).netloc
+    return shlex.join(("ssh", *own, "-N", "-L", f"{config.port}:{there}", config.ssh or ""))
