@@ -205,9 +205,12 @@ def test_a_machine_that_is_gone_is_a_sentence_and_found_when_it_is_back(
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_meanwhile_is_told(remote: ServerConfig, there: SshMachine) -> None:
+def test_a_server_that_ends_meanwhile_is_told(remote: ServerConfig, tmp_path: Path) -> None:
     heard: list[Event] = []
-    with ModelManager(config=remote) as manager:
+    with (
+        ssh_machine(tmp_path / "other") as there,
+        ModelManager(config=remote.replace(ssh_config=there.client)) as manager,
+    ):
         pid = manager.start().wait(60).pid
         assert pid
         manager.subscribe(heard.append)

@@ -292,7 +292,7 @@ def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
         code: ssh's exit code; None while it runs.
         said: The last lines that it said.
     """
-    last = next((words for words in reversed(said) if words.strip()), "")
+    last = next((words for words in reversed(said) if re.search("[a-z]", words)), "")
     if code == _NOT_FOUND:
         return _MISSING.format(host=host)
     for pattern, sentence in _EXPLAINED:
