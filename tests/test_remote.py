@@ -31,7 +31,7 @@ from kitty_nb.errors import (
     WillNotFitError,
 )
 from kitty_nb.remote.connection import explain
-from kitty_nb.remote.protocol import WINDOW, parse
+from kitty_nb.remote.protocol import ANSWERS, EVENTS, WINDOW, dump, load, parse
 from kitty_nb.remote.serve import Outbox
 from kitty_nb.supervisor.events import (
     Activity,
@@ -39,8 +39,11 @@ from kitty_nb.supervisor.events import (
     LoadProgress,
     LogLines,
     ProgressMade,
+    ServerState,
     Stage,
+    StateChanged,
 )
+from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.registry import find_server
 
 READY, STOPPED, LOST = ServerStatus.READY, ServerStatus.STOPPED, ServerStatus.OUT_OF_REACH
@@ -471,6 +474,14 @@ def test_a_machine_that_freezes_is_given_up_and_found_again(
         eventually(lambda: manager.state.status is READY)
         assert manager.state.pid == pid
         manager.stop().wait(60)
+
+
+def test_a_state_and_every_event_can_be_sent(config: ServerConfig) -> None:
+    state = ServerState(READY, config, 5, external=PortOwner(1, 2, "llama-server"))
+    assert load(dump(StateChanged(state), StateChanged), StateChanged).state == state
+    for kind in (*EVENTS.values(), *ANSWERS.values()):
+        with pytest.raises(ValueError, match="validation error"):
+            load(object(), kind)
 
 
 def test_on_a_slow_line_newer_facts_take_the_place_of_older_ones() -> None:
