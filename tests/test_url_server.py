@@ -226,7 +226,7 @@ def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: 
         assert url in panel.status_line.value
         eventually(lambda: panel.served.value == "llama3.2:latest")
         hidden = panel.picker, panel.memory, panel.buttons.start, panel.buttons.stop
-        assert {one.layout.display for one in hidden} == {"none"}
+        eventually(lambda: {one.layout.display for one in hidden} == {"none"})
         panel.served.value = "qwen3:8b"
         eventually(lambda: panel.manager.state.alias == "qwen3:8b")
         panel.ask.ask("Why?")
