@@ -232,7 +232,7 @@ class TrialRunner:
         for _ in range(self.busy_repeats if self._slots == 1 else 0):
             if not row.busy:
                 break
-            _log.warning(
+            _log.info(  # the row says so, too
                 "Other processes used %.0f %% of the processors during %s. Repeating the trial.",
                 others(row) * 100,
                 trial.label,
