@@ -91,6 +91,7 @@ def test_a_trial_on_a_busy_machine_is_measured_again_a_few_times(
 
         yield execute
 
+    caplog.set_level("INFO", "kitty_nb.experiments")
     events: list[object] = []
     store = tmp_path / "sweep.journal"
     with Sweep(config=config, store=store, repeats=1, busy_repeats=repeats) as one:
