@@ -23,6 +23,7 @@ from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ProgressMade, StateChanged
 from kitty_nb.supervisor.registry import find_server
+from tests.ssh_machine import SshMachine, ssh_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import Event
 
 _TESTS = Path(__file__).parents[1] / "tests"
-sys.path.append(str(_TESTS))
-
-from ssh_machine import SshMachine, ssh_machine  # noqa: E402
-
 _RUNS, _BARS, _REQUESTS, _CUTS = 15, 5, 100, 50
 _HANG = 10.0  # seconds
 
