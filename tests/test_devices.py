@@ -227,7 +227,7 @@ def test_a_server_says_which_devices_it_uses(
         (row,) = fleet_rows([Profile(config, manager.state, memory=manager.memory_use().wait(5))])
         assert row["memory"].endswith(" + RPC0, RPC1")
         # Another program has it from the record.
-        eventually(lambda: read_status(manager.state.config).devices == names)
+        eventually(lambda: read_status(manager.state.config)[0].devices == names)
         with ModelManager(env) as other:
             assert other.state.devices == names
             assert names[0] in other.state.sentence

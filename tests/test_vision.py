@@ -148,7 +148,7 @@ def test_a_run_s_record_names_the_projector_and_is_repeated_with_it(
 ) -> None:
     with ModelManager(config=seeing) as manager:
         manager.start().wait(60)
-        found = read_status(seeing.replace(mmproj="off"))  # the server's record tells
+        found, _ = read_status(seeing.replace(mmproj="off"))  # the server's record tells
         assert found.projector == seeing.projector
         record = record_run(manager, "Well?", max_tokens=4).wait(60)
     assert [one.name for one in record.model.companions] == ["mmproj-F16.gguf"]

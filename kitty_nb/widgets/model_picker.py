@@ -211,11 +211,10 @@ class ModelPicker(VBox):
         finished = step.done == step.total
         self.scan_line.write("" if finished else _scanned(step))
         if finished or time.monotonic() >= self._list_due:
-            models = [*self._beside(catalog, step, finished), *step.models]
             with self.dropdown.turn:
                 if catalog is not self._catalog:  # another search has begun meanwhile
                     return
-                self._list(models, finished)
+                self._list([*self._beside(catalog, step, finished), *step.models], finished)
             self._list_due = time.monotonic() + _LIST_EVERY
         if finished:
             self._complete.set()
