@@ -67,7 +67,7 @@ async def _compare(config: ServerConfig, guidellm: Path, rate: float | None, fol
             ask: dict[str, Any] = {"prompts": _PROMPT, "max_tokens": _TOKENS}
             ask |= {"concurrency": 1, "requests": 5}
             if rate:
-                ask |= {"concurrency": (), "rate": rate, "arrivals": "constant", "requests": 60}
+                ask |= {"concurrency": (), "rate": rate, "arrivals": "constant", "requests": 10}
             while True:
                 test = load_test(access=access, **ask)
                 try:
