@@ -80,6 +80,7 @@ def _seconds(client: Client, config: ServerConfig, answer: int, repeats: int) ->
         prompts=_PROMPTS,
         max_tokens=answer,
         repeats=repeats,
+        busy_repeats=0,  # one worker alone would measure trials again, two wouldn't
         store=config.log_dir / f"{time.monotonic_ns()}.journal",
     ) as sweep:
         began = time.perf_counter()
