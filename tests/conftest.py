@@ -376,6 +376,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = config.getoption("shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)
+        # One engine after the other: a module's server is started once for each.
+        items.sort(key=lambda item: "[native" in item.name)
     for item in items:
         names = set(getattr(item, "fixturenames", ()))
         if "real_model" in names:

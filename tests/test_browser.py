@@ -341,6 +341,7 @@ def test_the_control_notebook_starts_a_model_and_stops_it(
     assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.slow
 def test_the_panel_answers_and_its_chat_outlives_the_page_but_not_the_notebook(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:

@@ -98,7 +98,7 @@ def test_what_left_as_presets_or_for_llama_swap_comes_back(
     folder = tmp_path / "my models"
     models = [write_demo_model(folder / "two words.gguf"), folder / "demo.gguf"]
     shutil.copy(demo_model, models[1])
-    for seed in range(60):
+    for seed in range(20):
         configs = [
             some_settings(2 * seed + number, model, profile)
             for number, (model, profile) in enumerate(zip(models, ("primary", "mine"), strict=True))

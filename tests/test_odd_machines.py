@@ -148,6 +148,7 @@ def test_a_full_disk_for_logs_is_named(
     assert "the program" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_locale_without_the_letters_of_a_name_is_meant(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "models").mkdir()
     shutil.copy(demo_model, tmp_path / "models" / "caf\u00e9.gguf")

@@ -42,6 +42,7 @@ def test_the_catalog_reads_its_header(real_model: Path) -> None:
     assert model.context_length == 32768
 
 
+@pytest.mark.slow
 def test_a_prompt_that_it_reads_is_followed(real_config: ServerConfig) -> None:
     told: list[float] = []
 

@@ -56,6 +56,7 @@ def compared(record: RunRecord, *engines: Path, config: ServerConfig, **more: ob
     return regress([record], engines, config=config, **shape).wait(WAIT)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_slower_build_is_told(config: ServerConfig, record: RunRecord, build: Build) -> None:
     found = compared(record, build("slow", *SLOW), config=config)
     (slow,) = found.builds
