@@ -8,7 +8,6 @@ beside whatever else runs, and is certain to end its server.
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 import time
 from concurrent.futures import Future
@@ -37,6 +36,7 @@ from kitty_nb.errors import (
     ServerError,
     ServerFailedError,
 )
+from kitty_nb.ports import LOOPBACK, free_port
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
@@ -76,7 +76,6 @@ __all__ = [
     "this_host",
 ]
 
-_HOST = "127.0.0.1"
 _DEATH_WITHIN = 5.0  # seconds until the supervisor has noticed that a silent server has ended
 _SAME_MOMENT = 2.0  # seconds from a server's becoming ready to its row in the history
 _CLOCKS_APART = 0.05  # seconds; the one clock is read a moment after the other
@@ -180,8 +179,8 @@ async def isolated_server(
     with TemporaryDirectory(prefix="kitty_nb-", ignore_cleanup_errors=True) as temporary:
         own = config.replace(
             url=None,
-            host=_HOST,
-            port=_free_port(),
+            host=LOOPBACK,
+            port=free_port(),
             api_key=None,
             log_dir=folder or Path(temporary),
             on_kernel_exit=OnKernelExit.STOP,
@@ -195,7 +194,7 @@ async def isolated_server(
                 try:
                     await supervisor.start(own, anyway=anyway)
                 except PortBusyError:  # another program was faster
-                    await supervisor.start(own.replace(port=_free_port()), anyway=anyway)
+                    await supervisor.start(own.replace(port=free_port()), anyway=anyway)
                 yield IsolatedServer(supervisor, stages)
             except httpx.HTTPError as error:
                 raise ServerError(await _why_silent(supervisor, error)) from error
@@ -271,12 +270,6 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
     future = portal.start_task_soon(whole)
     waits.wait()
     return thread, future
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind((_HOST, 0))
-        return int(trial.getsockname()[1])
 
 
 async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:

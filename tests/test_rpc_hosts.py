@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import psutil
 import pytest
@@ -16,8 +18,10 @@ from conftest import MARK, eventually, marked, unused_port
 from ssh_machine import SshMachine, find_sshd, ssh_machine
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.engine import rpc
 from kitty_nb.engine.rpc import with_workers
 from kitty_nb.errors import ConfigError, ServerFailedError
+from kitty_nb.ports import LOOPBACK
 from kitty_nb.supervisor.events import Activity, Event
 
 # Listens where it is told, and answers nothing, as long as it lives.
@@ -124,6 +128,18 @@ def test_a_worker_that_does_not_start_is_named(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.search(f"^kitty_nb: {said}", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_whoever_takes_the_port_first_gets_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the choice of a port and ssh's listening there, another user may take it."""
+    monkeypatch.setattr(rpc, "_ANSWERS_WITHIN", 0.5)
+    with socket.create_server((LOOPBACK, 0)) as stranger:
+        port = stranger.getsockname()[1]
+        with subprocess.Popen(["sleep", "60"]) as ssh:
+            asked = "there", ssh.pid, port, SimpleQueue[str](), os.getppid()
+            assert "no answer" in str(rpc._why_silent(*asked))
+            ssh.kill()
+        assert rpc._why_silent("there", os.getpid(), port, SimpleQueue(), os.getppid()) is None
 
 
 def test_wrong_machines_are_refused(config: ServerConfig) -> None:

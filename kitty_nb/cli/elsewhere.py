@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import anyio
+
 from kitty_nb.errors import KittyError, OutOfReachError
-from kitty_nb.remote.connection import ENVIRONMENT, ssh_command
+from kitty_nb.ports import LOOPBACK
+from kitty_nb.remote.connection import ENVIRONMENT, PLAIN
 from kitty_nb.remote.protocol import Verb
 from kitty_nb.remote.supervisor import RemoteSupervisor
+from kitty_nb.ssh import ssh_command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from pydantic import SecretStr
 
+    from kitty_nb.catalog.catalog import ScanStep
     from kitty_nb.catalog.model import Model
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import MemoryUse, ServerState
@@ -71,10 +76,18 @@ async def show_log(
 
 async def list_models(config: ServerConfig) -> tuple[list[Model], ServerConfig]:
     """List the models of the other machine; return the settings as that machine has them, too."""
+    models: list[Model] = []
     async with _reached(config) as supervisor:
         config = supervisor.settled(config)
-        async with aclosing(supervisor.catalog(config).watch(on_step=lambda _: None)) as lists:
-            return await anext(lists), config
+        with anyio.CancelScope() as scope:
+
+            def step(found: ScanStep) -> None:
+                models[:] = found.models
+                if found.done == found.total:
+                    scope.cancel()
+
+            await supervisor.call(Verb.SCAN, step, within=None, config=config)
+    return models, config
 
 
 def install(config: ServerConfig, source: str) -> None:
@@ -97,7 +110,8 @@ def install(config: ServerConfig, source: str) -> None:
         script += f'cat > "$d"/{shlex.quote(wheel.name)}; '
         what = f'"$d"/{shlex.quote(wheel.name + extras + rest)}'
     script += f'"$d/bin/pip" install --upgrade --disable-pip-version-check {what}'
-    command = ssh_command(config, f"exec sh -c {shlex.quote(script)}", None)
+    remote = f"exec sh -c {shlex.quote(script)}"
+    command = ssh_command(config.ssh or "", remote, config.ssh_config, *PLAIN, "-S", "none")
     if subprocess.run(command, input=sent, check=False).returncode:
         raise KittyError(
             f"{config.ssh} did not install {source}: see above. It needs Python 3.11 or later, with"
@@ -108,5 +122,5 @@ def install(config: ServerConfig, source: str) -> None:
 def tunnel_command(config: ServerConfig) -> str:
     """Return the command that brings the port of a server on another machine here."""
     own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
-    there = urlsplit(config.endpoint).netloc
-    return shlex.join(("ssh", *own, "-N", "-L", f"{config.port}:{there}", config.ssh or ""))
+    tunnel = f"{LOOPBACK}:{config.port}:{urlsplit(config.endpoint).netloc}"
+    return shlex.join(("ssh", *own, "-N", "-L", tunnel, config.ssh or ""))

@@ -23,30 +23,21 @@ from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
+
+from kitty_nb.ports import LOOPBACK, free_port
+from kitty_nb.ssh import ssh_command
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kitty_nb.config import ServerConfig
 
 _PORT = 50052  # ggml-rpc-server's own default
-_LOOPBACK = "127.0.0.1"
 # Seconds.
 _ANSWERS_WITHIN = 30.0
 _LOOK_EVERY = 0.2
 _REFUSED_WITHIN = 0.2  # until ssh has closed a connection that leads nowhere
-_OPTIONS = (
-    "BatchMode=yes",
-    "StrictHostKeyChecking=yes",
-    "ConnectTimeout=8",
-    "ServerAliveInterval=2",
-    "ServerAliveCountMax=3",
-    "ExitOnForwardFailure=yes",
-    "ControlMaster=no",
-    "ControlPath=none",
-    "ForwardAgent=no",
-    "ForwardX11=no",
-    "RemoteCommand=none",
-)
 _WITHOUT_KEY = ("env", "-u", "LLAMA_API_KEY")
 _ON_PATH = """\
 if p=$(command -v ggml-rpc-server || command -v rpc-server)
@@ -74,14 +65,13 @@ class Worker(NamedTuple):
     def ssh(self, here: int) -> tuple[str, ...]:
         """Return the command that starts it, with a tunnel to it from a port here."""
         host, _, port = self.name.partition(":")
-        where = f"--host {_LOOPBACK} --port {port or _PORT}"
+        where = f"--host {LOOPBACK} --port {port or _PORT}"
         script = f"{self.command} {where}" if self.command else _ON_PATH.format(where=where)
-        own = ("-F", self.ssh_config) if self.ssh_config else ()
-        tunnel = ("-L", f"{_LOOPBACK}:{here}:{_LOOPBACK}:{port or _PORT}")
-        options = [word for option in _OPTIONS for word in ("-o", option)]
         remote = shlex.join(("exec", "sh", "-c", f'{script}\necho "{_END}"'))
         # With a terminal, so that the worker is hung up on when the connection ends.
-        return (*_WITHOUT_KEY, "ssh", *own, "-tt", *options, *tunnel, "--", host, remote)
+        alone = "-tt", "-S", "none", "-oExitOnForwardFailure=yes"
+        tunnel = "-L", f"{LOOPBACK}:{here}:{LOOPBACK}:{port or _PORT}"
+        return (*_WITHOUT_KEY, *ssh_command(host, remote, self.ssh_config, *alone, *tunnel))
 
 
 def with_workers(config: ServerConfig, command: tuple[str, ...]) -> tuple[str, ...]:
@@ -104,7 +94,7 @@ def by_host(text: str) -> str:
 def main(words: Sequence[str]) -> None:
     """Start the workers, and become the command, with their addresses."""
     workers = [Worker(*fields) for fields in json.loads(words[0])]
-    ports = [_free_port() for _ in workers]
+    ports = [free_port() for _ in workers]
     server, (ready, tell) = os.getpid(), os.pipe()
     if os.fork() == 0:
         os.close(ready)
@@ -114,7 +104,7 @@ def main(words: Sequence[str]) -> None:
     if not os.read(ready, 1):
         sys.exit(1)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps that
-    addresses = ",".join(f"{_LOOPBACK}:{port}" for port in ports)
+    addresses = ",".join(f"{LOOPBACK}:{port}" for port in ports)
     program, *arguments = words[1:]
     os.execvp(program, (program, "--rpc", addresses, *arguments))  # noqa: S606 (no shell)
 
@@ -125,17 +115,12 @@ def _attend(workers: Sequence[Worker], ports: Sequence[int], server: int, tell: 
     programs = []
     try:
         for worker, port in zip(workers, ports, strict=True):
-            program = Popen(
-                worker.ssh(port),
-                stdin=DEVNULL,
-                stdout=PIPE,
-                stderr=STDOUT,
-            )
+            program = Popen(worker.ssh(port), stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
             programs.append(program)
             Thread(target=_relay, args=(worker.name, program, ended), daemon=True).start()
-            _say(f"RPC worker {worker.name} is at {_LOOPBACK}:{port}")
-        for worker, port in zip(workers, ports, strict=True):
-            if problem := _why_silent(worker, port, ended, server):
+            _say(f"RPC worker {worker.name} is at {LOOPBACK}:{port}")
+        for worker, port, program in zip(workers, ports, programs, strict=True):
+            if problem := _why_silent(worker.name, program.pid, port, ended, server):
                 return _say(problem)
         os.write(tell, b"1")
         while os.getppid() == server:
@@ -161,21 +146,29 @@ def _relay(host: str, program: Popen[bytes], ended: SimpleQueue[str]) -> None:
     ended.put(f"{host} ended: {said}")
 
 
-def _why_silent(worker: Worker, port: int, ended: SimpleQueue[str], server: int) -> str | None:
+def _why_silent(name: str, ssh: int, port: int, ended: SimpleQueue[str], server: int) -> str | None:
     """Wait until a worker answers; say why it doesn't."""
     deadline = time.monotonic() + _ANSWERS_WITHIN
     while os.getppid() == server and time.monotonic() < deadline:
-        answers = _answers(port)
+        answers = _listens(ssh, port) and _answers(port)
         if how := _next(ended, 0.0 if answers else _LOOK_EVERY):
             return f"RPC worker {how}"
         if answers:
             return None
-    return f"RPC worker {worker.name} ended: no answer in {_ANSWERS_WITHIN:.0f} s"
+    return f"RPC worker {name} ended: no answer in {_ANSWERS_WITHIN:.0f} s"
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Tell whether it is this process that listens: whoever is faster would get the model."""
+    with suppress(psutil.Error):
+        found = psutil.Process(pid).net_connections("tcp")
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in found)
+    return False
 
 
 def _answers(port: int) -> bool:
     """Tell whether a tunnel leads to a worker: ssh closes a connection that leads nowhere."""
-    with suppress(OSError), socket.create_connection((_LOOPBACK, port), _REFUSED_WITHIN) as one:
+    with suppress(OSError), socket.create_connection((LOOPBACK, port), _REFUSED_WITHIN) as one:
         one.settimeout(_REFUSED_WITHIN)
         try:
             return bool(one.recv(1))
@@ -193,12 +186,6 @@ def _next(ended: SimpleQueue[str], seconds: float) -> str | None:
 
 def _say(sentence: str) -> None:
     print(f"kitty_nb: {sentence}", flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind((_LOOPBACK, 0))
-        return int(trial.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
 from collections import deque
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
@@ -17,7 +16,9 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from kitty_nb.errors import OutOfReachError, first_of, printable
+from kitty_nb.ports import LOOPBACK, free_port
 from kitty_nb.remote.protocol import LONGEST, PROTOCOL, SILENT_FOR, Hello, load, parse
+from kitty_nb.ssh import ssh_command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
 
-LOOPBACK = "127.0.0.1"
 # Seconds.
-_CONNECT_WITHIN = 8
 _HELLO_WITHIN = 30.0  # with connecting; Python begins there, maybe on a slow disk
 _FORWARD_WITHIN = 5.0
 _ENDS_WITHIN = 2.0
@@ -37,23 +36,8 @@ _GREETINGS = 1 << 16  # bytes that a shell's start files may print before
 ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` makes it
 _KNOWN = ("$HOME/.local/bin/kitty-nb", f"$HOME/{ENVIRONMENT}/bin/kitty-nb")
 _NOT_FOUND = 127
-_OPTIONS = {
-    # Nobody is there to type, and nothing is believed that nobody has checked.
-    "BatchMode": "yes",
-    "StrictHostKeyChecking": "yes",
-    "ConnectTimeout": _CONNECT_WITHIN,
-    # A line that is dead is noticed, also while nobody asks anything.
-    "ServerAliveInterval": 2,
-    "ServerAliveCountMax": 3,
-    # Of this connection alone, whatever the user's configuration says of others.
-    "ControlPersist": "no",
-    "ClearAllForwardings": "yes",
-    "ForwardAgent": "no",
-    "ForwardX11": "no",
-    "PermitLocalCommand": "no",
-    "RemoteCommand": "none",
-    "RequestTTY": "no",
-}
+_SSH_FAILED = 255
+PLAIN = ("-T", "-oClearAllForwardings=yes")  # no terminal, and none of the user's tunnels
 
 
 class Connection:
@@ -80,8 +64,11 @@ class Connection:
         Raises:
             OutOfReachError: There is none, or it is of another version.
         """
-        skipped = 0
-        while skipped < _GREETINGS and (text := await self._read(_HELLO_WITHIN)) is not None:
+        skipped, deadline = 0, anyio.current_time() + _HELLO_WITHIN
+        while skipped < _GREETINGS:
+            text = await self._read(deadline - anyio.current_time(), _GREETINGS)
+            if text is None:
+                break
             with suppress(ValueError):
                 kind, protocol, data = parse(text)
                 if kind == "hello" and protocol != PROTOCOL:
@@ -94,16 +81,21 @@ class Connection:
 
     async def line(self) -> tuple[str, Any, Any] | None:
         """Return what the other machine says next; None once it has ended, or fallen silent."""
-        text = await self._read(SILENT_FOR)
+        text = await self._read(SILENT_FOR, LONGEST)
         return None if text is None else parse(text)
 
-    async def _read(self, silent_for: float) -> bytes | None:
-        with anyio.move_on_after(silent_for):
+    async def _read(self, within: float, longest: int) -> bytes | None:
+        with anyio.move_on_after(within):
             try:
-                return await self._receive.receive_until(b"\n", LONGEST)
-            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError):
+                return await self._receive.receive_until(b"\n", longest)
+            except (
+                anyio.IncompleteRead,
+                anyio.EndOfStream,
+                anyio.ClosedResourceError,
+                anyio.DelimiterNotFound,
+            ):
                 return None
-        self._said.append(f"{self._host} has not answered for {silent_for:.0f} s.")
+        self._said.append(f"{self._host} did not answer in time.")
         return None
 
     async def send(self, text: bytes) -> None:
@@ -135,9 +127,9 @@ class Connection:
         """
         if found := self._tunnels.get((host, port)):
             return found
-        said = ""
-        for here in (preferred or _free_port(), _free_port(), _free_port()):
-            where = f"{LOOPBACK}:{here}:{host}:{port}"
+        said, there = "", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        for here in (preferred or free_port(), free_port(), free_port()):
+            where = f"{LOOPBACK}:{here}:{there}"
             command = ("ssh", "-F", "none", "-S", str(self._socket), "-O", "forward", "-L", where)
             with anyio.move_on_after(_FORWARD_WITHIN):
                 done = await anyio.run_process((*command, "--", "other"), check=False)
@@ -147,15 +139,18 @@ class Connection:
                 said = done.stderr.decode(errors="replace").strip()
         if self._process.returncode is not None:
             raise OutOfReachError(f"The connection to {self._host} ended.")
-        raise OutOfReachError(f"ssh forwards no port to {self._host}: {said or 'no answer'}.")
+        raise OutOfReachError(f"ssh can't forward a port to {self._host}: {said or 'no answer'}.")
 
     async def listen(self, on_line: Callable[[str], object]) -> None:
         """Read what ssh itself says, until it ends."""
         assert self._process.stderr  # noqa: S101 (it was asked for)
         said = BufferedByteReceiveStream(self._process.stderr)
-        with suppress(anyio.IncompleteRead, anyio.ClosedResourceError, anyio.DelimiterNotFound):
+        with suppress(anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError):
             while True:
-                text = await said.receive_until(b"\n", _GREETINGS)
+                try:
+                    text = await said.receive_until(b"\n", _GREETINGS)
+                except anyio.DelimiterNotFound:  # read on: a pipe that is full stops ssh
+                    text = await said.receive(_GREETINGS)
                 words = printable(text.decode(errors="replace").rstrip("\r"))
                 self._said.append(words)
                 on_line(words)
@@ -195,7 +190,8 @@ async def connect(
     """
     assert config.ssh  # noqa: S101 (whoever calls this has looked)
     with TemporaryDirectory(prefix="kitty_nb-") as folder:
-        command = ssh_command(config, _serve(config), Path(folder) / "ssh")
+        control = "-M", "-S", f"{folder}/ssh"
+        command = ssh_command(config.ssh, _serve(config), config.ssh_config, *PLAIN, *control)
         try:
             process = await anyio.open_process(
                 command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
@@ -216,20 +212,6 @@ async def connect(
             await connection.aclose()
 
 
-def ssh_command(config: ServerConfig, remote: str, socket_path: Path | None) -> tuple[str, ...]:
-    """Return the command that runs another on the machine of a profile.
-
-    Args:
-        config: The profile's settings.
-        remote: What the shell there runs.
-        socket_path: Where the connection takes orders; None for one that takes none.
-    """
-    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
-    options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
-    shared = ("-M", "-S", str(socket_path)) if socket_path else ("-S", "none")
-    return ("ssh", *own, "-T", *shared, *options, "--", str(config.ssh), remote)
-
-
 def _serve(config: ServerConfig) -> str:
     """Return what the other machine's shell runs, whichever shell that is."""
     words = f"serve --stdio --profile {config.profile}"
@@ -248,17 +230,12 @@ def _quoted(path: str) -> str:
     return home + shlex.quote(path[len(home) :]) if path.startswith(home) else shlex.quote(path)
 
 
-def _free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind((LOOPBACK, 0))
-        return int(trial.getsockname()[1])
-
-
+# What ssh itself says.
 _EXPLAINED = (
     (
         r"Host key verification failed|No .* host key is known",
-        "This machine does not know the host key of {host}, or another one than it shows. Run"
-        " `ssh {host}` once and compare the fingerprint.",
+        "The host key of {host} is unknown, or has changed. Run `ssh {host}` once and compare the"
+        " fingerprint.",
     ),
     (
         r"Permission denied",
@@ -268,15 +245,15 @@ _EXPLAINED = (
     (r"Could not resolve hostname", "There is no host {host}. Check LLAMACPP_SSH."),
     (r"Connection refused", "{host} refuses the connection. Check that sshd runs there."),
     (
-        r"timed out|No route to host|Network is unreachable",
+        r"timed out|not responding|No route to host|Network is unreachable",
         "{host} does not answer. Check that it runs, and the network.",
     ),
-    (r"No such command 'serve'|No such option", "{host} has an older kitty_nb. Update it there."),
     (
         r"Bad configuration option|Bad owner or permissions|Can't open user config file",
         "ssh can't use its configuration: {said}",
     ),
 )
+_OF_TUNNELS = re.compile(r"channel [1-9]")  # which a server that has ended leaves without an end
 FORWARDING_REFUSED = re.compile(r"open failed: administratively prohibited")
 _MISSING = (
     "{host} has no kitty-nb on its PATH. Install kitty_nb there (kitty-nb install-remote), or set"
@@ -295,8 +272,11 @@ def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
     last = next((words for words in reversed(said) if re.search("[a-z]", words)), "")
     if code == _NOT_FOUND:
         return _MISSING.format(host=host)
-    for pattern, sentence in _EXPLAINED:
-        if found := next((words for words in said if re.search(pattern, words)), None):
+    if re.search("No such command 'serve'|No such option", last):
+        return f"{host} has an older kitty_nb. Update it there."
+    by_ssh = [words for words in said if not _OF_TUNNELS.match(words)]
+    for pattern, sentence in _EXPLAINED if code == _SSH_FAILED else ():
+        if found := next((words for words in by_ssh if re.search(pattern, words)), None):
             return sentence.format(host=host, said=found)
     return f"The connection to {host} ended{f': {last}' if last else ''}."
 
