@@ -197,6 +197,20 @@ def not_encodable(error: UnicodeEncodeError) -> RefusedError:
     )
 
 
+def another_machine(wanted: str | None, own: str | None) -> ServerFailedError:
+    """Return the refusal of settings for another machine than that of a manager's servers.
+
+    Args:
+        wanted: The machine in the settings; None for this one.
+        own: The manager's; None for this one.
+    """
+    here = "this machine"
+    return ServerFailedError(
+        f"These settings are for {wanted or here}, but this manager's servers run on {own or here}."
+        " Close the manager, or restart the kernel, to change that."
+    )
+
+
 def first_of(error: Exception) -> Exception:
     """Return the first of the errors that a task group raised."""
     return first_of(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error

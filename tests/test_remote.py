@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -28,10 +29,21 @@ from kitty_nb.errors import (
     OutOfReachError,
     PortBusyError,
     ServerCrashedError,
+    ServerFailedError,
     WillNotFitError,
 )
 from kitty_nb.remote.connection import explain
-from kitty_nb.remote.protocol import ANSWERS, EVENTS, WINDOW, dump, load, parse
+from kitty_nb.remote.protocol import (
+    ANSWERS,
+    EVENTS,
+    WINDOW,
+    Command,
+    Verb,
+    dump,
+    line,
+    load,
+    parse,
+)
 from kitty_nb.remote.serve import Outbox
 from kitty_nb.supervisor.events import (
     Activity,
@@ -226,7 +238,7 @@ def test_a_server_that_ends_meanwhile_is_told(remote: ServerConfig, tmp_path: Pa
             there.start()
         eventually(lambda: manager.state.status is STOPPED)
         told = [event.message for event in heard if isinstance(event, Activity)]
-        assert any("ended meanwhile" in message for message in told)
+        assert any("exited meanwhile" in message for message in told)
 
 
 @pytest.mark.slow
@@ -277,8 +289,6 @@ def test_errors_are_those_of_a_server_here(
 
 @pytest.mark.slow
 def test_a_busy_port_there_offers_another(remote: ServerConfig) -> None:
-    import socket  # noqa: PLC0415
-
     with socket.socket() as other, ModelManager(config=remote) as manager:
         other.bind(("127.0.0.1", remote.port))
         other.listen()
@@ -306,7 +316,10 @@ def test_the_command_line_works_on_the_other_machine(remote: ServerConfig, tmp_p
     assert "demo.gguf" in kitty("scan")
     told = kitty("start")
     assert f"READY: demo at {remote.endpoint} on there (PID" in told
-    assert f"ssh -F {remote.ssh_config} -N -L {remote.port}:127.0.0.1:{remote.port} there" in told
+    assert (
+        f"ssh -F {remote.ssh_config} -N -L 127.0.0.1:{remote.port}:127.0.0.1:{remote.port} there"
+        in told
+    )
     record = find_server(remote)
     assert record
     assert record.api_key
@@ -395,9 +408,81 @@ def test_another_version_there_is_a_sentence(fake: Callable[[str], ServerConfig]
 def test_what_start_files_print_is_passed_over(
     fake: Callable[[str], ServerConfig], remote: ServerConfig
 ) -> None:
-    noisy = fake(f"""echo Welcome; echo '[1]'; exec {KITTY} "$@" """)
+    long = "head -c 300000 /dev/zero | tr '\\0' x >&2"
+    noisy = fake(f"""{long}; echo Welcome; echo '[1]'; exec {KITTY} "$@" """)
     with ModelManager(config=remote.replace(ssh_bin=noisy.ssh_bin)) as manager:
         assert manager.state.status is STOPPED
+
+
+def test_a_machine_that_prints_without_an_end_is_given_up(
+    fake: Callable[[str], ServerConfig],
+) -> None:
+    endless = fake("head -c 200000 /dev/zero; cat > /dev/null")
+    with ModelManager(config=endless) as manager:
+        eventually(lambda: "The connection to there ended" in (manager.state.error or ""))
+
+
+def test_a_refusal_there_is_the_reason(remote: ServerConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert f"Other users can write to {folder}" in why(remote.replace(log_dir=folder))
+
+
+def test_settings_for_another_machine_are_refused(
+    remote: ServerConfig, config: ServerConfig
+) -> None:
+    with (
+        ModelManager(config=config) as manager,
+        pytest.raises(ServerFailedError, match=r"are for there, but .* run on this machine"),
+    ):
+        manager.start(remote).wait(60)
+    with (
+        ModelManager(config=remote) as manager,
+        pytest.raises(ServerFailedError, match=r"are for elsewhere, but .* run on there"),
+    ):
+        manager.start(remote.replace(ssh="elsewhere")).wait(60)
+
+
+@pytest.mark.slow
+def test_a_server_there_may_listen_on_an_address_of_ipv6(remote: ServerConfig) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    with ModelManager(config=remote.replace(host="::1")) as manager:
+        manager.start().wait(60)
+        assert manager.chat("hello", max_tokens=2).wait(60).text
+        manager.stop().wait(60)
+
+
+def test_a_call_and_its_cancellation_may_come_together(config: ServerConfig) -> None:
+    """As of somebody who changes his mind at once."""
+    config.log_path.parent.mkdir(parents=True, exist_ok=True)
+    config.log_path.write_text("a line\n")
+    commands = (
+        Command(verb=Verb.OPEN, config=config),
+        Command(verb=Verb.LOG, follow=True),
+        Command(verb=Verb.LOG),
+    )
+    calls = [line("do", number, dump(one, Command)) for number, one in enumerate(commands)]
+    calls.insert(2, line("cancel", 1))
+    with subprocess.Popen(
+        [KITTY, "serve", "--stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as far:
+        assert far.stdin
+        assert far.stdout
+        far.stdin.write(b"".join(calls))
+        far.stdin.flush()
+        while parse(far.stdout.readline())[:2] != ("answer", 2):
+            pass
+        with config.log_path.open("a") as log:
+            log.write("another line\n")
+        told: list[tuple[str, Any, Any]] = []
+        while sum(kind == "told" for kind, _, _ in told) < 2:  # it would have been told, too
+            told.append(parse(far.stdout.readline()))
+        far.stdin.close()
+    assert not any(kind == "step" and "another line" in data for kind, _, data in told)
 
 
 def test_a_machine_without_kitty_nb_is_a_sentence(there: SshMachine, tmp_path: Path) -> None:
@@ -412,7 +497,7 @@ def test_an_unknown_host_key_is_never_accepted(there: SshMachine, tmp_path: Path
     known = mine.replace(str(there.folder / "known_hosts"), str(tmp_path / "known"))
     client.write_text(f"{known}  StrictHostKeyChecking no\n")
     said = why(ServerConfig(ssh="there", ssh_config=client))
-    assert "does not know the host key of there" in said
+    assert "The host key of there is unknown" in said
     assert not (tmp_path / "known").exists()
 
 
@@ -523,13 +608,16 @@ def test_on_a_slow_line_newer_facts_take_the_place_of_older_ones() -> None:
         (255, "me@red: Permission denied (publickey,password).", "ssh-copy-id red"),
         (255, "ssh: Could not resolve hostname red: Name or service not known", "no host red"),
         (255, "ssh: connect to host red port 22: Connection timed out", "red does not answer"),
+        (255, "Timeout, server red not responding.", "red does not answer"),
         (127, "", "red has no kitty-nb"),
+        (126, "sh: 1: exec: /opt/kitty-nb: Permission denied", "red ended: sh: 1: exec"),
         (2, "Error: No such command 'serve'.", "red has an older kitty_nb"),
         (None, "", "The connection to red ended."),
     ],
 )
 def test_why_a_machine_is_out_of_reach(code: int | None, said: str, sentence: str) -> None:
-    assert sentence in explain("red", code, (said,))
+    of_a_tunnel = "channel 2: open failed: connect failed: Connection refused"
+    assert sentence in explain("red", code, (of_a_tunnel, said) if said else ())
 
 
 def test_paths_are_those_of_the_other_machine(tmp_path: Path) -> None:

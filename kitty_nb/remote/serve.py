@@ -252,16 +252,15 @@ class _Session:
                 if kind == "heard":
                     self._outbox.heard(number)
                 elif kind == "do" and data["verb"] == Verb.OPEN:
-                    await self._open(number, load(data, Command), lines)
-                    return
+                    await self._open(number, data, lines)
 
-    async def _open(self, number: int, command: Command, lines: AsyncGenerator[bytes]) -> None:
-        config = command.config
-        assert config is not None  # noqa: S101 (the protocol)
+    async def _open(self, number: int, data: Any, lines: AsyncGenerator[bytes]) -> None:
         try:
+            config = load(data, Command).config
+            assert config is not None  # noqa: S101 (the protocol)
             await run_sync(refuse_open_folder, config)
-        except KittyError as error:
-            self._outbox.put(line("failed", number, dump(Failure.of(error), Failure)))
+        except (KittyError, ValueError) as error:
+            self._fail(number, error)
             return
         self._supervisor = supervisor = Supervisor(config)
         supervisor.detach()  # a connection that ends must not end the server
@@ -325,10 +324,10 @@ class _Session:
                 self._calls[number].cancel()
             case "do":
                 tasks = self._starts if data["verb"] in _STARTS else self._quick
-                tasks.start_soon(self._do, number, data)
+                scope = self._calls[number] = anyio.CancelScope()
+                tasks.start_soon(self._do, number, data, scope)
 
-    async def _do(self, number: int, data: Any) -> None:
-        scope = self._calls[number] = anyio.CancelScope()
+    async def _do(self, number: int, data: Any, scope: anyio.CancelScope) -> None:
         try:
             with scope:
                 command = load(data, Command)
@@ -337,11 +336,13 @@ class _Session:
                 said = await self._carry_out(command, number)
                 self._answer("answer", number, command.verb, said)
         except Exception as error:  # noqa: BLE001 (whoever asked is told)
-            failure = Failure.of(first_of(error))
-            self._outbox.put(line("failed", number, dump(failure, Failure)))
+            self._fail(number, first_of(error))
         finally:
             self._starting.discard(number)
             del self._calls[number]
+
+    def _fail(self, number: int, error: Exception) -> None:
+        self._outbox.put(line("failed", number, dump(Failure.of(error), Failure)))
 
     def _answer(self, kind: str, number: int, verb: Verb, said: object) -> None:
         self._outbox.put(line(kind, number, dump(said, ANSWERS[verb])))
@@ -383,7 +384,7 @@ class _Session:
                 await self._follow(config.log_path, number, command.last)
                 return ()
             case Verb.LOG:
-                return tuple(deque(log_lines(config.log_path), command.last or _LINES))
+                return await run_sync(_last_lines, config.log_path, command.last or _LINES)
             case Verb.SCAN:
                 await self._scan(config, number)
                 return None
@@ -426,7 +427,8 @@ class _Session:
             nonlocal sent, due
             models = tuple(model for model in step.models if _is_text(model))
             chosen = config.model
-            if chosen and chosen.is_file() and all(model.path != chosen for model in models):
+            there = chosen and os.path.isfile(chosen)  # noqa: PTH113 (never raises)
+            if chosen and there and all(model.path != chosen for model in models):
                 models += tuple(filter(None, [catalog.describe(chosen)]))  # it is elsewhere
             last = step.done == step.total
             if (last and models != sent) or (not last and time.monotonic() >= due):
@@ -437,6 +439,10 @@ class _Session:
         async with aclosing(catalog.watch(on_step=step)) as lists:
             async for _ in lists:
                 await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
+
+
+def _last_lines(path: Path, count: int) -> tuple[str, ...]:
+    return tuple(deque(log_lines(path), count))
 
 
 def _is_text(model: Model) -> bool:

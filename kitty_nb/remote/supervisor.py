@@ -7,6 +7,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
+from functools import partialmethod
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,8 +18,16 @@ import anyio.lowlevel
 from pydantic import SecretStr
 
 from kitty_nb.catalog.memory import MemoryPreview
-from kitty_nb.errors import ConfigError, KittyError, OutOfReachError, ServerError, WaitTimeoutError
-from kitty_nb.remote.connection import FORWARDING_REFUSED, LOOPBACK, Connection, connect
+from kitty_nb.errors import (
+    ConfigError,
+    KittyError,
+    OutOfReachError,
+    ServerError,
+    WaitTimeoutError,
+    another_machine,
+)
+from kitty_nb.ports import LOOPBACK
+from kitty_nb.remote.connection import FORWARDING_REFUSED, Connection, connect
 from kitty_nb.remote.models import RemoteCatalog, RemoteStats
 from kitty_nb.remote.protocol import (
     ANSWERS,
@@ -170,54 +179,12 @@ class RemoteSupervisor:
         """Return settings with the paths that they mean there; as they are while none are known."""
         return self._places.settle(config) if self._places else config
 
-    async def start(
-        self,
-        config: ServerConfig | None = None,
-        wait_for_ready: bool = True,
-        on_progress: OnProgress | None = None,
-        *,
-        anyway: bool = False,
-    ) -> ServerState:
-        """See `Supervisor.start`.
-
-        Raises:
-            OutOfReachError: The connection broke. What was asked for goes on there.
-        """
-        return await self._begin(
-            Verb.START, on_progress, config=config, wait=wait_for_ready, anyway=anyway
-        )
-
-    async def restart(
-        self,
-        config: ServerConfig | None = None,
-        wait_for_ready: bool = True,
-        on_progress: OnProgress | None = None,
-        *,
-        anyway: bool = False,
-    ) -> ServerState:
-        """Like `start`, but always with a fresh process."""
-        return await self._begin(
-            Verb.RESTART, on_progress, config=config, wait=wait_for_ready, anyway=anyway
-        )
-
     async def switch_model(
-        self,
-        model: str | Path,
-        alias: str | None = None,
-        wait_for_ready: bool = True,
-        on_progress: OnProgress | None = None,
-        *,
-        anyway: bool = False,
+        self, model: str | Path, alias: str | None = None, *waiting: Any, **options: Any
     ) -> ServerState:
         """See `Supervisor.switch_model`; the file is one of the other machine."""
-        return await self._begin(
-            Verb.SWITCH,
-            on_progress,
-            model=Path(model),
-            name=alias,
-            wait=wait_for_ready,
-            anyway=anyway,
-        )
+        options |= {"model": Path(model), "name": alias}
+        return await self._begin(Verb.SWITCH, None, *waiting, **options)
 
     async def stop(self, force: bool = False) -> ServerState:
         """See `Supervisor.stop`."""
@@ -306,23 +273,37 @@ class RemoteSupervisor:
         finally:
             self._calls.pop(number, None)
         if not call.done.is_set():
-            raise WaitTimeoutError(f"{self._host} has not done it within {within:.0f} s.")
+            raise WaitTimeoutError(f"{self._host} did not finish within {within:.0f} s.")
         if call.error:
             raise call.error
         return call.answer
 
-    async def _begin(self, verb: Verb, on_progress: OnProgress | None, **takes: Any) -> ServerState:
+    async def _begin(
+        self,
+        verb: Verb,
+        config: ServerConfig | None = None,
+        wait_for_ready: bool = True,
+        on_progress: OnProgress | None = None,
+        **takes: Any,
+    ) -> ServerState:
+        """See `Supervisor.start` and `restart`. A call goes on there if the connection breaks."""
+
         def relay(event: Event) -> None:
             if on_progress and isinstance(event, HealthChecked):
                 on_progress(event.result, event.attempt, event.max_attempts)
 
-        self._config = takes.get("config") or self._config
+        if config and config.ssh != self._host:
+            raise another_machine(config.ssh, self._host)
+        self._config = config or self._config
         unsubscribe = self.subscribe(relay)
         try:
-            await self.call(verb, within=None, **takes)
+            await self.call(verb, within=None, config=config, wait=wait_for_ready, **takes)
         finally:
             unsubscribe()
         return self._state
+
+    start = partialmethod(_begin, Verb.START)
+    restart = partialmethod(_begin, Verb.RESTART)
 
     async def _reached(self) -> Connection:
         """Return the connection, if need be after another attempt to make one.
@@ -365,9 +346,12 @@ class RemoteSupervisor:
                     reason = await connection.why_ended()
             except OutOfReachError as error:
                 reason = str(error)
-            except (ValueError, KeyError, ConfigError):
+            except (ValueError, TypeError, LookupError, ConfigError):
                 _log.exception("A line of the other machine is not understood.")
-                reason = f"{self._host} speaks otherwise. Install the same kitty_nb on both."
+                reason = (
+                    f"{self._host} sent what this kitty_nb does not understand. Install the same"
+                    " version on both."
+                )
             worked = self._connection is not None
             self._now = anyio.Event()
             self._lose(reason)
@@ -408,7 +392,7 @@ class RemoteSupervisor:
         if connection.hello.problem:
             raise OutOfReachError(f"{self._host}: {connection.hello.problem}")
         self._offset = time.monotonic() - connection.hello.now
-        self._places = connection.hello.places
+        self._places, self.api_key = connection.hello.places, None  # told before the answer, if any
         command = Command(verb=Verb.OPEN, config=self.settled(self._config))
         await connection.send(line("do", 0, dump(command, Command)))
         while (found := await connection.line()) is not None:
@@ -454,7 +438,7 @@ class RemoteSupervisor:
         if again:
             self._notify(f"Reached {self._host} again.", Level.SUCCESS)
             if pid and state.status.idle:
-                reason = f"The server on {self._host} ended meanwhile. {found.failure}"
+                reason = f"The server on {self._host} exited meanwhile. {found.failure}"
                 self._notify(reason.rstrip(), Level.ERROR)
         else:
             for activity in found.activities:
@@ -514,8 +498,8 @@ class RemoteSupervisor:
     def _hear_ssh(self, words: str) -> None:
         if FORWARDING_REFUSED.search(words):
             self._notify(
-                f"sshd on {self._host} forwards no ports, so the server there can't be asked from"
-                " here. Set AllowTcpForwarding to yes or local in its sshd_config.",
+                f"sshd on {self._host} forwards no ports, so the server there can't be reached"
+                " from here. Set AllowTcpForwarding to yes or local in its sshd_config.",
                 Level.ERROR,
             )
 

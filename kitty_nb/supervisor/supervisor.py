@@ -22,6 +22,7 @@ from kitty_nb.errors import (
     ServerFailedError,
     StartCancelledError,
     WillNotFitError,
+    another_machine,
     first_of,
 )
 from kitty_nb.supervisor import lifecycle
@@ -405,6 +406,8 @@ class Supervisor:
         stops = self._stops
         async with self._turn:
             wanted = (config or self._now.wanted).replace(**changes)
+            if wanted.ssh:
+                raise another_machine(wanted.ssh, None)
             config = await anyio.to_thread.run_sync(resolve_model, wanted)  # files may go
             there = not fresh and not self._now.status.absent and self._now.wanted == config
             fits = anyway or there
