@@ -240,6 +240,7 @@ def _url(value: str, info: ValidationInfo) -> str:
         raise ValueError("it has a user or a password in it", "Write the key as API_KEY instead.")
     if parts.query or parts.fragment or not address.isascii() or not address.isprintable():
         raise ValueError("it has more in it than a host, a port and a path")
+    _host(parts.hostname)
     return address.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

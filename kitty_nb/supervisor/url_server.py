@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from http import HTTPStatus
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 _MODELS = "/v1/models"
 _LOOK_EVERY, _LOOK_AT_LEAST_EVERY = 2.0, 30.0  # seconds: while it answers, and while it does not
-_PATIENCE = httpx.Timeout(5.0)
+_PATIENCE, _WHOLE_WITHIN = httpx.Timeout(5.0), 10.0  # for each part of an answer, and for all
 _MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
 _LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
 _SHOWN = 8
@@ -107,12 +108,13 @@ class UrlProbe:
         """Ask it: READY where it lists models, LOADING where it says so, else STARTING."""
         began, content = time.perf_counter(), b""
         try:
-            async with self._client.stream("GET", f"{self._url}{_MODELS}") as response:
-                async for chunk in response.aiter_bytes():
-                    content += chunk
-                    if len(content) > _LARGEST:
-                        break
-        except httpx.HTTPError as error:
+            with anyio.fail_after(_WHOLE_WITHIN):
+                async with self._client.stream("GET", f"{self._url}{_MODELS}") as response:
+                    async for chunk in response.aiter_bytes():
+                        content += chunk
+                        if len(content) > _LARGEST:
+                            break
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             return HealthCheckResult(ServerStatus.STARTING, message=self._why_silent(error))
         latency = time.perf_counter() - began
         if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -122,8 +124,8 @@ class UrlProbe:
             return HealthCheckResult(ServerStatus.READY, latency, "ok")
         return HealthCheckResult(ServerStatus.STARTING, latency, self._why_useless(response))
 
-    def _why_silent(self, error: httpx.HTTPError) -> str:
-        if isinstance(error, httpx.TimeoutException):
+    def _why_silent(self, error: Exception) -> str:
+        if isinstance(error, httpx.TimeoutException | TimeoutError):
             return "no answer in time"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return (
@@ -139,7 +141,7 @@ class UrlProbe:
         if response.has_redirect_location:
             to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
             where = response.url.join(to).copy_with(username=None, password=None)
-            return f"it redirects to {where}. Set {self._key}_URL to where it really is"
+            return f"it redirects to {where}. Set {self._key}_URL to that address"
         said = f"{response.status_code} {response.reason_phrase}".strip()
         return f"{_MODELS} answered {said} without a list of models. Check {self._key}_URL"
 
@@ -240,18 +242,15 @@ def why_unreachable(url: str, health: HealthCheckResult) -> str:
 
 async def look_once(config: ServerConfig) -> ServerState:
     """Ask the server of a profile with a URL once."""
-    probe = UrlProbe(config)
-    try:
+    async with aclosing(UrlProbe(config)) as probe:
         health = await probe.check_activity()
-    finally:
-        await probe.aclose()
     alias = config.alias or chat_model(probe.models)
     owner = Endpoint(config.endpoint, probe.models, alias)
     found = ServerState(health.status, config, last_health_check=health, external=owner)
-    if health.status is ServerStatus.STARTING:
-        why = why_unreachable(config.endpoint, health)
-        return replace(found, status=ServerStatus.OUT_OF_REACH, error=why)
-    return found
+    if health.status is not ServerStatus.STARTING:
+        return found
+    why = why_unreachable(config.endpoint, health)
+    return replace(found, status=ServerStatus.OUT_OF_REACH, error=why)
 
 
 def chat_model(models: tuple[str, ...]) -> str | None:
