@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Shape:
         prefix: What all its paths begin with.
         redirect: Where it sends everybody.
         thinking: The name of the field with a model's thoughts.
+        endless: Whether a list of models never ends.
         seen: Path, key and body of each request.
     """
 
@@ -44,6 +46,7 @@ class Shape:
     prefix: str = ""
     redirect: str | None = None
     thinking: str = "reasoning"
+    endless: bool = False
     seen: list[tuple[str, str | None, Any]] = field(default_factory=list)
 
     @property
@@ -84,6 +87,9 @@ def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
                 self.answer(404, "404 page not found")
             elif path == "/v1/models":
                 self.answer(200, shape.models)
+                while shape.endless:
+                    self.wfile.write(b" ")
+                    time.sleep(0.01)
             elif path == "/v1/chat/completions":
                 self.chat(body)
             elif path == "/v1/embeddings":

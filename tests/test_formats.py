@@ -26,6 +26,7 @@ from terminal import run
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import FlashAttention, Speculation, add_profiles
+from kitty_nb.engine.command_line import portable_arguments
 from kitty_nb.engine.embedded import help_text
 from kitty_nb.engine.locate import Engine, EngineKind, parse_help
 from kitty_nb.errors import ConfigError, KittyError
@@ -208,6 +209,33 @@ def test_a_unit_is_one_that_systemd_takes(
         assert name == "bad" or unit.name not in done.stderr
 
 
+def test_a_container_is_one_that_quadlet_takes(tmp_path: Path, config: ServerConfig) -> None:
+    places = ("/usr/libexec/podman", "/usr/lib/podman")
+    quadlet = shutil.which("quadlet", path=os.pathsep.join(places))
+    if not quadlet:
+        pytest.skip("no quadlet, which podman has from 4.4 on")
+    config = resolve_model(config.replace(alias='a "name" $1 50%', extra_args=("--seed", "-1")))
+    unit = tmp_path / "llama-primary.container"
+    unit.write_text(export(Format.QUADLET, [config], image="docker.io/library/mine:1").text)
+    done = subprocess.run(
+        [quadlet, "-dryrun", "-user"],
+        env=os.environ | {"QUADLET_UNIT_DIRS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (start,) = re.findall(r"^ExecStart=(.*)", done.stdout, re.MULTILINE)
+    assert unit_words(start)[-len(portable := portable_words(config)) :] == portable
+
+
+def portable_words(config: ServerConfig) -> list[str]:
+    """What a container is to run, where it is reached from outside of it."""
+    words = list(portable_arguments(config))
+    words[words.index("--host") + 1] = "0.0.0.0"
+    return words
+
+
 def test_containers_get_the_files_and_an_address(
     demo_model: Path, tmp_path: Path, config: ServerConfig
 ) -> None:
@@ -225,6 +253,8 @@ def test_containers_get_the_files_and_an_address(
     assert service["ports"] == [f"[::1]:{config.port}:{config.port}"]
     folders = {str(link.parent), str(demo_model.parent), str(tmp_path)}
     assert {one["source"] for one in service["volumes"] if one["read_only"]} == folders
+    by_name = export(Format.COMPOSE, [config.model_copy(update={"host": "localhost"})]).text
+    assert f"- 127.0.0.1:{config.port}:{config.port}" in by_name
     quadlet = export(Format.QUADLET, [config], image="mine").text
     assert {f"Volume={one}:{one}:ro" for one in folders} <= set(quadlet.splitlines())
 
@@ -426,6 +456,8 @@ def test_presets_of_lm_studio(tmp_path: Path) -> None:
         ("a.ini", "nonsense", "Can't read"),
         ("a.json", "{", "Can't read"),
         ("a.json", "[]", "Can't read"),
+        ("a.json", '{"fields": [{}]}', "Can't read"),
+        ("a.json", "[" * 100_000, "Can't read"),
         ("a.txt", "hello", "--from"),
         ("Modelfile", "FROM\n", "--from"),
     ],

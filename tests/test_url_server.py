@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
+import yaml
 from conftest import eventually, unused_port
 from IPython.core.interactiveshell import InteractiveShell
 from stand_in_openai import Shape, certificate, ollama_models, tls_front, vllm_models
@@ -17,8 +19,9 @@ from traitlets.config import Config
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
-from kitty_nb.experiments import Sweep, load_test
+from kitty_nb.experiments import Bench, Sweep, load_test
 from kitty_nb.supervisor import url_server
+from kitty_nb.supervisor.url_server import look_once
 from kitty_nb.widgets import FleetPanel
 
 KEY = "sesame-open"
@@ -66,8 +69,8 @@ def test_an_address_is_written_with_or_without_what_clients_add(text: str) -> No
         "http://gpu.example:x",
         "https://me:hush-hush@gpu.example",
         "https://gpu.example/v1?key=1",
-        "https://gpu.example/\n",
-    ][:6],
+        "https://a b/",
+    ],
 )
 def test_what_is_no_address_is_refused_without_its_password(text: str) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -198,6 +201,39 @@ def test_what_lists_no_models(models: object, said: str | None) -> None:
         assert said is None or said in manager.state.sentence
 
 
+def test_an_answer_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_server, "_WHOLE_WITHIN", 0.3)
+    with Shape(ollama_models("a"), endless=True).serving() as url:
+        assert "no answer in time" in str(anyio.run(look_once, ServerConfig(url=url)).error)
+
+
+def test_it_is_a_peer_of_llama_swap_and_nothing_that_others_start(
+    ollama: tuple[Shape, str], tmp_path: Path
+) -> None:
+    _, url = ollama
+    env = written(tmp_path, f"LLAMACPP_GPU_URL={url}/v1", f"LLAMACPP_GPU_API_KEY={KEY}")
+    where = "--env", env, "--profile", "gpu"
+    exported = run("export", "llama-swap", *where)
+    models = ["nomic-embed-text:latest", "llama3.2:latest", "qwen3:8b"]
+    peer = {"proxy": url, "models": models, "apiKey": "${env.GPU_API_KEY}"}
+    assert yaml.safe_load(exported.stdout)["peers"] == {"gpu": peer}
+    assert "GPU_API_KEY: set it" in exported.stderr
+    assert KEY not in exported.output
+    file, back = tmp_path / "swap.yaml", tmp_path / "back.env"
+    for alias in (None, "qwen3:8b"):
+        with env.open("a") as more:
+            more.write(f"LLAMACPP_GPU_ALIAS={alias or ''}\n")
+        file.write_text(run("export", "llama-swap", *where).stdout)
+        back.write_text("")
+        assert "A key goes into .env." in run("import", file, "--env", back).stderr
+        there = ServerConfig.from_env(back, "gpu")
+        assert (there.url, there.alias, there.api_key) == (url, alias, None)
+    for form in ("router", "systemd", "quadlet", "compose"):
+        refused = run("export", form, *where)
+        assert refused.exit_code == 1
+        assert f"gpu uses the server at {url}, which a {form} file can't start" in refused.output
+
+
 def test_where_nobody_listens_there_is_a_sentence_and_back_off() -> None:
     url = f"http://127.0.0.1:{unused_port()}"
     with ModelManager(config=ServerConfig(url=url)) as manager:
@@ -216,6 +252,8 @@ def test_it_can_be_load_tested_but_not_swept(ollama: tuple[Shape, str]) -> None:
     assert [(one.tokens, one.prompt_tokens) for one in load.requests] == [(5, 11)] * 6
     with pytest.raises(ExperimentError, match=r"load_test\(concurrency"):
         Sweep(config=config)
+    with pytest.raises(ConfigError, match="load_test measures the server at http"):
+        anyio.run(Bench(config=config).run_here)
 
 
 def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:

@@ -155,18 +155,35 @@ async def export(to: Format, configs: Sequence[ServerConfig], image: str | None)
         image: The container image; None for llama.cpp's own.
 
     Raises:
-        KittyError: A profile has no model, or the format holds one profile only.
+        KittyError: A profile has no model, or the format does not hold these profiles.
     """
     from kitty_nb.catalog.resolve import resolve_model
     from kitty_nb.engine.locate import locate_engine
     from kitty_nb.formats import exports
 
+    found: list[ServerConfig] = []
+    models: dict[str, Sequence[str]] = {}
     for config in configs:
         if config.ssh:
             raise KittyError(f"{config.profile} runs on {config.ssh}. Run kitty-nb export there.")
-    found = [await anyio.to_thread.run_sync(resolve_model, config) for config in configs]
-    engine = await locate_engine(found[0].binary) if to.runs_here else None
-    return exports.export(to, found, engine, image or exports.IMAGE)
+        if config.url:
+            found.append(config)
+            models[config.profile] = [config.alias] if config.alias else await _models_at(config)
+        else:
+            found.append(await anyio.to_thread.run_sync(resolve_model, config))
+    own = [config.binary for config in found if not config.url]
+    engine = await locate_engine(own[0]) if own and to.runs_here else None
+    return exports.export(to, found, engine, image or exports.IMAGE, models)
+
+
+async def _models_at(config: ServerConfig) -> Sequence[str]:
+    from kitty_nb.supervisor.url_server import look_once
+
+    state = await look_once(config)
+    if state.error or not state.external:
+        key = f"LLAMACPP_{config.profile.upper()}_ALIAS"
+        raise KittyError(f"{state.error} To export it without asking it for its models: set {key}.")
+    return state.external.models or ()
 
 
 async def read_profiles(

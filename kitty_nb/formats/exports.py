@@ -22,7 +22,7 @@ from kitty_nb.errors import KittyError
 from kitty_nb.formats import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
@@ -55,7 +55,11 @@ class Exported:
 
 
 def export(
-    form: Format, configs: Sequence[ServerConfig], engine: Engine | None = None, image: str = IMAGE
+    form: Format,
+    configs: Sequence[ServerConfig],
+    engine: Engine | None = None,
+    image: str = IMAGE,
+    models: Mapping[str, Sequence[str]] | None = None,
 ) -> Exported:
     """Write profiles in a format.
 
@@ -64,16 +68,25 @@ def export(
         configs: The settings of each profile, as `resolve_model` returns them.
         engine: The engine, where `form.runs_here`.
         image: The container image with a llama-server, for quadlet and compose.
+        models: The models of the server of each profile with a URL.
 
     Raises:
-        KittyError: The format holds one profile only, or the engine does not know a setting.
+        KittyError: The format holds one profile only or none of these, or the engine does not know
+            a setting.
     """
     if len(configs) > 1 and not form.takes_several:
         raise KittyError(f"A {form} file holds one profile. Export them one by one.")
     write, held = _WRITERS[form]
     notes: list[str] = []
     served = []
+    peers = {one.profile: one for one in configs if one.url}
+    if form is not Format.LLAMA_SWAP:
+        notes += [_no_peer(form, one) for one in peers.values()]
+        if len(peers) == len(configs):
+            raise KittyError(" ".join(notes))
     for config in configs:
+        if config.url:
+            continue
         if form.runs_here and engine:
             program = engine.command
             words = build_command(engine, config, supervised=False)[len(program) :]
@@ -81,7 +94,10 @@ def export(
             program, words = (), portable_arguments(config)
         served.append(_Served(config, program, _without_secrets(config, words, notes)))
         notes += _not_held(form, config, _HELD | held)
-    return Exported(write(served, image, notes), tuple(dict.fromkeys(notes)))
+    text = write(served, image, notes)
+    if peers and form is Format.LLAMA_SWAP:
+        text += _peers(peers, models or {}, notes)
+    return Exported(text, tuple(dict.fromkeys(notes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +146,7 @@ def _not_held(form: Format, config: ServerConfig, held: set[str]) -> list[str]:
         if name not in held
         and getattr(config, name) != type(config).model_fields[name].get_default()
     ]
-    return [f"A {form} file has nothing like {', '.join(left)}."] if left else []
+    return [f"A {form} file can't hold {', '.join(left)}."] if left else []
 
 
 # llama-swap: https://github.com/mostlygeek/llama-swap/blob/main/config.example.yaml
@@ -191,6 +207,27 @@ def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str
     groups = {"groups": {"pinned": group}} if pinned else {}
     # Large models take longer than the two minutes after which llama-swap gives up.
     return head + _yaml({"healthCheckTimeout": 1800, **keys, "models": models, **groups})
+
+
+def _peers(
+    configs: Mapping[str, ServerConfig], models: Mapping[str, Sequence[str]], notes: list[str]
+) -> str:
+    """Servers at a URL, to which llama-swap passes requests on."""
+    peers: dict[str, Any] = {}
+    for name, config in configs.items():
+        peers[name] = {"proxy": config.url, "models": [*models.get(name, ())]}
+        if config.api_key and not goes_without_key(config):
+            variable = f"{name.upper()}_API_KEY"
+            peers[name]["apiKey"] = f"${{env.{variable}}}"
+            notes.append(f"llama-swap sends {config.url} the key in {variable}: set it before.")
+    return _yaml({"peers": peers})
+
+
+def _no_peer(form: Format, config: ServerConfig) -> str:
+    return (
+        f"{config.profile} uses the server at {config.url}, which a {form} file can't start, so it"
+        " is left out. llama-swap passes requests on to one: kitty-nb export llama-swap"
+    )
 
 
 def _swap_word(word: str) -> str:
@@ -371,6 +408,7 @@ def _compose(served: Sequence[_Served], image: str, notes: list[str]) -> str:
 
 def _published(config: ServerConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
+    host = host.replace("localhost", "127.0.0.1")  # a name is not taken
     return f"{host}:{config.port}:{config.port}"
 
 

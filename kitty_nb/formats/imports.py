@@ -114,6 +114,8 @@ def import_profiles(
         entries = list(read(text, file, notes, dialect))
     except (yaml.YAMLError, IniError, ValueError, AttributeError, TypeError) as error:
         raise KittyError(f"Can't read {file}: {error}") from None
+    except (LookupError, RecursionError):
+        raise KittyError(f"Can't read {file}: it has not the form of such a file.") from None
     if not entries:
         raise KittyError("\n".join([f"{file} holds no profile.", *notes]))
     if name is not None and len(entries) > 1:
@@ -149,7 +151,8 @@ def _read_llama_swap(
     text: str, _file: Path, notes: list[str], _dialect: Dialect | None
 ) -> Iterator[_Entry]:
     whole = yaml.safe_load(text) or {}
-    for key in whole.keys() - {"models", "macros", "healthCheckTimeout", "globalTTL", "startPort"}:
+    known = {"models", "peers", "macros", "healthCheckTimeout", "globalTTL", "startPort"}
+    for key in whole.keys() - known:
         if key == "apiKeys":
             notes.append("apiKeys are left out: set LLAMACPP_API_KEY in .env yourself.")
         else:
@@ -169,9 +172,17 @@ def _read_llama_swap(
         if model.get("unloadTimeout"):
             entry.settings["stop_grace_seconds"] = model["unloadTimeout"]
         entry.aliases += map(str, model.get("aliases") or [])
-        known = {"cmd", "macros", "ttl", "unloadTimeout", "aliases", "name", "description", "proxy"}
-        if left := sorted(model.keys() - known):
+        read = {"cmd", "macros", "ttl", "unloadTimeout", "aliases", "name", "description", "proxy"}
+        if left := sorted(model.keys() - read):
             entry.notes.append(f"left out: {', '.join(left)}.")
+        yield entry
+    for name, peer in (whole.get("peers") or {}).items():
+        entry = _Entry(str(name), settings={"url": str(peer.get("proxy"))})
+        names = [*map(str, peer.get("models") or [])]
+        if len(names) == 1:
+            entry.settings["alias"] = names[0]
+        if left := sorted(peer.keys() - {"proxy", "models"}):
+            entry.notes.append(f"left out: {', '.join(left)}. A key goes into .env.")
         yield entry
 
 
@@ -440,6 +451,8 @@ class _Place:
         """Return the settings that an entry asks for."""
         profile = self._free_name(name or entry.name)
         base, _ = load_lenient(self._env, profile)
+        if "url" in entry.settings:
+            return base.replace(**_valid(base, entry.settings, entry))
         words = [word for option in split_options(entry.words) for word in _kept(option, entry)]
         found = read_arguments(words)
         others = split_options(found.pop("extra_args"))  # type: ignore[arg-type]
