@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 from collections import Counter
@@ -26,6 +27,7 @@ from kitty_nb import Fleet, ServerConfig, ServerStatus
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, WaitTimeoutError
 from kitty_nb.fleet.balancing import LeastBusyTransport, Target
 from kitty_nb.fleet.front import FRONTS, llama_swap_text
+from kitty_nb.fleet.hosts import rpc_hosts
 from kitty_nb.fleet.replica import reachable_host
 from kitty_nb.widgets import ReplicaPanel
 from kitty_nb.widgets.fleet_panel import UNKNOWN
@@ -147,6 +149,24 @@ def test_what_is_no_client_is_refused(config: ServerConfig) -> None:
         Fleet.run(client="tcp://nowhere", config=config)  # type: ignore[arg-type]
 
 
+def test_whatever_ends_the_placing_is_heard(
+    two: Client, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def odd(_: object) -> None:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr("kitty_nb.fleet.placement.workers_of", odd)
+    with (
+        Fleet.run(client=two, config=config) as fleet,
+        pytest.raises(ServerFailedError, match=r"RuntimeError\('odd'\)"),
+    ):
+        fleet.wait_ready(timeout=WAIT)
+
+
+def test_machines_of_a_cluster_can_lend_their_devices(two: Client, config: ServerConfig) -> None:
+    assert config.replace(rpc_hosts=rpc_hosts(two)).rpc_hosts == (socket.gethostname(),)
+
+
 def test_a_replica_more_than_workers_waits_and_the_panel_shows_all(
     two: Client, config: ServerConfig
 ) -> None:
@@ -161,7 +181,7 @@ def test_a_replica_more_than_workers_waits_and_the_panel_shows_all(
             eventually(lambda: any(row["memory"] != UNKNOWN for row in panel.rows))
             panel.receive({"kind": "stop", "profile": up["profile"]})
             number = int(up["profile"].split()[1])
-            assert fleet.replicas[number].status is ServerStatus.STOPPED
+            eventually(lambda: fleet.replicas[number].status is ServerStatus.STOPPED)
             # The one that waited takes its place.
             eventually(lambda: ready(fleet) == 2, within=WAIT)
             panel.receive({"kind": "stop_all"})
@@ -169,6 +189,9 @@ def test_a_replica_more_than_workers_waits_and_the_panel_shows_all(
             panel.receive({"kind": "start", "profile": up["profile"]})
             eventually(lambda: fleet.replicas[number].status is ServerStatus.READY, within=WAIT)
         finally:
+            fleet.close()
+            panel.receive({"kind": "rescan"})
+            assert "This fleet is closed" in panel.notice
             panel.close()
 
 
@@ -203,7 +226,7 @@ def test_nginx_balances_them(two: Client, config: ServerConfig) -> None:
         secret = fleet.reveal_api_key() or ""
         for child in (process, *process.children()):
             assert secret not in " ".join(child.cmdline())
-        fleet.stop(0)
+        fleet.stop(0).wait(WAIT)
         for _ in range(4):  # it has read its configuration again, or tries the other
             assert httpx.post(path, json=request, headers=key, timeout=60).status_code == 200
         process.kill()
@@ -218,8 +241,10 @@ def test_its_configuration_is_accepted_and_private(tmp_path: Path) -> None:
         pytest.skip("needs nginx")
     front = FRONTS["nginx"](SecretStr("sesame"), "demo", unused_port())
     targets = [Target("http://127.0.0.1:9001", 4), Target("http://[::1]:9002", 4)]
-    file = tmp_path / "nginx.conf"
-    file.write_text(front.text(targets, tmp_path))
+    folder = tmp_path / "a folder; with signs"
+    folder.mkdir()
+    file = folder / "nginx.conf"
+    file.write_text(front.text(targets, folder))
     done = subprocess.run(
         [nginx, "-t", "-e", "stderr", "-c", file], capture_output=True, text=True, check=False
     )

@@ -12,7 +12,7 @@ import pickle
 import time
 import uuid
 from collections import defaultdict
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,7 @@ from kitty_nb.experiments.trial import ModelFingerprint, Outcome, TrialResult
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Iterator, Mapping
 
     from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial, Workload
 
@@ -333,12 +333,9 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
     def on_progress(event: SweepEvent) -> None:
         worker.log_event(setup.topic, (name, pickle.dumps(event)))
 
-    scope, ended = _running[name] = anyio.CancelScope(), anyio.Event()
-    if name in _stopped:  # `stop_job` was faster than the job
-        scope.cancel()
     try:
         with (
-            scope,
+            stoppable(name),
             TemporaryDirectory(dir=worker.local_directory, ignore_cleanup_errors=True) as temporary,
         ):
             folder = Path(temporary)
@@ -353,14 +350,25 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
         return _failed(
             trial, f"Can't write to {worker.local_directory}: {error}. Free some space there."
         ), b""
-    finally:
-        del _running[name]
-        ended.set()
     return None
 
 
+@contextmanager
+def stoppable(name: str) -> Iterator[None]:
+    """Let `stop_job` end, by a unique name, what runs inside the block."""
+    scope, ended = _running[name] = anyio.CancelScope(), anyio.Event()
+    if name in _stopped:  # `stop_job` was faster than the job
+        scope.cancel()
+    try:
+        with scope:
+            yield
+    finally:
+        del _running[name]
+        ended.set()
+
+
 async def stop_job(name: str) -> None:
-    """Stop a trial and its server if it runs on this worker, and wait for the end."""
+    """Stop a job if it runs on this worker, and wait for the end."""
     _stopped.add(name)
     if name in _running:
         scope, ended = _running[name]

@@ -67,13 +67,12 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
             ServerFailedError: No replica is ready, or none is left to try.
         """
         await request.aread()
-        route = _Route(self, request)
-        response = await route.open()
-        headers = response.headers
+        answer = _Answer(self, request)
+        response = await answer.begin()
         return httpx.Response(
             response.status_code,
-            headers=headers,
-            stream=_Stream(route, response, events=_is_stream(response)),
+            headers=response.headers,
+            stream=answer,
             extensions=response.extensions,
         )
 
@@ -86,7 +85,7 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
         targets = [target for target in self._targets() if target.url not in tried]
         if not targets:
             raise ServerFailedError(
-                f"All {len(tried)} replicas that were ready broke off. See `fleet.replicas`."
+                f"All {len(tried)} replicas that were ready failed to answer. See `fleet.replicas`."
                 if tried
                 else "No replica is ready. Wait for one: fleet.wait_ready(1)."
             )
@@ -154,46 +153,44 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
             return 0
 
 
-class _Route:
-    """The way of one request: the replicas that were tried, and the one that answers."""
+class _Answer(httpx.AsyncByteStream):
+    """What comes for one request: from its beginning on another replica while no word has come."""
 
     def __init__(self, transport: LeastBusyTransport, request: httpx.Request) -> None:
         self._transport, self._request = transport, request
+        self._response: httpx.Response
         self._tried: set[str] = set()
-        self._at: str | None = None
+        self._at: str | None = None  # the replica that has the request
 
-    async def open(self) -> httpx.Response:
+    async def begin(self) -> httpx.Response:
         """Have the next replica begin to answer."""
         while True:
-            self.leave()
+            self._leave()
             self._at = await self._transport.pick(self._tried)
             self._tried.add(self._at)
             try:
-                response = await self._transport.send(self._request, self._at)
+                self._response = response = await self._transport.send(self._request, self._at)
             except httpx.TransportError as error:
                 if isinstance(error, httpx.ReadTimeout):  # it may take as long anywhere
-                    self.leave()
+                    self._leave()
                     raise
             except BaseException:
-                self.leave()
+                self._leave()
                 raise
             else:
                 if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
                     return response
                 await response.aclose()  # it loads, as after a crash
 
-    def leave(self) -> None:
-        """The replica has no more to do with it."""
+    def _leave(self) -> None:
         if self._at:
             self._transport.done(self._at)
         self._at = None
 
-
-class _Stream(httpx.AsyncByteStream):
-    """An answer as it comes, from its beginning on another replica while no word has come."""
-
-    def __init__(self, route: _Route, response: httpx.Response, *, events: bool) -> None:
-        self._route, self._response, self._events = route, response, events
+    @property
+    def _is_stream(self) -> bool:
+        kind = str(self._response.headers.get("Content-Type", ""))
+        return kind.startswith("text/event-stream")
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         begun = False
@@ -201,39 +198,34 @@ class _Stream(httpx.AsyncByteStream):
             try:
                 async with aclosing(self._parts()) as parts:
                     async for part in parts:
-                        begun = begun or not self._events or bool(_WORDS.search(part))
+                        begun = begun or not self._is_stream or bool(_WORDS.search(part))
                         yield part
             except httpx.TransportError as error:
                 if begun or isinstance(error, httpx.TimeoutException):
                     raise
                 with suppress(httpx.HTTPError):
                     await self._response.aclose()
-                self._response = await self._route.open()
+                await self.begin()
             else:
                 return
 
     async def _parts(self) -> AsyncGenerator[bytes]:
         """Yield whole events: what is cut off must not be glued to another replica's answer."""
         stream: Any = self._response.stream
-        if not self._events:
-            async for chunk in stream:
-                yield chunk
-            return
         rest = b""
         async for chunk in stream:
-            whole, blank, rest = (rest + chunk).rpartition(_BLANK)
-            if blank:
+            if self._is_stream:
+                whole, blank, rest = (rest + chunk).rpartition(_BLANK)
+            else:
+                whole, blank = chunk, b""
+            if whole or blank:
                 yield whole + blank
         if rest:
             yield rest
 
     async def aclose(self) -> None:
-        self._route.leave()
+        self._leave()
         await self._response.aclose()
-
-
-def _is_stream(response: httpx.Response) -> bool:
-    return str(response.headers.get("Content-Type", "")).startswith("text/event-stream")
 
 
 class BlockingTransport(httpx.BaseTransport):

@@ -43,7 +43,7 @@ _NGINX = """\
 # Requests go to the replica with the fewest of them. Each checks the key that clients send.
 worker_processes 1;
 daemon off;
-pid {folder}/nginx.pid;
+pid "{folder}/nginx.pid";
 error_log stderr warn;
 {user}events {{ worker_connections 4096; }}
 http {{
@@ -86,7 +86,7 @@ def nginx_text(targets: Sequence[Target], port: int, folder: Path, without: str 
         port=port,
         # Its worker would be another user, who can't use the folder; others may not choose.
         user=f"user {user} {user};\n" if os.geteuid() == 0 else "",
-        temporary="\n".join(f"    {name}_temp_path {folder}/{name};" for name in parts),
+        temporary="\n".join(f'    {name}_temp_path "{folder}/{name}";' for name in parts),
         servers="\n".join(
             f"        server {httpx.URL(target.url).netloc.decode()} max_fails=1 fail_timeout=5s;"
             for target in targets
@@ -271,8 +271,9 @@ class Nginx(Front):
 
     async def _reload(self, folder: Path) -> None:
         command = [*self._command(folder), "-s", "reload"]
-        while (await anyio.run_process(command, check=False)).returncode:  # noqa: ASYNC110
-            await anyio.sleep(_POLL)  # it has not written its number yet
+        with anyio.move_on_after(_GRACE):  # it has not written its number yet, or never takes this
+            while (await anyio.run_process(command, check=False)).returncode:  # noqa: ASYNC110
+                await anyio.sleep(_POLL)
 
 
 class LlamaSwap(Front):

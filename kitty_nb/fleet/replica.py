@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import pickle
-import socket
 import time
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -22,8 +21,9 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import OnKernelExit
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import KittyError, PortBusyError, ServerError
-from kitty_nb.experiments.cluster import settings_here
+from kitty_nb.experiments.cluster import settings_here, stoppable
 from kitty_nb.experiments.measure import fingerprint_of
+from kitty_nb.ports import LOOPBACK, free_port
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, ServerStatus
 from kitty_nb.supervisor.supervisor import Supervisor
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import MemoryUse
 
 SLOT = "kitty_replica"
-_LOOPBACK = "127.0.0.1"
 _TELL_EVERY = 0.25  # seconds between two messages of one replica, at the least
 _MEASURE_EVERY = 10.0  # seconds
 _PACE_STEP = 5.0  # tokens a second; smaller changes are not worth a message
@@ -93,10 +92,6 @@ class Report:
     memory: MemoryUse | None = None
 
 
-_running: dict[str, tuple[anyio.CancelScope, anyio.Event]] = {}
-_stopped: set[str] = set()
-
-
 async def look(setup: Setup) -> ModelFingerprint | str:
     """Return which model this worker has for the fleet, or why it can take no replica."""
     try:
@@ -127,18 +122,15 @@ async def serve(setup: Setup, number: int, run: str) -> str | None:
     Args:
         setup: The fleet's setup.
         number: Which replica it is.
-        run: A unique name, for `stop`.
+        run: A unique name, for `stop_job`.
 
     Returns:
         Why there is no server any more; None when it was stopped.
     """
     worker: Any = get_worker()
-    scope, ended = _running[run] = anyio.CancelScope(), anyio.Event()
-    if run in _stopped:  # the request to stop came before the replica
-        scope.cancel()
     try:
         with (
-            scope,
+            stoppable(run),
             TemporaryDirectory(dir=worker.local_directory, ignore_cleanup_errors=True) as folder,
         ):
             config = await run_sync(settings_here, setup.config, setup.host)
@@ -146,7 +138,7 @@ async def serve(setup: Setup, number: int, run: str) -> str | None:
             own = config.replace(
                 url=None,
                 host=host,
-                port=_free_port(host),
+                port=free_port(host),
                 profile=f"replica_{number}",
                 log_dir=Path(folder) / "logs",
                 on_kernel_exit=OnKernelExit.STOP,
@@ -158,19 +150,7 @@ async def serve(setup: Setup, number: int, run: str) -> str | None:
         return str(error)
     except OSError as error:
         return f"Can't write to {worker.local_directory}: {error}."
-    finally:
-        del _running[run]
-        ended.set()
     return None
-
-
-async def stop(run: str) -> None:
-    """End a replica, if it runs on this worker, and wait for that."""
-    _stopped.add(run)
-    if run in _running:
-        scope, ended = _running[run]
-        scope.cancel()
-        await ended.wait()
 
 
 async def _supervise(config: ServerConfig, reporter: _Reporter) -> str | None:
@@ -182,7 +162,7 @@ async def _supervise(config: ServerConfig, reporter: _Reporter) -> str | None:
             try:
                 await supervisor.start(config)
             except PortBusyError:  # another program was faster
-                await supervisor.start(config.replace(port=_free_port(config.host)))
+                await supervisor.start(config.replace(port=free_port(config.host)))
             async with aclosing(supervisor.events()) as events:
                 while not supervisor.state.status.idle:
                     await anext(events)
@@ -265,15 +245,8 @@ def reachable_host(worker: str) -> str:
     where = urlsplit(worker)
     host = where.hostname or "localhost"
     if where.scheme == "inproc" or host == "localhost":
-        return _LOOPBACK
+        return LOOPBACK
     try:
-        return _LOOPBACK if ipaddress.ip_address(host).is_loopback else host
+        return LOOPBACK if ipaddress.ip_address(host).is_loopback else host
     except ValueError:  # a name
         return host
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as trial:
-        trial.bind((host, 0))
-        return int(trial.getsockname()[1])

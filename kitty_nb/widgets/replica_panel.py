@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -14,7 +15,8 @@ from kitty_nb.widgets.fleet_panel import UNKNOWN, FleetRow, describe_memory, des
 from kitty_nb.widgets.server_view import TONES, describe_load, describe_uptime, word
 
 if TYPE_CHECKING:
-    from kitty_nb.fleet.fleet import Fleet, Replica
+    from kitty_nb.fleet.fleet import Fleet
+    from kitty_nb.fleet.placement import Replica
 
 _CLOCK = 1.0  # seconds
 
@@ -73,6 +75,7 @@ class ReplicaPanel(Page):
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._failure: str | None = None
         super().__init__("kitty-panel", rows=self._look())
         self._view = LiveView(
             self._draw,
@@ -81,6 +84,7 @@ class ReplicaPanel(Page):
             subscribe=lambda: fleet.subscribe(lambda _: self._view.wake()),
         )
         self._view.start(fleet.begin)
+        self._actions = session.ActionRunner(fleet.begin, self._show_error)
         self.add_class("kitty-fleet")
         receive_while_busy([self])
 
@@ -103,26 +107,27 @@ class ReplicaPanel(Page):
 
     def _draw(self) -> None:
         with self.hold_sync():
-            self.rows, self.notice = self._look(), self._fleet.problem or ""
+            self.rows, self.notice = self._look(), self._failure or self._fleet.problem or ""
 
-    def _show_error(self, message: str) -> None:
-        self.notice = message
+    def _show_error(self, message: str | None) -> None:
+        self._failure = message
+        self.notice = message or ""
 
     def receive(self, message: Any) -> None:
         """Take a message of a page."""
-        fleet = self._fleet
         match message:
             case {"kind": "start" | "stop" as verb, "profile": str(name)}:
-                for row, replica in zip(self.rows, fleet.replicas, strict=True):
-                    if row["profile"] == name and row[verb]:
-                        getattr(fleet, verb)(replica.number)
-            case {"kind": "start_all" | "stop_all" as which}:
-                verb = which.removesuffix("_all")
-                for row, replica in zip(self.rows, fleet.replicas, strict=True):
-                    if row[verb]:
-                        getattr(fleet, verb)(replica.number)
+                self._order(verb, name)
+            case {"kind": "start_all" | "stop_all" as verb}:
+                self._order(verb.removesuffix("_all"))
             case {"kind": "rescan"}:
-                fleet.rescan()
+                self._actions.run(self._fleet.rescan)
+
+    def _order(self, verb: str, name: str | None = None) -> None:
+        rows = enumerate(self.rows)
+        numbers = [n for n, row in rows if row[verb] and name in {None, row["profile"]}]
+        if numbers:
+            self._actions.run(partial(getattr(self._fleet, verb), *numbers))
 
 
 def bundle(fleet: Fleet) -> dict[str, Any]:
