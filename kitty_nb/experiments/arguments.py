@@ -1,32 +1,33 @@
-"""Checks of the numbers and texts that people pass to experiments. Pure."""
+"""Checks of what people pass to experiments: numbers, texts, paths and settings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
 
 MOST = 1_000_000  # of anything that is done one after the other
 SEEDS = (1 << 32) - 1  # the highest seed of llama-server and NumPy
+_ONE = (str, bytes, PathLike, Mapping, BaseModel)  # one value, though some can be iterated
 
 
 def is_whole(value: object, least: int, most: int) -> bool:
-    """True of a whole number between two others, and of no truth value."""
+    """Return whether a value is a whole number within bounds, and not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def whole(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
-    """Return a whole number.
-
-    Args:
-        name: Of the argument.
-        value: What the person wrote.
-        least: The least that makes sense.
-        most: The most.
+    """Return an argument that must be a whole number within bounds.
 
     Raises:
-        ExperimentError: It is none, or out of bounds.
+        ExperimentError: It isn't.
     """
     if not is_whole(value, least, most):
         raise ExperimentError(
@@ -36,21 +37,65 @@ def whole(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
 
 
 def positive(name: str, value: Any) -> float:
-    """Return a finite number above 0.
+    """Return an argument that must be a finite number above 0.
 
     Raises:
-        ExperimentError: It is none.
+        ExperimentError: It isn't.
     """
     try:
         number = float(value) if not isinstance(value, str | bytes | bool) else math.nan
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 < number < math.inf:
         raise ExperimentError(f"{name} is {value!r}. Write a number above 0.")
     return number
 
 
-def listed(name: str, given: Any) -> tuple[Any, ...]:
+def require(name: str, value: object, kind: type | tuple[type, ...], example: str) -> None:
+    """Reject an argument of a wrong type; `example` names what to write instead.
+
+    Raises:
+        ExperimentError: It isn't of that type.
+    """
+    if not isinstance(value, kind):
+        raise ExperimentError(f"{name} is {value!r}. Write {example}.")
+
+
+def path_of(name: str, value: Any) -> Path:
+    """Return an argument that must be a path, made absolute.
+
+    Raises:
+        ExperimentError: It isn't.
+    """
+    require(name, value, (str, PathLike), "a path")
+    return Path(value).expanduser().absolute()
+
+
+def config_of(config: Any) -> ServerConfig:
+    """Return the settings given, or else those of `.env`.
+
+    Raises:
+        ConfigError: `.env` can't be read.
+        ExperimentError: The argument isn't a `ServerConfig`.
+    """
+    if config is None:
+        return ServerConfig.from_env()
+    require("config", config, ServerConfig, "a ServerConfig, such as ServerConfig.from_env()")
+    found: ServerConfig = config
+    return found
+
+
+def several(given: Any) -> tuple[Any, ...]:
+    """Return the values of an argument that takes one or several."""
+    if isinstance(given, _ONE):
+        return (given,)
+    try:
+        return tuple(given)
+    except TypeError:
+        return (given,)
+
+
+def numbers(name: str, given: Any) -> tuple[Any, ...]:
     """Return the values of an argument that takes one number or several.
 
     Raises:
@@ -58,25 +103,17 @@ def listed(name: str, given: Any) -> tuple[Any, ...]:
     """
     if isinstance(given, str | bytes):
         raise ExperimentError(f"{name} is {given!r}. Write a number, or several in a list.")
-    try:
-        several = tuple(given)
-    except TypeError:
-        several = (given,)
     # JSON takes none of NumPy's numbers.
-    return tuple(one.item() if callable(getattr(one, "item", None)) else one for one in several)
+    return tuple(one.item() if hasattr(one, "item") else one for one in several(given))
 
 
 def texts(name: str, given: Any) -> tuple[str, ...]:
     """Return the values of an argument that takes one text or several.
 
     Raises:
-        ExperimentError: A value is no text.
+        ExperimentError: A value isn't a text.
     """
-    try:
-        several = (given,) if isinstance(given, str) else tuple(given)
-    except TypeError:
-        several = (given,)
-    for one in several:
+    for one in several(given):
         if not isinstance(one, str):
             raise ExperimentError(f"{name} has {one!r}. Write a text, or several in a list.")
-    return several
+    return several(given)

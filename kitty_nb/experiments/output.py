@@ -79,11 +79,11 @@ def write_file(
     Raises:
         ExperimentError: The file can't be written; the error is of the given type.
     """
-    path = Path(path)
     try:
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content, private=False)
-    except (OSError, ValueError) as problem:  # no file can have a name with a zero byte
+    except (OSError, TypeError, ValueError) as problem:  # no name can have a zero byte
         reason = getattr(problem, "strerror", None) or problem
         raise error(
             f"Can't write {path}: {reason}. Free some space, check the folder's permissions, or"

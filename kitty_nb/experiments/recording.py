@@ -30,6 +30,7 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import broken_off, post, props
 from kitty_nb.config import ServerConfig, load_lenient
 from kitty_nb.errors import ExperimentError, RunRecordError, ServerError
+from kitty_nb.experiments.arguments import config_of, require, several
 from kitty_nb.experiments.run_record import (
     Comparison,
     EngineFacts,
@@ -108,8 +109,7 @@ def record_run(
         "cache_prompt": False,  # earlier requests must not influence the computation
         **parameters,
     }
-    given = [prompts] if isinstance(prompts, str | Request) else prompts
-    requests = [_request(prompt, sampling) for prompt in given]
+    requests = [_request(prompt, sampling) for prompt in several(prompts)]
     access, state = manager.access, manager.state
     if state.external:
         raise ExperimentError(
@@ -144,10 +144,12 @@ def replay(
             `.env`.
 
     Raises:
+        ExperimentError: An argument is wrong.
         ConfigError: `.env` can't be read. Waiting for the result raises RunRecordError if the
             recorded model isn't found, or any error of starting a server or sending requests.
     """
-    here = config or load_lenient(profile=record.profile)[0]
+    require("record", record, RunRecord, "a RunRecord, such as RunRecord.load('run.json')")
+    here = load_lenient(profile=record.profile)[0] if config is None else config_of(config)
     progress: deque[LoadProgress] = deque(maxlen=1)
 
     async def repeat() -> Comparison:

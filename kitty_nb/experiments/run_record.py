@@ -22,6 +22,7 @@ from pydantic import (
 from kitty_nb.catalog.cache import FileDigest
 from kitty_nb.config import ServerConfig, without_secrets
 from kitty_nb.errors import ConfigError, RunRecordError
+from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.output import markdown_table, write_file
 from kitty_nb.isolated_server import SERVER_SETTINGS, EngineKind, LoadSeconds
 
@@ -241,7 +242,7 @@ class RunRecord(_Facts):
         """
         try:
             text = Path(path).read_bytes()
-        except (OSError, ValueError) as error:  # no file can have a name with a zero byte
+        except (OSError, TypeError, ValueError) as error:  # no name can have a zero byte
             reason = getattr(error, "strerror", None) or error
             raise RunRecordError(f"Can't read {path}: {reason}. Check the path.") from error
         return cls.parse(text, str(path))
@@ -387,7 +388,13 @@ class Comparison:
 
 
 def compare(recorded: RunRecord, repeated: RunRecord) -> Comparison:
-    """Compare two runs. Measurements, such as timings, don't count as differences."""
+    """Compare two runs. Measurements, such as timings, don't count as differences.
+
+    Raises:
+        ExperimentError: An argument isn't a run record.
+    """
+    for name, run in (("recorded", recorded), ("repeated", repeated)):
+        require(name, run, RunRecord, "a RunRecord, such as RunRecord.load('run.json')")
     before, after = (
         dict(_leaves(run.model_dump(mode="json", include=_COMPARED)))
         for run in (recorded, repeated)

@@ -9,13 +9,13 @@ import math
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import anyio
 import anyio.to_thread
 
 from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first_of
+from kitty_nb.experiments.arguments import path_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here
 from kitty_nb.experiments.space import check_flags, digest
@@ -36,6 +36,7 @@ from kitty_nb.operation import Operation
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from concurrent.futures import Future
+    from pathlib import Path
     from threading import Thread
 
     from kitty_nb.config import ServerConfig
@@ -80,11 +81,11 @@ class TrialRunner:
 
         self.config = config
         self.workload = workload
-        self.store = Path(store).expanduser().absolute()
+        self.store = path_of("store", store)
         self.warnings = tuple(filter(None, (*warnings, earlier_store(self.store))))
         self.trials = trials
         self.busy_repeats = busy_repeats
-        self._logs = Path(logs).expanduser().absolute() if logs else None
+        self._logs = path_of("logs", logs) if logs else None
         self._kept = RowStore(self.store, digest(config, workload))
         self._rows: dict[str, TrialResult] = {}
         self._broadcast: Broadcast[SweepEvent] = Broadcast()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from enum import Enum
@@ -20,12 +22,13 @@ import psutil
 
 from kitty_nb.config import ServerConfig, takes_secret, value_of
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
+from kitty_nb.experiments.arguments import require, several, texts
 from kitty_nb.experiments.metrics import OBJECTIVE
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Trial
 from kitty_nb.isolated_server import SERVER_SETTINGS, accepts, spell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kitty_nb.experiments.trial import Value, Workload
     from kitty_nb.isolated_server import Dialect, Option
@@ -91,8 +94,11 @@ def combine(
         ExperimentError: There is nothing to try.
     """
     problems: list[Problem] = []
-    axes = {name: _values(name, values, problems) for name, values in (grid or {}).items()}
-    listed = [_one_config(one, base, problems) for one in ([{}] if configs is None else configs)]
+    grid = {} if grid is None else grid
+    require("grid", grid, Mapping, 'values by name of setting: {"threads": [4, 8]}')
+    axes = {name: _values(name, grid[name], problems) for name in texts("grid", [*grid])}
+    given = [{}] if configs is None else several(configs)
+    listed = [_one_config(one, base, problems) for one in given]
     problems += _check_names([*axes, *(name for _, settings in listed for name in settings)])
     words = [*axes.get("extra_args", ()), *(settings.get("extra_args") for _, settings in listed)]
     problems += _check_words(words)
@@ -193,7 +199,9 @@ def as_value(value: Any) -> Value:
             return str(value)
         case list() | tuple():
             return tuple(map(str, value))
-        case None | bool() | int() | float() | str():
+        case None | bool() | int() | str():
+            return value
+        case float() if math.isfinite(value):
             return value
     if callable(item := getattr(value, "item", None)):  # a NumPy scalar
         return as_value(item())
@@ -334,11 +342,13 @@ def _one_config(
     config: ServerConfig | Mapping[str, Any], base: ServerConfig, problems: list[Problem]
 ) -> tuple[str | None, dict[str, Value]]:
     """Return a config's model, if any, and its other settings."""
+    require("configs", config, (ServerConfig, Mapping), 'settings by name: [{"threads": 4}, …]')
     if isinstance(config, ServerConfig):
         whole = {name: getattr(config, name) for name in (*FIELDS, "model")}
         config = {name: value for name, value in whole.items() if value != getattr(base, name)}
     model = _model_name(config["model"], base) if config.get("model") else None
-    named = {name: _values(name, [config[name]], problems) for name in config if name != "model"}
+    names = (name for name in texts("configs", [*config]) if name != "model")
+    named = {name: _values(name, [config[name]], problems) for name in names}
     return model, {name: values[0] for name, values in named.items() if values}
 
 

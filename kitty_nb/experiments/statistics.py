@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import several, whole
 from kitty_nb.experiments.extras import extra
 
 if TYPE_CHECKING:
@@ -116,7 +119,12 @@ def own_spread(first: Sequence[float], second: Sequence[float]) -> float:
 def proportion_interval(
     successes: int, total: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return Wilson's interval for a proportion of successes."""
+    """Return Wilson's interval for a proportion of successes.
+
+    Raises:
+        ExperimentError: The numbers aren't whole, or there are more successes than tries.
+    """
+    whole("successes", successes, 0, whole("total", total, 1, sys.maxsize))
     test = extra("scipy.stats").binomtest(successes, total)
     low, high = test.proportion_ci(confidence, method="wilson")
     return float(low), float(high)
@@ -135,12 +143,13 @@ def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:
+    baseline, other = several(baseline), several(other)
     if len(baseline) != len(other):
         raise ExperimentError(
             f"Can't pair {len(baseline)} rounds with {len(other)}. Give both series a value for"
             " every round."
         )
-    if not all(value > 0 and math.isfinite(value) for value in (*baseline, *other)):
+    if not all(isinstance(v, Real) and 0 < v < math.inf for v in (*baseline, *other)):
         raise ExperimentError("Ratios need positive numbers. Compare another metric.")
     return [math.log(after / before) for before, after in zip(baseline, other, strict=True)]
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.arguments import whole
+from kitty_nb.experiments.arguments import texts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -98,7 +98,7 @@ class Suite:
         """
         whole("each", each, 1, _MOST)
         made: list[Task] = []
-        for kind in (kinds,) if isinstance(kinds, str) else kinds:
+        for kind in texts("kinds", kinds):
             if kind not in set(Kind):
                 raise ExperimentError(f"No kind is {kind!r}. Write {', '.join(Kind)}.")
             tasks = _MAKERS[Kind(kind)](Random(f"{kind} {seed}"))  # noqa: S311 (no secret)

@@ -6,15 +6,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from kitty_nb.config import ServerConfig, env_warnings
+from kitty_nb.config import env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
-from kitty_nb.experiments.arguments import whole
+from kitty_nb.experiments.arguments import config_of, several, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.results import Results
@@ -25,9 +24,11 @@ from kitty_nb.experiments.trial import DEFAULT_PROMPT, Outcome, Workload
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from distributed import Client
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.space import Skip
     from kitty_nb.experiments.trial import Execute, Quality, Trial, TrialResult
     from kitty_nb.isolated_server import LoadProgress
@@ -127,7 +128,7 @@ class Sweep(TrialRunner):
         baseline: bool = False,
         busy_repeats: int = 1,
     ) -> None:
-        base = config or ServerConfig.from_env()
+        base = config_of(config)
         if base.url and not (models or configs):
             raise ExperimentError(
                 f"A sweep starts a server for each trial, which kitty_nb can't do at {base.url}."
@@ -135,8 +136,7 @@ class Sweep(TrialRunner):
             )
         asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
         workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
-        named = [models] if isinstance(models, str | Path) else models
-        combinations = combine(base, named, grid, configs, skip)
+        combinations = combine(base, several(models), grid, configs, skip)
         whole("repeats", repeats, 1)
         whole("busy_repeats", busy_repeats)
         tried = [trial.settings for trial in combinations]
@@ -220,6 +220,8 @@ class Sweep(TrialRunner):
             ResultStoreError: The results file can't be used.
             ExperimentError: The sweep is already running, or a cluster can't run it or is lost.
         """
+        if slots is not None:
+            whole("slots", slots, 1)
 
         async def work() -> None:
             at, self._slots = where, slots or 1

@@ -15,7 +15,7 @@ from types import CellType, CodeType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ConfigError, Problem
-from kitty_nb.experiments.arguments import MOST, SEEDS, is_whole, listed, texts
+from kitty_nb.experiments.arguments import MOST, SEEDS, is_whole, numbers, require, texts, whole
 from kitty_nb.experiments.noise import Noise  # noqa: TC001 (pydantic reads the types)
 from kitty_nb.experiments.run_record import RunRecord
 from kitty_nb.isolated_server import LoadSeconds  # noqa: TC001 (pydantic reads the types)
@@ -91,6 +91,9 @@ class ExactMatch:
 
     expected: Mapping[str, str]
 
+    def __post_init__(self) -> None:
+        _check_expected(self.expected)
+
     def __call__(self, prompt: str, answer: str) -> float:
         """Score an answer."""
         return float(answer.strip() == self.expected[prompt].strip())
@@ -108,6 +111,9 @@ class Perplexity:
     """
 
     expected: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _check_expected(self.expected)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,10 @@ class Divergence:
 
     reference: str
     expected: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        require("reference", self.reference, (str, PurePath), "the path of a model")
+        _check_expected(self.expected)
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,13 @@ class HarnessTask:
     chat: bool = False
     include_path: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("name", "metric", "include_path"):
+            require(name, getattr(self, name), str, "a text")
+        for name, least in (("limit", 1), ("shots", 0)):
+            if (value := getattr(self, name)) is not None:
+                whole(name, value, least)
+
     @property
     def digest(self) -> str:
         """A hash of the folder's files, so that an edited task counts as a new one. Blocking."""
@@ -163,6 +180,13 @@ class HarnessTask:
         files = sorted(one for one in folder.rglob("*") if one.is_file() and self.include_path)
         texts = (f"{one.relative_to(folder)}".encode() + one.read_bytes() for one in files)
         return hashlib.blake2b(b"".join(texts), digest_size=12).hexdigest()
+
+
+def _check_expected(expected: Mapping[str, str]) -> None:
+    example = "a text for each prompt: {prompt: text}"
+    require("expected", expected, Mapping, example)
+    for text in expected.values():
+        require("expected", text, str, example)
 
 
 Quality = Callable[[str, str], float] | Perplexity | Divergence | HarnessTask
@@ -207,7 +231,7 @@ class Workload:
         **more: Any,
     ) -> Workload:
         """Create a workload from one or more prompts, and one or more numbers in parallel."""
-        levels = listed("parallel", parallel)
+        levels = numbers("parallel", parallel)
         return cls(prompts=texts("prompts", prompts), parallel=levels, quality=quality, **more)
 
     def __post_init__(self) -> None:
@@ -264,14 +288,10 @@ class Workload:
                     fix = f"Give {kind} the text to a prompt, spelled as in prompts=[…]."
                     reason = f"{kind} has a text for none of the prompts."
                     yield Problem("quality", ", ".join(expected), reason, fix)
-            case HarnessTask(limit=limit) if limit is not None and limit < 1:
-                fix = "Write a number of questions, or leave it out for all."
-                yield Problem("quality", str(limit), "limit must be 1 or more.", fix)
-            case HarnessTask(include_path=folder) if folder and not Path(folder).is_dir():
-                fix = "Correct include_path, or leave it out for the harness's own tasks."
-                yield Problem("quality", folder, "There is no such folder.", fix)
-            case HarnessTask():
-                pass
+            case HarnessTask(include_path=folder):
+                if folder and not Path(folder).is_dir():
+                    fix = "Correct include_path, or leave it out for the harness's own tasks."
+                    yield Problem("quality", folder, "There is no such folder.", fix)
             case quality if quality is not None and not callable(quality):
                 fix = (
                     "Use ExactMatch({prompt: answer}), Perplexity({prompt: text}),"
