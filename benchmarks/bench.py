@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from benchmarks.subject import subject_of, subject_parser
-from kitty_nb.experiments.bench import Bench, BenchTest, plain_config
+from kitty_nb.experiments.bench import Bench, BenchKind, BenchTest, plain_config
 from kitty_nb.isolated_server import isolated_server, locate_engine
 
 if TYPE_CHECKING:
@@ -94,26 +94,28 @@ async def _raw(config: ServerConfig, tests: tuple[BenchTest, ...]) -> Speeds:
 
             for test in tests:
                 before = random.choices(range(_VOCABULARY), k=test.depth)  # noqa: S311
-                seconds([], test.prompt or 1, 1)
+                seconds([], test.prompt, 1)
                 if before:
                     seconds(before, 0, 1)
-                taken = seconds(before, test.prompt or 1, test.answer + 1)
-                speeds[test] = (test.prompt or test.answer) / taken
+                speeds[test] = test.tokens / seconds(before, test.prompt, test.predicted)
     return speeds
 
 
 def _llama_bench(program: Path, config: ServerConfig, tests: tuple[BenchTest, ...]) -> Speeds:
-    prompts = {test.prompt for test in tests} - {0}
-    answers = {test.answer for test in tests} - {0}
+    sizes = {test.kind: str(test.tokens) for test in tests}
     command = [
         *(program, "-m", config.require_model(), "-r", "1", "-o", "json"),
-        *("-t", str(config.threads), "-p", str(max(prompts, default=0))),
-        *("-n", str(max(answers, default=0))),
+        *("-t", str(config.threads), "-p", sizes.get(BenchKind.PROMPT, "0")),
+        *("-n", sizes.get(BenchKind.ANSWER, "0")),
         *("-d", ",".join(str(depth) for depth in sorted({test.depth for test in tests}))),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {
-        BenchTest(row["n_prompt"], row["n_gen"], row["n_depth"]): row["avg_ts"]
+        (
+            BenchTest(BenchKind.PROMPT, row["n_prompt"], row["n_depth"])
+            if row["n_prompt"]
+            else BenchTest(BenchKind.ANSWER, row["n_gen"], row["n_depth"])
+        ): row["avg_ts"]
         for row in json.loads(done.stdout)
     }
 

@@ -17,7 +17,7 @@ from test_cli import write_env
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ExperimentError, KittyError
 from kitty_nb.experiments import Bench, BenchTable
-from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchRow, BenchTest
+from kitty_nb.experiments.bench import BenchClient, BenchKind, BenchProgress, BenchRow, BenchTest
 from kitty_nb.experiments.noise import Noise
 
 WAIT = 120
@@ -51,9 +51,9 @@ def test_an_engine_that_does_not_keep_the_context_is_told_and_not_measured() -> 
         transport = httpx.MockTransport(answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
             client = BenchClient(http, 100)
-            assert (await client.measure(BenchTest(32, 0, 0)))[0] == 3200
+            assert (await client.measure(BenchTest(BenchKind.PROMPT, 32)))[0] == 3200
             with pytest.raises(ExperimentError, match="128 tokens instead of 32: it does not keep"):
-                await client.measure(BenchTest(32, 0, 96))
+                await client.measure(BenchTest(BenchKind.PROMPT, 32, 96))
 
     anyio.run(measure)
 
@@ -88,8 +88,8 @@ def table(*rows: BenchRow) -> BenchTable:
 
 def test_the_table_is_llama_benchs_to_the_letter() -> None:
     rows = (
-        BenchRow(BenchTest(512, 0, 0), (811.0, 812.0), (810.0, 811.0)),
-        BenchRow(BenchTest(0, 128, 4096), (61.25,), (61.0,)),
+        BenchRow(BenchTest(BenchKind.PROMPT, 512), (811.0, 812.0), (810.0, 811.0)),
+        BenchRow(BenchTest(BenchKind.ANSWER, 128, 4096), (61.25,), (61.0,)),
     )
     # Printed by llama-bench b10435.
     assert str(table(*rows)).splitlines()[:4] == [
@@ -107,10 +107,10 @@ def test_the_table_is_llama_benchs_to_the_letter() -> None:
 
 def test_a_plot_shows_the_speed_against_the_depth() -> None:
     rows = (
-        BenchRow(BenchTest(512, 0, 0), (811.0, 812.0)),
-        BenchRow(BenchTest(0, 128, 0), (70.0, 72.0)),
-        BenchRow(BenchTest(0, 128, 4096), (61.0,)),
-        BenchRow(BenchTest(0, 128, 9999), reason="It does not fit."),
+        BenchRow(BenchTest(BenchKind.PROMPT, 512), (811.0, 812.0)),
+        BenchRow(BenchTest(BenchKind.ANSWER, 128), (70.0, 72.0)),
+        BenchRow(BenchTest(BenchKind.ANSWER, 128, 4096), (61.0,)),
+        BenchRow(BenchTest(BenchKind.ANSWER, 128, 9999), reason="It does not fit."),
     )
     (axes,) = table(*rows).plot().axes
     (drawn,) = axes.containers
@@ -122,14 +122,15 @@ def test_a_plot_shows_the_speed_against_the_depth() -> None:
 
 
 def test_what_the_clock_does_not_confirm_is_said() -> None:
-    held = table(BenchRow(BenchTest(512, 0, 0), (1000.0,), (500.0,)))
+    held = table(BenchRow(BenchTest(BenchKind.PROMPT, 512), (1000.0,), (500.0,)))
     assert "- pp512: By the clock it is 500.00 t/s" in str(held)
     assert held._repr_markdown_() == str(held)
-    quick = table(BenchRow(BenchTest(16, 0, 0), (10_000.0,), (2_000.0,)))  # 6 ms of HTTP
+    short = BenchTest(BenchKind.PROMPT, 16)
+    quick = table(BenchRow(short, (10_000.0,), (2_000.0,)))  # 6 ms of HTTP
     assert "By the clock" not in str(quick)
-    shared = table(BenchRow(BenchTest(16, 0, 0), (9.0,), (9.0,), noise=Noise(0.9, 0.4)))
+    shared = table(BenchRow(short, (9.0,), (9.0,), noise=Noise(0.9, 0.4)))
     assert "- pp16: Other processes used 40 % of the processors. Stop them" in str(shared)
-    missing = table(BenchRow(BenchTest(16, 0, 0), reason="It is too deep."))
+    missing = table(BenchRow(short, reason="It is too deep."))
     assert "- pp16: It is too deep." in str(missing)
     assert "| - |" in re.sub(" +", " ", str(missing))
 
@@ -140,7 +141,7 @@ def test_ctrl_c_prints_the_rows_so_far(
     measure = BenchClient.measure
 
     async def interrupted(client: BenchClient, test: BenchTest) -> tuple[float, float]:
-        if test.answer:
+        if test.kind is BenchKind.ANSWER:
             signal.raise_signal(signal.SIGINT)
             await anyio.sleep(WAIT)
         return await measure(client, test)

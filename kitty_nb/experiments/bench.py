@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from random import Random
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
-from kitty_nb.experiments.arguments import SEEDS, listed, whole
+from kitty_nb.experiments.arguments import SEEDS, config_of, numbers, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table
@@ -51,23 +52,39 @@ _COLUMNS = {"batch_size": "n_batch", "ubatch_size": "n_ubatch", "flash_attention
 _CACHE = {"type_k": {"--cache-type-k", "-ctk"}, "type_v": {"--cache-type-v", "-ctv"}}
 
 
+class BenchKind(StrEnum):
+    """llama-bench's kinds of tests: prompt processing and text generation."""
+
+    PROMPT = "pp"
+    ANSWER = "tg"
+
+
 @dataclass(frozen=True, slots=True)
 class BenchTest:
-    """A test of llama-bench: read a prompt or write an answer, after `depth` tokens of context."""
+    """A test of llama-bench: so many tokens to read or write, after `depth` tokens of context."""
 
-    prompt: int
-    answer: int
-    depth: int
+    kind: BenchKind
+    tokens: int
+    depth: int = 0
 
     def __str__(self) -> str:
-        name = f"pp{self.prompt}" if self.prompt else f"tg{self.answer}"
+        name = f"{self.kind}{self.tokens}"
         return f"{name} @ d{self.depth}" if self.depth else name
+
+    @property
+    def prompt(self) -> int:
+        """The number of tokens to read; a single one comes before an answer."""
+        return self.tokens if self.kind is BenchKind.PROMPT else 1
 
     @property
     def context(self) -> int:
         """The context size needed, in tokens."""
-        # An answer follows one prompt token, and its own first token costs no decoding step.
-        return self.depth + (self.prompt + 1 if self.prompt else self.answer + 2)
+        return self.depth + self.prompt + self.predicted
+
+    @property
+    def predicted(self) -> int:
+        """The number of tokens to write; the first comes from reading, so it isn't counted."""
+        return 1 if self.kind is BenchKind.PROMPT else self.tokens + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +118,15 @@ class BenchRow:
     @property
     def note(self) -> str:
         """Caveats about the measurement, in sentences; empty if there are none."""
-        return " ".join(filter(None, (self._disturbed, self._by_clock))) or self.reason
-
-    @property
-    def _disturbed(self) -> str:
-        if not self.speeds or self.noise is None or not self.noise.busy:
-            return ""
-        return (
-            f"Other processes used {self.noise.others * 100:.0f} % of the processors. Stop them,"
-            " and measure again."
-        )
+        disturbed = self.noise.warning if self.speeds and self.noise else ""
+        return " ".join(filter(None, (disturbed, self._by_clock))) or self.reason
 
     @property
     def _by_clock(self) -> str:
         if not self.speeds or not self.clock:
             return ""
         clock = fmean(self.clock)
-        seconds = (self.test.prompt or self.test.answer) * (1 / clock - 1 / fmean(self.speeds))
+        seconds = self.test.tokens * (1 / clock - 1 / fmean(self.speeds))
         if abs(clock / fmean(self.speeds) - 1) <= _AGREE or abs(seconds) <= _UNNOTICED:
             return ""
         return (
@@ -183,9 +192,10 @@ class BenchTable:
         extra("matplotlib")
         from kitty_nb.experiments.plots import curves  # noqa: PLC0415 (of an extra)
 
+        kind = BenchKind.PROMPT if prompts else BenchKind.ANSWER
         points: dict[str, list[Point]] = {}
         for row in self.rows:
-            if row.speeds and bool(row.test.prompt) == prompts:
+            if row.speeds and row.test.kind is kind:
                 name = str(replace(row.test, depth=0))
                 spread = median(row.speeds), min(row.speeds), max(row.speeds)
                 points.setdefault(name, []).append((row.test.depth, *spread))
@@ -272,13 +282,13 @@ class Bench:
         seed: int = 0,
         config: ServerConfig | None = None,
     ) -> None:
-        base = config or ServerConfig.from_env()
+        base = config_of(config)
         if model is not None:
             base = base.replace(model=model, allow_absolute_paths=True)
         self.config = base
         self.repeats = whole("repeats", repeats, 1)
         sizes = whole("prompt", prompt, 0, _TOKENS), whole("answer", answer, 0, _TOKENS)
-        several = [whole("depths", depth, 0, _TOKENS) for depth in listed("depths", depths)]
+        several = [whole("depths", depth, 0, _TOKENS) for depth in numbers("depths", depths)]
         self.tests = tests_of(*sizes, several)
         if not self.tests:
             raise ExperimentError(
@@ -384,7 +394,7 @@ class BenchClient:
 
     async def warm_up(self, test: BenchTest) -> None:
         """Run the test's kind of work once without measuring, as llama-bench does."""
-        await self._ask(self._tokens(test.prompt or 1), 1 if test.prompt else 2)
+        await self._ask(self._tokens(test.prompt), min(test.predicted, 2))
 
     async def measure(self, test: BenchTest) -> tuple[float, float]:
         """Run a test once; return tokens per second by the server's timings, and by the clock.
@@ -398,21 +408,19 @@ class BenchClient:
         before = Random(f"{self._seed} {test.depth}").choices(self._vocabulary, k=test.depth)  # noqa: S311
         if before:
             await self._ask(before, 1, cache=True)
-        asked = [*before, *self._tokens(test.prompt or 1)]
-        # The first token of an answer comes from reading the prompt, so it is not counted.
-        count = 1 if test.prompt else test.answer + 1
-        timings, seconds = await self._ask(asked, count, cache=bool(before))
+        asked = [*before, *self._tokens(test.prompt)]
+        timings, seconds = await self._ask(asked, test.predicted, cache=bool(before))
         apart = seconds - (timings.prompt_ms + timings.predicted_ms) / 1000
-        if test.prompt:
+        if test.kind is BenchKind.PROMPT:
             tokens, own = timings.prompt_n, timings.prompt_ms / 1000
-            wrong = not test.prompt <= tokens <= max(test.prompt + 1, test.prompt * _REREAD)
+            right = test.tokens <= tokens <= max(test.tokens + 1, test.tokens * _REREAD)
         else:
             tokens, own = timings.predicted_n - 1, timings.predicted_ms / 1000
-            wrong = tokens != test.answer
-        if wrong or own <= 0:
+            right = tokens == test.tokens
+        if not right or own <= 0:
             raise ExperimentError(
-                f"The engine processed {tokens} tokens instead of {test.prompt or test.answer}: it"
-                " does not keep such a context. Try another depth."
+                f"The engine processed {tokens} tokens instead of {test.tokens}: it does not keep"
+                " such a context. Try another depth."
             )
         return tokens / own, tokens / (own + apart)
 
@@ -437,8 +445,13 @@ class BenchClient:
 
 def tests_of(prompt: int, answer: int, depths: Iterable[int]) -> tuple[BenchTest, ...]:
     """Return llama-bench's tests in its order: at each depth the prompt, then the answer."""
-    both = [(prompt, 0)] * (prompt > 0) + [(0, answer)] * (answer > 0)
-    return tuple(BenchTest(*one, depth) for depth in sorted(set(depths)) for one in both)
+    sizes = {BenchKind.PROMPT: prompt, BenchKind.ANSWER: answer}
+    return tuple(
+        BenchTest(kind, tokens, depth)
+        for depth in sorted(set(depths))
+        for kind, tokens in sizes.items()
+        if tokens
+    )
 
 
 def plain_config(

@@ -39,6 +39,16 @@ class Noise:
         """True if other processes are likely to have distorted the measurement."""
         return self.others > _BUSY
 
+    @property
+    def warning(self) -> str:
+        """What to do about other processes, in sentences; empty if they did not disturb."""
+        if not self.busy:
+            return ""
+        return (
+            f"Other processes used {self.others * 100:.0f} % of the processors. Stop them, and"
+            " measure again."
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
