@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
+import anyio
 import pytest
 from conftest import demo_config, unused_port
 from terminal import run
@@ -15,6 +19,7 @@ from test_cli import write_env
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.errors import ExperimentError, RunRecordError
 from kitty_nb.experiments import Regression, RunRecord, Verdict, record_run, regress
+from kitty_nb.experiments.bench import BenchClient, BenchTest
 
 WAIT = 300
 # Batches of one token: the same answers, but prompts are read far more slowly.
@@ -169,6 +174,32 @@ def test_the_terminal_ends_with_1_if_a_build_regresses(
     assert done.exit_code == 1, done.stderr
     assert f"answer 1 of {path} differs from token 3 on" in done.stdout
     assert run("regress", path, "--engine", path, "--rounds", 1, "--env", env).exit_code == 1
+
+
+def test_ctrl_c_prints_the_rounds_so_far(
+    config: ServerConfig,
+    record: RunRecord,
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warm_up, servers = BenchClient.warm_up, count(1)
+
+    async def interrupted(client: BenchClient, test: BenchTest) -> None:
+        if next(servers) == 4:  # the first of the second round
+            os.kill(os.getpid(), signal.SIGINT)
+            await anyio.sleep(WAIT)
+        await warm_up(client, test)
+
+    monkeypatch.setattr(BenchClient, "warm_up", interrupted)
+    env, path = write_env(tmp_path, config), record.save(tmp_path / "run.json")
+    other = build("other", *OTHER)
+    words = ("--rounds", 3, "--pp", 16, "--tg", 0, "--env", env)
+    done = run("regress", path, "--engine", other, *words)
+    assert done.exit_code == 130
+    assert f"{other} " in done.stdout
+    assert "pp16: too close to tell, 2 more rounds would tell" in done.stdout
+    assert f"answer 1 of {path} differs from token 3 on" in done.stdout
 
 
 @pytest.mark.native

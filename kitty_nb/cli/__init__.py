@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kitty_nb.cli.commands import Begin
     from kitty_nb.client import Access
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments import LoadTest
+    from kitty_nb.experiments import LoadTest, Regression
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
 _LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
@@ -656,9 +656,13 @@ def regress(
 
     asked = {"prompt": pp, "answer": tg, "rounds": rounds, "bisect": bisect}
     config = _settings(env, profile)
-    found = anyio.run(commands.regress, records, engine, config, asked)
-    _say(str(found))
-    if found.regressed:
+    found: list[Regression] = []
+    try:
+        found.append(anyio.run(commands.regress, records, engine, config, asked, found.append))
+    finally:  # if interrupted, too: the rounds so far
+        if found:
+            _say(str(found[-1]))
+    if found[-1].regressed:
         raise typer.Exit(_FAILED)
 
 

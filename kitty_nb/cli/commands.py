@@ -323,7 +323,11 @@ async def bench(wanted: Bench) -> None:
 
 
 async def regress(
-    records: Sequence[Path], engines: Sequence[Path], config: ServerConfig, asked: dict[str, Any]
+    records: Sequence[Path],
+    engines: Sequence[Path],
+    config: ServerConfig,
+    asked: dict[str, Any],
+    on_round: Callable[[Regression], object],
 ) -> Regression:
     """Compare other engines with the one in use, with a bar in a terminal.
 
@@ -332,6 +336,7 @@ async def regress(
         engines: The other engines.
         config: The settings of this machine.
         asked: What else `regress` takes.
+        on_round: Called with the outcome so far.
 
     Raises:
         KittyError: A record, a model or the engine in use can't be used.
@@ -339,7 +344,9 @@ async def regress(
     from kitty_nb.experiments import regress as begin
 
     with _bench_bar() as show:
-        operation = begin(records, engines, config=config, on_progress=show, **asked)
+        operation = begin(
+            records, engines, config=config, on_progress=show, on_round=on_round, **asked
+        )
         try:
             return await operation
         finally:

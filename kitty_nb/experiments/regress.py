@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.client.protocol import post, props
-from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments.arguments import whole
+from kitty_nb.experiments.arguments import config_of, path_of, several, whole
 from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchTest, tests_of
 from kitty_nb.experiments.recording import exchange_of, settings_of
 from kitty_nb.experiments.run_record import RunRecord, first_difference
@@ -27,10 +26,12 @@ if TYPE_CHECKING:
     import httpx
     from pydantic import JsonValue
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.run_record import Request
     from kitty_nb.experiments.statistics import Difference
 
     OnProgress = Callable[[BenchProgress], object]
+    OnRound = Callable[["Regression"], object]
 
 _PROGRAMS = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _LONG_ENOUGH = 0.5  # seconds
@@ -89,13 +90,13 @@ class BuildReport:
         return bool(self.problem or self.answers or slower)
 
     def __str__(self) -> str:
-        told = [self.problem] if self.problem else []
-        told += [f"{test}: {difference}" for test, difference in self.speeds.items()]
+        told = [f"{test}: {difference}" for test, difference in self.speeds.items()]
         told += map(str, self.answers)
-        if not self.problem and not self.answers:
-            told.append("all answers are the same")
+        if not self.answers:
+            told.append(self.problem or "all answers are the same")
         head = f"{self.engine} {self.version}".rstrip()
-        return "\n".join([f"{head}: {'REGRESSED' if self.regressed else 'ok'}", *_listed(told)])
+        verdict = "REGRESSED" if self.regressed else "ok"
+        return "\n- ".join([f"{head}: {verdict}", *told])
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class Regression:
         return any(build.regressed for build in self.builds)
 
     def __str__(self) -> str:
-        lines = [f"Engine in use: {self.baseline}", *_listed(self.notes), *map(str, self.builds)]
+        head = "\n- ".join([f"Engine in use: {self.baseline}", *self.notes])
+        lines = [head, *map(str, self.builds)]
         if self.first_bad:
             lines.append(f"The first build that regresses is {self.first_bad}.")
         return "\n".join(lines)
@@ -138,6 +140,7 @@ def regress(
     bisect: bool = False,
     config: ServerConfig | None = None,
     on_progress: OnProgress = lambda _: None,
+    on_round: OnRound = lambda _: None,
 ) -> Operation[Regression]:
     """Compare other engine builds with the one in use, in the background.
 
@@ -157,20 +160,19 @@ def regress(
             About log2 of their number are tried.
         config: The settings of this machine; by default those of `.env`.
         on_progress: Called on the event loop before each measurement of a build.
+        on_round: Called there after each round, with the outcome so far.
 
     Raises:
-        ExperimentError: There are no records or engines, or a number is wrong.
+        ExperimentError: There are no records or engines, or an argument is wrong.
         RunRecordError: A record can't be read.
     """
-    several = [records] if isinstance(records, str | Path | RunRecord) else records
-    given = [_named(one, number) for number, one in enumerate(several, 1)]
-    builds = [engines] if isinstance(engines, str | Path) else engines
-    others = [Path(one).absolute() for one in builds]
+    given = [_named(one, number) for number, one in enumerate(several(records), 1)]
+    others = [*dict.fromkeys(path_of("engines", one) for one in several(engines))]
     if not given or not others:
         raise ExperimentError("Nothing to compare. Give at least one record and one engine.")
     whole("rounds", rounds, LEAST_ROUNDS)
     tests = tests_of(whole("prompt", prompt), whole("answer", answer), (0,))
-    job = _Job(given, config or ServerConfig.from_env(), tests, rounds, on_progress)
+    job = _Job(given, config_of(config), tests, rounds, on_progress, on_round)
     work = job.bisect if bisect else job.compare
     return Operation(in_background(lambda: work(others), "kitty_nb regress")[1])
 
@@ -211,55 +213,53 @@ class _Job:
     tests: Sequence[BenchTest]
     rounds: int
     on_progress: OnProgress
+    on_round: OnRound
     groups: Sequence[_Group] = ()
+    tried: dict[Path, BuildReport] = field(default_factory=dict)
 
     async def compare(self, engines: Sequence[Path]) -> Regression:
         """Compare all builds with the engine in use, in the same rounds."""
         await self._prepare()
-        baseline = (await locate_engine(self.here.binary)).version
+        outcome = Regression((await locate_engine(self.here.binary)).version, ())
         with ExitStack() as stack:
             programs = [stack.enter_context(_program(engine)) for engine in engines]
-            first, again, *others = await self._measure(
-                [self.here.binary, self.here.binary, *programs],
-                [_IN_USE, _IN_USE, *map(str, engines)],
-            )
-            if problem := first.problem or again.problem:
-                raise ExperimentError(f"The engine in use can't serve a record: {problem}")
             versions = [await _version(program) for program in programs]
-        notes = []
-        for (record, number), answer in first.answers.items():
-            recorded = next(one for name, one in self.records if name == record)
-            if again.answers.get((record, number)) != answer:
-                notes.append(f"answer {number + 1} of {record} varies between runs: not compared")
-            elif answer.text != recorded.exchanges[number].text:
-                notes.append(f"answer {number + 1} of {record} no longer matches the record")
-        steady = {key: one for key, one in first.answers.items() if again.answers.get(key) == one}
-        builds = tuple(
-            BuildReport(
-                engine,
-                version,
-                speeds={} if found.problem else _speeds(first, again, found),
-                answers=() if found.problem else tuple(_other_answers(steady, found.answers)),
-                problem=found.problem,
-            )
-            for engine, version, found in zip(engines, versions, others, strict=True)
-        )
-        return Regression(baseline, builds, notes=tuple(notes))
+            names = [_IN_USE, _IN_USE, *map(str, engines)]
+            first, again, *others = found = [_Found() for _ in names]
+            paths = [self.here.binary, self.here.binary, *programs]
+            builds = [*zip(names, paths, found, strict=True)]
+            for number in range(self.rounds):
+                await self._round(number, builds)
+                if problem := first.problem or again.problem:
+                    raise ExperimentError(f"The engine in use can't serve a record: {problem}")
+                for engine, version, other in zip(engines, versions, others, strict=True):
+                    self.tried[engine] = _report(engine, version, other, first, again)
+                tried, notes = tuple(self.tried.values()), tuple(self._notes(first, again))
+                outcome = replace(outcome, builds=tried, notes=notes)
+                self.on_round(outcome)
+        return outcome
 
     async def bisect(self, engines: Sequence[Path]) -> Regression:
         """Find the first build that regresses, assuming that all later ones do, too."""
-        tried: dict[int, BuildReport] = {}
-        last = await self.compare([engines[-1]])
-        tried[len(engines) - 1] = last.builds[0]
         good, bad = -1, len(engines) - 1
-        while last.builds[0].regressed and bad - good > 1:
+        outcome = await self.compare([engines[bad]])
+        if not outcome.regressed:
+            return outcome
+        while bad - good > 1:
             middle = (good + bad) // 2
-            (tried[middle],) = (await self.compare([engines[middle]])).builds
-            good, bad = (good, middle) if tried[middle].regressed else (middle, bad)
-        builds = tuple(tried[index] for index in sorted(tried))
-        return replace(
-            last, builds=builds, first_bad=engines[bad] if last.builds[0].regressed else None
-        )
+            outcome = await self.compare([engines[middle]])
+            good, bad = (good, middle) if self.tried[engines[middle]].regressed else (middle, bad)
+        builds = tuple(self.tried[engine] for engine in engines if engine in self.tried)
+        return replace(outcome, builds=builds, first_bad=engines[bad])
+
+    def _notes(self, first: _Found, again: _Found) -> Iterator[str]:
+        """Yield which answers the engine in use doesn't reproduce."""
+        records = dict(self.records)
+        for (record, number), answer in first.answers.items():
+            if again.answers.get((record, number)) != answer:
+                yield f"answer {number + 1} of {record} varies between runs: not compared"
+            elif answer.text != records[record].exchanges[number].text:
+                yield f"answer {number + 1} of {record} no longer matches the record"
 
     async def _prepare(self) -> None:
         """Find the records' models, and group records that share a server's settings."""
@@ -273,22 +273,18 @@ class _Job:
             group.records.append((name, record))
         self.groups = tuple(groups.values())
 
-    async def _measure(self, programs: Sequence[Path | None], names: Sequence[str]) -> list[_Found]:
-        """Measure all builds in each round, in reverse order every other round."""
-        found = [_Found() for _ in programs]
-        order, done = [*range(len(programs))], 0
-        total = self.rounds * len(self.groups) * len(programs)
-        for number in range(self.rounds):
-            for group in self.groups:
-                for index in order if number % 2 == 0 else order[::-1]:
-                    self.on_progress(BenchProgress(names[index], done, total))
-                    done += 1
-                    if not found[index].problem:
-                        try:
-                            await self._one(group, programs[index], found[index], number)
-                        except KittyError as error:
-                            found[index].problem = str(error)
-        return found
+    async def _round(self, number: int, builds: Sequence[tuple[str, Path | None, _Found]]) -> None:
+        """Measure all builds once, in reverse order every other round."""
+        done, total = (count * len(self.groups) * len(builds) for count in (number, self.rounds))
+        for group in self.groups:
+            for name, program, found in builds if number % 2 == 0 else reversed(builds):
+                self.on_progress(BenchProgress(name, done, total))
+                done += 1
+                if not found.problem:
+                    try:
+                        await self._one(group, program, found, number)
+                    except KittyError as error:
+                        found.problem = str(error)
 
     async def _one(self, group: _Group, program: Path | None, found: _Found, number: int) -> None:
         # `replace` would look up the projector and the draft model again.
@@ -308,10 +304,7 @@ class _Job:
     async def _fitting(self, http: httpx.AsyncClient) -> list[BenchTest]:
         said = (await props(http)).get("default_generation_settings", {}).get("n_ctx")
         room = (int(said) if said else _SMALL) // 2 - 2
-        return [
-            replace(test, prompt=min(test.prompt, room), answer=min(test.answer, room))
-            for test in self.tests
-        ]
+        return [replace(test, tokens=min(test.tokens, room)) for test in self.tests]
 
 
 def _named(one: RunRecord | str | Path, number: int) -> tuple[str, RunRecord]:
@@ -376,8 +369,12 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> _Answer:
     return _Answer(text, tokens if tokens and whole else tuple(text))
 
 
-def _speeds(first: _Found, again: _Found, found: _Found) -> dict[str, Difference]:
-    return {
+def _report(engine: Path, version: str, found: _Found, first: _Found, again: _Found) -> BuildReport:
+    """Compare what was found of a build with the two measurements of the engine in use."""
+    if found.problem:
+        return BuildReport(engine, version, problem=found.problem)
+    steady = {key: one for key, one in first.answers.items() if again.answers.get(key) == one}
+    speeds = {
         test: compare_paired(
             speeds,
             found.speeds[test],
@@ -386,6 +383,7 @@ def _speeds(first: _Found, again: _Found, found: _Found) -> dict[str, Difference
         )
         for test, speeds in first.speeds.items()
     }
+    return BuildReport(engine, version, speeds, tuple(_other_answers(steady, found.answers)))
 
 
 def _other_answers(
@@ -397,7 +395,3 @@ def _other_answers(
             at = first_difference(was.text, other.text)
             rest, changed = (one.text[at : at + _SHOWN] for one in (was, other))
             yield OtherAnswer(record, index + 1, token + 1, rest, changed)
-
-
-def _listed(sentences: Iterable[str]) -> list[str]:
-    return [f"- {one}" for one in sentences]
