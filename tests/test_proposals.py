@@ -15,9 +15,9 @@ from optuna.distributions import IntDistribution as Range
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
+from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.metrics import (
     Objective,
-    constraints_of,
     metric_names,
     metrics_of,
     partial_metrics,

@@ -12,9 +12,9 @@ from test_sweep import servers
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import Outcome, TuneResult, Verdict, tune
-from kitty_nb.experiments.metrics import Constraint
+from kitty_nb.experiments.bounds import Constraint, read_bound
 from kitty_nb.experiments.proof import reached_in_reruns
-from kitty_nb.experiments.target import family_of, read_bound
+from kitty_nb.experiments.target import family_of
 from kitty_nb.experiments.trial import SweepEvent, TrialStarted
 from kitty_nb.operation import Operation
 
@@ -95,6 +95,8 @@ def test_a_family_has_the_quants_of_one_model_on_disk(family: ServerConfig) -> N
         (f"{SPEED} >= 30", "", Constraint(SPEED, ">=", 30)),
         ("time_to_first_token_p90<2.5", "", Constraint("time_to_first_token_p90", "<", 2.5)),
         ("<= 2 %", "quality_loss", Constraint("quality_loss", "<=", 0.02)),
+        ("top_token_agreement >= 98 %", "", Constraint("top_token_agreement", ">=", 0.98)),
+        ("quality >= 0.9", "", Constraint("quality", ">=", 0.9)),
         ("<= 20 GB", "memory_gib", Constraint("memory_gib", "<=", 20e9 / 2**30)),
         ("<= 512 MiB", "memory_gib", Constraint("memory_gib", "<=", 0.5)),
     ],
@@ -207,7 +209,10 @@ def test_what_cannot_be_reached_names_the_nearest(search: Search) -> None:
     ("more", "told"),
     [
         ({"target": None, "memory": "<= 2 GB"}, "need a target"),
+        ({"target": None, "text": "Hi!"}, "need a target"),
         ({"target": "speed >= 3"}, "No.* 'speed'|speed"),
+        ({"objective": "memory_gib"}, "Leave objective out"),
+        ({"quality_loss": "<= 2 %", "quality": len}, "measured by perplexity"),
         ({"quality_loss": "little"}, "<= 2 %"),
         ({"proof_rounds": 2}, "proof_rounds is 2"),
         ({"seconds": float("nan")}, "seconds is nan"),

@@ -1,16 +1,16 @@
-"""Metrics of a row by name, objectives to optimize, and constraints. Pure."""
+"""Metrics of a row by name, and objectives to optimize. Pure."""
 
 from __future__ import annotations
 
 import math
-import operator
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.latency import LATENCY_NAMES, latencies, too_few_requests
 from kitty_nb.experiments.noise import Noise
 from kitty_nb.experiments.trial import (
@@ -26,7 +26,7 @@ from kitty_nb.experiments.trial import (
 from kitty_nb.isolated_server import LoadSeconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from kitty_nb.experiments.trial import SweepEvent, Workload
 
@@ -39,31 +39,34 @@ _AS_MEASURED = (
     *("kl_divergence", "top_token_agreement"),
 )
 _ENDS = ("low", "high")
-_LEAST = 1e-9  # excess of a value equal to a strict bound
 _SMALL = re.compile(
     r"time_(to_first|between)_tokens?\w*|\w*seconds|(gpu_)?memory_gib(_\d+)?|ram_gib|bits_per_character"
     r"|(perplexity|kl_divergence)(_ci_low|_ci_high)?"
     r"|machine_load|load_during|other_processes|temperature_celsius"
 )
 _SPEED = re.compile(r"\w*_per_second(_\d+)?|time_(to_first|between)_tokens?\w*|\w*seconds")
-_CONSTRAINT = re.compile(r"(?P<name>\w+)\s*(?P<sign><=|>=|==|<|>|)")
-_SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "<": operator.lt,
-    ">": operator.gt,
-}
+_SHARE = re.compile(
+    r"(quality|top_token_agreement)(_ci_\w+)?|machine_load|load_during|other_processes"
+)
 
 
 def metrics_of(result: TrialResult) -> dict[str, float]:
-    """Return the metrics of a measured row by name; none for other rows.
+    """Return the finite metrics of a measured row by name; none for other rows.
 
     Metrics of requests are those at the lowest concurrency; at other levels, the level is appended,
     as in `total_tokens_per_second_4`. `memory_gib` is the peak of RAM and GPU memory together over
     the trial; with several levels, `memory_gib_1` is the peak up to level 1. If a device doesn't
     report a server's memory, only `ram_gib` exists.
     """
+    return {name: value for name, value in _metrics(result).items() if math.isfinite(value)}
+
+
+def left_out(result: TrialResult) -> dict[str, float]:
+    """Return the metrics of a row that don't count, because they are infinite or not a number."""
+    return {name: value for name, value in _metrics(result).items() if not math.isfinite(value)}
+
+
+def _metrics(result: TrialResult) -> dict[str, float]:
     measured = result.measurement
     if measured is None:
         return {}
@@ -138,6 +141,11 @@ def batch_tokens(result: TrialResult) -> dict[str, int]:
 def smaller_is_better(name: str) -> bool:
     """Return whether a smaller value is better, as of seconds, memory and perplexity."""
     return bool(_SMALL.fullmatch(name))
+
+
+def is_share(name: str) -> bool:
+    """Return whether the metric is a fraction of 1, which people also write in percent."""
+    return bool(_SHARE.fullmatch(name))
 
 
 def is_speed(name: str) -> bool:
@@ -221,62 +229,9 @@ def read_objective(
     """
     if callable(given):
         return Objective(getattr(given, "__name__", "objective"), smaller=False, function=given)
+    require("objective", given, str, "a metric or a function")
     name = known(given.removeprefix("-"), names)
     return Objective(name, smaller=given.startswith("-") or smaller_is_better(name))
-
-
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """A bound on a metric or setting.
-
-    Attributes:
-        name: The name of the metric or setting.
-        sign: The comparison operator, such as `<=`.
-        bound: The value to compare with; a number, except for `==`.
-    """
-
-    name: str
-    sign: str
-    bound: Any
-
-    def allows(self, value: Any) -> bool:
-        """Return whether a value satisfies the constraint; an unknown one doesn't."""
-        try:
-            return value is not None and bool(_SIGNS[self.sign](value, self.bound))
-        except TypeError:
-            return False
-
-    def excess(self, value: Any) -> float:
-        """Return the relative violation by a value; 0 if the constraint is satisfied."""
-        if self.allows(value):
-            return 0.0
-        try:
-            return max(_LEAST, float(abs(value - self.bound) / (abs(self.bound) or 1)))
-        except TypeError:
-            return 1.0
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.sign} {self.bound}"
-
-
-def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
-    """Parse constraints such as `{"memory_gib": 20, "context_size>=": 16384}`.
-
-    A name alone means at most.
-
-    Raises:
-        ExperimentError: A constraint can't be parsed.
-    """
-    found = []
-    for text, bound in (written or {}).items():
-        match = _CONSTRAINT.fullmatch(text.strip())
-        if match is None:
-            raise ExperimentError(
-                f"Can't parse the constraint {text!r}. Write a name and one of <=, >=, <, >, ==,"
-                ' such as "context_size>=".'
-            )
-        found.append(Constraint(match["name"], match["sign"] or "<=", bound))
-    return tuple(found)
 
 
 def known(name: str, names: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from kitty_nb.experiments.statistics import Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kitty_nb.experiments.metrics import Constraint
+    from kitty_nb.experiments.bounds import Constraint
     from kitty_nb.experiments.statistics import Difference
 
 _RERUNS = 0.95  # fraction of re-runs that must reach the target: 19 of 20
@@ -77,10 +77,11 @@ def reached_in_reruns(values: Sequence[float], *, at_least: bool) -> float:
     """Return the one-sided prediction bound that holds for 19 of 20 re-runs. Pure.
 
     Args:
-        values: Two or more positive numbers.
+        values: Two or more numbers, compared by their ratios if all are positive.
         at_least: Whether the bound is a lower one.
     """
-    logs = [math.log(value) for value in values]
-    quantile = extra("scipy.stats").t.ppf(_RERUNS, len(logs) - 1)
-    far = float(quantile) * stdev(logs) * math.sqrt(1 + 1 / len(logs))
-    return math.exp(fmean(logs) - far if at_least else fmean(logs) + far)
+    scale, back = (math.log, math.exp) if min(values) > 0 else (float, float)
+    scaled = [scale(value) for value in values]
+    quantile = extra("scipy.stats").t.ppf(_RERUNS, len(scaled) - 1)
+    far = float(quantile) * stdev(scaled) * math.sqrt(1 + 1 / len(scaled))
+    return back(fmean(scaled) - far if at_least else fmean(scaled) + far)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from random import Random
@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 
 from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError
+from kitty_nb.experiments.arguments import require, several
 from kitty_nb.experiments.combination import Combination
 from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.results import Results
@@ -34,10 +35,11 @@ from kitty_nb.experiments.trial import Outcome, Trial
 from kitty_nb.isolated_server import has_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.metrics import Constraint, Objective
+    from kitty_nb.experiments.bounds import Constraint
+    from kitty_nb.experiments.metrics import Objective
     from kitty_nb.experiments.space import Settings
     from kitty_nb.experiments.trial import TrialResult
 
@@ -231,7 +233,9 @@ def read_space(
         ConfigError: Some names or values are invalid; the error lists all of them.
         ExperimentError: The space is empty.
     """
-    given = dict(default_space(base) if written is None else written)
+    given = default_space(base) if written is None else written
+    require("space", given, Mapping, 'values by name of setting: {"threads": [4, 8]}')
+    given = dict(given)
     for bound in bounds:
         known(bound.name, {*given, *metrics, *FIELDS})
         in_base = as_value(getattr(base, bound.name, None))
@@ -239,7 +243,7 @@ def read_space(
             given[bound.name] = bound.bound
     if not given:
         raise ExperimentError("The space is empty. Name at least one setting to vary.")
-    each = [{name: value} for name, choice in given.items() for value in _listed(choice)]
+    each = [{name: value} for name, choice in given.items() for value in several(choice)]
     try:
         trials = combine(base, models, configs=[{}, *each])
     except ConfigError as error:
@@ -254,7 +258,7 @@ def read_space(
 def _axis(name: str, choice: Any, bounds: Sequence[Constraint]) -> Axis:
     """Return the values of a list or a range that satisfy the bounds, as Optuna's distribution."""
     if not _is_range(choice):
-        values = dict.fromkeys(map(as_value, _listed(choice)))
+        values = dict.fromkeys(map(as_value, several(choice)))
         if left := [value for value in values if all(b.allows(value) for b in bounds)]:
             return CategoricalDistribution(cast("list[Choice]", left))
     elif all(_is_number(bound.bound) for bound in bounds):
@@ -305,11 +309,6 @@ def _points(space: Space) -> list[tuple[tuple[str, Any], ...]]:
     if math.prod(map(len, axes)) > _ENUMERABLE:
         return []
     return [tuple(zip(space, values, strict=True)) for values in product(*axes)]
-
-
-def _listed(choice: Any) -> list[Any]:
-    alone = isinstance(choice, str | bytes) or not isinstance(choice, Iterable)
-    return [choice] if alone else list(choice)
 
 
 def _is_range(choice: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,8 +9,8 @@ from kitty_nb.catalog.catalog import ModelCatalog, families
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.arguments import whole
+from kitty_nb.experiments.bounds import QUALITY_LOSS, Constraint, read_bound
 from kitty_nb.experiments.combination import choose
-from kitty_nb.experiments.metrics import Constraint
 from kitty_nb.experiments.proof import Proof, reached_in_reruns
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.search_run import TuneResult, Tuning
@@ -37,37 +36,9 @@ _TEXT = (
     " than red light, so blue reaches our eyes from every direction. At sunset the light takes a"
     " longer way through the air; most of the blue is lost, and red and orange remain."
 )
-COST, LOSS = "memory_gib", "quality_loss"
-_BOUND = re.compile(
-    r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>)\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[GM]i?B)?"
-)
-_SIZES = {"": 1.0, "GiB": 1.0, "GB": 1e9 / 2**30, "MiB": 1 / 1024, "MB": 1e6 / 2**30}
+COST = "memory_gib"
 _PROOF = 1000  # numbers of repeats from here on are rounds of the proof
 _CANDIDATES = 3  # the number of proofs to attempt
-
-
-def read_bound(text: str, name: str = "") -> Constraint:
-    """Parse a bound such as `generation_tokens_per_second >= 30` or `<= 20 GB`.
-
-    Args:
-        text: The bound.
-        name: The only metric that may be meant; by default the text names any.
-
-    Raises:
-        ExperimentError: The text can't be parsed, or has the unit of another metric.
-    """
-    match = _BOUND.fullmatch(str(text).strip())
-    metric, unit = (match["name"] or name, match["unit"] or "") if match else ("", "")
-    if not match or not metric or (name and (metric != name or match["sign"].startswith(">"))):
-        example = "<= 2 %" if name == LOSS else "<= 20 GB"
-        example = example if name else "generation_tokens_per_second >= 30"
-        raise ExperimentError(f"Can't parse {text!r}. Write it like {example!r}.")
-    sizes = _SIZES if metric.endswith("_gib") else {"": 1.0}
-    units = {"%": 0.01} if metric == LOSS else sizes
-    if unit not in units:
-        allowed = " or ".join(filter(None, units)) or "no unit"
-        raise ExperimentError(f"{text!r} has the wrong unit: {metric} takes {allowed}.")
-    return Constraint(metric, match["sign"], float(match["number"]) * units[unit])
 
 
 @dataclass(frozen=True)
@@ -100,7 +71,7 @@ class Goal:
         whole("proof_rounds", rounds, LEAST_ROUNDS)
         bounds = [read_bound(target), *([read_bound(memory, COST)] if memory else [])]
         limits = {f"{one.name}{one.sign}": one.bound for one in bounds}
-        loss = read_bound(quality_loss, LOSS) if quality_loss else None
+        loss = read_bound(quality_loss, QUALITY_LOSS) if quality_loss else None
         return cls(bounds[0], limits, loss, text or _TEXT, rounds)
 
 

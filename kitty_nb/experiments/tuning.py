@@ -6,12 +6,13 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.config import ServerConfig, env_warnings
+from kitty_nb.config import env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
-from kitty_nb.experiments.arguments import positive, texts, whole
+from kitty_nb.experiments.arguments import config_of, positive, require, texts, whole
+from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.extras import extra
-from kitty_nb.experiments.metrics import OBJECTIVE, constraints_of, metric_names, read_objective
+from kitty_nb.experiments.metrics import OBJECTIVE, metric_names, read_objective
 from kitty_nb.experiments.search_run import TuneResult, Tuning
 from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Perplexity, TrialResult, Workload
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.trial import Quality, SweepEvent
     from kitty_nb.operation import Operation
 
 
 def tune(
     model: object = None,
-    objective: str | Callable[[TrialResult], float] = OBJECTIVE,
+    objective: str | Callable[[TrialResult], float] | None = None,
     space: Mapping[str, Any] | None = None,
     constraints: Mapping[str, Any] | None = None,
     budget: int = 20,
@@ -61,7 +63,8 @@ def tune(
     Args:
         model: The model file, absolute or in the models folder; by default the one in `config`.
         objective: The metric to optimize, with a minus sign to minimize it (`-seconds`); or a
-            function of a finished trial's row, to be maximized.
+            function of a finished trial's row, to be maximized. By default the generation speed;
+            with a target it is memory.
         space: The values to choose from, by name of setting as in a `Sweep`: a list of values, or a
             tuple of the lowest and highest number. By default threads, flash attention and, with a
             GPU, the layers on it.
@@ -101,26 +104,38 @@ def tune(
 
     Raises:
         ConfigError: Some names or values are invalid; the error lists all of them.
-        ExperimentError: A number or bound is wrong, there is nothing to try, or Optuna is missing.
+        ExperimentError: An argument is wrong or doesn't go with another, there is nothing to try,
+            or Optuna is missing.
     """
     extra("optuna")
     from kitty_nb.experiments.study import Search, default_space, read_space  # noqa: PLC0415 (of an extra)
 
     warnings = () if config else env_warnings(".env", "primary")
-    config = config or ServerConfig.from_env()
+    config = config_of(config)
+    require("text", text, str, "a text")
     models: Sequence[object] = [] if model is None else [model]
     goal = None
     if target:
+        if objective is not None:
+            raise ExperimentError(
+                "With a target, the search minimizes memory. Leave objective out, or write it as a"
+                " bound in constraints."
+            )
         goal = targets.Goal.of(target, quality_loss, memory, text, proof_rounds)
+        if goal.loss and quality is not None and not isinstance(quality, Perplexity):
+            raise ExperimentError(
+                "quality_loss is measured by perplexity. Leave quality out, or bound it in"
+                " constraints instead of quality_loss."
+            )
         models, largest = targets.family_of(model, config)
         objective, constraints = targets.COST, {**goal.limits, **(constraints or {})}
         space = {**default_space(config), **targets.COSTS} if space is None else space
         prompts = texts("prompts", prompts)
         if goal.loss and quality is None:
             quality = Perplexity(dict.fromkeys(prompts[:1], goal.text))
-    elif quality_loss or memory:
+    elif quality_loss or memory or text:
         raise ExperimentError(
-            "quality_loss and memory need a target. Give one, or use constraints."
+            "quality_loss, memory and text need a target. Give one, or use constraints."
         )
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
     workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
@@ -130,7 +145,7 @@ def tune(
         positive("seconds", seconds)
     names = metric_names(workload)
     bounds = constraints_of(constraints)
-    aim = read_objective(objective, names)
+    aim = read_objective(OBJECTIVE if objective is None else objective, names)
     search = Search(*read_space(models, config, space, bounds, names), aim, bounds, config, seed)
     batches = [search.samples(name) for name in search.space if name in BATCHES and not goal]
     workload, useless = fill_batches(workload, [*product(*batches)], config, aim.name)
