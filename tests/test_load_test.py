@@ -20,6 +20,7 @@ from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Load, LoadTest, RequestTimes, load_test
 from kitty_nb.experiments.load_test import Arrivals, arrival_times, next_rate
 from kitty_nb.experiments.measure import BenchmarkClient
+from kitty_nb.experiments.noise import Noise
 
 WAIT = 120.0
 
@@ -132,6 +133,15 @@ def test_a_limit_between_two_rates_is_bracketed() -> None:
     )
 
 
+def test_a_busy_machine_is_told_below_the_table() -> None:
+    times = (RequestTimes(0.0, 0.1, 0.2, 3),)
+    test = LoadTest((Load(2, None, 1.0, times), Load(4, None, 1.0, times, Noise(0.9, 0.4))))
+    assert test.frame["busy"].tolist() == [False, True]
+    assert test.frame["other_processes"].tolist()[1] == 0.4
+    note = str(test).partition("\n\n")[2]
+    assert note.startswith("- 4 at once: Other processes used 40 % of the processors. Stop them")
+
+
 def test_a_plot_has_a_curve_for_each_percentile_against_the_rate() -> None:
     times = [RequestTimes(0.0, 0.1 * n, 0.2 * n, 2) for n in range(1, 11)]
     loads = tuple(Load(None, rate, 5.0, (*times,)) for rate in (1.0, 2.0))
@@ -227,12 +237,12 @@ def test_a_server_that_ends_meanwhile_is_told_in_a_sentence(base: ServerConfig) 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"limit": "fast"}, "Can't parse the limit"),
+        ({"limit": "fast"}, "Can't parse 'fast'. Write it like 'time_to_first_token_p95 <= 2'"),
         ({"limit": "time_to_first_token_p99 <= 2", "requests": 10}, "Set requests=100"),
         ({"limit": "time_to_frist_token_p90 <= 2"}, "Did you mean time_to_first_token_p90"),
         *(({"rate": one}, "Write a number") for one in (0, float("inf"), "2", [None])),
         ({"steps": 1.5}, "steps is 1.5"),
-        ({"limit": 5}, "Can't parse the limit 5"),
+        ({"limit": 5}, "Can't parse 5"),
         ({"prompts": [5]}, "prompts has 5"),
         ({"concurrency": "4"}, "concurrency is '4'"),
         ({"rate": 1, "arrivals": "bursts"}, "poisson or constant"),

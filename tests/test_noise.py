@@ -11,7 +11,15 @@ import psutil
 import pytest
 
 from kitty_nb import ServerConfig
-from kitty_nb.experiments import Measurement, Outcome, Results, Sweep, Trial, TrialResult
+from kitty_nb.experiments import (
+    Measurement,
+    Outcome,
+    Results,
+    Sweep,
+    Trial,
+    TrialResult,
+    load_test,
+)
 from kitty_nb.experiments.noise import Noise, noise_between, usage_of
 from kitty_nb.experiments.trial import Execute, LoadSeconds, OnProgress, TrialEnded, TrialStarted
 
@@ -128,10 +136,13 @@ def spinning() -> Iterator[None]:
 
 @pytest.mark.usefixtures("spinning")
 def test_a_busy_machine_is_noted_with_the_real_engine(config: ServerConfig, tmp_path: Path) -> None:
+    config = config.replace(context_size=512, threads=1)
+    test = load_test(config=config, concurrency=1, requests=12, max_tokens=100).wait(WAIT)
+    assert test.frame["busy"].tolist() == [True], test
     with Sweep(
         prompts=["Hi!"] * 12,
         max_tokens=100,
-        config=config.replace(context_size=512, threads=1),
+        config=config,
         store=tmp_path / "sweep.journal",
         repeats=1,
         busy_repeats=0,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING
@@ -14,14 +13,17 @@ import httpx
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.client import Access
 from kitty_nb.client.protocol import broken_off
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.arguments import listed, positive, whole
+from kitty_nb.experiments.arguments import config_of, numbers, positive, require, whole
+from kitty_nb.experiments.bounds import read_bound
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.latency import LATENCIES, PERCENTILES, latencies, percent_of
 from kitty_nb.experiments.measure import BenchmarkClient
-from kitty_nb.experiments.metrics import constraints_of, known
+from kitty_nb.experiments.metrics import known
+from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table, write_parquet
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
 from kitty_nb.isolated_server import access_at_url, in_background, isolated_server
@@ -34,15 +36,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from kitty_nb.client import Access
-    from kitty_nb.experiments.metrics import Constraint
+    from kitty_nb.experiments.bounds import Constraint
+    from kitty_nb.experiments.noise import Noise, Usage
     from kitty_nb.experiments.plots import Point
     from kitty_nb.isolated_server import LoadProgress
 
     OnLoad = Callable[["Load"], object]
 
 _AT_ONCE = (1, 4)  # default numbers of concurrent requests
-_LIMIT = re.compile(r"\s*(\w+\s*[<>]=?)\s*(\d+(?:\.\d+)?)\s*")
 _SHOWN = ("p50", "p90", "p99")
 
 
@@ -63,12 +64,19 @@ class Load:
         rate: Requests per second, sent regardless of answers (open loop); None for a closed loop.
         seconds: Seconds from the first request to the last answer.
         requests: The times of each request, in the order of their answers.
+        noise: How busy the machine was; None if unknown, as with a server that ran already.
     """
 
     concurrency: int | None
     rate: float | None
     seconds: float
     requests: tuple[RequestTimes, ...]
+    noise: Noise | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True if other processes are likely to have distorted the measurement."""
+        return self.noise is not None and self.noise.busy
 
     @property
     def label(self) -> str:
@@ -119,7 +127,15 @@ class LoadTest:
         Raises:
             ExperimentError: pandas is missing.
         """
-        return frame_of({**_named(load), **load.metrics()} for load in self.loads)
+        return frame_of(
+            {
+                **_named(load),
+                **load.metrics(),
+                "busy": load.busy,
+                "other_processes": load.noise.others if load.noise else None,
+            }
+            for load in self.loads
+        )
 
     @property
     def requests(self) -> DataFrame:
@@ -181,7 +197,12 @@ class LoadTest:
             rates = (found["requests_per_second"], found["total_tokens_per_second"])
             rows.append((load.label, str(len(load.requests)), *map(_number, rates), *each))
         lines = markdown_table(head, rows, "lrrrrr")
-        return "\n".join([*lines, *(["", self.summary] if self.summary else [])])
+        notes = [
+            f"- {one.label}: {one.noise.warning}" for one in self.loads if one.noise and one.busy
+        ]
+        for below in (notes, [self.summary]):
+            lines += ["", *below] if any(below) else []
+        return "\n".join(lines)
 
     __repr__ = _repr_markdown_ = __str__
 
@@ -237,8 +258,8 @@ def load_test(
         ConfigError: A setting or option is wrong.
         ExperimentError: A number is wrong, or the limit can't be parsed or needs more requests.
     """
-    at_once = listed("concurrency", concurrency)
-    rates = tuple(positive("rate", one) for one in listed("rate", rate))
+    at_once = numbers("concurrency", concurrency)
+    rates = tuple(positive("rate", one) for one in numbers("rate", rate))
     if not (at_once or rates or limit):
         at_once = _AT_ONCE
     whole("steps", steps, 1)
@@ -247,17 +268,19 @@ def load_test(
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "at_least": requests}
     workload = Workload.of(prompts, at_once or 1, None, **asked)
     bound = _read_limit(limit, workload) if limit else None
-    here = config or (ServerConfig() if access else ServerConfig.from_env())
+    if access is not None:
+        require("access", access, Access, "a running server's, such as manager.access")
+    here = ServerConfig() if access and config is None else config_of(config)
     progress: deque[LoadProgress] = deque(maxlen=1)
 
     async def run() -> LoadTest:
         async with (
-            _server(model, here, access, progress.append) as reached,
+            _server(model, here, access, progress.append) as (reached, pid),
             reached.async_http() as http,
         ):
             client = BenchmarkClient(http, workload, {}, reached.model)
             await client.warm_up()
-            test = _Test(client, workload, Arrivals(arrivals), on_load)
+            test = _Test(client, workload, Arrivals(arrivals), on_load, pid)
             for several in at_once:
                 await test.closed(several)
             for one in rates:
@@ -299,19 +322,22 @@ class _Test:
     workload: Workload
     arrivals: Arrivals
     on_load: OnLoad
+    pid: int | None
     loads: tuple[Load, ...] = ()
 
     async def closed(self, concurrency: int) -> Load:
         """Run a closed loop."""
+        before = await self._usage()
         speed, _ = await self.client.speed(concurrency, lambda _: None)
-        return self._add(Load(concurrency, None, speed.seconds, speed.each))
+        return await self._add(Load(concurrency, None, speed.seconds, speed.each), before)
 
     async def open(self, rate: float) -> Load:
         """Run an open loop."""
         count = len(self.workload.asked(1))
         offsets = arrival_times(rate, count, self.arrivals, self.workload.seed)
+        before = await self._usage()
         seconds, times = await self.client.arrive(offsets)
-        return self._add(Load(None, rate, seconds, times))
+        return await self._add(Load(None, rate, seconds, times), before)
 
     async def search(self, bound: Constraint, limit: str, steps: int) -> LoadTest:
         """Search for the highest rate that keeps a limit."""
@@ -329,7 +355,12 @@ class _Test:
                 broken = rate
         return LoadTest(self.loads, limit, kept or None, broken)
 
-    def _add(self, load: Load) -> Load:
+    async def _usage(self) -> Usage | None:
+        return await usage_with(self.pid) if self.pid else None
+
+    async def _add(self, load: Load, before: Usage | None) -> Load:
+        if self.pid and before:
+            load = replace(load, noise=await noise_since(before, self.pid))
         self.loads += (load,)
         self.on_load(load)
         return load
@@ -341,13 +372,13 @@ async def _server(
     config: ServerConfig,
     access: Access | None,
     on_progress: Callable[[LoadProgress], object],
-) -> AsyncGenerator[Access]:
-    """Provide access to the running server, or to one started for this test."""
+) -> AsyncGenerator[tuple[Access, int | None]]:
+    """Provide access to the running server, or to one started for this test, with its PID."""
     if access is None and config.url and model is None:
         access = await access_at_url(config)
     if access:
         try:
-            yield access
+            yield access, None
         except httpx.HTTPError as error:
             raise ExperimentError(broken_off(error)) from error
         return
@@ -355,17 +386,12 @@ async def _server(
         config = config.replace(model=model, allow_absolute_paths=True)
     resolved = await run_sync(resolve_model, config)
     async with isolated_server(resolved, on_progress=on_progress) as server:
-        yield server.access
+        yield server.access, server.state.pid
 
 
 def _read_limit(limit: str, workload: Workload) -> Constraint:
     """Parse a limit on a percentile, and check that there are enough requests for it."""
-    if not (match := _LIMIT.fullmatch(str(limit))):
-        raise ExperimentError(
-            f"Can't parse the limit {limit!r}. Write a latency percentile, a comparison and"
-            ' seconds, such as "time_to_first_token_p95 <= 2".'
-        )
-    (bound,) = constraints_of({match[1]: float(match[2])})
+    bound = read_bound(limit, example="time_to_first_token_p95 <= 2")
     percents = {percent_of(bound.name), *PERCENTILES} - {0}
     each = [RequestTimes(0.0, 1.0, 2.0, 2)] * len(workload.asked(1))
     known(bound.name, latencies(each, percents))
