@@ -12,11 +12,19 @@ import pytest
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments import Measurement, Outcome, Results, Trial, TrialResult
+from kitty_nb.experiments import (
+    Measurement,
+    Outcome,
+    Results,
+    Trial,
+    TrialResult,
+    compare_results,
+)
 from kitty_nb.experiments.trial import LoadSeconds, Speed
 
 pytestmark = pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas")
 GIB = 1 << 30
+RATE = "generation_tokens_per_second"
 
 
 def row(
@@ -68,8 +76,7 @@ def test_the_summary_has_medians_and_their_spread(results: Results) -> None:
     summary = results.summary.set_index("threads")
     one = summary.loc[2]
     assert one["trials"] == 3
-    name = "generation_tokens_per_second"
-    assert [one[name], one[f"{name}_low"], one[f"{name}_high"]] == [21.0, 20.0, 26.0]
+    assert [one[RATE], one[f"{RATE}_low"], one[f"{RATE}_high"]] == [21.0, 20.0, 26.0]
     assert summary.loc[8, "trials"] == 0
     assert summary.loc[8, "reason"] == "too big"
 
@@ -156,6 +163,30 @@ def test_what_cannot_be_best_is_told(
 ) -> None:
     with pytest.raises(ExperimentError, match=told):
         results.best(objective, constraints)
+
+
+def test_a_value_that_is_no_measurement_is_left_out_and_told(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    config = ServerConfig(models_dir=demo_model.parent, model=demo_model)
+    rates = {(2, 1): float("nan"), (2, 2): 40.0, (4, 1): 20.0, (4, 2): 21.0}
+    rows = (row(demo_model.name, *key, rate, 4) for key, rate in rates.items())
+    results = Results(config, tuple(rows))
+    told = f"{RATE} of repeat 1 is left out: it is nan."
+    best = results.best()
+    assert dict(best.trial.settings)["threads"] == 2
+    assert best.series[RATE] == {2: 40.0}
+    assert told in best.reasons
+    assert "that can't be a measurement" in best.env_lines().splitlines()[0]
+    assert told in results.report(tmp_path / "out.html").read_text()
+    compared = compare_results(results, results)
+    assert f"second sweep: {told}" in str(compared)
+    (pair,) = [
+        one.difference
+        for one in compared.compared
+        if one.metric == RATE and one.trial == best.trial
+    ]
+    assert pair.rounds == 1
 
 
 def test_nothing_measured_has_no_best_and_no_plot(results: Results) -> None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_lines
-from kitty_nb.experiments.metrics import Spread, batch_tokens, metrics_of
+from kitty_nb.experiments.metrics import Spread, batch_tokens, left_out, metrics_of
 from kitty_nb.experiments.space import batch_effect, changes, idle_batches, in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict, compare_paired, own_spread
 from kitty_nb.experiments.trial import Outcome
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.metrics import Constraint, Objective
+    from kitty_nb.experiments.bounds import Constraint
+    from kitty_nb.experiments.metrics import Objective
     from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import Trial, TrialResult
 
@@ -32,7 +33,7 @@ class Combination:
         trial: The combination, as its first repeat.
         base: The base settings.
         outcomes: The number of repeats by outcome.
-        reasons: Why repeats were not measured, each sentence once.
+        reasons: Why repeats were not measured or metrics left out, each sentence once.
         metrics: The metrics over the repeats, by name.
         series: The metrics by name and round.
         close: Other combinations that were too close to tell when this one was chosen.
@@ -41,6 +42,7 @@ class Combination:
         idle: Batch sizes without effect when this was chosen, because no batch was as large.
         once: Whether the choice rests on a speed that was measured once.
         busy: The number of repeats measured on a busy machine.
+        left_out: The number of values left out because they are infinite or not a number.
     """
 
     trial: Trial
@@ -55,6 +57,7 @@ class Combination:
     idle: tuple[str, ...] = ()
     once: bool = False
     busy: int = 0
+    left_out: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[TrialResult], base: ServerConfig) -> Combination:
@@ -65,11 +68,17 @@ class Combination:
             for name, value in numbers.items():
                 series.setdefault(name, {})[repeat] = value
         tokens = [batch_tokens(row) for row in rows]
+        odd = [
+            f"{name} of repeat {row.trial.repeat} is left out: it is {value}."
+            for row in rows
+            for name, value in left_out(row).items()
+        ]
         return cls(
             trial=rows[0].trial.combination,
             base=base,
             outcomes=Counter(row.outcome for row in rows),
-            reasons=tuple(dict.fromkeys(row.reason for row in rows if row.reason)),
+            reasons=(*dict.fromkeys(row.reason for row in rows if row.reason), *odd),
+            left_out=len(odd),
             metrics={name: Spread.over([*values.values()]) for name, values in series.items()},
             series=series,
             busy=sum(row.busy for row in rows),
@@ -96,6 +105,9 @@ class Combination:
             doubts.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
         if self.busy:
             doubts.append(f"{self.busy} of {self.done} measured while other processes were busy")
+        if self.left_out:
+            count = f"{self.left_out} value{'s' * (self.left_out > 1)}"
+            doubts.append(f"without {count} that can't be a measurement")
         return ", ".join([*doubts, *(["nearest to the settings in use"] if others else [])])
 
     @property

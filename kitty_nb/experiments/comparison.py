@@ -7,8 +7,10 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import require, texts
 from kitty_nb.experiments.metrics import is_speed, known, smaller_is_better
 from kitty_nb.experiments.output import frame_of, markdown_table
+from kitty_nb.experiments.results import Results
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import Trial
 
@@ -43,10 +44,12 @@ class ResultsComparison:
     Attributes:
         compared: Every combination and metric that both sweeps have.
         missing: Combinations that only one sweep measured.
+        notes: Metrics left out of a sweep and trials that failed, in sentences.
     """
 
     compared: tuple[Compared, ...]
     missing: tuple[Trial, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def frame(self) -> DataFrame:
@@ -74,13 +77,14 @@ class ResultsComparison:
         if self.missing:
             only = "; ".join(trial.label for trial in self.missing)
             lines += ["", f"Measured in only one sweep: {only}."]
+        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
     __repr__ = _repr_markdown_ = __str__
 
 
 def compare_results(
-    first: Results, second: Results, metrics: Iterable[str] = ()
+    first: Results, second: Results, metrics: str | Iterable[str] = ()
 ) -> ResultsComparison:
     """Compare two sweeps of the same combinations, on two machines or with two engine builds.
 
@@ -95,6 +99,8 @@ def compare_results(
     Raises:
         ExperimentError: The sweeps have no combination in common, or a metric is unknown.
     """
+    for argument, sweep in (("first", first), ("second", second)):
+        require(argument, sweep, Results, "the results of a sweep")
     before, after = _by_combination(first), _by_combination(second)
     common = [key for key in before if key in after]
     if not common:
@@ -105,7 +111,7 @@ def compare_results(
     names = {
         name for key in common for name in before[key].metrics.keys() & after[key].metrics.keys()
     }
-    wanted = [known(name, names) for name in metrics] or sorted(
+    wanted = [known(name, names) for name in texts("metrics", metrics)] or sorted(
         name for name in names if is_speed(name) and "_p9" not in name and "_p50" not in name
     )
     compared = []
@@ -116,7 +122,13 @@ def compare_results(
             if found and found.rounds:
                 compared.append(Compared(before[key].trial, name, found))
     only = [(before | after)[key] for key in before.keys() ^ after.keys()]
-    return ResultsComparison(tuple(compared), tuple(one.trial for one in only))
+    notes = (
+        f"{one.trial.label}, {which} sweep: {reason}"
+        for key in common
+        for which, one in (("first", before[key]), ("second", after[key]))
+        for reason in one.reasons
+    )
+    return ResultsComparison(tuple(compared), tuple(one.trial for one in only), tuple(notes))
 
 
 def _by_combination(results: Results) -> dict[Hashable, Combination]:

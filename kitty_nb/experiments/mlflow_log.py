@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,15 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.plots import labels_of
-from kitty_nb.experiments.report import files_of, machine_of
+from kitty_nb.experiments.report import files_of, machine_of, report_of
 
 if TYPE_CHECKING:
+    from kitty_nb.experiments.analysis import Analysis
     from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.results import Results
 
 
 def log_to_mlflow(
-    results: Results, experiment: str, tracking_uri: str | None, objective: str, title: str
+    results: Analysis, experiment: str, tracking_uri: str | None, objective: str, title: str
 ) -> str:
     """Log a run with a nested run per combination, and return its ID; see `Results.to_mlflow`."""
     best = results.best(objective)
@@ -35,7 +36,7 @@ def log_to_mlflow(
 
 
 def _log(
-    results: Results,
+    results: Analysis,
     best: Combination,
     client: MlflowClient,
     experiment: str,
@@ -61,13 +62,14 @@ def _log(
         client.log_batch(run, _metrics(one), _params(one))
         client.set_terminated(run, "FINISHED" if one.done else "FAILED")
     with TemporaryDirectory() as folder:
-        page = results.report(f"{folder}/report.html", objective=objective, title=title)
+        page = Path(folder, "report.html")
+        page.write_text(report_of(results, objective, title), encoding="utf-8")
         client.log_artifact(parent, str(page))
     client.set_terminated(parent)
     return parent
 
 
-def _facts(results: Results) -> dict[str, str]:
+def _facts(results: Analysis) -> dict[str, str]:
     """Return machines and engines as tags, joining those of the same name."""
     tags: dict[str, str] = {}
     for name, text in machine_of(results):

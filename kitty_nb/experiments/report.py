@@ -21,6 +21,7 @@ from kitty_nb.config import without_secrets
 from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import smaller_is_better
+from kitty_nb.experiments.output import valid_text
 from kitty_nb.experiments.plots import labels_of, number, words_of
 from kitty_nb.experiments.recording import digest_model, host_facts, library_versions
 from kitty_nb.experiments.statistics import CONFIDENCE
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kitty_nb.catalog.cache import FileDigest
+    from kitty_nb.experiments.analysis import Analysis
     from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.results import Results
     from kitty_nb.experiments.trial import Trial, Workload
 
 _INK = "#010203"  # placeholder for the page's text colour
@@ -57,13 +58,8 @@ _BY_CONCURRENCY = (
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def report_of(results: Results, objective: str, title: str) -> str:
-    """Render the page.
-
-    Args:
-        results: The measurements.
-        objective: The metric to compare by.
-        title: The page's title.
+def report_of(results: Analysis, objective: str, title: str) -> str:
+    """Render the page; see `Results.report`.
 
     Raises:
         ExperimentError: Nothing was measured, or there is no such metric.
@@ -79,7 +75,7 @@ def report_of(results: Results, objective: str, title: str) -> str:
     labels = dict(zip((one.trial for one in measured), labels_of(measured), strict=True))
     page = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     page.filters |= {"words": words_of, "number": number}
-    return page.from_string(_TEMPLATE.read_text()).render(
+    html = page.from_string(_TEMPLATE.read_text()).render(
         title=title,
         made=datetime.now(UTC),
         results=results,
@@ -104,10 +100,11 @@ def report_of(results: Results, objective: str, title: str) -> str:
         facts=[*machine_of(results), *_models(results)],
         code=_code(results, results.workload) if results.workload else "",
     )
+    return valid_text(html)
 
 
 def _verdict(
-    results: Results, one: Combination, best: Combination, objective: str
+    results: Analysis, one: Combination, best: Combination, objective: str
 ) -> tuple[str, str]:
     try:
         found = results.verdict(one, best, objective)
@@ -117,7 +114,7 @@ def _verdict(
 
 
 def _figures(
-    results: Results, objective: str, shown: Collection[Trial]
+    results: Analysis, objective: str, shown: Collection[Trial]
 ) -> Iterator[tuple[str, Markup]]:
     """Yield each figure's caption and SVG; curves only of the combinations that are shown."""
     few = replace(results, rows=tuple(r for r in results.rows if r.trial.combination in shown))
@@ -156,7 +153,7 @@ def _inline(figure: Figure, prefix: str) -> Markup:
     return Markup(svg)  # noqa: S704 (Matplotlib escapes the labels)
 
 
-def _models(results: Results) -> Iterator[tuple[str, str]]:
+def _models(results: Analysis) -> Iterator[tuple[str, str]]:
     for model, files in files_of(results).items():
         if not files:
             yield "model", f"{PurePath(model).name}, which is not on this machine"
@@ -165,7 +162,7 @@ def _models(results: Results) -> Iterator[tuple[str, str]]:
             yield "model", escape(f"{file.name}, {decimal(file.size)}, SHA-256 ") + hashed
 
 
-def machine_of(results: Results) -> Iterator[tuple[str, str]]:
+def machine_of(results: Analysis) -> Iterator[tuple[str, str]]:
     """Yield facts about the machines and engines of results, each with its heading."""
     hosts = dict.fromkeys(row.host for row in results.rows if row.host)
     for host in hosts:
@@ -182,7 +179,7 @@ def machine_of(results: Results) -> Iterator[tuple[str, str]]:
         yield "engine", engine
 
 
-def files_of(results: Results) -> dict[str, tuple[FileDigest, ...]]:
+def files_of(results: Analysis) -> dict[str, tuple[FileDigest, ...]]:
     """Return each model's files by its name in trials; no files if it is not on this machine."""
     found: dict[str, tuple[FileDigest, ...]] = {}
     with start_blocking_portal() as portal:
@@ -195,7 +192,7 @@ def files_of(results: Results) -> dict[str, tuple[FileDigest, ...]]:
     return found
 
 
-def _code(results: Results, workload: Workload) -> str:
+def _code(results: Analysis, workload: Workload) -> str:
     """Return Python that makes the same sweep; the user must add a quality function."""
     trials = dict.fromkeys(row.trial.combination for row in results.rows)
     given = results.config.model_dump(
