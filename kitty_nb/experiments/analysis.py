@@ -37,10 +37,7 @@ _LENGTH = 300  # maximum characters of a reason
 class Analysis:
     """The rows of a sweep, and what they say.
 
-    Attributes:
-        config: The base settings.
-        rows: The rows of finished trials, in order.
-        workload: The requests of each trial, if known.
+    Tables need pandas and plots Matplotlib; without them, they raise ExperimentError.
     """
 
     config: ServerConfig
@@ -60,11 +57,7 @@ class Analysis:
 
     @property
     def frame(self) -> DataFrame:
-        """The trials as a data frame: settings, outcome and metrics.
-
-        Raises:
-            ExperimentError: pandas is missing.
-        """
+        """The trials as a data frame: settings, outcome and metrics."""
         return frame_of(
             {
                 **row.trial.columns,
@@ -84,9 +77,6 @@ class Analysis:
         """The requests of all trials as a data frame, with times in seconds.
 
         `sent` is in seconds since the epoch. Rows of older versions have no requests.
-
-        Raises:
-            ExperimentError: pandas is missing.
         """
         return frame_of(
             {
@@ -104,11 +94,7 @@ class Analysis:
 
     @property
     def summary(self) -> DataFrame:
-        """The combinations as a data frame: medians, with minimum `…_low` and maximum `…_high`.
-
-        Raises:
-            ExperimentError: pandas is missing.
-        """
+        """The combinations as a data frame: medians, with minimum `…_low` and maximum `…_high`."""
         return frame_of(
             {
                 **one.trial.columns,
@@ -147,11 +133,7 @@ class Analysis:
         return self.choose(aim, bounds)
 
     def choose(self, objective: Objective, bounds: Sequence[Constraint]) -> Combination:
-        """Return the best combination that satisfies all bounds, with its objective in `metrics`.
-
-        Raises:
-            ExperimentError: There is none; the message names the nearest.
-        """
+        """Return the best of those `fitting`; if there is none, the error names the nearest."""
         if fitting := self.fitting(objective, bounds):
             return choose(fitting, objective, self._spread(objective))
         measured = self._measured("there is no best")
@@ -264,7 +246,7 @@ class Analysis:
             colour: A third metric for `pareto`, shown as colour, such as quality.
 
         Raises:
-            ExperimentError: Matplotlib is missing, nothing was measured, or a name is unknown.
+            ExperimentError: Nothing was measured, or a name is unknown.
         """
         extra("matplotlib")
         from kitty_nb.experiments.plots import KINDS, curves, labels_of  # noqa: PLC0415 (of an extra)
@@ -293,7 +275,6 @@ class Analysis:
         return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x, colour)
 
     def _by_concurrency(self, one: Combination, name: str) -> list[Point]:
-        """Return the points of a metric by concurrency."""
         speeds = [row.measurement.speeds for row in self.rows if row.measurement]
         levels = sorted({speed.parallel for each in speeds for speed in each})
         names = {level: f"{name}_{level}" if index else name for index, level in enumerate(levels)}
@@ -301,7 +282,6 @@ class Analysis:
         return [(level, it.median, it.low, it.high) for level, it in found.items()]
 
     def _by_prompt(self, one: Combination, name: str) -> list[Point]:
-        """Return the points of a latency by prompt length, at the lowest concurrency."""
         values: dict[int, list[float]] = {}
         for row in self.rows:
             if row.measurement and row.trial.combination == one.trial:

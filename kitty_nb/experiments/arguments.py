@@ -1,4 +1,7 @@
-"""Checks of what people pass to experiments: numbers, texts, paths and settings."""
+"""Checks of what people pass to experiments: numbers, texts, paths and settings.
+
+Each raises ExperimentError, with a sentence that names the argument.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,7 @@ def is_whole(value: object, least: int, most: int) -> bool:
 
 
 def whole(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
-    """Return an argument that must be a whole number within bounds.
-
-    Raises:
-        ExperimentError: It isn't.
-    """
+    """Return an argument that must be a whole number within bounds."""
     if not is_whole(value, least, most):
         raise ExperimentError(
             f"{name} is {value!r}. Write a whole number from {least} to {most:,}."
@@ -37,11 +36,7 @@ def whole(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
 
 
 def positive(name: str, value: Any) -> float:
-    """Return an argument that must be a finite number above 0.
-
-    Raises:
-        ExperimentError: It isn't.
-    """
+    """Return an argument that must be a finite number above 0."""
     try:
         number = float(value) if not isinstance(value, str | bytes | bool) else math.nan
     except (TypeError, ValueError, OverflowError):
@@ -52,32 +47,19 @@ def positive(name: str, value: Any) -> float:
 
 
 def require(name: str, value: object, kind: type | tuple[type, ...], example: str) -> None:
-    """Reject an argument of a wrong type; `example` names what to write instead.
-
-    Raises:
-        ExperimentError: It isn't of that type.
-    """
+    """Reject an argument of a wrong type; `example` names what to write instead."""
     if not isinstance(value, kind):
         raise ExperimentError(f"{name} is {value!r}. Write {example}.")
 
 
 def path_of(name: str, value: Any) -> Path:
-    """Return an argument that must be a path, made absolute.
-
-    Raises:
-        ExperimentError: It isn't.
-    """
+    """Return an argument that must be a path, made absolute."""
     require(name, value, (str, PathLike), "a path")
     return Path(value).expanduser().absolute()
 
 
 def config_of(config: Any) -> ServerConfig:
-    """Return the settings given, or else those of `.env`.
-
-    Raises:
-        ConfigError: `.env` can't be read.
-        ExperimentError: The argument isn't a `ServerConfig`.
-    """
+    """Return the settings given, or else those of `.env`."""
     if config is None:
         return ServerConfig.from_env()
     require("config", config, ServerConfig, "a ServerConfig, such as ServerConfig.from_env()")
@@ -96,11 +78,7 @@ def several(given: Any) -> tuple[Any, ...]:
 
 
 def numbers(name: str, given: Any) -> tuple[Any, ...]:
-    """Return the values of an argument that takes one number or several.
-
-    Raises:
-        ExperimentError: It is a text.
-    """
+    """Return the values of an argument that takes one number or several."""
     if isinstance(given, str | bytes):
         raise ExperimentError(f"{name} is {given!r}. Write a number, or several in a list.")
     # JSON takes none of NumPy's numbers.
@@ -108,11 +86,7 @@ def numbers(name: str, given: Any) -> tuple[Any, ...]:
 
 
 def texts(name: str, given: Any) -> tuple[str, ...]:
-    """Return the values of an argument that takes one text or several.
-
-    Raises:
-        ExperimentError: A value isn't a text.
-    """
+    """Return the values of an argument that takes one text or several."""
     for one in several(given):
         if not isinstance(one, str):
             raise ExperimentError(f"{name} has {one!r}. Write a text, or several in a list.")

@@ -92,7 +92,6 @@ class BenchRow:
     """A test and its measurements.
 
     Attributes:
-        test: The test.
         speeds: Tokens per second by the server's own timings, one value per repeat.
         clock: The same by the client's clock, including the overhead of a request.
         reason: Why the test was not measured, in a sentence.
@@ -159,11 +158,7 @@ class BenchTable:
 
     @property
     def frame(self) -> DataFrame:
-        """The results as a data frame, with a row per test.
-
-        Raises:
-            ExperimentError: pandas is missing.
-        """
+        """The results as a data frame, with a row per test."""
         return frame_of(
             {
                 "model": self.model,
@@ -235,13 +230,7 @@ class BenchTable:
 
 @dataclass(frozen=True, slots=True)
 class BenchProgress:
-    """The progress of a `Bench`.
-
-    Attributes:
-        test: The current test.
-        done: The number of measurements done, over all tests.
-        total: The number of measurements in all.
-    """
+    """The progress of a `Bench`: the current test, and how many of all measurements are done."""
 
     test: str
     done: int
@@ -307,11 +296,7 @@ class Bench:
     async def run_here(
         self, on_progress: Callable[[BenchProgress], object] = lambda _: None
     ) -> BenchTable:
-        """Measure on the running event loop.
-
-        Raises:
-            KittyError: The model can't be served, or the server rejects a test.
-        """
+        """Measure on the running event loop."""
         config = await run_sync(resolve_model, self.config)
         facts = await run_sync(read_facts, config.require_model())
         trained = facts.context_length or max(test.context for test in self.tests)
@@ -372,13 +357,7 @@ class Bench:
 
 
 class BenchClient:
-    """Runs tests on a server that was started with the settings of `plain_config`.
-
-    Args:
-        http: A client of the server.
-        vocabulary: The size of the model's vocabulary, in tokens.
-        seed: The seed of the random tokens.
-    """
+    """Runs tests, with random tokens, on a server with the settings of `plain_config`."""
 
     def __init__(self, http: httpx.AsyncClient, vocabulary: int, seed: int = 0) -> None:
         self._http = http
@@ -401,9 +380,6 @@ class BenchClient:
 
         The context is filled first. A model that can drop its latest tokens keeps it for the next
         test; one with a sliding window or a recurrent state has to read it again.
-
-        Raises:
-            ExperimentError: The server processed a different number of tokens.
         """
         before = Random(f"{self._seed} {test.depth}").choices(self._vocabulary, k=test.depth)  # noqa: S311
         if before:

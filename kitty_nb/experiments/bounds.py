@@ -24,6 +24,7 @@ _BOUND = re.compile(
 )
 _SIZES = {"": 1.0, "GiB": 1.0, "GB": 1e9 / 2**30, "MiB": 1 / 1024, "MB": 1e6 / 2**30}
 _PERCENT = {"%": 0.01}
+_EXAMPLES = {QUALITY_LOSS: "<= 2 %", "memory_gib": "<= 20 GB"}
 _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -71,9 +72,6 @@ def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
     """Parse constraints such as `{"memory_gib": 20, "context_size>=": 16384}`.
 
     A name alone means at most.
-
-    Raises:
-        ExperimentError: A constraint can't be parsed, or its bound isn't a value.
     """
     written = {} if written is None else written
     require("constraints", written, Mapping, 'bounds by name: {"memory_gib": 20}')
@@ -92,23 +90,19 @@ def constraints_of(written: Mapping[str, Any] | None) -> tuple[Constraint, ...]:
     return tuple(found)
 
 
-def read_bound(
-    text: object, name: str = "", example: str = "generation_tokens_per_second >= 30"
-) -> Constraint:
+def read_bound(text: object, name: str = "", example: str = "") -> Constraint:
     """Parse a bound such as `generation_tokens_per_second >= 30` or `<= 20 GB`.
 
     Args:
         text: The bound.
         name: The only metric that may be meant, and bounded from above; by default the text names
             any.
-        example: What to write instead if the text can't be parsed.
-
-    Raises:
-        ExperimentError: The text can't be parsed, or has the unit of another metric.
+        example: What to write instead if the text can't be parsed; by default another bound.
     """
     match = _BOUND.fullmatch(str(text).strip())
     metric, unit = (match["name"] or name, match["unit"] or "") if match else ("", "")
     if not match or not metric or (name and (metric != name or match["sign"].startswith(">"))):
+        example = example or _EXAMPLES.get(name, "generation_tokens_per_second >= 30")
         raise ExperimentError(f"Can't parse {text!r}. Write it like {example!r}.")
     units = _SIZES if metric.endswith("_gib") else {"": 1.0}
     if metric == QUALITY_LOSS or is_share(metric):

@@ -51,8 +51,6 @@ class Setup:
 
     Attributes:
         topic: The topic of the cluster's events that carries the trials' progress.
-        config: The sweep's settings.
-        workload: The requests of each trial.
         host: The machine whose settings these are.
         alone: Whether each worker runs one trial at a time.
         keep_logs: Whether workers send the servers' logs back.
@@ -67,11 +65,7 @@ class Setup:
 
 
 async def count_slots(client: Client) -> int:
-    """Return how many trials the workers run at once; at least 1, as workers may still join.
-
-    Raises:
-        ExperimentError: The cluster can't be reached.
-    """
+    """Return how many trials the workers run at once; at least 1, as workers may still join."""
     async with connected(client) as own:
         workers = await workers_of(own)
     return max(1, sum(map(_slots, workers.values())) or len(workers))
@@ -86,16 +80,7 @@ async def dask_cluster(
     On other machines, the worker's own `.env` locates models and engine. A trial runs on a worker
     that has its model; if the model is also on this machine, the files must be identical. When a
     worker dies, its trials move to another one, up to `distributed.scheduler.allowed-failures`
-    times.
-
-    Args:
-        client: A client of the cluster; it stays open.
-        config: The base settings.
-        workload: The requests of each trial.
-        logs: A local folder for the servers' logs; by default they are discarded.
-
-    Raises:
-        ExperimentError: The cluster can't be reached.
+    times. The servers' logs come to a local folder, if given.
     """
     async with connected(client) as own:
         workers = await workers_of(own)
@@ -148,9 +133,6 @@ class _Cluster:
 
         If model files of the same name differ, the one on this machine is used, or else that of the
         first worker that has one.
-
-        Raises:
-            ExperimentError: No worker has kitty_nb installed.
         """
         model = trial.model
         if model not in self.models:
@@ -232,12 +214,7 @@ class _Cluster:
 async def connected(client: Client, remedy: str = _RUN_AGAIN) -> AsyncGenerator[Any]:
     """Connect to a client's cluster from the running event loop, which the client may not share.
 
-    Args:
-        client: The client.
-        remedy: What to do if the cluster can't be reached, as a sentence.
-
-    Raises:
-        ExperimentError: The client is closed, or the cluster can't be reached.
+    If the cluster can't be reached, the error ends with the remedy, a sentence.
     """
     if client.status != "running":
         raise ExperimentError(_unreachable(f"its client is {client.status}", remedy))
@@ -318,15 +295,8 @@ async def look(setup: Setup, trial: Trial) -> ModelFingerprint | str:
 async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, bytes] | None:
     """Run a trial on this worker; return None if it was stopped.
 
-    The trial runs on the worker's event loop, so that it can be cancelled, also by a shutdown.
-
-    Args:
-        setup: The run's setup.
-        trial: The trial.
-        name: A unique name, used by `stop_job` and progress events.
-
-    Returns:
-        The trial's row and the server's log.
+    The trial runs on the worker's event loop, so that it can be cancelled, also by a shutdown. Its
+    unique name is used by `stop_job` and progress events. The server's log comes with the row.
     """
     worker = get_worker()
 
@@ -379,14 +349,8 @@ async def stop_job(name: str) -> None:
 def settings_here(config: ServerConfig, host: str) -> ServerConfig:
     """Return settings with the paths of this machine's own `.env`.
 
-    If that sets no models folder, the given one is used if it exists here, as on a shared disk.
-
-    Args:
-        config: The settings.
-        host: The machine on which they hold as they are.
-
-    Raises:
-        ConfigError: `.env` can't be read.
+    If that sets no models folder, the given one is used if it exists here, as on a shared disk. On
+    their own host, the settings hold as they are.
     """
     if host == this_host():
         return config

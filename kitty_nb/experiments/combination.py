@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_lines
-from kitty_nb.experiments.metrics import Spread, batch_tokens, left_out, metrics_of
-from kitty_nb.experiments.space import batch_effect, changes, idle_batches, in_use
+from kitty_nb.experiments.batches import batch_effect, batch_tokens, idle_batches
+from kitty_nb.experiments.metrics import Spread, left_out, metrics_of
+from kitty_nb.experiments.space import changes, in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict, compare_paired, own_spread
 from kitty_nb.experiments.trial import Outcome
 
@@ -112,11 +113,7 @@ class Combination:
 
     @property
     def config(self) -> ServerConfig:
-        """The settings to start a server with; settings without effect stay as in use.
-
-        Raises:
-            ConfigError: The model no longer exists.
-        """
+        """The settings to start a server with; settings without effect stay as in use."""
         return self.base.replace(**self._changes)
 
     @property
@@ -140,16 +137,9 @@ class Combination:
     def against(
         self, baseline: Combination, name: str, *, smaller_is_better: bool, spread: float = 0.0
     ) -> Difference | None:
-        """Compare with another combination, over the rounds that both have.
+        """Compare a metric with a baseline's, over the rounds that both have.
 
-        Args:
-            baseline: The other combination.
-            name: The metric to compare by.
-            smaller_is_better: Whether a smaller value is better.
-            spread: See `compare_paired`.
-
-        Returns:
-            The difference; None if a value isn't positive, because then there is no ratio.
+        None if a value isn't positive, because then there is no ratio; see `compare_paired`.
         """
         theirs, ours = baseline.series.get(name, {}), self.series.get(name, {})
         rounds = [number for number in theirs if number > 0 and number in ours]
@@ -171,11 +161,7 @@ class Combination:
         return all(bound.allows(self.value(bound.name)) for bound in bounds)
 
     def env_lines(self, profile: str | None = None) -> str:
-        """Return the `.env` lines for a profile with these settings.
-
-        Args:
-            profile: The profile; by default that of the base settings.
-        """
+        """Return the `.env` lines for a profile, by default that of the base settings."""
         config = self.config.replace(profile=profile) if profile else self.config
         notes = [f"# {self.doubt.capitalize()}."] if self.doubt else []
         if self.idle:
@@ -193,12 +179,8 @@ def choose(
 
     With three rounds or more, a tie is a paired comparison that is too close to tell. With fewer,
     it is an overlap of ranges, where a speed measured once has an assumed range. Combinations that
-    differ only in batch sizes that no batch filled are always tied.
-
-    Args:
-        fitting: The combinations.
-        objective: The objective to choose by.
-        spread: The machine's own relative variation; see `own_spread`.
+    differ only in batch sizes that no batch filled are always tied. No difference within `spread`,
+    the machine's own relative variation, counts.
     """
     name, sign = objective.name, 1 if objective.smaller else -1
 

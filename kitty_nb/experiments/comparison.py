@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A metric of a combination that both sweeps measured.
-
-    Attributes:
-        trial: The combination.
-        metric: The metric's name.
-        difference: The second sweep over the first, with interval and verdict.
-    """
+    """A metric of a combination that both sweeps measured: the second over the first."""
 
     trial: Trial
     metric: str
@@ -53,11 +47,7 @@ class ResultsComparison:
 
     @property
     def frame(self) -> DataFrame:
-        """The comparison as a data frame, with a row per combination and metric.
-
-        Raises:
-            ExperimentError: pandas is missing.
-        """
+        """The comparison as a data frame, with a row per combination and metric."""
         return frame_of(
             {
                 **one.trial.columns,

@@ -12,15 +12,7 @@ if TYPE_CHECKING:
 
 
 def extra(name: str, of: str = "experiments") -> ModuleType:
-    """Import an optional dependency.
-
-    Args:
-        name: The module.
-        of: The extra of kitty_nb that installs it.
-
-    Raises:
-        ExperimentError: The module is missing.
-    """
+    """Import an optional dependency; if it is missing, the error names the extra that has it."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -37,12 +37,6 @@ async def run_harness_task(
 ) -> tuple[float, Interval | None]:
     """Run a task against a server; return its score, with a 95 % interval if that is a mean.
 
-    Args:
-        task: The task.
-        http: A client of the server.
-        slots: The number of requests the server processes at once; None if unknown.
-        seed: The seed of the server's sampling.
-
     Raises:
         KittyError: The task can't be run, or the server rejects a request.
         httpx.HTTPError: The connection fails.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING
 
 from kitty_nb.client.protocol import post
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.statistics import normal_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _CERTAIN = 1e6  # logit bias that forces a token
 _LIKELIEST = (1 << 10, 1 << 20)  # tokens to list: usually enough, then any whole vocabulary
 _LISTED = 1 << 12  # tokens in a distribution; with Gemma's 262,000, it costs 2 % of divergence
-_QUANTILE = NormalDist().inv_cdf(0.975)  # for a 95 % interval
 
 Piece = str | list[int]
 """The text of a token, or its bytes if it is part of a character."""
@@ -32,21 +32,15 @@ class Likeness:
     """The similarity of a model's predictions to those of a reference, over some tokens.
 
     Attributes:
-        kl_divergence: The mean Kullback-Leibler divergence from the reference, in nats.
-        agreed: The number of tokens with the same most likely token.
-        tokens: The number of tokens.
-        interval: The 95 % confidence interval of the divergence.
+        kl_divergence: The mean Kullback-Leibler divergence, in nats.
+        interval: Its 95 % confidence interval.
+        agreed: The number of tokens for which both have the same most likely one.
     """
 
     kl_divergence: float
+    interval: Interval
     agreed: int
     tokens: int
-    interval: Interval
-
-    @property
-    def top_token_agreement(self) -> float:
-        """The fraction of tokens with the same most likely token."""
-        return self.agreed / self.tokens
 
 
 class Likelihoods:
@@ -130,11 +124,8 @@ def perplexity_of(likelihoods: Sequence[float]) -> tuple[float, Interval]:
 
     As in llama-perplexity, the interval uses the standard error over the tokens: it covers texts of
     this kind, not just this one.
-
-    Raises:
-        ExperimentError: A token has zero probability.
     """
-    mean, (low, high) = _mean([-one for one in likelihoods])
+    mean, (low, high) = normal_interval([-one for one in likelihoods])
     try:
         return math.exp(mean), (math.exp(low), math.exp(high))
     except OverflowError:
@@ -145,11 +136,7 @@ def perplexity_of(likelihoods: Sequence[float]) -> tuple[float, Interval]:
 
 
 def likeness(reference: Sequence[Distribution], other: Sequence[Distribution]) -> Likeness:
-    """Compare two models' predictions for the same tokens.
-
-    Raises:
-        ExperimentError: The tokens differ, because the models have different tokenizers.
-    """
+    """Compare two models' predictions for the same tokens."""
     if len(reference) != len(other) or not all((*reference, *other)):
         raise ExperimentError(
             "Can't compare the models token by token: their tokenizers differ, or this build of"
@@ -157,9 +144,9 @@ def likeness(reference: Sequence[Distribution], other: Sequence[Distribution]) -
             " bits_per_character."
         )
     pairs = [*zip(reference, other, strict=True)]
-    mean, interval = _mean([_divergence(one, another) for one, another in pairs])
-    agreed = sum(_top(one) == _top(another) for one, another in pairs)
-    return Likeness(mean, agreed, len(pairs), interval)
+    mean, interval = normal_interval([_divergence(one, another) for one, another in pairs])
+    tops = ([max(one, key=one.__getitem__) for one in model] for model in (reference, other))
+    return Likeness(mean, interval, sum(map(operator.eq, *tops)), len(pairs))
 
 
 def _divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> float:
@@ -175,13 +162,3 @@ def _divergence(reference: Mapping[int, float], other: Mapping[int, float]) -> f
     if rest > 0 and rest_of_other > 0:
         found += rest * math.log(rest / rest_of_other)
     return max(0.0, found)
-
-
-def _top(listed: Mapping[int, float]) -> int:
-    return max(listed, key=listed.__getitem__)
-
-
-def _mean(values: Sequence[float]) -> tuple[float, Interval]:
-    mean = fmean(values)
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return mean, (mean - _QUANTILE * error, mean + _QUANTILE * error)

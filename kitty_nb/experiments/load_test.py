@@ -122,11 +122,7 @@ class LoadTest:
 
     @property
     def frame(self) -> DataFrame:
-        """The loads as a data frame, with a row per load.
-
-        Raises:
-            ExperimentError: pandas is missing.
-        """
+        """The loads as a data frame, with a row per load."""
         return frame_of(
             {
                 **_named(load),
@@ -139,23 +135,15 @@ class LoadTest:
 
     @property
     def requests(self) -> DataFrame:
-        """The requests as a data frame; `sent` is in seconds since the epoch.
-
-        Raises:
-            ExperimentError: pandas is missing.
-        """
+        """The requests as a data frame; `sent` is in seconds since the epoch."""
         return frame_of(
             {**_named(load), **one.columns} for load in self.loads for one in load.requests
         )
 
     def plot(self, y: str = LATENCIES[0]) -> Figure:
-        """Plot percentiles of a latency against the rate, or against concurrency.
+        """Plot percentiles of `time_to_first_token`, or of `time_between_tokens`.
 
-        Args:
-            y: `time_to_first_token` or `time_between_tokens`.
-
-        Raises:
-            ExperimentError: Matplotlib is missing, or the latency is unknown.
+        They are drawn against the rate, or else against concurrency.
         """
         extra("matplotlib")
         from kitty_nb.experiments.plots import curves  # noqa: PLC0415 (of an extra)
@@ -172,11 +160,7 @@ class LoadTest:
         return curves(points, y, words[x])
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write the requests as Parquet, and return the path.
-
-        Raises:
-            ExperimentError: pyarrow is missing, or the file can't be written.
-        """
+        """Write the requests as Parquet, and return the path."""
         return write_parquet(self.requests, path)
 
     def __str__(self) -> str:
@@ -304,13 +288,7 @@ def arrival_times(rate: float, count: int, arrivals: Arrivals, seed: int) -> Ite
 
 
 def next_rate(kept: float, broken: float | None, most: float) -> float:
-    """Return the next rate of a bisection, which starts at the maximum. Pure.
-
-    Args:
-        kept: The highest rate that kept the limit; 0 if none did yet.
-        broken: The lowest rate that exceeded it; None if none did yet.
-        most: The server's maximum throughput.
-    """
+    """Return the next rate of a bisection, which starts at the server's throughput. Pure."""
     return most if broken is None else (kept + broken) / 2
 
 
@@ -326,13 +304,11 @@ class _Test:
     loads: tuple[Load, ...] = ()
 
     async def closed(self, concurrency: int) -> Load:
-        """Run a closed loop."""
         before = await self._usage()
         speed, _ = await self.client.speed(concurrency, lambda _: None)
         return await self._add(Load(concurrency, None, speed.seconds, speed.each), before)
 
     async def open(self, rate: float) -> Load:
-        """Run an open loop."""
         count = len(self.workload.asked(1))
         offsets = arrival_times(rate, count, self.arrivals, self.workload.seed)
         before = await self._usage()
@@ -340,7 +316,6 @@ class _Test:
         return await self._add(Load(None, rate, seconds, times), before)
 
     async def search(self, bound: Constraint, limit: str, steps: int) -> LoadTest:
-        """Search for the highest rate that keeps a limit."""
         full = await self.closed(self.client.slots or 1)
         most = len(full.requests) / full.seconds
         kept, broken = 0.0, None

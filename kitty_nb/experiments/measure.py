@@ -77,13 +77,7 @@ _references: dict[object, Reference] = {}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A measured answer.
-
-    Attributes:
-        times: The times measured by the client.
-        timings: The timings reported by the server.
-        exchange: The request and its answer, as stored in a run record.
-    """
+    """A measured answer: by the client's clock, by the server's, and as a run record stores it."""
 
     times: RequestTimes
     timings: Timings
@@ -105,8 +99,7 @@ class BenchmarkClient:
 
     Attributes:
         context: The context of a request in tokens; None if a build doesn't report it.
-        slots: The number of requests the server processes at once; None if a build doesn't report
-            it.
+        slots: The number of requests processed at once; None if a build doesn't report it.
     """
 
     def __init__(
@@ -182,13 +175,9 @@ class BenchmarkClient:
         return speed, tuple(answers)
 
     async def arrive(self, offsets: Iterable[float]) -> tuple[float, tuple[RequestTimes, ...]]:
-        """Send the prompts in turn at given times, regardless of answers.
+        """Send the prompts in turn at given times, in seconds from now, regardless of answers.
 
-        Args:
-            offsets: The times in seconds from now, ascending.
-
-        Returns:
-            The seconds until the last answer, and the times of each request.
+        Return the seconds until the last answer, and the times of each request.
         """
         times: list[RequestTimes] = []
 
@@ -222,7 +211,7 @@ class BenchmarkClient:
             alike = likeness(reference or (), found)
             return {
                 "kl_divergence": alike.kl_divergence,
-                "top_token_agreement": alike.top_token_agreement,
+                "top_token_agreement": alike.agreed / alike.tokens,
                 "intervals": {
                     "kl_divergence": alike.interval,
                     "top_token_agreement": proportion_interval(alike.agreed, alike.tokens),
@@ -345,14 +334,8 @@ async def run_trial(
     """Measure a trial on a new server, and return its row. Failures become rows, too.
 
     The server has its own port, profile and log, so other servers aren't affected. It stops at the
-    end, also if the call is cancelled or this process is killed.
-
-    Args:
-        trial: The trial.
-        on_progress: Called with progress of the load and after each answer.
-        config: The base settings on this machine.
-        workload: The requests.
-        folder: The folder for the server's log; by default the log is discarded.
+    end, also if the call is cancelled or this process is killed. Without a folder, its log is
+    discarded.
     """
     run = _Run(TrialResult(trial, Outcome.DONE, host=this_host()), on_progress, workload)
     began = time.monotonic()
@@ -370,11 +353,7 @@ async def run_trial(
 
 
 async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
-    """Find the engine of a trial on this machine.
-
-    Raises:
-        EngineError: There is none, or it can't be run.
-    """
+    """Find the engine of a trial on this machine."""
     binary = dict(trial.settings).get("binary", config.binary)
     return await locate_engine(Path(str(binary)) if binary else None)
 
@@ -382,26 +361,12 @@ async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
 def this_machine(
     config: ServerConfig, workload: Workload, logs: Path | None = None
 ) -> AbstractAsyncContextManager[Execute]:
-    """Provide the callable that runs trials on this machine.
-
-    Args:
-        config: The base settings.
-        workload: The requests of each trial.
-        logs: A folder for the servers' logs; by default they are discarded.
-    """
+    """Provide the callable that runs trials on this machine, with a folder for servers' logs."""
     return nullcontext(partial(run_trial, config=config, workload=workload, folder=logs))
 
 
 def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
-    """Fingerprint a model on this machine. Blocking.
-
-    Args:
-        model: The model's name in trials.
-        config: The sweep's settings, with the models folder.
-
-    Raises:
-        ConfigError: The model is missing.
-    """
+    """Fingerprint a model on this machine by its name in trials. Blocking."""
     facts = gather_facts(resolve_model(config.replace(model=model)))
     return ModelFingerprint(facts.size, facts.digest)
 
@@ -411,13 +376,7 @@ def fingerprints_here(
 ) -> dict[str, ModelFingerprint]:
     """Fingerprint the models that exist on this machine. Blocking.
 
-    Args:
-        models: The models' names in trials.
-        config: The sweep's settings, with the models folder.
-        must_exist: Whether a missing model is an error.
-
-    Raises:
-        ConfigError: Models are missing; the error lists all of them.
+    If they `must_exist`, an error lists all that are missing.
     """
     found: dict[str, ModelFingerprint] = {}
     problems: list[Problem] = []
@@ -441,7 +400,6 @@ class _Run:
     answered: int = 0
 
     def end(self, outcome: Outcome, reason: str) -> None:
-        """Set the outcome of a trial that was not measured."""
         self.row = replace(self.row, outcome=outcome, reason=reason)
 
     async def measure(self, config: ServerConfig, folder: Path | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.arguments import require
-from kitty_nb.experiments.latency import LATENCY_NAMES, latencies, too_few_requests
+from kitty_nb.experiments.latency import latencies, too_few_requests
 from kitty_nb.experiments.noise import Noise
 from kitty_nb.experiments.trial import (
     Measurement,
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 OBJECTIVE = "generation_tokens_per_second"
-_SPECULATED = 64  # maximum tokens per decoding step of an answer, with speculation
-_SPEEDS = (OBJECTIVE, "prompt_tokens_per_second", "total_tokens_per_second", "time_to_first_token")
+SPEEDS = (OBJECTIVE, "prompt_tokens_per_second", "total_tokens_per_second", "time_to_first_token")
 _AS_MEASURED = (
     *("context", "slots", "machine_load", "quality", "perplexity", "bits_per_character"),
     *("kl_divergence", "top_token_agreement"),
@@ -73,7 +72,7 @@ def _metrics(result: TrialResult) -> dict[str, float]:
     numbers: dict[str, float | None] = {}
     for number, speed in enumerate(measured.speeds):
         end = f"_{speed.parallel}" if number else ""
-        numbers |= {name + end: getattr(speed, name) for name in _SPEEDS}
+        numbers |= {name + end: getattr(speed, name) for name in SPEEDS}
         numbers |= {name + end: value for name, value in latencies(speed.each).items()}
         if speed.memory and len(measured.speeds) > 1:
             numbers[f"memory_gib_{speed.parallel}"] = _gib(speed.memory, speed.gpu_memory)
@@ -105,9 +104,7 @@ def _metrics(result: TrialResult) -> dict[str, float]:
 def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
     """Return the metrics of a running trial that an event reveals, by name.
 
-    Args:
-        event: The event.
-        least: The lowest concurrency, whose metrics have plain names.
+    Those at the lowest concurrency, `least`, have plain names.
     """
     match event:
         case TrialProgressed(progress=progress):
@@ -121,21 +118,6 @@ def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
             }
             return {name: value for name, value in found.items() if value is not None}
     return {}
-
-
-def batch_tokens(result: TrialResult) -> dict[str, int]:
-    """Return the maximum number of tokens in a batch, by name of the speed it affects."""
-    speeds = result.measurement.speeds if result.measurement else ()
-    return {
-        f"{name}_{speed.parallel}" if number else name: (
-            min(speed.prompt_tokens, _SPECULATED)
-            if name == OBJECTIVE and speed.parallel == 1
-            else speed.prompt_tokens * speed.parallel
-        )
-        for number, speed in enumerate(speeds)
-        for name in (*_SPEEDS, *LATENCY_NAMES)
-        if speed.prompt_tokens
-    }
 
 
 def smaller_is_better(name: str) -> bool:
@@ -196,11 +178,7 @@ class Objective:
         return self.function is None and is_speed(self.name)
 
     def of(self, row: TrialResult) -> float | None:
-        """Return the objective's value for a row; None if the row has none.
-
-        Raises:
-            ExperimentError: The user's function failed.
-        """
+        """Return the objective's value for a row; None if the row has none."""
         if row.outcome is not Outcome.DONE:
             return None
         if self.function is None:
@@ -218,15 +196,7 @@ class Objective:
 def read_objective(
     given: str | Callable[[TrialResult], float], names: Collection[str]
 ) -> Objective:
-    """Parse an objective: a metric's name, `-name` to minimize it, or a function to maximize.
-
-    Args:
-        given: The objective.
-        names: The names of available metrics.
-
-    Raises:
-        ExperimentError: There is no such metric.
-    """
+    """Parse an objective: a metric's name, `-name` to minimize it, or a function to maximize."""
     if callable(given):
         return Objective(getattr(given, "__name__", "objective"), smaller=False, function=given)
     require("objective", given, str, "a metric or a function")
@@ -235,11 +205,7 @@ def read_objective(
 
 
 def known(name: str, names: Collection[str]) -> str:
-    """Return a name after checking that it is one of those given.
-
-    Raises:
-        ExperimentError: It isn't; the message suggests the closest name.
-    """
+    """Return a name if it is one of those given; otherwise the error suggests the closest."""
     if name not in names:
         near = get_close_matches(name, names, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(names))}."

@@ -66,11 +66,7 @@ class Usage:
 
 
 async def usage_with(pid: int) -> Usage:
-    """Read the processor time so far.
-
-    Args:
-        pid: The server's process ID; the calling thread counts as its client.
-    """
+    """Read the processor time so far of a server and its client, which is the calling thread."""
     client = time.thread_time()
     times, server = await run_sync(_read, pid)
     return usage_of(times, server + client, psutil.cpu_count() or 1)
@@ -91,11 +87,7 @@ def noise_between(
 ) -> Noise | None:
     """Return the machine's state between two moments; None if they are too close. Pure.
 
-    Args:
-        before: The usage at the first moment.
-        after: The usage at the second.
-        clock_mhz: The processors' clock in MHz; None or 0 if unknown.
-        sensors: Processor temperatures in °C, by sensor.
+    Sensors report temperatures in °C.
     """
     passed = after.passed - before.passed
     if passed < _SHORT:

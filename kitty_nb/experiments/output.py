@@ -21,11 +21,7 @@ def valid_text(text: str) -> str:
 
 
 def frame_of(rows: Iterable[dict[str, Any]]) -> DataFrame:
-    """Return a data frame with a row for each mapping.
-
-    Raises:
-        ExperimentError: pandas is missing.
-    """
+    """Return a data frame with a row for each mapping."""
     valid = [
         {name: valid_text(one) if isinstance(one, str) else one for name, one in row.items()}
         for row in rows
@@ -39,11 +35,7 @@ def markdown_table(
 ) -> list[str]:
     """Return the lines of a table, padded so that it reads well as plain text, too.
 
-    Args:
-        head: The headings.
-        rows: The cells of each row.
-        align: One letter per column: `l` for left, `r` for right.
-        widths: The minimum width of each column, in characters; by default none.
+    `align` has a letter per column, `l` or `r`; widths are minima, in characters.
     """
     rows = [head, *rows]
     least = widths or [3] * len(head)
@@ -59,11 +51,7 @@ def markdown_table(
 
 
 def write_parquet(frame: DataFrame, path: str | Path) -> Path:
-    """Write a data frame as Parquet, columns of mixed types as text, and return the path.
-
-    Raises:
-        ExperimentError: pyarrow is missing, or the file can't be written.
-    """
+    """Write a data frame as Parquet, columns of mixed types as text, and return the path."""
     extra("pyarrow")
     for name in frame.columns:
         if len({type(value) for value in frame[name].dropna()}) > 1:
@@ -74,11 +62,7 @@ def write_parquet(frame: DataFrame, path: str | Path) -> Path:
 def write_file(
     path: str | Path, content: bytes, error: type[ExperimentError] = ExperimentError
 ) -> Path:
-    """Write a file atomically, and return its path.
-
-    Raises:
-        ExperimentError: The file can't be written; the error is of the given type.
-    """
+    """Write a file atomically, and return its path; or raise an error of the given type."""
     try:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

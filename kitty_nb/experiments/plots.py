@@ -53,12 +53,7 @@ class Picture(Figure):
 
 
 def front(points: Sequence[tuple[float, ...]], *names: str) -> list[int]:
-    """Return the indices of the Pareto-optimal points, ordered by the first metric. Pure.
-
-    Args:
-        points: The values of the metrics.
-        names: The metrics' names, which determine the direction.
-    """
+    """Return the indices of the Pareto-optimal points, ordered by the first metric. Pure."""
     signs = [1 if smaller_is_better(name) else -1 for name in names]
     costs = [tuple(map(operator.mul, signs, point)) for point in points]
     kept: list[int] = []
@@ -79,14 +74,7 @@ def _bars(drawn: list[Combination], y: str, *_: str) -> Figure:
 
 
 def curves(drawn: Mapping[str, Sequence[Point]], y: str, x: str, over: str = "") -> Figure:
-    """Plot a line with error bars for each name.
-
-    Args:
-        drawn: By name, the points: x, median, minimum and maximum.
-        y: The name of the metric.
-        x: The label of the x-axis.
-        over: What the error bars are the range of; empty if there are none.
-    """
+    """Plot a line for each name, with error bars if they are a range over something."""
     figure, axes = _figure()
     places = sorted({point[0] for points in drawn.values() for point in points})
     apart = _APART * (places[-1] - places[0])  # keeps error bars from overlapping

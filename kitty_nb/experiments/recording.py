@@ -166,16 +166,7 @@ def replay(
 async def settings_of(
     record: RunRecord, here: ServerConfig, model: str | Path | None = None
 ) -> ServerConfig:
-    """Return the settings for replaying a run on this machine.
-
-    Args:
-        record: The run record.
-        here: The settings of this machine.
-        model: Another model to use instead of the recorded one.
-
-    Raises:
-        RunRecordError: The recorded model isn't found.
-    """
+    """Return the settings for replaying a run on this machine, perhaps with another model."""
     own = here.replace(
         **record.config.model_dump(include=set(SERVER_SETTINGS)),
         profile=record.profile,
@@ -187,11 +178,7 @@ async def settings_of(
 
 
 async def ask(access: Access, requests: Iterable[Request]) -> tuple[Exchange, ...]:
-    """Send requests to a server, one after the other.
-
-    Raises:
-        ExperimentError: The server rejects a request, or the connection breaks.
-    """
+    """Send requests to a server, one after the other."""
     try:
         async with access.async_http() as http:
             return tuple([await _ask(http, request) for request in requests])
@@ -208,12 +195,7 @@ async def describe_run(
     seed: int,
     on_progress: OnBytes | None = None,
 ) -> RunRecord:
-    """Build the record of a ready server and its answers.
-
-    Raises:
-        ModelFileError: A file of the model is missing or can't be read.
-        ExperimentError: The model file has changed since it was loaded.
-    """
+    """Build the record of a ready server and its answers."""
     config = state.config
     engine = await locate_engine(config.binary)
     load = await find_load(state)
@@ -248,11 +230,7 @@ async def describe_run(
 
 
 async def digest_model(config: ServerConfig, on_progress: OnBytes | None = None) -> ModelDigest:
-    """Hash all files of the model that a server with these settings serves.
-
-    Raises:
-        ModelFileError: A file is missing, can't be read, or changes meanwhile.
-    """
+    """Hash all files of the model that a server with these settings serves."""
     shards = shard_paths(config.model) if config.model else ()
     paired = filter(None, (config.projector, config.drafter))
     words = (part for word in config.extra_args for part in word.split(","))

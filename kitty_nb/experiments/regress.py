@@ -45,11 +45,9 @@ class OtherAnswer:
     """An answer that differs from the one given by the engine in use.
 
     Attributes:
-        record: The name of the run record.
         answer: The number of the answer in the record, from 1.
         token: The number of the first token that differs, from 1.
-        before: An excerpt from there of the answer of the engine in use.
-        now: An excerpt from there of the answer of the other build.
+        before: An excerpt from there of the answer of the engine in use; `now`, of the build's.
     """
 
     record: str
@@ -70,10 +68,8 @@ class BuildReport:
     """A build compared with the engine in use.
 
     Attributes:
-        engine: The build's path.
         version: The version it reports; empty if it can't be run.
         speeds: Differences in tokens per second, by test.
-        answers: The answers that differ.
         problem: Why the build can't serve a record, in a sentence; empty if it can.
     """
 

@@ -59,11 +59,7 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def report_of(results: Analysis, objective: str, title: str) -> str:
-    """Render the page; see `Results.report`.
-
-    Raises:
-        ExperimentError: Nothing was measured, or there is no such metric.
-    """
+    """Render the page; see `Results.report`."""
     config = results.config
     public = config.replace(extra_args=without_secrets(config.extra_args))
     results = replace(results, config=public)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Results(Analysis):
-    """An immutable snapshot of a sweep's results.
+    """An immutable snapshot of a sweep's results, to analyse or to write to files.
+
+    Methods raise ExperimentError if a file can't be written or a library is missing.
 
     Attributes:
         config: The base settings.
@@ -34,9 +36,6 @@ class Results(Analysis):
         """Write the trials, or the requests, as Parquet, and return the path.
 
         Columns of mixed types are written as text.
-
-        Raises:
-            ExperimentError: pyarrow is missing, or the file can't be written.
         """
         return write_parquet(self.requests if requests else self.frame, path)
 
@@ -54,8 +53,7 @@ class Results(Analysis):
             title: The page's title.
 
         Raises:
-            ExperimentError: Matplotlib is missing, nothing was measured, the metric is unknown, or
-                the file can't be written.
+            ExperimentError: Nothing was measured, or the metric is unknown.
         """
         extra("matplotlib")
         from kitty_nb.experiments.report import report_of  # noqa: PLC0415 (of an extra)
@@ -63,11 +61,7 @@ class Results(Analysis):
         return write_file(path, report_of(self, objective, title).encode())
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the trials as CSV, and return the path.
-
-        Raises:
-            ExperimentError: pandas is missing, or the file can't be written.
-        """
+        """Write the trials as CSV, and return the path."""
         return write_file(path, self.frame.to_csv(index=False).encode())
 
     def to_mlflow(
@@ -92,8 +86,7 @@ class Results(Analysis):
             title: The name of the run and title of the report.
 
         Raises:
-            ExperimentError: MLflow or Matplotlib is missing, MLflow rejects the results, nothing
-                was measured, or the metric is unknown.
+            ExperimentError: MLflow rejects the results, or there is no report of them.
         """
         extra("mlflow", "mlflow")
         extra("matplotlib")

@@ -55,15 +55,10 @@ class HostFacts(_Facts):
     """A machine.
 
     Attributes:
-        name: The host name.
-        cpu: The processor's name.
         cores: The number of physical cores, if the system reports it.
-        threads: The number of hardware threads.
-        usable_threads: The number of hardware threads that this process may use.
+        threads: The number of hardware threads, some of which this process may not use.
         ram: Size of the memory in bytes.
         gpus: NVIDIA GPUs; a Mac's GPU is part of its processor.
-        os: The operating system and its version.
-        python: The Python implementation and version.
     """
 
     name: str
@@ -78,12 +73,7 @@ class HostFacts(_Facts):
 
 
 class ModelDigest(_Facts):
-    """The identity of a model.
-
-    Attributes:
-        shards: The model's own files, in order.
-        companions: Other GGUF files that the server reads: a projector, adapters, a draft model.
-    """
+    """The identity of a model: its files, and those beside it, such as a projector or adapters."""
 
     shards: tuple[FileDigest, ...]
     companions: tuple[FileDigest, ...] = ()
@@ -235,11 +225,7 @@ class RunRecord(_Facts):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load a record from a file.
-
-        Raises:
-            RunRecordError: The file is missing or damaged, or a later version wrote it.
-        """
+        """Load a record from a file, or raise RunRecordError."""
         try:
             text = Path(path).read_bytes()
         except (OSError, TypeError, ValueError) as error:  # no name can have a zero byte
@@ -249,11 +235,7 @@ class RunRecord(_Facts):
 
     @classmethod
     def parse(cls, text: str | bytes, source: str = "The text") -> Self:
-        """Parse a record from JSON; `source` names it in errors.
-
-        Raises:
-            RunRecordError: The record is damaged, or a later version wrote it.
-        """
+        """Parse a record from JSON, or raise RunRecordError, which names the `source`."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -271,11 +253,7 @@ class RunRecord(_Facts):
         return self.model_dump_json(indent=2, exclude={"config": {"api_key"}})
 
     def save(self, path: str | Path) -> Path:
-        """Write the record to a file atomically, and return the path.
-
-        Raises:
-            RunRecordError: The file can't be written.
-        """
+        """Write the record to a file atomically, and return the path; or raise RunRecordError."""
         return write_file(path, f"{self.to_json()}\n".encode(), RunRecordError)
 
     @field_validator("schema_version")
@@ -298,11 +276,7 @@ class RunRecord(_Facts):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference between two records in something the answers may depend on.
-
-    Attributes:
-        what: The field of the record, e.g. `engine.version`.
-    """
+    """A difference between two records in a field that answers may depend on."""
 
     what: str
     recorded: str
@@ -311,14 +285,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class OutputDifference:
-    """An answer that differs.
-
-    Attributes:
-        exchange: The index of the exchange, from 0.
-        position: The index of the first character that differs, from 0.
-        recorded: An excerpt of the recorded answer from there.
-        now: An excerpt of the new answer from there.
-    """
+    """An answer that differs: its exchange and first character, from 0, and excerpts from there."""
 
     exchange: int
     position: int
@@ -328,11 +295,7 @@ class OutputDifference:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measurement, which varies from run to run.
-
-    Attributes:
-        what: The name of the measurement, with its unit.
-    """
+    """A measurement, which varies from run to run, and its name with the unit."""
 
     what: str
     recorded: float

@@ -178,12 +178,7 @@ class TrialRunner:
             self._publish(SweepEnded(complete, problem))
 
     async def _check_flags(self, settings: Iterable[Settings]) -> None:
-        """Check that the engine supports the flags of the trials.
-
-        Raises:
-            EngineError: No engine is available here.
-            ConfigError: The engine lacks a flag.
-        """
+        """Check that the engine here supports the flags of the trials."""
         engine = await locate_engine(self.config.binary)
         check_flags((one for several in settings for one in several), engine.dialect)
 
@@ -246,8 +241,7 @@ class TrialRunner:
     ) -> TrialResult:
         """Run a trial, and return a row even after an unexpected failure: other trials continue.
 
-        Raises:
-            ExperimentError: No further trials can be run.
+        An ExperimentError means that they can't.
         """
         try:
             return await execute(trial, on_progress)

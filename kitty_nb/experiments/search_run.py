@@ -75,11 +75,7 @@ class TuneResult:
         return f"TuneResult({self.summary})"
 
     def env_lines(self, profile: str | None = None) -> str:
-        """Return the `.env` lines for a profile with the best settings.
-
-        Args:
-            profile: The profile; by default that of `config`.
-        """
+        """Return the `.env` lines of the best settings for a profile, by default that in use."""
         return self.best.env_lines(profile)
 
 

@@ -1,4 +1,4 @@
-"""Settings to vary: their names, combinations and order, and whether batch sizes matter. Pure.
+"""Settings to vary: their names, combinations and order. Pure.
 
 A name is a field of `ServerConfig`, or a flag of llama-server without a field.
 """
@@ -10,21 +10,19 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from enum import Enum
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from kitty_nb.config import ServerConfig, takes_secret, value_of
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
 from kitty_nb.experiments.arguments import require, several, texts
-from kitty_nb.experiments.metrics import OBJECTIVE
-from kitty_nb.experiments.trial import DEFAULT_PROMPT, Trial
+from kitty_nb.experiments.trial import Trial
 from kitty_nb.isolated_server import SERVER_SETTINGS, accepts, spell
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ _HIDDEN = "Its value is a secret, and results show every value that is tried."
 _OF_ALL = "Leave it out, and set it for all trials in LLAMACPP_EXTRA_ARGS."
 _MISSPELT = 0.92  # similarity from which a name is a misspelled field; real flags are below
 # llama-server's defaults. Threads: one per core.
-_ENGINE_DEFAULTS: Mapping[str, Value] = {
+ENGINE_DEFAULTS: Mapping[str, Value] = {
     "threads": psutil.cpu_count(logical=False),
     "batch_size": 2048,
     "ubatch_size": 512,
@@ -67,9 +65,6 @@ _ENGINE_DEFAULTS: Mapping[str, Value] = {
     "mmproj": "auto",
 }
 _SHORT = {"cache_type_k": "-ctk", "cache_type_v": "-ctv"}
-BATCHES = ("batch_size", "ubatch_size")
-_BYTES_PER_TOKEN = 4  # of most texts, with most tokenizers
-_ENDLESS = 1 << 62
 
 
 def combine(
@@ -79,15 +74,7 @@ def combine(
     configs: Iterable[ServerConfig | Mapping[str, Any]] | None = None,
     skip: Skip | None = None,
 ) -> tuple[Trial, ...]:
-    """Return every combination of models and settings once.
-
-    Args:
-        base: The base settings.
-        models: Files, absolute or in the models folder; by default that of `base`.
-        grid: Values by name of setting, to be combined.
-        configs: Individual combinations, as complete settings or as changes to `base`. Each is
-            combined with the grid.
-        skip: Called with each combination, its model as `model`; returns true to skip it.
+    """Return every combination of models and settings once; for the arguments, see `Sweep`.
 
     Raises:
         ConfigError: Some names or values are invalid; the error lists all of them.
@@ -139,13 +126,8 @@ def in_order(
 ) -> tuple[Trial, ...]:
     """Return all trials in rounds, each of which has every combination once, shuffled.
 
-    A drift, such as a machine warming up, then affects all combinations alike.
-
-    Args:
-        combinations: The combinations to try.
-        repeats: The number of rounds.
-        seed: The seed of the order.
-        twice: A combination measured twice per round, the second time with a negative repeat.
+    A drift, such as a machine warming up, then affects all combinations alike. The combination
+    `twice` is measured twice per round, the second time with a negative repeat.
     """
     rounds = []
     for repeat in range(1, repeats + 1):
@@ -158,11 +140,7 @@ def in_order(
 
 
 def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None:
-    """Reject flags that the engine lacks or a trial can't set, and values it doesn't accept.
-
-    Raises:
-        ConfigError: There are any; the error lists all of them, with suggestions.
-    """
+    """Reject flags that the engine lacks or a trial can't set, and values it doesn't accept."""
     problems: dict[object, Problem] = {}
     for name, value in sorted(set(settings), key=str):
         words = value if name == "extra_args" and isinstance(value, tuple) else ()
@@ -187,11 +165,7 @@ def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None
 
 
 def as_value(value: Any) -> Value:
-    """Convert a value to the form in which trials compare and store it.
-
-    Raises:
-        TypeError: The value can't be a setting.
-    """
+    """Convert a value to the form in which trials compare and store it, or raise TypeError."""
     match value:
         case Enum():
             return as_value(value.value)
@@ -211,10 +185,7 @@ def as_value(value: Any) -> Value:
 def changes(trial: Trial, base: ServerConfig, dialect: Dialect | None = None) -> dict[str, Any]:
     """Return the fields of `ServerConfig` that a trial changes, `extra_args` with its flags last.
 
-    Args:
-        trial: The trial.
-        base: The base settings.
-        dialect: The engine's dialect, for switches that are off.
+    Only a dialect can spell switches that are off.
     """
     fields: dict[str, Any] = {name: value for name, value in trial.settings if name in FIELDS}
     flags = [
@@ -235,7 +206,7 @@ def in_use(name: str, base: ServerConfig) -> Value:
         value = as_value(getattr(base, name))
     else:
         value = value_of(base.extra_args, {_flag(name), _SHORT.get(name, "")})
-    return _ENGINE_DEFAULTS.get(name) if value is None else value
+    return ENGINE_DEFAULTS.get(name) if value is None else value
 
 
 def digest(base: ServerConfig, workload: Workload) -> str:
@@ -245,60 +216,6 @@ def digest(base: ServerConfig, workload: Workload) -> str:
         del config["rpc_hosts"]
     text = json.dumps({"config": config, **dict(workload.conditions())}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def idle_batches(settings: Settings, base: ServerConfig, tokens: int) -> tuple[str, ...]:
-    """Name the batch sizes that split `tokens` just as those in use do."""
-
-    def effect_without(name: str) -> object:
-        return batch_effect(tuple(one for one in settings if one[0] != name), base, tokens)
-
-    effect = batch_effect(settings, base, tokens)
-    return tuple(
-        name
-        for name, value in settings
-        if name in BATCHES and value != in_use(name, base) and effect_without(name) == effect
-    )
-
-
-def batch_effect(settings: Settings, base: ServerConfig, tokens: int) -> tuple[object, ...]:
-    """Return a key that is equal for settings that split `tokens` into equal batches."""
-    batch, ubatch = _sizes(settings, base)
-    rest = frozenset(one for one in settings if one[0] not in BATCHES)
-    return rest, min(batch, tokens), min(ubatch, batch, tokens)
-
-
-def fill_batches(
-    workload: Workload, tried: Sequence[Settings], base: ServerConfig, objective: str = ""
-) -> tuple[Workload, tuple[str, ...]]:
-    """Lengthen the default prompt to fill the batches, if their sizes are varied and matter.
-
-    Returns:
-        The workload, and a warning if it can't distinguish the batch sizes.
-    """
-    sizes = zip(*(_sizes(settings, base) for settings in tried), strict=True)
-    largest = max((max(values) for values in sizes if len(set(values)) > 1), default=0)
-    if not largest:
-        return workload, ()
-    if objective == OBJECTIVE and workload.levels[0] == 1:  # one token per step
-        return workload, (
-            f"{objective} of one request at a time doesn't depend on batch sizes. Leave them out,"
-            " or compare prompt_tokens_per_second or time_to_first_token.",
-        )
-    if workload.prompts == (DEFAULT_PROMPT,) and not workload.quality:
-        workload = replace(workload, fill=largest)
-    size = max(len(prompt.encode()) for prompt in workload.prompts) / _BYTES_PER_TOKEN
-    tokens = max(round(size), workload.fill) * workload.levels[-1]
-    shown, all_of_them = (
-        len({batch_effect(settings, base, limit) for settings in tried})
-        for limit in (tokens, _ENDLESS)
-    )
-    if shown == all_of_them:
-        return workload, ()
-    return workload, (
-        f"Prompts of about {tokens} tokens don't fill all batch sizes, so some can't differ. Use"
-        f" prompts of {largest} tokens or more.",
-    )
 
 
 def _check_names(names: Iterable[str]) -> Iterator[Problem]:
@@ -418,8 +335,3 @@ def _words(name: str, value: Value, dialect: Dialect | None) -> tuple[str, ...]:
         case tuple():
             return (flag, *value)
     return flag, str(value)
-
-
-def _sizes(settings: Settings, base: ServerConfig) -> list[int]:
-    given = {name: in_use(name, base) for name in BATCHES} | dict(settings)
-    return [cast("int", given[name] or _ENGINE_DEFAULTS[name]) for name in BATCHES]

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from numbers import Real
+from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.98  # 95 % would name 5 winners among 100 pairs of equals, and often more
 LEAST_ROUNDS = 3  # minimum for a meaningful interval
 _RESAMPLES = 2000
+_QUANTILE = NormalDist().inv_cdf(0.975)  # for a 95 % interval
 _POWER = 0.8  # probability that the forecast number of rounds suffices
 _MOST_ROUNDS = 1000  # more would not be practical
 
@@ -107,11 +109,7 @@ def compare_paired(
 
 
 def own_spread(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the relative difference of two series of the same settings: the machine's variation.
-
-    Raises:
-        ExperimentError: The series differ in length, or a number isn't positive.
-    """
+    """Return the relative difference of two series of equals: the machine's own variation."""
     logs = _log_ratios(first, second)
     return math.expm1(abs(math.fsum(logs) / len(logs))) if logs else 0.0
 
@@ -119,11 +117,7 @@ def own_spread(first: Sequence[float], second: Sequence[float]) -> float:
 def proportion_interval(
     successes: int, total: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return Wilson's interval for a proportion of successes.
-
-    Raises:
-        ExperimentError: The numbers aren't whole, or there are more successes than tries.
-    """
+    """Return Wilson's interval for a proportion of successes."""
     whole("successes", successes, 0, whole("total", total, 1, sys.maxsize))
     test = extra("scipy.stats").binomtest(successes, total)
     low, high = test.proportion_ci(confidence, method="wilson")
@@ -133,6 +127,13 @@ def proportion_interval(
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the bootstrap 95 % interval of a mean; None for fewer than three values."""
     return _interval(values, 0.95, seed=0) if len(values) >= LEAST_ROUNDS else None
+
+
+def normal_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the mean of many values, and its 95 % interval by the standard error."""
+    mean = fmean(values)
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return mean, (mean - _QUANTILE * error, mean + _QUANTILE * error)
 
 
 def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
@@ -149,7 +150,7 @@ def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float
             f"Can't pair {len(baseline)} rounds with {len(other)}. Give both series a value for"
             " every round."
         )
-    if not all(isinstance(v, Real) and 0 < v < math.inf for v in (*baseline, *other)):
+    if not all(isinstance(v, Real) and 0 < float(v) < math.inf for v in (*baseline, *other)):
         raise ExperimentError("Ratios need positive numbers. Compare another metric.")
     return [math.log(after / before) for before, after in zip(baseline, other, strict=True)]
 

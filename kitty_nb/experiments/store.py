@@ -37,11 +37,9 @@ _Row = TrialResult | None
 class RowStore:
     """The stored results of all trials that ran under the same conditions.
 
-    A row that can't be written stays in memory, and is written with the next.
-
-    Args:
-        path: The file, created with its folder when first needed. Sweeps may share it.
-        conditions: A digest of the trials' common conditions; it names their study.
+    A row that can't be written stays in memory, and is written with the next. Several sweeps may
+    share a file, which is created when first needed: a digest of the conditions names their study.
+    Methods raise ResultStoreError if the file can't be used.
     """
 
     def __init__(self, path: Path, conditions: str) -> None:
@@ -58,11 +56,7 @@ class RowStore:
         return sum(row is not None for row in self._unwritten.values())
 
     def read(self) -> tuple[TrialResult, ...]:
-        """Return the latest row of each trial, in the order of writing.
-
-        Raises:
-            ResultStoreError: The file can't be used.
-        """
+        """Return the latest row of each trial, in the order of writing."""
         rows: dict[str, TrialResult] = {}
         with self._explained():
             trials = self._study().get_trials(deepcopy=False) if self._path.exists() else ()
@@ -74,15 +68,7 @@ class RowStore:
         return tuple(rows.values())
 
     async def add(self, rows: Iterable[TrialResult] = (), dropped: Iterable[str] = ()) -> None:
-        """Write rows and any backlog; create the file if necessary.
-
-        Args:
-            rows: The rows; each replaces an earlier row of its trial.
-            dropped: Keys of trials whose rows are discarded.
-
-        Raises:
-            ResultStoreError: The file can't be written; the rows are kept for the next call.
-        """
+        """Write rows and any backlog, and drop the rows of other trials by their keys."""
         self._unwritten |= {row.trial.key: row for row in rows} | dict.fromkeys(dropped)
         async with self._writing:
             await anyio.to_thread.run_sync(self._write, dict(self._unwritten))

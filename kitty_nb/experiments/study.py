@@ -65,9 +65,6 @@ class Search:
 
     Attributes:
         models: The models to choose from, by their names in trials; the one in use comes first.
-        space: The settings to choose, with their values.
-        objective: The objective to optimize.
-        bounds: The constraints to satisfy.
         study: The Optuna study, with a trial for each row.
         rows: The rows of all trials, including earlier runs.
     """
@@ -133,11 +130,7 @@ class Search:
         return doubtful if confirm else self._propose() or doubtful
 
     def tell(self, row: TrialResult) -> None:
-        """Add a row. A row without a value counts as pruned, so that the sampler avoids it.
-
-        Raises:
-            ExperimentError: The user's objective failed.
-        """
+        """Add a row. A row without a value counts as pruned, so that the sampler avoids it."""
         self.rows.append(row)
         value = self.objective.of(row)
         asked = self._asked.pop(row.trial, None)
@@ -151,11 +144,7 @@ class Search:
         self.study.tell(asked, value, TrialState.PRUNED if value is None else None)
 
     def prune_reason(self, now: float) -> str:
-        """Say why a running trial can no longer win; empty while it can.
-
-        Args:
-            now: The objective over the trial's requests so far.
-        """
+        """Say why a trial with this value so far can no longer win; empty while it can."""
         medians = self._medians()
         if len(medians) < _PEERS:
             return ""
@@ -219,19 +208,8 @@ def read_space(
 ) -> tuple[tuple[str, ...], Space]:
     """Return the models' names in trials, and the search space restricted by bounds on settings.
 
-    A bound on a setting outside the space adds it with that value, unless `base` satisfies it.
-
-    Args:
-        models: Files, absolute or in the models folder; by default that of `base`.
-        base: The values of settings outside the space.
-        written: By name a list of values, a tuple of the ends of a range, or one value; None for
-            the settings that usually matter on this machine.
-        bounds: The constraints; those on metrics have no effect here.
-        metrics: The names of metrics.
-
-    Raises:
-        ConfigError: Some names or values are invalid; the error lists all of them.
-        ExperimentError: The space is empty.
+    A bound on a setting outside the space adds it with that value, unless `base` satisfies it. By
+    default the space has the settings that usually matter on this machine.
     """
     given = default_space(base) if written is None else written
     require("space", given, Mapping, 'values by name of setting: {"threads": [4, 8]}')

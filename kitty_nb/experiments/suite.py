@@ -43,13 +43,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its expected answer.
-
-    Attributes:
-        kind: The kind of task, which determines how answers are judged.
-        prompt: The question.
-        expected: The correct answer; for code, test cases as JSON.
-    """
+    """A task with its expected answer, which for code is test cases as JSON."""
 
     kind: Kind
     prompt: str
@@ -75,9 +69,6 @@ class Suite:
     """Tasks that provide a sweep's prompts and its quality: the fraction solved.
 
     `Sweep(prompts=suite.prompts, quality=suite, max_tokens=256)`
-
-    Attributes:
-        tasks: The tasks.
     """
 
     tasks: tuple[Task, ...]
@@ -111,11 +102,7 @@ class Suite:
         return tuple(task.prompt for task in self.tasks)
 
     def __call__(self, prompt: str, answer: str) -> float:
-        """Score an answer: 1 if it is correct, else 0.
-
-        Raises:
-            ExperimentError: The prompt is none of the suite's.
-        """
+        """Score an answer: 1 if it is correct, else 0."""
         for task in self.tasks:
             if task.prompt == prompt:
                 return float(task.solved_by(answer))

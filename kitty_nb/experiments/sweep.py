@@ -14,11 +14,12 @@ import anyio.to_thread
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
 from kitty_nb.experiments.arguments import config_of, several, whole
+from kitty_nb.experiments.batches import fill_batches
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.runner import TrialRunner
-from kitty_nb.experiments.space import baseline_of, combine, fill_batches, in_order
+from kitty_nb.experiments.space import baseline_of, combine, in_order
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Outcome, Workload
 
 if TYPE_CHECKING:
@@ -37,16 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SweepProgress:
-    """The progress of a sweep.
-
-    Attributes:
-        done: The number of finished trials.
-        total: The number of trials.
-        running: The trials in progress.
-        load: The load in progress, if any.
-        eta: The estimated seconds left; None if unknown.
-        paused: Whether the sweep is paused.
-    """
+    """The progress of a sweep in trials; `eta` is in seconds, or None if unknown."""
 
     done: int
     total: int
@@ -152,11 +144,7 @@ class Sweep(TrialRunner):
 
     @property
     def results(self) -> Results:
-        """The results so far, including earlier runs.
-
-        Raises:
-            ResultStoreError: The results file can't be read.
-        """
+        """The results so far, including earlier runs."""
         self._read_rows()
         return Results(self.config, tuple(self._rows.values()), self.workload)
 
@@ -285,12 +273,8 @@ def seconds_left(
 ) -> float | None:
     """Estimate the seconds that trials take, one after the other; None if unknown. Pure.
 
-    A trial is expected to take the median of its combination, or else of its model, or of all.
-
-    Args:
-        results: The finished trials.
-        left: The remaining trials.
-        passed: The seconds that trials of `left` have been running.
+    A trial is expected to take the median of its combination, or else of its model, or of all;
+    those `left` have been running for some seconds that `passed`.
     """
     if not left:
         return 0.0

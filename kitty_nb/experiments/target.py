@@ -63,11 +63,7 @@ class Goal:
     def of(
         cls, target: str, quality_loss: str | None, memory: str | None, text: str, rounds: int
     ) -> Goal:
-        """Parse the arguments of `tune`.
-
-        Raises:
-            ExperimentError: A bound is wrong, or there are too few rounds.
-        """
+        """Parse the arguments of `tune`."""
         whole("proof_rounds", rounds, LEAST_ROUNDS)
         bounds = [read_bound(target), *([read_bound(memory, COST)] if memory else [])]
         limits = {f"{one.name}{one.sign}": one.bound for one in bounds}
@@ -79,9 +75,6 @@ def family_of(model: object, config: ServerConfig) -> tuple[list[Path], Path]:
     """Return a model with the other quants of it on disk, and the largest of them. Blocking.
 
     Quants of a model share its base model and architecture.
-
-    Raises:
-        ConfigError: The model is missing.
     """
     path = resolve_model(config if model is None else config.replace(model=model)).model
     own = cast("Path", path)

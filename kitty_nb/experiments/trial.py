@@ -49,7 +49,7 @@ class Trial:
 
     Attributes:
         model: The model file as the user named it, absolute or in the models folder.
-        settings: Names and values of settings that differ from the base settings.
+        settings: Names and values of settings that are varied.
         repeat: The round, from 1; negative for the second measurement in a round, which shows the
             machine's own variation.
     """
@@ -306,11 +306,9 @@ class RequestTimes:
 
     Attributes:
         sent: The time of sending, in seconds since the epoch.
-        time_to_first_token: From sending to the arrival of the first token, including the wait for
-            a slot.
-        seconds: From sending to the arrival of the last token.
+        time_to_first_token: From sending to the first token, including the wait for a slot.
+        seconds: From sending to the last token.
         tokens: The number of tokens in the answer.
-        prompt_tokens: The number of tokens in the prompt.
         prompt: The index of the prompt.
     """
 
@@ -343,17 +341,14 @@ class Speed:
 
     Attributes:
         parallel: The number of concurrent requests.
-        requests: The total number of requests.
-        seconds: Seconds from the first request to the last answer.
-        time_to_first_token: The median in seconds.
-        prompt_tokens_per_second: Per request; None if no prompt was processed.
-        generation_tokens_per_second: Per request; None if answers had a single token.
+        seconds: From the first request to the last answer.
+        prompt_tokens_per_second: None if no prompt was processed.
+        generation_tokens_per_second: None if answers had a single token.
         total_tokens_per_second: The tokens of all answers over `seconds`.
         memory: Peak RAM of the server's processes since their start, in bytes; 0 if unknown.
         gpu_memory: Their GPU memory at that point, in bytes; None if no driver reports it.
         prompt_tokens: The number of tokens in the longest prompt; 0 if unknown.
-        each: The times of each request, in the order of their answers; empty in rows of older
-            versions.
+        each: The requests, in the order of their answers; empty in rows of older versions.
     """
 
     parallel: int
@@ -371,23 +366,19 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The measurements of a server.
+    """The measurements of a server; scores are None if not measured.
 
     Attributes:
-        load: The seconds of each loading stage.
         speeds: The speed at each number of concurrent requests, ascending.
         memory: Peak RAM of the server's processes, in bytes; mapped weights count once touched.
         gpu_memory: Their peak GPU memory after requests, in bytes; None if no driver reports it.
         context: The context of a request in tokens, prompt and answer; None if a build hides it.
         answers: The answer to each prompt, at the lowest concurrency.
-        quality: The mean score of the answers; None without a score.
-        perplexity: Perplexity of the expected texts; None if not measured.
-        bits_per_character: The same per character, to compare models with different tokenizers.
+        quality: The mean score of the answers.
+        bits_per_character: Perplexity per character, to compare models of different tokenizers.
         slots: The number of requests the server processes at once; None if a build hides it.
         machine_load: The busy fraction of the processors before the server started.
         noise: The state of the machine during the requests; None if they were too short.
-        kl_divergence: The divergence from the reference in nats; None if not measured.
-        top_token_agreement: The fraction of tokens with the same most likely token.
         intervals: 95 % confidence intervals of quality, perplexity, divergence and agreement.
     """
 
@@ -410,14 +401,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class TrialSeconds:
-    """The duration of each part of a trial, in seconds.
-
-    Attributes:
-        load: From starting the server until it was ready; 0 if it never was.
-        warm_up: Requests that aren't measured.
-        requests: Requests that are measured.
-        overall: From the start of the trial to the exit of its server.
-    """
+    """Seconds of a trial's parts and overall; `load` is 0 if the server was never ready."""
 
     load: float = 0.0
     warm_up: float = 0.0
@@ -432,12 +416,7 @@ class TrialSeconds:
 
 @dataclass(frozen=True, slots=True)
 class ModelFingerprint:
-    """The identity of a model file, regardless of its name.
-
-    Attributes:
-        size: The total size of the files in bytes.
-        digest: Hash of the beginning of the first file.
-    """
+    """A model's identity, whatever its name: size in bytes, and hash of its first file's head."""
 
     size: int
     digest: str
@@ -448,11 +427,8 @@ class TrialResult:
     """A row of a sweep's results.
 
     Attributes:
-        trial: The trial.
-        outcome: The outcome.
         reason: Why the trial was not measured, or a problem with its quality, in a sentence.
         measurement: The measurements; None unless done.
-        seconds: The duration of each part.
         host: The name of the machine.
         engine: The engine's version; empty if none was found.
         at: The end of the trial, in seconds since the epoch.
@@ -488,11 +464,7 @@ class TrialResult:
 
     @property
     def record(self) -> RunRecord | None:
-        """The run record, to save or replay; None if the sweep makes none.
-
-        Raises:
-            RunRecordError: A later version of kitty_nb wrote it.
-        """
+        """The run record, to save or replay; None if the sweep makes none."""
         return RunRecord.parse(self.document) if self.document else None
 
 
@@ -513,17 +485,7 @@ class TrialProgressed:
 
 @dataclass(frozen=True, slots=True)
 class RequestAnswered:
-    """A trial's server has answered another request.
-
-    Attributes:
-        trial: The trial.
-        done: The number of measured requests answered so far.
-        total: The total number of measured requests.
-        parallel: The number of concurrent requests.
-        tokens_per_second: The generation speed of this answer, as the server reports it.
-        prompt_tokens_per_second: The prompt speed, likewise.
-        time_to_first_token: Seconds from sending the request to the first token.
-    """
+    """A trial's server has answered `done` of `total` measured requests; the speeds are its own."""
 
     trial: Trial
     done: int
@@ -553,12 +515,7 @@ class SweepResumed:
 
 @dataclass(frozen=True, slots=True)
 class SweepEnded:
-    """The run has ended.
-
-    Attributes:
-        complete: Whether every trial has a row.
-        problem: The error that ended the run, in a sentence; empty if there was none.
-    """
+    """The run has ended: with a row for every trial, or because of a problem, in a sentence."""
 
     complete: bool
     problem: str = ""
@@ -566,11 +523,7 @@ class SweepEnded:
 
 @dataclass(frozen=True, slots=True)
 class StoreFailed:
-    """Rows could not be written; they are kept in memory, and written with the next one.
-
-    Attributes:
-        problem: The problem and its remedy, in a sentence.
-    """
+    """Rows could not be written; they are kept in memory, and written with the next one."""
 
     problem: str
 
@@ -616,9 +569,7 @@ def identity(quality: Quality | None) -> str:
 def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
     """Return the contents of a value in a form whose `repr` is stable across processes.
 
-    Args:
-        value: Any value.
-        within: The enclosing callables, because a callable may refer to itself.
+    A callable may refer to itself, so those it is `within` are left out.
     """
     match value:
         case None | bool() | int() | float() | complex() | str() | bytes():

@@ -10,11 +10,11 @@ from kitty_nb.config import env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
 from kitty_nb.experiments.arguments import config_of, positive, require, texts, whole
+from kitty_nb.experiments.batches import BATCHES, fill_batches
 from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import OBJECTIVE, metric_names, read_objective
 from kitty_nb.experiments.search_run import TuneResult, Tuning
-from kitty_nb.experiments.space import BATCHES, fill_batches
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, Perplexity, TrialResult, Workload
 
 if TYPE_CHECKING:
