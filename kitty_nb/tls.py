@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+
+from kitty_nb.errors import KittyError
 
 
 def tls_context(url: str) -> ssl.SSLContext:
@@ -13,11 +16,19 @@ def tls_context(url: str) -> ssl.SSLContext:
 
     Args:
         url: The server's address.
+
+    Raises:
+        KittyError: That file can't be used.
     """
     if not url.startswith("https:"):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     import httpx  # noqa: PLC0415 (a start should not wait for it)
 
-    context = httpx.create_ssl_context()
-    context.load_default_certs()
+    try:
+        context = httpx.create_ssl_context()
+        context.load_default_certs()
+    except OSError as error:
+        named = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+        problem = f"There are no certificates in {named}, which SSL_CERT_FILE names ({error})."
+        raise KittyError(problem) from None
     return context

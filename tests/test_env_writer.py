@@ -275,3 +275,14 @@ def test_a_missing_file_is_made_for_its_owner_alone(
     assert (saved.path, saved.backup) == (tmp_path / ".env", None)
     assert (tmp_path / ".env").read_text() == "LLAMACPP_PRIMARY_THREADS=3\n"
     assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
+
+
+def test_what_nobody_could_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "my.env"
+    path.write_text("LLAMACPP_PORT=9000\n")
+    with pytest.raises(ConfigError):
+        write_env(read_env(path), {"LLAMACPP_ALIAS": "a\0b"})
+    assert path.read_text() == "LLAMACPP_PORT=9000\n"
+    for wrong in ({"alias": "a\0b"}, {"model": "a\0b.gguf"}, {"extra_args": ["--x", "\0"]}):
+        with pytest.raises(ConfigError):
+            ServerConfig(**wrong)

@@ -25,7 +25,7 @@ from terminal import run
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import FlashAttention, Speculation, add_profiles
+from kitty_nb.config import FlashAttention, Speculation, add_profiles, configured_profiles
 from kitty_nb.engine.command_line import portable_arguments
 from kitty_nb.engine.embedded import help_text
 from kitty_nb.engine.locate import Engine, EngineKind, parse_help
@@ -259,7 +259,9 @@ def test_containers_get_the_files_and_an_address(
     assert {f"Volume={one}:{one}:ro" for one in folders} <= set(quadlet.splitlines())
 
 
-def test_no_secret_leaves_or_comes_in(tmp_path: Path, config: ServerConfig) -> None:
+def test_no_secret_leaves_or_comes_in(
+    tmp_path: Path, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret = "hunter2"
     extra = ("--hf-token", secret, "--metrics")
     config = resolve_model(config.replace(api_key=secret, extra_args=extra))
@@ -273,6 +275,18 @@ def test_no_secret_leaves_or_comes_in(tmp_path: Path, config: ServerConfig) -> N
     back = come_back(foreign, tmp_path / "f.ini", config.models_dir)
     assert secret not in (tmp_path / "new.env").read_text() + " ".join(back.notes)
     assert "LLAMACPP_API_KEY" in " ".join(back.notes)
+    odd = f"[m]\nmodel = {config.model}\nHF_TOKEN = {secret}\nAPI-KEY = {secret}\n"
+    back = come_back(odd, tmp_path / "o.ini", config.models_dir)
+    assert secret not in (tmp_path / "new.env").read_text() + " ".join(back.notes)
+    monkeypatch.setenv("MY_TOKEN", secret)
+    command = (
+        f"env LLAMA_API_KEY={secret} llama-server -m {config.model} --api-key={secret}"
+        f" --header ${{env.MY_TOKEN}} -mu https://me:{secret}@hub.example/m.gguf"
+    )
+    back = come_back(f"models: {{m: {{cmd: {command!r}}}}}", tmp_path / "o.yaml", tmp_path)
+    assert secret not in (tmp_path / "new.env").read_text() + " ".join(back.notes)
+    assert "left out: env" in " ".join(back.notes)
+    assert "${env.MY_TOKEN} may be a secret" in " ".join(back.notes)
 
 
 def test_what_a_format_cannot_hold_is_said(config: ServerConfig) -> None:
@@ -447,6 +461,11 @@ def test_presets_of_lm_studio(tmp_path: Path) -> None:
     assert (config.context_size, config.temperature, config.model) == (1024, 0.5, model)
 
 
+# Each line is several times the one before.
+BOMB = "b0: &b0 [x]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}]\n" for n in range(1, 41))
+MACROS = "m0: x, " + ", ".join(f"m{n}: '${{m{n - 1}}}${{m{n - 1}}}'" for n in range(1, 41))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
@@ -456,16 +475,35 @@ def test_presets_of_lm_studio(tmp_path: Path) -> None:
         ("a.ini", "nonsense", "Can't read"),
         ("a.json", "{", "Can't read"),
         ("a.json", "[]", "Can't read"),
-        ("a.json", '{"fields": [{}]}', "Can't read"),
-        ("a.json", "[" * 100_000, "Can't read"),
         ("a.txt", "hello", "--from"),
         ("Modelfile", "FROM\n", "--from"),
+        ("a.yaml", "models: {a: b}", "another form"),
+        ("a.yaml", "[" * 5000, "another form"),
+        ("a.json", "[" * 200_000, "another form"),
+        ("a.json", '{"fields": [{}]}', "another form"),
+        ("a.yaml", "models: {a: {cmd: llama-server 'x}}", "command of a can't be split"),
+        ("a.yaml", f"{BOMB}models: {{a: {{cmd: *b40}}}}", "another form"),
+        ("a.yaml", f"{BOMB}models: {{a: {{cmd: llama-server, ttl: *b40}}}}", "another form"),
+        ("a.yaml", f"macros: {{{MACROS}}}\nmodels: {{a: {{cmd: '${{m40}}'}}}}", "without an end"),
+        ("a.yaml", "#" * 1_000_001, "larger than"),
+        ("a.yaml", 'models: {a: {cmd: "llama-server -m /x.gguf -x \\0"}}', "NUL"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, name: str, text: str, told: str) -> None:
     (tmp_path / name).write_text(text)
+    (tmp_path / "none.env").touch()
     with pytest.raises(KittyError, match=told):
         import_profiles(tmp_path / name, tmp_path / "none.env")
+
+
+def test_a_profile_is_not_taken_for_a_setting_of_another(tmp_path: Path) -> None:
+    file = tmp_path / "presets.ini"
+    file.write_text("[qwen]\nmodel = q.gguf\n[qwen-draft]\nmodel = d.gguf\n")
+    env = tmp_path / "new.env"
+    env.write_text("")
+    add_profiles(import_profiles(file, env).configs, env)
+    assert configured_profiles(env) == ("qwen", "qwen_draft2")
+    assert ServerConfig.from_env(env, "qwen").draft_model is None
 
 
 def test_the_terminal_exports_and_imports(tmp_path: Path) -> None:

@@ -234,6 +234,23 @@ def test_it_is_a_peer_of_llama_swap_and_nothing_that_others_start(
         assert f"gpu uses the server at {url}, which a {form} file can't start" in refused.output
 
 
+def test_certificates_that_are_none_are_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    config = ServerConfig(url="https://127.0.0.1:9")
+    with ModelManager(config=config) as manager:
+        settled(manager, ServerStatus.OUT_OF_REACH)
+        assert f"no certificates in {tmp_path / 'none.pem'}" in manager.state.sentence
+
+
+def test_a_name_that_cannot_be_shown_is_left_out() -> None:
+    models = ollama_models("a\ud83d", "b\x1b[31m", "x" * 501, "good")
+    with Shape(models).serving() as url, ModelManager(config=ServerConfig(url=url)) as manager:
+        settled(manager, ServerStatus.READY)
+        assert manager.state.alias == "good"
+
+
 def test_where_nobody_listens_there_is_a_sentence_and_back_off() -> None:
     url = f"http://127.0.0.1:{unused_port()}"
     with ModelManager(config=ServerConfig(url=url)) as manager:

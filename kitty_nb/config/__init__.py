@@ -8,7 +8,9 @@ from kitty_nb.config.profiles import env_lines as env_lines
 from kitty_nb.config.profiles import env_warnings as env_warnings
 from kitty_nb.config.profiles import load_lenient as load_lenient
 from kitty_nb.config.profiles import save_settings as save_settings
+from kitty_nb.config.profiles import split_key as split_key
 from kitty_nb.config.server_config import FLAG_PREFIX as FLAG_PREFIX
+from kitty_nb.config.server_config import PREFIX as PREFIX
 from kitty_nb.config.server_config import PROJECTOR as PROJECTOR
 from kitty_nb.config.server_config import SHOW_SECRETS as SHOW_SECRETS
 from kitty_nb.config.server_config import FlashAttention as FlashAttention

@@ -67,6 +67,10 @@ def read_env(path: str | Path) -> EnvFile:
         reason = f"Can't read it ({getattr(error, 'strerror', None) or error})."
         fix = "Copy .env.example there, or name another file."
         raise _refused(found, reason, fix) from None
+    return EnvFile(found.absolute(), _values(found, text), raw)
+
+
+def _values(path: Path, text: str) -> dict[str, str | None]:
     problems = tuple(
         Problem(
             f"line {binding.original.line}",
@@ -78,10 +82,9 @@ def read_env(path: str | Path) -> EnvFile:
         if binding.error or "\0" in binding.original.string
     )
     if problems:
-        raise ConfigError(str(found), problems)
+        raise ConfigError(str(path), problems)
     # Without newline=None, the lines of a quoted value would end as those of the file do.
-    values = dotenv_values(stream=StringIO(text, newline=None))
-    return EnvFile(found.absolute(), values, raw)
+    return dotenv_values(stream=StringIO(text, newline=None))
 
 
 def _hidden(line: str) -> str:
@@ -134,8 +137,11 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
         there = env.path.exists()
         if (env.path.read_bytes() if there else b"") != env.raw:
             raise _refused(env.path, "It has changed since it was read.", "Read it again.")
-        backup = _back_up(env) if there else None
         text = _with_values(env.raw.decode(encoding), {key: changes[key] for key in keys})
+        there_then = _values(env.path, text)  # else nobody could read the file any more
+        if lost := [key for key in keys if (there_then.get(key) or "") != changes[key]]:
+            raise _refused(env.path, f"{', '.join(lost)} can't be written.", "Change the value.")
+        backup = _back_up(env) if there else None
         file, mode = env.path.resolve(), env.path.stat().st_mode if there else None
         write_atomic(file, text.encode(encoding))
         if mode is not None:

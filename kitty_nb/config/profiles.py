@@ -107,7 +107,7 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
         name.lower()
         for key, value in read_env(path).values.items()
         if value
-        for name, suffix in [_split_key(key)]
+        for name, suffix in [split_key(key)]
         if suffix in {"MODEL", "MODELS", "URL"} or name.lower() in ROLES
     )
     roles = [role for role in ROLES if role in found]
@@ -117,7 +117,7 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
     return (*roles, *others) or ("primary",)
 
 
-def _split_key(key: str) -> tuple[str, str]:
+def split_key(key: str) -> tuple[str, str]:
     """Split a key into its profile, empty if it applies to all, and the setting's suffix.
 
     Both are empty if the key is not a setting.
@@ -161,7 +161,7 @@ def add_profiles(
         ConfigError: As `save_settings`, or a profile is in the file already.
     """
     env, changes = read_env(path), dict[str, str]()
-    there = {_split_key(key)[0].lower() for key, value in env.values.items() if value}
+    there = {split_key(key)[0].lower() for key, value in env.values.items() if value}
     problems = [
         Problem(config.profile, "", "It is in the file already.", "Name another, or replace it.")
         for config in configs
@@ -246,7 +246,7 @@ def _keys(env: EnvFile) -> Iterator[str]:
     for key, value in env.values.items():
         if not value or not key.startswith(PREFIX):
             continue
-        profile, suffix = _split_key(key)
+        profile, suffix = split_key(key)
         if not suffix:
             yield f"{key} is not a setting, so it has no effect.{_nearest(key, profiles)}"
         elif profile:
@@ -289,7 +289,7 @@ def _values(env: EnvFile) -> Iterator[str]:
                         f"{key} has ${{{name}}}, which is not set and counts as empty. Set {name}"
                         " on a line above, or write its value there."
                     )
-            if _split_key(key)[1] in _PATHS and (bare := _BARE.search(value)):
+            if split_key(key)[1] in _PATHS and (bare := _BARE.search(value)):
                 name = bare["name"]
                 yield f"{key} has ${name}, which is taken literally. Write ${{{name}}}."
             if value[0] in _CURLY or value[-1] in _CURLY:
@@ -319,7 +319,7 @@ def _environment(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:
         key
         for key, value in sorted(os.environ.items())
         if value and key.startswith(PREFIX) and value != env.values.get(key)
-        if (split := _split_key(key))[1] and split[0].lower() in whose
+        if (split := split_key(key))[1] and split[0].lower() in whose
     ]
     if names:
         has, them = ("has", "it") if len(names) == 1 else ("have", "them")

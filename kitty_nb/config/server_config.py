@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
 FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
-_SECRET = re.compile(r"-hft|--?[\w-]*(?:key|token|password|secret)")
+_SECRET = re.compile(r"--?hft|--?[\w-]*(?:key|token|password|secret)", re.IGNORECASE)
 PROJECTOR = frozenset({"-mm", "--mmproj"})
 
 
@@ -60,7 +60,7 @@ def spelled(word: str) -> str:
 
 def takes_secret(word: str) -> bool:
     """Tell whether a word is a flag whose value is a secret itself, rather than in a file."""
-    return _SECRET.fullmatch(spelled(word)) is not None
+    return _SECRET.fullmatch(spelled(word).partition("=")[0]) is not None
 
 
 def without_secrets(words: Sequence[str]) -> tuple[str, ...]:
@@ -125,6 +125,7 @@ _DATA = user_folder(platformdirs.user_data_path)
 _STATE = user_folder(platformdirs.user_state_path)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
+_NUL = "it has a NUL, which ends a text"
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
 
 
@@ -248,6 +249,8 @@ def _words(value: object) -> object:
     words = shlex.split(value) if isinstance(value, str) else value
     if not isinstance(words, list | tuple):
         return words
+    if any("\0" in str(word) for word in words):
+        raise ValueError(_NUL)
     return tuple(spelled(word) if isinstance(word, str) else word for word in words)
 
 
@@ -274,6 +277,8 @@ def _absolute(folder: Path, value: object) -> str:
         ValueError: The locale can't encode it, so the file could not be opened.
     """
     path = str(folder / os.path.expanduser(str(value)))  # noqa: PTH111 (keeps ~name if there is no such user)
+    if "\0" in path:
+        raise ValueError(_NUL)
     encoding = sys.getfilesystemencoding()
     if "utf" not in encoding and not path.isascii():
         reason = f"It has characters that this program's locale ({encoding}) cannot encode."
@@ -312,7 +317,7 @@ def _draft_model(value: object, info: ValidationInfo) -> object:
     return None if unset else _in_models_dir(value, info)
 
 
-_Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern="^[^,]+$")]
+_Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^,\x00]+$")]
 # No option of ssh, and nothing that its configuration could hand to a shell.
 _Destination = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\[][\w.@:%+/\[\]\\-]*$")]
 _Lender = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.@-]*(:[0-9]{1,5})?$")]

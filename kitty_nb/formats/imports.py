@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,11 +19,13 @@ import yaml
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import StoreKind, files_in, model_stores
 from kitty_nb.config import (
+    PREFIX,
     ServerConfig,
     Speculation,
     configured_profiles,
     env_settings,
     load_lenient,
+    split_key,
     takes_secret,
     user_variables,
 )
@@ -47,7 +50,9 @@ _NAMES: dict[str, dict[str, str]] = tomllib.loads(
 _TRUE, _FALSE = {"true", "on", "enabled", "1"}, {"false", "off", "disabled", "0"}
 _PROJECTORS, _DRAFTS = {"--mmproj"}, {"--spec-draft-model"}
 _REMOTE = {"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"}
-_FIRST_FREE_PORT = 8082
+_FIRST_FREE_PORT, _LAST_PORT = 8082, 65535
+# Characters of a file, and of what its macros add to one command. Nobody writes as many by hand.
+_LARGEST, _LONGEST = 1_000_000, 100_000
 
 
 @dataclass(slots=True)
@@ -105,17 +110,20 @@ def import_profiles(
         KittyError: The file can't be read or is of no known program, or holds no profile.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(_LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise KittyError(f"Can't read {file} ({error}).") from None
+    if len(text) > _LARGEST:
+        raise KittyError(f"Can't read {file}: it is larger than {_LARGEST:,} characters.")
     notes: list[str] = []
     read = _READERS[source or _source_of(file, text)]
     try:
         entries = list(read(text, file, notes, dialect))
-    except (yaml.YAMLError, IniError, ValueError, AttributeError, TypeError) as error:
+    except (yaml.YAMLError, IniError, ValueError) as error:
         raise KittyError(f"Can't read {file}: {error}") from None
-    except (LookupError, RecursionError):
-        raise KittyError(f"Can't read {file}: it has not the form of such a file.") from None
+    except (AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise KittyError(f"Can't read {file}: it has another form ({error}).") from None
     if not entries:
         raise KittyError("\n".join([f"{file} holds no profile.", *notes]))
     if name is not None and len(entries) > 1:
@@ -160,30 +168,40 @@ def _read_llama_swap(
     for name, model in (whole.get("models") or {}).items():
         entry = _Entry(str(name))
         macros = {**(whole.get("macros") or {}), **(model.get("macros") or {}), "MODEL_ID": name}
-        command = _expand(_without_comments(str(model.get("cmd") or "")), macros, entry.notes)
-        words = shlex.split(command)
+        command = _expand(_without_comments(_text(model.get("cmd"))), macros, entry.notes)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"the command of {name} can't be split into words ({error})") from None
         if not _take_program(entry, words):
             notes.append(f"{name}: its command starts no llama-server here, so it is left out.")
             continue
         ttl = model.get("ttl", -1)
         ttl = whole.get("globalTTL", 0) if ttl == -1 else ttl
         if ttl:
-            entry.settings["idle_shutdown_seconds"] = ttl
-        if model.get("unloadTimeout"):
-            entry.settings["stop_grace_seconds"] = model["unloadTimeout"]
-        entry.aliases += map(str, model.get("aliases") or [])
+            entry.settings["idle_shutdown_seconds"] = _text(ttl)
+        if timeout := _text(model.get("unloadTimeout")):
+            entry.settings["stop_grace_seconds"] = timeout
+        entry.aliases += map(_text, model.get("aliases") or [])
         read = {"cmd", "macros", "ttl", "unloadTimeout", "aliases", "name", "description", "proxy"}
-        if left := sorted(model.keys() - read):
+        if left := sorted(map(str, model.keys() - read)):
             entry.notes.append(f"left out: {', '.join(left)}.")
         yield entry
     for name, peer in (whole.get("peers") or {}).items():
-        entry = _Entry(str(name), settings={"url": str(peer.get("proxy"))})
-        names = [*map(str, peer.get("models") or [])]
+        entry = _Entry(str(name), settings={"url": _text(peer.get("proxy"))})
+        names = [*map(_text, peer.get("models") or [])]
         if len(names) == 1:
             entry.settings["alias"] = names[0]
-        if left := sorted(peer.keys() - {"proxy", "models"}):
+        if left := sorted(map(str, peer.keys() - {"proxy", "models"})):
             entry.notes.append(f"left out: {', '.join(left)}. A key goes into .env.")
         yield entry
+
+
+def _text(value: object) -> str:
+    """A value as text. A list or mapping is none: its aliases can make it larger than memory."""
+    if isinstance(value, list | dict):
+        raise TypeError("it has a list or a mapping in the place of a text")
+    return str(value or "")
 
 
 def _without_comments(command: str) -> str:
@@ -193,15 +211,23 @@ def _without_comments(command: str) -> str:
 
 def _expand(command: str, macros: Mapping[str, object], notes: list[str]) -> str:
     """Replace macros, also in macros; a port that llama-swap chooses is left out."""
+    left = _LONGEST
 
     def value(found: re.Match[str]) -> str:
+        nonlocal left
         name = found[1]
         if name in macros:
-            return str(macros[name])
-        if name.startswith("env.") and (known := user_variables([name[4:]])):
-            return next(iter(known.values()))
+            text = _text(macros[name])
+            left -= len(text)
+            if left < 0:
+                raise ValueError("its macros make a command without an end")
+            return text
+        known = user_variables([name[4:]]) if name.startswith("env.") else {}
+        if known and not takes_secret(f"--{name[4:]}"):
+            return known[name[4:]]
         if name != "PORT":
-            notes.append(f"{found[0]} is not set, and stays as it is.")
+            why = "may be a secret" if known else "is not set"
+            notes.append(f"{found[0]} {why}, and stays as it is.")
         return found[0]
 
     for _ in range(len(macros) + 1):
@@ -229,7 +255,9 @@ def _take_program(entry: _Entry, words: list[str]) -> bool:
     if words[at] == ours:
         return True
     if at:
-        entry.notes.append(f"left out, before llama-server: {shlex.join(words[:at])}.")
+        # Only its name: what follows may be a secret.
+        before = words[0].partition("=")[0]
+        entry.notes.append(f"left out: {before}, and all else that stands before llama-server.")
     if program.is_absolute() and str(program) != shutil.which("llama-server"):
         entry.settings["binary"] = program
     return True
@@ -317,7 +345,7 @@ def _read_modelfile(
                 else:
                     entry.words += _option(flag, _plain(value))
             case "ADAPTER":
-                path = file.parent / Path(argument).expanduser()
+                path = file.parent / _at_home(argument)
                 entry.words += ("--lora", str(path.absolute()))
             case "LICENSE" | "REQUIRES":
                 pass
@@ -332,6 +360,10 @@ def _read_modelfile(
         yield entry
 
 
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path)  # noqa: PTH111 (keeps ~name if there is no such user)
+
+
 def _instructions(text: str) -> Iterator[tuple[str, str]]:
     lines = iter(text.splitlines())
     for line in lines:
@@ -339,15 +371,18 @@ def _instructions(text: str) -> Iterator[tuple[str, str]]:
         if not word or word.startswith("#"):
             continue
         rest = rest.strip()
-        if '"""' in rest:
-            while rest.count('"""') == 1:
-                rest += "\n" + next(lines, '"""')
-            rest = rest.replace('"""', "")
-        yield word.upper(), rest
+        if rest.count('"""') == 1:
+            parts = [rest]
+            for more in lines:
+                parts.append(more)
+                if '"""' in more:
+                    break
+            rest = "\n".join(parts)
+        yield word.upper(), rest.replace('"""', "")
 
 
 def _take_base(entry: _Entry, base: str, file: Path) -> str:
-    path = file.parent / Path(base).expanduser()
+    path = file.parent / _at_home(base)
     if path.exists() or path.suffix.lower() == ".gguf":
         entry.words += ("--model", str(path.absolute()))
         suffix = file.suffix.removeprefix(".")  # as in Modelfile.coder
@@ -485,9 +520,10 @@ class _Place:
     def _free_name(self, name: str) -> str:
         plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
         plain = plain if plain[:1].isalpha() else f"model_{plain}".rstrip("_")
-        suffixes = {setting.suffix for setting in env_settings().values()}
-        # A profile "draft" could not have a model: LLAMACPP_DRAFT_MODEL is a setting of all.
-        meant = any(f"{plain.upper()}_{suffix}" in suffixes for suffix in suffixes)
+        # A profile "qwen_draft" could not have a model: LLAMACPP_QWEN_DRAFT_MODEL is a setting of
+        # the profile "qwen", as LLAMACPP_DRAFT_MODEL is one of all.
+        keys = (f"{PREFIX}{plain.upper()}_{one.suffix}" for one in env_settings().values())
+        meant = any(split_key(key)[0].lower() != plain for key in keys)
         number, free = 2, f"{plain}2" if meant else plain
         while free in self._names:
             free, number = f"{plain}_{number}", number + 1
@@ -498,12 +534,14 @@ class _Place:
         taken = {port for name, port in self._ports.items() if name != profile}
         wanted = int(str(asked)) if asked else usual
         if wanted in taken:
-            wanted = max(_FIRST_FREE_PORT, *taken) + 1
+            above = range(max(_FIRST_FREE_PORT, *taken) + 1, _LAST_PORT + 1)
+            ports = (*above, *range(_FIRST_FREE_PORT, _LAST_PORT + 1))
+            wanted = next(port for port in ports if port not in taken)
         self._ports[profile] = wanted
         return wanted
 
     def _path(self, value: str, entry: _Entry) -> Path:
-        path = self._folder / Path(value).expanduser()
+        path = self._folder / _at_home(value)
         if not path.exists():
             entry.notes.append(f"there is no {path}.")
         return path
@@ -524,11 +562,12 @@ def _kept(option: tuple[str, ...], entry: _Entry) -> tuple[str, ...]:
     """An option, unless it can't be taken over."""
     flag, *values = option
     if takes_secret(flag) or canonical(flag) == "--api-key-file":
-        entry.notes.append(f"{flag} is left out: set LLAMACPP_API_KEY in .env yourself.")
+        name = flag.partition("=")[0]
+        entry.notes.append(f"{name} is left out: set LLAMACPP_API_KEY in .env yourself.")
         return ()
     if flag in _REMOTE:
-        name = values[0] if values else ""
-        entry.notes.append(f"{shlex.join(option)} is left out. Run: kitty-nb download {name}")
+        name = re.sub("//[^/]*@", "//", values[0]) if values else ""  # without a password
+        entry.notes.append(f"{flag} {name} is left out. Run: kitty-nb download {name}")
         return ()
     ours = {"--port": ["${PORT}"], ORIGINS: ["localhost"]}  # llama-swap's choice, and kitty_nb's
     if ours.get(canonical(flag)) == values:

@@ -15,7 +15,7 @@ import anyio
 import httpx
 
 from kitty_nb.config import Task, goes_without_key
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.events import (
     Activity,
     HealthCheckResult,
@@ -41,6 +41,7 @@ _LOOK_EVERY, _LOOK_AT_LEAST_EVERY = 2.0, 30.0  # seconds: while it answers, and 
 _PATIENCE, _WHOLE_WITHIN = httpx.Timeout(5.0), 10.0  # for each part of an answer, and for all
 _MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
 _LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
+_LONGEST = 500  # characters of a name
 _SHOWN = 8
 
 
@@ -114,6 +115,8 @@ class UrlProbe:
                         content += chunk
                         if len(content) > _LARGEST:
                             break
+        except KittyError as error:
+            return HealthCheckResult(ServerStatus.STARTING, message=str(error).rstrip("."))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             return HealthCheckResult(ServerStatus.STARTING, message=self._why_silent(error))
         latency = time.perf_counter() - began
@@ -262,11 +265,12 @@ def chat_model(models: tuple[str, ...]) -> str | None:
 
 
 def _names(content: bytes) -> tuple[str, ...] | None:
-    """Return the names in a list of models; None where it is none."""
+    """Return the names in a list of models that can be shown; None where it is none."""
     try:
         said: Any = json.loads(content)
         listed = said["data"] or ()  # Ollama has null there before its first model
-        return tuple(str(one["id"]) for one in listed)
+        names = (str(one["id"]) for one in listed)
+        return tuple(name for name in names if name.isprintable() and len(name) <= _LONGEST)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
