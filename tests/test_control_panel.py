@@ -35,7 +35,7 @@ from kitty_nb.catalog.memory import Memory, MemoryPool
 from kitty_nb.supervisor import forecast
 from kitty_nb.supervisor.events import HealthCheckResult, LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
-from kitty_nb.widgets.address import snippet
+from kitty_nb.widgets.address import name_of, snippet
 from kitty_nb.widgets.display import duration, receive_while_busy
 from kitty_nb.widgets.server_log import LINES_KEPT
 from kitty_nb.widgets.server_view import Choices, choices, describe_load, vitals
@@ -130,7 +130,7 @@ def test_how_to_use_the_model_is_told_once_it_is_ready(panel: ControlPanel) -> N
     panel.buttons.start.click()
     wait_for(panel, "Ready")
     eventually(lambda: panel.address.endpoint == panel.manager.state.endpoint)
-    code = snippet(panel)
+    code = snippet(panel.manager.state, name_of(panel))
     printed: list[str] = []
     exec(code, {"panel": panel, "print": printed.append})
     assert [str(text).startswith("Hello! I am") for text in printed] == [True] * (
@@ -145,9 +145,9 @@ def test_code_names_the_panel_as_the_notebook_does(
     cells: dict[str, object] = {"_": panel, "_3": panel, "other": object()}
     shell = SimpleNamespace(user_ns=cells)
     monkeypatch.setattr("kitty_nb.widgets.address.get_ipython", lambda: shell)
-    assert "print(_3.manager.chat(" in snippet(panel)
+    assert "print(_3.manager.chat(" in snippet(panel.manager.state, name_of(panel))
     cells["mine"] = panel
-    assert "print(mine.manager.chat(" in snippet(panel)
+    assert "print(mine.manager.chat(" in snippet(panel.manager.state, name_of(panel))
 
 
 def test_the_key_is_copied_by_a_message_that_nothing_keeps(

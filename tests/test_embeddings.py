@@ -15,7 +15,7 @@ from kitty_nb.catalog.model import read_task
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import Task
 from kitty_nb.errors import KittyError, ServerError
-from kitty_nb.widgets.address import snippet
+from kitty_nb.widgets.address import name_of, snippet
 
 TEXTS = ["a model", "", "who are you", "the demo model of kitty_nb", "hello " * 20, "a model"]
 
@@ -73,7 +73,7 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
         panel.embed.text.value = "hello " * 600
         panel.embed.embed.click()
         eventually(lambda: "longer than the model takes in one go" in panel.notice.value)
-        code = snippet(panel)
+        code = snippet(panel.manager.state, name_of(panel))
         assert "panel.manager.embed([" in code
     finally:
         panel.close()

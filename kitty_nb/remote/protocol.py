@@ -48,7 +48,6 @@ from kitty_nb.supervisor.events import (
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.prompt_keeper import Pin
 from kitty_nb.supervisor.requests import Request
-from kitty_nb.supervisor.url_server import Endpoint
 
 PROTOCOL = 1  # one higher whenever a line, an event, a verb or a setting changes
 WINDOW = 4  # batches; on a slow line the newest facts wait, not all of them
@@ -203,7 +202,7 @@ EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event
 # The rooms below import what only annotations need for the type checker alone.
 _NAMES = {
     kind.__name__: kind
-    for kind in (Endpoint, Mapping, Model, Path, PortOwner, Request, ServerConfig, Store, Task)
+    for kind in (Mapping, Model, Path, PortOwner, Request, ServerConfig, Store, Task)
 }
 
 

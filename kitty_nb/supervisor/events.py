@@ -7,18 +7,20 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from urllib.parse import urlsplit
 
 import anyio
+
+from kitty_nb.config import Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from kitty_nb.config import ServerConfig, Task
+    from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.port_owner import PortOwner
     from kitty_nb.supervisor.requests import Request
-    from kitty_nb.supervisor.url_server import Endpoint
 
 
 class ServerStatus(StrEnum):
@@ -221,6 +223,34 @@ class RouterState:
     models: dict[str, RoutedModel]
     alias: str | None
     model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server at a URL.
+
+    Attributes:
+        url: Its address.
+        models: The names of its models.
+        alias: The one to ask; None where it lists none and the settings name none.
+    """
+
+    url: str
+    models: tuple[str, ...] = ()
+    alias: str | None = None
+
+    model: ClassVar[None] = None
+    task: ClassVar[Task] = Task.CHAT
+
+    @property
+    def name(self) -> str:
+        """Its host."""
+        return urlsplit(self.url).netloc
+
+    @property
+    def who(self) -> str:
+        """It in words."""
+        return f"the server at {self.url}"
 
 
 @dataclass(frozen=True, slots=True)

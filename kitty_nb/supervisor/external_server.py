@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.server import Emit
+    from kitty_nb.supervisor.lifecycle import Emit
 
 _LOOK_EVERY = 1.0  # seconds
 

@@ -14,8 +14,14 @@ from kitty_nb.supervisor.events import ServerState, ServerStatus
 from kitty_nb.supervisor.port_owner import PortOwner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kitty_nb.config import ServerConfig
+    from kitty_nb.supervisor.events import Event, HealthCheckResult
     from kitty_nb.supervisor.registry import ServerRecord
+
+    # Takes all that a server tells: events, reports, and answers to health checks.
+    Emit = Callable[["Event | Report | HealthCheckResult"], None]
 
 _LOADABLE = {ServerStatus.STARTING, ServerStatus.LOADING}
 _LIVE = {*_LOADABLE, ServerStatus.READY, ServerStatus.OUT_OF_REACH}

@@ -25,7 +25,6 @@ from kitty_nb.supervisor import lifecycle, registry
 from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
 from kitty_nb.supervisor.events import (
     Activity,
-    Event,
     HealthCheckResult,
     Level,
     LogLines,
@@ -66,8 +65,6 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
     from kitty_nb.supervisor.process import ServerProcess
-
-    Emit = Callable[[Event | lifecycle.Report | HealthCheckResult], None]
 
 # Seconds between two looks at the log. Each costs processor: of a load, a fiftieth of its time.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1
@@ -111,7 +108,7 @@ class Server:
         generation: int,
         config: ServerConfig,
         api_key: SecretStr | None,
-        emit: Emit,
+        emit: lifecycle.Emit,
         found: registry.ServerRecord | None,
         *,
         clock: Callable[[], float],

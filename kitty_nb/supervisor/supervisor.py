@@ -29,6 +29,7 @@ from kitty_nb.supervisor import lifecycle
 from kitty_nb.supervisor.events import (
     Activity,
     Broadcast,
+    Endpoint,
     Event,
     HealthChecked,
     HealthCheckResult,
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.router import RouterModels
-    from kitty_nb.supervisor.url_server import Endpoint, UrlServer
+    from kitty_nb.supervisor.url_server import UrlServer
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]
     OnPreview = Callable[[MemoryPreview], object]

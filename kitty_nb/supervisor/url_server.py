@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
 
-from kitty_nb.config import Task, goes_without_key
+from kitty_nb.config import goes_without_key
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.events import (
     Activity,
+    Endpoint,
     HealthCheckResult,
     Level,
     ServerState,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.server import Emit
+    from kitty_nb.supervisor.lifecycle import Emit
 
 _MODELS = "/v1/models"
 _LOOK_EVERY, _LOOK_AT_LEAST_EVERY = 2.0, 30.0  # seconds: while it answers, and while it does not
@@ -43,34 +43,6 @@ _MISSES = 2  # of a server that answered; one alone is a moment in which it was 
 _LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
 _LONGEST = 500  # characters of a name
 _SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A server at a URL.
-
-    Attributes:
-        url: Its address.
-        models: The names of its models.
-        alias: The one to ask; None where it lists none and the settings name none.
-    """
-
-    url: str
-    models: tuple[str, ...] = ()
-    alias: str | None = None
-
-    model: ClassVar[None] = None
-    task: ClassVar[Task] = Task.CHAT
-
-    @property
-    def name(self) -> str:
-        """Its host."""
-        return urlsplit(self.url).netloc
-
-    @property
-    def who(self) -> str:
-        """It in words."""
-        return f"the server at {self.url}"
 
 
 class UrlProbe:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kitty_nb.client.connect import HandOver
+    from kitty_nb.manager import ModelManager
     from kitty_nb.supervisor.events import ServerState
-    from kitty_nb.widgets.control_panel import ControlPanel
 
 
 _NONE: Mapping[str, str] = {}
@@ -94,23 +94,32 @@ print({panel}.manager.client.chat.completions.create(**request).choices[0].messa
 _NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
 
 
-def snippet(panel: ControlPanel) -> str:
-    """Return code that asks the server of a panel, to paste into a cell."""
-    state, name = panel.manager.state, name_of(panel)
-    where = {"alias": state.alias, "endpoint": state.endpoint}
-    openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=name)
+def snippet(state: ServerState, panel: str) -> str:
+    """Return code that asks a server, to paste into a cell.
+
+    Args:
+        state: The server.
+        panel: The name that cells have for its panel.
+    """
+    openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=panel)
     code = {Task.CHAT: _CODE, Task.EMBED: _EMBED, Task.RANK: _RANK}[state.task]
-    return code.format(panel=name, openai=openai, **where)
+    return code.format(panel=panel, openai=openai, alias=state.alias, endpoint=state.endpoint)
 
 
-def cells_for_programs(panel: ControlPanel) -> dict[str, Callable[[], str]]:
-    """Return, by program, what makes a cell that uses the server of a panel with it."""
+def cells_for_programs(
+    manager: ModelManager, panel: Callable[[], str]
+) -> dict[str, Callable[[], str]]:
+    """Return, by program, what makes a cell that uses a server with it.
+
+    Args:
+        manager: Manages the server.
+        panel: Returns the name that cells have for its panel.
+    """
 
     def cell(hand_over: HandOver) -> str:
-        manager, state = panel.manager, panel.manager.state
-        asks_key = manager.reveal_api_key() is not None
+        state, asks_key = manager.state, manager.reveal_api_key() is not None
         served = Served(manager.base_url, state.alias, state.config.profile, asks_key)
-        return hand_over.in_notebook(served, f"{name_of(panel)}.manager")
+        return hand_over.in_notebook(served, f"{panel()}.manager")
 
     return {name: partial(cell, one) for name, one in hand_overs().items() if one.python}
 

@@ -115,12 +115,17 @@ class ControlPanel(VBox):
         self.served = server_view.ServedModels(self._ask_other)
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
-        self.ask: Ask = Ask(manager, partial(name_of, self), earlier and earlier.ask)
+        name = partial(name_of, self)
+        self.ask: Ask = Ask(manager, name, earlier and earlier.ask)
         self.embed = EmbedBox(manager, self._show_problem)
-        programs = cells_for_programs(self)
+        programs = cells_for_programs(manager, name)
         self.address = Address(
-            {"key": manager.reveal_api_key, "code": partial(snippet, self), **programs},
-            {name: hand_overs()[name].title for name in programs},
+            {
+                "key": manager.reveal_api_key,
+                "code": lambda: snippet(manager.state, name()),
+                **programs,
+            },
+            {program: hand_overs()[program].title for program in programs},
         )
         self.live = LiveLine()
         self.requests = RequestsTable(self._view.wake)
