@@ -210,6 +210,18 @@ def test_the_eta_of_a_slower_load_never_leaps_and_is_true_or_not_shown(loading: 
     assert not shown[0].overdue
 
 
+@pytest.mark.parametrize("factor", [0.4, 2.5, 5])
+@pytest.mark.parametrize("known", [(0.5, 8, 1.5), (0.5, 3, 6.5)])
+def test_a_machine_that_is_faster_or_slower_than_it_was_is_found_out(
+    known: tuple[float, float, float], factor: float
+) -> None:
+    starting, loading, preparing = (factor * seconds for seconds in known)
+    shown, _ = played(meter_for(Basis.SAME_LOAD, *known), starting, loading, preparing)
+    total = factor * sum(known)
+    for one in shown[len(shown) // 2 : len(shown) * 9 // 10]:
+        assert one.eta == pytest.approx(total - one.elapsed, rel=0.2)
+
+
 def test_the_time_left_of_a_guess_ends_and_does_not_grow() -> None:
     shown, _ = played(meter_for(Basis.NOTHING, 0.1, 5.0, 0.5), 0.2, 10, 20)
     etas = [one.eta for one in shown if one.stage is Stage.PREPARING]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import median
 
 from kitty_nb.supervisor.events import LoadProgress, Stage
 from kitty_nb.supervisor.process import AT_WORK, Usage
@@ -89,7 +90,8 @@ class LoadMeter:
     The fraction is the time passed over the time passed and left. What is left is, for a stage to
     come, what the estimate says; for the stage under way, that less what it has lasted; for the
     weights, the bytes left by a rate that is the estimate's at first and the observed one as more
-    of them are there.
+    of them are there. Where both stages before it are slower than estimated, or both faster, as on
+    a busy machine or an idle one, preparing is taken to be so, too.
 
     Bytes are what the process has in memory or has read since it began to load, or what the server
     says itself, whichever is more and at its highest: a GPU build's memory falls again once the
@@ -257,10 +259,16 @@ class LoadMeter:
 
     def _preparing(self, loaded_at: float) -> float:
         """The seconds that preparing should take, if the last byte is there then."""
-        expected = self.expected.preparing
+        loading_at = self._began.get(Stage.LOADING, loaded_at)
+        starting, loading = self.seconds(Stage.STARTING, loaded_at), loaded_at - loading_at
         if self._guessing:
-            expected += (loaded_at - self._began.get(Stage.LOADING, loaded_at)) * _PREPARING
-        return expected
+            return self.expected.preparing + loading * _PREPARING
+        if loading_at == loaded_at:  # nothing is measured yet
+            return self.expected.preparing
+        slower = median(
+            (1.0, _ratio(starting, self.expected.starting), _ratio(loading, self.expected.loading))
+        )
+        return self.expected.preparing * slower
 
     def _outlasts(self, elapsed: float) -> bool:
         """True if preparing lasts longer than it should: what is left would only grow."""
@@ -272,3 +280,8 @@ class LoadMeter:
         lasted = elapsed - self._began.get(self.stage, elapsed)
         overdue = max(lasted * _OVERDUE[self.expected.basis], lasted - expected)
         return max(expected - lasted, overdue)
+
+
+def _ratio(seconds: float, expected: float) -> float:
+    """How many times as long as expected something took; 1 where nothing was expected."""
+    return seconds / expected if expected > 0 else 1.0
