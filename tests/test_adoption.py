@@ -28,8 +28,10 @@ from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
     find_server,
+    mark_of,
     profile_lock,
     read_record,
+    record_of,
     record_path,
     who_owns,
     write_record,
@@ -321,6 +323,51 @@ ModelManager(config=ServerConfig.model_validate_json(sys.argv[1])).start().wait(
     with ModelManager(config=config) as manager:
         assert manager.state.pid == found.pid
     eventually(lambda: not process.runs())
+
+
+@pytest.fixture
+def announced(config: ServerConfig) -> Iterator[Callable[[], int]]:
+    """Announce a server; the result spawns a process for it, and returns its pid."""
+    record = ServerRecord(began=time.monotonic(), config=config)
+    config.log_dir.mkdir(mode=0o700)
+    write_record(record)
+    spawned: list[subprocess.Popen[bytes]] = []
+
+    def spawn() -> int:
+        environment = os.environ | mark_of(record)
+        command = [sys.executable, "-c", "input()"]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, env=environment, start_new_session=True)
+        spawned.append(process)
+        return process.pid
+
+    yield spawn
+    for process in spawned:
+        process.communicate(b"\n")
+
+
+def test_a_server_that_was_only_announced_is_told_of(
+    config: ServerConfig, announced: Callable[[], int]
+) -> None:
+    assert who_owns(config, locked=True) is None
+    pid = announced()
+    eventually(lambda: record_of(pid, config.log_dir))
+    assert f"(PID {pid}), started elsewhere" in (who_owns(config, locked=True) or "")
+
+
+def test_a_start_waits_for_a_server_that_shows_only_in_a_moment(
+    config: ServerConfig, announced: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOOK_EVERY, 60)
+    just_now = time.time() + 20  # as long as it takes on a busy machine
+    os.utime(record_path(config), (just_now, just_now))
+    with ModelManager(config=config) as manager:
+        start = manager.start()
+        time.sleep(0.5)
+        pid = announced()
+        with pytest.raises(KittyError, match=rf"already served by .* \(PID {pid}\)"):
+            start.wait(20)
+    assert runs(pid)
 
 
 def test_what_a_killed_program_left_unfinished_goes(config: ServerConfig) -> None:

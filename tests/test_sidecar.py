@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.supervisor.log import LogTail, previous, rotate, shrink
-from kitty_nb.supervisor.registry import find_server, read_record
-from kitty_nb.supervisor.sidecar import has_sidecar
+from kitty_nb.supervisor.registry import find_server, read_record, record_path
+from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdraw
 
 KERNEL = """
 import sys, time
@@ -118,6 +119,24 @@ def test_a_sidecar_whose_folder_is_gone_still_ends_the_server(tmp_path: Path) ->
         pid = int(kernel.stdout.readline())
         kernel.kill()
     eventually(lambda: not runs(pid), within=30)
+
+
+def test_a_sidecar_ends_a_server_that_shows_only_after_its_kernel_is_gone(tmp_path: Path) -> None:
+    sidecar = Sidecar(ServerConfig(log_dir=tmp_path), tmp_path / "server.json", guards=True)
+    environment = os.environ | sidecar.environment
+    sidecar.close()
+    time.sleep(0.5)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as server:
+        assert server.wait(30) == -signal.SIGTERM
+    eventually(lambda: not sidecar.runs)
+
+
+def test_a_server_whose_kernel_was_killed_as_it_stopped_it_ends(config: ServerConfig) -> None:
+    config = config.replace(stop_grace_seconds=0.2)
+    pid = without_kernel(config)
+    withdraw(record_path(config))
+    eventually(lambda: not runs(pid), within=30, why="it is neither recorded nor ended")
 
 
 def test_an_unused_server_is_stopped_without_a_notebook(

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_SPAWNED_WITHIN = 60.0  # seconds; an announcement that is older has come to nothing
+# Seconds after an announcement. A process shows its mark a moment after it was spawned, on a busy
+# machine later; and an announcement that is older than the other has come to nothing.
+_MARKED_WITHIN, _SPAWNED_WITHIN = 3.0, 60.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
@@ -107,9 +109,7 @@ def refuse_open_folder(config: ServerConfig) -> None:
 
 def find_server(config: ServerConfig) -> ServerRecord | None:
     """Return the record of a profile's server if that server runs, and listens once it is ready."""
-    record = _read(record_path(config))
-    if record and not record.pid:
-        record = _find_announced(record)
+    record = _find(record_path(config))
     process = record and process_of(record)
     if not record or not process:
         return None
@@ -122,19 +122,37 @@ def mark_of(record: ServerRecord) -> dict[str, str]:
     return {MARK: f"{record_path(record.config)} {record.began!r}"}
 
 
-def _find_announced(record: ServerRecord) -> ServerRecord | None:
-    """Complete the record of a server whose program was killed as it was spawned."""
+def _find(path: Path) -> ServerRecord | None:
+    """Read a record, and complete that of a server whose program was killed as it was spawned."""
+    record = _read(path)
+    if record is None or record.pid:
+        return record
     process = find_marked(mark_of(record)[MARK]) if record.boot == this_boot() else None
     if process:
         record = record.of(process)
         with suppress(OSError):
             write_record(record)
         return record
-    path = record_path(record.config)
     with suppress(OSError):
-        if time.time() - path.stat().st_mtime > _SPAWNED_WITHIN:
+        if _age(path) > _SPAWNED_WITHIN:
             path.unlink()
     return None
+
+
+def _age(path: Path) -> float:
+    """The seconds since a file was written."""
+    return time.time() - path.stat().st_mtime
+
+
+def may_show_soon(config: ServerConfig) -> bool:
+    """Tell whether a server may have been spawned just now that does not show its mark yet.
+
+    Ask while the profile's lock is held: whoever announced the server was killed then.
+    """
+    path = record_path(config)
+    with suppress(OSError):
+        return _find(path) is None and _age(path) < _MARKED_WITHIN
+    return False
 
 
 def leaving_server(config: ServerConfig) -> ServerProcess | None:
@@ -146,7 +164,7 @@ def leaving_server(config: ServerConfig) -> ServerProcess | None:
 def record_of(pid: int, folder: Path) -> ServerRecord | None:
     """Return the record of the server that is this process or its wrapper, of whatever profile."""
     with suppress(OSError):  # a folder that cannot be looked at has none
-        for record in filter(None, map(_read, folder.glob(f"*{RECORD}"))):
+        for record in filter(None, map(_find, folder.glob(f"*{RECORD}"))):
             if (process := process_of(record)) and process.includes(pid):
                 return record
     return None
@@ -247,7 +265,7 @@ def who_owns(config: ServerConfig, locked: bool) -> str | None:
         config: Settings of the profile.
         locked: Whether we hold the profile's lock ourselves.
     """
-    record = read_record(config)
+    record = _find(record_path(config))
     if record and process_of(record):
         with suppress(psutil.Error):
             server = f"{psutil.Process(record.pid).name()} (PID {record.pid})"

@@ -228,6 +228,8 @@ class Server:
         engine = await locate_engine(config.binary)
         self._recorder.set_engine(engine)
         with registry.profile_lock(config) as ours:
+            while ours and await run_sync(registry.may_show_soon, config):  # noqa: ASYNC110
+                await anyio.sleep(_LOG_READY)
             if owner := await run_sync(registry.who_owns, config, ours):
                 raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
             if leaving := await run_sync(registry.leaving_server, config):

@@ -41,6 +41,7 @@ MARK = "KITTY_NB_SIDECAR"
 # Seconds.
 _LOOK_EVERY = 1.0
 _LOCK_EVERY, _OTHER_ENDS_WITHIN = 0.1, 2.0
+_MARKED_WITHIN = 3.0  # a process shows its mark a moment after it was spawned
 # Bytes a second that a server reads or maps: a load from a slow disk uses little processor time.
 _LOADS = 1 << 14
 
@@ -103,6 +104,7 @@ class Sidecar:
             mark=self._mark,
         )
         command = (sys.executable, "-P", "-m", __name__, *args)
+        self._told = False
         self._program = Popen(
             command, stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
         )
@@ -120,6 +122,7 @@ class Sidecar:
     def watch(self, process: ServerProcess, idle_seconds: int) -> None:
         """Tell it which server to watch, and how long that may be unused; 0 is for ever."""
         assert self._program.stdin  # noqa: S101 (it was asked for)
+        self._told = True
         with suppress(BrokenPipeError):  # killed already; another one is started
             line = f"{process.pid} {process.create_time!r} {idle_seconds}\n"
             self._program.stdin.write(line.encode())
@@ -138,9 +141,10 @@ class Sidecar:
         leave_child(self._program)
 
     async def ended(self) -> None:
-        """Wait for its end, which follows that of its server."""
+        """Wait for its end, which follows that of its server, or at once if there is none."""
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._program.communicate)
+            no_server = None if self._told else b"\n"
+            await anyio.to_thread.run_sync(self._program.communicate, no_server)
 
 
 def has_sidecar(log: Path) -> bool:
@@ -178,6 +182,7 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
     It returns where another sidecar does that, or when the server has been ended.
     """
     log, used_at, before = Path(args.log), time.monotonic(), _work_of(process)
+    record, kept_at = Path(args.record), time.monotonic()
     with _lock_path(log).open("a") as lock:
         while not _is_locked(lock):
             if not args.mark and time.monotonic() - used_at > _OTHER_ENDS_WITHIN:
@@ -190,6 +195,11 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
             if now - before > _LOOK_EVERY:
                 used_at = time.monotonic()
             before = now
+            if record.exists() or not withdrawn_path(record).exists():
+                kept_at = time.monotonic()
+            elif time.monotonic() - kept_at > 2 * float(args.grace) + _OTHER_ENDS_WITHIN:
+                _end(args, process)  # whoever was ending it was killed
+                return
         _note(log, f"kitty_nb: stopped after {idle_seconds:.0f} s idle")
         _end(args, process)
 
@@ -241,13 +251,21 @@ def find_marked(mark: str) -> ServerProcess | None:
 def main(words: Sequence[str]) -> None:
     """Run the sidecar."""
     args = SidecarArgs(*words)
-    told = sys.stdin.buffer.readline().split()
-    if told:
+    line = sys.stdin.buffer.readline()
+    if told := line.split():
         process = ServerProcess.attach(int(told[0]), float(told[1]))
         if process:
             attend(args, process, float(told[2]))
-    elif process := find_marked(args.mark):
+    elif not line and args.mark and (process := _find_spawned(args.mark)):
         _end(args, process)
+
+
+def _find_spawned(mark: str) -> ServerProcess | None:
+    """Find the server of a kernel that was killed; it may show its mark only in a moment."""
+    began = time.monotonic()
+    while not (process := find_marked(mark)) and time.monotonic() - began < _MARKED_WITHIN:
+        select.select((), (), (), _LOCK_EVERY)
+    return process
 
 
 if __name__ == "__main__":
