@@ -172,6 +172,11 @@ def test_a_load_that_fails_is_told(config: ServerConfig, router: Callable[..., S
         eventually(lambda: "failed to load large. See the router's log." in said(told))
         assert loads(told)[-1] is None
         assert manager.state.status is ServerStatus.READY
+        told.clear()
+        manager.switch_model("large", wait_for_ready=False).wait(20)
+        eventually(lambda: "failed to load large" in said(told))
+        manager.check_health().wait(20)
+        assert said(told).count("failed to load large") == 1
 
 
 def test_a_model_that_it_has_already_is_known(

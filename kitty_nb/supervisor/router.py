@@ -38,6 +38,7 @@ _WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginn
 _USED = re.compile(r"proxying request to model (?P<model>.+) on port \d+")
 _SPAWNED = re.compile(r"spawning server instance with name=(?P<model>.+) on port \d+")
 _TOUCH_PAUSE, _QUIET = 0.02, 1.0  # seconds
+_FAILED = "The router failed to load {}. See the router's log."
 
 
 class RouterModels:
@@ -155,7 +156,7 @@ class RouterModels:
         return name
 
     async def load(self, name: str, *, fresh: bool) -> None:
-        """Load one of a router's models. If cancelled, it is unloaded again.
+        """Load one of a router's models, and report how that goes. If cancelled, unload it again.
 
         Args:
             name: Which one.
@@ -165,23 +166,29 @@ class RouterModels:
             ServerFailedError: The router does not load it.
             StartCancelledError: The router was detached from, or has ended, before that.
         """
+        loaded = False
         async with self._turn:
             with anyio.CancelScope() as self._loading:
                 if self._over:
                     self._loading.cancel()
-                await self._load(name, fresh=fresh)
+                try:
+                    loaded = await self._load(name, fresh=fresh)
+                except ServerFailedError as refusal:
+                    self._notify(str(refusal), Level.ERROR)
+                    raise
         if self._loading.cancelled_caught:
             raise StartCancelledError(f"kitty_nb detached from the router before it loaded {name}.")
+        if not loaded:
+            raise ServerFailedError(_FAILED.format(name))
 
-    async def _load(self, name: str, *, fresh: bool) -> None:
+    async def _load(self, name: str, *, fresh: bool) -> bool:
         if name in self._followed:
             await self._followed[name].wait()
         status = await self._look(name)
         if fresh and status == ModelStatus.LOADED:
             await self._unload(name)
             status = ModelStatus.UNLOADED
-        if status != ModelStatus.LOADED and not await self._follow(name):
-            raise ServerFailedError(f"The router failed to load {name}. See the router's log.")
+        return status == ModelStatus.LOADED or await self._follow(name)
 
     async def _unload(self, name: str) -> None:
         await self._order("unload", name)
@@ -288,7 +295,7 @@ class RouterModels:
             self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:
             self._emit(RouterLoad(name, None))
-            self._notify(f"The router failed to load {name}. See the router's log.", Level.WARNING)
+            self._notify(_FAILED.format(name), Level.WARNING)
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
         return loaded
 

@@ -503,10 +503,8 @@ class Supervisor:
         return self.state
 
     async def _load_later(self, server: RouterModels, name: str, fresh: bool) -> None:
-        try:
+        with suppress(ServerError):  # it has been reported
             await server.load(name, fresh=fresh)
-        except ServerError as error:
-            self._broadcast.publish(Activity.now(str(error), Level.ERROR))
 
     def _is_over(self, generation: int) -> bool:
         status = self._now.status
