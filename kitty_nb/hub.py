@@ -155,9 +155,7 @@ class Repository:
     def choose(self, wanted: str | None, *, or_smallest: bool = False) -> Variant:
         """Find a variant by its label or by a file or folder; the usual one for None.
 
-        Args:
-            wanted: The label, file or folder.
-            or_smallest: Whether the smallest will do where none is usual.
+        With `or_smallest`, that is the smallest where none is usual.
 
         Raises:
             HubError: There is no such variant, or several would do.
@@ -224,9 +222,7 @@ def _ask(reference: HubReference) -> Repository:
 def hub_errors(repository: str, downloaded: str = "") -> Iterator[None]:
     """Raise the errors of the Hub's client as sentences with a remedy.
 
-    Args:
-        repository: Its name.
-        downloaded: What to add about files of it that may have been downloaded.
+    `downloaded` is what to add about files that may have been downloaded.
     """
     import httpx2  # noqa: PLC0415
     from huggingface_hub import constants, errors  # noqa: PLC0415

@@ -29,8 +29,7 @@ _MAX_STEPS = 4096  # more than a path can have; links in a circle end there
 def user_folder(find: Callable[[str], Path]) -> Path:
     """Return kitty_nb's folder, or one below `NO_HOME`.
 
-    Args:
-        find: A finder of folders, such as `platformdirs.user_cache_path`.
+    `find` is a finder of folders, such as `platformdirs.user_cache_path`.
     """
     try:
         return find("kitty_nb")

@@ -154,11 +154,8 @@ def digest_files(
     """Work out the digests of files, in a worker thread of anyio.
 
     Files that have not changed since are not read again. Cancelled, it ends within hundredths of a
-    second, and the files that were read to their end are remembered.
-
-    Args:
-        paths: The files.
-        on_progress: Called with the bytes that are read, and that are to be.
+    second, and the files that were read to their end are remembered. `on_progress` is called with
+    the bytes that are read, and that are to be.
 
     Raises:
         ModelFileError: A file is missing, cannot be read, or changes meanwhile.

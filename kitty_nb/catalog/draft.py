@@ -52,12 +52,7 @@ _NONE = Vocabulary(0, "none")
 
 
 def find_drafts(model: Path, folders: Sequence[Path]) -> list[Path]:
-    """List the models that can draft for another, smallest first.
-
-    Args:
-        model: The model to draft for.
-        folders: Where to look, with the folders below.
-    """
+    """List the models in and below folders that can draft for another, smallest first."""
     files = (file.path for folder in folders for file in find_files(folder) if file.signature)
     limit = total_size(model) // _SMALLER
     sizes = {

@@ -203,11 +203,8 @@ _DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
 def read_header(path: Path, before: str | None = None) -> GgufHeader:
     """Read the header of a GGUF file and its list of tensors, whether those are there or not.
 
-    Versions 2 and 3 are read, in either byte order.
-
-    Args:
-        path: The file.
-        before: Read no further than a key that begins so: a vocabulary takes long to read through.
+    Versions 2 and 3 are read, in either byte order, but no further than a key that begins with
+    `before`: a vocabulary takes long to read through.
 
     Raises:
         ModelFileError: It cannot be opened, is not GGUF, or is damaged or cut short.

@@ -438,10 +438,7 @@ def estimate(
 ) -> tuple[Requirement, ...]:
     """Work out what a model needs in RAM and then on each GPU.
 
-    Args:
-        shape: The model.
-        settings: With context and GPU layers settled, as `plan` returns them.
-        gpus: Layers are shared out in proportion to their free memory.
+    Context and GPU layers are settled, as by `plan`. GPUs share layers out by their free memory.
     """
     homes = _homes(len(shape.layers), settings.gpu_layers or 0, [gpu.free for gpu in gpus])
     weights, cache = [0] * (1 + len(gpus)), [0] * (1 + len(gpus))

@@ -508,10 +508,7 @@ _KINDS = {
 def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
     """Say what a file is that is no model to serve, and what to do; None of any other.
 
-    Args:
-        path: The file, the first of a split model.
-        facts: What it says.
-        tensors: How many it holds, with all its shards.
+    `tensors` counts those of all its shards.
     """
     name, architecture = path.name, facts.architecture
     if of_kind := _KINDS.get(facts.kind):
@@ -535,13 +532,7 @@ def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
 
 
 def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
-    """Say why a model may not be served though an engine may load it; None where nothing tells.
-
-    Args:
-        path: The file, the first of a split model.
-        facts: What it says.
-        types: How its matrices are stored, by llama.cpp's `enum ggml_type`.
-    """
+    """Say why a model may not be served though an engine may load it; None where nothing tells."""
     if unusual := FORMATS["not_for_chat"].get(facts.architecture or ""):
         return f"{path.name} is {unusual}"
     if unknown := sorted(set(types) - TENSOR_TYPES.keys()):
@@ -554,12 +545,7 @@ def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
 
 
 def rows(files: Iterable[FoundFile], root: Path) -> list[Model]:
-    """Make a row of each model, adapter, projector and whatever else there is.
-
-    Args:
-        files: All that were found, with their facts.
-        root: The folder that names are relative to.
-    """
+    """Make a row of each model, adapter, projector and the rest, with names relative to `root`."""
     groups: defaultdict[object, list[FoundFile]] = defaultdict(list)
     for file in files:
         shard = ShardName.parse(file.path)

@@ -114,10 +114,6 @@ def load_profile(
 ) -> tuple[ServerConfig, ConfigError | None]:
     """Load the settings of a profile and look up its model, skipping what is wrong.
 
-    Args:
-        path: The file, found as by `ServerConfig.from_env`.
-        profile: The named set of settings to read.
-
     Returns:
         The settings, and the complaint about those that were skipped.
 

@@ -137,12 +137,6 @@ async def complete(
 
     Cancelled, it closes the connection, and the server stops answering.
 
-    Args:
-        http: A client of the server.
-        request: What `/v1/chat/completions` takes.
-        on_piece: Called with each piece.
-        on_progress: Called while the prompt is read, where the server's build tells.
-
     Raises:
         ServerError: The server refused the request, broke off, or is no llama-server.
     """

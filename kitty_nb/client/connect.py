@@ -52,9 +52,7 @@ class HandOver:
     def in_terminal(self, served: Served, key_command: Sequence[str]) -> str:
         """Return shell lines or, where there are none, Python code for any interpreter.
 
-        Args:
-            served: The server.
-            key_command: The command that prints the key.
+        `key_command` prints the key.
         """
         if self.shell:
             key = f'"$({shlex.join(key_command)})"' if served.asks_key else _NO_KEY
@@ -66,9 +64,7 @@ class HandOver:
     def in_notebook(self, served: Served, manager: str) -> str:
         """Return Python code for a cell; empty where the program is a command.
 
-        Args:
-            served: The server.
-            manager: An expression for the `ModelManager` there.
+        `manager` is an expression for the `ModelManager` there.
         """
         lines = (f"key = {manager}.reveal_api_key()",) if served.asks_key else ()
         return self._python(served, *lines) if self.python else ""

@@ -46,11 +46,7 @@ class Server(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The form that an answer is to have.
-
-    Args:
-        wanted: A type that pydantic knows, such as a model class, or a JSON schema.
-    """
+    """The form of an answer: a type that pydantic knows, such as a model, or a JSON schema."""
 
     wanted: Any
 
@@ -123,14 +119,7 @@ async def converse(
 ) -> Answer:
     """Ask the model, and run the tools that it calls, until it answers in words.
 
-    Args:
-        http: A client of the server.
-        request: What `/v1/chat/completions` takes.
-        on_piece: Called with each piece.
-        on_progress: Called while a prompt is read, where the server's build tells.
-        tools: Functions that the model may call, by their signatures and docstrings. One that
-            blocks has a thread of its own; what it raises is told to the model.
-        max_rounds: How often the model may call tools before it has to answer.
+    A tool that blocks has a thread of its own; what it raises is told to the model.
 
     Returns:
         The last answer, with the calls of all.

@@ -67,14 +67,7 @@ async def embed(
     on_progress: Callable[[int, int], object],
     **fields: str,
 ) -> Vectors:
-    """Return the vectors of texts, one row each: an array of shape (texts, dimensions).
-
-    Args:
-        http: A client of the server.
-        texts: The texts.
-        batch_size: How many go into one request.
-        on_progress: Called with the number of texts that are done, and that of all.
-        **fields: Other fields of a request, such as the model.
+    """Return the vectors of texts, one row each. See `ModelManager.embed`.
 
     Raises:
         RefusedError: The server refused a text, which the message names.
@@ -136,14 +129,7 @@ async def _vectors(
 async def rerank(
     http: httpx.AsyncClient, query: str, documents: Sequence[str], top_n: int | None, **fields: str
 ) -> list[Ranked]:
-    """Return documents, the one that answers a query best first.
-
-    Args:
-        http: A client of the server.
-        query: The question.
-        documents: The texts to rank.
-        top_n: How many to return; None for all.
-        **fields: Other fields of the request, such as the model.
+    """Return documents, the one that answers a query best first. See `ModelManager.rerank`.
 
     Raises:
         ServerError: The server refused the request, or broke off.

@@ -33,13 +33,7 @@ _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large.*batch size: (\d+)
 async def post(
     http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str
 ) -> dict[str, Any]:
-    """Ask, and return the JSON object of the whole answer.
-
-    Args:
-        http: A client of the server.
-        path: Where to ask.
-        request: What to send.
-        wanted: A key that every answer of llama-server has there.
+    """Ask, and return the answer's JSON object, in which llama-server always has the key `wanted`.
 
     Raises:
         RefusedError: The server refused what was asked.
@@ -136,9 +130,7 @@ def _not_an_answer(response: httpx.Response, content: bytes) -> str:
 def _refusal(said: bytes, status: int | None = None) -> str:
     """Return what an error of llama-server means for the user.
 
-    Args:
-        said: What the server sent.
-        status: That of the answer; None where the error came in the middle of one.
+    `status` is None where the error came in the middle of an answer.
     """
     try:
         body = json.loads(said)

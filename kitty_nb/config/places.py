@@ -38,10 +38,7 @@ class Places(BaseModel):
 
     @classmethod
     def of_this_machine(cls, profile: str) -> Self:
-        """Read those of this machine.
-
-        Args:
-            profile: The profile that is to run here.
+        """Read those of this machine, for a profile that is to run here.
 
         Raises:
             ConfigError: The `.env` file cannot be read.

@@ -51,10 +51,7 @@ def load_lenient(
 ) -> tuple[ServerConfig, ConfigError | None]:
     """Load the settings of a profile, skipping those that are wrong.
 
-    Args:
-        path: The file, found as by `ServerConfig.from_env`.
-        profile: The named set of settings to read.
-        check: A further check of the settings, which raises `ConfigError`.
+    `check` is a further check of the settings, which raises `ConfigError`.
 
     Returns:
         The settings, and the complaint about those that were skipped.
@@ -96,9 +93,6 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
 
     A role counts if it has any key of its own, another profile if it has a model or a URL, or
     routes to other profiles, and `primary` if there is no other.
-
-    Args:
-        path: The file, found as by `ServerConfig.from_env`.
 
     Raises:
         ConfigError: It cannot be read, or a line in it cannot be understood.
@@ -197,12 +191,7 @@ def _changes(env: EnvFile, config: ServerConfig, names: Collection[str] | None) 
 
 
 def env_lines(config: ServerConfig, names: Collection[str]) -> tuple[str, ...]:
-    """Return settings as lines of a `.env` file, for their profile alone; never secrets.
-
-    Args:
-        config: The settings.
-        names: The fields to write.
-    """
+    """Return settings as lines of a `.env` file, for their profile alone; never secrets."""
     return tuple(
         f"{PREFIX}{config.profile.upper()}_{setting.suffix}={quoted(_text(name, value, config))}"
         for name, setting in env_settings().items()
@@ -229,10 +218,6 @@ def env_warnings(path: str | Path, *profiles: str) -> tuple[str, ...]:
     """Return warnings about keys, values and variables that don't have the intended effect.
 
     Each is a sentence with its fix. None shows a value.
-
-    Args:
-        path: The file, found as by `ServerConfig.from_env`.
-        profiles: Those whose settings are read from it.
 
     Raises:
         ConfigError: It cannot be read, or a line in it cannot be understood.

@@ -580,13 +580,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _written_for(key: str | None, url: str | None) -> bool:
-    """Tell whether a key was written for a profile's address.
+    """Tell whether the setting with a key was written for the one with a profile's address.
 
-    One for all profiles is that of the servers started here, and nothing to send elsewhere.
-
-    Args:
-        key: The name of the setting that has the key.
-        url: The name of the setting that has the address.
+    A key for all profiles is that of the servers started here, and nothing to send elsewhere.
     """
     shared = key == f"{PREFIX}API_KEY"
     return not shared or url in {None, f"{PREFIX}URL"}

@@ -150,12 +150,7 @@ def build_command(
 
     Settings that are `None` are left out, so that the engine's own defaults hold. `extra_args`
     come last, spelled as this build does: where a flag stands twice, llama-server takes the last.
-
-    Args:
-        engine: The engine.
-        config: The settings.
-        prompts: The folder for what slots hold, where that is kept and `keeps_prompts`.
-        supervised: Whether its log is for us to read. Otherwise it is as anybody starts it.
+    What slots hold is kept in the folder `prompts`; `supervised` makes the log tell us more.
 
     Raises:
         UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
@@ -179,11 +174,7 @@ def build_router_command(
 ) -> tuple[str, ...]:
     """Return the arguments that start `engine` as a router.
 
-    Args:
-        engine: The engine.
-        config: The router's own settings.
-        presets: The file with its models.
-        most: How many of them may be loaded at once.
+    Its models are in the file `presets`; at most `most` of them are loaded at once.
 
     Raises:
         UnknownFlagError: When this build has no router, or lacks a flag in `extra_args`.
@@ -238,9 +229,6 @@ def read_arguments(words: Iterable[str]) -> dict[str, object]:
     """Return the settings that arguments of llama-server ask for, the inverse of `build_command`.
 
     What no setting stands for is left in `extra_args`. Where a flag stands twice, the last counts.
-
-    Args:
-        words: The arguments, without the program.
     """
     found: dict[str, object] = {}
     others: list[str] = []

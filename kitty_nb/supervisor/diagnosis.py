@@ -125,12 +125,7 @@ def diagnose(
 
 
 def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
-    """Say why a server that has loaded its model fails at its first request and what to do.
-
-    Args:
-        said: What the server answered.
-        log: The last lines that it wrote.
-    """
+    """Say why a server that has loaded its model fails at its first request and what to do."""
     ending = "loaded the model but failed its first request"
     lines = [said, *filter(_may_tell, log)]
     return _known(ending, lines) or _diagnosis(ending, _reading("no_answer"), (said,))

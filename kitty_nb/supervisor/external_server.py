@@ -62,14 +62,7 @@ async def find_external_server(config: ServerConfig) -> PortOwner:
 
 
 class ExternalServer:
-    """Watches the server until it ends or is detached from.
-
-    Args:
-        generation: The number that its reports carry.
-        config: Settings of the profile whose port it has.
-        owner: The server.
-        emit: Called with each event, report and answer to a health check.
-    """
+    """Watches a server until it ends or is detached from. See `Server` for its arguments."""
 
     def __init__(self, generation: int, config: ServerConfig, owner: PortOwner, emit: Emit) -> None:
         # The key of another profile's server is on record; any other may have the configured one.

@@ -294,11 +294,7 @@ class Forecaster:
     ) -> MemoryPreview:
         """Preview what a model needs. See `Supervisor.preview_memory`.
 
-        Args:
-            config: What would be started.
-            running: The server that would exit before.
-            on_preview: Called at once, and again where the engine's devices change the result.
-            delay: Seconds to wait before the engine is asked for its devices.
+        The engine is asked for its devices only after `delay` seconds.
         """
         latest: MemoryPreview | None = None
         config = await _with_files(config)
@@ -398,8 +394,7 @@ def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory
 class ModelStats:
     """Usage and memory of models, and whether they fit. For coroutines of the supervisor's loop.
 
-    Args:
-        pid: Returns the server that would exit before another starts.
+    `pid` returns the server that would exit before another starts.
     """
 
     def __init__(self, pid: Callable[[], int | None]) -> None:

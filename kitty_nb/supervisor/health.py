@@ -103,11 +103,7 @@ class AnswerPace:
         """Return the tokens a second since the last ones; None at the first look, or untold.
 
         A slow server's next token may take several reads: until then the pace is the last one, or
-        that of a token which came now, whichever is lower.
-
-        Args:
-            slots: What `/slots` answers.
-            at: When it did, in seconds of any clock.
+        that of a token which came now, whichever is lower. `at` is in seconds of any clock.
         """
         busy = {
             (slot.get("id"), slot.get("id_task")): decoded(slot)
@@ -392,10 +388,7 @@ class HealthProbe:
     ) -> dict[str, Any]:
         """Have the server do something, however long that takes, and return its answer.
 
-        Args:
-            path: Where to ask.
-            request: What to send.
-            asked: Set once it is sent.
+        `asked` is set once the request is sent.
 
         Raises:
             RefusedError: It can't do that, now or later.

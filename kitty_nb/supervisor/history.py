@@ -355,13 +355,9 @@ def estimate_load(
     """Forecast a load from loads of the past that became ready, newest first.
 
     The best that there is: this very model by this engine with these settings; this model
-    otherwise; else the bytes by this machine's rate. Cold and hot page caches are kept apart.
-
-    Args:
-        records: What happened.
-        facts: What is to be loaded.
-        active: Share of the weights that a token passes through: 1, but for mixtures of experts.
-            It matters where nothing else is known.
+    otherwise; else the bytes by this machine's rate. Cold and hot page caches are kept apart. Where
+    nothing else is known, it matters which share of the weights a token passes through (`active`):
+    less than 1 in a mixture of experts.
     """
     same_model = [record for record in records if _model(record) == _model(facts)]
     same_load = [record for record in same_model if _way(record) == _way(facts)]
@@ -433,11 +429,7 @@ _TELLING = 32 << 20
 class LoadRecorder:
     """Tells a meter what to expect of a load, and records how it went.
 
-    Args:
-        config: What is to be started.
-        meter: What measures the load.
-        warn: Called with a sentence about what is wrong with the history.
-        whole: Whether the load is watched from its beginning; only then its row is true.
+    Only a load that is watched from its beginning (`whole`) has a true row.
     """
 
     def __init__(

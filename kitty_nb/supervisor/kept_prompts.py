@@ -88,9 +88,7 @@ class KeptPrompt(BaseModel):
 def state_facts(config: ServerConfig, engine: Engine) -> dict[str, str]:
     """Return what the states of a server's slots depend on, by its name for people. It blocks.
 
-    Args:
-        config: The settings, with the files that `resolve_model` found.
-        engine: The engine.
+    The settings are those that `resolve_model` returns.
     """
     model = gather_facts(config)
     facts = {

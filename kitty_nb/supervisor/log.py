@@ -27,10 +27,6 @@ _FARTHEST_BEHIND = 1 << 22
 def rotate(path: Path, kept: int) -> None:
     """Make room for a log: its folder exists, and the previous one is kept as `<name>.1`.
 
-    Args:
-        path: The log.
-        kept: How many previous ones are kept.
-
     Raises:
         OSError: When the folder cannot be written.
     """
@@ -41,15 +37,10 @@ def rotate(path: Path, kept: int) -> None:
 
 
 def shrink(path: Path, limit: int, kept: int) -> None:
-    """Empty a log that has become too large, keeping what was in it as `<name>.1`.
+    """Empty a log that is larger than `limit` bytes, keeping what was in it as `<name>.1`.
 
-    Its writer goes on in the same file: what it writes between copy and cut is lost. A copy that
-    cannot be made, because the disk is full, is done without.
-
-    Args:
-        path: The log, which its writer appends to.
-        limit: The size, in bytes, up to which it is left alone.
-        kept: How many previous ones are kept.
+    Its writer, which appends to it, goes on in the same file: what it writes between copy and cut
+    is lost. A copy that cannot be made, because the disk is full, is done without.
     """
     with suppress(OSError):
         if path.stat().st_size <= limit:
@@ -103,8 +94,7 @@ class LogTail:
     def read(self, *, to_end: bool = False) -> tuple[str, ...]:
         """Return the whole lines that have come since the last read.
 
-        Args:
-            to_end: The writer has ended: an unfinished last line counts too.
+        Once the writer has ended, read `to_end`: an unfinished last line counts too.
         """
         notes: list[str] = []
         position, end = self._file.tell(), self._file.seek(0, os.SEEK_END)
@@ -192,10 +182,7 @@ def log_lines(path: Path) -> Iterator[str]:
 async def follow_log(path: Path, show: Callable[[str], object], last: int | None = None) -> None:
     """Show what is written to a log, and to the one that replaces it, until cancelled.
 
-    Args:
-        path: The log; it need not exist yet.
-        show: Called with each line.
-        last: How many of the existing lines to begin with; None for all.
+    The log need not exist yet. Of the lines that it has, `last` are shown first; None shows all.
 
     Raises:
         KittyError: The log can't be read.

@@ -137,14 +137,9 @@ class ServerProcess:
         return self._child.wait() if self._child else None
 
     def ends_within(self, seconds: float, readable: Sequence[int] = ()) -> bool:
-        """Wait for the process to end, without an event loop.
+        """Wait for the process to end, without an event loop, and return whether it has.
 
-        Args:
-            seconds: How long.
-            readable: Descriptors; it returns at once when one of them can be read.
-
-        Returns:
-            Whether it has ended.
+        It returns at once when one of the `readable` descriptors can be read.
         """
         deadline, watched, longest = time.monotonic() + seconds, [*readable], math.inf
         with ExitStack() as stack:

@@ -57,15 +57,8 @@ class Pin:
 class PromptKeeper:
     """The kept prompts of one server.
 
-    Args:
-        config: What the server was started with.
-        facts: What its states depend on, as `state_facts` tells.
-        store: Where states lie.
-        probe: Asks the server.
-        log: What the server's log tells of its requests.
-        notify: Called with each sentence for the user.
-        tell: Called with each prompt that is restored.
-        clock: Seconds.
+    Its states depend on `facts`, as `state_facts` tells. `notify` is called with sentences for the
+    user, `tell` with each prompt that is restored.
     """
 
     def __init__(
@@ -318,11 +311,7 @@ class PromptKeeper:
             )
 
     async def pin(self, name: str, text: str) -> Pin:
-        """Have a slot hold what every question about a text begins with.
-
-        Args:
-            name: The name under which it is kept.
-            text: The text, which becomes the system message.
+        """Have a slot hold a text as the system message. See `Supervisor.pin`.
 
         Raises:
             ServerError: The server refused it, or broke off.

@@ -259,11 +259,7 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
 def who_owns(config: ServerConfig, locked: bool) -> str | None:
     """Say who keeps a profile's server from being started; None where nobody does.
 
-    Run it in a worker thread.
-
-    Args:
-        config: Settings of the profile.
-        locked: Whether we hold the profile's lock ourselves.
+    `locked` tells whether we hold the profile's lock. Run it in a worker thread.
     """
     record = _find(record_path(config))
     if record and process_of(record):

@@ -234,12 +234,7 @@ class RequestLog:
         self._zero = began
 
     def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
-        """Take new lines; return the requests that they finish.
-
-        Args:
-            lines: Lines of the log, as `readable` returns them.
-            at: When they were read.
-        """
+        """Take lines, as `readable` returns them; return the requests that they finish."""
         ended = [request for line in lines for request in self._read_line(line, at)]
         self._live = True
         self.finished.extend(ended)

@@ -25,12 +25,7 @@ _QUESTIONS = ("Why?", "1 2")  # what they have in common is what any question be
 
 
 class Slots:
-    """The slots of one server.
-
-    Args:
-        probe: Asks the server.
-        log: What the server's log tells of its requests.
-    """
+    """The slots of one server, by what it answers and by its log."""
 
     def __init__(self, probe: HealthProbe, log: RequestLog) -> None:
         self._probe, self._log = probe, log
@@ -91,12 +86,9 @@ class Slots:
         return int(said.get("n_saved", 0))
 
     async def restore(self, slot: int, file: str, asked: anyio.Event) -> int:
-        """Read into one what a file holds; return its tokens.
+        """Read into one what a file in the server's folder holds; return its tokens.
 
-        Args:
-            slot: Its number.
-            file: The file, in the server's folder.
-            asked: Set once the server has been asked to.
+        `asked` is set once the server has been asked to.
 
         Raises:
             ServerCrashedError: The server broke off.

@@ -24,9 +24,8 @@ _SURE = 0.9  # the part of a batch that is told at the expected pace
 class WorkMeter:
     """Combines what a server's log and its slots tell.
 
-    Args:
-        log: The requests by its log. What only the slots tell of is added to its tasks.
-        batch: The most tokens of a prompt that it reads at once.
+    What only the slots tell of is added to the log's tasks. Of a prompt, at most `batch` tokens are
+    read at once.
     """
 
     def __init__(self, log: RequestLog, batch: int | None = None) -> None:
@@ -44,10 +43,7 @@ class WorkMeter:
     def look(self, slots: Iterable[dict[str, Any]], pace: float | None, at: float) -> None:
         """Take the answer of `/slots`; an empty one changes nothing.
 
-        Args:
-            slots: The answer.
-            pace: The tokens a second since the last one, where that is told.
-            at: When it came, in seconds of the log's clock.
+        `pace` is the tokens a second since the last one, `at` in seconds of the log's clock.
         """
         slots = tuple(slots)
         if not slots:

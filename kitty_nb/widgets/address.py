@@ -95,12 +95,7 @@ _NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.
 
 
 def snippet(state: ServerState, panel: str) -> str:
-    """Return code that asks a server, to paste into a cell.
-
-    Args:
-        state: The server.
-        panel: The name that cells have for its panel.
-    """
+    """Return code that asks a server by the name of its panel, to paste into a cell."""
     openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=panel)
     code = {Task.CHAT: _CODE, Task.EMBED: _EMBED, Task.RANK: _RANK}[state.task]
     return code.format(panel=panel, openai=openai, alias=state.alias, endpoint=state.endpoint)
@@ -109,12 +104,7 @@ def snippet(state: ServerState, panel: str) -> str:
 def cells_for_programs(
     manager: ModelManager, panel: Callable[[], str]
 ) -> dict[str, Callable[[], str]]:
-    """Return, by program, what makes a cell that uses a server with it.
-
-    Args:
-        manager: Manages the server.
-        panel: Returns the name that cells have for its panel.
-    """
+    """Return, by program, what makes a cell that uses a server with it."""
 
     def cell(hand_over: HandOver) -> str:
         state, asks_key = manager.state, manager.reveal_api_key() is not None

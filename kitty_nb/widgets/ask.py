@@ -49,12 +49,7 @@ class Ask(Page):
 
     The chat is kept here, and travels as messages, new words only, so neither the widget's state
     nor a saved notebook holds it. Messages number the pieces of an answer: a page that opens later,
-    or misses some, asks for a replay.
-
-    Args:
-        manager: The manager to ask through.
-        name: Returns the name that cells have for the panel.
-        earlier: The box whose chat to go on with.
+    or misses some, asks for a replay. A later box goes on with the chat of an `earlier` one.
     """
 
     _esm: ClassVar[str] = asset("page.js", "clipboard.js", "answer_text.js", "ask.js")
@@ -95,12 +90,7 @@ class Ask(Page):
         return _CODE.format(messages=pformat(messages, width=96, sort_dicts=False), panel=panel)
 
     def ask(self, question: str, pictures: Sequence[Picture] = ()) -> None:
-        """Ask the model; does nothing while it answers.
-
-        Args:
-            question: The question.
-            pictures: Pictures for it.
-        """
+        """Ask the model; does nothing while it answers."""
         if (self._answering and not self._answering.done) or not (question.strip() or pictures):
             return
         turn = Turn(question, tuple(pictures))
@@ -128,12 +118,7 @@ class Ask(Page):
         self._tell()
 
     def show(self, state: ServerState, *, template: bool = True) -> None:
-        """Show the box while a model that chats is ready; without one, only the chat so far.
-
-        Args:
-            state: The server.
-            template: Whether the model has a chat template.
-        """
+        """Show the box while a model that chats is ready; without one, only the chat so far."""
         up, hint = state.status is ServerStatus.READY, ""
         ready = up and state.task is Task.CHAT
         if not up:

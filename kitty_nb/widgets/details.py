@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 class Details(Fold):
-    """Facts, written while somebody sees them.
-
-    Args:
-        on_unfold: Called when they are about to be seen.
-    """
+    """Facts, written while somebody sees them."""
 
     def __init__(self, on_unfold: Callable[[], object]) -> None:
         self.server, self.model = Line("kitty-server-facts"), Line("kitty-model-facts")
@@ -40,12 +36,7 @@ class Details(Fold):
 
 
 def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str]:
-    """Return what is known of a server, by the name of each fact.
-
-    Args:
-        state: The server.
-        load: Its load.
-    """
+    """Return what is known of a server, by the name of each fact."""
     health = state.last_health_check if state.uptime is not None else None
     slots = health and health.slots_total and f"{health.slots_busy} of {health.slots_total} busy"
     latency = health and health.latency

@@ -34,11 +34,7 @@ def asset(*names: str) -> str:
 
 
 class Line(HTML):
-    """A piece of HTML, or nothing.
-
-    Args:
-        css_class: Its class for the style sheet.
-    """
+    """A piece of HTML, or nothing."""
 
     def __init__(self, css_class: str) -> None:
         super().__init__()
@@ -64,11 +60,7 @@ class Notice(Line):
 
 
 class Meter(HBox):
-    """A progress bar with a text beside it.
-
-    Args:
-        css_class: Its class for the style sheet.
-    """
+    """A progress bar with a text beside it."""
 
     STEPS = 1000  # finer than percent, so that a long load is seen to move
 
@@ -80,12 +72,7 @@ class Meter(HBox):
 
 
 class Page(AnyWidget):
-    """A widget whose page sends messages.
-
-    Args:
-        css_class: Its class for the style sheet.
-        **traits: Its traits.
-    """
+    """A widget whose page sends messages."""
 
     def __init__(self, css_class: str, **traits: Any) -> None:
         super().__init__(**traits)
@@ -97,12 +84,7 @@ class Page(AnyWidget):
 
 
 class Fold(Accordion):
-    """A part that is folded away under its name; several of them share a row.
-
-    Args:
-        name: Its name.
-        *parts: What it shows when it is unfolded.
-    """
+    """A part that is folded away under its name; several of them share a row."""
 
     def __init__(self, name: str, *parts: Widget) -> None:
         super().__init__([VBox(parts)], titles=(name,), selected_index=None)
@@ -143,13 +125,7 @@ def duration(seconds: float) -> str:
 
 
 def still(name: str, facts: Sequence[str], table: str = "") -> str:
-    """Draw a snapshot of a panel as plain HTML, without scripts and style sheets.
-
-    Args:
-        name: The panel's name.
-        facts: The words of the first line.
-        table: HTML to show below.
-    """
+    """Draw a snapshot of a panel as plain HTML, without scripts and style sheets."""
     line = " · ".join(escape(fact) for fact in facts if fact)
     head = f"<b>{escape(name)}</b> · {line}<br><small>{_STILL}</small>"
     return f"<div style='{_CARD}'>{head}{table}</div>"
@@ -197,11 +173,7 @@ def tree(widget: Widget) -> Iterator[Widget]:
 
 
 class Accessible(AnyWidget):
-    """Name, roles, live regions and keys of a panel; nothing of it is visible.
-
-    Args:
-        label: The name of the panel.
-    """
+    """Name, roles, live regions and keys of a panel; nothing of it is visible."""
 
     _esm: ClassVar[str] = asset("page.js", "accessible.js")
     label: Any = traitlets.Unicode("").tag(sync=True)

@@ -23,12 +23,7 @@ _SHOWN = 4  # numbers
 
 
 class EmbedBox(HBox):
-    """A text, its vector in a few words, and how near it is to the text before.
-
-    Args:
-        manager: Its server is asked, and its thread writes the answer.
-        show_problem: Called with what went wrong, and with None at each click.
-    """
+    """A text, its vector in a few words, and how near it is to the text before."""
 
     def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
         self._manager = manager
@@ -58,9 +53,7 @@ class EmbedBox(HBox):
 def describe_vector(vector: Vectors, before: Vectors | None = None) -> str:
     """Describe a vector, e.g. `768 numbers · length 1.00 · 0.012, -0.340, … · 0.83 similar`.
 
-    Args:
-        vector: Of shape (dimensions,).
-        before: Another one; the similarity is the cosine of the angle between the two.
+    The similarity to the vector before is the cosine of the angle between the two.
     """
     length = float(vector @ vector) ** 0.5
     numbers = ", ".join(f"{number:.3f}" for number in vector[:_SHOWN])

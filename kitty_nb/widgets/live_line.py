@@ -98,13 +98,7 @@ class LiveLine(Page):
             self._view.stop()
 
     def show(self, work: Work, memory: int, *, ready: bool) -> None:
-        """Show what the server does.
-
-        Args:
-            work: What it does.
-            memory: Bytes that it holds; 0 where nobody tells.
-            ready: Whether it is ready; otherwise nothing is shown, and the chart begins anew.
-        """
+        """Show what the server does, and the bytes that it holds, in a chart of one ready time."""
         before, begins = (self.words, self.shown), False
         if not ready:
             self._points.clear()

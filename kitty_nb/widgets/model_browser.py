@@ -71,14 +71,7 @@ def table_rows(
     notes: Mapping[Path, ModelNote],
     ids: Mapping[Path, int],
 ) -> list[Row]:
-    """Arrange models by family: first those with a favourite, then those used last.
-
-    Args:
-        models: In the order that holds where nothing is remembered.
-        stores: The folders that they may be in.
-        notes: What is remembered of them.
-        ids: The page's names for them.
-    """
+    """Arrange models by family: first those with a favourite, then those used last."""
     nothing = ModelNote()
 
     def rank(model: Model) -> tuple[bool, float]:
@@ -121,11 +114,7 @@ def _store(model: Model, stores: Sequence[Store]) -> str:
 
 
 class LastTime(HBox):
-    """An offer of the settings of last time; hidden where there is none, or they are set already.
-
-    Args:
-        form: Where the settings go.
-    """
+    """An offer of the settings of last time; hidden without any, and where they are set already."""
 
     def __init__(self, form: SettingsForm) -> None:
         self._form = form
@@ -152,11 +141,7 @@ _JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
 
 
 class ModelTable(display.Page):
-    """The page of the table; its contents travel as messages.
-
-    Args:
-        receive: Called, on the front end's thread, with what a page tells.
-    """
+    """The page of the table; its contents travel as messages."""
 
     _esm: ClassVar[str] = display.asset("page.js", "model_table.js")
 

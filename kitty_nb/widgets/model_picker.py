@@ -53,12 +53,7 @@ class ModelDropdown(Dropdown):
         self.observe(lambda _change: self._filling or on_choice(), names="value")
 
     def fill(self, models: Sequence[Model], chosen: Path | None) -> None:
-        """List other models, as one message to the page.
-
-        Args:
-            models: The models to list.
-            chosen: The one to choose; one of them, or None.
-        """
+        """List other models, as one message to the page."""
         seen = Counter(model.label for model in models)
         options = tuple(
             # Models of one name in two folders are told apart by their paths.

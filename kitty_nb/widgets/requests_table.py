@@ -37,9 +37,6 @@ class RequestsTable(Fold):
 
     The rows travel as messages, once somebody has unfolded them, so neither the widget's state nor
     a saved notebook grows with them.
-
-    Args:
-        on_unfold: Called when they are about to be seen.
     """
 
     def __init__(self, on_unfold: Callable[[], object]) -> None:

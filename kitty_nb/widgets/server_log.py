@@ -29,9 +29,6 @@ class ActivityLog(Output):
     The text is assigned whole: capturing prints with `with output:` is unreliable off the main
     thread, and appending sends a message whose size grows with all that came before.
 
-    Args:
-        activities: Those to begin with.
-
     Attributes:
         activities: Those that are shown, oldest first.
     """

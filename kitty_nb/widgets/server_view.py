@@ -180,14 +180,7 @@ class Choices:
 def choices(
     state: ServerState, *, startable: bool, other_model: bool, other_settings: bool = False
 ) -> Choices:
-    """Decide which actions make sense.
-
-    Args:
-        state: The server's state.
-        startable: Whether the chosen model can be started.
-        other_model: Whether the chosen model is another one than the server's.
-        other_settings: Whether the settings shown are other than the server's.
-    """
+    """Decide which actions make sense."""
     lost = state.status is ServerStatus.OUT_OF_REACH  # it will be reached again by itself
     running = not (state.status.absent or lost or state.status is ServerStatus.STOPPING)
     usable = running and (state.external is None or state.external.models is not None)
@@ -227,13 +220,7 @@ class ServerButtons(HBox):
         self.remedies = HBox(remedies).add_class("kitty-buttons")
 
     def show(self, state: ServerState, now: Choices, *, doubtful: bool) -> None:
-        """Offer what makes sense, and name what it does.
-
-        Args:
-            state: The server's state.
-            now: What makes sense.
-            doubtful: Whether a start was refused that can be insisted on.
-        """
+        """Offer what makes sense, name what it does, and let a doubtful start be insisted on."""
         waiting = state.status is ServerStatus.RESTARTING
         show_if(self, not waiting)
         show_if(self.start, now.switch or (state.status.absent and not waiting))
@@ -253,11 +240,7 @@ class ServerButtons(HBox):
 
 
 class ServedModels(Dropdown):
-    """The models of a server at a URL, to choose the one to ask; hidden for any other server.
-
-    Args:
-        on_choice: Called with the one that somebody has chosen.
-    """
+    """The models of a server at a URL, to choose the one to ask; hidden for any other server."""
 
     options: Any
     value: Any

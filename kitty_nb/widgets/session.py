@@ -103,8 +103,7 @@ def newest(kind: type[T], *key: Hashable) -> T | None:
 class ConfirmOnce:
     """A start that will not fit into memory passes when it is asked for twice.
 
-    Args:
-        remedy: How to ask again, as a sentence.
+    `remedy` says how to ask again.
 
     Attributes:
         refused: The settings, or the model, of the last start that was refused.

@@ -55,12 +55,7 @@ _SPECULATION = [
 
 
 class SettingsForm(GridBox):
-    """One field per setting; an empty field leaves it to llama-server.
-
-    Args:
-        config: The values to begin with.
-        on_change: Called when a value has changed.
-    """
+    """One field per setting; an empty field leaves it to llama-server."""
 
     def __init__(self, config: ServerConfig, on_change: Callable[[], object]) -> None:
         self.fields: dict[str, Widget] = {

@@ -83,12 +83,7 @@ class Turn:
         self._pieces.append(piece)
 
     def end(self, answer: Answer | None = None, problem: str = "") -> None:
-        """Note how the answer has ended; only the first end counts.
-
-        Args:
-            answer: All of it; None where it was stopped or has failed.
-            problem: Why it has failed.
-        """
+        """Note how the answer has ended; only the first end counts."""
         if not self.ended:
             cut_short = answer is not None and answer.finish_reason == "length"
             self._answer, self.problem = answer, problem or (_CUT_SHORT if cut_short else "")
