@@ -68,17 +68,12 @@ _KEPT = " The downloaded part is kept."
 
 @dataclass(frozen=True, slots=True)
 class HubReference:
-    """A repository, and the model wanted of it.
+    """A repository, and the model wanted of it."""
 
-    Attributes:
-        repository: `owner/name`.
-        wanted: A quantization, or a file or folder in the repository; None to choose later.
-        revision: A branch, tag or commit.
-    """
-
-    repository: str
+    repository: str  # `owner/name`
+    # A quantization, or a file or folder in the repository; None to choose later.
     wanted: str | None = None
-    revision: str = "main"
+    revision: str = "main"  # a branch, tag or commit
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -100,32 +95,20 @@ class HubReference:
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file of a repository.
+    """One file of a repository."""
 
-    Attributes:
-        path: Its path in the repository.
-        size: Bytes.
-        sha256: Its checksum.
-    """
-
-    path: PurePosixPath
-    size: int
+    path: PurePosixPath  # its path in the repository
+    size: int  # bytes
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model that can be downloaded whole.
+    """A model that can be downloaded whole."""
 
-    Attributes:
-        label: The quantization, e.g. `UD-Q4_K_XL`, or the file's path where several share one.
-        shards: The model's files, first to last.
-        projector: The projector for images or sound that goes with it.
-    """
-
-    label: str
-    shards: tuple[HubFile, ...]
-    projector: HubFile | None = None
+    label: str  # the quantization, e.g. `UD-Q4_K_XL`, or the file's path where several share one
+    shards: tuple[HubFile, ...]  # the model's files, first to last
+    projector: HubFile | None = None  # the projector for images or sound that goes with it
 
     @property
     def files(self) -> tuple[HubFile, ...]:
@@ -140,17 +123,11 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository at one commit.
+    """A repository at one commit."""
 
-    Attributes:
-        name: `owner/name`.
-        commit: The commit that all its files are of.
-        variants: Its models, at least one, smallest first.
-    """
-
-    name: str
-    commit: str
-    variants: tuple[Variant, ...]
+    name: str  # `owner/name`
+    commit: str  # the commit that all its files are of
+    variants: tuple[Variant, ...]  # its models, at least one, smallest first
 
     def choose(self, wanted: str | None, *, or_smallest: bool = False) -> Variant:
         """Find a variant by its label or by a file or folder; the usual one for None.

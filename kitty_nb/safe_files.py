@@ -136,24 +136,16 @@ _complained: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """A small SQLite file. Where it cannot be used, it complains once, and callers do without.
+    """A small SQLite file. Where it cannot be used, it complains once, and callers do without."""
 
-    Attributes:
-        path: The file; it and its folder are made when first used.
-        name: Its name in complaints, e.g. `The load history`.
-        without: The end of a complaint: what to do, or what is lost without the file.
-        complain: Called with a complaint, on the thread that uses the file.
-        tables: Statements that prepare a new file, or one of an earlier version.
-        version: The version of the tables. A file of a later one is left alone.
-        precious: Whether people would miss it. Damaged, it is renamed rather than deleted.
-    """
-
-    path: Path
-    name: str
-    without: str
-    complain: Callable[[str], object]
-    tables: tuple[str, ...]
+    path: Path  # the file; it and its folder are made when first used
+    name: str  # its name in complaints, e.g. `The load history`
+    without: str  # the end of a complaint: what to do, or what is lost without the file
+    complain: Callable[[str], object]  # called with a complaint, on the thread that uses the file
+    tables: tuple[str, ...]  # statements that prepare a new file, or one of an earlier version
+    # The version of the tables. A file of a later one is left alone.
     version: int = 1
+    # Whether people would miss it. Damaged, it is renamed rather than deleted.
     precious: bool = False
 
     def use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:

@@ -41,17 +41,11 @@ _log = logging.getLogger(__name__)
 
 
 class FileSignature(NamedTuple):
-    """The parts of a file's status that change with it.
-
-    Attributes:
-        size: Its bytes.
-        mtime_ns: When it was last written, in nanoseconds since the epoch.
-        inode: Its number in the file system.
-    """
+    """The parts of a file's status that change with it."""
 
     size: int
-    mtime_ns: int
-    inode: int
+    mtime_ns: int  # when it was last written, in nanoseconds since the epoch
+    inode: int  # its number in the file system
 
     @property
     def racily_fresh(self) -> bool:
@@ -137,15 +131,11 @@ def digest_cache() -> FileCache[str]:
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """A file, whatever its folder.
-
-    Attributes:
-        sha256: Of all of it, in hexadecimal digits, as the Hugging Face Hub shows it.
-    """
+    """A file, whatever its folder."""
 
     name: str
     size: int
-    sha256: str
+    sha256: str  # of all of it, in hexadecimal digits, as the Hugging Face Hub shows it
 
 
 def digest_files(

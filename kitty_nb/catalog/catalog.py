@@ -96,17 +96,11 @@ def why_not_served(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ScanStep:
-    """The progress of a scan.
+    """The progress of a scan."""
 
-    Attributes:
-        done: Files that were read, or had been known.
-        total: Files that there are.
-        models: All rows so far, in the order of the final list.
-    """
-
-    done: int
-    total: int
-    models: tuple[Model, ...]
+    done: int  # files that were read, or had been known
+    total: int  # files that there are
+    models: tuple[Model, ...]  # all rows so far, in the order of the final list
 
 
 class ModelCatalog:

@@ -96,17 +96,11 @@ def write_demo_model(path: str | Path, size: int | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """The parts that grow with the size.
+    """The parts that grow with the size."""
 
-    Attributes:
-        blocks: How many transformer blocks.
-        experts: How many feed-forward networks in each block.
-        feed_forward: Width of each expert's hidden layer.
-    """
-
-    blocks: int
-    experts: int
-    feed_forward: int
+    blocks: int  # how many transformer blocks
+    experts: int  # how many feed-forward networks in each block
+    feed_forward: int  # width of each expert's hidden layer
 
     @classmethod
     def for_size(cls, size: int) -> Self:

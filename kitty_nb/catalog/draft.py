@@ -20,15 +20,10 @@ _SMALLER = 2  # times; a larger draft model would take longer than it saves
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer, as far as it decides whether two models share their tokens.
+    """A tokenizer, as far as it decides whether two models share their tokens."""
 
-    Attributes:
-        length: How many tokens it has.
-        digest: Of its kind and its tokens, but for the last, which only pad some models' lists.
-    """
-
-    length: int
-    digest: str
+    length: int  # how many tokens it has
+    digest: str  # of its kind and its tokens, but for the last, which only pad some models' lists
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -19,17 +19,11 @@ if TYPE_CHECKING:
 
 
 class TensorType(NamedTuple):
-    """The storage type of a tensor's numbers.
+    """The storage type of a tensor's numbers."""
 
-    Attributes:
-        name: E.g. `Q4_K`.
-        block: How many numbers are stored together.
-        size: Bytes that they take.
-    """
-
-    name: str
-    block: int
-    size: int
+    name: str  # e.g. `Q4_K`
+    block: int  # how many numbers are stored together
+    size: int  # bytes that they take
 
 
 FORMATS: dict[str, dict[str, Any]] = tomllib.loads(
@@ -82,17 +76,13 @@ _LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number i
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """The kept part of an array.
+    """The kept part of an array."""
 
-    Attributes:
-        length: How many elements it has.
-        numbers: Its elements, if they are numbers and no more than a model can have layers.
-        span: The bytes of the file that its strings take; of a list as long as a vocabulary without
-            the first and the last, in which models of one family may differ.
-    """
-
-    length: int
+    length: int  # how many elements it has
+    # Its elements, if they are numbers and no more than a model can have layers.
     numbers: tuple[bool | int | float, ...] = ()
+    # The bytes of the file that its strings take; of a list as long as a vocabulary without the
+    # first and the last, in which models of one family may differ.
     span: range = field(default=range(0), compare=False, repr=False)
 
 
@@ -100,21 +90,14 @@ Value = bool | int | float | str | ArrayInfo
 
 
 class Tensor(NamedTuple):
-    """One weight tensor of a file.
+    """One weight tensor of a file."""
 
-    Attributes:
-        name: E.g. `blk.0.attn_k.weight`.
-        shape: Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
-        type: How its numbers are stored, by llama.cpp's `enum ggml_type`.
-        offset: Where it begins, in bytes from the begin of the weights.
-        size: Bytes up to the next tensor, so up to a few dozen of padding too many.
-    """
-
-    name: str
+    name: str  # e.g. `blk.0.attn_k.weight`
+    # Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
     shape: tuple[int, ...]
-    type: int
-    offset: int
-    size: int
+    type: int  # how its numbers are stored, by llama.cpp's `enum ggml_type`
+    offset: int  # where it begins, in bytes from the begin of the weights
+    size: int  # bytes up to the next tensor, so up to a few dozen of padding too many
 
     @property
     def stored(self) -> int:
@@ -125,21 +108,13 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """All that a GGUF file says before its weights.
-
-    Attributes:
-        path: The file.
-        size: Its length, in bytes.
-        metadata: Every key with its value.
-        tensors: Its weight tensors.
-        data_at: The offset of the weights.
-    """
+    """All that a GGUF file says before its weights."""
 
     path: Path
-    size: int
-    metadata: Mapping[str, Value]
-    tensors: tuple[Tensor, ...]
-    data_at: int
+    size: int  # its length, in bytes
+    metadata: Mapping[str, Value]  # every key with its value
+    tensors: tuple[Tensor, ...]  # its weight tensors
+    data_at: int  # the offset of the weights
 
     @property
     def architecture(self) -> str | None:

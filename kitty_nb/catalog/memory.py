@@ -43,53 +43,31 @@ _INPUTS = ("token_embd.", "per_layer_token_embd.", "position_embd.", "token_type
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block of a model.
+    """One block of a model."""
 
-    Attributes:
-        weights: Bytes of its tensors.
-        keys: Numbers that its key cache holds for each token.
-        values: Numbers that its value cache holds for each token.
-        windowed: Whether it looks back through a sliding window only.
-    """
-
-    weights: int
-    keys: int
-    values: int
-    windowed: bool
+    weights: int  # bytes of its tensors
+    keys: int  # numbers that its key cache holds for each token
+    values: int  # numbers that its value cache holds for each token
+    windowed: bool  # whether it looks back through a sliding window only
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A model, as far as memory is concerned.
+    """A model, as far as memory is concerned."""
 
-    Attributes:
-        layers: Its blocks, first to last.
-        input_weights: Bytes of what turns tokens into vectors.
-        output_weights: Bytes of what comes after the last block.
-        output_is_input: Whether the token embeddings serve as output matrix too.
-        output_rearranged: Whether the processor would have a rearranged copy of them for that.
-        trained_context: The longest context that it was trained for, in tokens.
-        window: Tokens that a sliding window spans; 0 without one.
-        width: Numbers in the vector of one token (`n_embd`).
-        heads: Attention heads, of the layer with the most.
-        queries: Numbers in a token's queries, of the layer with the most.
-        activations: Numbers that the feed-forward part holds for a token at its widest.
-        vocabulary: How many tokens it knows.
-        cache_known: Whether it remembers by keys and values, so that the cache can be worked out.
-    """
-
-    layers: tuple[Layer, ...]
-    input_weights: int
-    output_weights: int
-    output_is_input: bool
-    output_rearranged: bool
-    trained_context: int
-    window: int
-    width: int
-    heads: int
-    queries: int
-    activations: int
-    vocabulary: int
+    layers: tuple[Layer, ...]  # its blocks, first to last
+    input_weights: int  # bytes of what turns tokens into vectors
+    output_weights: int  # bytes of what comes after the last block
+    output_is_input: bool  # whether the token embeddings serve as output matrix too
+    output_rearranged: bool  # whether the processor would have a rearranged copy of them for that
+    trained_context: int  # the longest context that it was trained for, in tokens
+    window: int  # tokens that a sliding window spans; 0 without one
+    width: int  # numbers in the vector of one token (`n_embd`)
+    heads: int  # attention heads, of the layer with the most
+    queries: int  # numbers in a token's queries, of the layer with the most
+    activations: int  # numbers that the feed-forward part holds for a token at its widest
+    vocabulary: int  # how many tokens it knows
+    # Whether it remembers by keys and values, so that the cache can be worked out.
     cache_known: bool
 
 
@@ -272,41 +250,28 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """The settings of llama-server that decide about memory, with its defaults.
+    """The settings of llama-server that decide about memory, with its defaults."""
 
-    Attributes:
-        context: Tokens of context; None leaves it to the engine, 0 is all that was trained for.
-        sequences: Requests served at once.
-        unified: Whether they share one cache, rather than a part of it each.
-        batch: Tokens of a prompt handed over at once.
-        micro_batch: Tokens of a prompt worked on at once.
-        flash_attention: Whether attention is worked out without a matrix of all scores.
-        full_window: Whether layers with a sliding window keep all tokens nevertheless.
-        gpu_layers: Layers to put on GPUs, the output being one more; None is what fits.
-        cache_on_gpu: Whether the cache of those layers goes there too.
-        fits: Whether the engine shrinks what is left to it until it fits (`--fit`).
-        scores_all: Whether the engine makes room for the scores of all tokens of a batch, as it
-            does for embeddings, and did for everything before it had `--fit`.
-        drafted: Tokens that speculation proposes at once, which need scores too.
-        extra_weights: Bytes of files that are loaded beside the model, such as a projector.
-        draft: The smaller model that proposes tokens, with settings of its own but this context.
-    """
-
+    # Tokens of context; None leaves it to the engine, 0 is all that was trained for.
     context: int | None = None
-    sequences: int = 4
-    unified: bool = True
-    batch: int = 2048
-    micro_batch: int = 512
+    sequences: int = 4  # requests served at once
+    unified: bool = True  # whether they share one cache, rather than a part of it each
+    batch: int = 2048  # tokens of a prompt handed over at once
+    micro_batch: int = 512  # tokens of a prompt worked on at once
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
-    flash_attention: bool = True
-    full_window: bool = False
+    flash_attention: bool = True  # whether attention is worked out without a matrix of all scores
+    full_window: bool = False  # whether layers with a sliding window keep all tokens nevertheless
+    # Layers to put on GPUs, the output being one more; None is what fits.
     gpu_layers: int | None = None
-    cache_on_gpu: bool = True
-    fits: bool = True
+    cache_on_gpu: bool = True  # whether the cache of those layers goes there too
+    fits: bool = True  # whether the engine shrinks what is left to it until it fits (`--fit`)
+    # Whether the engine makes room for the scores of all tokens of a batch, as it does for
+    # embeddings, and did for everything before it had `--fit`.
     scores_all: bool = False
-    drafted: int = 0
-    extra_weights: int = 0
+    drafted: int = 0  # tokens that speculation proposes at once, which need scores too
+    extra_weights: int = 0  # bytes of files that are loaded beside the model, such as a projector
+    # The smaller model that proposes tokens, with settings of its own but this context.
     draft: tuple[ModelShape, MemorySettings] | None = None
 
     @property
@@ -317,19 +282,12 @@ class MemorySettings:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPool:
-    """RAM, or the memory of one GPU, in bytes.
+    """RAM, or the memory of one GPU, in bytes."""
 
-    Attributes:
-        name: `RAM`, or the GPU's.
-        free: What is free once the server that runs now has exited.
-        total: Its size.
-        returned: The part of `free` that the running server still holds.
-    """
-
-    name: str
-    free: int
-    total: int
-    returned: int = 0
+    name: str  # `RAM`, or the GPU's
+    free: int  # what is free once the server that runs now has exited
+    total: int  # its size
+    returned: int = 0  # the part of `free` that the running server still holds
 
 
 @dataclass(frozen=True, slots=True)

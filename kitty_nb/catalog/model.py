@@ -35,17 +35,11 @@ _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf
 
 @dataclass(frozen=True, slots=True)
 class ShardName:
-    """The parts of a shard's file name.
+    """The parts of a shard's file name."""
 
-    Attributes:
-        prefix: The file name up to the shard's number, e.g. `qwen2.5-coder-32b-q8_0`.
-        number: Which shard it is, from 1 to `count`.
-        count: How many shards the whole model has.
-    """
-
-    prefix: str
-    number: int
-    count: int
+    prefix: str  # the file name up to the shard's number, e.g. `qwen2.5-coder-32b-q8_0`
+    number: int  # which shard it is, from 1 to `count`
+    count: int  # how many shards the whole model has
 
     @classmethod
     def parse(cls, path: PurePath) -> Self | None:
@@ -163,62 +157,38 @@ _SENSES = {
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """The facts in one GGUF file's header.
+    """The facts in one GGUF file's header."""
 
-    Attributes:
-        problem: Why the file cannot be served, as a sentence; all else is empty where its header
-            cannot be read.
-        cut_short: Whether that is because it ends too early.
-        kind: What it is: a model, an adapter, a projector for images or sound, or something else.
-        architecture: The family of network, e.g. `qwen2`.
-        title: What its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`.
-        size_label: Its size in its author's words, e.g. `32B`.
-        base_model: What it was made from.
-        license: E.g. `apache-2.0`.
-        file_type: Its quantization, by llama.cpp's `enum llama_ftype`.
-        weights: Bytes of its matrices, by llama.cpp's `enum ggml_type`.
-        parameters: How many numbers all its tensors hold.
-        tensor_count: How many tensors it holds.
-        context_length: The longest context it was trained for, in tokens.
-        layers: How many blocks it has.
-        width: Numbers in the vector of one token; of a projector, in those that it makes.
-        heads: Attention heads, of the layer with the most.
-        vocabulary: How many tokens it knows.
-        tokenizer: Whether it says how to cut text into tokens.
-        chat_template: In Jinja.
-        tools: Whether the template takes tools; None without a template.
-        senses: The inputs that a projector adds to its model.
-        task: What it was made for.
-        split_number: Which shard it is, from 0; None for a whole model.
-        split_count: How many shards there are; 1 for a whole model.
-        split_tensors: How many tensors all shards hold together; None when unsaid.
-    """
-
+    # Why the file cannot be served, as a sentence; all else is empty where its header cannot be
+    # read.
     problem: str | None = None
-    cut_short: bool = False
+    cut_short: bool = False  # whether that is because it ends too early
+    # What it is: a model, an adapter, a projector for images or sound, or something else.
     kind: Kind = Kind.MODEL
-    architecture: str | None = None
-    title: str | None = None
-    size_label: str | None = None
-    base_model: str | None = None
-    license: str | None = None
-    file_type: int | None = None
+    architecture: str | None = None  # the family of network, e.g. `qwen2`
+    title: str | None = None  # what its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`
+    size_label: str | None = None  # its size in its author's words, e.g. `32B`
+    base_model: str | None = None  # what it was made from
+    license: str | None = None  # e.g. `apache-2.0`
+    file_type: int | None = None  # its quantization, by llama.cpp's `enum llama_ftype`
+    # Bytes of its matrices, by llama.cpp's `enum ggml_type`.
     weights: tuple[tuple[int, int], ...] = ()
-    parameters: int = 0
-    tensor_count: int = 0
-    context_length: int | None = None
-    layers: int | None = None
+    parameters: int = 0  # how many numbers all its tensors hold
+    tensor_count: int = 0  # how many tensors it holds
+    context_length: int | None = None  # the longest context it was trained for, in tokens
+    layers: int | None = None  # how many blocks it has
+    # Numbers in the vector of one token; of a projector, in those that it makes.
     width: int | None = None
-    heads: int | None = None
-    vocabulary: int | None = None
-    tokenizer: bool = False
-    chat_template: str | None = field(default=None, repr=False)
-    tools: bool | None = None
-    senses: tuple[Modality, ...] = ()
-    task: Task = Task.CHAT
-    split_number: int | None = None
-    split_count: int = 1
-    split_tensors: int | None = None
+    heads: int | None = None  # attention heads, of the layer with the most
+    vocabulary: int | None = None  # how many tokens it knows
+    tokenizer: bool = False  # whether it says how to cut text into tokens
+    chat_template: str | None = field(default=None, repr=False)  # in Jinja
+    tools: bool | None = None  # whether the template takes tools; None without a template
+    senses: tuple[Modality, ...] = ()  # the inputs that a projector adds to its model
+    task: Task = Task.CHAT  # what it was made for
+    split_number: int | None = None  # which shard it is, from 0; None for a whole model
+    split_count: int = 1  # how many shards there are; 1 for a whole model
+    split_tensors: int | None = None  # how many tensors all shards hold together; None when unsaid
 
     @property
     def lacks_template(self) -> bool:
@@ -329,28 +299,21 @@ _JUST_NOW = 120  # seconds in which a download that still runs has written somet
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file that looks like a model by its name.
+    """A file that looks like a model by its name."""
 
-    Attributes:
-        path: Its place, also while it is still being downloaded.
-        signature: Changes whenever the file does; None while it is not there.
-        downloading: Bytes of it that are downloaded so far; None when no download is under way.
-        known_as: Its store's name for it; None where the file's name is that.
-        repository: The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
-        projector: The projector that the store keeps for it.
-        problem: A fault of its store, as a sentence, such as a manifest that can't be read.
-        filling: Whether the download is written into the file itself, at its full length.
-        facts: Its header's facts; None while it is not there, or not yet read.
-    """
-
-    path: Path
-    signature: FileSignature | None
+    path: Path  # its place, also while it is still being downloaded
+    signature: FileSignature | None  # changes whenever the file does; None while it is not there
+    # Bytes of it that are downloaded so far; None when no download is under way.
     downloading: int | None = None
-    known_as: str | None = None
+    known_as: str | None = None  # its store's name for it; None where the file's name is that
+    # The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
     repository: str | None = None
-    projector: Path | None = None
+    projector: Path | None = None  # the projector that the store keeps for it
+    # A fault of its store, as a sentence, such as a manifest that can't be read.
     problem: str | None = None
+    # Whether the download is written into the file itself, at its full length.
     filling: bool = False
+    # Its header's facts; None while it is not there, or not yet read.
     facts: FileFacts | None = None
 
     @property
@@ -381,19 +344,14 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True)
 class ModelNote:
-    """The usage history of a model.
+    """The usage history of a model."""
 
-    Attributes:
-        favourite: Whether the user marked it.
-        last_used: When it last became ready, in seconds since the epoch; None when it never did.
-        load_seconds: How long that load took.
-        settings: What it was started with then, by field of `ServerConfig`; what is left out was
-            left to the engine.
-    """
-
-    favourite: bool = False
+    favourite: bool = False  # whether the user marked it
+    # When it last became ready, in seconds since the epoch; None when it never did.
     last_used: float | None = None
-    load_seconds: float | None = None
+    load_seconds: float | None = None  # how long that load took
+    # What it was started with then, by field of `ServerConfig`; what is left out was left to the
+    # engine.
     settings: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -94,15 +94,10 @@ class StoreKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A folder with models.
+    """A folder with models."""
 
-    Attributes:
-        path: The folder.
-        kind: Whose it is.
-    """
-
-    path: Path
-    kind: StoreKind = StoreKind.FOLDER
+    path: Path  # the folder
+    kind: StoreKind = StoreKind.FOLDER  # whose it is
 
 
 _VARIABLES = ("HF_HUB_CACHE", "HF_HOME", "LLAMA_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME")

@@ -20,17 +20,11 @@ _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # a long answer on a slow machine 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The address and key of a server.
+    """The address and key of a server."""
 
-    Attributes:
-        endpoint: Its address.
-        api_key: What it asks for, or None when it asks for nothing.
-        model: The model to ask, where it may be any server of OpenAI's protocol; None for a
-            llama-server.
-    """
-
-    endpoint: str
-    api_key: SecretStr | None
+    endpoint: str  # its address
+    api_key: SecretStr | None  # what it asks for, or None when it asks for nothing
+    # The model to ask, where it may be any server of OpenAI's protocol; None for a llama-server.
     model: str | None = None
 
     @property

@@ -18,36 +18,22 @@ _NO_KEY = "none"  # clients insist on a key, also for a server that asks for non
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A running server, as other programs see it.
+    """A running server, as other programs see it."""
 
-    Attributes:
-        base_url: The base URL for OpenAI clients.
-        model: The name that it serves its model by.
-        profile: Its profile.
-        asks_key: Whether it requires a key.
-    """
-
-    base_url: str
-    model: str
-    profile: str
-    asks_key: bool
+    base_url: str  # the base URL for OpenAI clients
+    model: str  # the name that it serves its model by
+    profile: str  # its profile
+    asks_key: bool  # whether it requires a key
 
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """Code that lets another program use a server.
+    """Code that lets another program use a server."""
 
-    Attributes:
-        title: The program.
-        install: Its packages, as words for `pip install`; empty where it needs none.
-        python: The template of its Python code; empty where the program is a command.
-        shell: The template of its shell lines; empty where the program is a library.
-    """
-
-    title: str
-    install: str = ""
-    python: str = ""
-    shell: str = ""
+    title: str  # the program
+    install: str = ""  # its packages, as words for `pip install`; empty where it needs none
+    python: str = ""  # the template of its Python code; empty where the program is a command
+    shell: str = ""  # the template of its shell lines; empty where the program is a library
 
     def in_terminal(self, served: Served, key_command: Sequence[str]) -> str:
         """Return shell lines or, where there are none, Python code for any interpreter.

@@ -95,17 +95,11 @@ def _hidden(line: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SavedEnv:
-    """The keys written to a `.env` file.
-
-    Attributes:
-        path: The file.
-        keys: The keys whose values have changed; none when nothing was written.
-        backup: The previous file; None when there was none or nothing was written.
-    """
+    """The keys written to a `.env` file."""
 
     path: Path
-    keys: tuple[str, ...]
-    backup: Path | None
+    keys: tuple[str, ...]  # the keys whose values have changed; none when nothing was written
+    backup: Path | None  # the previous file; None when there was none or nothing was written
 
     @property
     def sentence(self) -> str:

@@ -18,23 +18,15 @@ _IN_MODELS = ("model", "mmproj", "draft_model")
 
 
 class Places(BaseModel):
-    """The folders and files of a machine that its own `.env`, or else a default, names.
-
-    Attributes:
-        home: The user's home folder.
-        models_dir: The models folder.
-        log_dir: The folder for logs and records.
-        history: The history of loads.
-        binary: The llama-server program; None for the one that is found.
-    """
+    """The folders and files of a machine that its own `.env`, or else a default, names."""
 
     model_config = ConfigDict(frozen=True)
 
     home: Path
     models_dir: Path
-    log_dir: Path
+    log_dir: Path  # the folder for logs and records
     history: Path
-    binary: Path | None = None
+    binary: Path | None = None  # the llama-server program; None for the one that is found
 
     @classmethod
     def of_this_machine(cls, profile: str) -> Self:

@@ -164,14 +164,10 @@ class OnKernelExit(StrEnum):
 
 
 class Env(NamedTuple):
-    """The form of a field in `.env`.
+    """The form of a field in `.env`."""
 
-    Attributes:
-        expected: What to write there, in words; it ends every complaint about the value.
-        suffix: What follows `LLAMACPP_` or `LLAMACPP_<PROFILE>_`; the field's name if not given.
-    """
-
-    expected: str
+    expected: str  # what to write there, in words; it ends every complaint about the value
+    # What follows `LLAMACPP_` or `LLAMACPP_<PROFILE>_`; the field's name if not given.
     suffix: str = ""
 
 

@@ -31,20 +31,13 @@ _DEVICE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device with its memory, such as a GPU, or a machine that serves as one.
+    """A device with its memory, such as a GPU, or a machine that serves as one."""
 
-    Attributes:
-        name: What the engine calls it, e.g. `Vulkan0`.
-        about: What it is, e.g. `AMD Radeon RX 7900 XTX`; where another machine is meant, its
-            address.
-        free: Bytes of its memory that are free.
-        total: Bytes in all.
-    """
-
-    name: str
+    name: str  # what the engine calls it, e.g. `Vulkan0`
+    # What it is, e.g. `AMD Radeon RX 7900 XTX`; where another machine is meant, its address.
     about: str
-    free: int
-    total: int
+    free: int  # bytes of its memory that are free
+    total: int  # bytes in all
 
     def __str__(self) -> str:
         return f"{self.name} ({self.about})"

@@ -46,32 +46,24 @@ _REMOVED = "the argument has been removed"  # it is listed, and ends the program
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option, under all its names.
+    """One option, under all its names."""
 
-    Attributes:
-        flags: Every spelling, long and short, including the negative ones (`--no-jinja`).
-        values: How many words follow the flag, 0 for a switch. Builds of early 2024 leave the
-            value of `--host` and `--n-predict` out, so 0 is a hint rather than a proof.
-        choices: The words allowed as its value, where `--help` lists them, as in `[on|off|auto]`.
-            `--spec-type` takes several of its own, with commas.
-    """
-
+    # Every spelling, long and short, including the negative ones (`--no-jinja`).
     flags: tuple[str, ...]
+    # How many words follow the flag, 0 for a switch. Builds of early 2024 leave the value of
+    # `--host` and `--n-predict` out, so 0 is a hint rather than a proof.
     values: int
+    # The words allowed as its value, where `--help` lists them, as in `[on|off|auto]`.
+    # `--spec-type` takes several of its own, with commas.
     choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """All options of a build.
+    """All options of a build."""
 
-    Attributes:
-        options: What its `--help` lists.
-        traces: Whether verbosity 4 adds some lines for each request; in other builds it adds
-            hundreds.
-    """
-
-    options: tuple[Option, ...]
+    options: tuple[Option, ...]  # what its `--help` lists
+    # Whether verbosity 4 adds some lines for each request; in other builds it adds hundreds.
     traces: bool = False
 
     @cached_property
@@ -137,35 +129,21 @@ class EngineKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A program that serves models.
+    """A program that serves models."""
 
-    Attributes:
-        kind: A llama-server of its own, or the one inside the `xllamacpp` wheel.
-        command: The words that start it; its flags follow.
-        version: What it calls itself, e.g. `11434 (abc123)`.
-        dialect: The flags that it knows.
-    """
-
-    kind: EngineKind
-    command: tuple[str, ...]
-    version: str
-    dialect: Dialect
+    kind: EngineKind  # a llama-server of its own, or the one inside the `xllamacpp` wheel
+    command: tuple[str, ...]  # the words that start it; its flags follow
+    version: str  # what it calls itself, e.g. `11434 (abc123)`
+    dialect: Dialect  # the flags that it knows
 
 
 class _Candidate(NamedTuple):
-    """A program not yet asked.
+    """A program not yet asked."""
 
-    Attributes:
-        kind: Where it comes from.
-        command: The words that start it.
-        stamp: Another one once the program may print something else.
-        is_lasting: Whether the stamp covers all that the program is, also in other processes.
-    """
-
-    kind: EngineKind
-    command: tuple[str, ...]
-    stamp: str
-    is_lasting: bool
+    kind: EngineKind  # where it comes from
+    command: tuple[str, ...]  # the words that start it
+    stamp: str  # another one once the program may print something else
+    is_lasting: bool  # whether the stamp covers all that the program is, also in other processes
 
 
 _engines: dict[_Candidate, Engine] = {}

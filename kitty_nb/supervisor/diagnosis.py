@@ -43,43 +43,28 @@ def read_signatures() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The meaning of an ending: a row of a table.
+    """The meaning of an ending: a row of a table."""
 
-    Attributes:
-        cause: A sentence; names in braces stand for what the patterns found.
-        remedy: What to do, in a sentence.
-        repeats: Whether the next start would end the same way.
-        of_port: Whether another program may have the server's port.
-        patterns: What lines of a log that prove it look like.
-    """
-
-    cause: str
-    remedy: str
-    repeats: bool = False
-    of_port: bool = False
-    patterns: tuple[str, ...] = ()
+    cause: str  # a sentence; names in braces stand for what the patterns found
+    remedy: str  # what to do, in a sentence
+    repeats: bool = False  # whether the next start would end the same way
+    of_port: bool = False  # whether another program may have the server's port
+    patterns: tuple[str, ...] = ()  # what lines of a log that prove it look like
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The cause of a server's exit, and the remedy. As text, all of it in one line.
+    """The cause of a server's exit, and the remedy. As text, all of it in one line."""
 
-    Attributes:
-        ending: How it ended, e.g. `ended with exit code 1` or `was killed by SIGKILL`.
-        cause: What that means, in a sentence.
-        remedy: What to do, in a sentence.
-        evidence: The lines of the log that prove it, without the engine's clock; at most 5.
-        repeats: Whether starting again would end the same way: a bad file or flag, yes; a crash,
-            a kill, a lack of memory or an unknown ending, no.
-        of_port: Whether another program may have its port, which the log does not name.
-    """
-
-    ending: str
-    cause: str
-    remedy: str
+    ending: str  # how it ended, e.g. `ended with exit code 1` or `was killed by SIGKILL`
+    cause: str  # what that means, in a sentence
+    remedy: str  # what to do, in a sentence
+    # The lines of the log that prove it, without the engine's clock; at most 5.
     evidence: tuple[str, ...]
+    # Whether starting again would end the same way: a bad file or flag, yes; a crash, a kill, a
+    # lack of memory or an unknown ending, no.
     repeats: bool
-    of_port: bool = False
+    of_port: bool = False  # whether another program may have its port, which the log does not name
 
     def __str__(self) -> str:
         proof = f": {_sentence(self.evidence[0])}" if self.evidence else "."

@@ -266,14 +266,10 @@ def _gpu(nvml: Any, handle: Any, pids: set[int]) -> MemoryPool:
 
 
 class Running(NamedTuple):
-    """The server that exits before another starts, if there is one.
+    """The server that exits before another starts, if there is one."""
 
-    Attributes:
-        pid: Its process.
-        config: What it was started with; None where somebody else has started it.
-    """
-
-    pid: int | None = None
+    pid: int | None = None  # its process
+    # What it was started with; None where somebody else has started it.
     config: ServerConfig | None = None
 
 

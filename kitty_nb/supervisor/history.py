@@ -98,28 +98,17 @@ def _resident_share(file: int, size: int, windows: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoadFacts:
-    """A load, before it begins.
+    """A load, before it begins."""
 
-    Attributes:
-        path: The model's file; of a split model the first.
-        size: Bytes of all its files, a projector for images included.
-        mtime_ns: When the first file was last changed, in nanoseconds since the epoch.
-        digest: Hash of the first file's beginning.
-        engine: The engine's kind; empty while it is not known.
-        version: The engine's version; empty while it is not known.
-        host: The machine.
-        settings: Those that make a load longer or shorter, as one comparable text.
-        cached: Share of the bytes that are in the page cache, or None where it cannot be told.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-    digest: str
-    engine: str
-    version: str
+    path: str  # the model's file; of a split model the first
+    size: int  # bytes of all its files, a projector for images included
+    mtime_ns: int  # when the first file was last changed, in nanoseconds since the epoch
+    digest: str  # hash of the first file's beginning
+    engine: str  # the engine's kind; empty while it is not known
+    version: str  # the engine's version; empty while it is not known
     host: str
-    settings: str
+    settings: str  # those that make a load longer or shorter, as one comparable text
+    # Share of the bytes that are in the page cache, or None where it cannot be told.
     cached: float | None
 
 
@@ -193,23 +182,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadRecord(LoadFacts):
-    """A load that has ended.
+    """A load that has ended."""
 
-    Attributes:
-        starting: Seconds from its process to its first sign of loading.
-        loading: Seconds that it read weights for.
-        preparing: Seconds from the last weight to ready.
-        loaded: Bytes that were seen to come in.
-        outcome: How it ended; seconds of stages not reached are 0.
-        at: When, in seconds since the epoch.
-    """
-
-    starting: float
-    loading: float
-    preparing: float
-    loaded: int
-    outcome: str
-    at: float
+    starting: float  # seconds from its process to its first sign of loading
+    loading: float  # seconds that it read weights for
+    preparing: float  # seconds from the last weight to ready
+    loaded: int  # bytes that were seen to come in
+    outcome: str  # how it ended; seconds of stages not reached are 0
+    at: float  # when, in seconds since the epoch
 
 
 _ROWS_KEPT = 10_000

@@ -39,39 +39,26 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class KeptPrompt(BaseModel):
-    """What is known of a prompt on disk.
-
-    Attributes:
-        key: The name of its files, without an ending.
-        name: The name that a program gave it; empty for one kept by itself.
-        profile: The profile whose server held it.
-        model: The model's name, for people.
-        slot: The slot that held it.
-        tokens: Its length.
-        size: Bytes of its state.
-        checksum: Of its state.
-        source: Digest of the text that it was made of; empty for one kept by itself.
-        request: Digest of the process and the request that made it: of several programs that watch
-            a server, one keeps it.
-        facts: What it depends on, by the name for people, each as a digest.
-        at: When it was saved, in seconds since the epoch.
-        reading: Seconds that reading it took, or would take; None where that is not known.
-    """
+    """What is known of a prompt on disk."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    key: str
-    name: str = ""
-    profile: str
-    model: str
-    slot: _Count
-    tokens: _Count
-    size: _Count = 0
-    checksum: _Count = 0
-    source: str = ""
+    key: str  # the name of its files, without an ending
+    name: str = ""  # the name that a program gave it; empty for one kept by itself
+    profile: str  # the profile whose server held it
+    model: str  # the model's name, for people
+    slot: _Count  # the slot that held it
+    tokens: _Count  # its length
+    size: _Count = 0  # bytes of its state
+    checksum: _Count = 0  # of its state
+    source: str = ""  # digest of the text that it was made of; empty for one kept by itself
+    # Digest of the process and the request that made it: of several programs that watch a server,
+    # one keeps it.
     request: str = ""
-    facts: dict[str, str]
+    facts: dict[str, str]  # what it depends on, by the name for people, each as a digest
+    # When it was saved, in seconds since the epoch.
     at: Annotated[float, Field(ge=0, lt=1 << 33)] = 0.0
+    # Seconds that reading it took, or would take; None where that is not known.
     reading: NonNegativeFloat | None = None
 
     def changed(self, facts: Mapping[str, str]) -> list[str]:
@@ -118,15 +105,10 @@ def _stamp(file: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class PromptStore:
-    """A folder of prompts. Its methods block.
+    """A folder of prompts. Its methods block."""
 
-    Attributes:
-        folder: The folder; only its owner may look into it.
-        budget: The most bytes that they may take together.
-    """
-
-    folder: Path
-    budget: float
+    folder: Path  # the folder; only its owner may look into it
+    budget: float  # the most bytes that they may take together
 
     @classmethod
     def of(cls, config: ServerConfig) -> Self:

@@ -134,23 +134,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """Stimulus: the process has exited, or its launch was cancelled.
+    """Stimulus: the process has exited, or its launch was cancelled."""
 
-    Attributes:
-        generation: Which process it was.
-        reason: Why, in a sentence to show.
-        at: When, in seconds of the monotonic clock.
-        repeats: Whether starting it again would end the same way.
-        asked: Whether somebody else has stopped it on purpose.
-        broken: Whether kitty_nb itself failed to supervise it.
-    """
-
-    generation: int
-    reason: str
-    at: float
-    repeats: bool = False
-    asked: bool = False
-    broken: bool = False
+    generation: int  # which process it was
+    reason: str  # why, in a sentence to show
+    at: float  # when, in seconds of the monotonic clock
+    repeats: bool = False  # whether starting it again would end the same way
+    asked: bool = False  # whether somebody else has stopped it on purpose
+    broken: bool = False  # whether kitty_nb itself failed to supervise it
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,21 +157,14 @@ Stimulus = StartAsked | StopAsked | Found | Report
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle(ServerState):
-    """The state of a server: the snapshot that is shown, and what decides how it goes on.
+    """The state of a server: the snapshot that is shown, and what decides how it goes on."""
 
-    Attributes:
-        generation: The present process, or the last one.
-        issued: The highest generation ever handed out; none is given twice.
-        pending: What to start once the present process has ended.
-        served: Whether a process of this wish was ever ready; only then are crashes retried.
-        crashes: How many crashes in a row were retried.
-    """
-
-    generation: int = 0
-    issued: int = 0
-    pending: Begin | None = None
+    generation: int = 0  # the present process, or the last one
+    issued: int = 0  # the highest generation ever handed out; none is given twice
+    pending: Begin | None = None  # what to start once the present process has ended
+    # Whether a process of this wish was ever ready; only then are crashes retried.
     served: bool = False
-    crashes: int = 0
+    crashes: int = 0  # how many crashes in a row were retried
 
     @property
     def latest(self) -> int:

@@ -22,20 +22,14 @@ class Basis(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadEstimate:
-    """The seconds that each stage of a load will take.
+    """The seconds that each stage of a load will take."""
 
-    Attributes:
-        basis: What it rests on. With NOTHING it is a rule of thumb that gives the bar its shape,
-            and no number to show.
-        starting: From its process to its first sign of loading.
-        loading: Until the last weight is there.
-        preparing: Until it is ready.
-    """
-
+    # What it rests on. With NOTHING it is a rule of thumb that gives the bar its shape, and no
+    # number to show.
     basis: Basis
-    starting: float
-    loading: float
-    preparing: float
+    starting: float  # from its process to its first sign of loading
+    loading: float  # until the last weight is there
+    preparing: float  # until it is ready
 
     @property
     def total(self) -> float:
@@ -96,22 +90,15 @@ class LoadMeter:
     Bytes are what the process has in memory or has read since it began to load, or what the server
     says itself, whichever is more and at its highest: a GPU build's memory falls again once the
     weights are copied.
-
-    Attributes:
-        total: Bytes of the model, all files; 0 where they tell nothing, and the clock alone does.
-        header: Bytes of the files that are no weights.
-        expected: How long the stages should take.
-        stage: The stage reached.
-        moved_at: When it last showed life, in seconds after the start.
-        loaded: Bytes seen to come in.
     """
 
+    # Bytes of the model, all files; 0 where they tell nothing, and the clock alone does.
     total: int = 0
-    header: int = 0
-    expected: LoadEstimate = _UNKNOWN
-    stage: Stage = Stage.STARTING
-    moved_at: float = 0.0
-    loaded: int = 0
+    header: int = 0  # bytes of the files that are no weights
+    expected: LoadEstimate = _UNKNOWN  # how long the stages should take
+    stage: Stage = Stage.STARTING  # the stage reached
+    moved_at: float = 0.0  # when it last showed life, in seconds after the start
+    loaded: int = 0  # bytes seen to come in
     _began: dict[Stage, float] = field(default_factory=dict)
     _flowing: float | None = None
     _measured: float = 0.0

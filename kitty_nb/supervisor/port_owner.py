@@ -36,33 +36,22 @@ _ANY = {"0.0.0.0", "::"}  # the latter takes IPv4 too, unless told not to
 
 @dataclass(frozen=True, slots=True)
 class PortOwner:
-    """The process that listens on a port.
-
-    Attributes:
-        port: The port.
-        pid: Its process id.
-        name: What the system calls its program.
-        engine: Which kind of llama-server it is; None for anything else.
-        model: The file name of the model that a llama-server was started with.
-        alias: The name under which it serves that model.
-        models: What it can load, by name, where it is a router that was asked; None for others.
-        sleeps: Whether it frees an idle model by itself, and would be kept awake by many questions.
-        unspoken: The flag for which kitty_nb cannot talk to it, such as one for TLS.
-        user: Whose process it is; None where it is this user's own.
-        task: What it was started for.
-    """
+    """The process that listens on a port."""
 
     port: int
     pid: int
-    name: str
-    engine: EngineKind | None = None
-    model: str | None = None
-    alias: str | None = None
+    name: str  # what the system calls its program
+    engine: EngineKind | None = None  # which kind of llama-server it is; None for anything else
+    model: str | None = None  # the file name of the model that a llama-server was started with
+    alias: str | None = None  # the name under which it serves that model
+    # What it can load, by name, where it is a router that was asked; None for others.
     models: tuple[str, ...] | None = None
+    # Whether it frees an idle model by itself, and would be kept awake by many questions.
     sleeps: bool = False
+    # The flag for which kitty_nb cannot talk to it, such as one for TLS.
     unspoken: str | None = None
-    user: str | None = None
-    task: Task = Task.CHAT
+    user: str | None = None  # whose process it is; None where it is this user's own
+    task: Task = Task.CHAT  # what it was started for
 
     @property
     def attachable(self) -> bool:

@@ -36,19 +36,15 @@ _START_TICKS = 19  # the place of starttime behind the name in /proc/pid/stat; p
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The signs that a server's processes show of its load so far.
+    """The signs that a server's processes show of its load so far."""
 
-    Attributes:
-        resident: Bytes of mapped files resident now, as weights are once they are touched; of all
-            memory where the system does not tell (macOS).
-        read: Bytes read through system calls or from disk, whichever is more; 0 where the system
-            does not tell (macOS).
-        processor: Seconds of processor time.
-    """
-
+    # Bytes of mapped files resident now, as weights are once they are touched; of all memory where
+    # the system does not tell (macOS).
     resident: int
+    # Bytes read through system calls or from disk, whichever is more; 0 where the system does not
+    # tell (macOS).
     read: int
-    processor: float = 0.0
+    processor: float = 0.0  # seconds of processor time
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(

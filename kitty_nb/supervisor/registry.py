@@ -43,36 +43,26 @@ def this_boot() -> str:
 
 
 class ServerRecord(BaseModel):
-    """A server that was started for a profile.
-
-    Attributes:
-        pid: Its process; 0 while it is only announced, as it is about to be spawned.
-        create_time: When that process began; see `ServerProcess`.
-        boot: Which run of the system it belongs to, where the system tells.
-        began: When its start was asked for, in seconds of the monotonic clock, which all
-            processes of one boot share and nobody can set.
-        ready: When it became ready, likewise; None before.
-        load_seconds: What the load took; None before it was ready.
-        api_key: What it asks its clients for; None when it asks for nothing.
-        idle_seconds: How long it may be unused before its sidecar ends it; 0 is for ever.
-        devices: What it can put the model on beside the processor; None while nobody has asked.
-        prompts: What its kept prompts depend on; None where it keeps none.
-        config: What it was started with.
-    """
+    """A server that was started for a profile."""
 
     model_config = ConfigDict(frozen=True)
 
-    pid: int = 0
-    create_time: float = 0.0
+    pid: int = 0  # its process; 0 while it is only announced, as it is about to be spawned
+    create_time: float = 0.0  # when that process began; see `ServerProcess`
+    # Which run of the system it belongs to, where the system tells.
     boot: str = Field(default_factory=this_boot)
+    # When its start was asked for, in seconds of the monotonic clock, which all processes of one
+    # boot share and nobody can set.
     began: float
-    ready: float | None = None
-    load_seconds: float | None = None
-    api_key: Secret | None = None
-    idle_seconds: int = 0
+    ready: float | None = None  # when it became ready, likewise; None before
+    load_seconds: float | None = None  # what the load took; None before it was ready
+    api_key: Secret | None = None  # what it asks its clients for; None when it asks for nothing
+    idle_seconds: int = 0  # how long it may be unused before its sidecar ends it; 0 is for ever
+    # What it can put the model on beside the processor; None while nobody has asked.
     devices: tuple[str, ...] | None = None
+    # What its kept prompts depend on; None where it keeps none.
     prompts: dict[str, str] | None = None
-    config: ServerConfig
+    config: ServerConfig  # what it was started with
 
     def names(self, process: ServerProcess) -> bool:
         """Tell whether it is the record of this process."""

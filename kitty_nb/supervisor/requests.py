@@ -57,72 +57,44 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a slot holds after a request.
+    """What a slot holds after a request."""
 
-    Attributes:
-        task: The number of the request.
-        tokens: Those of its prompt and answer.
-        cached: How many of them were there before; None where the log does not say.
-        extends: Whether the request went on where the slot's contents ended, as far as known.
-    """
-
-    task: int
-    tokens: int
-    cached: int | None = None
+    task: int  # the number of the request
+    tokens: int  # those of its prompt and answer
+    cached: int | None = None  # how many of them were there before; None where the log does not say
+    # Whether the request went on where the slot's contents ended, as far as known.
     extends: bool = False
 
 
 @dataclass(slots=True)
 class ActiveRequest:
-    """A request that the server still works on; times are in seconds of one clock.
+    """A request that the server still works on; times are in seconds of one clock."""
 
-    Attributes:
-        began: When work on it began.
-        read_at: When so much of its prompt was read as is now.
-        prompt: Tokens of its whole prompt, once known.
-        cached: How many of them came from the cache.
-        read: How many of them have been read, with the cached ones.
-        decoded: Tokens of the answer.
-        pace: Tokens a second in the last batch of the prompt; None before the first.
-        load: Processor seconds a second in that batch.
-        spent: Processor seconds that the server had used at `read_at`.
-        rest: Tokens that were left when all but the last few were read.
-        shown: How many tokens were last told to be read.
-        batch: Where the batch that is being read ends, in tokens of the prompt, where slots tell.
-        limit: The most tokens that the answer may have, where slots tell.
-        begun: How many of the answer's tokens slots told first, and when.
-        reading: Seconds that reading the prompt took.
-        computed: Tokens of the prompt that were read, without the cached ones.
-        speed: Tokens of the answer a second.
-        seconds: Seconds that it took.
-        accepted: The share of drafted tokens that were accepted.
-        cancelled: Whether its client has gone.
-        error: What the server says went wrong.
-        extends: Whether it goes on where the slot's contents end.
-    """
-
-    began: float
-    read_at: float
-    prompt: int | None = None
-    cached: int | None = None
-    read: int = 0
+    began: float  # when work on it began
+    read_at: float  # when so much of its prompt was read as is now
+    prompt: int | None = None  # tokens of its whole prompt, once known
+    cached: int | None = None  # how many of them came from the cache
+    read: int = 0  # how many of them have been read, with the cached ones
+    # Tokens a second in the last batch of the prompt; None before the first.
     pace: float | None = None
-    load: float = 0.0
-    spent: float = 0.0
-    rest: int = 0
-    shown: int = 0
-    decoded: int | None = None
+    load: float = 0.0  # processor seconds a second in that batch
+    spent: float = 0.0  # processor seconds that the server had used at `read_at`
+    rest: int = 0  # tokens that were left when all but the last few were read
+    shown: int = 0  # how many tokens were last told to be read
+    decoded: int | None = None  # tokens of the answer
+    # Where the batch that is being read ends, in tokens of the prompt, where slots tell.
     batch: int | None = None
-    limit: int | None = None
+    limit: int | None = None  # the most tokens that the answer may have, where slots tell
+    # How many of the answer's tokens slots told first, and when.
     begun: tuple[int, float] | None = None
-    reading: float | None = None
-    computed: int | None = None
-    speed: float | None = None
-    seconds: float | None = None
-    accepted: float | None = None
-    cancelled: bool = False
-    error: str = ""
-    extends: bool = False
+    reading: float | None = None  # seconds that reading the prompt took
+    computed: int | None = None  # tokens of the prompt that were read, without the cached ones
+    speed: float | None = None  # tokens of the answer a second
+    seconds: float | None = None  # seconds that it took
+    accepted: float | None = None  # the share of drafted tokens that were accepted
+    cancelled: bool = False  # whether its client has gone
+    error: str = ""  # what the server says went wrong
+    extends: bool = False  # whether it goes on where the slot's contents end
 
     def advance(self, read: int, at: float, spent: float) -> None:
         """Note that a batch is read, and the processor seconds that the server has used so far."""

@@ -67,23 +67,14 @@ def withdraw(record: Path) -> None:
 
 
 class SidecarArgs(NamedTuple):
-    """The sidecar's command line.
+    """The sidecar's command line."""
 
-    Attributes:
-        record: The server's record, to be withdrawn before the server is ended.
-        log: The server's log.
-        log_bytes: The size from which the log is rotated.
-        logs_kept: The number of rotated logs that are kept.
-        grace: Seconds from asking the server to end until it is killed.
-        mark: What the server's environment holds; empty where the server outlives its kernel.
-    """
-
-    record: str
-    log: str
-    log_bytes: str
-    logs_kept: str
-    grace: str
-    mark: str
+    record: str  # the server's record, to be withdrawn before the server is ended
+    log: str  # the server's log
+    log_bytes: str  # the size from which the log is rotated
+    logs_kept: str  # the number of rotated logs that are kept
+    grace: str  # seconds from asking the server to end until it is killed
+    mark: str  # what the server's environment holds; empty where the server outlives its kernel
 
 
 class Sidecar:

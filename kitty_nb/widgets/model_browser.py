@@ -32,37 +32,22 @@ if TYPE_CHECKING:
 
 
 class Row(TypedDict):
-    """One model in the table; everything is text for people but `used`.
+    """One model in the table; everything is text for people but `used`."""
 
-    Attributes:
-        id: The page's name for it.
-        family: The base model; empty for a model that is alone in its family.
-        name: The name that people know.
-        store: The program whose folder it is in; empty in the models folder.
-        quantization: The way in which its weights are stored.
-        size: The size of all its files.
-        context: The tokens that it was trained for.
-        used: When it was last ready, in seconds since the epoch, for the page's own clock.
-        load: The time that this load took.
-        favourite: Whether it is marked.
-        state: Why it cannot be started, in a word or two.
-        problem: The same as a sentence.
-        words: The text that the filter looks through, in small letters.
-    """
-
-    id: int
-    family: str
-    name: str
-    store: str
-    quantization: str
-    size: str
-    context: str
+    id: int  # the page's name for it
+    family: str  # the base model; empty for a model that is alone in its family
+    name: str  # the name that people know
+    store: str  # the program whose folder it is in; empty in the models folder
+    quantization: str  # the way in which its weights are stored
+    size: str  # the size of all its files
+    context: str  # the tokens that it was trained for
+    # When it was last ready, in seconds since the epoch, for the page's own clock.
     used: float | None
-    load: str
-    favourite: bool
-    state: str
-    problem: str
-    words: str
+    load: str  # the time that this load took
+    favourite: bool  # whether it is marked
+    state: str  # why it cannot be started, in a word or two
+    problem: str  # the same as a sentence
+    words: str  # the text that the filter looks through, in small letters
 
 
 def table_rows(

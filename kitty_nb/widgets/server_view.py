@@ -162,19 +162,12 @@ class LoadBar(Meter):
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The actions that make sense.
+    """The actions that make sense."""
 
-    Attributes:
-        start: A server can be started, or another one in its place.
-        stop: There is something to stop.
-        restart: There is a reason to restart.
-        switch: Starting means replacing the server that runs.
-    """
-
-    start: bool
-    stop: bool
-    restart: bool
-    switch: bool
+    start: bool  # a server can be started, or another one in its place
+    stop: bool  # there is something to stop
+    restart: bool  # there is a reason to restart
+    switch: bool  # starting means replacing the server that runs
 
 
 def choices(

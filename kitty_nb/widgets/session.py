@@ -135,14 +135,10 @@ class ActionRunner:
         run: Runs a coroutine function on an event loop, which waits for the ends.
         show_problem: Called on any thread with what went wrong, and with None at each click.
         remedy: How to insist on a start that will not fit, as a sentence.
-
-    Attributes:
-        refusal: Why the latest start was refused, where `insist` starts it anyway.
-        insist: Does the same again.
     """
 
-    refusal: str | None = None
-    insist: Callable[[], None]
+    refusal: str | None = None  # why the latest start was refused, where `insist` starts it anyway
+    insist: Callable[[], None]  # does the same again
 
     def __init__(
         self,

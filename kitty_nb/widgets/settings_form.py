@@ -142,12 +142,9 @@ class MemoryLine(Line):
         manager: It works the figures out, and calls back on its own thread.
         wanted: Returns the settings that a start would use; where it raises a `KittyError`, there
             is nothing to show.
-
-    Attributes:
-        preview: What is shown; None while nothing is.
     """
 
-    preview: MemoryPreview | None = None
+    preview: MemoryPreview | None = None  # what is shown; None while nothing is
 
     def __init__(self, manager: ModelManager, wanted: Callable[[], ServerConfig]) -> None:
         super().__init__("kitty-memory")

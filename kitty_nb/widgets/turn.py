@@ -19,34 +19,22 @@ _CUT_SHORT = (
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a question, as data URLs.
+    """A picture of a question, as data URLs."""
 
-    Attributes:
-        url: What the model sees.
-        thumbnail: What a page that opens later shows; empty for none.
-    """
-
-    url: str
-    thumbnail: str = ""
+    url: str  # what the model sees
+    thumbnail: str = ""  # what a page that opens later shows; empty for none
 
 
 @dataclass(eq=False)
 class Turn:
-    """A question and its answer. It is written on the manager's thread while that comes.
+    """A question and its answer. It is written on the manager's thread while that comes."""
 
-    Attributes:
-        question: What the user asks.
-        pictures: What the user asks about.
-        progress: How much of the prompt the server has read, where it tells.
-        problem: What went wrong, in a sentence.
-        ended: Whether there is no more to come.
-    """
-
-    question: str
-    pictures: tuple[Picture, ...] = ()
+    question: str  # what the user asks
+    pictures: tuple[Picture, ...] = ()  # what the user asks about
+    # How much of the prompt the server has read, where it tells.
     progress: PromptProgress | None = None
-    problem: str = ""
-    ended: bool = False
+    problem: str = ""  # what went wrong, in a sentence
+    ended: bool = False  # whether there is no more to come
     _pieces: list[Piece] = field(default_factory=list)
     _sent: int = 0  # pieces
     _asked_at: float = field(default_factory=time.monotonic)
