@@ -17,8 +17,7 @@ from kitty_nb.client.access import Access, Connections
 from kitty_nb.client.conversation import Form, as_messages, chat_request, converse
 from kitty_nb.config import OnKernelExit, ServerConfig, Task
 from kitty_nb.errors import KittyError, OutOfReachError
-from kitty_nb.operation import Chat, Operation, Pieces
-from kitty_nb.pinned import Pinned
+from kitty_nb.operation import Chat, Operation, Pieces, Pinned
 from kitty_nb.remote.supervisor import RemoteSupervisor
 from kitty_nb.supervisor.events import (
     Event,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import nest_asyncio2
 
+from kitty_nb.client.conversation import as_messages
 from kitty_nb.errors import WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
     from kitty_nb.client import Piece
+    from kitty_nb.client.conversation import Messages
     from kitty_nb.supervisor.events import LoadProgress
+    from kitty_nb.supervisor.prompt_keeper import Pin
 
 T = TypeVar("T")
 
@@ -147,3 +150,47 @@ class Chat(Operation[T]):
             await self
         finally:
             self.cancel()
+
+
+class Pinned:
+    """A text that questions are about: `with manager.pinned("manual.txt", text) as manual:`.
+
+    Entering the block, or awaiting it, waits until the server has read the text, or has restored
+    what it read in an earlier kernel. It stays on disk afterwards.
+
+    Attributes:
+        messages: What conversations about the text begin with.
+    """
+
+    def __init__(
+        self, text: str, operation: Operation[Pin], chat: Callable[..., Chat[Any]]
+    ) -> None:
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": text}]
+        self._operation, self._chat = operation, chat
+
+    def __enter__(self) -> Self:
+        self._operation.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        yield from self._operation.__await__()
+        return self
+
+    def __repr__(self) -> str:
+        return f"Pinned(done={self._operation.done})"
+
+    @property
+    def pin(self) -> Pin:
+        """Its length, and the time it took; waits for it.
+
+        Raises:
+            KittyError: The server is not ready, keeps no prompts, or refused the text.
+        """
+        return self._operation.wait()
+
+    def chat(self, messages: Messages, *args: Any, **options: Any) -> Chat[Any]:
+        """Ask about the text, as `ModelManager.chat` does without it."""
+        return self._chat([*self.messages, *as_messages(messages)], *args, **options)

@@ -26,8 +26,7 @@ ROOMS = {
     "formats": {"errors", "config", "catalog", "engine"},
     "supervisor": {"errors", "safe_files", "tls", "config", "engine", "catalog", "formats"},
     "client": {"errors", "tls", "supervisor.events"},
-    "operation": {"errors", "client", "supervisor.events"},
-    "pinned": {"operation", "supervisor.prompt_keeper"},
+    "operation": {"errors", "client", "supervisor.events", "supervisor.prompt_keeper"},
     "remote": {"errors", "ssh", "ports", "config", "catalog", "supervisor"},
     "manager": {
         "errors",
@@ -38,7 +37,6 @@ ROOMS = {
         "remote",
         "client",
         "operation",
-        "pinned",
     },
     "isolated_server": {"errors", "ports", "config", "engine", "supervisor", "client"},
     "hub": {"errors", "catalog"},

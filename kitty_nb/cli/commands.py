@@ -306,7 +306,7 @@ class _LoadDisplay:
         self._bar.update(
             self._bar.task_ids[0],
             completed=progress.fraction,
-            description=progress.stage.label,
+            description=progress.stage,
             time=f"{progress.elapsed:.0f} s{left}",
             refresh=True,
         )

@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -52,18 +52,13 @@ class ServerStatus(StrEnum):
         return self.idle or self is self.RESTARTING
 
 
-class Stage(Enum):
+class Stage(StrEnum):
     """The stages of a load, in order; the value is the name that is shown."""
 
     STARTING = "starting"
     LOADING = "loading weights"
     PREPARING = "preparing"
     READY = "ready"
-
-    @property
-    def label(self) -> str:
-        """Its name for people."""
-        return self.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,15 +342,17 @@ class HealthProbe:
     async def _post(self, path: str, request: dict[str, Any]) -> httpx.Response:
         while True:
             with suppress(httpx.HTTPError):  # an exit is noticed elsewhere
-                response = await self._client.post(
-                    path,
-                    json=request,
-                    headers=self._key,
-                    timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
-                )
+                response = await self._send(path, request)
                 if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
                     return response
             await anyio.sleep(_ASK_AGAIN)
+
+    async def _send(self, path: str, request: dict[str, Any], **options: Any) -> httpx.Response:
+        """Send a request, and wait for its answer however long that takes."""
+        patience = httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None)
+        return await self._client.post(
+            path, json=request, headers=self._key, timeout=patience, **options
+        )
 
     async def is_router(self) -> bool:
         """Ask whether it serves many models, each by a child of its own."""
@@ -403,13 +405,7 @@ class HealthProbe:
                 asked.set()
 
         try:
-            response = await self._client.post(
-                path,
-                json=request,
-                headers=self._key,
-                timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None),
-                extensions={"trace": trace},
-            )
+            response = await self._send(path, request, extensions={"trace": trace})
             said = response.json()
         except UnicodeEncodeError as error:
             raise not_encodable(error) from None
@@ -517,21 +513,20 @@ class LoadReporter:
 
 def serving_news(before: HealthCheckResult, now: HealthCheckResult) -> tuple[Event, ...]:
     """Return what has changed with a server that was ready."""
+    sentence, level = "", Level.INFO
     if before.status is ServerStatus.READY is not now.status:
+        level = Level.WARNING
         sentence = (
             f"The server is running but not responding ({now.message}): it hangs or is paused."
             " Restart it if it does not recover."
         )
-        return (Activity.now(sentence, Level.WARNING),)
-    if now.status is ServerStatus.READY is not before.status:
-        return (Activity.now("The server is responding again.", Level.SUCCESS),)
-    if before.silent_for < _SILENT <= now.silent_for:
+    elif now.status is ServerStatus.READY is not before.status:
+        sentence, level = "The server is responding again.", Level.SUCCESS
+    elif before.silent_for < _SILENT <= now.silent_for:
         sentence = (
             f"A request has produced no token for {now.silent_for:.0f} s: its prompt is long, or"
             " the device is compiling kernels."
         )
-        return (Activity.now(sentence),)
-    if now.silent_for < _SILENT <= before.silent_for:
+    elif now.silent_for < _SILENT <= before.silent_for:
         sentence = f"The server is answering again after more than {before.silent_for:.0f} s."
-        return (Activity.now(sentence),)
-    return ()
+    return (Activity.now(sentence, level),) if sentence else ()

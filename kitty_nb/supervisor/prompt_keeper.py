@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.to_thread import run_sync
@@ -265,26 +265,17 @@ class PromptKeeper:
         self._written.append(prompt)
         return prompt
 
-    def _describe(
-        self,
-        slot: int,
-        reading: float | None,
-        *,
-        request: str = "",
-        name: str = "",
-        source: str = "",
-    ) -> KeptPrompt:
+    def _describe(self, slot: int, reading: float | None, **known: Any) -> KeptPrompt:
+        """Return a record of what a slot holds, with fields of its own."""
         return KeptPrompt(
             key=self._store.new_key(),
-            name=name,
             profile=self._profile,
             model=self._model,
             slot=slot,
             tokens=0,
-            source=source,
-            request=request,
             facts=self._facts,
             reading=reading,
+            **known,
         )
 
     async def settle(self) -> None:

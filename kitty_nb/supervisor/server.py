@@ -422,7 +422,7 @@ class Server:
         answer = self._health
         hint = f" Last health check: {answer.message}." if answer.latency is not None else ""
         return (
-            f"The load stalled in the stage '{self._meter.stage.label}': for"
+            f"The load stalled in the stage '{self._meter.stage}': for"
             f" {self._config.stall_seconds:.0f} s the server used no CPU time, read nothing, logged"
             f" nothing, and its health checks did not change.{hint} See the end of its log. If it"
             " was only slow, raise LLAMACPP_STALL_SECONDS."

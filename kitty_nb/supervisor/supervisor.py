@@ -44,7 +44,7 @@ from kitty_nb.supervisor.events import (
     Work,
 )
 from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
-from kitty_nb.supervisor.forecast import Forecaster, ModelStats, Running, memory_use
+from kitty_nb.supervisor.forecast import Forecaster, ModelStats, Running
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import find_server
@@ -325,8 +325,7 @@ class Supervisor:
             raise StartCancelledError(_STOPPED)
         self._feed(found)
         generation = self._now.latest
-        await self._until(lambda: self._is_over(generation))
-        return self._outcome(generation)
+        return await self._outcome(generation)
 
     async def check_health(self) -> HealthCheckResult:
         """Ask the server how it is, now."""
@@ -337,8 +336,7 @@ class Supervisor:
 
     async def memory_use(self) -> MemoryUse | None:
         """Measure what the server holds; None without one."""
-        pid = self._now.pid
-        return None if pid is None else await anyio.to_thread.run_sync(memory_use, pid)
+        return await self.stats.memory_use()
 
     async def preview_memory(
         self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
@@ -429,14 +427,13 @@ class Supervisor:
 
         unsubscribe = self.subscribe(relay)
         try:
-            await self._until(lambda: self._is_over(generation))
+            return await self._outcome(generation)
         except anyio.get_cancelled_exc_class():
             if self._now.latest == generation:
                 self._feed(lifecycle.StopAsked())
             raise
         finally:
             unsubscribe()
-        return self._outcome(generation)
 
     async def _use_url(self, config: ServerConfig, wait: bool) -> ServerState:
         """Watch the server at a URL, and wait until it has answered or is known not to.
@@ -450,8 +447,7 @@ class Supervisor:
         generation = self._now.latest
         if not wait:
             return self.state
-        await self._until(lambda: self._is_over(generation))
-        return self._outcome(generation)
+        return await self._outcome(generation)
 
     def _refuse_at_url(self, verb: str, config: ServerConfig | None = None) -> None:
         """Refuse what only whoever started a server can do with it.
@@ -512,7 +508,9 @@ class Supervisor:
         present = self._now.generation == generation
         return (present and over) or self._now.superseded(generation)
 
-    def _outcome(self, generation: int) -> ServerState:
+    async def _outcome(self, generation: int) -> ServerState:
+        """Wait until a start has succeeded, or raise why it has not."""
+        await self._until(lambda: self._is_over(generation))
         now = self._now
         if now.superseded(generation):
             raise StartCancelledError("The start was superseded by a later start, switch or stop.")

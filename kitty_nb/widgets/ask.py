@@ -47,9 +47,9 @@ class _Verbatim(str):
 class Ask(Page):
     """A chat with the ready model.
 
-    The chat is kept here, and travels as messages, new words only, so neither the widget's state
-    nor a saved notebook holds it. Messages number the pieces of an answer: a page that opens later,
-    or misses some, asks for a replay. A later box goes on with the chat of an `earlier` one.
+    The chat is kept here. Messages have new words only, and number the pieces of an answer: a page
+    that opens later, or misses some, asks for a replay. A later box goes on with the chat of an
+    `earlier` one.
     """
 
     _esm: ClassVar[str] = asset("page.js", "clipboard.js", "answer_text.js", "ask.js")

@@ -23,9 +23,8 @@ class Details(Fold):
 
     def __init__(self, on_unfold: Callable[[], object]) -> None:
         self.server, self.model = Line("kitty-server-facts"), Line("kitty-model-facts")
-        super().__init__("Details", self.server, self.model)
+        super().__init__("Details", self.server, self.model, on_unfold=on_unfold)
         self.add_class("kitty-details")
-        self.observe(lambda _: on_unfold(), names="selected_index")
 
     def show(self, state: ServerState, load: LoadProgress | None, model: Model | None) -> None:
         """Show a server, and the model that is chosen."""

@@ -12,7 +12,17 @@ import anyio
 import anyio.to_thread
 import traitlets
 from anywidget import AnyWidget
-from ipywidgets import HTML, Accordion, Button, DOMWidget, HBox, IntProgress, VBox, Widget
+from ipywidgets import (
+    HTML,
+    Accordion,
+    Button,
+    DOMWidget,
+    Dropdown,
+    HBox,
+    IntProgress,
+    VBox,
+    Widget,
+)
 
 from kitty_nb.errors import KittyError
 
@@ -72,7 +82,11 @@ class Meter(HBox):
 
 
 class Page(AnyWidget):
-    """A widget whose page sends messages."""
+    """A widget whose page sends messages.
+
+    What a page shows travels as messages, too, which neither the widget's state nor a saved
+    notebook keeps.
+    """
 
     def __init__(self, css_class: str, **traits: Any) -> None:
         super().__init__(**traits)
@@ -86,14 +100,45 @@ class Page(AnyWidget):
 class Fold(Accordion):
     """A part that is folded away under its name; several of them share a row."""
 
-    def __init__(self, name: str, *parts: Widget) -> None:
+    def __init__(
+        self, name: str, *parts: Widget, on_unfold: Callable[[], object] | None = None
+    ) -> None:
         super().__init__([VBox(parts)], titles=(name,), selected_index=None)
         self.add_class("kitty-fold")
+        if on_unfold:
+            self.observe(lambda _: on_unfold(), names="selected_index")
 
     @property
     def unfolded(self) -> bool:
         """True if somebody can see it."""
         return self.selected_index is not None
+
+
+class Choice(Dropdown):
+    """A list to choose from; `on_choice` hears of what is chosen, not of changes to the list."""
+
+    options: Any
+    value: Any
+
+    def __init__(
+        self, css_class: str, label: tuple[str, str], on_choice: Callable[[Any], object]
+    ) -> None:
+        self._filling = False
+        super().__init__(**labelled(*label))
+        self.add_class(css_class)
+        self.observe(lambda change: self._filling or on_choice(change["new"]), names="value")
+
+    def refill(self, options: Sequence[Any], chosen: object) -> None:
+        """List other options, and choose one of them, or None, as one message to the page."""
+        if (options, chosen) == (self.options, self.value):
+            return
+        self._filling = True
+        try:
+            with self.hold_sync():
+                self.index = None  # else the first of the list would be chosen in between
+                self.options, self.value = options, chosen
+        finally:
+            self._filling = False
 
 
 def button(word: str, icon: str, tip: str = "", style: str = "") -> Button:

@@ -45,8 +45,7 @@ def describe_work(work: Work) -> str:
 class LiveLine(Page):
     """A ready server's work, in words and as a chart; hidden until it does something.
 
-    All of it travels as messages and is kept here for a page that opens later, so neither the
-    widget's state nor a saved notebook grows with it.
+    All of it is kept here for a page that opens later.
 
     Args:
         clock: Seconds.

@@ -126,7 +126,7 @@ _JUDGED_AT_ONCE = 50  # models; reading so many headers takes a second or two
 
 
 class ModelTable(display.Page):
-    """The page of the table; its contents travel as messages."""
+    """The page of the table."""
 
     _esm: ClassVar[str] = display.asset("page.js", "model_table.js")
 
@@ -140,10 +140,7 @@ class ModelTable(display.Page):
 
 
 class ModelBrowser(display.Fold):
-    """A table of the models.
-
-    Its contents are sent while it is unfolded, so neither the widget's state nor a saved notebook
-    grows with them. The manager's loop writes them.
+    """A table of the models. The manager's loop sends its contents while it is unfolded.
 
     Args:
         manager: It knows how models were used, and whether they fit.

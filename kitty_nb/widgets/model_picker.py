@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import anyio
-from ipywidgets import Dropdown, HBox, VBox
+from ipywidgets import HBox, VBox
 
 from kitty_nb.errors import KittyError
 from kitty_nb.widgets import display
@@ -30,30 +30,22 @@ if TYPE_CHECKING:
     Catalog: TypeAlias = ModelCatalog | RemoteCatalog
 
 
-class ModelDropdown(Dropdown):
+class ModelDropdown(display.Choice):
     """A list of models by their labels; its value is the chosen one's path.
 
     Two threads write it: people choose, and the list changes. They take turns.
-
-    Args:
-        on_choice: Called when somebody has chosen another model; not when the list has changed.
 
     Attributes:
         turn: Held while one of them writes.
     """
 
-    options: Any
-    value: Any
-
-    def __init__(self, on_choice: Callable[[], object]) -> None:
+    def __init__(self, on_choice: Callable[[Path], object]) -> None:
         self.turn = threading.RLock()
-        self._filling = False
-        super().__init__(**display.labelled("Model", "Models in the models folder and elsewhere"))
-        self.add_class("kitty-model")
-        self.observe(lambda _change: self._filling or on_choice(), names="value")
+        label = "Model", "Models in the models folder and elsewhere"
+        super().__init__("kitty-model", label, on_choice)
 
     def fill(self, models: Sequence[Model], chosen: Path | None) -> None:
-        """List other models, as one message to the page."""
+        """List other models."""
         seen = Counter(model.label for model in models)
         options = tuple(
             # Models of one name in two folders are told apart by their paths.
@@ -61,16 +53,7 @@ class ModelDropdown(Dropdown):
             for model in models
         )
         with self.turn:
-            if options == self.options and chosen == self.value:
-                return
-            self._filling = True
-            try:
-                with self.hold_sync():
-                    self.index = None  # else the first of the list would be chosen in between
-                    self.options = options
-                    self.value = chosen
-            finally:
-                self._filling = False
+            self.refill(options, chosen)
 
     def set_state(self, sync_data: Any) -> None:
         """Take what a page has chosen."""
@@ -244,8 +227,8 @@ class ModelPicker(VBox):
         if self._models != all_before:
             self.on_list()
 
-    def _note_choice(self) -> None:
-        self._wish = self._choice = self.dropdown.value
+    def _note_choice(self, chosen: Path) -> None:
+        self._wish = self._choice = chosen
         self._on_choice()
 
 

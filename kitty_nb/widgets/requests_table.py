@@ -33,16 +33,11 @@ def request_row(request: Request) -> dict[str, Any]:
 
 
 class RequestsTable(Fold):
-    """The requests since the server's start, by anybody; no contents of theirs.
-
-    The rows travel as messages, once somebody has unfolded them, so neither the widget's state nor
-    a saved notebook grows with them.
-    """
+    """The requests since the server's start, by anybody; no contents of theirs."""
 
     def __init__(self, on_unfold: Callable[[], object]) -> None:
         self.rows = RequestRows(on_unfold)
-        super().__init__("Requests", self.rows)
-        self.observe(lambda _: on_unfold(), names="selected_index")
+        super().__init__("Requests", self.rows, on_unfold=on_unfold)
 
     def show(self, requests: Sequence[Request]) -> None:
         """Show these, oldest first."""

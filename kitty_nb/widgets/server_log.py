@@ -76,9 +76,8 @@ LINES_KEPT = 2000
 class ServerLog(Page):
     """Log lines; the page follows or pauses, filters and copies.
 
-    Lines travel as messages, new ones only, so neither the widget's state nor a saved notebook
-    grows with the log. Messages number their lines: a page that opens later, or misses some, asks
-    for a replay.
+    Messages number their lines, new ones only: a page that opens later, or misses some, asks for a
+    replay.
 
     Args:
         on_replay_asked: Called, on the front end's thread, when `flush` has something to do

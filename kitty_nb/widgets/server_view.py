@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ipywidgets import Dropdown, HBox
+from ipywidgets import HBox
 
 from kitty_nb.config import ServerConfig
 from kitty_nb.supervisor.events import ServerStatus, Stage
-from kitty_nb.widgets.display import Meter, button, duration, labelled, show_if
+from kitty_nb.widgets.display import Choice, Meter, button, duration, show_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,7 +115,7 @@ def describe_load(progress: LoadProgress) -> str:
     """Describe a load, e.g. `loading weights · 43 % · 12 s · about 16 s left`."""
     if progress.stage is Stage.READY:
         return f"ready · loaded in {duration(progress.elapsed)}"
-    parts = [progress.stage.label, f"{int(progress.fraction * 100)} %", duration(progress.elapsed)]
+    parts = [progress.stage, f"{int(progress.fraction * 100)} %", duration(progress.elapsed)]
     if progress.eta is not None:
         parts.append(f"about {duration(max(progress.eta, 1))} left")
     if progress.overdue:
@@ -232,29 +232,15 @@ class ServerButtons(HBox):
         show_if(self.anyway, doubtful)
 
 
-class ServedModels(Dropdown):
+class ServedModels(Choice):
     """The models of a server at a URL, to choose the one to ask; hidden for any other server."""
 
-    options: Any
-    value: Any
-
     def __init__(self, on_choice: Callable[[str], object]) -> None:
-        self._filling = False
-        super().__init__(**labelled("Model", "Models that the server lists"))
-        self.add_class("kitty-served")
-        self.observe(lambda change: self._filling or on_choice(change["new"]), names="value")
+        super().__init__("kitty-served", ("Model", "Models that the server lists"), on_choice)
 
     def show(self, state: ServerState) -> None:
         """List what a server has."""
         served = state.external
         models = (served.models or ()) if served and state.config.url else ()
-        chosen = state.alias if state.alias in models else None
-        if (models, chosen) != (self.options, self.value):
-            self._filling = True
-            try:
-                with self.hold_sync():
-                    self.index = None
-                    self.options, self.value = models, chosen
-            finally:
-                self._filling = False
+        self.refill(models, state.alias if state.alias in models else None)
         show_if(self, bool(models))

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kitty_nb.client.images import with_images
 from kitty_nb.widgets.display import duration
 from kitty_nb.widgets.server_view import describe_reading
 
@@ -56,11 +57,8 @@ class Turn:
     @property
     def message(self) -> dict[str, Any]:
         """The question, in the form of OpenAI's protocol."""
-        if not self.pictures:
-            return {"role": "user", "content": self.question}
-        parts = [{"type": "image_url", "image_url": {"url": one.url}} for one in self.pictures]
-        text = [{"type": "text", "text": self.question}] if self.question else []
-        return {"role": "user", "content": [*parts, *text]}
+        said = {"role": "user", "content": self.question}
+        return with_images([said], [picture.url for picture in self.pictures])[0]
 
     def add(self, piece: Piece) -> None:
         """Add a piece of the answer."""
