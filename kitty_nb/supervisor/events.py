@@ -109,19 +109,12 @@ class HealthCheckResult:
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """The part of a prompt that the server has read.
+    """The part of a prompt that the server has read."""
 
-    Attributes:
-        total: Tokens of the prompt; 0 until it can be told how many of them are read.
-        cached: Tokens that were in its cache.
-        done: Tokens that are read, with those of the cache.
-        seconds: The time that reading has taken so far.
-    """
-
-    total: int
-    cached: int
-    done: int
-    seconds: float
+    total: int  # tokens of the prompt; 0 until it can be told how many of them are read
+    cached: int  # tokens that were in its cache
+    done: int  # tokens that are read, with those of the cache
+    seconds: float  # the time that reading has taken so far
 
     @property
     def fraction(self) -> float:
@@ -137,17 +130,11 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A kept prompt that a server has restored.
+    """A kept prompt that a server has restored."""
 
-    Attributes:
-        tokens: Its length.
-        seconds: Seconds that it took.
-        reading: Seconds that reading it takes; None where that is not known.
-    """
-
-    tokens: int
-    seconds: float
-    reading: float | None
+    tokens: int  # its length
+    seconds: float  # seconds that it took
+    reading: float | None  # seconds that reading it takes; None where that is not known
 
     def __str__(self) -> str:
         """For example `12,410 tokens restored in 0.4 s instead of 58 s`."""
@@ -181,58 +168,36 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """The memory that a server holds.
+    """The memory that a server holds."""
 
-    Attributes:
-        resident: Bytes in RAM, with what is mapped from the model's file.
-        gpu: Bytes on GPUs, or None where nobody tells.
-    """
-
-    resident: int
-    gpu: int | None = None
+    resident: int  # bytes in RAM, with what is mapped from the model's file
+    gpu: int | None = None  # bytes on GPUs, or None where nobody tells
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedModel:
-    """One of the models of a router.
+    """One of the models of a router."""
 
-    Attributes:
-        status: In the router's words: unloaded, loading, loaded or sleeping.
-        progress: How far its load is; None without one.
-    """
-
-    status: str
-    progress: LoadProgress | None = None
+    status: str  # in the router's words: unloaded, loading, loaded or sleeping
+    progress: LoadProgress | None = None  # how far its load is; None without one
 
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What a router that was started here serves.
+    """What a router that was started here serves."""
 
-    Attributes:
-        models: Its models, by the names that clients ask for.
-        alias: The model in use, of those that are loaded; None where none is.
-        model: The file name of that model, where that is known.
-    """
-
-    models: dict[str, RoutedModel]
-    alias: str | None
-    model: str | None
+    models: dict[str, RoutedModel]  # its models, by the names that clients ask for
+    alias: str | None  # the model in use, of those that are loaded; None where none is
+    model: str | None  # the file name of that model, where that is known
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server at a URL.
+    """A server at a URL."""
 
-    Attributes:
-        url: Its address.
-        models: The names of its models.
-        alias: The one to ask; None where it lists none and the settings name none.
-    """
-
-    url: str
-    models: tuple[str, ...] = ()
-    alias: str | None = None
+    url: str  # its address
+    models: tuple[str, ...] = ()  # the names of its models
+    alias: str | None = None  # the one to ask; None where it lists none and the settings name none
 
     model: ClassVar[None] = None
     task: ClassVar[Task] = Task.CHAT
@@ -378,17 +343,11 @@ class StateChanged:
 
 @dataclass(frozen=True, slots=True)
 class HealthChecked:
-    """The once-a-second health check of a start.
+    """The once-a-second health check of a start."""
 
-    Attributes:
-        result: What the server answered.
-        attempt: Which check of this start it is, from 1; checks in between are not counted.
-        max_attempts: The number at which the count stands; a load that moves goes on.
-    """
-
-    result: HealthCheckResult
-    attempt: int
-    max_attempts: int
+    result: HealthCheckResult  # what the server answered
+    attempt: int  # which check of this start it is, from 1; checks in between are not counted
+    max_attempts: int  # the number at which the count stands; a load that moves goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,30 +359,20 @@ class ProgressMade:
 
 @dataclass(frozen=True, slots=True)
 class RouterLoad:
-    """The load of a model in an attached router.
+    """The load of a model in an attached router."""
 
-    Attributes:
-        model: The name that clients ask for.
-        progress: How far it is; None once it has been unloaded, or the load has failed.
-    """
-
-    model: str
+    model: str  # the name that clients ask for
+    # How far it is; None once it has been unloaded, or the load has failed.
     progress: LoadProgress | None
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Something the manager did or found, as one line for a person.
+    """Something the manager did or found, as one line for a person."""
 
-    Attributes:
-        message: The line.
-        level: How to read it.
-        at: Seconds since the epoch.
-    """
-
-    message: str
-    level: Level
-    at: float
+    message: str  # the line
+    level: Level  # how to read it
+    at: float  # seconds since the epoch
 
     @classmethod
     def now(cls, message: str, level: Level = Level.INFO) -> Self:

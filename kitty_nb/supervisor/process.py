@@ -59,17 +59,14 @@ class ServerProcess:
 
     The server may be a child of it: many a llama-server is a script that runs the program. So all
     processes of its session are measured, looked for the port, and ended.
-
-    Attributes:
-        pid: The process id, which is the process group's too.
-        create_time: When it began, in seconds; with the pid it names a process. On Linux since
-            boot, because there the time of day at which it began changes when the clock is set.
     """
 
     def __init__(self, pid: int, child: Popen[bytes] | None) -> None:
-        self.pid = pid
+        self.pid = pid  # the process id, which is the process group's too
         self._child = child
         self._psutil = psutil.Process(pid)
+        # When it began, in seconds; with the pid it names a process. On Linux since boot, because
+        # there the time of day at which it began changes when the clock is set.
         self.create_time = _create_time(self._psutil)
         self._others: dict[int, psutil.Process] = {}
         self._others_end_within = 0.0 if child else _OTHERS_END_WITHIN

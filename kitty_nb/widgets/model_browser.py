@@ -148,9 +148,6 @@ class ModelBrowser(display.Fold):
         form: Where the settings of last time go.
         wanted: Returns the settings that a start would use, or raises a `KittyError`.
         say: Called, on the manager's loop, with a sentence about what cannot be remembered.
-
-    Attributes:
-        last_time: The offer of settings.
     """
 
     def __init__(
@@ -169,7 +166,7 @@ class ModelBrowser(display.Fold):
         self._fits: dict[int, str] = {}
         self._view = display.LiveView(self._look, say, self._next_look, _PAUSE)
         self.look_again, self.stop = self._view.wake, self._view.stop
-        self.last_time = LastTime(form)
+        self.last_time = LastTime(form)  # the offer of settings
         picker.on_list = self.look_again
         self.observe(lambda _: self.look_again(), names="selected_index")
         self._view.start(manager.run)

@@ -34,13 +34,10 @@ class ModelDropdown(display.Choice):
     """A list of models by their labels; its value is the chosen one's path.
 
     Two threads write it: people choose, and the list changes. They take turns.
-
-    Attributes:
-        turn: Held while one of them writes.
     """
 
     def __init__(self, on_choice: Callable[[Path], object]) -> None:
-        self.turn = threading.RLock()
+        self.turn = threading.RLock()  # held while one of them writes
         label = "Model", "Models in the models folder and elsewhere"
         super().__init__("kitty-model", label, on_choice)
 

@@ -190,11 +190,7 @@ def choices(
 
 
 class ServerButtons(HBox):
-    """The buttons beside the model, and those that a notice offers as remedies.
-
-    Attributes:
-        remedies: The latter, for the notice.
-    """
+    """The buttons beside the model, and those that a notice offers as remedies."""
 
     def __init__(self) -> None:
         self.start = button("Start", "play", style="primary")
@@ -210,7 +206,7 @@ class ServerButtons(HBox):
         self.attach = button("Attach", "plug", connect)
         self.anyway = button("Start anyway", "play", "Start although it may not fit into memory")
         remedies = [self.now, self.cancel, self.use_port, self.attach, self.anyway]
-        self.remedies = HBox(remedies).add_class("kitty-buttons")
+        self.remedies = HBox(remedies).add_class("kitty-buttons")  # the latter, for the notice
 
     def show(self, state: ServerState, now: Choices, *, doubtful: bool) -> None:
         """Offer what makes sense, name what it does, and let a doubtful start be insisted on."""
