@@ -36,13 +36,7 @@ from kitty_nb.catalog.model import (
     preference,
 )
 from kitty_nb.catalog.stores import is_folder
-from kitty_nb.errors import (
-    ChecksumError,
-    DiskFullError,
-    HubAccessError,
-    HubError,
-    HubOfflineError,
-)
+from kitty_nb.errors import ChecksumError, DiskFullError, HubAccessError, HubError, HubOfflineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -116,10 +116,7 @@ class Chat(Operation[T]):
     """
 
     def __init__(
-        self,
-        future: Future[T],
-        progress: Callable[[], LoadProgress | None],
-        pieces: Pieces,
+        self, future: Future[T], progress: Callable[[], LoadProgress | None], pieces: Pieces
     ) -> None:
         super().__init__(future, progress)
         self._pieces = pieces

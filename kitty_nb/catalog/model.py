@@ -149,10 +149,7 @@ _TYPES = {
     "adapter": Kind.ADAPTER,
     "mmproj": Kind.PROJECTOR,
 }
-_SENSES = {
-    Modality.IMAGE: "clip.has_vision_encoder",
-    Modality.AUDIO: "clip.has_audio_encoder",
-}
+_SENSES = {Modality.IMAGE: "clip.has_vision_encoder", Modality.AUDIO: "clip.has_audio_encoder"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,11 +140,7 @@ UNSPOKEN_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
 
 
 def build_command(
-    engine: Engine,
-    config: ServerConfig,
-    prompts: Path | None = None,
-    *,
-    supervised: bool = True,
+    engine: Engine, config: ServerConfig, prompts: Path | None = None, *, supervised: bool = True
 ) -> tuple[str, ...]:
     """Return the arguments that start `engine` with the settings of `config`.
 

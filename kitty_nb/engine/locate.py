@@ -234,9 +234,7 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
         return _engine(candidate, embedded.help_text(), embedded.version_text())
     if candidate.is_lasting:
         known = await anyio.to_thread.run_sync(
-            _answers().use,
-            lambda file: file.execute(_RECALL, (candidate.stamp,)).fetchone(),
-            None,
+            _answers().use, lambda file: file.execute(_RECALL, (candidate.stamp,)).fetchone(), None
         )
         if known:
             return _engine(candidate, *known)

@@ -12,12 +12,7 @@ import anyio.to_thread
 import psutil
 
 from kitty_nb.errors import ServerFailedError
-from kitty_nb.supervisor.events import (
-    Activity,
-    Level,
-    ServerStatus,
-    Working,
-)
+from kitty_nb.supervisor.events import Activity, Level, ServerStatus, Working
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of

@@ -281,9 +281,6 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
         return replace(crashed, status=ServerStatus.CRASHED), ()
     delay = min(config.restart_delay_seconds * 2**crashes, config.restart_delay_max_seconds)
     waiting = replace(
-        crashed,
-        status=ServerStatus.RESTARTING,
-        crashes=crashes + 1,
-        retry_at=report.at + delay,
+        crashed, status=ServerStatus.RESTARTING, crashes=crashes + 1, retry_at=report.at + delay
     )
     return waiting, (Wait(now.generation, delay),)

@@ -48,9 +48,7 @@ class Usage:
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
-            self.resident + other.resident,
-            self.read + other.read,
-            self.processor + other.processor,
+            self.resident + other.resident, self.read + other.read, self.processor + other.processor
         )
 
 

@@ -129,10 +129,7 @@ class Slots:
         """
         asked = []
         for question in _QUESTIONS:
-            messages = [
-                {"role": "system", "content": text},
-                {"role": "user", "content": question},
-            ]
+            messages = [{"role": "system", "content": text}, {"role": "user", "content": question}]
             prompt = (await self._probe.post("/apply-template", {"messages": messages}))["prompt"]
             request = {"content": prompt, "add_special": True, "parse_special": True}
             asked.append((await self._probe.post("/tokenize", request))["tokens"])

@@ -570,10 +570,7 @@ class Supervisor:
             self._changed = anyio.Event()
 
     def _begin(
-        self,
-        generation: int,
-        config: ServerConfig,
-        found: ServerRecord | PortOwner | None,
+        self, generation: int, config: ServerConfig, found: ServerRecord | PortOwner | None
     ) -> None:
         self._health = None
         if config.url:

@@ -12,17 +12,7 @@ import anyio
 import anyio.to_thread
 import traitlets
 from anywidget import AnyWidget
-from ipywidgets import (
-    HTML,
-    Accordion,
-    Button,
-    DOMWidget,
-    Dropdown,
-    HBox,
-    IntProgress,
-    VBox,
-    Widget,
-)
+from ipywidgets import HTML, Accordion, Button, DOMWidget, Dropdown, HBox, IntProgress, VBox, Widget
 
 from kitty_nb.errors import KittyError
 
