@@ -44,13 +44,20 @@ def spell(dialect: Dialect, words: Sequence[str]) -> Iterator[str]:
 
 def options_of(config: ServerConfig) -> list[tuple[str, str]]:
     """Return what settings ask of a server: canonical flags and the words after them, in order."""
-    values = ((flag, _value(config, field)) for field, flag in _FLAGS.items())
-    words = [word for flag, value in values if value is not None for word in (flag, str(value))]
-    words += [_MMPROJ, str(config.projector)] if config.projector else []
-    words += chain.from_iterable(_task_options(config))
-    words += [_DRAFT, str(config.drafter)] if config.drafter else []
-    pairs = pairwise((*words, *config.extra_args, ""))
-    return [(canonical(flag), value) for flag, value in pairs if is_flag(flag)]
+    options = split_options((*_asked_words(config), *config.extra_args))
+    return [
+        (canonical(flag), values[0] if values else "") for flag, *values in options if is_flag(flag)
+    ]
+
+
+def _asked_words(config: ServerConfig) -> tuple[str, ...]:
+    """What settings ask for, in llama.cpp's own words, but for `extra_args`."""
+    return (
+        *(word for field in _FLAGS for word in _asked(config, field)),
+        *((_MMPROJ, str(config.projector)) if config.projector else ()),
+        *chain.from_iterable(_task_options(config)),
+        *((_DRAFT, str(config.drafter)) if config.drafter else ()),
+    )
 
 
 def _task_options(config: ServerConfig) -> Iterator[tuple[str, ...]]:
@@ -201,10 +208,7 @@ def portable_arguments(config: ServerConfig) -> tuple[str, ...]:
     return (
         *("--model", str(config.require_model()), "--alias", config.served_alias),
         *("--host", config.host, "--port", str(config.port)),
-        *(word for field in _FLAGS for word in _asked(config, field)),
-        *((_MMPROJ, str(config.projector)) if config.projector else ()),
-        *chain.from_iterable(_task_options(config)),
-        *((_DRAFT, str(config.drafter)) if config.drafter else ()),
+        *_asked_words(config),
         *((_SLEEP, str(idle)) if idle else ()),
         *((ORIGINS, "localhost") if origins else ()),
         *config.extra_args,
@@ -322,20 +326,14 @@ def _check_rpc(engine: Engine, config: ServerConfig) -> None:
         )
 
 
-def _value(config: ServerConfig, field: str) -> object:
-    """A field's value in llama-server's words."""
-    value = getattr(config, field)
-    return _SPECULATION[value] if isinstance(value, Speculation) else value
-
-
 def _asked(config: ServerConfig, field: str) -> tuple[str, ...]:
     """What a field asks for, in llama.cpp's own words; nothing if it is unset."""
-    value, flag = _value(config, field), _FLAGS[field]
+    value, flag = getattr(config, field), _FLAGS[field]
     if value is None:
         return ()
     if isinstance(value, bool):
         return (flag,) if value else (flag.replace("--", "--no-"),)
-    return (flag, str(value))
+    return (flag, _SPECULATION[value] if isinstance(value, Speculation) else str(value))
 
 
 def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
