@@ -219,7 +219,7 @@ async def access_at_url(config: ServerConfig) -> Access:
 async def has_gpu(config: ServerConfig) -> bool:
     """True if the engine has a device to offload layers to; False where there is no engine."""
     try:
-        _, devices = await engine_devices(config)
+        devices = await engine_devices(config)
     except EngineError:
         return False
     return bool((await run_sync(free_memory)).gpus if devices is None else devices)

@@ -78,7 +78,7 @@ def needed(refusal: str) -> str:
 
 
 def devices(config: ServerConfig) -> tuple[Device, ...] | None:
-    return anyio.run(engine_devices, config)[1]
+    return anyio.run(engine_devices, config)
 
 
 def previews(config: ServerConfig) -> tuple[list[MemoryPreview], str]:

@@ -49,10 +49,8 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     Raises:
         ConfigError: No model is chosen, or listing what is wrong with the paths of the files.
     """
-    if config.ssh:
+    if config.ssh or config.models is not None:  # each of a router's models has its own settings
         return config
-    if config.models is not None:
-        return config  # each of its models has settings of its own
     if config.model is None:
         key = f"LLAMACPP_{config.profile.upper()}_MODEL"
         fix = f"Choose one, or set {key}. {_listed(_names(config.models_dir), config.models_dir)}"
@@ -112,14 +110,7 @@ def routed_profiles(config: ServerConfig) -> tuple[ServerConfig, ...]:
 def load_profile(
     path: str | Path = ".env", profile: str = "primary"
 ) -> tuple[ServerConfig, ConfigError | None]:
-    """Load the settings of a profile and look up its model, skipping what is wrong.
-
-    Returns:
-        The settings, and the complaint about those that were skipped.
-
-    Raises:
-        ConfigError: The file cannot be read, or a line in it cannot be understood.
-    """
+    """Like `load_lenient`, and look up the profile's model."""
     return load_lenient(path, profile, lambda read: resolve_model(read) if read.model else read)
 
 

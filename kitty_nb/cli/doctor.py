@@ -190,7 +190,7 @@ def _memory(config: ServerConfig) -> _Result:
     measured = free_memory(record.pid if record else None)
     devices = None
     with suppress(EngineError):  # the check of the engine says what is wrong with it
-        _, devices = anyio.run(engine_devices, config)
+        devices = anyio.run(engine_devices, config)
     rows = [
         f"{pool.name}: {decimal(pool.free)} of {decimal(pool.total)} free"
         for pool in with_devices(measured, devices).pools

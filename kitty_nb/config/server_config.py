@@ -254,10 +254,6 @@ def _listed(value: object) -> object:
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
-def _names(value: object) -> object:
-    return tuple(value.lower().replace(",", " ").split()) if isinstance(value, str) else value
-
-
 def _folder(value: object, info: ValidationInfo) -> object:
     """A path as a person writes it: `~` allowed, relative to the `.env` file it stands in."""
     if value is None or _is_elsewhere(info):
@@ -301,16 +297,15 @@ def _in_models_dir(value: object, info: ValidationInfo) -> object:
     return _absolute(folder, value) if folder and not _is_elsewhere(info) else value
 
 
-def _mmproj(value: object, info: ValidationInfo) -> object:
-    word = str(value).strip().lower()
-    if value is None or word == "auto":
-        return None
-    return "off" if word in _FALSE else _in_models_dir(value, info)
-
-
-def _draft_model(value: object, info: ValidationInfo) -> object:
+def _auto(value: object, info: ValidationInfo) -> object:
+    """A path in the models folder, or None for the word auto."""
     unset = value is None or str(value).strip().lower() == "auto"
     return None if unset else _in_models_dir(value, info)
+
+
+def _mmproj(value: object, info: ValidationInfo) -> object:
+    off = str(value).strip().lower() in _FALSE
+    return "off" if off else _auto(value, info)
 
 
 _Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^,\x00]+$")]
@@ -349,7 +344,9 @@ class ServerConfig(BaseModel):
     other_stores: Annotated[bool, Env("1 or 0; 0 leaves out the models of other programs")] = True
     model: Annotated[_InModels | None, Env("the path of a .gguf file in the models folder")] = None
     models: Annotated[
-        tuple[str, ...] | None, BeforeValidator(_names), Env("all, or names of profiles")
+        tuple[Annotated[str, StringConstraints(to_lower=True)], ...] | None,
+        BeforeValidator(_listed),
+        Env("all, or names of profiles"),
     ] = None
     # The `.env` file with the profiles in `models`.
     env: Path | None = None
@@ -399,7 +396,7 @@ class ServerConfig(BaseModel):
         Annotated[Speculation, BeforeValidator(_speculation)] | None, Env("off, ngram or draft")
     ] = None
     draft_model: Annotated[
-        Path | None, BeforeValidator(_draft_model), Env("auto, or the path of a .gguf file")
+        Path | None, BeforeValidator(_auto), Env("auto, or the path of a .gguf file")
     ] = None
     # The model that `draft_model` means for this model. `resolve_model` finds it.
     drafter: Path | None = None

@@ -51,14 +51,13 @@ def parse_devices(text: str) -> tuple[Device, ...]:
     )
 
 
-async def engine_devices(config: ServerConfig) -> tuple[Engine, tuple[Device, ...] | None]:
-    """Find the engine of some settings, and its devices as `list_devices` returns them.
+async def engine_devices(config: ServerConfig) -> tuple[Device, ...] | None:
+    """Find the engine of some settings, and return its devices as `list_devices` does.
 
     Raises:
         EngineError: There is no engine that can be run.
     """
-    engine = await locate_engine(config.binary)
-    return engine, await list_devices(engine, config)
+    return await list_devices(await locate_engine(config.binary), config)
 
 
 async def device_names(config: ServerConfig) -> tuple[str, ...] | None:

@@ -78,6 +78,7 @@ class PromptKeeper:
         self._facts, self._store = dict(facts), store
         self._slots, self._probe, self._log, self._clock = Slots(probe, log), probe, log, clock
         self._notify, self._tell = notify, tell
+        self.hang_up = self._slots.hang_up
         self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
         self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
         self._candidates: list[KeptPrompt] = []
@@ -106,7 +107,8 @@ class PromptKeeper:
     async def prepare(self) -> None:
         """Learn the rest of what states depend on from the server itself, before it is ready."""
         self._off = await run_sync(self._store.is_useless, self._facts)
-        self._facts[_CONTEXT] = digest_of(*await self._slots.contexts())
+        contexts = [slot.get("n_ctx") for slot in await self._probe.ask_slots()]
+        self._facts[_CONTEXT] = digest_of(*contexts)
         if _ADAPTER_FLAGS & self._facts.keys():
             self._facts[_ADAPTERS] = digest_of(await self._slots.scales())
 
@@ -211,10 +213,6 @@ class PromptKeeper:
             and self._saved.get(slot) != held.task
             and not (slot in self._pins and self._pins[slot].tokens == held.tokens)
         ]
-
-    def hang_up(self) -> None:
-        """Break off what is being read: the server is to stop."""
-        self._slots.hang_up()
 
     async def save(self) -> None:
         """Have the engine write what the slots at rest hold; `settle` keeps it."""

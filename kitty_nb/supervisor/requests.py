@@ -174,32 +174,25 @@ class RequestLog:
         began: When the server's process began, in seconds of the clock that `read` is told; `dated`
             corrects it.
         epoch: What to add to that clock for seconds since the epoch.
-
-    Attributes:
-        finished: The newest finished requests, oldest first.
-        active: Those under way, by slot and number.
-        prompt_speed: Tokens a second at which the last prompt was read; None before the first.
-        load: Processor seconds a second in a batch of it; 0 where not known.
-        spent: Processor seconds that the server has used so far; whoever reads its log sets it.
-        rest: Tokens at the end of a prompt that are read apart, as far as known; 0 for none.
-        heard: Whether this build's log has told of a finished request.
-        held: What each slot holds since its last request.
     """
 
     def __init__(self, began: float, epoch: float) -> None:
-        self.finished: deque[Request] = deque(maxlen=KEPT)
-        self.active: dict[tuple[int, int], ActiveRequest] = {}
+        self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
+        self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
+        self.held: dict[int, Held] = {}  # by each slot since its last request
+        self.heard = False  # whether this build's log has told of a finished request
+        # Of the last prompt: tokens a second, None before the first, and processor seconds a
+        # second, 0 where not known.
         self.prompt_speed: float | None = None
-        self.load = self.spent = 0.0
-        self.rest = 0
+        self.load = 0.0
+        self.rest = 0  # tokens at the end of a prompt that are read apart, as far as known
+        self.spent = 0.0  # processor seconds of the server so far; whoever reads its log sets it
         self._epoch = epoch
         # The server's own clock began a moment after its process. Whoever reads its lines as they
         # come learns when; lines of the past are dated by the process.
         self._zero, self._live = began, False
         self._last: tuple[int, int] | None = None
         self._extended: set[int] = set()  # the slots that the next request goes on with
-        self.heard = False
-        self.held: dict[int, Held] = {}
 
     def dated(self, began: float) -> None:
         """Correct when the server's process began, before its first lines are read."""

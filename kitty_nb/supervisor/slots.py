@@ -31,10 +31,6 @@ class Slots:
         self._probe, self._log = probe, log
         self._reading: set[anyio.CancelScope] = set()
 
-    async def contexts(self) -> list[object]:
-        """Return the context of each, in tokens."""
-        return [slot.get("n_ctx") for slot in await self._probe.ask_slots()]
-
     async def contents(self) -> dict[int, Held]:
         """Return what those at rest hold: the server knows before its log tells."""
         contents = {}
