@@ -56,19 +56,12 @@ class KittyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One wrong setting.
+    """One wrong setting."""
 
-    Attributes:
-        key: The name as the user wrote it, e.g. `LLAMACPP_PRIMARY_MODEL`.
-        value: The value that was refused.
-        reason: What is wrong with it.
-        fix: What to write or do instead.
-    """
-
-    key: str
-    value: str
-    reason: str
-    fix: str
+    key: str  # the name as the user wrote it, e.g. `LLAMACPP_PRIMARY_MODEL`
+    value: str  # the value that was refused
+    reason: str  # what is wrong with it
+    fix: str  # what to write or do instead
 
     def __str__(self) -> str:
         return f"{self.key}={self.value!r}: {self.reason} {self.fix}"

@@ -37,21 +37,14 @@ _ADAPTER_FLAGS = {"--lora", "--lora-scaled"}
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A named prompt that a server has read.
+    """A named prompt that a server has read."""
 
-    Attributes:
-        name: Its name.
-        tokens: Its length.
-        seconds: Seconds until it was there.
-        reading: Seconds that reading it took, now or in the past; None where that is not known.
-        restored: Whether it came from the disk.
-    """
-
-    name: str
-    tokens: int
-    seconds: float
+    name: str  # its name
+    tokens: int  # its length
+    seconds: float  # seconds until it was there
+    # Seconds that reading it took, now or in the past; None where that is not known.
     reading: float | None
-    restored: bool
+    restored: bool  # whether it came from the disk
 
 
 class PromptKeeper:

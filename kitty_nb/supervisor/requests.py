@@ -28,31 +28,22 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request that a server has finished, without its contents.
+    """One request that a server has finished, without its contents."""
 
-    Attributes:
-        at: When the server began to work on it, in seconds since the epoch.
-        ended: How it ended: LENGTH where its limit of tokens cut the answer, as far as known.
-        prompt_tokens: Tokens of the prompt, with the cached ones; None where the log does not say.
-        answer_tokens: Tokens of the answer; likewise.
-        first_token: Seconds from its beginning to the first token; likewise.
-        seconds: Seconds that it took.
-        tokens_per_second: The speed of the answer; None if it has fewer than two tokens.
-        cached: The share of the prompt that came from the cache, 0 to 1; None if not known.
-        accepted: The share of drafted tokens that were accepted; None without drafts.
-        error: What the server said went wrong, if anything.
-    """
-
-    at: float
-    ended: Ending
+    at: float  # when the server began to work on it, in seconds since the epoch
+    ended: Ending  # how it ended: LENGTH where its limit of tokens cut the answer, as far as known
+    # Tokens of the prompt, with the cached ones; None where the log does not say.
     prompt_tokens: int | None = None
-    answer_tokens: int | None = None
-    first_token: float | None = None
-    seconds: float | None = None
+    answer_tokens: int | None = None  # tokens of the answer; likewise
+    first_token: float | None = None  # seconds from its beginning to the first token; likewise
+    seconds: float | None = None  # seconds that it took
+    # The speed of the answer; None if it has fewer than two tokens.
     tokens_per_second: float | None = None
+    # The share of the prompt that came from the cache, 0 to 1; None if not known.
     cached: float | None = None
+    # The share of drafted tokens that were accepted; None without drafts.
     accepted: float | None = None
-    error: str = ""
+    error: str = ""  # what the server said went wrong, if anything
 
 
 @dataclass(frozen=True, slots=True)
