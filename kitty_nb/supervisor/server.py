@@ -8,7 +8,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import anyio
 import anyio.lowlevel
@@ -102,6 +102,8 @@ class Server:
         clock: Seconds.
         processes: Spawns its process, or attaches to it.
     """
+
+    owner: ClassVar[None] = None  # it is ours
 
     def __init__(
         self,

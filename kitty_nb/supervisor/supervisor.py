@@ -470,10 +470,8 @@ class Supervisor:
 
     @property
     def _router(self) -> RouterModels | None:
-        server = self._server
-        if self._now.status is ServerStatus.READY and isinstance(server, Server | ExternalServer):
-            return server.router
-        return None
+        ready = self._now.status is ServerStatus.READY
+        return self._server.router if ready and self._server else None
 
     async def _load_there(
         self, model: str | Path | None, wait: bool, fresh: bool = False
@@ -620,11 +618,11 @@ class Supervisor:
 
     @property
     def _external(self) -> PortOwner | Endpoint | None:
-        return None if isinstance(self._server, Server | None) else self._server.owner
+        return self._server.owner if self._server else None
 
     @property
     def _routed(self) -> RouterState | None:
-        router = self._server.router if isinstance(self._server, Server) else None
+        router = self._server.router if self._server and not self._server.owner else None
         return RouterState(router.models, router.alias, router.model) if router else None
 
     async def _look_forever(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import cached_property
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
 import httpx
@@ -132,6 +132,8 @@ class UrlServer:
     Attributes:
         owner: The server, with what it serves now.
     """
+
+    router: ClassVar[None] = None
 
     def __init__(self, generation: int, config: ServerConfig, emit: Emit) -> None:
         self.owner = Endpoint(config.endpoint, alias=config.alias)
