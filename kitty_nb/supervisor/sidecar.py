@@ -11,6 +11,7 @@ kernel that was killed before it could tell is known by a mark in its environmen
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import select
@@ -173,7 +174,7 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
     It returns where another sidecar does that, or when the server has been ended.
     """
     log, used_at, before = Path(args.log), time.monotonic(), _work_of(process)
-    record, kept_at = Path(args.record), time.monotonic()
+    kept_at = time.monotonic()
     with _lock_path(log).open("a") as lock:
         while not _is_locked(lock):
             if not args.mark and time.monotonic() - used_at > _OTHER_ENDS_WITHIN:
@@ -186,7 +187,7 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
             if now - before > _LOOK_EVERY:
                 used_at = time.monotonic()
             before = now
-            if record.exists() or not withdrawn_path(record).exists():
+            if not _is_withdrawn(Path(args.record), process.pid):
                 kept_at = time.monotonic()
             elif time.monotonic() - kept_at > 2 * float(args.grace) + _OTHER_ENDS_WITHIN:
                 _end(args, process)  # whoever was ending it was killed
@@ -204,6 +205,14 @@ def _end(args: SidecarArgs, process: ServerProcess) -> None:
         await process.wait()
 
     anyio.run(end)
+
+
+def _is_withdrawn(record: Path, pid: int) -> bool:
+    """Tell whether the record of a process has been withdrawn: somebody means to end it."""
+    try:
+        return not record.exists() and json.loads(withdrawn_path(record).read_bytes())["pid"] == pid
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _note(log: Path, line: str) -> None:
