@@ -24,20 +24,7 @@ function isWithinReach(endpoint) {
   return !inJupyter || LOOPBACK.has(location.hostname) || !LOOPBACK.has(new URL(endpoint).hostname);
 }
 
-// Copies what only the kernel knows. Every page that shows the panel hears the answer; only the one
-// that asked takes it.
-function ask(model, what) {
-  return new Promise((answer) => {
-    const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
-    const take = (message) => {
-      if (message.kind !== "copy" || message.for !== asker) return;
-      model.off("msg:custom", take);
-      answer(message.text);
-    };
-    model.on("msg:custom", take);
-    model.send({ kind: "copy", what, for: asker });
-  });
-}
+const ask = (model, what) => asked(model, { kind: "copy", what });
 
 function copyButton(words, title, text) {
   const button = element("button", "kitty-small-button", {

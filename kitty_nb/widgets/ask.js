@@ -9,9 +9,6 @@ function receive(store, message) {
   if (message.kind === "facts") {
     store.facts = message;
     store.views.forEach((view) => view.facts());
-  } else if (message.kind === "code") {
-    store.waiting.get(message.for)?.(message.text);
-    store.waiting.delete(message.for);
   } else if (message.kind === "turns") {
     if (message.chat !== store.chat) {
       [store.chat, store.turns] = [message.chat, []];
@@ -39,15 +36,6 @@ function merge(store, news) {
     Object.assign(known, news, { text: text + news.text, thinking: thinking + news.thinking });
     store.views.forEach((view) => view.goOn(known, news));
   }
-}
-
-// Every page hears the kernel's answer; only the one that asked takes it.
-function codeOf(store) {
-  return new Promise((resolve) => {
-    const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
-    store.waiting.set(asker, resolve);
-    store.send({ kind: "code", for: asker });
-  });
 }
 
 function readUrl(blob) {
@@ -248,7 +236,7 @@ function render(el, store) {
     box.focus();
   });
   const code = smallButton("Copy as code", "A cell with this chat, to paste", async (button) => {
-    await copy(await codeOf(store));
+    await copy(await asked(store.model, { kind: "code" }));
     copied(button);
   });
   const picture = smallButton("Add picture", "Or paste or drop one", () => box.choose());
@@ -297,6 +285,6 @@ function render(el, store) {
   return view;
 }
 
-const begin = () => ({ facts: {}, chat: 0, turns: [], waiting: new Map(), last: "" });
+const begin = () => ({ facts: {}, chat: 0, turns: [], last: "" });
 
 export default stored(begin, receive, render);

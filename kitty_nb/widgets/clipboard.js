@@ -13,6 +13,21 @@ async function copy(text) {
   }
 }
 
+// Asks the kernel for a text to copy. Every page that shows the widget hears the answer; only the one
+// that asked takes it.
+function asked(model, message) {
+  return new Promise((resolve) => {
+    const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    const take = (answer) => {
+      if (answer.for !== asker) return;
+      model.off("msg:custom", take);
+      resolve(answer.text);
+    };
+    model.on("msg:custom", take);
+    model.send({ ...message, for: asker });
+  });
+}
+
 function copied(button) {
   const words = (button.dataset.words ??= button.textContent);
   button.textContent = "Copied";

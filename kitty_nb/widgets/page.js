@@ -22,6 +22,7 @@ function stored(begin, receive, render) {
     const store = { views: new Set(), asked: new Set(), ...begin() };
     return {
       initialize({ model }) {
+        store.model = model;
         store.send = (message) => model.send(message);
         store.ask = (part) => {
           if (!store.asked.has(part)) model.send({ kind: "replay", part });
