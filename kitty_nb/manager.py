@@ -74,7 +74,8 @@ class ModelManager:
 
     `start`, `restart`, `switch_model`, `stop`, `attach`, `check_health`, `memory_use` and
     `preview_memory` are the methods of `Supervisor`, but return at once with an `Operation`; their
-    callbacks are called on the manager's thread.
+    callbacks are called on the manager's thread. Whatever asks the server raises `KittyError` while
+    it is not ready.
 
     Args:
         env: The `.env` file with the settings.
@@ -145,11 +146,7 @@ class ModelManager:
 
     @property
     def access(self) -> Access:
-        """The address and key for this package's own requests.
-
-        Raises:
-            KittyError: The server is not ready.
-        """
+        """The address and key for this package's own requests."""
         if self.state.status is ServerStatus.OUT_OF_REACH:
             raise OutOfReachError(self.state.error)
         if self.state.status is not ServerStatus.READY:
@@ -163,28 +160,17 @@ class ModelManager:
         """An HTTP client of the server: `manager.http.post("/v1/chat/completions", json=…)`.
 
         It sends the server's key, and is closed with the manager.
-
-        Raises:
-            KittyError: The server is not ready.
         """
         return self._connections.http(self.access)
 
     @property
     def client(self) -> Any:
-        """An `openai.OpenAI` for the server, or `http` if `openai` is not installed.
-
-        Raises:
-            KittyError: The server is not ready.
-        """
+        """An `openai.OpenAI` for the server, or `http` if `openai` is not installed."""
         return self.access.openai(self.http)
 
     @property
     def async_client(self) -> Any:
-        """An `openai.AsyncOpenAI` or `httpx.AsyncClient`: a new one each time, for you to close.
-
-        Raises:
-            KittyError: The server is not ready.
-        """
+        """An `openai.AsyncOpenAI` or `httpx.AsyncClient`: a new one each time, for you to close."""
         access = self.access
         return access.openai(access.async_http())
 
@@ -285,7 +271,7 @@ class ModelManager:
 
         Raises:
             NoAnswerError: The model did not answer in words, or in the form asked for.
-            KittyError: The server is not ready, takes no pictures, or doesn't finish its answer.
+            KittyError: The server takes no pictures, or doesn't finish its answer.
         """
         access = self._access_for(Task.CHAT)
         form = None if response_format is None else Form(response_format)
@@ -316,7 +302,7 @@ class ModelManager:
                 there are.
 
         Raises:
-            KittyError: The server is not ready, its model does not embed, or a text is too long.
+            KittyError: The model does not embed, or a text is too long.
         """
         if isinstance(texts, str):
             raise KittyError("embed takes a list of texts: embed([text]).")
@@ -333,7 +319,7 @@ class ModelManager:
             top_n: How many to return; None for all.
 
         Raises:
-            KittyError: The server is not ready, its model does not rank, or a text is too long.
+            KittyError: The model does not rank, or a text is too long.
         """
         return self._ask(Task.RANK, embeddings.rerank, query, [*documents], top_n)
 
@@ -345,25 +331,16 @@ class ModelManager:
             text: The text. What is kept of another text of that name is replaced.
 
         Raises:
-            KittyError: The server is not ready, keeps no prompts, or refused the text; once it is
-                waited for.
+            KittyError: The server keeps no prompts, or refused the text; once it is waited for.
         """
         return Pinned(text, self.run(self._supervisor.pin, name, text), self.chat)
 
     def tokenize(self, text: str) -> Operation[list[int]]:
-        """Return the tokens of a text, without those that the model puts around it.
-
-        Raises:
-            KittyError: The server is not ready.
-        """
+        """Return the tokens of a text, without those that the model puts around it."""
         return self._ask(None, embeddings.tokenize, text)
 
     def count_tokens(self, messages: Messages) -> Operation[int]:
-        """Count the tokens of a prompt or conversation, with those of the model's chat template.
-
-        Raises:
-            KittyError: The server is not ready.
-        """
+        """Count the tokens of a prompt or conversation, with those of the model's chat template."""
         return self._ask(None, embeddings.count_tokens, as_messages(messages))
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:

@@ -1,4 +1,8 @@
-"""The profiles of a `.env` file: loaded leniently, saved back, and warned about."""
+"""The profiles of a `.env` file: loaded leniently, saved back, and warned about.
+
+The file is found as by `ServerConfig.from_env`. All of this raises `ConfigError` where it cannot be
+read, or a line in it cannot be understood.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +59,6 @@ def load_lenient(
 
     Returns:
         The settings, and the complaint about those that were skipped.
-
-    Raises:
-        ConfigError: The file cannot be read, or a line in it cannot be understood.
     """
     return _load(read_env(path), profile, check)
 
@@ -93,9 +94,6 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
 
     A role counts if it has any key of its own, another profile if it has a model or a URL, or
     routes to other profiles, and `primary` if there is no other.
-
-    Raises:
-        ConfigError: It cannot be read, or a line in it cannot be understood.
     """
     found = dict.fromkeys(
         name.lower()
@@ -130,7 +128,7 @@ def save_settings(
 
     Args:
         config: The settings.
-        path: The file, found as by `ServerConfig.from_env`; created if it is missing.
+        path: The file; created if it is missing.
         names: The fields to write; all by default.
 
     Raises:
@@ -148,7 +146,7 @@ def add_profiles(
 
     Args:
         configs: Their settings. Secrets are never written.
-        path: The file, found as by `ServerConfig.from_env`; created if it is missing.
+        path: The file; created if it is missing.
         replace: Whether profiles that are in the file already may be changed.
 
     Raises:
@@ -218,9 +216,6 @@ def env_warnings(path: str | Path, *profiles: str) -> tuple[str, ...]:
     """Return warnings about keys, values and variables that don't have the intended effect.
 
     Each is a sentence with its fix. None shows a value.
-
-    Raises:
-        ConfigError: It cannot be read, or a line in it cannot be understood.
     """
     env = read_env(path)
     return (*_keys(env), *_values(env), *_urls(env, profiles), *_environment(env, profiles))
