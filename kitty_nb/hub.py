@@ -349,9 +349,7 @@ class Download:
         """Fetch what is missing; return the file to give to the engine.
 
         A cancelled or failed run keeps the downloaded part, and the next one resumes there.
-
-        Args:
-            on_progress: Called a few times a second with the current step and the bytes on disk.
+        `on_progress` is called a few times a second with the current step and the bytes on disk.
 
         Raises:
             DiskFullError: The disk is full, or too small.

@@ -50,11 +50,7 @@ _POLL_SECONDS = 5.0  # where the system has no more watches to give
 def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
     """Find the projector for images or sound that goes with a model; None where there is none.
 
-    Headers are read only if there is a projector nearby.
-
-    Args:
-        path: The model's file, the first of a split model.
-        roots: Folders that models are listed from.
+    Headers are read only if there is a projector nearby. Models are listed from `roots`.
     """
     beside = _beside(path, roots)
     model = _describe(path, roots, beside) if beside else None

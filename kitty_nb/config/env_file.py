@@ -113,12 +113,9 @@ class SavedEnv:
 def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
     """Set keys in a `.env` file; other lines, comments, permissions and links stay as they are.
 
-    New keys come last. The previous file, which may hold a secret, is backed up in a folder that
-    only this user can read, away from anything that git or a web server could publish.
-
-    Args:
-        env: The file as it was read.
-        changes: Values by key, taken literally: `${NAME}` is not expanded.
+    New keys come last, and values are taken literally: `${NAME}` is not expanded. The previous
+    file, which may hold a secret, is backed up in a folder that only this user can read, away from
+    anything that git or a web server could publish.
 
     Raises:
         ConfigError: The file cannot be written, or has changed since it was read.

@@ -85,9 +85,8 @@ _BUSY = (
 def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySettings:
     """Read what decides about memory from a server's settings, `extra_args` last. It blocks.
 
-    Args:
-        config: The settings. Values that the engine would refuse are ignored.
-        engine: Older builds have other defaults; None stands for a build of today.
+    Values that the engine would refuse are ignored. Older builds have other defaults; None stands
+    for a build of today.
     """
     options = options_of(config)
     settings = _settings(options, engine)
@@ -170,12 +169,9 @@ def _weights_beside(options: Options) -> int:
 
 
 def free_memory(pid: int | None = None) -> Memory:
-    """Measure what is free, counting in what a running server will give back.
+    """Measure what is free, counting in what a running server, and its children, will give back.
 
     The GPUs are those that NVIDIA's library knows; see `with_devices` for others.
-
-    Args:
-        pid: The server that ends before another starts. What its children hold counts too.
     """
     ram = psutil.virtual_memory()
     holders = [] if pid is None else family(pid)

@@ -261,9 +261,8 @@ class HealthProbe:
     async def check_activity(self, *, idle: bool = False) -> HealthCheckResult:
         """Like `check`, with what is known of its slots, or of its sleep.
 
-        Args:
-            idle: Its log says that it rests: slots that rested are not asked again, since some
-                builds write a line for each look.
+        Where its log says that it is idle, slots that rested are not asked again, since some builds
+        write a line for each look.
         """
         result = await self.check()
         if result.status is not ServerStatus.READY:

@@ -185,9 +185,7 @@ class LoadMeter:
     def progress(self, elapsed: float, lasting: float = 0.0) -> LoadProgress:
         """Return where the load is, `elapsed` seconds after the start.
 
-        Args:
-            elapsed: Now.
-            lasting: Seconds for which this will be shown; the fraction is that in their middle.
+        Where that is shown for `lasting` seconds, the fraction is that in their middle.
         """
         left = self.left(elapsed)
         if self.stage is Stage.READY:

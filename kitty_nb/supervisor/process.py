@@ -358,13 +358,10 @@ _COUNTERS = Path("/proc/vmstat")
 
 
 def oom_kills(counters: Path = _COUNTERS) -> int | None:
-    """Count the processes that Linux has killed for memory since it started.
+    """Count the processes that Linux (since 4.13) has killed for memory since it started.
 
     It counts those in control groups too, containers' among them, and needs no rights. A server
     that was killed by SIGKILL while the count rose was most likely one of them.
-
-    Args:
-        counters: Where Linux (since 4.13) keeps its counters.
 
     Returns:
         None where the system does not tell.

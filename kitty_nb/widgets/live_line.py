@@ -46,13 +46,6 @@ class LiveLine(Page):
     """A ready server's work, in words and as a chart; hidden until it does something.
 
     All of it is kept here for a page that opens later.
-
-    Args:
-        clock: Seconds.
-
-    Attributes:
-        words: What is said.
-        shown: Whether anything is.
     """
 
     _esm: ClassVar[str] = asset("page.js", "live_line.js")

@@ -142,12 +142,8 @@ class ModelTable(display.Page):
 class ModelBrowser(display.Fold):
     """A table of the models. The manager's loop sends its contents while it is unfolded.
 
-    Args:
-        manager: It knows how models were used, and whether they fit.
-        picker: Whose models these are; a click on a row chooses there.
-        form: Where the settings of last time go.
-        wanted: Returns the settings that a start would use, or raises a `KittyError`.
-        say: Called, on the manager's loop, with a sentence about what cannot be remembered.
+    A click on a row chooses in the picker; the settings of last time go into the form. `say` is
+    called, on the manager's loop, with a sentence about what cannot be remembered.
     """
 
     def __init__(

@@ -32,11 +32,8 @@ def acquire(
 ) -> ModelManager:
     """Return the kernel's manager of a profile; it is made if there is none, or a closed one.
 
-    Args:
-        env: The `.env` file.
-        profile: The profile.
-        user: Whoever keeps the manager open until it calls `release`.
-        config: Settings for a manager that is made; by default the usable ones of the file.
+    It stays open until its last `user` calls `release`. By default, a new one has the usable
+    settings of the file.
     """
     key = _key(env, profile)
     with _lock:
