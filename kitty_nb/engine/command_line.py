@@ -51,7 +51,7 @@ def options_of(config: ServerConfig) -> list[tuple[str, str]]:
 
 
 def _asked_words(config: ServerConfig) -> tuple[str, ...]:
-    """What settings ask for, in llama.cpp's own words, but for `extra_args`."""
+    """The words that settings ask for, in llama.cpp's own spelling, but for `extra_args`."""
     return (
         *(word for field in _FLAGS for word in _asked(config, field)),
         *((_MMPROJ, str(config.projector)) if config.projector else ()),
@@ -327,7 +327,7 @@ def _check_rpc(engine: Engine, config: ServerConfig) -> None:
 
 
 def _asked(config: ServerConfig, field: str) -> tuple[str, ...]:
-    """What a field asks for, in llama.cpp's own words; nothing if it is unset."""
+    """The words that a field asks for, in llama.cpp's own spelling; none if it is unset."""
     value, flag = getattr(config, field), _FLAGS[field]
     if value is None:
         return ()

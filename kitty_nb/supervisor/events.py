@@ -184,7 +184,7 @@ class RoutedModel:
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What a router that was started here serves."""
+    """The models of a router that was started here."""
 
     models: dict[str, RoutedModel]  # its models, by the names that clients ask for
     alias: str | None  # the model in use, of those that are loaded; None where none is
@@ -359,7 +359,7 @@ class ProgressMade:
 
 @dataclass(frozen=True, slots=True)
 class RouterLoad:
-    """The load of a model in an attached router."""
+    """The load of a model in a router."""
 
     model: str  # the name that clients ask for
     # How far it is; None once it has been unloaded, or the load has failed.

@@ -39,7 +39,7 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class KeptPrompt(BaseModel):
-    """What is known of a prompt on disk."""
+    """The record of a prompt on disk."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

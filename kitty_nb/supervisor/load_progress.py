@@ -268,5 +268,5 @@ class LoadMeter:
 
 
 def _ratio(seconds: float, expected: float) -> float:
-    """How many times as long as expected something took; 1 where nothing was expected."""
+    """A time as a multiple of the expected one; 1 where nothing was expected."""
     return seconds / expected if expected > 0 else 1.0

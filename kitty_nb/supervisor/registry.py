@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-# Seconds after an announcement. A process shows its mark a moment after it was spawned, on a busy
-# machine later; and an announcement that is older than the other has come to nothing.
+# Seconds after an announcement: until then a spawned process shows its mark, also on a busy machine;
+# from then on the announcement is void.
 _MARKED_WITHIN, _SPAWNED_WITHIN = 3.0, 60.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 

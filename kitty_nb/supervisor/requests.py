@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a slot holds after a request."""
+    """The contents of a slot after a request."""
 
     task: int  # the number of the request
     tokens: int  # those of its prompt and answer

@@ -1,4 +1,4 @@
-"""`Turn`: a question in a chat, its answer as far as it has come, and what is said about it."""
+"""`Turn`: a question in a chat, its answer so far, and what is said about it."""
 
 from __future__ import annotations
 
