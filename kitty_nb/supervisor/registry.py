@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-# Seconds after an announcement: until then a spawned process shows its mark, also on a busy machine;
+# Seconds after an announcement: by then a spawned process shows its mark, also on a busy machine;
 # from then on the announcement is void.
 _MARKED_WITHIN, _SPAWNED_WITHIN = 3.0, 60.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
