@@ -35,7 +35,7 @@ function render(el, store) {
     table.hidden = !store.rows.length;
     const line = (row) => {
       const shown = { ...row, at: new Date(row.at * 1000).toLocaleTimeString([], { hourCycle: "h23" }) };
-      const line = element("tr", row.ended === "error" ? "kitty-bad-text" : "", { title: row.error });
+      const line = element("tr", row.ended === "error" ? "kitty-bad" : "", { title: row.error });
       line.append(...COLUMNS.map(([, key]) => element("td", "", { textContent: shown[key] })));
       return line;
     };
