@@ -673,7 +673,7 @@ qualities = [
 def test_a_quality_that_was_edited_is_another_one_in_every_process() -> None:
     code = (
         f"{_QUALITIES}\n"
-        "from kitty_nb.experiments.trial import identity\n"
+        "from kitty_nb.experiments.quality import identity\n"
         "print(*map(identity, qualities), sep='\\n')"
     )
     first, again = (

@@ -8,6 +8,7 @@ from kitty_nb.experiments.bench import Bench, BenchTable
 from kitty_nb.experiments.combination import Combination
 from kitty_nb.experiments.comparison import ResultsComparison, compare_results
 from kitty_nb.experiments.load_test import Load, LoadTest, load_test
+from kitty_nb.experiments.quality import Divergence, ExactMatch, HarnessTask, Perplexity
 from kitty_nb.experiments.recording import record_run, replay
 from kitty_nb.experiments.regress import Regression, regress
 from kitty_nb.experiments.results import Results
@@ -23,12 +24,8 @@ from kitty_nb.experiments.statistics import (
 from kitty_nb.experiments.suite import Suite
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (
-    Divergence,
-    ExactMatch,
-    HarnessTask,
     Measurement,
     Outcome,
-    Perplexity,
     RequestTimes,
     Trial,
     TrialResult,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from kitty_nb.experiments.likelihood import Interval, Piece
-    from kitty_nb.experiments.trial import HarnessTask
+    from kitty_nb.experiments.quality import HarnessTask
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # parameters that a task may set
 

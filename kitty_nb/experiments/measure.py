@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
-from concurrent.futures import Future
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
-from threading import Thread
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -25,18 +22,21 @@ from kitty_nb.errors import ConfigError, KittyError, ServerError, WillNotFitErro
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.likelihood import Likelihoods, likeness, perplexity_of
 from kitty_nb.experiments.noise import noise_since, usage_with
+from kitty_nb.experiments.quality import (
+    Divergence,
+    HarnessTask,
+    Perplexity,
+    judge,
+    mean_quality,
+)
 from kitty_nb.experiments.recording import describe_run
 from kitty_nb.experiments.run_record import Exchange, Request, Timings
 from kitty_nb.experiments.space import changes
-from kitty_nb.experiments.statistics import proportion_interval, score_interval
+from kitty_nb.experiments.statistics import proportion_interval
 from kitty_nb.experiments.trial import (
-    MEASURED_ON_SERVER,
-    Divergence,
-    HarnessTask,
     Measurement,
     ModelFingerprint,
     Outcome,
-    Perplexity,
     RequestAnswered,
     RequestTimes,
     Speed,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.errors import Problem
-    from kitty_nb.experiments.likelihood import Distribution, Interval
+    from kitty_nb.experiments.likelihood import Distribution
     from kitty_nb.experiments.trial import Execute, OnProgress, Trial, Value, Workload
     from kitty_nb.isolated_server import Engine, IsolatedServer, LoadProgress
 
@@ -202,7 +202,7 @@ class BenchmarkClient:
 
             seed = self._workload.seed
             asked = run_harness_task(quality, self._http, slots=self.slots, seed=seed)
-            return _quality(*await asked)
+            return mean_quality(*await asked)
         if not isinstance(quality, Perplexity | Divergence):
             return {}
         pairs = self._expected(quality.expected)
@@ -429,7 +429,7 @@ class _Run:
                 exchanges = tuple(answer.exchange for answer in answers)
                 record = await describe_run(server.state, server.access, exchanges, workload.seed)
                 document = record.to_json()
-        judged, problem = await _judged(workload, measured.answers)
+        judged, problem = await judge(workload.quality, workload.prompts, measured.answers)
         self.row = replace(
             self.row,
             measurement=replace(measured, **judged, machine_load=busy / 100),
@@ -502,41 +502,6 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
         _references.clear()  # they are large, and sweeps run one after another
         _references[key] = found
     return _references[key]
-
-
-async def _judged(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Judge on a thread that nobody waits for: a user's function may never return."""
-    found: Future[tuple[dict[str, Any], str]] = Future()
-    found.set_running_or_notify_cancel()
-    work = Thread(
-        target=lambda: found.set_result(_judge(workload, answers)),
-        name="kitty_nb quality",
-        daemon=True,
-    )
-    work.start()
-    return await asyncio.wrap_future(found)
-
-
-def _judge(workload: Workload, answers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Return the mean score with its 95 % interval, and a problem with the user's function, if any.
-
-    The interval covers the mean over all prompts of this kind.
-    """
-    quality = workload.quality
-    if quality is None or isinstance(quality, MEASURED_ON_SERVER):
-        return {}, ""
-    try:
-        pairs = zip(workload.prompts, answers, strict=True)
-        scores = [float(quality(*pair)) for pair in pairs]
-    except BaseException as error:  # noqa: BLE001 (whatever a user's function raises, exits too)
-        return {}, f"quality failed with {error!r}. It must return a number for every answer."
-    if not all(map(math.isfinite, scores)):
-        return {}, f"quality returned {scores}. It must return a finite number for every answer."
-    return _quality(fmean(scores), score_interval(scores)), ""
-
-
-def _quality(score: float, interval: Interval | None) -> dict[str, Any]:
-    return {"quality": score, "intervals": {"quality": interval} if interval else {}}
 
 
 def _queued(most: int, slots: int | None) -> str:

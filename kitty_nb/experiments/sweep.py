@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.experiments.quality import Quality
     from kitty_nb.experiments.space import Skip
-    from kitty_nb.experiments.trial import Execute, Quality, Trial, TrialResult
+    from kitty_nb.experiments.trial import Execute, Trial, TrialResult
     from kitty_nb.isolated_server import LoadProgress
     from kitty_nb.operation import Operation
 

@@ -14,15 +14,17 @@ from kitty_nb.experiments.batches import BATCHES, fill_batches
 from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import OBJECTIVE, metric_names, read_objective
+from kitty_nb.experiments.quality import Perplexity
 from kitty_nb.experiments.search_run import TuneResult, Tuning
-from kitty_nb.experiments.trial import DEFAULT_PROMPT, Perplexity, TrialResult, Workload
+from kitty_nb.experiments.trial import DEFAULT_PROMPT, TrialResult, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments.trial import Quality, SweepEvent
+    from kitty_nb.experiments.quality import Quality
+    from kitty_nb.experiments.trial import SweepEvent
     from kitty_nb.operation import Operation
 
 
