@@ -157,13 +157,8 @@ class Analysis:
         for row in self.rows:
             if (value := objective.of(row)) is not None:
                 values.setdefault(row.trial.combination, {})[row.trial.repeat] = value
-        name = objective.name
         return [
-            replace(
-                one,
-                metrics={**one.metrics, name: Spread.over([*values[one.trial].values()])},
-                series={**one.series, name: values[one.trial]},
-            )
+            replace(one, series={**one.series, objective.name: values[one.trial]})
             for one in self.combinations
             if one.trial in values and one.keeps(bounds)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_lines
@@ -35,7 +35,6 @@ class Combination:
         base: The base settings.
         outcomes: The number of repeats by outcome.
         reasons: Why repeats were not measured or metrics left out, each sentence once.
-        metrics: The metrics over the repeats, by name.
         series: The metrics by name and round.
         close: Other combinations that were too close to tell when this one was chosen.
         more_rounds: The number of further rounds that would probably decide; 0 if unknown.
@@ -50,7 +49,6 @@ class Combination:
     base: ServerConfig
     outcomes: Mapping[Outcome, int] = field(default_factory=Counter)
     reasons: tuple[str, ...] = ()
-    metrics: Mapping[str, Spread] = field(default_factory=dict)
     series: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     close: tuple[Trial, ...] = ()
     more_rounds: int = 0
@@ -80,7 +78,6 @@ class Combination:
             outcomes=Counter(row.outcome for row in rows),
             reasons=(*dict.fromkeys(row.reason for row in rows if row.reason), *odd),
             left_out=len(odd),
-            metrics={name: Spread.over([*values.values()]) for name, values in series.items()},
             series=series,
             busy=sum(row.busy for row in rows),
             batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
@@ -89,6 +86,11 @@ class Combination:
     def __repr__(self) -> str:
         doubt = f"; {self.doubt}" if self.doubt else ""
         return f"Combination({self.trial.label}: {self.done} measured{doubt})"
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Spread]:
+        """The metrics over the repeats, by name."""
+        return {name: Spread.over([*values.values()]) for name, values in self.series.items()}
 
     @property
     def done(self) -> int:

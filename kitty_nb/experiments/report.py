@@ -205,11 +205,12 @@ def _code(results: Analysis, workload: Workload) -> str:
         "chat": workload.chat,
         "requests": workload.at_least,
     }
-    judged = workload.quality is not None
-    written = repr(workload.quality)
-    if judged and not written.startswith("<"):
+    named, own = ["Sweep"], []
+    if repr(workload.quality).startswith("<"):
+        own = ["    # quality=… (a function of yours)"]
+    elif workload.quality is not None:
         asked["quality"] = workload.quality
-    named = ["Sweep"] + ([type(workload.quality).__name__] if "quality" in asked else [])
+        named.append(type(workload.quality).__name__)
     changed = ["config = ServerConfig.from_env()"]
     if given:
         changed[0] += ".replace("
@@ -221,7 +222,7 @@ def _code(results: Analysis, workload: Workload) -> str:
         *changed,
         "sweep = Sweep(",
         *(f"    {name}={_pretty(value)}," for name, value in asked.items()),
-        *(["    # quality=… (a function of yours)"] if judged and "quality" not in asked else []),
+        *own,
         "    config=config,",
         ")",
         "results = sweep.run().wait()",

@@ -11,6 +11,7 @@ from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.arguments import whole
 from kitty_nb.experiments.bounds import QUALITY_LOSS, Constraint, read_bound
 from kitty_nb.experiments.combination import choose
+from kitty_nb.experiments.metrics import smaller_is_better
 from kitty_nb.experiments.proof import Proof, reached_in_reruns
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.search_run import TuneResult, Tuning
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.combination import Combination
+    from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import TrialResult
 
 COSTS: Mapping[str, Any] = {  # settings that trade memory or quality for speed
@@ -43,14 +45,9 @@ _CANDIDATES = 3  # the number of proofs to attempt
 
 @dataclass(frozen=True)
 class Goal:
-    """The target of a search, and its limits.
+    """The target of a search, its limits as constraints, and the rounds of its proof.
 
-    Attributes:
-        target: The bound to reach.
-        limits: The bounds on metrics, in the form of constraints.
-        loss: The bound on the relative increase of perplexity; None for no bound.
-        text: The text for perplexity.
-        rounds: The rounds of the proof.
+    `loss` bounds the relative increase of the text's perplexity.
     """
 
     target: Constraint
@@ -177,9 +174,13 @@ class TargetTuning(Tuning):
         if not (self._target.allows(reached) and one.keeps(self._search.bounds)):
             return None
         used = one if same else by_trial[self._used]
-        next_best = by_trial.get(other.trial) if other else None
         perplexity = one.metrics.get("perplexity")
         ends = self._best_perplexity
+
+        def against(rival: Combination | None) -> Difference | None:
+            small = smaller_is_better(name)
+            return one.against(rival, name, smaller_is_better=small) if rival else None
+
         return Proof(
             target=self._target,
             reached=reached,
@@ -188,17 +189,12 @@ class TargetTuning(Tuning):
             memory_gib=one.metrics[COST].median,
             memory_in_use=used.metrics[COST].median if used.done else None,
             quality_loss=perplexity.median / ends - 1 if perplexity and ends else None,
-            against_in_use=None if same or not used.done else proof.verdict(one, used, name),
-            against_runner_up=(
-                proof.verdict(one, next_best, name) if next_best and next_best.done else None
-            ),
+            against_in_use=against(used) if used.done and not same else None,
+            against_runner_up=against(by_trial.get(other.trial)) if other else None,
         )
 
     def _missing(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """Yield the trials without a row."""
-        for trial in trials:
-            if trial.key not in self._rows:
-                yield trial
+        return (trial for trial in trials if trial.key not in self._rows)
 
     def _is_used(self, trial: Trial) -> bool:
         return trial.model == self._used.model and all(
