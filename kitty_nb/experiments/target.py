@@ -178,8 +178,9 @@ class TargetTuning(Tuning):
         ends = self._best_perplexity
 
         def against(rival: Combination | None) -> Difference | None:
-            small = smaller_is_better(name)
-            return one.against(rival, name, smaller_is_better=small) if rival else None
+            if rival is None or not rival.done:
+                return None
+            return one.against(rival, name, smaller_is_better=smaller_is_better(name))
 
         return Proof(
             target=self._target,
@@ -189,7 +190,7 @@ class TargetTuning(Tuning):
             memory_gib=one.metrics[COST].median,
             memory_in_use=used.metrics[COST].median if used.done else None,
             quality_loss=perplexity.median / ends - 1 if perplexity and ends else None,
-            against_in_use=against(used) if used.done and not same else None,
+            against_in_use=None if same else against(used),
             against_runner_up=against(by_trial.get(other.trial)) if other else None,
         )
 
