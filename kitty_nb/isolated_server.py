@@ -1,8 +1,6 @@
 """The waist between experiments and the rooms below: a server of one's own, and facts about it.
 
-Experiments import the manager and the client, `kitty_nb.errors`, `kitty_nb.config`,
-`kitty_nb.catalog`, `kitty_nb.safe_files` and this module. `isolated_server` serves a `ServerConfig`
-beside whatever else runs, and is certain to end its server.
+Of the rooms that run servers, experiments import this module, the manager and the client alone.
 """
 
 from __future__ import annotations
@@ -84,13 +82,13 @@ _LOOK_AGAIN = 0.05  # seconds
 
 @dataclass(frozen=True, slots=True)
 class LoadSeconds:
-    """Seconds of a load's stages, which together are those from asking to ready.
+    """The duration of a load by stage, in seconds.
 
     Attributes:
         starting: Until the first sign of loading.
-        loading: Until the last weight is there, or, of a small model, until it is ready.
-        preparing: From then on: context and the engine's own warm-up.
-        cached: Share of the model that was in memory before; None where it cannot be told.
+        loading: Until the last weight is read; for a small model, until it is ready.
+        preparing: The rest: context and the engine's own warm-up.
+        cached: The fraction of the model that was in memory before; None if unknown.
     """
 
     starting: float
@@ -100,20 +98,17 @@ class LoadSeconds:
 
     @property
     def total(self) -> float:
-        """Seconds of all stages."""
+        """The seconds from the request to ready."""
         return self.starting + self.loading + self.preparing
 
 
 class IsolatedServer:
-    """A server that is ready and belongs to one experiment.
+    """A ready server that belongs to one experiment.
 
     Attributes:
-        state: As it became ready.
-        access: How to reach it.
-        load: How long its load took.
-        memory: The most RAM that its processes had when `sample_memory` looked, in bytes.
-        gpu_memory: The most that they had of GPUs' own memory then, in bytes; None where the
-            driver does not say what a process holds.
+        state: Its state when it became ready.
+        memory: The peak RAM of its processes, as sampled, in bytes.
+        gpu_memory: The same of GPUs' own memory; None if the driver doesn't report it by process.
     """
 
     def __init__(self, supervisor: Supervisor, stages: Mapping[Stage, float]) -> None:
@@ -127,7 +122,7 @@ class IsolatedServer:
         self.gpu_memory: int | None = 0
 
     async def sample_memory(self) -> None:
-        """Look at what the server holds, and keep the highest."""
+        """Measure the server's memory, and keep the peak."""
         pid = self.state.pid or 0
         gpus = (await run_sync(free_memory, pid)).gpus
         held = max(self.gpu_memory or 0, sum(gpu.returned for gpu in gpus))
@@ -145,21 +140,21 @@ async def isolated_server(
     anyway: bool = False,
     on_progress: Callable[[LoadProgress], object] = lambda _: None,
 ) -> AsyncGenerator[IsolatedServer]:
-    """Serve a model on a server of its own, which ends with this context.
+    """Serve a model on a server of its own, which stops at the end of the context.
 
-    It has a free port and a folder of its own, needs no key and is never restarted. It ends also
-    when this is cancelled or this process is killed.
+    It has a free port, needs no key and is never restarted. It also stops if the task is cancelled
+    or this process is killed.
 
     Args:
-        config: What to serve. Its profile names the log.
-        folder: Where the log goes; without it a temporary folder.
-        anyway: Start it even if it will not fit into memory.
+        config: The settings; the profile names the log.
+        folder: The folder for the log; by default a temporary one.
+        anyway: Whether to start it even if it will not fit into memory.
         on_progress: Called with each step of the load.
 
     Raises:
         WillNotFitError: There is not enough memory.
-        ConfigError: The settings, or the model file since, are not usable.
-        ServerError: It did not become ready, or fell silent while it was used.
+        ConfigError: The settings or the model file can't be used.
+        ServerError: The server did not become ready, or stopped answering.
         KittyError: The profile runs on another machine.
     """
     if config.ssh:
@@ -204,11 +199,7 @@ async def isolated_server(
 
 
 async def access_at_url(config: ServerConfig) -> Access:
-    """Find the server at the URL of a profile, and the model to ask there.
-
-    Raises:
-        ServerFailedError: It does not answer.
-    """
+    """Find the server at the URL of a profile, and the model to ask there."""
     state = await look_once(config)
     if state.error:
         raise ServerFailedError(state.error)
@@ -217,7 +208,7 @@ async def access_at_url(config: ServerConfig) -> Access:
 
 
 async def has_gpu(config: ServerConfig) -> bool:
-    """True if the engine has a device to offload layers to; False where there is no engine."""
+    """Return whether the engine has a device to offload layers to; False without an engine."""
     try:
         devices = await engine_devices(config)
     except EngineError:
@@ -226,7 +217,7 @@ async def has_gpu(config: ServerConfig) -> bool:
 
 
 async def find_load(state: ServerState) -> LoadRecord | None:
-    """Find the load of a server that is ready in the history, whichever program started it."""
+    """Find a ready server's load in the history, whichever program started it."""
     history = LoadHistory(state.config.history, lambda _: None)
     host, path = this_host(), path_text(state.config.model)
     while (uptime := state.uptime) is not None:
@@ -243,11 +234,9 @@ async def find_load(state: ServerState) -> LoadRecord | None:
 
 
 def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, Future[T]]:
-    """Start the work, and return when it first waits. Cancelling the future cancels it.
+    """Run a coroutine function on a new thread; return once it first waits.
 
-    Args:
-        work: A coroutine function.
-        name: Of the thread. It is a daemon: whoever starts it sees to its end.
+    Cancelling the future cancels it. The thread is a daemon, whose end the caller waits for.
     """
     begun: Future[BlockingPortal] = Future()
     waits = ThreadEvent()
@@ -273,7 +262,7 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
 
 
 async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
-    """Return why a server did not answer: how it ended, if it did."""
+    """Say why a server did not answer: how it ended, if it did."""
     with anyio.move_on_after(_DEATH_WITHIN):
         async with aclosing(supervisor.events()) as events:
             while not supervisor.state.status.idle:

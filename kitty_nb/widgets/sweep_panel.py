@@ -119,7 +119,7 @@ class SweepButtons(HBox):
         self.add_class("kitty-buttons")
 
     def show(self, status: SweepStatus, *, failed: bool, best: bool) -> None:
-        """Enable what makes sense now, and name what it does."""
+        """Enable the buttons that make sense now, and label them."""
         retry = "Retry failed" if failed and status is SweepStatus.DONE else ""
         start = _TO_START.get(status, retry)
         self.start.description, self.start.disabled = start or "Start", not start
@@ -134,14 +134,14 @@ class SweepPanel(VBox):
 
     The sweep's own thread writes it, so it stays live while a cell keeps the kernel busy; callbacks
     write it too, one at a time. Closing it leaves the sweep running. A sweep has one panel: a
-    second one, also of the same sweep made again, replaces it.
+    second one, also of the same sweep created again, replaces it.
 
     Args:
         sweep: The sweep.
-        panel: Where *Use the best* puts the winner's model and settings; without one it only shows
-            their lines for `.env`.
-        objective: The number by which the best is chosen at first.
-        constraints: Bounds that the best must keep; see `Results.best`.
+        panel: The panel into which *Use the best* copies the best model and settings; without one,
+            the button only shows their lines for `.env`.
+        objective: The metric by which the best is chosen at first.
+        constraints: Bounds that the best must satisfy; see `Results.best`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class SweepPanel(VBox):
         return still("kitty_nb sweep", [done, *self._facts], self.table.table)
 
     def close(self) -> None:
-        """Remove the widgets. A sweep that runs goes on."""
+        """Remove the widgets; a running sweep continues."""
         if self.comm is None:  # closed, or never made, because an argument was wrong
             return
         with self._writing:
@@ -228,7 +228,7 @@ class SweepPanel(VBox):
             )
 
     def _act(self, action: Callable[[], object]) -> None:
-        """Do what a click asks, and show what goes wrong."""
+        """Do what a click asks, and show an error if there is one."""
         self._problem = ""
         try:
             action()
@@ -288,7 +288,7 @@ class SweepPanel(VBox):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Draw at once while no loop runs, else soon and on that loop."""
+        """Draw immediately if no loop is running, otherwise soon on that loop."""
         if self._view.drawing:
             self._view.wake()
         else:
@@ -352,7 +352,7 @@ def _run_here(function: Callable[[], Coroutine[Any, Any, None]]) -> Future[None]
 
 
 def bundle(sweep: Sweep) -> dict[str, Any]:
-    """Return what a notebook shows of a sweep: its panel, made if none is open."""
+    """Return a notebook's display of a sweep: its panel, created if none is open."""
     panel = session.newest(SweepPanel, sweep.store, sweep.trials)
     if panel is None or panel.sweep is not sweep or panel.comm is None:
         panel = SweepPanel(sweep)
@@ -361,13 +361,7 @@ def bundle(sweep: Sweep) -> dict[str, Any]:
 
 
 def status_of(progress: SweepProgress, *, running: bool, broken: bool = False) -> SweepStatus:
-    """Name where a sweep is.
-
-    Args:
-        progress: How far it is.
-        running: Whether it runs.
-        broken: Whether its last run broke off.
-    """
+    """Return a sweep's status; `broken` means that its last run ended with an error."""
     if running and progress.paused:
         return SweepStatus.PAUSING if progress.running else SweepStatus.PAUSED
     if running:
@@ -455,7 +449,7 @@ def draw_table(
     running: Iterable[Trial] = (),
     best: Combination | None = None,
 ) -> str:
-    """Draw a row for each combination, those not tried yet too, in the order of their values."""
+    """Draw a row for each combination, tried or not, in the order of their values."""
     repeats = Counter(trial.combination for trial in trials)
     settings = list(dict.fromkeys(name for trial in repeats for name, _ in trial.settings))
     several = len({trial.model for trial in repeats}) > 1 or not settings
@@ -477,13 +471,13 @@ def draw_table(
 
 
 def model_name(trial: Trial) -> str:
-    """A trial's model by its place in the models folder, or its file elsewhere."""
+    """Return a trial's model: its path in the models folder, or its file name elsewhere."""
     path = PurePath(trial.model)
     return path.name if path.is_absolute() else str(path)
 
 
 def figure(name: str, value: float) -> str:
-    """A number as the table says it: `0.4 s`, `12 ms`, `104`, `1.4 GB`."""
+    """Format a metric: `0.4 s`, `12 ms`, `104`, `1.4 GB`."""
     if name == "time_to_first_token" and value < 1:
         return f"{value * 1000:.0f} ms"
     if name in {"load_seconds", "time_to_first_token"}:
@@ -496,7 +490,7 @@ def figure(name: str, value: float) -> str:
 
 
 def word(value: Value) -> str:
-    """A setting's value as the table says it."""
+    """Format a setting's value."""
     match value:
         case None:
             return "auto"
@@ -508,7 +502,7 @@ def word(value: Value) -> str:
 
 
 def _state(one: Combination, repeats: int, *, at_work: bool) -> tuple[str, str]:
-    """A combination's state in words, and its tone."""
+    """Return a combination's state in words, and its tone."""
     done, ended = one.done, sum(one.outcomes.values())
     if at_work:
         return (f"running {ended + 1} of {repeats}" if repeats > 1 else "running"), "busy"
@@ -522,7 +516,7 @@ def _state(one: Combination, repeats: int, *, at_work: bool) -> tuple[str, str]:
 
 
 def _row(cells: list[str], one: Combination, headings: Mapping[str, str], *, winner: bool) -> str:
-    """A combination's row: its numbers, and below them, or in their place, what went wrong."""
+    """Draw a combination's numbers, and below them, or in their place, what went wrong."""
     reason = escape(" ".join(one.reasons)).replace("\n", "<br>")
 
     def told(width: int) -> str:
@@ -561,7 +555,7 @@ def _number(name: str, spread: Spread | None) -> str:
 
 
 def _place(trial: Trial) -> tuple[object, ...]:
-    """The sort key of a row: by model, then by values, numbers by their size."""
+    """Return a row's sort key: the model, then the values, numbers by size."""
     values = (
         (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
         for _, value in trial.settings
