@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from kitty_nb.experiments import (
     Suite,
     Sweep,
     compare,
+    compare_paired,
     compare_results,
     load_test,
     own_spread,
@@ -72,6 +74,8 @@ def test_a_wrong_argument_is_named(
         (compare, (5, 5), "recorded is 5. Write a RunRecord"),
         (compare_results, (5, 5), "first is 5. Write the results of a sweep"),
         (own_spread, (["a"], ["b"]), "Ratios need positive numbers"),
+        (partial(compare_paired, [1], [1], smaller_is_better=True, confidence=1), (), "below 1"),
+        (partial(compare_paired, [1], [1], smaller_is_better=True, seed=-1), (), "seed is -1"),
         (proportion_interval, (5, 3), "successes is 5. Write a whole number from 0 to 3"),
         (ExactMatch, (5,), "expected is 5. Write a text for each prompt"),
         (Perplexity, ({"Why?": 5},), "expected is 5. Write a text for each prompt"),

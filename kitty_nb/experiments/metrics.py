@@ -207,9 +207,9 @@ def read_objective(
 def known(name: str, names: Collection[str]) -> str:
     """Return a name if it is one of those given; otherwise the error suggests the closest."""
     if name not in names:
-        near = get_close_matches(name, names, n=1)
+        near = get_close_matches(str(name), names, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(names))}."
-        raise ExperimentError(f"No result has {name!r}. {too_few_requests(name) or advice}")
+        raise ExperimentError(f"No result has {name!r}. {too_few_requests(str(name)) or advice}")
     return name
 
 

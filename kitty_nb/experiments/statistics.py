@@ -11,7 +11,7 @@ from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.arguments import several, whole
+from kitty_nb.experiments.arguments import SEEDS, positive, several, whole
 from kitty_nb.experiments.extras import extra
 
 if TYPE_CHECKING:
@@ -89,8 +89,11 @@ def compare_paired(
         seed: The seed of the bootstrap.
 
     Raises:
-        ExperimentError: The series differ in length, or a number isn't positive.
+        ExperimentError: The series differ in length, or a number is out of range.
     """
+    if positive("confidence", confidence) >= 1:
+        raise ExperimentError(f"confidence is {confidence!r}. Write a number below 1.")
+    whole("seed", seed, 0, SEEDS)
     logs = _log_ratios(baseline, other)
     rounds = len(logs)
     if rounds < LEAST_ROUNDS:
