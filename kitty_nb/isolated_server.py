@@ -38,6 +38,7 @@ from kitty_nb.ports import LOOPBACK, free_port
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
+from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
 from kitty_nb.supervisor.url_server import look_once
@@ -70,6 +71,7 @@ __all__ = [
     "in_background",
     "isolated_server",
     "locate_engine",
+    "pid_at",
     "spell",
     "this_host",
 ]
@@ -205,6 +207,14 @@ async def access_at_url(config: ServerConfig) -> Access:
         raise ServerFailedError(state.error)
     key = None if goes_without_key(config) else config.api_key
     return Access(state.endpoint, key, state.alias)
+
+
+def pid_at(access: Access) -> int | None:
+    """Return the PID of a llama-server on this machine; None for other servers. Blocking."""
+    url = httpx.URL(access.endpoint)
+    here = url.host in {LOOPBACK, "::1", "localhost"}
+    owner = owner_of(url.host, url.port or 80) if here else None
+    return owner.pid if owner and owner.engine else None  # not that of a tunnel
 
 
 async def has_gpu(config: ServerConfig) -> bool:

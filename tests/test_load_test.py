@@ -11,6 +11,7 @@ from statistics import median
 import anyio
 import pandas as pd
 import pytest
+from anyio import to_thread
 from terminal import run
 from test_cli import write_env
 
@@ -21,6 +22,7 @@ from kitty_nb.experiments import Load, LoadTest, RequestTimes, load_test
 from kitty_nb.experiments.load_test import Arrivals, arrival_times, next_rate
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.noise import Noise
+from kitty_nb.isolated_server import pid_at
 
 WAIT = 120.0
 
@@ -166,6 +168,7 @@ def test_a_server_that_runs_already_is_asked_and_left_running(
         async with Supervisor(base) as supervisor:
             state = await supervisor.start()
             access = Access(state.endpoint, supervisor.api_key)
+            assert await to_thread.run_sync(pid_at, access) == state.pid
             test = await load_test(access=access, concurrency=2, requests=2, max_tokens=2)
             assert len(test.requests) == 2
             assert (await supervisor.check_health()).status is ServerStatus.READY

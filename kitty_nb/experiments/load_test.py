@@ -26,7 +26,7 @@ from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table, write_parquet
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
-from kitty_nb.isolated_server import access_at_url, in_background, isolated_server
+from kitty_nb.isolated_server import access_at_url, in_background, isolated_server, pid_at
 from kitty_nb.operation import Operation
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Load:
         rate: Requests per second, sent regardless of answers (open loop); None for a closed loop.
         seconds: Seconds from the first request to the last answer.
         requests: The times of each request, in the order of their answers.
-        noise: How busy the machine was; None if unknown, as with a server that ran already.
+        noise: How busy the machine was; None if the server is elsewhere, or the load was too short.
     """
 
     concurrency: int | None
@@ -353,7 +353,7 @@ async def _server(
         access = await access_at_url(config)
     if access:
         try:
-            yield access, None
+            yield access, await run_sync(pid_at, access)
         except httpx.HTTPError as error:
             raise ExperimentError(broken_off(error)) from error
         return
