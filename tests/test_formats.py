@@ -210,7 +210,7 @@ def test_a_unit_is_one_that_systemd_takes(
 
 
 def test_a_container_is_one_that_quadlet_takes(tmp_path: Path, config: ServerConfig) -> None:
-    places = ("/usr/libexec/podman", "/usr/lib/podman")
+    places = os.environ["PATH"], "/usr/libexec/podman", "/usr/lib/podman"
     quadlet = shutil.which("quadlet", path=os.pathsep.join(places))
     if not quadlet:
         pytest.skip("no quadlet, which podman has from 4.4 on")

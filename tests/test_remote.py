@@ -408,7 +408,7 @@ def test_another_version_there_is_a_sentence(fake: Callable[[str], ServerConfig]
 def test_what_start_files_print_is_passed_over(
     fake: Callable[[str], ServerConfig], remote: ServerConfig
 ) -> None:
-    long = "head -c 300000 /dev/zero | tr '\\0' x >&2"
+    long = "head -c 3000000 /dev/zero | tr '\\0' x >&2"
     noisy = fake(f"""{long}; echo Welcome; echo '[1]'; exec {KITTY} "$@" """)
     with ModelManager(config=remote.replace(ssh_bin=noisy.ssh_bin)) as manager:
         assert manager.state.status is STOPPED
@@ -419,7 +419,8 @@ def test_a_machine_that_prints_without_an_end_is_given_up(
 ) -> None:
     endless = fake("head -c 200000 /dev/zero; cat > /dev/null")
     with ModelManager(config=endless) as manager:
-        eventually(lambda: "The connection to there ended" in (manager.state.error or ""))
+        ended = "The connection to there ended"
+        eventually(lambda: ended in (manager.state.error or ""), within=20)
 
 
 def test_a_refusal_there_is_the_reason(remote: ServerConfig, tmp_path: Path) -> None:
