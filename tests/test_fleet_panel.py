@@ -10,9 +10,10 @@ import pytest
 from conftest import eventually
 from IPython.core.formatters import DisplayFormatter
 
-from kitty_nb import ControlPanel, ServerConfig
+from kitty_nb import ControlPanel, ServerConfig, ServerState, ServerStatus
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.widgets import FleetPanel
+from kitty_nb.widgets.fleet_panel import Profile, startable
 
 UNKNOWN = "\N{EN DASH}"
 
@@ -126,6 +127,15 @@ def test_profiles_that_want_one_port_are_told_before_they_start(
     click(panel, "start", "mine")
     wait_for(panel, mine="Ready")
     eventually(lambda: "set for mine" in str(row(panel, "primary")["problem"]))
+
+
+def test_all_start_but_those_that_want_one_port_of_one_machine(config: ServerConfig) -> None:
+    profiles = [
+        Profile(one, ServerState(ServerStatus.STOPPED, one))
+        for name, machine in {"here": None, "there": "red", "too": "blue", "again": "red"}.items()
+        for one in [config.replace(profile=name, ssh=machine)]
+    ]
+    assert startable(profiles) == ["here", "there", "too"]
 
 
 def test_a_wrong_setting_is_shown_in_its_row_and_can_be_mended(

@@ -101,6 +101,16 @@ def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
     ]
 
 
+def startable(profiles: list[Profile]) -> list[str]:
+    """Return the profiles that can be started together: of those with one port, the first."""
+    first: dict[tuple[str | None, int], str] = {}
+    for profile in profiles:
+        if _row(profile, *_clash(profile, profiles))["start"]:
+            place = profile.served.ssh, profile.served.port
+            first.setdefault(place, profile.config.profile)
+    return [*first.values()]
+
+
 def _routed(profile: Profile) -> list[FleetRow]:
     """A row for each model of a router."""
     router = profile.state.router
@@ -273,12 +283,9 @@ class FleetPanel(Page):
         self._member(profile).stop()
 
     def start_all(self) -> None:
-        """Start all that can be started; of those that want one port the first."""
-        ports = set()
-        for row in self._look():
-            if row["start"] and row["port"] not in ports:
-                self.start(row["profile"])
-                ports.add(row["port"])
+        """Start all that can be started together."""
+        for name in startable(self._profiles()):
+            self.start(name)
 
     def stop_all(self) -> None:
         """Stop all that run."""
@@ -319,8 +326,11 @@ class FleetPanel(Page):
         self._members = members
         self._problem = "\n".join(env_warnings(self._env, *named))
 
+    def _profiles(self) -> list[Profile]:
+        return [member.look() for member in self._members.values()]
+
     def _look(self) -> list[FleetRow]:
-        return fleet_rows([member.look() for member in self._members.values()])
+        return fleet_rows(self._profiles())
 
     def _draw(self) -> None:
         with self.hold_sync():
