@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 import httpx
 from pydantic import (
     Base64Bytes,
@@ -16,8 +15,8 @@ from pydantic import (
     ValidationError,
 )
 
-from kitty_nb.client.protocol import broken_off, post
-from kitty_nb.errors import RefusedError, ServerError, first_of
+from kitty_nb.client.protocol import ask_each, broken_off, post
+from kitty_nb.errors import RefusedError, ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -76,27 +75,20 @@ async def embed(
     import numpy as np  # noqa: PLC0415 (100 ms that a start should not wait for)
 
     rows: list[Any] = [None] * len(texts)
-    starts = iter(range(0, len(texts), batch_size))
     done = 0
 
-    async def work() -> None:
+    async def ask(start: int) -> None:
         nonlocal done
-        for start in starts:
-            batch = texts[start : start + batch_size]
-            vectors = await _vectors(http, batch, start, fields, alone=len(texts) == 1)
-            rows[start : start + len(batch)] = [
-                np.frombuffer(one, "<f4") if isinstance(one, bytes) else np.array(one, np.float32)
-                for one in vectors
-            ]
-            done += len(batch)
-            on_progress(done, len(texts))
+        batch = texts[start : start + batch_size]
+        vectors = await _vectors(http, batch, start, fields, alone=len(texts) == 1)
+        rows[start : start + len(batch)] = [
+            np.frombuffer(one, "<f4") if isinstance(one, bytes) else np.array(one, np.float32)
+            for one in vectors
+        ]
+        done += len(batch)
+        on_progress(done, len(texts))
 
-    try:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(_AT_ONCE):
-                tasks.start_soon(work)
-    except ExceptionGroup as group:
-        raise first_of(group) from None
+    await ask_each(range(0, len(texts), batch_size), _AT_ONCE, ask)
     return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
 
 

@@ -6,17 +6,20 @@ import json
 import re
 from contextlib import aclosing
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from httpx import HTTPError
 from httpx_sse import EventSource, SSEError
 
-from kitty_nb.errors import RefusedError, ServerError, not_encodable
+from kitty_nb.errors import RefusedError, ServerError, first_of, not_encodable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable
 
     import httpx
+
+T = TypeVar("T")
 
 # The statuses by which llama-server refuses what is asked, rather than who asks, or when.
 _ABOUT_IT = {HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR}
@@ -49,6 +52,22 @@ async def post(
         error = RefusedError if response.status_code in _ABOUT_IT else ServerError
         raise error(_refusal(response.content, response.status_code))
     return _part(response, response.content, {wanted})
+
+
+async def ask_each(items: Iterable[T], at_once: int, ask: Callable[[T], Awaitable[None]]) -> None:
+    """Ask for each item, several at once; the first error ends the rest and is raised."""
+    left = iter(items)
+
+    async def work() -> None:
+        for item in left:
+            await ask(item)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(at_once):
+                tasks.start_soon(work)
+    except ExceptionGroup as group:
+        raise first_of(group) from None
 
 
 async def stream(

@@ -6,7 +6,6 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import httpx
 import lm_eval
 from anyio import from_thread
@@ -15,8 +14,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
-from kitty_nb.client.protocol import post, props
-from kitty_nb.errors import ExperimentError, KittyError, first_of
+from kitty_nb.client.protocol import ask_each, post, props
+from kitty_nb.errors import ExperimentError, KittyError
 from kitty_nb.experiments.likelihood import Likelihoods
 from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.statistics import score_interval
@@ -130,29 +129,22 @@ class _ServedModel(TemplateLM):
 
     async def _continued(self, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
         answers = [""] * len(asked)
-        left = iter(enumerate(asked))
 
-        async def ask_on() -> None:
-            for index, (prompt, given) in left:
-                wanted: Mapping[str, Any] = normalize_gen_kwargs(given)
-                request = {
-                    "prompt": prompt,
-                    "n_predict": wanted["max_gen_toks"],
-                    "stop": [text for text in wanted["until"] if text],
-                    "seed": self._seed,
-                    "temperature": 0.0,
-                    **{name: wanted[name] for name in _SAMPLING if name in wanted},
-                }
-                answers[index] = (await post(self._http, "/completion", request, "content"))[
-                    "content"
-                ]
+        async def ask(index: int) -> None:
+            prompt, given = asked[index]
+            wanted: Mapping[str, Any] = normalize_gen_kwargs(given)
+            request = {
+                "prompt": prompt,
+                "n_predict": wanted["max_gen_toks"],
+                "stop": [text for text in wanted["until"] if text],
+                "seed": self._seed,
+                "temperature": 0.0,
+                **{name: wanted[name] for name in _SAMPLING if name in wanted},
+            }
+            body = await post(self._http, "/completion", request, "content")
+            answers[index] = body["content"]
 
-        try:
-            async with anyio.create_task_group() as tasks:
-                for _ in range(self._slots):
-                    tasks.start_soon(ask_on)
-        except ExceptionGroup as group:
-            raise first_of(group) from None
+        await ask_each(range(len(asked)), self._slots, ask)
         return answers
 
 

@@ -17,7 +17,7 @@ import psutil
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.client.protocol import post, props, stream
+from kitty_nb.client.protocol import ask_each, post, props, stream
 from kitty_nb.errors import ConfigError, KittyError, ServerError, WillNotFitError, first_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.likelihood import Likelihoods, likeness, perplexity_of
@@ -53,7 +53,7 @@ from kitty_nb.isolated_server import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from pydantic import JsonValue
@@ -143,20 +143,13 @@ class BenchmarkClient:
         """Send every prompt, `parallel` at a time, and call back with each answer."""
         answers: list[Answer] = []
 
-        async def ask_on(left: Iterator[int]) -> None:
-            for index in left:
-                answer = await self._ask(index)
-                answers.append(answer)
-                on_answer(answer)
+        async def ask(index: int) -> None:
+            answer = await self._ask(index)
+            answers.append(answer)
+            on_answer(answer)
 
-        left = iter(self._workload.asked(parallel))
         began = time.perf_counter()
-        try:
-            async with anyio.create_task_group() as tasks:
-                for _ in range(parallel):
-                    tasks.start_soon(ask_on, left)
-        except ExceptionGroup as group:
-            raise first_of(group) from None
+        await ask_each(self._workload.asked(parallel), parallel, ask)
         seconds = time.perf_counter() - began
         timings = [answer.timings for answer in answers]
         speed = Speed(
