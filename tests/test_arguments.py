@@ -55,6 +55,7 @@ NAN = float("nan")
         (tune, {"objective": 5}, "objective is 5. Write a metric"),
         (tune, {"target": 5}, "Can't parse 5. Write it like"),
         (tune, {"text": 5}, "text is 5. Write a text"),
+        (tune, {"chat": "no"}, "neither True nor False"),
         (load_test, {"access": 5}, "access is 5. Write a running server's"),
     ],
 )
@@ -76,6 +77,8 @@ def test_a_wrong_argument_is_named(
         (own_spread, (["a"], ["b"]), "Ratios need positive numbers"),
         (partial(compare_paired, [1], [1], smaller_is_better=True, confidence=1), (), "below 1"),
         (partial(compare_paired, [1], [1], smaller_is_better=True, seed=-1), (), "seed is -1"),
+        (partial(compare_paired, [1], [1], smaller_is_better=True, spread=-1), (), "spread is -1"),
+        (proportion_interval, (1, 3, 5), "confidence is 5. Write a number below 1"),
         (proportion_interval, (5, 3), "successes is 5. Write a whole number from 0 to 3"),
         (ExactMatch, (5,), "expected is 5. Write a text for each prompt"),
         (Perplexity, ({"Why?": 5},), "expected is 5. Write a text for each prompt"),

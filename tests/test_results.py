@@ -291,8 +291,11 @@ def test_numbers_are_told_with_their_unit() -> None:
 
 
 def test_an_unknown_plot_names_the_others(results: Results) -> None:
-    with pytest.raises(ExperimentError, match="bars, parallel, pareto"):
-        results.plot("pie")
+    for wrong in ("pie", ["pie"]):
+        with pytest.raises(ExperimentError, match="bars, parallel, pareto"):
+            results.plot(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ExperimentError, match="No result has ''"):
+        results.plot(y="")
     with pytest.raises(ExperimentError, match="Did you mean memory_gib"):
         results.plot("pareto", x="memory_gb")
 

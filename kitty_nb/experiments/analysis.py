@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import ExperimentError
+from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.combination import Combination, choose
 from kitty_nb.experiments.extras import extra
@@ -247,9 +248,9 @@ class Analysis:
         from kitty_nb.experiments.plots import KINDS, curves, labels_of  # noqa: PLC0415 (of an extra)
 
         own = {"concurrency": self._by_concurrency, "prompt": self._by_prompt}
-        if kind not in KINDS | own:
-            kinds = ", ".join(KINDS | own)
-            raise ExperimentError(f"Unknown plot {kind!r}. Use one of {kinds}.")
+        if kind not in (kinds := [*KINDS, *own]):
+            raise ExperimentError(f"Unknown plot {kind!r}. Use one of {', '.join(kinds)}.")
+        require("y", y, str, "the name of a metric")
         measured = self._measured("there is nothing to plot")
         if kind in own:
             y = LATENCIES[0] if kind == "prompt" and y == OBJECTIVE else y
@@ -265,8 +266,8 @@ class Analysis:
             }
             return curves({label: found for label, found in named if found}, y, *words[kind])
         names = {name for one in measured for name in one.metrics}
-        asked = (y, x, colour) if kind == "pareto" else (y,)
-        wanted = {known(name, names) for name in asked if name}
+        asked = (y, x, *([colour] if colour else [])) if kind == "pareto" else (y,)
+        wanted = {known(name, names) for name in asked}
         return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x, colour)
 
     def _by_concurrency(self, one: Combination, name: str) -> list[Point]:
@@ -280,7 +281,7 @@ class Analysis:
         values: dict[int, list[float]] = {}
         for row in self.rows:
             if row.measurement and row.trial.combination == one.trial:
-                for request in row.measurement.speeds[0].each:
+                for request in (one for speed in row.measurement.speeds[:1] for one in speed.each):
                     if (value := getattr(request, name, None)) is not None:
                         values.setdefault(request.prompt_tokens, []).append(value)
         spreads = {length: Spread.over(several) for length, several in values.items()}

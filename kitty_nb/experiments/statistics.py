@@ -91,9 +91,10 @@ def compare_paired(
     Raises:
         ExperimentError: The series differ in length, or a number is out of range.
     """
-    if positive("confidence", confidence) >= 1:
-        raise ExperimentError(f"confidence is {confidence!r}. Write a number below 1.")
+    _check_confidence(confidence)
     whole("seed", seed, 0, SEEDS)
+    if spread != 0:
+        positive("spread", spread)
     logs = _log_ratios(baseline, other)
     rounds = len(logs)
     if rounds < LEAST_ROUNDS:
@@ -122,6 +123,7 @@ def proportion_interval(
 ) -> tuple[float, float]:
     """Return Wilson's interval for a proportion of successes."""
     whole("successes", successes, 0, whole("total", total, 1, sys.maxsize))
+    _check_confidence(confidence)
     test = extra("scipy.stats").binomtest(successes, total)
     low, high = test.proportion_ci(confidence, method="wilson")
     return float(low), float(high)
@@ -144,6 +146,11 @@ def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
     if set(scores) <= {0.0, 1.0}:
         return proportion_interval(round(sum(scores)), len(scores))
     return mean_interval(scores)
+
+
+def _check_confidence(level: float) -> None:
+    if positive("confidence", level) >= 1:
+        raise ExperimentError(f"confidence is {level!r}. Write a number below 1.")
 
 
 def _log_ratios(baseline: Sequence[float], other: Sequence[float]) -> list[float]:

@@ -162,6 +162,9 @@ class Workload:
             if not is_whole(value, least, most):
                 reason = f"It must be a whole number from {least} to {most:,}."
                 yield Problem(name, repr(value), reason, f"Write one, such as {usual}.")
+        for name in ("chat", "record"):
+            if not isinstance(value := getattr(self, name), bool):
+                yield Problem(name, repr(value), "It is neither True nor False.", "Write one.")
         if self.quality is not None:
             yield from problems_of(self.quality, self.prompts)
 
