@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 
+from kitty_nb.config import user_variables
 from kitty_nb.errors import KittyError
 
 
@@ -28,7 +28,8 @@ def tls_context(url: str) -> ssl.SSLContext:
         context = httpx.create_ssl_context()
         context.load_default_certs()
     except OSError as error:
-        named = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
-        problem = f"There are no certificates in {named}, which SSL_CERT_FILE names ({error})."
+        named = user_variables(("SSL_CERT_FILE", "SSL_CERT_DIR")).items()
+        variable, place = next(iter(named), ("the system", "the usual place"))
+        problem = f"There are no certificates in {place}, which {variable} names ({error})."
         raise KittyError(problem) from None
     return context

@@ -17,7 +17,7 @@ PACKAGE = Path(kitty_nb.__file__).parent
 ROOMS = {
     "errors": set(),
     "safe_files": set(),
-    "tls": set(),
+    "tls": {"errors", "config"},
     "ssh": set(),
     "ports": set(),
     "config": {"errors", "safe_files"},
