@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 from anyio.to_thread import run_sync
@@ -13,15 +13,43 @@ from kitty_nb.errors import KittyError, OutOfReachError
 from kitty_nb.remote.protocol import Verb
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
     from pathlib import Path
 
     from kitty_nb.catalog.memory import Verdict
     from kitty_nb.catalog.model import Model, ModelNote
     from kitty_nb.catalog.stores import Store
     from kitty_nb.config import ServerConfig
-    from kitty_nb.remote.supervisor import RemoteSupervisor
     from kitty_nb.supervisor.events import MemoryUse
+
+
+class FarEnd(Protocol):
+    """The supervisor of the other machine, as far as its models are concerned."""
+
+    stores: tuple[Store, ...]
+
+    @property
+    def reached(self) -> bool:
+        """True while there is a connection."""
+
+    async def connected(self) -> None:
+        """Wait until the machine is reached."""
+
+    async def call(
+        self,
+        verb: Verb,
+        on_step: Callable[[Any], object] | None = None,
+        *,
+        within: float | None = ...,
+        **takes: Any,
+    ) -> Any:
+        """Have the far end do something, and return its answer."""
+
+    def host(self, work: Callable[[], Awaitable[object]]) -> anyio.CancelScope:
+        """Run something beside the connection, until it is cancelled or the context ends."""
+
+    async def memory_use(self) -> MemoryUse | None:
+        """Measure what the server holds; None without one, or while it is out of reach."""
 
 
 class RemoteCatalog:
@@ -32,7 +60,7 @@ class RemoteCatalog:
         config: The settings that say where models are.
     """
 
-    def __init__(self, supervisor: RemoteSupervisor, config: ServerConfig) -> None:
+    def __init__(self, supervisor: FarEnd, config: ServerConfig) -> None:
         self._supervisor, self._config = supervisor, config
 
     @property
@@ -87,7 +115,7 @@ class RemoteStats:
         supervisor: The connection to that machine.
     """
 
-    def __init__(self, supervisor: RemoteSupervisor) -> None:
+    def __init__(self, supervisor: FarEnd) -> None:
         self._supervisor = supervisor
 
     def history(self, config: ServerConfig, _warn: object) -> RemoteHistory:
@@ -113,7 +141,7 @@ class RemoteHistory:
         config: The settings that name the history.
     """
 
-    def __init__(self, supervisor: RemoteSupervisor, config: ServerConfig) -> None:
+    def __init__(self, supervisor: FarEnd, config: ServerConfig) -> None:
         self._supervisor, self._config = supervisor, config
 
     async def notes(self, models: Iterable[Path]) -> dict[Path, ModelNote]:
@@ -128,7 +156,7 @@ class RemoteHistory:
         await _asked(self._supervisor, Verb.FAVORITE, None, **takes)
 
 
-async def _asked(supervisor: RemoteSupervisor, verb: Verb, otherwise: Any, **takes: Any) -> Any:
+async def _asked(supervisor: FarEnd, verb: Verb, otherwise: Any, **takes: Any) -> Any:
     """Ask, but not by a new attempt to connect: it is for drawing, and will be asked again."""
     if not supervisor.reached:
         return otherwise
