@@ -36,6 +36,7 @@ from kitty_nb.remote.connection import explain
 from kitty_nb.remote.protocol import (
     ANSWERS,
     EVENTS,
+    PROTOCOL,
     WINDOW,
     Command,
     Verb,
@@ -59,6 +60,7 @@ from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.registry import find_server
 
 READY, STOPPED, LOST = ServerStatus.READY, ServerStatus.STOPPED, ServerStatus.OUT_OF_REACH
+HELLO = f"""echo '["hello",{PROTOCOL},{{"version":"0","now":1}}]'"""
 KITTY = str(Path(sys.executable).with_name("kitty-nb"))
 
 
@@ -484,6 +486,26 @@ def test_a_call_and_its_cancellation_may_come_together(config: ServerConfig) -> 
             told.append(parse(far.stdout.readline()))
         far.stdin.close()
     assert not any(kind == "step" and "another line" in data for kind, _, data in told)
+
+
+def test_lines_that_are_none_of_the_protocol_end_in_a_sentence(
+    fake: Callable[[str], ServerConfig],
+) -> None:
+    nested = f"{HELLO}; printf '[%.0s' $(seq 100000); echo; sleep 5"
+    assert "what this kitty_nb does not understand" in why(fake(nested))
+
+
+def test_a_temporary_folder_of_any_name_will_do_and_none_is_a_sentence(
+    fake: Callable[[str], ServerConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = fake(f"{HELLO}; sleep 0.1; echo we met >&2")
+    for name in ("100%h", "x" * 100):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        assert "ended: we met" in why(config)
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    assert "This machine can't connect to there" in why(config)
 
 
 def test_a_machine_without_kitty_nb_is_a_sentence(there: SshMachine, tmp_path: Path) -> None:

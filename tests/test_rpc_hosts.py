@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,6 +34,7 @@ print("Starting", flush=True)
 held = []
 while True:
     held.append(one.accept())
+    print("Accepted client connection", flush=True)
 """
 
 
@@ -136,10 +139,26 @@ def test_whoever_takes_the_port_first_gets_no_model(monkeypatch: pytest.MonkeyPa
     with socket.create_server((LOOPBACK, 0)) as stranger:
         port = stranger.getsockname()[1]
         with subprocess.Popen(["sleep", "60"]) as ssh:
-            asked = "there", ssh.pid, port, SimpleQueue[str](), os.getppid()
-            assert "no answer" in str(rpc._why_silent(*asked))
+            started = rpc._Started("there", ssh, port, threading.Event())
+            assert "no answer" in str(rpc._why_silent(started, SimpleQueue(), os.getppid()))
             ssh.kill()
-        assert rpc._why_silent("there", os.getpid(), port, SimpleQueue(), os.getppid()) is None
+        started.accepted.set()
+        mine = started._replace(program=psutil.Process())
+        assert rpc._why_silent(mine, SimpleQueue(), os.getppid()) is None
+
+
+def test_who_has_the_port_of_a_worker_gets_no_model(stood_in: ServerConfig, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        slow = f"sleep 1; exec {shlex.quote(sys.executable)} -c {shlex.quote(STAND_IN)} $4"
+        config = stood_in.replace(
+            rpc_hosts=[f"there:{other.getsockname()[1]}"], rpc_command=("sh", "-c", slow, "sh")
+        )
+        begun = tmp_path / "begun"
+        done = subprocess.run(
+            with_workers(config, ("touch", str(begun))), capture_output=True, text=True, check=False
+        )
+    assert "ended: OSError: [Errno 98] Address already in use" in done.stdout
+    assert not begun.exists()
 
 
 def test_wrong_machines_are_refused(config: ServerConfig) -> None:

@@ -10,6 +10,7 @@ rather than left to hang, and workers without a server end, as their terminal ha
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import time
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
@@ -37,6 +38,7 @@ _PORT = 50052  # ggml-rpc-server's own default
 # Seconds.
 _ANSWERS_WITHIN = 30.0
 _LOOK_EVERY = 0.2
+_ENDS_WITHIN = 10.0  # a worker that can't listen; it looks at its devices first
 _REFUSED_WITHIN = 0.2  # until ssh has closed a connection that leads nowhere
 _WITHOUT_KEY = ("env", "-u", "LLAMA_API_KEY")
 _ON_PATH = """\
@@ -44,6 +46,7 @@ if p=$(command -v ggml-rpc-server || command -v rpc-server)
 then "$p" --threads "$(getconf _NPROCESSORS_ONLN)" {where}
 else echo no ggml-rpc-server on the PATH
 fi"""
+_ACCEPTED = "Accepted client"  # what a ggml-rpc-server says of each connection
 _END = "kitty_nb: end of the worker"  # ssh stays as long as something uses the tunnel
 _AT = re.compile(r"^kitty_nb: RPC worker (?P<host>\S+) is at (?P<at>\S+)\r?$", re.MULTILINE)
 
@@ -72,6 +75,15 @@ class Worker(NamedTuple):
         alone = "-tt", "-S", "none", "-oExitOnForwardFailure=yes"
         tunnel = "-L", f"{LOOPBACK}:{here}:{LOOPBACK}:{port or _PORT}"
         return (*_WITHOUT_KEY, *ssh_command(host, remote, self.ssh_config, *alone, *tunnel))
+
+
+class _Started(NamedTuple):
+    """A worker's ssh, with a tunnel from a port here; `accepted` once it has said so."""
+
+    name: str
+    program: Popen[bytes]
+    port: int
+    accepted: Event
 
 
 def with_workers(config: ServerConfig, command: tuple[str, ...]) -> tuple[str, ...]:
@@ -112,15 +124,15 @@ def main(words: Sequence[str]) -> None:
 def _attend(workers: Sequence[Worker], ports: Sequence[int], server: int, tell: int) -> None:
     """Run the workers as long as the server, and kill the server if one of them ends."""
     ended: SimpleQueue[str] = SimpleQueue()
-    programs = []
+    started: list[_Started] = []
     try:
         for worker, port in zip(workers, ports, strict=True):
             program = Popen(worker.ssh(port), stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
-            programs.append(program)
-            Thread(target=_relay, args=(worker.name, program, ended), daemon=True).start()
+            started.append(_Started(worker.name, program, port, Event()))
+            Thread(target=_relay, args=(started[-1], ended), daemon=True).start()
             _say(f"RPC worker {worker.name} is at {LOOPBACK}:{port}")
-        for worker, port, program in zip(workers, ports, programs, strict=True):
-            if problem := _why_silent(worker.name, program.pid, port, ended, server):
+        for one in started:
+            if problem := _why_silent(one, ended, server):
                 return _say(problem)
         os.write(tell, b"1")
         while os.getppid() == server:
@@ -128,34 +140,42 @@ def _attend(workers: Sequence[Worker], ports: Sequence[int], server: int, tell: 
                 _say(f"RPC worker {how}")
                 os.kill(server, signal.SIGABRT)  # as llama.cpp does, where it notices
     finally:
-        for program in programs:
-            program.terminate()
+        for one in started:
+            one.program.terminate()
 
 
-def _relay(host: str, program: Popen[bytes], ended: SimpleQueue[str]) -> None:
+def _relay(worker: _Started, ended: SimpleQueue[str]) -> None:
     """Copy what a worker prints into the log, and say how it ended."""
-    assert program.stdout  # noqa: S101 (it was asked for)
+    assert worker.program.stdout  # noqa: S101 (it was asked for)
     said = ""
-    for line in program.stdout:
+    for line in worker.program.stdout:
         words = line.decode(errors="replace").strip()
         if words == _END:
             break
-        print(f"{host}: {words}", flush=True)
+        if words.startswith(_ACCEPTED):
+            worker.accepted.set()
+        _print(f"{worker.name}: {words}")
         if words and not words.startswith("Connection to "):  # ssh's own word at each end
             said = words
-    ended.put(f"{host} ended: {said}")
+    ended.put(f"{worker.name} ended: {said}")
 
 
-def _why_silent(name: str, ssh: int, port: int, ended: SimpleQueue[str], server: int) -> str | None:
-    """Wait until a worker answers; say why it doesn't."""
-    deadline = time.monotonic() + _ANSWERS_WITHIN
+def _why_silent(worker: _Started, ended: SimpleQueue[str], server: int) -> str | None:
+    """Wait until a worker answers; say why it doesn't.
+
+    Another program that has its port there answers, too. The worker then ends once it has looked
+    at its devices, and one that accepts the connection says so.
+    """
+    deadline, answered_at = time.monotonic() + _ANSWERS_WITHIN, math.inf
     while os.getppid() == server and time.monotonic() < deadline:
-        answers = _listens(ssh, port) and _answers(port)
+        answers = _listens(worker.program.pid, worker.port) and _answers(worker.port)
         if how := _next(ended, 0.0 if answers else _LOOK_EVERY):
             return f"RPC worker {how}"
         if answers:
-            return None
-    return f"RPC worker {name} ended: no answer in {_ANSWERS_WITHIN:.0f} s"
+            answered_at = min(answered_at, time.monotonic())
+            if worker.accepted.wait(_LOOK_EVERY) or time.monotonic() - answered_at > _ENDS_WITHIN:
+                return None
+    return f"RPC worker {worker.name} ended: no answer in {_ANSWERS_WITHIN:.0f} s"
 
 
 def _listens(pid: int, port: int) -> bool:
@@ -185,7 +205,12 @@ def _next(ended: SimpleQueue[str], seconds: float) -> str | None:
 
 
 def _say(sentence: str) -> None:
-    print(f"kitty_nb: {sentence}", flush=True)
+    _print(f"kitty_nb: {sentence}")
+
+
+def _print(line: str) -> None:
+    with suppress(OSError):  # a disk that is full must not keep anybody from watching the workers
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import deque
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
-from pathlib import Path
 from subprocess import PIPE
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -32,9 +32,11 @@ _HELLO_WITHIN = 30.0  # with connecting; Python begins there, maybe on a slow di
 _FORWARD_WITHIN = 5.0
 _ENDS_WITHIN = 2.0
 _GREETINGS = 1 << 16  # bytes that a shell's start files may print before
+_LONGEST_FOLDER = 64  # bytes; a socket's path has 104 on macOS, of which ssh and we need 40
 # The places that kitty-nb may be in, beside what the other machine's PATH names.
 ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` makes it
 _KNOWN = ("$HOME/.local/bin/kitty-nb", f"$HOME/{ENVIRONMENT}/bin/kitty-nb")
+_LATE = "{} did not answer in time"
 _NOT_FOUND = 127
 _SSH_FAILED = 255
 PLAIN = ("-T", "-oClearAllForwardings=yes")  # no terminal, and none of the user's tunnels
@@ -47,13 +49,13 @@ class Connection:
         hello: What the other machine said first.
     """
 
-    def __init__(self, process: Process, folder: Path, host: str) -> None:
+    def __init__(self, process: Process, control: str, host: str) -> None:
         assert process.stdin  # noqa: S101 (it was asked for)
         assert process.stdout  # noqa: S101 (likewise)
         self.hello: Hello
         self._process, self._host = process, host
-        self._socket = folder / "ssh"
-        self._send, self._receive = process.stdin, BufferedByteReceiveStream(process.stdout)
+        self._control = control
+        self._send, self._receive, self._held = process.stdin, process.stdout, bytearray()
         self._said: deque[str] = deque(maxlen=20)
         self._tunnels: dict[tuple[str, int], int] = {}
         self._sending = anyio.Lock()
@@ -64,19 +66,19 @@ class Connection:
         Raises:
             OutOfReachError: There is none, or it is of another version.
         """
-        skipped, deadline = 0, anyio.current_time() + _HELLO_WITHIN
-        while skipped < _GREETINGS:
-            text = await self._read(deadline - anyio.current_time(), _GREETINGS)
-            if text is None:
-                break
-            with suppress(ValueError):
-                kind, protocol, data = parse(text)
-                if kind == "hello" and protocol != PROTOCOL:
-                    raise OutOfReachError(_other_version(self._host, protocol, data))
-                if kind == "hello":
-                    self.hello = load(data, Hello)
-                    return
-            skipped += len(text) + 1
+        left = _GREETINGS
+        with anyio.move_on_after(_HELLO_WITHIN) as waiting:
+            while (text := await self._read(_HELLO_WITHIN, left)) is not None:
+                with suppress(ValueError):
+                    kind, protocol, data = parse(text)
+                    if kind == "hello" and protocol != PROTOCOL:
+                        raise OutOfReachError(_other_version(self._host, protocol, data))
+                    if kind == "hello":
+                        self.hello = load(data, Hello)
+                        return
+                left -= len(text) + 1
+        if waiting.cancelled_caught:
+            self._give_up(_LATE)
         raise OutOfReachError(await self.why_ended())
 
     async def line(self) -> tuple[str, Any, Any] | None:
@@ -84,19 +86,30 @@ class Connection:
         text = await self._read(SILENT_FOR, LONGEST)
         return None if text is None else parse(text)
 
-    async def _read(self, within: float, longest: int) -> bytes | None:
-        with anyio.move_on_after(within):
-            try:
-                return await self._receive.receive_until(b"\n", longest)
-            except (
-                anyio.IncompleteRead,
-                anyio.EndOfStream,
-                anyio.ClosedResourceError,
-                anyio.DelimiterNotFound,
-            ):
+    async def _read(self, silent_for: float, longest: int) -> bytes | None:
+        """Return a line; None where no more come. A long one on a slow line is no silence."""
+        looked = 0
+        while (end := self._held.find(b"\n", looked)) < 0:
+            looked = len(self._held)
+            if looked > longest:
+                self._give_up("{} prints much that kitty-nb does not. Check its start files")
                 return None
-        self._said.append(f"{self._host} did not answer in time.")
-        return None
+            with anyio.move_on_after(silent_for) as waiting:
+                try:
+                    self._held += await self._receive.receive()
+                except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+                    return None
+            if waiting.cancelled_caught:
+                self._give_up(_LATE)
+                return None
+        text = bytes(self._held[:end])
+        del self._held[: end + 1]
+        return text
+
+    def _give_up(self, why: str) -> None:
+        self._said.append(why.format(self._host))
+        with suppress(ProcessLookupError):  # it may be stopped, and then ends in no other way
+            self._process.kill()
 
     async def send(self, text: bytes) -> None:
         """Send a line.
@@ -130,7 +143,7 @@ class Connection:
         said, there = "", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         for here in (preferred or free_port(), free_port(), free_port()):
             where = f"{LOOPBACK}:{here}:{there}"
-            command = ("ssh", "-F", "none", "-S", str(self._socket), "-O", "forward", "-L", where)
+            command = ("ssh", "-F", "none", "-S", self._control, "-O", "forward", "-L", where)
             with anyio.move_on_after(_FORWARD_WITHIN):
                 done = await anyio.run_process((*command, "--", "other"), check=False)
                 if done.returncode == 0:
@@ -189,8 +202,9 @@ async def connect(
         OutOfReachError: It can't be reached, or has no kitty_nb that is of use.
     """
     assert config.ssh  # noqa: S101 (whoever calls this has looked)
-    with TemporaryDirectory(prefix="kitty_nb-") as folder:
-        control = "-M", "-S", f"{folder}/ssh"
+    short = len(os.fsencode(gettempdir())) <= _LONGEST_FOLDER
+    with TemporaryDirectory(prefix="kitty_nb-", dir=None if short else "/tmp") as folder:  # noqa: S108
+        control = "-M", "-S", _socket(folder)
         command = ssh_command(config.ssh, _serve(config), config.ssh_config, *PLAIN, *control)
         try:
             process = await anyio.open_process(
@@ -199,7 +213,7 @@ async def connect(
         except OSError as error:
             problem = f"Can't run ssh ({error.strerror}). Install OpenSSH's client."
             raise OutOfReachError(problem) from None
-        connection = Connection(process, Path(folder), config.ssh)
+        connection = Connection(process, _socket(folder), config.ssh)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(connection.listen, on_line)
@@ -210,6 +224,11 @@ async def connect(
             raise first_of(group) from None
         finally:
             await connection.aclose()
+
+
+def _socket(folder: str) -> str:
+    """Write where ssh takes orders: in that, % has a meaning."""
+    return f"{folder}/ssh".replace("%", "%%")
 
 
 def _serve(config: ServerConfig) -> str:
@@ -269,7 +288,7 @@ def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
         code: ssh's exit code; None while it runs.
         said: The last lines that it said.
     """
-    last = next((words for words in reversed(said) if re.search("[a-z]", words)), "")
+    last = next((words for words in reversed(said) if re.search("[a-z]", words)), "").rstrip(".")
     if code == _NOT_FOUND:
         return _MISSING.format(host=host)
     if re.search("No such command 'serve'|No such option", last):

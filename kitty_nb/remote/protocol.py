@@ -239,7 +239,10 @@ def parse(text: bytes | bytearray) -> tuple[str, Any, Any]:
     Raises:
         ValueError: It is none of ours.
     """
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(error) from None
     match found:
         case [str(kind), about, data]:
             return kind, about, data

@@ -346,8 +346,10 @@ class RemoteSupervisor:
                     reason = await connection.why_ended()
             except OutOfReachError as error:
                 reason = str(error)
+            except OSError as error:  # such as a disk that is full
+                reason = f"This machine can't connect to {self._host}: {error}."
             except (ValueError, TypeError, LookupError, ConfigError):
-                _log.exception("A line of the other machine is not understood.")
+                _log.info("A line of the other machine is not understood.", exc_info=True)
                 reason = (
                     f"{self._host} sent what this kitty_nb does not understand. Install the same"
                     " version on both."
