@@ -155,7 +155,7 @@ def test_a_quality_that_never_returns_can_be_cancelled(
     def judge(*_: str) -> float:
         asked.set()
         ended.wait()
-        return 1.0
+        return math.nan  # of which nobody computes an interval
 
     given: dict[str, Any] = {"prompts": [PROMPT], "max_tokens": 4, "quality": judge}
     with Sweep(**given, config=config, store=tmp_path / "endless.journal") as sweep:
