@@ -250,6 +250,10 @@ def test_its_configuration_is_accepted_and_private(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "sesame" not in file.read_text()
+    with socket.create_server(("127.0.0.1", 0)) as other:  # who would get the clients' keys
+        for port in (other.getsockname()[1], 0, 65536, "80"):
+            with pytest.raises(ServerFailedError, match="Choose another port"):
+                FRONTS["nginx"](SecretStr("sesame"), "demo", port)
 
 
 def test_llama_swap_gets_a_peer_for_each_and_a_selector_over_all() -> None:

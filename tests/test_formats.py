@@ -300,6 +300,10 @@ def test_what_a_format_cannot_hold_is_said(config: ServerConfig) -> None:
         Format.ROUTER,
     }
     assert "-ot 'a;b' is left out" in notes[Format.ROUTER]
+    odd = config.model_copy(update={"profile": "odd", "model": Path("/x;y.gguf")})
+    presets = export(Format.ROUTER, [config, odd])
+    assert "odd is left out: in presets, ';' and '#' begin a comment" in " ".join(presets.notes)
+    assert "[odd]" not in presets.text
     twice = [config, config.model_copy(update={"profile": "mine"})]
     assert "demo names another profile, too" in " ".join(export(Format.ROUTER, twice).notes)
     with pytest.raises(KittyError, match="holds one profile"):

@@ -114,8 +114,8 @@ class Fleet:
             settings |= {"model": model, "allow_absolute_paths": True}
         base = base.replace(url=None, **settings)
         base.require_model()
-        if replicas < 1:
-            raise KittyError(f"replicas is {replicas}. Write 1 or more.")
+        if not isinstance(replicas, int) or replicas < 1:
+            raise KittyError(f"replicas is {replicas!r}. Write a whole number, 1 or more.")
         # One key for all: whatever balances them need not know it.
         if base.api_key is None or goes_without_key(base):
             made = choose_api_key(base.replace(api_key=None))
@@ -277,7 +277,7 @@ class Fleet:
             The balancer: clients ask at its `url`, with the key that `reveal_api_key` returns.
 
         Raises:
-            ServerFailedError: It is not installed.
+            ServerFailedError: It is not installed, or can't listen there.
         """
         front = _kind(program)(self._key, self.alias, port)
         self.begin(self._run_front, front)

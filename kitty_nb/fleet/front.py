@@ -19,7 +19,7 @@ import httpx
 from kitty_nb.config import ServerConfig, server_environment
 from kitty_nb.errors import ServerFailedError
 from kitty_nb.safe_files import write_atomic
-from kitty_nb.supervisor.port_owner import next_free_port
+from kitty_nb.supervisor.port_owner import next_free_port, port_refusal
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import record_path
 from kitty_nb.supervisor.sidecar import Sidecar
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kitty_nb.fleet.balancing import Target
 
 _HOST = "127.0.0.1"
-_FIRST_PORT = 8100
+_FIRST_PORT, _LAST_PORT = 8100, 65535
 _KEY_VARIABLE = "KITTY_FLEET_KEY"
 _TEMPORARY = ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
 _GRACE, _POLL = 5.0, 0.1  # seconds
@@ -78,14 +78,15 @@ def nginx_text(targets: Sequence[Target], port: int, folder: Path, without: str 
         folder: Where it writes.
         without: What `nginx -V` says of the build.
     """
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    # Its worker would be another user, who can't use the folder; others may not choose, and a
+    # container may have no name for them.
+    user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
     parts = [name for name in _TEMPORARY if f"--without-http_{name}_module" not in without]
     return _NGINX.format(
         folder=folder,
         host=_HOST,
         port=port,
-        # Its worker would be another user, who can't use the folder; others may not choose.
-        user=f"user {user} {user};\n" if os.geteuid() == 0 else "",
+        user=f"user {user} {user};\n" if user else "",
         temporary="\n".join(f'    {name}_temp_path "{folder}/{name}";' for name in parts),
         servers="\n".join(
             f"        server {httpx.URL(target.url).netloc.decode()} max_fails=1 fail_timeout=5s;"
@@ -126,6 +127,12 @@ def llama_swap_text(targets: Sequence[Target], alias: str) -> str:
     return json.dumps(settings, indent=2)
 
 
+def _why_not(port: object) -> str | None:
+    if not isinstance(port, int) or not 0 < port <= _LAST_PORT:
+        return f"The port {port!r} is no whole number from 1 to {_LAST_PORT}."
+    return port_refusal(_HOST, port)
+
+
 class Front(ABC):
     """A balancer on this machine, from `run` until that is cancelled.
 
@@ -142,7 +149,7 @@ class Front(ABC):
         restarts: How often it was restarted.
 
     Raises:
-        ServerFailedError: It is not installed.
+        ServerFailedError: It is not installed, or can't listen there.
     """
 
     program: ClassVar[str]
@@ -155,6 +162,8 @@ class Front(ABC):
                 f"{self.program} is not installed. {self.install} To write its configuration for"
                 f" another machine: fleet.configuration({self.program!r})."
             )
+        if port is not None and (problem := _why_not(port)):  # clients would send it the key
+            raise ServerFailedError(f"{problem} Choose another port, or leave it out.")
         self._path, self._key, self.alias = found, key, alias
         self.port = port or next_free_port(_HOST, _FIRST_PORT - 1)
         self.problem: str | None = None

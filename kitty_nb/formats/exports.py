@@ -252,6 +252,10 @@ def _aliases(one: _Served, served: Sequence[_Served], notes: list[str]) -> list[
 def _router(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
     sections = ["; Profiles of kitty_nb: llama-server --models-preset FILE\nversion = 1\n"]
     for one in served:
+        if why_not := _why_no_preset("model", [str(one.config.model)], set()):
+            # Without its model, a router would wait for its load without an end.
+            notes.append(f"{one.name} is left out: {why_not}, and {one.config.model} has one.")
+            continue
         lines = [f"[{one.name}]"]
         aliases = _aliases(one, served, notes)
         keys: set[str] = set()
@@ -259,8 +263,7 @@ def _router(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
             key, value = flag.lstrip("-"), " ".join(values) if values else "true"
             if key == "alias":
                 value = ",".join(aliases)
-            why_not = _why_no_preset(key, values, keys)
-            if why_not:
+            if why_not := _why_no_preset(key, values, keys):
                 notes.append(f"{one.name}: {shlex.join((flag, *values))} is left out: {why_not}.")
             elif value:
                 lines.append(f"{key} = {value}")
