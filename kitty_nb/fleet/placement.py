@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 2.0  # seconds
 _AGAIN = "Its replicas end with it. Make a fleet with a client of a running cluster."
-_STOP_WITHIN = 30.0  # seconds; a worker that does not answer has ended, and so has its server
+# Seconds. Who does not answer by then has ended, or ends its server when it goes on.
+_STOP_WITHIN = 9.0
 _REACHED_WITHIN = 5.0  # seconds
 _OVER = {"finished", "cancelled", "lost"}  # as Dask calls the states of a task's future
 
@@ -299,6 +300,8 @@ class Placement:
         self._on_change()
 
     async def _order_stop(self, run: str, worker: str | None) -> None:
+        if self._own.status != "running":  # whoever waits for a scheduler that is gone waits long
+            return
         workers = [worker] if worker else None
         with anyio.move_on_after(_STOP_WITHIN), suppress(OSError, ValueError):
             await self._own.run(stop_job, run, workers=workers, on_error="ignore")
