@@ -20,10 +20,11 @@ import psutil
 import pytest
 import yaml
 from conftest import eventually, unused_port
+from IPython.core.formatters import DisplayFormatter
 from pydantic import SecretStr
 from test_dask_sweep import connected, machines
 
-from kitty_nb import Fleet, ServerConfig, ServerStatus
+from kitty_nb import Fleet, ServerConfig, ServerStatus, show_sweeps
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, WaitTimeoutError
 from kitty_nb.fleet.balancing import LeastBusyTransport, Target
 from kitty_nb.fleet.front import FRONTS, llama_swap_text
@@ -31,6 +32,7 @@ from kitty_nb.fleet.hosts import rpc_hosts
 from kitty_nb.fleet.replica import reachable_host
 from kitty_nb.widgets import ReplicaPanel
 from kitty_nb.widgets.fleet_panel import UNKNOWN
+from kitty_nb.widgets.session import newest
 
 if TYPE_CHECKING:  # else a second's import in processes that run other tests
     from distributed import Client
@@ -171,8 +173,14 @@ def test_a_replica_more_than_workers_waits_and_the_panel_shows_all(
     two: Client, config: ServerConfig
 ) -> None:
     with Fleet.run(client=two, replicas=3, config=config) as fleet:
-        panel = ReplicaPanel(fleet)
+        notebook = DisplayFormatter()
+        show_sweeps(notebook.mimebundle_formatter)
+        shown, _ = notebook.format(fleet)  # what a cell shows that ends in the fleet
+        panel = newest(ReplicaPanel, fleet)
+        assert panel
         try:
+            view = shown["application/vnd.jupyter.widget-view+json"]
+            assert view["model_id"] == panel.model_id
             fleet.wait_ready(2, timeout=WAIT)
             eventually(lambda: [row["status"] for row in panel.rows].count("Ready") == 2)
             (waiting,) = (row for row in panel.rows if row["status"] != "Ready")

@@ -137,5 +137,5 @@ def bundle(fleet: Fleet) -> dict[str, Any]:
         panel = ReplicaPanel(fleet)
         session.succeed(panel, fleet)
     still_picture = {"text/html": panel._repr_html_(), "text/plain": repr(fleet)}
-    drawn: Any = panel._repr_mimebundle_()
+    drawn, _ = panel._repr_mimebundle_() or ({}, {})
     return {**drawn, **still_picture}
