@@ -536,6 +536,7 @@ def test_the_terminal_exports_and_imports(tmp_path: Path) -> None:
     assert new.read_text().count("\n") == 1
     done = run("import", presets, "--env", new)
     assert "Saved to" in done.stdout
+    assert new.read_text() == f"LLAMACPP_MODELS_DIR=models\n{printed.stdout}"
     for profile in ("primary", "mine"):
         there = ServerConfig.from_env(new, profile)
         assert compared(there, "alias") == compared(ServerConfig.from_env(env, profile), "alias")
@@ -544,6 +545,25 @@ def test_the_terminal_exports_and_imports(tmp_path: Path) -> None:
     assert ServerConfig.from_env(new, "mine").port == 9001
     with pytest.raises(ConfigError, match="already"):
         add_profiles([there], new)
+
+
+def test_profiles_that_no_other_program_can_run_do_not_keep_the_rest_from_it(
+    tmp_path: Path,
+) -> None:
+    write_demo_model(tmp_path / "models" / "demo.gguf")
+    env = tmp_path / "all.env"
+    env.write_text(
+        "LLAMACPP_MODELS_DIR=models\nLLAMACPP_PRIMARY_MODEL=demo.gguf\n"
+        "LLAMACPP_FAR_SSH=red\nLLAMACPP_FAR_MODEL=other.gguf\nLLAMACPP_FRONT_MODELS=all\n"
+    )
+    done = run("export", "router", "--all", "--env", env)
+    assert done.exit_code == 0, done.output
+    assert "[primary]" in done.stdout
+    assert "[far]" not in done.stdout
+    for left_out in ("far runs on red", "front is a router"):
+        assert left_out in done.stderr
+    env.write_text("LLAMACPP_FAR_SSH=red\nLLAMACPP_FAR_MODEL=other.gguf\n")
+    assert "no profile to export" in run("export", "router", "--all", "--env", env).stderr
 
 
 def test_every_file_says_how_to_use_it(config: ServerConfig) -> None:

@@ -309,10 +309,12 @@ def export(
     from kitty_nb.cli import commands
     from kitty_nb.config import configured_profiles
 
-    names = configured_profiles(env) if every else (profile,)
+    names, notes = (profile,), list[str]()
+    if every:
+        names, notes = commands.exportable(env, configured_profiles(env))
     configs = _all_settings(env, names, valid=True)
     exported = anyio.run(commands.export, to, configs, image)
-    for note in exported.notes:
+    for note in (*notes, *exported.notes):
         _say(f"kitty-nb: {note}", err=True)
     typer.echo(exported.text, nl=False)
 
@@ -346,14 +348,13 @@ def import_(
     A backup of that is kept. No secret is taken over. What is left out is on stderr.
     """
     from kitty_nb.cli import commands
-    from kitty_nb.config import add_profiles, env_lines
+    from kitty_nb.config import add_profiles, added_lines
 
     found = anyio.run(commands.read_profiles, file, env, source, profile, model)
     for note in found.notes:
         _say(f"kitty-nb: {note}", err=True)
     if only_print:
-        for config in found.configs:
-            _say("\n".join(env_lines(config, config.model_fields_set)))
+        _say("\n".join(added_lines(found.configs, env)))
     else:
         _say(add_profiles(found.configs, env, replace=replace).sentence)
 

@@ -35,7 +35,7 @@ from kitty_nb.supervisor.registry import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
     from rich.progress import Progress
 
@@ -174,6 +174,28 @@ async def export(to: Format, configs: Sequence[ServerConfig], image: str | None)
     own = [config.binary for config in found if not config.url]
     engine = await locate_engine(own[0]) if own and to.runs_here else None
     return exports.export(to, found, engine, image or exports.IMAGE, models)
+
+
+def exportable(env: Path, profiles: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the profiles that a file for another program can hold, and why the others are not.
+
+    Raises:
+        KittyError: None can be held.
+    """
+    from kitty_nb.catalog.resolve import load_profile
+
+    names, notes = [], []
+    for name in profiles:
+        config, _ = load_profile(env, name)
+        if config.ssh:
+            notes.append(f"{name} runs on {config.ssh} and is left out: run kitty-nb export there.")
+        elif config.models is not None:
+            notes.append(f"{name} is a router and is left out; its models are in other profiles.")
+        else:
+            names.append(name)
+    if not names:
+        raise KittyError("\n".join(("There is no profile to export.", *notes)))
+    return tuple(names), notes
 
 
 async def _models_at(config: ServerConfig) -> Sequence[str]:

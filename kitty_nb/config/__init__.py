@@ -3,6 +3,7 @@
 from kitty_nb.config.places import Places as Places
 from kitty_nb.config.places import as_written as as_written
 from kitty_nb.config.profiles import add_profiles as add_profiles
+from kitty_nb.config.profiles import added_lines as added_lines
 from kitty_nb.config.profiles import configured_profiles as configured_profiles
 from kitty_nb.config.profiles import env_lines as env_lines
 from kitty_nb.config.profiles import env_warnings as env_warnings

@@ -152,7 +152,7 @@ def add_profiles(
     Raises:
         ConfigError: As `save_settings`, or a profile is in the file already.
     """
-    env, changes = read_env(path), dict[str, str]()
+    env = read_env(path)
     there = {split_key(key)[0].lower() for key, value in env.values.items() if value}
     problems = [
         Problem(config.profile, "", "It is in the file already.", "Name another, or replace it.")
@@ -161,9 +161,24 @@ def add_profiles(
     ]
     if problems:
         raise ConfigError(str(env.path), tuple(problems))
+    return write_env(env, _additions(env, configs))
+
+
+def added_lines(configs: Collection[ServerConfig], path: str | Path = ".env") -> tuple[str, ...]:
+    """Return the lines that `add_profiles` with `replace` would write into a `.env` file.
+
+    Raises:
+        ConfigError: As `save_settings`.
+    """
+    changes = _additions(read_env(path), configs)
+    return tuple(f"{key}={quoted(value)}" for key, value in changes.items())
+
+
+def _additions(env: EnvFile, configs: Collection[ServerConfig]) -> dict[str, str]:
+    changes: dict[str, str] = {}
     for config in configs:
         changes |= _changes(env, config, None)
-    return write_env(env, changes)
+    return changes
 
 
 def _changes(env: EnvFile, config: ServerConfig, names: Collection[str] | None) -> dict[str, str]:

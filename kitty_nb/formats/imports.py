@@ -160,7 +160,7 @@ def _read_llama_swap(
 ) -> Iterator[_Entry]:
     whole = yaml.safe_load(text) or {}
     known = {"models", "peers", "macros", "healthCheckTimeout", "globalTTL", "startPort"}
-    for key in whole.keys() - known:
+    for key in sorted(whole.keys() - known):
         if key == "apiKeys":
             notes.append("apiKeys are left out: set LLAMACPP_API_KEY in .env yourself.")
         else:
