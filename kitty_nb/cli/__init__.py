@@ -309,7 +309,7 @@ def export(
     from kitty_nb.cli import commands
     from kitty_nb.config import configured_profiles
 
-    names, notes = (profile,), list[str]()
+    names, notes = [profile], list[str]()
     if every:
         names, notes = commands.exportable(env, configured_profiles(env))
     configs = _all_settings(env, names, valid=True)

@@ -176,7 +176,7 @@ async def export(to: Format, configs: Sequence[ServerConfig], image: str | None)
     return exports.export(to, found, engine, image or exports.IMAGE, models)
 
 
-def exportable(env: Path, profiles: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
+def exportable(env: Path, profiles: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the profiles that a file for another program can hold, and why the others are not.
 
     Raises:
@@ -184,7 +184,7 @@ def exportable(env: Path, profiles: Iterable[str]) -> tuple[tuple[str, ...], lis
     """
     from kitty_nb.catalog.resolve import load_profile
 
-    names, notes = [], []
+    names, notes = list[str](), list[str]()
     for name in profiles:
         config, _ = load_profile(env, name)
         if config.ssh:
@@ -195,7 +195,7 @@ def exportable(env: Path, profiles: Iterable[str]) -> tuple[tuple[str, ...], lis
             names.append(name)
     if not names:
         raise KittyError("\n".join(("There is no profile to export.", *notes)))
-    return tuple(names), notes
+    return names, notes
 
 
 async def _models_at(config: ServerConfig) -> Sequence[str]:

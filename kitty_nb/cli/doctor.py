@@ -23,7 +23,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.catalog.resolve import load_profile, routed_profiles
 from kitty_nb.catalog.stores import model_stores
-from kitty_nb.cli.elsewhere import read_status
+from kitty_nb.cli.elsewhere import doctor_command, read_status
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
@@ -139,7 +139,7 @@ def _machine(config: ServerConfig) -> _Result:
     if state.status is ServerStatus.OUT_OF_REACH:
         return _ERROR, state.error or ""
     found = f"Reached {config.ssh} in {time.monotonic() - began:.1f} s. {state.sentence}"
-    return _OK, found, f"For its engine, memory and models: ssh {config.ssh} kitty-nb doctor"
+    return _OK, found, f"For its engine, memory and models: {doctor_command(config)}"
 
 
 def _engine(engine: Engine, config: ServerConfig) -> _Result:

@@ -109,7 +109,10 @@ def install(config: ServerConfig, source: str) -> None:
     if sent:
         script += f'cat > "$d"/{shlex.quote(wheel.name)}; '
         what = f'"$d"/{shlex.quote(wheel.name + extras + rest)}'
-    script += f'"$d/bin/pip" install --upgrade --disable-pip-version-check {what}'
+    pip = '"$d/bin/pip" install --disable-pip-version-check'
+    script += f"{pip} --upgrade {what}"
+    if sent:  # pip takes one of the same version for the same
+        script += f"; {pip} --force-reinstall --no-deps --quiet {what}"
     remote = f"exec sh -c {shlex.quote(script)}"
     command = ssh_command(config.ssh or "", remote, config.ssh_config, *PLAIN, "-S", "none")
     if subprocess.run(command, input=sent, check=False).returncode:
@@ -121,6 +124,16 @@ def install(config: ServerConfig, source: str) -> None:
 
 def tunnel_command(config: ServerConfig) -> str:
     """Return the command that brings the port of a server on another machine here."""
-    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
     tunnel = f"{LOOPBACK}:{config.port}:{urlsplit(config.endpoint).netloc}"
-    return shlex.join(("ssh", *own, "-N", "-L", tunnel, config.ssh or ""))
+    return _by_hand(config, "-N", "-L", tunnel)
+
+
+def doctor_command(config: ServerConfig) -> str:
+    """Return the command that runs `kitty-nb doctor` on the machine of a profile."""
+    program = config.ssh_bin or f"PATH=$PATH:$HOME/.local/bin:$HOME/{ENVIRONMENT}/bin kitty-nb"
+    return f"{_by_hand(config)} {shlex.quote(f'{program} doctor')}"
+
+
+def _by_hand(config: ServerConfig, *options: str) -> str:
+    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
+    return shlex.join(("ssh", *own, *options, config.ssh or ""))
