@@ -99,10 +99,10 @@ function render({ model, el }) {
       }
       drawn.get(facts.profile).update(facts);
     }
-    const running = rows.filter((facts) => facts.stop).length;
+    const running = rows.filter((facts) => facts.stop || facts.status === "Ready").length;
     say(summary, `${running} of ${rows.length} running`);
     startAll.disabled = !rows.some((facts) => facts.start);
-    stopAll.disabled = running === 0;
+    stopAll.disabled = !rows.some((facts) => facts.stop);
     say(notice, model.get("notice"));
     notice.hidden = !model.get("notice");
   };
