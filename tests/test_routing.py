@@ -141,7 +141,7 @@ def test_the_terminal_starts_and_stops_it(native: Path) -> None:
     assert "--models-max 2" in run("start", "--print-command", *options).stdout
     try:
         done = run("start", *options)
-        assert "READY: router of router at" in done.stdout, done.output
+        assert "READY: router at" in done.stdout, done.output
         assert run("status", *options).exit_code == 0
         connected = run("connect", "openai", *options)
         assert 'model="one"' in connected.stdout

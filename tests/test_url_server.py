@@ -228,6 +228,7 @@ def test_it_is_a_peer_of_llama_swap_and_nothing_that_others_start(
         assert "A key goes into .env." in run("import", file, "--env", back).stderr
         there = ServerConfig.from_env(back, "gpu")
         assert (there.url, there.alias, there.api_key) == (url, alias, None)
+    assert "kitty-nb load-test --profile gpu" in run("bench", *where).stderr
     for form in ("router", "systemd", "quadlet", "compose"):
         refused = run("export", form, *where)
         assert refused.exit_code == 1
@@ -255,7 +256,7 @@ def test_where_nobody_listens_there_is_a_sentence_and_back_off() -> None:
     url = f"http://127.0.0.1:{unused_port()}"
     with ModelManager(config=ServerConfig(url=url)) as manager:
         settled(manager, ServerStatus.OUT_OF_REACH)
-        with pytest.raises(ServerFailedError, match="the connection failed"):
+        with pytest.raises(ServerFailedError, match=r"the connection failed .*PRIMARY_URL\."):
             manager.start().wait(30)
         with Shape(ollama_models("a")).serving(int(url.rpartition(":")[2])):
             settled(manager, ServerStatus.READY)

@@ -607,6 +607,11 @@ def bench(
 
     numbers = _numbers(depths, "--depths")
     config = _settings(env, profile)
+    if config.url:
+        raise KittyError(
+            f"The server at {config.url} is just there, and bench starts one with settings of its"
+            f" own. To measure that one: kitty-nb load-test --profile {profile}"
+        )
     if model is not None:
         here = Path(model)
         config = config.replace(

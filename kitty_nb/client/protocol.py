@@ -111,7 +111,10 @@ async def props(http: httpx.AsyncClient) -> dict[str, Any]:
 def broken_off(error: httpx.HTTPError | None = None) -> str:
     """Say that an answer has no end, and the error that cut it short."""
     how = type(error).__name__ if error else "its end is missing"
-    return f"The answer ended early ({how}): the server was stopped or crashed. See its log."
+    return (
+        f"The answer ended early ({how}): the server was stopped or crashed, or the connection to"
+        " it broke. See its log."
+    )
 
 
 def _request(

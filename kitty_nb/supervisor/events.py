@@ -255,7 +255,7 @@ class ServerState:
         if self.external:
             return self.external.alias or self.external.model or self.external.name
         if self.config.models is not None:
-            return (self.router and self.router.alias) or f"router of {self.config.profile}"
+            return (self.router and self.router.alias) or "router"
         return self.config.served_alias
 
     @property

@@ -107,7 +107,8 @@ class UrlProbe:
                 f"its certificate can't be verified ({error}). Name the file with its authority's"
                 " certificate in SSL_CERT_FILE, in the environment of this program"
             )
-        return f"the connection failed ({str(error) or type(error).__name__})"
+        why = str(error) or type(error).__name__
+        return f"the connection failed ({why}). Check that it runs there, and {self._key}_URL"
 
     def _why_useless(self, response: httpx.Response) -> str:
         if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
