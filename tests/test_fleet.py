@@ -192,8 +192,14 @@ def test_a_replica_more_than_workers_waits_and_the_panel_shows_all(
             eventually(lambda: fleet.replicas[number].status is ServerStatus.STOPPED)
             # The one that waited takes its place.
             eventually(lambda: ready(fleet) == 2, within=WAIT)
+            eventually(
+                lambda: next(r for r in panel.rows if r["profile"] == up["profile"])["start"]
+            )
+            panel.receive({"kind": "start", "profile": up["profile"]})
+            eventually(lambda: fleet.replicas[number].problem)  # now this one waits
             panel.receive({"kind": "stop_all"})
-            eventually(lambda: ready(fleet) == 0)
+            eventually(lambda: {one.status for one in fleet.replicas} == {ServerStatus.STOPPED})
+            eventually(lambda: not any(row["problem"] for row in panel.rows))
             panel.receive({"kind": "start", "profile": up["profile"]})
             eventually(lambda: fleet.replicas[number].status is ServerStatus.READY, within=WAIT)
         finally:

@@ -19,7 +19,7 @@ from traitlets.config import Config
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
-from kitty_nb.experiments import Bench, Sweep, load_test
+from kitty_nb.experiments import Bench, Sweep, load_test, tune
 from kitty_nb.supervisor import url_server
 from kitty_nb.supervisor.url_server import look_once
 from kitty_nb.widgets import FleetPanel
@@ -121,6 +121,9 @@ def test_a_real_server_behind_tls(
                 answer = manager.chat("Hello", max_tokens=4).wait(60)
                 assert answer.usage.answer == 4
                 assert manager.client.models.list().data[0].id == "demo"
+                wrong = anyio.run(look_once, here.replace(api_key="another"))
+                assert wrong.status is ServerStatus.OUT_OF_REACH
+                assert "refuses the key in LLAMACPP_GPU_API_KEY" in str(wrong.error)
                 for refused in (manager.stop, manager.restart):
                     with pytest.raises(ServerFailedError, match="did not start the server at http"):
                         refused().wait(60)
@@ -268,10 +271,9 @@ def test_it_can_be_load_tested_but_not_swept(ollama: tuple[Shape, str]) -> None:
     found = load_test(config=config, concurrency=2, requests=6, max_tokens=8).wait(60)
     (load,) = found.loads
     assert [(one.tokens, one.prompt_tokens) for one in load.requests] == [(5, 11)] * 6
-    with pytest.raises(ExperimentError, match=r"load_test\(concurrency"):
-        Sweep(config=config)
-    with pytest.raises(ConfigError, match="load_test measures the server at http"):
-        anyio.run(Bench(config=config).run_here)
+    for starts in Sweep, Bench, tune:
+        with pytest.raises(ExperimentError, match=r"load_test\(concurrency"):
+            starts(config=config.replace(model="here.gguf", allow_absolute_paths=True))
 
 
 def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:

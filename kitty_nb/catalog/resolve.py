@@ -54,8 +54,6 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     if config.model is None:
         key = f"LLAMACPP_{config.profile.upper()}_MODEL"
         fix = f"Choose one, or set {key}. {_listed(_names(config.models_dir), config.models_dir)}"
-        if config.url:
-            fix = f"load_test measures the server at {config.url} as it is. To start another: {fix}"
         raise ConfigError("", (Problem(key, "", "No model is chosen.", fix),))
     folder, *others = model_stores(config)
     named = {"model": config.model, "mmproj": config.mmproj}

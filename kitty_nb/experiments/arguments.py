@@ -67,6 +67,23 @@ def config_of(config: Any) -> ServerConfig:
     return found
 
 
+def config_to_start(config: Any, named: object, begins: str) -> ServerConfig:
+    """Return the settings of servers to start here, which a profile with a URL has none of.
+
+    Args:
+        config: The settings given; None for those of `.env`.
+        named: The models named beside them, if any: those are served here.
+        begins: What starts which server, the beginning of a sentence.
+    """
+    found = config_of(config)
+    if found.url and not named:
+        raise ExperimentError(
+            f"{begins}, which kitty_nb can't do at {found.url}. Measure that server with"
+            " load_test(concurrency=…), or name a model to try here."
+        )
+    return found
+
+
 def several(given: Any) -> tuple[Any, ...]:
     """Return the values of an argument that takes one or several."""
     if isinstance(given, _ONE):

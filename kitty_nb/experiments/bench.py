@@ -17,7 +17,7 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
-from kitty_nb.experiments.arguments import SEEDS, config_of, numbers, whole
+from kitty_nb.experiments.arguments import SEEDS, config_to_start, numbers, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table
@@ -271,7 +271,7 @@ class Bench:
         seed: int = 0,
         config: ServerConfig | None = None,
     ) -> None:
-        base = config_of(config)
+        base = config_to_start(config, model, "Bench starts a server of its own")
         if model is not None:
             base = base.replace(model=model, allow_absolute_paths=True)
         self.config = base

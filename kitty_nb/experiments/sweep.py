@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
-from kitty_nb.experiments.arguments import config_of, several, whole
+from kitty_nb.experiments.arguments import config_to_start, several, whole
 from kitty_nb.experiments.batches import fill_batches
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
@@ -121,12 +121,8 @@ class Sweep(TrialRunner):
         baseline: bool = False,
         busy_repeats: int = 1,
     ) -> None:
-        base = config_of(config)
-        if base.url and not (models or configs):
-            raise ExperimentError(
-                f"A sweep starts a server for each trial, which kitty_nb can't do at {base.url}."
-                " Measure that server with load_test(concurrency=…), or name models to try here."
-            )
+        begins = "A sweep starts a server for each trial"
+        base = config_to_start(config, models or configs, begins)
         asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "record": record}
         workload = Workload.of(prompts, parallel, quality, **asked, at_least=requests)
         combinations = combine(base, several(models), grid, configs, skip)

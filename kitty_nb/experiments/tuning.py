@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
-from kitty_nb.experiments.arguments import config_of, positive, require, texts, whole
+from kitty_nb.experiments.arguments import config_to_start, positive, require, texts, whole
 from kitty_nb.experiments.batches import BATCHES, fill_batches
 from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.extras import extra
@@ -113,7 +113,7 @@ def tune(
     from kitty_nb.experiments.study import Search, default_space, read_space  # noqa: PLC0415 (of an extra)
 
     warnings = () if config else env_warnings(".env", "primary")
-    config = config_of(config)
+    config = config_to_start(config, model, "A search starts a server for each trial")
     require("text", text, str, "a text")
     models: Sequence[object] = [] if model is None else [model]
     goal = None

@@ -176,7 +176,8 @@ class Placement:
         """Start replicas that have ended or were stopped."""
         for number in numbers:
             place = self._places[number]
-            place.wanted, place.ended = True, None
+            if place.ended or not place.wanted:
+                place.wanted, place.ended, place.report = True, None, None
         self._wake.set()
 
     async def stop(self, *numbers: int) -> None:

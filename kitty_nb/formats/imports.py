@@ -112,7 +112,9 @@ def import_profiles(
     try:
         with file.open(encoding="utf-8-sig") as opened:
             text = opened.read(_LARGEST + 1)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise KittyError(f"Can't read {file} ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
         raise KittyError(f"Can't read {file} ({error}).") from None
     if len(text) > _LARGEST:
         raise KittyError(f"Can't read {file}: it is larger than {_LARGEST:,} characters.")

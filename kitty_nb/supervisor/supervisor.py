@@ -270,8 +270,8 @@ class Supervisor:
         """Serve another model with the same settings.
 
         Args:
-            model: Its file, absolute or relative to the models folder; its name where a router was
-                attached to, or on a server at a URL.
+            model: Its file, absolute or relative to the models folder; its name on a router, or on
+                a server at a URL.
             alias: The name that clients ask for; without it the configured one stays. A router has
                 names of its own.
             wait_for_ready: As for `start`.
@@ -282,6 +282,8 @@ class Supervisor:
             server_at_url.use(model)
             self._broadcast.publish(StateChanged(self.state))
             return self.state
+        if self._now.wanted.models is not None and not self._router:
+            await self._launch(None, True, on_progress, fresh=False, anyway=anyway)
         if self._attached() or self._router:
             return await self._load_there(model, wait_for_ready)
         changes = {"model": model} if alias is None else {"model": model, "alias": alias}

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.lifecycle import Emit
 
-_MODELS = "/v1/models"
+_MODELS, _GUARDED = "/v1/models", "/props"
+_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _LOOK_EVERY, _LOOK_AT_LEAST_EVERY = 2.0, 30.0  # seconds: while it answers, and while it does not
 _PATIENCE, _WHOLE_WITHIN = httpx.Timeout(5.0), 10.0  # for each part of an answer, and for all
 _MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
@@ -60,6 +61,7 @@ class UrlProbe:
     def __init__(self, config: ServerConfig) -> None:
         self.models: tuple[str, ...] = ()
         self.api_key: SecretStr | None = None if goes_without_key(config) else config.api_key
+        self._known = False  # whether the key has opened what needs one
         self._url, self._key = config.endpoint, f"LLAMACPP_{config.profile.upper()}"
 
     @cached_property
@@ -87,6 +89,9 @@ class UrlProbe:
                         content += chunk
                         if len(content) > _LARGEST:
                             break
+                if response.is_success and not await self._admitted(response):
+                    self.models = ()
+                    return HealthCheckResult(ServerStatus.STARTING, message=self._why_refused())
         except KittyError as error:
             return HealthCheckResult(ServerStatus.STARTING, message=str(error).rstrip("."))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
@@ -98,6 +103,18 @@ class UrlProbe:
             self.models = models
             return HealthCheckResult(ServerStatus.READY, latency, "ok")
         return HealthCheckResult(ServerStatus.STARTING, latency, self._why_useless(response))
+
+    async def _admitted(self, listed: httpx.Response) -> bool:
+        """Return whether the key opens more than the list, which llama-server shows to anyone."""
+        if not self._known and listed.headers.get("Server") == "llama.cpp":
+            async with self._client.stream("GET", f"{self._url}{_GUARDED}") as asked:
+                self._known = asked.is_success
+                return asked.status_code not in _REFUSED
+        return True
+
+    def _why_refused(self) -> str:
+        what = "refuses the key in" if self.api_key else "asks for a key. Set"
+        return f"it {what} {self._key}_API_KEY"
 
     def _why_silent(self, error: Exception) -> str:
         if isinstance(error, httpx.TimeoutException | TimeoutError):
@@ -111,9 +128,8 @@ class UrlProbe:
         return f"the connection failed ({why}). Check that it runs there, and {self._key}_URL"
 
     def _why_useless(self, response: httpx.Response) -> str:
-        if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-            what = "refuses the key in" if self.api_key else "asks for a key. Set"
-            return f"it {what} {self._key}_API_KEY"
+        if response.status_code in _REFUSED:
+            return self._why_refused()
         if response.has_redirect_location:
             to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
             where = response.url.join(to).copy_with(username=None, password=None)

@@ -126,7 +126,8 @@ class Ask(Page):
         elif not ready:
             hint = "This model doesn't chat. Choose another one above and press Switch."
         elif state.to_choose:
-            hint = "The router has no model loaded. Choose one above and press Switch."
+            press = " and press Switch" if state.external else ""
+            hint = f"The router has no model loaded. Choose one above{press}."
         prompt = f"Ask {state.alias}{'' if template else _NO_TEMPLATE}"
         facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": bool(state.projector)}
         if facts != self._facts:

@@ -325,7 +325,8 @@ class ControlPanel(VBox):
         self._view.wake()
 
     def _wanted(self) -> ServerConfig:
-        chosen = self._config.replace(model=self.picker.dropdown.value, **self.settings.values)
+        model = None if self._config.models is not None else self.picker.dropdown.value
+        chosen = self._config.replace(model=model, **self.settings.values)
         return self.manager.settled(chosen)
 
     def _show_problem(self, problem: str | None) -> None:
@@ -386,21 +387,23 @@ class ControlPanel(VBox):
     def _draw(self) -> None:
         state, model = self.manager.state, self.picker.model
         problem = self._problem
-        elsewhere = self._config.url
-        startable = model is not None and model.startable
+        elsewhere, routes = self._config.url, self._config.models is not None
+        startable = routes or (model is not None and model.startable)
         if elsewhere:  # to be used instead of a server that runs here
             startable = elsewhere != state.config.url
         now = server_view.choices(
             state,
             startable=startable,
-            other_model=elsewhere is not None or self._differs(state),
+            other_model=elsewhere is not None or (not routes and self._differs(state)),
             other_settings=self._settings_differ(state),
         )
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
         self.served.show(state)
         for part in self._for_files:  # a download fills this machine's folder
-            display.show_if(part, not (elsewhere or (self._config.ssh and part is self.download)))
+            hidden = elsewhere or (self._config.ssh and part is self.download)
+            hidden = hidden or (routes and part in {self.picker, self.memory})
+            display.show_if(part, not hidden)
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)
@@ -408,7 +411,7 @@ class ControlPanel(VBox):
             self.load_bar.show_router(self._router_load)
         else:
             self.load_bar.show(state, self.manager.progress)
-        about = None if elsewhere else model and (model.problem or model.doubt)
+        about = None if elsewhere or routes else model and (model.problem or model.doubt)
         message = problem or state.error or about
         self.notice.show(message or self._hints)
         display.show_if(self._notice_row, bool(message or self._hints))

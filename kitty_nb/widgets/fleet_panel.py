@@ -159,7 +159,9 @@ def _model(profile: Profile) -> str:
     if profile.state.external and profile.served.url:
         return profile.state.alias
     served = profile.served
-    return served.model.name if served.model else ", ".join(served.models or ()) or UNKNOWN
+    if served.models is not None:  # of a router, which serves no model of its own
+        return ", ".join(served.models)
+    return served.model.name if served.model else UNKNOWN
 
 
 def describe_memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:

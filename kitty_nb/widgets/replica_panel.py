@@ -15,6 +15,8 @@ from kitty_nb.widgets.fleet_panel import UNKNOWN, FleetRow, describe_memory, des
 from kitty_nb.widgets.server_view import TONES, describe_load, describe_uptime, word
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kitty_nb.fleet.fleet import Fleet
     from kitty_nb.fleet.placement import Replica
 
@@ -117,15 +119,14 @@ class ReplicaPanel(Page):
         """Take a message of a page."""
         match message:
             case {"kind": "start" | "stop" as verb, "profile": str(name)}:
-                self._order(verb, name)
-            case {"kind": "start_all" | "stop_all" as verb}:
-                self._order(verb.removesuffix("_all"))
+                rows = enumerate(self.rows)
+                self._order(verb, [n for n, row in rows if row[verb] and row["profile"] == name])
+            case {"kind": "start_all" | "stop_all" as verb}:  # those that wait for a worker, too
+                self._order(verb.removesuffix("_all"), range(len(self.rows)))
             case {"kind": "rescan"}:
                 self._actions.run(self._fleet.rescan)
 
-    def _order(self, verb: str, name: str | None = None) -> None:
-        rows = enumerate(self.rows)
-        numbers = [n for n, row in rows if row[verb] and name in {None, row["profile"]}]
+    def _order(self, verb: str, numbers: Sequence[int]) -> None:
         if numbers:
             self._actions.run(partial(getattr(self._fleet, verb), *numbers))
 

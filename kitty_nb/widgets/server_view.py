@@ -229,14 +229,14 @@ class ServerButtons(HBox):
 
 
 class ServedModels(Choice):
-    """The models of a server at a URL, to choose the one to ask; hidden for any other server."""
+    """The models of a router, or of a server at a URL, to choose the one to ask; else hidden."""
 
     def __init__(self, on_choice: Callable[[str], object]) -> None:
         super().__init__("kitty-served", ("Model", "Models that the server lists"), on_choice)
 
     def show(self, state: ServerState) -> None:
         """List what a server has."""
-        served = state.external
-        models = (served.models or ()) if served and state.config.url else ()
+        there = state.external if state.config.url else state.router
+        models = tuple(there.models or ()) if there else ()
         self.refill(models, state.alias if state.alias in models else None)
         show_if(self, bool(models))
