@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -116,9 +117,17 @@ def _compare(manager: ModelManager, name: str) -> None:
     """Ask one loaded model by both routers in turn."""
     config, key = manager.state.config, manager.reveal_api_key()
     command = [str(word) for word in psutil.Process(manager.state.pid).cmdline()]
-    command[command.index("--port") + 1] = port = str(free_port())
-    with _bare(command, config.log_dir, key, int(port)):
-        ports = {"kitty_nb": config.port, "bare": int(port)}
+    port = free_port()
+    if "--listen" in command:  # llama-swap, whose servers need other ports, too
+        command[command.index("--listen") + 1] = f"127.0.0.1:{port}"
+        text = Path(command[command.index("--config") + 1]).read_text()
+        bare = config.log_dir / "bare.yaml"
+        bare.write_text(re.sub(r"startPort: \d+", f"startPort: {free_port()}", text))
+        command[command.index("--config") + 1] = str(bare)
+    else:
+        command[command.index("--port") + 1] = str(port)
+    with _bare(command, config.log_dir, key, port):
+        ports = {"kitty_nb": config.port, "bare": port}
         times: dict[str, list[float]] = {who: [] for who in ports}
         for one in ports.values():
             _ask(one, name, key)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shutil
+import signal
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from conftest import eventually, unused_port
 from terminal import run
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.cli.doctor import examine
 from kitty_nb.config import configured_profiles
 from kitty_nb.errors import ServerFailedError
 from kitty_nb.supervisor.events import Event, RoutedModel, RouterLoad, RouterState, ServerState
@@ -21,6 +27,7 @@ from kitty_nb.supervisor.registry import find_server
 from kitty_nb.supervisor.routing import most_together
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
 
+STAND_IN = Path(__file__).with_name("stand_in_swap.py")
 NAMES = ("one", "two", "three", "four")
 
 
@@ -45,17 +52,41 @@ def env(tmp_path: Path) -> Path:
     return tmp_path / ".env"
 
 
-@pytest.fixture
-def native(env: Path, native_engine: Path) -> Path:
-    """The same, with an engine that has a router, and memory for two models and a half."""
+@pytest.fixture(params=["llama-server", "llama-swap", "like llama-swap"])
+def routed(
+    request: pytest.FixtureRequest, env: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The same with a router, and memory for two models and a half.
+
+    The router is a compiled engine's own, or llama-swap in front of the embedded engine.
+    """
+    lines = ["LLAMACPP_ROUTER_MEMORY_GB=0.075"]
+    if request.param == "llama-server":
+        lines.append(f"LLAMACPP_BIN={request.getfixturevalue('native_engine')}")
+    else:
+        pytest.importorskip("xllamacpp")
+    if request.param == "llama-swap" and not shutil.which("llama-swap"):
+        pytest.skip("no llama-swap on PATH")
+    if request.param == "like llama-swap":
+        _install(tmp_path / "bin", f'exec {sys.executable} -P {STAND_IN} "$@"')
+        monkeypatch.setenv("PYTHONPATH", str(STAND_IN.parent))
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with env.open("a") as file:
-        file.write(f"LLAMACPP_BIN={native_engine}\nLLAMACPP_ROUTER_MEMORY_GB=0.075\n")
+        file.write("\n".join(lines) + "\n")
     return env
 
 
+def _install(folder: Path, line: str) -> None:
+    """Make a llama-swap of one line of shell."""
+    folder.mkdir()
+    program = folder / "llama-swap"
+    program.write_text(f"#!/bin/sh\n{line}\n")
+    program.chmod(0o755)
+
+
 @pytest.fixture
-def manager(native: Path) -> Iterator[ModelManager]:
-    with ModelManager(native, "router") as manager:
+def manager(routed: Path) -> Iterator[ModelManager]:
+    with ModelManager(routed, "router") as manager:
         yield manager
 
 
@@ -92,26 +123,40 @@ def test_a_router_is_a_profile_without_a_model(env: Path) -> None:
     assert (config.models, config.env, config.model) == (("all",), env, None)
 
 
-def test_an_engine_without_a_router_says_what_to_do(env: Path) -> None:
+@pytest.mark.parametrize(
+    ("swap", "said"),
+    [
+        (None, r"no router.*LLAMACPP_BIN.*install llama-swap"),
+        ('echo "version: 217 (abc), built at noon"', "version 217, .*Update it to version 218"),
+    ],
+)
+def test_an_engine_without_a_router_says_what_to_do(
+    env: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: str | None, said: str
+) -> None:
     pytest.importorskip("xllamacpp")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    if swap:
+        _install(tmp_path / "bin", swap)
     with (
         ModelManager(env, "router") as manager,
-        pytest.raises(ServerFailedError, match=r"no router.*LLAMACPP_BIN.*export llama-swap"),
+        pytest.raises(ServerFailedError, match=said),
     ):
         manager.start().wait(60)
+    found = {one.what: one for one in examine(env, "router")}
+    assert re.search(said, found["Model"].advice)
 
 
-def test_what_is_wrong_with_its_profiles_is_told_at_once(native: Path) -> None:
-    with native.open("a") as file:
+def test_what_is_wrong_with_its_profiles_is_told_at_once(routed: Path) -> None:
+    with routed.open("a") as file:
         file.write("LLAMACPP_TWO_MODEL=gone.gguf\nLLAMACPP_THREE_CTX=x\n")
     with (
-        ModelManager(native, "router") as manager,
+        ModelManager(routed, "router") as manager,
         pytest.raises(ServerFailedError, match=r"(?s)gone.*LLAMACPP_THREE_CTX"),
     ):
         manager.start().wait(60)
 
 
-def test_one_address_serves_all_within_the_limit(manager: ModelManager, native: Path) -> None:
+def test_one_address_serves_all_within_the_limit(manager: ModelManager, routed: Path) -> None:
     told: list[Event] = []
     manager.subscribe(told.append)
     state = manager.start().wait(60)
@@ -131,16 +176,50 @@ def test_one_address_serves_all_within_the_limit(manager: ModelManager, native: 
     with pytest.raises(ServerFailedError, match="no model 'five'"):
         manager.switch_model("five").wait(60)
     # Another kernel finds it as it is, and the terminal, too.
-    with ModelManager(native, "router") as other:
+    with ModelManager(routed, "router") as other:
         assert other.state.pid == manager.state.pid
         eventually(lambda: "four" in loaded(other))
         other.stop().wait(60)
     eventually(lambda: manager.state.status is ServerStatus.STOPPED)
 
 
-def test_the_terminal_starts_and_stops_it(native: Path) -> None:
-    options = ("--env", native, "--profile", "router")
-    assert "--models-max 2" in run("start", "--print-command", *options).stdout
+def test_a_load_that_fails_or_is_called_off(manager: ModelManager) -> None:
+    told: list[Event] = []
+    manager.subscribe(told.append)
+    manager.start().wait(60)
+    eventually(lambda: loaded(manager) == {"one"})
+    pid = manager.state.pid
+    for end in ("cancel", "kill"):
+        loading = manager.switch_model("two")
+        eventually(lambda: child_of(pid, "two"))
+        if end == "cancel":
+            loading.cancel()
+        else:
+            os.kill(child_of(pid, "two"), signal.SIGKILL)
+            with pytest.raises(ServerFailedError, match="failed to load two"):
+                loading.wait(60)
+        eventually(lambda: child_of(pid, "two") == 0)
+        eventually(lambda: loaded(manager) == {"one"})
+    assert manager.switch_model("two").wait(60).alias == "two"
+    children = psutil.Process(pid).children()
+    psutil.Process(pid).kill()
+    eventually(lambda: not any(one.is_running() for one in children))
+    manager.stop().wait(60)
+
+
+def child_of(router: int | None, model: str) -> int:
+    """The process of a model; 0 where there is none."""
+    for child in psutil.Process(router).children():
+        with suppress(psutil.Error):
+            if f"{model}.gguf" in {Path(word).name for word in child.cmdline()}:
+                return child.pid
+    return 0
+
+
+def test_the_terminal_starts_and_stops_it(routed: Path) -> None:
+    options = ("--env", routed, "--profile", "router")
+    printed = run("start", "--print-command", *options).stdout
+    assert "--models-max 2" in printed or "llama-swap" in printed
     try:
         done = run("start", *options)
         # The pinned model may be loaded by then, or not yet.
@@ -148,7 +227,7 @@ def test_the_terminal_starts_and_stops_it(native: Path) -> None:
         assert run("status", *options).exit_code == 0
         connected = run("connect", "openai", *options)
         assert 'model="one"' in connected.stdout
-        config = ServerConfig.from_env(native, "router")
+        config = ServerConfig.from_env(routed, "router")
         before = find_server(config)
         assert run("switch", "two", *options).exit_code == 0
         assert before is not None
@@ -157,8 +236,8 @@ def test_the_terminal_starts_and_stops_it(native: Path) -> None:
         assert "Stopped" in run("stop", *options).stdout
 
 
-def test_its_panel_offers_its_models_in_place_of_files(native: Path) -> None:
-    panel = ControlPanel(native, "router")
+def test_its_panel_offers_its_models_in_place_of_files(routed: Path) -> None:
+    panel = ControlPanel(routed, "router")
     try:
         hidden = panel.picker, panel.memory
         eventually(lambda: {one.layout.display for one in hidden} == {"none"})

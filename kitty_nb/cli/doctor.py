@@ -35,6 +35,7 @@ from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
 from kitty_nb.supervisor.port_owner import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
+from kitty_nb.supervisor.routing import router_command
 from kitty_nb.supervisor.url_server import look_once
 
 if TYPE_CHECKING:
@@ -235,8 +236,7 @@ def _model(config: ServerConfig) -> _Result:
         said = found.error or f"{config.url} answers. Its models: {models}."
         return _ERROR if found.error else _OK, said
     if config.models is not None:
-        served = routed_profiles(config)
-        return _OK, f"The models of {', '.join(one.profile for one in served)}, by a router."
+        return anyio.run(_routed, config)
     if not config.model:
         advice = f"Set LLAMACPP_{config.profile.upper()}_MODEL to one that kitty-nb scan lists."
         return _WARNING, "No model is chosen.", advice
@@ -244,6 +244,17 @@ def _model(config: ServerConfig) -> _Result:
     running = Running(record.pid, record.config) if record else Running()
     too_large = anyio.run(Forecaster().why_not, config, running)
     return _ERROR if too_large else _OK, str(config.model), too_large
+
+
+async def _routed(config: ServerConfig) -> _Result:
+    models = ", ".join(one.profile for one in routed_profiles(config))
+    try:
+        plan = await router_command(config, await locate_engine(config.binary))
+    except KittyError as error:
+        return _ERROR, f"The models of {models} need a router.", str(error)
+    router = "llama-swap" if plan.by_llama_swap else "llama-server's router"
+    verdict = _WARNING if plan.notes else _OK
+    return verdict, f"The models of {models}, by {router}.", "\n".join(plan.notes)
 
 
 def _disk(config: ServerConfig) -> _Result:

@@ -172,6 +172,11 @@ def build_command(
     )
 
 
+def has_router(engine: Engine) -> bool:
+    """Whether this build of llama-server can serve many models by itself."""
+    return engine.dialect.option(_PRESETS) is not None
+
+
 def build_router_command(
     engine: Engine, config: ServerConfig, presets: Path, most: int
 ) -> tuple[str, ...]:
@@ -180,14 +185,8 @@ def build_router_command(
     Its models are in the file `presets`; at most `most` of them are loaded at once.
 
     Raises:
-        UnknownFlagError: When this build has no router, or lacks a flag in `extra_args`.
+        UnknownFlagError: When this build lacks a flag in `extra_args`.
     """
-    if not engine.dialect.option(_PRESETS):
-        raise UnknownFlagError(
-            f"This build of llama-server ({engine.version}) has no router. Set LLAMACPP_BIN to a"
-            " current llama-server, or serve the profiles with llama-swap: kitty-nb export"
-            " llama-swap --all"
-        )
     open_page = goes_without_key(config) and engine.dialect.option(ORIGINS)
     return (
         *(*engine.command, "--host", config.host, "--port", str(config.port)),

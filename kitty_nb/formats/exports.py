@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from kitty_nb.engine.command_line import (
     split_options,
 )
 from kitty_nb.errors import KittyError
-from kitty_nb.formats import Format
+from kitty_nb.formats import SWAP_PASSES_KEY, Format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Writer = Callable[[Sequence["_Served"], str, list[str]], str]
 
 IMAGE = "ghcr.io/ggml-org/llama.cpp:server"
+_NO_LIMIT = 1_000_000
 _HOME = "https://github.com/ggml-org/llama.cpp/blob/master"
 _PLAIN = re.compile(r"[\w@:,./=+-]+", re.ASCII)
 # What any format can hold, or what ends where the profile does: where models are looked for, how
@@ -85,19 +86,57 @@ def export(
         if len(peers) == len(configs):
             raise KittyError(" ".join(notes))
     for config in configs:
-        if config.url:
-            continue
-        if form.runs_here and engine:
-            program = engine.command
-            words = build_command(engine, config, supervised=False)[len(program) :]
-        else:
-            program, words = (), portable_arguments(config)
-        served.append(_Served(config, program, _without_secrets(config, words, notes)))
-        notes += _not_held(form, config, _HELD | held)
+        if not config.url:
+            served.append(_serve(form, config, engine, notes))
+            notes += _not_held(form, config, _HELD | held)
     text = write(served, image, notes)
     if peers and form is Format.LLAMA_SWAP:
         text += _peers(peers, models or {}, notes)
     return Exported(text, tuple(dict.fromkeys(notes)))
+
+
+def export_router(
+    configs: Sequence[ServerConfig], engine: Engine, together: int, first_port: int
+) -> Exported:
+    """Write profiles for a llama-swap that kitty_nb supervises.
+
+    Its log has those of its servers, which are told apart by the names of their profiles, and no
+    line for each question.
+
+    Args:
+        configs: The settings of each profile.
+        engine: What serves them.
+        together: How many of them fit into memory together. Those that are not pinned share the
+            places that are left, each place with one of its models at a time.
+        first_port: The port of the first server; the others have the next ones.
+    """
+    notes: list[str] = []
+    served = [_serve(Format.LLAMA_SWAP, one, engine, notes) for one in configs]
+    named = [replace(one, arguments=one.with_value("--alias", one.name)) for one in served]
+    settings = _swap_settings(named, notes) | {
+        "logLevel": "warn",
+        "logToStdout": "both",
+        "startPort": first_port,
+        "hooks": {"on_startup": {"preload": [one.name for one in served if one.config.pinned]}},
+    }
+    for model in settings["models"].values():
+        model["concurrencyLimit"] = _NO_LIMIT  # by default, it refuses the eleventh request
+    pinned = sum(one.config.pinned for one in served)
+    others = [one.name for one in served if not one.config.pinned]
+    for place in range(min(together - pinned, len(others))):
+        members = others[place :: together - pinned]
+        group = {"swap": True, "exclusive": False, "members": members}
+        settings["groups"][f"place {place + 1}"] = group
+    return Exported(_yaml(settings), tuple(dict.fromkeys(notes)))
+
+
+def _serve(form: Format, config: ServerConfig, engine: Engine | None, notes: list[str]) -> _Served:
+    if form.runs_here and engine:
+        program = engine.command
+        words = build_command(engine, config, supervised=False)[len(program) :]
+    else:
+        program, words = (), portable_arguments(config)
+    return _Served(config, program, _without_secrets(config, words, notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +211,24 @@ def _yaml(data: object) -> str:
 
 
 def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
+    head = (
+        "# Profiles of kitty_nb for llama-swap: llama-swap --config FILE --listen 127.0.0.1:8080\n"
+        "# It runs one model at a time; groups and a matrix let several run together.\n"
+    )
+    notes += [
+        f"{one.name}: to open llama-swap to the network, start it with -listen."
+        for one in served
+        if one.config.host != "127.0.0.1"
+    ]
+    if any(one.asks_key for one in served):
+        notes.append(
+            f"llama-swap (v{SWAP_PASSES_KEY} or later) and its servers ask for the key in"
+            " LLAMA_API_KEY: set it before it starts."
+        )
+    return head + _yaml(_swap_settings(served, notes))
+
+
+def _swap_settings(served: Sequence[_Served], notes: list[str]) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for one in served:
         config = one.config
@@ -192,21 +249,13 @@ def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str
             models[one.name]["aliases"] = aliases
         models[one.name]["ttl"] = config.idle_shutdown_seconds or 0
         models[one.name]["unloadTimeout"] = max(1, round(config.stop_grace_seconds))
-        if config.host != "127.0.0.1":
-            notes.append(f"{one.name}: to open llama-swap to the network, start it with -listen.")
-    keys = {}
-    if any(one.asks_key for one in served):
-        keys = {"apiKeys": ["${env.LLAMA_SWAP_API_KEY}"]}
-        notes.append("llama-swap asks for the key in LLAMA_SWAP_API_KEY: set it before it starts.")
-    head = (
-        "# Profiles of kitty_nb for llama-swap: llama-swap --config FILE --listen 127.0.0.1:8080\n"
-        "# It runs one model at a time; groups and a matrix let several run together.\n"
-    )
+    asks_key = any(one.asks_key for one in served)
+    keys = {"apiKeys": ["${env.LLAMA_API_KEY}"]} if asks_key else {}
     pinned = [one.name for one in served if one.config.pinned]
     group = {"persistent": True, "swap": False, "exclusive": False, "members": pinned}
-    groups = {"groups": {"pinned": group}} if pinned else {}
+    groups = {"pinned": group} if pinned else {}
     # Large models take longer than the two minutes after which llama-swap gives up.
-    return head + _yaml({"healthCheckTimeout": 1800, **keys, "models": models, **groups})
+    return {"healthCheckTimeout": 1800, **keys, "models": models, "groups": groups}
 
 
 def _peers(

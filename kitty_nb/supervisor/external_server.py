@@ -20,6 +20,7 @@ from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import record_of
 from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.router import RouterModels
+from kitty_nb.supervisor.router_api import LlamaServer, kind_of
 from kitty_nb.supervisor.workload import WorkMeter
 
 if TYPE_CHECKING:
@@ -113,10 +114,10 @@ class ExternalServer:
                 if status is ServerStatus.LOADING:
                     self._emit(LoadBegan(self._generation))
                 elif status is ServerStatus.READY:
-                    if self.router is None and await self.probe.is_router():
+                    if self.router is None and await kind_of(self.probe):
                         owner = self._owner
                         router = RouterModels(
-                            owner.pid, owner.who, self._config, self.probe, self._emit
+                            owner.pid, owner.who, self._config, LlamaServer(self.probe), self._emit
                         )
                         await router.watch(tasks)  # before it is used
                         self.router = router

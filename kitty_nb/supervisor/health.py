@@ -6,7 +6,7 @@ import http.client
 import time
 from contextlib import suppress
 from dataclasses import replace
-from enum import Enum, StrEnum, auto
+from enum import Enum, auto
 from functools import cached_property
 from http import HTTPStatus
 from importlib import import_module
@@ -26,6 +26,7 @@ from kitty_nb.supervisor.events import (
     Level,
     ServerStatus,
 )
+from kitty_nb.supervisor.router_api import kind_of, objects, objects_in
 from kitty_nb.tls import tls_context
 
 
@@ -165,14 +166,6 @@ class Identity(Enum):
     KEY_REFUSED = auto()
 
 
-class ModelStatus(StrEnum):
-    """The status of one model of a router."""
-
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    LOADED = "loaded"
-
-
 class HealthProbe:
     """Asks one server. It holds a connection: close it with `aclose`.
 
@@ -301,8 +294,8 @@ class HealthProbe:
         if models in _KEY_REFUSED:
             return Identity.KEY_REFUSED
         if self._routes:
-            return Identity.OURS if await self.is_router() else Identity.OTHER_MODEL
-        named = [(one.get("id"), *(one.get("aliases") or ())) for one in _listed(models)]
+            return Identity.OURS if await kind_of(self) else Identity.OTHER_MODEL
+        named = [(one.get("id"), *(one.get("aliases") or ())) for one in objects_in(models, "data")]
         ours = not named or any(self._alias in names for names in named)
         return Identity.OURS if ours else Identity.OTHER_MODEL
 
@@ -353,36 +346,34 @@ class HealthProbe:
             path, json=request, headers=self._key, timeout=patience, **options
         )
 
-    async def is_router(self) -> bool:
-        """Ask whether it serves many models, each by a child of its own."""
-        props = await self.get("/props")
-        return isinstance(props, dict) and props.get("role") == "router"
+    async def tell(
+        self,
+        method: str,
+        path: str,
+        request: dict[str, Any] | None = None,
+        *,
+        within: float | None = _PATIENCE,
+    ) -> str:
+        """Have the server do something; return its reason to refuse, or nothing.
 
-    async def router_models(self) -> dict[str, ModelStatus]:
-        """Return the status of each of a router's models; none if it is too busy to answer."""
-        models = _listed(await self.get("/v1/models"))
-        return {str(one.get("id")): _model_status(one.get("status")) for one in models}
-
-    async def order(self, verb: str, model: str) -> str:
-        """Make a router load or unload a model; return its reason to refuse, or nothing."""
+        Args:
+            method: The method of HTTP.
+            path: What to do.
+            request: More about that.
+            within: The seconds that it has for an answer; None for any number of them.
+        """
+        patience = httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=within)
         try:
-            response = await self._client.post(
-                f"/models/{verb}", json={"model": model}, headers=self._key
+            response = await self._client.request(
+                method, path, json=request, headers=self._key, timeout=patience
             )
         except httpx.HTTPError as error:
             return f"it does not answer ({type(error).__name__})"
         return "" if response.is_success else _failure(response)
 
-    async def touch(self, model: str) -> None:
-        """Use one of a router's models, as little as that can be, if it is loaded."""
-        with suppress(httpx.HTTPError):
-            request = {"model": model, "content": ""}
-            path = "/tokenize?autoload=false"
-            await self._client.post(path, json=request, headers=self._key)
-
     async def ask_slots(self) -> list[dict[str, Any]]:
         """Return what `/slots` answers now; nothing where it does not."""
-        return _objects(await self.get("/slots"))
+        return objects(await self.get("/slots"))
 
     async def post(
         self, path: str, request: dict[str, Any], asked: anyio.Event | None = None
@@ -431,31 +422,12 @@ class HealthProbe:
             return None
 
 
-def _model_status(told: Any) -> ModelStatus:
-    if not isinstance(told, dict):
-        return ModelStatus.UNLOADED
-    try:
-        return ModelStatus(str(told.get("value")))
-    except ValueError:  # one that sleeps is loaded again by a request
-        return ModelStatus.LOADED
-
-
 def _failure(response: httpx.Response) -> str:
     """Return what a server says went wrong."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return f"answered {response.status_code} {response.reason_phrase}"
-
-
-def _listed(answer: Any) -> list[dict[str, Any]]:
-    """The models in an answer of `/v1/models`."""
-    return _objects(answer.get("data")) if isinstance(answer, dict) else []
-
-
-def _objects(answer: Any) -> list[dict[str, Any]]:
-    """Those of a list, if it is one: what answers need not be a llama-server."""
-    return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
 
 
 _SILENT = 10.0  # seconds; from here on, a request without a first token is reported

@@ -206,9 +206,8 @@ def _describe(pid: int, port: int) -> PortOwner | None:
     engine = _engine(words)
     if engine is None:
         return PortOwner(port, pid, name, user=user)
-    if engine is EngineKind.EMBEDDED:
-        words = words[words.index(embedded.__name__) :]  # Python has an -m of its own
-    else:
+    words = own_words(words)
+    if engine is EngineKind.NATIVE:
         words = [*_from_environment(process), *words]
     model, alias = served_by(words)
     return PortOwner(
@@ -239,6 +238,11 @@ def _engine(words: list[str]) -> EngineKind | None:
     if program[:1] == ["llama-server"] or program in (["llama", "serve"], ["llama", "server"]):
         return EngineKind.NATIVE
     return EngineKind.EMBEDDED if embedded.__name__ in words else None
+
+
+def own_words(words: list[str]) -> list[str]:
+    """Return a llama-server's own words of a command line: Python has an -m, too."""
+    return words[words.index(embedded.__name__) :] if embedded.__name__ in words else words
 
 
 def served_by(words: Sequence[str]) -> tuple[str | None, str | None]:

@@ -1,4 +1,4 @@
-"""The models of a router: a llama-server that loads and unloads them, a child for each."""
+"""The models of a router: a server that loads and unloads them, a child for each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import psutil
 
 from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Level, RoutedModel, RouterLoad, Stage
-from kitty_nb.supervisor.health import ModelStatus
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.load_progress import LoadMeter
-from kitty_nb.supervisor.port_owner import served_by
+from kitty_nb.supervisor.port_owner import own_words, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
+from kitty_nb.supervisor.router_api import ModelStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.events import Event, LoadProgress
-    from kitty_nb.supervisor.health import HealthProbe
+    from kitty_nb.supervisor.router_api import RouterApi
 
 _ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
 _CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds
@@ -48,7 +48,7 @@ class RouterModels:
         pid: The router's process.
         who: The router, in words.
         config: The settings of its profile.
-        probe: Asks it.
+        api: Asks it.
         emit: Called with each event.
         pinned: The models that are to stay loaded.
 
@@ -64,7 +64,7 @@ class RouterModels:
         pid: int,
         who: str,
         config: ServerConfig,
-        probe: HealthProbe,
+        api: RouterApi,
         emit: Callable[[Event], object],
         pinned: Iterable[str] = (),
     ) -> None:
@@ -72,7 +72,7 @@ class RouterModels:
         self.model: str | None = None
         self.names: tuple[str, ...] = ()
         self._pid, self._who, self._config, self._emit = pid, who, config, emit
-        self._probe, self.pinned = probe, tuple(pinned)
+        self._api, self.pinned = api, tuple(pinned)
         self._loading = anyio.CancelScope()
         self._turn = anyio.Lock()  # one request to load at a time
         self._models: dict[str, ModelStatus] = {}
@@ -129,7 +129,7 @@ class RouterModels:
             await self._used.wait()
             self._used = anyio.Event()
             for name in self.pinned:
-                await self._probe.touch(name)
+                await self._api.touch(name)
             await anyio.sleep(_TOUCH_PAUSE)
             with anyio.move_on_after(_QUIET) as quiet:
                 await self._used.wait()
@@ -196,7 +196,7 @@ class RouterModels:
             await anyio.sleep(_ASK_ROUTER_EVERY)
 
     async def _order(self, verb: str, name: str) -> None:
-        if reason := await self._probe.order(verb, name):
+        if reason := await self._api.order(verb, name):
             raise ServerFailedError(f"The router refused to {verb} {name}: {reason}")
 
     async def _look(self, preferred: str | None = None) -> ModelStatus:
@@ -210,7 +210,7 @@ class RouterModels:
         Returns:
             That model's status; one that is gone is unloaded.
         """
-        if models := await self._probe.router_models():
+        if models := await self._api.models():
             before, self._models = self._models, models
             loaded = [name for name, status in models.items() if status == ModelStatus.LOADED]
             for name, status in models.items():
@@ -265,6 +265,8 @@ class RouterModels:
         """Publish a load's progress, by its child's memory and the history of loads."""
         self._notify(f"The router is loading {name}.")
         child = await self._find_child(name)
+        while child is None and self._api.queues and await self._look(name) == ModelStatus.LOADING:
+            child = await self._find_child(name)
         began = time.monotonic() - (child.process.age if child else 0.0)
         meter = LoadMeter()
         meter.measure(Usage(0, 0), 0.0)
@@ -331,7 +333,7 @@ def _child(router: int, name: str | None) -> _Child | None:
     with suppress(psutil.Error):
         for process in psutil.Process(router).children():
             with suppress(psutil.Error, OSError):
-                words = process.cmdline()
+                words = own_words(process.cmdline())
                 model, alias = served_by(words)
                 if alias and name in alias.split(","):
                     return _Child(

@@ -1,18 +1,24 @@
-"""What a router serves: the profiles as presets, and how many models may be loaded at once."""
+"""What starts a router: its program, its profiles, and how many of them are loaded at once."""
 
 from __future__ import annotations
 
+import random
+import re
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from anyio import move_on_after, run_process
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.memory import Memory, estimate, plan, read_shape
 from kitty_nb.catalog.resolve import routed_profiles
-from kitty_nb.engine.command_line import build_router_command
-from kitty_nb.errors import KittyError
-from kitty_nb.formats import Format
+from kitty_nb.config import goes_without_key
+from kitty_nb.engine.command_line import build_router_command, has_router
+from kitty_nb.errors import KittyError, ServerFailedError
+from kitty_nb.formats import SWAP_PASSES_KEY, Format
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
+from kitty_nb.supervisor.port_owner import bind_problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +28,10 @@ if TYPE_CHECKING:
     from kitty_nb.engine.locate import Engine
 
 _GB = 1e9
+_LLAMA_SWAP = "https://github.com/mostlygeek/llama-swap"
+_ANSWERS_WITHIN = 10.0  # seconds, on a busy machine too
+# Below those that systems give to connections: ip(7), ip_local_port_range.
+_SERVER_PORTS = (20_000, 32_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +40,17 @@ class RouterPlan:
 
     Attributes:
         command: The command line.
-        presets: The content of the presets file that it names.
+        path: The file that it names: presets, or the settings of llama-swap.
+        text: Its content.
         notes: What is amiss, in sentences.
+        by_llama_swap: Whether llama-swap is the router.
     """
 
     command: tuple[str, ...]
-    presets: str
+    path: Path
+    text: str
     notes: tuple[str, ...]
-
-
-def presets_path(config: ServerConfig) -> Path:
-    """The file with the presets of a router's profile."""
-    return config.log_dir / f"{config.profile}.presets.ini"
+    by_llama_swap: bool
 
 
 def pinned_profiles(config: ServerConfig) -> tuple[str, ...]:
@@ -55,14 +64,80 @@ def pinned_profiles(config: ServerConfig) -> tuple[str, ...]:
 async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     """Return what starts a router for its profiles, of which as many are loaded as fit together.
 
+    It is llama-server's own; where a build has none, it is llama-swap.
+
     Raises:
         ConfigError: Listing what is wrong with the profiles.
-        UnknownFlagError: When this build has no router, or lacks a flag in `extra_args`.
+        UnknownFlagError: When this build lacks a flag in `extra_args`.
+        ServerFailedError: When it has no router, and there is no llama-swap, or an old one.
     """
-    from kitty_nb.formats.exports import export  # noqa: PLC0415 - only routers need YAML
+    from kitty_nb.formats import exports  # noqa: PLC0415 - only routers need YAML
 
+    program = None if has_router(engine) else await _find_llama_swap(engine)
     profiles = await run_sync(routed_profiles, config)
-    exported = await run_sync(export, Format.ROUTER, profiles)
+    most, notes = await _most(config, engine, profiles)
+    if program:
+        path = config.log_dir / f"{config.profile}.llama-swap.yaml"
+        port = await run_sync(_free_ports, len(profiles))
+        exported = await run_sync(exports.export_router, profiles, engine, most, port)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        command = [program, "--config", str(path), "--listen", f"{host}:{config.port}"]
+        notes += _swap_notes(config)
+    else:
+        path = config.log_dir / f"{config.profile}.presets.ini"
+        exported = await run_sync(exports.export, Format.ROUTER, profiles)
+        command = [*build_router_command(engine, config, path, most)]
+    # The key that clients need comes by the environment, and other notes are about other programs.
+    told = ("left out", "names another", "macro")
+    notes += [note for note in exported.notes if any(part in note for part in told)]
+    return RouterPlan(tuple(command), path, exported.text, tuple(notes), bool(program))
+
+
+async def _find_llama_swap(engine: Engine) -> str:
+    program = shutil.which("llama-swap")
+    if program is None:
+        raise ServerFailedError(
+            f"This build of llama-server ({engine.version}) has no router. Set LLAMACPP_BIN to a"
+            f" current llama-server, or install llama-swap: {_LLAMA_SWAP}"
+        )
+    told = b""
+    with move_on_after(_ANSWERS_WITHIN):
+        told = (await run_process([program, "-version"], check=False)).stdout
+    version = re.search(rb"version: (\d+)", told)
+    if version and 0 < int(version[1]) < SWAP_PASSES_KEY:  # 0: built by the user
+        raise ServerFailedError(
+            f"{program} is version {int(version[1])}, which does not pass the API key on to its"
+            f" servers. Update it to version {SWAP_PASSES_KEY} or later: {_LLAMA_SWAP}"
+        )
+    return program
+
+
+def _swap_notes(config: ServerConfig) -> list[str]:
+    """What of a router's own settings llama-swap does otherwise."""
+    notes = []
+    if goes_without_key(config):
+        notes.append(
+            "There is no API key, and llama-swap answers any web page that you open. Remove"
+            " LLAMACPP_API_KEY=none."
+        )
+    if config.extra_args:
+        key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
+        notes.append(f"{key} is left out: llama-swap takes no flags of llama-server.")
+    return notes
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of some free ports in a row, where no other user expects a server."""
+    while True:
+        first = random.SystemRandom().randrange(*_SERVER_PORTS)
+        if not any(bind_problem("127.0.0.1", first + one) for one in range(count)):
+            return first
+
+
+async def _most(
+    config: ServerConfig, engine: Engine, profiles: Sequence[ServerConfig]
+) -> tuple[int, list[str]]:
+    """Return how many of the profiles fit into memory together, and what is amiss with that."""
     measured = await run_sync(free_memory, None)
     _, memory = await Forecaster().find_memory(config, Running(), measured)
     needs = await run_sync(_needs, profiles, engine, memory or measured)
@@ -72,16 +147,13 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     pinned = [need for one, need in zip(profiles, needs, strict=True) if one.pinned]
     others = [need for one, need in zip(profiles, needs, strict=True) if not one.pinned]
     most = most_together(pinned, others, free)
-    # The key that clients need comes by the environment, and other notes are about other programs.
-    notes = [note for note in exported.notes if "left out" in note or "names another" in note]
-    if most < len(pinned) + bool(others):
-        most = len(pinned) + bool(others)
-        notes.append(
-            "The pinned models and the largest of the others do not fit into memory together. Pin"
-            " fewer, or lower their context."
-        )
-    command = build_router_command(engine, config, presets_path(config), most)
-    return RouterPlan(command, exported.text, tuple(notes))
+    if most >= len(pinned) + bool(others):
+        return most, []
+    too_many = (
+        "The pinned models and the largest of the others do not fit into memory together. Pin"
+        " fewer, or lower their context."
+    )
+    return len(pinned) + bool(others), [too_many]
 
 
 def most_together(

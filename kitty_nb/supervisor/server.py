@@ -52,7 +52,8 @@ from kitty_nb.supervisor.process import oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.router import RouterModels
-from kitty_nb.supervisor.routing import pinned_profiles, presets_path, router_command
+from kitty_nb.supervisor.router_api import LlamaServer, LlamaSwap, RouterKind, kind_of
+from kitty_nb.supervisor.routing import pinned_profiles, router_command
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 from kitty_nb.supervisor.workload import WorkMeter
 
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
     from kitty_nb.supervisor.process import ServerProcess
+    from kitty_nb.supervisor.router_api import RouterApi
 
 # Seconds between two looks at the log. Each costs processor: of a load, a fiftieth of its time.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1
@@ -255,7 +257,12 @@ class Server:
 
     async def _router_command(self, engine: Engine) -> tuple[str, ...]:
         plan = await router_command(self._config, engine)
-        write_atomic(presets_path(self._config), plan.presets.encode())
+        write_atomic(plan.path, plan.text.encode())
+        if plan.by_llama_swap:
+            self._notify(
+                f"This build of llama-server ({engine.version}) has no router, so llama-swap serves"
+                " the profiles."
+            )
         for note in plan.notes:
             self._notify(note, Level.WARNING)
         return plan.command
@@ -527,11 +534,12 @@ class Server:
         """Follow the loads of its models from now on."""
         assert self._process  # noqa: S101 (it has answered)
         assert self._asking  # noqa: S101
-        pinned = await run_sync(pinned_profiles, self._config)
         who = f"{self._config.profile} (PID {self._process.pid})"
-        self.router = RouterModels(
-            self._process.pid, who, self._config, self.probe, self._emit, pinned
-        )
+        api: RouterApi = LlamaServer(self.probe)
+        pinned = await run_sync(pinned_profiles, self._config)
+        if await kind_of(self.probe) is RouterKind.LLAMA_SWAP:  # it keeps them by itself
+            api, pinned = LlamaSwap(self.probe, self._asking), ()
+        self.router = RouterModels(self._process.pid, who, self._config, api, self._emit, pinned)
         await self.router.watch(self._asking)
 
     def _note_health(self, result: HealthCheckResult) -> None:

@@ -1,0 +1,147 @@
+"""How a router is asked and told: llama-server's own, or llama-swap."""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum, auto
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from kitty_nb.supervisor.health import HealthProbe
+
+
+class RouterKind(Enum):
+    """The program that a router is."""
+
+    LLAMA_SERVER = auto()
+    LLAMA_SWAP = auto()
+
+
+class ModelStatus(StrEnum):
+    """The status of one model of a router."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+
+
+class RouterApi(Protocol):
+    """One router.
+
+    Attributes:
+        queues: Whether a load may have to wait until another model has ended.
+    """
+
+    queues: bool
+
+    async def models(self) -> dict[str, ModelStatus]:
+        """Return the status of each of its models; none if it is too busy to answer."""
+
+    async def order(self, verb: str, model: str) -> str:
+        """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
+
+    async def touch(self, model: str) -> None:
+        """Use a model, as little as that can be, if it is loaded."""
+
+
+async def kind_of(probe: HealthProbe) -> RouterKind | None:
+    """Ask a server whether it serves many models, each by a child of its own."""
+    props = await probe.get("/props")
+    if isinstance(props, dict) and props.get("role") == "router":
+        return RouterKind.LLAMA_SERVER
+    running = await probe.get("/running")
+    listed = isinstance(running, dict) and isinstance(running.get("running"), list)
+    return RouterKind.LLAMA_SWAP if listed else None
+
+
+class LlamaServer:
+    """llama-server without a model; `tools/server/README.md` of llama.cpp."""
+
+    queues = False
+
+    def __init__(self, probe: HealthProbe) -> None:
+        self._probe = probe
+
+    async def models(self) -> dict[str, ModelStatus]:
+        """Return the status of each of its models; none if it is too busy to answer."""
+        listed = objects_in(await self._probe.get("/v1/models"), "data")
+        return {str(one.get("id")): _model_status(one.get("status")) for one in listed}
+
+    async def order(self, verb: str, model: str) -> str:
+        """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
+        return await self._probe.tell("POST", f"/models/{verb}", {"model": model})
+
+    async def touch(self, model: str) -> None:
+        """Use a model, as little as that can be, if it is loaded."""
+        request = {"model": model, "content": ""}
+        await self._probe.tell("POST", "/tokenize?autoload=false", request)
+
+
+class LlamaSwap:
+    """llama-swap: https://github.com/mostlygeek/llama-swap.
+
+    Args:
+        probe: Asks it.
+        tasks: Where the request that loads a model waits for that.
+    """
+
+    queues = True
+
+    def __init__(self, probe: HealthProbe, tasks: TaskGroup) -> None:
+        self._probe, self._tasks = probe, tasks
+        self._ordered: set[str] = set()
+
+    async def models(self) -> dict[str, ModelStatus]:
+        """Return the status of each of its models; none if it is too busy to answer."""
+        running = await self._probe.get("/running")
+        if not isinstance(running, dict):
+            return {}
+        states = {one.get("model"): one.get("state") for one in objects_in(running, "running")}
+        listed = objects_in(await self._probe.get("/v1/models"), "data")
+        names = [str(one.get("id")) for one in listed]
+        return {name: self._status(name, states.get(name)) for name in names}
+
+    def _status(self, name: str, state: object) -> ModelStatus:
+        if state == "ready":
+            return ModelStatus.LOADED
+        loading = state == "starting" or name in self._ordered
+        return ModelStatus.LOADING if loading else ModelStatus.UNLOADED
+
+    async def order(self, verb: str, model: str) -> str:
+        """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
+        if verb == "load":
+            self._ordered.add(model)
+            self._tasks.start_soon(self._load, quote(model, safe=""), model)
+            return ""
+        return await self._probe.tell("POST", f"/api/models/{verb}/{quote(model, safe='')}")
+
+    async def _load(self, path: str, model: str) -> None:
+        """Ask the model's server for something: it is started for that. The look tells how."""
+        try:
+            await self._probe.tell("GET", f"/upstream/{path}/health", within=None)
+        finally:
+            self._ordered.discard(model)
+
+    async def touch(self, model: str) -> None:
+        """Do nothing: it keeps the models of its persistent groups by itself."""
+
+
+def objects_in(answer: Any, key: str) -> list[dict[str, Any]]:
+    """Return the list of objects in an answer, if it is one: it need not be a llama-server's."""
+    return objects(answer.get(key)) if isinstance(answer, dict) else []
+
+
+def objects(answer: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list, if it is one."""
+    return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
+
+
+def _model_status(told: Any) -> ModelStatus:
+    if not isinstance(told, dict):
+        return ModelStatus.UNLOADED
+    try:
+        return ModelStatus(str(told.get("value")))
+    except ValueError:  # one that sleeps is loaded again by a request
+        return ModelStatus.LOADED
