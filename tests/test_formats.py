@@ -527,6 +527,7 @@ def test_the_terminal_exports_and_imports(tmp_path: Path) -> None:
     refused = run("import", presets, "--env", env)
     assert refused.exit_code == 1
     assert "already" in refused.stderr
+    assert "add --replace" in refused.stderr
     assert env.read_text() == settings
     new = tmp_path / "new.env"
     new.write_text("LLAMACPP_MODELS_DIR=models\n")
@@ -543,8 +544,13 @@ def test_the_terminal_exports_and_imports(tmp_path: Path) -> None:
     presets.write_text(presets.read_text().replace("9000", "9001"))
     assert run("import", presets, "--env", new, "--replace").exit_code == 0
     assert ServerConfig.from_env(new, "mine").port == 9001
-    with pytest.raises(ConfigError, match="already"):
+    with pytest.raises(ConfigError, match=r"already.* by --profile"):
         add_profiles([there], new)
+    preset = tmp_path / "old.preset.json"
+    preset.write_text('{"load_params": {"n_ctx": 256}}')
+    done = run("import", preset, "--env", new, "--print", "--model", "demo.gguf")
+    assert "LLAMACPP_OLD_MODEL=demo.gguf" in done.stdout
+    assert done.stderr == ""
 
 
 def test_profiles_that_no_other_program_can_run_do_not_keep_the_rest_from_it(
@@ -562,6 +568,15 @@ def test_profiles_that_no_other_program_can_run_do_not_keep_the_rest_from_it(
     assert "[far]" not in done.stdout
     for left_out in ("far runs on red", "front is a router"):
         assert left_out in done.stderr
+    nobody = f"LLAMACPP_GPU_URL=http://127.0.0.1:{unused_port()}\n"
+    env.write_text(env.read_text() + nobody)
+    assert "set LLAMACPP_GPU_ALIAS" not in run("export", "router", "--all", "--env", env).stderr
+    done = run("export", "llama-swap", "--all", "--env", env)
+    assert [*yaml.safe_load(done.stdout)["models"]] == ["primary"]
+    assert "gpu is left out: http" in done.stderr
+    assert "set LLAMACPP_GPU_ALIAS" in done.stderr
+    env.write_text(nobody + nobody.replace("GPU", "TPU"))
+    assert "no profile to export" in run("export", "llama-swap", "--all", "--env", env).stderr
     env.write_text("LLAMACPP_FAR_SSH=red\nLLAMACPP_FAR_MODEL=other.gguf\n")
     assert "no profile to export" in run("export", "router", "--all", "--env", env).stderr
 

@@ -259,6 +259,15 @@ def test_what_cannot_be_asked_is_refused_at_once(
         load_test(config=config, **asked)  # type: ignore[arg-type]
 
 
+def test_a_router_has_no_model_of_its_own_to_measure(config: ServerConfig, tmp_path: Path) -> None:
+    env = write_env(tmp_path, config, "LLAMACPP_CODER_CTX=512", "LLAMACPP_FRONT_MODELS=all")
+    told = "front is a router.* Choose the profile of one: primary"
+    assert re.search(told, run("load-test", "--env", env, "--profile", "front").stderr)
+    front = ServerConfig.from_env(env, "front")
+    with pytest.raises(ExperimentError, match=told):
+        load_test(config=front, access=Access(front.endpoint, None))
+
+
 def test_a_wrong_number_of_requests_at_once_is_refused(config: ServerConfig) -> None:
     for wrong in (0, 10**9, [1.5], [float("nan")], [True]):
         with pytest.raises(ConfigError, match="parallel"):

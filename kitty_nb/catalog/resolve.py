@@ -88,7 +88,9 @@ def routed_profiles(config: ServerConfig) -> tuple[ServerConfig, ...]:
         names = tuple(
             name
             for name in configured_profiles(env)
-            if (one := load_lenient(env, name)[0]).model and one.models is None and not one.ssh
+            if (one := load_lenient(env, name)[0]).model
+            and one.models is None
+            and not (one.ssh or one.url)
         )
     found: list[ServerConfig] = []
     problems: list[Problem] = []

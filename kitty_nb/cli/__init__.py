@@ -330,7 +330,11 @@ def import_(
         typer.Option("--from", metavar="NAME", help=f"Its program: {', '.join(Source)}."),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="The .gguf file, for a preset that names no model.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A .gguf file, here or in the models folder, for a preset that names no model.",
+        ),
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Change profiles that the .env file has already.")
@@ -350,7 +354,7 @@ def import_(
     from kitty_nb.cli import commands
     from kitty_nb.config import add_profiles, added_lines
 
-    found = anyio.run(commands.read_profiles, file, env, source, profile, model)
+    found = anyio.run(commands.read_profiles, file, env, source, profile, _file_of(model))
     for note in found.notes:
         _say(f"kitty-nb: {note}", err=True)
     if only_print:
@@ -508,7 +512,8 @@ def prompts(
 @app.command()
 def load_test(
     model: Annotated[
-        str | None, typer.Argument(help="A .gguf file; by default the profile's model.")
+        str | None,
+        typer.Argument(help="A .gguf file, here or in the models folder; else the profile's."),
     ] = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="Concurrent requests; repeat for several.")
@@ -556,7 +561,7 @@ def load_test(
     if running or (config.url and model is None):
         access = _served(config).access
     test = begin(
-        model,
+        _file_of(model),
         concurrency=concurrency or (),
         rate=rate or (),
         arrivals=arrivals,
@@ -613,10 +618,7 @@ def bench(
             f" own. To measure that one: kitty-nb load-test --profile {profile}"
         )
     if model is not None:
-        here = Path(model)
-        config = config.replace(
-            model=here.absolute() if here.is_file() else here, allow_absolute_paths=True
-        )
+        config = config.replace(model=_file_of(model), allow_absolute_paths=True)
     bench = Bench(prompt=pp, answer=tg, depths=numbers, repeats=repeats, config=config)
     try:
         anyio.run(commands.bench, bench)
@@ -762,6 +764,14 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter("Write numbers, such as 0,4096.", param_hint=option) from None
+
+
+def _file_of(model: str | None) -> Path | None:
+    """Return the model file here that has this name, or else the name, for the models folder."""
+    if model is None:
+        return None
+    here = Path(model)
+    return here.absolute() if here.is_file() else here
 
 
 def _load(config: ServerConfig, env: Path, begin: Begin) -> None:

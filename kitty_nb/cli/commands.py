@@ -23,6 +23,7 @@ from kitty_nb.errors import (
     WillNotFitError,
     printable,
 )
+from kitty_nb.formats import Format
 from kitty_nb.supervisor.events import Activity, Level, ProgressMade, ServerState, ServerStatus
 from kitty_nb.supervisor.health import HealthProbe, ask_once
 from kitty_nb.supervisor.log import has_log, log_lines
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments import Regression
     from kitty_nb.experiments.bench import Bench, BenchProgress
-    from kitty_nb.formats import Format, Source
+    from kitty_nb.formats import Source
     from kitty_nb.formats.exports import Exported
     from kitty_nb.formats.imports import Imported
     from kitty_nb.remote.supervisor import RemoteSupervisor
@@ -155,25 +156,37 @@ async def export(to: Format, configs: Sequence[ServerConfig], image: str | None)
         image: The container image; None for llama.cpp's own.
 
     Raises:
-        KittyError: A profile has no model, or the format does not hold these profiles.
+        KittyError: A profile has no model, or the format does not hold these profiles. The server
+            of a URL that does not answer is an error only if there is no other profile.
     """
     from kitty_nb.catalog.resolve import resolve_model
     from kitty_nb.engine.locate import locate_engine
     from kitty_nb.formats import exports
 
+    notes: list[str] = []
     found: list[ServerConfig] = []
     models: dict[str, Sequence[str]] = {}
     for config in configs:
         if config.ssh:
             raise KittyError(f"{config.profile} runs on {config.ssh}. Run kitty-nb export there.")
         if config.url:
+            if to is Format.LLAMA_SWAP:
+                try:
+                    models[config.profile] = await _models_at(config)
+                except KittyError as error:
+                    if len(configs) == 1:
+                        raise
+                    notes.append(f"{config.profile} is left out: {error}")
+                    continue
             found.append(config)
-            models[config.profile] = [config.alias] if config.alias else await _models_at(config)
         else:
             found.append(await anyio.to_thread.run_sync(resolve_model, config))
     own = [config.binary for config in found if not config.url]
     engine = await locate_engine(own[0]) if own and to.runs_here else None
-    return exports.export(to, found, engine, image or exports.IMAGE, models)
+    if not found:
+        raise KittyError("\n".join(("There is no profile to export.", *notes)))
+    exported = exports.export(to, found, engine, image or exports.IMAGE, models)
+    return replace(exported, notes=(*notes, *exported.notes))
 
 
 def exportable(env: Path, profiles: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -201,6 +214,8 @@ def exportable(env: Path, profiles: Iterable[str]) -> tuple[list[str], list[str]
 async def _models_at(config: ServerConfig) -> Sequence[str]:
     from kitty_nb.supervisor.url_server import look_once
 
+    if config.alias:
+        return [config.alias]
     state = await look_once(config)
     if state.error or not state.external:
         key = f"LLAMACPP_{config.profile.upper()}_ALIAS"

@@ -154,8 +154,10 @@ def add_profiles(
     """
     env = read_env(path)
     there = {split_key(key)[0].lower() for key, value in env.values.items() if value}
+    other = " To keep it, name the new one by --profile." if len(configs) == 1 else ""
+    fix = f"To change it, add --replace.{other}"
     problems = [
-        Problem(config.profile, "", "It is in the file already.", "Name another, or replace it.")
+        Problem(config.profile, "", "It is in the file already.", fix)
         for config in configs
         if config.profile in there and not replace
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import httpx
 from anyio.to_thread import run_sync
 
-from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.catalog.resolve import resolve_model, routed_profiles
 from kitty_nb.client import Access
 from kitty_nb.client.protocol import broken_off
 from kitty_nb.config import ServerConfig
@@ -255,6 +255,11 @@ def load_test(
     if access is not None:
         require("access", access, Access, "a running server's, such as manager.access")
     here = ServerConfig() if access and config is None else config_of(config)
+    if here.models is not None and model is None:
+        raise ExperimentError(
+            f"{here.profile} is a router, and a load test measures one model. Choose the profile of"
+            f" one: {', '.join(one.profile for one in routed_profiles(here))}."
+        )
     progress: deque[LoadProgress] = deque(maxlen=1)
 
     async def run() -> LoadTest:

@@ -103,7 +103,8 @@ def import_profiles(
         env: The `.env` file that they are for: settings for all profiles hold for them, too.
         source: The program that it is of; None to tell by its name and content.
         name: The profile's name, if the file holds one; None for its name there.
-        model: The model of a profile for which the file names none.
+        model: The model of a profile for which the file names none, absolute or in the models
+            folder.
         dialect: The flags of an engine, which tell a switch from a flag with a value.
 
     Raises:
@@ -495,7 +496,7 @@ class _Place:
         others = split_options(found.pop("extra_args"))  # type: ignore[arg-type]
         settings = found | entry.settings
         if "model" not in settings and self._model:
-            settings["model"] = self._model.absolute()
+            settings["model"] = base.models_dir / self._model
         if "model" in settings:
             settings["model"] = self._path(str(settings["model"]), entry)
         else:
