@@ -17,6 +17,7 @@ from terminal import run
 from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.config import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
@@ -204,6 +205,29 @@ def test_what_lists_no_models(models: object, said: str | None) -> None:
         assert said is None or said in manager.state.sentence
 
 
+def test_a_model_that_it_lacks_is_told_with_those_that_it_has(
+    ollama: tuple[Shape, str], tmp_path: Path
+) -> None:
+    shape, url = ollama
+    lines = f"LLAMACPP_GPU_URL={url}", "LLAMACPP_GPU_ALIAS=gemma"
+    where = "--env", written(tmp_path, *lines), "--profile", "gpu"
+    doubt = "It lists no model 'gemma'. Set LLAMACPP_GPU_ALIAS to one that it lists: nomic-embed"
+    for verb in ("status", "start", "wait-ready"):
+        done = run(verb, *where)
+        assert done.exit_code == 0
+        assert f"(not started by kitty_nb). {doubt}" in done.output
+    found = {one.what: one for one in examine(where[1], "gpu")}
+    assert not found.keys() & {"Engine", "Load", "GPU, memory", "Models", "Disk"}
+    assert (found["Model"].verdict, found["Model"].advice[:60]) == (Verdict.WARNING, doubt[:60])
+    fleet = FleetPanel(where[1])
+    try:
+        eventually(lambda: doubt in fleet.rows[0]["problem"])
+    finally:
+        fleet.close()
+    shape.models = ollama_models("gemma:latest")  # as Ollama lists what is asked for as gemma
+    assert run("status", *where).output.endswith("(not started by kitty_nb).\n")
+
+
 def test_an_answer_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_server, "_WHOLE_WITHIN", 0.3)
     with Shape(ollama_models("a"), endless=True).serving() as url:
@@ -290,6 +314,8 @@ def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: 
         panel.ask.ask("Why?")
         eventually(lambda: [turn.text for turn in panel.ask.turns] == ["Blue sky."])
         assert not list(tmp_path.glob("*.gguf"))
+        shape.models = ollama_models("llama3.2:latest")
+        eventually(lambda: "It lists no model" in panel.notice.value)
         shape.models = "gone"
         eventually(lambda: "Out of reach" in panel.status_line.value)
         assert "without a list of models" in panel.notice.value

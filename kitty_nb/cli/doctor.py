@@ -81,6 +81,8 @@ _Result = tuple[Verdict, str, str] | tuple[Verdict, str]  # the rest of a findin
 def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
     """Check all that a start needs, and load a demo model beside whatever runs. It blocks.
 
+    Of a server elsewhere, only whether it is in reach is checked.
+
     Args:
         env: The `.env` file with the settings.
         profile: The named set of settings to check.
@@ -93,6 +95,8 @@ def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]
         return [*findings, Finding(".env", _ERROR, str(error), "Correct these lines.")]
     if config.ssh:
         return [*findings, Finding("Machine", *_machine(config)), *_ports(env, config.profile)]
+    if config.url:
+        return [*findings, Finding("Model", *_model(config)), *_ports(env, config.profile)]
     try:
         engine = anyio.run(locate_engine, config.binary)
     except EngineError as error:
@@ -232,9 +236,11 @@ def _models(config: ServerConfig) -> _Result:
 def _model(config: ServerConfig) -> _Result:
     if config.url:
         found = anyio.run(look_once, config)
+        if found.error:
+            return _ERROR, found.error
         models = ", ".join((found.external and found.external.models) or ()) or "none"
-        said = found.error or f"{config.url} answers. Its models: {models}."
-        return _ERROR if found.error else _OK, said
+        verdict = _WARNING if found.doubt else _OK
+        return verdict, f"{config.url} answers. Its models: {models}.", found.doubt
     if config.models is not None:
         return anyio.run(_routed, config)
     if not config.model:

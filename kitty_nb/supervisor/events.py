@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import anyio
 
+from kitty_nb.catalog.model import name_some
 from kitty_nb.config import Task
 
 if TYPE_CHECKING:
@@ -212,6 +213,17 @@ class Endpoint:
         """It in words."""
         return f"the server at {self.url}"
 
+    def doubt(self, profile: str) -> str:
+        """Say that it lists no such model as a profile asks for; empty if it does."""
+        listed_as = {self.alias, f"{self.alias}:latest"}  # Ollama adds the tag by itself
+        if self.alias is None or listed_as.intersection(self.models):
+            return ""
+        if not self.models:
+            return f"It lists no models. Load {self.alias!r} there."
+        key = f"LLAMACPP_{profile.upper()}_ALIAS"
+        there = name_some(self.models, _SHOWN)
+        return f"It lists no model {self.alias!r}. Set {key} to one that it lists: {there}."
+
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
@@ -299,6 +311,12 @@ class ServerState:
         return self.external.task if self.external else self.config.task
 
     @property
+    def doubt(self) -> str:
+        """Why a ready server at a URL may refuse requests, in sentences; empty if unknown."""
+        asked = self.external if self.status is ServerStatus.READY else None
+        return asked.doubt(self.config.profile) if isinstance(asked, Endpoint) else ""
+
+    @property
     def sentence(self) -> str:
         """The state, in a sentence to print."""
         if self.error:
@@ -312,7 +330,7 @@ class ServerState:
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
         if self.config.url:
             where = f"{model} (not started by kitty_nb)"
-            return f"{self.status}: {where}."
+            return f"{self.status}: {where}. {self.doubt}".rstrip()
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status
         doubt = f" But it is not responding: {health.message}." if health and silent else ""
@@ -416,6 +434,7 @@ Event = (
 E = TypeVar("E")
 
 _HELD = 10_000
+_SHOWN = 8  # models
 _log = logging.getLogger(__name__)
 
 

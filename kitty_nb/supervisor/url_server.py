@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import anyio
 import httpx
 
+from kitty_nb.catalog.model import name_some
 from kitty_nb.config import goes_without_key
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.events import (
@@ -160,7 +161,7 @@ class UrlServer:
         self.lines: tuple[str, ...] = ()
         self.work = WorkMeter(RequestLog(0.0, 0.0))
         self._generation, self._emit = generation, emit
-        self._chosen = config.alias
+        self._chosen, self._profile = config.alias, config.profile
         self._watching = anyio.CancelScope()
 
     def stop(self, _force: bool) -> None:
@@ -174,7 +175,7 @@ class UrlServer:
             ServerFailedError: It has no such model.
         """
         if str(name) not in self.owner.models:
-            there = _some(self.owner.models) or "none"
+            there = name_some(self.owner.models, _SHOWN) or "none"
             raise ServerFailedError(f"{self.owner.url} has no model {str(name)!r}, but: {there}.")
         self._chosen = str(name)
         self.owner = replace(self.owner, alias=self._chosen)
@@ -218,12 +219,11 @@ class UrlServer:
         self.owner = replace(self.owner, models=self.probe.models, alias=alias)
 
     def _greet(self) -> None:
-        url, models, alias = self.owner.url, self.owner.models, self.owner.alias
-        if alias and alias not in models:
-            said = f"{url} lists no model {alias!r}, but: {_some(models) or 'none'}."
-            self._notify(said, Level.WARNING)
+        url, models = self.owner.url, name_some(self.owner.models, _SHOWN) or "no model"
+        if doubt := self.owner.doubt(self._profile):
+            self._notify(f"{url} answers. {doubt}", Level.WARNING)
         else:
-            self._notify(f"{url} answers. It serves {_some(models) or 'no model'}.", Level.SUCCESS)
+            self._notify(f"{url} answers. It serves {models}.", Level.SUCCESS)
 
     def _notify(self, message: str, level: Level = Level.INFO) -> None:
         self._emit(Activity.now(message, level))
@@ -264,8 +264,3 @@ def _names(content: bytes) -> tuple[str, ...] | None:
         return tuple(name for name in names if name.isprintable() and len(name) <= _LONGEST)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _some(models: tuple[str, ...]) -> str:
-    more = f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else ""
-    return ", ".join(models[:_SHOWN]) + more

@@ -412,7 +412,7 @@ class ControlPanel(VBox):
         else:
             self.load_bar.show(state, self.manager.progress)
         about = None if elsewhere or routes else model and (model.problem or model.doubt)
-        message = problem or state.error or about
+        message = problem or state.error or state.doubt or about
         self.notice.show(message or self._hints)
         display.show_if(self._notice_row, bool(message or self._hints))
         self._settings_fold.titles = (f"Settings: {self.settings.summary}",)

@@ -149,7 +149,7 @@ def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
         port=None if served.url else served.port,
         memory=describe_memory(profile.memory, state.devices) if state.pid else UNKNOWN,
         pace=_pace(state),
-        problem="\n".join(filter(None, (profile.problem or state.error, clash))),
+        problem="\n".join(filter(None, (profile.problem or state.error or state.doubt, clash))),
         start=can.start,
         stop=can.stop,
     )
