@@ -146,6 +146,22 @@ def test_a_model_that_no_worker_has_is_a_sentence(two: Client, config: ServerCon
             fleet.chat("Hello").wait(WAIT)
 
 
+def test_a_worker_that_hangs_holds_nobody_up(
+    two: Client, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.experiments.cluster._ALIVE_WITHIN", 5.0)
+    monkeypatch.setattr("kitty_nb.fleet.placement._STOP_WITHIN", 1.0)
+    hanging, pid = next(iter(two.run(os.getpid).items()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with Fleet.run(client=two, replicas=2, config=config) as fleet:
+            fleet.wait_ready(1, timeout=WAIT)
+            assert f"{hanging}: It has not answered for 5 s" in str(fleet.problem)
+            assert fleet.chat("Hello", max_tokens=3).wait(WAIT).text
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_what_is_no_client_is_refused(config: ServerConfig) -> None:
     with pytest.raises(ExperimentError, match="not a dask"):
         Fleet.run(client="tcp://nowhere", config=config)  # type: ignore[arg-type]

@@ -317,6 +317,43 @@ def test_a_load_there_that_fails_or_is_called_off(
             loading.wait(60)
 
 
+def test_a_child_that_hangs_is_not_waited_for_for_ever(
+    config: ServerConfig, router: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.router._ENDS_WITHIN", 0.3)
+    told: list[Event] = []
+    hanging: list[psutil.Process] = []
+
+    def stop(model: str) -> None:
+        eventually(lambda: child_of(manager, model))
+        hanging.append(psutil.Process(child_of(manager, model)))
+        hanging[-1].suspend()
+
+    patient = config.replace(stall_seconds=1.0)
+    with (
+        router("--load-seconds", "1") as there,
+        ModelManager(config=patient) as manager,
+    ):
+        manager.subscribe(told.append)
+        manager.attach().wait(60)
+        try:
+            manager.switch_model("small").wait(60)
+            stop("small")
+            with pytest.raises(ServerFailedError, match=r"did not unload small within .* Restart"):
+                manager.restart().wait(60)
+            loading = manager.switch_model("large")
+            eventually(lambda: there.status() == "loading")
+            stop("large")
+            with pytest.raises(ServerFailedError, match="did not unload large within"):
+                loading.wait(60)
+            assert "The load of large stalled: for 1 s" in said(told)
+        finally:
+            for one in hanging:
+                one.kill()
+        eventually(lambda: there.status() == "unloaded")
+        assert manager.switch_model("large").wait(60).alias == "large"
+
+
 def test_a_real_router_is_used(
     config: ServerConfig, native_engine: Path, demo_model: Path, tmp_path: Path
 ) -> None:

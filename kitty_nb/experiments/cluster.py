@@ -24,13 +24,13 @@ from distributed import CancelledError, Client, get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from kitty_nb.config import ServerConfig, load_lenient
-from kitty_nb.errors import ExperimentError, KittyError
+from kitty_nb.errors import ExperimentError, KittyError, first_of
 from kitty_nb.experiments.measure import engine_of, fingerprint_of, fingerprints_here, run_trial
 from kitty_nb.experiments.trial import ModelFingerprint, Outcome, TrialResult
 from kitty_nb.isolated_server import this_host
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 
     from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial, Workload
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _RESOURCE = "kitty_trial"
 _STOP_WITHIN = 30.0  # seconds; a worker that doesn't answer is gone, and so is its server
-_LOOK_AFTER = 3.0  # seconds
+_LOOK_AFTER, _ALIVE_WITHIN = 3.0, 20.0  # seconds
 _LOOKS = 20  # polls before a lost worker counts as not replaced, even on a busy machine
 _LOST_AT_MOST = 3
 _RUN_AGAIN = "Results so far are kept; run the sweep again with a client of a running cluster."
@@ -144,9 +144,7 @@ class _Cluster:
             await self.client.wait_for_workers(1)
             workers = await workers_of(self.client)
             if new := sorted(workers.keys() - found.keys()):
-                answers = await self.client.run(
-                    look, self.setup, trial, workers=new, on_error="return"
-                )
+                answers = await ask_each(self.client, new, look, self.setup, trial)
                 # A worker that did not answer is leaving, or is asked again.
                 found |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
             if self.models[model] is None:
@@ -236,6 +234,43 @@ async def workers_of(client: Any) -> Workers:
     """Return the scheduler's information on each worker, by address."""
     workers: Workers = (await client.scheduler.identity())["workers"]
     return workers
+
+
+async def ask_each(
+    client: Any, workers: Iterable[str], function: Callable[..., object], *arguments: object
+) -> dict[str, Any]:
+    """Run a function on each worker; return its results, or the errors by which it failed.
+
+    It takes as long as it takes, unless a worker hangs: that one's answer is a sentence.
+    """
+    answers: dict[str, Any] = {}
+
+    async def ask(worker: str) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(look_after, worker, tasks.cancel_scope)
+            said = await client.run(function, *arguments, workers=[worker], on_error="return")
+            answers.update(said)
+            tasks.cancel_scope.cancel()
+
+    async def look_after(worker: str, asking: anyio.CancelScope) -> None:
+        silent = False
+        while not silent:
+            with anyio.move_on_after(_ALIVE_WITHIN) as look:
+                await client.run(int, workers=[worker], on_error="return")
+            silent = look.cancelled_caught
+            await anyio.sleep(0 if silent else _LOOK_AFTER)
+        answers[worker] = (
+            f"It has not answered for {_ALIVE_WITHIN:.0f} s: it hangs or is paused. Restart it."
+        )
+        asking.cancel()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for worker in workers:
+                tasks.start_soon(ask, worker)
+    except ExceptionGroup as group:
+        raise first_of(group) from None
+    return answers
 
 
 def _slots(worker: Mapping[str, Any]) -> int:

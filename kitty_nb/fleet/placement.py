@@ -15,7 +15,7 @@ import httpx
 from anyio.to_thread import run_sync
 
 from kitty_nb.errors import KittyError, first_of
-from kitty_nb.experiments.cluster import connected, listed, stop_job, why_not, workers_of
+from kitty_nb.experiments.cluster import ask_each, connected, listed, stop_job, why_not, workers_of
 from kitty_nb.experiments.measure import fingerprints_here
 from kitty_nb.fleet.replica import SLOT, Setup, grant, look, serve
 from kitty_nb.isolated_server import this_host
@@ -210,7 +210,7 @@ class Placement:
             model = str(config.model)
             here = await run_sync(fingerprints_here, [model], config)
             self._fingerprint = here.get(model)
-        answers = await self._own.run(look, self._setup, workers=new, on_error="return")
+        answers = await ask_each(self._own, new, look, self._setup)
         # One that did not answer at all is on its way out, or is asked again.
         self._workers |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
         if self._fingerprint is None:
@@ -223,10 +223,10 @@ class Placement:
                 unfit[worker] = self._workers[worker] = reason
         fit = [worker for worker in new if worker in self._workers and worker not in unfit]
         self.problem = listed(unfit) or None
-        granted = await self._own.run(grant, workers=fit, on_error="ignore") if fit else {}
-        for worker in set(fit) - granted.keys():  # it is asked again
+        refused = {w for w, one in (await ask_each(self._own, fit, grant)).items() if one}
+        for worker in refused:  # it is asked again
             del self._workers[worker]
-        return bool(granted)
+        return len(refused) < len(fit)
 
     async def _see_to(self, place: _Place, workers: set[str], *, fresh: bool) -> None:
         report = place.report

@@ -34,11 +34,16 @@ if TYPE_CHECKING:
 
 _ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
 _CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds
+_ENDS_WITHIN = 30.0  # seconds; routers kill a child that has not ended after 10
 _WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginning
 _USED = re.compile(r"proxying request to model (?P<model>.+) on port \d+")
 _SPAWNED = re.compile(r"spawning server instance with name=(?P<model>.+) on port \d+")
 _TOUCH_PAUSE, _QUIET = 0.02, 1.0  # seconds
 _FAILED = "The router failed to load {}. See the router's log."
+_STALLED = (
+    "The load of {} stalled: for {:.0f} s its process used no CPU time and read nothing. If it was"
+    " only slow, raise LLAMACPP_STALL_SECONDS."
+)
 
 
 class RouterModels:
@@ -191,9 +196,20 @@ class RouterModels:
         return status == ModelStatus.LOADED or await self._follow(name)
 
     async def _unload(self, name: str) -> None:
+        """Unload a model, and wait until its process has ended.
+
+        Raises:
+            ServerFailedError: The router refuses, or its process does not end.
+        """
         await self._order("unload", name)
-        while await self._look(name) != ModelStatus.UNLOADED:  # noqa: ASYNC110 (nothing tells)
-            await anyio.sleep(_ASK_ROUTER_EVERY)
+        with anyio.move_on_after(_ENDS_WITHIN):
+            while await self._look(name) != ModelStatus.UNLOADED:  # noqa: ASYNC110 (nothing tells)
+                await anyio.sleep(_ASK_ROUTER_EVERY)
+            return
+        raise ServerFailedError(
+            f"The router did not unload {name} within {_ENDS_WITHIN:.0f} s: its process does not"
+            " end. Restart the router."
+        )
 
     async def _order(self, verb: str, name: str) -> None:
         if reason := await self._api.order(verb, name):
@@ -248,7 +264,10 @@ class RouterModels:
             if asked:
                 await self._order("load", name)
                 self._models[name] = ModelStatus.LOADING
-            return await self._show_load(name)
+            loaded = await self._show_load(name)
+            if asked and self._models.get(name) == ModelStatus.LOADING:  # it has stalled
+                await self._unload(name)
+            return loaded
         except anyio.get_cancelled_exc_class():
             if asked:
                 with anyio.move_on_after(_UNLOADED_WITHIN, shield=True):
@@ -278,8 +297,8 @@ class RouterModels:
         warn = partial(self._notify, level=Level.WARNING)
         recorder = LoadRecorder(config, meter, warn, whole=whole)
         await recorder.forecast()
-        status, ask_at = ModelStatus.LOADING, 0.0
-        while status == ModelStatus.LOADING:
+        status, ask_at, stalled = ModelStatus.LOADING, 0.0, False
+        while status == ModelStatus.LOADING and not stalled:
             elapsed = time.monotonic() - began
             usage = child.process.usage() if child else None
             meter.enter_stage(Stage.LOADING, elapsed)
@@ -290,6 +309,7 @@ class RouterModels:
             await anyio.sleep(pause)
             if elapsed >= ask_at:
                 status, ask_at = await self._look(name), elapsed + _ASK_ROUTER_EVERY
+            stalled = child is not None and elapsed - meter.moved_at > self._config.stall_seconds
         loaded, elapsed = status == ModelStatus.LOADED, time.monotonic() - began
         if loaded:
             meter.enter_stage(Stage.READY, elapsed)
@@ -297,7 +317,8 @@ class RouterModels:
             self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:
             self._emit(RouterLoad(name, None))
-            self._notify(_FAILED.format(name), Level.WARNING)
+            why = _STALLED.format(name, self._config.stall_seconds) if stalled else None
+            self._notify(why or _FAILED.format(name), Level.WARNING)
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
         return loaded
 
