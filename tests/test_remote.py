@@ -366,7 +366,7 @@ def test_the_panel_lists_and_serves_the_models_of_the_other_machine(
         panel.ask.ask("hello")
         eventually(lambda: panel.ask.turns[0].text)
         assert there.cut()
-        eventually(lambda: "Out of reach" in panel.status_line.value)
+        eventually(lambda: "keeps trying to connect" in panel.status_line.value)
         assert panel.buttons.stop.disabled
         eventually(lambda: "Ready" in panel.status_line.value)
         eventually(lambda: any("model loaded" in line for line in panel.server_log.lines))

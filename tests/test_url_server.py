@@ -318,6 +318,7 @@ def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: 
         eventually(lambda: "It lists no model" in panel.notice.value)
         shape.models = "gone"
         eventually(lambda: "Out of reach" in panel.status_line.value)
+        assert "keeps trying to connect" in panel.status_line.value
         assert "without a list of models" in panel.notice.value
     finally:
         panel.close()

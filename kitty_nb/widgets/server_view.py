@@ -42,6 +42,8 @@ def badge(status: ServerStatus) -> str:
 
 def vitals(state: ServerState) -> Iterator[str]:
     """Yield what a server is doing now, each in a few words."""
+    if state.status is ServerStatus.OUT_OF_REACH:
+        yield "keeps trying to connect"
     if state.retry_in is not None:
         yield f"in {ceil(state.retry_in)} s"
     if state.uptime is not None:
