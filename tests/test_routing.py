@@ -22,7 +22,14 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, wri
 from kitty_nb.cli.doctor import examine
 from kitty_nb.config import configured_profiles
 from kitty_nb.errors import ServerFailedError
-from kitty_nb.supervisor.events import Event, RoutedModel, RouterLoad, RouterState, ServerState
+from kitty_nb.supervisor.events import (
+    Activity,
+    Event,
+    RoutedModel,
+    RouterLoad,
+    RouterState,
+    ServerState,
+)
 from kitty_nb.supervisor.registry import find_server
 from kitty_nb.supervisor.routing import most_together
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
@@ -40,6 +47,7 @@ def env(tmp_path: Path) -> Path:
         "LLAMACPP_HISTORY=history.sqlite3",
         "LLAMACPP_CTX=512",
         "LLAMACPP_PARALLEL=1",
+        "LLAMACPP_RESTART_DELAY_SECONDS=0.1",
         "LLAMACPP_THREADS=1",
         "LLAMACPP_ROUTER_MODELS=all",
         f"LLAMACPP_ROUTER_PORT={unused_port()}",
@@ -146,13 +154,39 @@ def test_an_engine_without_a_router_says_what_to_do(
     assert re.search(said, found["Model"].advice)
 
 
-def test_what_is_wrong_with_its_profiles_is_told_at_once(routed: Path) -> None:
+def test_what_is_wrong_with_profiles_that_it_names_is_told_at_once(routed: Path) -> None:
     with routed.open("a") as file:
-        file.write("LLAMACPP_TWO_MODEL=gone.gguf\nLLAMACPP_THREE_CTX=x\n")
+        file.write("LLAMACPP_ONE_MODEL=gone.gguf\nLLAMACPP_THREE_CTX=x\n")
+        file.write("LLAMACPP_ROUTER_MODELS=one,two,three\n")
     with (
         ModelManager(routed, "router") as manager,
         pytest.raises(ServerFailedError, match=r"(?s)gone.*LLAMACPP_THREE_CTX"),
     ):
+        manager.start().wait(60)
+
+
+def test_of_all_profiles_it_leaves_out_those_that_cannot_be_served(
+    manager: ModelManager, routed: Path
+) -> None:
+    told: list[Event] = []
+    manager.subscribe(told.append)
+    models = routed.parent / "models"
+    manager.start().wait(60)
+    assert set(manager.state.router.models) == set(NAMES)
+    (models / "two.gguf").unlink()
+    (models / "three.gguf").write_bytes(b"GGUF, once")
+    psutil.Process(manager.state.pid).kill()
+    eventually(lambda: manager.state.restart_count)
+    eventually(lambda: manager.state.status is ServerStatus.READY)
+    assert manager.chat("Who are you?", model="four", max_tokens=3).wait(60).text
+    assert set(manager.state.router.models) == {"one", "four"}
+    said = [one.message for one in told if isinstance(one, Activity) and "left out" in one.message]
+    assert re.search(r"^The profile two is left out. .*two\.gguf.* no such file", said[0])
+    assert re.search(r"^The profile three is left out. LLAMACPP_THREE_MODEL=", said[1])
+    manager.stop().wait(60)
+    for name in ("one", "four"):
+        (models / f"{name}.gguf").unlink()
+    with pytest.raises(ServerFailedError, match=r"(?s)4 settings are wrong.*one.*four"):
         manager.start().wait(60)
 
 

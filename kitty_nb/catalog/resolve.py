@@ -7,11 +7,12 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kitty_nb.catalog.catalog import find_projector
 from kitty_nb.catalog.draft import can_draft, find_drafts
 from kitty_nb.catalog.gguf import named_quantization
+from kitty_nb.catalog.memory import read_shape
 from kitty_nb.catalog.model import ShardName, file_size, name_some, read_task, shard_paths
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
 from kitty_nb.config import (
@@ -22,7 +23,7 @@ from kitty_nb.config import (
     load_lenient,
     task_by_flags,
 )
-from kitty_nb.errors import ConfigError, Problem
+from kitty_nb.errors import ConfigError, ModelFileError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,14 +78,30 @@ def resolve_model(config: ServerConfig) -> ServerConfig:
     return config.model_copy(update=found)
 
 
-def routed_profiles(config: ServerConfig) -> tuple[ServerConfig, ...]:
+class Routed(NamedTuple):
+    """The profiles that a router serves.
+
+    Attributes:
+        profiles: Their settings.
+        left_out: What is wrong with those that it leaves out, in sentences.
+    """
+
+    profiles: tuple[ServerConfig, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def routed_profiles(config: ServerConfig) -> Routed:
     """Look up the profiles that a router serves, and their files. It reads the disk.
 
+    Of `all` profiles, it serves those with which nothing is wrong.
+
     Raises:
-        ConfigError: Listing what is wrong with all of them, or that there is none.
+        ConfigError: Listing what is wrong with those that are named, or with all; or that there is
+            none.
     """
     env, names = config.env or Path(".env"), config.models or ()
-    if names == ("all",):
+    every = names == ("all",)
+    if every:
         names = tuple(
             name
             for name in configured_profiles(env)
@@ -94,17 +111,26 @@ def routed_profiles(config: ServerConfig) -> tuple[ServerConfig, ...]:
         )
     found: list[ServerConfig] = []
     problems: list[Problem] = []
+    left_out: list[str] = []
     for name in names:
+        wrong: tuple[Problem, ...] = ()
         try:
-            found.append(resolve_model(ServerConfig.from_env(env, name)))
+            profile = resolve_model(ServerConfig.from_env(env, name))
+            read_shape(model := profile.require_model())
+            found.append(profile)
         except ConfigError as error:
-            problems += error.problems
+            wrong = error.problems
+        except ModelFileError as error:
+            key = f"LLAMACPP_{name.upper()}_MODEL"
+            wrong = (Problem(key, str(model), str(error), "Choose another."),)
+        problems += wrong
+        left_out += [f"The profile {name} is left out. {problem}" for problem in wrong]
     if not found and not problems:
         key = f"LLAMACPP_{config.profile.upper()}_MODELS"
         problems.append(Problem(key, ", ".join(names), "No profile has a model.", "Set one."))
-    if problems:
+    if problems and not (every and found):
         raise ConfigError(str(env), tuple(problems))
-    return tuple(found)
+    return Routed(tuple(found), tuple(left_out))
 
 
 def load_profile(

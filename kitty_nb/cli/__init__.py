@@ -817,7 +817,7 @@ def _served(config: ServerConfig) -> _Served:
     record = find_server(config)
     if record is None:
         _end_without_server(config)
-    alias = record.config.served_alias or routed_profiles(record.config)[0].profile
+    alias = record.config.served_alias or routed_profiles(record.config).profiles[0].profile
     return _Served(alias, Access(record.config.endpoint, record.api_key))
 
 

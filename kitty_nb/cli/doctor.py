@@ -253,7 +253,7 @@ def _model(config: ServerConfig) -> _Result:
 
 
 async def _routed(config: ServerConfig) -> _Result:
-    models = ", ".join(one.profile for one in routed_profiles(config))
+    models = ", ".join(one.profile for one in routed_profiles(config).profiles)
     try:
         plan = await router_command(config, await locate_engine(config.binary))
     except KittyError as error:

@@ -258,7 +258,7 @@ def load_test(
     if here.models is not None and model is None:
         raise ExperimentError(
             f"{here.profile} is a router, and a load test measures one model. Choose the profile of"
-            f" one: {', '.join(one.profile for one in routed_profiles(here))}."
+            f" one: {', '.join(one.profile for one in routed_profiles(here).profiles)}."
         )
     progress: deque[LoadProgress] = deque(maxlen=1)
 

@@ -56,7 +56,7 @@ class RouterPlan:
 def pinned_profiles(config: ServerConfig) -> tuple[str, ...]:
     """Return the profiles that a router keeps loaded. It reads the disk."""
     try:
-        return tuple(one.profile for one in routed_profiles(config) if one.pinned)
+        return tuple(one.profile for one in routed_profiles(config).profiles if one.pinned)
     except KittyError:  # changed since it was started
         return ()
 
@@ -74,8 +74,9 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     from kitty_nb.formats import exports  # noqa: PLC0415 - only routers need YAML
 
     program = None if has_router(engine) else await _find_llama_swap(engine)
-    profiles = await run_sync(routed_profiles, config)
+    profiles, left_out = await run_sync(routed_profiles, config)
     most, notes = await _most(config, engine, profiles)
+    notes += left_out
     if program:
         path = config.log_dir / f"{config.profile}.llama-swap.yaml"
         port = await run_sync(_free_ports, len(profiles))
