@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +59,9 @@ NAN = float("nan")
         (tune, {"text": 5}, "text is 5. Write a text"),
         (tune, {"chat": "no"}, "neither True nor False"),
         (load_test, {"access": 5}, "access is 5. Write a running server's"),
+        (load_test, {"on_load": 5}, "on_load is 5. Write a function"),
+        (tune, {"on_event": 5}, "on_event is 5. Write a function"),
+        (lambda config: Bench(config=config).run(5), {}, "on_progress is 5. Write a function"),
     ],
 )
 def test_a_wrong_argument_is_named(
@@ -64,6 +69,19 @@ def test_a_wrong_argument_is_named(
 ) -> None:
     with pytest.raises((ConfigError, ExperimentError), match=told):
         call(**({"config": config} | arguments))
+
+
+class _Client(AbstractAsyncContextManager[None]):
+    """What a client of Dask looks like."""
+
+    submit = __aexit__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("where", [print, 5, _Client()])
+def test_what_runs_no_trials_is_named(config: ServerConfig, tmp_path: Path, where: Any) -> None:
+    sweep = Sweep(config=config, store=tmp_path / "sweep.journal")
+    with pytest.raises(ExperimentError, match=r"where is .*for a Dask cluster, write client="):
+        sweep.run(where).wait(30)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from kitty_nb.experiments import (
     TrialResult,
     compare_results,
 )
+from kitty_nb.experiments.metrics import read_objective
 from kitty_nb.experiments.trial import LoadSeconds, Speed
 
 pytestmark = pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas")
@@ -187,6 +188,27 @@ def test_a_value_that_is_no_measurement_is_left_out_and_told(
         if one.metric == RATE and one.trial == best.trial
     ]
     assert pair.rounds == 1
+
+
+def test_a_metric_that_is_no_number_anywhere_names_the_rows(demo_model: Path) -> None:
+    config = ServerConfig(models_dir=demo_model.parent, model=demo_model)
+    names = [(threads, repeat) for threads in (2, 4) for repeat in (1, 2)]
+    nan = float("nan")
+    results = Results(config, tuple(row("m.gguf", *key, 20.0, 4, quality=nan) for key in names))
+    told = (
+        r"quality is no finite number: nan for m.gguf, threads 2, .* \(repeat 1\); .*; and \d more"
+    )
+    for asks in (
+        lambda: results.best("quality"),
+        lambda: results.best(constraints={"quality>=": 0.5}),
+        lambda: results.plot(y="quality"),
+        lambda: compare_results(results, results, metrics="quality"),
+    ):
+        with pytest.raises(ExperimentError, match=told):
+            asks()
+    objective = read_objective(lambda _: nan, ())
+    with pytest.raises(ExperimentError, match=r"<lambda> is no finite number: nan for m.gguf"):
+        results.choose(objective, ())
 
 
 def test_nothing_measured_has_no_best_and_no_plot(results: Results) -> None:

@@ -128,9 +128,9 @@ class Analysis:
         measured = self._measured("there is no best")
         names = {name for one in measured for name in one.metrics}
         settings = {name for one in measured for name, _ in one.trial.settings}
-        aim, bounds = read_objective(objective, names), constraints_of(constraints)
+        aim, bounds = read_objective(objective, names, self.rows), constraints_of(constraints)
         for bound in bounds:
-            known(bound.name, names | settings | set(type(self.config).model_fields))
+            known(bound.name, names | settings | set(type(self.config).model_fields), self.rows)
         return self.choose(aim, bounds)
 
     def choose(self, objective: Objective, bounds: Sequence[Constraint]) -> Combination:
@@ -140,7 +140,8 @@ class Analysis:
         measured = self._measured("there is no best")
         if all(objective.of(row) is None for row in self.rows):
             raise ExperimentError(
-                f"No trial has {objective.name}. Choose another objective, or measure it"
+                objective.why_none(self.rows)
+                or f"No trial has {objective.name}. Choose another objective, or measure it"
                 " (quality=…, parallel=…)."
             )
         near = min(measured, key=lambda one: sum(b.excess(one.value(b.name)) for b in bounds))
@@ -178,7 +179,8 @@ class Analysis:
             ExperimentError: The settings in use were not measured, or lack the metric.
         """
         measured = self._measured("there is nothing to compare")
-        aim = read_objective(objective, {name for each in measured for name in each.metrics})
+        names = {name for each in measured for name in each.metrics}
+        aim = read_objective(objective, names, self.rows)
         other = other or self._in_use()
         spread = self._spread(aim)
         found = one.against(other, aim.name, smaller_is_better=aim.smaller, spread=spread)
@@ -267,7 +269,7 @@ class Analysis:
             return curves({label: found for label, found in named if found}, y, *words[kind])
         names = {name for one in measured for name in one.metrics}
         asked = (y, x, *([colour] if colour else [])) if kind == "pareto" else (y,)
-        wanted = {known(name, names) for name in asked}
+        wanted = {known(name, names, self.rows) for name in asked}
         return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x, colour)
 
     def _by_concurrency(self, one: Combination, name: str) -> list[Point]:

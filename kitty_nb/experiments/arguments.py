@@ -52,6 +52,12 @@ def require(name: str, value: object, kind: type | tuple[type, ...], example: st
         raise ExperimentError(f"{name} is {value!r}. Write {example}.")
 
 
+def require_function(name: str, value: object, receives: str) -> None:
+    """Reject an argument that can't be called; `receives` names what it is called with."""
+    if not callable(value):
+        raise ExperimentError(f"{name} is {value!r}. Write a function of {receives}.")
+
+
 def path_of(name: str, value: Any) -> Path:
     """Return an argument that must be a path, made absolute."""
     require(name, value, (str, PathLike), "a path")

@@ -17,7 +17,7 @@ from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
-from kitty_nb.experiments.arguments import SEEDS, config_to_start, numbers, whole
+from kitty_nb.experiments.arguments import SEEDS, config_to_start, numbers, require_function, whole
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table
@@ -291,6 +291,7 @@ class Bench:
         self, on_progress: Callable[[BenchProgress], object] = lambda _: None
     ) -> Operation[BenchTable]:
         """Measure in a background thread, and return at once."""
+        require_function("on_progress", on_progress, "the progress")
         return Operation(in_background(lambda: self.run_here(on_progress), "kitty_nb bench")[1])
 
     async def run_here(

@@ -101,7 +101,8 @@ def compare_results(
     names = {
         name for key in common for name in before[key].metrics.keys() & after[key].metrics.keys()
     }
-    wanted = [known(name, names) for name in texts("metrics", metrics)] or sorted(
+    rows = (*first.rows, *second.rows)
+    wanted = [known(name, names, rows) for name in texts("metrics", metrics)] or sorted(
         name for name in names if is_speed(name) and "_p9" not in name and "_p50" not in name
     )
     compared = []

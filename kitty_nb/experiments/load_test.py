@@ -17,7 +17,14 @@ from kitty_nb.client import Access
 from kitty_nb.client.protocol import broken_off
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments.arguments import config_of, numbers, positive, require, whole
+from kitty_nb.experiments.arguments import (
+    config_of,
+    numbers,
+    positive,
+    require,
+    require_function,
+    whole,
+)
 from kitty_nb.experiments.bounds import read_bound
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.latency import LATENCIES, PERCENTILES, latencies, percent_of
@@ -252,6 +259,7 @@ def load_test(
     asked = {"max_tokens": max_tokens, "seed": seed, "chat": chat, "at_least": requests}
     workload = Workload.of(prompts, at_once or 1, None, **asked)
     bound = _read_limit(limit, workload) if limit else None
+    require_function("on_load", on_load, "a load")
     if access is not None:
         require("access", access, Access, "a running server's, such as manager.access")
     here = ServerConfig() if access and config is None else config_of(config)

@@ -26,11 +26,12 @@ from kitty_nb.experiments.trial import (
 from kitty_nb.isolated_server import LoadSeconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from kitty_nb.experiments.trial import SweepEvent, Workload
 
 _GIB = 1 << 30
+_SHOWN = 3  # rows named in a message
 OBJECTIVE = "generation_tokens_per_second"
 SPEEDS = (OBJECTIVE, "prompt_tokens_per_second", "total_tokens_per_second", "time_to_first_token")
 _AS_MEASURED = (
@@ -179,38 +180,67 @@ class Objective:
 
     def of(self, row: TrialResult) -> float | None:
         """Return the objective's value for a row; None if the row has none."""
+        value = self._value(row)
+        return value if value is not None and math.isfinite(value) else None
+
+    def why_none(self, rows: Iterable[TrialResult]) -> str:
+        """Say which rows have an infinite value, or one that is not a number; empty if none has."""
+        return _not_finite(self.name, [(row, self._value(row)) for row in rows])
+
+    def _value(self, row: TrialResult) -> float | None:
         if row.outcome is not Outcome.DONE:
             return None
         if self.function is None:
-            return metrics_of(row).get(self.name)
+            return _metrics(row).get(self.name)
         try:
-            value = float(self.function(row))
+            return float(self.function(row))
         except Exception as error:
             raise ExperimentError(
                 f"objective failed with {error!r} for {row.trial.label}. It receives the row of a"
                 " finished trial, and must return a number (higher is better)."
             ) from error
-        return value if math.isfinite(value) else None
 
 
 def read_objective(
-    given: str | Callable[[TrialResult], float], names: Collection[str]
+    given: str | Callable[[TrialResult], float],
+    names: Collection[str],
+    rows: Iterable[TrialResult] = (),
 ) -> Objective:
     """Parse an objective: a metric's name, `-name` to minimize it, or a function to maximize."""
     if callable(given):
         return Objective(getattr(given, "__name__", "objective"), smaller=False, function=given)
     require("objective", given, str, "a metric or a function")
-    name = known(given.removeprefix("-"), names)
+    name = known(given.removeprefix("-"), names, rows)
     return Objective(name, smaller=given.startswith("-") or smaller_is_better(name))
 
 
-def known(name: str, names: Collection[str]) -> str:
-    """Return a name if it is one of those given; otherwise the error suggests the closest."""
+def known(name: str, names: Collection[str], rows: Iterable[TrialResult] = ()) -> str:
+    """Return a name if it is one of those given; otherwise the error suggests the closest.
+
+    Of a metric that is no finite number in some rows, it names these.
+    """
     if name not in names:
+        if odd := _not_finite(name, [(row, _metrics(row).get(name)) for row in rows]):
+            raise ExperimentError(odd)
         near = get_close_matches(str(name), names, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(names))}."
         raise ExperimentError(f"No result has {name!r}. {too_few_requests(str(name)) or advice}")
     return name
+
+
+def _not_finite(name: str, values: Iterable[tuple[TrialResult, float | None]]) -> str:
+    odd = [
+        f"{value} for {row.trial.label} (repeat {row.trial.repeat})"
+        for row, value in values
+        if value is not None and not math.isfinite(value)
+    ]
+    if not odd:
+        return ""
+    more = f"; and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
+    return (
+        f"{name} is no finite number: {'; '.join(odd[:_SHOWN])}{more}. Correct what returns it, or"
+        " choose another metric."
+    )
 
 
 def _gib(ram: int, gpus: int | None = 0) -> float | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.client.protocol import post, props
 from kitty_nb.errors import ExperimentError, KittyError
-from kitty_nb.experiments.arguments import config_of, path_of, several, whole
+from kitty_nb.experiments.arguments import config_of, path_of, require_function, several, whole
 from kitty_nb.experiments.bench import BenchClient, BenchProgress, BenchTest, tests_of
 from kitty_nb.experiments.recording import exchange_of, settings_of
 from kitty_nb.experiments.run_record import RunRecord, first_difference
@@ -167,6 +167,8 @@ def regress(
     if not given or not others:
         raise ExperimentError("Nothing to compare. Give at least one record and one engine.")
     whole("rounds", rounds, LEAST_ROUNDS)
+    require_function("on_progress", on_progress, "the progress")
+    require_function("on_round", on_round, "the outcome so far")
     tests = tests_of(whole("prompt", prompt), whole("answer", answer), (0,))
     job = _Job(given, config_of(config), tests, rounds, on_progress, on_round)
     work = job.bisect if bisect else job.compare

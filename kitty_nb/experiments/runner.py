@@ -9,7 +9,7 @@ import math
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypedDict, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -50,6 +50,17 @@ if TYPE_CHECKING:
 
 _RUNNING = "This sweep is already running. Wait for it, or cancel it first."
 _log = logging.getLogger(__name__)
+
+
+class RunnerOptions(TypedDict):
+    """What every runner of trials is made with."""
+
+    config: ServerConfig
+    workload: Workload
+    store: str | Path
+    logs: str | Path | None
+    warnings: Iterable[str]
+    busy_repeats: int
 
 
 class TrialRunner:

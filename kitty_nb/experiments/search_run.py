@@ -7,14 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import anyio
 import anyio.to_thread
 
 from kitty_nb.experiments.measure import fingerprints_here, this_machine
 from kitty_nb.experiments.metrics import partial_metrics
-from kitty_nb.experiments.runner import TrialRunner
+from kitty_nb.experiments.runner import RunnerOptions, TrialRunner
 from kitty_nb.experiments.trial import Outcome, TrialProgressed, TrialResult, TrialSeconds
 from kitty_nb.isolated_server import this_host
 
@@ -79,11 +79,26 @@ class TuneResult:
         return self.best.env_lines(profile)
 
 
+class TuningOptions(RunnerOptions):
+    """What every search is made with."""
+
+    search: Search
+    budget: int
+    seconds: float | None
+
+
 class Tuning(TrialRunner):
     """Runs a search, which chooses each trial from the results so far."""
 
-    def __init__(self, *common: Any, search: Search, budget: int, seconds: float | None) -> None:
-        super().__init__(*common)
+    def __init__(
+        self,
+        *,
+        search: Search,
+        budget: int,
+        seconds: float | None,
+        **options: Unpack[RunnerOptions],
+    ) -> None:
+        super().__init__(**options)
         self._search = search
         self._budget = budget
         self._seconds = seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -24,7 +24,6 @@ from kitty_nb.experiments.trial import DEFAULT_PROMPT, Outcome, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from distributed import Client
@@ -207,6 +206,13 @@ class Sweep(TrialRunner):
         """
         if slots is not None:
             whole("slots", slots, 1)
+        provides = isinstance(where, AbstractAsyncContextManager)
+        if where is not None and (not provides or hasattr(where, "submit")):  # a Dask client has it
+            raise ExperimentError(
+                f"where is {where!r}. Write an asynchronous context manager that provides what runs"
+                " a trial; for a Dask cluster, write client=…; to follow the sweep, subscribe(…)"
+                " first."
+            )
 
         async def work() -> None:
             at, self._slots = where, slots or 1

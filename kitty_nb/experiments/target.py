@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from kitty_nb.catalog.catalog import ModelCatalog, families
 from kitty_nb.catalog.resolve import resolve_model
@@ -14,7 +14,7 @@ from kitty_nb.experiments.combination import choose
 from kitty_nb.experiments.metrics import smaller_is_better
 from kitty_nb.experiments.proof import Proof, reached_in_reruns
 from kitty_nb.experiments.results import Results
-from kitty_nb.experiments.search_run import TuneResult, Tuning
+from kitty_nb.experiments.search_run import TuneResult, Tuning, TuningOptions
 from kitty_nb.experiments.space import in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS
 from kitty_nb.experiments.trial import Trial
@@ -88,8 +88,8 @@ def family_of(model: object, config: ServerConfig) -> tuple[list[Path], Path]:
 class TargetTuning(Tuning):
     """Runs a search for the settings that reach a target with the least memory, and proves them."""
 
-    def __init__(self, *common: Any, goal: Goal, reference: str, **search: Any) -> None:
-        super().__init__(*common, **search)
+    def __init__(self, *, goal: Goal, reference: str, **options: Unpack[TuningOptions]) -> None:
+        super().__init__(**options)
         self._target = goal.target
         self._loss = goal.loss
         self._used = Trial(self._search.models[0])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
-from kitty_nb.experiments.arguments import config_to_start, positive, require, texts, whole
+from kitty_nb.experiments.arguments import (
+    config_to_start,
+    positive,
+    require,
+    require_function,
+    texts,
+    whole,
+)
 from kitty_nb.experiments.batches import BATCHES, fill_batches
 from kitty_nb.experiments.bounds import constraints_of
 from kitty_nb.experiments.extras import extra
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.quality import Quality
+    from kitty_nb.experiments.search_run import TuningOptions
     from kitty_nb.experiments.trial import SweepEvent
     from kitty_nb.operation import Operation
 
@@ -115,6 +122,7 @@ def tune(
     warnings = () if config else env_warnings(".env", "primary")
     config = config_to_start(config, model, "A search starts a server for each trial")
     require("text", text, str, "a text")
+    require_function("on_event", on_event, "an event")
     models: Sequence[object] = [] if model is None else [model]
     goal = None
     if target:
@@ -151,16 +159,21 @@ def tune(
     search = Search(*read_space(models, config, space, bounds, names), aim, bounds, config, seed)
     batches = [search.samples(name) for name in search.space if name in BATCHES and not goal]
     workload, useless = fill_batches(workload, [*product(*batches)], config, aim.name)
-    kind: Callable[..., Tuning] = Tuning
+    options: TuningOptions = {
+        "config": config,
+        "workload": workload,
+        "store": store,
+        "logs": logs,
+        "warnings": (*warnings, *useless),
+        "busy_repeats": busy_repeats,
+        "search": search,
+        "budget": budget,
+        "seconds": seconds,
+    }
     if goal:
         reference = search.models[models.index(largest)]
-        kind = partial(targets.TargetTuning, goal=goal, reference=reference)
-    warnings = (*warnings, *useless)
-    run = kind(
-        *(config, workload, store, logs, warnings, (), busy_repeats),
-        search=search,
-        budget=budget,
-        seconds=seconds,
-    )
+        run: Tuning = targets.TargetTuning(goal=goal, reference=reference, **options)
+    else:
+        run = Tuning(**options)
     run.subscribe(on_event)
     return run.start()
