@@ -177,8 +177,24 @@ def test_a_trial_that_fails_unforeseen_is_a_row(
     monkeypatch.setattr(measure, "run_trial", run)
     found = search(space={"batch_size": [64, 128], "threads": 1}, budget=2).wait(WAIT)
     assert found.settings["batch_size"] == 128
+    assert not found.left_out
     (bad,) = [row for row in found.results.rows if row.outcome is Outcome.FAILED]
     assert "RuntimeError('a bug')" in bad.reason
+
+
+def test_trials_with_an_objective_of_nan_are_named(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        return TrialResult(trial, Outcome.DONE)
+
+    def unsure(row: TrialResult) -> float:
+        return float("nan") if dict(row.trial.settings)["batch_size"] == 64 else 1.0
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    space = {"batch_size": [64, 128], "threads": 1}
+    found = search(objective=unsure, space=space, budget=2).wait(WAIT)
+    assert "unsure is no finite number: nan for demo.gguf, batch_size 64, " in found.summary
 
 
 def test_wrong_names_are_refused_before_the_first_trial(search: Search) -> None:

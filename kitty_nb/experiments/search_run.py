@@ -44,6 +44,7 @@ class TuneResult:
         results: All results, for tables and plots.
         study: The Optuna study, for Optuna's plots and importances.
         proof: The comparison by repeated measurements, if there was a target.
+        left_out: The rows whose objective is no finite number, in a sentence; empty without any.
     """
 
     best: Combination
@@ -52,6 +53,7 @@ class TuneResult:
     results: Results
     study: optuna.Study = field(compare=False)
     proof: Proof | None = None
+    left_out: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class TuneResult:
         return (
             f"{self.objective} {self.value:.4g} with {self.best.trial.label}. That is the best of"
             f" {len(self.results.combinations)} combinations in {len(rows)} trials ({counts})."
-            f"{doubt}{f' {self.proof}' if self.proof else ''}"
+            f"{doubt}{f' {self.proof}' if self.proof else ''} {self.left_out}".rstrip()
         )
 
     def __repr__(self) -> str:
@@ -113,7 +115,8 @@ class Tuning(TrialRunner):
         results = replace(results, workload=self.workload)
         await self._write_requests(results)
         best, name = results.choose(search.objective, search.bounds), search.objective.name
-        return TuneResult(best, best.metrics[name].median, name, results, search.study)
+        value, odd = best.metrics[name].median, search.objective.why_none(results.rows)
+        return TuneResult(best, value, name, results, search.study, left_out=odd)
 
     async def _run(self) -> None:
         models = self._search.models
