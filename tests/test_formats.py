@@ -120,6 +120,14 @@ def test_what_left_as_presets_or_for_llama_swap_comes_back(
         assert [compared(config, "port", *but) for config in back.configs] == wanted, (seed, swap)
 
 
+def test_llama_swap_finds_no_macro_in_a_path(tmp_path: Path) -> None:
+    model = write_demo_model(tmp_path / "it's ${PORT}" / "${x}.gguf")
+    config = ServerConfig(models_dir=model.parent, model=model, alias="mine")
+    (served,) = yaml.safe_load(export(Format.LLAMA_SWAP, [config], ENGINE).text)["models"].values()
+    assert re.findall(r"\$\{.*?\}", served["cmd"]) == ["${PORT}"]
+    assert str(model) in shlex.split(served["cmd"])
+
+
 def test_what_kitty_nb_finds_by_itself_is_left_to_it(tmp_path: Path) -> None:
     """A projector beside the model: its command line names it."""
     model = write_demo_model(tmp_path / "vision" / "seer.gguf")

@@ -19,9 +19,13 @@ from conftest import eventually, unused_port
 from terminal import run
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
+from kitty_nb.catalog.resolve import routed_profiles
 from kitty_nb.cli.doctor import examine
 from kitty_nb.config import configured_profiles
+from kitty_nb.engine.embedded import help_text
+from kitty_nb.engine.locate import Engine, EngineKind, parse_help
 from kitty_nb.errors import ServerFailedError
+from kitty_nb.formats.exports import export_router
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -136,6 +140,7 @@ def test_a_router_is_a_profile_without_a_model(env: Path) -> None:
     [
         (None, r"no router.*LLAMACPP_BIN.*install llama-swap"),
         ('echo "version: 217 (abc), built at noon"', "version 217, .*Update it to version 218"),
+        ("echo boom", "not a llama-swap that runs here.*boom"),
     ],
 )
 def test_an_engine_without_a_router_says_what_to_do(
@@ -152,6 +157,16 @@ def test_an_engine_without_a_router_says_what_to_do(
         manager.start().wait(60)
     found = {one.what: one for one in examine(env, "router")}
     assert re.search(said, found["Model"].advice)
+
+
+@pytest.mark.parametrize(("asks", "keys"), [(True, ("none", "own")), (False, ("", "none"))])
+def test_the_key_is_the_routers_own(env: Path, asks: bool, keys: tuple[str, str]) -> None:
+    with env.open("a") as file:
+        file.write("LLAMACPP_API_KEY={}\nLLAMACPP_ROUTER_API_KEY={}\n".format(*keys))
+    profiles = routed_profiles(ServerConfig.from_env(env, "router")).profiles
+    engine = Engine(EngineKind.EMBEDDED, ("engine",), "1", parse_help(help_text()))
+    text = export_router(profiles, engine, 2, 20_000).text
+    assert ("LLAMA_API_KEY" in text) is asks
 
 
 def test_what_is_wrong_with_profiles_that_it_names_is_told_at_once(routed: Path) -> None:

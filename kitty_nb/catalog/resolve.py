@@ -115,7 +115,8 @@ def routed_profiles(config: ServerConfig) -> Routed:
     for name in names:
         wrong: tuple[Problem, ...] = ()
         try:
-            profile = resolve_model(ServerConfig.from_env(env, name))
+            read = ServerConfig.from_env(env, name)
+            profile = resolve_model(read.replace(api_key=config.api_key))  # clients' only key
             read_shape(model := profile.require_model())
             found.append(profile)
         except ConfigError as error:

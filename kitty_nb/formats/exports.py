@@ -100,8 +100,8 @@ def export_router(
 ) -> Exported:
     """Write profiles for a llama-swap that kitty_nb supervises.
 
-    Its log has those of its servers, which are told apart by the names of their profiles, and no
-    line for each question.
+    Each server is called by its profile's name. The log has the lines of all servers, and none of
+    llama-swap's own for each request.
 
     Args:
         configs: The settings of each profile.
@@ -242,8 +242,6 @@ def _swap_settings(served: Sequence[_Served], notes: list[str]) -> dict[str, Any
             ),
         )
         lines = [" ".join(map(_swap_word, line)) for line in words]
-        if "${" in "".join(lines).replace("${PORT}", ""):
-            notes.append(f"{one.name}: llama-swap takes ${{…}} for a macro, so it won't start.")
         models[one.name] = {"cmd": _Block("\n".join(lines) + "\n")}
         if aliases := _aliases(one, served, notes):
             models[one.name]["aliases"] = aliases
@@ -280,7 +278,8 @@ def _no_peer(form: Format, config: ServerConfig) -> str:
 
 
 def _swap_word(word: str) -> str:
-    return word if word == "${PORT}" else shlex.quote(word)
+    """Quote a word; where it has what llama-swap would take for a macro, in two parts."""
+    return word if word == "${PORT}" else shlex.quote(word).replace("${", "$''{")
 
 
 def _aliases(one: _Served, served: Sequence[_Served], notes: list[str]) -> list[str]:

@@ -439,11 +439,12 @@ class LoadReporter:
 
     Args:
         attempts: The number at which the count of a load's checks, one a second, stands.
+        done: What is said at its end.
         silent: Leave out the sentences: the server was ready when it was found.
     """
 
-    def __init__(self, attempts: int, *, silent: bool) -> None:
-        self._attempts, self._silent = attempts, silent
+    def __init__(self, attempts: int, done: str = "Model loaded", *, silent: bool) -> None:
+        self._attempts, self._done, self._silent = attempts, done, silent
         self._attempt, self._due = 0, 0.0
         self._loaded_at: float | None = None
 
@@ -467,7 +468,7 @@ class LoadReporter:
     def _sentence(self, result: HealthCheckResult, attempt: int, elapsed: float) -> str:
         if result.status is ServerStatus.READY:
             checks = "1 check" if attempt == 1 else f"{attempt} checks"
-            return f"Model loaded ({checks}, {elapsed:.0f}s elapsed)"
+            return f"{self._done} ({checks}, {elapsed:.0f}s elapsed)"
         if result.message == FIRST_ANSWER:
             self._loaded_at = elapsed if self._loaded_at is None else self._loaded_at
             slow = elapsed - self._loaded_at >= _SILENT

@@ -8,13 +8,13 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from anyio import move_on_after, run_process
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.memory import Memory, estimate, plan, read_shape
 from kitty_nb.catalog.resolve import routed_profiles
 from kitty_nb.config import goes_without_key
 from kitty_nb.engine.command_line import build_router_command, has_router
+from kitty_nb.engine.locate import output_of
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.formats import SWAP_PASSES_KEY, Format
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
@@ -89,7 +89,7 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
         exported = await run_sync(exports.export, Format.ROUTER, profiles)
         command = [*build_router_command(engine, config, path, most)]
     # The key that clients need comes by the environment, and other notes are about other programs.
-    told = ("left out", "names another", "macro")
+    told = ("left out", "names another")
     notes += [note for note in exported.notes if any(part in note for part in told)]
     return RouterPlan(tuple(command), path, exported.text, tuple(notes), bool(program))
 
@@ -101,10 +101,13 @@ async def _find_llama_swap(engine: Engine) -> str:
             f"This build of llama-server ({engine.version}) has no router. Set LLAMACPP_BIN to a"
             f" current llama-server, or install llama-swap: {_LLAMA_SWAP}"
         )
-    told = b""
-    with move_on_after(_ANSWERS_WITHIN):
-        told = (await run_process([program, "-version"], check=False)).stdout
-    version = re.search(rb"version: (\d+)", told)
+    told = await output_of((program, "-version"), _ANSWERS_WITHIN)
+    if "version: " not in told:
+        raise ServerFailedError(
+            f"{program} is not a llama-swap that runs here; reinstall it: {_LLAMA_SWAP}. Its"
+            f" -version printed: {told.strip().splitlines()[0][:200]}"
+        )
+    version = re.search(r"version: (\d+)", told)
     if version and 0 < int(version[1]) < SWAP_PASSES_KEY:  # 0: built by the user
         raise ServerFailedError(
             f"{program} is version {int(version[1])}, which does not pass the API key on to its"
@@ -118,8 +121,8 @@ def _swap_notes(config: ServerConfig) -> list[str]:
     notes = []
     if goes_without_key(config):
         notes.append(
-            "There is no API key, and llama-swap answers any web page that you open. Remove"
-            " LLAMACPP_API_KEY=none."
+            "The router has no API key, and llama-swap lets any web page that you open use the"
+            " models. Remove LLAMACPP_API_KEY=none."
         )
     if config.extra_args:
         key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"

@@ -143,7 +143,9 @@ class Server:
         warn = partial(self._notify, level=Level.WARNING)
         whole = found is None and config.models is None  # a router loads nothing itself
         self._recorder = LoadRecorder(config, self._meter, warn, whole=whole)
-        self._reporter = LoadReporter(config.health_max_attempts, silent=self._found_ready)
+        done = "Model loaded" if config.models is None else "The router is ready"
+        attempts = config.health_max_attempts
+        self._reporter = LoadReporter(attempts, done, silent=self._found_ready)
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
@@ -208,7 +210,7 @@ class Server:
         self._process = self._processes.attach(self._record.pid, self._record.create_time)
         if self._process is None:
             return
-        seconds = self._record.load_seconds
+        seconds = self._record.load_seconds if self._config.models is None else None
         took = "" if seconds is None else f", whose model loaded in {seconds:.0f} s"
         self._notify(f"Found a running server (PID {self._process.pid}){took}.")
         if self._record.prompts is not None:
@@ -534,7 +536,7 @@ class Server:
         """Follow the loads of its models from now on."""
         assert self._process  # noqa: S101 (it has answered)
         assert self._asking  # noqa: S101
-        who = f"{self._config.profile} (PID {self._process.pid})"
+        who = f"(PID {self._process.pid})"
         api: RouterApi = LlamaServer(self.probe)
         pinned = await run_sync(pinned_profiles, self._config)
         if await kind_of(self.probe) is RouterKind.LLAMA_SWAP:  # it keeps them by itself
