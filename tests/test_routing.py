@@ -220,6 +220,8 @@ def test_one_address_serves_all_within_the_limit(manager: ModelManager, routed: 
     eventually(lambda: "one" in loaded(manager))
     loads = [event for event in told if isinstance(event, RouterLoad) and event.progress]
     assert len({event.model for event in loads}) > 1
+    sentences = [event.message for event in told if isinstance(event, Activity)]
+    assert not [one for one in sentences if re.search("failed|model is loaded|Model loaded", one)]
     assert manager.switch_model("four").wait(60).alias == "four"
     assert manager.chat("Who are you?", max_tokens=3).wait(60).text
     with pytest.raises(ServerFailedError, match="no model 'five'"):

@@ -117,6 +117,7 @@ def export_router(
         "logLevel": "warn",
         "logToStdout": "both",
         "startPort": first_port,
+        "captureBuffer": 0,  # by default, it keeps questions and answers in memory
         "hooks": {"on_startup": {"preload": [one.name for one in served if one.config.pinned]}},
     }
     for model in settings["models"].values():
@@ -242,7 +243,10 @@ def _swap_settings(served: Sequence[_Served], notes: list[str]) -> dict[str, Any
             ),
         )
         lines = [" ".join(map(_swap_word, line)) for line in words]
-        models[one.name] = {"cmd": _Block("\n".join(lines) + "\n")}
+        models[one.name] = {
+            "cmd": _Block("\n".join(lines) + "\n"),
+            "proxy": "http://127.0.0.1:${PORT}",  # by default, any listener on ::1 comes first
+        }
         if aliases := _aliases(one, served, notes):
             models[one.name]["aliases"] = aliases
         models[one.name]["ttl"] = config.idle_shutdown_seconds or 0

@@ -439,12 +439,12 @@ class LoadReporter:
 
     Args:
         attempts: The number at which the count of a load's checks, one a second, stands.
-        done: What is said at its end.
+        routes: Whether the server is a router, which loads no model itself.
         silent: Leave out the sentences: the server was ready when it was found.
     """
 
-    def __init__(self, attempts: int, done: str = "Model loaded", *, silent: bool) -> None:
-        self._attempts, self._done, self._silent = attempts, done, silent
+    def __init__(self, attempts: int, *, routes: bool, silent: bool) -> None:
+        self._attempts, self._routes, self._silent = attempts, routes, silent
         self._attempt, self._due = 0, 0.0
         self._loaded_at: float | None = None
 
@@ -468,7 +468,10 @@ class LoadReporter:
     def _sentence(self, result: HealthCheckResult, attempt: int, elapsed: float) -> str:
         if result.status is ServerStatus.READY:
             checks = "1 check" if attempt == 1 else f"{attempt} checks"
-            return f"{self._done} ({checks}, {elapsed:.0f}s elapsed)"
+            done = "The router is ready" if self._routes else "Model loaded"
+            return f"{done} ({checks}, {elapsed:.0f}s elapsed)"
+        if self._routes and result.status is ServerStatus.LOADING:
+            return ""
         if result.message == FIRST_ANSWER:
             self._loaded_at = elapsed if self._loaded_at is None else self._loaded_at
             slow = elapsed - self._loaded_at >= _SILENT

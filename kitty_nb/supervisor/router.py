@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 import psutil
 
+from kitty_nb.config import value_of
 from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import Activity, Level, RoutedModel, RouterLoad, Stage
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
@@ -38,6 +39,8 @@ _ENDS_WITHIN = 30.0  # seconds; routers kill a child that has not ended after 10
 _WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginning
 _USED = re.compile(r"proxying request to model (?P<model>.+) on port \d+")
 _SPAWNED = re.compile(r"spawning server instance with name=(?P<model>.+) on port \d+")
+_LISTENS = re.compile(r"listening on \S+:(?P<port>\d+)")
+_LOG_WITHIN = 0.3  # seconds; a line of the log is read by then
 _TOUCH_PAUSE, _QUIET = 0.02, 1.0  # seconds
 _FAILED = "The router failed to load {}. See the router's log."
 _STALLED = (
@@ -83,6 +86,7 @@ class RouterModels:
         self._models: dict[str, ModelStatus] = {}
         self._followed: dict[str, anyio.Event] = {}  # loads under way
         self._progress: dict[str, LoadProgress] = {}  # of loads under way
+        self._listens: dict[str, float] = {}  # when the log said so of each port
         self._used = anyio.Event()  # another model than the pinned ones was
         self._tasks: TaskGroup | None = None
         self._over = False
@@ -115,6 +119,8 @@ class RouterModels:
         for line in lines:
             if (used := _USED.search(line)) and used["model"] not in self.pinned:
                 self._used.set()
+            if listens := _LISTENS.search(line):
+                self._listens[listens["port"]] = time.monotonic()
             if (began := _SPAWNED.search(line)) and self._tasks:
                 self._tasks.start_soon(self._follow_child, began["model"])
 
@@ -311,16 +317,27 @@ class RouterModels:
                 status, ask_at = await self._look(name), elapsed + _ASK_ROUTER_EVERY
             stalled = child is not None and elapsed - meter.moved_at > self._config.stall_seconds
         loaded, elapsed = status == ModelStatus.LOADED, time.monotonic() - began
+        if child and status == ModelStatus.UNLOADED and (at := await self._loaded_at(child, began)):
+            loaded, elapsed = True, at - began  # and it has made room for another since
         if loaded:
             meter.enter_stage(Stage.READY, elapsed)
             self._show(name, meter, elapsed, 0.0)
             self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
         else:
-            self._emit(RouterLoad(name, None))
             why = _STALLED.format(name, self._config.stall_seconds) if stalled else None
             self._notify(why or _FAILED.format(name), Level.WARNING)
+        if status != ModelStatus.LOADED:
+            self._emit(RouterLoad(name, None))
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
         return loaded
+
+    async def _loaded_at(self, child: _Child, began: float) -> float | None:
+        """Return when the log said that a server listens, which it does once it has loaded."""
+        with anyio.move_on_after(_LOG_WITHIN):
+            while self._listens.get(child.port, began) <= began:  # noqa: ASYNC110 (nothing tells)
+                await anyio.sleep(_SHOW_EVERY)
+            return self._listens[child.port]
+        return None
 
     async def _find_child(self, name: str) -> _Child | None:
         """Find the process of a model; it may start a moment after the request."""
@@ -342,11 +359,12 @@ class RouterModels:
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """The process of one model. The port, which changes, is not among its `arguments`."""
+    """The process of one model. Its port, which changes, is not among its `arguments`."""
 
     process: ServerProcess
     model: Path | None
     arguments: tuple[str, ...]
+    port: str
 
 
 def _child(router: int, name: str | None) -> _Child | None:
@@ -361,5 +379,6 @@ def _child(router: int, name: str | None) -> _Child | None:
                         ServerProcess(process.pid, None),
                         Path(model) if model else None,
                         tuple(word for flag, word in pairwise(words) if flag != "--port"),
+                        value_of(words, {"--port"}) or "",
                     )
     return None

@@ -141,11 +141,12 @@ class Server:
         self._began = found.began if found else clock()
         self._meter, self._foreseen = LoadMeter(), False
         warn = partial(self._notify, level=Level.WARNING)
-        whole = found is None and config.models is None  # a router loads nothing itself
+        routes = config.models is not None
+        whole = found is None and not routes  # a router loads nothing itself
         self._recorder = LoadRecorder(config, self._meter, warn, whole=whole)
-        done = "Model loaded" if config.models is None else "The router is ready"
-        attempts = config.health_max_attempts
-        self._reporter = LoadReporter(attempts, done, silent=self._found_ready)
+        self._reporter = LoadReporter(
+            config.health_max_attempts, routes=routes, silent=self._found_ready
+        )
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
