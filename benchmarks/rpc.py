@@ -5,7 +5,10 @@ second are measured by turns: on a bare `llama-server --rpc` whose workers are r
 on a server that kitty_nb starts, whose workers ssh starts. Then one worker is killed in the middle
 of an answer, again and again.
 
-    python -m benchmarks.rpc --engine PATH --model PATH [--rounds 5] [--kills 50]
+    python -m benchmarks.rpc --engine PATH --model PATH [--rounds 5] [--kills 50] [--layers 99]
+
+With as many layers as the model has blocks, its output layer stays here, and the scores of its
+vocabulary don't come through ssh.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def main() -> None:
     parser = subject_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--layers", type=int, default=99)
     asked = parser.parse_args()
     subject = subject_of(asked)
     print(f"{subject}\n")
@@ -57,7 +61,7 @@ def main() -> None:
             folder,
             context_size=512,
             threads=1,
-            n_gpu_layers=99,
+            n_gpu_layers=asked.layers,
             ssh_config=machine.client,
             rpc_hosts=[f"there:{free_port()}" for _ in range(2)],
             restart_max=1000,
@@ -92,7 +96,8 @@ def _bare(engine: Path, config: ServerConfig) -> Iterator[str]:
     threads = str(os.cpu_count())
     program = str(engine.with_name("ggml-rpc-server"))
     commands = [[program, "--threads", threads, "--port", str(at)] for at in rpc]
-    words = ["--ctx-size", "512", "--threads", "1", "--n-gpu-layers", "99", "--cache-ram", "0"]
+    words = ["--ctx-size", "512", "--threads", "1", "--cache-ram", "0"]
+    words += ["--n-gpu-layers", str(config.n_gpu_layers)]
     addresses = ",".join(f"127.0.0.1:{at}" for at in rpc)
     started = [
         subprocess.Popen(one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -26,7 +26,6 @@ from kitty_nb.supervisor.events import (
     Level,
     ServerStatus,
 )
-from kitty_nb.supervisor.router_api import kind_of, objects, objects_in
 from kitty_nb.tls import tls_context
 
 
@@ -194,7 +193,7 @@ class HealthProbe:
         self.slots: list[dict[str, Any]] = []
         self._port = config.port
         self._news = anyio.Event()
-        self._alias, self._routes = config.served_alias, config.models is not None
+        self._alias = config.served_alias
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
         self._sleeps = by_settings if sleeps is None else sleeps
         self._pace = AnswerPace()
@@ -293,8 +292,6 @@ class HealthProbe:
         models = await self.get("/v1/models")
         if models in _KEY_REFUSED:
             return Identity.KEY_REFUSED
-        if self._routes:
-            return Identity.OURS if await kind_of(self) else Identity.OTHER_MODEL
         named = [(one.get("id"), *(one.get("aliases") or ())) for one in objects_in(models, "data")]
         ours = not named or any(self._alias in names for names in named)
         return Identity.OURS if ours else Identity.OTHER_MODEL
@@ -428,6 +425,16 @@ def _failure(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return f"answered {response.status_code} {response.reason_phrase}"
+
+
+def objects_in(answer: Any, key: str) -> list[dict[str, Any]]:
+    """Return the list of objects in an answer, if it is one: it need not be a llama-server's."""
+    return objects(answer.get(key)) if isinstance(answer, dict) else []
+
+
+def objects(answer: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list, if it is one."""
+    return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
 
 
 _SILENT = 10.0  # seconds; from here on, a request without a first token is reported

@@ -6,6 +6,8 @@ from enum import Enum, StrEnum, auto
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
+from kitty_nb.supervisor.health import objects_in
+
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
@@ -126,16 +128,6 @@ class LlamaSwap:
 
     async def touch(self, model: str) -> None:
         """Do nothing: it keeps the models of its persistent groups by itself."""
-
-
-def objects_in(answer: Any, key: str) -> list[dict[str, Any]]:
-    """Return the list of objects in an answer, if it is one: it need not be a llama-server's."""
-    return objects(answer.get(key)) if isinstance(answer, dict) else []
-
-
-def objects(answer: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list, if it is one."""
-    return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
 
 
 def _model_status(told: Any) -> ModelStatus:

@@ -511,7 +511,8 @@ class Server:
         if identity is Identity.KEY_REFUSED:
             self._give_up(_KEY_REFUSED)
             return "it rejects our API key"
-        if identity is Identity.OTHER_MODEL:
+        routes = self._config.models is not None and await kind_of(self.probe)
+        if identity is Identity.OTHER_MODEL and not routes:
             name = self._config.served_alias
             return f"it answers, but not as {name}: something overrides --alias"
         return None
