@@ -22,14 +22,13 @@ class Swap:
         self.settings = settings
         self.ports = {n: settings["startPort"] + at for at, n in enumerate(settings["models"])}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self.ready: set[str] = set()
         self.turn = threading.Lock()
-
-    def state(self, name: str) -> str:
-        return "ready" if answers(self.ports[name]) else "starting"
 
     def running(self) -> list[dict[str, str]]:
         there = [name for name, child in [*self.children.items()] if child.poll() is None]
-        return [{"model": name, "state": self.state(name)} for name in there]
+        states = {True: "ready", False: "starting"}
+        return [{"model": name, "state": states[name in self.ready]} for name in there]
 
     def use(self, name: str) -> bool:
         """Have a model loaded; return whether it is."""
@@ -41,10 +40,12 @@ class Swap:
                     self.stop(other)
                 command = shlex.split(self.settings["models"][name]["cmd"])
                 port = str(self.ports[name])
+                self.ready.discard(name)
                 child = subprocess.Popen([port if one == "${PORT}" else one for one in command])
                 self.children[name] = child
             while child.poll() is None and not answers(self.ports[name]):
                 time.sleep(0.02)
+            self.ready.add(name)
             return child.poll() is None
 
     def stop(self, name: str) -> None:

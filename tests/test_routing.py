@@ -234,6 +234,29 @@ def test_one_address_serves_all_within_the_limit(manager: ModelManager, routed: 
     eventually(lambda: manager.state.status is ServerStatus.STOPPED)
 
 
+def test_a_model_that_hangs_is_told(manager: ModelManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.health._ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr("kitty_nb.supervisor.router._ASK_CHILD_EVERY", 0.2)
+    monkeypatch.setattr("kitty_nb.supervisor.server._ASK_READY", 0.2)
+    told: list[Event] = []
+    manager.subscribe(told.append)
+    manager.start().wait(60)
+    eventually(lambda: loaded(manager) == {"one"})
+    child = psutil.Process(child_of(manager.state.pid, "one"))
+    child.suspend()
+    try:
+        chat = manager.chat("Who are you?", model="one", max_tokens=3)
+        eventually(lambda: "not responding: one: no answer" in manager.state.sentence, within=20)
+        assert not chat.done
+    finally:
+        child.resume()
+    assert chat.wait(60).text
+    eventually(lambda: "not responding" not in manager.state.sentence)
+    said = " ".join(one.message for one in told if isinstance(one, Activity))
+    assert "not responding (one: no answer in time): it hangs or is paused. Restart it" in said
+    manager.stop().wait(60)
+
+
 def test_a_load_that_fails_or_is_called_off(manager: ModelManager) -> None:
     told: list[Event] = []
     manager.subscribe(told.append)

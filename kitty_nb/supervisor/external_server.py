@@ -107,6 +107,7 @@ class ExternalServer:
         status = ServerStatus.STARTING
         while process.runs():
             health = await self.probe.check_activity()
+            health = self.router.doubt(health) if self.router else health
             self._emit(health)
             self._note_work(health.tokens_per_second)
             if health.status is not status:

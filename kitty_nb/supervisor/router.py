@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePath
@@ -17,7 +17,16 @@ import psutil
 
 from kitty_nb.config import value_of
 from kitty_nb.errors import ServerFailedError, StartCancelledError
-from kitty_nb.supervisor.events import Activity, Level, RoutedModel, RouterLoad, Stage
+from kitty_nb.supervisor.events import (
+    Activity,
+    HealthCheckResult,
+    Level,
+    RoutedModel,
+    RouterLoad,
+    ServerStatus,
+    Stage,
+)
+from kitty_nb.supervisor.health import NOT_IN_TIME, NOT_YET, ask_once
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.port_owner import own_words, served_by
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import Event, LoadProgress
     from kitty_nb.supervisor.router_api import RouterApi
 
-_ASK_ROUTER_EVERY, _SHOW_EVERY = 0.2, 0.05
+_ASK_ROUTER_EVERY, _ASK_CHILD_EVERY, _SHOW_EVERY = 0.2, 2.0, 0.05  # seconds
 _CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds
 _ENDS_WITHIN = 30.0  # seconds; routers kill a child that has not ended after 10
 _WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginning
@@ -87,6 +96,7 @@ class RouterModels:
         self._followed: dict[str, anyio.Event] = {}  # loads under way
         self._progress: dict[str, LoadProgress] = {}  # of loads under way
         self._listens: dict[str, float] = {}  # when the log said so of each port
+        self._children: dict[str, tuple[_Child, HealthCheckResult]] = {}  # as they answered last
         self._used = anyio.Event()  # another model than the pinned ones was
         self._tasks: TaskGroup | None = None
         self._over = False
@@ -99,11 +109,20 @@ class RouterModels:
             for name, status in self._models.items()
         }
 
+    def doubt(self, health: HealthCheckResult) -> HealthCheckResult:
+        """Return the router's own health, or that of a loaded model that does not answer."""
+        for name, (_, answer) in self._children.items():
+            if answer is NOT_IN_TIME and self._models.get(name) == ModelStatus.LOADED:
+                message = f"{name}: {answer.message}"
+                return replace(health, status=ServerStatus.STARTING, message=message)
+        return health
+
     async def watch(self, tasks: TaskGroup) -> None:
         """Begin to follow its models, once they are known."""
         await self._look()
         self._tasks = tasks
         tasks.start_soon(self._watch_models, tasks)
+        tasks.start_soon(self._watch_health)
         if self.pinned:
             tasks.start_soon(self._touch_pinned)
 
@@ -255,6 +274,23 @@ class RouterModels:
                 if status == ModelStatus.LOADING:
                     tasks.start_soon(self._follow, name)
             await anyio.sleep(_ASK_ROUTER_EVERY)
+
+    async def _watch_health(self) -> None:
+        """Ask the processes of loaded models for their health; the router tells its own alone."""
+        while True:
+            await anyio.sleep(_ASK_CHILD_EVERY)
+            for name in [n for n, one in self._models.items() if one == ModelStatus.LOADED]:
+                known, _ = self._children.get(name, (None, None))
+                child = known or await anyio.to_thread.run_sync(_child, self._pid, name)
+                if child is None or not child.port.isdecimal():
+                    continue
+                there = self._config.model_copy(
+                    update={"host": "127.0.0.1", "port": int(child.port)}
+                )
+                answer = await anyio.to_thread.run_sync(ask_once, there, abandon_on_cancel=True)
+                self._children[name] = child, answer
+                if answer is NOT_YET:  # it has ended
+                    del self._children[name]
 
     async def _follow(self, name: str) -> bool:
         """Show one load from its beginning to its end; return whether it succeeded.

@@ -456,7 +456,8 @@ class Server:
             self._asking.start_soon(self._ask_slots)
             while True:
                 idle = self.work.log.heard and not self.work.busy
-                self._note_health(await self.probe.check_activity(idle=idle))
+                result = await self.probe.check_activity(idle=idle)
+                self._note_health(self.router.doubt(result) if self.router else result)
                 self._look_at_slots(self._health.tokens_per_second)
                 await anyio.sleep(_ASK_READY)
 
