@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _PORT = 50052  # ggml-rpc-server's own default
 # Seconds.
-_ANSWERS_WITHIN = 30.0
+_ANSWERS_WITHIN = 15.0  # a start tries twice, and the first time wakes a GPU's driver
 _LOOK_EVERY = 0.2
 _ENDS_WITHIN = 10.0  # a worker that can't listen; it looks at its devices first
 _REFUSED_WITHIN = 0.2  # until ssh has closed a connection that leads nowhere

@@ -306,10 +306,7 @@ class RouterModels:
             if asked:
                 await self._order("load", name)
                 self._models[name] = ModelStatus.LOADING
-            loaded = await self._show_load(name)
-            if asked and self._models.get(name) == ModelStatus.LOADING:  # it has stalled
-                await self._unload(name)
-            return loaded
+            return await self._show_load(name, asked=asked)
         except anyio.get_cancelled_exc_class():
             if asked:
                 with anyio.move_on_after(_UNLOADED_WITHIN, shield=True):
@@ -322,8 +319,11 @@ class RouterModels:
             self._progress.pop(name, None)
             over.set()
 
-    async def _show_load(self, name: str) -> bool:
-        """Publish a load's progress, by its child's memory and the history of loads."""
+    async def _show_load(self, name: str, *, asked: bool) -> bool:
+        """Publish a load's progress, by its child's memory and the history of loads.
+
+        One that stalls is called off, if it was asked for here.
+        """
         self._notify(f"The router is loading {name}.")
         child = await self._find_child(name)
         while child is None and self._api.queues and await self._look(name) == ModelStatus.LOADING:
@@ -365,6 +365,8 @@ class RouterModels:
         if status != ModelStatus.LOADED:
             self._emit(RouterLoad(name, None))
         await recorder.record(elapsed, Outcome.READY if loaded else Outcome.CRASHED)
+        if stalled and asked and not loaded:
+            await self._unload(name)
         return loaded
 
     async def _loaded_at(self, child: _Child, began: float) -> float | None:
