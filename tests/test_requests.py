@@ -109,6 +109,7 @@ def test_a_prompt_is_followed_between_its_batches() -> None:
     reading = meter.work(7.0).reading
     assert reading
     assert not reading.total
+    assert WorkMeter(meter.log, routes=True).work(7.0).reading is None
     meter.log.read((half,), 51.7)
     found = [meter.work(at).reading for at in (52.0, 60.0, 70.0)]
     assert all(one and one.fraction and one.seconds_left for one in found)

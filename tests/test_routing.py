@@ -317,6 +317,9 @@ def test_its_panel_offers_its_models_in_place_of_files(routed: Path) -> None:
         panel.ask.ask("Who are you?")
         eventually(lambda: panel.ask.turns and panel.ask.turns[0].text)
         assert panel.choice.model is None
+        panel.details.selected_index = 0
+        eventually(lambda: "a router" in panel.details.server.value)
+        assert not panel.details.model.value
         assert panel.buttons.start.layout.display == "none"
         panel.buttons.stop.click()
         eventually(lambda: panel.manager.state.status is ServerStatus.STOPPED)
@@ -336,3 +339,4 @@ def test_the_fleet_has_a_row_for_each_model(config: ServerConfig) -> None:
         ("router: two", "Unloaded", "two"),
     ]
     assert [row["start"] or row["stop"] for row in rows] == [True, False, False]
+    assert [row["routed"] for row in rows] == [False, True, True]

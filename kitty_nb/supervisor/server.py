@@ -150,7 +150,8 @@ class Server:
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
-        self.work = WorkMeter(RequestLog(clock(), time.time() - clock()), config.batch_size)
+        log = RequestLog(clock(), time.time() - clock())
+        self.work = WorkMeter(log, config.batch_size, routes=routes)
         self._worked = anyio.Event()
         self.router: RouterModels | None = None  # once it is ready
         self.prompts: PromptKeeper | None = None  # where they are kept, and once that is known

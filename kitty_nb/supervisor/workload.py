@@ -25,11 +25,11 @@ class WorkMeter:
     """Combines what a server's log and its slots tell.
 
     What only the slots tell of is added to the log's tasks. Of a prompt, at most `batch` tokens are
-    read at once.
+    read at once. A server that routes shows no slots, which would tell when an answer begins.
     """
 
-    def __init__(self, log: RequestLog, batch: int | None = None) -> None:
-        self.log = log
+    def __init__(self, log: RequestLog, batch: int | None = None, *, routes: bool = False) -> None:
+        self.log, self._routes = log, routes
         self._batch = batch or _BATCH
         self._restored: tuple[float, Restored] | None = None
         self._slots: int | None = None
@@ -68,7 +68,7 @@ class WorkMeter:
     def work(self, at: float) -> Work:
         """Return the work at a time."""
         tasks = self.log.active.values()
-        reading = [task for task in tasks if not task.decoded]
+        reading = [task for task in tasks if not (task.decoded or self._routes)]
         latest = list(islice(reversed(self.log.finished), _RECENT))
         drafted = [request.accepted for request in latest if request.accepted is not None]
         prompts = [

@@ -31,7 +31,8 @@ class Details(Fold):
         if self.unfolded:
             self.server.write(_draw(server_facts(state, load)))
             chosen = draw_model(model) if model else "No model is chosen."
-            self.model.write("" if state.config.url else chosen)
+            elsewhere = state.config.url or state.config.models is not None
+            self.model.write("" if elsewhere else chosen)
 
 
 def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str]:
@@ -39,9 +40,10 @@ def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str
     health = state.last_health_check if state.uptime is not None else None
     slots = health and health.slots_total and f"{health.slots_busy} of {health.slots_total} busy"
     latency = health and health.latency
+    program = "llama-server" if state.config.models is None else "a router"
     known = {
         "Profile": state.config.profile,
-        "Server": "not started by kitty_nb" if state.external else state.pid and "llama-server",
+        "Server": "not started by kitty_nb" if state.external else state.pid and program,
         "URL": state.config.url,
         "PID": state.pid,
         "Model name for clients": (state.pid or state.external) and state.alias,

@@ -54,6 +54,7 @@ function createRow(profile, send) {
     say(pace, facts.pace);
     start.disabled = !facts.start;
     stop.disabled = !facts.stop;
+    start.hidden = stop.hidden = facts.routed;
     say(stop, facts.status === "Restarting" ? "Cancel" : "Stop");
     say(text, facts.problem);
     problem.hidden = !facts.problem;
@@ -99,8 +100,9 @@ function render({ model, el }) {
       }
       drawn.get(facts.profile).update(facts);
     }
-    const running = rows.filter((facts) => facts.stop || facts.status === "Ready").length;
-    say(summary, `${running} of ${rows.length} running`);
+    const servers = rows.filter((facts) => !facts.routed);
+    const running = servers.filter((facts) => facts.stop || facts.status === "Ready").length;
+    say(summary, `${running} of ${servers.length} running`);
     startAll.disabled = !rows.some((facts) => facts.start);
     stopAll.disabled = !rows.some((facts) => facts.stop);
     say(notice, model.get("notice"));

@@ -76,6 +76,7 @@ class FleetRow(TypedDict):
         problem: What is wrong, and what to do.
         start: Whether it can be started.
         stop: Whether it can be stopped.
+        routed: Whether it is a router's model, which has no buttons.
     """
 
     profile: str
@@ -90,6 +91,7 @@ class FleetRow(TypedDict):
     problem: str
     start: bool
     stop: bool
+    routed: bool
 
 
 def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
@@ -128,6 +130,7 @@ def _routed(profile: Profile) -> list[FleetRow]:
             problem="",
             start=False,
             stop=False,
+            routed=True,
         )
         for name, model in (router.models if router else {}).items()
     ]
@@ -152,6 +155,7 @@ def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
         problem="\n".join(filter(None, (profile.problem or state.error or state.doubt, clash))),
         start=can.start,
         stop=can.stop,
+        routed=False,
     )
 
 

@@ -54,6 +54,7 @@ def _row(replica: Replica, alias: str) -> FleetRow:
         problem=replica.problem or "",
         start=status.idle,
         stop=not status.idle,
+        routed=False,
     )
 
 

@@ -89,7 +89,8 @@ def _facts(state: ServerState) -> Iterator[str]:
         yield f"<span class='kitty-bad' title='{hint}'>open to the network ({host})</span>"
     if not state.status.idle:
         known = None if state.external else state.config.known_as or state.model_name
-        yield f"<b>{_shortened(known or state.alias)}</b>"
+        if (name := known or state.alias) != state.config.profile:
+            yield f"<b>{_shortened(name)}</b>"
         if state.projector:
             yield f"with {_shortened(state.projector.name)}"
         if state.external:
