@@ -126,7 +126,7 @@ def _swap_notes(config: ServerConfig) -> list[str]:
         )
     if config.extra_args:
         key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
-        notes.append(f"{key} is left out: llama-swap takes no flags of llama-server.")
+        notes.append(f"{key} is left out: llama-swap doesn't take flags of llama-server.")
     return notes
 
 

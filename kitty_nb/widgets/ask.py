@@ -128,6 +128,9 @@ class Ask(Page):
         elif state.to_choose:
             press = " and press Switch" if state.external else ""
             hint = f"The router has no model loaded. Choose one above{press}."
+            models = state.router.models if state.router else {}
+            if loading := [name for name, one in models.items() if one.status == "loading"]:
+                hint = f"The router is loading {' and '.join(loading)}."
         prompt = f"Ask {state.alias}{'' if template else _NO_TEMPLATE}"
         facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": bool(state.projector)}
         if facts != self._facts:
