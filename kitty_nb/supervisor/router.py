@@ -226,8 +226,8 @@ class RouterModels:
         Raises:
             ServerFailedError: The router refuses, or its process does not end.
         """
-        await self._order("unload", name)
         with anyio.move_on_after(_ENDS_WITHIN):
+            await self._order("unload", name)
             while await self._look(name) != ModelStatus.UNLOADED:  # noqa: ASYNC110 (nothing tells)
                 await anyio.sleep(_ASK_ROUTER_EVERY)
             return

@@ -117,7 +117,8 @@ class LlamaSwap:
             self._ordered.add(model)
             self._tasks.start_soon(self._load, quote(model, safe=""), model)
             return ""
-        return await self._probe.tell("POST", f"/api/models/{verb}/{quote(model, safe='')}")
+        path = f"/api/models/{verb}/{quote(model, safe='')}"
+        return await self._probe.tell("POST", path, within=None)  # it answers when that is done
 
     async def _load(self, path: str, model: str) -> None:
         """Ask the model's server for something: it is started for that. The look tells how."""
