@@ -286,6 +286,37 @@ def test_its_configuration_is_accepted_and_private(tmp_path: Path) -> None:
                 FRONTS["nginx"](SecretStr("sesame"), "demo", port)
 
 
+def test_llama_swap_balances_them(two: Client, config: ServerConfig) -> None:
+    program = FRONTS["llama-swap"].find()
+    if not program:
+        pytest.skip("needs llama-swap")
+    with Fleet.run(client=two, replicas=2, config=config.replace(parallel=1)) as fleet:
+        front = fleet.balance("llama-swap", unused_port())
+        fleet.wait_ready(timeout=WAIT)
+        key = {"Authorization": f"Bearer {fleet.reveal_api_key()}"}
+        asked = {"model": fleet.alias, "messages": [{"role": "user", "content": "Hi"}]}
+        path = f"{front.url}/v1/chat/completions"
+
+        def answer(tokens: int, headers: dict[str, str] = key) -> int:
+            with suppress(httpx.HTTPError):
+                request = {**asked, "max_tokens": tokens, "ignore_eos": True}
+                return httpx.post(path, json=request, headers=headers, timeout=60).status_code
+            return 0
+
+        eventually(lambda: answer(3) == 200, why=front.problem or "")
+        assert answer(3, {}) == 401
+
+        def both_work() -> bool:
+            with ThreadPoolExecutor(4) as pool:
+                assert {*pool.map(lambda _: answer(100), range(8))} == {200}
+            slots = (httpx.get(f"{one.url}/slots", headers=key).json() for one in fleet.replicas)
+            return all(slot["id_task"] > 0 for (slot,) in slots)
+
+        eventually(both_work, within=WAIT)  # it looks at its configuration from time to time
+        fleet.stop(0).wait(WAIT)
+        eventually(lambda: all(answer(3) == 200 for _ in range(4)))
+
+
 def test_llama_swap_gets_a_peer_for_each_and_a_selector_over_all() -> None:
     targets = [Target("http://10.0.0.1:9001", 4), Target("http://10.0.0.2:9001", 2)]
     said = yaml.safe_load(llama_swap_text(targets, "gemma"))
@@ -313,7 +344,8 @@ def test_a_balancer_that_is_not_there_is_a_sentence(
             fleet.balance("haproxy")
         program = tmp_path / "llama-swap"  # tells its words and environment
         program.write_text(
-            f'#!/bin/sh\necho "$@" > {tmp_path}/words\n'
+            f'#!/bin/sh\n[ "$1" = -version ] && echo version: 242 && exit\n'
+            f'echo "$@" > {tmp_path}/words\n'
             f"echo $KITTY_FLEET_KEY > {tmp_path}/key\nexec /bin/sleep 600\n"
         )
         program.chmod(program.stat().st_mode | stat.S_IXUSR)

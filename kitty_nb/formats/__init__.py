@@ -6,9 +6,6 @@ settings to flags, read both ways. What a format cannot hold is a note, never dr
 
 from enum import StrEnum
 
-# From this version on, llama-swap passes the key that a client sends on to the server it asks.
-SWAP_PASSES_KEY = 218
-
 
 class Format(StrEnum):
     """The program that is to run the server."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,10 +12,10 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.memory import Memory, estimate, plan, read_shape
 from kitty_nb.catalog.resolve import routed_profiles
 from kitty_nb.config import goes_without_key
+from kitty_nb.engine import llama_swap
 from kitty_nb.engine.command_line import build_router_command, has_router
-from kitty_nb.engine.locate import output_of
 from kitty_nb.errors import KittyError, ServerFailedError
-from kitty_nb.formats import SWAP_PASSES_KEY, Format
+from kitty_nb.formats import Format
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
 from kitty_nb.supervisor.port_owner import bind_problem
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from kitty_nb.engine.locate import Engine
 
 _GB = 1e9
-_LLAMA_SWAP = "https://github.com/mostlygeek/llama-swap"
-_ANSWERS_WITHIN = 10.0  # seconds, on a busy machine too
 # Below those that systems give to connections: ip(7), ip_local_port_range.
 _SERVER_PORTS = (20_000, 32_000)
 
@@ -99,20 +96,11 @@ async def _find_llama_swap(engine: Engine) -> str:
     if program is None:
         raise ServerFailedError(
             f"This build of llama-server ({engine.version}) has no router. Set LLAMACPP_BIN to a"
-            f" current llama-server, or install llama-swap: {_LLAMA_SWAP}"
+            f" current llama-server, or install llama-swap: {llama_swap.HOME}"
         )
-    told = await output_of((program, "-version"), _ANSWERS_WITHIN)
-    if "version: " not in told:
-        raise ServerFailedError(
-            f"{program} is not a llama-swap that runs here; reinstall it: {_LLAMA_SWAP}. Its"
-            f" -version printed: {told.strip().splitlines()[0][:200]}"
-        )
-    version = re.search(r"version: (\d+)", told)
-    if version and 0 < int(version[1]) < SWAP_PASSES_KEY:  # 0: built by the user
-        raise ServerFailedError(
-            f"{program} is version {int(version[1])}, which does not pass the API key on to its"
-            f" servers. Update it to version {SWAP_PASSES_KEY} or later: {_LLAMA_SWAP}"
-        )
+    lacks = "pass the API key on to its servers"
+    if problem := await llama_swap.why_unfit(program, llama_swap.PASSES_KEY, lacks):
+        raise ServerFailedError(problem)
     return program
 
 
