@@ -49,7 +49,7 @@ _WHOLE = 1.0  # seconds; the load of an older child was not seen from its beginn
 _USED = re.compile(r"proxying request to model (?P<model>.+) on port \d+")
 _SPAWNED = re.compile(r"spawning server instance with name=(?P<model>.+) on port \d+")
 _LISTENS = re.compile(r"listening on \S+:(?P<port>\d+)")
-_LOG_WITHIN = 0.3  # seconds; a line of the log is read by then
+_LOG_WITHIN = 1.0  # seconds; a router has written the lines of its child by then
 _TOUCH_PAUSE, _QUIET = 0.02, 1.0  # seconds
 _FAILED = "The router failed to load {}. See the router's log."
 _STALLED = (
@@ -68,6 +68,7 @@ class RouterModels:
         api: Asks it.
         emit: Called with each event.
         pinned: The models that are to stay loaded.
+        look_at_log: Reads on in its log, where there is one.
 
     Attributes:
         alias: The model in use, of those that are loaded; None where none is.
@@ -84,12 +85,13 @@ class RouterModels:
         api: RouterApi,
         emit: Callable[[Event], object],
         pinned: Iterable[str] = (),
+        look_at_log: Callable[[], object] = lambda: None,
     ) -> None:
         self.alias: str | None = None
         self.model: str | None = None
         self.names: tuple[str, ...] = ()
         self._pid, self._who, self._config, self._emit = pid, who, config, emit
-        self._api, self.pinned = api, tuple(pinned)
+        self._api, self.pinned, self._look_at_log = api, tuple(pinned), look_at_log
         self._loading = anyio.CancelScope()
         self._turn = anyio.Lock()  # one request to load at a time
         self._models: dict[str, ModelStatus] = {}
@@ -359,7 +361,7 @@ class RouterModels:
             meter.enter_stage(Stage.READY, elapsed)
             self._show(name, meter, elapsed, 0.0)
             self._notify(f"The router loaded {name} in {elapsed:.1f} s.", Level.SUCCESS)
-        else:
+        elif asked or child or not self._api.queues:  # else it has come and gone unseen
             why = _STALLED.format(name, self._config.stall_seconds) if stalled else None
             self._notify(why or _FAILED.format(name), Level.WARNING)
         if status != ModelStatus.LOADED:
@@ -372,9 +374,10 @@ class RouterModels:
     async def _loaded_at(self, child: _Child, began: float) -> float | None:
         """Return when the log said that a server listens, which it does once it has loaded."""
         with anyio.move_on_after(_LOG_WITHIN):
-            while self._listens.get(child.port, began) <= began:  # noqa: ASYNC110 (nothing tells)
+            while (at := self._listens.get(child.port, began)) <= began:
+                self._look_at_log()
                 await anyio.sleep(_SHOW_EVERY)
-            return self._listens[child.port]
+            return at
         return None
 
     async def _find_child(self, name: str) -> _Child | None:

@@ -545,7 +545,9 @@ class Server:
         pinned = await run_sync(pinned_profiles, self._config)
         if await kind_of(self.probe) is RouterKind.LLAMA_SWAP:  # it keeps them by itself
             api, pinned = LlamaSwap(self.probe, self._asking), ()
-        self.router = RouterModels(self._process.pid, who, self._config, api, self._emit, pinned)
+        self.router = RouterModels(
+            self._process.pid, who, self._config, api, self._emit, pinned, self._read_log
+        )
         await self.router.watch(self._asking)
 
     def _note_health(self, result: HealthCheckResult) -> None:
