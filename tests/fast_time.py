@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import selectors
 import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,7 +70,11 @@ class SimulatedProcess(ServerProcess):
 
     @classmethod
     def spawn(
-        cls, command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str],
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        descriptors: Collection[int] = (),
     ) -> Self:
         log_path.touch()
         SimulatedProcess.latest = process = cls()

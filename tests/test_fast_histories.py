@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -39,9 +39,13 @@ class LogsAsItEnds(SimulatedProcess):
 
     @classmethod
     def spawn(
-        cls, command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str],
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        descriptors: Collection[int] = (),
     ) -> Self:
-        process = super().spawn(command, log_path, environment)
+        process = super().spawn(command, log_path, environment, descriptors)
         process.log_path = log_path
         process.end(7)
         return process

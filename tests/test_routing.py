@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pwd
 import random
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from conftest import eventually, unused_port
 from terminal import run
 
@@ -254,6 +257,28 @@ def test_a_model_that_hangs_is_told(manager: ModelManager, monkeypatch: pytest.M
     said = " ".join(one.message for one in told if isinstance(one, Activity))
     assert "not responding (one: no answer in time): it hangs or is paused. Restart it" in said
     manager.stop().wait(60)
+
+
+def test_other_users_are_kept_from_the_ports_of_its_models(
+    manager: ModelManager, routed: Path, second_user: pwd.struct_passwd
+) -> None:
+    manager.start().wait(60)
+    settings = routed.parent / "logs" / "router.llama-swap.yaml"
+    if not settings.exists():
+        pytest.skip("llama-server's own router chooses a port at each load")
+    first = int(yaml.safe_load(settings.read_text())["startPort"])
+    for port in range(first, first + len(NAMES)):
+        os.seteuid(second_user.pw_uid)
+        try:
+            stranger = socket.socket()  # whose it is decides
+        finally:
+            os.seteuid(0)
+        with stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with pytest.raises(OSError, match="in use"):
+                stranger.bind(("127.0.0.1", port))
+    assert manager.switch_model("two").wait(60).alias == "two"
 
 
 def test_a_load_that_fails_or_is_called_off(manager: ModelManager, routed: Path) -> None:

@@ -128,6 +128,7 @@ _SPECULATION = {
 _DRAFT = "--spec-draft-model"
 _MMPROJ = "--mmproj"
 _TASKS = {Task.EMBED: "--embedding", Task.RANK: "--rerank"}
+REUSE_PORT = "--reuse-port"
 ORIGINS = "--cors-origins"
 _SLEEP = "--sleep-idle-seconds"
 _KEEP = "--slot-save-path"

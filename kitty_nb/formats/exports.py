@@ -14,6 +14,7 @@ import yaml
 from kitty_nb.config import env_settings, goes_without_key, takes_secret
 from kitty_nb.engine import llama_swap
 from kitty_nb.engine.command_line import (
+    REUSE_PORT,
     SERVER_SETTINGS,
     build_command,
     portable_arguments,
@@ -113,7 +114,10 @@ def export_router(
     """
     notes: list[str] = []
     served = [_serve(Format.LLAMA_SWAP, one, engine, notes) for one in configs]
-    named = [replace(one, arguments=one.with_value("--alias", one.name)) for one in served]
+    shares = (REUSE_PORT,) if engine.dialect.option(REUSE_PORT) else ()
+    named = [
+        replace(one, arguments=(*one.with_value("--alias", one.name), *shares)) for one in served
+    ]
     settings = _swap_settings(named, notes) | {
         "logLevel": "warn",
         "logToStdout": "both",

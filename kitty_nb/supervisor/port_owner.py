@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import PurePath
@@ -21,7 +21,7 @@ from kitty_nb.supervisor.process import is_ours
 from kitty_nb.supervisor.registry import record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kitty_nb.config import ServerConfig
 
@@ -177,6 +177,25 @@ def bind_problem(host: str, port: int) -> OSError | None:
             problems.append(error)
     taken = next((one for one in problems if one.errno == errno.EADDRINUSE), None)
     return taken or (problems[0] if len(problems) == len(addresses) else None)
+
+
+@contextmanager
+def keep_ports(ports: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """Keep ports on loopback from other users; yield descriptors for a process to inherit.
+
+    As long as that process lives, only servers of this user can listen there, and only those that
+    share a port: SO_REUSEPORT in socket(7).
+
+    Raises:
+        OSError: Somebody has one of them already.
+    """
+    with ExitStack() as stack:
+        kept = []
+        for port in ports:
+            kept.append(stack.enter_context(socket.socket()))
+            kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            kept[-1].bind(("127.0.0.1", port))
+        yield tuple(one.fileno() for one in kept)
 
 
 def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:

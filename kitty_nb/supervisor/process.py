@@ -18,7 +18,7 @@ import anyio
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 _KILLED_WITHIN = 1.0  # seconds; one that a driver holds may take for ever
@@ -71,13 +71,18 @@ class ServerProcess:
 
     @classmethod
     def spawn(
-        cls, command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str],
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        descriptors: Collection[int] = (),
     ) -> Self:
         """Start a command in a session of its own, its output going to a file.
 
         A file rather than a pipe, because a kernel that is busy or dead must not stall the
         server; a session of its own, because interrupting the kernel must not interrupt it. Not
-        by asyncio, whose subprocesses are killed when their event loop goes.
+        by asyncio, whose subprocesses are killed when their event loop goes. It inherits the
+        descriptors.
 
         Raises:
             OSError: When the command cannot be run or the file not be opened.
@@ -89,6 +94,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=STDOUT,
                 env=environment,
+                pass_fds=descriptors,
                 start_new_session=True,
             )
         return cls(child.pid, child)

@@ -13,7 +13,7 @@ from kitty_nb.catalog.memory import Memory, estimate, plan, read_shape
 from kitty_nb.catalog.resolve import routed_profiles
 from kitty_nb.config import goes_without_key
 from kitty_nb.engine import llama_swap
-from kitty_nb.engine.command_line import build_router_command, has_router
+from kitty_nb.engine.command_line import REUSE_PORT, build_router_command, has_router
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.formats import Format
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
@@ -41,6 +41,7 @@ class RouterPlan:
         text: Its content.
         notes: What is amiss, in sentences.
         by_llama_swap: Whether llama-swap is the router.
+        ports: Those of its servers that other users are to be kept from.
     """
 
     command: tuple[str, ...]
@@ -48,6 +49,7 @@ class RouterPlan:
     text: str
     notes: tuple[str, ...]
     by_llama_swap: bool
+    ports: range
 
 
 def pinned_profiles(config: ServerConfig) -> tuple[str, ...]:
@@ -74,13 +76,16 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     profiles, left_out = await run_sync(routed_profiles, config)
     most, notes = await _most(config, engine, profiles)
     notes += left_out
+    ports = range(0)
     if program:
         path = config.log_dir / f"{config.profile}.llama-swap.yaml"
-        port = await run_sync(_free_ports, len(profiles))
-        exported = await run_sync(exports.export_router, profiles, engine, most, port)
+        first = await run_sync(_free_ports, len(profiles))
+        if engine.dialect.option(REUSE_PORT):
+            ports = range(first, first + len(profiles))
+        exported = await run_sync(exports.export_router, profiles, engine, most, first)
         host = f"[{config.host}]" if ":" in config.host else config.host
         command = [program, "--config", str(path), "--listen", f"{host}:{config.port}"]
-        notes += _swap_notes(config)
+        notes += _swap_notes(config, engine)
     else:
         path = config.log_dir / f"{config.profile}.presets.ini"
         exported = await run_sync(exports.export, Format.ROUTER, profiles)
@@ -88,7 +93,7 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     # The key that clients need comes by the environment, and other notes are about other programs.
     told = ("left out", "names another")
     notes += [note for note in exported.notes if any(part in note for part in told)]
-    return RouterPlan(tuple(command), path, exported.text, tuple(notes), bool(program))
+    return RouterPlan(tuple(command), path, exported.text, tuple(notes), bool(program), ports)
 
 
 async def _find_llama_swap(engine: Engine) -> str:
@@ -104,13 +109,19 @@ async def _find_llama_swap(engine: Engine) -> str:
     return program
 
 
-def _swap_notes(config: ServerConfig) -> list[str]:
+def _swap_notes(config: ServerConfig, engine: Engine) -> list[str]:
     """What of a router's own settings llama-swap does otherwise."""
     notes = []
     if goes_without_key(config):
         notes.append(
             "The router has no API key, and llama-swap lets any web page that you open use the"
             " models. Remove LLAMACPP_API_KEY=none."
+        )
+    if not engine.dialect.option(REUSE_PORT):
+        notes.append(
+            f"Other users of this machine can take the port of a model that is not loaded, and read"
+            f" what clients send, as this build of llama-server ({engine.version}) has no"
+            f" {REUSE_PORT}. Update llama.cpp."
         )
     if config.extra_args:
         key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
@@ -119,7 +130,7 @@ def _swap_notes(config: ServerConfig) -> list[str]:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of some free ports in a row, where no other user expects a server."""
+    """Return the first of some free ports in a row."""
     while True:
         first = random.SystemRandom().randrange(*_SERVER_PORTS)
         if not any(bind_problem("127.0.0.1", first + one) for one in range(count)):

@@ -47,7 +47,7 @@ from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
-from kitty_nb.supervisor.port_owner import PortOwner, owner_of, refuse_busy_port
+from kitty_nb.supervisor.port_owner import PortOwner, keep_ports, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog
@@ -130,6 +130,7 @@ class Server:
         self._record, self._found = found, found is not None
         self._found_ready = found is not None and found.ready is not None
         self._process: ServerProcess | None = None
+        self._kept_ports = range(0)  # of a router's servers
         self._sidecar: Sidecar | None = None
         self._log: LogTail | None = None
         self.lines: deque[str] = deque(maxlen=_LINES_KEPT)
@@ -262,6 +263,7 @@ class Server:
     async def _router_command(self, engine: Engine) -> tuple[str, ...]:
         plan = await router_command(self._config, engine)
         write_atomic(plan.path, plan.text.encode())
+        self._kept_ports = plan.ports
         if plan.by_llama_swap:
             self._notify(
                 f"This build of llama-server ({engine.version}) has no router, so llama-swap serves"
@@ -316,7 +318,10 @@ class Server:
             environment = server_environment(self.api_key) | mark
             if config.models is not None:  # else it serves what llama.cpp has downloaded, too
                 environment["LLAMA_CACHE"] = str(config.log_dir / "no models here")
-            self._process = self._processes.spawn(command, config.log_path, environment)
+            with keep_ports(self._kept_ports) as descriptors:
+                self._process = self._processes.spawn(
+                    command, config.log_path, environment, descriptors
+                )
             if sidecar:
                 sidecar.watch(self._process, record.idle_seconds)
             self._record = record.of(self._process)
