@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 import httpx
 from playwright.sync_api import expect, sync_playwright
 
-from benchmarks.free_port import free_port
 from benchmarks.subject import read_subject
 from kitty_nb import write_demo_model
+from kitty_nb.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from benchmarks.free_port import free_port
 from benchmarks.subject import subject_of, subject_parser
 from kitty_nb import ModelManager, write_demo_model
+from kitty_nb.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

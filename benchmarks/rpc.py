@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 
-from benchmarks.free_port import free_port
 from benchmarks.subject import subject_of, subject_parser
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import KittyError
+from kitty_nb.ports import free_port
 from tests.ssh_machine import ssh_machine
 
 if TYPE_CHECKING:

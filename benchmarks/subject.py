@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import psutil
 
-from benchmarks.free_port import free_port
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.engine.locate import locate_engine
+from kitty_nb.ports import free_port
 
 if TYPE_CHECKING:
     from kitty_nb.engine.locate import Engine

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from kitty_nb.ports import free_port
+
 _STARTS_WITHIN = 20.0
 
 
@@ -37,9 +39,7 @@ class SshMachine:
         self.folder, self.home = folder, folder / "home"
         self.client = folder / "ssh_config"
         self.home.mkdir(parents=True)
-        with socket.socket() as trial:
-            trial.bind(("127.0.0.1", 0))
-            self.port = trial.getsockname()[1]
+        self.port = free_port()
         for name in ("host", "user"):
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True

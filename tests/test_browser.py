@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
-from conftest import LOCAL, eventually
+from conftest import LOCAL, eventually, unused_port
 from model_files import write_header, write_projector
 from test_vision import DEMO_WIDTH, png
 
@@ -74,10 +73,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     write_demo_model(folder / "models" / "small.gguf")
     write_demo_model(folder / "models" / "medium.gguf", size=20_000_000)
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        ports = one.getsockname()[1], two.getsockname()[1]
+    ports = unused_port(), unused_port()
     (folder / ".env").write_text(
         "LLAMACPP_MODELS_DIR=models\n"
         "LLAMACPP_LOG_DIR=logs\n"
@@ -101,9 +97,7 @@ def running_lab(workspace: Path, home: Path, *options: str) -> Iterator[str]:
 
     It is told of a base URL, as JupyterHub does.
     """
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        port = trial.getsockname()[1]
+    port = unused_port()
     settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(
@@ -604,9 +598,7 @@ def test_the_log_filters_pauses_and_survives_a_reload(
 def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
     open_notebook: Callable[..., Notebook], workspace: Path
 ) -> None:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        port = trial.getsockname()[1]
+    port = unused_port()
     (workspace / "fleet.env").write_text(
         f"{(workspace / '.env').read_text()}LLAMACPP_PRIMARY_MODEL=small.gguf\n"
         f"LLAMACPP_CODER_MODEL=medium.gguf\nLLAMACPP_CODER_PORT={port}\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 import anyio
 import psutil
 import pytest
-from conftest import eventually
+from conftest import eventually, unused_port
 from engine_memory import breakdown
 from model_files import write_model
 
@@ -39,7 +38,7 @@ def worker(native_engine: Path, folder: Path, limit: str = "unlimited") -> Itera
     program = native_engine.with_name("ggml-rpc-server")
     if not program.exists():
         pytest.skip("no ggml-rpc-server beside llama-server")
-    port = free_port()
+    port = unused_port()
     limited = ["sh", "-c", f'ulimit -v {limit}; exec "$@"', "sh", program, "--port", str(port)]
     with (folder / f"{port}.log").open("wb") as log:
         process = subprocess.Popen(limited, stdout=log, stderr=log)
@@ -56,12 +55,6 @@ def workers(native_engine: Path, tmp_path: Path) -> Iterator[str]:
     """Two RPC servers; their addresses as `--rpc` takes them."""
     with worker(native_engine, tmp_path) as one, worker(native_engine, tmp_path) as two:
         yield f"{one},{two}"
-
-
-def free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 def listens(port: int) -> bool:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import eventually
+from conftest import eventually, unused_port
 from IPython.core.formatters import DisplayFormatter
 
 from kitty_nb import ControlPanel, ServerConfig, ServerState, ServerStatus
@@ -33,11 +32,7 @@ def write_env(folder: Path, config: ServerConfig, *lines: str) -> Path:
 @pytest.fixture
 def env(tmp_path: Path, config: ServerConfig) -> Path:
     """Two profiles, both the real engine on the demo model."""
-    with socket.socket() as held, socket.socket() as trial:
-        held.bind(("127.0.0.1", config.port))
-        trial.bind(("127.0.0.1", 0))
-        other_port = trial.getsockname()[1]
-    coder = (f"LLAMACPP_CODER_MODEL={config.model}", f"LLAMACPP_CODER_PORT={other_port}")
+    coder = (f"LLAMACPP_CODER_MODEL={config.model}", f"LLAMACPP_CODER_PORT={unused_port()}")
     return write_env(tmp_path, config, *coder)
 
 

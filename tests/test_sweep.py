@@ -105,7 +105,8 @@ def test_two_by_two(sweep: Callable[..., Sweep], base: ServerConfig) -> None:
     operation = one.run()
     results = operation.wait(WAIT)
     assert operation.done
-    assert [row.outcome for row in results.rows] == [Outcome.DONE] * 8, results.rows
+    assert [row.reason for row in results.rows] == [""] * 8
+    assert [row.outcome for row in results.rows] == [Outcome.DONE] * 8
     assert [row.trial for row in results.rows] == list(one.trials)
     assert [row.trial.repeat for row in results.rows] == [1] * 4 + [2] * 4
     for row in results.rows:

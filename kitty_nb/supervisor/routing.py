@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,8 +15,8 @@ from kitty_nb.engine import llama_swap
 from kitty_nb.engine.command_line import REUSE_PORT, build_router_command, has_router
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.formats import Format
+from kitty_nb.ports import LOOPBACK, free_port
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
-from kitty_nb.supervisor.port_owner import bind_problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from kitty_nb.engine.locate import Engine
 
 _GB = 1e9
-# Below those that systems give to connections: ip(7), ip_local_port_range.
-_SERVER_PORTS = (20_000, 32_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     ports = range(0)
     if program:
         path = config.log_dir / f"{config.profile}.llama-swap.yaml"
-        first = await run_sync(_free_ports, len(profiles))
+        first = await run_sync(free_port, LOOPBACK, len(profiles))
         if engine.dialect.option(REUSE_PORT):
             ports = range(first, first + len(profiles))
         exported = await run_sync(exports.export_router, profiles, engine, most, first)
@@ -127,14 +124,6 @@ def _swap_notes(config: ServerConfig, engine: Engine) -> list[str]:
         key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
         notes.append(f"{key} is left out: llama-swap doesn't take flags of llama-server.")
     return notes
-
-
-def _free_ports(count: int) -> int:
-    """Return the first of some free ports in a row."""
-    while True:
-        first = random.SystemRandom().randrange(*_SERVER_PORTS)
-        if not any(bind_problem("127.0.0.1", first + one) for one in range(count)):
-            return first
 
 
 async def _most(
