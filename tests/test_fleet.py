@@ -146,6 +146,7 @@ def test_a_model_that_no_worker_has_is_a_sentence(two: Client, config: ServerCon
             fleet.chat("Hello").wait(WAIT)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_holds_nobody_up(
     two: Client, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

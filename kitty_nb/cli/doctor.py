@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.demo_model import write_demo_model
-from kitty_nb.catalog.resolve import load_profile, routed_profiles
+from kitty_nb.catalog.resolve import load_profile
 from kitty_nb.catalog.stores import model_stores
 from kitty_nb.cli.elsewhere import doctor_command, read_status
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
@@ -81,7 +81,7 @@ _Result = tuple[Verdict, str, str] | tuple[Verdict, str]  # the rest of a findin
 def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
     """Check all that a start needs, and load a demo model beside whatever runs. It blocks.
 
-    Of a server elsewhere, only whether it is in reach is checked.
+    For a server elsewhere, only whether it can be reached is checked.
 
     Args:
         env: The `.env` file with the settings.
@@ -253,14 +253,13 @@ def _model(config: ServerConfig) -> _Result:
 
 
 async def _routed(config: ServerConfig) -> _Result:
-    models = ", ".join(one.profile for one in routed_profiles(config).profiles)
     try:
         plan = await router_command(config, await locate_engine(config.binary))
     except KittyError as error:
-        return _ERROR, f"The models of {models} need a router.", str(error)
+        return _ERROR, "The router can't be started.", str(error)
     router = "llama-swap" if plan.by_llama_swap else "llama-server's router"
     verdict = _WARNING if plan.notes else _OK
-    return verdict, f"The models of {models}, by {router}.", "\n".join(plan.notes)
+    return verdict, f"The models of {', '.join(plan.profiles)}, by {router}.", "\n".join(plan.notes)
 
 
 def _disk(config: ServerConfig) -> _Result:

@@ -174,7 +174,7 @@ def build_command(
 
 
 def has_router(engine: Engine) -> bool:
-    """Whether this build of llama-server can serve many models by itself."""
+    """Return whether this build of llama-server has a router."""
     return engine.dialect.option(_PRESETS) is not None
 
 

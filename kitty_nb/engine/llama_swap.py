@@ -1,4 +1,4 @@
-"""llama-swap: which of its versions does what kitty_nb asks of it."""
+"""llama-swap, and the versions of it that do what kitty_nb asks."""
 
 import re
 
@@ -17,18 +17,17 @@ async def why_unfit(program: str, least: int, lacks: str) -> str | None:
     Args:
         program: Where it is.
         least: The first version that will do.
-        lacks: What older ones do not do.
+        lacks: What older ones can't do.
     """
     told = await output_of((program, "-version"), _ANSWERS_WITHIN)
     if "version: " not in told:
+        said = told.strip().splitlines()[0][:200]
+        return f"{program} -version printed no version of llama-swap: {said} Reinstall it: {HOME}"
+    found = re.search(r"version: (\d+)", told)
+    version = int(found[1]) if found else 0  # built by the user
+    if 0 < version < least:
         return (
-            f"{program} is not a llama-swap that runs here; reinstall it: {HOME}. Its -version"
-            f" printed: {told.strip().splitlines()[0][:200]}"
-        )
-    version = re.search(r"version: (\d+)", told)
-    if version and 0 < int(version[1]) < least:  # 0: built by the user
-        return (
-            f"{program} is version {int(version[1])}, which does not {lacks}. Update it to version"
-            f" {least} or later: {HOME}"
+            f"{program} is version {version}, which can't {lacks}. Update it to version {least} or"
+            f" later: {HOME}"
         )
     return None

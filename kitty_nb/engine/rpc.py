@@ -106,7 +106,8 @@ def by_host(text: str) -> str:
 def main(words: Sequence[str]) -> None:
     """Start the workers, and become the command, with their addresses."""
     workers = [Worker(*fields) for fields in json.loads(words[0])]
-    ports = [free_port() for _ in workers]
+    first = free_port(count=len(workers))
+    ports = range(first, first + len(workers))
     server, (ready, tell) = os.getpid(), os.pipe()
     if os.fork() == 0:
         os.close(ready)

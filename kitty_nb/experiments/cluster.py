@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 from anyio.to_thread import run_sync
 from distributed import CancelledError, Client, get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
@@ -241,24 +242,26 @@ async def ask_each(
 ) -> dict[str, Any]:
     """Run a function on each worker; return its results, or the errors by which it failed.
 
-    It takes as long as it takes, unless a worker hangs: that one's answer is a sentence.
+    The function may take any time, in a coroutine. A worker that hangs has a sentence in place of a
+    result.
     """
     answers: dict[str, Any] = {}
 
     async def ask(worker: str) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(look_after, worker, tasks.cancel_scope)
+            tasks.start_soon(watch, worker, tasks.cancel_scope)
             said = await client.run(function, *arguments, workers=[worker], on_error="return")
             answers.update(said)
             tasks.cancel_scope.cancel()
 
-    async def look_after(worker: str, asking: anyio.CancelScope) -> None:
-        silent = False
-        while not silent:
-            with anyio.move_on_after(_ALIVE_WITHIN) as look:
+    async def watch(worker: str, asking: anyio.CancelScope) -> None:
+        while True:
+            with anyio.move_on_after(_ALIVE_WITHIN) as ping:
                 await client.run(int, workers=[worker], on_error="return")
-            silent = look.cancelled_caught
-            await anyio.sleep(0 if silent else _LOOK_AFTER)
+            if ping.cancelled_caught:
+                break
+            await anyio.sleep(_LOOK_AFTER)
+        await anyio.lowlevel.checkpoint()  # an answer that came meanwhile counts
         answers[worker] = (
             f"It has not answered for {_ALIVE_WITHIN:.0f} s: it hangs or is paused. Restart it."
         )

@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunnerOptions(TypedDict):
-    """What every runner of trials is made with."""
+    """The arguments of every runner of trials."""
 
     config: ServerConfig
     workload: Workload

@@ -82,7 +82,7 @@ class TuneResult:
 
 
 class TuningOptions(RunnerOptions):
-    """What every search is made with."""
+    """The arguments of every search."""
 
     search: Search
     budget: int

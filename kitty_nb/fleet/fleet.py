@@ -325,7 +325,7 @@ class Fleet:
             await front.run()
         except Exception as error:  # noqa: BLE001 (nobody waits for it)
             front.problem = f"{front.program} can't be run: {first_of(error)}"
-            self._tell()
+        self._tell()
 
     def _tell(self) -> None:
         targets = self._targets()

@@ -20,7 +20,7 @@ from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import record_of
 from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.router import RouterModels
-from kitty_nb.supervisor.router_api import LlamaServer, kind_of
+from kitty_nb.supervisor.router_api import LlamaServer, RouterKind, kind_of
 from kitty_nb.supervisor.workload import WorkMeter
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class ExternalServer:
                 if status is ServerStatus.LOADING:
                     self._emit(LoadBegan(self._generation))
                 elif status is ServerStatus.READY:
-                    if self.router is None and await kind_of(self.probe):
+                    if self.router is None and await self._routes():
                         owner = self._owner
                         router = RouterModels(
                             owner.pid, owner.who, self._config, LlamaServer(self.probe), self._emit
@@ -124,6 +124,9 @@ class ExternalServer:
                         self.router = router
                     self._emit(BecameReady(self._generation, time.monotonic() - process.age))
             await anyio.sleep(_LOOK_EVERY)
+
+    async def _routes(self) -> bool:
+        return await kind_of(self.probe) is RouterKind.LLAMA_SERVER
 
     def _note_work(self, pace: float | None) -> None:
         was_busy, now = self.work.busy, time.monotonic()

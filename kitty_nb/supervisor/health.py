@@ -343,26 +343,26 @@ class HealthProbe:
             path, json=request, headers=self._key, timeout=patience, **options
         )
 
-    async def tell(
+    async def request(
         self,
         method: str,
         path: str,
-        request: dict[str, Any] | None = None,
+        body: dict[str, Any] | None = None,
         *,
         within: float | None = _PATIENCE,
     ) -> str:
-        """Have the server do something; return its reason to refuse, or nothing.
+        """Send a request; return why it failed, or an empty string.
 
         Args:
-            method: The method of HTTP.
-            path: What to do.
-            request: More about that.
-            within: The seconds that it has for an answer; None for any number of them.
+            method: The HTTP method.
+            path: The path.
+            body: The body, sent as JSON.
+            within: The seconds to wait for an answer; None for no limit.
         """
         patience = httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=within)
         try:
             response = await self._client.request(
-                method, path, json=request, headers=self._key, timeout=patience
+                method, path, json=body, headers=self._key, timeout=patience
             )
         except httpx.HTTPError as error:
             return f"it does not answer ({type(error).__name__})"

@@ -187,14 +187,20 @@ def keep_ports(ports: Iterable[int]) -> Iterator[tuple[int, ...]]:
     share a port: SO_REUSEPORT in socket(7).
 
     Raises:
-        OSError: Somebody has one of them already.
+        ServerFailedError: Somebody has one of them already.
     """
     with ExitStack() as stack:
         kept = []
         for port in ports:
             kept.append(stack.enter_context(socket.socket()))
             kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            kept[-1].bind(("127.0.0.1", port))
+            try:
+                kept[-1].bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ServerFailedError(
+                    f"Another program took port {port}, which was chosen for a model"
+                    f" ({error.strerror}). Start the router again."
+                ) from error
         yield tuple(one.fileno() for one in kept)
 
 

@@ -149,7 +149,7 @@ class RouterModels:
         child = await self._find_child(name)
         if child and child.process.age < _WHOLE and name not in self._followed:
             self._models[name] = ModelStatus.LOADING
-            await self._follow(name)
+            await self._follow(name, order=False)
 
     async def _touch_pinned(self) -> None:
         """Use the pinned models whenever another was, so that they are not the least recently used.
@@ -257,6 +257,8 @@ class RouterModels:
             before, self._models = self._models, models
             loaded = [name for name, status in models.items() if status == ModelStatus.LOADED]
             for name, status in models.items():
+                if status != ModelStatus.LOADED:
+                    self._children.pop(name, None)
                 if status == ModelStatus.UNLOADED and before.get(name) == ModelStatus.LOADED:
                     self._emit(RouterLoad(name, None))
                     self._notify(f"The router unloaded {name}.")
@@ -273,8 +275,8 @@ class RouterModels:
         while True:
             await self._look()
             for name, status in self._models.items():
-                if status == ModelStatus.LOADING:
-                    tasks.start_soon(self._follow, name)
+                if status == ModelStatus.LOADING and name not in self._followed:
+                    tasks.start_soon(partial(self._follow, name, order=False))
             await anyio.sleep(_ASK_ROUTER_EVERY)
 
     async def _watch_health(self) -> None:
@@ -294,16 +296,16 @@ class RouterModels:
                 if answer is NOT_YET:  # it has ended
                     del self._children[name]
 
-    async def _follow(self, name: str) -> bool:
+    async def _follow(self, name: str, *, order: bool = True) -> bool:
         """Show one load from its beginning to its end; return whether it succeeded.
 
-        It is requested here, unless it is under way: a short one may be over at the next poll.
+        It may be ordered here, unless it is under way: a short one may be over at the next poll.
         """
         if other := self._followed.get(name):
             await other.wait()
             return self._models.get(name) == ModelStatus.LOADED
         over = self._followed[name] = anyio.Event()
-        asked = self._models.get(name) != ModelStatus.LOADING
+        asked = order and self._models.get(name) != ModelStatus.LOADING
         try:
             if asked:
                 await self._order("load", name)

@@ -1,10 +1,12 @@
-"""How a router is asked and told: llama-server's own, or llama-swap."""
+"""Clients of the two routers: llama-server's own, and llama-swap."""
 
 from __future__ import annotations
 
 from enum import Enum, StrEnum, auto
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
+
+import anyio
 
 from kitty_nb.supervisor.health import objects_in
 
@@ -45,7 +47,7 @@ class RouterApi(Protocol):
         """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
 
     async def touch(self, model: str) -> None:
-        """Use a model, as little as that can be, if it is loaded."""
+        """Mark a loaded model as used, by the smallest request."""
 
 
 async def kind_of(probe: HealthProbe) -> RouterKind | None:
@@ -73,12 +75,12 @@ class LlamaServer:
 
     async def order(self, verb: str, model: str) -> str:
         """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
-        return await self._probe.tell("POST", f"/models/{verb}", {"model": model})
+        return await self._probe.request("POST", f"/models/{verb}", {"model": model})
 
     async def touch(self, model: str) -> None:
-        """Use a model, as little as that can be, if it is loaded."""
+        """Mark a loaded model as used, by the smallest request."""
         request = {"model": model, "content": ""}
-        await self._probe.tell("POST", "/tokenize?autoload=false", request)
+        await self._probe.request("POST", "/tokenize?autoload=false", request)
 
 
 class LlamaSwap:
@@ -93,7 +95,8 @@ class LlamaSwap:
 
     def __init__(self, probe: HealthProbe, tasks: TaskGroup) -> None:
         self._probe, self._tasks = probe, tasks
-        self._ordered: set[str] = set()
+        self._names: tuple[str, ...] = ()  # while it runs, always the same
+        self._ordered: dict[str, anyio.CancelScope] = {}
 
     async def models(self) -> dict[str, ModelStatus]:
         """Return the status of each of its models; none if it is too busy to answer."""
@@ -101,9 +104,10 @@ class LlamaSwap:
         if not isinstance(running, dict):
             return {}
         states = {one.get("model"): one.get("state") for one in objects_in(running, "running")}
-        listed = objects_in(await self._probe.get("/v1/models"), "data")
-        names = [str(one.get("id")) for one in listed]
-        return {name: self._status(name, states.get(name)) for name in names}
+        if not self._names:
+            listed = objects_in(await self._probe.get("/v1/models"), "data")
+            self._names = tuple(str(one.get("id")) for one in listed)
+        return {name: self._status(name, states.get(name)) for name in self._names}
 
     def _status(self, name: str, state: object) -> ModelStatus:
         if state == "ready":
@@ -114,18 +118,23 @@ class LlamaSwap:
     async def order(self, verb: str, model: str) -> str:
         """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
         if verb == "load":
-            self._ordered.add(model)
-            self._tasks.start_soon(self._load, quote(model, safe=""), model)
+            waiting = self._ordered[model] = anyio.CancelScope()
+            self._tasks.start_soon(self._load, model, waiting)
             return ""
+        if queued := self._ordered.pop(model, None):
+            queued.cancel()  # it may still queue
         path = f"/api/models/{verb}/{quote(model, safe='')}"
-        return await self._probe.tell("POST", path, within=None)  # it answers when that is done
+        return await self._probe.request("POST", path, within=None)  # it answers when that is done
 
-    async def _load(self, path: str, model: str) -> None:
+    async def _load(self, model: str, waiting: anyio.CancelScope) -> None:
         """Ask the model's server for something: it is started for that. The look tells how."""
         try:
-            await self._probe.tell("GET", f"/upstream/{path}/health", within=None)
+            with waiting:
+                path = f"/upstream/{quote(model, safe='')}/health"
+                await self._probe.request("GET", path, within=None)
         finally:
-            self._ordered.discard(model)
+            if self._ordered.get(model) is waiting:
+                del self._ordered[model]
 
     async def touch(self, model: str) -> None:
         """Do nothing: it keeps the models of its persistent groups by itself."""

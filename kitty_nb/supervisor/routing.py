@@ -1,4 +1,4 @@
-"""What starts a router: its program, its profiles, and how many of them are loaded at once."""
+"""The launch of a router: its program, its file, and how many models are loaded at once."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class RouterPlan:
     """What a router is started with.
 
     Attributes:
+        profiles: The names of the profiles that it serves.
         command: The command line.
         path: The file that it names: presets, or the settings of llama-swap.
         text: Its content.
@@ -41,6 +42,7 @@ class RouterPlan:
         ports: Those of its servers that other users are to be kept from.
     """
 
+    profiles: tuple[str, ...]
     command: tuple[str, ...]
     path: Path
     text: str
@@ -76,7 +78,8 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     ports = range(0)
     if program:
         path = config.log_dir / f"{config.profile}.llama-swap.yaml"
-        first = await run_sync(free_port, LOOPBACK, len(profiles))
+        theirs = {config.port, *(one.port for one in profiles)}
+        first = await run_sync(free_port, LOOPBACK, len(profiles), theirs)
         if engine.dialect.option(REUSE_PORT):
             ports = range(first, first + len(profiles))
         exported = await run_sync(exports.export_router, profiles, engine, most, first)
@@ -90,7 +93,10 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
     # The key that clients need comes by the environment, and other notes are about other programs.
     told = ("left out", "names another")
     notes += [note for note in exported.notes if any(part in note for part in told)]
-    return RouterPlan(tuple(command), path, exported.text, tuple(notes), bool(program), ports)
+    names = tuple(one.profile for one in profiles)
+    return RouterPlan(
+        names, tuple(command), path, exported.text, tuple(notes), bool(program), ports
+    )
 
 
 async def _find_llama_swap(engine: Engine) -> str:
@@ -107,7 +113,7 @@ async def _find_llama_swap(engine: Engine) -> str:
 
 
 def _swap_notes(config: ServerConfig, engine: Engine) -> list[str]:
-    """What of a router's own settings llama-swap does otherwise."""
+    """Return notes on what llama-swap does otherwise."""
     notes = []
     if goes_without_key(config):
         notes.append(

@@ -155,6 +155,7 @@ class Server:
         self.work = WorkMeter(log, config.batch_size, routes=routes)
         self._worked = anyio.Event()
         self.router: RouterModels | None = None  # once it is ready
+        self._router_kind: RouterKind | None = None
         self.prompts: PromptKeeper | None = None  # where they are kept, and once that is known
 
     @property
@@ -518,8 +519,10 @@ class Server:
         if identity is Identity.KEY_REFUSED:
             self._give_up(_KEY_REFUSED)
             return "it rejects our API key"
-        routes = self._config.models is not None and await kind_of(self.probe)
-        if identity is Identity.OTHER_MODEL and not routes:
+        if self._config.models is not None:
+            self._router_kind = await kind_of(self.probe)
+            return None if self._router_kind else "it does not answer as a router does"
+        if identity is Identity.OTHER_MODEL:
             name = self._config.served_alias
             return f"it answers, but not as {name}: something overrides --alias"
         return None
@@ -548,7 +551,7 @@ class Server:
         who = f"(PID {self._process.pid})"
         api: RouterApi = LlamaServer(self.probe)
         pinned = await run_sync(pinned_profiles, self._config)
-        if await kind_of(self.probe) is RouterKind.LLAMA_SWAP:  # it keeps them by itself
+        if self._router_kind is RouterKind.LLAMA_SWAP:  # it keeps them by itself
             api, pinned = LlamaSwap(self.probe, self._asking), ()
         self.router = RouterModels(
             self._process.pid, who, self._config, api, self._emit, pinned, self._read_log
