@@ -341,7 +341,7 @@ def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: Con
     eventually(lambda: "will not fit" in panel.memory.value)
     panel.buttons.start.click()
     eventually(lambda: "Start anyway" in offered(panel))
-    assert "Not enough memory" in panel.notice.value
+    eventually(lambda: "Not enough memory" in panel.notice.value)
     assert panel.manager.state.status is ServerStatus.STOPPED
     panel.buttons.anyway.click()
     eventually(lambda: panel.manager.state.status is not ServerStatus.STOPPED)
