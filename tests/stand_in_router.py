@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import queue
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from kitty_nb.ports import free_port
 
 STAND_IN = Path(__file__).with_name("stand_in_server.py")
 TOLD = {"stages": ["text_model"], "current": "text_model"}
@@ -39,9 +40,7 @@ class Router:
             listener.put(f"data: {json.dumps(data)}\n\n".encode())
 
     def load(self, name: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-P", str(STAND_IN), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--alias", name, "--model", str(self.models[name]), *self.flags]
         self.children[name] = child = subprocess.Popen(command)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from other_kernel import Kernel, runs
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
+from kitty_nb.ports import free_port
 from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
@@ -108,9 +108,6 @@ def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
 ) -> None:
     monkeypatch.setattr(LOOK_EVERY, 60)  # the second is not to find the server before it starts
     stubborn = misbehaving("--ignore-sigterm", stop_grace_seconds=4)
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = other.getsockname()[1]
     with ModelManager(config=stubborn) as first, ModelManager(config=config) as second:
         old = first.start().wait(30).pid
         assert old
@@ -118,7 +115,7 @@ def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
         eventually(lambda: not record_path(config).exists())
         said: list[object] = []
         second.subscribe(said.append)
-        start = second.start(config.replace(port=port))
+        start = second.start(config.replace(port=free_port()))
         eventually(lambda: second.state.pid not in {None, old}, within=30)
         assert not runs(old)
         assert start.wait(30).status is ServerStatus.READY
