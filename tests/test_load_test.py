@@ -171,6 +171,10 @@ def test_a_server_that_runs_already_is_asked_and_left_running(
             assert await to_thread.run_sync(pid_at, access) == state.pid
             test = await load_test(access=access, concurrency=2, requests=2, max_tokens=2)
             assert len(test.requests) == 2
+            named = await load_test(state.alias, access=access, requests=2, max_tokens=2)
+            assert {one.tokens for one in named.loads[0].requests} <= {1, 2}
+            with pytest.raises(ExperimentError, match=f"no model 'other': {state.alias}"):
+                await load_test("other", access=access)
             assert (await supervisor.check_health()).status is ServerStatus.READY
 
     anyio.run(main)

@@ -27,7 +27,8 @@ from kitty_nb.cli.doctor import examine
 from kitty_nb.config import configured_profiles
 from kitty_nb.engine.embedded import help_text
 from kitty_nb.engine.locate import Engine, EngineKind, parse_help
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import ExperimentError, ServerFailedError
+from kitty_nb.experiments import load_test
 from kitty_nb.formats.exports import export_router
 from kitty_nb.supervisor.events import (
     Activity,
@@ -207,6 +208,15 @@ def test_of_all_profiles_it_leaves_out_those_that_cannot_be_served(
         (models / f"{name}.gguf").unlink()
     with pytest.raises(ServerFailedError, match=r"(?s)4 settings are wrong.*one.*four"):
         manager.start().wait(60)
+
+
+def test_a_load_test_measures_the_model_that_it_names(manager: ModelManager) -> None:
+    manager.start().wait(60)
+    with pytest.raises(ExperimentError, match=r"has several models: .*two.*\. Name one"):
+        load_test(access=manager.access).wait(60)
+    test = load_test("two", access=manager.access, concurrency=2, requests=4, max_tokens=3)
+    assert len(test.wait(60).requests) == 4
+    assert "two" in loaded(manager)
 
 
 def test_one_address_serves_all_within_the_limit(manager: ModelManager, routed: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import httpx
 from anyio.to_thread import run_sync
 
+from kitty_nb.catalog.model import name_some
 from kitty_nb.catalog.resolve import resolve_model, routed_profiles
 from kitty_nb.client import Access
 from kitty_nb.client.protocol import broken_off
@@ -223,6 +224,7 @@ def load_test(
 
     Args:
         model: The model file, absolute or in the models folder; by default the one in `config`.
+            With `access`, one of the models that the running server lists, such as a router's.
         concurrency: Numbers of concurrent requests (closed loop). By default 1 and 4, unless you
             give a rate or a limit.
         rate: Requests per second, sent regardless of answers (open loop).
@@ -366,6 +368,7 @@ async def _server(
         access = await access_at_url(config)
     if access:
         try:
+            access = await _at_model(access, model)
             yield access, await run_sync(pid_at, access)
         except httpx.HTTPError as error:
             raise ExperimentError(broken_off(error)) from error
@@ -375,6 +378,25 @@ async def _server(
     resolved = await run_sync(resolve_model, config)
     async with isolated_server(resolved, on_progress=on_progress) as server:
         yield server.access, server.state.pid
+
+
+async def _at_model(access: Access, model: object) -> Access:
+    """Return access to one of the models that a running server lists."""
+    if model is None and access.model:
+        return access
+    async with access.async_http() as http:
+        said = await http.get("/v1/models")
+    try:
+        names = [one["id"] for one in said.json()["data"]]
+    except (ValueError, LookupError, TypeError):  # not a list of models
+        names = []
+    if model is None and len(names) <= 1:
+        return access
+    if model not in names:
+        has = name_some(names) or "none"
+        lacks = "several models" if model is None else f"no model {str(model)!r}"
+        raise ExperimentError(f"{access.endpoint} has {lacks}: {has}. Name one of these.")
+    return replace(access, model=str(model))
 
 
 def _read_limit(limit: str, workload: Workload) -> Constraint:
