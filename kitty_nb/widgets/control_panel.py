@@ -24,10 +24,9 @@ from kitty_nb.supervisor.events import (
 )
 from kitty_nb.widgets import display, server_view, session
 from kitty_nb.widgets.address import Address, cells_for_programs, name_of, snippet
-from kitty_nb.widgets.ask import Ask
+from kitty_nb.widgets.ask import Ask, EmbedBox
 from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
-from kitty_nb.widgets.embed_box import EmbedBox
 from kitty_nb.widgets.live_line import LiveLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
