@@ -37,8 +37,8 @@ from kitty_nb.supervisor.events import HealthCheckResult, LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
 from kitty_nb.widgets.address import name_of, snippet
 from kitty_nb.widgets.display import duration, receive_while_busy
-from kitty_nb.widgets.server_log import LINES_KEPT
 from kitty_nb.widgets.server_view import Choices, choices, describe_load, vitals
+from kitty_nb.widgets.server_work import LINES_KEPT
 
 
 @pytest.fixture

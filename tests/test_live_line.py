@@ -8,8 +8,7 @@ import pytest
 
 from kitty_nb.supervisor.events import PromptProgress, Work
 from kitty_nb.supervisor.requests import Ending, Request
-from kitty_nb.widgets.live_line import SHOWN, LiveLine, describe_work
-from kitty_nb.widgets.requests_table import RequestsTable, request_row
+from kitty_nb.widgets.server_work import SHOWN, LiveLine, RequestsTable, describe_work, request_row
 
 READING = Work(2, 4, PromptProgress(1000, 0, 624, 5.0), 0.0)
 ANSWERING = Work(1, 4, None, 42.04, 0.81, 0.64)

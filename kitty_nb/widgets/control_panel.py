@@ -27,11 +27,9 @@ from kitty_nb.widgets.address import Address, cells_for_programs, name_of, snipp
 from kitty_nb.widgets.ask import Ask, EmbedBox
 from kitty_nb.widgets.details import Details
 from kitty_nb.widgets.download_form import DownloadForm
-from kitty_nb.widgets.live_line import LiveLine
 from kitty_nb.widgets.model_browser import ModelBrowser
 from kitty_nb.widgets.model_picker import ModelPicker
-from kitty_nb.widgets.requests_table import RequestsTable
-from kitty_nb.widgets.server_log import ActivityLog, ServerLog
+from kitty_nb.widgets.server_work import ActivityLog, LiveLine, RequestsTable, ServerLog
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
 if TYPE_CHECKING:
