@@ -17,7 +17,7 @@ from test_vision import DEMO_WIDTH, png
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.widgets.ask import Picture, Turn
-from kitty_nb.widgets.details import model_facts
+from kitty_nb.widgets.server_view import model_facts
 
 Sent = list[tuple[str, dict[str, object]]]
 Make = Callable[[ServerConfig], ControlPanel]
