@@ -20,7 +20,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import model_picker
-from kitty_nb.widgets.model_browser import table_rows
+from kitty_nb.widgets.models import table_rows
 from kitty_nb.widgets.server_view import model_facts
 
 

@@ -15,7 +15,7 @@ from model_files import write_header, write_model
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig
 from kitty_nb.catalog.model import Kind, Model
 from kitty_nb.errors import ServerCrashedError
-from kitty_nb.widgets.model_browser import table_rows
+from kitty_nb.widgets.models import table_rows
 from kitty_nb.widgets.server_view import model_facts
 
 LORA = {f"blk.0.attn_q.weight.lora_{side}": ([8, 64], Type.F16) for side in "ab"}
