@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.catalog import ModelCatalog
     from kitty_nb.client import Answer, Piece, PromptProgress
-    from kitty_nb.client.conversation import Messages
+    from kitty_nb.client.conversation import Image, Messages
     from kitty_nb.client.embeddings import Ranked, Vectors
-    from kitty_nb.client.images import Image
     from kitty_nb.remote.models import RemoteCatalog
     from kitty_nb.supervisor.events import Work
     from kitty_nb.supervisor.requests import Request

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from kitty_nb.client import Piece, PromptProgress
-    from kitty_nb.client.conversation import Messages
-    from kitty_nb.client.images import Image
+    from kitty_nb.client.conversation import Image, Messages
     from kitty_nb.fleet.placement import Replica
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ipywidgets import HTML, HBox, Text
 
-from kitty_nb.client.images import with_images
+from kitty_nb.client.conversation import with_images
 from kitty_nb.config import Task
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ServerStatus

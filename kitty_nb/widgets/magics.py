@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from kitty_nb.client.images import with_images
+from kitty_nb.client.conversation import with_images
 from kitty_nb.config import env_warnings
 from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError, printable
 from kitty_nb.widgets import session
