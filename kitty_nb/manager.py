@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, overload
 from anyio.from_thread import start_blocking_portal
 
 from kitty_nb.client import embeddings
-from kitty_nb.client.access import Access, Connections
 from kitty_nb.client.conversation import Form, as_messages, chat_request, converse
+from kitty_nb.client.protocol import Access, Connections
 from kitty_nb.config import OnKernelExit, ServerConfig, Task
 from kitty_nb.errors import KittyError, OutOfReachError
 from kitty_nb.operation import Chat, Operation, Pieces, Pinned

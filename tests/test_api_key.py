@@ -53,7 +53,7 @@ def squatter(port: int) -> Iterator[list[tuple[str, str | None]]]:
 def test_only_who_has_the_key_is_answered(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitty_nb.client.access.find_spec", lambda _name: None)  # no openai
+    monkeypatch.setattr("kitty_nb.client.protocol.find_spec", lambda _name: None)  # no openai
     with ModelManager(config=config) as manager:
         with pytest.raises(KittyError, match="The server is STOPPED"):
             _ = manager.client
