@@ -1,4 +1,4 @@
-"""A question until it is answered: its pictures, the tools that the model calls, the answer's form."""
+"""A question until it is answered: its pictures, the tools that the model calls, its form."""
 
 from __future__ import annotations
 

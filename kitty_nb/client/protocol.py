@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import httpx
-from httpx import HTTPError
 from httpx_sse import EventSource, SSEError
 
 from kitty_nb.errors import RefusedError, ServerError, first_of, not_encodable
@@ -23,9 +22,7 @@ from kitty_nb.tls import tls_context
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable
 
-    import httpx
     from pydantic import SecretStr
-
 
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # a long answer on a slow machine takes minutes
 
@@ -191,7 +188,7 @@ async def props(http: httpx.AsyncClient) -> dict[str, Any]:
     """Return what the server says of itself; nothing where it does not."""
     try:
         said = (await http.get("/props")).json()
-    except (HTTPError, ValueError):
+    except (httpx.HTTPError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
 
