@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kitty_nb.client import Answer, Piece, PromptProgress
     from kitty_nb.client.conversation import Image, Messages
     from kitty_nb.client.embeddings import Ranked, Vectors
-    from kitty_nb.remote.models import RemoteCatalog
+    from kitty_nb.remote.supervisor import RemoteCatalog
     from kitty_nb.supervisor.events import Work
     from kitty_nb.supervisor.requests import Request
 

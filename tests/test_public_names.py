@@ -79,7 +79,7 @@ ROOMS = {
         "catalog",
         "supervisor.events",
         "supervisor.requests",
-        "remote.models",
+        "remote.supervisor",
         "client",
         "operation",
         "manager",

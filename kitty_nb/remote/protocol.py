@@ -55,14 +55,15 @@ WINDOW = 4  # batches; on a slow line the newest facts wait, not all of them
 TELL_EVERY, SILENT_FOR, LONELY_FOR = 2.0, 8.0, 30.0
 LONGEST = 1 << 28  # bytes of a line; a scan of many models
 
-_HERE = {"ssh", "ssh_bin", "ssh_config", "on_kernel_exit"}  # no business of the other machine
+# Settings that are no business of the other machine.
+OF_THIS_MACHINE = {"ssh", "ssh_bin", "ssh_config", "on_kernel_exit"}
 
 
 def _settings(config: ServerConfig | None) -> dict[str, Any] | None:
     """What differs from the defaults, and all folders: the other machine has other defaults."""
     if config is None:
         return None
-    everything = config.model_dump(mode="json", context=SHOW_SECRETS, exclude=_HERE)
+    everything = config.model_dump(mode="json", context=SHOW_SECRETS, exclude=OF_THIS_MACHINE)
     fields = ServerConfig.model_fields
     places = Places.model_fields.keys()
     return {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,8 +16,10 @@ from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
+from anyio.to_thread import run_sync
 from pydantic import SecretStr
 
+from kitty_nb.catalog.catalog import ScanStep
 from kitty_nb.catalog.memory import MemoryPreview
 from kitty_nb.errors import (
     ConfigError,
@@ -28,10 +31,10 @@ from kitty_nb.errors import (
 )
 from kitty_nb.ports import LOOPBACK
 from kitty_nb.remote.connection import FORWARDING_REFUSED, Connection, connect
-from kitty_nb.remote.models import RemoteCatalog, RemoteStats
 from kitty_nb.remote.protocol import (
     ANSWERS,
     EVENTS,
+    OF_THIS_MACHINE,
     Command,
     Failure,
     Snapshot,
@@ -60,16 +63,19 @@ from kitty_nb.supervisor.registry import this_boot
 from kitty_nb.supervisor.requests import KEPT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 
     from anyio.abc import TaskGroup
 
+    from kitty_nb.catalog.memory import Verdict
+    from kitty_nb.catalog.model import Model, ModelNote
     from kitty_nb.catalog.stores import Store
     from kitty_nb.config import Places, ServerConfig
     from kitty_nb.supervisor.events import MemoryUse
     from kitty_nb.supervisor.prompt_keeper import Pin
     from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.supervisor import OnPreview, OnProgress
+
 
 _log = logging.getLogger(__name__)
 _LINES_KEPT = 2_000
@@ -204,9 +210,7 @@ class RemoteSupervisor:
 
     async def memory_use(self) -> MemoryUse | None:
         """Measure what the server holds; None without one, or while it is out of reach."""
-        if self._connection is None:
-            return None
-        found: MemoryUse | None = await self.call(Verb.MEMORY)
+        found: MemoryUse | None = await self.look_up(Verb.MEMORY)
         return found
 
     async def preview_memory(
@@ -277,6 +281,17 @@ class RemoteSupervisor:
         if call.error:
             raise call.error
         return call.answer
+
+    async def look_up(self, verb: Verb, **takes: Any) -> Any:
+        """Ask, but not by a new attempt to connect: it is for drawing, and will be asked again.
+
+        Returns:
+            The answer; None while the machine is out of reach.
+        """
+        try:
+            return await self.call(verb, **takes) if self.reached else None
+        except OutOfReachError:
+            return None
 
     async def _begin(
         self,
@@ -480,13 +495,7 @@ class RemoteSupervisor:
 
     def _near(self, state: ServerState) -> ServerState:
         own = self._config
-        mine = {
-            "ssh": own.ssh,
-            "ssh_bin": own.ssh_bin,
-            "ssh_config": own.ssh_config,
-            "on_kernel_exit": own.on_kernel_exit,
-            "api_key": own.api_key,
-        }
+        mine = {name: getattr(own, name) for name in (*OF_THIS_MACHINE, "api_key")}
         there = urlsplit(state.config.endpoint)
         port = self._ports.get((there.hostname or LOOPBACK, state.config.port))
         return replace(
@@ -507,3 +516,103 @@ class RemoteSupervisor:
 
     def _notify(self, message: str, level: Level) -> None:
         self._broadcast.publish(Activity.now(message, level))
+
+
+class RemoteCatalog:
+    """The list of another machine's models, with what a `ModelPicker` takes of a `ModelCatalog`.
+
+    Args:
+        supervisor: The connection to that machine.
+        config: The settings that say where models are.
+    """
+
+    def __init__(self, supervisor: RemoteSupervisor, config: ServerConfig) -> None:
+        self._supervisor, self._config = supervisor, config
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The folders there."""
+        return self._supervisor.stores
+
+    def describe(self, _path: Path) -> Model | None:
+        """Return None: a model that comes there is listed soon, by its own machine."""
+        return None
+
+    async def watch(self, *, on_step: Callable[[ScanStep], object]) -> AsyncGenerator[list[Model]]:
+        """Yield the list, and again whenever it has changed or the machine is reached again.
+
+        Args:
+            on_step: Called, in a worker thread, with each step of each scan.
+        """
+        send, receive = anyio.create_memory_object_stream[ScanStep](math.inf)
+        refusal: KittyError | None = None
+
+        async def ask() -> None:
+            nonlocal refusal
+            while refusal is None:
+                await self._supervisor.connected()
+                try:
+                    await self._supervisor.call(
+                        Verb.SCAN, send.send_nowait, within=None, config=self._config
+                    )
+                except OutOfReachError:
+                    continue
+                except KittyError as error:
+                    refusal = error
+            send.close()
+
+        scope = self._supervisor.host(ask)
+        try:
+            with send, receive:
+                async for step in receive:
+                    await run_sync(on_step, step)
+                    if step.done == step.total:
+                        yield list(step.models)
+            if refusal:
+                raise refusal
+        finally:
+            scope.cancel()
+
+
+class RemoteStats:
+    """Usage and memory of another machine's models; nothing is known while it is out of reach.
+
+    Args:
+        supervisor: The connection to that machine.
+    """
+
+    def __init__(self, supervisor: RemoteSupervisor) -> None:
+        self._supervisor = supervisor
+
+    def history(self, config: ServerConfig, _warn: object) -> RemoteHistory:
+        """Return the history of loads and favourites there."""
+        return RemoteHistory(self._supervisor, config)
+
+    async def memory_use(self) -> MemoryUse | None:
+        """Measure what the server holds now; None without one."""
+        return await self._supervisor.memory_use()
+
+    async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
+        """Judge which models would fit into the memory that is free there now."""
+        found = await self._supervisor.look_up(Verb.FITS, models=(*models,), config=config)
+        return found or {}
+
+
+class RemoteHistory:
+    """See `LoadHistory`.
+
+    Args:
+        supervisor: The connection to that machine.
+        config: The settings that name the history.
+    """
+
+    def __init__(self, supervisor: RemoteSupervisor, config: ServerConfig) -> None:
+        self._ask = partial(supervisor.look_up, config=config)
+
+    async def notes(self, models: Iterable[Path]) -> dict[Path, ModelNote]:
+        """Return the usage of those models that were loaded there or are favourites."""
+        return await self._ask(Verb.NOTES, models=(*models,)) or {}
+
+    async def set_favorite(self, model: Path, favorite: bool) -> None:
+        """Remember there whether a model is a favourite."""
+        await self._ask(Verb.FAVORITE, models=(model,), favorite=favorite)

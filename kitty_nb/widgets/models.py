@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
     from kitty_nb.operation import Operation
-    from kitty_nb.remote.models import RemoteCatalog
+    from kitty_nb.remote.supervisor import RemoteCatalog
     from kitty_nb.widgets.settings_form import SettingsForm
 
     Catalog: TypeAlias = ModelCatalog | RemoteCatalog
