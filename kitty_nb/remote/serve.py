@@ -12,6 +12,7 @@ import time
 from collections import deque
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ from kitty_nb.supervisor.events import (
     Event,
     HealthChecked,
     Level,
+    LoadProgress,
     LogLines,
     ProgressMade,
     RouterLoad,
@@ -66,7 +68,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.model import Model
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import LoadProgress
 
 _log = logging.getLogger(__name__)
 _SOON = 0.04  # seconds that facts about progress wait for others
@@ -180,8 +181,9 @@ class Outbox:
         self._waiting.pop(key, None)
         self._waiting[key] = event
         self._wake.set()
-        if isinstance(event, StateChanged | Activity) or is_last(event):
-            self._hurry.set()
+        match event:
+            case StateChanged() | Activity() | ProgressMade(LoadProgress(fraction=1.0)):
+                self._hurry.set()
 
     def heard(self, batch: int) -> None:
         """Note that the other end has read a batch."""
@@ -215,11 +217,6 @@ class Outbox:
                 left = left[os.write(self._descriptor, left[:_CHUNK]) :]
             except BlockingIOError:
                 await anyio.wait_writable(self._descriptor)
-
-
-def is_last(event: Event) -> bool:
-    """Tell whether an event says that a load is done."""
-    return isinstance(event, ProgressMade) and event.progress.fraction == 1.0
 
 
 def _encoded(one: Event | bytes | Callable[[], bytes]) -> bytes:
@@ -348,38 +345,24 @@ class _Session:
         self._outbox.put(line(kind, number, dump(said, ANSWERS[verb])))
 
     async def _carry_out(self, command: Command, number: int) -> object:
-        supervisor, config, anyway = self._supervisor, command.config, command.anyway
+        supervisor, anyway, models = self._supervisor, command.anyway, command.models
+        config = command.config or supervisor.state.config
         match command.verb:
             case Verb.START | Verb.RESTART as verb:
-                begin = supervisor.start if verb is Verb.START else supervisor.restart
-                return await begin(config, command.wait, anyway=anyway)
+                begin = getattr(supervisor, verb)
+                return await begin(command.config, command.wait, anyway=anyway)
             case Verb.SWITCH:
-                model = command.model or ""
-                return await supervisor.switch_model(
-                    model, command.name, command.wait, anyway=anyway
-                )
+                model, begin = command.model or "", supervisor.switch_model
+                return await begin(model, command.name, command.wait, anyway=anyway)
             case Verb.STOP:
                 return await supervisor.stop(command.force)
-            case Verb.ATTACH:
-                return await supervisor.attach()
-            case Verb.CHECK:
-                return await supervisor.check_health()
-            case Verb.MEMORY:
-                return await supervisor.memory_use()
+            case Verb.ATTACH | Verb.CHECK | Verb.MEMORY as verb:
+                return await getattr(supervisor, verb)()
             case Verb.PREVIEW:
-
-                def step(preview: object) -> None:
-                    self._answer("step", number, Verb.PREVIEW, preview)
-
-                return await supervisor.preview_memory(config, step)
+                step = partial(self._answer, "step", number, Verb.PREVIEW)
+                return await supervisor.preview_memory(command.config, step)
             case Verb.PIN:
                 return await supervisor.pin(command.name or "", command.text)
-        return await self._look_up(command, number)
-
-    async def _look_up(self, command: Command, number: int) -> object:
-        """Answer what is asked about models."""
-        config, models = command.config or self._supervisor.state.config, command.models
-        match command.verb:
             case Verb.LOG if command.follow:
                 await self._follow(config.log_path, number, command.last)
                 return ()
@@ -394,14 +377,12 @@ class _Session:
                 await self._history(config).set_favorite(models[0], command.favorite)
                 return None
             case Verb.FITS:
-                return await self._supervisor.stats.fits(models, config)
+                return await supervisor.stats.fits(models, config)
         raise KittyError(f"There is no verb {command.verb}.")
 
     def _history(self, config: ServerConfig) -> LoadHistory:
-        def warn(message: str) -> None:
-            self._outbox.put_event(Activity.now(message, Level.WARNING))
-
-        return LoadHistory(config.history, warn)
+        put = self._outbox.put_event
+        return LoadHistory(config.history, lambda it: put(Activity.now(it, Level.WARNING)))
 
     async def _follow(self, path: Path, number: int, last: int | None) -> None:
         """Send what is written to a log, until cancelled."""
