@@ -55,7 +55,7 @@ def _show_sweep(sweep: object) -> Any:
 
 
 def _show_fleet(fleet: Any) -> Any:
-    return import_module(f"{__name__}.widgets.replica_panel").bundle(fleet)
+    return import_module(f"{__name__}.widgets.fleet_panel").bundle(fleet)
 
 
 def show_sweeps(formatter: Any) -> None:

@@ -218,7 +218,7 @@ def test_a_server_says_which_devices_it_uses(
         eventually(lambda: manager.state.devices == names)
         assert " on " + ", ".join(names) in manager.state.sentence
         (row,) = fleet_rows([Profile(config, manager.state, memory=manager.memory_use().wait(5))])
-        assert row["memory"].endswith(" + RPC0, RPC1")
+        assert row.memory.endswith(" + RPC0, RPC1")
         # Another program has it from the record.
         eventually(lambda: read_status(manager.state.config)[0].devices == names)
         with ModelManager(env) as other:

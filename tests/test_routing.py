@@ -381,10 +381,10 @@ def test_the_fleet_has_a_row_for_each_model(config: ServerConfig) -> None:
     models = {"one": RoutedModel("loaded"), "two": RoutedModel("unloaded")}
     state = ServerState(ServerStatus.READY, routed, 1, router=RouterState(models, "one", None))
     rows = fleet_rows([Profile(routed, state)])
-    assert [(row["profile"], row["status"], row["model"]) for row in rows] == [
+    assert [(row.profile, row.status, row.model) for row in rows] == [
         ("router", "Ready", "one, two"),
         ("router: one", "Loaded", "one"),
         ("router: two", "Unloaded", "two"),
     ]
-    assert [row["start"] or row["stop"] for row in rows] == [True, False, False]
-    assert [row["routed"] for row in rows] == [False, True, True]
+    assert [row.start or row.stop for row in rows] == [True, False, False]
+    assert [row.routed for row in rows] == [False, True, True]

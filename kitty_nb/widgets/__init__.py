@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kitty_nb.widgets.control_panel import ControlPanel
-    from kitty_nb.widgets.fleet_panel import FleetPanel
-    from kitty_nb.widgets.replica_panel import ReplicaPanel
+    from kitty_nb.widgets.fleet_panel import FleetPanel, ReplicaPanel
     from kitty_nb.widgets.sweep_panel import SweepPanel
 
 _HOMES = {
     "ControlPanel": "control_panel",
     "FleetPanel": "fleet_panel",
-    "ReplicaPanel": "replica_panel",
+    "ReplicaPanel": "fleet_panel",
     "SweepPanel": "sweep_panel",
 }
 

@@ -1,12 +1,14 @@
-"""FleetPanel: all profiles in one table."""
+"""The panels that show servers in a table: all profiles of a file, or the replicas of a `Fleet`."""
 
 from __future__ import annotations
 
 import atexit
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 import anyio
 import traitlets
@@ -19,12 +21,24 @@ from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets import session
 from kitty_nb.widgets.display import LiveView, Page, asset, receive_while_busy, still, table
-from kitty_nb.widgets.server_view import TONES, choices, describe_load, unanswered, vitals, word
+from kitty_nb.widgets.server_view import (
+    TONES,
+    choices,
+    describe_load,
+    describe_uptime,
+    unanswered,
+    vitals,
+    word,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from anyio.from_thread import BlockingPortal
 
     from kitty_nb.config import ServerConfig
+    from kitty_nb.fleet.fleet import Fleet
+    from kitty_nb.fleet.placement import Replica
     from kitty_nb.manager import ModelManager
     from kitty_nb.supervisor.events import LoadProgress, MemoryUse, ServerState
 
@@ -32,27 +46,20 @@ if TYPE_CHECKING:
 UNKNOWN = "\N{EN DASH}"
 # The state of a server that is coloured like one of a router's models.
 _AS_SERVER = {"loading": ServerStatus.LOADING, "loaded": ServerStatus.READY}
+_MEASURE_EVERY = 2.0  # seconds
+_CLOCK = 1.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The facts about a profile.
+    """The facts about a profile."""
 
-    Attributes:
-        config: What it would be started with: the file's settings, or those of the last start.
-        state: Its server.
-        progress: How far its load is.
-        memory: What its server holds, where that is known.
-        problem: What is wrong with its settings, or went wrong with a click.
-        startable: Whether its settings are right.
-    """
-
-    config: ServerConfig
-    state: ServerState
-    progress: LoadProgress | None = None
-    memory: MemoryUse | None = None
-    problem: str | None = None
-    startable: bool = True
+    config: ServerConfig  # what it would be started with: the file's settings, or the last start's
+    state: ServerState  # its server
+    progress: LoadProgress | None = None  # how far its load is
+    memory: MemoryUse | None = None  # what its server holds, where that is known
+    problem: str | None = None  # what is wrong with its settings, or went wrong with a click
+    startable: bool = True  # whether its settings are right
 
     @property
     def served(self) -> ServerConfig:
@@ -60,109 +67,83 @@ class Profile:
         return self.config if self.state.status.idle else self.state.config
 
 
-class FleetRow(TypedDict):
-    """One row, in words.
+@dataclass(frozen=True, slots=True)
+class FleetRow:
+    """One row, in words."""
 
-    Attributes:
-        profile: Its name.
-        status: Its state.
-        tone: How the state is coloured.
-        detail: How far its load is, or since when it is ready.
-        fraction: The share of its load that is done, while it loads.
-        model: The model's name.
-        port: Where it listens, or would; None for one at a URL.
-        memory: What it holds.
-        pace: How fast it answers.
-        problem: What is wrong, and what to do.
-        start: Whether it can be started.
-        stop: Whether it can be stopped.
-        routed: Whether it is a router's model, which has no buttons.
-    """
-
-    profile: str
-    status: str
-    tone: str
-    detail: str
-    fraction: float | None
-    model: str
-    port: int | None
-    memory: str
-    pace: str
-    problem: str
-    start: bool
-    stop: bool
-    routed: bool
+    profile: str  # its name
+    status: str  # its state
+    tone: str  # how the state is coloured
+    model: str  # the model's name
+    port: int | None  # where it listens, or would; None for one at a URL
+    detail: str = ""  # how far its load is, or since when it is ready
+    fraction: float | None = None  # the share of its load that is done, while it loads
+    memory: str = UNKNOWN  # what it holds
+    pace: str = UNKNOWN  # how fast it answers
+    problem: str = ""  # what is wrong, and what to do
+    start: bool = False  # whether it can be started
+    stop: bool = False  # whether it can be stopped
+    routed: bool = False  # whether it is a router's model, which has no buttons
 
 
 def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
     """Describe all profiles, each router's models below it, and which of them want one port."""
-    return [
-        row
-        for profile in profiles
-        for row in (_row(profile, *_clash(profile, profiles)), *_routed(profile))
-    ]
+    return [row for one in profiles for row in (_row(one, profiles), *_routed(one))]
 
 
 def startable(profiles: list[Profile]) -> list[str]:
     """Return the profiles that can be started together: of those with one port, the first."""
     first: dict[tuple[str | None, int], str] = {}
-    for profile in profiles:
-        if _row(profile, *_clash(profile, profiles))["start"]:
-            place = profile.served.ssh, profile.served.port
-            first.setdefault(place, profile.config.profile)
+    for one in profiles:
+        if _row(one, profiles).start:
+            first.setdefault((one.served.ssh, one.served.port), one.config.profile)
     return [*first.values()]
 
 
-def _routed(profile: Profile) -> list[FleetRow]:
+def _routed(profile: Profile) -> Iterator[FleetRow]:
     """A row for each model of a router."""
-    router = profile.state.router
-    return [
-        FleetRow(
+    router, port = profile.state.router, profile.served.port
+    for name, model in (router.models if router else {}).items():
+        yield FleetRow(
             profile=f"{profile.config.profile}: {name}",
             status=model.status.capitalize(),
             tone=TONES[_AS_SERVER.get(model.status, ServerStatus.STOPPED)],
+            model=name,
+            port=port,
             detail=describe_load(model.progress) if model.progress else "",
             fraction=model.progress.fraction if model.progress else None,
-            model=name,
-            port=profile.served.port,
-            memory=UNKNOWN,
-            pace=UNKNOWN,
-            problem="",
-            start=False,
-            stop=False,
             routed=True,
         )
-        for name, model in (router.models if router else {}).items()
-    ]
 
 
-def _row(profile: Profile, clash: str, held: bool) -> FleetRow:
+def _row(profile: Profile, profiles: list[Profile]) -> FleetRow:
     state, served = profile.state, profile.served
+    clash, held = _clash(profile, profiles)
     can = choices(state, startable=profile.startable and not held, other_model=False)
     loading = state.status in {ServerStatus.STARTING, ServerStatus.LOADING}
     load = profile.progress if loading else None
     facts = [describe_load(load)] if load else [*vitals(state), unanswered(state)]
+    health = state.last_health_check if state.status is ServerStatus.READY else None
     return FleetRow(
         profile=profile.config.profile,
         status=word(state.status),
         tone=TONES[state.status],
-        detail=" · ".join(filter(None, facts)),
-        fraction=load.fraction if load else None,
         model=_model(profile),
         port=None if served.url else served.port,
+        detail=" · ".join(filter(None, facts)),
+        fraction=load.fraction if load else None,
         memory=describe_memory(profile.memory, state.devices) if state.pid else UNKNOWN,
-        pace=_pace(state),
+        pace=describe_pace(health.tokens_per_second if health else None),
         problem="\n".join(filter(None, (profile.problem or state.error or state.doubt, clash))),
         start=can.start,
         stop=can.stop,
-        routed=False,
     )
 
 
 def _model(profile: Profile) -> str:
-    if profile.state.external and profile.served.url:
-        return profile.state.alias
     served = profile.served
+    if profile.state.external and served.url:
+        return profile.state.alias
     if served.models is not None:  # of a router, which serves no model of its own
         return ", ".join(served.models)
     return served.model.name if served.model else UNKNOWN
@@ -177,12 +158,6 @@ def describe_memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
     if use.gpu is not None:
         return f"{resident} + {decimal(use.gpu)} {names}"
     return f"{resident} + {names}" if devices else resident
-
-
-def _pace(state: ServerState) -> str:
-    health = state.last_health_check
-    known = state.status is ServerStatus.READY and health
-    return describe_pace(health.tokens_per_second if known and health else None)
 
 
 def describe_pace(pace: float | None) -> str:
@@ -200,11 +175,11 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
     port, machine = profile.served.port, profile.served.ssh
     here = [one for one in profiles if one.served.ssh == machine and not one.served.url]
     takers = [one for one in here if one.served.port == port]
-    if profile not in takers:
+    if profile not in takers or not profile.state.status.idle:
         return "", False
-    holder = next((p for p in takers if p is not profile and not p.state.status.idle), None)
+    holder = next((one for one in takers if not one.state.status.idle), None)
     rival = holder or takers[0]
-    if rival is profile or not profile.state.status.idle:
+    if rival is profile:
         return "", False
     free = max(one.served.port for one in profiles) + 1
     key = f"LLAMACPP_{profile.config.profile.upper()}_PORT"
@@ -215,10 +190,81 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
     )
 
 
-_MEASURE_EVERY = 2.0
+def replica_row(replica: Replica, alias: str) -> FleetRow:
+    """Describe a replica of a fleet that serves a model by this name."""
+    report, status = replica.report, replica.status
+    load = report.progress if report else None
+    facts = [describe_load(load)] if load else []
+    if replica.uptime is not None:
+        facts.append(f"up {describe_uptime(replica.uptime)}")
+    if report and report.restarts:
+        facts.append(f"restarted {report.restarts} times")
+    if replica.worker and not status.idle:
+        facts.append(f"on {urlsplit(replica.worker).hostname}")
+    ready = status is ServerStatus.READY
+    return FleetRow(
+        profile=f"replica {replica.number}",
+        status=word(status),
+        tone=TONES[status],
+        model=report.alias if report else alias,
+        port=urlsplit(replica.url).port if replica.url and not status.idle else None,
+        detail=" · ".join(facts),
+        fraction=load.fraction if load else None,
+        memory=describe_memory(report.memory, ()) if report and report.pid else UNKNOWN,
+        pace=describe_pace(report.tokens_per_second if report and ready else None),
+        problem=replica.problem or "",
+        start=status.idle,
+        stop=not status.idle,
+    )
 
 
-class FleetPanel(Page):
+class _Table(Page):
+    """A table of servers, each with its buttons.
+
+    Attributes:
+        rows: The fields of a `FleetRow` for each.
+        notice: What is wrong with all of them.
+    """
+
+    _esm: ClassVar[str] = asset("page.js", "fleet_panel.js")
+    _css: ClassVar[str] = asset("panel.css", "fleet.css")
+    rows: Any = traitlets.List().tag(sync=True)
+    notice: Any = traitlets.Unicode("").tag(sync=True)
+    _each: ClassVar[str]  # what a row is
+    _problem = ""
+
+    def __init__(self) -> None:
+        super().__init__("kitty-panel", rows=[*map(asdict, self._look())])
+        self.add_class("kitty-fleet")
+        receive_while_busy([self])
+
+    def _look(self) -> Sequence[FleetRow]:
+        raise NotImplementedError
+
+    def _summary(self) -> str:
+        raise NotImplementedError
+
+    def _hint(self) -> str:
+        """Return what the notice says where nothing is wrong."""
+        return ""
+
+    def _repr_html_(self) -> str:
+        cells = [
+            (row.profile, row.status, row.model, str(row.port or ""), row.problem)
+            for row in self._look()
+        ]
+        head = self._each, "State", "Model", "Port", ""
+        return still("kitty_nb fleet", [self._summary()], table(head, cells))
+
+    def _draw(self) -> None:
+        with self.hold_sync():
+            self.rows, self.notice = [*map(asdict, self._look())], self._problem or self._hint()
+
+    def _show_error(self, message: str | None) -> None:
+        self._problem = self.notice = message or ""
+
+
+class FleetPanel(_Table):
     """Start, watch and stop the servers of all profiles that a `.env` file names.
 
     Each profile has the manager that its `ControlPanel` in this kernel has too. A panel takes the
@@ -228,17 +274,14 @@ class FleetPanel(Page):
         env: The `.env` file with the settings.
 
     Attributes:
-        rows: A `FleetRow` for each profile.
+        rows: A row for each profile.
         notice: What is wrong with the file.
 
     Raises:
         ConfigError: The file cannot be read.
     """
 
-    _esm: ClassVar[str] = asset("page.js", "fleet_panel.js")
-    _css: ClassVar[str] = asset("panel.css", "fleet.css")
-    rows: Any = traitlets.List().tag(sync=True)
-    notice: Any = traitlets.Unicode("").tag(sync=True)
+    _each = "Profile"
 
     def __init__(self, env: str | Path = ".env") -> None:
         self._env = env
@@ -247,7 +290,7 @@ class FleetPanel(Page):
             stack.callback(session.release, self)
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
             self._read()
-            super().__init__("kitty-panel", rows=self._look())
+            super().__init__()
             # At once: a drawing is one message at most, whatever has changed.
             self._view = LiveView(self._draw, self._show_error, lambda: 0.0)
             self._view.start(self._portal.start_task_soon)
@@ -255,22 +298,11 @@ class FleetPanel(Page):
             stack.callback(self._portal.start_task_soon(self._measure_forever).cancel)
             self._resources = stack.pop_all()
         atexit.register(self._resources.close)
-        self.add_class("kitty-fleet")
-        receive_while_busy([self])
         if earlier := session.succeed(self, Path(env).absolute()):
             earlier.close()
 
     def __repr__(self) -> str:
         return f"FleetPanel(profiles={[*self._members]!r})"
-
-    def _repr_html_(self) -> str:
-        rows = self._look()
-        cells = [
-            (row["profile"], row["status"], row["model"], str(row["port"] or ""), row["problem"])
-            for row in rows
-        ]
-        head = "Profile", "State", "Model", "Port", ""
-        return still("kitty_nb fleet", [f"{len(rows)} profiles"], table(head, cells))
 
     def manager(self, profile: str) -> ModelManager:
         """Return the manager of a profile.
@@ -296,8 +328,8 @@ class FleetPanel(Page):
     def stop_all(self) -> None:
         """Stop all that run."""
         for row in self._look():
-            if row["stop"]:
-                self.stop(row["profile"])
+            if row.stop:
+                self.stop(row.profile)
 
     def rescan(self) -> None:
         """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
@@ -338,13 +370,8 @@ class FleetPanel(Page):
     def _look(self) -> list[FleetRow]:
         return fleet_rows(self._profiles())
 
-    def _draw(self) -> None:
-        with self.hold_sync():
-            self.rows = self._look()
-            self.notice = self._problem
-
-    def _show_error(self, message: str) -> None:
-        self._problem = self.notice = message
+    def _summary(self) -> str:
+        return f"{len(self._look())} profiles"
 
     async def _measure_forever(self) -> None:
         while True:
@@ -399,22 +426,20 @@ class _Member:
         if state.status is ServerStatus.READY is not self._status:
             self._failure = None
         self._status = state.status
-        serves = config.model is not None or config.models is not None
-        if not serves and self._complaint is None:
+        if not _serves(config) and self._complaint is None:
             config = state.config  # of a model that was chosen in its panel
         problem = self._failure or self._complaint
-        serves = config.model is not None or config.models is not None
-        if not serves and config.url is None and problem is None:
+        if not _serves(config) and config.url is None and problem is None:
             key = f"LLAMACPP_{self._profile.upper()}_MODEL"
             problem = f"No model set. Set {key} to a .gguf file in {config.models_dir}."
-        startable = serves and self._complaint is None
-        return Profile(config, state, manager.progress, self._memory, problem, startable)
+        right = _serves(config) and self._complaint is None
+        return Profile(config, state, manager.progress, self._memory, problem, right)
 
     def start(self) -> None:
         """Begin a start with the settings as they are in the file now."""
         manager = self.manager
-        env, profile = self._env, self._profile
-        self._actions.run(manager.start, lambda: session.config_to_start(manager, env, profile))
+        wanted = partial(session.config_to_start, manager, self._env, self._profile)
+        self._actions.run(manager.start, wanted)
 
     def stop(self) -> None:
         """Stop its server."""
@@ -424,11 +449,86 @@ class _Member:
         """Measure the memory that its server holds."""
         memory = None
         try:
-            memory = await self.watched.memory_use()
-        except KittyError:  # its manager is closed
-            pass
+            with suppress(KittyError):  # its manager is closed
+                memory = await self.watched.memory_use()
         finally:  # also where that is closed meanwhile, which cancels this
             self._memory = memory
 
     def _show_failure(self, failure: str | None) -> None:
         self._failure = failure
+
+
+def _serves(config: ServerConfig) -> bool:
+    return config.model is not None or config.models is not None
+
+
+class ReplicaPanel(_Table):
+    """Watch the replicas of a fleet, and stop or start each.
+
+    A notebook shows one for a `Fleet` that is the value of a cell.
+
+    Args:
+        fleet: The fleet. Closing the panel leaves it alone.
+
+    Attributes:
+        rows: A row for each replica.
+        notice: What keeps replicas from being placed.
+    """
+
+    _each = "Replica"
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        super().__init__()
+        self._view = LiveView(
+            self._draw,
+            self._show_error,
+            lambda: _CLOCK,
+            subscribe=lambda: fleet.subscribe(lambda _: self._view.wake()),
+        )
+        self._view.start(fleet.begin)
+        self._actions = session.ActionRunner(fleet.begin, self._show_error)
+
+    def __repr__(self) -> str:
+        return f"ReplicaPanel({self._fleet!r})"
+
+    def close(self) -> None:
+        """Remove the widget; the replicas run on."""
+        if self.comm is not None:
+            self._view.stop()
+            super().close()
+
+    def _look(self) -> list[FleetRow]:
+        return [replica_row(replica, self._fleet.alias) for replica in self._fleet.replicas]
+
+    def _summary(self) -> str:
+        return repr(self._fleet)
+
+    def _hint(self) -> str:
+        return self._fleet.problem or ""
+
+    def receive(self, message: Any) -> None:
+        """Take a message of a page."""
+        match message:
+            case {"kind": "start" | "stop" as verb, "profile": str(name)}:
+                rows = enumerate(self.rows)
+                self._order(verb, [n for n, row in rows if row[verb] and row["profile"] == name])
+            case {"kind": "start_all" | "stop_all" as verb}:  # those that wait for a worker, too
+                self._order(verb.removesuffix("_all"), range(len(self.rows)))
+            case {"kind": "rescan"}:
+                self._actions.run(self._fleet.rescan)
+
+    def _order(self, verb: str, numbers: Sequence[int]) -> None:
+        if numbers:
+            self._actions.run(partial(getattr(self._fleet, verb), *numbers))
+
+
+def bundle(fleet: Fleet) -> dict[str, Any]:
+    """Return what a notebook shows of a fleet: its panel, made if none is open."""
+    panel = session.newest(ReplicaPanel, fleet)
+    if panel is None or panel.comm is None:
+        panel = ReplicaPanel(fleet)
+        session.succeed(panel, fleet)
+    still_picture = {"text/html": panel._repr_html_(), "text/plain": repr(fleet)}
+    drawn, _ = panel._repr_mimebundle_() or ({}, {})
+    return {**drawn, **still_picture}
