@@ -91,6 +91,16 @@ _NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as the 
 _Anyway = Annotated[
     bool, typer.Option("--anyway", help="Start the model even if it doesn't fit into memory.")
 ]
+_Model = Annotated[
+    str | None,
+    typer.Argument(help="A .gguf file, here or in the models folder; else the profile's."),
+]
+_PromptTokens = Annotated[
+    int, typer.Option(metavar="N", help="Length of the prompt, in tokens; 0 skips it.")
+]
+_AnswerTokens = Annotated[
+    int, typer.Option(metavar="N", help="Length of the answer, in tokens; 0 skips it.")
+]
 _ENV, _PROFILE = Path(".env"), "primary"
 
 
@@ -511,10 +521,7 @@ def prompts(
 
 @app.command()
 def load_test(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A .gguf file, here or in the models folder; else the profile's."),
-    ] = None,
+    model: _Model = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(min=1, help="Concurrent requests; repeat for several.")
     ] = None,
@@ -586,16 +593,9 @@ def load_test(
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A .gguf file, here or in the models folder; else the profile's."),
-    ] = None,
-    pp: Annotated[
-        int, typer.Option(metavar="N", help="Length of the prompt, in tokens; 0 skips it.")
-    ] = 512,
-    tg: Annotated[
-        int, typer.Option(metavar="N", help="Length of the answer, in tokens; 0 skips it.")
-    ] = 128,
+    model: _Model = None,
+    pp: _PromptTokens = 512,
+    tg: _AnswerTokens = 128,
     depths: Annotated[
         str, typer.Option(metavar="N,N,…", help="Tokens already in the context.")
     ] = "0,4096,16384",
@@ -607,7 +607,7 @@ def bench(
 
     It starts a new server with the profile's settings. Stop others first: they skew the results.
     """
-    from kitty_nb.cli import commands
+    from kitty_nb.cli.console import measuring_bar
     from kitty_nb.experiments import Bench
 
     numbers = _numbers(depths, "--depths")
@@ -621,7 +621,8 @@ def bench(
         config = config.replace(model=_file_of(model), allow_absolute_paths=True)
     bench = Bench(prompt=pp, answer=tg, depths=numbers, repeats=repeats, config=config)
     try:
-        anyio.run(commands.bench, bench)
+        with measuring_bar() as show:
+            anyio.run(bench.run_here, show)
     finally:  # if interrupted, too: the rows so far
         if bench.table:
             _say(str(bench.table))
@@ -647,12 +648,8 @@ def regress(
         ),
     ] = False,
     rounds: Annotated[int, typer.Option(metavar="N", help="Measurements per engine.")] = 8,
-    pp: Annotated[
-        int, typer.Option(metavar="N", help="Length of the prompt, in tokens; 0 skips it.")
-    ] = 256,
-    tg: Annotated[
-        int, typer.Option(metavar="N", help="Length of the answer, in tokens; 0 skips it.")
-    ] = 64,
+    pp: _PromptTokens = 256,
+    tg: _AnswerTokens = 64,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
@@ -660,13 +657,28 @@ def regress(
 
     Each round starts every engine and times a prompt and an answer; the first replays the records.
     """
-    from kitty_nb.cli import commands
+    from kitty_nb.cli.console import measuring_bar
+    from kitty_nb.experiments import regress as begin
 
-    asked = {"prompt": pp, "answer": tg, "rounds": rounds, "bisect": bisect}
     config = _settings(env, profile)
     found: list[Regression] = []
     try:
-        found.append(anyio.run(commands.regress, records, engine, config, asked, found.append))
+        with measuring_bar() as show:
+            operation = begin(
+                records,
+                engine,
+                rounds=rounds,
+                prompt=pp,
+                answer=tg,
+                bisect=bisect,
+                config=config,
+                on_progress=show,
+                on_round=found.append,
+            )
+            try:
+                found.append(operation.wait())
+            finally:
+                operation.cancel()
     finally:  # if interrupted, too: the rounds so far
         if found:
             _say(str(found[-1]))

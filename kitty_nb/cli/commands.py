@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.experiments import Regression
-    from kitty_nb.experiments.bench import Bench, BenchProgress
     from kitty_nb.formats import Source
     from kitty_nb.formats.exports import Exported
     from kitty_nb.formats.imports import Imported
@@ -237,27 +235,26 @@ async def read_profiles(
     return import_profiles(file, env, source, name=name, model=model, dialect=dialect)
 
 
-async def _supervisor(config: ServerConfig) -> AnySupervisor:
-    if config.ssh:
-        from kitty_nb.remote.supervisor import RemoteSupervisor
-
-        return RemoteSupervisor(config)
-    from kitty_nb.supervisor.supervisor import Supervisor
-
-    await anyio.to_thread.run_sync(refuse_open_folder, config)
-    return Supervisor(config)
-
-
 @asynccontextmanager
 async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[AnySupervisor]:
     """Supervise a profile's server and show its load; it keeps running when the command ends."""
-    supervisor, display = await _supervisor(config), _LoadDisplay()
+    supervisor: AnySupervisor
+    if config.ssh:
+        from kitty_nb.remote.supervisor import RemoteSupervisor
+
+        supervisor = RemoteSupervisor(config)
+    else:
+        from kitty_nb.supervisor.supervisor import Supervisor
+
+        await anyio.to_thread.run_sync(refuse_open_folder, config)
+        supervisor = Supervisor(config)
     supervisor.detach()
     try:
-        async with supervisor:
-            _refuse_lost(supervisor.state)
-            supervisor.subscribe(display.show)  # only now: what was there before is no news
-            yield supervisor
+        with _load_display() as show:
+            async with supervisor:
+                _refuse_lost(supervisor.state)
+                supervisor.subscribe(show)  # only now: what was there before is no news
+                yield supervisor
     except WillNotFitError as error:
         if supervisor.state.status.idle:  # `status` repeats it until the next start
             await anyio.to_thread.run_sync(note_failure, config, str(error))
@@ -267,8 +264,44 @@ async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[AnySuperv
             raise
         logs = _same_profile(env, config.profile, "logs", "-n", "20")
         raise KittyError(f"{error}\nTo see the end of its log: {logs}") from None
-    finally:
-        display.close()
+
+
+@contextmanager
+def _load_display() -> Iterator[Callable[[Event], None]]:
+    """Show a load on stderr: a bar in a terminal, lines anywhere else.
+
+    The result shows a step of the load; an error is left to the command's last words.
+    """
+    bar: Progress | None = None
+
+    def draw(progress: LoadProgress) -> None:
+        nonlocal bar
+        if not bar:
+            from kitty_nb.cli.console import load_bar
+
+            bar = drawn.enter_context(load_bar())
+        left = "" if progress.eta is None else f", about {progress.eta:.0f} s left"
+        left += ", longer than usual" if progress.overdue else ""
+        bar.update(
+            bar.task_ids[0],
+            completed=progress.fraction,
+            description=progress.stage,
+            time=f"{progress.elapsed:.0f} s{left}",
+            refresh=True,
+        )
+
+    def show(event: Event) -> None:
+        match event:
+            case ProgressMade(progress) if sys.stderr.isatty():
+                if progress.elapsed >= _DRAWN_AFTER:
+                    draw(progress)
+            case Activity(level=Level.ERROR):
+                pass
+            case Activity(message, level) if level is not Level.INFO or not sys.stderr.isatty():
+                print(printable(message), file=sys.stderr, flush=True)  # rich puts it above its bar
+
+    with ExitStack() as drawn:
+        yield show
 
 
 def _same_profile(env: Path, profile: str, *words: str) -> str:
@@ -309,99 +342,6 @@ def _refuse_lost(state: ServerState) -> None:
     # One at a URL is waited for: it may be about to be started there.
     if state.status is ServerStatus.OUT_OF_REACH and not state.config.url:
         raise OutOfReachError(state.error)
-
-
-class _LoadDisplay:
-    """Shows a load on stderr: a bar in a terminal, lines anywhere else."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar:
-            self._bar.stop()
-
-    def show(self, event: Event) -> None:
-        """Show a step of the load; an error is left to the command's last words."""
-        match event:
-            case ProgressMade(progress) if sys.stderr.isatty():
-                if progress.elapsed >= _DRAWN_AFTER:
-                    self._draw(progress)
-            case Activity(level=Level.ERROR):
-                pass
-            case Activity(message, level) if level is not Level.INFO or not sys.stderr.isatty():
-                print(printable(message), file=sys.stderr, flush=True)  # rich puts it above its bar
-
-    def _draw(self, progress: LoadProgress) -> None:
-        if not self._bar:
-            from kitty_nb.cli.console import load_bar
-
-            self._bar = load_bar()
-        left = "" if progress.eta is None else f", about {progress.eta:.0f} s left"
-        left += ", longer than usual" if progress.overdue else ""
-        self._bar.update(
-            self._bar.task_ids[0],
-            completed=progress.fraction,
-            description=progress.stage,
-            time=f"{progress.elapsed:.0f} s{left}",
-            refresh=True,
-        )
-
-
-async def bench(wanted: Bench) -> None:
-    """Run a bench, with a bar in a terminal; its table holds the results, also if interrupted.
-
-    Raises:
-        KittyError: Nothing could be measured.
-    """
-    with _bench_bar() as show:
-        await wanted.run_here(show)
-
-
-async def regress(
-    records: Sequence[Path],
-    engines: Sequence[Path],
-    config: ServerConfig,
-    asked: dict[str, Any],
-    on_round: Callable[[Regression], object],
-) -> Regression:
-    """Compare other engines with the one in use, with a bar in a terminal.
-
-    Args:
-        records: Files of run records.
-        engines: The other engines.
-        config: The settings of this machine.
-        asked: What else `regress` takes.
-        on_round: Called with the outcome so far.
-
-    Raises:
-        KittyError: A record, a model or the engine in use can't be used.
-    """
-    from kitty_nb.experiments import regress as begin
-
-    with _bench_bar() as show:
-        operation = begin(
-            records, engines, config=config, on_progress=show, on_round=on_round, **asked
-        )
-        try:
-            return await operation
-        finally:
-            operation.cancel()
-
-
-@contextmanager
-def _bench_bar() -> Iterator[Callable[[BenchProgress], None]]:
-    from kitty_nb.cli.console import load_bar
-
-    with load_bar() as bar:
-        yield lambda progress: bar.update(
-            bar.task_ids[0],
-            completed=progress.done / progress.total,
-            description=progress.test,
-            time=f"{progress.done} of {progress.total}",
-            refresh=True,
-        )
 
 
 def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:

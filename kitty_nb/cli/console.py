@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,12 +23,13 @@ from kitty_nb.errors import printable
 from kitty_nb.hub import Download, find_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from rich.console import ConsoleOptions, RenderableType
     from rich.progress import ProgressColumn
 
+    from kitty_nb.experiments.bench import BenchProgress
     from kitty_nb.hub import HubReference
 
 
@@ -54,6 +56,19 @@ def load_bar() -> Progress:
     bar.start()
     bar.add_task("", total=1.0, time="")
     return bar
+
+
+@contextmanager
+def measuring_bar() -> Iterator[Callable[[BenchProgress], None]]:
+    """Show a bar of measurements on stderr; the result takes each step."""
+    with load_bar() as bar:
+        yield lambda progress: bar.update(
+            bar.task_ids[0],
+            completed=progress.done / progress.total,
+            description=progress.test,
+            time=f"{progress.done} of {progress.total}",
+            refresh=True,
+        )
 
 
 async def show_variants(reference: HubReference, models_dir: Path) -> None:
