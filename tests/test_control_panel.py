@@ -35,9 +35,8 @@ from kitty_nb.catalog.memory import Memory, MemoryPool
 from kitty_nb.supervisor import forecast
 from kitty_nb.supervisor.events import HealthCheckResult, LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
-from kitty_nb.widgets.address import name_of, snippet
 from kitty_nb.widgets.display import duration, receive_while_busy
-from kitty_nb.widgets.server_view import Choices, choices, describe_load, vitals
+from kitty_nb.widgets.server_view import Choices, choices, describe_load, name_of, snippet, vitals
 from kitty_nb.widgets.server_work import LINES_KEPT
 
 
@@ -144,7 +143,7 @@ def test_code_names_the_panel_as_the_notebook_does(
 ) -> None:
     cells: dict[str, object] = {"_": panel, "_3": panel, "other": object()}
     shell = SimpleNamespace(user_ns=cells)
-    monkeypatch.setattr("kitty_nb.widgets.address.get_ipython", lambda: shell)
+    monkeypatch.setattr("kitty_nb.widgets.server_view.get_ipython", lambda: shell)
     assert "print(_3.manager.chat(" in snippet(panel.manager.state, name_of(panel))
     cells["mine"] = panel
     assert "print(mine.manager.chat(" in snippet(panel.manager.state, name_of(panel))

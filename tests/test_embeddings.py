@@ -15,7 +15,7 @@ from kitty_nb.catalog.model import read_task
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import Task
 from kitty_nb.errors import KittyError, ServerError
-from kitty_nb.widgets.address import name_of, snippet
+from kitty_nb.widgets.server_view import name_of, snippet
 
 TEXTS = ["a model", "", "who are you", "the demo model of kitty_nb", "hello " * 20, "a model"]
 

@@ -23,11 +23,10 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.widgets import display, server_view, session
-from kitty_nb.widgets.address import Address, cells_for_programs, name_of, snippet
 from kitty_nb.widgets.ask import Ask, EmbedBox
 from kitty_nb.widgets.download_form import DownloadForm
 from kitty_nb.widgets.models import ModelBrowser, ModelPicker
-from kitty_nb.widgets.server_view import Details
+from kitty_nb.widgets.server_view import Address, Details, cells_for_programs, name_of, snippet
 from kitty_nb.widgets.server_work import ActivityLog, LiveLine, RequestsTable, ServerLog
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
