@@ -1,4 +1,4 @@
-"""A question until it is answered: its pictures, the answer's words as they come, tools, its form."""
+"""A question until it is answered: its pictures, the tools called, the answer and its form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from base64 import b64encode
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,10 +22,6 @@ from kitty_nb.supervisor.events import PromptProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import httpx
-
-    from kitty_nb.supervisor.events import PromptProgress
 
     Messages = str | list[dict[str, Any]]
     Tools = Sequence[Callable[..., Any]]
@@ -433,27 +428,23 @@ async def converse(
     return replace(answer, tool_calls=made)
 
 
-def _describe(tool: Callable[..., Any]) -> dict[str, Any]:
+def _describe(tool: Any) -> dict[str, Any]:
     function = {
         "name": tool.__name__,
         "description": inspect.getdoc(tool) or "",
-        "parameters": _adapter(tool).json_schema(),
+        "parameters": TypeAdapter(tool).json_schema(),
     }
     return {"type": "function", "function": function}
-
-
-def _adapter(tool: Any) -> TypeAdapter[Any]:
-    """Return what knows a function's parameters, and calls it with JSON for them."""
-    return TypeAdapter(tool)
 
 
 async def _run(functions: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
     """Return what the model is told of a call's result."""
     if call.name not in functions:
         return f"Error: there is no tool {call.name}. There are {', '.join(functions)}."
-    run = partial(_adapter(functions[call.name]).validate_json, call.arguments or "{}")
+    # This knows a function's parameters, and calls it with JSON for them.
+    tool: TypeAdapter[Any] = TypeAdapter(functions[call.name])
     try:
-        result = await run_sync(run, abandon_on_cancel=True)
+        result = await run_sync(tool.validate_json, call.arguments or "{}", abandon_on_cancel=True)
         if inspect.isawaitable(result):
             result = await result
     except ValidationError as error:
