@@ -27,7 +27,7 @@ from test_dask_sweep import connected, machines
 from kitty_nb import Fleet, ServerConfig, ServerStatus, show_sweeps
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, WaitTimeoutError
 from kitty_nb.fleet.balancing import LeastBusyTransport, Target
-from kitty_nb.fleet.front import FRONTS, llama_swap_text
+from kitty_nb.fleet.front import FRONTS
 from kitty_nb.fleet.hosts import rpc_hosts
 from kitty_nb.fleet.replica import reachable_host
 from kitty_nb.widgets import ReplicaPanel
@@ -275,7 +275,7 @@ def test_its_configuration_is_accepted_and_private(tmp_path: Path) -> None:
     folder = tmp_path / "a folder; with signs"
     folder.mkdir()
     file = folder / "nginx.conf"
-    file.write_text(front.text(targets, folder))
+    file.write_text(front.text(targets, front.alias, front.port, folder))
     done = subprocess.run(
         [nginx, "-t", "-e", "stderr", "-c", file], capture_output=True, text=True, check=False
     )
@@ -320,7 +320,7 @@ def test_llama_swap_balances_them(two: Client, config: ServerConfig) -> None:
 
 def test_llama_swap_gets_a_peer_for_each_and_a_selector_over_all() -> None:
     targets = [Target("http://10.0.0.1:9001", 4), Target("http://10.0.0.2:9001", 2)]
-    said = yaml.safe_load(llama_swap_text(targets, "gemma"))
+    said = yaml.safe_load(FRONTS["llama-swap"].text(targets, "gemma", 8100, Path()))
     assert said["apiKeys"] == ["${env.KITTY_FLEET_KEY}"]
     assert said["peers"]["replica-1"] == {
         "proxy": "http://10.0.0.2:9001",

@@ -89,10 +89,14 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
                 if tried
                 else "No replica is ready. Wait for one: fleet.wait_ready(1)."
             )
-        random.shuffle(targets)
-        targets.sort(key=self._share)
-        targets = targets[:_ASKED]
         busy: dict[str, int] = {}
+
+        def share(target: Target, unknown: int = 0) -> float:
+            known = max(busy.get(target.url, unknown), self._under_way[target.url])
+            return known / (target.slots or 1)
+
+        random.shuffle(targets)
+        targets = sorted(targets, key=share)[:_ASKED]
         if len(targets) > 1:
             with anyio.move_on_after(_SLOTS_WITHIN):
                 async with anyio.create_task_group() as tasks:
@@ -105,12 +109,7 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
                     for target in targets:
                         tasks.start_soon(ask, target)
         late = max((target.slots or 1) for target in targets)
-
-        def share(target: Target) -> float:
-            known = max(busy.get(target.url, late), self._under_way[target.url])
-            return known / (target.slots or 1)
-
-        url = min(targets, key=share).url
+        url = min(targets, key=lambda target: share(target, late)).url
         self._under_way[url] += 1
         return url
 
@@ -133,9 +132,6 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
                 extensions=request.extensions,
             )
         )
-
-    def _share(self, target: Target) -> float:
-        return self._under_way[target.url] / (target.slots or 1)
 
     async def _slots_busy(self, url: str) -> int:
         """Return how many slots a replica says are busy; 0 where its build does not tell."""

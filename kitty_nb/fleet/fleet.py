@@ -23,7 +23,7 @@ from kitty_nb.errors import (
 )
 from kitty_nb.experiments.extras import extra
 from kitty_nb.fleet.balancing import BlockingTransport, LeastBusyTransport, Target
-from kitty_nb.fleet.front import FRONTS, Front, llama_swap_text, nginx_text
+from kitty_nb.fleet.front import FRONTS, Front
 from kitty_nb.isolated_server import Broadcast
 from kitty_nb.operation import Chat, Operation, Pieces
 from kitty_nb.supervisor.events import ServerStatus
@@ -292,13 +292,10 @@ class Fleet:
         Raises:
             ServerFailedError: No replica is ready.
         """
-        _kind(program)
-        targets = self._targets()
+        kind, targets = _kind(program), self._targets()
         if not targets:
             raise ServerFailedError("No replica is ready. Wait for one: fleet.wait_ready(1).")
-        if program == "nginx":
-            return nginx_text(targets, port, Path("/var/lib/nginx"))
-        return llama_swap_text(targets, self.alias)
+        return kind.text(targets, self.alias, port, Path("/var/lib/nginx"))
 
     def close(self) -> None:
         """Stop all replicas and balancers. Closing twice does no harm."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from kitty_nb.fleet.balancing import Target
 
+    Targets = Sequence[Target]
+
 _HOST = "127.0.0.1"
 _FIRST_PORT, _LAST_PORT = 8100, 65535
 _KEY_VARIABLE = "KITTY_FLEET_KEY"
@@ -70,64 +72,6 @@ http {{
 """
 
 
-def nginx_text(targets: Sequence[Target], port: int, folder: Path, without: str = "") -> str:
-    """Return nginx's configuration for some replicas; no key is in it.
-
-    Args:
-        targets: The replicas; one or more.
-        port: Where nginx listens, on this machine alone.
-        folder: Where it writes.
-        without: What `nginx -V` says of the build.
-    """
-    # Its worker would be another user, who can't use the folder; others may not choose, and a
-    # container may have no name for them.
-    user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
-    parts = [name for name in _TEMPORARY if f"--without-http_{name}_module" not in without]
-    return _NGINX.format(
-        folder=folder,
-        host=_HOST,
-        port=port,
-        user=f"user {user} {user};\n" if user else "",
-        temporary="\n".join(f'    {name}_temp_path "{folder}/{name}";' for name in parts),
-        servers="\n".join(
-            f"        server {httpx.URL(target.url).netloc.decode()} max_fails=1 fail_timeout=5s;"
-            for target in targets
-        ),
-    )
-
-
-def llama_swap_text(targets: Sequence[Target], alias: str) -> str:
-    """Return llama-swap's configuration for some replicas, as JSON, which is YAML, too.
-
-    Its key is in an environment variable.
-
-    Each replica is a peer. A request for the model goes to the first peer that has a slot left.
-
-    Args:
-        targets: The replicas; one or more.
-        alias: The name by which clients ask for the model.
-    """
-    key = f"${{env.{_KEY_VARIABLE}}}"
-    peers = {f"replica-{number}": target for number, target in enumerate(targets)}
-    slots = min(target.slots or 1 for target in targets)
-    settings = {
-        "apiKeys": [key],
-        "models": {},
-        "peers": {
-            name: {"proxy": target.url, "apiKey": key, "models": [alias]}
-            for name, target in peers.items()
-        },
-        "selectors": {
-            alias: {
-                "strategy": "spillover",
-                "targets": [f"{name}/{alias}" for name in peers],
-                "settings": {"spillover": slots},
-            }
-        },
-    }
-    return json.dumps(settings, indent=2)
-
-
 def _why_not(port: object) -> str | None:
     if not isinstance(port, int) or not 0 < port <= _LAST_PORT:
         return f"The port {port!r} is no whole number from 1 to {_LAST_PORT}."
@@ -155,6 +99,7 @@ class Front(ABC):
 
     program: ClassVar[str]
     install: ClassVar[str]
+    _without = ""  # what nginx says of its build
 
     def __init__(self, key: SecretStr | None, alias: str, port: int | None = None) -> None:
         found = self.find()
@@ -183,7 +128,7 @@ class Front(ABC):
         """Its address."""
         return f"http://{_HOST}:{self.port}"
 
-    def use(self, targets: Sequence[Target]) -> None:
+    def use(self, targets: Targets) -> None:
         """Send requests to these replicas from now on; called on the loop that runs it."""
         if targets and tuple(targets) != self._targets:
             self._targets = tuple(targets)
@@ -232,7 +177,7 @@ class Front(ABC):
 
     def _write(self, folder: Path) -> None:
         self._changed = anyio.Event()
-        text = self.text(self._targets, folder)
+        text = self.text(self._targets, self.alias, self.port, folder, self._without)
         write_atomic(self._file(folder), text.encode(), durable=False)
 
     def _file(self, folder: Path) -> Path:
@@ -245,9 +190,18 @@ class Front(ABC):
         """Return the environment variables that hold a key."""
         return {}
 
+    @staticmethod
     @abstractmethod
-    def text(self, targets: Sequence[Target], folder: Path) -> str:
-        """Return its configuration for some replicas."""
+    def text(targets: Targets, alias: str, port: int, folder: Path, without: str = "") -> str:
+        """Return its configuration for some replicas; no key is in it.
+
+        Args:
+            targets: The replicas; one or more.
+            alias: The name by which clients ask for the model.
+            port: Where it listens, on this machine alone.
+            folder: Where it writes.
+            without: What `nginx -V` says of the build.
+        """
 
     @abstractmethod
     def _command(self, folder: Path) -> list[str]:
@@ -263,11 +217,25 @@ class Nginx(Front):
 
     program: ClassVar[str] = "nginx"
     install: ClassVar[str] = "Install it: apt-get install nginx-light, or brew install nginx."
-    _without = ""
 
-    def text(self, targets: Sequence[Target], folder: Path) -> str:
-        """Return its configuration for some replicas."""
-        return nginx_text(targets, self.port, folder, self._without)
+    @staticmethod
+    def text(targets: Targets, alias: str, port: int, folder: Path, without: str = "") -> str:
+        """See `Front.text`."""
+        # Its worker would be another user, who can't use the folder; others may not choose, and a
+        # container may have no name for them.
+        user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
+        parts = [name for name in _TEMPORARY if f"--without-http_{name}_module" not in without]
+        return _NGINX.format(
+            folder=folder,
+            host=_HOST,
+            port=port,
+            user=f"user {user} {user};\n" if user else "",
+            temporary="\n".join(f'    {name}_temp_path "{folder}/{name}";' for name in parts),
+            servers="\n".join(
+                f"        server {httpx.URL(one.url).netloc.decode()} max_fails=1 fail_timeout=5s;"
+                for one in targets
+            ),
+        )
 
     async def run(self) -> None:
         """Run it. It is started with the first replica, and again when it exits."""
@@ -299,9 +267,29 @@ class LlamaSwap(Front):
         if self.problem is None:
             await super().run()
 
-    def text(self, targets: Sequence[Target], folder: Path) -> str:
-        """Return its configuration for some replicas."""
-        return llama_swap_text(targets, self.alias)
+    @staticmethod
+    def text(targets: Targets, alias: str, port: int, folder: Path, without: str = "") -> str:
+        """See `Front.text`. It is JSON, which is YAML, too; the key is an environment variable.
+
+        Each replica is a peer. A request for the model goes to the first one that has a slot left.
+        """
+        key = f"${{env.{_KEY_VARIABLE}}}"
+        peers = {f"replica-{number}": target for number, target in enumerate(targets)}
+        spread = {
+            "strategy": "spillover",
+            "targets": [f"{name}/{alias}" for name in peers],
+            "settings": {"spillover": min(target.slots or 1 for target in targets)},
+        }
+        settings = {
+            "apiKeys": [key],
+            "models": {},
+            "peers": {
+                name: {"proxy": target.url, "apiKey": key, "models": [alias]}
+                for name, target in peers.items()
+            },
+            "selectors": {alias: spread},
+        }
+        return json.dumps(settings, indent=2)
 
     def _command(self, folder: Path) -> list[str]:
         file, listen = str(self._file(folder)), f"{_HOST}:{self.port}"

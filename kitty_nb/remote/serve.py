@@ -176,8 +176,8 @@ class Outbox:
             case StateChanged(state):  # an answer must not come before the state that it is about
                 key = StateChanged, state.status, state.pid, self._lines_put
         if len(self._waiting) >= _NEWS:
-            events = (one for one, it in self._waiting.items() if isinstance(it, Event))
-            self._waiting.pop(next(events, None), None)
+            waiting = (one for one, it in self._waiting.items() if isinstance(it, Event))
+            self._waiting.pop(next(waiting, None), None)
         self._waiting.pop(key, None)
         self._waiting[key] = event
         self._wake.set()
