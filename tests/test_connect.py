@@ -13,6 +13,7 @@ import pytest
 from conftest import demo_config, unused_port
 from terminal import run
 
+from kitty_nb.client import Access
 from kitty_nb.client.connect import Served, hand_overs
 
 # What the client is imported by; imports of a second and more.
@@ -32,7 +33,7 @@ from types import SimpleNamespace
 from kitty_nb import ModelManager
 from kitty_nb.client.connect import Served, hand_overs
 panel = SimpleNamespace(manager=ModelManager({env!r}, {profile!r}))
-served = Served(panel.manager.base_url, panel.manager.state.alias, {profile!r}, asks_key=True)
+served = Served(panel.manager.access, panel.manager.state.alias, {profile!r})
 cell = hand_overs()[{name!r}].in_notebook(served, "panel.manager")
 exec(cell, {{"panel": panel}})
 """
@@ -123,7 +124,7 @@ def test_llm_gets_an_answer_also_where_an_older_paste_names_another_address(
 
 
 def test_a_server_without_a_key_gets_a_word_that_clients_accept(tmp_path: Path) -> None:
-    served = Served("http://127.0.0.1:1/v1", "demo", "primary", asks_key=False)
+    served = Served(Access("http://127.0.0.1:1", None), "demo", "primary")
     for found in hand_overs().values():
         code = found.in_terminal(served, ["no-such-command"]) + found.in_notebook(served, "manager")
         assert "none" in code

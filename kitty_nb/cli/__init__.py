@@ -11,9 +11,8 @@ import os
 import shutil
 import sys
 from collections import deque
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import anyio
 import typer
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kitty_nb.cli.commands import Begin
-    from kitty_nb.client import Access
+    from kitty_nb.client.connect import Served
     from kitty_nb.config import ServerConfig
     from kitty_nb.experiments import LoadTest, Regression
 
@@ -261,7 +260,8 @@ def wait_ready(
 @app.command()
 def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     """Print the API key that clients must send; exit with 3 if no server is running."""
-    key = _served(_settings(env, profile, anywhere=True)).access.api_key
+    served, _ = _served(_settings(env, profile, anywhere=True))
+    key = served.access.api_key
     if key:
         typer.echo(key.get_secret_value())
     else:
@@ -281,7 +281,7 @@ def connect(
     The key is not in that code, which gets it with `kitty-nb key`. What to install is on stderr.
     """
     from kitty_nb.cli.commands import key_command
-    from kitty_nb.client.connect import Served, hand_overs
+    from kitty_nb.client.connect import hand_overs
 
     found = hand_overs()
     if name is None:
@@ -291,8 +291,7 @@ def connect(
     if name not in found:
         raise typer.BadParameter(f"Choose one of {', '.join(found)}.", param_hint="NAME")
     config = _settings(env, profile, anywhere=True)
-    alias, access, tunnel = _served(config)
-    served = Served(access.base_url, alias, config.profile, access.api_key is not None)
+    served, tunnel = _served(config)
     if tunnel:
         _say(f"This brings the server's port here: {tunnel}", err=True)
     if found[name].install:
@@ -480,14 +479,9 @@ def download(
     _say(f"LLAMACPP_{profile.upper()}_MODEL={model.relative_to(folder).as_posix()}")
 
 
-class _Prompts(StrEnum):
-    LIST = "list"
-    CLEAR = "clear"
-
-
 @app.command()
 def prompts(
-    action: Annotated[_Prompts, typer.Argument(help="What to do.")] = _Prompts.LIST,
+    action: Annotated[Literal["list", "clear"], typer.Argument(help="What to do.")] = "list",
     name: Annotated[str, typer.Argument(help="Only prompts of this name.")] = "",
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
@@ -504,7 +498,7 @@ def prompts(
     config = _settings(env, profile)
     store = PromptStore.of(config)
     kept = [prompt for prompt in store.prompts() if name in {"", prompt.name}]
-    if action is _Prompts.CLEAR:
+    if action == "clear":
         store.clear(kept, whole=not name)
         _say(f"Removed {len(kept)} kept prompt{'s' * (len(kept) != 1)}.")
     elif not kept:
@@ -566,7 +560,7 @@ def load_test(
 
     config, access = _settings(env, profile, valid=not running), None
     if running or (config.url and model is None):
-        access = _served(config).access
+        access = _served(config)[0].access
     test = begin(
         _file_of(model),
         concurrency=concurrency or (),
@@ -610,7 +604,10 @@ def bench(
     from kitty_nb.cli.console import measuring_bar
     from kitty_nb.experiments import Bench
 
-    numbers = _numbers(depths, "--depths")
+    try:
+        numbers = [int(number) for number in depths.split(",")]
+    except ValueError:
+        raise typer.BadParameter("Write numbers, such as 0,4096.", param_hint="--depths") from None
     config = _settings(env, profile)
     if config.url:
         raise KittyError(
@@ -771,13 +768,6 @@ def _show_loads(found: LoadTest, save: Path | None) -> None:
         found.to_parquet(save)
 
 
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter("Write numbers, such as 0,4096.", param_hint=option) from None
-
-
 def _file_of(model: str | None) -> Path | None:
     """Return the model file here that has this name, or else the name, for the models folder."""
     if model is None:
@@ -792,45 +782,37 @@ def _load(config: ServerConfig, env: Path, begin: Begin) -> None:
     _say(anyio.run(commands.load, config, env, begin))
 
 
-class _Served(NamedTuple):
-    """The model that a profile's server answers to, and the way there.
+def _served(config: ServerConfig) -> tuple[Served, str]:
+    """Find the profile's server, or end the command.
 
-    Attributes:
-        alias: The model's name.
-        access: The way there, on the server's machine.
-        tunnel: The command that brings it to this machine; empty where it is this one.
+    Returns:
+        The server, as its machine sees it, and the command that brings its port to this machine;
+        empty where it is this one.
     """
-
-    alias: str
-    access: Access
-    tunnel: str = ""
-
-
-def _served(config: ServerConfig) -> _Served:
-    """Find the profile's server, or end the command."""
     from kitty_nb.catalog.resolve import routed_profiles
     from kitty_nb.client import Access
+    from kitty_nb.client.connect import Served
     from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 
     if config.url:
         from kitty_nb.isolated_server import access_at_url
 
         access = anyio.run(access_at_url, config)
-        return _Served(access.model or "", access)
+        return Served(access, access.model or "", config.profile), ""
     if config.ssh:
         from kitty_nb.cli import elsewhere
 
         state, key = anyio.run(elsewhere.read_key, config)
         if state.pid is None:
             _end_without_server(config)
-        tunnel = elsewhere.tunnel_command(state.config)
-        return _Served(state.alias, Access(state.config.endpoint, key), tunnel)
+        served = Served(Access(state.config.endpoint, key), state.alias, config.profile)
+        return served, elsewhere.tunnel_command(state.config)
     refuse_open_folder(config)
     record = find_server(config)
     if record is None:
         _end_without_server(config)
     alias = record.config.served_alias or routed_profiles(record.config).profiles[0].profile
-    return _Served(alias, Access(record.config.endpoint, record.api_key))
+    return Served(Access(record.config.endpoint, record.api_key), alias, config.profile), ""
 
 
 def _end_without_server(config: ServerConfig) -> NoReturn:

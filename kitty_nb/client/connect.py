@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kitty_nb.client import Access
+
 _NO_KEY = "none"  # clients insist on a key, also for a server that asks for none
 
 
@@ -20,10 +22,9 @@ _NO_KEY = "none"  # clients insist on a key, also for a server that asks for non
 class Served:
     """A running server, as other programs see it."""
 
-    base_url: str  # the base URL for OpenAI clients
+    access: Access  # its address, and the key that it asks for
     model: str  # the name that it serves its model by
     profile: str  # its profile
-    asks_key: bool  # whether it requires a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,10 @@ class HandOver:
         `key_command` prints the key.
         """
         if self.shell:
-            key = f'"$({shlex.join(key_command)})"' if served.asks_key else _NO_KEY
+            key = f'"$({shlex.join(key_command)})"' if served.access.api_key else _NO_KEY
             return _fill(self.shell, served, key)
         key = f"subprocess.check_output({[*key_command]!r}, text=True).strip()"
-        lines = ("import subprocess", "", f"key = {key}") if served.asks_key else ()
+        lines = ("import subprocess", "", f"key = {key}") if served.access.api_key else ()
         return self._python(served, *lines)
 
     def in_notebook(self, served: Served, manager: str) -> str:
@@ -52,7 +53,7 @@ class HandOver:
 
         `manager` is an expression for the `ModelManager` there.
         """
-        lines = (f"key = {manager}.reveal_api_key()",) if served.asks_key else ()
+        lines = (f"key = {manager}.reveal_api_key()",) if served.access.api_key else ()
         return self._python(served, *lines) if self.python else ""
 
     def _python(self, served: Served, *key: str) -> str:
@@ -64,7 +65,7 @@ def _fill(template: str, served: Served, key: str = "") -> str:
     # A JSON string without an apostrophe: it ends no quotation of Python, YAML or a shell.
     model = json.dumps(served.model, ensure_ascii=False)[1:-1].replace("'", "\\u0027")
     name = f"kitty-{served.profile}"
-    url = served.base_url
+    url = served.access.base_url
     return template.format(base_url=url, model=model, name=name, key=key).strip()
 
 

@@ -367,7 +367,8 @@ class _Session:
                 await self._follow(config.log_path, number, command.last)
                 return ()
             case Verb.LOG:
-                return await run_sync(_last_lines, config.log_path, command.last or _LINES)
+                last = command.last or _LINES
+                return await run_sync(lambda: tuple(deque(log_lines(config.log_path), last)))
             case Verb.SCAN:
                 await self._scan(config, number)
                 return None
@@ -420,10 +421,6 @@ class _Session:
         async with aclosing(catalog.watch(on_step=step)) as lists:
             async for _ in lists:
                 await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
-
-
-def _last_lines(path: Path, count: int) -> tuple[str, ...]:
-    return tuple(deque(log_lines(path), count))
 
 
 def _is_text(model: Model) -> bool:

@@ -107,7 +107,9 @@ class ControlPanel(VBox):
         self.status_line = display.Line("kitty-status")
         self.load_bar = server_view.LoadBar()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
-        self.served = server_view.ServedModels(self._ask_other)
+        self.served = server_view.ServedModels(
+            lambda model: self._actions.run(partial(manager.switch_model, model))
+        )
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
         name = partial(name_of, self)
@@ -259,9 +261,6 @@ class ControlPanel(VBox):
         self.download.attach(later._models_dir, later.picker.choose)
         return self.download
 
-    def _ask_other(self, model: str) -> None:
-        self._actions.run(partial(self.manager.switch_model, model))
-
     def _scan(self) -> None:
         if self._config.url:  # no files of this machine
             return
@@ -402,10 +401,7 @@ class ControlPanel(VBox):
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)
-        if state.external or state.router:
-            self.load_bar.show_router(self._router_load)
-        else:
-            self.load_bar.show(state, self.manager.progress)
+        self.load_bar.show(state, self.manager.progress, self._router_load)
         about = None if elsewhere or routes else model and (model.problem or model.doubt)
         message = problem or state.error or state.doubt or about
         self.notice.show(message or self._hints)

@@ -154,9 +154,16 @@ class LoadBar(Meter):
         super().__init__("kitty-load")
         self._pause = 0.0
 
-    def show(self, state: ServerState, load: LoadProgress | None) -> None:
-        """Show how far a load is, how long a restart waits, or that a server is stopping."""
-        if state.retry_in is not None:
+    def show(
+        self, state: ServerState, load: LoadProgress | None, routed: RouterLoad | None
+    ) -> None:
+        """Show how far a load is, how long a restart waits, or that a server is stopping.
+
+        Of a router, which is ready itself, the load of one of its models is shown, by name.
+        """
+        if state.external or state.router:
+            self.show_load(routed and routed.progress, routed.model if routed else "")
+        elif state.retry_in is not None:
             self._pause = max(self._pause, state.retry_in)
             self.write(state.retry_in / max(self._pause, 1.0), "waiting before the restart")
         elif state.status is ServerStatus.STOPPING:
@@ -170,10 +177,6 @@ class LoadBar(Meter):
     def show_load(self, load: LoadProgress | None, model: str = "") -> None:
         """Show how far the load of a model is."""
         self.write(load.fraction if load else 0.0, describe_load(load) if load else "", model)
-
-    def show_router(self, load: RouterLoad | None) -> None:
-        """Show the load of one of a router's models, by name; the router itself is ready."""
-        self.show_load(load.progress if load else None, load.model if load else "")
 
     def write(self, fraction: float | None, words: str, model: str = "") -> None:
         """Show how full the bar is, or none, with words beside it; without words, hide."""
@@ -450,8 +453,8 @@ def cells_for_programs(
     """Return, by program, what makes a cell that uses a server with it."""
 
     def cell(hand_over: HandOver) -> str:
-        state, asks_key = manager.state, manager.reveal_api_key() is not None
-        served = Served(manager.base_url, state.alias, state.config.profile, asks_key)
+        state = manager.state
+        served = Served(manager.access, state.alias, state.config.profile)
         return hand_over.in_notebook(served, f"{panel()}.manager")
 
     return {name: partial(cell, one) for name, one in hand_overs().items() if one.python}

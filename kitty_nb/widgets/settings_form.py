@@ -161,10 +161,8 @@ class MemoryLine(Line):
             self.stop()
             try:
                 config = self._wanted()
-            except ConfigError as error:
+            except KittyError as error:
                 self._manager.run(self._complain, error)
-            except KittyError:
-                self._manager.run(self._hide)
             else:
                 self._looking = self._manager.preview_memory(config, self._show)
 
@@ -173,25 +171,24 @@ class MemoryLine(Line):
         if self._looking is not None:
             self._looking.cancel()
 
-    async def _hide(self) -> None:
-        self._show(None)
-
-    async def _complain(self, error: ConfigError) -> None:
+    async def _complain(self, error: KittyError) -> None:
+        """Say what is wrong with a setting; nothing where no model is chosen."""
         self.preview = None
-        self.write(f"<span class='kitty-bad kitty-wrong'>{_setting_sentence(error)}</span>")
+        self.write(_setting_sentence(error) if isinstance(error, ConfigError) else "")
 
-    def _show(self, preview: MemoryPreview | None) -> None:
-        self.write(memory_line(preview) if preview else "")
+    def _show(self, preview: MemoryPreview) -> None:
+        self.write(memory_line(preview))
         self.preview = preview
 
 
 def _setting_sentence(error: ConfigError) -> str:
     """Describe what is wrong with the fields, as HTML, by the names that they have on screen."""
-    return "<br>".join(
+    sentences = (
         f"{escape(_FIELDS[one.key][0] if one.key in _FIELDS else one.key)} “{escape(one.value)}”:"
         f" {escape(one.reason)} {escape(one.fix)}"
         for one in error.problems
     )
+    return f"<span class='kitty-bad kitty-wrong'>{'<br>'.join(sentences)}</span>"
 
 
 def memory_line(preview: MemoryPreview) -> str:
