@@ -115,9 +115,9 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
 
     config = _settings(env, profile, anywhere=True)
     if config.ssh:
-        from kitty_nb.cli import elsewhere
+        from kitty_nb.cli.commands import list_far_models
 
-        models, config = anyio.run(elsewhere.list_models, config)
+        models, config = anyio.run(list_far_models, config)
     else:
         models = ModelCatalog(model_stores(config)).scan()
     if not models:
@@ -391,9 +391,9 @@ def logs(
     if config.url:
         raise KittyError(f"The log of the server at {config.url} is where it runs.")
     if config.ssh:
-        from kitty_nb.cli import elsewhere
+        from kitty_nb.cli.commands import show_far_log
 
-        anyio.run(elsewhere.show_log, config, _say, lines, follow)
+        anyio.run(show_far_log, config, _say, lines, follow)
         return
     refuse_open_folder(config)
     if follow:
@@ -724,7 +724,7 @@ def install_remote(
 
     Its start needs no more: that place is known.
     """
-    from kitty_nb.cli.elsewhere import install
+    from kitty_nb.remote.connection import install
 
     config = _settings(env, profile, anywhere=True)
     if not config.ssh:
@@ -800,13 +800,14 @@ def _served(config: ServerConfig) -> tuple[Served, str]:
         access = anyio.run(access_at_url, config)
         return Served(access, access.model or "", config.profile), ""
     if config.ssh:
-        from kitty_nb.cli import elsewhere
+        from kitty_nb.cli.commands import read_far_key
+        from kitty_nb.remote.connection import tunnel_command
 
-        state, key = anyio.run(elsewhere.read_key, config)
+        state, key = anyio.run(read_far_key, config)
         if state.pid is None:
             _end_without_server(config)
         served = Served(Access(state.config.endpoint, key), state.alias, config.profile)
-        return served, elsewhere.tunnel_command(state.config)
+        return served, tunnel_command(state.config)
     refuse_open_folder(config)
     record = find_server(config)
     if record is None:

@@ -38,8 +38,11 @@ from kitty_nb.supervisor.registry import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
+    from pydantic import SecretStr
     from rich.progress import Progress
 
+    from kitty_nb.catalog.catalog import ScanStep
+    from kitty_nb.catalog.model import Model
     from kitty_nb.config import ServerConfig
     from kitty_nb.formats import Source
     from kitty_nb.formats.exports import Exported
@@ -105,7 +108,7 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
         state = replace(state, address=None)  # this connection's
         told = [state.sentence + (" It was already running." if state.pid == before.pid else "")]
         if config.ssh:
-            from kitty_nb.cli.elsewhere import tunnel_command
+            from kitty_nb.remote.connection import tunnel_command
 
             told.append(f"To use it from here: {tunnel_command(state.config)}")
         if supervisor.api_key and not state.config.api_key:  # whoever set a key knows it
@@ -238,17 +241,14 @@ async def read_profiles(
 @asynccontextmanager
 async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[AnySupervisor]:
     """Supervise a profile's server and show its load; it keeps running when the command ends."""
-    supervisor: AnySupervisor
     if config.ssh:
-        from kitty_nb.remote.supervisor import RemoteSupervisor
-
-        supervisor = RemoteSupervisor(config)
+        supervisor: AnySupervisor = _far_end(config)
     else:
         from kitty_nb.supervisor.supervisor import Supervisor
 
         await anyio.to_thread.run_sync(refuse_open_folder, config)
         supervisor = Supervisor(config)
-    supervisor.detach()
+        supervisor.detach()
     try:
         with _load_display() as show:
             async with supervisor:
@@ -304,6 +304,60 @@ def _load_display() -> Iterator[Callable[[Event], None]]:
         yield show
 
 
+def _far_end(config: ServerConfig) -> RemoteSupervisor:
+    from kitty_nb.remote.supervisor import RemoteSupervisor
+
+    supervisor = RemoteSupervisor(config)
+    supervisor.detach()
+    return supervisor
+
+
+@asynccontextmanager
+async def _reached(config: ServerConfig) -> AsyncIterator[RemoteSupervisor]:
+    async with _far_end(config) as supervisor:
+        _refuse_lost(supervisor.state)
+        yield supervisor
+
+
+async def read_far_key(config: ServerConfig) -> tuple[ServerState, SecretStr | None]:
+    """Return the state of a profile's server on another machine, and its API key."""
+    async with _reached(config) as supervisor:
+        return supervisor.state, supervisor.api_key
+
+
+async def show_far_log(
+    config: ServerConfig, show: Callable[[str], object], last: int | None, follow: bool
+) -> None:
+    """Show the log of a profile's server on another machine; with `follow`, until cancelled."""
+    from kitty_nb.remote.protocol import Verb
+
+    def step(lines: tuple[str, ...]) -> None:
+        for line in lines:
+            show(line)
+
+    async with _reached(config) as supervisor:
+        asked = {"follow": follow, "last": last, "config": config}
+        step(await supervisor.call(Verb.LOG, step, within=None, **asked))
+
+
+async def list_far_models(config: ServerConfig) -> tuple[list[Model], ServerConfig]:
+    """List the models of another machine; return the settings as that machine has them, too."""
+    from kitty_nb.remote.protocol import Verb
+
+    async with _reached(config) as supervisor:
+        config = supervisor.settled(config)
+        models: list[Model] = []
+        with anyio.CancelScope() as scope:
+
+            def step(found: ScanStep) -> None:
+                models[:] = found.models
+                if found.done == found.total:
+                    scope.cancel()
+
+            await supervisor.call(Verb.SCAN, step, within=None, config=config)
+    return models, config
+
+
 def _same_profile(env: Path, profile: str, *words: str) -> str:
     """Return another kitty-nb command for the same profile, quoted for a shell."""
     where = () if env == Path(".env") else ("--env", str(env))
@@ -355,9 +409,7 @@ def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
 
         return anyio.run(look_once, config), None
     if config.ssh:
-        from kitty_nb.cli import elsewhere
-
-        return anyio.run(elsewhere.read_status, config)
+        return anyio.run(_read_far_status, config)
     return _read_status(config), None
 
 
@@ -383,6 +435,13 @@ def _read_status(config: ServerConfig) -> ServerState:
         path = config.log_path
         failure = str(diagnose(None, [*log_lines(path)] if has_log(path) else []))
     return ServerState(ServerStatus.CRASHED, record.config, error=failure)
+
+
+async def _read_far_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
+    supervisor = _far_end(config)
+    async with supervisor:
+        state = replace(supervisor.state, address=None)  # this connection's
+        return state, await supervisor.memory_use()
 
 
 async def status_facts(state: ServerState, memory: MemoryUse | None) -> dict[str, Any]:

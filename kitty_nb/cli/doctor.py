@@ -23,7 +23,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.catalog.resolve import load_profile
 from kitty_nb.catalog.stores import model_stores
-from kitty_nb.cli.elsewhere import doctor_command, read_status
+from kitty_nb.cli.commands import read_status
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
@@ -31,6 +31,7 @@ from kitty_nb.engine.devices import engine_devices
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
+from kitty_nb.remote.connection import doctor_command
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
 from kitty_nb.supervisor.port_owner import refuse_busy_port
@@ -140,7 +141,7 @@ def _settings(env: str | Path, profile: str, complaint: ConfigError | None) -> _
 
 def _machine(config: ServerConfig) -> _Result:
     began = time.monotonic()
-    state, _ = anyio.run(read_status, config)
+    state, _ = read_status(config)
     if state.status is ServerStatus.OUT_OF_REACH:
         return _ERROR, state.error or ""
     found = f"Reached {config.ssh} in {time.monotonic() - began:.1f} s. {state.sentence}"

@@ -1,21 +1,24 @@
-"""One ssh connection to another machine: lines to `kitty-nb serve` there, and a tunnel."""
+"""ssh to another machine: lines to `kitty-nb serve` there, a tunnel, and what is run by hand."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import subprocess
 from collections import deque
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 from subprocess import PIPE
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from kitty_nb.errors import OutOfReachError, first_of, printable
+from kitty_nb.errors import KittyError, OutOfReachError, first_of, printable
 from kitty_nb.ports import LOOPBACK, free_port
 from kitty_nb.remote.protocol import LONGEST, PROTOCOL, SILENT_FOR, Hello, load, parse
 from kitty_nb.ssh import ssh_command
@@ -34,12 +37,12 @@ _ENDS_WITHIN = 2.0
 _GREETINGS = 1 << 16  # bytes that a shell's start files may print before
 _LONGEST_FOLDER = 64  # bytes; a socket's path has 104 on macOS, of which ssh and we need 40
 # The places that kitty-nb may be in, beside what the other machine's PATH names.
-ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` makes it
-_KNOWN = ("$HOME/.local/bin/kitty-nb", f"$HOME/{ENVIRONMENT}/bin/kitty-nb")
+_ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` makes it
+_KNOWN = ("$HOME/.local/bin/kitty-nb", f"$HOME/{_ENVIRONMENT}/bin/kitty-nb")
 _LATE = "{} did not answer in time"
 _NOT_FOUND = 127
 _SSH_FAILED = 255
-PLAIN = ("-T", "-oClearAllForwardings=yes")  # no terminal, and none of the user's tunnels
+_PLAIN = ("-T", "-oClearAllForwardings=yes")  # no terminal, and none of the user's tunnels
 
 
 class Connection:
@@ -205,7 +208,7 @@ async def connect(
     short = len(os.fsencode(gettempdir())) <= _LONGEST_FOLDER
     with TemporaryDirectory(prefix="kitty_nb-", dir=None if short else "/tmp") as folder:  # noqa: S108
         control = "-M", "-S", _socket(folder)
-        command = ssh_command(config.ssh, _serve(config), config.ssh_config, *PLAIN, *control)
+        command = ssh_command(config.ssh, _serve(config), config.ssh_config, *_PLAIN, *control)
         try:
             process = await anyio.open_process(
                 command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
@@ -306,3 +309,52 @@ def _other_version(host: str, protocol: object, hello: object) -> str:
         f"{host} has kitty_nb {theirs} (protocol {protocol}), this machine {version('kitty_nb')}"
         f" (protocol {PROTOCOL}). Install the same version on both."
     )
+
+
+def install(config: ServerConfig, source: str) -> None:
+    """Install kitty_nb on the other machine, into an environment of its own; pip says how it goes.
+
+    Args:
+        config: The settings that name the machine.
+        source: A wheel of this machine, which is sent; or what pip there installs. Either may end
+            in extras, such as `[embedded]`.
+
+    Raises:
+        KittyError: It failed.
+    """
+    name, extras, rest = source.partition("[")
+    wheel = Path(name)
+    sent = wheel.read_bytes() if wheel.suffix == ".whl" and wheel.is_file() else b""
+    script = f'set -e; d="$HOME/{_ENVIRONMENT}"; python3 -m venv "$d"; '
+    what = shlex.quote(source)
+    if sent:
+        script += f'cat > "$d"/{shlex.quote(wheel.name)}; '
+        what = f'"$d"/{shlex.quote(wheel.name + extras + rest)}'
+    pip = '"$d/bin/pip" install --disable-pip-version-check'
+    script += f"{pip} --upgrade {what}"
+    if sent:  # pip takes one of the same version for the same
+        script += f"; {pip} --force-reinstall --no-deps --quiet {what}"
+    remote = f"exec sh -c {shlex.quote(script)}"
+    command = ssh_command(config.ssh or "", remote, config.ssh_config, *_PLAIN, "-S", "none")
+    if subprocess.run(command, input=sent, check=False).returncode:
+        raise KittyError(
+            f"{config.ssh} did not install {source}: see above. It needs Python 3.11 or later, with"
+            " venv."
+        )
+
+
+def tunnel_command(config: ServerConfig) -> str:
+    """Return the command that brings the port of a server on another machine here."""
+    tunnel = f"{LOOPBACK}:{config.port}:{urlsplit(config.endpoint).netloc}"
+    return _by_hand(config, "-N", "-L", tunnel)
+
+
+def doctor_command(config: ServerConfig) -> str:
+    """Return the command that runs `kitty-nb doctor` on the machine of a profile."""
+    program = config.ssh_bin or f"PATH=$PATH:$HOME/.local/bin:$HOME/{_ENVIRONMENT}/bin kitty-nb"
+    return f"{_by_hand(config)} {shlex.quote(f'{program} doctor')}"
+
+
+def _by_hand(config: ServerConfig, *options: str) -> str:
+    own = ("-F", str(config.ssh_config)) if config.ssh_config else ()
+    return shlex.join(("ssh", *own, *options, config.ssh or ""))
