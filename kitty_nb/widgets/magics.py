@@ -12,7 +12,13 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from kitty_nb.client.conversation import with_images
 from kitty_nb.config import env_warnings
-from kitty_nb.errors import KittyError, StartCancelledError, WaitTimeoutError, printable
+from kitty_nb.errors import (
+    KittyError,
+    StartCancelledError,
+    WaitTimeoutError,
+    WillNotFitError,
+    printable,
+)
 from kitty_nb.widgets import session
 from kitty_nb.widgets.server_view import describe_load, describe_reading
 
@@ -41,7 +47,7 @@ class KittyMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self._confirm = session.ConfirmOnce("Run this again to start anyway.")
+        self._refused: ServerConfig | str | None = None  # the latest start that will not fit
         self._talks: dict[ModelManager, list[dict[str, Any]]] = {}
 
     @magic_arguments()
@@ -111,19 +117,21 @@ class KittyMagics(Magics):
     ) -> None:
         """Start a server, and show its load in one line that changes."""
         line = _ChangingLine()
-        with self._confirm.watch(wanted):
-            operation = start(wanted, anyway=wanted == self._confirm.refused)
+        operation = start(wanted, anyway=wanted == self._refused)
 
-            def show() -> None:
-                if operation.progress:
-                    line.show(describe_load(operation.progress))
+        def show() -> None:
+            if operation.progress:
+                line.show(describe_load(operation.progress))
 
-            try:
-                line.show(_follow(operation, show).sentence)
-            except KeyboardInterrupt:
-                raise StartCancelledError("Interrupted; the start was cancelled.") from None
-            finally:
-                print()
+        try:
+            line.show(_follow(operation, show).sentence)
+        except WillNotFitError as error:
+            self._refused = wanted
+            raise WillNotFitError(f"{error} Run this again to start anyway.") from None
+        except KeyboardInterrupt:
+            raise StartCancelledError("Interrupted; the start was cancelled.") from None
+        finally:
+            print()
 
     def _print_log(self, manager: ModelManager, count: int) -> None:
         if count < 1:

@@ -97,34 +97,6 @@ def newest(kind: type[T], *key: Hashable) -> T | None:
     return _panels.get((kind.__name__, key))
 
 
-class ConfirmOnce:
-    """A start that will not fit into memory passes when it is asked for twice.
-
-    `remedy` says how to ask again.
-
-    Attributes:
-        refused: The settings, or the model, of the last start that was refused.
-    """
-
-    refused: ServerConfig | str | None = None
-
-    def __init__(self, remedy: str) -> None:
-        self._remedy = remedy
-
-    @contextmanager
-    def watch(self, wanted: ServerConfig | str | None) -> Iterator[None]:
-        """Remember a refusal of a start inside the block, and add the remedy to it.
-
-        Raises:
-            WillNotFitError: The refusal.
-        """
-        try:
-            yield
-        except WillNotFitError as error:
-            self.refused = wanted
-            raise WillNotFitError(f"{error} {self._remedy}".rstrip()) from None
-
-
 class ActionRunner:
     """Clicks become calls of the manager; failures are shown, and doubtful starts confirmed.
 
@@ -144,7 +116,8 @@ class ActionRunner:
         remedy: str = "Press the button again to start anyway.",
     ) -> None:
         self._run, self._show_problem = run, show_problem
-        self._confirm = ConfirmOnce(remedy)
+        self._remedy = remedy
+        self._refused: ServerConfig | None = None  # the settings of the latest refused start
         self._starting: Operation[Any] | None = None
 
     def run(
@@ -167,19 +140,20 @@ class ActionRunner:
                 self._run(self._follow, action(), None)
                 return
             config = wanted()
-            anyway = config == self._confirm.refused
+            anyway = config == self._refused
             self._starting = action(config, wait_for_ready=False, anyway=anyway)
             self._run(self._follow, self._starting, config)
 
     async def _follow(self, operation: Operation[Any], config: ServerConfig | None) -> None:
-        with self._showing_failures(), self._confirm.watch(config):
+        with self._showing_failures(config):
             await operation
 
     @contextmanager
-    def _showing_failures(self) -> Iterator[None]:
+    def _showing_failures(self, config: ServerConfig | None = None) -> Iterator[None]:
         try:
             yield
+        except WillNotFitError as error:
+            self._refused, self.refusal = config, f"{error} {self._remedy}".rstrip()
+            self._show_problem(self.refusal)
         except Exception as error:  # noqa: BLE001 (raised in a callback, nobody would see it)
-            if isinstance(error, WillNotFitError):
-                self.refusal = str(error)
             self._show_problem(explain(error))
