@@ -160,17 +160,10 @@ class Failure(BaseModel):
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Write an error down."""
-        match error:
-            case errors.ConfigError(source=source, problems=problems):
-                return cls(type="ConfigError", text="", source=source, problems=problems)
-            case errors.PortBusyError(free_port=port, attachable=attachable):
-                return cls(
-                    type="PortBusyError", text=str(error), free_port=port, attachable=attachable
-                )
-            case KittyError():
-                return cls(type=type(error).__name__, text=str(error))
-        return cls(type="KittyError", text=f"Internal error on the other machine: {error!r}")
+        """Write an error down, with the facts that it has."""
+        if not isinstance(error, KittyError):
+            return cls(type="KittyError", text=f"Internal error on the other machine: {error!r}")
+        return cls(**{**vars(error), "type": type(error).__name__, "text": str(error)})
 
     def error(self) -> KittyError:
         """Make the error again."""
