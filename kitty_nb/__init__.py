@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.catalog import ModelCatalog as ModelCatalog
     from kitty_nb.catalog.demo_model import write_demo_model as write_demo_model
     from kitty_nb.config import ServerConfig as ServerConfig
-    from kitty_nb.fleet.fleet import Fleet as Fleet
+    from kitty_nb.fleet import Fleet as Fleet
     from kitty_nb.manager import ModelManager as ModelManager
     from kitty_nb.supervisor.events import HealthCheckResult as HealthCheckResult
     from kitty_nb.supervisor.events import LoadProgress as LoadProgress
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ControlPanel": "widgets",
-    "Fleet": "fleet.fleet",
+    "Fleet": "fleet",
     "HealthCheckResult": "supervisor.events",
     "LoadProgress": "supervisor.events",
     "ModelCatalog": "catalog.catalog",
@@ -61,7 +61,7 @@ def _show_fleet(fleet: Any) -> Any:
 def show_sweeps(formatter: Any) -> None:
     """Let IPython's formatter show a `Sweep` or `Fleet` as its panel, imported when it is shown."""
     formatter.for_type_by_name(f"{__name__}.experiments.sweep", "Sweep", _show_sweep)
-    formatter.for_type_by_name(f"{__name__}.fleet.fleet", "Fleet", _show_fleet)
+    formatter.for_type_by_name(f"{__name__}.fleet", "Fleet", _show_fleet)
 
 
 if (_ipython := sys.modules.get("IPython")) and (_shell := _ipython.get_ipython()):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.fleet.fleet import Fleet
+    from kitty_nb.fleet import Fleet
     from kitty_nb.fleet.placement import Replica
     from kitty_nb.manager import ModelManager
     from kitty_nb.supervisor.events import LoadProgress, MemoryUse, ServerState
