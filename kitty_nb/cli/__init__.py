@@ -322,8 +322,8 @@ def export(
     if every:
         names, notes = commands.exportable(env, configured_profiles(env))
     configs = _all_settings(env, names, valid=True)
-    exported = anyio.run(commands.export, to, configs, image)
-    for note in (*notes, *exported.notes):
+    exported = anyio.run(commands.export, to, configs, image, notes)
+    for note in exported.notes:
         _say(f"kitty-nb: {note}", err=True)
     typer.echo(exported.text, nl=False)
 

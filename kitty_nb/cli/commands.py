@@ -148,13 +148,16 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
         raise WaitTimeoutError(f"The server is not ready after {within:g} s; {why}")
 
 
-async def export(to: Format, configs: Sequence[ServerConfig], image: str | None) -> Exported:
+async def export(
+    to: Format, configs: Sequence[ServerConfig], image: str | None, left_out: Sequence[str]
+) -> Exported:
     """Write profiles for another program.
 
     Args:
         to: That program.
         configs: The profiles.
         image: The container image; None for llama.cpp's own.
+        left_out: Why others are left out, for the notes.
 
     Raises:
         KittyError: A profile has no model, or the format does not hold these profiles. The server
@@ -164,7 +167,7 @@ async def export(to: Format, configs: Sequence[ServerConfig], image: str | None)
     from kitty_nb.engine.locate import locate_engine
     from kitty_nb.formats import exports
 
-    notes: list[str] = []
+    notes = [*left_out]
     found: list[ServerConfig] = []
     models: dict[str, Sequence[str]] = {}
     for config in configs:
@@ -191,11 +194,7 @@ async def export(to: Format, configs: Sequence[ServerConfig], image: str | None)
 
 
 def exportable(env: Path, profiles: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the profiles that a file for another program can hold, and why the others are not.
-
-    Raises:
-        KittyError: None can be held.
-    """
+    """Return the profiles that a file for another program can hold, and why the others are not."""
     from kitty_nb.catalog.resolve import load_profile
 
     names, notes = list[str](), list[str]()
@@ -207,8 +206,6 @@ def exportable(env: Path, profiles: Iterable[str]) -> tuple[list[str], list[str]
             notes.append(f"{name} is a router and is left out; its models are in other profiles.")
         else:
             names.append(name)
-    if not names:
-        raise KittyError("\n".join(("There is no profile to export.", *notes)))
     return names, notes
 
 
