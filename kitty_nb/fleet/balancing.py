@@ -166,17 +166,15 @@ class _Answer(httpx.AsyncByteStream):
             self._tried.add(self._at)
             try:
                 self._response = response = await self._transport.send(self._request, self._at)
-            except httpx.TransportError as error:
-                if isinstance(error, httpx.ReadTimeout):  # it may take as long anywhere
-                    self._leave()
-                    raise
-            except BaseException:
-                self._leave()
+            except BaseException as error:
+                broken = isinstance(error, httpx.TransportError)
+                if broken and not isinstance(error, httpx.ReadTimeout):
+                    continue
+                self._leave()  # an answer that is late may be as late anywhere
                 raise
-            else:
-                if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
-                    return response
-                await response.aclose()  # it loads, as after a crash
+            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                return response
+            await response.aclose()  # it loads, as after a crash
 
     def _leave(self) -> None:
         if self._at:

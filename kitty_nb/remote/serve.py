@@ -147,22 +147,17 @@ class Outbox:
 
     def put(self, ready: bytes, key: object = None) -> None:
         """Send a line after all that waits, in the place of an earlier one of its key."""
-        self._count += 1
         self._lines_put += 1
-        self._waiting.pop(key, None)
-        self._waiting[key or self._count] = ready
-        self._wake.set()
+        self._add(ready, key)
         self._hurry.set()
 
     def put_later(self, key: object, make: Callable[[], bytes]) -> None:
         """Send a line that is made when there is room for it; once for all calls until then."""
-        self._waiting[key] = make
-        self._wake.set()
+        self._add(make, key)
 
     def put_event(self, event: Event) -> None:
         """Send an event, with others that come soon unless it is important."""
-        self._count += 1
-        key: object = self._count
+        key: object = None
         match event:
             case LogLines(lines):
                 key = LogLines
@@ -178,12 +173,16 @@ class Outbox:
         if len(self._waiting) >= _NEWS:
             waiting = (one for one, it in self._waiting.items() if isinstance(it, Event))
             self._waiting.pop(next(waiting, None), None)
-        self._waiting.pop(key, None)
-        self._waiting[key] = event
-        self._wake.set()
+        self._add(event, key)
         match event:
             case StateChanged() | Activity() | ProgressMade(LoadProgress(fraction=1.0)):
                 self._hurry.set()
+
+    def _add(self, what: Event | bytes | Callable[[], bytes], key: object) -> None:
+        self._count += 1
+        self._waiting.pop(key, None)
+        self._waiting[key or self._count] = what
+        self._wake.set()
 
     def heard(self, batch: int) -> None:
         """Note that the other end has read a batch."""

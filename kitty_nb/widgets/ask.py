@@ -63,12 +63,12 @@ class Turn:
     @property
     def text(self) -> str:
         """The answer."""
-        return "".join(piece.text for piece in tuple(self._pieces) if not piece.thinking)
+        return self._said(thinking=False)
 
     @property
     def thinking(self) -> str:
         """The thoughts of the model before it answered."""
-        return "".join(piece.text for piece in tuple(self._pieces) if piece.thinking)
+        return self._said(thinking=True)
 
     @property
     def message(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Turn:
     @property
     def thought(self) -> str:
         """The time spent thinking; empty where there was none."""
-        if not any(piece.thinking for piece in tuple(self._pieces)):
+        if not self.thinking:
             return ""
         if self._spoke_at is None and not self.ended:
             return "Thinking…"
@@ -136,11 +136,16 @@ class Turn:
 
     def _since(self, first: int, end: int) -> dict[str, Any]:
         """Describe the pieces from one number to another, and all that is short."""
-        words = {"text": "", "thinking": ""}
-        for piece in self._pieces[first:end]:
-            words["thinking" if piece.thinking else "text"] += piece.text
+        said = {
+            "text": self._said(first, end, thinking=False),
+            "thinking": self._said(first, end, thinking=True),
+        }
         facts = {"thought": self.thought, "status": self.status, "problem": self.problem}
-        return {"first": first, "next": end, **words, **facts, "busy": not self.ended}
+        return {"first": first, "next": end, **said, **facts, "busy": not self.ended}
+
+    def _said(self, first: int = 0, end: int | None = None, *, thinking: bool) -> str:
+        pieces = self._pieces[first:end]
+        return "".join(piece.text for piece in pieces if piece.thinking is thinking)
 
 
 _SEND_EVERY = 0.1  # seconds; jupyter_server drops messages that come too often

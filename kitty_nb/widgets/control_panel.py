@@ -236,12 +236,8 @@ class ControlPanel(VBox):
         """Remove the widgets; stop the server and end the thread if the manager is our own."""
         if self.comm is None:
             return
-        self._view.stop()
-        self.ask.stop()
-        self.picker.stop()
-        self.browser.stop()
-        self.live.stop()
-        self.memory.stop()
+        for part in (self._view, self.ask, self.picker, self.browser, self.live, self.memory):
+            part.stop()
         if self.download in self._folds.children:  # else a later run of the cell has it
             self.download.stop()
         session.release(self)

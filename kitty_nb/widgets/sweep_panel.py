@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
 from anywidget import AnyWidget
-from ipywidgets import Button, Dropdown, HBox, VBox
+from ipywidgets import Dropdown, HBox, VBox
 from rich.filesize import decimal
 from traitlets import Unicode
 
@@ -30,6 +30,7 @@ from kitty_nb.widgets.display import (
     Meter,
     Notice,
     asset,
+    button,
     duration,
     explain,
     receive_while_busy,
@@ -102,18 +103,16 @@ class SweepButtons(HBox):
     """The buttons, each enabled only where it makes sense."""
 
     def __init__(self, headings: Mapping[str, str], objective: str) -> None:
-        self.start = Button(icon="play", button_style="primary")
-        self.pause = Button()
-        self.cancel = Button(
-            description="Cancel", icon="stop", tooltip="Stop the sweep and keep finished trials"
-        )
+        self.start = button("", "play", style="primary")
+        self.pause = button(*_PAUSE)
+        self.cancel = button("Cancel", "stop", "Stop the sweep and keep finished trials")
         named = {objective: objective.replace("_", " "), **headings}
         self.objective = Dropdown(
             options=[(text, name) for name, text in named.items()],
             value=objective,
             description="Best by",
         )
-        self.use = Button(description="Use the best", icon="star")
+        self.use = button("Use the best", "star")
         choosing = HBox([self.objective, self.use]).add_class("kitty-choosing")
         super().__init__([self.start, self.pause, self.cancel, choosing])
         self.add_class("kitty-buttons")
@@ -209,8 +208,8 @@ class SweepPanel(VBox):
             self.buttons.cancel: self.sweep.cancel,
             self.buttons.use: self._use_the_best,
         }
-        for button, action in actions.items():
-            button.on_click(lambda _, action=action: self._act(action))
+        for pressed, action in actions.items():
+            pressed.on_click(lambda _, action=action: self._act(action))
         self.buttons.objective.observe(lambda _: self._act(self._choose_again), names="value")
         receive_while_busy(tree(self))
 
