@@ -42,34 +42,8 @@ _GRACE, _POLL = 5.0, 0.1  # seconds
 _BACK_OFF, _BACK_OFF_MOST, _RESTARTS, _STABLE = 0.5, 30.0, 5, 60.0
 _SHOWN = 5  # lines of its log
 
-_NGINX = """\
-# Requests go to the replica with the fewest of them. Each checks the key that clients send.
-worker_processes 1;
-daemon off;
-pid "{folder}/nginx.pid";
-error_log stderr warn;
-{user}events {{ worker_connections 4096; }}
-http {{
-    access_log off;
-    client_max_body_size 0;
-{temporary}
-    upstream replicas {{
-        least_conn;
-{servers}
-    }}
-    server {{
-        listen {host}:{port};
-        location / {{
-            proxy_pass http://replicas;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_buffering off;
-            proxy_read_timeout 1h;
-            proxy_next_upstream error http_503 non_idempotent;
-        }}
-    }}
-}}
-"""
+# A template, as `str.format` takes it.
+_NGINX = Path(__file__).with_name("nginx.conf").read_text(encoding="utf-8")
 
 
 def _why_not(port: object) -> str | None:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import tomllib
 from collections import deque
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
@@ -252,29 +253,6 @@ def _quoted(path: str) -> str:
     return home + shlex.quote(path[len(home) :]) if path.startswith(home) else shlex.quote(path)
 
 
-# What ssh itself says.
-_EXPLAINED = (
-    (
-        r"Host key verification failed|No .* host key is known",
-        "The host key of {host} is unknown, or has changed. Run `ssh {host}` once and compare the"
-        " fingerprint.",
-    ),
-    (
-        r"Permission denied",
-        "{host} asks for a password, or for the passphrase of a key. Run `ssh-copy-id {host}` once,"
-        " or `ssh-add`.",
-    ),
-    (r"Could not resolve hostname", "There is no host {host}. Check LLAMACPP_SSH."),
-    (r"Connection refused", "{host} refuses the connection. Check that sshd runs there."),
-    (
-        r"timed out|not responding|No route to host|Network is unreachable",
-        "{host} does not answer. Check that it runs, and the network.",
-    ),
-    (
-        r"Bad configuration option|Bad owner or permissions|Can't open user config file",
-        "ssh can't use its configuration: {said}",
-    ),
-)
 _OF_TUNNELS = re.compile(r"channel [1-9]")  # which a server that has ended leaves without an end
 FORWARDING_REFUSED = re.compile(r"open failed: administratively prohibited")
 _MISSING = (
@@ -297,8 +275,10 @@ def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
     if re.search("No such command 'serve'|No such option", last):
         return f"{host} has an older kitty_nb. Update it there."
     by_ssh = [words for words in said if not _OF_TUNNELS.match(words)]
-    for pattern, sentence in _EXPLAINED if code == _SSH_FAILED else ():
-        if found := next((words for words in by_ssh if re.search(pattern, words)), None):
+    table = Path(__file__).with_name("ssh_failures.toml").read_text(encoding="utf-8")
+    for row in tomllib.loads(table)["failure"] if code == _SSH_FAILED else ():
+        if found := next((words for words in by_ssh if re.search(row["said"], words)), None):
+            sentence: str = row["sentence"]
             return sentence.format(host=host, said=found)
     return f"The connection to {host} ended{f': {last}' if last else ''}."
 

@@ -16,7 +16,7 @@ from kitty_nb.config import Task
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.display import Page, asset, button, duration, show_if
-from kitty_nb.widgets.server_view import describe_reading
+from kitty_nb.widgets.server_view import SNIPPETS, describe_reading
 from kitty_nb.widgets.session import ActionRunner
 
 if TYPE_CHECKING:
@@ -153,14 +153,6 @@ _KEPT = 1_000_000  # characters of a chat
 _PICTURES_KEPT = 20_000_000  # characters of their data URLs
 _NO_TEMPLATE = " (its file has no chat template, so answers may run on)"
 _FULL = "This chat is too long to be kept. Press New chat."
-_CODE = """\
-messages = {messages}
-answer = {panel}.manager.chat(messages).wait()
-print(answer)
-
-# To go on, add the answer and your next question, and ask again:
-# messages.append({{"role": "assistant", "content": str(answer)}})
-# messages.append({{"role": "user", "content": "…"}})"""
 
 
 class _Verbatim(str):
@@ -213,7 +205,9 @@ class Ask(Page):
         for part in (part for one in messages if one["role"] == "user" for part in one["content"]):
             if isinstance(part, dict) and "image_url" in part:
                 part["image_url"]["url"] = _Verbatim(f"{panel}.ask.pictures[{next(urls)}]")
-        return _CODE.format(messages=pformat(messages, width=96, sort_dicts=False), panel=panel)
+        return SNIPPETS["ask"].format(
+            messages=pformat(messages, width=96, sort_dicts=False), panel=panel
+        )
 
     def ask(self, question: str, pictures: Sequence[Picture] = ()) -> None:
         """Ask the model; does nothing while it answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -412,39 +413,15 @@ class Address(Page):
                 self.send({"kind": "copy", "for": asker, "text": self._texts[what]() or ""})
 
 
-_CODE = """\
-print({panel}.manager.chat("Who are you?", max_tokens=500).wait())
-
-# The same over OpenAI's API, with an httpx.Client that has the server's address and key.
-messages = [{{"role": "user", "content": "Who are you?"}}]
-request = {{"model": {alias!r}, "messages": messages, "max_tokens": 500}}
-answer = {panel}.manager.http.post("/v1/chat/completions", json=request)
-print(answer.json()["choices"][0]["message"]["content"])
-
-{openai}
-
-# Other programs need the base URL {endpoint}/v1 and the key:
-key = {panel}.manager.reveal_api_key()"""
-_EMBED = """\
-vectors = {panel}.manager.embed(["A first text.", "A second text."]).wait()
-vectors @ vectors.T
-
-# Other programs need the base URL {endpoint}/v1 and the key:
-key = {panel}.manager.reveal_api_key()"""
-_RANK = """\
-for found in {panel}.manager.rerank("A question?", ["An answer.", "Another text."]).wait():
-    print(found.score, found.document)"""
-_OPENAI = """\
-# And with an openai.OpenAI client.
-print({panel}.manager.client.chat.completions.create(**request).choices[0].message.content)"""
-_NO_OPENAI = "# After `pip install openai`, {panel}.manager.client is an openai.OpenAI."
+# Code to paste into a cell, by what it is for.
+SNIPPETS: dict[str, str] = tomllib.loads(asset("snippets.toml"))
 
 
 def snippet(state: ServerState, panel: str) -> str:
     """Return code that asks a server by the name of its panel, to paste into a cell."""
-    openai = (_OPENAI if find_spec("openai") else _NO_OPENAI).format(panel=panel)
-    code = {Task.CHAT: _CODE, Task.EMBED: _EMBED, Task.RANK: _RANK}[state.task]
-    return code.format(panel=panel, openai=openai, alias=state.alias, endpoint=state.endpoint)
+    openai = SNIPPETS["openai" if find_spec("openai") else "no_openai"].format(panel=panel)
+    facts = {"openai": openai, "alias": state.alias, "endpoint": state.endpoint}
+    return SNIPPETS[state.task].format(panel=panel, **facts)
 
 
 def cells_for_programs(
