@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
+T = TypeVar("T")
+
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # a long answer on a slow machine takes minutes
 
 
@@ -103,8 +105,6 @@ class Connections:
             (_, http), self._requests = self._requests, None
             await http.aclose()
 
-
-T = TypeVar("T")
 
 # The statuses by which llama-server refuses what is asked, rather than who asks, or when.
 _ABOUT_IT = {HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR}

@@ -369,9 +369,6 @@ def _count(number: int | None, of: str = "") -> str | None:
     return None if number is None else f"{number:,}{of}"
 
 
-_NONE: Mapping[str, str] = {}
-
-
 class Address(Page):
     """The server's address and what to copy, while the server is ready.
 
@@ -395,7 +392,7 @@ class Address(Page):
     programs: Any = traitlets.List().tag(sync=True)
 
     def __init__(
-        self, texts: Mapping[str, Callable[[], str | None]], programs: Mapping[str, str] = _NONE
+        self, texts: Mapping[str, Callable[[], str | None]], programs: Mapping[str, str]
     ) -> None:
         super().__init__("kitty-address", programs=[*programs.items()])
         self._texts = texts
