@@ -437,7 +437,7 @@ def _describe(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-async def _run(functions: Mapping[str, Callable[..., Any]], call: ToolCall) -> str:
+async def _run(functions: Mapping[str, Any], call: ToolCall) -> str:
     """Return what the model is told of a call's result."""
     if call.name not in functions:
         return f"Error: there is no tool {call.name}. There are {', '.join(functions)}."

@@ -163,7 +163,7 @@ class LoadBar(Meter):
         Of a router, which is ready itself, the load of one of its models is shown, by name.
         """
         if state.external or state.router:
-            self.show_load(routed and routed.progress, routed.model if routed else "")
+            self.show_load(routed.progress if routed else None, routed.model if routed else "")
         elif state.retry_in is not None:
             self._pause = max(self._pause, state.retry_in)
             self.write(state.retry_in / max(self._pause, 1.0), "waiting before the restart")
