@@ -19,7 +19,7 @@ from kitty_nb import ControlPanel, ServerStatus, write_demo_model
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
-from kitty_nb.widgets import model_picker
+from kitty_nb.widgets import models as picking
 from kitty_nb.widgets.models import table_rows
 from kitty_nb.widgets.server_view import model_facts
 
@@ -75,7 +75,7 @@ def test_the_list_follows_the_folder_and_the_choice_stays(panel: ControlPanel, e
 
 
 def test_a_long_search_goes_on_behind_the_panel(env: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_picker, "_PATIENCE", 0)
+    monkeypatch.setattr(picking, "_PATIENCE", 0)
     for number in range(30):
         write_header(env.parent / "models" / f"a{number:02}.gguf")
     env.write_text(env.read_text() + "LLAMACPP_PRIMARY_MODEL=cat.gguf\n")
