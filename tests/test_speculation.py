@@ -8,9 +8,8 @@ import pytest
 from model_files import write_model
 
 from kitty_nb import ModelManager, write_demo_model
-from kitty_nb.catalog.draft import can_draft, find_drafts
 from kitty_nb.catalog.memory import MemorySettings
-from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.catalog.resolve import can_draft, find_drafts, resolve_model
 from kitty_nb.config import Speculation
 from kitty_nb.errors import ConfigError
 from kitty_nb.supervisor.forecast import settings_of

@@ -47,10 +47,11 @@ class FileSignature(NamedTuple):
     mtime_ns: int  # when it was last written, in nanoseconds since the epoch
     inode: int  # its number in the file system
 
-    @property
-    def racily_fresh(self) -> bool:
-        """True if the file could change now and its signature stay the same."""
-        return abs(time.time_ns() - self.mtime_ns) <= _FRESH_NS
+    def lasting(self, path: Path) -> bool:
+        """Tell whether a file still has this signature, and gets another when it changes."""
+        # Written a moment ago, it could change now and its signature stay the same.
+        fresh = abs(time.time_ns() - self.mtime_ns) <= _FRESH_NS
+        return not fresh and signature_of(path) == self
 
 
 def signature_of(path: Path) -> FileSignature | None:
@@ -64,19 +65,14 @@ def signature_of(path: Path) -> FileSignature | None:
     )
 
 
-def unchanged(path: Path, signature: FileSignature) -> bool:
-    """Tell whether a file is as it was, and its signature will change if the file does."""
-    return signature_of(path) == signature and not signature.racily_fresh
-
-
 class FileCache(Generic[T]):
     """Remembers one kind of facts about files, by path and signature. It never raises.
 
     Args:
         kind: The name of the facts and their version, e.g. `facts 6`: another one whenever they
             change or are worked out otherwise.
-        load: Reads from text what is remembered; its ValueError and TypeError mean damage.
-        dump: Writes it as text.
+        load: Reads what `dump` writes; its ValueError and TypeError mean damage.
+        dump: Writes what is remembered as text.
         path: The SQLite file, made when first needed; None for one in the user's cache folder.
     """
 
@@ -84,7 +80,7 @@ class FileCache(Generic[T]):
         self,
         kind: str,
         load: Callable[[str], T],
-        dump: Callable[[T], str],
+        dump: Callable[[T], str | bytes],
         path: Path | None = None,
     ) -> None:
         self._kind, self._load, self._dump = kind, load, dump
@@ -111,17 +107,22 @@ class FileCache(Generic[T]):
         return self._files.use(read, {})
 
     def keep(self, read: Mapping[str, tuple[FileSignature, T]]) -> None:
-        """Write what was read, by path; what was written longest ago makes room."""
+        """Write what was read, by path, of files that have not changed meanwhile.
+
+        What was written longest ago makes room.
+        """
         rows = [
             (self._kind, os.fsencode(path), *signature, self._dump(facts))
             for path, (signature, facts) in read.items()
+            if signature.lasting(Path(path))
         ]
 
         def write(files: sqlite3.Connection) -> None:
             files.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
             files.execute(_FORGET, (_MAX_ROWS,))
 
-        self._files.use(write, None)
+        if rows:
+            self._files.use(write, None)
 
 
 def digest_cache() -> FileCache[str]:
@@ -170,8 +171,7 @@ def digest_files(
             raise ModelFileError(
                 f"{path} changed while it was read. Wait until it is complete, and try again."
             )
-        if unchanged(path, signature):
-            cache.keep({name: (signature, known[name])})
+        cache.keep({name: (signature, known[name])})
     return tuple(FileDigest(Path(name).name, signatures[name].size, known[name]) for name in names)
 
 

@@ -17,7 +17,7 @@ import anyio.to_thread
 from anyio.from_thread import check_cancelled
 from pydantic import TypeAdapter
 
-from kitty_nb.catalog.cache import FileCache, signature_of, unchanged
+from kitty_nb.catalog.cache import FileCache, signature_of
 from kitty_nb.catalog.model import (
     FileFacts,
     FoundFile,
@@ -121,12 +121,7 @@ class ModelCatalog:
         self.stores = tuple(
             store if isinstance(store, Store) else Store(Path(store)) for store in directories
         )
-        self._cache = FileCache(
-            _FACTS,
-            _FILE_FACTS.validate_json,
-            lambda facts: _FILE_FACTS.dump_json(facts).decode(),
-            cache,
-        )
+        self._cache = FileCache(_FACTS, _FILE_FACTS.validate_json, _FILE_FACTS.dump_json, cache)
 
     @property
     def directory(self) -> Path:
@@ -171,19 +166,15 @@ class ModelCatalog:
                     due = time.monotonic() + _LIST_SHARE * (time.monotonic() - began)
                 yield ScanStep(done, total, listed)
         finally:
-            self._remember({key: found[key] for key in waiting})
+            # What could not be read may be readable next time, unchanged.
+            self._cache.keep(
+                {
+                    key: (file.signature, file.facts)
+                    for key, file in ((key, found[key]) for key in waiting)
+                    if file.signature and file.facts and file.facts.problem is None
+                }
+            )
         yield ScanStep(total, total, self._listed(found.values(), kind))
-
-    def _remember(self, files: Mapping[str, FoundFile]) -> None:
-        """Keep what was read; what could not be read may be readable next time, unchanged."""
-        fresh = {
-            key: (file.signature, file.facts)
-            for key, file in files.items()
-            if file.facts and file.facts.problem is None
-            if file.signature and unchanged(file.path, file.signature)
-        }
-        if fresh:
-            self._cache.keep(fresh)
 
     def describe(self, path: Path) -> Model | None:
         """Describe the model that begins with `path`; None when it is not one to serve.

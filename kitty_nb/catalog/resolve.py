@@ -1,7 +1,9 @@
-"""The files that settings name, looked up on this machine before a start."""
+"""The files that settings name, and those that go with them, looked up before a start."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from difflib import get_close_matches
@@ -9,11 +11,18 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, NamedTuple
 
+from kitty_nb.catalog.cache import FileCache, signature_of
 from kitty_nb.catalog.catalog import find_projector
-from kitty_nb.catalog.draft import can_draft, find_drafts
-from kitty_nb.catalog.gguf import named_quantization
+from kitty_nb.catalog.gguf import ArrayInfo, named_quantization, read_header
 from kitty_nb.catalog.memory import read_shape
-from kitty_nb.catalog.model import ShardName, file_size, name_some, read_task, shard_paths
+from kitty_nb.catalog.model import (
+    ShardName,
+    file_size,
+    name_some,
+    read_task,
+    shard_paths,
+    total_size,
+)
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
 from kitty_nb.config import (
     PROJECTOR,
@@ -38,6 +47,8 @@ _NO_DRAFT = "Download a smaller model of the same family, or set LLAMACPP_SPECUL
 _HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)
 _FILE_ENDING = re.compile(r"\.[A-Za-z]{2,12}$")
 _HUB_FOLDER = re.compile(r"[\w.-]+-GGUF/", re.ASCII | re.IGNORECASE)
+_FEWER = 128  # tokens: llama.cpp's limit on the difference of two vocabularies
+_SMALLER = 2  # times; a larger draft model would take longer than it saves
 
 
 def resolve_model(config: ServerConfig) -> ServerConfig:
@@ -177,6 +188,63 @@ def _drafter(config: ServerConfig, others: Sequence[Store]) -> Path | None:
     reason = f"Its vocabulary is not that of {model.name}."
     value = _relative(chosen, config.models_dir)
     raise ConfigError("", (Problem("draft_model", value, reason, fix),))
+
+
+class _Vocabulary(NamedTuple):
+    """A tokenizer, as far as it decides whether two models share their tokens."""
+
+    length: int = 0  # how many tokens it has; none where it cannot be read
+    digest: str = ""  # of its kind and its tokens, but for the last, which only pad some lists
+
+    def matches(self, other: _Vocabulary) -> bool:
+        """Tell whether llama.cpp takes two models with these vocabularies together."""
+        alike = self.digest == other.digest and abs(self.length - other.length) <= _FEWER
+        return alike and self.digest != ""
+
+
+def find_drafts(model: Path, folders: Sequence[Path]) -> list[Path]:
+    """List the models in and below folders that can draft for another, smallest first."""
+    files = (file.path for folder in folders for file in find_files(folder) if file.signature)
+    limit = total_size(model) // _SMALLER
+    sizes = {
+        path: size
+        for path in files
+        if path == shard_paths(path)[0] and (size := total_size(path)) <= limit
+    }
+    known = _vocabularies([model, *sizes])
+    fitting = [path for path in sizes if known[path].matches(known[model])]
+    return sorted(fitting, key=lambda path: (sizes[path], path))
+
+
+def can_draft(draft: Path, model: Path) -> bool:
+    """Tell whether two models have the same vocabulary, whatever their sizes."""
+    known = _vocabularies([draft, model])
+    return known[draft].matches(known[model])
+
+
+def _vocabularies(paths: Sequence[Path]) -> dict[Path, _Vocabulary]:
+    """Read the vocabularies of files, those that have changed since they were read last."""
+    signatures = {str(path): signature for path in paths if (signature := signature_of(path))}
+    cache = FileCache("vocabulary 2", lambda text: _Vocabulary(*json.loads(text)), json.dumps)
+    known = cache.recall(signatures)
+    new = {str(path): _vocabulary(path) for path in paths if str(path) not in known}
+    cache.keep({name: (signatures[name], new[name]) for name in new if name in signatures})
+    return {path: (known | new)[str(path)] for path in paths}
+
+
+def _vocabulary(path: Path) -> _Vocabulary:
+    try:
+        header = read_header(path)
+        tokens = header.metadata.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, ArrayInfo) or not header.tensors:
+            return _Vocabulary()
+        with path.open("rb") as file:
+            file.seek(tokens.span.start)
+            text = file.read(len(tokens.span))
+    except (ModelFileError, OSError):  # the catalog says what is wrong with it
+        return _Vocabulary()
+    kind = header.text("tokenizer.ggml.model") or ""
+    return _Vocabulary(tokens.length, hashlib.sha256(kind.encode() + b"\0" + text).hexdigest())
 
 
 def _what_is_wrong(
