@@ -53,23 +53,18 @@ def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
     Headers are read only if there is a projector nearby. Models are listed from `roots`.
     """
     beside = _beside(path, roots)
-    model = _describe(path, roots, beside) if beside else None
-    return model.projector if model else None
+    return _describe(path, roots, beside).projector if beside else None
 
 
-def _describe(path: Path, roots: Sequence[Path], beside: Iterable[FoundFile]) -> Model | None:
-    """Describe the model that begins with `path`; None when it is not one to serve."""
+def _describe(path: Path, roots: Sequence[Path], beside: Iterable[FoundFile] = ()) -> Model:
+    """Describe the model that `path` is a file of."""
     shards = shard_paths(path)
-    found = {shard: FoundFile(shard, signature_of(shard)) for shard in shards}
-    there = [shard for shard in shards if found[shard].signature] or shards[:1]
-    files = [_with_facts(found[shard]) for shard in there]
+    files = {shard: _with_facts(FoundFile(shard, signature_of(shard))) for shard in shards}
     for file in beside:  # of all but projectors the name is enough
         read = file.signature and is_projector_name(file.path)
-        if file.path not in found:
-            files.append(_with_facts(file) if read else file)
-    listed = rows(files, roots[0] if roots else path.parent)
-    row = next(row for row in listed if row.path == shards[0])
-    return row if row.kind is Kind.MODEL else None
+        files.setdefault(file.path, _with_facts(file) if read else file)
+    listed = rows(files.values(), roots[0] if roots else path.parent)
+    return next(row for row in listed if row.path == shards[0])
 
 
 def _beside(path: Path, roots: Sequence[Path]) -> list[FoundFile]:
@@ -83,8 +78,7 @@ def _beside(path: Path, roots: Sequence[Path]) -> list[FoundFile]:
 
 def why_not_served(path: Path) -> str | None:
     """Say why a model cannot or may not be served, and what to do; None where nothing is known."""
-    files = [_with_facts(FoundFile(shard, signature_of(shard))) for shard in shard_paths(path)]
-    (row,) = rows(files, path.parent)
+    row = _describe(path, [path.parent])
     if row.kind is Kind.MODEL:
         return row.problem or row.doubt
     return row.problem or why_never(row.path, row.facts, 0)
@@ -182,7 +176,8 @@ class ModelCatalog:
         Outside the catalog's folder its name is the whole path.
         """
         roots = [store.path for store in self.stores]
-        return _describe(path, roots, _beside(path, roots))
+        row = _describe(path, roots, _beside(path, roots))
+        return row if row.kind is Kind.MODEL else None
 
     async def watch(
         self, kind: Kind = Kind.MODEL, on_step: Callable[[ScanStep], object] | None = None
@@ -224,7 +219,7 @@ class ModelCatalog:
 
     def _listed(self, files: Iterable[FoundFile], kind: Kind) -> tuple[Model, ...]:
         known = [file for file in files if file.facts or not file.readable]
-        listed = [row for row in rows(known, self.directory) if row.kind is kind]
+        listed = (row for row in rows(known, self.directory) if row.kind is kind)
         return tuple(sorted(listed, key=self._order))
 
     def _order(self, model: Model) -> tuple[int, list[str | int], str]:
