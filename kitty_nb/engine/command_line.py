@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config import (
     ServerConfig,
@@ -139,8 +139,12 @@ _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
 # Fields by the canonical name of the flag that says them, to read a command line.
 _FIELDS = {canonical(flag): field for field, flag in _FLAGS.items()} | {
     canonical(f"--{name}"): name for name in ("model", "host", "port", "alias")
-} | {_SLEEP: "idle_shutdown_seconds", "--no-jinja": "tool_calling"}  # fmt: skip
-_BARE = {"--jinja": "on", "--no-jinja": "off", "--flash-attn": "on"}  # where no value follows
+} | {
+    _SLEEP: "idle_shutdown_seconds", "--no-jinja": "tool_calling", _DRAFT: "draft_model",
+    _MMPROJ: "mmproj", "--no-mmproj": "mmproj",
+}  # fmt: skip
+# Where no value follows.
+_BARE = {"--jinja": "on", "--no-jinja": "off", "--flash-attn": "on", "--no-mmproj": "off"}
 _KINDS = {word: kind for kind, word in _SPECULATION.items()}
 _ALL_LAYERS = 999
 # Flags that change how a server is talked to, in a way that the manager does not know.
@@ -225,12 +229,12 @@ def split_options(words: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(option) for option in options]
 
 
-def read_arguments(words: Iterable[str]) -> dict[str, object]:
+def read_arguments(words: Iterable[str]) -> dict[str, Any]:
     """Return the settings that arguments of llama-server ask for, the inverse of `build_command`.
 
     What no setting stands for is left in `extra_args`. Where a flag stands twice, the last counts.
     """
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     others: list[str] = []
     for flag, *values in split_options(words):
         field = _FIELDS.get(canonical(flag))

@@ -12,7 +12,7 @@ from configparser import ConfigParser
 from configparser import Error as IniError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
@@ -48,7 +48,6 @@ _NAMES: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_name("names.toml").read_text(encoding="utf-8")
 )
 _TRUE, _FALSE = {"true", "on", "enabled", "1"}, {"false", "off", "disabled", "0"}
-_PROJECTORS, _DRAFTS = {"--mmproj"}, {"--spec-draft-model"}
 _REMOTE = {"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"}
 _FIRST_FREE_PORT, _LAST_PORT = 8082, 65535
 # Characters of a file, and of what its macros add to one command. Nobody writes as many by hand.
@@ -72,6 +71,20 @@ class _Entry:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
     aliases: list[str] = field(default_factory=list)
+
+    def leave_out(self, names: Iterable[object], why: str = "") -> None:
+        """Note what is left out, if anything is."""
+        if left := ", ".join(map(str, names)):
+            self.notes.append(f"left out: {left}.{why}")
+
+
+class _File(NamedTuple):
+    """A file to be read: its text and path, notes on all of it, and the flags of an engine."""
+
+    text: str
+    path: Path
+    notes: list[str]
+    dialect: Dialect | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +135,7 @@ def import_profiles(
     notes: list[str] = []
     read = _READERS[source or _source_of(file, text)]
     try:
-        entries = list(read(text, file, notes, dialect))
+        entries = list(read(_File(text, file, notes, dialect)))
     except (yaml.YAMLError, IniError, ValueError) as error:
         raise KittyError(f"Can't read {file}: {error}") from None
     except (AttributeError, TypeError, LookupError, RecursionError) as error:
@@ -158,16 +171,14 @@ def _source_of(file: Path, text: str) -> Source:
 # llama-swap
 
 
-def _read_llama_swap(
-    text: str, _file: Path, notes: list[str], _dialect: Dialect | None
-) -> Iterator[_Entry]:
-    whole = yaml.safe_load(text) or {}
+def _read_llama_swap(file: _File) -> Iterator[_Entry]:
+    whole = yaml.safe_load(file.text) or {}
     known = {"models", "peers", "macros", "healthCheckTimeout", "globalTTL", "startPort"}
     for key in sorted(whole.keys() - known):
         if key == "apiKeys":
-            notes.append("apiKeys are left out: set LLAMACPP_API_KEY in .env yourself.")
+            file.notes.append("apiKeys are left out: set LLAMACPP_API_KEY in .env yourself.")
         else:
-            notes.append(f"{key!r} of llama-swap is left out.")
+            file.notes.append(f"{key!r} of llama-swap is left out.")
     for name, model in (whole.get("models") or {}).items():
         entry = _Entry(str(name))
         macros = {**(whole.get("macros") or {}), **(model.get("macros") or {}), "MODEL_ID": name}
@@ -177,7 +188,9 @@ def _read_llama_swap(
         except ValueError as error:
             raise ValueError(f"the command of {name} can't be split into words ({error})") from None
         if not _take_program(entry, words):
-            notes.append(f"{name}: its command starts no llama-server here, so it is left out.")
+            file.notes.append(
+                f"{name}: its command starts no llama-server here, so it is left out."
+            )
             continue
         ttl = model.get("ttl", -1)
         ttl = whole.get("globalTTL", 0) if ttl == -1 else ttl
@@ -187,16 +200,15 @@ def _read_llama_swap(
             entry.settings["stop_grace_seconds"] = timeout
         entry.aliases += map(_text, model.get("aliases") or [])
         read = {"cmd", "macros", "ttl", "unloadTimeout", "aliases", "name", "description", "proxy"}
-        if left := sorted(map(str, model.keys() - read)):
-            entry.notes.append(f"left out: {', '.join(left)}.")
+        entry.leave_out(sorted(map(str, model.keys() - read)))
         yield entry
     for name, peer in (whole.get("peers") or {}).items():
         entry = _Entry(str(name), settings={"url": _text(peer.get("proxy"))})
         names = [*map(_text, peer.get("models") or [])]
         if len(names) == 1:
             entry.settings["alias"] = names[0]
-        if left := sorted(map(str, peer.keys() - {"proxy", "models"})):
-            entry.notes.append(f"left out: {', '.join(left)}. A key goes into .env.")
+        left = sorted(map(str, peer.keys() - {"proxy", "models"}))
+        entry.leave_out(left, " A key goes into .env.")
         yield entry
 
 
@@ -260,7 +272,7 @@ def _take_program(entry: _Entry, words: list[str]) -> bool:
     if at:
         # Only its name: what follows may be a secret.
         before = words[0].partition("=")[0]
-        entry.notes.append(f"left out: {before}, and all else that stands before llama-server.")
+        entry.leave_out([before, "and all else that stands before llama-server"])
     if program.is_absolute() and str(program) != shutil.which("llama-server"):
         entry.settings["binary"] = program
     return True
@@ -269,9 +281,7 @@ def _take_program(entry: _Entry, words: list[str]) -> bool:
 # llama-server's router
 
 
-def _read_router(
-    text: str, _file: Path, _notes: list[str], dialect: Dialect | None
-) -> Iterator[_Entry]:
+def _read_router(file: _File) -> Iterator[_Entry]:
     parser = ConfigParser(
         delimiters=("=",),
         comment_prefixes=(";", "#"),
@@ -281,7 +291,7 @@ def _read_router(
         empty_lines_in_values=False,
     )
     parser.optionxform = str  # type: ignore[method-assign,assignment]
-    parser.read_string(f"[default]\n{text}")
+    parser.read_string(f"[default]\n{file.text}")
     shared = dict(parser["*"]) if "*" in parser else {}
     for name in parser.sections():
         own = dict(parser[name])
@@ -289,7 +299,8 @@ def _read_router(
             continue
         entry = _Entry(name)
         for key, value in (shared | own).items():
-            _take_preset(entry, key, re.split("[;#]", value, maxsplit=1)[0].strip(), dialect)
+            value = re.split("[;#]", value, maxsplit=1)[0].strip()  # noqa: PLW2901
+            _take_preset(entry, key, value, file.dialect)
         yield entry
 
 
@@ -330,15 +341,13 @@ def _flag_of_preset(key: str, dialect: Dialect | None) -> str:
 # Ollama
 
 
-def _read_modelfile(
-    text: str, file: Path, _notes: list[str], _dialect: Dialect | None
-) -> Iterator[_Entry]:
+def _read_modelfile(file: _File) -> Iterator[_Entry]:
     entry = _Entry("")
     left: dict[str, None] = {}
-    for instruction, argument in _instructions(text):
+    for instruction, argument in _instructions(file.text):
         match instruction:
             case "FROM":
-                entry.name = _take_base(entry, argument, file)
+                entry.name = _take_base(entry, argument, file.path)
             case "PARAMETER":
                 name, _, value = argument.partition(" ")
                 value = value.strip().strip('"')
@@ -348,17 +357,15 @@ def _read_modelfile(
                 else:
                     entry.words += _option(flag, _plain(value))
             case "ADAPTER":
-                path = file.parent / _at_home(argument)
+                path = file.path.parent / _at_home(argument)
                 entry.words += ("--lora", str(path.absolute()))
             case "LICENSE" | "REQUIRES":
                 pass
             case _:
                 left[instruction] = None
-    if left:
-        entry.notes.append(
-            f"left out: {', '.join(left)}. A prompt, its template and stop words are the request's"
-            " and the model's own here."
-        )
+    entry.leave_out(
+        left, " A prompt, its template and stop words are the request's and the model's own here."
+    )
     if entry.name:
         yield entry
 
@@ -402,11 +409,9 @@ def _take_base(entry: _Entry, base: str, file: Path) -> str:
 # LM Studio
 
 
-def _read_lm_studio(
-    text: str, file: Path, _notes: list[str], _dialect: Dialect | None
-) -> Iterator[_Entry]:
-    whole = json.loads(text)
-    entry = _Entry(str(whole.get("name") or file.name.partition(".")[0]))
+def _read_lm_studio(file: _File) -> Iterator[_Entry]:
+    whole = json.loads(file.text)
+    entry = _Entry(str(whole.get("name") or file.path.name.partition(".")[0]))
     parts = [whole, whole.get("operation") or {}, whole.get("load") or {}]
     given = {one["key"]: one.get("value") for part in parts for one in part.get("fields") or []}
     table = _NAMES["lm-studio"]
@@ -427,9 +432,8 @@ def _read_lm_studio(
                 left.append(key)
         elif flag:
             entry.words += _option(flag, value)
-    if left:
-        entry.notes.append(f"left out: {', '.join(left)}.")
-    entry.words += _model_of_lm_studio(file)
+    entry.leave_out(left)
+    entry.words += _model_of_lm_studio(file.path)
     yield entry
 
 
@@ -462,7 +466,7 @@ def _option(flag: str, value: object) -> tuple[str, ...]:
     return (flag, str(value))
 
 
-_READERS: dict[Source, Callable[[str, Path, list[str], Dialect | None], Iterator[_Entry]]] = {
+_READERS: dict[Source, Callable[[_File], Iterator[_Entry]]] = {
     Source.LLAMA_SWAP: _read_llama_swap,
     Source.ROUTER: _read_router,
     Source.OLLAMA: _read_modelfile,
@@ -492,33 +496,22 @@ class _Place:
         if "url" in entry.settings:
             return base.replace(**_valid(base, entry.settings, entry))
         words = [word for option in split_options(entry.words) for word in _kept(option, entry)]
-        found = read_arguments(words)
-        others = split_options(found.pop("extra_args"))  # type: ignore[arg-type]
-        settings = found | entry.settings
+        settings = read_arguments(words) | entry.settings
+        extra_args = settings.pop("extra_args")
         if "model" not in settings and self._model:
             settings["model"] = base.models_dir / self._model
-        if "model" in settings:
-            settings["model"] = self._path(str(settings["model"]), entry)
-        else:
+        for file in ("model", "mmproj", "draft_model"):
+            if settings.get(file, "off") != "off":
+                settings[file] = self._path(str(settings[file]), entry)
+        if "model" not in settings:
             entry.notes.append(f"it names no model: set LLAMACPP_{profile.upper()}_MODEL.")
         settings |= self._names_of(entry, profile, settings)
         settings["port"] = self._free_port(profile, settings.get("port"), base.port)
-        files = {
-            field: self._path(values[0], entry)
-            for flags, field in ((_PROJECTORS, "mmproj"), (_DRAFTS, "draft_model"))
-            for flag, *values in others
-            if canonical(flag) in flags and values
-        }
+        files = {name: settings.pop(name) for name in ("mmproj", "draft_model") if name in settings}
         if "draft_model" in files:
             settings.setdefault("speculation", Speculation.DRAFT)
-        asked_off = any(canonical(flag) == "--no-mmproj" for flag, *_ in others)
-        others = [
-            option
-            for option in others
-            if canonical(option[0]) not in {*_PROJECTORS, *_DRAFTS, "--no-mmproj"}
-        ]
         wanted = base.replace(**_valid(base, settings, entry))
-        return _as_found(wanted, files, others, entry, off=asked_off)
+        return _as_found(wanted, files, extra_args, entry)
 
     def _free_name(self, name: str) -> str:
         plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
@@ -592,31 +585,29 @@ def _valid(base: ServerConfig, settings: Mapping[str, object], entry: _Entry) ->
 
 def _as_found(
     wanted: ServerConfig,
-    files: Mapping[str, Path],
-    others: Iterable[tuple[str, ...]],
+    files: Mapping[str, object],
+    extra_args: Iterable[str],
     entry: _Entry,
-    *,
-    off: bool,
 ) -> ServerConfig:
     """Leave to kitty_nb what it finds by itself: projector, draft model, task."""
-    others = list(others)
-    extra = [word for option in others for word in option]
-    if wanted.model is None:
-        return wanted.replace(**files, extra_args=extra)
-    resolved = _resolved(wanted, entry)
+    resolved = _resolved(wanted, entry) if wanted.model else None
     if resolved is None:
-        return wanted.replace(**files, extra_args=extra)
-    wanted = wanted.replace(allow_absolute_paths=resolved.allow_absolute_paths)
-    changes: dict[str, Any] = {}
-    if resolved.projector != files.get("mmproj") or off:
+        return wanted.replace(**files, extra_args=extra_args)
+    changes: dict[str, object] = {"allow_absolute_paths": resolved.allow_absolute_paths}
+    if resolved.projector != files.get("mmproj"):
         changes["mmproj"] = files.get("mmproj", "off")
     if "draft_model" in files and resolved.drafter != files["draft_model"]:
         changes["draft_model"] = files["draft_model"]
     by_itself = [
         (canonical(flag), *values) for flag, *values in split_options(portable_arguments(resolved))
     ]
-    kept = [one for one in others if (canonical(one[0]), *one[1:]) not in by_itself]
-    return wanted.replace(**changes, extra_args=[word for option in kept for word in option])
+    changes["extra_args"] = [
+        word
+        for flag, *values in split_options(extra_args)
+        if (canonical(flag), *values) not in by_itself
+        for word in (flag, *values)
+    ]
+    return wanted.replace(**changes)
 
 
 def _resolved(config: ServerConfig, entry: _Entry) -> ServerConfig | None:
