@@ -17,7 +17,7 @@ import pytest
 from conftest import LOCAL, eventually
 
 from kitty_nb.config import FlashAttention
-from kitty_nb.engine import embedded, embedded_options
+from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import locate_engine, parse_help
 
@@ -37,13 +37,13 @@ DIALECT = parse_help(embedded.help_text())
 def set_up(*words: str) -> Any:
     """The parameters that a command line ends up as."""
     params = xllamacpp.CommonParams()
-    for flag, value in embedded_options.read_arguments(words):
-        embedded_options.set_option(params, flag, value)
+    for flag, value in embedded.read_arguments(words):
+        embedded.set_option(params, flag, value)
     return params
 
 
 def test_help_reads_back_as_the_table() -> None:
-    heads = ["-h, --help, --usage", "--version", "--list-devices", *embedded_options.OPTIONS]
+    heads = ["-h, --help, --usage", "--version", "--list-devices", *embedded.OPTIONS]
 
     for option, head in zip(DIALECT.options, heads, strict=True):
         names, value = re.fullmatch(r"((?:-\S+, )*-\S+)(?: (.*))?", head).groups()
@@ -79,9 +79,9 @@ def test_every_option_is_one_that_the_wheel_has(option: Option, tmp_path: Path) 
 def test_a_target_is_written_down_only_where_the_name_does_not_tell() -> None:
     params = xllamacpp.CommonParams()
 
-    for head, target in embedded_options.OPTIONS.items():
+    for head, target in embedded.OPTIONS.items():
         names = [name.partition(" ")[0] for name in head.split(", ")]
-        derived = embedded_options.attribute_of(params, names)
+        derived = embedded.attribute_of(params, names)
         assert target != derived if target else derived, head
 
 
@@ -91,7 +91,7 @@ def test_every_option_of_llama_server_is_there_or_has_a_reason(native_engine: Pa
     done = subprocess.run([native_engine, "--help"], capture_output=True, text=True, check=True)
     explained = {
         flag: reason
-        for names, _, reason in (one.partition("  ") for one in embedded_options.WITHOUT)
+        for names, _, reason in (one.partition("  ") for one in embedded.WITHOUT)
         for flag in names.split(", ")
     }
 
@@ -168,7 +168,7 @@ def test_values_arrive() -> None:
 )
 def test_tools_are_closed_to_other_web_pages(words: tuple[str, ...], origins: str) -> None:
     params = set_up(*words)
-    embedded_options.close_to_pages(params)
+    embedded.close_to_pages(params)
 
     assert params.cors_origins == origins
 
