@@ -18,7 +18,7 @@ import anyio
 from benchmarks.subject import read_subject
 from kitty_nb import ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, Requirement, estimate, plan, read_shape
-from kitty_nb.engine.devices import list_devices
+from kitty_nb.engine.locate import list_devices
 from kitty_nb.supervisor.forecast import settings_of
 from tests.engine_memory import breakdown
 from tests.model_files import MODELS, write_model
@@ -120,7 +120,7 @@ def _speed(subject: Subject, folder: Path) -> None:
         _formula(engine, config)
         formulas.append(time.perf_counter() - began)
         began = time.perf_counter()
-        anyio.run(list_devices, engine, config)
+        anyio.run(list_devices, config)
         listings.append(time.perf_counter() - began)
     began = time.perf_counter()
     _formula(engine, config)

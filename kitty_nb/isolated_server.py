@@ -25,8 +25,14 @@ from anyio.to_thread import run_sync
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit, goes_without_key
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
-from kitty_nb.engine.devices import engine_devices
-from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
+from kitty_nb.engine.locate import (
+    Dialect,
+    Engine,
+    EngineKind,
+    Option,
+    list_devices,
+    locate_engine,
+)
 from kitty_nb.errors import (
     EngineError,
     KittyError,
@@ -220,7 +226,7 @@ def pid_at(access: Access) -> int | None:
 async def has_gpu(config: ServerConfig) -> bool:
     """Return whether the engine has a device to offload layers to; False without an engine."""
     try:
-        devices = await engine_devices(config)
+        devices = await list_devices(config)
     except EngineError:
         return False
     return bool((await run_sync(free_memory)).gpus if devices is None else devices)

@@ -27,8 +27,7 @@ from kitty_nb.cli.commands import read_status
 from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
 from kitty_nb.config.env_file import read_env
 from kitty_nb.engine.command_line import build_command
-from kitty_nb.engine.devices import engine_devices
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.engine.locate import list_devices, locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
 from kitty_nb.remote.connection import doctor_command
@@ -196,7 +195,7 @@ def _memory(config: ServerConfig) -> _Result:
     measured = free_memory(record.pid if record else None)
     devices = None
     with suppress(EngineError):  # the check of the engine says what is wrong with it
-        devices = anyio.run(engine_devices, config)
+        devices = anyio.run(list_devices, config)
     rows = [
         f"{pool.name}: {decimal(pool.free)} of {decimal(pool.total)} free"
         for pool in with_devices(measured, devices).pools

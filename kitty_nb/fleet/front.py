@@ -17,7 +17,7 @@ import anyio
 import httpx
 
 from kitty_nb.config import ServerConfig, server_environment
-from kitty_nb.engine import llama_swap
+from kitty_nb.engine.locate import SPREADS, SWAP_HOME, why_swap_unfit
 from kitty_nb.errors import ServerFailedError
 from kitty_nb.safe_files import write_atomic
 from kitty_nb.supervisor.port_owner import next_free_port, port_refusal
@@ -232,12 +232,12 @@ class LlamaSwap(Front):
     """llama-swap: replicas are its peers, filled slot by slot in their order."""
 
     program: ClassVar[str] = "llama-swap"
-    install: ClassVar[str] = f"Get it from {llama_swap.HOME}."
+    install: ClassVar[str] = f"Get it from {SWAP_HOME}."
 
     async def run(self) -> None:
         """Run it, unless it is too old to spread requests."""
         lacks = "spread requests over replicas"
-        self.problem = await llama_swap.why_unfit(self._path, llama_swap.SPREADS, lacks)
+        self.problem = await why_swap_unfit(self._path, SPREADS, lacks)
         if self.problem is None:
             await super().run()
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from kitty_nb.config import env_settings, goes_without_key, takes_secret
-from kitty_nb.engine import llama_swap
 from kitty_nb.engine.command_line import (
     REUSE_PORT,
     SERVER_SETTINGS,
@@ -20,6 +19,7 @@ from kitty_nb.engine.command_line import (
     portable_arguments,
     split_options,
 )
+from kitty_nb.engine.locate import PASSES_KEY
 from kitty_nb.errors import KittyError
 from kitty_nb.formats import Format
 
@@ -228,7 +228,7 @@ def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str
     ]
     if any(one.asks_key for one in served):
         notes.append(
-            f"llama-swap (v{llama_swap.PASSES_KEY} or later) and its servers ask for the key in"
+            f"llama-swap (v{PASSES_KEY} or later) and its servers ask for the key in"
             " LLAMA_API_KEY: set it before it starts."
         )
     return head + _yaml(_swap_settings(served, notes))

@@ -32,8 +32,7 @@ from kitty_nb.catalog.model import total_size
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import PROJECTOR
 from kitty_nb.engine.command_line import options_of
-from kitty_nb.engine.devices import list_devices, remote_machines
-from kitty_nb.engine.locate import locate_engine
+from kitty_nb.engine.locate import list_devices, locate_engine, remote_machines
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import MemoryUse
 from kitty_nb.supervisor.history import LoadHistory
@@ -43,8 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.devices import Device
-    from kitty_nb.engine.locate import Engine
+    from kitty_nb.engine.locate import Device, Engine
 
 Options = list[tuple[str, str]]
 
@@ -341,7 +339,7 @@ class Forecaster:
     ) -> tuple[Engine, Memory | None]:
         """Find the engine and the memory that it can use; no memory where nobody can tell."""
         self._engine = await locate_engine(config.binary)
-        devices = await list_devices(self._engine, config)
+        devices = await list_devices(config)
         remote = remote_machines(config)
         if devices is not None or remote is None:
             self._devices, self._remote = devices, remote

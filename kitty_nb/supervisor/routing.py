@@ -11,8 +11,8 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.memory import Memory, estimate, plan, read_shape
 from kitty_nb.catalog.resolve import routed_profiles
 from kitty_nb.config import goes_without_key
-from kitty_nb.engine import llama_swap
 from kitty_nb.engine.command_line import REUSE_PORT, build_router_command, has_router
+from kitty_nb.engine.locate import PASSES_KEY, SWAP_HOME, why_swap_unfit
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.formats import Format
 from kitty_nb.ports import LOOPBACK, free_port
@@ -104,10 +104,10 @@ async def _find_llama_swap(engine: Engine) -> str:
     if program is None:
         raise ServerFailedError(
             f"This build of llama-server ({engine.version}) has no router. Set LLAMACPP_BIN to a"
-            f" current llama-server, or install llama-swap: {llama_swap.HOME}"
+            f" current llama-server, or install llama-swap: {SWAP_HOME}"
         )
     lacks = "pass the API key on to its servers"
-    if problem := await llama_swap.why_unfit(program, llama_swap.PASSES_KEY, lacks):
+    if problem := await why_swap_unfit(program, PASSES_KEY, lacks):
         raise ServerFailedError(problem)
     return program
 
