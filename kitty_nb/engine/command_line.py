@@ -44,33 +44,51 @@ def spell(dialect: Dialect, words: Sequence[str]) -> Iterator[str]:
 
 def options_of(config: ServerConfig) -> list[tuple[str, str]]:
     """Return what settings ask of a server: canonical flags and the words after them, in order."""
-    options = split_options((*_asked_words(config), *config.extra_args))
+    asked = chain.from_iterable(words for _, words in _asked(config))
+    options = split_options((*asked, *config.extra_args))
     return [
         (canonical(flag), values[0] if values else "") for flag, *values in options if is_flag(flag)
     ]
 
 
-def _asked_words(config: ServerConfig) -> tuple[str, ...]:
-    """The words that settings ask for, in llama.cpp's own spelling, but for `extra_args`."""
+def _asked(config: ServerConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What settings but `extra_args` ask for, in llama.cpp's own spelling, each after its field."""
+    for field, flag in _FLAGS.items():
+        match getattr(config, field):
+            case None:
+                pass
+            case bool(wanted):
+                yield field, (flag if wanted else flag.replace("--", "--no-"),)
+            case Speculation() as kind:
+                yield field, (flag, _SPECULATION[kind])
+            case value:
+                yield field, (flag, str(value))
+    if config.projector:
+        yield "mmproj", (_MMPROJ, str(config.projector))
+    if config.task is not Task.CHAT:
+        if not task_by_flags(config.extra_args):
+            yield "task", (_TASKS[config.task],)
+        # With a cache for each slot, llama.cpp cuts texts of unequal lengths apart, and makes their
+        # vectors from the last parts.
+        yield "task", ("--kv-unified",)
+    if config.drafter:
+        yield "speculation", (_DRAFT, str(config.drafter))
+
+
+def _own_words(config: ServerConfig) -> tuple[str, ...]:
+    """The words that no `extra_args` may say."""
     return (
-        *(word for field in _FLAGS for word in _asked(config, field)),
-        *((_MMPROJ, str(config.projector)) if config.projector else ()),
-        *chain.from_iterable(_task_options(config)),
-        *((_DRAFT, str(config.drafter)) if config.drafter else ()),
+        *("--model", str(config.require_model()), "--alias", config.served_alias),
+        *("--host", config.host, "--port", str(config.port)),
     )
 
 
-def _task_options(config: ServerConfig) -> Iterator[tuple[str, ...]]:
-    """The options by which a model that embeds or ranks does so.
-
-    With a cache for each slot, llama.cpp cuts texts of unequal lengths apart, and makes their
-    vectors from the last parts.
-    """
-    if config.task is Task.CHAT:
-        return
-    if not task_by_flags(config.extra_args):
-        yield (_TASKS[config.task],)
-    yield ("--kv-unified",)
+def _if_known(config: ServerConfig) -> Iterator[tuple[str, str]]:
+    """The options that a build may go without: sleep when idle, and a fence against web pages."""
+    if config.idle_shutdown_seconds:
+        yield _SLEEP, str(config.idle_shutdown_seconds)
+    if goes_without_key(config) and not value_of(config.extra_args, {ORIGINS}):
+        yield ORIGINS, "localhost"
 
 
 def is_flag(word: str) -> bool:
@@ -167,10 +185,10 @@ def build_command(
     """
     return (
         *with_workers(config, engine.command),
-        *("--model", str(config.require_model()), "--alias", config.served_alias),
-        *("--host", config.host, "--port", str(config.port)),
-        *(word for field in _FLAGS for word in _words(engine, config, field)),
-        *_derived(engine, config),
+        *_own_words(config),
+        *_said(engine, config),
+        *_for_workers(engine, config),
+        *chain.from_iterable(pair for pair in _if_known(config) if engine.dialect.option(pair[0])),
         *((_KEEP, str(prompts)) if prompts else ()),
         *(_for_our_eyes(engine) if supervised else ()),
         *_checked(engine, spell(engine.dialect, config.extra_args)),
@@ -207,16 +225,8 @@ def portable_arguments(config: ServerConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: When no model is chosen.
     """
-    origins = goes_without_key(config) and not value_of(config.extra_args, {ORIGINS})
-    idle = config.idle_shutdown_seconds
-    return (
-        *("--model", str(config.require_model()), "--alias", config.served_alias),
-        *("--host", config.host, "--port", str(config.port)),
-        *_asked_words(config),
-        *((_SLEEP, str(idle)) if idle else ()),
-        *((ORIGINS, "localhost") if origins else ()),
-        *config.extra_args,
-    )
+    asked = (*(words for _, words in _asked(config)), *_if_known(config))
+    return (*_own_words(config), *chain.from_iterable(asked), *config.extra_args)
 
 
 def split_options(words: Iterable[str]) -> list[tuple[str, ...]]:
@@ -283,30 +293,18 @@ def open_to_pages(engine: Engine, config: ServerConfig) -> bool:
     return goes_without_key(config) and not engine.dialect.option(ORIGINS)
 
 
-def _derived(engine: Engine, config: ServerConfig) -> Iterator[str]:
-    """The words that follow from several settings, or from what the build can do."""
-    knows = engine.dialect.option
-    if config.projector and knows(_MMPROJ):
-        yield from (_MMPROJ, str(config.projector))
-    elif config.mmproj is not None and config.projector:
-        raise UnknownFlagError(_lacks(engine, _MMPROJ, "mmproj"))
-    for option in _task_options(config):
-        said = tuple(spell(engine.dialect, option))
-        if knows(said[0]):
+def _said(engine: Engine, config: ServerConfig) -> Iterator[str]:
+    """What settings ask for, as this build spells it."""
+    for field, asked in _asked(config):
+        said = tuple(spell(engine.dialect, asked))
+        if _understands(engine.dialect, said):
             yield from said
-    if config.drafter:
-        said = tuple(spell(engine.dialect, (_DRAFT, str(config.drafter))))
-        if not knows(said[0]):
-            raise UnknownFlagError(_lacks(engine, _DRAFT, "speculation"))
-        yield from said
-    if config.rpc_hosts:
-        _check_rpc(engine, config)
-        if knows(_CACHE) and not value_of(config.extra_args, {_CACHE}):
-            yield from (_CACHE, "0")  # llama-server aborts as it saves a prompt of other machines
-    if config.idle_shutdown_seconds and knows(_SLEEP):
-        yield from (_SLEEP, str(config.idle_shutdown_seconds))
-    if goes_without_key(config) and knows(ORIGINS) and not value_of(config.extra_args, {ORIGINS}):
-        yield from (ORIGINS, "localhost")
+        elif field != "task" and (field != "mmproj" or config.mmproj is not None):
+            named = " ".join(asked) if engine.dialect.option(asked[0]) else asked[0]
+            raise UnknownFlagError(
+                f"This build of llama-server ({engine.version}) has no {named}, which"
+                f" {_key(field)} needs. Leave {_key(field)} empty, or update llama.cpp."
+            )
 
 
 def _for_our_eyes(engine: Engine) -> Iterator[str]:
@@ -316,8 +314,10 @@ def _for_our_eyes(engine: Engine) -> Iterator[str]:
         yield from ("--verbosity", "4")
 
 
-def _check_rpc(engine: Engine, config: ServerConfig) -> None:
+def _for_workers(engine: Engine, config: ServerConfig) -> Iterator[str]:
     key = _key("rpc_hosts")
+    if not config.rpc_hosts:
+        return
     if not engine.dialect.option(_RPC):
         raise UnknownFlagError(
             f"The {engine.kind} engine ({engine.version}) has no {_RPC}, which {key} needs. Set"
@@ -328,46 +328,22 @@ def _check_rpc(engine: Engine, config: ServerConfig) -> None:
             f"{_key('extra_args')} has {_RPC}, and {key} is set. Choose one: {key} starts the"
             f" workers itself, {_RPC} names some that run."
         )
-
-
-def _asked(config: ServerConfig, field: str) -> tuple[str, ...]:
-    """The words that a field asks for, in llama.cpp's own spelling; none if it is unset."""
-    value, flag = getattr(config, field), _FLAGS[field]
-    if value is None:
-        return ()
-    if isinstance(value, bool):
-        return (flag,) if value else (flag.replace("--", "--no-"),)
-    return (flag, _SPECULATION[value] if isinstance(value, Speculation) else str(value))
-
-
-def _words(engine: Engine, config: ServerConfig, field: str) -> tuple[str, ...]:
-    flag, asked = _FLAGS[field], _asked(config, field)
-    said = tuple(spell(engine.dialect, asked))
-    if not _understands(engine.dialect, said):
-        named = " ".join(asked) if engine.dialect.option(flag) else flag
-        raise UnknownFlagError(_lacks(engine, named, field))
-    return said
+    if engine.dialect.option(_CACHE) and not value_of(config.extra_args, {_CACHE}):
+        yield from (_CACHE, "0")  # llama-server aborts as it saves a prompt of other machines
 
 
 def _understands(dialect: Dialect, words: Sequence[str]) -> bool:
     """Tell whether a build knows all flags, and where it lists the values of one, those too."""
-    for flag, value in pairwise((*words, "")):
-        option = dialect.option(flag)
-        if is_flag(flag) and (option is None or not accepts(option, value)):
-            return False
-    return True
+    return all(
+        (option := dialect.option(flag)) and accepts(option, value)
+        for flag, value in pairwise((*words, ""))
+        if is_flag(flag)
+    )
 
 
 def accepts(option: Option, value: str) -> bool:
     """Tell whether a build lists a value among those of an option, where it lists any."""
     return not option.choices or set(value.split(",")) <= set(option.choices)
-
-
-def _lacks(engine: Engine, flag: str, field: str) -> str:
-    return (
-        f"This build of llama-server ({engine.version}) has no {flag}, which"
-        f" {_key(field)} needs. Leave {_key(field)} empty, or update llama.cpp."
-    )
 
 
 def _checked(engine: Engine, extra_args: Iterable[str]) -> Iterator[str]:
