@@ -17,11 +17,6 @@ class Format(StrEnum):
     COMPOSE = "compose"
 
     @property
-    def takes_several(self) -> bool:
-        """Whether one file holds several profiles."""
-        return self not in {Format.SYSTEMD, Format.QUADLET}
-
-    @property
     def runs_here(self) -> bool:
         """Whether it runs this machine's engine, rather than one in a container or its own."""
         return self in {Format.LLAMA_SWAP, Format.SYSTEMD}

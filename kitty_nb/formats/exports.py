@@ -6,6 +6,7 @@ import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from kitty_nb.errors import KittyError
 from kitty_nb.formats import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
@@ -77,14 +78,18 @@ def export(
         KittyError: The format holds one profile only or none of these, or the engine does not know
             a setting.
     """
-    if len(configs) > 1 and not form.takes_several:
+    if len(configs) > 1 and form in {Format.SYSTEMD, Format.QUADLET}:
         raise KittyError(f"A {form} file holds one profile. Export them one by one.")
     write, held = _WRITERS[form]
     notes: list[str] = []
     served = []
     peers = {one.profile: one for one in configs if one.url}
     if form is not Format.LLAMA_SWAP:
-        notes += [_no_peer(form, one) for one in peers.values()]
+        notes += [
+            f"{name} uses the server at {one.url}, which a {form} file can't start, so it is left"
+            " out. llama-swap passes requests on to one: kitty-nb export llama-swap"
+            for name, one in peers.items()
+        ]
         if len(peers) == len(configs):
             raise KittyError(" ".join(notes))
     for config in configs:
@@ -116,7 +121,7 @@ def export_router(
     served = [_serve(Format.LLAMA_SWAP, one, engine, notes) for one in configs]
     shares = (REUSE_PORT,) if engine.dialect.option(REUSE_PORT) else ()
     named = [
-        replace(one, arguments=(*one.with_value("--alias", one.name), *shares)) for one in served
+        replace(one, arguments=(*one.with_values({"--alias": one.name}), *shares)) for one in served
     ]
     settings = _swap_settings(named, notes) | {
         "logLevel": "warn",
@@ -142,7 +147,14 @@ def _serve(form: Format, config: ServerConfig, engine: Engine | None, notes: lis
         words = build_command(engine, config, supervised=False)[len(program) :]
     else:
         program, words = (), portable_arguments(config)
-    return _Served(config, program, _without_secrets(config, words, notes))
+    kept: list[str] = []
+    for option in split_options(words):
+        if takes_secret(option[0]):
+            key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
+            notes.append(f"{option[0]} of {key} takes a secret and is left out: set it there.")
+        else:
+            kept += option
+    return _Served(config, program, tuple(kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,27 +173,10 @@ class _Served:
     def asks_key(self) -> bool:
         return not goes_without_key(self.config)
 
-    def with_value(self, flag: str, value: str) -> tuple[str, ...]:
-        """The arguments with another value for a flag that they have."""
-        at = self.arguments.index(flag) + 1
-        return (*self.arguments[:at], value, *self.arguments[at + 1 :])
-
-    def without(self, flag: str) -> tuple[str, ...]:
-        options = split_options(self.arguments)
-        return tuple(word for option in options if option[0] != flag for word in option)
-
-
-def _without_secrets(
-    config: ServerConfig, words: Iterable[str], notes: list[str]
-) -> tuple[str, ...]:
-    kept: list[str] = []
-    for option in split_options(words):
-        if takes_secret(option[0]):
-            key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
-            notes.append(f"{option[0]} of {key} takes a secret and is left out: set it there.")
-        else:
-            kept += option
-    return tuple(kept)
+    def with_values(self, values: Mapping[str, str]) -> tuple[str, ...]:
+        """The arguments with other values of some flags."""
+        pairs = pairwise(("", *self.arguments))
+        return tuple(values.get(flag, word) for flag, word in pairs)
 
 
 def _not_held(form: Format, config: ServerConfig, held: set[str]) -> list[str]:
@@ -197,19 +192,16 @@ def _not_held(form: Format, config: ServerConfig, held: set[str]) -> list[str]:
 # llama-swap: https://github.com/mostlygeek/llama-swap/blob/main/config.example.yaml
 
 
-class _Block(str):
-    """Text that YAML shows line by line."""
-
-    __slots__ = ()
-
-
 class _Dumper(yaml.SafeDumper):
-    """Writes a `_Block` as it stands."""
+    """Shows text that ends a line as it stands."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Represent a text."""
+        style = "|" if data.endswith("\n") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-_Dumper.add_representer(
-    _Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
-)
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _yaml(data: object) -> str:
@@ -237,27 +229,17 @@ def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str
 def _swap_settings(served: Sequence[_Served], notes: list[str]) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for one in served:
-        config = one.config
-        options = split_options(one.with_value("--host", "127.0.0.1"))
-        words = (
-            one.program,
-            *(
-                ("--port", "${PORT}") if option[0] == "--port" else option
-                for option in options
-                if option[0] != "--sleep-idle-seconds"
-            ),
-        )
-        lines = [" ".join(map(_swap_word, line)) for line in words]
+        options = split_options(one.with_values({"--host": "127.0.0.1", "--port": "${PORT}"}))
+        lines = (one.program, *(each for each in options if each[0] != "--sleep-idle-seconds"))
+        aliases = _aliases(one, served, notes)
         models[one.name] = {
-            "cmd": _Block("\n".join(lines) + "\n"),
+            "cmd": "".join(f"{' '.join(map(_swap_word, line))}\n" for line in lines),
             "proxy": "http://127.0.0.1:${PORT}",  # by default, any listener on ::1 comes first
+            **({"aliases": aliases} if aliases else {}),
+            "ttl": one.config.idle_shutdown_seconds or 0,
+            "unloadTimeout": max(1, round(one.config.stop_grace_seconds)),
         }
-        if aliases := _aliases(one, served, notes):
-            models[one.name]["aliases"] = aliases
-        models[one.name]["ttl"] = config.idle_shutdown_seconds or 0
-        models[one.name]["unloadTimeout"] = max(1, round(config.stop_grace_seconds))
-    asks_key = any(one.asks_key for one in served)
-    keys = {"apiKeys": ["${env.LLAMA_API_KEY}"]} if asks_key else {}
+    keys = {"apiKeys": ["${env.LLAMA_API_KEY}"]} if any(one.asks_key for one in served) else {}
     pinned = [one.name for one in served if one.config.pinned]
     group = {"persistent": True, "swap": False, "exclusive": False, "members": pinned}
     groups = {"pinned": group} if pinned else {}
@@ -277,13 +259,6 @@ def _peers(
             peers[name]["apiKey"] = f"${{env.{variable}}}"
             notes.append(f"llama-swap sends {config.url} the key in {variable}: set it before.")
     return _yaml({"peers": peers})
-
-
-def _no_peer(form: Format, config: ServerConfig) -> str:
-    return (
-        f"{config.profile} uses the server at {config.url}, which a {form} file can't start, so it"
-        " is left out. llama-swap passes requests on to one: kitty-nb export llama-swap"
-    )
 
 
 def _swap_word(word: str) -> str:
@@ -366,7 +341,7 @@ def _systemd(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
 def _quadlet(served: Sequence[_Served], image: str, notes: list[str]) -> str:
     one = served[0]
     config = one.config
-    arguments = one.with_value("--host", "0.0.0.0")
+    arguments = one.with_values({"--host": "0.0.0.0"})
     _note_image(image, notes)
     return "\n".join(
         (
@@ -443,7 +418,7 @@ def _compose(served: Sequence[_Served], image: str, notes: list[str]) -> str:
     services = {}
     for one in served:
         config = one.config
-        arguments = one.with_value("--host", "0.0.0.0")
+        arguments = one.with_values({"--host": "0.0.0.0"})
         services[one.name] = {
             "image": image,
             "command": [word.replace("$", "$$") for word in arguments],
