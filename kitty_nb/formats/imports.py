@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_name("names.toml").read_text(encoding="utf-8")
 )
+_PRESETS = {"stop-timeout": "stop_grace_seconds", "load-on-startup": "pinned"}
 _TRUE, _FALSE = {"true", "on", "enabled", "1"}, {"false", "off", "disabled", "0"}
 _REMOTE = {"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"}
 _FIRST_FREE_PORT, _LAST_PORT = 8082, 65535
@@ -126,10 +127,9 @@ def import_profiles(
     try:
         with file.open(encoding="utf-8-sig") as opened:
             text = opened.read(_LARGEST + 1)
-    except OSError as error:
-        raise KittyError(f"Can't read {file} ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise KittyError(f"Can't read {file} ({error}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise KittyError(f"Can't read {file} ({why}).") from None
     if len(text) > _LARGEST:
         raise KittyError(f"Can't read {file}: it is larger than {_LARGEST:,} characters.")
     notes: list[str] = []
@@ -255,14 +255,8 @@ def _expand(command: str, macros: Mapping[str, object], notes: list[str]) -> str
 def _take_program(entry: _Entry, words: list[str]) -> bool:
     """Take the arguments of a command that starts llama-server; return whether it does."""
     ours = "kitty_nb.engine.embedded"
-    at = next(
-        (
-            number
-            for number, word in enumerate(words)
-            if word == ours or Path(word).name.startswith("llama-server")
-        ),
-        None,
-    )
+    starts = [word == ours or Path(word).name.startswith("llama-server") for word in words]
+    at = starts.index(True) if any(starts) else None
     if at is None or Path(words[0]).name in {"docker", "podman"}:
         return False
     program = Path(words[at])
@@ -307,11 +301,8 @@ def _read_router(file: _File) -> Iterator[_Entry]:
 def _take_preset(entry: _Entry, key: str, value: str, dialect: Dialect | None) -> None:
     if key in {"version", "dedup-cache-models"}:
         return
-    if key == "stop-timeout":
-        entry.settings["stop_grace_seconds"] = value
-        return
-    if key == "load-on-startup":
-        entry.settings["pinned"] = value
+    if setting := _PRESETS.get(key):
+        entry.settings[setting] = value
         return
     flag = _flag_of_preset(key, dialect)
     option = dialect.option(flag) if dialect else None
@@ -355,7 +346,8 @@ def _read_modelfile(file: _File) -> Iterator[_Entry]:
                 if flag is None:
                     left[f"PARAMETER {name}"] = None
                 else:
-                    entry.words += _option(flag, _plain(value))
+                    switch = {"true": True, "false": False}.get(value.lower())
+                    entry.words += _option(flag, value if switch is None else switch)
             case "ADAPTER":
                 path = file.path.parent / _at_home(argument)
                 entry.words += ("--lora", str(path.absolute()))
@@ -427,7 +419,7 @@ def _read_lm_studio(file: _File) -> Iterator[_Entry]:
         flag = table.get(key)
         if flag == "--n-gpu-layers" and "Ratio" in key:
             value = {"max": 999, 1: 999, "off": 0, 0: 0}.get(value)  # noqa: PLW2901
-        if flag is None or (flag and not _is_plain(value)):
+        if flag is None or (flag and not isinstance(value, bool | int | float | str)):
             if value not in ("", None, [], {}):
                 left.append(key)
         elif flag:
@@ -437,10 +429,6 @@ def _read_lm_studio(file: _File) -> Iterator[_Entry]:
     yield entry
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, bool | int | float | str)
-
-
 def _model_of_lm_studio(file: Path) -> tuple[str, ...]:
     """The model that LM Studio keeps these settings for, by their file's name."""
     home, found, name = str(file.absolute()).partition("/user-concrete-model-default-config/")
@@ -448,10 +436,6 @@ def _model_of_lm_studio(file: Path) -> tuple[str, ...]:
         return ()
     path = Path(home).parent / "models" / name.removesuffix(".json")
     return ("--model", str(path)) if path.is_file() else ()
-
-
-def _plain(value: str) -> object:
-    return value.lower() == "true" if value.lower() in {"true", "false"} else value
 
 
 def _option(flag: str, value: object) -> tuple[str, ...]:
