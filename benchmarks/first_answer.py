@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.subject import read_subject
-from kitty_nb.config import env_lines, env_settings
+from kitty_nb.config import env_settings
+from kitty_nb.config.profiles import env_lines
 from kitty_nb.engine.command_line import build_command
 
 if TYPE_CHECKING:

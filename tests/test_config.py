@@ -8,8 +8,9 @@ import pytest
 from dotenv import dotenv_values
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
-from kitty_nb.config import FlashAttention, ServerConfig, configured_profiles, env_settings
+from kitty_nb.config import FlashAttention, ServerConfig, env_settings
 from kitty_nb.config.env_file import read_env
+from kitty_nb.config.profiles import configured_profiles
 from kitty_nb.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from traitlets.config import Config
 from kitty_nb import ControlPanel, ServerConfig
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.cli.doctor import Verdict, examine
-from kitty_nb.config import env_warnings
+from kitty_nb.config.profiles import env_warnings
 from kitty_nb.errors import ConfigError
 from kitty_nb.widgets import FleetPanel
 

@@ -9,8 +9,9 @@ import platformdirs
 import pytest
 
 from kitty_nb.catalog.resolve import load_profile
-from kitty_nb.config import FlashAttention, ServerConfig, save_settings
+from kitty_nb.config import FlashAttention, ServerConfig
 from kitty_nb.config.env_file import read_env, write_env
+from kitty_nb.config.profiles import save_settings
 from kitty_nb.errors import ConfigError
 
 _PIECES = (

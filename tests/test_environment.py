@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, write_demo_model
-from kitty_nb.config import env_warnings
+from kitty_nb.config.profiles import env_warnings
 from kitty_nb.errors import ServerFailedError
 
 

@@ -25,7 +25,8 @@ from terminal import run
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import FlashAttention, Speculation, add_profiles, configured_profiles
+from kitty_nb.config import FlashAttention, Speculation
+from kitty_nb.config.profiles import add_profiles, configured_profiles
 from kitty_nb.engine.command_line import portable_arguments
 from kitty_nb.engine.embedded import help_text
 from kitty_nb.engine.locate import Engine, EngineKind, parse_help

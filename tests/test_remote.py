@@ -23,7 +23,7 @@ from other_kernel import runs
 from ssh_machine import SshMachine, find_sshd, ssh_machine
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
-from kitty_nb.config import Places, as_written
+from kitty_nb.config.profiles import Places, as_written
 from kitty_nb.errors import (
     ConfigError,
     OutOfReachError,

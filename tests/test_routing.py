@@ -24,7 +24,7 @@ from traitlets import TraitError
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.catalog.resolve import routed_profiles
 from kitty_nb.cli.doctor import examine
-from kitty_nb.config import configured_profiles
+from kitty_nb.config.profiles import configured_profiles
 from kitty_nb.engine.embedded import help_text
 from kitty_nb.engine.locate import Engine, EngineKind, parse_help
 from kitty_nb.errors import ExperimentError, ServerFailedError

@@ -19,7 +19,7 @@ from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli.doctor import Verdict, examine
-from kitty_nb.config import configured_profiles, env_warnings
+from kitty_nb.config.profiles import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
 from kitty_nb.supervisor import url_server

@@ -15,7 +15,7 @@ from kitty_nb import ModelCatalog, ModelManager, ServerConfig, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.cli.commands import read_status
-from kitty_nb.config import env_lines, save_settings
+from kitty_nb.config.profiles import env_lines, save_settings
 from kitty_nb.engine.command_line import build_command, leaves_out_projector
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, UnknownFlagError

@@ -222,7 +222,7 @@ def status(
 ) -> None:
     """Report the state of the profile's server; exit with 3 if none is running."""
     from kitty_nb.cli.commands import read_status, status_facts
-    from kitty_nb.config import configured_profiles
+    from kitty_nb.config.profiles import configured_profiles
     from kitty_nb.supervisor.events import ServerStatus
 
     names = configured_profiles(env) if every else (profile,)
@@ -316,7 +316,7 @@ def export(
     No secret is in it. What it cannot hold, and where its key goes, is on stderr.
     """
     from kitty_nb.cli import commands
-    from kitty_nb.config import configured_profiles
+    from kitty_nb.config.profiles import configured_profiles
 
     names, notes = [profile], list[str]()
     if every:
@@ -361,7 +361,7 @@ def import_(
     A backup of that is kept. No secret is taken over. What is left out is on stderr.
     """
     from kitty_nb.cli import commands
-    from kitty_nb.config import add_profiles, added_lines
+    from kitty_nb.config.profiles import add_profiles, added_lines
 
     found = anyio.run(commands.read_profiles, file, env, source, profile, _file_of(model))
     for note in found.notes:
@@ -835,7 +835,7 @@ def _all_settings(
     Those of another machine are refused unless the verb works anywhere.
     """
     from kitty_nb.catalog.resolve import load_profile
-    from kitty_nb.config import env_warnings
+    from kitty_nb.config.profiles import env_warnings
 
     read = [load_profile(env, name) for name in profiles]
     complaints = [complaint for _, complaint in read if complaint]

@@ -1,4 +1,4 @@
-"""The profiles of a `.env` file: loaded leniently, saved back, and warned about.
+"""The profiles of a `.env` file: loaded leniently, saved back, warned about, run elsewhere.
 
 The file is found as by `ServerConfig.from_env`. All of this raises `ConfigError` where it cannot be
 read, or a line in it cannot be understood.
@@ -13,13 +13,12 @@ from dataclasses import replace
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from dotenv.parser import parse_stream
-from pydantic import SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr
 
-from kitty_nb.config.env_file import quoted, read_env, write_env
-from kitty_nb.config.server_config import (
+from kitty_nb.config import (
     FLAG_PREFIX,
     PREFIX,
     ROLES,
@@ -28,6 +27,7 @@ from kitty_nb.config.server_config import (
     setting_keys,
     shown,
 )
+from kitty_nb.config.env_file import quoted, read_env, write_env
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ _PATHS = {"MODELS_DIR", "MODEL", "BIN", "LOG_DIR", "HISTORY"}
 _CURLY = "\u201c\u201d\u2018\u2019\u201e"
 _BARE = re.compile(r"\$(?P<name>[A-Za-z_]\w*)")
 _BRACED = re.compile(r"\$\{(?P<name>[^}:]+)\}")
+_FOLDERS = frozenset({"models_dir", "log_dir", "history", "binary"})
+_IN_MODELS = ("model", "mmproj", "draft_model")
 _SO_ALIKE = 0.85  # of 1: a slip, rather than another name
 
 
@@ -329,3 +331,63 @@ def _environment(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:
             f"{', '.join(flags)} in this program's environment: not passed on to llama-server."
             " Write the flag into LLAMACPP_EXTRA_ARGS."
         )
+
+
+class Places(BaseModel):
+    """The folders and files of another machine, which its own `.env`, or else a default, names."""
+
+    model_config = ConfigDict(frozen=True)
+
+    home: Path
+    models_dir: Path
+    log_dir: Path  # the folder for logs and records
+    history: Path
+    binary: Path | None = None  # the llama-server program; None for the one that is found
+
+    @classmethod
+    def of_this_machine(cls, profile: str) -> Self:
+        """Read those of this machine, for a profile that is to run here.
+
+        Raises:
+            ConfigError: The `.env` file cannot be read.
+        """
+        config, _ = load_lenient(".env", profile)
+        return cls(home=Path.home(), **{name: getattr(config, name) for name in _FOLDERS})
+
+    def settle(self, config: ServerConfig) -> ServerConfig:
+        """Return a profile's settings with all paths as they are on that machine.
+
+        What the settings leave to the default, that machine decides.
+        """
+        found: dict[str, Path | None] = {
+            name: own
+            if value == ServerConfig.model_fields[name].default
+            else _absolute(self.home, value)
+            for name in _FOLDERS
+            for own, value in [(getattr(self, name), getattr(config, name))]
+        }
+        models = found["models_dir"] or self.models_dir
+        for name in _IN_MODELS:
+            value = getattr(config, name)
+            if isinstance(value, Path):
+                found[name] = self._in(models, value)
+        return config.model_copy(update=found)
+
+    def _in(self, models: Path, path: Path) -> Path:
+        return _absolute(self.home if path.parts[:1] == ("~",) else models, path)
+
+
+def as_written(config: ServerConfig) -> ServerConfig:
+    """Return the settings of another machine with models as a `.env` file names them."""
+    folder = config.models_dir
+    short: Mapping[str, object] = {
+        name: value.relative_to(folder)
+        for name in _IN_MODELS
+        if isinstance(value := getattr(config, name), Path) and value.is_relative_to(folder)
+    }
+    return config.model_copy(update=short)
+
+
+def _absolute(folder: Path, path: Path) -> Path:
+    home, *rest = path.parts or ("",)
+    return folder.joinpath(*rest) if home == "~" else folder / path

@@ -24,7 +24,7 @@ from anyio.to_thread import run_sync
 from distributed import CancelledError, Client, get_worker
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from kitty_nb.config import ServerConfig, load_lenient
+from kitty_nb.config.profiles import load_lenient
 from kitty_nb.errors import ExperimentError, KittyError, first_of
 from kitty_nb.experiments.measure import engine_of, fingerprint_of, fingerprints_here, run_trial
 from kitty_nb.experiments.trial import ModelFingerprint, Outcome, TrialResult
@@ -33,6 +33,7 @@ from kitty_nb.isolated_server import this_host
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.trial import Execute, OnProgress, SweepEvent, Trial, Workload
 
     Workers = Mapping[str, Mapping[str, Any]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.config import env_lines
+from kitty_nb.config.profiles import env_lines
 from kitty_nb.experiments.batches import batch_effect, batch_tokens, idle_batches
 from kitty_nb.experiments.metrics import Spread, left_out, metrics_of
 from kitty_nb.experiments.space import changes, in_use

@@ -28,7 +28,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import shard_paths
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import broken_off, post, props
-from kitty_nb.config import ServerConfig, load_lenient
+from kitty_nb.config.profiles import load_lenient
 from kitty_nb.errors import ExperimentError, RunRecordError, ServerError
 from kitty_nb.experiments.arguments import config_of, require, several
 from kitty_nb.experiments.run_record import (
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kitty_nb.client import Access
+    from kitty_nb.config import ServerConfig
     from kitty_nb.isolated_server import LoadProgress, ServerState
     from kitty_nb.manager import ModelManager
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from kitty_nb.config import env_warnings
+from kitty_nb.config.profiles import env_warnings
 from kitty_nb.errors import EngineError, ExperimentError, ResultStoreError
 from kitty_nb.experiments.arguments import config_to_start, several, whole
 from kitty_nb.experiments.batches import fill_batches

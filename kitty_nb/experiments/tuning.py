@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from kitty_nb.config import env_warnings
+from kitty_nb.config.profiles import env_warnings
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import target as targets
 from kitty_nb.experiments.arguments import (

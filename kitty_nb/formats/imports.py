@@ -22,13 +22,11 @@ from kitty_nb.config import (
     PREFIX,
     ServerConfig,
     Speculation,
-    configured_profiles,
     env_settings,
-    load_lenient,
-    split_key,
     takes_secret,
     user_variables,
 )
+from kitty_nb.config.profiles import configured_profiles, load_lenient, split_key
 from kitty_nb.engine.command_line import (
     ORIGINS,
     canonical,

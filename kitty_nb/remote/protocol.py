@@ -34,7 +34,8 @@ from kitty_nb.catalog.catalog import ScanStep
 from kitty_nb.catalog.memory import MemoryPreview, Verdict
 from kitty_nb.catalog.model import Model, ModelNote
 from kitty_nb.catalog.stores import Store
-from kitty_nb.config import SHOW_SECRETS, Places, ServerConfig, Task
+from kitty_nb.config import SHOW_SECRETS, ServerConfig, Task
+from kitty_nb.config.profiles import Places
 from kitty_nb.errors import KittyError, Problem
 from kitty_nb.supervisor.events import (
     Activity,

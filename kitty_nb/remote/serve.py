@@ -23,7 +23,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.catalog import ModelCatalog, ScanStep
 from kitty_nb.catalog.stores import model_stores
-from kitty_nb.config import Places
+from kitty_nb.config.profiles import Places
 from kitty_nb.errors import KittyError, first_of
 from kitty_nb.remote.protocol import (
     ANSWERS,

@@ -70,7 +70,8 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.memory import Verdict
     from kitty_nb.catalog.model import Model, ModelNote
     from kitty_nb.catalog.stores import Store
-    from kitty_nb.config import Places, ServerConfig
+    from kitty_nb.config import ServerConfig
+    from kitty_nb.config.profiles import Places
     from kitty_nb.supervisor.events import MemoryUse
     from kitty_nb.supervisor.prompt_keeper import Pin
     from kitty_nb.supervisor.requests import Request

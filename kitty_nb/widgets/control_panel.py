@@ -11,7 +11,7 @@ from ipywidgets import HBox, VBox
 
 from kitty_nb.catalog.resolve import load_profile, resolve_model
 from kitty_nb.client.connect import hand_overs
-from kitty_nb.config import ServerConfig, as_written, env_warnings, save_settings
+from kitty_nb.config.profiles import as_written, env_warnings, save_settings
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import (
     Activity,
@@ -33,6 +33,7 @@ from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_mode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
 
 _LOOK_EVERY = 1.0  # seconds

@@ -16,7 +16,7 @@ from anyio.from_thread import start_blocking_portal
 from rich.filesize import decimal
 
 from kitty_nb.catalog.resolve import load_profile
-from kitty_nb.config import configured_profiles, env_warnings
+from kitty_nb.config.profiles import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets import session
