@@ -13,7 +13,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dotenv.parser import parse_stream
 from pydantic import BaseModel, ConfigDict, SecretStr
@@ -359,35 +359,29 @@ class Places(BaseModel):
 
         What the settings leave to the default, that machine decides.
         """
-        found: dict[str, Path | None] = {
-            name: own
-            if value == ServerConfig.model_fields[name].default
-            else _absolute(self.home, value)
-            for name in _FOLDERS
-            for own, value in [(getattr(self, name), getattr(config, name))]
-        }
-        models = found["models_dir"] or self.models_dir
-        for name in _IN_MODELS:
-            value = getattr(config, name)
-            if isinstance(value, Path):
-                found[name] = self._in(models, value)
-        return config.model_copy(update=found)
 
-    def _in(self, models: Path, path: Path) -> Path:
-        return _absolute(self.home if path.parts[:1] == ("~",) else models, path)
+        def absolute(folder: Path, path: Path) -> Path:
+            first, *rest = path.parts or ("",)
+            return self.home.joinpath(*rest) if first == "~" else folder / path
+
+        found: dict[str, Any] = {}
+        for name in _FOLDERS:
+            value = getattr(config, name)
+            is_default = value == ServerConfig.model_fields[name].default
+            found[name] = getattr(self, name) if is_default else absolute(self.home, value)
+        for name in _IN_MODELS:
+            if isinstance(value := getattr(config, name), Path):
+                found[name] = absolute(found["models_dir"], value)
+        return config.model_copy(update=found)
 
 
 def as_written(config: ServerConfig) -> ServerConfig:
     """Return the settings of another machine with models as a `.env` file names them."""
     folder = config.models_dir
-    short: Mapping[str, object] = {
+    named = {name: getattr(config, name) for name in _IN_MODELS}
+    short = {
         name: value.relative_to(folder)
-        for name in _IN_MODELS
-        if isinstance(value := getattr(config, name), Path) and value.is_relative_to(folder)
+        for name, value in named.items()
+        if isinstance(value, Path) and value.is_relative_to(folder)
     }
     return config.model_copy(update=short)
-
-
-def _absolute(folder: Path, path: Path) -> Path:
-    home, *rest = path.parts or ("",)
-    return folder.joinpath(*rest) if home == "~" else folder / path
