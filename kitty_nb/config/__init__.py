@@ -315,6 +315,9 @@ _Lender = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.@-]*(:[0-9
 _Folder = Annotated[Path, BeforeValidator(_folder)]
 _InHome = Annotated[_Folder, AfterValidator(_there_is_a_home), Field(validate_default=True)]
 _InModels = Annotated[Path, BeforeValidator(_in_models_dir)]
+_Url = Annotated[str, AfterValidator(_url)]
+_Key = Annotated[Secret, AfterValidator(_key)]
+_Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 _Tokens = Annotated[PositiveInt | None, Env("a number of tokens, 1 or more")]
 _Seconds = Annotated[NonNegativeFloat, Env("a number of seconds")]
 
@@ -365,13 +368,9 @@ class ServerConfig(BaseModel):
         default_factory=lambda values: default_port(values.get("profile", ""))
     )
     # A server that is just there, which is asked instead of starting one.
-    url: Annotated[
-        Annotated[str, AfterValidator(_url)] | None,
-        Env("an address such as https://gpu.example:8080/v1"),
-    ] = None
+    url: Annotated[_Url | None, Env("an address such as https://gpu.example:8080/v1")] = None
     api_key: Annotated[
-        Annotated[Secret, AfterValidator(_key)] | None,
-        Env("letters, digits and signs without spaces or commas, or none"),
+        _Key | None, Env("letters, digits and signs without spaces or commas, or none")
     ] = None
     context_size: Annotated[
         NonNegativeInt | None, Env("a number of tokens, or 0 for the model's own", "CTX")
@@ -406,15 +405,11 @@ class ServerConfig(BaseModel):
         BeforeValidator(_listed),
         Env("machines as ssh knows them, host or host:port, with commas between them"),
     ] = ()
-    rpc_command: Annotated[
-        tuple[str, ...], BeforeValidator(_words), Env("a command, quoted as in a shell")
-    ] = ()
-    extra_args: Annotated[
-        tuple[str, ...],
-        Field(repr=False),  # may hold a secret, until a start refuses it
-        BeforeValidator(_words),
-        Env("flags of llama-server, quoted as in a shell"),
-    ] = ()
+    rpc_command: Annotated[_Words, Env("a command, quoted as in a shell")] = ()
+    # Hidden: it may hold a secret, until a start refuses it.
+    extra_args: Annotated[_Words, Env("flags of llama-server, quoted as in a shell")] = Field(
+        default=(), repr=False
+    )
     mmproj: Annotated[
         Path | Literal["off"] | None,
         BeforeValidator(_mmproj),
