@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import prod
-from typing import TYPE_CHECKING, Self
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from rich.filesize import decimal
 
@@ -24,12 +25,13 @@ from kitty_nb.errors import ModelFileCutShortError, ModelFileError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
-    from pathlib import Path, PurePath
+    from pathlib import Path
 
     from kitty_nb.catalog.cache import FileSignature
     from kitty_nb.catalog.gguf import GgufHeader
 
 
+P = TypeVar("P", bound=PurePath)
 _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
 
 
@@ -64,6 +66,12 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
     if shard is None:
         return (path,)
     return tuple(path.with_name(shard.file_name(n)) for n in range(1, shard.count + 1))
+
+
+def first_shard(path: P) -> P:
+    """Give the first file of the model that `path` belongs to, existing or not."""
+    shard = ShardName.parse(path)
+    return path.with_name(shard.file_name(1)) if shard else path
 
 
 def name_some(names: Sequence[str], most: int = 3) -> str:
@@ -501,19 +509,14 @@ def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
 
 def rows(files: Iterable[FoundFile], root: Path) -> list[Model]:
     """Make a row of each model, adapter, projector and the rest, with names relative to `root`."""
-    groups: defaultdict[object, list[FoundFile]] = defaultdict(list)
-    for file in files:
-        shard = ShardName.parse(file.path)
-        groups[(file.path.parent, shard.prefix, shard.count) if shard else file.path].append(file)
-    return with_projectors(
-        [_row(sorted(group, key=lambda file: file.path), root) for group in groups.values()]
-    )
+    groups: defaultdict[Path, list[FoundFile]] = defaultdict(list)
+    for file in sorted(files, key=lambda file: file.path):
+        groups[first_shard(file.path)].append(file)
+    return with_projectors([_row(path, group, root) for path, group in groups.items()])
 
 
-def _row(group: Sequence[FoundFile], root: Path) -> Model:
-    first = group[0]
-    shard = ShardName.parse(first.path)
-    path = first.path.with_name(shard.file_name(1)) if shard else first.path
+def _row(path: Path, group: Sequence[FoundFile], root: Path) -> Model:
+    first, shard = group[0], ShardName.parse(path)
     here = {file.path.name for file in group if file.signature and not file.unfinished}
     names = [shard.file_name(n + 1) for n in range(shard.count)] if shard else [path.name]
     missing = tuple(name for name in names if name not in here) if shard else ()

@@ -18,6 +18,7 @@ from kitty_nb.catalog.memory import read_shape
 from kitty_nb.catalog.model import (
     ShardName,
     file_size,
+    first_shard,
     name_some,
     read_task,
     shard_paths,
@@ -203,7 +204,7 @@ def find_drafts(model: Path, folders: Sequence[Path]) -> list[Path]:
     sizes = {
         path: size
         for path in files
-        if path == shard_paths(path)[0] and (size := total_size(path)) <= limit
+        if path == first_shard(path) and (size := total_size(path)) <= limit
     }
     known = _vocabularies([model, *sizes])
     fitting = [path for path in sizes if known[path].matches(known[model])]
@@ -309,8 +310,7 @@ def _names(models_dir: Path) -> list[str]:
     return sorted(
         _relative(file.path, models_dir)
         for file in find_files(models_dir)
-        if file.signature and file.downloading is None
-        if (shard := ShardName.parse(file.path)) is None or shard.number == 1
+        if file.signature and file.downloading is None and file.path == first_shard(file.path)
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.cache import signature_of
-from kitty_nb.catalog.model import FoundFile, ShardName, file_size
+from kitty_nb.catalog.model import FoundFile, file_size, first_shard
 from kitty_nb.config import user_variables
 from kitty_nb.safe_files import user_folder
 
@@ -160,14 +160,12 @@ def _from_hub(repository: Path) -> list[FoundFile]:
     The revision with the most files of a model has it, the latest of those with as many.
     """
     name = repository.name.removeprefix("models--").replace("--", "/")
-    best: dict[tuple[object, ...], list[FoundFile]] = {}
+    best: dict[Path, list[FoundFile]] = {}
     for revision in _revisions(repository):
-        models: defaultdict[tuple[object, ...], list[FoundFile]] = defaultdict(list)
+        models: defaultdict[Path, list[FoundFile]] = defaultdict(list)
         for file in find_files(revision):
-            shard = ShardName.parse(file.path)
-            inside = file.path.relative_to(revision)
-            key = (inside.parent, shard.prefix, shard.count) if shard else (inside,)
-            models[key].append(replace(file, repository=name))
+            model = first_shard(file.path.relative_to(revision))
+            models[model].append(replace(file, repository=name))
         for model, files in models.items():
             if len(files) > len(best.get(model, ())):
                 best[model] = files
