@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.subject import subject_of, subject_parser
+from benchmarks.subject import seconds_of, subject_of, subject_parser
 from kitty_nb import ModelManager
 
 if TYPE_CHECKING:
@@ -101,22 +101,16 @@ def _embed(subject: Subject, folder: Path, count: int) -> None:
         manager.start().wait(300)
         few = texts[:_FEW]
         size, connections = min(
-            _LOOPS, key=lambda loop: _seconds(partial(_raw_embed, manager, few, *loop))
+            _LOOPS, key=lambda loop: seconds_of(partial(_raw_embed, manager, few, *loop))
         )
         raw, ours = [], []
         for _ in range(_EMBED_RUNS):
-            raw.append(_seconds(partial(_raw_embed, manager, texts, size, connections)))
-            ours.append(_seconds(lambda: manager.embed(texts).wait()))
+            raw.append(seconds_of(partial(_raw_embed, manager, texts, size, connections)))
+            ours.append(seconds_of(lambda: manager.embed(texts).wait()))
     ratio = statistics.median(our / bare for our, bare in zip(ours, raw, strict=True))
     print(f"{count:,} texts: raw {statistics.median(raw):.2f} s ", end="")
     print(f"({size} a request, {connections} connections), ", end="")
     print(f"embed {statistics.median(ours):.2f} s, {ratio:.3f} x (median of pairs)")
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def _raw_embed(manager: ModelManager, texts: list[str], size: int, connections: int) -> Vectors:

@@ -24,11 +24,12 @@ import gguf
 import numpy as np
 import platformdirs
 
+from benchmarks.subject import row, seconds_of
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.gguf import read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _LARGE, _SMALL = 100, 900
 _TOKENS = 152_000
@@ -47,31 +48,29 @@ def main() -> None:
         _copies(_write(folder / "large.gguf", _TOKENS), folder / "large", _LARGE)
         _copies(_write(folder / "small.gguf", 1_000), folder / "small", _SMALL)
         one = folder / "large.gguf"
-        theirs = _seconds(lambda: gguf.GGUFReader(one))
-        ours = statistics.median(_seconds(lambda: read_header(one)) for _ in range(_RUNS))
+        theirs = seconds_of(lambda: gguf.GGUFReader(one))
+        ours = statistics.median(seconds_of(lambda: read_header(one)) for _ in range(_RUNS))
         cache = folder / "cache.sqlite3"
-        first = _seconds(ModelCatalog(folder / "large", cache).scan) / _LARGE
+        first = seconds_of(ModelCatalog(folder / "large", cache).scan) / _LARGE
         catalog = ModelCatalog([folder / "large", folder / "small"], cache)
         catalog.scan()
-        again = statistics.median(_seconds(catalog.scan) for _ in range(_RUNS))
+        again = statistics.median(seconds_of(catalog.scan) for _ in range(_RUNS))
         models = catalog.scan()
         assert len(models) == _LARGE + _SMALL
         assert all(model.startable and model.facts.tools for model in models)
-        _row(f"gguf.GGUFReader, {_TOKENS:,} tokens", f"{theirs * 1000:9.1f} ms a file (1 file)")
-        _row("its header alone, here", f"{ours * 1000:9.1f} ms a file (median of {_RUNS})")
-        _row("first scan, tensors and cache too", f"{first * 1000:9.1f} ms a file ({_LARGE} files)")
-        _row("  that is faster than GGUFReader by", f"{theirs / first:9.0f} x")
-        _row(
-            f"second scan of {len(models):,} models", f"{again * 1000:9.1f} ms (median of {_RUNS})"
-        )
-        _row("the cache", f"{cache.stat().st_size / 1e6:9.1f} MB")
+        row(f"gguf.GGUFReader, {_TOKENS:,} tokens", f"{theirs * 1000:9.1f} ms a file (1 file)")
+        row("its header alone, here", f"{ours * 1000:9.1f} ms a file (median of {_RUNS})")
+        row("first scan, tensors and cache too", f"{first * 1000:9.1f} ms a file ({_LARGE} files)")
+        row("  that is faster than GGUFReader by", f"{theirs / first:9.0f} x")
+        row(f"second scan of {len(models):,} models", f"{again * 1000:9.1f} ms (median of {_RUNS})")
+        row("the cache", f"{cache.stat().st_size / 1e6:9.1f} MB")
         opened, listed = zip(*_openings(folder), strict=True)
         for what, seconds in (
             ("opening a panel on them", opened),
             ("  until all are listed", listed),
         ):
             middle, most = statistics.median(seconds) * 1000, max(seconds) * 1000
-            _row(what, f"{middle:9.1f} ms (median of {_RUNS}; longest {most:.1f})")
+            row(what, f"{middle:9.1f} ms (median of {_RUNS}; longest {most:.1f})")
 
 
 def _openings(folder: Path) -> Iterator[tuple[float, float]]:
@@ -137,16 +136,6 @@ def _copies(original: Path, folder: Path, count: int) -> None:
             file.seek(title_at)
             file.write(_NAME[:-5] + b"%05d" % number)
         os.utime(copy, (before, before))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _row(what: str, figure: str) -> None:
-    print(f"{what:<40}{figure}")
 
 
 if __name__ == "__main__":

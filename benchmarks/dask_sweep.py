@@ -44,7 +44,7 @@ def main() -> None:
         folder = Path(name)
         config = subject.config(folder, context_size=1024, threads=1, parallel=1)
         answer = _SHORT_ANSWER if subject.model else _ANSWER
-        clients = [stack.enter_context(_cluster(folder, cores[:count])) for count in (1, 2)]
+        clients = [stack.enter_context(pinned_cluster(folder, cores[:count])) for count in (1, 2)]
         for client in clients:
             _seconds(client, config, answer, repeats=2)
         ratios = []
@@ -56,7 +56,8 @@ def main() -> None:
 
 
 @contextmanager
-def _cluster(folder: Path, cores: list[int]) -> Iterator[Client]:
+def pinned_cluster(folder: Path, cores: list[int]) -> Iterator[Client]:
+    """Run a cluster with a worker on each of some cores."""
     with (
         LocalCluster(
             n_workers=len(cores),

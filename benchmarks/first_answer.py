@@ -7,7 +7,6 @@ Python keeps its bytecode, as it does unless told otherwise.
 
 from __future__ import annotations
 
-import http.client
 import os
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import is_healthy, read_subject, seconds_of
 from kitty_nb.config import env_settings
 from kitty_nb.config.profiles import env_lines
 from kitty_nb.engine.command_line import build_command
@@ -65,33 +64,20 @@ def main() -> None:
 
 
 def _run(command: Sequence[str]) -> float:
-    began = time.monotonic()
-    subprocess.run(command, capture_output=True, check=False)
-    return time.monotonic() - began
+    return seconds_of(lambda: subprocess.run(command, capture_output=True, check=False))
 
 
 def _first_200(command: Sequence[str], port: int) -> float:
     """Seconds from a command to the first 200; a bare engine is ended then."""
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not _answers(port):
+        while not is_healthy(port):
             assert time.monotonic() - began < 60
             time.sleep(_LOOK_EVERY)
         seconds = time.monotonic() - began
         if "kitty_nb.cli" not in command:
             process.terminate()
     return seconds
-
-
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    except OSError:
-        return False
-    finally:
-        connection.close()
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.subject import subject_of, subject_parser
+from benchmarks.subject import busy_cores, row, subject_of, subject_parser
 from kitty_nb import ControlPanel, ModelManager
 from kitty_nb.supervisor.events import Event, Working
 
@@ -44,10 +42,10 @@ def main() -> None:
             _follow(manager, 0)
             manager.restart().wait(120)
             looks = [_follow(manager, number, busy=asked.busy) for number in range(1, _PROMPTS + 1)]
-    _row("tokens a second lost while watched", f"{statistics.median(lost):+.1%} (median)")
-    _row("  each", ", ".join(f"{one:+.1%}" for one in lost))
-    _row("delay of a prompt's progress", f"{max(delay for delay, _ in looks):.2f} s (largest)")
-    _row("error of a prompt's progress", f"{max(error for _, error in looks):.2f} (largest)")
+    row("tokens a second lost while watched", f"{statistics.median(lost):+.1%} (median)")
+    row("  each", ", ".join(f"{one:+.1%}" for one in lost))
+    row("delay of a prompt's progress", f"{max(delay for delay, _ in looks):.2f} s (largest)")
+    row("error of a prompt's progress", f"{max(error for _, error in looks):.2f} (largest)")
 
 
 def _watched(manager: ModelManager) -> float:
@@ -81,25 +79,17 @@ def _follow(manager: ModelManager, number: int, *, busy: bool = False) -> tuple[
     prompt = " ".join(f"{number} {word} apple" for word in range(200))
     request: dict[str, Any] = {"prompt": prompt, "n_predict": 2, "stream": True}
     unsubscribe = manager.subscribe(note)
-    endless = [sys.executable, "-c", "while True: pass"]
-    load = subprocess.Popen(endless) if busy and number > 1 else None
-    began = time.monotonic()
-    with manager.http.stream("POST", "/completion", json=request, timeout=600) as answer:
-        first = next(line for line in answer.iter_lines() if line and json.loads(line[6:]))
-        seconds = time.monotonic() - began
-        assert first
+    with busy_cores(busy and number > 1):
+        began = time.monotonic()
+        with manager.http.stream("POST", "/completion", json=request, timeout=600) as answer:
+            first = next(line for line in answer.iter_lines() if line and json.loads(line[6:]))
+            seconds = time.monotonic() - began
+            assert first
     unsubscribe()
-    if load:
-        load.kill()
-        load.wait()
     looks = [(at - began, share) for at, share in told if at - began <= seconds]
     errors = [abs(at / seconds - share) for at, share in looks]
     print(f"a prompt of {seconds:.1f} s, {len(looks)} looks")
     return (looks[0][0], max(errors)) if looks else (seconds, 1.0)
-
-
-def _row(what: str, figure: str) -> None:
-    print(f"{what:<40}{figure}")
 
 
 if __name__ == "__main__":

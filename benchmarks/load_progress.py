@@ -16,14 +16,13 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import read_subject, stand_in
 from kitty_nb import ModelManager, write_demo_model
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, StateChanged
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 _SIZE = 1_650_000_000  # bytes
 _ROUNDS = 5
 _SLOW_DISK = 150_000_000  # bytes a second: a load of eleven seconds
-_STAND_IN = Path(__file__).parents[1] / "tests" / "stand_in_server.py"
 _EVEN_LOAD = ("--load-seconds", "10", "--prepare-seconds", "1")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -116,12 +114,9 @@ def _rounds(title: str, config: ServerConfig, folder: Path, *temperatures: str) 
 
 
 def _even_load(config: ServerConfig, folder: Path) -> None:
-    program = folder / "llama-server"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{_STAND_IN}" "$@"\n')
-    program.chmod(0o755)
     model = write_demo_model(folder / "small.gguf", size=200_000_000)
     config = config.replace(
-        binary=program,
+        binary=stand_in(folder),
         models_dir=folder,
         model=model,
         extra_args=_EVEN_LOAD,

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import read_subject, seconds_of
 from kitty_nb import ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, Requirement, estimate, plan, read_shape
 from kitty_nb.engine.locate import list_devices
@@ -116,15 +115,9 @@ def _speed(subject: Subject, folder: Path) -> None:
     formulas, listings = [], []
     for _ in range(_RUNS):
         os.utime(path)  # the header is read again when the file has changed
-        began = time.perf_counter()
-        _formula(engine, config)
-        formulas.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        anyio.run(list_devices, config)
-        listings.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    _formula(engine, config)
-    again = time.perf_counter() - began
+        formulas.append(seconds_of(lambda: _formula(engine, config)))
+        listings.append(seconds_of(lambda: anyio.run(list_devices, config)))
+    again = seconds_of(lambda: _formula(engine, config))
     shape = read_shape(path)
     print(f"\n{len(shape.layers)} layers, {shape.vocabulary:,} tokens; median of {_RUNS}")
     print(f"formula, header read        {statistics.median(formulas) * 1000:6.1f} ms")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import read_subject, row, stand_in
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ProgressMade, StateChanged
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from kitty_nb.operation import Operation
     from kitty_nb.supervisor.events import Event
 
-_TESTS = Path(__file__).parents[1] / "tests"
 _RUNS, _BARS, _REQUESTS, _CUTS = 15, 5, 100, 50
 _HANG = 10.0  # seconds
 
@@ -48,21 +46,13 @@ def main() -> None:
         config = subject.config(folder, 100_000_000, context_size=2048, threads=1, parallel=1)
         remote = config.replace(ssh="there", ssh_config=there.client)
         slow = config.replace(
-            binary=_stand_in(folder), extra_args=("--load-seconds", "2"), log_dir=folder / "slow"
+            binary=stand_in(folder), extra_args=("--load-seconds", "2"), log_dir=folder / "slow"
         )
         far = slow.replace(ssh="there", ssh_config=there.client)
         _lags(config, remote)
         _bars(slow, far)
         _first_tokens(remote)
         _cuts(remote, far, there)
-
-
-def _stand_in(folder: Path) -> Path:
-    program = folder / "llama-server"
-    server = _TESTS / "stand_in_server.py"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{server}" "$@"\n')
-    program.chmod(0o755)
-    return program
 
 
 def _lags(here: ServerConfig, there: ServerConfig) -> None:
@@ -88,17 +78,17 @@ def _lags(here: ServerConfig, there: ServerConfig) -> None:
                 lags[remote].append(seen[0] - record.ready)
                 manager.stop().wait(60)
     own, other = (statistics.median(lags[one]) * 1000 for one in (False, True))
-    _row("READY told after it is, here", f"{own:.1f} ms (median of {_RUNS})")
-    _row("READY told after it is, over ssh", f"{other:.1f} ms: + {other - own:.1f} ms")
+    row("READY told after it is, here", f"{own:.1f} ms (median of {_RUNS})")
+    row("READY told after it is, over ssh", f"{other:.1f} ms: + {other - own:.1f} ms")
     own, other = (statistics.median(starts[one]) for one in (False, True))
-    _row("start to READY", f"{own:.3f} s here, {other:.3f} s over ssh (medians)")
+    row("start to READY", f"{own:.3f} s here, {other:.3f} s over ssh (medians)")
 
 
 def _bars(here: ServerConfig, there: ServerConfig) -> None:
     _bar(here), _bar(there)  # from here on the history knows how long it takes
     found = [(_bar(here), _bar(there)) for _ in range(_BARS)]
     own, other = (statistics.median(rates) for rates in zip(*found, strict=True))
-    _row("bar updates a second", f"{own:.1f} here, {other:.1f} over ssh (medians of {_BARS})")
+    row("bar updates a second", f"{own:.1f} here, {other:.1f} over ssh (medians of {_BARS})")
 
 
 def _bar(config: ServerConfig) -> float:
@@ -126,8 +116,8 @@ def _first_tokens(config: ServerConfig) -> None:
         manager.stop().wait(60)
     medians = {name: statistics.median(times) * 1000 for name, times in found.items()}
     added = medians["tunnel"] - medians["direct"]
-    _row("first token, direct", f"{medians['direct']:.1f} ms (median of {_REQUESTS})")
-    _row("first token, through ssh", f"{medians['tunnel']:.1f} ms: + {added:.1f} ms")
+    row("first token, direct", f"{medians['direct']:.1f} ms (median of {_REQUESTS})")
+    row("first token, through ssh", f"{medians['tunnel']:.1f} ms: + {added:.1f} ms")
 
 
 def _first_token(http: httpx.Client) -> float:
@@ -193,7 +183,7 @@ def _cuts(config: ServerConfig, slow: ServerConfig, there: SshMachine) -> None:
                     cuts.cut(chat)
             if what != "load":
                 manager.stop().wait(60)
-        _row(
+        row(
             f"{len(cuts.back)} cuts during {what}",
             f"back after {statistics.median(cuts.back):.2f} s, at most {max(cuts.back):.2f} s;"
             f" {cuts.hangs} hangs, {cuts.lost} servers lost",
@@ -205,10 +195,6 @@ def _until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() - began < 60
         time.sleep(0.002)
-
-
-def _row(what: str, found: str) -> None:
-    print(f"{what:<44}{found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from distributed import Client, LocalCluster
 
+from benchmarks.dask_sweep import pinned_cluster
 from benchmarks.subject import read_subject
 from kitty_nb import Fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from distributed import Client
 
 _ROUNDS = 3
 _REQUESTS = 24
@@ -44,7 +44,7 @@ def main() -> None:
         config = subject.config(folder, context_size=2048, threads=1, parallel=1)
         fleets = []
         for count in (1, 2):
-            client = stack.enter_context(_cluster(folder, cores[:count]))
+            client = stack.enter_context(pinned_cluster(folder, cores[:count]))
             before = client.run(_memory)
             fleet = stack.enter_context(Fleet.run(client=client, replicas=count, config=config))
             fleet.wait_ready(timeout=300)
@@ -66,24 +66,6 @@ def main() -> None:
             print(f"{'busy' if busy else 'idle'} replica: {rate:.2f} messages a second")
         sizes = [len(message) for _, message in _events(client)]
         print(f"bytes of a message: {statistics.mean(sizes):.0f} on average, {max(sizes)} at most")
-
-
-@contextmanager
-def _cluster(folder: Path, cores: list[int]) -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=len(cores),
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            local_directory=str(folder),
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        workers = client.scheduler_info()["workers"]
-        for worker, core in zip(workers, cores, strict=True):
-            client.run(lambda core: psutil.Process().cpu_affinity([core]), core, workers=[worker])
-        yield client
 
 
 def _memory() -> int:

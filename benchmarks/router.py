@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from benchmarks.subject import subject_of, subject_parser
+from benchmarks.subject import is_healthy, subject_of, subject_parser
 from kitty_nb import ModelManager, write_demo_model
 from kitty_nb.ports import free_port
 
@@ -151,23 +151,12 @@ def _bare(command: list[str], folder: Path, key: str | None, port: int) -> Itera
     with (folder / "bare.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        while not _is_there(port):
+        while not is_healthy(port):
             time.sleep(0.05)
         yield
     finally:
         process.terminate()
         process.wait()
-
-
-def _is_there(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    except OSError:
-        return False
-    finally:
-        connection.close()
 
 
 def _ask(port: int, model: str, key: str | None) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 
-from benchmarks.subject import subject_of, subject_parser
+from benchmarks.subject import row, subject_of, subject_parser
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import KittyError
 from kitty_nb.ports import free_port
@@ -86,7 +86,7 @@ def _speed(manager: ModelManager, engine: Path, config: ServerConfig, rounds: in
         manager.stop().wait(_GIVEN_UP)
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     speeds = f"{statistics.median(ours):.2f} and {statistics.median(bare):.2f}"
-    _row("tokens/s, ours over a bare --rpc", f"{ratio:.3f} ({speeds}; asked >= {_RATIO})")
+    row("tokens/s, ours over a bare --rpc", f"{ratio:.3f} ({speeds}; asked >= {_RATIO})")
 
 
 @contextmanager
@@ -157,20 +157,16 @@ def _kills(manager: ModelManager, kills: int) -> None:
         manager.chat("Hi", max_tokens=1).wait(_GIVEN_UP)
         again.append(time.monotonic() - killed)
     hangs = sum(one > _HANG for one in ended)
-    _row(
+    row(
         f"answers that hung over {_HANG:.0f} s, of {kills}", f"{hangs} (longest {max(ended):.2f} s)"
     )
     worst = f"{statistics.median(again):.1f} s, worst {max(again):.1f} s"
-    _row("serving again", f"{worst} (asked <= reload {load:.1f} s + {_EXTRA:.0f} s)")
+    row("serving again", f"{worst} (asked <= reload {load:.1f} s + {_EXTRA:.0f} s)")
 
 
 def _workers() -> list[psutil.Process]:
     mine = psutil.Process().children(recursive=True)
     return [one for one in mine if one.name() == "ggml-rpc-server" and one.status() != "zombie"]
-
-
-def _row(name: str, value: str) -> None:
-    print(f"{name:<44}{value}", flush=True)
 
 
 if __name__ == "__main__":

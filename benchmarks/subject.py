@@ -1,10 +1,15 @@
-"""The subject of a benchmark: an engine and a model, from the command line or the environment."""
+"""What benchmarks share: their subject, by the command line or the environment; clocks and rows."""
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import platform
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +22,8 @@ from kitty_nb.engine.locate import locate_engine
 from kitty_nb.ports import free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from kitty_nb.engine.locate import Engine
 
 
@@ -82,3 +89,48 @@ def subject_parser(purpose: str | None) -> argparse.ArgumentParser:
 def subject_of(asked: argparse.Namespace) -> Subject:
     """Find the engine and the model that the options name."""
     return Subject(asked.engine, anyio.run(locate_engine, asked.engine), asked.model)
+
+
+def row(what: str, figure: str) -> None:
+    """Print a row of a table at once: a benchmark takes its time."""
+    print(f"{what:<52}{figure}", flush=True)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Do some work, and return the seconds that it took."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def is_healthy(port: int) -> bool:
+    """Ask a server of this machine for its health, without the time that a client takes."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.client.OK
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+@contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """Keep so many cores busy."""
+    several = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in several:
+            one.kill()
+            one.wait()
+
+
+def stand_in(folder: Path) -> Path:
+    """Write a program that is the tests' stand-in server, which reads its model at an even pace."""
+    program = folder / "llama-server"
+    server = Path(__file__).parents[1] / "tests" / "stand_in_server.py"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{server}" "$@"\n')
+    program.chmod(0o755)
+    return program

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import read_subject, row
 from kitty_nb import ControlPanel, ModelManager, ServerStatus
 from kitty_nb.engine.command_line import build_command
 
@@ -73,15 +73,15 @@ def main() -> None:
                 deaths.append(_death(manager, state.pid))
         baseline, gap = asyncio.run(_gaps(config))
     lag, answer = statistics.median(lags), statistics.median(answers)
-    _row("ready lag behind a 2 ms poller", f"{_ms(lag)} (median of {_RUNS})")
-    _row("  of it, the first answer of a bare server", f"{_ms(answer)} (median)")
-    _row("  without that", _ms(lag - answer))
-    _row(
+    row("ready lag behind a 2 ms poller", f"{_ms(lag)} (median of {_RUNS})")
+    row("  of it, the first answer of a bare server", f"{_ms(answer)} (median)")
+    row("  without that", _ms(lag - answer))
+    row(
         "start, supervised over bare to the first answer",
         f"{statistics.median(overheads):.3f} x (median)",
     )
-    _row("death to CRASHED", f"{_ms(statistics.median(deaths))} (median)")
-    _row(
+    row("death to CRASHED", f"{_ms(statistics.median(deaths))} (median)")
+    row(
         "largest gap on the kernel's loop during a load",
         f"{gap * 1000:.1f} ms, {gap / baseline:.1f} x that of an idle loop",
     )
@@ -151,10 +151,6 @@ async def _largest_gap(seconds: float) -> float:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms"
-
-
-def _row(what: str, figure: str) -> None:
-    print(f"{what:<48}{figure}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ clock, of so many tokens of prompt or of answer.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import read_subject, row
 from kitty_nb import Supervisor
 from kitty_nb.client import Access
 from kitty_nb.experiments import Outcome, Sweep, Workload
@@ -66,8 +65,8 @@ def _overhead(config: ServerConfig, folder: Path, *, short: bool) -> None:
         seconds = time.monotonic() - began
     assert all(row.outcome is Outcome.DONE for row in rows), rows
     own = [row.seconds.own for row in rows]
-    _row("trials", f"{len(own)}, each {statistics.median(own):.2f} s (median)")
-    _row("sweep over its trials' load, warm-up and requests", f"{seconds / sum(own):.3f} x")
+    row("trials", f"{len(own)}, each {statistics.median(own):.2f} s (median)")
+    row("sweep over its trials' load, warm-up and requests", f"{seconds / sum(own):.3f} x")
 
 
 async def _speeds(config: ServerConfig, rounds: int, tokens_of_answer: int) -> None:
@@ -97,7 +96,7 @@ async def _speeds(config: ServerConfig, rounds: int, tokens_of_answer: int) -> N
         ratio = statistics.median(ours / statistics.mean(theirs) for ours, *theirs in each)
         ours = statistics.median(ours for ours, *_ in each)
         figure = f"{ratio:.3f} x at {ours:.0f} (medians of {rounds})"
-        _row(f"{what} tokens/s, ours over llama-bench's way", figure)
+        row(f"{what} tokens/s, ours over llama-bench's way", figure)
 
 
 async def _bench(http: httpx.AsyncClient, prompt: int, answer: int) -> float:
@@ -114,11 +113,6 @@ async def _bench(http: httpx.AsyncClient, prompt: int, answer: int) -> float:
     seconds = time.perf_counter() - began
     response.raise_for_status()
     return (answer or prompt) / seconds
-
-
-def _row(what: str, figure: str) -> None:
-    print(f"{what:<52}{figure}")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

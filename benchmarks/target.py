@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.subject import subject_of, subject_parser
+from benchmarks.subject import row, subject_of, subject_parser
 from kitty_nb.experiments import Sweep, tune
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def main() -> None:
         family = sorted(config.models_dir.glob("*.gguf"))
         began = time.monotonic()
         grid = _sweep(config, folder / "grid.journal", models=family, grid=_SPACE, repeats=1)
-        _row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
+        row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
         in_use = _sweep(config, folder / "in_use.journal", repeats=3).combinations[0]
         bound = _SHARE * in_use.value(_SPEED)
         began = time.monotonic()
@@ -61,14 +61,14 @@ def main() -> None:
             **_ASKED,
         ).wait()
         seconds = time.monotonic() - began
-        _row("tune", f"{len(found.results.rows)} trials and the proof in {seconds:.0f} s")
-        _row("target", f"{_SPEED} >= {bound:.1f}")
-        _row("found", found.best.trial.label)
+        row("tune", f"{len(found.results.rows)} trials and the proof in {seconds:.0f} s")
+        row("target", f"{_SPEED} >= {bound:.1f}")
+        row("found", found.best.trial.label)
         print(found.proof)
         reaching = [one for one in grid.combinations if one.value(_SPEED) >= bound]
         least = min(one.value("memory_gib") for one in reaching)
         share = found.best.value("memory_gib") / least
-        _row("its memory over the grid's least that reaches it", f"{share:.3f} (asked <= 1.05)")
+        row("its memory over the grid's least that reaches it", f"{share:.3f} (asked <= 1.05)")
         trial = found.best.trial
         again = _sweep(
             config.replace(model=trial.model),
@@ -78,16 +78,12 @@ def main() -> None:
         )
         speeds = again.combinations[0].series[_SPEED].values()
         kept = sum(speed >= bound for speed in speeds)
-        _row("re-runs in which it held", f"{kept} of {_RERUNS} (asked >= {_HELD})")
+        row("re-runs in which it held", f"{kept} of {_RERUNS} (asked >= {_HELD})")
 
 
 def _sweep(config: ServerConfig, store: Path, **what: Any) -> Results:
     with Sweep(config=config, store=store, **{**_ASKED, **what}) as sweep:
         return sweep.run().wait()
-
-
-def _row(name: str, value: str) -> None:
-    print(f"{name:<52}{value}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.subject import read_subject
+from benchmarks.subject import read_subject, row
 from kitty_nb.experiments import Outcome, Sweep, TrialResult, tune
 from tests.model_files import write_model
 
@@ -63,15 +63,15 @@ def main() -> None:
         # Not the one nearest to the settings in use, as `Results.best` has it.
         best = max(grid.combinations, key=lambda one: one.value(_OBJECTIVE))
         spread = [one.value(_OBJECTIVE) for one in grid.combinations]
-        _row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
-        _row("its objective, lowest, median, best", ", ".join(map(_short, _quartiles(spread))))
+        row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
+        row("its objective, lowest, median, best", ", ".join(map(_short, _quartiles(spread))))
         budget = math.floor(_SHARE_OF_TRIALS * len(grid))
         winners = [_search(config, folder, choices, seed, budget) for seed in _SEEDS]
         shares = _side_by_side(config, folder, best, winners, rounds)
-        _row("the grid's best", best.trial.label)
+        row("the grid's best", best.trial.label)
         for seed, winner, share in zip(_SEEDS, winners, shares, strict=True):
-            _row(f"share of it, seed {seed}", f"{share:.3f} with {winner.trial.label}")
-        _row("share of it, median seed", f"{statistics.median(shares):.3f} (limit {_LIMIT})")
+            row(f"share of it, seed {seed}", f"{share:.3f} with {winner.trial.label}")
+        row("share of it, median seed", f"{statistics.median(shares):.3f} (limit {_LIMIT})")
 
 
 def _sweep(config: ServerConfig, store: Path, **what: Any) -> Results:
@@ -98,7 +98,7 @@ def _search(
     assert len(rows) <= budget
     pruned = sum(row.outcome is Outcome.PRUNED for row in rows)
     seconds = time.monotonic() - began
-    _row(f"tune, seed {seed}", f"{len(rows)} trials in {seconds:.0f} s, {pruned} pruned")
+    row(f"tune, seed {seed}", f"{len(rows)} trials in {seconds:.0f} s, {pruned} pruned")
     return found.best
 
 
@@ -119,10 +119,6 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def _short(value: float) -> str:
     return f"{value:.0f}"
-
-
-def _row(name: str, value: str) -> None:
-    print(f"{name:<48} {value}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ alone, and beside a process that keeps a core busy.
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -27,14 +25,12 @@ from typing import TYPE_CHECKING
 import anyio
 import psutil
 
-from benchmarks.subject import subject_of, subject_parser
+from benchmarks.subject import busy_cores, subject_of, subject_parser
 from kitty_nb.experiments import Verdict, Workload, compare_paired
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.isolated_server import isolated_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kitty_nb import ServerConfig
 
 _COMPARISONS = 100
@@ -60,7 +56,7 @@ def main() -> None:
         config = subject.config(Path(folder), context_size=512, threads=1)
         for cores in asked.busy_cores:
             what = f"beside {cores} busy core{'s' * (cores > 1)}" if cores else "alone"
-            with _spinning(cores):
+            with busy_cores(cores):
                 series, seconds = anyio.run(_measure, config, asked.seconds)
             _report(what, series, seconds, asked.block)
 
@@ -118,18 +114,6 @@ def _deviation(first: list[float], second: list[float]) -> float:
     logs = [math.log(b / a) for a, b in zip(first, second, strict=True)]
     mean = sum(logs) / len(logs)
     return math.sqrt(sum((one - mean) ** 2 for one in logs) / (len(logs) - 1))
-
-
-@contextmanager
-def _spinning(cores: int) -> Iterator[None]:
-    """Keep so many cores busy."""
-    several = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
-    try:
-        yield
-    finally:
-        for one in several:
-            one.kill()
-            one.wait()
 
 
 if __name__ == "__main__":
