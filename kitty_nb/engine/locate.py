@@ -122,7 +122,7 @@ _PATH = re.compile(r"/[\w./+@-]+")
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
 _MIB = 1 << 20
-_ANSWER_WITHIN = 20.0  # seconds; a GPU's driver can take its time when it is used first
+_ANSWER_WITHIN = 20.0  # seconds, on a busy machine; a GPU's driver wakes up when it is used first
 # Seconds. Machines of --rpc serve one client at a time: a server that runs keeps others waiting.
 _REMOTE_WITHIN = 2.0
 _LISTED = "Available devices"
@@ -135,7 +135,6 @@ SWAP_HOME = "https://github.com/mostlygeek/llama-swap"
 # The first versions that pass a client's key on to the server that they ask, and that choose among
 # several servers of one model by their requests.
 PASSES_KEY, SPREADS = 218, 242
-_SWAP_ANSWERS_WITHIN = 10.0  # seconds, on a busy machine too
 
 
 class EngineKind(StrEnum):
@@ -169,7 +168,9 @@ _names: dict[tuple[object, ...], tuple[str, ...]] = {}  # of devices
 _log = logging.getLogger(__name__)
 
 
-async def locate_engine(binary: Path | None = None, answer_within: float = 20.0) -> Engine:
+async def locate_engine(
+    binary: Path | None = None, answer_within: float = _ANSWER_WITHIN
+) -> Engine:
     """Find the engine and learn its flags; a program that has not changed is asked only once.
 
     Args:
@@ -399,7 +400,7 @@ async def why_swap_unfit(program: str, least: int, lacks: str) -> str | None:
         least: The first version that will do.
         lacks: What older ones can't do.
     """
-    told = await output_of((program, "-version"), _SWAP_ANSWERS_WITHIN)
+    told = await output_of((program, "-version"), _ANSWER_WITHIN)
     if "version: " not in told:
         said = told.strip().splitlines()[0][:200]
         return (
