@@ -103,10 +103,10 @@ class _ShapeReader:
         self._periods = FORMATS["windows"].get(self._header.architecture or "", {})
         self._window = self._number("attention.sliding_window", self._periods.get("span", 0))
         self._outside: dict[str, Tensor] = {}
-        self._blocks: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        self._blocks: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         for tensor in (tensor for header in headers for tensor in header.tensors):
             if block := _BLOCK.match(tensor.name):
-                self._blocks[int(block[1])].append((block[2], tensor))
+                self._blocks[int(block[1])][block[2]] = tensor
             else:
                 self._outside[tensor.name] = tensor
 
@@ -131,7 +131,7 @@ class _ShapeReader:
             cache_known=not any(map(_OTHER_MEMORY.search, self._header.metadata)),
         )
 
-    def _layers(self, windowed: list[bool]) -> tuple[Layer, ...]:
+    def _layers(self, in_window: list[bool]) -> tuple[Layer, ...]:
         said = self._key("attention.head_count_kv") in self._header.metadata
         heads = self._each("attention.head_count_kv") if said else self._heads
         compressed = self._key("attention.key_length_mla") in self._header.metadata
@@ -139,17 +139,13 @@ class _ShapeReader:
         loaded = self._count - self._number("nextn_predict_layers", 0)
         cached = max(self._cached(loaded), 0)
         heads = [*heads[:cached], *[0] * (self._count - cached)]
-        return tuple(
-            Layer(
-                weights=sum(tensor.size for _, tensor in self._blocks[i]) if i < loaded else 0,
-                keys=heads[i] * self._head_length("key", windowed=in_window),
-                values=0
-                if compressed
-                else heads[i] * self._head_length("value", windowed=in_window),
-                windowed=in_window,
-            )
-            for i, in_window in enumerate(windowed)
-        )
+        layers = []
+        for i, windowed in enumerate(in_window):
+            tensors = self._blocks[i].values() if i < loaded else ()
+            keys = heads[i] * self._head_length("key", windowed=windowed)
+            values = 0 if compressed else heads[i] * self._head_length("value", windowed=windowed)
+            layers.append(Layer(sum(tensor.size for tensor in tensors), keys, values, windowed))
+        return tuple(layers)
 
     def _cached(self, loaded: int) -> int:
         """The number of layers with a cache of their own; later ones share it or have none."""
@@ -176,16 +172,16 @@ class _ShapeReader:
         length = self._number(key, self._width // max(self._heads[0], 1))
         return self._number(f"{key}_swa", length) if windowed else length
 
-    def _activations(self, block: list[tuple[str, Tensor]]) -> int:
+    def _activations(self, block: dict[str, Tensor]) -> int:
         """The numbers that a token has at the widest place of a feed-forward part.
 
         Measured on llama.cpp: gate, up and their product are held at once; the results of the
         experts go where gate and up were, if they fit.
         """
-        shapes = {name: tensor.shape for name, tensor in block}
 
         def side(name: str, number: int) -> int:
-            return next(iter(shapes.get(f"{name}.weight", ())[number:]), 0)
+            tensor = block.get(f"{name}.weight")
+            return tensor.shape[number] if tensor and len(tensor.shape) > number else 0
 
         used = self._number("expert_used_count", 0)
         widest = 0

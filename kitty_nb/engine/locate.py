@@ -168,9 +168,7 @@ _names: dict[tuple[object, ...], tuple[str, ...]] = {}  # of devices
 _log = logging.getLogger(__name__)
 
 
-async def locate_engine(
-    binary: Path | None = None, answer_within: float = _ANSWER_WITHIN
-) -> Engine:
+async def locate_engine(binary: Path | None = None, answer_within: float = 20.0) -> Engine:
     """Find the engine and learn its flags; a program that has not changed is asked only once.
 
     Args:
