@@ -26,7 +26,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from benchmarks.subject import read_subject
 from kitty_nb import write_demo_model
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 
 _NOTEBOOK = Path(__file__).parents[1] / "tests" / "notebooks" / "reproducible_run.ipynb"
 _RUNS = 20

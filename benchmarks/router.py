@@ -27,7 +27,7 @@ import psutil
 
 from benchmarks.subject import is_healthy, subject_of, subject_parser
 from kitty_nb import ModelManager, write_demo_model
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -30,7 +30,7 @@ import psutil
 from benchmarks.subject import row, subject_of, subject_parser
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import KittyError
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 from tests.ssh_machine import ssh_machine
 
 if TYPE_CHECKING:

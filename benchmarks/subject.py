@@ -19,7 +19,7 @@ import psutil
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.engine.locate import locate_engine
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -40,7 +40,7 @@ from kitty_nb.errors import (
     ServerError,
     ServerFailedError,
 )
-from kitty_nb.ports import LOOPBACK, free_port
+from kitty_nb.network import LOOPBACK, free_port
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host

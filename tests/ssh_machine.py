@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 
 _STARTS_WITHIN = 20.0
 

@@ -23,7 +23,7 @@ from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.engine import rpc
 from kitty_nb.engine.rpc import with_workers
 from kitty_nb.errors import ConfigError, ServerFailedError
-from kitty_nb.ports import LOOPBACK
+from kitty_nb.network import LOOPBACK
 from kitty_nb.supervisor.events import Activity, Event
 
 # Listens where it is told, and answers nothing, as long as it lives.

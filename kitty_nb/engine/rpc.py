@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
-from kitty_nb.ports import LOOPBACK, free_port
-from kitty_nb.ssh import ssh_command
+from kitty_nb.network import LOOPBACK, free_port, ssh_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

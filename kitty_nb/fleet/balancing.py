@@ -14,7 +14,7 @@ import anyio
 import httpx
 
 from kitty_nb.errors import ServerFailedError
-from kitty_nb.tls import tls_context
+from kitty_nb.network import tls_context
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence

@@ -23,7 +23,7 @@ from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import KittyError, PortBusyError, ServerError
 from kitty_nb.experiments.cluster import settings_here, stoppable
 from kitty_nb.experiments.measure import fingerprint_of
-from kitty_nb.ports import LOOPBACK, free_port
+from kitty_nb.network import LOOPBACK, free_port
 from kitty_nb.supervisor.events import Event, LoadProgress, ProgressMade, ServerStatus
 from kitty_nb.supervisor.supervisor import Supervisor
 

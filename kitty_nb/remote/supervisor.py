@@ -29,7 +29,7 @@ from kitty_nb.errors import (
     WaitTimeoutError,
     another_machine,
 )
-from kitty_nb.ports import LOOPBACK
+from kitty_nb.network import LOOPBACK
 from kitty_nb.remote.connection import FORWARDING_REFUSED, Connection, connect
 from kitty_nb.remote.protocol import (
     ANSWERS,

@@ -18,6 +18,7 @@ import anyio
 
 from kitty_nb.engine.command_line import sleeps as frees_itself
 from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError, not_encodable
+from kitty_nb.network import tls_context
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -26,7 +27,6 @@ from kitty_nb.supervisor.events import (
     Level,
     ServerStatus,
 )
-from kitty_nb.tls import tls_context
 
 
 class _Late(ModuleType):

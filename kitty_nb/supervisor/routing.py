@@ -15,7 +15,7 @@ from kitty_nb.engine.command_line import REUSE_PORT, build_router_command, has_r
 from kitty_nb.engine.locate import PASSES_KEY, SWAP_HOME, why_swap_unfit
 from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.formats import Format
-from kitty_nb.ports import LOOPBACK, free_port
+from kitty_nb.network import LOOPBACK, free_port
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import httpx
 from kitty_nb.catalog.model import name_some
 from kitty_nb.config import goes_without_key
 from kitty_nb.errors import KittyError, ServerFailedError
+from kitty_nb.network import tls_context
 from kitty_nb.supervisor.events import (
     Activity,
     Endpoint,
@@ -27,7 +28,6 @@ from kitty_nb.supervisor.events import (
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, OutOfReach
 from kitty_nb.supervisor.requests import RequestLog
 from kitty_nb.supervisor.workload import WorkMeter
-from kitty_nb.tls import tls_context
 
 if TYPE_CHECKING:
     from pathlib import Path
