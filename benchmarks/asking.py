@@ -12,12 +12,10 @@ from __future__ import annotations
 import http.client
 import json
 import statistics
-import tempfile
 import time
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from kitty_nb import ModelManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -48,11 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     parts = {"ask": _ask, "embed": partial(_embed, count=args.texts)}
     subject = subject_of(args)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as folder:
+    with subject.folder() as folder:
         for name, part in parts.items():
             if args.part in {None, name}:
-                part(subject, Path(folder))
+                part(subject, folder)
 
 
 def _ask(subject: Subject, folder: Path) -> None:

@@ -13,7 +13,6 @@ import os
 import random
 import statistics
 import subprocess
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -46,9 +45,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     subject = subject_of(asked)
-    print(f"{subject}\nload before: {os.getloadavg()[0]:.1f}\n")
-    with tempfile.TemporaryDirectory() as folder:
-        config = subject.config(Path(folder), threads=asked.threads)
+    with subject.folder(f"\nload before: {os.getloadavg()[0]:.1f}") as folder:
+        config = subject.config(folder, threads=asked.threads)
         shape = {"prompt": asked.pp, "answer": asked.tg, "depths": asked.depths}
         bench = Bench(config=config, repeats=1, **shape)
         ways: dict[str, Callable[[], Speeds]] = {

@@ -11,10 +11,8 @@ else meanwhile.
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -25,6 +23,7 @@ from kitty_nb.experiments import Outcome, Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kitty_nb import ServerConfig
 
@@ -38,10 +37,8 @@ def main() -> None:
     """Print the table."""
     subject = read_subject(__doc__)
     cores = sorted(psutil.Process().cpu_affinity() or ())[:2]
-    print(f"{subject}; workers pinned to {cores}\n")
-    print(f"{'':<12}{'one worker':>14}{'two':>12}{'ratio':>10}")
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
+    with subject.folder(f"; workers pinned to {cores}") as folder, ExitStack() as stack:
+        print(f"{'':<12}{'one worker':>14}{'two':>12}{'ratio':>10}")
         config = subject.config(folder, context_size=1024, threads=1, parallel=1)
         answer = _SHORT_ANSWER if subject.model else _ANSWER
         clients = [stack.enter_context(pinned_cluster(folder, cores[:count])) for count in (1, 2)]

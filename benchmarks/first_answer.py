@@ -11,9 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.subject import is_healthy, read_subject, seconds_of
@@ -32,9 +30,7 @@ def main() -> None:
     """Print the table."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subject = read_subject(__doc__)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder() as folder:
         config = subject.config(folder, None, context_size=512, threads=1, parallel=1)
         env = folder / "my.env"
         env.write_text("\n".join(env_lines(config, set(env_settings()) - {"extra_args"})))

@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.subject import subject_of, subject_parser
@@ -21,6 +19,8 @@ from kitty_nb import ModelManager, ServerStatus, write_demo_model
 from kitty_nb.supervisor.kept_prompts import PromptStore
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kitty_nb import ServerConfig
     from kitty_nb.client import Answer
 
@@ -36,9 +36,7 @@ def main() -> None:
     parser.add_argument("--swa-full", action="store_true", help="hand it on to llama-server")
     args = parser.parse_args()
     subject, flags = subject_of(args), ["--swa-full"] * args.swa_full
-    print(f"{subject} {' '.join(flags)}\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder(f" {' '.join(flags)}") as folder:
         config = subject.config(folder, context_size=4096, parallel=1, extra_args=tuple(flags))
         config = config.replace(on_kernel_exit="stop", allow_absolute_paths=True)
         talk, cold, reference = _reference(config.replace(keep_prompts=False))

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.subject import busy_cores, row, subject_of, subject_parser
@@ -33,9 +31,8 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="occupy a core")
     asked = parser.parse_args()
     subject = subject_of(asked)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as name:
-        config = subject.config(Path(name), 100_000_000, context_size=4096, parallel=2)
+    with subject.folder() as folder:
+        config = subject.config(folder, 100_000_000, context_size=4096, parallel=2)
         with ModelManager(config=config) as manager:
             manager.start().wait(120)
             lost = [1 - _watched(manager) / _speed(manager.http) for _ in range(_ROUNDS)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -23,6 +21,8 @@ from tests.engine_memory import breakdown
 from tests.model_files import MODELS, write_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from benchmarks.subject import Subject
     from kitty_nb.engine.locate import Engine
 
@@ -48,9 +48,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Print the tables."""
     subject = read_subject(__doc__)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder() as folder:
         models = (
             {subject.model.stem: subject.model}
             if subject.model

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -40,9 +38,7 @@ _HANG = 10.0  # seconds
 def main() -> None:
     """Print the table."""
     subject = read_subject(__doc__)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as name, ssh_machine(Path(name) / "there") as there:
-        folder = Path(name)
+    with subject.folder() as folder, ssh_machine(folder / "there") as there:
         config = subject.config(folder, 100_000_000, context_size=2048, threads=1, parallel=1)
         remote = config.replace(ssh="there", ssh_config=there.client)
         slow = config.replace(

@@ -10,11 +10,9 @@ on their way home, and memory of its worker. The machine should do nothing else 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -38,9 +36,7 @@ def main() -> None:
     """Print the tables."""
     subject = read_subject(__doc__)
     cores = sorted(psutil.Process().cpu_affinity() or ())[:2]
-    print(f"{subject}; workers pinned to {cores}\n")
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
+    with subject.folder(f"; workers pinned to {cores}") as folder, ExitStack() as stack:
         config = subject.config(folder, context_size=2048, threads=1, parallel=1)
         fleets = []
         for count in (1, 2):

@@ -15,7 +15,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -42,9 +41,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     args = parser.parse_args()
     subject = subject_of(args)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder() as folder:
         env = folder / ".env"
         names = [f"m{number}" for number in range(_MODELS)]
         lines = [

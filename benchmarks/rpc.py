@@ -17,10 +17,8 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -35,6 +33,7 @@ from tests.ssh_machine import ssh_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kitty_nb import ServerConfig
 
@@ -51,10 +50,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=99)
     asked = parser.parse_args()
     subject = subject_of(asked)
-    print(f"{subject}\n")
     assert asked.engine, "needs --engine: a llama-server with a ggml-rpc-server beside it"
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
+    with subject.folder() as folder, ExitStack() as stack:
         path = f"{asked.engine.parent}:/usr/bin:/bin"
         machine = stack.enter_context(ssh_machine(folder / "there", PATH=path))
         config = subject.config(

@@ -15,12 +15,10 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import psutil
 
@@ -52,14 +50,12 @@ def main() -> None:
     asked = parser.parse_args()
     cycles, dice = asked.cycles, random.Random(asked.seed)  # noqa: S311
     subject = subject_of(asked)
-    print(f"{subject}\n")
     shown = {max(1, round(cycles * share)) for share in _SHOWN_AT}
     print(
         f"{'cycles':>8}{'kills':>8}{'seconds':>9}{'threads':>9}{'files':>7}{'processes':>11}{'MB':>8}"
         f"{'blocks':>10}"
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder() as folder:
         config = subject.config(folder, context_size=512, threads=1, restart_max=0)
         began, kills = time.monotonic(), 0
         with ModelManager(config=config) as manager:

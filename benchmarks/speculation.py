@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import inspect
 import statistics
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.subject import read_subject
@@ -19,6 +17,8 @@ from kitty_nb.config import Speculation
 from kitty_nb.supervisor import log
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from benchmarks.subject import Subject
 
 _RUNS, _TOKENS = 5, 160
@@ -28,12 +28,11 @@ _LINES, _BEGUN = 90, 12  # of the file, and of its third copy
 def main() -> None:
     """Print the figures."""
     subject = read_subject(__doc__)
-    print(f"{subject}\n")
     rows: dict[Speculation, list[dict[str, Any]]] = {Speculation.OFF: [], Speculation.NGRAM: []}
-    with tempfile.TemporaryDirectory() as folder:
+    with subject.folder() as folder:
         for _ in range(_RUNS):
             for speculation, answers in rows.items():
-                answers.append(_answer(subject, Path(folder), speculation))
+                answers.append(_answer(subject, folder, speculation))
     speeds = {
         speculation: statistics.median(one["timings"]["predicted_per_second"] for one in answers)
         for speculation, answers in rows.items()

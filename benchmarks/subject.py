@@ -8,9 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import psutil
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.engine.locate import locate_engine
 from kitty_nb.network import free_port
+from tests.model_files import write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +49,20 @@ class Subject:
             f" {psutil.virtual_memory().total / 1e9:.1f} GB; {self.engine.kind} engine"
             f" {self.engine.version}; {self.model.name if self.model else 'demo model'}"
         )
+
+    @contextmanager
+    def folder(self, more: str = "") -> Iterator[Path]:
+        """Print what is measured, and `more` about it; lend a folder meanwhile."""
+        print(f"{self}{more}\n")
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+
+    def dense(self, folder: Path, layers: int) -> Subject:
+        """Return a dense model of zeros, about as long to ask as a small real one, unless given."""
+        model = self.model or write_model(
+            folder / "dense.gguf", layers=layers, width=512, inner=1536, heads=8, kv_heads=4
+        )
+        return replace(self, model=model)
 
     def config(self, folder: Path, size: int | None = None, **settings: Any) -> ServerConfig:
         """Return settings that serve the model, or a demo model of `size` bytes, from `folder`."""

@@ -15,9 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -52,9 +50,7 @@ while True:
 def main() -> None:
     """Print the table."""
     subject = read_subject(__doc__)
-    print(f"{subject}\n")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder() as folder:
         config = subject.config(folder, 100_000_000, context_size=512, threads=1, restart_max=0)
         lags, overheads, deaths, answers = [], [], [], []
         with ModelManager(config=config) as manager:

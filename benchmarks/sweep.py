@@ -9,10 +9,7 @@ clock, of so many tokens of prompt or of answer.
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -22,9 +19,10 @@ from kitty_nb import Supervisor
 from kitty_nb.client import Access
 from kitty_nb.experiments import Outcome, Sweep, Workload
 from kitty_nb.experiments.measure import BenchmarkClient
-from tests.model_files import write_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import httpx
 
     from kitty_nb import ServerConfig
@@ -37,13 +35,8 @@ _SHORT, _LONG = "hello", "hello " * 80
 def main() -> None:
     """Print the table."""
     subject = read_subject(__doc__)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = subject.model or write_model(
-            folder / "dense.gguf", layers=8, width=512, inner=1536, heads=8, kv_heads=4
-        )
-        config = replace(subject, model=model).config(folder, context_size=2048, threads=1)
-        print(f"{subject}\n")
+    with subject.folder() as folder:
+        config = subject.dense(folder, 8).config(folder, context_size=2048, threads=1)
         short = subject.model is not None
         _overhead(config, folder, short=short)
         anyio.run(_speeds, config, *((_FEWER, _SHORTER) if short else (_ROUNDS, _ANSWER)))

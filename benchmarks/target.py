@@ -10,15 +10,15 @@ memory compared with the least of a full grid that reaches the target.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.subject import row, subject_of, subject_parser
 from kitty_nb.experiments import Sweep, tune
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kitty_nb import ServerConfig
     from kitty_nb.experiments import Results
 
@@ -40,10 +40,8 @@ def main() -> None:
     if asked.model is None:
         parser.error("A family needs a --model, with its other quants in the same folder.")
     subject = subject_of(asked)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with subject.folder() as folder:
         config = subject.config(folder, context_size=1024, threads=1)
-        print(f"{subject}\n")
         family = sorted(config.models_dir.glob("*.gguf"))
         began = time.monotonic()
         grid = _sweep(config, folder / "grid.journal", models=family, grid=_SPACE, repeats=1)

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.subject import read_subject, row
 from kitty_nb.experiments import Outcome, Sweep, TrialResult, tune
-from tests.model_files import write_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kitty_nb import ServerConfig
     from kitty_nb.experiments import Combination, Results
 
@@ -50,13 +48,8 @@ _ASKED: dict[str, Any] = {
 def main() -> None:
     """Print the table."""
     subject = read_subject(__doc__)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = subject.model or write_model(
-            folder / "dense.gguf", layers=2, width=512, inner=1536, heads=8, kv_heads=4
-        )
-        config = replace(subject, model=model).config(folder, context_size=4096, threads=1)
-        print(f"{subject}\n")
+    with subject.folder() as folder:
+        config = subject.dense(folder, 2).config(folder, context_size=4096, threads=1)
         began = time.monotonic()
         choices, rounds = (_SMALL_GRID, _FEWER) if subject.model else (_GRID, _ROUNDS)
         grid = _sweep(config, folder / "grid.journal", grid=choices)

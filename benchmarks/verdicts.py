@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import time
 from itertools import count
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -51,9 +49,8 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8, help="rounds of a comparison")
     asked = parser.parse_args()
     subject = subject_of(asked)
-    print(f"{subject}; load before {psutil.getloadavg()[0]:.1f}\n")
-    with tempfile.TemporaryDirectory() as folder:
-        config = subject.config(Path(folder), context_size=512, threads=1)
+    with subject.folder(f"; load before {psutil.getloadavg()[0]:.1f}") as folder:
+        config = subject.config(folder, context_size=512, threads=1)
         for cores in asked.busy_cores:
             what = f"beside {cores} busy core{'s' * (cores > 1)}" if cores else "alone"
             with busy_cores(cores):
