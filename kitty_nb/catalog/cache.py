@@ -153,7 +153,14 @@ def digest_files(
     """
     cache = digest_cache()
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links stay links
-    signatures = {name: _signature(Path(name)) for name in names}
+    signatures: dict[str, FileSignature] = {}
+    for name in names:
+        if (signature := signature_of(Path(name))) is None:
+            raise ModelFileError(
+                f"{name} is missing, or its folder can't be read, so the model cannot be"
+                " identified. Restore it, or check the permissions."
+            )
+        signatures[name] = signature
     known = cache.recall(signatures)
     total = sum(one.size for name, one in signatures.items() if name not in known)
     done = 0
@@ -173,16 +180,6 @@ def digest_files(
             )
         cache.keep({name: (signature, known[name])})
     return tuple(FileDigest(Path(name).name, signatures[name].size, known[name]) for name in names)
-
-
-def _signature(path: Path) -> FileSignature:
-    signature = signature_of(path)
-    if signature is None:
-        raise ModelFileError(
-            f"{path} is missing, or its folder can't be read, so the model cannot be identified."
-            " Restore it, or check the permissions."
-        )
-    return signature
 
 
 def _sha256(path: Path, size: int, on_read: Callable[[int], object]) -> str:

@@ -198,11 +198,6 @@ def read_header(path: Path, before: str | None = None) -> GgufHeader:
         ) from error
 
 
-def _common(length: int) -> int:
-    """The number of tokens that vocabularies share whose lengths differ by a little padding."""
-    return (length - _PADDING) // _PADDED * _PADDED
-
-
 class _Reader:
     """Walks forward through a file, with a window of its bytes in memory."""
 
@@ -279,7 +274,9 @@ class _Reader:
     def _array(self, kind: int) -> ArrayInfo:
         if kind == _STRING:
             length = self._count("strings in an array", _MOST_STRINGS)
-            first, last = (_FIRST, _common(length)) if length > _PADDED else (0, length)
+            # As many as vocabularies share whose lengths differ by a little padding.
+            common = (length - _PADDING) // _PADDED * _PADDED
+            first, last = (_FIRST, common) if length > _PADDED else (0, length)
             self._skip_strings(first)
             start = self._start + self._at
             self._skip_strings(last - first)
