@@ -12,7 +12,7 @@ from configparser import ConfigParser
 from configparser import Error as IniError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -489,7 +489,9 @@ class _Place:
             entry.notes.append(f"it names no model: set LLAMACPP_{profile.upper()}_MODEL.")
         settings |= self._names_of(entry, profile, settings)
         settings["port"] = self._free_port(profile, settings.get("port"), base.port)
-        files = {name: settings.pop(name) for name in ("mmproj", "draft_model") if name in settings}
+        files: dict[str, Any] = {
+            file: settings.pop(file) for file in ("mmproj", "draft_model") if file in settings
+        }
         if "draft_model" in files:
             settings.setdefault("speculation", Speculation.DRAFT)
         wanted = base.replace(**_valid(base, settings, entry))
@@ -567,7 +569,7 @@ def _valid(base: ServerConfig, settings: Mapping[str, object], entry: _Entry) ->
 
 def _as_found(
     wanted: ServerConfig,
-    files: Mapping[str, object],
+    files: Mapping[str, Any],
     extra_args: Iterable[str],
     entry: _Entry,
 ) -> ServerConfig:
