@@ -43,7 +43,7 @@ from other_kernel import runs
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from kitty_nb import ServerConfig, ports, write_demo_model
+from kitty_nb import ServerConfig, network, write_demo_model
 
 # The suite starts hundreds of programs: each module is compiled once, not in each of them.
 if sys.dont_write_bytecode:
@@ -261,7 +261,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]
 
 
 def unused_port() -> int:
-    return ports.free_port()
+    return network.free_port()
 
 
 @pytest.fixture
