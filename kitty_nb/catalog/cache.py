@@ -80,7 +80,7 @@ class FileCache(Generic[T]):
         self,
         kind: str,
         load: Callable[[str], T],
-        dump: Callable[[T], str | bytes],
+        dump: Callable[[T], str],
         path: Path | None = None,
     ) -> None:
         self._kind, self._load, self._dump = kind, load, dump

@@ -115,7 +115,12 @@ class ModelCatalog:
         self.stores = tuple(
             store if isinstance(store, Store) else Store(Path(store)) for store in directories
         )
-        self._cache = FileCache(_FACTS, _FILE_FACTS.validate_json, _FILE_FACTS.dump_json, cache)
+        self._cache = FileCache(
+            _FACTS,
+            _FILE_FACTS.validate_json,
+            lambda facts: _FILE_FACTS.dump_json(facts).decode(),
+            cache,
+        )
 
     @property
     def directory(self) -> Path:

@@ -103,10 +103,10 @@ class _ShapeReader:
         self._periods = FORMATS["windows"].get(self._header.architecture or "", {})
         self._window = self._number("attention.sliding_window", self._periods.get("span", 0))
         self._outside: dict[str, Tensor] = {}
-        self._blocks: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._blocks: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for tensor in (tensor for header in headers for tensor in header.tensors):
             if block := _BLOCK.match(tensor.name):
-                self._blocks[int(block[1])][block[2]] = tensor
+                self._blocks[int(block[1])].append((block[2], tensor))
             else:
                 self._outside[tensor.name] = tensor
 
@@ -141,10 +141,10 @@ class _ShapeReader:
         heads = [*heads[:cached], *[0] * (self._count - cached)]
         layers = []
         for i, windowed in enumerate(in_window):
-            tensors = self._blocks[i].values() if i < loaded else ()
+            weights = sum(tensor.size for _, tensor in self._blocks[i]) if i < loaded else 0
             keys = heads[i] * self._head_length("key", windowed=windowed)
             values = 0 if compressed else heads[i] * self._head_length("value", windowed=windowed)
-            layers.append(Layer(sum(tensor.size for tensor in tensors), keys, values, windowed))
+            layers.append(Layer(weights, keys, values, windowed))
         return tuple(layers)
 
     def _cached(self, loaded: int) -> int:
@@ -172,16 +172,16 @@ class _ShapeReader:
         length = self._number(key, self._width // max(self._heads[0], 1))
         return self._number(f"{key}_swa", length) if windowed else length
 
-    def _activations(self, block: dict[str, Tensor]) -> int:
+    def _activations(self, block: list[tuple[str, Tensor]]) -> int:
         """The numbers that a token has at the widest place of a feed-forward part.
 
         Measured on llama.cpp: gate, up and their product are held at once; the results of the
         experts go where gate and up were, if they fit.
         """
+        shapes = {name: tensor.shape for name, tensor in block}
 
         def side(name: str, number: int) -> int:
-            tensor = block.get(f"{name}.weight")
-            return tensor.shape[number] if tensor and len(tensor.shape) > number else 0
+            return next(iter(shapes.get(f"{name}.weight", ())[number:]), 0)
 
         used = self._number("expert_used_count", 0)
         widest = 0
