@@ -17,7 +17,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 
 STAND_IN = Path(__file__).with_name("stand_in_server.py")
 TOLD = {"stages": ["text_model"], "current": "text_model"}

@@ -21,7 +21,7 @@ from other_kernel import Kernel, runs
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
-from kitty_nb.ports import free_port
+from kitty_nb.network import free_port
 from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
