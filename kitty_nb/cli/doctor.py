@@ -24,8 +24,9 @@ from kitty_nb.catalog.demo_model import write_demo_model
 from kitty_nb.catalog.resolve import load_profile
 from kitty_nb.catalog.stores import model_stores
 from kitty_nb.cli.commands import read_status
-from kitty_nb.config import ServerConfig, configured_profiles, env_warnings, load_lenient
+from kitty_nb.config import ServerConfig
 from kitty_nb.config.env_file import read_env
+from kitty_nb.config.profiles import configured_profiles, env_warnings, load_lenient
 from kitty_nb.engine.command_line import build_command
 from kitty_nb.engine.locate import list_devices, locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError

@@ -17,7 +17,7 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from kitty_nb.errors import RefusedError, ServerError, first_of, not_encodable
-from kitty_nb.tls import tls_context
+from kitty_nb.network import tls_context
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable

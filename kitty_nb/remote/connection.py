@@ -20,9 +20,8 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from kitty_nb.errors import KittyError, OutOfReachError, first_of, printable
-from kitty_nb.ports import LOOPBACK, free_port
+from kitty_nb.network import LOOPBACK, free_port, ssh_command
 from kitty_nb.remote.protocol import LONGEST, PROTOCOL, SILENT_FOR, Hello, load, parse
-from kitty_nb.ssh import ssh_command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable

@@ -11,7 +11,7 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from kitty_nb.client.conversation import with_images
-from kitty_nb.config import env_warnings
+from kitty_nb.config.profiles import env_warnings
 from kitty_nb.errors import (
     KittyError,
     StartCancelledError,
