@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kitty_nb.supervisor.health import AnswerPace
+from kitty_nb.supervisor.requests import AnswerPace
 
 
 def busy(slot: int, task: int, decoded: int) -> dict[str, Any]:

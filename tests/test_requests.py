@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from kitty_nb.supervisor.requests import Ending, RequestLog
-from kitty_nb.supervisor.workload import WorkMeter
+from kitty_nb.supervisor.requests import Ending, RequestLog, WorkMeter
 
 LOGS = {
     name: text.strip().split("\n")

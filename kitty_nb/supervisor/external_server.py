@@ -18,10 +18,9 @@ from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import record_of
-from kitty_nb.supervisor.requests import RequestLog
+from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 from kitty_nb.supervisor.router import RouterModels
 from kitty_nb.supervisor.router_api import LlamaServer, RouterKind, kind_of
-from kitty_nb.supervisor.workload import WorkMeter
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup

@@ -27,6 +27,7 @@ from kitty_nb.supervisor.events import (
     Level,
     ServerStatus,
 )
+from kitty_nb.supervisor.requests import AnswerPace, decoded
 
 
 class _Late(ModuleType):
@@ -84,64 +85,6 @@ def ask_once(config: ServerConfig) -> HealthCheckResult:
     finally:
         connection.close()
     return read_answer(answer.status, answer.reason, time.perf_counter() - began)
-
-
-class AnswerPace:
-    """The tokens per second between two reads of `/slots`.
-
-    The server counts tokens of a request while it works on it, so this costs it nothing more than
-    the look. What a request brought between the last look and its end is not seen.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[tuple[Any, Any], int] = {}
-        self._at: float | None = None
-        self._pace = 0.0
-        self._silent_since: float | None = None
-
-    def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
-        """Return the tokens a second since the last ones; None at the first look, or untold.
-
-        A slow server's next token may take several reads: until then the pace is the last one, or
-        that of a token which came now, whichever is lower. `at` is in seconds of any clock.
-        """
-        busy = {
-            (slot.get("id"), slot.get("id_task")): decoded(slot)
-            for slot in slots
-            if slot.get("is_processing")
-        }
-        before, since = self._counts, self._at
-        self._counts = counts = {slot: count for slot, count in busy.items() if count is not None}
-        untold = len(counts) < len(busy)
-        if untold or not busy or any(counts.values()):
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = at
-        if untold or since is None:
-            self._at = at
-            return None
-        if at <= since:
-            return None
-        # A count that falls is another request's, in a build that does not number them.
-        risen = {slot: count - before.get(slot, 0) for slot, count in counts.items()}
-        fresh = sum(counts[slot] if rise < 0 else rise for slot, rise in risen.items())
-        if not fresh and any(counts.values()):
-            return min(self._pace, 1 / (at - since))
-        self._pace, self._at = fresh / (at - since), at
-        return self._pace
-
-    def silence(self, at: float) -> float:
-        """Return for how many seconds requests have been worked on without a first token."""
-        return 0.0 if self._silent_since is None else at - self._silent_since
-
-
-def decoded(slot: dict[str, Any]) -> int | None:
-    """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
-    tokens = slot.get("next_token")
-    if isinstance(tokens, list):
-        tokens = tokens[0] if tokens else None
-    count = tokens.get("n_decoded") if isinstance(tokens, dict) else None
-    return count if isinstance(count, int) else None
 
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)

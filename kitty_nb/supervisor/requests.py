@@ -1,4 +1,4 @@
-"""The requests that a server has finished or works on, read from its log."""
+"""The requests that a server has finished or works on, told by its log and its slots."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from itertools import islice
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import printable
+from kitty_nb.supervisor.events import PromptProgress, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from kitty_nb.supervisor.events import Restored
+
 KEPT = 200  # finished requests
 _PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the most that the request for READY takes
+_TELLING = 32  # tokens; a pace measured on fewer is of one batch's overhead
+_LATE = 0.3  # seconds; lines are read sooner after they were written
+_RECENT = 20  # requests, whose cache hits and drafts are told
+_SEEN_AFTER = 1.0  # seconds; from here on, slots and log know of the same requests
+_BATCH = 2048  # tokens; llama.cpp's default
+_COMPUTES = 0.5  # processor seconds a second; less, and a GPU computes
+_SURE = 0.9  # the part of a batch that is told at the expected pace
 
 
 class Ending(StrEnum):
@@ -90,9 +102,9 @@ class ActiveRequest:
     def advance(self, read: int, at: float, spent: float) -> None:
         """Note that a batch is read, and the processor seconds that the server has used so far."""
         step, seconds = read - self.read, at - self.read_at
-        if step >= TELLING and seconds > 0:
+        if step >= _TELLING and seconds > 0:
             self.pace, self.load = step / seconds, (spent - self.spent) / seconds
-        if self.prompt and self.prompt - read >= TELLING:
+        if self.prompt and self.prompt - read >= _TELLING:
             self.rest = self.prompt - read
         self.read, self.read_at, self.spent = read, at, spent
 
@@ -236,7 +248,7 @@ class RequestLog:
         elif found := _READ.search(words):
             if task.prompt is None and float(found[2]):
                 task.prompt = max(round(int(found[1]) / float(found[2])), int(found[1]))
-            if int(found[1]) >= TELLING and float(found[3] or 0):
+            if int(found[1]) >= _TELLING and float(found[3] or 0):
                 self.prompt_speed = float(found[3])
             task.advance(int(found[1]), at, self.spent)
         else:
@@ -247,7 +259,7 @@ class RequestLog:
             task.reading, task.computed = float(found[1]) / 1000, int(found[2])
             if task.cached is None:  # then it was derived from a rounded share
                 task.prompt = None
-            if task.computed >= TELLING and task.reading:
+            if task.computed >= _TELLING and task.reading:
                 self.prompt_speed = task.computed / task.reading
                 self.load = task.load
             self.rest = task.rest or (self.rest if task.computed <= self.rest else 0)
@@ -275,13 +287,178 @@ class RequestLog:
         return min(self._zero + since, at)
 
 
-TELLING = 32  # tokens; a pace measured on fewer is of one batch's overhead
-_LATE = 0.3  # seconds; lines are read sooner after they were written
-
-
 def _is_probe(request: Request) -> bool:
     """True for the request by which a server proves that it is ready."""
     small = (request.prompt_tokens or 0) <= _PROBE_PROMPT
     return (
         request.ended is Ending.FINISHED and small and (request.answer_tokens or 0) <= _PROBE_ANSWER
     )
+
+
+class AnswerPace:
+    """The tokens per second between two reads of `/slots`.
+
+    The server counts tokens of a request while it works on it, so this costs it nothing more than
+    the look. What a request brought between the last look and its end is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Any, Any], int] = {}
+        self._at: float | None = None
+        self._pace = 0.0
+        self._silent_since: float | None = None
+
+    def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
+        """Return the tokens a second since the last ones; None at the first look, or untold.
+
+        A slow server's next token may take several reads: until then the pace is the last one, or
+        that of a token which came now, whichever is lower. `at` is in seconds of any clock.
+        """
+        busy = {
+            (slot.get("id"), slot.get("id_task")): decoded(slot)
+            for slot in slots
+            if slot.get("is_processing")
+        }
+        before, since = self._counts, self._at
+        self._counts = counts = {slot: count for slot, count in busy.items() if count is not None}
+        untold = len(counts) < len(busy)
+        if untold or not busy or any(counts.values()):
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = at
+        if untold or since is None:
+            self._at = at
+            return None
+        if at <= since:
+            return None
+        # A count that falls is another request's, in a build that does not number them.
+        risen = {slot: count - before.get(slot, 0) for slot, count in counts.items()}
+        fresh = sum(counts[slot] if rise < 0 else rise for slot, rise in risen.items())
+        if not fresh and any(counts.values()):
+            return min(self._pace, 1 / (at - since))
+        self._pace, self._at = fresh / (at - since), at
+        return self._pace
+
+    def silence(self, at: float) -> float:
+        """Return for how many seconds requests have been worked on without a first token."""
+        return 0.0 if self._silent_since is None else at - self._silent_since
+
+
+def decoded(slot: dict[str, Any]) -> int | None:
+    """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
+    tokens = slot.get("next_token")
+    if isinstance(tokens, list):
+        tokens = tokens[0] if tokens else None
+    count = tokens.get("n_decoded") if isinstance(tokens, dict) else None
+    return count if isinstance(count, int) else None
+
+
+class WorkMeter:
+    """Combines what a server's log and its slots tell.
+
+    What only the slots tell of is added to the log's tasks. Of a prompt, at most `batch` tokens are
+    read at once. A server that routes shows no slots, which would tell when an answer begins.
+    """
+
+    def __init__(self, log: RequestLog, batch: int | None = None, *, routes: bool = False) -> None:
+        self.log, self._routes = log, routes
+        self._batch = batch or _BATCH
+        self._restored: tuple[float, Restored] | None = None
+        self._slots: int | None = None
+        self._pace: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True if requests are worked on."""
+        return bool(self.log.active)
+
+    def look(self, slots: Iterable[dict[str, Any]], pace: float | None, at: float) -> None:
+        """Take the answer of `/slots`; an empty one changes nothing.
+
+        `pace` is the tokens a second since the last one, `at` in seconds of the log's clock.
+        """
+        slots = tuple(slots)
+        if not slots:
+            return
+        self._slots, self._pace = len(slots), pace
+        working = {}
+        for slot in slots:
+            number, task = slot.get("id"), slot.get("id_task", 0)
+            if slot.get("is_processing") and isinstance(number, int) and isinstance(task, int):
+                working[number, task] = slot
+        for key, task in tuple(self.log.active.items()):
+            # Its end may stand in lines that were lost when the log was rotated.
+            if key not in working and at - task.began > _SEEN_AFTER:
+                del self.log.active[key]
+        for key, slot in working.items():
+            _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
+
+    def note_restored(self, restored: Restored, at: float) -> None:
+        """Take a kept prompt that was restored; it is told of until something else is asked."""
+        self._restored = at, restored
+
+    def work(self, at: float) -> Work:
+        """Return the work at a time."""
+        tasks = self.log.active.values()
+        reading = [task for task in tasks if not (task.decoded or self._routes)]
+        latest = list(islice(reversed(self.log.finished), _RECENT))
+        drafted = [request.accepted for request in latest if request.accepted is not None]
+        prompts = [
+            (request.cached * request.prompt_tokens, request.prompt_tokens)
+            for request in latest
+            if request.cached is not None and request.prompt_tokens
+        ]
+        cached, whole = map(sum, zip(*prompts, strict=True)) if prompts else (0, 0)
+        if self._restored and any(task.began > self._restored[0] for task in tasks):
+            self._restored = None
+        return Work(
+            busy=len(tasks),
+            slots=self._slots,
+            reading=self._reading(min(reading, key=attrgetter("began")), at) if reading else None,
+            tokens_per_second=self._pace if tasks else None,
+            cached=cached / whole if whole else None,
+            accepted=sum(drafted) / len(drafted) if drafted else None,
+            restored=self._restored and self._restored[1],
+        )
+
+    def _reading(self, task: ActiveRequest, at: float) -> PromptProgress:
+        """Estimate a prompt's progress: what is read, and part of the batch under way.
+
+        The pace is that of this prompt's last batch; in the first, that of the last prompt. Where
+        the processor computes, its time counts: of that, a token takes as much on a busy machine.
+        """
+        seconds, speed = max(at - task.began, 0.0), task.pace or self.log.prompt_speed
+        if not (speed and task.prompt and task.prompt >= _TELLING):
+            return PromptProgress(0, 0, 0, seconds)
+        ends = task.batch or 0, task.read + self._batch, task.prompt - self.log.rest
+        batch = min((end for end in ends if task.read < end < task.prompt), default=task.prompt)
+        since, load = max(at - task.read_at, 0.0), task.load if task.pace else self.log.load
+        if load >= _COMPUTES:
+            since = (self.log.spent - task.spent) / load
+        share = speed * since / max(batch - task.read, 1)
+        if share > _SURE:  # slower than expected: come closer and closer to the end of the batch
+            share = 1 - (1 - _SURE) * _SURE / share
+        done = min(task.read + int(share * (batch - task.read)), task.prompt - 1)
+        task.shown = max(task.shown, done)
+        return PromptProgress(task.prompt, min(task.cached or 0, task.shown), task.shown, seconds)
+
+
+def _note(task: ActiveRequest, slot: dict[str, Any], at: float) -> None:
+    """Note what a slot tells of its task at a time."""
+    told = decoded(slot)
+    if told is None:
+        return
+    if told and task.begun is None:
+        task.begun = told, at
+    elif task.begun and told > (task.decoded or 0) and at > task.begun[1]:
+        # The log tells the speed of an answer only if nobody cancels it.
+        task.speed = (told - task.begun[0]) / (at - task.begun[1])
+    task.decoded = told
+    tokens = slot["next_token"]
+    left = (tokens[0] if isinstance(tokens, list) else tokens).get("n_remain")
+    if isinstance(left, int) and left >= 0:
+        task.limit = told + left
+    batch = slot.get("n_prompt_tokens")
+    # A slot that has not begun still tells of its last request.
+    if slot.get("n_prompt_tokens_processed") and isinstance(batch, int) and not told:
+        task.batch = batch

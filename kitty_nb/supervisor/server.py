@@ -49,12 +49,11 @@ from kitty_nb.supervisor.log import LogTail, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, keep_ports, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
-from kitty_nb.supervisor.requests import RequestLog
+from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 from kitty_nb.supervisor.router import RouterModels
 from kitty_nb.supervisor.router_api import LlamaServer, LlamaSwap, RouterKind, kind_of
 from kitty_nb.supervisor.routing import pinned_profiles, router_command
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
-from kitty_nb.supervisor.workload import WorkMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

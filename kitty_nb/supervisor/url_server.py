@@ -26,8 +26,7 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
 )
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, OutOfReach
-from kitty_nb.supervisor.requests import RequestLog
-from kitty_nb.supervisor.workload import WorkMeter
+from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 
 if TYPE_CHECKING:
     from pathlib import Path
