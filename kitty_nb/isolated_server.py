@@ -23,7 +23,7 @@ from anyio.from_thread import BlockingPortal
 from anyio.to_thread import run_sync
 
 from kitty_nb.client import Access
-from kitty_nb.config import OnKernelExit, goes_without_key
+from kitty_nb.config import OnKernelExit, ServerConfig, goes_without_key
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
 from kitty_nb.engine.locate import (
     Dialect,
@@ -41,19 +41,23 @@ from kitty_nb.errors import (
     ServerFailedError,
 )
 from kitty_nb.network import LOOPBACK, free_port
-from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
+from kitty_nb.supervisor.events import (
+    Broadcast,
+    Event,
+    LoadProgress,
+    ProgressMade,
+    ServerState,
+    Stage,
+)
+from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
-from kitty_nb.supervisor.url_server import look_once
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import Event
 
     T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.config.profiles import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
-from kitty_nb.supervisor import url_server
-from kitty_nb.supervisor.url_server import look_once
+from kitty_nb.supervisor import external_server
+from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.widgets import FleetPanel
 
 KEY = "sesame-open"
@@ -31,7 +31,7 @@ KEY = "sesame-open"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_server, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(external_server, "_ASK_EVERY", 0.05)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_model_that_it_lacks_is_told_with_those_that_it_has(
 
 
 def test_an_answer_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_server, "_WHOLE_WITHIN", 0.3)
+    monkeypatch.setattr(external_server, "_WHOLE_WITHIN", 0.3)
     with Shape(ollama_models("a"), endless=True).serving() as url:
         assert "no answer in time" in str(anyio.run(look_once, ServerConfig(url=url)).error)
 

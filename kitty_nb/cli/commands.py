@@ -210,7 +210,7 @@ def exportable(env: Path, profiles: Iterable[str]) -> tuple[list[str], list[str]
 
 
 async def _models_at(config: ServerConfig) -> Sequence[str]:
-    from kitty_nb.supervisor.url_server import look_once
+    from kitty_nb.supervisor.external_server import look_once
 
     if config.alias:
         return [config.alias]
@@ -402,7 +402,7 @@ def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
         The state, and the memory of a server on another machine.
     """
     if config.url:
-        from kitty_nb.supervisor.url_server import look_once
+        from kitty_nb.supervisor.external_server import look_once
 
         return anyio.run(look_once, config), None
     if config.ssh:

@@ -33,11 +33,11 @@ from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedEr
 from kitty_nb.isolated_server import isolated_server
 from kitty_nb.remote.connection import doctor_command
 from kitty_nb.supervisor.events import ServerStatus
+from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
 from kitty_nb.supervisor.port_owner import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
 from kitty_nb.supervisor.routing import router_command
-from kitty_nb.supervisor.url_server import look_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,13 +13,12 @@ from urllib.parse import urlsplit
 import anyio
 
 from kitty_nb.catalog.model import name_some
-from kitty_nb.config import Task
+from kitty_nb.config import ServerConfig, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.port_owner import PortOwner
     from kitty_nb.supervisor.requests import Request
 

@@ -1,20 +1,34 @@
-"""A llama-server that kitty_nb did not start: attached to, watched, never stopped."""
+"""Servers that kitty_nb did not start, on a port or at a URL: watched, never stopped."""
 
 from __future__ import annotations
 
+import json
 import time
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 import psutil
 
-from kitty_nb.errors import ServerFailedError
-from kitty_nb.supervisor.events import Activity, Level, ServerStatus, Working
-from kitty_nb.supervisor.health import HealthProbe
-from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan
+from kitty_nb.catalog.model import name_some
+from kitty_nb.config import ServerConfig, goes_without_key
+from kitty_nb.errors import KittyError, ServerFailedError
+from kitty_nb.network import tls_context
+from kitty_nb.supervisor.events import (
+    Activity,
+    Endpoint,
+    HealthCheckResult,
+    Level,
+    ServerState,
+    ServerStatus,
+    Working,
+)
+from kitty_nb.supervisor.health import HealthProbe, Late
+from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, OutOfReach
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import record_of
@@ -23,13 +37,27 @@ from kitty_nb.supervisor.router import RouterModels
 from kitty_nb.supervisor.router_api import LlamaServer, RouterKind, kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+    from pathlib import Path
+
+    import httpx
     from anyio.abc import TaskGroup
     from pydantic import SecretStr
 
-    from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.lifecycle import Emit
 
-_LOOK_EVERY = 1.0  # seconds
+else:
+    httpx = Late("httpx")
+
+_LOOK_EVERY = 1.0  # seconds; at a URL, while it answers and while it does not:
+_ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0
+_MODELS, _GUARDED = "/v1/models", "/props"
+_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_PATIENCE, _WHOLE_WITHIN = 5.0, 10.0  # seconds for each part of an answer, and for all
+_MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
+_LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
+_LONGEST = 500  # characters of a name
+_SHOWN = 8
 
 
 async def find_external_server(config: ServerConfig) -> PortOwner:
@@ -56,21 +84,58 @@ async def find_external_server(config: ServerConfig) -> PortOwner:
     return owner
 
 
-class ExternalServer:
-    """Watches a server until it ends or is detached from. See `Server` for its arguments."""
+class WatchedServer:
+    """The part that all servers have that are only watched.
+
+    Args:
+        generation: The number that its reports carry.
+        emit: Called with each event, report and answer to a health check.
+        probe: Asks it.
+    """
+
+    def __init__(self, generation: int, emit: Emit, probe: HealthProbe | UrlProbe) -> None:
+        self.probe, self.api_key = probe, probe.api_key
+        self.devices: tuple[str, ...] = ()
+        self.lines: tuple[str, ...] = ()  # its log is its owner's
+        self.work = WorkMeter(RequestLog())  # by its slots alone
+        self.router: RouterModels | None = None  # once it turns out to be one
+        self._generation, self._emit = generation, emit
+        self._watching = anyio.CancelScope()
+
+    def stop(self, _force: bool) -> None:
+        """Detach from it."""
+        self._watching.cancel()
+
+    async def _until_detached(self, watch: Awaitable[None]) -> None:
+        try:
+            with self._watching:
+                await watch
+        finally:
+            with anyio.CancelScope(shield=True):
+                if self.router:
+                    await self.router.close()
+                await self.probe.aclose()
+
+    def _exited(self, reason: str) -> None:
+        self._emit(Exited(self._generation, reason, time.monotonic(), asked=True))
+
+    def _notify(self, message: str, level: Level = Level.INFO) -> None:
+        self._emit(Activity.now(message, level))
+
+
+class ExternalServer(WatchedServer):
+    """Watches the owner of a port until it ends or is detached from."""
+
+    probe: HealthProbe
 
     def __init__(self, generation: int, config: ServerConfig, owner: PortOwner, emit: Emit) -> None:
         # The key of another profile's server is on record; any other may have the configured one.
         record = record_of(owner.pid, config.log_dir)
-        self._owner = owner
-        self.router: RouterModels | None = None  # once it turns out to be one
-        self.api_key: SecretStr | None = record.api_key if record else config.api_key
+        key = record.api_key if record else config.api_key
+        probe = HealthProbe(config, key, trusted=True, sleeps=owner.sleeps)
+        super().__init__(generation, emit, probe)
         self.devices = (record and record.devices) or ()
-        self.lines: tuple[str, ...] = ()  # its log is its owner's
-        self.probe = HealthProbe(config, self.api_key, trusted=True, sleeps=owner.sleeps)
-        self.work = WorkMeter(RequestLog(0.0, 0.0))  # by its slots alone
-        self._generation, self._config, self._emit = generation, config, emit
-        self._watching = anyio.CancelScope()
+        self._owner, self._config = owner, config
 
     @property
     def owner(self) -> PortOwner:
@@ -80,27 +145,19 @@ class ExternalServer:
             return replace(self._owner, **facts)  # type: ignore[arg-type]
         return self._owner
 
-    def stop(self, _force: bool) -> None:
-        """Detach from it."""
-        self._watching.cancel()
-
     async def run(self) -> None:
         """Watch it. Once it has ended or is detached from, it counts as stopped."""
         self._notify(f"Attached to {self._owner.who}, which kitty_nb did not start.")
-        try:
-            with self._watching:
-                async with anyio.create_task_group() as tasks:
-                    with suppress(psutil.Error, OSError):  # it has ended
-                        await self._watch(ServerProcess(self._owner.pid, None), tasks)
-                    tasks.cancel_scope.cancel()
-        finally:
-            with anyio.CancelScope(shield=True):
-                if self.router:
-                    await self.router.close()
-                await self.probe.aclose()
+        await self._until_detached(self._watch_process())
         going = "detached; it keeps running" if self._watching.cancel_called else "exited"
         self._notify(f"{self._owner.who}: {going}.")
-        self._emit(Exited(self._generation, going, time.monotonic(), asked=True))
+        self._exited(going)
+
+    async def _watch_process(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            with suppress(psutil.Error, OSError):  # it has ended
+                await self._watch(ServerProcess(self._owner.pid, None), tasks)
+            tasks.cancel_scope.cancel()
 
     async def _watch(self, process: ServerProcess, tasks: TaskGroup) -> None:
         status = ServerStatus.STARTING
@@ -114,7 +171,8 @@ class ExternalServer:
                 if status is ServerStatus.LOADING:
                     self._emit(LoadBegan(self._generation))
                 elif status is ServerStatus.READY:
-                    if self.router is None and await self._routes():
+                    llama_server = RouterKind.LLAMA_SERVER
+                    if not self.router and await kind_of(self.probe) is llama_server:
                         owner = self._owner
                         router = RouterModels(
                             owner.pid, owner.who, self._config, LlamaServer(self.probe), self._emit
@@ -124,14 +182,209 @@ class ExternalServer:
                     self._emit(BecameReady(self._generation, time.monotonic() - process.age))
             await anyio.sleep(_LOOK_EVERY)
 
-    async def _routes(self) -> bool:
-        return await kind_of(self.probe) is RouterKind.LLAMA_SERVER
-
     def _note_work(self, pace: float | None) -> None:
         was_busy, now = self.work.busy, time.monotonic()
         self.work.look(self.probe.slots, pace, now)
         if was_busy or self.work.busy:
             self._emit(Working(self.work.work(now)))
 
-    def _notify(self, message: str, level: Level = Level.INFO) -> None:
-        self._emit(Activity.now(message, level))
+
+class UrlProbe:
+    """Asks a server for its models, which every server of OpenAI's protocol lists.
+
+    Its key goes nowhere else: redirects are not followed.
+
+    Args:
+        config: Settings of the profile.
+
+    Attributes:
+        models: The names that the last answer listed.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.models: tuple[str, ...] = ()
+        self.api_key: SecretStr | None = None if goes_without_key(config) else config.api_key
+        self._known = False  # whether the key has opened what needs one
+        self._url, self._key = config.endpoint, f"LLAMACPP_{config.profile.upper()}"
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        key = self.api_key
+        return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
+            timeout=_PATIENCE,
+            trust_env=False,  # as all requests to servers
+            verify=tls_context(self._url),
+        )
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        if "_client" in vars(self):
+            await self._client.aclose()
+
+    async def check_activity(self) -> HealthCheckResult:
+        """Ask it: READY where it lists models, LOADING where it says so, else STARTING."""
+        began, content = time.perf_counter(), b""
+        try:
+            with anyio.fail_after(_WHOLE_WITHIN):
+                async with self._client.stream("GET", f"{self._url}{_MODELS}") as response:
+                    async for chunk in response.aiter_bytes():
+                        content += chunk
+                        if len(content) > _LARGEST:
+                            break
+                if response.is_success and not await self._admitted(response):
+                    self.models = ()
+                    return HealthCheckResult(ServerStatus.STARTING, message=self._why_refused())
+        except KittyError as error:
+            return HealthCheckResult(ServerStatus.STARTING, message=str(error).rstrip("."))
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            return HealthCheckResult(ServerStatus.STARTING, message=self._why_silent(error))
+        latency = time.perf_counter() - began
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return HealthCheckResult(ServerStatus.LOADING, latency, "it is loading a model")
+        if response.is_success and (models := _names(content)) is not None:
+            self.models = models
+            return HealthCheckResult(ServerStatus.READY, latency, "ok")
+        return HealthCheckResult(ServerStatus.STARTING, latency, self._why_useless(response))
+
+    async def _admitted(self, listed: httpx.Response) -> bool:
+        """Return whether the key opens more than the list, which llama-server shows to anyone."""
+        if not self._known and listed.headers.get("Server") == "llama.cpp":
+            async with self._client.stream("GET", f"{self._url}{_GUARDED}") as asked:
+                self._known = asked.is_success
+                return asked.status_code not in _REFUSED
+        return True
+
+    def _why_refused(self) -> str:
+        what = "refuses the key in" if self.api_key else "asks for a key. Set"
+        return f"it {what} {self._key}_API_KEY"
+
+    def _why_silent(self, error: Exception) -> str:
+        if isinstance(error, httpx.TimeoutException | TimeoutError):
+            return "no answer in time"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return (
+                f"its certificate can't be verified ({error}). Name the file with its authority's"
+                " certificate in SSL_CERT_FILE, in the environment of this program"
+            )
+        why = str(error) or type(error).__name__
+        return f"the connection failed ({why}). Check that it runs there, and {self._key}_URL"
+
+    def _why_useless(self, response: httpx.Response) -> str:
+        if response.status_code in _REFUSED:
+            return self._why_refused()
+        if response.has_redirect_location:
+            to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
+            where = response.url.join(to).copy_with(username=None, password=None)
+            return f"it redirects to {where}. Set {self._key}_URL to that address"
+        said = f"{response.status_code} {response.reason_phrase}".strip()
+        return f"{_MODELS} answered {said} without a list of models. Check {self._key}_URL"
+
+
+class UrlServer(WatchedServer):
+    """Watches a server at a URL until it is detached from.
+
+    Args:
+        generation: The number that its reports carry.
+        config: Settings of the profile.
+        emit: Called with each event, report and answer to a health check.
+
+    Attributes:
+        owner: The server, with what it serves now.
+    """
+
+    probe: UrlProbe
+
+    def __init__(self, generation: int, config: ServerConfig, emit: Emit) -> None:
+        super().__init__(generation, emit, UrlProbe(config))
+        self.owner = Endpoint(config.endpoint, alias=config.alias)
+        self._chosen, self._profile = config.alias, config.profile
+
+    def use(self, name: str | Path) -> None:
+        """Ask another of its models from now on; it loads that itself, if it has to.
+
+        Raises:
+            ServerFailedError: It has no such model.
+        """
+        if str(name) not in self.owner.models:
+            there = name_some(self.owner.models, _SHOWN) or "none"
+            raise ServerFailedError(f"{self.owner.url} has no model {str(name)!r}, but: {there}.")
+        self._chosen = str(name)
+        self.owner = replace(self.owner, alias=self._chosen)
+        self._notify(f"Requests go to the model {name} from now on.")
+
+    async def run(self) -> None:
+        """Watch it. Once it is detached from, it counts as stopped."""
+        await self._until_detached(self._watch())
+        self._exited("detached")
+
+    async def _watch(self) -> None:
+        status: ServerStatus | None = None
+        misses = 0
+        while True:
+            health = await self.probe.check_activity()
+            ready = health.status is ServerStatus.READY
+            misses = 0 if ready else misses + 1
+            if ready:
+                self._choose()
+                if status is not ServerStatus.READY:
+                    self._emit(BecameReady(self._generation, time.monotonic()))
+                    self._greet()
+            elif status is not ServerStatus.READY or misses >= _MISSES:
+                self._emit(OutOfReach(self._generation, why_unreachable(self.owner.url, health)))
+                if health.status is ServerStatus.LOADING:
+                    self._emit(LoadBegan(self._generation))
+            self._emit(health)
+            if ready or status is not ServerStatus.READY or misses >= _MISSES:
+                status = health.status
+            loading = health.status is ServerStatus.LOADING
+            doublings = 0 if loading or misses < _MISSES else min(misses - 1, 4)
+            await anyio.sleep(min(_ASK_EVERY * 2**doublings, _ASK_AT_LEAST_EVERY))
+
+    def _choose(self) -> None:
+        alias = self._chosen or chat_model(self.probe.models)
+        self.owner = replace(self.owner, models=self.probe.models, alias=alias)
+
+    def _greet(self) -> None:
+        url, models = self.owner.url, name_some(self.owner.models, _SHOWN) or "no model"
+        if doubt := self.owner.doubt(self._profile):
+            self._notify(f"{url} answers. {doubt}", Level.WARNING)
+        else:
+            self._notify(f"{url} answers. It serves {models}.", Level.SUCCESS)
+
+
+def why_unreachable(url: str, health: HealthCheckResult) -> str:
+    """Say why a server at a URL can't be used, in a sentence."""
+    return f"{url} can't be used: {health.message}."
+
+
+async def look_once(config: ServerConfig) -> ServerState:
+    """Ask the server of a profile with a URL once."""
+    async with aclosing(UrlProbe(config)) as probe:
+        health = await probe.check_activity()
+    alias = config.alias or chat_model(probe.models)
+    owner = Endpoint(config.endpoint, probe.models, alias)
+    found = ServerState(health.status, config, last_health_check=health, external=owner)
+    if health.status is not ServerStatus.STARTING:
+        return found
+    why = why_unreachable(config.endpoint, health)
+    return replace(found, status=ServerStatus.OUT_OF_REACH, error=why)
+
+
+def chat_model(models: tuple[str, ...]) -> str | None:
+    """Return the model to ask where nobody has chosen; None where there is none.
+
+    It is the first whose name does not say that it is for embeddings.
+    """
+    return next((name for name in models if "embed" not in name.lower()), next(iter(models), None))
+
+
+def _names(content: bytes) -> tuple[str, ...] | None:
+    """Return the names in a list of models that can be shown; None where it is none."""
+    try:
+        said: Any = json.loads(content)
+        listed = said["data"] or ()  # Ollama has null there before its first model
+        names = (str(one["id"]) for one in listed)
+        return tuple(name for name in names if name.isprintable() and len(name) <= _LONGEST)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None

@@ -30,9 +30,9 @@ from kitty_nb.catalog.memory import (
 )
 from kitty_nb.catalog.model import total_size
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import PROJECTOR
+from kitty_nb.config import PROJECTOR, ServerConfig
 from kitty_nb.engine.command_line import options_of
-from kitty_nb.engine.locate import list_devices, locate_engine, remote_machines
+from kitty_nb.engine.locate import Device, Engine, list_devices, locate_engine, remote_machines
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import MemoryUse
 from kitty_nb.supervisor.history import LoadHistory
@@ -41,8 +41,6 @@ from kitty_nb.supervisor.process import family
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.locate import Device, Engine
 
 Options = list[tuple[str, str]]
 

@@ -30,7 +30,7 @@ from kitty_nb.supervisor.events import (
 from kitty_nb.supervisor.requests import AnswerPace, decoded
 
 
-class _Late(ModuleType):
+class Late(ModuleType):
     """A module that is imported on first use, while a server already loads."""
 
     def __getattr__(self, name: str) -> object:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.process import ServerProcess
 else:
-    httpx = _Late("httpx")
+    httpx = Late("httpx")
 
 
 _ANSWER_WITHIN = 5.0  # seconds
@@ -131,7 +131,7 @@ class HealthProbe:
         trusted: bool = False,
         sleeps: bool | None = None,
     ) -> None:
-        self.trusted = trusted
+        self.trusted, self.api_key = trusted, api_key
         self.process: ServerProcess | None = None
         self.slots: list[dict[str, Any]] = []
         self._port = config.port

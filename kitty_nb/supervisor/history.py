@@ -25,20 +25,16 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.cache import signature_of
 from kitty_nb.catalog.gguf import read_header
 from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
-from kitty_nb.config import PROJECTOR, value_of
-from kitty_nb.engine.locate import EngineKind
+from kitty_nb.config import PROJECTOR, ServerConfig, value_of
+from kitty_nb.engine.locate import Engine, EngineKind
 from kitty_nb.errors import ModelFileError
 from kitty_nb.safe_files import Database
 from kitty_nb.supervisor.events import Stage
-from kitty_nb.supervisor.load_progress import Basis, LoadEstimate
+from kitty_nb.supervisor.load_progress import Basis, LoadEstimate, LoadMeter
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.locate import Engine
-    from kitty_nb.supervisor.load_progress import LoadMeter
 
     T = TypeVar("T")
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kitty_nb.supervisor.events import ServerState, ServerStatus
+from kitty_nb.supervisor.events import Event, HealthCheckResult, ServerState, ServerStatus
 from kitty_nb.supervisor.port_owner import PortOwner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import Event, HealthCheckResult
     from kitty_nb.supervisor.registry import ServerRecord
 
     # Takes all that a server tells: events, reports, and answers to health checks.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.config import FLAG_PREFIX, Task, spelled, task_by_flags, value_of
+from kitty_nb.config import FLAG_PREFIX, ServerConfig, Task, spelled, task_by_flags, value_of
 from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind
@@ -23,7 +23,6 @@ from kitty_nb.supervisor.registry import record_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from kitty_nb.config import ServerConfig
 
 _LAST_PORT = 65535
 _USUAL_PORT = 8082  # no administrator's, as those above one of theirs are

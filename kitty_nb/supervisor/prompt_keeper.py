@@ -13,7 +13,7 @@ from anyio.to_thread import run_sync
 from kitty_nb.errors import RefusedError, ServerCrashedError, ServerError
 from kitty_nb.supervisor.events import Level, Restored
 from kitty_nb.supervisor.history import path_text
-from kitty_nb.supervisor.kept_prompts import KeptPrompt, digest_of
+from kitty_nb.supervisor.kept_prompts import KeptPrompt, PromptStore, digest_of
 from kitty_nb.supervisor.requests import Held, RequestLog
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.health import HealthProbe
-    from kitty_nb.supervisor.kept_prompts import PromptStore
 
     Notify = Callable[[str, Level], object]
     Tell = Callable[[Restored], object]

@@ -11,12 +11,11 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import printable
-from kitty_nb.supervisor.events import PromptProgress, Work
+from kitty_nb.supervisor.events import PromptProgress, Restored, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from kitty_nb.supervisor.events import Restored
 
 KEPT = 200  # finished requests
 _PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the most that the request for READY takes
@@ -179,7 +178,7 @@ class RequestLog:
         epoch: What to add to that clock for seconds since the epoch.
     """
 
-    def __init__(self, began: float, epoch: float) -> None:
+    def __init__(self, began: float = 0.0, epoch: float = 0.0) -> None:
         self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
         self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
         self.held: dict[int, Held] = {}  # by each slot since its last request

@@ -15,12 +15,14 @@ import anyio
 import anyio.to_thread
 import psutil
 
-from kitty_nb.config import value_of
+from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.supervisor.events import (
     Activity,
+    Event,
     HealthCheckResult,
     Level,
+    LoadProgress,
     RoutedModel,
     RouterLoad,
     ServerStatus,
@@ -31,16 +33,13 @@ from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.port_owner import own_words, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
-from kitty_nb.supervisor.router_api import ModelStatus
+from kitty_nb.supervisor.router_api import ModelStatus, RouterApi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from anyio.abc import TaskGroup
 
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import Event, LoadProgress
-    from kitty_nb.supervisor.router_api import RouterApi
 
 _ASK_ROUTER_EVERY, _ASK_CHILD_EVERY, _SHOW_EVERY = 0.2, 2.0, 0.05  # seconds
 _CHILD_WITHIN, _UNLOADED_WITHIN = 0.5, 5.0  # seconds

@@ -8,12 +8,10 @@ from urllib.parse import quote
 
 import anyio
 
-from kitty_nb.supervisor.health import objects_in
+from kitty_nb.supervisor.health import HealthProbe, objects_in
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
-
-    from kitty_nb.supervisor.health import HealthProbe
 
 
 class RouterKind(Enum):

@@ -10,7 +10,7 @@ from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.memory import Memory, estimate, plan, read_shape
 from kitty_nb.catalog.resolve import routed_profiles
-from kitty_nb.config import goes_without_key
+from kitty_nb.config import ServerConfig, goes_without_key
 from kitty_nb.engine.command_line import REUSE_PORT, build_router_command, has_router
 from kitty_nb.engine.locate import PASSES_KEY, SWAP_HOME, why_swap_unfit
 from kitty_nb.errors import KittyError, ServerFailedError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
 
 _GB = 1e9

@@ -15,9 +15,9 @@ import anyio.lowlevel
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.catalog import why_not_served
-from kitty_nb.config import OnKernelExit, server_environment
+from kitty_nb.config import OnKernelExit, ServerConfig, server_environment
 from kitty_nb.engine import command_line
-from kitty_nb.engine.locate import device_names, locate_engine, remote_machines
+from kitty_nb.engine.locate import Engine, device_names, locate_engine, remote_machines
 from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
 from kitty_nb.safe_files import write_atomic
 from kitty_nb.supervisor import lifecycle, registry
@@ -47,11 +47,11 @@ from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, keep_ports, owner_of, refuse_busy_port
-from kitty_nb.supervisor.process import oom_kills
+from kitty_nb.supervisor.process import ServerProcess, oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 from kitty_nb.supervisor.router import RouterModels
-from kitty_nb.supervisor.router_api import LlamaServer, LlamaSwap, RouterKind, kind_of
+from kitty_nb.supervisor.router_api import LlamaServer, LlamaSwap, RouterApi, RouterKind, kind_of
 from kitty_nb.supervisor.routing import pinned_profiles, router_command
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 
@@ -61,10 +61,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
     from pydantic import SecretStr
 
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.engine.locate import Engine
-    from kitty_nb.supervisor.process import ServerProcess
-    from kitty_nb.supervisor.router_api import RouterApi
 
 # Seconds between two looks at the log. Each costs processor: of a load, a fiftieth of its time.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1

@@ -14,7 +14,7 @@ import anyio.to_thread
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import model_stores
-from kitty_nb.config import OnKernelExit, choose_api_key
+from kitty_nb.config import OnKernelExit, ServerConfig, choose_api_key
 from kitty_nb.errors import (
     PortBusyError,
     ServerCrashedError,
@@ -35,6 +35,7 @@ from kitty_nb.supervisor.events import (
     HealthCheckResult,
     Level,
     LoadProgress,
+    MemoryUse,
     ProgressMade,
     RouterState,
     ServerState,
@@ -43,11 +44,11 @@ from kitty_nb.supervisor.events import (
     StateChanged,
     Work,
 )
-from kitty_nb.supervisor.external_server import ExternalServer, find_external_server
+from kitty_nb.supervisor.external_server import ExternalServer, UrlServer, find_external_server
 from kitty_nb.supervisor.forecast import Forecaster, ModelStats, Running
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.registry import find_server
+from kitty_nb.supervisor.registry import ServerRecord, find_server
 from kitty_nb.supervisor.server import Server
 
 if TYPE_CHECKING:
@@ -58,13 +59,9 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.catalog.memory import MemoryPreview
-    from kitty_nb.config import ServerConfig
-    from kitty_nb.supervisor.events import MemoryUse
     from kitty_nb.supervisor.prompt_keeper import Pin
-    from kitty_nb.supervisor.registry import ServerRecord
     from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.router import RouterModels
-    from kitty_nb.supervisor.url_server import UrlServer
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]
     OnPreview = Callable[[MemoryPreview], object]
@@ -574,8 +571,6 @@ class Supervisor:
     ) -> None:
         self._health = None
         if config.url:
-            from kitty_nb.supervisor.url_server import UrlServer  # noqa: PLC0415 (imports httpx)
-
             self._server = UrlServer(generation, config, self._on_fact)
             self._begin_task(self._server.run)
             return
@@ -614,9 +609,8 @@ class Supervisor:
     @property
     def _at_url(self) -> UrlServer | None:
         """The server at a URL, if one is in use."""
-        there = self._now.config.url and not self._now.status.idle
         server = self._server
-        return None if not there or isinstance(server, Server | ExternalServer) else server
+        return server if isinstance(server, UrlServer) and not self._now.status.idle else None
 
     @property
     def _external(self) -> PortOwner | Endpoint | None:
