@@ -41,14 +41,7 @@ from kitty_nb.errors import (
     ServerFailedError,
 )
 from kitty_nb.network import LOOPBACK, free_port
-from kitty_nb.supervisor.events import (
-    Broadcast,
-    Event,
-    LoadProgress,
-    ProgressMade,
-    ServerState,
-    Stage,
-)
+from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
 from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
@@ -58,6 +51,8 @@ from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+
+    from kitty_nb.supervisor.events import Event
 
     T = TypeVar("T")
 

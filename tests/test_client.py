@@ -22,7 +22,7 @@ from kitty_nb.experiments.recording import ask as record_answers
 from kitty_nb.experiments.run_record import Request
 from kitty_nb.experiments.trial import Workload
 from kitty_nb.supervisor.health import HealthProbe, Identity
-from kitty_nb.supervisor.router_api import LlamaServer, kind_of
+from kitty_nb.supervisor.router_program import LlamaServer, router_api
 
 Says = Callable[..., Access]
 STREAM = "text/event-stream"
@@ -296,7 +296,8 @@ def test_whatever_a_server_says_of_itself_is_survived(says: Says, body: str) -> 
         port = int(endpoint.rpartition(":")[2])
         probe = HealthProbe(ServerConfig(port=port, alias="ours"), trusted=True)
         assert (await probe.check_activity()).slots_total is None
-        assert await kind_of(probe) is None
+        async with anyio.create_task_group() as tasks:
+            assert await router_api(probe, tasks) is None
         assert "loaded" not in (await LlamaServer(probe).models()).values()
         found = await probe.identify()
         assert found is (Identity.OTHER_MODEL if "status" in body else Identity.OURS)

@@ -39,7 +39,7 @@ from kitty_nb.supervisor.events import (
     ServerState,
 )
 from kitty_nb.supervisor.registry import find_server
-from kitty_nb.supervisor.routing import most_together
+from kitty_nb.supervisor.router_program import most_together
 from kitty_nb.widgets.fleet_panel import Profile, fleet_rows
 from kitty_nb.widgets.server_view import ServedModels
 

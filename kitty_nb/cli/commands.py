@@ -69,7 +69,7 @@ async def command_text(config: ServerConfig) -> str:
     from kitty_nb.config import takes_secret
     from kitty_nb.engine.command_line import build_command
     from kitty_nb.engine.locate import locate_engine
-    from kitty_nb.supervisor.routing import router_command
+    from kitty_nb.supervisor.router_program import router_command
 
     config = await anyio.to_thread.run_sync(resolve_model, config)
     engine = await locate_engine(config.binary)

@@ -37,7 +37,7 @@ from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, with_devices
 from kitty_nb.supervisor.port_owner import refuse_busy_port
 from kitty_nb.supervisor.registry import find_server, refuse_open_folder
-from kitty_nb.supervisor.routing import router_command
+from kitty_nb.supervisor.router_program import router_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -34,7 +34,7 @@ from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import record_of
 from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 from kitty_nb.supervisor.router import RouterModels
-from kitty_nb.supervisor.router_api import LlamaServer, RouterKind, kind_of
+from kitty_nb.supervisor.router_program import LlamaServer, router_api
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -171,12 +171,10 @@ class ExternalServer(WatchedServer):
                 if status is ServerStatus.LOADING:
                     self._emit(LoadBegan(self._generation))
                 elif status is ServerStatus.READY:
-                    llama_server = RouterKind.LLAMA_SERVER
-                    if not self.router and await kind_of(self.probe) is llama_server:
+                    api = None if self.router else await router_api(self.probe, tasks)
+                    if isinstance(api, LlamaServer):
                         owner = self._owner
-                        router = RouterModels(
-                            owner.pid, owner.who, self._config, LlamaServer(self.probe), self._emit
-                        )
+                        router = RouterModels(owner.pid, owner.who, self._config, api, self._emit)
                         await router.watch(tasks)  # before it is used
                         self.router = router
                     self._emit(BecameReady(self._generation, time.monotonic() - process.age))

@@ -33,7 +33,7 @@ from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.port_owner import own_words, served_by
 from kitty_nb.supervisor.process import ServerProcess, Usage
-from kitty_nb.supervisor.router_api import ModelStatus, RouterApi
+from kitty_nb.supervisor.router_program import ModelStatus, RouterApi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -51,8 +51,13 @@ from kitty_nb.supervisor.process import ServerProcess, oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 from kitty_nb.supervisor.router import RouterModels
-from kitty_nb.supervisor.router_api import LlamaServer, LlamaSwap, RouterApi, RouterKind, kind_of
-from kitty_nb.supervisor.routing import pinned_profiles, router_command
+from kitty_nb.supervisor.router_program import (
+    LlamaServer,
+    RouterApi,
+    pinned_profiles,
+    router_api,
+    router_command,
+)
 from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
 
 if TYPE_CHECKING:
@@ -149,7 +154,7 @@ class Server:
         self.work = WorkMeter(log, config.batch_size, routes=routes)
         self._worked = anyio.Event()
         self.router: RouterModels | None = None  # once it is ready
-        self._router_kind: RouterKind | None = None
+        self._router_api: RouterApi | None = None
         self.prompts: PromptKeeper | None = None  # where they are kept, and once that is known
 
     @property
@@ -493,7 +498,7 @@ class Server:
         if result.status is not ServerStatus.READY:
             return result
         if self._answered is None:
-            if doubt := await self._verify_identity():
+            if doubt := await self._verify_identity(tasks):
                 return replace(result, status=ServerStatus.STARTING, message=doubt)
             self._answered = anyio.Event()
             tasks.start_soon(self._prove, self._answered)
@@ -503,7 +508,7 @@ class Server:
             return result
         return replace(result, status=ServerStatus.LOADING, message=FIRST_ANSWER)
 
-    async def _verify_identity(self) -> str | None:
+    async def _verify_identity(self, tasks: TaskGroup) -> str | None:
         """Return the reason to doubt that our server is what answers; None if it is."""
         if not await self.probe.find_listener():
             owner = await self._port_owner()
@@ -514,8 +519,8 @@ class Server:
             self._give_up(_KEY_REFUSED)
             return "it rejects our API key"
         if self._config.models is not None:
-            self._router_kind = await kind_of(self.probe)
-            return None if self._router_kind else "it does not answer as a router does"
+            self._router_api = await router_api(self.probe, tasks)
+            return None if self._router_api else "it does not answer as a router does"
         if identity is Identity.OTHER_MODEL:
             name = self._config.served_alias
             return f"it answers, but not as {name}: something overrides --alias"
@@ -542,13 +547,13 @@ class Server:
         """Follow the loads of its models from now on."""
         assert self._process  # noqa: S101 (it has answered)
         assert self._asking  # noqa: S101
-        who = f"(PID {self._process.pid})"
-        api: RouterApi = LlamaServer(self.probe)
-        pinned = await run_sync(pinned_profiles, self._config)
-        if self._router_kind is RouterKind.LLAMA_SWAP:  # it keeps them by itself
-            api, pinned = LlamaSwap(self.probe, self._asking), ()
+        assert self._router_api  # noqa: S101
+        pid, api = self._process.pid, self._router_api
+        # llama-swap keeps them loaded by itself.
+        mine = isinstance(api, LlamaServer)
+        pinned = await run_sync(pinned_profiles, self._config) if mine else ()
         self.router = RouterModels(
-            self._process.pid, who, self._config, api, self._emit, pinned, self._read_log
+            pid, f"(PID {pid})", self._config, api, self._emit, pinned, self._read_log
         )
         await self.router.watch(self._asking)
 
