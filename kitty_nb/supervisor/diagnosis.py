@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    Row = str | dict[str, Any]  # of a table of `signatures.toml`, or the name of one in `ending`
+
 _LINES = 5
 _LENGTH = 300
 _LOOKED_AT = 500  # of a line: a megabyte without an end must not hold up the loop
@@ -28,7 +30,8 @@ _GENERIC = re.compile(
 )
 _OF_MODEL = re.compile(r"error loading model|\bllama-model\.cpp\b")
 _SHELL_SIGNALLED = 128
-
+# By whether the system killed a process for memory meanwhile.
+_ENDINGS_BY_KILL = {None: "killed", True: "killed_for_memory", False: "killed_by_hand"}
 
 # Sent from outside: what the log says does not explain them.
 FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
@@ -42,17 +45,6 @@ def read_signatures() -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """The meaning of an ending: a row of a table."""
-
-    cause: str  # a sentence; names in braces stand for what the patterns found
-    remedy: str  # what to do, in a sentence
-    repeats: bool = False  # whether the next start would end the same way
-    of_port: bool = False  # whether another program may have the server's port
-    patterns: tuple[str, ...] = ()  # what lines of a log that prove it look like
-
-
-@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """The cause of a server's exit, and the remedy. As text, all of it in one line."""
 
@@ -63,7 +55,7 @@ class Diagnosis:
     evidence: tuple[str, ...]
     # Whether starting again would end the same way: a bad file or flag, yes; a crash, a kill, a
     # lack of memory or an unknown ending, no.
-    repeats: bool
+    repeats: bool = False
     of_port: bool = False  # whether another program may have its port, which the log does not name
 
     def __str__(self) -> str:
@@ -91,29 +83,28 @@ def diagnose(
     number = _signal(exit_code)
     ending = _ending(exit_code, number)
     if number is signal.SIGKILL:
-        return _diagnosis(ending, _killed(out_of_memory), ())
+        return _diagnosis(ending, _ENDINGS_BY_KILL[out_of_memory])
     if number in FROM_OUTSIDE or (not exit_code and _said_goodbye(log)):
-        return _diagnosis(ending, _reading("stopped"), ())
+        return _diagnosis(ending, "stopped")
     if exit_code == 0:
-        served = any(map(_CLOCK.match, log))
-        return _diagnosis(ending, _reading("stopped") if served else _reading("no_server"), ())
+        return _diagnosis(ending, "stopped" if any(map(_CLOCK.match, log)) else "no_server")
     loaded = max((at for at, line in enumerate(log) if _LOADED.search(line)), default=-1)
     lines = [line for line in log[loaded + 1 :] if _may_tell(line)]
     if known := _known(ending, lines):
         return known
     signals = read_signatures()["signal"]
     if number and number.name in signals:
-        return _diagnosis(ending, Reading(**signals[number.name]), ())
+        return _diagnosis(ending, signals[number.name])
     if exit_code is None and out_of_memory:
-        return _diagnosis(ending, _reading("killed_for_memory"), ())
-    return _diagnosis(ending, _reading("unknown"), _errors(lines, last=loaded >= 0))
+        return _diagnosis(ending, "killed_for_memory")
+    return _diagnosis(ending, "unknown", _errors(lines, last=loaded >= 0))
 
 
 def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
     """Say why a server that has loaded its model fails at its first request and what to do."""
     ending = "loaded the model but failed its first request"
     lines = [said, *filter(_may_tell, log)]
-    return _known(ending, lines) or _diagnosis(ending, _reading("no_answer"), (said,))
+    return _known(ending, lines) or _diagnosis(ending, "no_answer", (said,))
 
 
 def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
@@ -130,7 +121,7 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
     near_logs = path.is_relative_to(log_dir) or log_dir.is_relative_to(path)
     if near_logs and name in tables["log_folder"]:
         row, file = tables["log_folder"][name], str(log_dir)
-    return _diagnosis("could not be started", Reading(**row), (f"{said}: {file}",), {"file": file})
+    return _diagnosis("could not be started", row, (f"{said}: {file}",), file=file)
 
 
 def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
@@ -140,22 +131,20 @@ def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
         pattern = re.compile("|".join(row["patterns"]))
         if found := [match for line in bare if (match := pattern.search(line))]:
             groups = {name: value or "" for name, value in found[0].groupdict().items()}
-            return _diagnosis(ending, Reading(**row), (match.string for match in found), groups)
+            return _diagnosis(ending, row, (match.string for match in found), **groups)
     return None
 
 
-def _diagnosis(
-    ending: str, reading: Reading, evidence: Iterable[str], found: dict[str, str] | None = None
-) -> Diagnosis:
+def _diagnosis(ending: str, row: Row, evidence: Iterable[str] = (), **found: str) -> Diagnosis:
+    """Return what a row says; `found` fills the braces in its cause."""
+    told = dict(read_signatures()["ending"][row] if isinstance(row, str) else row)
+    told.pop("patterns", None)
     # The trial fit says all that the load says, once more.
     lines = (re.sub(r"\s*\n\s*", " ", line)[:_LENGTH] for line in evidence)
     distinct = tuple(dict.fromkeys(lines))[:_LINES]
-    cause = reading.cause.format_map(found) if found else reading.cause
-    return Diagnosis(ending, cause, reading.remedy, distinct, reading.repeats, reading.of_port)
-
-
-def _reading(name: str) -> Reading:
-    return Reading(**read_signatures()["ending"][name])
+    if found:
+        told["cause"] = told["cause"].format_map(found)
+    return Diagnosis(ending, evidence=distinct, **told)
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
@@ -179,12 +168,6 @@ def _said_goodbye(log: Sequence[str]) -> bool:
     return any("cleaning up before exit" in line for line in log) and not any(
         "exiting due to" in line for line in log
     )
-
-
-def _killed(out_of_memory: bool | None) -> Reading:
-    if out_of_memory is None:
-        return _reading("killed")
-    return _reading("killed_for_memory") if out_of_memory else _reading("killed_by_hand")
 
 
 def _may_tell(line: str) -> bool:

@@ -274,16 +274,18 @@ class HealthProbe:
     async def _post(self, path: str, request: dict[str, Any]) -> httpx.Response:
         while True:
             with suppress(httpx.HTTPError):  # an exit is noticed elsewhere
-                response = await self._send(path, request)
+                response = await self._send("POST", path, json=request)
                 if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
                     return response
             await anyio.sleep(_ASK_AGAIN)
 
-    async def _send(self, path: str, request: dict[str, Any], **options: Any) -> httpx.Response:
-        """Send a request, and wait for its answer however long that takes."""
-        patience = httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=None)
-        return await self._client.post(
-            path, json=request, headers=self._key, timeout=patience, **options
+    async def _send(
+        self, method: str, path: str, within: float | None = None, **options: Any
+    ) -> httpx.Response:
+        """Send a request, and wait for its answer, by default however long that takes."""
+        patience = httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=within)
+        return await self._client.request(
+            method, path, headers=self._key, timeout=patience, **options
         )
 
     async def request(
@@ -302,11 +304,8 @@ class HealthProbe:
             body: The body, sent as JSON.
             within: The seconds to wait for an answer; None for no limit.
         """
-        patience = httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN, read=within)
         try:
-            response = await self._client.request(
-                method, path, json=body, headers=self._key, timeout=patience
-            )
+            response = await self._send(method, path, within, json=body)
         except httpx.HTTPError as error:
             return f"it does not answer ({type(error).__name__})"
         return "" if response.is_success else _failure(response)
@@ -335,7 +334,7 @@ class HealthProbe:
                 asked.set()
 
         try:
-            response = await self._send(path, request, extensions={"trace": trace})
+            response = await self._send("POST", path, json=request, extensions={"trace": trace})
             said = response.json()
         except UnicodeEncodeError as error:
             raise not_encodable(error) from None

@@ -14,6 +14,7 @@ from dataclasses import asdict, astuple, dataclass, fields, replace
 from enum import StrEnum
 from itertools import islice
 from math import log
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -364,12 +365,8 @@ def estimate_load(
     )
 
 
-def _model(load: LoadFacts) -> tuple[object, ...]:
-    return load.path, load.size, load.mtime_ns, load.digest, load.host
-
-
-def _way(load: LoadFacts) -> tuple[object, ...]:
-    return load.engine, load.version, load.settings
+_model = attrgetter("path", "size", "mtime_ns", "digest", "host")
+_way = attrgetter("engine", "version", "settings")
 
 
 def _comparable(record: LoadRecord, facts: LoadFacts) -> bool:

@@ -170,9 +170,11 @@ class Supervisor:
         now = self._now
         shown = {field.name: getattr(now, field.name) for field in fields(ServerState)}
         shown["last_health_check"] = self._health
-        shown["external"] = None if now.status.idle else self._external
-        shown["router"] = None if now.status.idle else self._routed
-        shown["devices"] = self._server.devices if self._server and now.pid else ()
+        if self._server and not now.status.idle:
+            shown["external"], router = self._server.owner, self._server.router
+            if router and not self._server.owner:
+                shown["router"] = RouterState(router.models, router.alias, router.model)
+            shown["devices"] = self._server.devices if now.pid else ()
         return ServerState(**shown)
 
     @property
@@ -232,8 +234,10 @@ class Supervisor:
             ServerCrashedError: The process ended by itself.
             StartCancelledError: It was stopped or replaced before it was ready.
         """
-        if (config or self._now.wanted).url:
-            return await self._use_url(config or self._now.wanted, wait_for_ready)
+        wanted = config or self._now.wanted
+        if wanted.url:
+            again = self._now.status is ServerStatus.OUT_OF_REACH
+            return await self._ask(lifecycle.StartAsked(wanted, fresh=again), wait_for_ready)
         if config and (server := self._attached(config)):
             other = config.replace() != self._now.wanted.replace()
             if other or server.owner.models is not None:
@@ -322,9 +326,7 @@ class Supervisor:
         found = lifecycle.Found(await find_external_server(self._now.config))
         if stops != self._stops:
             raise StartCancelledError(_STOPPED)
-        self._feed(found)
-        generation = self._now.latest
-        return await self._outcome(generation)
+        return await self._ask(found)
 
     async def check_health(self) -> HealthCheckResult:
         """Ask the server how it is, now."""
@@ -434,19 +436,15 @@ class Supervisor:
         finally:
             unsubscribe()
 
-    async def _use_url(self, config: ServerConfig, wait: bool) -> ServerState:
-        """Watch the server at a URL, and wait until it has answered or is known not to.
+    async def _ask(self, wish: lifecycle.Stimulus, wait: bool = True) -> ServerState:
+        """Feed a wish for a server that is only watched, and wait until it is READY, or is not.
 
         Raises:
             ServerFailedError: It does not answer.
             StartCancelledError: Another start took its place.
         """
-        again = self._now.status is ServerStatus.OUT_OF_REACH
-        self._feed(lifecycle.StartAsked(config, fresh=again))
-        generation = self._now.latest
-        if not wait:
-            return self.state
-        return await self._outcome(generation)
+        self._feed(wish)
+        return await self._outcome(self._now.latest) if wait else self.state
 
     def _refuse_at_url(self, verb: str, config: ServerConfig | None = None) -> None:
         """Refuse what only whoever started a server can do with it.
@@ -482,8 +480,7 @@ class Supervisor:
         """
         router = self._router
         if router is None:
-            external = self._external
-            who = external.who if external else "the server"
+            who = self._external.who if self._external else "the server"
             raise ServerFailedError(
                 f"kitty_nb did not start {who}, so it can only detach from it, not restart it or"
                 " switch its model."
@@ -572,25 +569,21 @@ class Supervisor:
         self._health = None
         if config.url:
             self._server = UrlServer(generation, config, self._on_fact)
-            self._begin_task(self._server.run)
-            return
-        if isinstance(found, PortOwner):
+        elif isinstance(found, PortOwner):
             self._server = ExternalServer(generation, config, found, self._on_fact)
-            self._begin_task(self._server.run)
-            return
-        if self._leaving:
-            config = config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
-        key = self._choose_key(config)
-        self._server = Server(
-            generation,
-            config,
-            key,
-            self._on_fact,
-            found,
-            clock=self._clock,
-            processes=self._processes,
-        )
-        self._broadcast.publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
+        else:
+            if self._leaving:
+                config = config.model_copy(update={"on_kernel_exit": OnKernelExit.KEEP})
+            self._server = Server(
+                generation,
+                config,
+                self._choose_key(config),
+                self._on_fact,
+                found,
+                clock=self._clock,
+                processes=self._processes,
+            )
+            self._broadcast.publish(ProgressMade(LoadProgress(Stage.STARTING, 0.0, 0.0)))
         self._begin_task(self._server.run)
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
@@ -616,11 +609,6 @@ class Supervisor:
     def _external(self) -> PortOwner | Endpoint | None:
         return self._server.owner if self._server else None
 
-    @property
-    def _routed(self) -> RouterState | None:
-        router = self._server.router if self._server and not self._server.owner else None
-        return RouterState(router.models, router.alias, router.model) if router else None
-
     async def _look_forever(self) -> None:
         while True:
             await anyio.sleep(_LOOK_EVERY)
@@ -631,12 +619,12 @@ class Supervisor:
 
     async def _look_for_server(self) -> ServerRecord | None:
         """Find the server that another program or kernel has started for this profile."""
-        if self._now.status.absent and not self._now.config.url:
-            record = await anyio.to_thread.run_sync(find_server, self._now.config)
-            if record:
-                self._feed(lifecycle.Found(record))
-            return record
-        return None
+        if not self._now.status.absent or self._now.config.url:
+            return None
+        record = await anyio.to_thread.run_sync(find_server, self._now.config)
+        if record:
+            self._feed(lifecycle.Found(record))
+        return record
 
     async def _wait(self, generation: int, seconds: float) -> None:
         await anyio.sleep(seconds)
