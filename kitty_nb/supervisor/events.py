@@ -320,16 +320,14 @@ class ServerState:
         """The state, in a sentence to print."""
         if self.error:
             return f"{self.status}: {self.error}"
-        if self.status.idle:
-            where = f" on {self.config.ssh}" if self.config.ssh else ""
-            return f"No server is running for the profile {self.config.profile!r}{where}."
-        sight = f" with {self.projector.name}" if self.projector else ""
         machine = f" on {self.config.ssh}" if self.config.ssh else ""
+        if self.status.idle:
+            return f"No server is running for the profile {self.config.profile!r}{machine}."
+        sight = f" with {self.projector.name}" if self.projector else ""
         model = f"{self.alias}{sight} at {self.endpoint}{machine}"
         uptime = "" if self.uptime is None else f", ready for {self.uptime:.0f} s"
         if self.config.url:
-            where = f"{model} (not started by kitty_nb)"
-            return f"{self.status}: {where}. {self.doubt}".rstrip()
+            return f"{self.status}: {model} (not started by kitty_nb). {self.doubt}".rstrip()
         health = self.last_health_check
         silent = health and self.status is ServerStatus.READY is not health.status
         doubt = f" But it is not responding: {health.message}." if health and silent else ""

@@ -383,8 +383,8 @@ _SILENT = 10.0  # seconds; from here on, a request without a first token is repo
 FIRST_ANSWER = "no first answer yet"
 
 
-class LoadReporter:
-    """Turns the answers of a server that loads into events for the user.
+class HealthReporter:
+    """Turns the answers of a server into events for the user.
 
     Args:
         attempts: The number at which the count of a load's checks, one a second, stands.
@@ -397,8 +397,8 @@ class LoadReporter:
         self._attempt, self._due = 0, 0.0
         self._loaded_at: float | None = None
 
-    def news(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
-        """Return the check of the second, where it is due or the last, and what it says."""
+    def load_news(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
+        """Return a load's check of the second, where it is due or the last, and what it says."""
         due = elapsed >= self._due
         if due:
             self._attempt = min(self._attempt + 1, self._attempts)
@@ -434,23 +434,23 @@ class LoadReporter:
             return f"Server starting… ({result.message}, {elapsed:.0f}s elapsed)"
         return ""
 
-
-def serving_news(before: HealthCheckResult, now: HealthCheckResult) -> tuple[Event, ...]:
-    """Return what has changed with a server that was ready."""
-    sentence, level = "", Level.INFO
-    if before.status is ServerStatus.READY is not now.status:
-        level = Level.WARNING
-        sentence = (
-            f"The server is running but not responding ({now.message}): it hangs or is paused."
-            " Restart it if it does not recover."
-        )
-    elif now.status is ServerStatus.READY is not before.status:
-        sentence, level = "The server is responding again.", Level.SUCCESS
-    elif before.silent_for < _SILENT <= now.silent_for:
-        sentence = (
-            f"A request has produced no token for {now.silent_for:.0f} s: its prompt is long, or"
-            " the device is compiling kernels."
-        )
-    elif now.silent_for < _SILENT <= before.silent_for:
-        sentence = f"The server is answering again after more than {before.silent_for:.0f} s."
-    return (Activity.now(sentence, level),) if sentence else ()
+    @staticmethod
+    def serving_news(before: HealthCheckResult, now: HealthCheckResult) -> tuple[Event, ...]:
+        """Return what has changed with a server that was ready."""
+        sentence, level = "", Level.INFO
+        if before.status is ServerStatus.READY is not now.status:
+            level = Level.WARNING
+            sentence = (
+                f"The server is running but not responding ({now.message}): it hangs or is paused."
+                " Restart it if it does not recover."
+            )
+        elif now.status is ServerStatus.READY is not before.status:
+            sentence, level = "The server is responding again.", Level.SUCCESS
+        elif before.silent_for < _SILENT <= now.silent_for:
+            sentence = (
+                f"A request has produced no token for {now.silent_for:.0f} s: its prompt is long,"
+                " or the device is compiling kernels."
+            )
+        elif now.silent_for < _SILENT <= before.silent_for:
+            sentence = f"The server is answering again after more than {before.silent_for:.0f} s."
+        return (Activity.now(sentence, level),) if sentence else ()

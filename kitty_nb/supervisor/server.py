@@ -35,13 +35,7 @@ from kitty_nb.supervisor.events import (
     Working,
 )
 from kitty_nb.supervisor.forecast import offloads
-from kitty_nb.supervisor.health import (
-    FIRST_ANSWER,
-    HealthProbe,
-    Identity,
-    LoadReporter,
-    serving_news,
-)
+from kitty_nb.supervisor.health import FIRST_ANSWER, HealthProbe, HealthReporter, Identity
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
@@ -144,7 +138,7 @@ class Server:
         routes = config.models is not None
         whole = found is None and not routes  # a router loads nothing itself
         self._recorder = LoadRecorder(config, self._meter, warn, whole=whole)
-        self._reporter = LoadReporter(
+        self._reporter = HealthReporter(
             config.health_max_attempts, routes=routes, silent=self._found_ready
         )
         self._health = HealthCheckResult(ServerStatus.STARTING)
@@ -562,12 +556,12 @@ class Server:
         if result.latency is not None:
             self._oom_kills.append(oom_kills())
         if self.was_ready:
-            news = serving_news(before, result)
+            news = self._reporter.serving_news(before, result)
         else:
             if result.status is not before.status:
                 self._meter.heartbeat(elapsed)
                 elapsed = self._enter(result.status, elapsed)
-            news = self._reporter.news(result, elapsed)
+            news = self._reporter.load_news(result, elapsed)
         self._emit(result)
         if news and not self._being_ended():
             for event in news:
