@@ -203,12 +203,9 @@ class LoadMeter:
             return LoadProgress(self.stage, self._fraction, elapsed)
         self._slack = min(self._slack, left - elapsed)
         eta = max(self._slack + elapsed, 0.0)
-        if self._guessing:
-            shown = None if self._outlasts(elapsed) else eta
-            return LoadProgress(self.stage, self._fraction, elapsed, shown)
-        held_back = left > eta * _UNUSUAL
-        overdue = held_back or elapsed > self.expected.total * _UNUSUAL
-        shown = None if held_back else eta
+        held_back = self._outlasts(elapsed) if self._guessing else left > eta * _UNUSUAL
+        late = held_back or elapsed > self.expected.total * _UNUSUAL
+        shown, overdue = None if held_back else eta, late and not self._guessing
         return LoadProgress(self.stage, self._fraction, elapsed, shown, overdue)
 
     @property

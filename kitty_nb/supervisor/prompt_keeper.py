@@ -215,8 +215,7 @@ class PromptKeeper:
             elif await run_sync(self._store.intact, prompt, abandon_on_cancel=True):
                 self._candidates.append(prompt)
             else:
-                self._notify(f"{_kept(prompt)} was damaged, and is removed.", Level.WARNING)
-                await run_sync(self._store.discard, prompt.key)
+                await self._remove(prompt, "was damaged")
         if self._begun and not self._off:
             await self._restore_late()
 
@@ -265,8 +264,7 @@ class PromptKeeper:
         try:
             tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
         except ServerCrashedError:  # the next server would break off in the same way
-            await run_sync(self._store.discard, prompt.key)
-            self._notify(f"{_kept(prompt)} broke the server, and is removed.", Level.WARNING)
+            await self._remove(prompt, "broke the server")
             return False
         except ServerError as error:
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
@@ -274,8 +272,7 @@ class PromptKeeper:
         finally:
             asked.set()
         if tokens != prompt.tokens:
-            self._notify(f"{_kept(prompt)} was not restored whole, and is removed.", Level.WARNING)
-            await run_sync(self._store.discard, prompt.key)
+            await self._remove(prompt, "was not restored whole")
             return False
         self._restored[slot] = prompt, before[slot].task if slot in before else -1
         restored = Restored(prompt.tokens, self._clock() - began, prompt.reading)
@@ -283,6 +280,10 @@ class PromptKeeper:
         which = f"the prompt {prompt.name!r}" if prompt.name else "a kept prompt"
         self._notify(f"Found {which}: {restored}.", Level.INFO)
         return True
+
+    async def _remove(self, prompt: KeptPrompt, why: str) -> None:
+        await run_sync(self._store.discard, prompt.key)
+        self._notify(f"{_kept(prompt)} {why}, and is removed.", Level.WARNING)
 
     async def tend(self) -> None:
         """Save the slots of a server that rests."""
