@@ -121,7 +121,8 @@ class RemoteSupervisor:
         )
         self.api_key: SecretStr | None = None
         self.stores: tuple[Store, ...] = ()
-        self.stats, self.work = RemoteStats(self), Work()
+        self.stats = self  # it asks there for all that is known of models, as for anything else
+        self.work = Work()
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self._requests: deque[Request] = deque(maxlen=KEPT)
         self._broadcast: Broadcast[Event] = Broadcast()
@@ -213,6 +214,14 @@ class RemoteSupervisor:
         """Measure what the server holds; None without one, or while it is out of reach."""
         found: MemoryUse | None = await self.look_up(Verb.MEMORY)
         return found
+
+    def history(self, config: ServerConfig, _warn: object) -> RemoteHistory:
+        """Return the history of loads and favourites there."""
+        return RemoteHistory(self, config)
+
+    async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
+        """Judge which models would fit into the memory that is free there now."""
+        return await self.look_up(Verb.FITS, models=(*models,), config=config) or {}
 
     async def preview_memory(
         self, config: ServerConfig | None = None, on_preview: OnPreview | None = None
@@ -573,30 +582,6 @@ class RemoteCatalog:
                 raise refusal
         finally:
             scope.cancel()
-
-
-class RemoteStats:
-    """Usage and memory of another machine's models; nothing is known while it is out of reach.
-
-    Args:
-        supervisor: The connection to that machine.
-    """
-
-    def __init__(self, supervisor: RemoteSupervisor) -> None:
-        self._supervisor = supervisor
-
-    def history(self, config: ServerConfig, _warn: object) -> RemoteHistory:
-        """Return the history of loads and favourites there."""
-        return RemoteHistory(self._supervisor, config)
-
-    async def memory_use(self) -> MemoryUse | None:
-        """Measure what the server holds now; None without one."""
-        return await self._supervisor.memory_use()
-
-    async def fits(self, models: Sequence[Path], config: ServerConfig) -> dict[Path, Verdict]:
-        """Judge which models would fit into the memory that is free there now."""
-        found = await self._supervisor.look_up(Verb.FITS, models=(*models,), config=config)
-        return found or {}
 
 
 class RemoteHistory:
