@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -250,13 +251,7 @@ class _BlockingStream(httpx.SyncByteStream):
 
     def __iter__(self) -> Iterator[bytes]:
         stream: Any = self._response.stream
-        parts = stream.__aiter__()
-
-        async def following() -> bytes | None:
-            return await anext(parts, None)
-
-        while (part := self._portal.call(following)) is not None:
-            yield part
+        yield from iter(partial(self._portal.call, anext, aiter(stream), None), None)
 
     def close(self) -> None:
         self._portal.call(self._response.aclose)
