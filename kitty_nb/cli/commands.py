@@ -413,7 +413,7 @@ def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
 def _read_status(config: ServerConfig) -> ServerState:
     refuse_open_folder(config)
     if running := find_server(config):
-        health = ask_once(running.config)
+        health = ask_once(running.config.endpoint)
         return ServerState(
             health.status if running.ready is None else ServerStatus.READY,
             running.config,

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.supervisor.lifecycle import Emit
-
 else:
     httpx = Late("httpx")
 

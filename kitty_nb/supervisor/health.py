@@ -65,13 +65,13 @@ def read_answer(status: int, reason: str, latency: float) -> HealthCheckResult:
     )
 
 
-def ask_once(config: ServerConfig) -> HealthCheckResult:
-    """Ask `/health`, without a key or a proxy. It blocks.
+def ask_once(endpoint: str) -> HealthCheckResult:
+    """Ask a base URL's `/health`, without a key or a proxy. It blocks.
 
     It avoids httpx, whose import takes several times as long as the request.
     """
     began = time.perf_counter()
-    where = urlsplit(config.endpoint)
+    where = urlsplit(endpoint)
     connection = http.client.HTTPConnection(
         where.hostname or "", where.port, timeout=_ANSWER_WITHIN
     )

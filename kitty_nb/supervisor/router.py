@@ -17,6 +17,7 @@ import psutil
 
 from kitty_nb.config import ServerConfig, value_of
 from kitty_nb.errors import ServerFailedError, StartCancelledError
+from kitty_nb.network import LOOPBACK
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -287,9 +288,7 @@ class RouterModels:
                 child = known or await anyio.to_thread.run_sync(_child, self._pid, name)
                 if child is None or not child.port.isdecimal():
                     continue
-                there = self._config.model_copy(
-                    update={"host": "127.0.0.1", "port": int(child.port)}
-                )
+                there = f"http://{LOOPBACK}:{child.port}"
                 answer = await anyio.to_thread.run_sync(ask_once, there, abandon_on_cancel=True)
                 self._children[name] = child, answer
                 if answer is NOT_YET:  # it has ended
