@@ -6,7 +6,6 @@ import json
 import time
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ import psutil
 from kitty_nb.catalog.model import name_some
 from kitty_nb.config import ServerConfig, goes_without_key
 from kitty_nb.errors import KittyError, ServerFailedError
-from kitty_nb.network import tls_context
 from kitty_nb.supervisor.events import (
     Activity,
     Endpoint,
@@ -27,7 +25,7 @@ from kitty_nb.supervisor.events import (
     ServerStatus,
     Working,
 )
-from kitty_nb.supervisor.health import HealthProbe, Late
+from kitty_nb.supervisor.health import HealthProbe, Late, Probe
 from kitty_nb.supervisor.lifecycle import BecameReady, Exited, LoadBegan, OutOfReach
 from kitty_nb.supervisor.port_owner import PortOwner, owner_of
 from kitty_nb.supervisor.process import ServerProcess
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
     import httpx
     from anyio.abc import TaskGroup
-    from pydantic import SecretStr
 
     from kitty_nb.supervisor.lifecycle import Emit
 else:
@@ -52,7 +49,7 @@ _LOOK_EVERY = 1.0  # seconds; at a URL, while it answers and while it does not:
 _ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0
 _MODELS, _GUARDED = "/v1/models", "/props"
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
-_PATIENCE, _WHOLE_WITHIN = 5.0, 10.0  # seconds for each part of an answer, and for all
+_CONNECT_WITHIN, _WHOLE_WITHIN = 5.0, 10.0  # seconds for the connection, and for all
 _MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
 _LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
 _LONGEST = 500  # characters of a name
@@ -92,7 +89,7 @@ class WatchedServer:
         probe: Asks it.
     """
 
-    def __init__(self, generation: int, emit: Emit, probe: HealthProbe | UrlProbe) -> None:
+    def __init__(self, generation: int, emit: Emit, probe: Probe) -> None:
         self.probe, self.api_key = probe, probe.api_key
         self.devices: tuple[str, ...] = ()
         self.lines: tuple[str, ...] = ()  # its log is its owner's
@@ -186,10 +183,8 @@ class ExternalServer(WatchedServer):
             self._emit(Working(self.work.work(now)))
 
 
-class UrlProbe:
+class UrlProbe(Probe):
     """Asks a server for its models, which every server of OpenAI's protocol lists.
-
-    Its key goes nowhere else: redirects are not followed.
 
     Args:
         config: Settings of the profile.
@@ -199,32 +194,18 @@ class UrlProbe:
     """
 
     def __init__(self, config: ServerConfig) -> None:
+        key = None if goes_without_key(config) else config.api_key
+        super().__init__(config.endpoint, key, _CONNECT_WITHIN)
         self.models: tuple[str, ...] = ()
-        self.api_key: SecretStr | None = None if goes_without_key(config) else config.api_key
         self._known = False  # whether the key has opened what needs one
-        self._url, self._key = config.endpoint, f"LLAMACPP_{config.profile.upper()}"
-
-    @cached_property
-    def _client(self) -> httpx.AsyncClient:
-        key = self.api_key
-        return httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
-            timeout=_PATIENCE,
-            trust_env=False,  # as all requests to servers
-            verify=tls_context(self._url),
-        )
-
-    async def aclose(self) -> None:
-        """Close the connection."""
-        if "_client" in vars(self):
-            await self._client.aclose()
+        self._settings = f"LLAMACPP_{config.profile.upper()}"
 
     async def check_activity(self) -> HealthCheckResult:
         """Ask it: READY where it lists models, LOADING where it says so, else STARTING."""
         began, content = time.perf_counter(), b""
         try:
             with anyio.fail_after(_WHOLE_WITHIN):
-                async with self._client.stream("GET", f"{self._url}{_MODELS}") as response:
+                async with self._client.stream("GET", _MODELS, headers=self._key) as response:
                     async for chunk in response.aiter_bytes():
                         content += chunk
                         if len(content) > _LARGEST:
@@ -247,14 +228,14 @@ class UrlProbe:
     async def _admitted(self, listed: httpx.Response) -> bool:
         """Return whether the key opens more than the list, which llama-server shows to anyone."""
         if not self._known and listed.headers.get("Server") == "llama.cpp":
-            async with self._client.stream("GET", f"{self._url}{_GUARDED}") as asked:
+            async with self._client.stream("GET", _GUARDED, headers=self._key) as asked:
                 self._known = asked.is_success
                 return asked.status_code not in _REFUSED
         return True
 
     def _why_refused(self) -> str:
         what = "refuses the key in" if self.api_key else "asks for a key. Set"
-        return f"it {what} {self._key}_API_KEY"
+        return f"it {what} {self._settings}_API_KEY"
 
     def _why_silent(self, error: Exception) -> str:
         if isinstance(error, httpx.TimeoutException | TimeoutError):
@@ -265,7 +246,7 @@ class UrlProbe:
                 " certificate in SSL_CERT_FILE, in the environment of this program"
             )
         why = str(error) or type(error).__name__
-        return f"the connection failed ({why}). Check that it runs there, and {self._key}_URL"
+        return f"the connection failed ({why}). Check that it runs there, and {self._settings}_URL"
 
     def _why_useless(self, response: httpx.Response) -> str:
         if response.status_code in _REFUSED:
@@ -273,9 +254,9 @@ class UrlProbe:
         if response.has_redirect_location:
             to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
             where = response.url.join(to).copy_with(username=None, password=None)
-            return f"it redirects to {where}. Set {self._key}_URL to that address"
+            return f"it redirects to {where}. Set {self._settings}_URL to that address"
         said = f"{response.status_code} {response.reason_phrase}".strip()
-        return f"{_MODELS} answered {said} without a list of models. Check {self._key}_URL"
+        return f"{_MODELS} answered {said} without a list of models. Check {self._settings}_URL"
 
 
 class UrlServer(WatchedServer):

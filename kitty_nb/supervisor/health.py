@@ -108,8 +108,41 @@ class Identity(Enum):
     KEY_REFUSED = auto()
 
 
-class HealthProbe:
+class Probe:
     """Asks one server. It holds a connection: close it with `aclose`.
+
+    Its key goes nowhere else: redirects are not followed.
+
+    Args:
+        endpoint: The server's base URL.
+        api_key: What it asks for.
+        connect_within: The seconds in which it must take the connection.
+    """
+
+    def __init__(
+        self, endpoint: str, api_key: SecretStr | None, connect_within: float = _CONNECT_WITHIN
+    ) -> None:
+        self.api_key = api_key
+        self._endpoint, self._connect_within = endpoint, connect_within
+        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self._endpoint,
+            timeout=httpx.Timeout(_PATIENCE, connect=self._connect_within),
+            trust_env=False,  # a proxy for the internet must not see local requests
+            verify=tls_context(self._endpoint),
+        )
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        if "_client" in vars(self):
+            await self._client.aclose()
+
+
+class HealthProbe(Probe):
+    """Asks one llama-server.
 
     Args:
         config: What the server was started with.
@@ -131,7 +164,8 @@ class HealthProbe:
         trusted: bool = False,
         sleeps: bool | None = None,
     ) -> None:
-        self.trusted, self.api_key = trusted, api_key
+        super().__init__(config.endpoint, api_key)
+        self.trusted = trusted
         self.process: ServerProcess | None = None
         self.slots: list[dict[str, Any]] = []
         self._port = config.port
@@ -140,27 +174,11 @@ class HealthProbe:
         by_settings = config.idle_shutdown_seconds is not None or frees_itself(config.extra_args)
         self._sleeps = by_settings if sleeps is None else sleeps
         self._pace = AnswerPace()
-        self._endpoint = config.endpoint
-        self._key = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else None
-
-    @cached_property
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self._endpoint,
-            timeout=httpx.Timeout(_PATIENCE, connect=_CONNECT_WITHIN),
-            trust_env=False,  # a proxy for the internet must not see local requests
-            verify=tls_context(self._endpoint),
-        )
 
     @cached_property
     def _health(self) -> httpx.Request:
         """Built once: building it is much of the cost of a check."""
         return self._client.build_request("GET", "/health")
-
-    async def aclose(self) -> None:
-        """Close the connection."""
-        if "_client" in vars(self):
-            await self._client.aclose()
 
     def hint(self) -> None:
         """Wake the health check: the log hints at another answer."""
