@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from kitty_nb.client.conversation import Image, Messages
     from kitty_nb.client.embeddings import Ranked, Vectors
     from kitty_nb.remote.supervisor import RemoteCatalog
-    from kitty_nb.supervisor.events import Work
-    from kitty_nb.supervisor.requests import Request
+    from kitty_nb.supervisor.events import Request, Work
 
     P = ParamSpec("P")
     T = TypeVar("T", default=Any)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from kitty_nb.supervisor.events import PromptProgress, Work
-from kitty_nb.supervisor.requests import Ending, Request
+from kitty_nb.supervisor.events import Ending, PromptProgress, Request, Work
 from kitty_nb.widgets.server_work import SHOWN, LiveLine, RequestsTable, describe_work, request_row
 
 READING = Work(2, 4, PromptProgress(1000, 0, 624, 5.0), 0.0)

@@ -74,7 +74,6 @@ ROOMS = {
         "config",
         "catalog",
         "supervisor.events",
-        "supervisor.requests",
         "remote.supervisor",
         "client",
         "operation",

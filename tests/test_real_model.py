@@ -11,8 +11,7 @@ from conftest import eventually
 from test_real_loads import is_true, load
 
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig, ServerStatus
-from kitty_nb.supervisor.events import Working
-from kitty_nb.supervisor.requests import Ending
+from kitty_nb.supervisor.events import Ending, Working
 
 
 def test_its_load_is_followed_to_the_end(real_config: ServerConfig) -> None:

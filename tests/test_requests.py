@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kitty_nb.supervisor.requests import Ending, RequestLog, WorkMeter
+from kitty_nb.supervisor.events import Ending
+from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 
 LOGS = {
     name: text.strip().split("\n")

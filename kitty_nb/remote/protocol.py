@@ -43,12 +43,12 @@ from kitty_nb.supervisor.events import (
     HealthCheckResult,
     LoadProgress,
     MemoryUse,
+    Request,
     ServerState,
     Work,
 )
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.prompt_keeper import Pin
-from kitty_nb.supervisor.requests import Request
 
 PROTOCOL = 1  # one higher whenever a line, an event, a verb or a setting changes
 WINDOW = 4  # batches; on a slow line the newest facts wait, not all of them

@@ -72,9 +72,8 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.stores import Store
     from kitty_nb.config import ServerConfig
     from kitty_nb.config.profiles import Places
-    from kitty_nb.supervisor.events import MemoryUse
+    from kitty_nb.supervisor.events import MemoryUse, Request
     from kitty_nb.supervisor.prompt_keeper import Pin
-    from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.supervisor import OnPreview, OnProgress
 
 

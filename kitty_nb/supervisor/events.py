@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kitty_nb.supervisor.port_owner import PortOwner
-    from kitty_nb.supervisor.requests import Request
 
 
 class ServerStatus(StrEnum):
@@ -164,6 +163,35 @@ class Work:
     cached: float | None = None
     accepted: float | None = None
     restored: Restored | None = None
+
+
+class Ending(StrEnum):
+    """The outcome of a request."""
+
+    FINISHED = "finished"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request that a server has finished, without its contents."""
+
+    at: float  # when the server began to work on it, in seconds since the epoch
+    ended: Ending  # how it ended: LENGTH where its limit of tokens cut the answer, as far as known
+    # Tokens of the prompt, with the cached ones; None where the log does not say.
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None  # tokens of the answer; likewise
+    first_token: float | None = None  # seconds from its beginning to the first token; likewise
+    seconds: float | None = None  # seconds that it took
+    # The speed of the answer; None if it has fewer than two tokens.
+    tokens_per_second: float | None = None
+    # The share of the prompt that came from the cache, 0 to 1; None if not known.
+    cached: float | None = None
+    # The share of drafted tokens that were accepted; None without drafts.
+    accepted: float | None = None
+    error: str = ""  # what the server said went wrong, if anything
 
 
 @dataclass(frozen=True, slots=True)

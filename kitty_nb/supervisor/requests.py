@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import printable
-from kitty_nb.supervisor.events import PromptProgress, Restored, Work
+from kitty_nb.supervisor.events import Ending, PromptProgress, Request, Restored, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,35 +25,6 @@ _SEEN_AFTER = 1.0  # seconds; from here on, slots and log know of the same reque
 _BATCH = 2048  # tokens; llama.cpp's default
 _COMPUTES = 0.5  # processor seconds a second; less, and a GPU computes
 _SURE = 0.9  # the part of a batch that is told at the expected pace
-
-
-class Ending(StrEnum):
-    """The outcome of a request."""
-
-    FINISHED = "finished"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-    ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request that a server has finished, without its contents."""
-
-    at: float  # when the server began to work on it, in seconds since the epoch
-    ended: Ending  # how it ended: LENGTH where its limit of tokens cut the answer, as far as known
-    # Tokens of the prompt, with the cached ones; None where the log does not say.
-    prompt_tokens: int | None = None
-    answer_tokens: int | None = None  # tokens of the answer; likewise
-    first_token: float | None = None  # seconds from its beginning to the first token; likewise
-    seconds: float | None = None  # seconds that it took
-    # The speed of the answer; None if it has fewer than two tokens.
-    tokens_per_second: float | None = None
-    # The share of the prompt that came from the cache, 0 to 1; None if not known.
-    cached: float | None = None
-    # The share of drafted tokens that were accepted; None without drafts.
-    accepted: float | None = None
-    error: str = ""  # what the server said went wrong, if anything
 
 
 @dataclass(frozen=True, slots=True)

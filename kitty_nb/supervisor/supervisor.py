@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from kitty_nb.catalog.memory import MemoryPreview
+    from kitty_nb.supervisor.events import Request
     from kitty_nb.supervisor.prompt_keeper import Pin
-    from kitty_nb.supervisor.requests import Request
     from kitty_nb.supervisor.router import RouterModels
 
     OnProgress = Callable[[HealthCheckResult, int, int], None]

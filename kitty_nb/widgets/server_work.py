@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kitty_nb.manager import ModelManager
-    from kitty_nb.supervisor.events import Activity, Work
-    from kitty_nb.supervisor.requests import Request
+    from kitty_nb.supervisor.events import Activity, Request, Work
 
     Point = tuple[float, float, int]
 
