@@ -25,7 +25,7 @@ from kitty_nb.errors import KittyError
 from kitty_nb.formats import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.engine.locate import Engine
@@ -321,44 +321,38 @@ def _why_no_preset(key: str, values: Sequence[str], keys: set[str]) -> str:
 
 
 def _systemd(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
-    one = served[0]
-    return "\n".join(
-        (
-            f"# ~/.config/systemd/user/{_unit(one)}.service",
-            f"# systemctl --user daemon-reload && systemctl --user enable --now {_unit(one)}",
-            "# To keep it without a login: loginctl enable-linger",
-            *_unit_head(one),
-            "",
+    (one,) = served
+    return _unit_file(
+        one,
+        f"# ~/.config/systemd/user/{_unit(one)}.service",
+        f"# systemctl --user daemon-reload && systemctl --user enable --now {_unit(one)}",
+        "# To keep it without a login: loginctl enable-linger",
+        body=(
             "[Service]",
             "Type=exec",
             f"ExecStart={' '.join(map(_unit_word, (*one.program, *one.arguments)))}",
             *_key_file(one, notes),
-            *_unit_end(one),
-        )
+        ),
     )
 
 
 def _quadlet(served: Sequence[_Served], image: str, notes: list[str]) -> str:
-    one = served[0]
-    config = one.config
-    arguments = one.with_values({"--host": "0.0.0.0"})
+    (one,) = served
     _note_image(image, notes)
-    return "\n".join(
-        (
-            f"# ~/.config/containers/systemd/{_unit(one)}.container",
-            f"# systemctl --user daemon-reload && systemctl --user start {_unit(one)}",
-            *_unit_head(one),
-            "",
+    return _unit_file(
+        one,
+        f"# ~/.config/containers/systemd/{_unit(one)}.container",
+        f"# systemctl --user daemon-reload && systemctl --user start {_unit(one)}",
+        body=(
             "[Container]",
             f"Image={image}",
-            f"Exec={' '.join(map(_unit_word, arguments))}",
-            f"PublishPort={_published(config)}",
+            f"Exec={' '.join(map(_unit_word, one.with_values({'--host': '0.0.0.0'})))}",
+            f"PublishPort={_published(one.config)}",
             *(f"Volume={_unit_word(f'{folder}:{folder}:ro')}" for folder in _folders(one)),
             *_key_file(one, notes),
             "",
             "[Service]",
-            *_unit_end(one),
-        )
+        ),
     )
 
 
@@ -366,22 +360,19 @@ def _unit(one: _Served) -> str:
     return f"llama-{one.name}"
 
 
-def _unit_head(one: _Served) -> tuple[str, ...]:
+def _unit_file(one: _Served, *head: str, body: Iterable[str]) -> str:
     config = one.config
     tries = config.restart_max + 1
     # Longer than all the tries take, so that a server that never starts is given up.
     window = round(tries * config.restart_delay_max_seconds + config.restart_stable_seconds)
-    return (
+    lines = (
+        *head,
         "[Unit]",
         f"Description=llama-server, profile {one.name} of kitty_nb",
         f"StartLimitIntervalSec={window}",
         f"StartLimitBurst={tries}",
-    )
-
-
-def _unit_end(one: _Served) -> tuple[str, ...]:
-    config = one.config
-    return (
+        "",
+        *body,
         f"Restart={'on-failure' if config.restart_max else 'no'}",
         f"RestartSec={config.restart_delay_seconds:g}",
         f"TimeoutStopSec={config.stop_grace_seconds:g}",
@@ -390,6 +381,7 @@ def _unit_end(one: _Served) -> tuple[str, ...]:
         "WantedBy=default.target",
         "",
     )
+    return "\n".join(lines)
 
 
 def _key_file(one: _Served, notes: list[str]) -> tuple[str, ...]:
