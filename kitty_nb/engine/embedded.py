@@ -165,10 +165,6 @@ def _agent(params: Any, _value: str, flag: str) -> None:
     params.server_tools = ["all"] if params.ui_mcp_proxy else []
 
 
-def _cors_origins(params: Any, value: str, _flag: str) -> None:
-    params.cors_origins, params.cors_origins_explicit = value, True
-
-
 def close_to_pages(params: Any) -> None:
     """Let only this machine's web pages use a server that has tools, unless it was told others."""
     has_tools = params.server_tools or params.mcp_servers_config or params.mcp_servers_json

@@ -198,10 +198,9 @@ def _answers(port: int) -> bool:
 
 
 def _next(ended: SimpleQueue[str], seconds: float) -> str | None:
-    try:
-        return ended.get(timeout=seconds) if seconds else ended.get_nowait()
-    except Empty:
-        return None
+    with suppress(Empty):
+        return ended.get(timeout=seconds)
+    return None
 
 
 def _say(sentence: str) -> None:
