@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_ROWS = Path(__file__).with_name("embedded.options").read_text(encoding="utf-8").splitlines()
+TABLE = Path(__file__).with_name("embedded.options").read_text(encoding="utf-8").splitlines()
 # What --help shows of an option, and what it sets where its name does not tell.
-OPTIONS = dict(row.partition("  ")[::2] for row in _ROWS if row.startswith("-"))
-# Options of llama-server that are missing here: their names, two spaces, and why.
-WITHOUT = [row.removeprefix("without ") for row in _ROWS if row.startswith("without ")]
+OPTIONS = dict(row.partition("  ")[::2] for row in TABLE if row.startswith("-"))
 _CHOICES = re.compile(r"[\[<](\S+\|\S+)[\]>]|\{(.+)\}")
 _OFF = ("--no-", "-no", "-nk", "-nr")
 # Words of the command line that the wheel's enumerations spell differently.
