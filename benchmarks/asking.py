@@ -1,10 +1,10 @@
-"""What `chat` and `embed` add to raw HTTP.
+"""The overhead of `chat` and `embed` over raw HTTP.
 
 `python -m benchmarks.asking [--part ask|embed] [--texts N] [--engine PATH] [--model PATH]` asks one
 server in turn, by `http.client` and by `manager.chat`, for the same greedy answer; then a server
 that embeds, by the fastest of some loops over `httpx` and by `manager.embed`, for the vectors of
-short texts. A model that writes, too, computes the scores of its whole vocabulary for each of their
-tokens, so `--texts 100` does for one.
+short texts. A generative model also computes the scores of its whole vocabulary for each token, so
+use `--texts 100` for one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _RUNS, _TOKENS = 15, 96
 _EMBED_RUNS = 2
-_FEW = 32  # of them to choose the loop by
+_FEW = 32  # texts to choose the loop with
 _LOOPS = ((16, 1), (32, 2), (64, 2), (32, 4))  # texts in a request, connections
 
 
@@ -72,7 +72,7 @@ def _ask(subject: Subject, folder: Path) -> None:
 
 
 def _timed(ask: Callable[[], Iterable[object]]) -> tuple[float, float]:
-    """Return the seconds to the first token, and for each that follows."""
+    """Return the seconds to the first token, and per token after that."""
     began = time.perf_counter()
     at = [time.perf_counter() for _ in ask()]
     return at[0] - began, (at[-1] - at[0]) / (len(at) - 1)

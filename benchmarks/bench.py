@@ -2,8 +2,8 @@
 
 `python -m benchmarks.bench [--model PATH] [--engine PATH] [--llama-bench PATH]`. Without `--engine`
 it measures the engine found as usual; give `--llama-bench` a program that was built like it. All
-run in every round, in another order each time, so that a drift affects all alike. A machine that
-does something else meanwhile makes its own differences: see the load that is printed.
+run in every round, in a different order each time, so that drift affects all alike. Other work on
+the machine adds differences of its own: see the printed load.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 async def _raw(config: ServerConfig, tests: tuple[BenchTest, ...]) -> Speeds:
-    """Ask by hand, with our own clock; an answer's time is what more tokens take."""
+    """Measure by plain requests and our own clock; an answer's time is that of its later tokens."""
     engine = await locate_engine(config.binary)
     served = await anyio.to_thread.run_sync(plain_config, config, engine.dialect, tests)
     speeds: Speeds = {}

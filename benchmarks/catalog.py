@@ -1,10 +1,10 @@
 """The cost of listing models: a first scan against the `gguf` package's reader, and a second one.
 
-And what opening a panel costs when all of them are known.
+And the cost of opening a panel when all of them are known.
 
 All files are headers as long as real ones, without weights. Only some have a vocabulary of 152,000
-tokens, 5 MB each; those give the time of a first scan per file. The rest say the same with few
-tokens: for a second scan, which reads no file, they are the same, and they spare 4 GB of disk.
+tokens, 5 MB each; those give the time of a first scan per file. The rest have few tokens: a second
+scan, which reads no file, takes as long with them, and they save 4 GB of disk.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _openings(folder: Path) -> Iterator[tuple[float, float]]:
-    """Measure how long several panels take to be there, and until all models can be chosen."""
+    """Measure how long several panels take to open, and until all models can be chosen."""
     from kitty_nb import ControlPanel  # noqa: PLC0415 - not to be counted with the scans
 
     env = folder / ".env"
@@ -126,7 +126,7 @@ def _write(path: Path, tokens: int) -> Path:
 
 
 def _copies(original: Path, folder: Path, count: int) -> None:
-    """Copy a model under other titles, as if it had lain there for an hour."""
+    """Copy a model under other titles, with files that look an hour old."""
     folder.mkdir()
     title_at = original.read_bytes()[:4096].index(_NAME)
     before = time.time() - 3600

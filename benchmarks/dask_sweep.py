@@ -1,9 +1,9 @@
-"""The worth of a second worker: the same trials on one worker, and on two.
+"""The gain from a second worker: the same trials on one worker, and on two.
 
 Each worker is pinned to a core of its own, with the servers that it starts; both clusters are up
 all the time, and take turns. The demo model fits into a core's own cache, so that the two do not
-wait for the same memory; answers of another model are kept short. The machine should do nothing
-else meanwhile.
+compete for memory; answers of another model are kept short. The machine should do nothing else
+meanwhile.
 
     python -m benchmarks.dask_sweep [--engine PATH] [--model PATH]
 """

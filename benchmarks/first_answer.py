@@ -1,8 +1,8 @@
 """Seconds from `kitty-nb start` to the first answer, and of `kitty-nb status`.
 
-Every figure stands beside its yardstick in one run: `python -m benchmarks.first_answer
+Every figure is measured beside its yardstick in one run: `python -m benchmarks.first_answer
 [--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model of 1 MB.
-Python keeps its bytecode, as it does unless told otherwise.
+Python caches its bytecode, as it does by default.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _run(command: Sequence[str]) -> float:
 
 
 def _first_200(command: Sequence[str], port: int) -> float:
-    """Seconds from a command to the first 200; a bare engine is ended then."""
+    """Return the seconds from a command to the first 200; a bare engine is then stopped."""
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not is_healthy(port):

@@ -1,9 +1,8 @@
 """Seconds and clicks from `kitty-nb lab` to the first answer in the panel's *Ask*.
 
-A fresh folder holds nothing but a model and a `.env` file, and a headless Chromium does what a
-newcomer does. The browser's own start stands beside it: `python -m
-benchmarks.first_minutes [--engine PATH] [--model PATH]`. Needs Playwright and Chromium, as the
-browser tests do.
+A fresh folder contains only a model and a `.env` file, and a headless Chromium does what a newcomer
+does. The browser's own start is measured beside it: `python -m benchmarks.first_minutes
+[--engine PATH] [--model PATH]`. Needs Playwright and Chromium, as the browser tests do.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _NOTEBOOK = "notebooks/control_panel.ipynb"
 
 
 def main() -> None:
-    """Print the table; exit with 1 where it takes longer, or more clicks, than it may."""
+    """Print the table; exit with 1 if it takes more time or clicks than allowed."""
     subject = read_subject(__doc__)
     print(f"{subject}\n")
     figures: dict[str, list[float]] = {}
@@ -127,10 +126,10 @@ def _newcomer(browser: Browser, address: str, began: float, moments: dict[str, f
 
 @contextmanager
 def _lab(folder: Path) -> Iterator[tuple[float, str]]:
-    """Run `kitty-nb lab` in a folder; yield when it was started, and the notebook's address."""
+    """Run `kitty-nb lab` in a folder; yield the time of its start, and the notebook's address."""
     port, token = free_port(), secrets.token_hex(16)
     own = {f"JUPYTER_{name}_DIR": str(folder / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    # A model, port or engine of the user's own would be taken for the folder's.
+    # The user's own model, port or engine would override the folder's.
     others = {name: text for name, text in os.environ.items() if not name.startswith("LLAMACPP_")}
     command = [*_KITTY_NB, "lab", "--no-browser", f"--port={port}"]
     address = f"http://127.0.0.1:{port}"
@@ -163,7 +162,7 @@ def _answers(url: str) -> bool:
 
 
 def _chromium() -> str | None:
-    """Return a browser of this machine; None for the one that Playwright has installed."""
+    """Return this machine's own browser; None for the one that Playwright has installed."""
     return shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -1,4 +1,4 @@
-"""The size and shape of the package: what one person has to hold in the head.
+"""The size and shape of the package: what one person has to keep in mind.
 
 `python -m benchmarks.house` prints the counts of the working tree; with the name of a commit as
 well (`python -m benchmarks.house v0.1.0`), those of the commit beside them. `--suite` also runs
@@ -54,7 +54,7 @@ class Source:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Source:
-        """Parse a file of the package that lies in a root folder."""
+        """Parse a file of the package in a root folder."""
         text = path.read_text()
         tree = ast.parse(text)
         lines: set[int] = set()
@@ -74,7 +74,7 @@ class Source:
         return len({line for node in nodes for line in _lines(node)} & self.code)
 
     def functions(self) -> Iterator[tuple[int, str]]:
-        """The lines of code of each function, and its name."""
+        """The lines of code and the name of each function."""
         for node in ast.walk(self.tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield len(_lines(node) & self.code), f"{self.name}.{node.name}"
@@ -99,7 +99,7 @@ def _lines(node: ast.stmt | ast.expr) -> set[int]:
 
 
 def measure(root: Path) -> dict[str, str]:
-    """Count the package that lies in a root folder; figures by their names."""
+    """Measure the package in a root folder; return the figures by name."""
     sources = [Source.read(path, root) for path in sorted((root / _PACKAGE).rglob("*.py"))]
     modules = {source.name for source in sources}
     code = sum(len(source.code) for source in sources)
@@ -110,14 +110,14 @@ def measure(root: Path) -> dict[str, str]:
         "Python files": str(len(sources)),
         "code lines": f"{code:,}",
         "import share": f"{imports / code:.1%}",
-        "circles of imports": _circle({s.name: s.imported(modules) for s in sources}) or "none",
+        "import cycles": _circle({s.name: s.imported(modules) for s in sources}) or "none",
         "longest file": f"{length} ({longest})",
         "longest function": f"{size} ({function})",
     }
 
 
 def _circle(arrows: dict[str, set[str]]) -> str:
-    """One circle of imports, drawn; empty where there is none."""
+    """Return one import cycle as text; empty if there is none."""
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as error:
@@ -142,8 +142,8 @@ def _time_suite() -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("commit", nargs="?", help="a commit to set beside the working tree")
-    parser.add_argument("--suite", action="store_true", help="time the test suite as well")
+    parser.add_argument("commit", nargs="?", help="a commit to compare the working tree with")
+    parser.add_argument("--suite", action="store_true", help="also time the test suite")
     options = parser.parse_args()
     now = measure(_ROOT)
     before = _measure_commit(options.commit) if options.commit else {}

@@ -1,9 +1,9 @@
-"""What kept prompts save, and what they cost.
+"""The gains and costs of kept prompts.
 
-`python -m benchmarks.kept_prompts [--engine PATH] [--model PATH]`: a conversation of some 2,600
-tokens goes on after another model, a killed server, a new kernel, each beside the same request to
+`python -m benchmarks.kept_prompts [--engine PATH] [--model PATH]`: a conversation of about 2,600
+tokens resumes after another model, a killed server or a new kernel, each beside the same request to
 a server that keeps nothing. Older builds restore models with sliding windows only with --swa-full:
-`--swa-full` passes that on.
+`--swa-full` passes it on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WITHIN = 600.0  # seconds
 def main() -> None:
     """Print the table."""
     parser = subject_parser(__doc__)
-    parser.add_argument("--swa-full", action="store_true", help="hand it on to llama-server")
+    parser.add_argument("--swa-full", action="store_true", help="pass it on to llama-server")
     args = parser.parse_args()
     subject, flags = subject_of(args), ["--swa-full"] * args.swa_full
     with subject.folder(f" {' '.join(flags)}") as folder:
@@ -57,7 +57,7 @@ def _ask(manager: ModelManager, talk: list[dict[str, str]]) -> Answer:
 
 
 def _reference(config: ServerConfig) -> tuple[list[dict[str, str]], Answer, str]:
-    """Return a conversation, its next answer read anew, and that answer without a stop."""
+    """Return a conversation, its next answer after a full read, and that answer uninterrupted."""
     talk = [{"role": "user", "content": _TEXT}]
     with ModelManager(config=config) as manager:
         manager.start().wait(_WITHIN)
@@ -71,7 +71,7 @@ def _reference(config: ServerConfig) -> tuple[list[dict[str, str]], Answer, str]
 def _ways(
     config: ServerConfig, folder: Path, talk: list[dict[str, str]]
 ) -> list[tuple[str, Answer, int]]:
-    """Return how an answer came to go on, itself, and the tokens that were kept for it."""
+    """Yield how each answer was resumed, the answer, and the number of tokens kept for it."""
     other = write_demo_model(folder / "other.gguf")
     found = []
     with ModelManager(config=config) as manager:
@@ -84,7 +84,7 @@ def _ways(
         tokens, last = _newest(store)
         found.append(("A, B, A", _ask(manager, talk), tokens))
         while _newest(store)[1] == last:
-            time.sleep(0.5)  # until it has been saved at rest
+            time.sleep(0.5)  # until it has been saved while idle
         assert manager.state.pid
         os.kill(manager.state.pid, signal.SIGKILL)
         while manager.state.status is ServerStatus.READY:
@@ -99,7 +99,7 @@ def _ways(
 
 def _again(manager: ModelManager, talk: list[dict[str, str]]) -> tuple[Answer, int]:
     answer = _ask(manager, talk)
-    return answer, answer.usage.prompt or 0  # all of it was asked before
+    return answer, answer.usage.prompt or 0  # all of it was sent before
 
 
 def _newest(store: PromptStore) -> tuple[int, float]:

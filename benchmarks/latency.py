@@ -2,11 +2,11 @@
 
 `python -m benchmarks.latency --guidellm PATH [--rate R] [--engine PATH] [--model PATH]`, where
 the first PATH is the program in an environment of its own: `uv venv x && uv pip install --python x
-guidellm`. Both ask the same prompt for answers of the same length, one request after the other,
-beside each other: so what else the machine does is the same for both. Ours count while theirs are
-under way. With two slots nobody waits; with one, each waits for the other's answer. With a rate,
-each is an open loop: it sends so many requests a second at even gaps, whatever is answered, to a
-server of four slots.
+guidellm`. Both send the same prompt for answers of the same length, one request after the other, at
+the same time: so other work on the machine affects both alike. Ours count while theirs are under
+way. With two slots, neither waits; with one, each waits for the other's answer. With a rate, each
+is an open loop: it sends so many requests per second at even intervals, whatever is answered, to a
+server with four slots.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The cost and the truth of the live line: tokens a second lost, delay and error of the progress.
+"""The cost and accuracy of the live line: tokens per second lost, delay and error of the progress.
 
-Answers with and without a panel that watches take turns in one run. The truth of a prompt's
-progress is linear in time, from the request to its first token, as its client measures them; the
-first prompt, which teaches the prompt speed, is not counted, but that after a restart is. With
-`--busy`, the last prompts are read beside a busy core. `python -m benchmarks.live_line [--busy]
-[--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model.
+Answers with and without a watching panel take turns in one run. The true progress of a prompt is
+linear in time, from the request to its first token, as its client measures them; the first prompt,
+which teaches the prompt speed, is not counted, but the one after a restart is. With `--busy`, the
+last prompts are read beside a busy core. `python -m benchmarks.live_line [--busy] [--engine PATH]
+[--model PATH]`, by default on the engine found as usual and a demo model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
             _follow(manager, 0)
             manager.restart().wait(120)
             looks = [_follow(manager, number, busy=asked.busy) for number in range(1, _PROMPTS + 1)]
-    row("tokens a second lost while watched", f"{statistics.median(lost):+.1%} (median)")
+    row("tokens per second lost while watched", f"{statistics.median(lost):+.1%} (median)")
     row("  each", ", ".join(f"{one:+.1%}" for one in lost))
     row("delay of a prompt's progress", f"{max(delay for delay, _ in looks):.2f} s (largest)")
     row("error of a prompt's progress", f"{max(error for _, error in looks):.2f} (largest)")
@@ -61,9 +61,9 @@ def _speed(http: httpx.Client) -> float:
 
 
 def _follow(manager: ModelManager, number: int, *, busy: bool = False) -> tuple[float, float]:
-    """The seconds until a prompt's progress is told, and the largest error in it.
+    """Yield the seconds until a prompt's progress is reported, and the largest error in it.
 
-    Beside a busy core from the second one on: the first teaches another speed.
+    With a busy core from the second prompt on: the first teaches another speed.
     """
     told: list[tuple[float, float]] = []
     while manager.work.busy:  # with the end of the last request

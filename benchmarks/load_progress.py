@@ -1,14 +1,14 @@
-"""The truth of the load bar and the ETA, and the cost of watching a load.
+"""The accuracy of the load bar and the ETA, and the cost of watching a load.
 
 `python -m benchmarks.load_progress [--engine PATH] [--model PATH]` loads that model, or a demo
-model of 1.65 GB, again and again by that engine, or the one found as usual: off the disk (its page
-cache is dropped for that) and out of the page cache, mapped and copied, first without any history
-and then with one. Where the system allows it (as root, with control groups), the disk is slowed
-down too, and the scripted stand-in of the tests loads evenly for ten seconds.
+model of 1.65 GB, again and again with that engine, or the one found as usual: from disk (its page
+cache is dropped for that) and from the page cache, mapped and copied, first without any history and
+then with one. If the system allows it (as root, with control groups), the disk is throttled, too,
+and the scripted stand-in of the tests loads evenly for ten seconds.
 
-Bar error: mean over the load's time of |fraction shown - share of the time really elapsed|.
-ETA error: |ETA shown at a quarter of the time - time really left| / time really left.
-Watching: processor time of this process from spawn to ready, as a share of one core.
+Bar error: mean over the load's time of |fraction shown - share of the time actually elapsed|.
+ETA error: |ETA shown at a quarter of the time - time actually left| / time actually left.
+Watching: CPU time of this process from spawn to ready, as a share of one core.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Load:
 
     Attributes:
         shown: Seconds since the start and the progress shown from then on.
-        seconds: What the load took.
-        watching: Share of one core that this process took from spawn to ready.
+        seconds: The duration of the load.
+        watching: Share of one core that this process used from spawn to ready.
     """
 
     shown: list[tuple[float, LoadProgress]]
@@ -94,7 +94,7 @@ def main() -> None:
             try:
                 stack.enter_context(_slow_disk(model))
             except OSError as error:
-                print(f"(a slow disk cannot be had here: {error})")
+                print(f"(the disk can't be throttled here: {error})")
             else:
                 _rounds(f"disk at {_SLOW_DISK / 1e6:.0f} MB/s", config, folder, "cold")
         _even_load(config, folder)
@@ -162,7 +162,7 @@ def _prepare_cache(model: Path | None, temperature: str) -> None:
 
 @contextlib.contextmanager
 def _slow_disk(model: Path) -> Iterator[None]:
-    """Let this process and its children read the model's disk at a limited rate only."""
+    """Limit the rate at which this process and its children read the model's disk."""
     device = model.stat().st_dev
     numbers = f"{os.major(device)}:{os.minor(device)}"
     old = (_CGROUP / "blkio").is_dir()

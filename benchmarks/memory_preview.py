@@ -1,7 +1,7 @@
 """The accuracy and speed of the memory forecast: formula over the engine's own breakdown.
 
 `python -m benchmarks.memory_preview [--engine PATH] [--model PATH]` asks that engine about that
-model, or else the one found as usual about headers as long as real ones, made by the tests.
+model, or else the engine found as usual about headers as long as real ones, made by the tests.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _model(folder: Path, name: str, **details: Any) -> Path:
 
 
 def _config(subject: Subject, model: Path, changes: dict[str, Any]) -> ServerConfig:
-    """Settings for the processor alone, where the formula can be compared row by row."""
+    """Return settings for the CPU alone, where the formula can be compared row by row."""
     hidden = "-dev none" if subject.engine.dialect.option("--device") else ""
     words = f"{changes.get('extra_args', '')} {hidden}"
     config = ServerConfig(models_dir=model.parent, model=model, binary=subject.binary)
@@ -72,7 +72,7 @@ def _config(subject: Subject, model: Path, changes: dict[str, Any]) -> ServerCon
 
 
 def _truth(subject: Subject, models: dict[str, Path]) -> None:
-    """Compare formula and engine, in whole MiB as the engine tells them."""
+    """Compare formula and engine, in whole MiB as the engine reports them."""
     print("formula / engine                 weights    cache  compute    total   engine's total")
     worst = {"weights": 0.0, "cache": 0.0, "total": 0.0}
     for name, path in models.items():
@@ -92,7 +92,7 @@ def _truth(subject: Subject, models: dict[str, Path]) -> None:
             figures = "".join(f"{ratio:9.4f}" for ratio in ratios.values())
             total = (told.total or 0) // _MIB
             print(f"{f'{name} {label}':<32}{figures}{total:>12,} MiB")
-    # Of small parts, a MiB left out of each is much.
+    # Of small parts, the MiB that rounding drops is a large share.
     limits = {"weights": 0.01, "cache": 0.04, "total": 0.05}
     for part, off in worst.items():
         print(f"farthest off, {part:<10}{off:.2%} (at most {limits[part]:.1%})")
@@ -106,13 +106,13 @@ def _formula(engine: Engine, config: ServerConfig) -> Requirement:
 
 
 def _speed(subject: Subject, folder: Path) -> None:
-    """Time the formula, on the model or a header of a large one of today, and the devices' list."""
+    """Time the formula, on the model or the header of a large current one, and the device list."""
     details = {**MODELS["qwen2"], "layers": 64, "vocabulary": _REAL_VOCABULARY}
     path = subject.model or _model(folder, "qwen2", **details)
     engine, config = subject.engine, _config(subject, path, {"context_size": 8192})
     formulas, listings = [], []
     for _ in range(_RUNS):
-        os.utime(path)  # the header is read again when the file has changed
+        os.utime(path)  # the header is read again if the file has changed
         formulas.append(seconds_of(lambda: _formula(engine, config)))
         listings.append(seconds_of(lambda: anyio.run(list_devices, config)))
     again = seconds_of(lambda: _formula(engine, config))

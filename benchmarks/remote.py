@@ -1,8 +1,8 @@
 """A server over loopback ssh against one here: ready lag, bar, first token; and 50 cut connections.
 
-Each figure stands beside its yardstick in one run: `python -m benchmarks.remote [--engine PATH]
-[--model PATH]`. It needs sshd (Debian's `openssh-server`), which runs on loopback with keys of its
-own. Loads that last, for the bar and for cuts during a load, are those of the tests' stand-in
+Each figure is measured beside its yardstick in one run: `python -m benchmarks.remote [--engine
+PATH] [--model PATH]`. It needs sshd (Debian's `openssh-server`), which runs on loopback with its
+own keys. Long loads, for the bar and for cuts during a load, are those of the tests' stand-in
 server, which reads its model at an even pace.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _lags(here: ServerConfig, there: ServerConfig) -> None:
-    """Compare how late each is told that a server is ready, by the clock that both share."""
+    """Compare how late each learns that a server is ready, by the clock that both share."""
     lags: dict[bool, list[float]] = {False: [], True: []}
     starts: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(_RUNS):
@@ -74,8 +74,8 @@ def _lags(here: ServerConfig, there: ServerConfig) -> None:
                 lags[remote].append(seen[0] - record.ready)
                 manager.stop().wait(60)
     own, other = (statistics.median(lags[one]) * 1000 for one in (False, True))
-    row("READY told after it is, here", f"{own:.1f} ms (median of {_RUNS})")
-    row("READY told after it is, over ssh", f"{other:.1f} ms: + {other - own:.1f} ms")
+    row("delay of READY, here", f"{own:.1f} ms (median of {_RUNS})")
+    row("delay of READY, over ssh", f"{other:.1f} ms: + {other - own:.1f} ms")
     own, other = (statistics.median(starts[one]) for one in (False, True))
     row("start to READY", f"{own:.3f} s here, {other:.3f} s over ssh (medians)")
 
@@ -84,7 +84,7 @@ def _bars(here: ServerConfig, there: ServerConfig) -> None:
     _bar(here), _bar(there)  # from here on the history knows how long it takes
     found = [(_bar(here), _bar(there)) for _ in range(_BARS)]
     own, other = (statistics.median(rates) for rates in zip(*found, strict=True))
-    row("bar updates a second", f"{own:.1f} here, {other:.1f} over ssh (medians of {_BARS})")
+    row("bar updates per second", f"{own:.1f} here, {other:.1f} over ssh (medians of {_BARS})")
 
 
 def _bar(config: ServerConfig) -> float:
@@ -99,7 +99,7 @@ def _bar(config: ServerConfig) -> float:
 
 
 def _first_tokens(config: ServerConfig) -> None:
-    """Ask one server by turns directly and through the tunnel."""
+    """Ask one server alternately, directly and through the tunnel."""
     with ModelManager(config=config) as manager:
         manager.start().wait(60)
         tunnel = manager.access
@@ -128,7 +128,7 @@ def _first_token(http: httpx.Client) -> float:
 
 
 class _Cuts:
-    """The outcome of cuts: seconds until each was noticed and mended, and what went wrong."""
+    """The outcome of cuts: seconds until each was noticed and repaired, and the failures."""
 
     def __init__(self, manager: ModelManager, there: SshMachine) -> None:
         self._manager, self._there = manager, there

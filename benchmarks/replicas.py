@@ -1,8 +1,8 @@
-"""The worth of a second replica: requests a second of one, and of two.
+"""The gain from a second replica: requests per second of one, and of two.
 
 Each worker of the Dask cluster is pinned to a core of its own, with the server that it starts; both
-fleets are up all the time, and take turns. Then what a replica costs besides its server: messages
-on their way home, and memory of its worker. The machine should do nothing else meanwhile.
+fleets are up all the time, and take turns. Then the cost of a replica besides its server: the
+messages that it sends, and the memory of its worker. The machine should do nothing else meanwhile.
 
     python -m benchmarks.replicas [--engine PATH] [--model PATH]
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ROUNDS = 3
 _REQUESTS = 24
-_AT_ONCE = 2  # requests for each replica: the next waits in it while one is answered
+_AT_ONCE = 2  # requests per replica: the next one waits in it while one is answered
 _ANSWER = 16  # tokens
 _TEXT = "The quick brown fox jumps over the lazy dog while the band plays on. " * 5
 _WATCHED = 10.0  # seconds
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"memory that a replica adds to its worker: {max(grown) / 1e6:.0f} MB")
         for busy in (False, True):
             rate = _messages(fleet, client, busy)
-            print(f"{'busy' if busy else 'idle'} replica: {rate:.2f} messages a second")
+            print(f"{'busy' if busy else 'idle'} replica: {rate:.2f} messages per second")
         sizes = [len(message) for _, message in _events(client)]
         print(f"bytes of a message: {statistics.mean(sizes):.0f} on average, {max(sizes)} at most")
 
@@ -95,7 +95,7 @@ def _messages(fleet: Fleet, client: Client, busy: bool) -> float:
 
 
 def _events(client: Client) -> list[tuple[float, bytes]]:
-    """The messages of replicas that the scheduler still knows: the last thousand."""
+    """Return the messages of replicas that the scheduler still has: the last thousand."""
     topics = client.get_events()
     return [one for topic, told in topics.items() if topic.startswith("kitty_nb-") for one in told]
 

@@ -1,7 +1,7 @@
-"""Notebooks run again, and how often they give their saved outputs: `20 of 20` is every time.
+"""How often notebooks reproduce their saved outputs: `20 of 20` means every time.
 
-Each run is `pytest --nbval` in a folder of its own, with a kernel and servers of its own; cells
-compare their outputs with the saved ones to the letter. A run that is not done in time has failed.
+Each run is `pytest --nbval` in its own folder, with its own kernel and servers; the outputs of
+cells must equal the saved ones exactly. A run that is not done in time has failed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kitty_nb.network import free_port
 
 _NOTEBOOK = Path(__file__).parents[1] / "tests" / "notebooks" / "reproducible_run.ipynb"
 _RUNS = 20
-_SECONDS = 240  # for a run, with room for a busy machine
+_SECONDS = 240  # for a run, with a margin for a busy machine
 
 
 def main() -> None:
-    """Run the notebook so often, and print how often it gave the same."""
+    """Run the notebook so often, and print how often its outputs were the same."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebook", type=Path, nargs="?", default=_NOTEBOOK)
     parser.add_argument("--runs", type=int, default=_RUNS)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _complaint(notebook: Path) -> str:
-    """Run a notebook away from the user's own models, ports and logs; tell what differs."""
+    """Run a notebook apart from the user's own models, ports and logs; return what differs."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "models").mkdir()
@@ -57,7 +57,7 @@ def _complaint(notebook: Path) -> str:
                 command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            return f"It is not done after {_SECONDS} s."
+            return f"It was not done after {_SECONDS} s."
         return done.stdout + done.stderr if done.returncode else ""
 
 

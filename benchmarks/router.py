@@ -1,8 +1,8 @@
-"""A router under a memory limit: what is lost, what it takes, what kitty_nb adds to it.
+"""A router under a memory limit: lost requests, memory use, and kitty_nb's overhead.
 
 `python -m benchmarks.router [--requests N] [--engine PATH]` serves six demo models behind one
-address, with memory for three by the memory preview, and sends random requests. Then it asks a
-loaded model through this router and through a bare one on the same presets, in turn.
+address, with memory for three according to the memory preview, and sends random requests. Then it
+asks a loaded model alternately through this router and through a bare one on the same presets.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _need(env: Path, profile: str) -> int:
-    """The bytes that one model needs, by the memory preview."""
+    """Return the bytes that one model needs, according to the memory preview."""
     with ModelManager(env, profile) as manager:
         preview = manager.preview_memory().wait(60)
     return preview.requirement.known
@@ -98,7 +98,7 @@ def _serve(manager: ModelManager, names: list[str], count: int, limit: float) ->
 
 
 def _watch(pid: int | None, held: list[int], most: list[int], over: threading.Event) -> None:
-    """Note the most that the router's children hold, without the libraries that they share."""
+    """Record the most that the router's children hold, without their shared libraries."""
     router = psutil.Process(pid)
     while not over.wait(0.02):
         sizes = []
@@ -111,7 +111,7 @@ def _watch(pid: int | None, held: list[int], most: list[int], over: threading.Ev
 
 
 def _compare(manager: ModelManager, name: str) -> None:
-    """Ask one loaded model by both routers in turn."""
+    """Ask one loaded model alternately through both routers."""
     config, key = manager.state.config, manager.reveal_api_key()
     command = [str(word) for word in psutil.Process(manager.state.pid).cmdline()]
     port = free_port()

@@ -1,14 +1,14 @@
-"""Devices of other machines: what supervision and ssh cost, and how soon a dead worker is replaced.
+"""Devices of other machines: the cost of supervision and ssh, and the delay of replacing a worker.
 
-Two workers run on this machine, behind an sshd of the benchmark's own on loopback. Tokens per
-second are measured by turns: on a bare `llama-server --rpc` whose workers are reached directly, and
-on a server that kitty_nb starts, whose workers ssh starts. Then one worker is killed in the middle
-of an answer, again and again.
+Two workers run on this machine, behind the benchmark's own sshd on loopback. Tokens per second are
+measured alternately: on a bare `llama-server --rpc` whose workers are reached directly, and on a
+server that kitty_nb starts, whose workers ssh starts. Then one worker is killed in the middle of an
+answer, again and again.
 
     python -m benchmarks.rpc --engine PATH --model PATH [--rounds 5] [--kills 50] [--layers 99]
 
 With as many layers as the model has blocks, its output layer stays here, and the scores of its
-vocabulary don't come through ssh.
+vocabulary don't travel through ssh.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _speed(manager: ModelManager, engine: Path, config: ServerConfig, rounds: in
 
 @contextmanager
 def _bare(engine: Path, config: ServerConfig) -> Iterator[str]:
-    """A server whose workers listen on this machine, without ssh."""
+    """Run a server whose workers listen on this machine, without ssh."""
     rpc, port = [free_port() for _ in range(2)], free_port()
     threads = str(os.cpu_count())
     program = str(engine.with_name("ggml-rpc-server"))

@@ -1,9 +1,9 @@
-"""A search for leaks: starts and stops in one process, some ended by a kill.
+"""A search for leaks: starts and stops in one process, some by a kill.
 
-Each cycle starts the engine and ends it by a stop, a forced stop, a restart
-or SIGKILL, at a random moment. Threads, files, processes and what Python holds (`blocks`) stay as
-they are from the first tenth on. Resident memory (MB) grows a little in the first half, while the
-history of loads grows to the 200 that each start recalls and the allocator settles.
+Each cycle starts the engine and ends it by a stop, a forced stop, a restart or SIGKILL, at a random
+moment. Threads, files, processes and Python's memory blocks (`blocks`) stay constant from the first
+tenth on. Resident memory (MB) grows a little in the first half, while the history of loads grows to
+the 200 that each start reads and the allocator settles.
 
     python -m benchmarks.soak [--cycles 500] [--seed 0] [--engine PATH] [--model PATH]
 """
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _cycle(manager: ModelManager, dice: random.Random) -> bool:
-    """One start and its end; whether that was a kill."""
+    """Run one start and its end; return whether that was a kill."""
     ready = dice.random() < 0.5
     operation = manager.start()
     while manager.state.pid is None:
@@ -88,7 +88,7 @@ def _cycle(manager: ModelManager, dice: random.Random) -> bool:
     elif dice.random() < 0.2:
         manager.restart().wait(_SECONDS)
     manager.stop(force=dice.random() < 0.3).wait(_SECONDS)
-    with suppress(ServerError):  # it was ended before it was ready
+    with suppress(ServerError):  # it was stopped before it was ready
         operation.wait(_SECONDS)
     return kill
 

@@ -1,8 +1,8 @@
-"""Tokens a second with and without speculation from n-grams, on an edit of code.
+"""Tokens per second with and without speculation from n-grams, on an edit of code.
 
-`python -m benchmarks.speculation [--engine PATH] [--model PATH]` has a model go on with a file that
-stands twice in its prompt, as it does when somebody edits it again and again, greedily, with two
-servers in turn. A model that does not copy gains nothing, and says so by its answer.
+`python -m benchmarks.speculation [--engine PATH] [--model PATH]` has a model continue a file that
+its prompt contains twice, as when somebody edits it again and again: greedily, on two servers in
+turn. A model that does not copy gains nothing, as its answer shows.
 """
 
 from __future__ import annotations

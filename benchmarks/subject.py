@@ -34,9 +34,9 @@ class Subject:
     """An engine, and a model where one was given.
 
     Attributes:
-        binary: The engine's program; None for the one found as usual.
+        binary: The engine's program; None for the engine found as usual.
         engine: The engine.
-        model: The model; None for a demo model of a size that suits the benchmark.
+        model: The model; None for a demo model of a suitable size.
     """
 
     binary: Path | None
@@ -84,7 +84,7 @@ def read_subject(purpose: str | None) -> Subject:
 
 
 def subject_parser(purpose: str | None) -> argparse.ArgumentParser:
-    """Return a parser with these two options, for a benchmark that has more of its own."""
+    """Return a parser with these two options, for a benchmark with further ones."""
     parser = argparse.ArgumentParser(
         description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
     )

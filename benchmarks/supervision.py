@@ -1,7 +1,7 @@
 """The cost of supervising: ready lag, start overhead, death detection, gaps on the kernel's loop.
 
 READY waits for a first answer, whose cost is the model's own: the same request is timed on a bare
-server, and its median is taken off the lag.
+server, and its median is subtracted from the lag.
 
 Every figure is measured beside its yardstick in one run: `python -m benchmarks.supervision
 [--engine PATH] [--model PATH]`, by default on the engine found as usual and a demo model.
@@ -54,7 +54,7 @@ def main() -> None:
         config = subject.config(folder, 100_000_000, context_size=512, threads=1, restart_max=0)
         lags, overheads, deaths, answers = [], [], [], []
         with ModelManager(config=config) as manager:
-            manager.start().wait(60)  # the engine's flags are learnt once
+            manager.start().wait(60)  # the engine's flags are read once
             manager.stop().wait(60)
             for _ in range(_RUNS):
                 bare, answer = _bare_start(subject.engine, config)
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _bare_start(engine: Engine, config: ServerConfig) -> tuple[float, float]:
-    """The seconds that the bare engine takes until it is ready, and from there to an answer."""
+    """Return the seconds until the bare engine is ready, and from then to an answer."""
     command = build_command(engine, config)
     request = {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}
     with httpx.Client(base_url=config.endpoint, trust_env=False, timeout=60) as http:
@@ -123,7 +123,7 @@ def _death(manager: ModelManager, pid: int | None) -> float:
 
 
 async def _gaps(config: ServerConfig) -> tuple[float, float]:
-    """The largest gap of a 1 ms ticker: on an idle loop, and while a panel shows a load."""
+    """Return the largest gap of a 1 ms ticker: on an idle loop, and while a panel shows a load."""
     idle = await _largest_gap(2.0)
     with ModelManager(config=config) as manager:
         panel = ControlPanel(manager=manager)

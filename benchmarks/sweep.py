@@ -1,9 +1,9 @@
-"""The time that a sweep adds to its trials, and the truth of its speeds.
+"""The overhead of a sweep over its trials, and the accuracy of its speeds.
 
 `python -m benchmarks.sweep [--engine PATH] [--model PATH]`, by default on the engine found as usual
-and a dense model of zeros, about as long to load and to ask as a small real one. The yardstick for
-speeds is llama-bench's way on the same server in the same run: one request at a time, by our own
-clock, of so many tokens of prompt or of answer.
+and a dense model of zeros, which loads and answers about as slowly as a small real one. The
+yardstick for speeds is llama-bench's method on the same server in the same run: one request at a
+time, by our own clock, of so many tokens of prompt or of answer.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ async def _speeds(config: ServerConfig, rounds: int, tokens_of_answer: int) -> N
                 after = await _bench(http, tokens, 0)
                 prompts.append((speed.prompt_tokens_per_second or 0.0, before, after))
     for what, each in (("prompt", prompts), ("generation", answers)):
-        # Each round against its own two neighbours, for what else the machine does comes and goes.
+        # Each round against its own two neighbours, because other work on the machine varies.
         ratio = statistics.median(ours / statistics.mean(theirs) for ours, *theirs in each)
         ours = statistics.median(ours for ours, *_ in each)
         figure = f"{ratio:.3f} x at {ours:.0f} (medians of {rounds})"
-        row(f"{what} tokens/s, ours over llama-bench's way", figure)
+        row(f"{what} tokens/s, ours over llama-bench's method", figure)
 
 
 async def _bench(http: httpx.AsyncClient, prompt: int, answer: int) -> float:
-    """Tokens a second by our own clock, of a prompt alone or of an answer to one token."""
+    """Return tokens per second by our own clock, of a prompt alone or an answer to one token."""
     request = {
         "prompt": [7] * prompt,
         "n_predict": max(answer, 1),

@@ -1,7 +1,7 @@
-"""What `tune` with a target finds among the quants of a model, and how often it holds afterwards.
+"""What `tune` with a target finds among a model's quants, and how often it holds afterwards.
 
-The model is in use, and has other quants beside it in its folder. The target is nine tenths
-of the tokens a second that it generates. What `tune` finds is measured in twenty re-runs, and its
+The model is in use, and other quants of it are in its folder. The target is nine tenths of the
+tokens per second that it generates. The result of `tune` is measured in twenty re-runs, and its
 memory compared with the least of a full grid that reaches the target.
 
     python -m benchmarks.target --model PATH [--engine PATH] [--loss "<= 5 %"]
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--loss", default=None, help='such as "<= 5 %%"')
     asked = parser.parse_args()
     if asked.model is None:
-        parser.error("A family needs a --model, with its other quants in the same folder.")
+        parser.error("Give a --model with its other quants in the same folder.")
     subject = subject_of(asked)
     with subject.folder() as folder:
         config = subject.config(folder, context_size=1024, threads=1)

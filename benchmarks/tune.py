@@ -1,10 +1,10 @@
 """The distance of `tune` from a full grid's best, with a quarter of its trials.
 
-By default the model is dense, of zeros, and about as long to ask as a small real one; of another
-one the grid is smaller. All servers have one thread, for with as many as there are cores any
-neighbour on the machine decides what is fastest. Grid and searches are measured one after the
-other; their winners then once more side by side, in turns, because the best of many noisy figures
-is partly luck:
+By default the model is dense, of zeros, and answers about as slowly as a small real one; for
+another one the grid is smaller. All servers have one thread: with one per core, other processes on
+the machine would decide what is fastest. Grid and searches are measured one after the other; their
+winners then once more side by side, in turns, because the best of many noisy figures is partly
+luck:
 
     python -m benchmarks.tune [--engine PATH] [--model PATH]
 """
@@ -53,7 +53,7 @@ def main() -> None:
         began = time.monotonic()
         choices, rounds = (_SMALL_GRID, _FEWER) if subject.model else (_GRID, _ROUNDS)
         grid = _sweep(config, folder / "grid.journal", grid=choices)
-        # Not the one nearest to the settings in use, as `Results.best` has it.
+        # Not the one nearest to the settings in use, as in `Results.best`.
         best = max(grid.combinations, key=lambda one: one.value(_OBJECTIVE))
         spread = [one.value(_OBJECTIVE) for one in grid.combinations]
         row("grid", f"{len(grid)} trials in {time.monotonic() - began:.0f} s")
@@ -98,7 +98,7 @@ def _search(
 def _side_by_side(
     config: ServerConfig, folder: Path, best: Combination, winners: list[Combination], rounds: int
 ) -> list[float]:
-    """The share of the best that each winner reaches, by medians of as many rounds."""
+    """Return the share of the best that each winner reaches, by medians over the rounds."""
     configs = [dict(one.trial.settings) for one in (best, *winners)]
     results = _sweep(config, folder / "again.journal", configs=configs, repeats=rounds)
     rates = {frozenset(one.trial.settings): one.value(_OBJECTIVE) for one in results.combinations}

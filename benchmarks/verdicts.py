@@ -1,10 +1,10 @@
 """False winners among comparisons of equals, and true differences of 10 % that are found.
 
-As in a sweep, a new server is started for each measurement: two processes of the same settings
-differ by about 1 % for as long as they live. In each round, in an order by chance, one server gives
-an answer, another the same answer, and a third a longer one, which takes about 10 % more time; the
-true ratio is that of the whole series. Each of 100 comparisons is of as many rounds, drawn by
-chance from the series; they share rounds, so the counts are not independent. All of it is done
+As in a sweep, a new server is started for each measurement: two processes with the same settings
+differ by about 1 % throughout their lives. In each round, in random order, one server gives an
+answer, another the same answer, and a third a longer one, which takes about 10 % more time; the
+true ratio is that of the whole series. Each of 100 comparisons has the same number of rounds, drawn
+at random from the series; they share rounds, so the counts are not independent. All of it is done
 alone, and beside a process that keeps a core busy.
 
     python -m benchmarks.verdicts [--engine PATH] [--model PATH] [--seconds 300] [--block 8]
@@ -42,7 +42,7 @@ Series = dict[str, list[float]]
 def main() -> None:
     """Print the table."""
     parser = subject_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=300, help="of each of the two series")
+    parser.add_argument("--seconds", type=float, default=300, help="for each of the two series")
     parser.add_argument(
         "--busy-cores", type=int, nargs="+", default=[0, 1], help="cores kept busy in each series"
     )

@@ -1,7 +1,7 @@
 """One notebook cell becomes a live manager for llama.cpp's llama-server.
 
-Names are imported when they are first used: the embedded engine is a module of this package, and
-a server should not wait for the widgets of its manager.
+Names are imported on first use: the embedded engine is a module of this package, and a server
+should not wait for its manager's widgets.
 """
 
 import sys
@@ -59,7 +59,7 @@ def _show_fleet(fleet: Any) -> Any:
 
 
 def show_sweeps(formatter: Any) -> None:
-    """Let IPython's formatter show a `Sweep` or `Fleet` as its panel, imported when it is shown."""
+    """Make IPython show a `Sweep` or `Fleet` as its panel, which is imported when it is shown."""
     formatter.for_type_by_name(f"{__name__}.experiments.sweep", "Sweep", _show_sweep)
     formatter.for_type_by_name(f"{__name__}.fleet", "Fleet", _show_fleet)
 
@@ -69,10 +69,10 @@ if (_ipython := sys.modules.get("IPython")) and (_shell := _ipython.get_ipython(
 
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:
-    """Give a notebook `%kitty` and `%%kitty_chat`; called by `%load_ext kitty_nb`."""
+    """Register `%kitty` and `%%kitty_chat` in a notebook; called by `%load_ext kitty_nb`."""
     import_module(f"{__name__}.widgets.magics").load(shell)
 
 
 def unload_ipython_extension(shell: "InteractiveShell") -> None:
-    """Take the magics away, and stop the servers that they manage."""
+    """Remove the magics, and stop the servers that they manage."""
     import_module(f"{__name__}.widgets.magics").unload(shell)

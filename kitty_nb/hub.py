@@ -1,7 +1,8 @@
-"""Models of the Hugging Face Hub: listed, downloaded, verified, and only then named.
+"""Models on the Hugging Face Hub: listing, download and verification.
 
-The listing, login, client and errors are huggingface_hub's. Its `snapshot_download` is not used: an
-interrupted one (2.4) deletes what it has fetched, and a killed one leaves it behind unused.
+A file gets its name only after verification. Listing, login, client and errors come from
+huggingface_hub. Its `snapshot_download` (2.4) is not used: when interrupted, it deletes what it has
+fetched, and when killed, it leaves that behind unused.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _KEPT = " The downloaded part is kept."
 
 @dataclass(frozen=True, slots=True)
 class HubReference:
-    """A repository, and the model wanted of it."""
+    """A repository, and the model wanted from it."""
 
     repository: str  # `owner/name`
     # A quantization, or a file or folder in the repository; None to choose later.
@@ -71,10 +72,10 @@ class HubReference:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `owner/name`, `owner/name:Q4_K_M`, `owner/name/file.gguf` or a page's address.
+        """Parse `owner/name`, `owner/name:Q4_K_M`, `owner/name/file.gguf` or the URL of a page.
 
         Raises:
-            HubError: It is none of these.
+            HubError: The text is none of these.
         """
         name = re.split(r"[?#]", _HOST.sub("", text.strip(), count=1), maxsplit=1)[0].rstrip("/")
         found = _REFERENCE.fullmatch(name)
@@ -98,9 +99,9 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model that can be downloaded whole."""
+    """A complete model that can be downloaded."""
 
-    label: str  # the quantization, e.g. `UD-Q4_K_XL`, or the file's path where several share one
+    label: str  # the quantization, e.g. `UD-Q4_K_XL`, or the file's path if several share one
     shards: tuple[HubFile, ...]  # the model's files, first to last
     projector: HubFile | None = None  # the projector for images or sound that goes with it
 
@@ -120,16 +121,16 @@ class Repository:
     """A repository at one commit."""
 
     name: str  # `owner/name`
-    commit: str  # the commit that all its files are of
+    commit: str  # the commit of all its files
     variants: tuple[Variant, ...]  # its models, at least one, smallest first
 
     def choose(self, wanted: str | None, *, or_smallest: bool = False) -> Variant:
         """Find a variant by its label or by a file or folder; the usual one for None.
 
-        With `or_smallest`, that is the smallest where none is usual.
+        With `or_smallest`, None means the smallest if no variant is the usual one.
 
         Raises:
-            HubError: There is no such variant, or several would do.
+            HubError: There is no such variant, or nothing decides between several.
         """
         usual = [variant for variant in self.variants if variant.label == _USUAL]
         if wanted is None and (usual or or_smallest or len(self.variants) == 1):
@@ -147,10 +148,10 @@ class Repository:
 
 
 async def find_repository(reference: HubReference) -> Repository:
-    """Ask the Hub, or the one that `HF_ENDPOINT` names, for a repository's models.
+    """Ask the Hub, or the endpoint that `HF_ENDPOINT` names, for a repository's models.
 
     Raises:
-        HubError: With the reason and the remedy.
+        HubError: The models can't be listed; the message has the reason and the remedy.
     """
     return await run_sync(_ask, reference, abandon_on_cancel=True)
 
@@ -175,7 +176,7 @@ def _ask(reference: HubReference) -> Repository:
     files = [
         HubFile(PurePosixPath(file.rfilename), file.lfs.size, file.lfs.sha256)
         for file in info.siblings or ()
-        if file.lfs  # the Hub keeps all binary files so
+        if file.lfs  # the Hub stores all binary files this way
     ]
     variants = list_variants(files)
     if not variants:
@@ -183,17 +184,17 @@ def _ask(reference: HubReference) -> Repository:
             f"{asked} has no GGUF model that llama-server could load. Look for a repository of the"
             " same model whose name ends in -GGUF."
         )
-    # A renamed repository answers with its new name, a mirror with any: the folder keeps the name
-    # that was asked for, in the Hub's own upper and lower case.
+    # A renamed repository answers with its new name, a mirror with any name. The folder keeps the
+    # requested name, in the Hub's own upper and lower case.
     name = info.id if info.id.casefold() == asked.casefold() else asked
     return Repository(name, info.sha or reference.revision, variants)
 
 
 @contextmanager
 def hub_errors(repository: str, downloaded: str = "") -> Iterator[None]:
-    """Raise the errors of the Hub's client as sentences with a remedy.
+    """Turn errors of the Hub's client into sentences with a remedy.
 
-    `downloaded` is what to add about files that may have been downloaded.
+    `downloaded` is a sentence to add about files that may have been downloaded.
     """
     import httpx2  # noqa: PLC0415
     from huggingface_hub import constants, errors  # noqa: PLC0415
@@ -227,8 +228,8 @@ def hub_errors(repository: str, downloaded: str = "") -> Iterator[None]:
 def list_variants(files: Iterable[HubFile]) -> tuple[Variant, ...]:
     """List the models among a repository's files, smallest first.
 
-    Left out are files that are not GGUF, models with a missing shard, importance matrices, and
-    paths that lead out of the repository's folder.
+    Files that are not GGUF, models with a missing shard, importance matrices, and paths that lead
+    out of the repository's folder are left out.
     """
     models: defaultdict[tuple[PurePosixPath, str, int], dict[int, HubFile]] = defaultdict(dict)
     projectors = []
@@ -265,7 +266,7 @@ def _label(folder: PurePosixPath, stem: str) -> str:
 
 
 def _projector(folder: PurePosixPath, stem: str, projectors: Iterable[HubFile]) -> HubFile | None:
-    """Choose the one the catalog will choose: named like the model, or else without a name."""
+    """Choose the same projector as the catalog: named like the model, or else without a name."""
 
     def rank(file: HubFile) -> tuple[int, int, PurePosixPath]:
         name = file.path.stem
@@ -284,7 +285,7 @@ MAX_RANGE = 8 << 30  # bytes per request; the Hub refuses more than 50 GB
 FIRST_PAUSE = 0.5  # seconds before a retry; doubled by each failure
 _PIECE = 1 << 18  # bytes received at once
 _SILENCE = 30.0  # seconds without a byte before the connection counts as lost
-_ATTEMPTS = 6  # without a byte in between
+_ATTEMPTS = 6  # in a row without receiving a byte
 _REPORT_EVERY = 0.25  # seconds
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PARTIAL = 206
@@ -293,7 +294,7 @@ _TRANSIENT = {408, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes of a download: all of them, those on disk already, and the disk's free space."""
+    """Bytes of a download: the total, those already on disk, and the disk's free space."""
 
     size: int
     there: int
@@ -301,28 +302,28 @@ class Plan:
 
     @property
     def shortage(self) -> int:
-        """Bytes of disk space that are lacking; 0 when it fits."""
+        """Missing disk space in bytes; 0 if the download fits."""
         return max(self.size - self.there - self.free, 0)
 
     @property
     def warnings(self) -> list[str]:
-        """Facts that speak against this variant."""
+        """Reasons not to download this variant."""
         ram = psutil.virtual_memory().total
         found = [f"needs {decimal(self.shortage)} more disk space"] if self.shortage else []
         return [*found, f"larger than the {decimal(ram)} of RAM"] if self.size > ram else found
 
 
 class Download:
-    """One model of a repository, on its way into `<models folder>/<owner>/<name>/`.
+    """The download of a model into `<models folder>/<owner>/<name>/`.
 
     Files keep their paths in the repository, except the projector, which goes beside its model,
-    where the catalog looks for it. While it is incomplete, a file is called
-    `<name>.<checksum>.incomplete`, and the catalog lists it as downloading.
+    where the catalog looks for it. An incomplete file is called `<name>.<checksum>.incomplete`, and
+    the catalog lists it as downloading.
 
     Attributes:
-        variant: Which model.
+        variant: The model to download.
         models_dir: The models folder; need not exist.
-        model: The file to give to the engine: the first shard.
+        model: The file to pass to the engine: the first shard.
     """
 
     def __init__(self, repository: Repository, variant: Variant, models_dir: Path) -> None:
@@ -336,7 +337,7 @@ class Download:
         self._done, self._reported = 0, 0.0
 
     def plan(self) -> Plan:
-        """Compare what is there with what is needed. It reads the disk."""
+        """Compare the files on disk with those needed; reads the disk."""
         there = 0
         for file, target in self._targets.items():
             is_whole = file_size(target) == file.size
@@ -346,7 +347,7 @@ class Download:
         return Plan(self.variant.size, there, shutil.disk_usage(existing).free)
 
     async def run(self, on_progress: Callable[[str, int], object]) -> Path:
-        """Fetch what is missing; return the file to give to the engine.
+        """Download what is missing; return the file to pass to the engine.
 
         A cancelled or failed run keeps the downloaded part, and the next one resumes there.
         `on_progress` is called a few times a second with the current step and the bytes on disk.
@@ -407,7 +408,7 @@ class Download:
             await run_sync(digest_cache().keep, {str(target): (signature, file.sha256)})
 
     async def _complete(self, client: AsyncClient, file: HubFile, part: IO[bytes]) -> None:
-        """Receive the rest of a file, however often the connection is lost."""
+        """Receive the rest of a file, retrying when the connection is lost."""
         import httpx2  # noqa: PLC0415
         from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
@@ -417,7 +418,7 @@ class Download:
             try:
                 await self._receive(client, file, part)
                 if part.tell() == start:
-                    raise httpx2.RemoteProtocolError("it sends nothing")
+                    raise httpx2.RemoteProtocolError("the server sent no data")
             except (httpx2.TransportError, HfHubHTTPError) as error:
                 failures = failures + 1 if part.tell() == start else 0
                 response = getattr(error, "response", None)
@@ -428,7 +429,7 @@ class Download:
                 await anyio.sleep(FIRST_PAUSE * 2**failures)
 
     async def _receive(self, client: AsyncClient, file: HubFile, part: IO[bytes]) -> None:
-        """Receive what follows the part, until the file or the connection ends."""
+        """Receive the bytes after the part, until the file or the connection ends."""
         from huggingface_hub import hf_hub_url, hf_raise_for_status  # noqa: PLC0415
 
         where, start = self._repository, part.tell()
@@ -437,7 +438,7 @@ class Download:
         headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
         async with client.stream("GET", url, headers=headers, timeout=_SILENCE) as response:
             hf_raise_for_status(response)
-            # A server that knows no ranges sends the file from its beginning.
+            # A server without support for ranges sends the file from the start.
             skip = 0 if response.status_code == _PARTIAL else start
             async for received in response.aiter_raw(_PIECE):
                 data, skip = received[skip:], max(skip - len(received), 0)
@@ -455,7 +456,7 @@ class Download:
 
 
 def _open_part(path: Path, target: Path) -> IO[bytes]:
-    """Open an incomplete file for this process alone, and delete those of other versions."""
+    """Open an incomplete file exclusively, and delete those of other versions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.open("a+b")
     try:
@@ -472,7 +473,7 @@ def _open_part(path: Path, target: Path) -> IO[bytes]:
 
 
 async def _sha256(path: Path) -> str:
-    # Abandoned when cancelled: Ctrl-C must not wait until a large file is read.
+    # Abandoned when cancelled: Ctrl-C must not wait until a large file has been read.
     (found,) = await run_sync(digest_files, (path,), lambda *_: None, abandon_on_cancel=True)
     return found.sha256
 

@@ -334,7 +334,7 @@ class ModelManager:
         return Pinned(text, self.run(self._supervisor.pin, name, text), self.chat)
 
     def tokenize(self, text: str) -> Operation[list[int]]:
-        """Return the tokens of a text, without those that the model puts around it."""
+        """Return the tokens of a text, without the special ones that the model adds around it."""
         return self._ask(None, embeddings.tokenize, text)
 
     def count_tokens(self, messages: Messages) -> Operation[int]:

@@ -209,7 +209,7 @@ def test_tools_are_run_until_the_model_answers(says: Says) -> None:
     assert json.loads(rome) == {"city": "Rome", "days": 2}
     assert "city" in incomplete
     assert "out of order" in failed
-    assert unknown == "Error: there is no tool unknown. There are weather, broken."
+    assert unknown == "Error: there is no tool unknown. The tools are weather, broken."
     assert threads
     assert get_ident() not in threads  # one that blocks has a thread of its own
     with pytest.raises(NoAnswerError, match="called tools 2 times without answering"):
@@ -253,13 +253,13 @@ def test_vectors_of_another_shape_are_refused(says: Says, data: object) -> None:
         async with access.async_http() as http:
             await embed(http, ["a"], 1, print)
 
-    with pytest.raises(ServerError, match="otherwise than llama-server"):
+    with pytest.raises(ServerError, match="answer like llama-server"):
         anyio.run(ask)
 
 
 PAGE = "<!doctype html>\n<title>Log in</title>" + "x" * 1000
 NOT_OURS = [
-    (PAGE, "text/html", "200 with text/html: '<!doctype html> <title>Log in</title>x"),
+    (PAGE, "text/html", "200 and text/html: '<!doctype html> <title>Log in</title>x"),
     ('{"detail": "Log in first"}', "application/json", "Log in first"),
     ("[1]", "application/json", "Check what listens there"),
     ("data: <html>\n\n", STREAM, "Check what listens there"),
@@ -276,14 +276,14 @@ def test_another_program_is_told_from_a_server(
         chat(access)
     assert access.endpoint in str(caught.value)
     assert len(str(caught.value)) < 500
-    with pytest.raises(ExperimentError, match="sent no answer"):
+    with pytest.raises(ExperimentError, match="did not answer like"):
         anyio.run(record_answers, access, [Request(text="a")])
 
 
 def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
     with pytest.raises(ServerError, match="ended early"):
         chat(says(events({"content": "half"}, finish=None)))
-    with pytest.raises(ServerError, match="could not go on: it is full"):
+    with pytest.raises(ServerError, match="failed midway: it is full"):
         chat(says('data: {"error": {"message": "it is full"}}\n\n'))
 
 

@@ -69,7 +69,7 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
             panel.embed.text.value = text
             panel.embed.embed.click()
             eventually(lambda: "320 numbers · length" in panel.embed.vector.value)
-        eventually(lambda: "1.00 similar to the text before" in panel.embed.vector.value)
+        eventually(lambda: "1.00 similar to the previous text" in panel.embed.vector.value)
         panel.embed.text.value = "hello " * 600
         panel.embed.embed.click()
         eventually(lambda: "longer than the model takes in one go" in panel.notice.value)

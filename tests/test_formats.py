@@ -367,7 +367,7 @@ models:
         "kitty-nb download ggml-org/tiny-GGUF:Q8_0",
         "other: its command starts no llama-server",
         "small: it names no model: set LLAMACPP_SMALL_MODEL",
-        "clients ask for upstream, no longer for gpt-4o, gpt-big",
+        "clients can ask for upstream only, no longer for gpt-4o, gpt-big",
     ):
         assert told in notes, notes
     assert "sk-1" not in notes
@@ -490,14 +490,14 @@ MACROS = "m0: x, " + ", ".join(f"m{n}: '${{m{n - 1}}}${{m{n - 1}}}'" for n in ra
         ("a.json", "[]", "Can't read"),
         ("a.txt", "hello", "--from"),
         ("Modelfile", "FROM\n", "--from"),
-        ("a.yaml", "models: {a: b}", "another form"),
-        ("a.yaml", "[" * 5000, "another form"),
-        ("a.json", "[" * 200_000, "another form"),
-        ("a.json", '{"fields": [{}]}', "another form"),
+        ("a.yaml", "models: {a: b}", "unexpected form"),
+        ("a.yaml", "[" * 5000, "unexpected form"),
+        ("a.json", "[" * 200_000, "unexpected form"),
+        ("a.json", '{"fields": [{}]}', "unexpected form"),
         ("a.yaml", "models: {a: {cmd: llama-server 'x}}", "command of a can't be split"),
-        ("a.yaml", f"{BOMB}models: {{a: {{cmd: *b40}}}}", "another form"),
-        ("a.yaml", f"{BOMB}models: {{a: {{cmd: llama-server, ttl: *b40}}}}", "another form"),
-        ("a.yaml", f"macros: {{{MACROS}}}\nmodels: {{a: {{cmd: '${{m40}}'}}}}", "without an end"),
+        ("a.yaml", f"{BOMB}models: {{a: {{cmd: *b40}}}}", "unexpected form"),
+        ("a.yaml", f"{BOMB}models: {{a: {{cmd: llama-server, ttl: *b40}}}}", "unexpected form"),
+        ("a.yaml", f"macros: {{{MACROS}}}\nmodels: {{a: {{cmd: '${{m40}}'}}}}", "without end"),
         ("a.yaml", "#" * 1_000_001, "larger than"),
         ("a.yaml", 'models: {a: {cmd: "llama-server -m /x.gguf -x \\0"}}', "NUL"),
     ],
@@ -553,7 +553,7 @@ def test_the_terminal_exports_and_imports(tmp_path: Path) -> None:
     presets.write_text(presets.read_text().replace("9000", "9001"))
     assert run("import", presets, "--env", new, "--replace").exit_code == 0
     assert ServerConfig.from_env(new, "mine").port == 9001
-    with pytest.raises(ConfigError, match=r"already.* by --profile"):
+    with pytest.raises(ConfigError, match=r"already.* with --profile"):
         add_profiles([there], new)
     preset = tmp_path / "old.preset.json"
     preset.write_text('{"load_params": {"n_ctx": 256}}')

@@ -160,7 +160,7 @@ def test_a_locale_without_the_letters_of_a_name_is_meant(tmp_path: Path, demo_mo
     ):
         env.write_text(f"{lines}LLAMACPP_LOG_DIR=logs\n", encoding="utf-8")
         for _, told in run_each("status", "scan", "start", cwd=tmp_path, env=plain):
-            assert "locale (ascii) cannot encode. Set LC_ALL=C.UTF-8" in told
+            assert "locale (ascii) can't encode. Set LC_ALL=C.UTF-8" in told
             assert "Traceback" not in told
             assert "codec" not in told
     panels = "from kitty_nb.widgets import ControlPanel, FleetPanel, SweepPanel"

@@ -174,7 +174,7 @@ def test_a_broken_connection_leaves_the_server_and_is_made_again(
         assert manager.state.endpoint == endpoint
         assert manager.chat("hello", max_tokens=2).wait(60).text
         told = [event.message for event in heard if isinstance(event, Activity)]
-        assert any("The server there goes on." in message for message in told)
+        assert any("The server there keeps running." in message for message in told)
         assert any(message == "Reached there again." for message in told)
         manager.stop().wait(60)
     assert not runs(pid)
@@ -492,7 +492,7 @@ def test_lines_that_are_none_of_the_protocol_end_in_a_sentence(
     fake: Callable[[str], ServerConfig],
 ) -> None:
     nested = f"{HELLO}; printf '[%.0s' $(seq 100000); echo; sleep 5"
-    assert "what this kitty_nb does not understand" in why(fake(nested))
+    assert "a message that this version of kitty_nb can't parse" in why(fake(nested))
 
 
 def test_a_temporary_folder_of_any_name_will_do_and_none_is_a_sentence(

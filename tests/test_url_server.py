@@ -256,7 +256,7 @@ def test_it_is_a_peer_of_llama_swap_and_nothing_that_others_start(
             more.write(f"LLAMACPP_GPU_ALIAS={alias or ''}\n")
         file.write_text(run("export", "llama-swap", *where).stdout)
         back.write_text("")
-        assert "A key goes into .env." in run("import", file, "--env", back).stderr
+        assert "Write a key into .env." in run("import", file, "--env", back).stderr
         there = ServerConfig.from_env(back, "gpu")
         assert (there.url, there.alias, there.api_key) == (url, alias, None)
     assert "kitty-nb load-test --profile gpu" in run("bench", *where).stderr
@@ -365,7 +365,7 @@ def test_the_fleet_and_the_terminal(
         refused = run(verb, *where)
         assert refused.exit_code == 1
         assert f"can't {verb} it" in refused.output
-    assert "is where it runs" in run("logs", *where).output
+    assert "is on its own machine" in run("logs", *where).output
 
 
 def test_a_terminal_tells_that_it_is_out_of_reach(tmp_path: Path) -> None:

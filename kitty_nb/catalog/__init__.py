@@ -1,1 +1,1 @@
-"""The models on disk: which there are, their headers, the memory they need, and a demo model."""
+"""The models on disk: listing, headers, memory requirements, and a demo model."""

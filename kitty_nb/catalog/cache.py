@@ -1,4 +1,4 @@
-"""A cache of what files hold, kept until the files change: their headers' facts, their SHA-256."""
+"""A cache of facts about files, valid until the files change: header facts and SHA-256."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _FRESH_NS = 2_000_000_000  # the coarsest clock of a file system, FAT's
-_LARGEST = (1 << 63) - 1  # SQLite's; some file systems, such as CIFS, number files beyond it
+_LARGEST = (1 << 63) - 1  # SQLite's; inode numbers of some file systems, such as CIFS, exceed it
 _MAX_ROWS = 20_000
 _TABLES = (
     "DROP TABLE IF EXISTS files",
@@ -49,13 +49,13 @@ class FileSignature(NamedTuple):
 
     def lasting(self, path: Path) -> bool:
         """Tell whether a file still has this signature, and gets another when it changes."""
-        # Written a moment ago, it could change now and its signature stay the same.
+        # Written a moment ago, it could change now without changing its signature.
         fresh = abs(time.time_ns() - self.mtime_ns) <= _FRESH_NS
         return not fresh and signature_of(path) == self
 
 
 def signature_of(path: Path) -> FileSignature | None:
-    """Read a file's signature; None when it is not there or may not be looked at."""
+    """Return a file's signature; None if the file is missing or inaccessible."""
     try:
         status = path.stat()
     except OSError:
@@ -66,14 +66,14 @@ def signature_of(path: Path) -> FileSignature | None:
 
 
 class FileCache(Generic[T]):
-    """Remembers one kind of facts about files, by path and signature. It never raises.
+    """A cache of one kind of facts about files, by path and signature. It never raises.
 
     Args:
-        kind: The name of the facts and their version, e.g. `facts 6`: another one whenever they
-            change or are worked out otherwise.
-        load: Reads what `dump` writes; its ValueError and TypeError mean damage.
-        dump: Writes what is remembered as text.
-        path: The SQLite file, made when first needed; None for one in the user's cache folder.
+        kind: The name and version of the facts, e.g. `facts 6`; change it whenever they, or the way
+            they are computed, change.
+        load: Parses the output of `dump`; ValueError and TypeError mean that it is damaged.
+        dump: Writes a fact as text.
+        path: The SQLite file, created on first use; None for one in the user's cache folder.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class FileCache(Generic[T]):
         )
 
     def recall(self, signatures: Mapping[str, FileSignature]) -> dict[str, T]:
-        """Return what is known of those files that have not changed since."""
+        """Return the cached facts of the files that have not changed since."""
 
         def read(files: sqlite3.Connection) -> dict[str, T]:
             known: dict[str, T] = {}
             for path, *signature, facts in files.execute(_RECALL, (self._kind,)):
-                with suppress(TypeError, ValueError):  # damaged: it is read and written again
+                with suppress(TypeError, ValueError):  # damaged: read and written again
                     name = os.fsdecode(path)
                     if signatures.get(name) == tuple(signature):
                         known[name] = self._load(facts)
@@ -126,30 +126,30 @@ class FileCache(Generic[T]):
 
 
 def digest_cache() -> FileCache[str]:
-    """The cache of the SHA-256 of whole files, in hexadecimal digits."""
+    """Return the cache of the SHA-256 of whole files, in hexadecimal digits."""
     return FileCache("sha256 1", str, str)
 
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """A file, whatever its folder."""
+    """The identity of a file, whatever its folder."""
 
     name: str
     size: int
-    sha256: str  # of all of it, in hexadecimal digits, as the Hugging Face Hub shows it
+    sha256: str  # of the whole file, in hexadecimal digits, as the Hugging Face Hub shows it
 
 
 def digest_files(
     paths: tuple[Path, ...], on_progress: Callable[[int, int], object]
 ) -> tuple[FileDigest, ...]:
-    """Work out the digests of files, in a worker thread of anyio.
+    """Compute the digests of files, in a worker thread of anyio.
 
-    Files that have not changed since are not read again. Cancelled, it ends within hundredths of a
-    second, and the files that were read to their end are remembered. `on_progress` is called with
-    the bytes that are read, and that are to be.
+    Files that have not changed since are not read again. When cancelled, it ends within hundredths
+    of a second, and the digests of completely read files are cached. `on_progress` is called with
+    the bytes read so far, and those to read in total.
 
     Raises:
-        ModelFileError: A file is missing, cannot be read, or changes meanwhile.
+        ModelFileError: A file is missing, can't be read, or changes meanwhile.
     """
     cache = digest_cache()
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - links stay links

@@ -1,4 +1,4 @@
-"""The models of a folder and of other programs' stores."""
+"""The models in a folder and in other programs' stores."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
     from kitty_nb.catalog.model import Model
 
-_FACTS = "facts 8"  # one higher whenever `FileFacts` changes or is worked out otherwise
+_FACTS = "facts 8"  # increase it whenever `FileFacts`, or the way it is computed, changes
 _FILE_FACTS = TypeAdapter(FileFacts)
-_READERS = 4  # files at a time: reading from a disk, and working on what was read
+_READERS = 4  # files at a time: some are read from disk while others are parsed
 _STEP_SECONDS = 0.2
-_LIST_SHARE = 10  # times as long is read as is spent on unfinished lists
-_TOGETHER_MS = 500  # changes within this are one
-_LOOK_SECONDS = 30.0  # network disks do not tell, and folders can appear
-_FIRST_LOOK_MS = 1_000  # what happens before the watch has begun is not told either
-_POLL_SECONDS = 5.0  # where the system has no more watches to give
+_LIST_SHARE = 10  # seconds of reading for each second spent on unfinished lists
+_TOGETHER_MS = 500  # changes within this time count as one
+_LOOK_SECONDS = 30.0  # network disks report no changes, and folders can appear
+_FIRST_LOOK_MS = 1_000  # nor are changes reported that happen before the watch has begun
+_POLL_SECONDS = 5.0  # if the system has no watches left
 
 
 def find_projector(path: Path, roots: Sequence[Path]) -> Path | None:
-    """Find the projector for images or sound that goes with a model; None where there is none.
+    """Find the projector for images or sound that goes with a model; None if there is none.
 
-    Headers are read only if there is a projector nearby. Models are listed from `roots`.
+    Headers are read only if there is a projector nearby. `roots` are the folders of the catalog.
     """
     beside = _beside(path, roots)
     return _describe(path, roots, beside).projector if beside else None
@@ -60,7 +60,7 @@ def _describe(path: Path, roots: Sequence[Path], beside: Iterable[FoundFile] = (
     """Describe the model that `path` is a file of."""
     shards = shard_paths(path)
     files = {shard: _with_facts(FoundFile(shard, signature_of(shard))) for shard in shards}
-    for file in beside:  # of all but projectors the name is enough
+    for file in beside:  # for all but projectors, the name is enough
         read = file.signature and is_projector_name(file.path)
         files.setdefault(file.path, _with_facts(file) if read else file)
     listed = rows(files.values(), roots[0] if roots else path.parent)
@@ -68,7 +68,7 @@ def _describe(path: Path, roots: Sequence[Path], beside: Iterable[FoundFile] = (
 
 
 def _beside(path: Path, roots: Sequence[Path]) -> list[FoundFile]:
-    """The files in a model's own folder and, in a root, the one above, if there is a projector."""
+    """List the files beside a model and, in a root, in the folder above, if with a projector."""
     own, above = path.parent, path.parent.parent
     folders = [above, own] if any(above.is_relative_to(root) for root in roots) else [own]
     near = [folder for folder in folders if any(map(is_projector_name, matching(folder, "*")))]
@@ -77,7 +77,7 @@ def _beside(path: Path, roots: Sequence[Path]) -> list[FoundFile]:
 
 
 def why_not_served(path: Path) -> str | None:
-    """Say why a model cannot or may not be served, and what to do; None where nothing is known."""
+    """Return why a model can't, or might not, be served, and the remedy; None if none is known."""
     row = _describe(path, [path.parent])
     if row.kind is Kind.MODEL:
         return row.problem or row.doubt
@@ -88,21 +88,21 @@ def why_not_served(path: Path) -> str | None:
 class ScanStep:
     """The progress of a scan."""
 
-    done: int  # files that were read, or had been known
-    total: int  # files that there are
+    done: int  # files that were read, or found in the cache
+    total: int  # files to read in all
     models: tuple[Model, ...]  # all rows so far, in the order of the final list
 
 
 class ModelCatalog:
-    """The models in some folders and in the folders below them.
+    """The models in some folders and their subfolders.
 
-    Names that begin with a dot are passed over: they are other programs' business. What was read
-    once is remembered until the file changes.
+    Names that begin with a dot are skipped: they belong to other programs. The facts of a file are
+    cached until it changes.
 
     Args:
-        directories: The folder, or several, also other programs' (see `known_stores`). None of
-            them need exist. Names are relative to the first.
-        cache: The SQLite file that remembers; None for one in the user's cache folder.
+        directories: One folder or several, which may be other programs' (see `known_stores`) and
+            need not exist. Names are relative to the first.
+        cache: The SQLite file of the cache; None for one in the user's cache folder.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class ModelCatalog:
         return self.stores[0].path if self.stores else Path()
 
     def scan(self, kind: Kind = Kind.MODEL) -> list[Model]:
-        """List the models, with `2B` before `10B`; what cannot be served says why.
+        """List the models, `2B` before `10B`; the `problem` of one says why it can't be served.
 
-        Only headers are read. What goes with a model and cannot be served alone is not listed.
+        Only headers are read. Files that go with a model and can't be served alone are not listed.
 
         Args:
             kind: What to list instead: adapters, or projectors for images and sound.
@@ -139,9 +139,9 @@ class ModelCatalog:
         return list(last.models)
 
     def steps(self, kind: Kind = Kind.MODEL) -> Generator[ScanStep]:
-        """Do the same step by step, a few times a second; the last step has the complete list.
+        """Scan in steps, yielded a few times a second; the last step has the complete list.
 
-        It may be left early: what was read until then is remembered.
+        It may be closed early: what was read until then is cached.
         """
         files = [file for store in reversed(self.stores) for file in files_in(store)]
         found = {os.path.abspath(file.path): file for file in files}  # noqa: PTH100 - keeps links
@@ -152,7 +152,7 @@ class ModelCatalog:
         total = sum(file.readable for file in found.values())
         done = total - len(waiting)
         listed: tuple[Model, ...] = ()
-        due = 0.0  # making a long list takes its time too
+        due = 0.0  # building a long list takes time, too
         try:
             for read in _read(waiting):
                 found |= read
@@ -176,9 +176,9 @@ class ModelCatalog:
         yield ScanStep(total, total, self._listed(found.values(), kind))
 
     def describe(self, path: Path) -> Model | None:
-        """Describe the model that begins with `path`; None when it is not one to serve.
+        """Describe the model whose first file is `path`; None if it is not one to serve.
 
-        Outside the catalog's folder its name is the whole path.
+        Outside the catalog's folder, its name is the whole path.
         """
         roots = [store.path for store in self.stores]
         row = _describe(path, roots, _beside(path, roots))
@@ -187,7 +187,7 @@ class ModelCatalog:
     async def watch(
         self, kind: Kind = Kind.MODEL, on_step: Callable[[ScanStep], object] | None = None
     ) -> AsyncGenerator[list[Model]]:
-        """Yield the list at once, and again whenever it has changed, until closed or cancelled.
+        """Yield the list at once, and again whenever it changes, until closed or cancelled.
 
         Args:
             kind: What to list, as for `scan`.
@@ -235,7 +235,7 @@ class ModelCatalog:
 
 
 def _read(waiting: Mapping[str, FoundFile]) -> Generator[dict[str, FoundFile]]:
-    """Read several files at a time; yield at once, and what is read a few times a second."""
+    """Read several files at a time; yield at once, then what was read, a few times a second."""
     if not waiting:
         return
     pool = ThreadPoolExecutor(_READERS, thread_name_prefix="kitty_nb catalog")
@@ -255,7 +255,7 @@ def _with_facts(file: FoundFile) -> FoundFile:
 
 
 async def _changes(folders: Sequence[Path]) -> AsyncGenerator[None]:
-    """Yield at once, whenever something has changed, and now and then in any case."""
+    """Yield at once, whenever something changes, and from time to time in any case."""
     from watchfiles import awatch  # noqa: PLC0415 - slow to import, and not always needed
 
     yield
@@ -277,7 +277,7 @@ async def _changes(folders: Sequence[Path]) -> AsyncGenerator[None]:
                 if changes or time.monotonic() - looked >= _LOOK_SECONDS:
                     looked = time.monotonic()
                     yield
-    except OSError:  # a folder has gone, or the system has no more watches to give
+    except OSError:  # a folder is gone, or the system has no watches left
         await anyio.sleep(_POLL_SECONDS)
 
 
@@ -286,13 +286,13 @@ def _natural(name: str) -> list[str | int]:
 
 
 def families(models: Iterable[Model]) -> dict[str, tuple[Model, ...]]:
-    """Group models by their base model, in the order in which they come.
+    """Group models by their base model, in the given order.
 
-    The base of a base is looked up among the models too. A model that names none is a base itself,
+    The base of a base is looked up among the models, too. A model that names none is a base itself,
     under its title, or its file's name.
 
     Returns:
-        The base model's name, as the first of its family writes it, with all of its family.
+        Each family's models by the name of their base model, as the first of them spells it.
     """
     models = tuple(models)
     parents = {

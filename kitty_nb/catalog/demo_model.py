@@ -1,10 +1,10 @@
-"""A model that speaks without training, for trying everything out with no download.
+"""A model that answers without training, for trying everything out without a download.
 
-A llama-architecture GGUF whose weights are worked out instead of learned. Each token's embedding is
-one-hot, attention and feed-forward are zero, so the residual stream carries the last token alone to
-the output matrix, which is the table of what follows what: a chain through the answer, entered at
-its beginning from every token that is not in it. A larger model has more experts and blocks of
-zeros: the engine loads every byte of them, yet asks one expert a token, so the answer stays quick.
+A llama-architecture GGUF whose weights are computed instead of learned. Each token's embedding is
+one-hot, attention and feed-forward are zero, so the residual stream carries only the last token to
+the output matrix, a table of which token follows which: a chain through the answer, entered at its
+beginning from every token outside it. A larger model has more experts and blocks of zeros: the
+engine loads every byte of them, but uses one expert per token, so answers stay quick.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "kitty-demo.gguf"
 
-# Cut into tokens, all different: a repeated one would send the chain round in a circle. None is a
-# single letter, which the tokenizer would find in the user's words.
+# Split into tokens, all different: a repeated one would make the chain loop. None is a single
+# letter, which the tokenizer would find in the user's words.
 _ANSWER = (
     "Hello!| I am| the| kitty_nb| demo| model,| written| on the| spot| without| any| training."
     "| I know| only| these| few| sentences,| so| every| question| gets| this| same| answer."
@@ -46,11 +46,11 @@ _CHAT_TEMPLATE = (
 _WIDTH = 320  # n_embd: at least one dimension for each token
 _HEADS = 5  # of 64 dimensions, a size that every backend has attention kernels for
 _CONTEXT = 4096
-_CERTAINTY = 20.0  # logit of the one next token, where all others have 0
+_CERTAINTY = 20.0  # logit of the next token; all others have 0
 
 _MIN_SIZE = 1_000_000
-_BLOCK_SIZE = 512_000_000  # bytes a block at most: the largest tensor held in memory is a third
-_EXPERT_SIZE = 2_000_000  # bytes an expert at least: enough to fine-tune the size by its width
+_BLOCK_SIZE = 512_000_000  # maximum bytes per block: the largest tensor held in memory is a third
+_EXPERT_SIZE = 2_000_000  # minimum bytes per expert: enough to fine-tune the size by its width
 _MAX_EXPERTS = 256  # in a block
 _HEADER_SIZE = 8_400  # bytes before the weights, without the blocks' part
 
@@ -59,19 +59,19 @@ def write_demo_model(path: str | Path, size: int | None = None) -> Path:
     """Write a GGUF model that any llama.cpp engine loads and that answers in a few sentences.
 
     The same arguments give the same bytes. The file appears at `path` only when it is complete, and
-    replaces what was there; folders above it are made. Memory stays below 200 MB at any size.
+    replaces any file there; parent folders are created. Memory stays below 200 MB at any size.
 
     Args:
-        path: Where to write it, by custom a name that ends in `.gguf`.
-        size: Bytes that it should take on disk, met within 1 %; None gives the smallest, 1 MB.
-            All of them are weights that the engine reads when it loads the model.
+        path: Where to write it; by convention, the name ends in `.gguf`.
+        size: Bytes on disk, met within 1 %; None for the smallest, 1 MB. All of them are weights
+            that the engine reads when it loads the model.
 
     Returns:
         `path`.
 
     Raises:
         DemoModelSizeError: `size` is less than 1 MB.
-        ModelFileError: It could not be written, e.g. because the disk is full.
+        ModelFileError: The file can't be written, e.g. because the disk is full.
     """
     path = Path(path)
     size = _MIN_SIZE if size is None else size
@@ -98,13 +98,13 @@ def write_demo_model(path: str | Path, size: int | None = None) -> Path:
 class _Shape:
     """The parts that grow with the size."""
 
-    blocks: int  # how many transformer blocks
-    experts: int  # how many feed-forward networks in each block
+    blocks: int  # number of transformer blocks
+    experts: int  # number of feed-forward networks in each block
     feed_forward: int  # width of each expert's hidden layer
 
     @classmethod
     def for_size(cls, size: int) -> Self:
-        """Shape a model of about `size` bytes, counting 2 bytes a weight and 4 where it is f32."""
+        """Shape a model of about `size` bytes, at 2 bytes per weight, or 4 if it is f32."""
         blocks = math.ceil(size / _BLOCK_SIZE)
         table = 2 * 2 * _VOCABULARY * _WIDTH + 4 * _WIDTH
         attention = 2 * (2 * _WIDTH + 2 * _WIDTH // _HEADS) * _WIDTH + 2 * 4 * _WIDTH
@@ -115,7 +115,7 @@ class _Shape:
 
 
 def _write(path: Path, shape: _Shape) -> None:
-    # gguf brings numpy along: slow to import, and needed for nothing else in this package.
+    # gguf imports numpy, which is slow to import and needed for nothing else in this package.
     import gguf  # noqa: PLC0415
 
     with contextlib.closing(gguf.GGUFWriter(path, "llama")) as writer:
@@ -152,7 +152,7 @@ def _write(path: Path, shape: _Shape) -> None:
 
 
 def _tensors(shape: _Shape) -> Iterator[tuple[str, NDArray[np.float16 | np.float32]]]:
-    """Yield all weights by name; those of zeros share the memory of their kind."""
+    """Yield all weights by name; tensors of zeros of the same kind share their memory."""
     import numpy as np  # noqa: PLC0415
 
     following = np.full(_VOCABULARY, _FIRST)

@@ -1,4 +1,4 @@
-"""GGUF files: their header, and what a quantization is."""
+"""GGUF files: their headers, and the names of quantizations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TensorType(NamedTuple):
     """The storage type of a tensor's numbers."""
 
     name: str  # e.g. `Q4_K`
-    block: int  # how many numbers are stored together
-    size: int  # bytes that they take
+    block: int  # numbers that are stored together
+    size: int  # bytes of a block
 
 
 FORMATS: dict[str, dict[str, Any]] = tomllib.loads(
@@ -46,12 +46,11 @@ def stored_quantization(
     Args:
         file_type: The header's `general.file_type`; None without one.
         weights: Bytes of the model's matrices by their type.
-        stem: The file's name, which tells it where the header does not.
+        stem: The file's name, used if the header does not tell.
 
     Returns:
-        The name, e.g. `Q4_K_M`, or None when nothing tells; and whether that and the tensors agree,
-        or None when one of them says nothing. Where they do not agree, the name is that of the
-        type that most bytes are stored as.
+        The name, e.g. `Q4_K_M`, or None if it is unknown; and whether it agrees with the tensors,
+        or None if one of them is unknown. If they disagree, the name is the type of most bytes.
     """
     claimed = FILE_TYPES.get(-1 if file_type is None else file_type) or named_quantization(stem)
     known = {TENSOR_TYPES[kind].name: n for kind, n in weights.items() if kind in TENSOR_TYPES}
@@ -66,23 +65,23 @@ def stored_quantization(
 
 
 def named_quantization(stem: str) -> str | None:
-    """Find what a file's name says about quantization, e.g. `Q8_0` in `qwen2.5-7b-q8_0`."""
+    """Find the quantization in a file's name, e.g. `Q8_0` in `qwen2.5-7b-q8_0`."""
     tags: list[str] = _TAG.findall(stem)
     return tags[-1].upper() if tags else None
 
 
-_LARGEST = 1 << 53  # what JSON carries everywhere; far beyond any real number in a header
+_LARGEST = 1 << 53  # exact in every JSON parser; far beyond any real number in a header
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
     """The kept part of an array."""
 
-    length: int  # how many elements it has
-    # Its elements, if they are numbers and no more than a model can have layers.
+    length: int  # number of elements
+    # Its elements, if they are numbers, and no more of them than a model can have layers.
     numbers: tuple[bool | int | float, ...] = ()
-    # The bytes of the file that its strings take; of a list as long as a vocabulary without the
-    # first and the last, in which models of one family may differ.
+    # The range of bytes of its strings in the file; in a list as long as a vocabulary, without the
+    # first and the last strings, in which models of one family may differ.
     span: range = field(default=range(0), compare=False, repr=False)
 
 
@@ -93,22 +92,22 @@ class Tensor(NamedTuple):
     """One weight tensor of a file."""
 
     name: str  # e.g. `blk.0.attn_k.weight`
-    # Its dimensions, in llama.cpp's order: the one that lies closest in memory first.
+    # Its dimensions, in llama.cpp's order: the contiguous one first.
     shape: tuple[int, ...]
-    type: int  # how its numbers are stored, by llama.cpp's `enum ggml_type`
-    offset: int  # where it begins, in bytes from the begin of the weights
-    size: int  # bytes up to the next tensor, so up to a few dozen of padding too many
+    type: int  # its storage type, by llama.cpp's `enum ggml_type`
+    offset: int  # its offset in bytes from the start of the weights
+    size: int  # bytes up to the next tensor, including up to a few dozen of padding
 
     @property
     def stored(self) -> int:
-        """Bytes by its type; 0 of a type that this table does not have."""
+        """Bytes by its type; 0 if the type is not in the table."""
         kind = TENSOR_TYPES.get(self.type)
         return prod(self.shape) // kind.block * kind.size if kind else 0
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """All that a GGUF file says before its weights."""
+    """Everything that a GGUF file contains before its weights."""
 
     path: Path
     size: int  # its length, in bytes
@@ -123,28 +122,28 @@ class GgufHeader:
 
     @property
     def vocabulary(self) -> int | None:
-        """The number of tokens it knows; None when it does not say."""
+        """The number of tokens it knows; None if the header does not say."""
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         return tokens.length if isinstance(tokens, ArrayInfo) else self.own_number("vocab_size")
 
     def text(self, key: str) -> str | None:
-        """A text; None where the key is missing, empty or something else."""
+        """Return a text; None if the key is missing, empty or something else."""
         value = self.metadata.get(key)
         return value if isinstance(value, str) and value else None
 
     def number(self, key: str) -> int | None:
-        """A natural number, the largest of a list; None where it is missing or anything else."""
+        """Return a natural number, the largest of a list; None if it is missing or not one."""
         value = self.metadata.get(key)
         numbers = value.numbers if isinstance(value, ArrayInfo) else (value,)
         return max((n for n in numbers if type(n) is int and 0 <= n <= _LARGEST), default=None)
 
     def own_number(self, key: str) -> int | None:
-        """A number of its architecture, such as `block_count`."""
+        """Return a number of its architecture, such as `block_count`."""
         return self.number(f"{self.architecture}.{key}")
 
     @property
     def problem(self) -> str | None:
-        """A sentence where weights are missing at the end; None where all are there."""
+        """A sentence, if weights are missing at the end; None if all are there."""
         ends = (self.data_at + tensor.offset + tensor.stored for tensor in self.tensors)
         needed = max(ends, default=0)
         if needed <= self.size:
@@ -161,10 +160,10 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 
 _WINDOW = 1 << 18  # bytes
-# llama.cpp compares the tokens of a draft model from the sixth on, and lets as many be missing.
+# llama.cpp compares the tokens of a draft model from the sixth on, and lets up to 128 be missing.
 _FIRST, _PADDING = 5, 128
 _PADDED = 1 << 13  # tokens
-# Far beyond any real header, and little enough to read through.
+# Far beyond any real header, and small enough to read through.
 _LIMIT = 1 << 24  # bytes of a string, or of an alignment
 _MOST_STRINGS = 1 << 22  # in an array
 _MOST_ENTRIES = 1 << 16
@@ -176,13 +175,13 @@ _DOWNLOAD_AGAIN = "It is damaged or incomplete: download it again."
 
 
 def read_header(path: Path, before: str | None = None) -> GgufHeader:
-    """Read the header of a GGUF file and its list of tensors, whether those are there or not.
+    """Read the header of a GGUF file and its list of tensors, whether or not those are there.
 
-    Versions 2 and 3 are read, in either byte order, but no further than a key that begins with
+    Versions 2 and 3 are supported, in either byte order. Reading stops at a key that begins with
     `before`: a vocabulary takes long to read through.
 
     Raises:
-        ModelFileError: It cannot be opened, is not GGUF, or is damaged or cut short.
+        ModelFileError: The file can't be opened, is not GGUF, or is damaged or cut short.
     """
     try:
         status = path.stat()
@@ -199,7 +198,7 @@ def read_header(path: Path, before: str | None = None) -> GgufHeader:
 
 
 class _Reader:
-    """Walks forward through a file, with a window of its bytes in memory."""
+    """A forward reader of a file, with a window of its bytes in memory."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self._file = file
@@ -295,7 +294,7 @@ class _Reader:
         return _SCALARS[kind]
 
     def _skip_strings(self, count: int) -> None:
-        """Pass over strings: the one hot loop, 300,000 turns for a large vocabulary."""
+        """Skip strings: the one hot loop, 300,000 iterations for a large vocabulary."""
         unpack = struct.Struct(self._order + "Q").unpack_from
         window, at, last = self._window, self._at, len(self._window) - 8
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""The memory that a model needs, by formula, and how it is spread over devices."""
+"""The memory that a model needs, by formula, and its distribution over devices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Far beyond the context, the width or the vocabulary of any model.
 _NATURAL, _POSITIVE = range(1 << 24), range(1, 1 << 24)
 _SHAPES_KEPT = 1024
-_LONGEST = 200  # letters of what a header says, in a sentence
-# Keys of models that remember otherwise than by keys and values for each token: state-space,
+_LONGEST = 200  # maximum characters from a header in a sentence
+# Header keys of models whose memory is not just keys and values for each token: state-space,
 # linear and indexed sparse attention, encoders with a decoder.
 _OTHER_MEMORY = re.compile(
     r"\.(ssm|wkv|kda|shortconv|indexer|recurrent_layers|full_attention_interval|token_shift_count"
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)", re.ASCII)
 # Types that llama.cpp rearranges for the processor (`ggml/src/ggml-cpu/repack.cpp`, with AVX2 or
 # ARM's dot product): Q4_0, Q4_K and IQ4_NL.
 _REARRANGED = {2, 12, 20}
-# Read by row rather than multiplied with, so llama.cpp keeps it in RAM.
+# Looked up by row rather than multiplied, so llama.cpp keeps them in RAM.
 _INPUTS = ("token_embd.", "per_layer_token_embd.", "position_embd.", "token_types.")
 
 
@@ -46,38 +46,38 @@ class Layer:
     """One block of a model."""
 
     weights: int  # bytes of its tensors
-    keys: int  # numbers that its key cache holds for each token
-    values: int  # numbers that its value cache holds for each token
-    windowed: bool  # whether it looks back through a sliding window only
+    keys: int  # numbers per token in its key cache
+    values: int  # numbers per token in its value cache
+    windowed: bool  # whether it attends only to a sliding window
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A model, as far as memory is concerned."""
+    """The properties of a model that determine its memory use."""
 
     layers: tuple[Layer, ...]  # its blocks, first to last
-    input_weights: int  # bytes of what turns tokens into vectors
-    output_weights: int  # bytes of what comes after the last block
-    output_is_input: bool  # whether the token embeddings serve as output matrix too
-    output_rearranged: bool  # whether the processor would have a rearranged copy of them for that
+    input_weights: int  # bytes of the tensors that turn tokens into vectors
+    output_weights: int  # bytes of the tensors after the last block
+    output_is_input: bool  # whether the token embeddings are the output matrix, too
+    output_rearranged: bool  # whether the CPU would use a rearranged copy of them for that
     trained_context: int  # the longest context that it was trained for, in tokens
     window: int  # tokens that a sliding window spans; 0 without one
     width: int  # numbers in the vector of one token (`n_embd`)
-    heads: int  # attention heads, of the layer with the most
-    queries: int  # numbers in a token's queries, of the layer with the most
-    activations: int  # numbers that the feed-forward part holds for a token at its widest
-    vocabulary: int  # how many tokens it knows
-    # Whether it remembers by keys and values, so that the cache can be worked out.
+    heads: int  # attention heads in the layer with the most
+    queries: int  # numbers in a token's queries in the layer with the most
+    activations: int  # numbers per token at the widest point of the feed-forward part
+    vocabulary: int  # number of tokens it knows
+    # Whether its memory is keys and values, so that the cache can be computed.
     cache_known: bool
 
 
 def read_shape(path: Path) -> ModelShape:
-    """Read what decides about the memory that a model needs, from the headers of all its files.
+    """Read what determines a model's memory use, from the headers of all its files.
 
     Files that have not changed since are not read again.
 
     Raises:
-        ModelFileError: A file is missing or cannot be read, or a number is missing or absurd.
+        ModelFileError: A file is missing or can't be read, or a number is missing or absurd.
     """
     return _shape(tuple((shard, signature_of(shard)) for shard in shard_paths(path)))
 
@@ -92,7 +92,7 @@ def _shape(files: tuple[tuple[Path, FileSignature | None], ...]) -> ModelShape:
 
 
 class _ShapeReader:
-    """Looks numbers up in the header of a model's first file."""
+    """A reader of numbers from the header of a model's first file."""
 
     def __init__(self, headers: list[GgufHeader]) -> None:
         self._header = headers[0]
@@ -135,7 +135,7 @@ class _ShapeReader:
         said = self._key("attention.head_count_kv") in self._header.metadata
         heads = self._each("attention.head_count_kv") if said else self._heads
         compressed = self._key("attention.key_length_mla") in self._header.metadata
-        # The blocks that predict tokens after the next are not loaded unless asked for.
+        # The blocks for multi-token prediction are loaded only on request.
         loaded = self._count - self._number("nextn_predict_layers", 0)
         cached = max(self._cached(loaded), 0)
         heads = [*heads[:cached], *[0] * (self._count - cached)]
@@ -148,11 +148,11 @@ class _ShapeReader:
         return tuple(layers)
 
     def _cached(self, loaded: int) -> int:
-        """The number of layers with a cache of their own; later ones share it or have none."""
+        """Return the number of layers with their own cache; later ones share it or have none."""
         if self._header.metadata.get(self._key("attention.causal")) is False:
             return 0
         if self._header.architecture == "gemma3n":
-            # As llama.cpp has it, whatever the header says: later layers look into those before.
+            # As in llama.cpp, whatever the header says: later layers use earlier ones' caches.
             return min(loaded, 20)
         return loaded - self._number("attention.shared_kv_layers", 0)
 
@@ -173,10 +173,10 @@ class _ShapeReader:
         return self._number(f"{key}_swa", length) if windowed else length
 
     def _activations(self, block: list[tuple[str, Tensor]]) -> int:
-        """The numbers that a token has at the widest place of a feed-forward part.
+        """Return the numbers per token at the widest point of a feed-forward part.
 
         Measured on llama.cpp: gate, up and their product are held at once; the results of the
-        experts go where gate and up were, if they fit.
+        experts reuse the space of gate and up, if they fit.
         """
         shapes = {name: tensor.shape for name, tensor in block}
 
@@ -196,11 +196,11 @@ class _ShapeReader:
         return widest
 
     def _number(self, key: str, default: int | None = None, within: range = _NATURAL) -> int:
-        """A number, the largest where each layer has its own."""
+        """Return a number; the largest if each layer has its own."""
         return max(self._each(key, default, within))
 
     def _each(self, key: str, default: int | None = None, within: range = _NATURAL) -> list[int]:
-        """A number for each layer, whether the header has one for all or a list."""
+        """Return a number for each layer, whether the header has one for all or a list."""
         said = self._header.metadata.get(self._key(key), default)
         if said is None:
             raise self._unusable(f"lacks {self._key(key)}")
@@ -216,23 +216,23 @@ class _ShapeReader:
 
     def _unusable(self, what: str) -> ModelFileError:
         return ModelFileError(
-            f"{self._header.path.name} {what:.{_LONGEST}}, so its memory use cannot be estimated."
+            f"{self._header.path.name} {what:.{_LONGEST}}, so its memory use can't be estimated."
             " Download it again, or try another conversion of the model."
         )
 
 
-# The types that --cache-type-k takes, by its names for them.
+# The types that --cache-type-k accepts, by its names for them.
 _CACHE_TYPES = {"F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"}
 CACHE_TYPES = {
     kind.name.lower(): kind for kind in TENSOR_TYPES.values() if kind.name in _CACHE_TYPES
 }
 _GB = 1_000_000_000
 MARGIN = 1 << 30  # llama.cpp's --fit-target: bytes that --fit leaves free on each device
-_MARGIN_SHARE = 10  # of a small memory, a tenth is margin enough
+_MARGIN_SHARE = 10  # of a small memory, a tenth is enough margin
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to a multiple of this
 _LEAST_CONTEXT = 4096  # llama.cpp's --fit-ctx: --fit shrinks no further
 _FLOAT = 4  # bytes
-_VECTORS = 5  # as wide as the model, held beside the widest step of a block
+_VECTORS = 5  # as wide as the model, held during the widest step of a block
 
 
 class Verdict(StrEnum):
@@ -246,33 +246,33 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """The settings of llama-server that decide about memory, with its defaults."""
+    """The settings of llama-server that determine memory use, with its defaults."""
 
-    # Tokens of context; None leaves it to the engine, 0 is all that was trained for.
+    # Tokens of context; None leaves it to the engine, 0 is the trained context.
     context: int | None = None
     sequences: int = 4  # requests served at once
-    unified: bool = True  # whether they share one cache, rather than a part of it each
-    batch: int = 2048  # tokens of a prompt handed over at once
-    micro_batch: int = 512  # tokens of a prompt worked on at once
+    unified: bool = True  # whether they share one cache, rather than each having a part of it
+    batch: int = 2048  # tokens of a prompt submitted at once
+    micro_batch: int = 512  # tokens of a prompt computed at once
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
-    flash_attention: bool = True  # whether attention is worked out without a matrix of all scores
-    full_window: bool = False  # whether layers with a sliding window keep all tokens nevertheless
-    # Layers to put on GPUs, the output being one more; None is what fits.
+    flash_attention: bool = True  # whether attention is computed without a matrix of all scores
+    full_window: bool = False  # whether layers with a sliding window keep all tokens anyway
+    # Layers to put on GPUs, where the output counts as one; None for as many as fit.
     gpu_layers: int | None = None
     cache_on_gpu: bool = True  # whether the cache of those layers goes there too
-    fits: bool = True  # whether the engine shrinks what is left to it until it fits (`--fit`)
-    # Whether the engine makes room for the scores of all tokens of a batch, as it does for
+    fits: bool = True  # whether the engine shrinks the settings left to it until they fit (`--fit`)
+    # Whether the engine allocates memory for the scores of all tokens of a batch, as it does for
     # embeddings, and did for everything before it had `--fit`.
     scores_all: bool = False
     drafted: int = 0  # tokens that speculation proposes at once, which need scores too
-    extra_weights: int = 0  # bytes of files that are loaded beside the model, such as a projector
-    # The smaller model that proposes tokens, with settings of its own but this context.
+    extra_weights: int = 0  # bytes of files loaded with the model, such as a projector
+    # The smaller model that proposes tokens, with its own settings except this context.
     draft: tuple[ModelShape, MemorySettings] | None = None
 
     @property
     def caches(self) -> int:
-        """The caches that share the context between them."""
+        """The number of caches that share the context."""
         return 1 if self.unified else self.sequences
 
 
@@ -281,27 +281,27 @@ class MemoryPool:
     """RAM, or the memory of one GPU, in bytes."""
 
     name: str  # `RAM`, or the GPU's
-    free: int  # what is free once the server that runs now has exited
+    free: int  # what is free once the running server has exited
     total: int  # its size
     returned: int = 0  # the part of `free` that the running server still holds
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """All memory of a machine; a GPU that shares the RAM is not among the GPUs."""
+    """A machine's memory; a GPU that shares the RAM is not listed as a GPU."""
 
     ram: MemoryPool
     gpus: tuple[MemoryPool, ...] = ()
 
     @property
     def pools(self) -> tuple[MemoryPool, ...]:
-        """RAM and then the GPUs."""
+        """The RAM, then the GPUs."""
         return (self.ram, *self.gpus)
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """Bytes that a model needs; None for a part that the formula does not know."""
+    """Bytes that a model needs; None for a part that the formula can't compute."""
 
     weights: int
     cache: int | None
@@ -309,12 +309,12 @@ class Requirement:
 
     @property
     def total(self) -> int | None:
-        """All parts together; None when one is unknown."""
+        """All parts together; None if one is unknown."""
         return None if self.cache is None or self.compute is None else self.known
 
     @property
     def known(self) -> int:
-        """The parts that the formula knows: at least so much."""
+        """The sum of the known parts, a lower bound."""
         return self.weights + (self.cache or 0) + (self.compute or 0)
 
     def __add__(self, other: Requirement) -> Requirement:
@@ -334,7 +334,7 @@ class Allocation:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict on this pool: `tight` where less than the margin is left."""
+        """The verdict on this pool: `tight` if less than the margin is left."""
         left = self.pool.free - self.requirement.known
         if left < 0:
             return Verdict.WILL_NOT_FIT
@@ -349,11 +349,10 @@ class MemoryPreview:
     """The memory that a model would take with some settings.
 
     Attributes:
-        allocations: By pool, of those that the model uses. Empty when nothing is known.
-        context: The context that this is for, in tokens.
-        largest_context: The longest one that fits, with a margin; 0 when none does, None when that
-            is unknown.
-        whole_context: Whether that is all the context that the model was trained for.
+        allocations: By pool, for those that the model uses; empty if nothing is known.
+        context: The context that the preview is for, in tokens.
+        largest_context: The longest one that fits, with a margin; 0 if none does, None if unknown.
+        whole_context: Whether that is the full context that the model was trained for.
         problem: Why nothing is known, in a sentence.
     """
 
@@ -365,7 +364,7 @@ class MemoryPreview:
 
     @property
     def requirement(self) -> Requirement:
-        """The need in all pools together."""
+        """The requirement in all pools together."""
         return sum((one.requirement for one in self.allocations), Requirement(0, 0, 0))
 
     @property
@@ -376,7 +375,7 @@ class MemoryPreview:
         return min(found, key=worst_first.index, default=Verdict.UNKNOWN)
 
     def why_not(self) -> str:
-        """Say why the model will not fit, and the remedy; empty where it may fit."""
+        """Return why the model will not fit, and the remedy; empty if it may fit."""
         short = ", ".join(
             f"needs {one.requirement.known / _GB:.1f} GB of {one.pool.name},"
             f" {one.pool.free / _GB:.1f} GB free"
@@ -390,16 +389,17 @@ class MemoryPreview:
 def estimate(
     shape: ModelShape, settings: MemorySettings, gpus: Sequence[MemoryPool] = ()
 ) -> tuple[Requirement, ...]:
-    """Work out what a model needs in RAM and then on each GPU.
+    """Compute what a model needs in RAM and then on each GPU.
 
-    Context and GPU layers are settled, as by `plan`. GPUs share layers out by their free memory.
+    Context and GPU layers must be settled, as by `plan`. Layers are split among the GPUs in
+    proportion to their free memory.
     """
     homes = _homes(len(shape.layers), settings.gpu_layers or 0, [gpu.free for gpu in gpus])
     weights, cache = [0] * (1 + len(gpus)), [0] * (1 + len(gpus))
     cells, window_cells = _cells(shape, settings)
     _, per_k, bytes_k = CACHE_TYPES[settings.cache_type_k]
     _, per_v, bytes_v = CACHE_TYPES[settings.cache_type_v]
-    # Without flash attention values are kept transposed, padded to the widest layer's.
+    # Without flash attention, values are stored transposed, padded to the widest layer's.
     widest = 0 if settings.flash_attention else max(layer.values for layer in shape.layers)
     for layer, home in zip(shape.layers, homes, strict=False):
         values = max(layer.values, widest) if layer.values else 0
@@ -426,7 +426,7 @@ def estimate(
 
 
 def _homes(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
-    """The pool of each layer, then of the output: 0 is RAM, GPUs count from 1."""
+    """Return the pool of each layer, then of the output: 0 is RAM, GPUs count from 1."""
     offloaded = min(offloaded, layers + 1) if sum(free) else 0
     ends = list(accumulate(free))
     on_gpus = [
@@ -437,7 +437,7 @@ def _homes(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
 
 
 def _cells(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
-    """The tokens that each cache keeps: in all, and within a window."""
+    """Return the number of tokens that each cache keeps: without a window, and with one."""
     cells = _padded((settings.context or shape.trained_context) // settings.caches)
     sharing = settings.sequences if settings.unified else 1
     windowed = _padded(min(cells, shape.window * sharing + _micro_batch(settings)))
@@ -445,7 +445,7 @@ def _cells(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
 
 
 def _compute(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
-    """Bytes for work in progress, and for the inputs alone, which are prepared in RAM."""
+    """Return the bytes of compute buffers, and of inputs alone, which are prepared in RAM."""
     cells, window_cells = _cells(shape, settings)
     sequences = settings.sequences
     tokens = -(-_micro_batch(settings) // sequences) * sequences
@@ -474,8 +474,8 @@ def _padded(tokens: int) -> int:
 def plan(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemorySettings:
     """Settle what is left to the engine, context and GPU layers, as its `--fit` would.
 
-    It shortens a context that was not asked for, and then takes layers off the GPUs, until its
-    margin is left free on each of them; without a GPU it measures by all of the RAM.
+    It shortens a context that was not requested, then takes layers off the GPUs, until its margin
+    is left free on each of them; without a GPU, it goes by all of the RAM.
     """
     trained = shape.trained_context * settings.caches
     least = _LEAST_CONTEXT * settings.caches
@@ -507,14 +507,14 @@ def plan(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemoryS
 
 
 def allocate(shape: ModelShape, settings: MemorySettings, memory: Memory) -> tuple[Allocation, ...]:
-    """Spread a model over the pools, with settings as `plan` returns them; unused ones left out."""
+    """Spread a model over the pools, with settings from `plan`; unused pools are left out."""
     needs = estimate(shape, settings, memory.gpus)
     pairs = zip(memory.pools, needs, strict=True)
     return tuple(Allocation(pool, need) for pool, need in pairs if need.total != 0)
 
 
 def preview(shape: ModelShape, settings: MemorySettings, memory: Memory) -> MemoryPreview:
-    """Compare a model's need with the memory there is, and find the longest context that fits."""
+    """Compare a model's requirement with the memory, and find the longest context that fits."""
     settled = plan(shape, settings, memory)
 
     def fits(context: int) -> bool:
@@ -532,7 +532,7 @@ def preview(shape: ModelShape, settings: MemorySettings, memory: Memory) -> Memo
 
 
 def _most(fits: Callable[[int], bool], upmost: int, step: int) -> int:
-    """The largest number up to `upmost` that fits, else in whole steps; 0 when none does."""
+    """Return `upmost` if it fits, else the largest multiple of `step` that does; 0 if none does."""
     if fits(upmost):
         return upmost
     steps = range(step, upmost, step)

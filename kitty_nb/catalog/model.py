@@ -1,4 +1,4 @@
-"""A model: its files, what their headers say, what is wrong with them, and its projector."""
+"""A model: its files, the facts in their headers, their problems, and its projector."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class ShardName:
     """The parts of a shard's file name."""
 
     prefix: str  # the file name up to the shard's number, e.g. `qwen2.5-coder-32b-q8_0`
-    number: int  # which shard it is, from 1 to `count`
-    count: int  # how many shards the whole model has
+    number: int  # the number of this shard, from 1 to `count`
+    count: int  # the number of shards of the whole model
 
     @classmethod
     def parse(cls, path: PurePath) -> Self | None:
-        """Read the name of `path`; None when it is not the name of a shard."""
+        """Parse the name of `path`; None if it is not the name of a shard."""
         match = _SHARD.fullmatch(path.name)
         if match is None:
             return None
@@ -53,7 +53,7 @@ class ShardName:
         return cls(match["prefix"], number, count) if 1 <= number <= count else None
 
     def file_name(self, number: int) -> str:
-        """Name shard `number` (from 1) of the same model."""
+        """Return the file name of shard `number` (from 1) of the same model."""
         return f"{self.prefix}-{number:05d}-of-{self.count:05d}.gguf"
 
 
@@ -75,25 +75,25 @@ def first_shard(path: P) -> P:
 
 
 def name_some(names: Sequence[str], most: int = 3) -> str:
-    """Name the first of some things, and how many more there are."""
+    """List the first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def total_size(path: Path) -> int:
-    """Add up the bytes of those files of the model that `path` belongs to which are there."""
+    """Return the total bytes of the existing files of the model that `path` belongs to."""
     return sum(file_size(shard) or 0 for shard in shard_paths(path))
 
 
 def file_size(path: Path) -> int | None:
-    """Give the bytes of a file; None when it is absent or its folder may not be entered."""
+    """Return the size of a file in bytes; None if it is missing or its folder is inaccessible."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:
         return None
 
 
-# The engine's backends all have kernels for F16; the others follow by what they cost.
+# All of the engine's backends have kernels for F16; the others follow by their cost.
 _PREFERRED = ("F16", "BF16", "Q8_0", "F32")
 _SEPARATORS = re.compile(r"[\s._-]+")
 _PROJECTOR = re.compile(r"mmproj(?:-model)?", re.IGNORECASE)
@@ -102,17 +102,17 @@ _NO_MODEL = re.compile(r"mmproj|(?<![a-z])(?:imatrix|lora)(?![a-z])", re.IGNOREC
 
 
 def is_projector_name(path: PurePath) -> bool:
-    """Tell by a file's name whether it is a projector, as llama.cpp does."""
+    """Return whether a file is a projector, judging by its name as llama.cpp does."""
     return "mmproj" in path.name.lower()
 
 
 def preference(stem: str, quantization: str | None) -> tuple[int, int]:
-    """The rank of a usable projector, best first: by its name, then by its storage type."""
+    """Return the rank of a usable projector, best first: by its name, then its storage type."""
     return -len(own_name(stem)), (*_PREFERRED, quantization).index(quantization)  # others last
 
 
 def own_name(stem: str) -> str:
-    """A file's name without its role and storage type."""
+    """Return a file's name without its role and storage type."""
     stem = _PROJECTOR.sub("", stem)
     if tag := named_quantization(stem):
         stem = re.sub(rf"(?i)(?:UD-)?{tag}", "", stem)
@@ -120,15 +120,15 @@ def own_name(stem: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A name without what people write differently: case, and what separates its words."""
+    """Normalize what people write differently in a name: case, and separators between words."""
     return _SEPARATORS.sub("-", name.casefold()).strip("-")
 
 
-# Up to the next delimiter of either kind: a search for the right one takes forever where none is.
+# Up to the next delimiter of either kind: a search for the right one never ends without it.
 _IN_JINJA = re.compile(r"\{[{%](?:(?!\{[{%]|[%}]\}).)*", re.DOTALL)
-_LONGEST = 1 << 20  # letters of a template, far beyond any real one
+_LONGEST = 1 << 20  # characters of a template, far beyond any real one
 _TOOLS = re.compile(r"\btools\b")
-_OF_LORA = (".lora_a", ".lora_b")  # converters of 2024 do not say the file's type
+_OF_LORA = (".lora_a", ".lora_b")  # converters of 2024 don't write the file's type
 _REPOSITORY = re.compile(r"https?://[^/]+/(?P<name>.+?)/?")
 
 
@@ -164,45 +164,45 @@ _SENSES = {Modality.IMAGE: "clip.has_vision_encoder", Modality.AUDIO: "clip.has_
 class FileFacts:
     """The facts in one GGUF file's header."""
 
-    # Why the file cannot be served, as a sentence; all else is empty where its header cannot be
+    # Why the file can't be served, as a sentence; everything else is empty if its header can't be
     # read.
     problem: str | None = None
     cut_short: bool = False  # whether that is because it ends too early
     # What it is: a model, an adapter, a projector for images or sound, or something else.
     kind: Kind = Kind.MODEL
     architecture: str | None = None  # the family of network, e.g. `qwen2`
-    title: str | None = None  # what its author calls it, e.g. `Qwen2.5 Coder 32B Instruct`
+    title: str | None = None  # its author's name for it, e.g. `Qwen2.5 Coder 32B Instruct`
     size_label: str | None = None  # its size in its author's words, e.g. `32B`
-    base_model: str | None = None  # what it was made from
+    base_model: str | None = None  # the model it was made from
     license: str | None = None  # e.g. `apache-2.0`
     file_type: int | None = None  # its quantization, by llama.cpp's `enum llama_ftype`
     # Bytes of its matrices, by llama.cpp's `enum ggml_type`.
     weights: tuple[tuple[int, int], ...] = ()
-    parameters: int = 0  # how many numbers all its tensors hold
-    tensor_count: int = 0  # how many tensors it holds
+    parameters: int = 0  # numbers in all its tensors
+    tensor_count: int = 0  # number of tensors
     context_length: int | None = None  # the longest context it was trained for, in tokens
-    layers: int | None = None  # how many blocks it has
-    # Numbers in the vector of one token; of a projector, in those that it makes.
+    layers: int | None = None  # number of blocks
+    # Numbers in the vector of one token; for a projector, in the vectors that it outputs.
     width: int | None = None
-    heads: int | None = None  # attention heads, of the layer with the most
-    vocabulary: int | None = None  # how many tokens it knows
-    tokenizer: bool = False  # whether it says how to cut text into tokens
+    heads: int | None = None  # attention heads in the layer with the most
+    vocabulary: int | None = None  # number of tokens it knows
+    tokenizer: bool = False  # whether it says how to split text into tokens
     chat_template: str | None = field(default=None, repr=False)  # in Jinja
-    tools: bool | None = None  # whether the template takes tools; None without a template
+    tools: bool | None = None  # whether the template supports tools; None without a template
     senses: tuple[Modality, ...] = ()  # the inputs that a projector adds to its model
-    task: Task = Task.CHAT  # what it was made for
-    split_number: int | None = None  # which shard it is, from 0; None for a whole model
-    split_count: int = 1  # how many shards there are; 1 for a whole model
-    split_tensors: int | None = None  # how many tensors all shards hold together; None when unsaid
+    task: Task = Task.CHAT  # the task it was made for
+    split_number: int | None = None  # the number of this shard, from 0; None for a whole model
+    split_count: int = 1  # number of shards; 1 for a whole model
+    split_tensors: int | None = None  # number of tensors in all shards together; None if unknown
 
     @property
     def lacks_template(self) -> bool:
-        """True if it is made to answer, and does not say how questions are written to it."""
+        """True if it is made for chat and has a tokenizer, but no chat template."""
         return self.task is Task.CHAT and self.tokenizer and self.chat_template is None
 
 
 def read_facts(path: Path) -> FileFacts:
-    """Read what a file says about itself; what is wrong with it becomes its `problem`."""
+    """Read the facts in a file's header; an error becomes their `problem`."""
     try:
         return _facts(read_header(path))
     except ModelFileError as error:
@@ -245,10 +245,10 @@ def _facts(header: GgufHeader) -> FileFacts:
 
 
 def read_task(path: Path) -> Task:
-    """Read what a model was made for; one that cannot be read is one to chat with."""
+    """Read the task that a model was made for; chat if it can't be read."""
     try:
         header = read_header(path, before="tokenizer.")
-        if header.architecture in FORMATS["encoders"]:  # its tensors tell, too
+        if header.architecture in FORMATS["encoders"]:  # its tensors decide, too
             header = read_header(path)
         return _task(header)
     except ModelFileError:
@@ -256,7 +256,7 @@ def read_task(path: Path) -> Task:
 
 
 def _task(header: GgufHeader) -> Task:
-    """Tell by the pooling that its converter wrote, of old conversions by what they consist of."""
+    """Decide by the pooling or labels in the header; in old conversions, by what they contain."""
     labels = header.metadata.get(f"{header.architecture}.classifier.output_labels")
     pooling, encodes = header.own_number("pooling_type"), header.architecture in FORMATS["encoders"]
     classifies = encodes and any(tensor.name.startswith("cls.") for tensor in header.tensors)
@@ -277,7 +277,7 @@ def _kind(header: GgufHeader) -> Kind:
 def _width(header: GgufHeader) -> int | None:
     if header.architecture != "clip":
         return header.own_number("embedding_length")
-    # Converters that do not say their file's type meant something else by this key.
+    # Converters that don't write the file's type use this key for something else.
     if header.text("general.type") is None:
         return None
     return header.number("clip.vision.projection_dim") or header.number("clip.audio.projection_dim")
@@ -299,50 +299,50 @@ def _takes_tools(header: GgufHeader, template: str | None) -> bool | None:
     return any(_TOOLS.search(part[0]) for part in code)
 
 
-_JUST_NOW = 120  # seconds in which a download that still runs has written something
+_JUST_NOW = 120  # seconds within which a running download has written something
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file that looks like a model by its name."""
+    """A file whose name looks like a model's."""
 
-    path: Path  # its place, also while it is still being downloaded
-    signature: FileSignature | None  # changes whenever the file does; None while it is not there
-    # Bytes of it that are downloaded so far; None when no download is under way.
+    path: Path  # its final path, even while it is being downloaded
+    signature: FileSignature | None  # changes whenever the file does; None while it is missing
+    # Bytes downloaded so far; None if no download is under way.
     downloading: int | None = None
-    known_as: str | None = None  # its store's name for it; None where the file's name is that
-    # The Hub repository it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
+    known_as: str | None = None  # its store's name for it; None if that is the file's name
+    # The Hub repository it comes from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
     repository: str | None = None
     projector: Path | None = None  # the projector that the store keeps for it
-    # A fault of its store, as a sentence, such as a manifest that can't be read.
+    # A problem with its store, as a sentence, such as a manifest that can't be read.
     problem: str | None = None
-    # Whether the download is written into the file itself, at its full length.
+    # Whether the download is written into the file itself, which has its full length already.
     filling: bool = False
-    # Its header's facts; None while it is not there, or not yet read.
+    # Its header's facts; None while it is missing or not yet read.
     facts: FileFacts | None = None
 
     @property
     def readable(self) -> bool:
-        """True if its header should be read: its store is sound, and it is more than a part."""
+        """True if its header should be read: its store is intact, and it is not just a part."""
         return self.problem is None and (self.signature is not None or self.downloading is None)
 
     @property
     def unfinished(self) -> bool:
-        """True if a download is under way, not where an old part lies beside the whole file."""
+        """True if a download is under way; an old part beside the whole file doesn't count."""
         whole = self.signature and self.facts and self.facts.problem is None
         return self.downloading is not None and (self.filling or not whole)
 
     @property
     def growing(self) -> bool:
-        """True if it ends too early, and was written to a moment ago."""
+        """True if it ends too early, but was written to a moment ago."""
         if not (self.signature and self.facts and self.facts.cut_short):
             return False
-        # A time in the future says nothing, and would make it a download for ever.
+        # A time in the future means nothing, and would make it a download forever.
         return abs(time.time() - self.signature.mtime_ns / 1e9) < _JUST_NOW
 
     @property
     def size(self) -> int:
-        """Bytes that are on the disk so far."""
+        """Bytes on the disk so far."""
         there = self.signature.size if self.signature else 0
         return max(there, self.downloading or 0) if self.unfinished else there
 
@@ -351,12 +351,11 @@ class FoundFile:
 class ModelNote:
     """The usage history of a model."""
 
-    favourite: bool = False  # whether the user marked it
-    # When it last became ready, in seconds since the epoch; None when it never did.
+    favourite: bool = False  # whether the user marked it as one
+    # When it last became ready, in seconds since the epoch; None if it never did.
     last_used: float | None = None
-    load_seconds: float | None = None  # how long that load took
-    # What it was started with then, by field of `ServerConfig`; what is left out was left to the
-    # engine.
+    load_seconds: float | None = None  # duration of that load
+    # The settings of that load, by field of `ServerConfig`; missing ones were left to the engine.
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -365,24 +364,23 @@ class Model:
     """A model on disk, whether it can be served or not.
 
     Attributes:
-        path: Its file; of a split model the first one, which the engine is given.
-        name: `path` within the catalog's first folder, with `/`, and the whole path elsewhere: what
-            one writes in `.env`.
-        facts: What its first file says about itself.
-        size: Bytes of all its files that are there.
-        quantization: How its weights are stored, e.g. `Q4_K_M`; None when unknown.
-        confirmed: Whether the tensors are stored as `quantization` was said to be; where they are
-            not, it names what most of them are. None when one of the two says nothing.
-        parameters: How many numbers its weights are; None while files are missing.
-        shard_count: How many files it has when complete.
-        missing: Names of those files that are not there.
-        problem: Why it cannot be served and what to do about it; None when nothing is known.
-        doubt: Why it may not be served, though an engine may load it; None when nothing tells.
-        modalities: What it takes in, with its projector; of a projector, what that adds.
+        path: Its file; for a split model, the first one, which is passed to the engine.
+        name: `path` relative to the catalog's first folder, with `/`, or the whole path elsewhere,
+            as written in `.env`.
+        facts: The facts in the header of its first file.
+        size: Bytes of all its existing files.
+        quantization: The storage format of its weights, e.g. `Q4_K_M`; None if unknown.
+        confirmed: Whether the tensors agree with the stated quantization; if not, `quantization`
+            is the type of most of them. None if one of the two is unknown.
+        parameters: The number of its weights; None while files are missing.
+        shard_count: The number of its files when complete.
+        missing: Names of its missing files.
+        problem: Why it can't be served, and the remedy; None if no problem is known.
+        doubt: Why it might not be served, though an engine may load it; None if there is no reason.
+        modalities: The inputs it accepts with its projector; for a projector, those that it adds.
         projector: The projector for images or sound that goes with it (`mmproj`).
-        known_as: What the store that has it calls it, e.g. `llama3.2:3b`; None where that is the
-            name of the file.
-        repository: The Hub repository that it is from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
+        known_as: Its store's name for it, e.g. `llama3.2:3b`; None if that is the file's name.
+        repository: The Hub repository it comes from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
         downloading: Whether parts of it are still being downloaded.
     """
 
@@ -405,7 +403,7 @@ class Model:
 
     @property
     def kind(self) -> Kind:
-        """The kind of its file: a model, or what goes with one."""
+        """The kind of its file: a model, or something that goes with one."""
         return self.facts.kind
 
     @property
@@ -415,28 +413,28 @@ class Model:
 
     @property
     def architecture(self) -> str | None:
-        """The family of network, e.g. `qwen2`; None when unknown."""
+        """The family of network, e.g. `qwen2`; None if unknown."""
         return self.facts.architecture
 
     @property
     def context_length(self) -> int | None:
-        """The longest context it was trained for, in tokens; None when unknown."""
+        """The longest context it was trained for, in tokens; None if unknown."""
         return self.facts.context_length
 
     @property
     def startable(self) -> bool:
-        """True if nothing is known that stands in the way of serving it."""
+        """True if no problem is known that prevents serving it."""
         return self.problem is None
 
     @property
     def stem(self) -> str:
-        """The name of its file, without the shard's number and the ending."""
+        """The name of its file, without the shard's number and the extension."""
         shard = ShardName.parse(self.path)
         return shard.prefix if shard else self.path.stem
 
     @property
     def state(self) -> str:
-        """The obstacle to serving it, in a word or two; empty where nothing is known."""
+        """The obstacle to serving it, in a word or two; empty if none is known."""
         if self.downloading:
             return "downloading"
         if self.missing:
@@ -447,7 +445,7 @@ class Model:
 
     @property
     def label(self) -> str:
-        """One line for a list to choose from."""
+        """Its line in a list to choose from."""
         state = self.state
         if state == "incomplete":
             state = f"{state} ({len(self.missing)} of {self.shard_count} shards missing)"
@@ -469,9 +467,9 @@ _KINDS = {
 
 
 def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
-    """Say what a file is that is no model to serve, and what to do; None of any other.
+    """Return what a file is, if not a model to serve, with the remedy; None for any other.
 
-    `tensors` counts those of all its shards.
+    `tensors` is the number of tensors in all its shards.
     """
     name, architecture = path.name, facts.architecture
     if of_kind := _KINDS.get(facts.kind):
@@ -495,7 +493,7 @@ def why_never(path: Path, facts: FileFacts, tensors: int) -> str | None:
 
 
 def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
-    """Say why a model may not be served though an engine may load it; None where nothing tells."""
+    """Return why a model might fail, although an engine may load it; None if there is no reason."""
     if unusual := FORMATS["not_for_chat"].get(facts.architecture or ""):
         return f"{path.name} is {unusual}"
     if unknown := sorted(set(types) - TENSOR_TYPES.keys()):
@@ -508,7 +506,7 @@ def doubt(path: Path, facts: FileFacts, types: Collection[int]) -> str | None:
 
 
 def rows(files: Iterable[FoundFile], root: Path) -> list[Model]:
-    """Make a row of each model, adapter, projector and the rest, with names relative to `root`."""
+    """Return a row for each model, adapter, projector or other file, named relative to `root`."""
     groups: defaultdict[Path, list[FoundFile]] = defaultdict(list)
     for file in sorted(files, key=lambda file: file.path):
         groups[first_shard(file.path)].append(file)
@@ -552,7 +550,7 @@ def _row(path: Path, group: Sequence[FoundFile], root: Path) -> Model:
 def _problem(
     group: Sequence[FoundFile], path: Path, count: int, missing: Sequence[str]
 ) -> str | None:
-    """Say why files do not make a model of `count` files, and what to do; None where they do."""
+    """Return why files don't form a model of `count` files, with the remedy; None if they do."""
     if unfinished := [file for file in group if file.unfinished]:
         so_far = decimal(sum(file.size for file in group))
         files = f", {len(unfinished)} of {count} files" if count > 1 else ""
@@ -570,13 +568,13 @@ def _problem(
     if count > 1 and expected is not None and there != expected:
         return (
             f"The shards of {path.name} hold {there} tensors together instead of {expected}: they "
-            "are not all of the same model. Download them again."
+            "don't all belong to the same model. Download them again."
         )
     return None
 
 
 def _file_problem(file: FoundFile, count: int) -> str | None:
-    """Say what is wrong with one of a model's `count` files."""
+    """Return the problem with one of a model's `count` files; None if there is none."""
     facts = file.facts or FileFacts()
     if file.growing:
         return (
@@ -588,7 +586,7 @@ def _file_problem(file: FoundFile, count: int) -> str | None:
     if facts.split_count not in (1, count):
         return (
             f"{file.path} is a shard of a model in {facts.split_count} files, but its name does not"
-            f" say so. Restore the shards' names, from …-00001-of-{facts.split_count:05d}.gguf on."
+            f" say so. Restore their names: …-00001-of-{facts.split_count:05d}.gguf and so on."
         )
     shard, number = ShardName.parse(file.path), facts.split_number
     if shard and number is not None and number + 1 != shard.number:
@@ -600,9 +598,9 @@ def _file_problem(file: FoundFile, count: int) -> str | None:
 
 
 def with_projectors(rows: Sequence[Model]) -> list[Model]:
-    """Give each model its projector, if there is one, and with it what it can take in.
+    """Assign each model its projector, if there is one, and the inputs that it accepts with it.
 
-    A model of which its store says what its projector is keeps that.
+    A projector that the model's store names takes precedence.
     """
     projectors = {row.path: row for row in rows if row.kind is Kind.PROJECTOR}
     near: defaultdict[Path, list[Model]] = defaultdict(list)
@@ -629,15 +627,15 @@ def with_projectors(rows: Sequence[Model]) -> list[Model]:
 
 
 def _choose(model: Model, projectors: Iterable[Model], *, alone: bool) -> Model | None:
-    """Choose the one that is made for this model, by its name before by its format."""
+    """Choose the projector made for this model, by its name first, then its storage type."""
 
     def matches(projector: Model) -> bool:
         widths = model.facts.width, projector.facts.width
-        if all(widths) and widths[0] != widths[1]:  # its vectors are of another length
+        if all(widths) and widths[0] != widths[1]:  # its vectors have another length
             return False
         titles = [plain_name(one.title or "") for one in (model, projector)]
         name = own_name(projector.stem)
-        # One without a name of its own is meant for all that is beside it, if that is one.
+        # One without a name of its own is for whatever is beside it, if that is a single model.
         by_name = plain_name(model.stem).startswith(name) if name else alone
         return by_name or (titles[0] == titles[1] != "")
 

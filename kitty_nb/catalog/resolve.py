@@ -42,19 +42,19 @@ _NO_DRAFT = "Download a smaller model of the same family, or set LLAMACPP_SPECUL
 _HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)
 _FILE_ENDING = re.compile(r"\.[A-Za-z]{2,12}$")
 _HUB_FOLDER = re.compile(r"[\w.-]+-GGUF/", re.ASCII | re.IGNORECASE)
-_FEWER = 128  # tokens: llama.cpp's limit on the difference of two vocabularies
+_FEWER = 128  # tokens: llama.cpp's limit on the difference between two vocabularies
 _SMALLER = 2  # times; a larger draft model would take longer than it saves
 
 
 def resolve_model(config: ServerConfig) -> ServerConfig:
-    """Look up the files that settings name, as the last check before a start. It reads the disk.
+    """Look up the files that settings name, as the last check before a start; reads the disk.
 
     Returns:
-        The settings with the name that its store gives the model, and its projector, task and
-        draft model. Those of another machine are left to that machine.
+        The settings, with the model's name in its store, projector, task and draft model. Settings
+        of another machine are left to that machine.
 
     Raises:
-        ConfigError: No model is chosen, or listing what is wrong with the paths of the files.
+        ConfigError: No model is chosen, or there are problems with the files' paths; lists them.
     """
     if config.ssh or config.models is not None:  # each of a router's models has its own settings
         return config
@@ -89,7 +89,7 @@ class Routed(NamedTuple):
 
     Attributes:
         profiles: Their settings.
-        left_out: What is wrong with those that it leaves out, in sentences.
+        left_out: The problems of those that it leaves out, in sentences.
     """
 
     profiles: tuple[ServerConfig, ...]
@@ -97,13 +97,13 @@ class Routed(NamedTuple):
 
 
 def routed_profiles(config: ServerConfig) -> Routed:
-    """Look up the profiles that a router serves, and their files. It reads the disk.
+    """Look up the profiles that a router serves, and their files; reads the disk.
 
-    Of `all` profiles, it serves those with which nothing is wrong.
+    Of `all` profiles, it serves those without a problem.
 
     Raises:
-        ConfigError: Listing what is wrong with those that are named, or with all; or that there is
-            none.
+        ConfigError: A profile that is named, or every profile, has a problem, or there is no
+            profile; lists the problems.
     """
     env, names = config.env or Path(".env"), config.models or ()
     every = names == ("all",)
@@ -148,7 +148,7 @@ def load_profile(
 
 
 def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
-    """The user's own flags decide, then the setting, then what lies beside the model."""
+    """Return the projector: the user's own flags decide, then the setting, then the catalog."""
     if config.model is None or config.mmproj == "off":
         return None
     if _PROJECTOR_FLAGS.intersection(config.extra_args):
@@ -160,10 +160,10 @@ def _projector(config: ServerConfig, kept: FoundFile | None) -> Path | None:
 
 
 def _drafter(config: ServerConfig, others: Sequence[Store]) -> Path | None:
-    """The draft model of the settings, else the smallest one that fits the model.
+    """Return the draft model of the settings, else the smallest one that fits the model.
 
     Raises:
-        ConfigError: There is none, or its vocabulary is another one.
+        ConfigError: There is none, or its vocabulary differs from the model's.
     """
     model, chosen = config.require_model(), config.draft_model
     if config.speculation is not Speculation.DRAFT:
@@ -186,19 +186,19 @@ def _drafter(config: ServerConfig, others: Sequence[Store]) -> Path | None:
 
 
 class _Vocabulary(NamedTuple):
-    """A tokenizer, as far as it decides whether two models share their tokens."""
+    """The facts about a tokenizer that decide whether two models share their tokens."""
 
-    length: int = 0  # how many tokens it has; none where it cannot be read
-    digest: str = ""  # of its kind and its tokens, but for the last, which only pad some lists
+    length: int = 0  # number of tokens; 0 if it can't be read
+    digest: str = ""  # of its kind and its tokens, except the last, which are padding in some lists
 
     def matches(self, other: _Vocabulary) -> bool:
-        """Tell whether llama.cpp takes two models with these vocabularies together."""
+        """Return whether llama.cpp accepts two models with these vocabularies together."""
         alike = self.digest == other.digest and abs(self.length - other.length) <= _FEWER
         return alike and self.digest != ""
 
 
 def find_drafts(model: Path, folders: Sequence[Path]) -> list[Path]:
-    """List the models in and below folders that can draft for another, smallest first."""
+    """List the models in and below folders that can draft for `model`, smallest first."""
     files = (file.path for folder in folders for file in find_files(folder) if file.signature)
     limit = total_size(model) // _SMALLER
     sizes = {
@@ -212,13 +212,13 @@ def find_drafts(model: Path, folders: Sequence[Path]) -> list[Path]:
 
 
 def can_draft(draft: Path, model: Path) -> bool:
-    """Tell whether two models have the same vocabulary, whatever their sizes."""
+    """Return whether two models have the same vocabulary, whatever their sizes."""
     known = _vocabularies([draft, model])
     return known[draft].matches(known[model])
 
 
 def _vocabularies(paths: Sequence[Path]) -> dict[Path, _Vocabulary]:
-    """Read the vocabularies of files, those that have changed since they were read last."""
+    """Return the vocabularies of files, reading only those that have changed since last time."""
     signatures = {str(path): signature for path in paths if (signature := signature_of(path))}
     cache = FileCache("vocabulary 2", lambda text: _Vocabulary(*json.loads(text)), json.dumps)
     known = cache.recall(signatures)
@@ -236,7 +236,7 @@ def _vocabulary(path: Path) -> _Vocabulary:
         with path.open("rb") as file:
             file.seek(tokens.span.start)
             text = file.read(len(tokens.span))
-    except (ModelFileError, OSError):  # the catalog says what is wrong with it
+    except (ModelFileError, OSError):  # the catalog reports the problem
         return _Vocabulary()
     kind = header.text("tokenizer.ggml.model") or ""
     return _Vocabulary(tokens.length, hashlib.sha256(kind.encode() + b"\0" + text).hexdigest())
@@ -245,7 +245,7 @@ def _vocabulary(path: Path) -> _Vocabulary:
 def _what_is_wrong(
     path: Path, config: ServerConfig, others: Sequence[Store]
 ) -> tuple[str, str] | None:
-    """The reason and remedy if a model cannot be loaded from its path; None if it can."""
+    """Return the reason and remedy if a model can't be loaded from its path; None if it can."""
     models_dir = config.models_dir
     inside = any(_is_inside(path, folder) for folder in (models_dir, *(s.path for s in others)))
     if not config.allow_absolute_paths and not inside:
@@ -254,7 +254,7 @@ def _what_is_wrong(
         return reason, f"{fix} anywhere with LLAMACPP_ALLOW_ABSOLUTE_PATHS=1."
     if path.suffix.lower() != ".gguf" and not _file_in_store(path, others):
         kind = "is a folder" if is_folder(path) else "does not end in .gguf"
-        return f"It {kind}, so llama-server cannot load it.", _advice(path, models_dir)
+        return f"It {kind}, so llama-server can't load it.", _advice(path, models_dir)
     try:
         regular = S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -270,7 +270,7 @@ def _what_is_wrong(
         return "Its name, or that of a folder above it, is not valid UTF-8.", "Rename it."
     shard, shards = ShardName.parse(path), shard_paths(path)
     if shard and shard.number > 1:
-        reason = f"It is shard {shard.number} of {shard.count}; a model goes by its first shard."
+        reason = f"It is shard {shard.number} of {shard.count}; a model is named by shard 1."
         return reason, f"Write {_relative(shards[0], models_dir)}."
     if missing := [each.name for each in shards if file_size(each) is None]:
         return (
@@ -282,20 +282,20 @@ def _what_is_wrong(
 
 
 def _file_in_store(path: Path, stores: Sequence[Store]) -> FoundFile | None:
-    """Return what Ollama says of a model that it keeps; None of any other."""
+    """Return Ollama's entry for a model that it keeps; None for any other."""
     ollama = [store for store in stores if store.kind is StoreKind.OLLAMA]
     files = (file for one in ollama if path.is_relative_to(one.path) for file in files_in(one))
     return next((file for file in files if file.path == path and file.known_as), None)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """True if a file is in a folder; what the links in that folder lead to counts as in it."""
+    """Return whether a file is in a folder, where the targets of its links count as in it."""
     direct = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
     return direct or path.resolve().is_relative_to(folder.resolve())
 
 
 def _advice(path: Path, models_dir: Path) -> str:
-    """Say what could be meant: the closest models, what there is, where to download it."""
+    """Suggest what could be meant: the closest models, the existing ones, how to download it."""
     value, names = _relative(path, models_dir), _names(models_dir)
     wanted = value.lower().removesuffix(".gguf")
     by_key = {key: name for name in names for key in (name.lower(), Path(name).stem.lower())}
@@ -321,7 +321,7 @@ def _listed(names: list[str], models_dir: Path) -> str:
 
 
 def _download_commands(value: str, models_dir: Path) -> str:
-    """Our line and the `hf download` line, where the name looks like a Hub repository."""
+    """Return our command and `hf download`, if the name looks like a Hub repository."""
     owned = f"OWNER/{value}" if _HUB_FOLDER.match(value) else value
     hub = _HUB_REPOSITORY.fullmatch(owned)
     if not hub or _FILE_ENDING.search(hub["repository"]):  # a mistyped file

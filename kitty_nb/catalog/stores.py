@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
 
-# Names of unfinished downloads, of browsers, LM Studio, llama.cpp, the Hub's client (which puts a
-# hash before its ending) and aria2.
+# Names of unfinished downloads by browsers, LM Studio, llama.cpp, the Hub's client (which puts a
+# hash before the extension) and aria2.
 _UNFINISHED = re.compile(
     r"(?:downloading_)?(?P<target>.*?\.gguf).*\.(?:part|partial|incomplete|downloadinprogress"
     r"|crdownload|opdownload|download|aria2)",
     re.IGNORECASE | re.DOTALL,
 )
-_FILLING = ".aria2"  # beside a file that has its full length from the beginning
+_FILLING = ".aria2"  # beside a file that has its full length from the start
 _OLLAMA_LAYER = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 _LARGEST_MANIFEST = 1 << 20  # bytes; real ones have one or two thousand
-is_folder = os.path.isdir  # unlike pathlib's, it is False of what may not be looked at
+is_folder = os.path.isdir  # unlike pathlib's, it is False for inaccessible paths
 
 
 def find_files(directory: Path) -> list[FoundFile]:
-    """List a folder's GGUF files and those of the folders below it, by path.
+    """List the GGUF files in a folder and its subfolders, by path.
 
-    Names that begin with a dot are passed over: they are other programs' business. So are folders
-    that may not be read, and links that lead back up.
+    Names that begin with a dot are skipped: they belong to other programs. So are unreadable
+    folders, and links that lead back up.
     """
     parts: defaultdict[Path, list[Path]] = defaultdict(list)
     for path in _gguf_paths(directory):
@@ -66,7 +66,7 @@ def find_files(directory: Path) -> list[FoundFile]:
 
 
 def _gguf_paths(directory: Path) -> Iterator[Path]:
-    """Walk through each folder once, by links only to what is not reached without them."""
+    """Walk through each folder once, following links only to folders not reached without them."""
     seen: set[str] = set()
     starts = [directory]
     while starts:
@@ -83,7 +83,7 @@ def _gguf_paths(directory: Path) -> Iterator[Path]:
 
 
 class StoreKind(StrEnum):
-    """Whose folder it is, and so how models are laid out in it."""
+    """The program that a folder belongs to, which determines its layout."""
 
     FOLDER = "folder"
     HUGGING_FACE = "Hugging Face"
@@ -97,14 +97,14 @@ class Store:
     """A folder with models."""
 
     path: Path  # the folder
-    kind: StoreKind = StoreKind.FOLDER  # whose it is
+    kind: StoreKind = StoreKind.FOLDER  # the program it belongs to
 
 
 _VARIABLES = ("HF_HUB_CACHE", "HF_HOME", "LLAMA_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME")
 
 
 def model_stores(config: ServerConfig) -> tuple[Store, ...]:
-    """The models folder, and after it the folders of other programs if they may be used."""
+    """Return the models folder, then the folders of other programs if they may be used."""
     others = known_stores(user_variables(_VARIABLES)) if config.other_stores else ()
     return (Store(config.models_dir), *others)
 
@@ -113,7 +113,7 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
     """List the folders of other programs that exist on this machine.
 
     Args:
-        variables: Those of the process, by which programs are told to keep models elsewhere:
+        variables: The environment variables that make programs keep models elsewhere:
             `HF_HUB_CACHE`, `HF_HOME`, `LLAMA_CACHE`, `OLLAMA_MODELS`, `XDG_CACHE_HOME`.
         home: The user's home folder; None for the real one.
     """
@@ -138,7 +138,7 @@ def known_stores(variables: Mapping[str, str], home: Path | None = None) -> list
 
 
 def files_in(store: Store) -> list[FoundFile]:
-    """List the files of a store that should be GGUF; what may not be read is passed over."""
+    """List the files of a store that should be GGUF; unreadable ones are skipped."""
     match store.kind:
         case StoreKind.HUGGING_FACE:
             repositories = matching(store.path, "models--*")
@@ -150,14 +150,14 @@ def files_in(store: Store) -> list[FoundFile]:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """List what is in a folder and may be read, without names that begin with a dot."""
+    """List a folder's matching entries, if readable, without names that begin with a dot."""
     return sorted(folder / name for name in glob(pattern, root_dir=folder))  # noqa: PTH207 - never raises
 
 
 def _from_hub(repository: Path) -> list[FoundFile]:
     """List a repository's files, each in one of the revisions that link to it.
 
-    The revision with the most files of a model has it, the latest of those with as many.
+    A model is listed in the revision with most of its files; of several with as many, the latest.
     """
     name = repository.name.removeprefix("models--").replace("--", "/")
     best: dict[Path, list[FoundFile]] = {}
@@ -212,7 +212,7 @@ def _from_ollama(root: Path) -> list[FoundFile]:
 
 
 def _layers(manifest: Path, blobs: Path) -> dict[str, Path]:
-    """The blob of each kind that a manifest names, the first where it names several."""
+    """Return the blob of each kind that a manifest names; the first if it names several."""
     with manifest.open("rb") as file:
         content = json.loads(file.read(_LARGEST_MANIFEST))
     layers: dict[str, Path] = {}

@@ -1,6 +1,6 @@
-"""`kitty-nb`: the verbs of the terminal.
+"""`kitty-nb`: the commands of the terminal.
 
-What takes long to import is imported by the verb that needs it.
+Slow imports are in the command that needs them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kitty_nb.experiments import LoadTest, Regression
 
 _NOTEBOOKS, _NOTEBOOK = Path("notebooks"), "control_panel.ipynb"
-_LARGEST_DEMO = 10_000  # GB; a disk that has less says so itself
+_LARGEST_DEMO = 10_000  # GB; a full disk reports its own error
 _FAILED, _NOT_RUNNING, _INTERRUPTED = 1, 3, 130
 _EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, with the reason on stderr; 2 wrong arguments; 3 no server is"
@@ -39,7 +39,7 @@ _EXIT_CODES = (
 
 
 class _Verbs(TyperGroup):
-    """Prints each error of ours as a sentence, and ends quietly when interrupted."""
+    """Command group that prints our errors as sentences, and exits quietly when interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -79,7 +79,7 @@ _Version = Annotated[
 
 @app.callback()
 def _options(_: _Version = False) -> None:
-    """Accept the options before the verb."""
+    """Accept the options before the command."""
 
 
 _Env = Annotated[
@@ -271,14 +271,15 @@ def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
 @app.command()
 def connect(
     name: Annotated[
-        str | None, typer.Argument(help="The other program; without it, all are listed.")
+        str | None, typer.Argument(help="The other program; if omitted, all are listed.")
     ] = None,
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
     """Print code that uses the server from another program; exit with 3 if none is running.
 
-    The key is not in that code, which gets it with `kitty-nb key`. What to install is on stderr.
+    The code gets the key with `kitty-nb key` and does not contain it. What to install is printed on
+    stderr.
     """
     from kitty_nb.cli.commands import key_command
     from kitty_nb.client.connect import hand_overs
@@ -293,7 +294,7 @@ def connect(
     config = _settings(env, profile, anywhere=True)
     served, tunnel = _served(config)
     if tunnel:
-        _say(f"This brings the server's port here: {tunnel}", err=True)
+        _say(f"To forward the server's port to this machine: {tunnel}", err=True)
     if found[name].install:
         _say(f"This needs: pip install {found[name].install}", err=True)
     _say(found[name].in_terminal(served, key_command(env, config.profile)))
@@ -313,7 +314,7 @@ def export(
 ) -> None:
     """Print the profile as a file for another program, which then runs the server.
 
-    No secret is in it. What it cannot hold, and where its key goes, is on stderr.
+    It contains no secrets. What it can't express, and where its key goes, is printed on stderr.
     """
     from kitty_nb.cli import commands
     from kitty_nb.config.profiles import configured_profiles
@@ -336,7 +337,9 @@ def import_(
     ],
     source: Annotated[
         Source | None,
-        typer.Option("--from", metavar="NAME", help=f"Its program: {', '.join(Source)}."),
+        typer.Option(
+            "--from", metavar="NAME", help=f"The program that wrote it: {', '.join(Source)}."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -346,19 +349,19 @@ def import_(
         ),
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Change profiles that the .env file has already.")
+        bool, typer.Option("--replace", help="Overwrite profiles that .env already has.")
     ] = False,
     only_print: Annotated[
         bool, typer.Option("--print", help="Print the lines instead of writing them.")
     ] = False,
     env: _Env = _ENV,
     profile: Annotated[
-        str | None, typer.Option(help="The profile's name; else its name in the file.")
+        str | None, typer.Option(help="The profile's name; by default, its name in the file.")
     ] = None,
 ) -> None:
-    """Write the profiles in a file of another program into the .env file.
+    """Write the profiles in another program's file into the .env file.
 
-    A backup of that is kept. No secret is taken over. What is left out is on stderr.
+    A backup of .env is kept. No secrets are copied. What is left out is printed on stderr.
     """
     from kitty_nb.cli import commands
     from kitty_nb.config.profiles import add_profiles, added_lines
@@ -389,7 +392,7 @@ def logs(
 
     config = _settings(env, profile, anywhere=True)
     if config.url:
-        raise KittyError(f"The log of the server at {config.url} is where it runs.")
+        raise KittyError(f"The log of the server at {config.url} is on its own machine.")
     if config.ssh:
         from kitty_nb.cli.commands import show_far_log
 
@@ -482,11 +485,11 @@ def download(
 @app.command()
 def prompts(
     action: Annotated[Literal["list", "clear"], typer.Argument(help="What to do.")] = "list",
-    name: Annotated[str, typer.Argument(help="Only prompts of this name.")] = "",
+    name: Annotated[str, typer.Argument(help="Only prompts with this name.")] = "",
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
-    """List or remove the prompts that are kept on disk, of all profiles in the same log folder."""
+    """List or remove the prompts kept on disk, for all profiles that share the log folder."""
     from datetime import datetime
 
     from rich.filesize import decimal
@@ -611,8 +614,8 @@ def bench(
     config = _settings(env, profile)
     if config.url:
         raise KittyError(
-            f"The server at {config.url} is just there, and bench starts one with settings of its"
-            f" own. To measure that one: kitty-nb load-test --profile {profile}"
+            f"bench starts a server of its own, which kitty_nb can't do at {config.url}. To measure"
+            f" that server: kitty-nb load-test --profile {profile}"
         )
     if model is not None:
         config = config.replace(model=_file_of(model), allow_absolute_paths=True)
@@ -699,13 +702,13 @@ def lab(context: typer.Context) -> None:
         if reason := distrust(path, folders=False):
             raise KittyError(f"{reason} A notebook runs as you: use a folder of your own.")
     _NOTEBOOKS.mkdir(parents=True, exist_ok=True)
-    # An editable install has no copies in the package: the checkout is around it.
+    # An editable install has no copies in the package: they are in the checkout around it.
     homes = Path(__file__).parents[1:3]
     home = next(home for home in homes if (home / _NOTEBOOKS / _NOTEBOOK).exists())
     for notebook in (home / _NOTEBOOKS).glob("*.ipynb"):
         if not (copy := _NOTEBOOKS / notebook.name).exists():
             shutil.copyfile(notebook, copy)
-    # In a container, everyone is root; JupyterLab would only say how to insist.
+    # In a container, everyone is root; JupyterLab would only ask for this option.
     root = ["--allow-root"] if psutil.Process().username() == "root" else []
     here = f"--ServerApp.root_dir={Path.cwd()}"
     LabApp.launch_instance([str(_NOTEBOOKS / _NOTEBOOK), here, *root, *context.args])
@@ -715,14 +718,14 @@ def lab(context: typer.Context) -> None:
 def install_remote(
     source: Annotated[
         str,
-        typer.Argument(help="A wheel of kitty_nb, which is sent; or what pip there can install."),
+        typer.Argument(help="A local wheel of kitty_nb, or anything that pip there can install."),
     ],
     env: _Env = _ENV,
     profile: _Profile = _PROFILE,
 ) -> None:
     """Install kitty_nb on the profile's machine (LLAMACPP_SSH), into ~/.local/share/kitty_nb/env.
 
-    Its start needs no more: that place is known.
+    kitty_nb looks for it there.
     """
     from kitty_nb.remote.connection import install
 
@@ -730,14 +733,14 @@ def install_remote(
     if not config.ssh:
         raise KittyError(f"The profile {profile!r} runs on this machine. Set LLAMACPP_SSH first.")
     install(config, source)
-    _say(f"Installed on {config.ssh}. To look at it: kitty-nb doctor --profile {profile}")
+    _say(f"Installed on {config.ssh}. To check it: kitty-nb doctor --profile {profile}")
 
 
 @app.command(hidden=True)
 def serve(
     profile: _Profile = _PROFILE,
     stdio: Annotated[
-        bool, typer.Option("--stdio", help="Speak over standard input and output.")
+        bool, typer.Option("--stdio", help="Communicate over standard input and output.")
     ] = False,
 ) -> None:
     """Supervise the profile's server for another machine, which runs this over ssh."""
@@ -745,7 +748,7 @@ def serve(
 
     if not stdio:
         raise typer.BadParameter("Another machine runs this, with --stdio.", param_hint="--stdio")
-    # Whatever prints must not get between the lines.
+    # Other output must not get between the lines of the protocol.
     send = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     anyio.run(begin, profile, sys.stdin.fileno(), send)
@@ -769,7 +772,7 @@ def _show_loads(found: LoadTest, save: Path | None) -> None:
 
 
 def _file_of(model: str | None) -> Path | None:
-    """Return the model file here that has this name, or else the name, for the models folder."""
+    """Return the file here with this name, or else the name itself, for the models folder."""
     if model is None:
         return None
     here = Path(model)
@@ -830,9 +833,9 @@ def _settings(
 def _all_settings(
     env: Path, profiles: Iterable[str], *, valid: bool = False, anywhere: bool = False
 ) -> list[ServerConfig]:
-    """Read settings; a wrong one is an error only if they must be valid, as for a start.
+    """Read settings; an invalid one is an error only if they must be valid, as for a start.
 
-    Those of another machine are refused unless the verb works anywhere.
+    Profiles on another machine are refused unless the command works anywhere.
     """
     from kitty_nb.catalog.resolve import load_profile
     from kitty_nb.config.profiles import env_warnings

@@ -1,4 +1,4 @@
-"""Work of the verbs: supervising a server for as long as a command takes, or only looking at it."""
+"""The work of the commands: to supervise a server while a command runs, or only read its status."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def command_text(config: ServerConfig) -> str:
     """Return the command line that would start a server, quoted for a shell, without secrets.
 
     Raises:
-        KittyError: There is no model or engine, or the engine does not know a setting.
+        KittyError: There is no model or engine, or the engine does not support a setting.
     """
     from kitty_nb.catalog.resolve import resolve_model
     from kitty_nb.config import takes_secret
@@ -73,7 +73,7 @@ async def command_text(config: ServerConfig) -> str:
 
     config = await anyio.to_thread.run_sync(resolve_model, config)
     engine = await locate_engine(config.binary)
-    # The key that clients need is not in it: the server learns that from its environment.
+    # The key that clients need is not in it: the server gets that from its environment.
     if config.models is None:
         command = build_command(engine, config)
     else:
@@ -87,8 +87,8 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
 
     Args:
         config: The settings.
-        env: The file they come from, for commands to suggest.
-        begin: The start, given the settings as a server has them that need not be replaced.
+        env: The file they come from, for the commands that messages suggest.
+        begin: Starts the server with given settings: a running server's own if they are the same.
 
     Returns:
         The state of the server, in sentences, once its process exists.
@@ -105,7 +105,7 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
         state = await _until(supervisor, _has_begun)
         if state.status.idle:
             raise ServerFailedError(state.error)
-        state = replace(state, address=None)  # this connection's
+        state = replace(state, address=None)  # valid for this connection only
         told = [state.sentence + (" It was already running." if state.pid == before.pid else "")]
         if config.ssh:
             from kitty_nb.remote.connection import tunnel_command
@@ -129,7 +129,7 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
     """Wait until a profile's server is ready; return its state, or None if none is running.
 
     Raises:
-        WaitTimeoutError: It was not ready within so many seconds; it is still loading.
+        WaitTimeoutError: It was not ready within that many seconds; it is still loading.
         KittyError: It exited before it was ready.
     """
     async with _supervise(config, env) as supervisor:
@@ -137,7 +137,7 @@ async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> s
             return None
         with anyio.move_on_after(within):
             await _until(supervisor, lambda state: state.status.settled)
-        state = replace(supervisor.state, address=None)  # this connection's
+        state = replace(supervisor.state, address=None)  # valid for this connection only
         if state.status is ServerStatus.READY:
             return state.sentence
         if state.status.idle and state.error:
@@ -154,14 +154,14 @@ async def export(
     """Write profiles for another program.
 
     Args:
-        to: That program.
+        to: The program's format.
         configs: The profiles.
         image: The container image; None for llama.cpp's own.
         left_out: Why others are left out, for the notes.
 
     Raises:
-        KittyError: A profile has no model, or the format does not hold these profiles. The server
-            of a URL that does not answer is an error only if there is no other profile.
+        KittyError: A profile has no model, or the format can't express these profiles. A server at
+            a URL that does not answer is an error only if there is no other profile.
     """
     from kitty_nb.catalog.resolve import resolve_model
     from kitty_nb.engine.locate import locate_engine
@@ -217,20 +217,20 @@ async def _models_at(config: ServerConfig) -> Sequence[str]:
     state = await look_once(config)
     if state.error or not state.external:
         key = f"LLAMACPP_{config.profile.upper()}_ALIAS"
-        raise KittyError(f"{state.error} To export it without asking it for its models: set {key}.")
+        raise KittyError(f"{state.error} To export it without asking it for its models, set {key}.")
     return state.external.models or ()
 
 
 async def read_profiles(
     file: Path, env: Path, source: Source | None, name: str | None, model: Path | None
 ) -> Imported:
-    """Read the profiles in a file of another program; see `import_profiles`."""
+    """Read the profiles in another program's file; see `import_profiles`."""
     from kitty_nb.engine.locate import locate_engine
     from kitty_nb.errors import EngineError
     from kitty_nb.formats.imports import import_profiles
 
     dialect = None
-    with suppress(EngineError):  # without one, fewer switches are known as such
+    with suppress(EngineError):  # without an engine, fewer switches are recognised
         dialect = (await locate_engine()).dialect
     return import_profiles(file, env, source, name=name, model=model, dialect=dialect)
 
@@ -250,7 +250,7 @@ async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[AnySuperv
         with _load_display() as show:
             async with supervisor:
                 _refuse_lost(supervisor.state)
-                supervisor.subscribe(show)  # only now: what was there before is no news
+                supervisor.subscribe(show)  # only now: earlier events are not news
                 yield supervisor
     except WillNotFitError as error:
         if supervisor.state.status.idle:  # `status` repeats it until the next start
@@ -363,7 +363,7 @@ def _same_profile(env: Path, profile: str, *words: str) -> str:
 
 
 def key_command(env: Path, profile: str) -> tuple[str, ...]:
-    """Return the command that prints a profile's key, for any folder and environment."""
+    """Return the command that prints a profile's key, in any folder and environment."""
     from kitty_nb.config.env_file import read_env
 
     beside = Path(sys.executable).with_name("kitty-nb")
@@ -390,7 +390,7 @@ async def _until(
 
 
 def _refuse_lost(state: ServerState) -> None:
-    # One at a URL is waited for: it may be about to be started there.
+    # A server at a URL is waited for: it may be about to start.
     if state.status is ServerStatus.OUT_OF_REACH and not state.config.url:
         raise OutOfReachError(state.error)
 
@@ -437,14 +437,14 @@ def _read_status(config: ServerConfig) -> ServerState:
 async def _read_far_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
     supervisor = _far_end(config)
     async with supervisor:
-        state = replace(supervisor.state, address=None)  # this connection's
+        state = replace(supervisor.state, address=None)  # valid for this connection only
         return state, await supervisor.memory_use()
 
 
 async def status_facts(state: ServerState, memory: MemoryUse | None) -> dict[str, Any]:
     """Return a state as JSON, with the memory that the server holds and its present speed.
 
-    `memory` is None without a server; so is what its build does not report.
+    `memory` is None without a server, and so are facts that its build does not report.
     """
     from kitty_nb.supervisor.forecast import memory_use
 

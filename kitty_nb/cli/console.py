@@ -108,7 +108,7 @@ async def download(reference: HubReference, wanted: str | None, models_dir: Path
     plan = task.plan()
     for file in variant.files:
         console.print(f"{file.path}: {decimal(file.size)}", soft_wrap=True)
-    there = f", {decimal(plan.there)} of it downloaded already" if plan.there else ""
+    there = f", {decimal(plan.there)} of it already downloaded" if plan.there else ""
     console.print(f"{decimal(plan.size)}{there}; {decimal(plan.free)} free.", soft_wrap=True)
     step = TextColumn("{task.description}")
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), step)
@@ -122,6 +122,6 @@ async def download(reference: HubReference, wanted: str | None, models_dir: Path
 
 
 def _bar(console: Console, *columns: ProgressColumn) -> Progress:
-    """A bar that is redrawn only when it is updated, so that it needs no thread."""
+    """Create a bar that is redrawn only when it is updated, so that it needs no thread."""
     disable = not console.is_interactive
     return Progress(*columns, console=console, auto_refresh=False, transient=True, disable=disable)

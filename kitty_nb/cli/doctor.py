@@ -1,4 +1,4 @@
-"""Checks of all that a start needs, each with advice where it fails."""
+"""Checks of everything that a start needs, each with advice if it fails."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _KERNEL_WITH_SUBSHELLS = 7  # ipykernel's first version whose widgets answer while a cell runs
 _LOADED_WITHIN = 60.0  # seconds
 _SHOWN = 5  # models with problems
-_LITTLE_SPACE = 1_000_000_000  # bytes; a log of a busy day and the next small model
+_LITTLE_SPACE = 1_000_000_000  # bytes; enough for a busy day's log and another small model
 
 
 class Verdict(StrEnum):
@@ -65,8 +65,8 @@ class Finding:
     Attributes:
         what: The thing that was checked.
         verdict: How serious it is.
-        found: What is there.
-        advice: What to do about it; empty when nothing is to be done.
+        found: What was found.
+        advice: What to do about it; empty if there is nothing to do.
     """
 
     what: str
@@ -80,13 +80,13 @@ _Result = tuple[Verdict, str, str] | tuple[Verdict, str]  # the rest of a findin
 
 
 def examine(env: str | Path = ".env", profile: str = "primary") -> list[Finding]:
-    """Check all that a start needs, and load a demo model beside whatever runs. It blocks.
+    """Check everything that a start needs, and load a demo model beside running servers. It blocks.
 
-    For a server elsewhere, only whether it can be reached is checked.
+    For a server elsewhere, check only whether it can be reached.
 
     Args:
         env: The `.env` file with the settings.
-        profile: The named set of settings to check.
+        profile: The profile to check.
     """
     findings = [Finding("Versions", *_versions()), Finding("JupyterLab", *_jupyterlab())]
     try:
@@ -195,13 +195,13 @@ def _memory(config: ServerConfig) -> _Result:
     record = find_server(config)
     measured = free_memory(record.pid if record else None)
     devices = None
-    with suppress(EngineError):  # the check of the engine says what is wrong with it
+    with suppress(EngineError):  # the check of the engine reports what is wrong with it
         devices = anyio.run(list_devices, config)
     rows = [
         f"{pool.name}: {decimal(pool.free)} of {decimal(pool.total)} free"
         for pool in with_devices(measured, devices).pools
     ]
-    if devices is None and record and record.devices:  # machines of --rpc that serve it
+    if devices is None and record and record.devices:  # --rpc machines that it uses
         rows += [f"{name}: in use by the server (PID {record.pid})" for name in record.devices]
     found = ", ".join(rows)
     if measured.gpus and devices == ():
@@ -288,7 +288,7 @@ def _ports(env: str | Path, first: str) -> Iterator[Finding]:
     problems: dict[ServerConfig, str] = {}
     for name in dict.fromkeys((first, *configured_profiles(env))):
         config, complaint = load_lenient(env, name)
-        if config.ssh:  # its port is another machine's
+        if config.ssh:  # its port is on another machine
             continue
         wrong = [str(p) for p in (complaint.problems if complaint else ()) if "_PORT" in p.key]
         problems[config] = "".join(wrong)
@@ -316,6 +316,6 @@ def _port(config: ServerConfig, problem: str, sharing: Sequence[str]) -> _Result
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     places = (folder, *folder.parents)
     return next(path for path in places if os.path.exists(path))  # noqa: PTH110 (never raises)

@@ -1,4 +1,4 @@
-"""Clients of a running server: its address and key, and what they ask of it."""
+"""Clients of a running server: its address and key, and the requests to it."""
 
 from kitty_nb.client.conversation import Answer as Answer
 from kitty_nb.client.conversation import Piece as Piece

@@ -1,4 +1,4 @@
-"""Hand-overs of a running server to other programs: code to paste that gets the key by itself."""
+"""Code that lets other programs use a running server: pasted there, it gets the key itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.client import Access
 
-_NO_KEY = "none"  # clients insist on a key, also for a server that asks for none
+_NO_KEY = "none"  # clients require a key, even for a server that requires none
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Served:
     """A running server, as other programs see it."""
 
     access: Access  # its address, and the key that it asks for
-    model: str  # the name that it serves its model by
+    model: str  # the name under which it serves its model
     profile: str  # its profile
 
 
@@ -32,14 +32,14 @@ class HandOver:
     """Code that lets another program use a server."""
 
     title: str  # the program
-    install: str = ""  # its packages, as words for `pip install`; empty where it needs none
-    python: str = ""  # the template of its Python code; empty where the program is a command
-    shell: str = ""  # the template of its shell lines; empty where the program is a library
+    install: str = ""  # its packages, as arguments of `pip install`; empty if it needs none
+    python: str = ""  # the template of its Python code; empty if the program is a command
+    shell: str = ""  # the template of its shell lines; empty if the program is a library
 
     def in_terminal(self, served: Served, key_command: Sequence[str]) -> str:
-        """Return shell lines or, where there are none, Python code for any interpreter.
+        """Return shell lines or, if there are none, Python code for any interpreter.
 
-        `key_command` prints the key.
+        `key_command` is the command that prints the key.
         """
         if self.shell:
             key = f'"$({shlex.join(key_command)})"' if served.access.api_key else _NO_KEY
@@ -49,7 +49,7 @@ class HandOver:
         return self._python(served, *lines)
 
     def in_notebook(self, served: Served, manager: str) -> str:
-        """Return Python code for a cell; empty where the program is a command.
+        """Return Python code for a cell; empty if the program is a command.
 
         `manager` is an expression for the `ModelManager` there.
         """
@@ -62,7 +62,7 @@ class HandOver:
 
 
 def _fill(template: str, served: Served, key: str = "") -> str:
-    # A JSON string without an apostrophe: it ends no quotation of Python, YAML or a shell.
+    # A JSON string without an apostrophe can't end a quoted string in Python, YAML or a shell.
     model = json.dumps(served.model, ensure_ascii=False)[1:-1].replace("'", "\\u0027")
     name = f"kitty-{served.profile}"
     url = served.access.base_url

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some words of an answer.
+    """A piece of a streamed answer.
 
     Attributes:
         text: The words.
-        thinking: Whether the model thinks them to itself, before it answers.
+        thinking: Whether they belong to the model's thinking before the answer.
     """
 
     text: str
@@ -42,13 +42,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool that the model asked for.
+    """A tool call that the model requested.
 
     Attributes:
-        id: The server's name for it.
+        id: The server's identifier of the call.
         name: The tool.
-        arguments: What to call it with, as JSON.
-        result: What it returned, as the model was told; None where it was not run.
+        arguments: The arguments, as JSON.
+        result: What the tool returned, as sent to the model; None if it was not run.
     """
 
     id: str
@@ -59,14 +59,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The tokens of a request; None where the server does not tell.
+    """The token counts of a request; None if the server does not report them.
 
     Attributes:
-        prompt: Tokens of the prompt.
-        cached: Those of them that the server had in its cache.
-        answer: Tokens of the answer, with those of the thinking.
+        prompt: Tokens in the prompt.
+        cached: Prompt tokens that the server had in its cache.
+        answer: Tokens in the answer, including the thinking.
         drafted: Tokens that speculation proposed.
-        accepted: Those of them that the model agreed with.
+        accepted: Proposed tokens that the model accepted.
     """
 
     prompt: int | None = None
@@ -78,13 +78,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """The time that a request took.
+    """The timings of a request.
 
     Attributes:
-        first_token: Seconds from the request to its first token, as its client saw it.
-        total: Seconds from the request to the end of the answer, likewise.
-        prompt_per_second: Tokens of the prompt read per second, as the server says.
-        answer_per_second: Tokens of the answer per second, as the server says.
+        first_token: Seconds from the request to its first token, measured by the client.
+        total: Seconds from the request to the end of the answer, measured by the client.
+        prompt_per_second: Prompt tokens read per second, as the server reports it.
+        answer_per_second: Answer tokens per second, as the server reports it.
     """
 
     first_token: float | None = None
@@ -95,15 +95,15 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer of a model; `str` of it is its text.
+    """An answer of a model; `str(answer)` is its text.
 
     Attributes:
         text: The answer in words.
-        thinking: What the model thought before.
-        tool_calls: The tools that it called.
+        thinking: The model's thinking before the answer.
+        tool_calls: The tool calls that it made.
         finish_reason: Why it ended: `stop`, `length` or `tool_calls`.
-        usage: The tokens that it took.
-        timings: The time that it took.
+        usage: Its token counts.
+        timings: Its timings.
     """
 
     text: str
@@ -118,13 +118,13 @@ class Answer:
 
     @property
     def missing(self) -> str:
-        """A sentence about what came in place of words; empty where the model had its say."""
+        """Why there are no words, in a sentence; empty if there are, or if nothing is wrong."""
         if self.text:
             return ""
         if self.tool_calls:
             names = ", ".join(call.name for call in self.tool_calls)
             return (
-                f"The model called a tool instead of answering: {names}. To run tools, hand them to"
+                f"The model called a tool instead of answering: {names}. To run tools, pass them to"
                 " `chat(…, tools=[…])`."
             )
         if self.finish_reason == "length":
@@ -143,12 +143,12 @@ async def complete(
     on_piece: Callable[[Piece], object],
     on_progress: Callable[[PromptProgress], object] | None = None,
 ) -> Answer:
-    """Ask the model once, and hand on its answer in pieces as they come.
+    """Ask the model once, and pass on its answer in pieces as they arrive.
 
-    Cancelled, it closes the connection, and the server stops answering.
+    If cancelled, it closes the connection, and the server stops answering.
 
     Raises:
-        ServerError: The server refused the request, broke off, or is no llama-server.
+        ServerError: The server refused the request, broke off, or is not a llama-server.
     """
     draft = _Draft(on_piece, on_progress)
     wanted = {**request, "return_progress": True} if on_progress else dict(request)
@@ -179,7 +179,7 @@ class _Draft:
         self._first: float | None = None
 
     def add(self, part: dict[str, Any]) -> None:
-        """Take a part of the stream, or all of an answer that comes whole."""
+        """Add a part of the stream, or a whole answer that is not streamed."""
         if self._on_progress and (told := _numbers(part.get("prompt_progress"))):
             total, cached, done, spent = (
                 told.get(name, 0) for name in ("total", "cache", "processed", "time_ms")
@@ -209,7 +209,7 @@ class _Draft:
             self._first = time.perf_counter() - self._began
 
     def answer(self) -> Answer:
-        """Return the whole answer.
+        """Return the complete answer.
 
         Raises:
             ServerError: Its end is missing.
@@ -233,7 +233,7 @@ class _Draft:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """Return an object of an answer: what answers need not be a llama-server."""
+    """Return a value if it is an object, else an empty one: any program may have answered."""
     return value if isinstance(value, dict) else {}
 
 
@@ -246,14 +246,14 @@ def _numbers(value: Any) -> dict[str, Any]:
 
 
 class Savable(Protocol):
-    """A picture of Pillow's, or one like it."""
+    """A picture of Pillow, or a similar object."""
 
     def save(self, fp: BytesIO, format: str) -> object:  # noqa: A002 (Pillow's name)
         """Write the picture to a file."""
 
 
 Image = str | Path | bytes | Savable
-# How the formats that llama.cpp reads begin.
+# The first bytes of the formats that llama.cpp reads.
 _BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -261,10 +261,10 @@ def data_url(image: Image) -> str:
     """Return a picture as a data URL.
 
     Args:
-        image: A path, the bytes of a file, a picture of Pillow's, or a data URL.
+        image: A path, the bytes of a file, a picture of Pillow, or a data URL.
 
     Raises:
-        KittyError: The file cannot be read, or holds no picture that llama.cpp reads.
+        KittyError: The file can't be read, or is not a picture in a format that llama.cpp reads.
     """
     if isinstance(image, str) and image.startswith("data:"):
         return image
@@ -275,29 +275,29 @@ def data_url(image: Image) -> str:
             raise KittyError(f"Can't read the picture {image} ({error.strerror}).") from None
         name = str(image)
     elif isinstance(image, bytes):
-        data, name = image, "The bytes"
+        data, name = image, "The data"
     else:
         buffer = BytesIO()
         image.save(buffer, "PNG")
         data, name = buffer.getvalue(), "The picture"
     kind = next((kind for start, kind in _BEGINNINGS.items() if data.startswith(start)), None)
     if kind is None:
-        raise KittyError(f"{name} is no PNG, JPEG, GIF or BMP picture. Convert it first.")
+        raise KittyError(f"{name} is not a PNG, JPEG, GIF or BMP picture. Convert it first.")
     return f"data:image/{kind};base64,{b64encode(data).decode()}"
 
 
 def with_images(
     messages: Sequence[dict[str, Any]], images: Sequence[Image]
 ) -> list[dict[str, Any]]:
-    """Return messages with pictures in the last one, before its words.
+    """Return messages with pictures added to the last one, before its words.
 
     Raises:
-        KittyError: There is no message to put them in, or one of them is no picture.
+        KittyError: There is no message to add them to, or one of them is not a picture.
     """
     if not images:
         return [*messages]
     if not messages:
-        raise KittyError("Pictures need a message to go with: say what to do with them.")
+        raise KittyError("Pictures need a message that says what to do with them. Add one.")
     *before, last = messages
     said = last.get("content") or []
     parts = [{"type": "text", "text": said}] if isinstance(said, str) else [*said]
@@ -306,7 +306,7 @@ def with_images(
 
 
 class Server(Protocol):
-    """What a request depends on."""
+    """The facts about a server that a request depends on."""
 
     @property
     def alias(self) -> str:
@@ -318,18 +318,18 @@ class Server(Protocol):
 
     @property
     def sees(self) -> bool:
-        """False if it is known to take no pictures."""
+        """False if it is known not to take pictures."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The form of an answer: a type that pydantic knows, such as a model, or a JSON schema."""
+    """The schema of an answer: a type that pydantic knows, such as a model, or a JSON schema."""
 
     wanted: Any
 
     @property
     def request(self) -> dict[str, Any]:
-        """The request fields that hold the model to this form."""
+        """The request fields that hold the model to this schema."""
         schema = self.wanted
         if not isinstance(schema, dict):
             schema = TypeAdapter(schema).json_schema()
@@ -340,7 +340,7 @@ class Form:
         """Return the object in an answer.
 
         Raises:
-            NoAnswerError: It is cut short, or has another form.
+            NoAnswerError: It is cut short, or does not match the schema.
         """
         if answer.finish_reason == "length":
             raise NoAnswerError(
@@ -351,12 +351,12 @@ class Form:
             if isinstance(self.wanted, dict):
                 return from_json(answer.text)
             return TypeAdapter(self.wanted).validate_json(answer.text)
-        except ValueError as error:  # pydantic's too
-            raise NoAnswerError(f"The answer does not have the form asked for: {error}") from None
+        except ValueError as error:  # including pydantic's
+            raise NoAnswerError(f"The answer does not match the schema: {error}") from None
 
 
 def as_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Return a conversation, or one that a prompt begins."""
+    """Return a conversation; a prompt becomes the first message of one."""
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
@@ -367,10 +367,10 @@ def chat_request(
     form: Form | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what `/v1/chat/completions` takes.
+    """Return the body of a request to `/v1/chat/completions`.
 
     Raises:
-        KittyError: The server has no model for it, or takes no pictures.
+        KittyError: A router has loaded no model, or the model takes no pictures.
     """
     if server.to_choose and "model" not in options:
         raise KittyError(
@@ -379,7 +379,7 @@ def chat_request(
         )
     if images and not server.sees:
         raise KittyError(
-            f"{server.alias} runs without a projector, so it sees no pictures. Start a model"
+            f"{server.alias} runs without a projector, so it can't see pictures. Start a model"
             " that has one beside its file (mmproj-….gguf), or set LLAMACPP_MMPROJ."
         )
     said = with_images(as_messages(messages), images)
@@ -396,14 +396,14 @@ async def converse(
 ) -> Answer:
     """Ask the model, and run the tools that it calls, until it answers in words.
 
-    A tool that blocks has a thread of its own; what it raises is told to the model.
+    A tool that blocks runs on a thread of its own; the model is sent any error that a tool raises.
 
     Returns:
-        The last answer, with the calls of all.
+        The last answer, with the tool calls of all.
 
     Raises:
         NoAnswerError: The model did not answer in words.
-        ServerError: The server refused the request, broke off, or is no llama-server.
+        ServerError: The server refused the request, broke off, or is not a llama-server.
     """
     functions = {tool.__name__: tool for tool in tools}
     asked = dict(request)
@@ -417,7 +417,7 @@ async def converse(
         calls = [replace(call, result=await _run(functions, call)) for call in answer.tool_calls]
         made += tuple(calls)
         asked["messages"] = [*asked["messages"], *_told(answer, calls)]
-        asked.pop("tool_choice", None)  # else a call that was demanded would be demanded for ever
+        asked.pop("tool_choice", None)  # else every round would require a call
     else:
         raise NoAnswerError(
             f"The model called tools {max_rounds} times without answering. Raise max_rounds, or say"
@@ -438,9 +438,9 @@ def _describe(tool: Any) -> dict[str, Any]:
 
 
 async def _run(functions: Mapping[str, Any], call: ToolCall) -> str:
-    """Return what the model is told of a call's result."""
+    """Run a tool call, and return the result as the model gets it."""
     if call.name not in functions:
-        return f"Error: there is no tool {call.name}. There are {', '.join(functions)}."
+        return f"Error: there is no tool {call.name}. The tools are {', '.join(functions)}."
     # This knows a function's parameters, and calls it with JSON for them.
     tool: TypeAdapter[Any] = TypeAdapter(functions[call.name])
     try:

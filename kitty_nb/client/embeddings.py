@@ -1,4 +1,4 @@
-"""Texts as vectors, as tokens, and in the order of their relevance."""
+"""Embeddings, tokens and relevance scores of texts."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
 
 T = TypeVar("T")
-# Requests at once. With two, the server has the next batch while we read the last one.
+# Concurrent requests. With two, the server has the next batch while we read the last one.
 _AT_ONCE = 2
 
 
-_STRANGE = "{} answered otherwise than llama-server does. Check what listens there."
+_STRANGE = "{} did not answer like llama-server. Check what listens there."
 
 
 class _Vector(BaseModel):
     index: NonNegativeInt
-    embedding: Base64Bytes | list[FiniteFloat]  # of little-endian 32-bit floats; or as they are
+    embedding: Base64Bytes | list[FiniteFloat]  # little-endian 32-bit floats; or numbers
 
 
 class _Score(BaseModel):
@@ -46,11 +46,11 @@ class _Score(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A document, and how well it answers a query.
+    """A document, and its relevance to a query.
 
     Attributes:
-        index: Its place among the documents given.
-        score: The model's own measure; higher is better.
+        index: Its position among the given documents.
+        score: The model's own score; higher is better.
         document: Its text.
     """
 
@@ -69,8 +69,8 @@ async def embed(
     """Return the vectors of texts, one row each. See `ModelManager.embed`.
 
     Raises:
-        RefusedError: The server refused a text, which the message names.
-        ServerError: It broke off.
+        RefusedError: The server refused a text; the message names it.
+        ServerError: The server broke off.
     """
     import numpy as np  # noqa: PLC0415 (100 ms that a start should not wait for)
 
@@ -121,7 +121,7 @@ async def _vectors(
 async def rerank(
     http: httpx.AsyncClient, query: str, documents: Sequence[str], top_n: int | None, **fields: str
 ) -> list[Ranked]:
-    """Return documents, the one that answers a query best first. See `ModelManager.rerank`.
+    """Return documents, the most relevant to a query first. See `ModelManager.rerank`.
 
     Raises:
         ServerError: The server refused the request, or broke off.
@@ -137,7 +137,7 @@ async def rerank(
 
 
 async def tokenize(http: httpx.AsyncClient, text: str) -> list[int]:
-    """Return the tokens of a text, without those that the model puts around it.
+    """Return the tokens of a text, without the special ones that the model adds around it.
 
     Raises:
         ServerError: The server broke off.
@@ -146,7 +146,7 @@ async def tokenize(http: httpx.AsyncClient, text: str) -> list[int]:
 
 
 async def count_tokens(http: httpx.AsyncClient, messages: Sequence[dict[str, Any]]) -> int:
-    """Return how many tokens a conversation takes as a prompt, by the model's chat template.
+    """Return the number of tokens in a conversation as a prompt, with the model's chat template.
 
     Raises:
         ServerError: The server refused the messages, or broke off.
@@ -159,7 +159,7 @@ async def count_tokens(http: httpx.AsyncClient, messages: Sequence[dict[str, Any
 async def _ask(
     http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str, kind: type[T]
 ) -> T:
-    """Ask, and return the part of the answer that is wanted, which has to be of a kind."""
+    """Send a request; return the `wanted` part of the answer, which must be of type `kind`."""
     try:
         said = await post(http, path, request, wanted)
         return TypeAdapter(kind).validate_python(said.get(wanted))

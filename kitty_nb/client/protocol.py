@@ -34,8 +34,8 @@ class Access:
     """The address and key of a server."""
 
     endpoint: str  # its address
-    api_key: SecretStr | None  # what it asks for, or None when it asks for nothing
-    # The model to ask, where it may be any server of OpenAI's protocol; None for a llama-server.
+    api_key: SecretStr | None  # the key that it requires; None if it requires none
+    # The model to ask for, if any OpenAI-compatible server may answer; None for a llama-server.
     model: str | None = None
 
     @property
@@ -44,19 +44,19 @@ class Access:
         return f"{self.endpoint}/v1"
 
     def http(self) -> httpx.Client:
-        """Make a client for any of its paths, such as `/v1/chat/completions` or `/slots`."""
+        """Create a client for any path, such as `/v1/chat/completions` or `/slots`."""
         return httpx.Client(**self._settings())
 
     def async_http(self) -> httpx.AsyncClient:
-        """Make an asynchronous client for any of its paths."""
+        """Create an asynchronous client for any path."""
         return httpx.AsyncClient(**self._settings())
 
     def openai(self, http: httpx.Client | httpx.AsyncClient) -> Any:
-        """Make an OpenAI client that uses `http`, or return `http` where `openai` is missing."""
+        """Create an OpenAI client that uses `http`, or return `http` if `openai` is missing."""
         if find_spec("openai") is None:
             return http
         kind = "OpenAI" if isinstance(http, httpx.Client) else "AsyncOpenAI"
-        key = self.api_key.get_secret_value() if self.api_key else "none"  # it insists on one
+        key = self.api_key.get_secret_value() if self.api_key else "none"  # the client requires one
         made = getattr(import_module("openai"), kind)
         return made(base_url=self.base_url, api_key=key, http_client=http)
 
@@ -72,7 +72,7 @@ class Access:
 
 
 class Connections:
-    """Clients whose connections are used again, until another server is asked."""
+    """Clients that reuse their connections until another server is asked."""
 
     def __init__(self) -> None:
         self._http: tuple[tuple[Access, int], httpx.Client] | None = None
@@ -87,7 +87,7 @@ class Connections:
         return self._http[1]
 
     async def requests(self, access: Access) -> httpx.AsyncClient:
-        """Return the client for this package's own requests, which one event loop makes."""
+        """Return the client for this package's own requests, all of them on one event loop."""
         if self._requests is None or self._requests[0] != access:
             await self.aclose()
             self._requests = access, access.async_http()
@@ -106,13 +106,13 @@ class Connections:
             await http.aclose()
 
 
-# The statuses by which llama-server refuses what is asked, rather than who asks, or when.
+# The statuses with which llama-server refuses a request for its contents, not its key or its time.
 _ABOUT_IT = {HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR}
-# llama-server promises to keep a connection, but closes it after a stream: used again at once, as
-# by the next round of a tool, it would fail.
+# llama-server promises to keep a connection, but closes it after a stream: reusing it at once, as
+# in the next round of tool calls, would fail.
 _ONCE = {"Connection": "close"}
-_QUOTED = 200  # characters of what came in place of an answer
-# What llama-server says of a prompt, and of all prompts and answers at once, that are too long.
+_QUOTED = 200  # characters of a response that is not an answer
+# llama-server's errors if a prompt, or all concurrent prompts and answers together, are too long.
 _TOO_LONG = "exceed_context_size_error"
 _FULL = "Context size has been exceeded"
 _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large.*batch size: (\d+)")
@@ -121,12 +121,12 @@ _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large.*batch size: (\d+)
 async def post(
     http: httpx.AsyncClient, path: str, request: dict[str, Any], wanted: str
 ) -> dict[str, Any]:
-    """Ask, and return the answer's JSON object, in which llama-server always has the key `wanted`.
+    """Send a request; return the JSON answer, which always has the key `wanted` from llama-server.
 
     Raises:
-        RefusedError: The server refused what was asked.
-        ServerError: It is not ready, asks for another key, or is no llama-server.
-        httpx.HTTPError: The server broke off.
+        RefusedError: The server refused the contents of the request.
+        ServerError: It is not ready, requires another key, or is not a llama-server.
+        httpx.HTTPError: The connection broke.
     """
     response = await http.send(_request(http, path, request))
     if response.status_code == HTTPStatus.NOT_FOUND:
@@ -140,7 +140,7 @@ async def post(
 
 
 async def ask_each(items: Iterable[T], at_once: int, ask: Callable[[T], Awaitable[None]]) -> None:
-    """Ask for each item, several at once; the first error ends the rest and is raised."""
+    """Call `ask` for each item, several at once; the first error cancels the rest and is raised."""
     left = iter(items)
 
     async def work() -> None:
@@ -158,11 +158,11 @@ async def ask_each(items: Iterable[T], at_once: int, ask: Callable[[T], Awaitabl
 async def stream(
     http: httpx.AsyncClient, path: str, request: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Ask, and yield the JSON objects of the answer as they come, also of one that comes whole.
+    """Send a request; yield the answer's JSON objects as they arrive, or the one of a whole answer.
 
     Raises:
-        ServerError: The server refused the request, could not go on, or is no llama-server.
-        httpx.HTTPError: The server broke off.
+        ServerError: The server refused the request, failed midway, or is not a llama-server.
+        httpx.HTTPError: The connection broke.
     """
     asked = _request(http, path, {**request, "stream": True}, _ONCE)
     async with aclosing(await http.send(asked, stream=True)) as response:
@@ -185,7 +185,7 @@ async def stream(
 
 
 async def props(http: httpx.AsyncClient) -> dict[str, Any]:
-    """Return what the server says of itself; nothing where it does not."""
+    """Return the properties that the server reports; empty if it reports none."""
     try:
         said = (await http.get("/props")).json()
     except (httpx.HTTPError, ValueError):
@@ -194,7 +194,7 @@ async def props(http: httpx.AsyncClient) -> dict[str, Any]:
 
 
 def broken_off(error: httpx.HTTPError | None = None) -> str:
-    """Say that an answer has no end, and the error that cut it short."""
+    """Describe an answer that ended early, with the error that cut it short."""
     how = type(error).__name__ if error else "its end is missing"
     return (
         f"The answer ended early ({how}): the server was stopped or crashed, or the connection to"
@@ -212,7 +212,7 @@ def _request(
 
 
 def _part(response: httpx.Response, content: bytes, wanted: Collection[str] = ()) -> dict[str, Any]:
-    """Return the JSON object in a part of an answer, which has one of the keys that are wanted."""
+    """Return the JSON object in a part of an answer, which must have one of the `wanted` keys."""
     try:
         part = json.loads(content)
     except (ValueError, RecursionError):
@@ -225,19 +225,19 @@ def _part(response: httpx.Response, content: bytes, wanted: Collection[str] = ()
 
 
 def _not_an_answer(response: httpx.Response, content: bytes) -> str:
-    """Say what came where an answer of llama-server should."""
+    """Describe what was sent instead of an answer of llama-server."""
     kind = response.headers.get("Content-Type", "no content type")
     start = " ".join(content.decode(errors="replace")[:_QUOTED].split())
     return (
-        f"{response.url} sent no answer of llama-server, but {response.status_code} with {kind}:"
-        f" {start!r}. Check what listens there: a proxy, a login page or another program."
+        f"{response.url} did not answer like llama-server, but with {response.status_code} and"
+        f" {kind}: {start!r}. Check what listens there: a proxy, a login page or another program."
     )
 
 
 def _refusal(said: bytes, status: int | None = None) -> str:
-    """Return what an error of llama-server means for the user.
+    """Explain an error of llama-server to the user.
 
-    `status` is None where the error came in the middle of an answer.
+    `status` is None if the error came in the middle of an answer.
     """
     try:
         body = json.loads(said)
@@ -263,5 +263,5 @@ def _refusal(said: bytes, status: int | None = None) -> str:
             " context_size, or lower max_tokens or parallel."
         )
     if status is None:
-        return f"The server could not go on: {message}"
+        return f"The server failed midway: {message}"
     return f"The server refused a request with status {status}: {message}"

@@ -1,4 +1,4 @@
-"""ServerConfig: one server's settings, validated and frozen; nothing here looks at a disk."""
+"""ServerConfig: one server's settings, validated and frozen; nothing here reads the disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
-FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads each flag that is missing from such a variable
+FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads flags that are not given from such variables
 _SECRET = re.compile(r"--?hft|--?[\w-]*(?:key|token|password|secret)", re.IGNORECASE)
 PROJECTOR = frozenset({"-mm", "--mmproj"})
 
@@ -59,7 +59,7 @@ def spelled(word: str) -> str:
 
 
 def takes_secret(word: str) -> bool:
-    """Tell whether a word is a flag whose value is a secret itself, rather than in a file."""
+    """Return whether a word is a flag whose value is a secret, rather than a file with one."""
     return _SECRET.fullmatch(spelled(word).partition("=")[0]) is not None
 
 
@@ -79,7 +79,7 @@ def value_of(words: Sequence[str], flags: Collection[str]) -> str | None:
 
 
 def task_by_flags(words: Sequence[str]) -> Task | None:
-    """Return the task that flags ask for; None where they leave it to the model."""
+    """Return the task that flags ask for; None if they leave it to the model."""
     flags = {spelled(word) for word in words}
     if flags & {"--rerank", "--reranking"} or value_of(words, {"--pooling"}) == "rank":
         return Task.RANK
@@ -94,7 +94,7 @@ def choose_api_key(config: ServerConfig) -> SecretStr | None:
 
 
 def goes_without_key(config: ServerConfig) -> bool:
-    """Tell whether the server should answer requests without a key."""
+    """Return whether the server should answer requests without a key."""
     return config.api_key is not None and config.api_key.get_secret_value() == NO_KEY
 
 
@@ -125,7 +125,7 @@ _DATA = user_folder(platformdirs.user_data_path)
 _STATE = user_folder(platformdirs.user_state_path)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _KEY = re.compile(r"[!-+\--~]+")
-_NUL = "it has a NUL, which ends a text"
+_NUL = "it contains a NUL character"
 _TRUE, _FALSE = {"1", "true", "yes", "y", "on"}, {"0", "false", "no", "n", "off"}
 
 
@@ -166,7 +166,7 @@ class OnKernelExit(StrEnum):
 class Env(NamedTuple):
     """The form of a field in `.env`."""
 
-    expected: str  # what to write there, in words; it ends every complaint about the value
+    expected: str  # what to write there, in words; the end of every error about the value
     # What follows `LLAMACPP_` or `LLAMACPP_<PROFILE>_`; the field's name if not given.
     suffix: str = ""
 
@@ -182,7 +182,7 @@ class _Source(NamedTuple):
 _NO_SOURCE = _Source("", Path(), {})
 _DEPENDS = "default_factory_not_called"  # of a default that depends on a wrong value
 
-SHOW_SECRETS = {"show_secrets": True}  # context of a dump to a file that only this user reads
+SHOW_SECRETS = {"show_secrets": True}  # context of a dump to a file that only this user can read
 
 
 def _dump_secret(secret: SecretStr, info: SerializationInfo) -> str:
@@ -193,7 +193,7 @@ Secret = Annotated[SecretStr, PlainSerializer(_dump_secret, when_used="json-unle
 
 
 def default_port(profile: str) -> int:
-    """The port of a profile that names none: each role has its own, so that all can run at once."""
+    """Return the port of a profile without one: each role has its own, so that all can run."""
     role = profile.lower()
     return _FIRST_PORT + (ROLES.index(role) if role in ROLES else 0)
 
@@ -211,12 +211,12 @@ def _speculation(value: object) -> object:
 def _key(value: SecretStr) -> SecretStr:
     """Check that a key fits into an HTTP header; to llama-server, commas separate keys."""
     if not _KEY.fullmatch(value.get_secret_value()):
-        raise ValueError("it cannot be sent in an HTTP header")
+        raise ValueError("it can't be sent in an HTTP header")
     return value
 
 
 def _host(value: str) -> str:
-    """An address or a name, both without a port."""
+    """Check an address or a name, both without a port."""
     if ":" in value or value.rpartition(".")[2].isdigit():
         ipaddress.ip_address(value)
     elif not _HOST_NAME.fullmatch(value):
@@ -225,18 +225,20 @@ def _host(value: str) -> str:
 
 
 def _url(value: str, info: ValidationInfo) -> str:
-    """An address of a server, without the `/v1` with which clients of OpenAI's protocol end it."""
+    """Return a server's address, without the `/v1` that clients of OpenAI's protocol append."""
     if info.data.get("ssh"):
         raise ValueError("SSH is set for this profile, too", "Unset one of the two.")
     address = value.strip()
     parts = urlsplit(address)
-    port = parts.port  # raises a ValueError where it is none
+    port = parts.port  # raises a ValueError if it is not one
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
         raise ValueError("it is not the address of a server")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("it has a user or a password in it", "Write the key as API_KEY instead.")
+        raise ValueError(
+            "it contains a user name or a password", "Write the key as API_KEY instead."
+        )
     if parts.query or parts.fragment or not address.isascii() or not address.isprintable():
-        raise ValueError("it has more in it than a host, a port and a path")
+        raise ValueError("it contains more than a host, a port and a path")
     _host(parts.hostname)
     return address.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -255,7 +257,7 @@ def _listed(value: object) -> object:
 
 
 def _folder(value: object, info: ValidationInfo) -> object:
-    """A path as a person writes it: `~` allowed, relative to the `.env` file it stands in."""
+    """Resolve a path as a person writes it: with `~`, or relative to the folder of the `.env`."""
     if value is None or _is_elsewhere(info):
         return value
     source = cast("_Source", info.context or _NO_SOURCE)
@@ -263,7 +265,7 @@ def _folder(value: object, info: ValidationInfo) -> object:
 
 
 def _absolute(folder: Path, value: object) -> str:
-    """A path in a folder.
+    """Return a path in a folder as an absolute one.
 
     Raises:
         ValueError: The locale can't encode it, so the file could not be opened.
@@ -273,13 +275,13 @@ def _absolute(folder: Path, value: object) -> str:
         raise ValueError(_NUL)
     encoding = sys.getfilesystemencoding()
     if "utf" not in encoding and not path.isascii():
-        reason = f"It has characters that this program's locale ({encoding}) cannot encode."
+        reason = f"It contains characters that this program's locale ({encoding}) can't encode."
         raise ValueError(reason, "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1, and start it again.")
     return path
 
 
 def _is_elsewhere(info: ValidationInfo) -> bool:
-    """True for a path of another machine, which stays as it is written."""
+    """Return whether a path is another machine's, which stays as written."""
     return info.data.get("ssh") is not None and info.field_name != "ssh_config"
 
 
@@ -292,13 +294,13 @@ def _there_is_a_home(path: Path, info: ValidationInfo) -> Path:
 
 
 def _in_models_dir(value: object, info: ValidationInfo) -> object:
-    """A path as a person writes it, relative to the models folder."""
+    """Resolve a path as a person writes it, relative to the models folder."""
     folder = info.data.get("models_dir")  # missing if it is wrong itself
     return _absolute(folder, value) if folder and not _is_elsewhere(info) else value
 
 
 def _auto(value: object, info: ValidationInfo) -> object:
-    """A path in the models folder, or None for the word auto."""
+    """Resolve a path in the models folder; None for the word auto."""
     unset = value is None or str(value).strip().lower() == "auto"
     return None if unset else _in_models_dir(value, info)
 
@@ -309,7 +311,7 @@ def _mmproj(value: object, info: ValidationInfo) -> object:
 
 
 _Name = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^,\x00]+$")]
-# No option of ssh, and nothing that its configuration could hand to a shell.
+# Not an option of ssh, and nothing that its configuration could pass to a shell.
 _Destination = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\[][\w.@:%+/\[\]\\-]*$")]
 _Lender = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.@-]*(:[0-9]{1,5})?$")]
 _Folder = Annotated[Path, BeforeValidator(_folder)]
@@ -336,12 +338,12 @@ class ServerConfig(BaseModel):
     profile: Annotated[str, StringConstraints(to_lower=True)] = Field(
         default="primary", pattern=r"^[A-Za-z][A-Za-z0-9_]*$"
     )
-    # The machine that it runs on, if that is another one; its paths are that machine's.
-    ssh: Annotated[_Destination | None, Env("user@host, or a name of your ssh configuration")] = (
+    # The machine that it runs on, if not this one; its paths are that machine's.
+    ssh: Annotated[_Destination | None, Env("user@host, or a name from your ssh configuration")] = (
         None
     )
     ssh_bin: Annotated[str | None, Env("the path of kitty-nb on the other machine")] = None
-    ssh_config: Annotated[_Folder | None, Env("a file with ssh's configuration")] = None
+    ssh_config: Annotated[_Folder | None, Env("the path of an ssh configuration file")] = None
     models_dir: Annotated[_InHome, Env("a folder with .gguf files")] = _DATA / "models"
     allow_absolute_paths: Annotated[bool, Env("1 or 0; 1 allows models in any folder")] = False
     other_stores: Annotated[bool, Env("1 or 0; 0 leaves out the models of other programs")] = True
@@ -357,7 +359,7 @@ class ServerConfig(BaseModel):
         PositiveFloat | None, Env("a size in gigabytes above 0", "MEMORY_GB")
     ] = None
     pinned: Annotated[bool, Env("1 or 0")] = False
-    # The name that its store gives the model. `resolve_model` finds it.
+    # The model's name in its store. `resolve_model` finds it.
     known_as: str | None = None
     alias: Annotated[_Name | None, Env("one name, without commas")] = None
     binary: Annotated[_Folder | None, Env("the path of a llama-server program", "BIN")] = None
@@ -367,10 +369,10 @@ class ServerConfig(BaseModel):
     port: Annotated[int, Field(ge=1, le=65535), Env("a whole number from 1 to 65535")] = Field(
         default_factory=lambda values: default_port(values.get("profile", ""))
     )
-    # A server that is just there, which is asked instead of starting one.
+    # An existing server, which is used instead of starting one.
     url: Annotated[_Url | None, Env("an address such as https://gpu.example:8080/v1")] = None
     api_key: Annotated[
-        _Key | None, Env("letters, digits and signs without spaces or commas, or none")
+        _Key | None, Env("letters, digits and punctuation without spaces or commas, or none")
     ] = None
     context_size: Annotated[
         NonNegativeInt | None, Env("a number of tokens, or 0 for the model's own", "CTX")
@@ -397,16 +399,16 @@ class ServerConfig(BaseModel):
     draft_model: Annotated[
         Path | None, BeforeValidator(_auto), Env("auto, or the path of a .gguf file")
     ] = None
-    # The model that `draft_model` means for this model. `resolve_model` finds it.
+    # The file that `draft_model` stands for with this model. `resolve_model` finds it.
     drafter: Path | None = None
-    # Machines whose devices are borrowed, by a ggml-rpc-server that ssh starts on each.
+    # Machines whose devices are borrowed, through a ggml-rpc-server that ssh starts on each.
     rpc_hosts: Annotated[
         tuple[_Lender, ...],
         BeforeValidator(_listed),
-        Env("machines as ssh knows them, host or host:port, with commas between them"),
+        Env("machines as ssh knows them, host or host:port, separated by commas"),
     ] = ()
     rpc_command: Annotated[_Words, Env("a command, quoted as in a shell")] = ()
-    # Hidden: it may hold a secret, until a start refuses it.
+    # Hidden: it may contain a secret, until a start rejects it.
     extra_args: Annotated[_Words, Env("flags of llama-server, quoted as in a shell")] = Field(
         default=(), repr=False
     )
@@ -415,9 +417,9 @@ class ServerConfig(BaseModel):
         BeforeValidator(_mmproj),
         Env("auto, off, or the path of the model's mmproj file"),
     ] = None
-    # The file that `mmproj` means for this model. `resolve_model` finds it.
+    # The file that `mmproj` stands for with this model. `resolve_model` finds it.
     projector: Path | None = None
-    # What the model is for, by its header and `extra_args`. `resolve_model` finds it.
+    # The model's task, by its header and `extra_args`. `resolve_model` finds it.
     task: Task = Task.CHAT
     log_dir: Annotated[_InHome, Env("a folder for the server's log")] = _STATE / "logs"
     log_max_mb: Annotated[PositiveFloat, Env("a size in megabytes above 0")] = 16.0
@@ -450,7 +452,7 @@ class ServerConfig(BaseModel):
             profile: The named set of settings to read.
 
         Raises:
-            ConfigError: Listing every bad line and value with its reason and fix.
+            ConfigError: Lists every bad line and value with its reason and fix.
         """
         return cls.from_file(read_env(path), profile)
 
@@ -458,12 +460,12 @@ class ServerConfig(BaseModel):
     def from_file(
         cls, env: EnvFile, profile: str = "primary", ignore: Collection[str] = ()
     ) -> Self:
-        """Like `from_env`, from a file that has been read.
+        """Like `from_env`, but from a file that has been read already.
 
         Args:
             env: The file.
             profile: The named set of settings to read.
-            ignore: Keys to treat as unset, such as those that a `ConfigError` complained of.
+            ignore: Keys to treat as unset, such as those that a `ConfigError` lists.
         """
         keys = setting_keys(env, profile, ignore)
         if not _written_for(keys.get("api_key"), keys.get("url")):
@@ -485,7 +487,7 @@ class ServerConfig(BaseModel):
         given = {**dict(self), **found, **changes}
         config = type(self).model_validate(given)
         if isinstance(self.mmproj, Path) and self.model not in {None, config.model}:
-            # A projector goes with the model that it was named for.
+            # A projector belongs to the model that it was set for.
             return config if "mmproj" in changes else config.replace(mmproj=None)
         return config
 
@@ -529,12 +531,12 @@ class ServerConfig(BaseModel):
 
     @property
     def log_path(self) -> Path:
-        """The file that the server's output goes to."""
+        """The file for the server's output."""
         return self.log_dir / f"{self.profile}.log"
 
     @property
     def prompts_dir(self) -> Path:
-        """The folder of kept prompts, which profiles with the same folder for logs share."""
+        """The folder of kept prompts, shared by profiles with the same log folder."""
         return self.log_dir / "prompts"
 
     @model_validator(mode="wrap")
@@ -555,7 +557,7 @@ class ServerConfig(BaseModel):
 
 
 def sends_in_the_clear(url: str) -> bool:
-    """Tell whether what is sent to an address travels unencrypted to another machine."""
+    """Return whether data sent to an address travels unencrypted to another machine."""
     parts = urlsplit(url)
     return parts.scheme == "http" and not _is_loopback(parts.hostname or "")
 
@@ -568,16 +570,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def _written_for(key: str | None, url: str | None) -> bool:
-    """Tell whether the setting with a key was written for the one with a profile's address.
+    """Return whether the setting of a key was written for the setting of a profile's address.
 
-    A key for all profiles is that of the servers started here, and nothing to send elsewhere.
+    A key for all profiles is for the servers started here, and must not be sent elsewhere.
     """
     shared = key == f"{PREFIX}API_KEY"
     return not shared or url in {None, f"{PREFIX}URL"}
 
 
 def env_settings() -> dict[str, Env]:
-    """Every field that a `.env` file can set, with its name there."""
+    """Return every field that a `.env` file can set, with its name there."""
     return {
         name: entry._replace(suffix=entry.suffix or name.upper())
         for name, field in ServerConfig.model_fields.items()
@@ -587,7 +589,7 @@ def env_settings() -> dict[str, Env]:
 
 
 def setting_keys(env: EnvFile, profile: str, ignore: Collection[str] = ()) -> dict[str, str]:
-    """The key of a `.env` file that sets each field for a profile; fields without one left out."""
+    """Return the `.env` key that sets each field for a profile; fields without one are left out."""
     keys = {}
     for name, setting in env_settings().items():
         own, shared = f"{PREFIX}{profile.upper()}_{setting.suffix}", PREFIX + setting.suffix
@@ -597,7 +599,7 @@ def setting_keys(env: EnvFile, profile: str, ignore: Collection[str] = ()) -> di
 
 
 def shown(name: str, value: object) -> str:
-    """A field's value as an error message may show it: possible secrets are hidden."""
+    """Return a field's value for an error message, with possible secrets hidden."""
     # The words of extra_args may include a key.
     secret = name in {"api_key", "extra_args"} or (name == "url" and "@" in str(value))
     return "(hidden)" if secret else str(value)
@@ -613,7 +615,7 @@ def _no_setting(name: str) -> str:
 def _problem(error: dict[str, Any], source: _Source) -> Problem:
     name = str(error["loc"][0])
     setting = env_settings().get(name)
-    # Our own validators raise a ValueError of a reason and, where these differ, its fix and key.
+    # Our own validators raise a ValueError with a reason and, if not the usual ones, a fix and key.
     said: tuple[str, ...] = getattr(error.get("ctx", {}).get("error"), "args", ())
     reason, fix, key, *_ = *said, "", "", ""
     reason = (reason or "it is not valid").rstrip(".")

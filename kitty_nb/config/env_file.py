@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _NEEDS_NO_QUOTES = re.compile(r"[^\s'\"#\\$]*")
 _NEEDS_ESCAPES = re.compile(r"['\\\r\n]")
 _BEFORE_KEY = re.compile(r"\s*(?:export[^\S\r\n]+)?")
-_COMMENT = re.compile(  # behind a value that is quoted, or that is not
+_COMMENT = re.compile(  # after a value, quoted or not
     r"""=[^\S\r\n]*(?:'(?:\\'|[^'])*'|"(?:\\"|[^"])*"|[^\r\n]*?(?=\s\#))"""
     r"""(?P<space>[^\S\r\n]*)(?P<text>\#[^\r\n]*)"""
 )
@@ -45,13 +45,12 @@ def read_env(path: str | Path) -> EnvFile:
     """Read a `.env` file without touching the process environment.
 
     Args:
-        path: The file; plain `.env` is looked for in the folders above too, and may be missing. A
-            file found this way may name a program to run, so nobody else may be able to change it;
-            a file that the caller names is trusted.
+        path: The file; plain `.env` is looked for in the folders above, too, and may be missing. A
+            file found this way may name a program to run, so it must be writable by nobody else; a
+            file that the caller names is trusted.
 
     Raises:
-        ConfigError: When the file cannot be read, may be another user's, or a line in it cannot be
-            understood.
+        ConfigError: The file can't be read, may be another user's, or a line in it can't be parsed.
     """
     found = Path(os.path.expanduser(path))  # noqa: PTH111 (keeps ~name if there is no such user)
     if found == Path(".env"):
@@ -83,12 +82,12 @@ def _values(path: Path, text: str) -> dict[str, str | None]:
     )
     if problems:
         raise ConfigError(str(path), problems)
-    # Without newline=None, the lines of a quoted value would end as those of the file do.
+    # Without newline=None, a quoted value would keep the line endings of the file.
     return dotenv_values(stream=StringIO(text, newline=None))
 
 
 def _hidden(line: str) -> str:
-    """A line without its value, which may be a secret."""
+    """Return a line without its value, which may be a secret."""
     key, equals, _ = line.strip().partition("=")
     return f"{key}=…" if equals else "…"
 
@@ -98,8 +97,8 @@ class SavedEnv:
     """The keys written to a `.env` file."""
 
     path: Path
-    keys: tuple[str, ...]  # the keys whose values have changed; none when nothing was written
-    backup: Path | None  # the previous file; None when there was none or nothing was written
+    keys: tuple[str, ...]  # the keys whose values have changed; empty if nothing was written
+    backup: Path | None  # the previous file; None if there was none or nothing was written
 
     @property
     def sentence(self) -> str:
@@ -118,7 +117,7 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
     anything that git or a web server could publish.
 
     Raises:
-        ConfigError: The file cannot be written, or has changed since it was read.
+        ConfigError: The file can't be written, or has changed since it was read.
     """
     keys = tuple(key for key, value in changes.items() if (env.values.get(key) or "") != value)
     if not keys:
@@ -129,7 +128,7 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
         if (env.path.read_bytes() if there else b"") != env.raw:
             raise _refused(env.path, "It has changed since it was read.", "Read it again.")
         text = _with_values(env.raw.decode(encoding), {key: changes[key] for key in keys})
-        there_then = _values(env.path, text)  # else nobody could read the file any more
+        there_then = _values(env.path, text)  # the file must stay readable
         if lost := [key for key in keys if (there_then.get(key) or "") != changes[key]]:
             raise _refused(env.path, f"{', '.join(lost)} can't be written.", "Change the value.")
         backup = _back_up(env) if there else None
@@ -146,7 +145,7 @@ def write_env(env: EnvFile, changes: Mapping[str, str]) -> SavedEnv:
 
 
 def quoted(value: str) -> str:
-    """Write a value such that python-dotenv reads it back."""
+    """Quote a value so that python-dotenv reads it back unchanged."""
     if _NEEDS_NO_QUOTES.fullmatch(value):
         return value
     # `${…}` is expanded inside any quotes. A variable without a name expands to its default, here
@@ -170,7 +169,7 @@ def _with_values(text: str, changes: Mapping[str, str]) -> str:
             missing.pop(key, None)
             before, value = _BEFORE_KEY.match(line), quoted(changes[key])
             if comment := _COMMENT.search(line):
-                # Right behind the equals sign it would be the value.
+                # Right after the equals sign, it would become the value.
                 value = f"{value or repr('')}{comment['space'] or ' '}{comment['text']}"
             line = f"{before[0] if before else ''}{key}={value}{end}"
         lines.append(line)
@@ -182,7 +181,7 @@ def _with_values(text: str, changes: Mapping[str, str]) -> str:
 def _back_up(env: EnvFile) -> Path:
     file, time = env.path.resolve(), datetime.now().astimezone().strftime("%Y%m%dT%H%M%S.%f")
     folder = user_folder(platformdirs.user_state_path) / "env-backups"
-    # Named by the folder too: a project's file is called .env everywhere.
+    # Named after the folder, too: every project's file is called .env.
     backup = folder / f"{file.parent.name}-{file.name.lstrip('.')}.backup-{time}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The profiles of a `.env` file: loaded leniently, saved back, warned about, run elsewhere.
+"""The profiles of a `.env` file: loaded leniently, saved back, checked for warnings, run elsewhere.
 
-The file is found as by `ServerConfig.from_env`. All of this raises `ConfigError` where it cannot be
-read, or a line in it cannot be understood.
+The file is found as by `ServerConfig.from_env`. All of this raises `ConfigError` if it can't be
+read, or a line in it can't be parsed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config.env_file import EnvFile, SavedEnv
 
-# No profile is preferred to one, and a short name to a long one: suffixes have underscores, too.
+# Prefers no profile to one, and a short name to a long one: suffixes contain underscores, too.
 _SETTING = re.compile(
     rf"{PREFIX}(?:(?P<profile>[A-Z][A-Z0-9_]*?)_)??"
     rf"(?P<suffix>{'|'.join(setting.suffix for setting in env_settings().values())})"
@@ -47,7 +47,7 @@ _BARE = re.compile(r"\$(?P<name>[A-Za-z_]\w*)")
 _BRACED = re.compile(r"\$\{(?P<name>[^}:]+)\}")
 _FOLDERS = frozenset({"models_dir", "log_dir", "history", "binary"})
 _IN_MODELS = ("model", "mmproj", "draft_model")
-_SO_ALIKE = 0.85  # of 1: a slip, rather than another name
+_SO_ALIKE = 0.85  # of 1: a typo, rather than another name
 
 
 def load_lenient(
@@ -60,7 +60,7 @@ def load_lenient(
     `check` is a further check of the settings, which raises `ConfigError`.
 
     Returns:
-        The settings, and the complaint about those that were skipped.
+        The settings, and an error about those that were skipped; None if none was.
     """
     return _load(read_env(path), profile, check)
 
@@ -69,7 +69,7 @@ def _load(
     env: EnvFile, profile: str, check: Callable[[ServerConfig], ServerConfig] | None = None
 ) -> tuple[ServerConfig, ConfigError | None]:
     wrong: dict[str, Problem] = {}
-    while True:  # behind a wrong value may be another, such as the one for every profile
+    while True:  # a wrong value may hide another, such as the one for every profile
         try:
             config = ServerConfig.from_file(env, profile, wrong)
             config = check(config) if check else config
@@ -85,14 +85,14 @@ def _load(
 
 
 def _as_written(problem: Problem, env: EnvFile, keys: Mapping[str, str]) -> tuple[str, Problem]:
-    """The key of a problem in the file, and the problem with what stands there."""
+    """Return the key of a problem in the file, and the problem with the value in the file."""
     if key := keys.get(problem.key):
         problem = replace(problem, key=key, value=str(env.values[key]))
     return problem.key, problem
 
 
 def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
-    """The profiles in a `.env` file: roles first, then the others in the order of the file.
+    """Return the profiles in a `.env` file: roles first, then the others in the file's order.
 
     A role counts if it has any key of its own, another profile if it has a model or a URL, or
     routes to other profiles, and `primary` if there is no other.
@@ -106,7 +106,7 @@ def configured_profiles(path: str | Path = ".env") -> tuple[str, ...]:
     )
     roles = [role for role in ROLES if role in found]
     others = [name for name in found if name and name not in ROLES]
-    if "" in found and "primary" not in roles:  # LLAMACPP_MODEL, a model for whoever has none
+    if "" in found and "primary" not in roles:  # LLAMACPP_MODEL, a model for profiles without one
         roles.insert(0, "primary")
     return (*roles, *others) or ("primary",)
 
@@ -134,7 +134,7 @@ def save_settings(
         names: The fields to write; all by default.
 
     Raises:
-        ConfigError: The file cannot be read or written, or a setting that applies to every profile
+        ConfigError: The file can't be read or written, or a setting that applies to every profile
             would have to be unset.
     """
     env = read_env(path)
@@ -144,19 +144,19 @@ def save_settings(
 def add_profiles(
     configs: Collection[ServerConfig], path: str | Path = ".env", *, replace: bool = False
 ) -> SavedEnv:
-    """Write whole profiles into a `.env` file, all or none of them.
+    """Write whole profiles into a `.env` file, either all of them or none.
 
     Args:
         configs: Their settings. Secrets are never written.
         path: The file; created if it is missing.
-        replace: Whether profiles that are in the file already may be changed.
+        replace: Whether to change profiles that are in the file already.
 
     Raises:
         ConfigError: As `save_settings`, or a profile is in the file already.
     """
     env = read_env(path)
     there = {split_key(key)[0].lower() for key, value in env.values.items() if value}
-    other = " To keep it, name the new one by --profile." if len(configs) == 1 else ""
+    other = " To keep it, rename the new one with --profile." if len(configs) == 1 else ""
     fix = f"To change it, add --replace.{other}"
     problems = [
         Problem(config.profile, "", "It is in the file already.", fix)
@@ -186,7 +186,7 @@ def _additions(env: EnvFile, configs: Collection[ServerConfig]) -> dict[str, str
 
 
 def _changes(env: EnvFile, config: ServerConfig, names: Collection[str] | None) -> dict[str, str]:
-    """The keys that a profile's settings would change in a file, with their values."""
+    """Return the keys that a profile's settings would change in a file, with their values."""
     given, complaint = _load(env, config.profile)
     wrong = {problem.key for problem in complaint.problems} if complaint else set()
     changes: dict[str, str] = {}
@@ -251,7 +251,7 @@ def _keys(env: EnvFile) -> Iterator[str]:
         elif profile:
             profiles.setdefault(profile.lower(), key)
     for profile, key in profiles.items():
-        # One that adds to another, as coder2 to coder, is meant.
+        # A name that extends another, such as coder2, is intentional.
         others = [
             name
             for name in (*ROLES, *profiles)
@@ -285,14 +285,14 @@ def _values(env: EnvFile) -> Iterator[str]:
                 name = match["name"]
                 if name not in known and not os.environ.get(name):
                     yield (
-                        f"{key} has ${{{name}}}, which is not set and counts as empty. Set {name}"
+                        f"{key} uses ${{{name}}}, which is not set and counts as empty. Set {name}"
                         " on a line above, or write its value there."
                     )
             if split_key(key)[1] in _PATHS and (bare := _BARE.search(value)):
                 name = bare["name"]
-                yield f"{key} has ${name}, which is taken literally. Write ${{{name}}}."
+                yield f"{key} contains ${name}, which is taken literally. Write ${{{name}}}."
             if value[0] in _CURLY or value[-1] in _CURLY:
-                yield f"{key} has curly quotes, which become part of its value. Use \" or '."
+                yield f"{key} contains curly quotes, which become part of its value. Use \" or '."
         known.add(key)
 
 
@@ -305,10 +305,11 @@ def _urls(env: EnvFile, profiles: Iterable[str]) -> Iterator[str]:
                 f"{names['url']} is http to another machine, so {names['api_key']} travels there"
                 " unencrypted. Use https, or an SSH tunnel."
             )
-        if config.url and config.api_key is None and "api_key" in names:
+        if config.url and names.get("api_key") == f"{PREFIX}API_KEY":
             yield (
-                f"{names['api_key']} is not sent to {names['url']}, for which it was not written."
-                f" If that server asks for a key, set {PREFIX}{profile.upper()}_API_KEY."
+                f"{names['api_key']} is not sent to {names['url']}, because it is not that"
+                " profile's own key. If that server requires a key, set"
+                f" {PREFIX}{profile.upper()}_API_KEY."
             )
 
 
@@ -342,14 +343,14 @@ class Places(BaseModel):
     models_dir: Path
     log_dir: Path  # the folder for logs and records
     history: Path
-    binary: Path | None = None  # the llama-server program; None for the one that is found
+    binary: Path | None = None  # the llama-server program; None to find one
 
     @classmethod
     def of_this_machine(cls, profile: str) -> Self:
         """Read those of this machine, for a profile that is to run here.
 
         Raises:
-            ConfigError: The `.env` file cannot be read.
+            ConfigError: The `.env` file can't be read.
         """
         config, _ = load_lenient(".env", profile)
         return cls(home=Path.home(), **{name: getattr(config, name) for name in _FOLDERS})
@@ -357,7 +358,7 @@ class Places(BaseModel):
     def settle(self, config: ServerConfig) -> ServerConfig:
         """Return a profile's settings with all paths as they are on that machine.
 
-        What the settings leave to the default, that machine decides.
+        That machine decides the paths that the settings leave to the default.
         """
 
         def absolute(folder: Path, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Settings become a command line in the engine's own spelling."""
+"""The command line for settings, in the engine's own spelling."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spell(dialect: Dialect, words: Sequence[str]) -> Iterator[str]:
 
 
 def options_of(config: ServerConfig) -> list[tuple[str, str]]:
-    """Return what settings ask of a server: canonical flags and the words after them, in order."""
+    """Return the options that settings ask for: canonical flags and their values, in order."""
     asked = chain.from_iterable(words for _, words in _asked(config))
     options = split_options((*asked, *config.extra_args))
     return [
@@ -92,7 +92,7 @@ def _if_known(config: ServerConfig) -> Iterator[tuple[str, str]]:
 
 
 def is_flag(word: str) -> bool:
-    """Tell whether a word is a flag rather than a value such as -1."""
+    """Return whether a word is a flag rather than a value such as -1."""
     return word.startswith("-") and not word[1:2].isdigit() and word[1:2] != "."
 
 
@@ -134,10 +134,10 @@ _FLAGS = {
     "speculation": "--spec-type",
 }  # fmt: skip
 _ALWAYS = ("model", "host", "port", "alias", "api_key")
-# What a field of `ServerConfig` says to llama-server itself, rather than to its manager.
+# The fields of `ServerConfig` that are for llama-server itself, rather than for its manager.
 SERVER_SETTINGS = (*_FLAGS, "draft_model", "mmproj", "rpc_hosts", "extra_args")
-# Of the kinds of n-grams, this one guesses 48 tokens at most: llama.cpp works attention out in
-# another way, and slightly different, for 64 tokens and more.
+# Of the kinds of n-grams, this one guesses at most 48 tokens: for 64 tokens and more, llama.cpp
+# computes attention in another way, with slightly different results.
 _SPECULATION = {
     Speculation.OFF: "none",
     Speculation.NGRAM: "ngram-simple",
@@ -152,20 +152,20 @@ _SLEEP = "--sleep-idle-seconds"
 _KEEP = "--slot-save-path"
 _CACHE, _RPC = "--cache-ram", "--rpc"
 _PRESETS = "--models-preset"
-# Flags that the manager writes itself, by the field that they come from.
+# Flags that the manager sets itself, with the fields that they come from.
 _OWNED = {f"--{name.replace('_', '-')}": name for name in _ALWAYS}
-# Fields by the canonical name of the flag that says them, to read a command line.
+# Fields by the canonical name of their flag, to read a command line.
 _FIELDS = {canonical(flag): field for field, flag in _FLAGS.items()} | {
     canonical(f"--{name}"): name for name in ("model", "host", "port", "alias")
 } | {
     _SLEEP: "idle_shutdown_seconds", "--no-jinja": "tool_calling", _DRAFT: "draft_model",
     _MMPROJ: "mmproj", "--no-mmproj": "mmproj",
 }  # fmt: skip
-# Where no value follows.
+# If no value follows.
 _BARE = {"--jinja": "on", "--no-jinja": "off", "--flash-attn": "on", "--no-mmproj": "off"}
 _KINDS = {word: kind for kind, word in _SPECULATION.items()}
 _ALL_LAYERS = 999
-# Flags that change how a server is talked to, in a way that the manager does not know.
+# Flags that change the server's protocol in ways that the manager does not support.
 UNSPOKEN_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
 
 
@@ -174,14 +174,14 @@ def build_command(
 ) -> tuple[str, ...]:
     """Return the arguments that start `engine` with the settings of `config`.
 
-    Settings that are `None` are left out, so that the engine's own defaults hold. `extra_args`
-    come last, spelled as this build does: where a flag stands twice, llama-server takes the last.
-    What slots hold is kept in the folder `prompts`; `supervised` makes the log tell us more.
+    Settings that are `None` are left out, so that the engine's own defaults apply. `extra_args`
+    come last, in this build's spelling: if a flag is given twice, llama-server takes the last. The
+    contents of slots are saved in the folder `prompts`; `supervised` makes the log more detailed.
 
     Raises:
-        UnknownFlagError: When this build lacks the flag of a setting, or one in `extra_args`.
-        EngineError: When `extra_args` has a flag that the manager sets.
-        ConfigError: When no model is chosen.
+        UnknownFlagError: This build lacks the flag of a setting, or one in `extra_args`.
+        EngineError: `extra_args` contains a flag that the manager sets.
+        ConfigError: No model is chosen.
     """
     return (
         *with_workers(config, engine.command),
@@ -208,7 +208,7 @@ def build_router_command(
     Its models are in the file `presets`; at most `most` of them are loaded at once.
 
     Raises:
-        UnknownFlagError: When this build lacks a flag in `extra_args`.
+        UnknownFlagError: This build lacks a flag in `extra_args`.
     """
     open_page = goes_without_key(config) and engine.dialect.option(ORIGINS)
     return (
@@ -220,10 +220,10 @@ def build_router_command(
 
 
 def portable_arguments(config: ServerConfig) -> tuple[str, ...]:
-    """Return what settings ask of a current llama-server that is not on this machine.
+    """Return the arguments for a current llama-server that is not on this machine.
 
     Raises:
-        ConfigError: When no model is chosen.
+        ConfigError: No model is chosen.
     """
     asked = (*(words for _, words in _asked(config)), *_if_known(config))
     return (*_own_words(config), *chain.from_iterable(asked), *config.extra_args)
@@ -242,7 +242,7 @@ def split_options(words: Iterable[str]) -> list[tuple[str, ...]]:
 def read_arguments(words: Iterable[str]) -> dict[str, Any]:
     """Return the settings that arguments of llama-server ask for, the inverse of `build_command`.
 
-    What no setting stands for is left in `extra_args`. Where a flag stands twice, the last counts.
+    Arguments without a setting are left in `extra_args`. If a flag is given twice, the last counts.
     """
     found: dict[str, Any] = {}
     others: list[str] = []
@@ -253,7 +253,7 @@ def read_arguments(words: Iterable[str]) -> dict[str, Any]:
             value = _ALL_LAYERS
         elif field == "speculation":
             value = _KINDS.get(str(value), value)
-        # A word too many, such as a file after a switch, is for llama-server to judge.
+        # An extra word, such as a file after a switch, is left for llama-server to judge.
         if field and len(values) <= 1 and _is_valid(field, value):
             found[field] = value
         else:
@@ -270,26 +270,26 @@ def _is_valid(field: str, value: object) -> bool:
 
 
 def sleeps(command: Sequence[str]) -> bool:
-    """Tell whether a server started so frees an idle model by itself; a negative time is off."""
+    """Return whether a server started this way unloads an idle model; a negative time is off."""
     return not (value_of(command, {_SLEEP}) or "-").startswith("-")
 
 
 def keeps_prompts(engine: Engine, config: ServerConfig) -> bool:
-    """Tell whether a server's prompts are kept: the build can, and the model reads to answer."""
+    """Return whether a server's prompts are kept: the build can, and the model is for chat."""
     theirs = value_of(config.extra_args, {_KEEP}) is not None
-    whole = not config.rpc_hosts  # what other machines hold of a prompt cannot be saved
+    whole = not config.rpc_hosts  # the part of a prompt on other machines can't be saved
     answers = config.models is None and config.task is Task.CHAT
     wanted = config.keep_prompts and answers and whole and not theirs
     return wanted and engine.dialect.option(_KEEP) is not None
 
 
 def leaves_out_projector(engine: Engine, config: ServerConfig) -> bool:
-    """Tell whether a model goes without its projector because this build takes none."""
+    """Return whether a model goes without its projector because this build supports none."""
     return config.projector is not None and not engine.dialect.option(_MMPROJ)
 
 
 def open_to_pages(engine: Engine, config: ServerConfig) -> bool:
-    """Tell whether any web page can use the server: it has no key, and no fence."""
+    """Return whether any web page can use the server: it has no key, and can't check origins."""
     return goes_without_key(config) and not engine.dialect.option(ORIGINS)
 
 
@@ -310,7 +310,7 @@ def _said(engine: Engine, config: ServerConfig) -> Iterator[str]:
 def _for_our_eyes(engine: Engine) -> Iterator[str]:
     if engine.dialect.option("--log-jsonl"):
         yield "--log-jsonl"
-    if engine.dialect.traces:  # the log tells how long each prompt is, before it is read
+    if engine.dialect.traces:  # the log has each prompt's length before it is processed
         yield from ("--verbosity", "4")
 
 
@@ -326,14 +326,14 @@ def _for_workers(engine: Engine, config: ServerConfig) -> Iterator[str]:
     if value_of(config.extra_args, {_RPC}):
         raise EngineError(
             f"{_key('extra_args')} has {_RPC}, and {key} is set. Choose one: {key} starts the"
-            f" workers itself, {_RPC} names some that run."
+            f" workers itself, {_RPC} names ones that run already."
         )
     if engine.dialect.option(_CACHE) and not value_of(config.extra_args, {_CACHE}):
-        yield from (_CACHE, "0")  # llama-server aborts as it saves a prompt of other machines
+        yield from (_CACHE, "0")  # llama-server aborts when it saves a prompt of other machines
 
 
 def _understands(dialect: Dialect, words: Sequence[str]) -> bool:
-    """Tell whether a build knows all flags, and where it lists the values of one, those too."""
+    """Return whether a build knows all flags, and their values if it lists any."""
     return all(
         (option := dialect.option(flag)) and accepts(option, value)
         for flag, value in pairwise((*words, ""))
@@ -342,12 +342,12 @@ def _understands(dialect: Dialect, words: Sequence[str]) -> bool:
 
 
 def accepts(option: Option, value: str) -> bool:
-    """Tell whether a build lists a value among those of an option, where it lists any."""
+    """Return whether an option accepts a value, as far as the build lists its values."""
     return not option.choices or set(value.split(",")) <= set(option.choices)
 
 
 def _checked(engine: Engine, extra_args: Iterable[str]) -> Iterator[str]:
-    """Yield the words unchanged, refusing flags that could not work."""
+    """Yield the words unchanged, rejecting flags that could not work."""
     values = 0
     for word in extra_args:
         yield word

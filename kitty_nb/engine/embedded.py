@@ -1,8 +1,8 @@
-"""`llama-server` out of the `xllamacpp` wheel: the same flags, log and exit codes.
+"""`llama-server` from the `xllamacpp` wheel: the same flags, log and exit codes.
 
-Run as a program. The wheel holds llama.cpp's own HTTP server, but takes a parameter object where
-llama-server takes a command line; `embedded.options` says which option sets what. `--help` prints
-the layout of llama-server, and answers without loading the wheel.
+Run as a program. The wheel contains llama.cpp's own HTTP server, but takes a parameter object
+instead of a command line; `embedded.options` says which option sets what. `--help` prints
+llama-server's layout, and answers without loading the wheel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 TABLE = Path(__file__).with_name("embedded.options").read_text(encoding="utf-8").splitlines()
-# What --help shows of an option, and what it sets where its name does not tell.
+# Each option as --help shows it, and what it sets, if its name does not tell.
 OPTIONS = dict(row.partition("  ")[::2] for row in TABLE if row.startswith("-"))
 _CHOICES = re.compile(r"[\[<](\S+\|\S+)[\]>]|\{(.+)\}")
 _OFF = ("--no-", "-no", "-nk", "-nr")
@@ -33,7 +33,7 @@ _SAMPLERS = {
     "d": "dry", "k": "top_k", "y": "typ_p", "p": "top_p", "s": "top_n_sigma", "m": "min_p",
     "t": "temperature", "x": "xtc", "i": "infill", "e": "penalties", "a": "adaptive_p",
 }  # fmt: skip
-# What stands before an option's name in the path of the attribute that it sets.
+# Prefixes of an option's name in the path of the attribute that it sets.
 _BEFORE = ("", "n_", "no_", "use_", "endpoint_", "sampling_")
 
 
@@ -79,7 +79,7 @@ def _is_enum(kind: type) -> bool:
 
 
 def set_option(params: Any, flag: str, value: str | bool) -> None:
-    """Set what a flag of the table stands for to its value."""
+    """Set the parameters that a flag of the table stands for to its value."""
     names, _, target = _BY_FLAG[flag]
     match target[:1]:
         case "@":
@@ -108,7 +108,7 @@ def _set(params: Any, path: str, value: Any) -> None:
         value = kind(value)
     setattr(owner, name, value)
     if parents == ["sampling"]:
-        # Marked as the user's, it wins over what the model's file recommends.
+        # Marked as the user's, the value overrides what the model's file recommends.
         marks = import_module("xllamacpp").common_params_sampling_config
         mark = getattr(marks, f"COMMON_PARAMS_SAMPLING_CONFIG_{name.upper()}", 0)
         params.sampling.user_sampling_config |= mark
@@ -127,7 +127,7 @@ def items(value: str) -> list[str]:
 
 
 def _owner(params: Any, flag: str) -> Any:
-    """Return the part of the parameters that is the draft model's or the model's own."""
+    """Return the parameters that a flag is for: the draft model's or the model's own."""
     return params.speculative.draft if "draft" in _BY_FLAG[flag].names[-1] else params
 
 
@@ -155,7 +155,7 @@ def _let_run_on(params: Any, flag: str, mask: int) -> None:
 def _context(params: Any, value: str, _flag: str) -> None:
     params.n_ctx = int(value)
     if params.n_ctx == 0:
-        params.fit_params_min_ctx = -1  # an explicit 0 asks for all, so it must not be shrunk
+        params.fit_params_min_ctx = -1  # an explicit 0 asks for it all, so it must not shrink
 
 
 def _agent(params: Any, _value: str, flag: str) -> None:
@@ -164,7 +164,7 @@ def _agent(params: Any, _value: str, flag: str) -> None:
 
 
 def close_to_pages(params: Any) -> None:
-    """Let only this machine's web pages use a server that has tools, unless it was told others."""
+    """Let only this machine's web pages use a server that has tools, unless others were given."""
     has_tools = params.server_tools or params.mcp_servers_config or params.mcp_servers_json
     if has_tools and not params.cors_origins_explicit:
         params.cors_origins = "localhost"
@@ -252,7 +252,7 @@ def read_arguments(words: Sequence[str]) -> Iterator[tuple[str, str | bool]]:
     """Yield each flag of a command line, and its value (a bool for a switch).
 
     Raises:
-        SystemExit: At what llama-server would refuse, with its message.
+        SystemExit: llama-server would reject an argument; the message is its own.
     """
     rest = iter(words)
     for word in rest:
@@ -274,7 +274,7 @@ def read_arguments(words: Sequence[str]) -> Iterator[tuple[str, str | bool]]:
 
 
 def refuse(flag: str, reason: object) -> NoReturn:
-    """Exit as llama-server does at a value that it cannot take."""
+    """Exit as llama-server does when it can't take a value."""
     sys.exit(f'error while handling argument "{flag}": {reason}')
 
 
@@ -290,25 +290,25 @@ verbosity:
  - 3: info
  - 4: trace (more info)
 """
-# What a value that an option cannot take ends in.
+# The errors that a value raises if its option can't take it.
 _REFUSED = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError)
 
 
 def help_text() -> str:
-    """The output of `--help`: every option, laid out as llama-server does."""
+    """Return the output of `--help`: every option, in llama-server's layout."""
     heads = ("-h, --help, --usage", "--version", "--list-devices", *OPTIONS)
     aligned = (re.sub(r"^-\w+, ", lambda short: f"{short[0]:<7}", head) for head in heads)
     return _HELP.format(options="\n".join(aligned))
 
 
 def version_text() -> str:
-    """The output of `--version`; the wheel's last number is llama.cpp's build."""
+    """Return the output of `--version`; the wheel's last number is llama.cpp's build."""
     wheel = import_module("importlib.metadata").version("xllamacpp")
     return f"version: {wheel.rpartition('.')[2]} (xllamacpp {wheel})"
 
 
 def devices_text() -> str:
-    """Return what `--list-devices` prints: all but the processor."""
+    """Return the output of `--list-devices`: all devices except the CPU."""
     xllamacpp = import_module("xllamacpp")
     mib = 1 << 20
     lines = [
@@ -321,7 +321,7 @@ def devices_text() -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    """Be llama-server, until a signal ends it or the model does not load."""
+    """Run as llama-server, until a signal ends it or the model fails to load."""
     if {"-h", "--help", "--usage"} & set(words):
         print(help_text())
         return
@@ -331,7 +331,7 @@ def main(words: Sequence[str]) -> None:
     if "--list-devices" in words:
         print(devices_text())
         return
-    # Loading keeps the interpreter busy: only a signal's default action can end it then.
+    # Loading blocks the interpreter: only a signal's default action can end it then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     given = list(read_arguments(words))
@@ -341,7 +341,7 @@ def main(words: Sequence[str]) -> None:
         sys.exit(f"error: the xllamacpp wheel cannot be loaded: {error}")
     params = xllamacpp.CommonParams()
     params.port, params.n_parallel = 8080, -1  # llama-server's defaults; -1 is automatic
-    # As llama-server does, so that the key need not stand on a command line that all can read.
+    # As in llama-server, so that the key need not be on a command line that everyone can read.
     params.api_keys = items(os.environ.get("LLAMA_API_KEY", ""))
     for flag, value in given:
         try:
@@ -360,7 +360,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _wait_for_signal() -> None:
-    # A pipe, because the system may hand the signal to any of the server's threads.
+    # A pipe, because the system may deliver the signal to any of the server's threads.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)

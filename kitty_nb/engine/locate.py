@@ -43,8 +43,8 @@ _CHOICES = re.compile(
 _VALUE = re.compile(r"(?P<first>(?:<[^<>]*>|\S)+)(?P<second> [A-Z]+$)?")
 
 _TRACES = "- 4: trace"
-_ALIKE = 0.81  # of 1; less is another flag that happens to share some letters
-_REMOVED = "the argument has been removed"  # it is listed, and ends the program when it is used
+_ALIKE = 0.81  # of 1; a lower one means another flag that happens to share some letters
+_REMOVED = "the argument has been removed"  # listed, but ends the program when used
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class Option:
 
     # Every spelling, long and short, including the negative ones (`--no-jinja`).
     flags: tuple[str, ...]
-    # How many words follow the flag, 0 for a switch. Builds of early 2024 leave the value of
-    # `--host` and `--n-predict` out, so 0 is a hint rather than a proof.
+    # The number of words after the flag, 0 for a switch. Builds of early 2024 omit the value of
+    # `--host` and `--n-predict`, so 0 is a hint rather than a proof.
     values: int
-    # The words allowed as its value, where `--help` lists them, as in `[on|off|auto]`.
-    # `--spec-type` takes several of its own, with commas.
+    # The words allowed as its value, if `--help` lists them, as in `[on|off|auto]`. `--spec-type`
+    # takes several of them, separated by commas.
     choices: tuple[str, ...] = ()
 
 
@@ -66,7 +66,7 @@ class Dialect:
     """All options of a build."""
 
     options: tuple[Option, ...]  # what its `--help` lists
-    # Whether verbosity 4 adds some lines for each request; in other builds it adds hundreds.
+    # Whether verbosity 4 adds a few lines for each request; in other builds, it adds hundreds.
     traces: bool = False
 
     @cached_property
@@ -74,7 +74,7 @@ class Dialect:
         return {flag: option for option in self.options for flag in option.flags}
 
     def option(self, flag: str) -> Option | None:
-        """Return the option that a flag names, or None where this build does not know it."""
+        """Return the option that a flag names, or None if this build does not know it."""
         return self._by_flag.get(spelled(flag))
 
     def nearest(self, flag: str) -> str | None:
@@ -86,7 +86,7 @@ class Dialect:
 
 
 def parse_help(text: str) -> Dialect:
-    """Read the options from what `llama-server --help` prints.
+    """Parse the options in the output of `llama-server --help`.
 
     Three layouts are in use: `-t N, --threads N` (until mid 2024), `-t,    --threads N` with the
     long flags indented (2024), and the same without indentation (since). A long option pushes
@@ -100,7 +100,7 @@ def _parse_line(line: str) -> Option | None:
     match = _OPTION_LINE.fullmatch(line)
     if not match or _REMOVED in line:
         return None
-    # Two spaces end the option, except behind the comma that aligns its long flags.
+    # Two spaces end the option, except after the comma that aligns its long flags.
     head = re.split(r"(?<![,\s])\s{2,}", match["text"].rstrip(), maxsplit=1)[0]
     names = [name.partition(" ") for name in re.split(r",\s+(?=-)", head)]
     flags = tuple(flag for flag, _, _ in names)
@@ -117,7 +117,7 @@ def _parse_line(line: str) -> Option | None:
 _TABLES = ("CREATE TABLE IF NOT EXISTS answers (stamp PRIMARY KEY, help TEXT, version TEXT)",)
 _FORGET = "DELETE FROM answers WHERE rowid <= (SELECT max(rowid) FROM answers) - 8"
 _RECALL = "SELECT help, version FROM answers WHERE stamp = ?"
-_SCRIPT = 1 << 16  # bytes; what is longer is no script that only starts another program
+_SCRIPT = 1 << 16  # bytes; a longer file is not a script that only starts another program
 _PATH = re.compile(r"/[\w./+@-]+")
 _IN_FOLDER = ("llama-server", "bin/llama-server", "build/bin/llama-server")
 _VERSION = re.compile(r"^version:\s*(\S.*)$", re.MULTILINE)
@@ -126,14 +126,14 @@ _ANSWER_WITHIN = 20.0  # seconds, on a busy machine; a GPU's driver wakes up whe
 # Seconds. Machines of --rpc serve one client at a time: a server that runs keeps others waiting.
 _REMOTE_WITHIN = 2.0
 _LISTED = "Available devices"
-# One of these is there where Linux has a GPU's driver, on a PC, in WSL or on a Jetson.
+# One of these exists if Linux has a GPU's driver, on a PC, in WSL or on a Jetson.
 _DRIVERS = ("/dev/dri", "/dev/kfd", "/dev/dxg", "/dev/nvidiactl", "/dev/nvmap")
 _DEVICE = re.compile(
     r"^  (?P<name>\S+): (?P<about>.*) \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$", re.MULTILINE
 )
 SWAP_HOME = "https://github.com/mostlygeek/llama-swap"
-# The first versions that pass a client's key on to the server that they ask, and that choose among
-# several servers of one model by their requests.
+# The first versions that forward a client's key to the server, and that choose among several
+# servers of one model by their requests.
 PASSES_KEY, SPREADS = 218, 242
 
 
@@ -148,19 +148,19 @@ class EngineKind(StrEnum):
 class Engine:
     """A program that serves models."""
 
-    kind: EngineKind  # a llama-server of its own, or the one inside the `xllamacpp` wheel
+    kind: EngineKind  # a standalone llama-server, or the one in the `xllamacpp` wheel
     command: tuple[str, ...]  # the words that start it; its flags follow
-    version: str  # what it calls itself, e.g. `11434 (abc123)`
+    version: str  # the version it reports, e.g. `11434 (abc123)`
     dialect: Dialect  # the flags that it knows
 
 
 class _Candidate(NamedTuple):
-    """A program not yet asked."""
+    """A program that has not been asked for its flags yet."""
 
     kind: EngineKind  # where it comes from
     command: tuple[str, ...]  # the words that start it
-    stamp: str  # another one once the program may print something else
-    is_lasting: bool  # whether the stamp covers all that the program is, also in other processes
+    stamp: str  # changes whenever the program may print something else
+    is_lasting: bool  # whether the stamp covers all of the program, also in other processes
 
 
 _engines: dict[_Candidate, Engine] = {}
@@ -169,16 +169,16 @@ _log = logging.getLogger(__name__)
 
 
 async def locate_engine(binary: Path | None = None, answer_within: float = 20.0) -> Engine:
-    """Find the engine and learn its flags; a program that has not changed is asked only once.
+    """Find the engine and its flags; a program that has not changed is asked only once.
 
     Args:
         binary: The program to use, or a folder that holds it (`LLAMACPP_BIN`). When None, the
-            `llama-server` on `PATH` is used, else the one inside the `xllamacpp` wheel.
+            `llama-server` on `PATH` is used, else the one in the `xllamacpp` wheel.
         answer_within: Timeout of `--help`, in seconds.
 
     Raises:
-        EngineNotFoundError: When there is none.
-        EngineError: When there is one that cannot be run; its first line of output says why.
+        EngineNotFoundError: There is none.
+        EngineError: There is one that can't be run; its first line of output says why.
     """
     candidate = await anyio.to_thread.run_sync(_choose, binary)
     if candidate not in _engines:
@@ -192,14 +192,14 @@ def _choose(binary: Path | None) -> _Candidate:
             program = _program(binary)
         except OSError as error:
             raise EngineError(
-                f"LLAMACPP_BIN is {binary}, which cannot be accessed ({error.strerror}). Correct"
+                f"LLAMACPP_BIN is {binary}, which can't be accessed ({error.strerror}). Correct"
                 " it, or fix the permissions of the folders above it."
             ) from None
         return _candidate(EngineKind.NATIVE, (str(program),), program)
     if found := shutil.which("llama-server"):
         return _candidate(EngineKind.NATIVE, (found,), Path(found))
     if (wheel := find_spec("xllamacpp")) and wheel.origin:
-        # -P: a notebook's folder may hold a module with the name of one that the server imports.
+        # -P: a notebook's folder may contain a module named like one that the server imports.
         command = (sys.executable, "-P", "-m", "kitty_nb.engine.embedded")
         return _candidate(EngineKind.EMBEDDED, command, Path(wheel.origin))
     raise EngineNotFoundError(
@@ -229,7 +229,7 @@ def _program(binary: Path) -> Path:
 
 
 def _candidate(kind: EngineKind, command: tuple[str, ...], file: Path) -> _Candidate:
-    """Look at a program; a script counts with the files that it names."""
+    """Inspect a program; a script includes the files that it names."""
     resolved = file.resolve()
     # The folder too: a build with shared libraries may replace only those beside the program.
     files, is_lasting = [resolved, resolved.parent], True
@@ -248,7 +248,7 @@ def _candidate(kind: EngineKind, command: tuple[str, ...], file: Path) -> _Candi
 
 
 async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
-    if candidate.kind is EngineKind.EMBEDDED:  # its program would say the same, later
+    if candidate.kind is EngineKind.EMBEDDED:  # its program would say the same, but later
         return _engine(candidate, embedded.help_text(), embedded.version_text())
     if candidate.is_lasting:
         known = await anyio.to_thread.run_sync(
@@ -289,7 +289,7 @@ def _engine(candidate: _Candidate, told_help: str, told_version: str) -> Engine:
 
 
 def _answers() -> Database:
-    """The answers of programs that other processes asked, by their stamp."""
+    """Return the answers of programs to this and other processes, by their stamp."""
     path = user_folder(platformdirs.user_cache_path) / "engines.sqlite3"
     return Database(path, "The cache", "llama-server is asked again.", _log.warning, _TABLES)
 
@@ -317,18 +317,18 @@ async def output_of(command: tuple[str, ...], answer_within: float) -> str:
 class Device:
     """A device with its memory, such as a GPU, or a machine that serves as one."""
 
-    name: str  # what the engine calls it, e.g. `Vulkan0`
-    # What it is, e.g. `AMD Radeon RX 7900 XTX`; where another machine is meant, its address.
+    name: str  # the engine's name for it, e.g. `Vulkan0`
+    # Its description, e.g. `AMD Radeon RX 7900 XTX`; for another machine, its address.
     about: str
-    free: int  # bytes of its memory that are free
-    total: int  # bytes in all
+    free: int  # free bytes of its memory
+    total: int  # bytes of its memory
 
     def __str__(self) -> str:
         return f"{self.name} ({self.about})"
 
 
 def parse_devices(text: str) -> tuple[Device, ...]:
-    """Read what `llama-server --list-devices` prints."""
+    """Parse the output of `llama-server --list-devices`."""
     return tuple(
         Device(found["name"], found["about"], int(found["free"]) * _MIB, int(found["total"]) * _MIB)
         for found in _DEVICE.finditer(text)
@@ -339,7 +339,7 @@ async def device_names(config: ServerConfig) -> tuple[str, ...] | None:
     """Return the devices' names as first listed, before a server kept other machines busy.
 
     Raises:
-        EngineError: There is no engine that can be run.
+        EngineError: There is no usable engine.
     """
     engine = await locate_engine(config.binary)
     question = engine.command, remote_machines(config), _chosen(config)
@@ -349,18 +349,18 @@ async def device_names(config: ServerConfig) -> tuple[str, ...] | None:
 
 
 async def list_devices(config: ServerConfig) -> tuple[Device, ...] | None:
-    """Ask the engine for the devices that it would use with some settings, as it orders them.
+    """Ask the engine for the devices that it would use with some settings, in its order.
 
     Returns:
-        None where this build does not list them, or machines of `--rpc` are busy.
+        The devices; None if this build can't list them, or machines of `--rpc` are busy.
 
     Raises:
-        EngineError: There is no engine that can be run.
+        EngineError: There is no usable engine.
     """
     engine = await locate_engine(config.binary)
     if engine.dialect.option("--list-devices") is None:
         return None
-    # Python is slow to say that there is none.
+    # Python is slow to report that there are none.
     if engine.kind is EngineKind.EMBEDDED and not await anyio.to_thread.run_sync(_has_driver):
         return ()
     remote = remote_machines(config)
@@ -373,7 +373,7 @@ async def list_devices(config: ServerConfig) -> tuple[Device, ...] | None:
     if (chosen := _chosen(config)) is not None:
         by_name = {device.name: device for device in found}
         return tuple(by_name[name] for name in chosen.split(",") if name in by_name)
-    # Other machines come first, as llama.cpp has it: their part of the model travels less.
+    # Other machines come first, as in llama.cpp, so that less of the model travels.
     return tuple(sorted(found, key=lambda device: not device.name.startswith("RPC")))
 
 
@@ -386,7 +386,7 @@ def _has_driver() -> bool:
 
 
 def remote_machines(config: ServerConfig) -> str | None:
-    """The addresses of other machines that lend their devices; None without any."""
+    """Return the addresses of other machines that lend their devices; None without any."""
     return ",".join(config.rpc_hosts) or value_of(config.extra_args, {"--rpc"})
 
 
@@ -395,7 +395,7 @@ async def why_swap_unfit(program: str, least: int, lacks: str) -> str | None:
 
     Args:
         program: Where it is.
-        least: The first version that will do.
+        least: The first version that is recent enough.
         lacks: What older ones can't do.
     """
     told = await output_of((program, "-version"), _ANSWER_WITHIN)

@@ -1,10 +1,11 @@
-"""A command that borrows devices of other machines, by `ggml-rpc-server`s that ssh starts there.
+"""A command that borrows devices of other machines, through a `ggml-rpc-server` on each.
 
 The protocol of `ggml-rpc-server` is open to whoever reaches its port. So it listens on the other
-machine's loopback, and the way there is ssh's tunnel. Run as a program, this module starts the
-workers, and becomes the command once they answer; a child of it stays with the ssh processes. All
-of it is one session, which outlives a kernel, and ends as one: a server without a worker is killed
-rather than left to hang, and workers without a server end, as their terminal hangs up.
+machine's loopback, and is reached through an ssh tunnel. Run as a program, this module starts the
+workers, and becomes the command once they answer; a child of it stays with the ssh processes.
+Together they are one session, which outlives a kernel, and ends as a whole: a server without a
+worker is killed rather than left to hang, and workers without a server end when their terminal
+hangs up.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _PORT = 50052  # ggml-rpc-server's own default
 # Seconds.
 _ANSWERS_WITHIN = 15.0  # a start tries twice, and the first time wakes a GPU's driver
 _LOOK_EVERY = 0.2
-_ENDS_WITHIN = 10.0  # a worker that can't listen; it looks at its devices first
-_REFUSED_WITHIN = 0.2  # until ssh has closed a connection that leads nowhere
+_ENDS_WITHIN = 10.0  # a worker that can't listen; it inspects its devices first
+_REFUSED_WITHIN = 0.2  # for ssh to close a connection that leads nowhere
 _WITHOUT_KEY = ("env", "-u", "LLAMA_API_KEY")
 _ON_PATH = """\
 if p=$(command -v ggml-rpc-server || command -v rpc-server)
 then "$p" --threads "$(getconf _NPROCESSORS_ONLN)" {where}
 else echo no ggml-rpc-server on the PATH
 fi"""
-_ACCEPTED = "Accepted client"  # what a ggml-rpc-server says of each connection
-_END = "kitty_nb: end of the worker"  # ssh stays as long as something uses the tunnel
+_ACCEPTED = "Accepted client"  # what a ggml-rpc-server logs for each connection
+_END = "kitty_nb: end of the worker"  # ssh stays while something uses the tunnel
 _AT = re.compile(r"^kitty_nb: RPC worker (?P<host>\S+) is at (?P<at>\S+)\r?$", re.MULTILINE)
 
 
@@ -54,10 +55,11 @@ class Worker(NamedTuple):
     """A machine whose devices are borrowed.
 
     Attributes:
-        name: What the settings call it: a machine as ssh knows it, maybe with a port of its
-            loopback, on which its ggml-rpc-server is to listen.
-        command: What starts one there, without its address; None for the one on the PATH.
-        ssh_config: A file with ssh's configuration; None for the user's own.
+        name: Its name in the settings: a machine as ssh knows it, optionally with the port on its
+            loopback on which its ggml-rpc-server should listen.
+        command: The command that starts it there, without its address; None for the one on the
+            PATH.
+        ssh_config: An ssh configuration file; None for the user's own.
     """
 
     name: str
@@ -70,14 +72,14 @@ class Worker(NamedTuple):
         where = f"--host {LOOPBACK} --port {port or _PORT}"
         script = f"{self.command} {where}" if self.command else _ON_PATH.format(where=where)
         remote = shlex.join(("exec", "sh", "-c", f'{script}\necho "{_END}"'))
-        # With a terminal, so that the worker is hung up on when the connection ends.
+        # With a terminal, which hangs up on the worker when the connection ends.
         alone = "-tt", "-S", "none", "-oExitOnForwardFailure=yes"
         tunnel = "-L", f"{LOOPBACK}:{here}:{LOOPBACK}:{port or _PORT}"
         return (*_WITHOUT_KEY, *ssh_command(host, remote, self.ssh_config, *alone, *tunnel))
 
 
 class _Started(NamedTuple):
-    """A worker's ssh, with a tunnel from a port here; `accepted` once it has said so."""
+    """A worker's ssh, with a tunnel from a port here; `accepted` is set when it says so."""
 
     name: str
     program: Popen[bytes]
@@ -86,7 +88,7 @@ class _Started(NamedTuple):
 
 
 def with_workers(config: ServerConfig, command: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a command of llama-server that has the workers of some settings, if there are any."""
+    """Return a command of llama-server that starts the workers of some settings first, if any."""
     words = shlex.join(config.rpc_command) or None
     ssh_config = str(config.ssh_config) if config.ssh_config else None
     workers = [Worker(name, words, ssh_config) for name in config.rpc_hosts]
@@ -96,7 +98,7 @@ def with_workers(config: ServerConfig, command: tuple[str, ...]) -> tuple[str, .
 
 
 def by_host(text: str) -> str:
-    """Name machines in place of the tunnels that lead to them."""
+    """Replace the addresses of tunnels in a text with the names of the machines."""
     for found in _AT.finditer(text):
         text = text.replace(found["at"], found["host"])
     return text
@@ -122,7 +124,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _attend(workers: Sequence[Worker], ports: Sequence[int], server: int, tell: int) -> None:
-    """Run the workers as long as the server, and kill the server if one of them ends."""
+    """Run the workers while the server runs, and kill the server if one of them ends."""
     ended: SimpleQueue[str] = SimpleQueue()
     started: list[_Started] = []
     try:
@@ -138,14 +140,14 @@ def _attend(workers: Sequence[Worker], ports: Sequence[int], server: int, tell: 
         while os.getppid() == server:
             if how := _next(ended, _LOOK_EVERY):
                 _say(f"RPC worker {how}")
-                os.kill(server, signal.SIGABRT)  # as llama.cpp does, where it notices
+                os.kill(server, signal.SIGABRT)  # as llama.cpp does, if it notices
     finally:
         for one in started:
             one.program.terminate()
 
 
 def _relay(worker: _Started, ended: SimpleQueue[str]) -> None:
-    """Copy what a worker prints into the log, and say how it ended."""
+    """Copy a worker's output into the log, and report how it ended."""
     assert worker.program.stdout  # noqa: S101 (it was asked for)
     said = ""
     for line in worker.program.stdout:
@@ -155,16 +157,16 @@ def _relay(worker: _Started, ended: SimpleQueue[str]) -> None:
         if words.startswith(_ACCEPTED):
             worker.accepted.set()
         _print(f"{worker.name}: {words}")
-        if words and not words.startswith("Connection to "):  # ssh's own word at each end
+        if words and not words.startswith("Connection to "):  # ssh's own message at every end
             said = words
     ended.put(f"{worker.name} ended: {said}")
 
 
 def _why_silent(worker: _Started, ended: SimpleQueue[str], server: int) -> str | None:
-    """Wait until a worker answers; say why it doesn't.
+    """Wait until a worker answers; return why it doesn't.
 
-    Another program that has its port there answers, too. The worker then ends once it has looked
-    at its devices, and one that accepts the connection says so.
+    Another program on its port there answers, too. In that case, the worker ends once it has
+    inspected its devices; a worker that accepts the connection says so.
     """
     deadline, answered_at = time.monotonic() + _ANSWERS_WITHIN, math.inf
     while os.getppid() == server and time.monotonic() < deadline:
@@ -179,7 +181,7 @@ def _why_silent(worker: _Started, ended: SimpleQueue[str], server: int) -> str |
 
 
 def _listens(pid: int, port: int) -> bool:
-    """Tell whether it is this process that listens: whoever is faster would get the model."""
+    """Return whether it is this process that listens: a faster one would get the model."""
     with suppress(psutil.Error):
         found = psutil.Process(pid).net_connections("tcp")
         return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in found)
@@ -187,7 +189,7 @@ def _listens(pid: int, port: int) -> bool:
 
 
 def _answers(port: int) -> bool:
-    """Tell whether a tunnel leads to a worker: ssh closes a connection that leads nowhere."""
+    """Return whether a tunnel leads to a worker: ssh closes a connection that leads nowhere."""
     with suppress(OSError), socket.create_connection((LOOPBACK, port), _REFUSED_WITHIN) as one:
         one.settimeout(_REFUSED_WITHIN)
         try:
@@ -208,7 +210,7 @@ def _say(sentence: str) -> None:
 
 
 def _print(line: str) -> None:
-    with suppress(OSError):  # a disk that is full must not keep anybody from watching the workers
+    with suppress(OSError):  # a full disk must not stop the watch over the workers
         print(line, flush=True)
 
 

@@ -47,10 +47,10 @@ _CLIENT: dict[str, Any] = {"base_url": _URL, "timeout": httpx.Timeout(600.0, con
 class Fleet:
     """Replicas of one model, each a supervised server on a worker of a Dask cluster.
 
-    Dask places them, one on each worker, and starts one elsewhere when its worker dies; requests go
+    Dask places them, one on each worker, and restarts one elsewhere if its worker dies; requests go
     straight to the servers. `chat`, `client` and `http` ask the least busy one.
 
-    Made by `Fleet.run`; a context manager, which stops them at its end.
+    Created by `Fleet.run`; a context manager, which stops them on exit.
     """
 
     def __init__(self, client: Client, config: ServerConfig, replicas: int) -> None:
@@ -66,7 +66,7 @@ class Fleet:
         self._http: httpx.Client | None = None
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb fleet"))
-            # Whatever still runs, such as a balancer or a panel, ends too.
+            # This ends whatever still runs, such as a balancer or a panel.
             stack.callback(lambda: self._portal.call(self._portal.stop, True))
             stack.callback(lambda: self._portal.call(self._requests.aclose))
             stack.callback(self._portal.start_task_soon(self._placement.run).cancel)
@@ -86,17 +86,17 @@ class Fleet:
         """Start replicas, and return at once.
 
         Args:
-            client: A `dask.distributed.Client`. It stays open; as long as the replicas run, each
-                takes one of its worker's threads.
+            client: A `dask.distributed.Client`. It stays open; while the replicas run, each takes
+                one of its worker's threads.
             model: The file, absolute or in the models folder; by default the one in `config`.
-            replicas: How many; those without a worker wait for one.
+            replicas: The number of replicas; those without a worker wait for one.
             config: The servers' settings; by default those of `.env`. On other machines, the `.env`
-                in the worker's folder says where models and engine are.
+                in the worker's folder locates models and engine.
             **settings: Settings to change, by their names in `ServerConfig`.
 
         Raises:
-            ConfigError: A setting is wrong.
-            ExperimentError: `client` is none, or Dask is missing.
+            ConfigError: A setting is invalid.
+            ExperimentError: `client` is not a Dask client, or Dask is missing.
         """
         if not isinstance(client, extra("distributed", "dask").Client):
             raise ExperimentError(
@@ -115,7 +115,7 @@ class Fleet:
         base.require_model()
         if not isinstance(replicas, int) or replicas < 1:
             raise KittyError(f"replicas is {replicas!r}. Write a whole number, 1 or more.")
-        # One key for all: whatever balances them need not know it.
+        # One key for all, so that a balancer need not know it.
         if base.api_key is None or goes_without_key(base):
             made = choose_api_key(base.replace(api_key=None))
             base = base.model_copy(update={"api_key": made})
@@ -137,7 +137,7 @@ class Fleet:
 
     @property
     def problem(self) -> str | None:
-        """What keeps replicas from being placed, in a sentence; None where nothing does."""
+        """Why replicas can't be placed, in a sentence; None if nothing prevents it."""
         return self._placement.problem
 
     @property
@@ -146,21 +146,21 @@ class Fleet:
 
     @property
     def alias(self) -> str:
-        """The name by which clients ask for the model."""
+        """The model name that clients use."""
         return self._config.served_alias
 
     @property
     def to_choose(self) -> tuple[str, ...]:
-        """No models: replicas serve one."""
+        """Empty: all replicas serve one model."""
         return ()
 
     @property
     def sees(self) -> bool:
-        """True: a model that takes no pictures says so itself."""
+        """True: a model that takes no pictures reports that itself."""
         return True
 
     def reveal_api_key(self) -> str | None:
-        """Return the key that all replicas ask for. It is a secret: a notebook keeps outputs."""
+        """Return the key that all replicas require. It is a secret: notebooks keep outputs."""
         return self._key.get_secret_value() if self._key else None
 
     def subscribe(self, callback: Callable[[None], object]) -> Callable[[], None]:
@@ -174,19 +174,19 @@ class Fleet:
             KittyError: The fleet is closed.
         """
         if self._closed:
-            raise KittyError("This fleet is closed. Make another one with Fleet.run.")
+            raise KittyError("This fleet is closed. Create another one with Fleet.run.")
         return self._portal.start_task_soon(work, *args)
 
     def wait_ready(self, count: int | None = None, timeout: float | None = None) -> Self:
-        """Wait until so many replicas are ready, all by default.
+        """Wait until a number of replicas are ready, by default all of them.
 
         Args:
-            count: How many.
+            count: The number of replicas.
             timeout: Seconds; None waits as long as it takes.
 
         Raises:
-            WaitTimeoutError: They are not ready in time; they go on.
-            ServerFailedError: Too many have failed, with their reasons.
+            WaitTimeoutError: They are not ready in time; their starts continue.
+            ServerFailedError: Too many have failed; the message has their reasons.
         """
         wanted = len(self.replicas) if count is None else count
 
@@ -206,7 +206,7 @@ class Fleet:
         except WaitTimeoutError:
             waiting.cancel()
             why = f" {self.problem}" if self.problem else ""
-            raise WaitTimeoutError(f"{self!r} after {timeout} s; they go on.{why}") from None
+            raise WaitTimeoutError(f"{self!r} after {timeout} s; still starting.{why}") from None
         return self
 
     def start(self, *numbers: int) -> Operation[None]:
@@ -223,7 +223,7 @@ class Fleet:
 
     @property
     def http(self) -> httpx.Client:
-        """An HTTP client, each request of which the least busy replica answers."""
+        """An HTTP client that sends each request to the least busy replica."""
         if self._http is None:
             transport = BlockingTransport(self._transport, self._portal)
             self._http = httpx.Client(transport=transport, **_CLIENT)
@@ -251,7 +251,7 @@ class Fleet:
         If it dies before the first word, another one answers.
 
         Raises:
-            NoAnswerError: The model did not answer in words, or in the form asked for.
+            NoAnswerError: The model did not answer in words, or did not match the schema.
             KittyError: No replica is ready, or the one that answered broke off.
         """
         form = None if response_format is None else Form(response_format)
@@ -270,10 +270,10 @@ class Fleet:
 
         Args:
             program: `nginx` or `llama-swap`.
-            port: Where it listens, on loopback; by default a free port from 8100 on.
+            port: Its port on loopback; by default a free one from 8100 on.
 
         Returns:
-            The balancer: clients ask at its `url`, with the key that `reveal_api_key` returns.
+            The balancer: clients use its `url`, and the key that `reveal_api_key` returns.
 
         Raises:
             ServerFailedError: It is not installed, or can't listen there.
@@ -283,11 +283,11 @@ class Fleet:
         return front
 
     def configuration(self, program: str = "nginx", port: int = 8100) -> str:
-        """Return the configuration of a balancer for the replicas that are ready; no key is in it.
+        """Return the configuration of a balancer for the ready replicas; it contains no key.
 
         Args:
-            program: `nginx` or `llama-swap`, whose key is the variable `KITTY_FLEET_KEY`.
-            port: Where nginx listens.
+            program: `nginx`, or `llama-swap`, which reads its key from `KITTY_FLEET_KEY`.
+            port: The port on which nginx listens.
 
         Raises:
             ServerFailedError: No replica is ready.
@@ -298,7 +298,7 @@ class Fleet:
         return kind.text(targets, self.alias, port, Path("/var/lib/nginx"))
 
     def close(self) -> None:
-        """Stop all replicas and balancers. Closing twice does no harm."""
+        """Stop all replicas and balancers. Closing twice is harmless."""
         if self._closed:
             return
         self._closed = True

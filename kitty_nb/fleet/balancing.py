@@ -1,4 +1,4 @@
-"""Requests to whichever replica is least busy, and to another where one dies before it answers."""
+"""Requests to the least busy replica, and to another one if it dies before it answers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
     from pydantic import SecretStr
 
-_ASKED = 4  # replicas whose slots are looked at for a request, however many there are
+_ASKED = 4  # replicas that are asked for their slots per request, however many there are
 _SLOTS_WITHIN = 0.25  # seconds; one that does not answer by then is busy with a prompt
-# A part of a streamed answer that has words in it.
+# A part of a streamed answer that contains words.
 _WORDS = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"[^"]')
 _BLANK = b"\n\n"
 
@@ -36,7 +36,7 @@ class Target:
 
     Attributes:
         url: Its address.
-        slots: Requests that it can work on at once; None where the build does not tell.
+        slots: Requests that it can process at once; None if the build does not report it.
     """
 
     url: str
@@ -44,14 +44,14 @@ class Target:
 
 
 class LeastBusyTransport(httpx.AsyncBaseTransport):
-    """Sends each request to the replica with the most free slots.
+    """A transport that sends each request to the replica with the most free slots.
 
-    It knows which of them its own requests have, and asks a few replicas for those of others. A
-    replica that breaks off before any word of the answer has arrived is replaced by another.
+    It knows which slots its own requests occupy, and asks a few replicas for the others. If a
+    replica breaks off before any word of its answer has arrived, another one takes over.
 
     Args:
         targets: Returns the replicas that are ready.
-        key: What they ask for.
+        key: The key that they require.
     """
 
     def __init__(self, targets: Callable[[], Sequence[Target]], key: SecretStr | None) -> None:
@@ -82,7 +82,7 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
         await self._pool.aclose()
 
     async def pick(self, tried: set[str]) -> str:
-        """Return the address of the least busy replica, which counts as asked from now on."""
+        """Return the address of the least busy replica, and count a request to it."""
         targets = [target for target in self._targets() if target.url not in tried]
         if not targets:
             raise ServerFailedError(
@@ -115,7 +115,7 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
         return url
 
     def done(self, url: str) -> None:
-        """Count a request no longer."""
+        """Stop counting a request."""
         self._under_way[url] -= 1
 
     async def send(self, request: httpx.Request, url: str) -> httpx.Response:
@@ -135,7 +135,7 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
         )
 
     async def _slots_busy(self, url: str) -> int:
-        """Return how many slots a replica says are busy; 0 where its build does not tell."""
+        """Return how many busy slots a replica reports; 0 if its build reports none."""
         request = httpx.Request("GET", f"{url}/slots", headers=self._headers)
         request.extensions = {"timeout": httpx.Timeout(_SLOTS_WITHIN).as_dict()}
         try:
@@ -151,7 +151,7 @@ class LeastBusyTransport(httpx.AsyncBaseTransport):
 
 
 class _Answer(httpx.AsyncByteStream):
-    """What comes for one request: from its beginning on another replica while no word has come."""
+    """The answer to one request; until its first word, another replica can begin it again."""
 
     def __init__(self, transport: LeastBusyTransport, request: httpx.Request) -> None:
         self._transport, self._request = transport, request
@@ -175,7 +175,7 @@ class _Answer(httpx.AsyncByteStream):
                 raise
             if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
                 return response
-            await response.aclose()  # it loads, as after a crash
+            await response.aclose()  # it is loading, as after a crash
 
     def _leave(self) -> None:
         if self._at:
@@ -205,7 +205,7 @@ class _Answer(httpx.AsyncByteStream):
                 return
 
     async def _parts(self) -> AsyncGenerator[bytes]:
-        """Yield whole events: what is cut off must not be glued to another replica's answer."""
+        """Yield whole events: a truncated one must not be joined to another replica's answer."""
         stream: Any = self._response.stream
         rest = b""
         async for chunk in stream:
@@ -224,11 +224,11 @@ class _Answer(httpx.AsyncByteStream):
 
 
 class BlockingTransport(httpx.BaseTransport):
-    """An asynchronous transport for clients that block, on another thread's event loop.
+    """An adapter from clients that block to a transport on another thread's event loop.
 
     Args:
         transport: The transport.
-        portal: The way to its loop.
+        portal: The portal to its loop.
     """
 
     def __init__(self, transport: LeastBusyTransport, portal: BlockingPortal) -> None:

@@ -48,24 +48,24 @@ _NGINX = Path(__file__).with_name("nginx.conf").read_text(encoding="utf-8")
 
 def _why_not(port: object) -> str | None:
     if not isinstance(port, int) or not 0 < port <= _LAST_PORT:
-        return f"The port {port!r} is no whole number from 1 to {_LAST_PORT}."
+        return f"The port {port!r} is not a whole number from 1 to {_LAST_PORT}."
     return port_refusal(_HOST, port)
 
 
 class Front(ABC):
-    """A balancer on this machine, from `run` until that is cancelled.
+    """A balancer on this machine, from `run` until it is cancelled.
 
     Its configuration is in a folder that only this user can read, no key is on its command line,
     and it ends with this process, however that ends.
 
     Args:
-        key: What the replicas ask for.
+        key: The key that the replicas require.
         alias: The name of their model.
-        port: Where it listens; by default a free port from 8100 on.
+        port: The port on which it listens; by default a free one from 8100 on.
 
     Attributes:
-        problem: Why it does not run; None while it does, or is about to.
-        restarts: How often it was restarted.
+        problem: Why it does not run; None while it runs, or is about to.
+        restarts: The number of restarts.
 
     Raises:
         ServerFailedError: It is not installed, or can't listen there.
@@ -93,7 +93,7 @@ class Front(ABC):
 
     @classmethod
     def find(cls) -> str | None:
-        """Return where the program is; None where it is not installed."""
+        """Return the path of the program; None if it is not installed."""
         beside = "/usr/sbin:/usr/local/sbin"  # Debian's place for servers, not on every PATH
         return shutil.which(cls.program) or shutil.which(cls.program, path=beside)
 
@@ -109,7 +109,7 @@ class Front(ABC):
             self._changed.set()
 
     async def run(self) -> None:
-        """Run it. It is started with the first replica, and again when it exits."""
+        """Run the balancer. It starts with the first replica, and restarts when it exits."""
         with TemporaryDirectory(prefix="kitty_nb-front-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             await self._changed.wait()
@@ -161,7 +161,7 @@ class Front(ABC):
         return folder / "front.log"
 
     def _secrets(self) -> dict[str, str]:
-        """Return the environment variables that hold a key."""
+        """Return the environment variables that contain a key."""
         return {}
 
     @staticmethod
@@ -171,7 +171,7 @@ class Front(ABC):
 
         Args:
             targets: The replicas; one or more.
-            alias: The name by which clients ask for the model.
+            alias: The model name that clients use.
             port: Where it listens, on this machine alone.
             folder: Where it writes.
             without: What `nginx -V` says of the build.
@@ -182,7 +182,7 @@ class Front(ABC):
         """Return its command line."""
 
     async def _reload(self, folder: Path) -> None:
-        """Have it read its configuration again, where it does not do so by itself."""
+        """Have it reload its configuration, if it does not do so by itself."""
         return
 
 
@@ -212,18 +212,18 @@ class Nginx(Front):
         )
 
     async def run(self) -> None:
-        """Run it. It is started with the first replica, and again when it exits."""
+        """Run the balancer. It starts with the first replica, and restarts when it exits."""
         built = await anyio.run_process([self._path, "-V"], check=False)
         self._without = built.stderr.decode(errors="replace")
         await super().run()
 
     def _command(self, folder: Path) -> list[str]:
-        # -e: until it has read its configuration, it would write to a log of the system's.
+        # -e: until it has read its configuration, it would write to a system log.
         return [self._path, "-p", str(folder), "-e", "stderr", "-c", str(self._file(folder))]
 
     async def _reload(self, folder: Path) -> None:
         command = [*self._command(folder), "-s", "reload"]
-        with anyio.move_on_after(_GRACE):  # it has not written its number yet, or never takes this
+        with anyio.move_on_after(_GRACE):  # it has not written its PID yet, or never accepts this
             while (await anyio.run_process(command, check=False)).returncode:  # noqa: ASYNC110
                 await anyio.sleep(_POLL)
 

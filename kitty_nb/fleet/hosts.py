@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def rpc_hosts(client: Client) -> tuple[str, ...]:
     """Return the host names of a cluster's workers, for the setting `rpc_hosts`.
 
-    ssh starts a ggml-rpc-server on each, so it has to reach them by these names; Dask does nothing
-    else. They are those of the workers that there are now.
+    ssh starts a ggml-rpc-server on each, so it must reach them by these names; Dask does nothing
+    else. Workers that join later are not included.
 
     Args:
         client: A client of the cluster.

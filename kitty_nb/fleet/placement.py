@@ -1,4 +1,4 @@
-"""Where the replicas of a fleet run: Dask places them, and this sees to those without a worker."""
+"""The placement of a fleet's replicas: Dask finds workers, this handles replicas without one."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 2.0  # seconds
-_AGAIN = "Its replicas end with it. Make a fleet with a client of a running cluster."
-# Seconds. Who does not answer by then has ended, or ends its server when it goes on.
+_AGAIN = "Its replicas end with it. Create a fleet with a client of a running cluster."
+# Seconds. A worker that doesn't answer by then has ended, or stops its server when it resumes.
 _STOP_WITHIN = 9.0
 _REACHED_WITHIN = 5.0  # seconds
-_OVER = {"finished", "cancelled", "lost"}  # as Dask calls the states of a task's future
+_OVER = {"finished", "cancelled", "lost"}  # Dask's names for states of a task's future
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One server of a fleet, as it is known here.
+    """One server of a fleet, as known here.
 
     Attributes:
         number: Its number, from 0.
-        status: Its state; OUT_OF_REACH where its worker is gone, or its address can't be reached.
-        report: Its latest facts; None before the first.
+        status: Its state; OUT_OF_REACH if its worker is gone, or its address can't be reached.
+        report: Its latest report; None before the first.
         problem: What is wrong, in a sentence.
-        at: When the report came, in seconds of the monotonic clock.
+        at: When the report arrived, in seconds of the monotonic clock.
     """
 
     number: int
@@ -70,7 +70,7 @@ class Replica:
 
     @property
     def uptime(self) -> float | None:
-        """Seconds since it became ready; None when it is not."""
+        """Seconds since it became ready; None if it is not."""
         told = self.report.ready_for if self.report else None
         ready = self.status is ServerStatus.READY
         return None if told is None or not ready else told + time.monotonic() - self.at
@@ -78,7 +78,7 @@ class Replica:
 
 @dataclass(slots=True)
 class _Place:
-    """A replica's task, and what is known of it."""
+    """A replica's task, and what is known about it."""
 
     number: int
     wanted: bool = True
@@ -109,18 +109,18 @@ class _Place:
 
 
 class Placement:
-    """Keeps replicas on the workers of a cluster, from `run` until that is cancelled.
+    """The placement of replicas on a cluster's workers, from `run` until it is cancelled.
 
-    All of it happens on one event loop.
+    Everything happens on one event loop.
 
     Args:
         client: A client of the cluster; it stays open.
-        config: The settings, with the key that all replicas ask for.
-        replicas: How many.
+        config: The settings, with the key that all replicas require.
+        replicas: The number of replicas.
         on_change: Called at each change.
 
     Attributes:
-        problem: What keeps replicas from being placed, in a sentence; None where nothing does.
+        problem: Why replicas can't be placed, in a sentence; None if nothing prevents it.
         ended: Whether it has given up, for that reason.
     """
 
@@ -148,7 +148,7 @@ class Placement:
         return tuple(place.state for place in self._places)
 
     async def run(self) -> None:
-        """Keep the replicas placed, until it is cancelled; then stop them."""
+        """Keep the replicas placed until cancelled; then stop them."""
         try:
             async with (
                 connected(self._client, _AGAIN) as self._own,
@@ -193,7 +193,7 @@ class Placement:
         self._wake.set()
 
     async def _look(self) -> None:
-        """Admit new workers, and see to each replica that has no worker or has ended."""
+        """Admit new workers, and handle each replica that has no worker or has ended."""
         workers = await workers_of(self._own)
         self._workers = {w: one for w, one in self._workers.items() if w in workers}
         fresh = await self._admit(sorted(workers.keys() - self._workers.keys()))
@@ -211,7 +211,7 @@ class Placement:
             here = await run_sync(fingerprints_here, [model], config)
             self._fingerprint = here.get(model)
         answers = await ask_each(self._own, new, look, self._setup)
-        # One that did not answer at all is on its way out, or is asked again.
+        # A worker that did not answer is leaving, or is asked again.
         self._workers |= {w: one for w, one in answers.items() if not isinstance(one, OSError)}
         if self._fingerprint is None:
             answered = self._workers.values()
@@ -233,7 +233,7 @@ class Placement:
         lost = report is not None and report.worker not in workers
         placed = report is not None and report.run == place.run and not lost
         if lost and report:
-            place.lost = f"Its worker {report.worker} is gone. Dask starts it on another one."
+            place.lost = f"Its worker {report.worker} is gone. Dask restarts it on another one."
         elif not placed and place.wanted:
             place.lost = "It waits for a worker that can serve the model and has no replica yet."
         for worker, run in [*place.stale]:
@@ -248,7 +248,7 @@ class Placement:
         if place.ended or not place.wanted:
             place.future = None
         elif future is None or status in _OVER or (fresh and not placed):
-            # A task that no worker could run is not looked at again when one gets a slot.
+            # Dask does not reconsider a task that no worker could run when one gets a slot.
             self._submit(place)
 
     def _submit(self, place: _Place) -> None:
@@ -266,7 +266,7 @@ class Placement:
         )
 
     def _on_event(self, event: tuple[float, bytes]) -> None:
-        """Take a replica's report."""
+        """Record a replica's report."""
         report: Report = pickle.loads(event[1])  # noqa: S301 (Dask's results are pickles, too)
         place = self._places[report.number]
         if report.run != place.run:
@@ -277,7 +277,7 @@ class Placement:
         if before is None or before.url != report.url:
             place.seen = None
         if report.status is ServerStatus.READY and place.seen is None:
-            place.seen = True  # until it is known better
+            place.seen = True  # until the check below fails
             self._tasks.start_soon(self._reach, place, report.url)
         self._on_change()
 
@@ -301,7 +301,7 @@ class Placement:
         self._on_change()
 
     async def _order_stop(self, run: str, worker: str | None) -> None:
-        if self._own.status != "running":  # whoever waits for a scheduler that is gone waits long
+        if self._own.status != "running":  # waiting for a scheduler that is gone takes long
             return
         workers = [worker] if worker else None
         with anyio.move_on_after(_STOP_WITHIN), suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What runs on a Dask worker: one supervised server, and the facts that it sends home."""
+"""The part on a Dask worker: one supervised server, and the reports that it sends home."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import MemoryUse
 
 SLOT = "kitty_replica"
-_TELL_EVERY = 0.25  # seconds between two messages of one replica, at the least
+_TELL_EVERY = 0.25  # seconds between two messages of one replica, at least
 _MEASURE_EVERY = 10.0  # seconds
 _PACE_STEP = 5.0  # tokens a second; smaller changes are not worth a message
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the replicas of a fleet have in common.
+    """The data shared by all replicas of a fleet.
 
     Attributes:
-        topic: The topic of the cluster's events that carries their facts.
-        config: The settings, with the key that all of them ask for.
-        host: The machine on which the settings hold as they are.
+        topic: The topic of the cluster's events that carries their reports.
+        config: The settings, with the key that all of them require.
+        host: The machine whose settings these are.
     """
 
     topic: str
@@ -55,24 +55,24 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A replica's facts at one moment.
+    """The facts about a replica at one moment.
 
     Attributes:
-        number: Which replica it is.
-        run: Which of its runs; each worker that it moves to begins another.
+        number: The replica's number.
+        run: The name of its run; each worker that it moves to begins another.
         worker: The worker's address.
         status: The state of its server.
         url: The server's address.
-        alias: The name that it answers to.
-        pid: The server's process.
+        alias: The model's name.
+        pid: The server's process ID.
         ready_for: Seconds since it became ready; None before.
-        progress: How far its load is, while it loads.
+        progress: The progress of its load, while it loads.
         error: Why it failed.
-        slots: Requests that it can work on at once; None where the build does not tell.
-        busy: Those that it works on.
-        tokens_per_second: How fast it answers, rounded.
-        restarts: How often it was restarted after a crash.
-        memory: What it holds.
+        slots: Requests that it can process at once; None if the build does not report it.
+        busy: Requests that it is processing.
+        tokens_per_second: The speed of its answers, rounded.
+        restarts: The number of restarts after a crash.
+        memory: The memory that it holds.
     """
 
     number: int
@@ -93,7 +93,7 @@ class Report:
 
 
 async def look(setup: Setup) -> ModelFingerprint | str:
-    """Return which model this worker has for the fleet, or why it can take no replica."""
+    """Return the fingerprint of the fleet's model here, or why this worker can't take a replica."""
     try:
         config = await run_sync(settings_here, setup.config, setup.host)
         fingerprint = await run_sync(fingerprint_of, str(config.model), config)
@@ -104,28 +104,28 @@ async def look(setup: Setup) -> ModelFingerprint | str:
 
 
 async def grant(dask_worker: Any) -> None:
-    """Let a worker take a replica; one that was started with slots for more keeps these.
+    """Let a worker take a replica; one that was started with more slots keeps them.
 
     Args:
-        dask_worker: The worker on which this runs; Dask hands it over by this name.
+        dask_worker: The worker on which this runs; Dask passes it by this name.
     """
     if SLOT not in dask_worker.state.total_resources:
         await dask_worker.set_resources(**{SLOT: 1})
 
 
 async def serve(setup: Setup, number: int, run: str) -> str | None:
-    """Serve a model on this worker until it is told to stop.
+    """Serve a model on this worker until it is stopped.
 
-    It runs on the worker's event loop, where the worker's own end cancels it; a worker that is
+    It runs on the worker's event loop, so it is cancelled when the worker ends; a worker that is
     killed takes its server with it.
 
     Args:
         setup: The fleet's setup.
-        number: Which replica it is.
+        number: The replica's number.
         run: A unique name, for `stop_job`.
 
     Returns:
-        Why there is no server any more; None when it was stopped.
+        Why the server ended; None if it was stopped.
     """
     worker: Any = get_worker()
     try:
@@ -176,7 +176,7 @@ async def _supervise(config: ServerConfig, reporter: _Reporter) -> str | None:
 
 
 class _Reporter:
-    """Sends a replica's facts home when they have changed, a few times a second at the most."""
+    """Reports a replica's facts when they have changed, a few times a second at most."""
 
     def __init__(self, worker: Any, topic: str, number: int, run: str) -> None:
         self._worker, self._topic = worker, topic
@@ -188,7 +188,7 @@ class _Reporter:
         self._told: Report | None = None
 
     def note(self, event: Event) -> None:
-        """Take an event of the supervisor."""
+        """Note an event of the supervisor."""
         if isinstance(event, ProgressMade):
             self._progress = event.progress
         self._changed.set()
@@ -206,7 +206,7 @@ class _Reporter:
             await self._changed.wait()
 
     def tell(self, supervisor: Supervisor) -> None:
-        """Send what there is, unless the same was sent before."""
+        """Send a report, unless it is the same as the last one."""
         state = supervisor.state
         health, loading = state.last_health_check, state.status in _LOADING
         pace = health.tokens_per_second if health else None
@@ -229,7 +229,7 @@ class _Reporter:
         if report != self._told:
             self._told = report
             with_time = replace(report, ready_for=state.uptime)
-            # As bytes: the scheduler, which passes them on, need not have kitty_nb.
+            # As bytes, so that the scheduler, which passes them on, need not have kitty_nb.
             self._worker.log_event(self._topic, pickle.dumps(with_time))
 
 
@@ -237,7 +237,7 @@ _LOADING = {ServerStatus.STARTING, ServerStatus.LOADING}
 
 
 def reachable_host(worker: str) -> str:
-    """Return where a server has to listen so that whoever reaches a worker reaches it, too.
+    """Return the host on which a server must listen to be reachable wherever the worker is.
 
     Args:
         worker: The worker's address, such as `tcp://10.0.0.7:40123`.

@@ -1,7 +1,8 @@
-"""Profiles in the formats of other programs: exports of them, and imports into `.env`.
+"""Profiles in the formats of other programs: exports, and imports into `.env`.
 
-The arguments of llama-server are the common language: `engine/command_line.py` has the table from
-settings to flags, read both ways. What a format cannot hold is a note, never dropped silently.
+The arguments of llama-server are the common language: `engine/command_line.py` has the table of
+settings and flags, used in both directions. What a format can't express becomes a note, and is
+never dropped silently.
 """
 
 from enum import StrEnum
@@ -23,7 +24,7 @@ class Format(StrEnum):
 
 
 class Source(StrEnum):
-    """The program that a file is of."""
+    """The program that a file was written for."""
 
     LLAMA_SWAP = "llama-swap"
     ROUTER = "router"

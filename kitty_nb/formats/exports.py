@@ -1,4 +1,4 @@
-"""Profiles written for programs that run llama-server without kitty_nb; never with secrets."""
+"""Exports of profiles for programs that run llama-server without kitty_nb; never with secrets."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ IMAGE = "ghcr.io/ggml-org/llama.cpp:server"
 _NO_LIMIT = 1_000_000
 _HOME = "https://github.com/ggml-org/llama.cpp/blob/master"
 _PLAIN = re.compile(r"[\w@:,./=+-]+", re.ASCII)
-# What any format can hold, or what ends where the profile does: where models are looked for, how
-# a load is watched. Workers on other machines are started by kitty_nb alone.
+# Fields that any format can express, or that mean nothing outside kitty_nb: where to look for
+# models, how to watch a load. Only kitty_nb starts workers on other machines.
 _HELD = {
     *SERVER_SETTINGS, "model", "alias", "host", "port", "api_key", "idle_shutdown_seconds",
     "binary", "models_dir", "allow_absolute_paths", "other_stores", "history", "log_dir",
@@ -51,7 +51,7 @@ class Exported:
 
     Attributes:
         text: Its content.
-        notes: What it could not hold, in sentences.
+        notes: What it can't express, in sentences.
     """
 
     text: str
@@ -70,12 +70,12 @@ def export(
     Args:
         form: The format.
         configs: The settings of each profile, as `resolve_model` returns them.
-        engine: The engine, where `form.runs_here`.
+        engine: The engine, if `form.runs_here`.
         image: The container image with a llama-server, for quadlet and compose.
-        models: The models of the server of each profile with a URL.
+        models: The models of the server behind each profile with a URL.
 
     Raises:
-        KittyError: The format holds one profile only or none of these, or the engine does not know
+        KittyError: The format takes only one profile or none of these, or the engine does not know
             a setting.
     """
     if len(configs) > 1 and form in {Format.SYSTEMD, Format.QUADLET}:
@@ -87,7 +87,7 @@ def export(
     if form is not Format.LLAMA_SWAP:
         notes += [
             f"{name} uses the server at {one.url}, which a {form} file can't start, so it is left"
-            " out. llama-swap passes requests on to one: kitty-nb export llama-swap"
+            " out. llama-swap can forward requests to it: kitty-nb export llama-swap"
             for name, one in peers.items()
         ]
         if len(peers) == len(configs):
@@ -107,14 +107,14 @@ def export_router(
 ) -> Exported:
     """Write profiles for a llama-swap that kitty_nb supervises.
 
-    Each server is called by its profile's name. The log has the lines of all servers, and none of
+    Each server is named after its profile. The log contains the lines of all servers, but not
     llama-swap's own for each request.
 
     Args:
         configs: The settings of each profile.
-        engine: What serves them.
-        together: How many of them fit into memory together. Those that are not pinned share the
-            places that are left, each place with one of its models at a time.
+        engine: The engine that serves them.
+        together: How many of them fit into memory together. Unpinned ones share the remaining
+            places, each of which has one model at a time.
         first_port: The port of the first server; the others have the next ones.
     """
     notes: list[str] = []
@@ -151,7 +151,7 @@ def _serve(form: Format, config: ServerConfig, engine: Engine | None, notes: lis
     for option in split_options(words):
         if takes_secret(option[0]):
             key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
-            notes.append(f"{option[0]} of {key} takes a secret and is left out: set it there.")
+            notes.append(f"{option[0]} in {key} takes a secret and is left out: set it there.")
         else:
             kept += option
     return _Served(config, program, tuple(kept))
@@ -186,14 +186,14 @@ def _not_held(form: Format, config: ServerConfig, held: set[str]) -> list[str]:
         if name not in held
         and getattr(config, name) != type(config).model_fields[name].get_default()
     ]
-    return [f"A {form} file can't hold {', '.join(left)}."] if left else []
+    return [f"A {form} file can't express {', '.join(left)}."] if left else []
 
 
 # llama-swap: https://github.com/mostlygeek/llama-swap/blob/main/config.example.yaml
 
 
 class _Dumper(yaml.SafeDumper):
-    """Shows text that ends a line as it stands."""
+    """A dumper that shows text that ends a line verbatim."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         """Represent a text."""
@@ -220,8 +220,8 @@ def _llama_swap(served: Sequence[_Served], _image: str, notes: list[str]) -> str
     ]
     if any(one.asks_key for one in served):
         notes.append(
-            f"llama-swap (v{PASSES_KEY} or later) and its servers ask for the key in"
-            " LLAMA_API_KEY: set it before it starts."
+            f"llama-swap (v{PASSES_KEY} or later) and its servers require the key in"
+            " LLAMA_API_KEY: set it first."
         )
     return head + _yaml(_swap_settings(served, notes))
 
@@ -250,24 +250,24 @@ def _swap_settings(served: Sequence[_Served], notes: list[str]) -> dict[str, Any
 def _peers(
     configs: Mapping[str, ServerConfig], models: Mapping[str, Sequence[str]], notes: list[str]
 ) -> str:
-    """Servers at a URL, to which llama-swap passes requests on."""
+    """Write the servers at a URL, to which llama-swap forwards requests."""
     peers: dict[str, Any] = {}
     for name, config in configs.items():
         peers[name] = {"proxy": config.url, "models": [*models.get(name, ())]}
         if config.api_key and not goes_without_key(config):
             variable = f"{name.upper()}_API_KEY"
             peers[name]["apiKey"] = f"${{env.{variable}}}"
-            notes.append(f"llama-swap sends {config.url} the key in {variable}: set it before.")
+            notes.append(f"llama-swap sends {config.url} the key in {variable}: set it first.")
     return _yaml({"peers": peers})
 
 
 def _swap_word(word: str) -> str:
-    """Quote a word; where it has what llama-swap would take for a macro, in two parts."""
+    """Quote a word; split in two what llama-swap would take for a macro."""
     return word if word == "${PORT}" else shlex.quote(word).replace("${", "$''{")
 
 
 def _aliases(one: _Served, served: Sequence[_Served], notes: list[str]) -> list[str]:
-    """The name that clients use, unless another profile has it, too."""
+    """Return the name that clients use, unless another profile has it, too."""
     alias = one.config.served_alias
     taken = Counter(other.config.served_alias for other in served)
     taken.update(other.name for other in served)
@@ -285,7 +285,7 @@ def _router(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
     sections = ["; Profiles of kitty_nb: llama-server --models-preset FILE\nversion = 1\n"]
     for one in served:
         if why_not := _why_no_preset("model", [str(one.config.model)], set()):
-            # Without its model, a router would wait for its load without an end.
+            # Without its model, a router would wait for the load forever.
             notes.append(f"{one.name} is left out: {why_not}, and {one.config.model} has one.")
             continue
         lines = [f"[{one.name}]"]
@@ -303,15 +303,15 @@ def _router(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
         lines += ["load-on-startup = true"] if one.config.pinned else []
         sections.append("\n".join(lines) + "\n")
     if any(one.asks_key for one in served):
-        notes.append("The router asks for the key in LLAMA_API_KEY: set it before it starts.")
+        notes.append("The router requires the key in LLAMA_API_KEY: set it first.")
     return "\n".join(sections)
 
 
 def _why_no_preset(key: str, values: Sequence[str], keys: set[str]) -> str:
     if key in keys:
-        return "presets have each option once"
+        return "presets can have each option only once"
     if len(values) > 1:
-        return "presets have one value for an option"
+        return "presets can have only one value per option"
     if re.search(r"[;#\r\n]", "".join(values)):
         return "in presets, ';' and '#' begin a comment"
     return ""
@@ -326,7 +326,7 @@ def _systemd(served: Sequence[_Served], _image: str, notes: list[str]) -> str:
         one,
         f"# ~/.config/systemd/user/{_unit(one)}.service",
         f"# systemctl --user daemon-reload && systemctl --user enable --now {_unit(one)}",
-        "# To keep it without a login: loginctl enable-linger",
+        "# To keep it running while you are logged out: loginctl enable-linger",
         body=(
             "[Service]",
             "Type=exec",
@@ -363,7 +363,7 @@ def _unit(one: _Served) -> str:
 def _unit_file(one: _Served, *head: str, body: Iterable[str]) -> str:
     config = one.config
     tries = config.restart_max + 1
-    # Longer than all the tries take, so that a server that never starts is given up.
+    # Longer than all the tries take, so that systemd gives up on a server that never starts.
     window = round(tries * config.restart_delay_max_seconds + config.restart_stable_seconds)
     lines = (
         *head,
@@ -435,12 +435,12 @@ def _compose(served: Sequence[_Served], image: str, notes: list[str]) -> str:
 
 def _published(config: ServerConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    host = host.replace("localhost", "127.0.0.1")  # a name is not taken
+    host = host.replace("localhost", "127.0.0.1")  # a name is not accepted
     return f"{host}:{config.port}:{config.port}"
 
 
 def _folders(one: _Served) -> list[Path]:
-    """The folders of all files that arguments name, and of those behind links."""
+    """Return the folders of all files that arguments name, and of the files behind links."""
     paths = [path for path in map(Path, one.arguments) if path.is_absolute() and path.is_file()]
     return list(
         dict.fromkeys(folder for path in paths for folder in (path.parent, path.resolve().parent))
@@ -453,7 +453,7 @@ def _note_image(image: str, notes: list[str]) -> None:
 
 
 _UNIT = {"restart_max", "restart_delay_seconds", "restart_stable_seconds", "stop_grace_seconds"}
-# How each is written, and what else it holds.
+# The writer of each format, and the other fields that it can express.
 _WRITERS: dict[Format, tuple[Writer, set[str]]] = {
     Format.LLAMA_SWAP: (_llama_swap, {"stop_grace_seconds", "pinned"}),
     Format.ROUTER: (_router, {"pinned"}),

@@ -49,7 +49,7 @@ _PRESETS = {"stop-timeout": "stop_grace_seconds", "load-on-startup": "pinned"}
 _TRUE, _FALSE = {"true", "on", "enabled", "1"}, {"false", "off", "disabled", "0"}
 _REMOTE = {"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"}
 _FIRST_FREE_PORT, _LAST_PORT = 8082, 65535
-# Characters of a file, and of what its macros add to one command. Nobody writes as many by hand.
+# Characters of a file, and those that its macros add to one command. Nobody writes more by hand.
 _LARGEST, _LONGEST = 1_000_000, 100_000
 
 
@@ -59,9 +59,9 @@ class _Entry:
 
     Attributes:
         name: Its name there.
-        words: The arguments of llama-server that say the same.
+        words: The equivalent arguments of llama-server.
         notes: What has no meaning here, in sentences.
-        settings: What else it sets, by field.
+        settings: Its other settings, by field.
         aliases: Its other names.
     """
 
@@ -88,7 +88,7 @@ class _File(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         configs: The profiles, not yet in any `.env` file.
@@ -112,15 +112,15 @@ def import_profiles(
 
     Args:
         file: The file.
-        env: The `.env` file that they are for: settings for all profiles hold for them, too.
-        source: The program that it is of; None to tell by its name and content.
+        env: The `.env` file that they are for: settings for all profiles apply to them, too.
+        source: The program it was written for; None to tell by its name and content.
         name: The profile's name, if the file holds one; None for its name there.
         model: The model of a profile for which the file names none, absolute or in the models
             folder.
-        dialect: The flags of an engine, which tell a switch from a flag with a value.
+        dialect: The flags of an engine, to tell a switch from a flag with a value.
 
     Raises:
-        KittyError: The file can't be read or is of no known program, or holds no profile.
+        KittyError: The file can't be read, is for no known program, or contains no profile.
     """
     try:
         with file.open(encoding="utf-8-sig") as opened:
@@ -137,7 +137,7 @@ def import_profiles(
     except (yaml.YAMLError, IniError, ValueError) as error:
         raise KittyError(f"Can't read {file}: {error}") from None
     except (AttributeError, TypeError, LookupError, RecursionError) as error:
-        raise KittyError(f"Can't read {file}: it has another form ({error}).") from None
+        raise KittyError(f"Can't read {file}: it has an unexpected form ({error}).") from None
     if not entries:
         raise KittyError("\n".join([f"{file} holds no profile.", *notes]))
     if name is not None and len(entries) > 1:
@@ -162,7 +162,7 @@ def _source_of(file: Path, text: str) -> Source:
     if re.search(r"^\s*FROM\s+\S", text, re.IGNORECASE | re.MULTILINE):
         return Source.OLLAMA
     raise KittyError(
-        f"{file} is not a file of {', '.join(Source)} by its name. Say which: --from NAME."
+        f"Can't tell which program {file} is for. Add --from with one of {', '.join(Source)}."
     )
 
 
@@ -206,14 +206,14 @@ def _read_llama_swap(file: _File) -> Iterator[_Entry]:
         if len(names) == 1:
             entry.settings["alias"] = names[0]
         left = sorted(map(str, peer.keys() - {"proxy", "models"}))
-        entry.leave_out(left, " A key goes into .env.")
+        entry.leave_out(left, " Write a key into .env.")
         yield entry
 
 
 def _text(value: object) -> str:
-    """A value as text. A list or mapping is none: its aliases can make it larger than memory."""
+    """Return a value as text, but no list or mapping: aliases can make it larger than memory."""
     if isinstance(value, list | dict):
-        raise TypeError("it has a list or a mapping in the place of a text")
+        raise TypeError("it has a list or a mapping instead of a text")
     return str(value or "")
 
 
@@ -223,7 +223,7 @@ def _without_comments(command: str) -> str:
 
 
 def _expand(command: str, macros: Mapping[str, object], notes: list[str]) -> str:
-    """Replace macros, also in macros; a port that llama-swap chooses is left out."""
+    """Expand macros, also in macros; the macro for a port that llama-swap chooses stays."""
     left = _LONGEST
 
     def value(found: re.Match[str]) -> str:
@@ -233,7 +233,7 @@ def _expand(command: str, macros: Mapping[str, object], notes: list[str]) -> str
             text = _text(macros[name])
             left -= len(text)
             if left < 0:
-                raise ValueError("its macros make a command without an end")
+                raise ValueError("its macros expand without end")
             return text
         known = user_variables([name[4:]]) if name.startswith("env.") else {}
         if known and not takes_secret(f"--{name[4:]}"):
@@ -264,7 +264,7 @@ def _take_program(entry: _Entry, words: list[str]) -> bool:
     if at:
         # Only its name: what follows may be a secret.
         before = words[0].partition("=")[0]
-        entry.leave_out([before, "and all else that stands before llama-server"])
+        entry.leave_out([before, "and everything else before llama-server"])
     if program.is_absolute() and str(program) != shutil.which("llama-server"):
         entry.settings["binary"] = program
     return True
@@ -279,7 +279,7 @@ def _read_router(file: _File) -> Iterator[_Entry]:
         comment_prefixes=(";", "#"),
         strict=False,
         interpolation=None,
-        default_section="",  # there is none that holds for all but "*"
+        default_section="",  # only "*" applies to all sections
         empty_lines_in_values=False,
     )
     parser.optionxform = str  # type: ignore[method-assign,assignment]
@@ -316,7 +316,7 @@ def _take_preset(entry: _Entry, key: str, value: str, dialect: Dialect | None) -
 
 
 def _flag_of_preset(key: str, dialect: Dialect | None) -> str:
-    """The flag that a key means: one without its dashes, or the name of its variable."""
+    """Return the flag that a key means: a flag without its dashes, or the name of its variable."""
     if key.startswith("LLAMA_ARG_"):
         name = key.removeprefix("LLAMA_ARG_")
         return _NAMES["router"].get(name, "--" + name.lower().replace("_", "-"))
@@ -354,7 +354,8 @@ def _read_modelfile(file: _File) -> Iterator[_Entry]:
             case _:
                 left[instruction] = None
     entry.leave_out(
-        left, " A prompt, its template and stop words are the request's and the model's own here."
+        left,
+        " System prompts, templates and stop words belong to the request or the model here.",
     )
     if entry.name:
         yield entry
@@ -428,7 +429,7 @@ def _read_lm_studio(file: _File) -> Iterator[_Entry]:
 
 
 def _model_of_lm_studio(file: Path) -> tuple[str, ...]:
-    """The model that LM Studio keeps these settings for, by their file's name."""
+    """Return the model that LM Studio keeps these settings for, by their file's name."""
     home, found, name = str(file.absolute()).partition("/user-concrete-model-default-config/")
     if not found:
         return ()
@@ -437,7 +438,7 @@ def _model_of_lm_studio(file: Path) -> tuple[str, ...]:
 
 
 def _option(flag: str, value: object) -> tuple[str, ...]:
-    """The words for a value of another program."""
+    """Return the words for a value of another program."""
     if not flag:
         return ()
     if flag == "--flash-attn":
@@ -457,10 +458,10 @@ _READERS: dict[Source, Callable[[_File], Iterator[_Entry]]] = {
 
 
 class _Place:
-    """Where profiles go: their names and ports must be free there, their files in reach.
+    """The destination of profiles: names and ports must be free there, and files accessible.
 
     Args:
-        folder: The folder that relative paths start at.
+        folder: The folder that relative paths start from.
         env: The `.env` file.
         model: The model of a profile that names none.
     """
@@ -528,18 +529,20 @@ class _Place:
 
     @staticmethod
     def _names_of(entry: _Entry, profile: str, settings: Mapping[str, object]) -> dict[str, object]:
-        """The name that clients ask for; none where the model's own is meant."""
+        """Return the name that clients ask for; none if the model's own is meant."""
         own = [] if entry.name.lower() == profile else [entry.name]
         names = [*map(str, filter(None, [settings.get("alias")])), *entry.aliases, *own]
         if rest := [name for name in dict.fromkeys(names[1:]) if name != names[0]]:
-            entry.notes.append(f"clients ask for {names[0]}, no longer for {', '.join(rest)}.")
+            entry.notes.append(
+                f"clients can ask for {names[0]} only, no longer for {', '.join(rest)}."
+            )
         model = settings.get("model")
         stem = model.stem if isinstance(model, Path) else None
         return {"alias": names[0] if names and names[0] != stem else None}
 
 
 def _kept(option: tuple[str, ...], entry: _Entry) -> tuple[str, ...]:
-    """An option, unless it can't be taken over."""
+    """Return an option, or nothing if it can't be taken over."""
     flag, *values = option
     if takes_secret(flag) or canonical(flag) == "--api-key-file":
         name = flag.partition("=")[0]
@@ -573,7 +576,7 @@ def _as_found(
     extra_args: Iterable[str],
     entry: _Entry,
 ) -> ServerConfig:
-    """Leave to kitty_nb what it finds by itself: projector, draft model, task."""
+    """Leave it to kitty_nb to find what it can: projector, draft model, task."""
     resolved = _resolved(wanted, entry) if wanted.model else None
     if resolved is None:
         return wanted.replace(**files, extra_args=extra_args)
@@ -595,7 +598,7 @@ def _as_found(
 
 
 def _resolved(config: ServerConfig, entry: _Entry) -> ServerConfig | None:
-    """Look its files up; a model may be outside the models folder."""
+    """Look up the files of settings; a model may be outside the models folder."""
     reason = ""
     for allowed in dict.fromkeys((config.allow_absolute_paths, True)):
         try:

@@ -1,1 +1,1 @@
-"""A server on another machine: `kitty-nb serve` there, spoken to over one ssh connection."""
+"""A server on another machine, controlled by `kitty-nb serve` there over one ssh connection."""

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
 
 # Seconds.
-_HELLO_WITHIN = 30.0  # with connecting; Python begins there, maybe on a slow disk
+_HELLO_WITHIN = 30.0  # including the connection; Python starts there, maybe from a slow disk
 _FORWARD_WITHIN = 5.0
 _ENDS_WITHIN = 2.0
-_GREETINGS = 1 << 16  # bytes that a shell's start files may print before
-_LONGEST_FOLDER = 64  # bytes; a socket's path has 104 on macOS, of which ssh and we need 40
-# The places that kitty-nb may be in, beside what the other machine's PATH names.
-_ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` makes it
+_GREETINGS = 1 << 16  # bytes that a shell's startup files may print first
+_LONGEST_FOLDER = 64  # bytes; a socket's path is limited to 104 on macOS; ssh and we need 40
+# The places where kitty-nb may be, besides the other machine's PATH.
+_ENVIRONMENT = ".local/share/kitty_nb/env"  # in the home folder, where `install-remote` creates it
 _KNOWN = ("$HOME/.local/bin/kitty-nb", f"$HOME/{_ENVIRONMENT}/bin/kitty-nb")
 _LATE = "{} did not answer in time"
 _NOT_FOUND = 127
@@ -49,11 +49,11 @@ class Connection:
     """An open connection.
 
     Attributes:
-        hello: What the other machine said first.
+        hello: The other machine's first line.
     """
 
     def __init__(self, process: Process, control: str, host: str) -> None:
-        assert process.stdin  # noqa: S101 (it was asked for)
+        assert process.stdin  # noqa: S101 (opened as a pipe)
         assert process.stdout  # noqa: S101 (likewise)
         self.hello: Hello
         self._process, self._host = process, host
@@ -67,7 +67,7 @@ class Connection:
         """Wait for the other machine's first line.
 
         Raises:
-            OutOfReachError: There is none, or it is of another version.
+            OutOfReachError: There is none, or it is from another version.
         """
         left = _GREETINGS
         with anyio.move_on_after(_HELLO_WITHIN) as waiting:
@@ -85,17 +85,19 @@ class Connection:
         raise OutOfReachError(await self.why_ended())
 
     async def line(self) -> tuple[str, Any, Any] | None:
-        """Return what the other machine says next; None once it has ended, or fallen silent."""
+        """Return the other machine's next line; None if it has ended or fallen silent."""
         text = await self._read(SILENT_FOR, LONGEST)
         return None if text is None else parse(text)
 
     async def _read(self, silent_for: float, longest: int) -> bytes | None:
-        """Return a line; None where no more come. A long one on a slow line is no silence."""
+        """Return a line; None if no more come. A long one on a slow connection is not silence."""
         looked = 0
         while (end := self._held.find(b"\n", looked)) < 0:
             looked = len(self._held)
             if looked > longest:
-                self._give_up("{} prints much that kitty-nb does not. Check its start files")
+                self._give_up(
+                    "{} prints text before kitty-nb's own. Check the shell's startup files there"
+                )
                 return None
             with anyio.move_on_after(silent_for) as waiting:
                 try:
@@ -111,14 +113,14 @@ class Connection:
 
     def _give_up(self, why: str) -> None:
         self._said.append(why.format(self._host))
-        with suppress(ProcessLookupError):  # it may be stopped, and then ends in no other way
+        with suppress(ProcessLookupError):  # if it is suspended, nothing else ends it
             self._process.kill()
 
     async def send(self, text: bytes) -> None:
         """Send a line.
 
         Raises:
-            OutOfReachError: The connection has ended, or the line takes nothing more.
+            OutOfReachError: The connection has ended, or accepts no more data.
         """
         try:
             with anyio.fail_after(SILENT_FOR):
@@ -139,7 +141,7 @@ class Connection:
             The port here.
 
         Raises:
-            OutOfReachError: ssh does not do it.
+            OutOfReachError: ssh can't forward the port.
         """
         if found := self._tunnels.get((host, port)):
             return found
@@ -158,28 +160,28 @@ class Connection:
         raise OutOfReachError(f"ssh can't forward a port to {self._host}: {said or 'no answer'}.")
 
     async def listen(self, on_line: Callable[[str], object]) -> None:
-        """Read what ssh itself says, until it ends."""
-        assert self._process.stderr  # noqa: S101 (it was asked for)
+        """Read ssh's own messages until it ends."""
+        assert self._process.stderr  # noqa: S101 (opened as a pipe)
         said = BufferedByteReceiveStream(self._process.stderr)
         with suppress(anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError):
             while True:
                 try:
                     text = await said.receive_until(b"\n", _GREETINGS)
-                except anyio.DelimiterNotFound:  # read on: a pipe that is full stops ssh
+                except anyio.DelimiterNotFound:  # read on: a full pipe would block ssh
                     text = await said.receive(_GREETINGS)
                 words = printable(text.decode(errors="replace").rstrip("\r"))
                 self._said.append(words)
                 on_line(words)
 
     async def why_ended(self) -> str:
-        """Say why the connection ended, once it has."""
+        """Return why the connection ended, once it has."""
         with anyio.move_on_after(_ENDS_WITHIN):
             await self._process.wait()
-            await anyio.sleep(0.05)  # what it said last is read
+            await anyio.sleep(0.05)  # for its last lines to be read
         return explain(self._host, self._process.returncode, tuple(self._said))
 
     async def aclose(self) -> None:
-        """End it."""
+        """End the connection."""
         with anyio.CancelScope(shield=True):
             with suppress(ProcessLookupError):
                 self._process.terminate()
@@ -199,12 +201,12 @@ async def connect(
 
     Args:
         config: The profile's settings.
-        on_line: Called with each line that ssh itself says.
+        on_line: Called with each line of ssh's own messages.
 
     Raises:
-        OutOfReachError: It can't be reached, or has no kitty_nb that is of use.
+        OutOfReachError: It can't be reached, or has no usable kitty_nb.
     """
-    assert config.ssh  # noqa: S101 (whoever calls this has looked)
+    assert config.ssh  # noqa: S101 (callers check this)
     short = len(os.fsencode(gettempdir())) <= _LONGEST_FOLDER
     with TemporaryDirectory(prefix="kitty_nb-", dir=None if short else "/tmp") as folder:  # noqa: S108
         control = "-M", "-S", _socket(folder)
@@ -230,12 +232,12 @@ async def connect(
 
 
 def _socket(folder: str) -> str:
-    """Write where ssh takes orders: in that, % has a meaning."""
+    """Return the path of ssh's control socket, with each % escaped: to ssh it has a meaning."""
     return f"{folder}/ssh".replace("%", "%%")
 
 
 def _serve(config: ServerConfig) -> str:
-    """Return what the other machine's shell runs, whichever shell that is."""
+    """Return the command for the other machine's shell, whichever shell that is."""
     words = f"serve --stdio --profile {config.profile}"
     if config.ssh_bin:
         return f"exec {_quoted(config.ssh_bin)} {words}"
@@ -252,7 +254,7 @@ def _quoted(path: str) -> str:
     return home + shlex.quote(path[len(home) :]) if path.startswith(home) else shlex.quote(path)
 
 
-_OF_TUNNELS = re.compile(r"channel [1-9]")  # which a server that has ended leaves without an end
+_OF_TUNNELS = re.compile(r"channel [1-9]")  # whose server may have ended
 FORWARDING_REFUSED = re.compile(r"open failed: administratively prohibited")
 _MISSING = (
     "{host} has no kitty-nb on its PATH. Install kitty_nb there (kitty-nb install-remote), or set"
@@ -261,12 +263,12 @@ _MISSING = (
 
 
 def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
-    """Say why a connection ended, and the remedy.
+    """Explain why a connection ended, and name the remedy.
 
     Args:
         host: The machine.
         code: ssh's exit code; None while it runs.
-        said: The last lines that it said.
+        said: The last lines of its messages.
     """
     last = next((words for words in reversed(said) if re.search("[a-z]", words)), "").rstrip(".")
     if code == _NOT_FOUND:
@@ -291,15 +293,15 @@ def _other_version(host: str, protocol: object, hello: object) -> str:
 
 
 def install(config: ServerConfig, source: str) -> None:
-    """Install kitty_nb on the other machine, into an environment of its own; pip says how it goes.
+    """Install kitty_nb on the other machine, into an environment of its own; pip shows progress.
 
     Args:
         config: The settings that name the machine.
-        source: A wheel of this machine, which is sent; or what pip there installs. Either may end
+        source: A local wheel, which is sent; or anything that pip there can install. Either may end
             in extras, such as `[embedded]`.
 
     Raises:
-        KittyError: It failed.
+        KittyError: The installation failed.
     """
     name, extras, rest = source.partition("[")
     wheel = Path(name)
@@ -311,7 +313,7 @@ def install(config: ServerConfig, source: str) -> None:
         what = f'"$d"/{shlex.quote(wheel.name + extras + rest)}'
     pip = '"$d/bin/pip" install --disable-pip-version-check'
     script += f"{pip} --upgrade {what}"
-    if sent:  # pip takes one of the same version for the same
+    if sent:  # else pip would keep an installed wheel of the same version
         script += f"; {pip} --force-reinstall --no-deps --quiet {what}"
     remote = f"exec sh -c {shlex.quote(script)}"
     command = ssh_command(config.ssh or "", remote, config.ssh_config, *_PLAIN, "-S", "none")
@@ -323,7 +325,7 @@ def install(config: ServerConfig, source: str) -> None:
 
 
 def tunnel_command(config: ServerConfig) -> str:
-    """Return the command that brings the port of a server on another machine here."""
+    """Return the command that forwards the port of a server on another machine to this one."""
     tunnel = f"{LOOPBACK}:{config.port}:{urlsplit(config.endpoint).netloc}"
     return _by_hand(config, "-N", "-L", tunnel)
 

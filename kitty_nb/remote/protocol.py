@@ -10,10 +10,10 @@
 |---|---|---|
 | `hello` | `PROTOCOL` | `Hello` |
 | `event` | its class | the event |
-| `key` | | the server's API key, which stands in no event |
+| `key` | | the server's API key, which is in no event |
 | `step`, `answer` | number of the call | what its `Verb` answers |
 | `failed` | number of the call | `Failure` |
-| `told` | number of the batch | the end of one; no more than `WINDOW` are sent without `heard` |
+| `told` | number of the batch | the end of one; at most `WINDOW` are sent without `heard` |
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from kitty_nb.supervisor.events import (
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.prompt_keeper import Pin
 
-PROTOCOL = 1  # one higher whenever a line, an event, a verb or a setting changes
+PROTOCOL = 1  # incremented whenever a line, an event, a verb or a setting changes
 WINDOW = 4  # batches; on a slow line the newest facts wait, not all of them
-# Seconds. Each side hears something of the other this often, or else takes it for gone.
+# Seconds. Each side sends something this often; one that falls silent counts as gone.
 TELL_EVERY, SILENT_FOR, LONELY_FOR = 2.0, 8.0, 30.0
 LONGEST = 1 << 28  # bytes of a line; a scan of many models
 
@@ -61,7 +61,7 @@ OF_THIS_MACHINE = {"ssh", "ssh_bin", "ssh_config", "on_kernel_exit"}
 
 
 def _settings(config: ServerConfig | None) -> dict[str, Any] | None:
-    """What differs from the defaults, and all folders: the other machine has other defaults."""
+    """Return what differs from the defaults, and all folders, whose defaults differ by machine."""
     if config is None:
         return None
     everything = config.model_dump(mode="json", context=SHOW_SECRETS, exclude=OF_THIS_MACHINE)
@@ -75,7 +75,7 @@ def _settings(config: ServerConfig | None) -> dict[str, Any] | None:
 
 
 class Verb(StrEnum):
-    """What the other machine can do."""
+    """The operations of the other machine."""
 
     OPEN = "open"
     START = "start"
@@ -95,7 +95,7 @@ class Verb(StrEnum):
 
 
 class Command(BaseModel):
-    """A verb, and what it takes."""
+    """A verb and its arguments."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -117,9 +117,9 @@ class Hello(BaseModel):
     """The first line of the other machine.
 
     Attributes:
-        version: Its kitty_nb.
+        version: Its version of kitty_nb.
         now: Its monotonic clock, in seconds.
-        boot: Which run of its system it is; that of this machine, if it is this machine.
+        boot: The identifier of its system's boot; equal to ours if it is this machine.
         places: The paths of the profile there.
         problem: Why the profile cannot run there, such as a `.env` that can't be read.
     """
@@ -135,7 +135,7 @@ class Hello(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that is known of a server when it is opened."""
+    """Everything known about a server when its profile is opened."""
 
     state: ServerState
     progress: LoadProgress | None
@@ -167,7 +167,7 @@ class Failure(BaseModel):
         return cls(**{**vars(error), "type": type(error).__name__, "text": str(error)})
 
     def error(self) -> KittyError:
-        """Make the error again."""
+        """Restore the error."""
         if self.type == "ConfigError":
             return errors.ConfigError(self.source, self.problems)
         if self.type == "PortBusyError":
@@ -194,7 +194,7 @@ ANSWERS: dict[Verb, Any] = {
 EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
-# The rooms below import what only annotations need for the type checker alone.
+# Names that the modules of these types import for type checkers only.
 _NAMES = {
     kind.__name__: kind
     for kind in (Mapping, Model, Path, PortOwner, Request, ServerConfig, Store, Task)
@@ -203,36 +203,37 @@ _NAMES = {
 
 @cache
 def _adapter(of: Any) -> TypeAdapter[Any]:
-    # Deferred until the names are known, which takes a config, which no dataclass takes.
+    # Deferred until the names are known. That takes a config, which a dataclass can't be given, but
+    # a tuple of it can.
     adapter = TypeAdapter[Any](tuple[of], config=ConfigDict(defer_build=True))
     adapter.rebuild(_types_namespace=_NAMES)
     return adapter
 
 
 def dump(value: object, of: Any) -> Any:
-    """Return a value as JSON has it; secrets only where a command carries them."""
+    """Return a value in JSON types; secrets are included only in commands."""
     return _adapter(of).dump_python((value,), mode="json")[0]
 
 
 def load(data: Any, of: Any) -> Any:
-    """Return the value that `dump` made data of.
+    """Return the value that `dump` converted to data.
 
     Raises:
-        ValueError: It is no such value.
+        ValueError: The data is not such a value.
     """
     return _adapter(of).validate_python((data,))[0]
 
 
 def line(kind: str, about: object = None, data: object = None) -> bytes:
-    """Write a line."""
+    """Encode a line."""
     return json.dumps([kind, about, data], separators=(",", ":")).encode() + b"\n"
 
 
 def parse(text: bytes | bytearray) -> tuple[str, Any, Any]:
-    """Read a line.
+    """Decode a line.
 
     Raises:
-        ValueError: It is none of ours.
+        ValueError: It is not a line of the protocol.
     """
     try:
         found = json.loads(text)

@@ -1,7 +1,7 @@
 """The far end: `kitty-nb serve --stdio` supervises a profile's server for another machine.
 
-Standard input and output are the connection. When it ends, in whatever way, the server lives on,
-as it does when a kernel ends, and the next connection finds it.
+Standard input and output are the connection. However it ends, the server keeps running, as it does
+when a kernel ends, and the next connection finds it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _SOON = 0.04  # seconds that facts about progress wait for others
 _LINES, _NEWS = 10_000, 1_000  # kept for a slow line
-_LAUNCHED_WITHIN = 90.0  # seconds; a start or restart goes on without its connection
+_LAUNCHED_WITHIN = 90.0  # seconds; a start or restart continues without its connection
 _LIST_EVERY = 1.0  # seconds between two lists of models while they are read
 _CHUNK = 1 << 16
 _STARTS = {Verb.START, Verb.RESTART, Verb.SWITCH}
@@ -89,7 +89,7 @@ async def serve(profile: str, receive: int, send: int) -> None:
     for descriptor in (receive, send):
         os.set_blocking(descriptor, False)
     with suppress(OSError, RuntimeError):
-        os.chdir(Path.home())  # whose `.env` is meant
+        os.chdir(Path.home())  # its `.env` has the settings
     outbox = Outbox(send)
     hello = Hello(version=version("kitty_nb"), now=time.monotonic(), boot=this_boot())
     try:
@@ -111,7 +111,7 @@ async def _write(outbox: Outbox) -> None:
 
 
 async def _lines(descriptor: int) -> AsyncGenerator[bytes]:
-    """Yield lines until the other end closes, or has been silent for long."""
+    """Yield lines until the other end closes, or is silent for too long."""
     held = bytearray()
     while True:
         with anyio.move_on_after(LONELY_FOR) as waiting:
@@ -133,10 +133,10 @@ async def _lines(descriptor: int) -> AsyncGenerator[bytes]:
 
 
 class Outbox:
-    """What waits for the line. A newer fact takes the place of an older one of its kind.
+    """The queue of what to send. A newer fact replaces an older one of its kind.
 
     Args:
-        descriptor: The descriptor to write to, which does not block.
+        descriptor: The descriptor to write to, which must not block.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -146,17 +146,17 @@ class Outbox:
         self._wake, self._hurry, self._room = anyio.Event(), anyio.Event(), anyio.Event()
 
     def put(self, ready: bytes, key: object = None) -> None:
-        """Send a line after all that waits, in the place of an earlier one of its key."""
+        """Queue a line at the end; it replaces an earlier one with its key."""
         self._lines_put += 1
         self._add(ready, key)
         self._hurry.set()
 
     def put_later(self, key: object, make: Callable[[], bytes]) -> None:
-        """Send a line that is made when there is room for it; once for all calls until then."""
+        """Queue a line that is made when there is room for it, once for all calls until then."""
         self._add(make, key)
 
     def put_event(self, event: Event) -> None:
-        """Send an event, with others that come soon unless it is important."""
+        """Queue an event, to go with others that follow soon unless it is important."""
         key: object = None
         match event:
             case LogLines(lines):
@@ -259,7 +259,7 @@ class _Session:
             self._fail(number, error)
             return
         self._supervisor = supervisor = Supervisor(config)
-        supervisor.detach()  # a connection that ends must not end the server
+        supervisor.detach()  # the end of a connection must not end the server
         supervisor.subscribe(self._remember)
         async with anyio.create_task_group() as self._quick, anyio.create_task_group() as starts:
             self._starts = starts
@@ -272,12 +272,12 @@ class _Session:
                 with anyio.move_on_after(_LAUNCHED_WITHIN):
                     while self._launching:  # noqa: ASYNC110 (several things end it)
                         await anyio.sleep(_SOON)
-            # A start that is cancelled stops its server, so those that wait end by themselves.
+            # Cancelling a start would stop its server, so starts that wait end by themselves.
             self._quick.cancel_scope.cancel()
 
     @property
     def _launching(self) -> bool:
-        """True while a server is on its way that has no process yet."""
+        """True while a server is being started that has no process yet."""
         state = self._supervisor.state
         begun = state.pid is not None and state.status is not ServerStatus.STOPPING
         return bool(self._starting and not begun) or state.status is ServerStatus.RESTARTING
@@ -331,7 +331,7 @@ class _Session:
                     self._starting.add(number)
                 said = await self._carry_out(command, number)
                 self._answer("answer", number, command.verb, said)
-        except Exception as error:  # noqa: BLE001 (whoever asked is told)
+        except Exception as error:  # noqa: BLE001 (the caller gets it)
             self._fail(number, first_of(error))
         finally:
             self._starting.discard(number)
@@ -423,7 +423,7 @@ class _Session:
 
 
 def _is_text(model: Model) -> bool:
-    """Tell whether a model's path can be sent; a start would refuse any other."""
+    """Return whether a model's path can be sent; a start would refuse any other."""
     try:
         return bool(str(model.path).encode())
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""`RemoteSupervisor`: a supervisor on another machine, with the methods of one on this."""
+"""`RemoteSupervisor`: a supervisor on another machine, with the methods of a local one."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ _log = logging.getLogger(__name__)
 _LINES_KEPT = 2_000
 # Seconds.
 _ENTERED_WITHIN = 5.0
-_TRIED_WITHIN = 9.0  # by an attempt to connect; it goes on
-_ANSWERED_WITHIN = 60.0  # by a machine that is alive; a dead one is noticed sooner
+_TRIED_WITHIN = 9.0  # for an attempt to connect, which continues afterwards
+_ANSWERED_WITHIN = 60.0  # for an answer of a machine that is alive; a dead one is noticed sooner
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
 _PAUSE_SHARE = 0.05  # of the time that it has been out of reach
 
 
 class _Call:
-    """What was asked of the other machine, until it has answered."""
+    """A call to the other machine, until it is answered."""
 
     def __init__(self, verb: Verb, on_step: Callable[[Any], object] | None) -> None:
         self.verb, self.on_step = verb, on_step
@@ -104,15 +104,15 @@ class _Call:
 class RemoteSupervisor:
     """Starts, watches and stops one llama-server on another machine. An async context manager.
 
-    Its methods are those of `Supervisor`. It connects by itself, and again when the connection has
-    broken; the server there lives on meanwhile, and its state is OUT_OF_REACH.
+    Its methods are those of `Supervisor`. It connects by itself, and reconnects if the connection
+    breaks; meanwhile the server there keeps running, and its state is OUT_OF_REACH.
 
     Args:
-        config: What to serve when `start` is not told otherwise; `config.ssh` is the machine.
+        config: What `start` serves by default; `config.ssh` is the machine.
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        assert config.ssh  # noqa: S101 (whoever makes one has looked)
+        assert config.ssh  # noqa: S101 (callers check this)
         self._config, self._host = config, config.ssh
         self._places: Places | None = None
         self._state = ServerState(
@@ -155,12 +155,12 @@ class RemoteSupervisor:
         await self._tasks.__aexit__(None, None, None)
 
     def detach(self) -> None:
-        """Let the server run on when this context ends."""
+        """Let the server keep running when this context ends."""
         self._leaving = True
 
     @property
     def state(self) -> ServerState:
-        """A snapshot of the server as it was last heard of."""
+        """A snapshot of the server's last known state."""
         return self._state
 
     @property
@@ -183,13 +183,13 @@ class RemoteSupervisor:
         return RemoteCatalog(self, config)
 
     def settled(self, config: ServerConfig) -> ServerConfig:
-        """Return settings with the paths that they mean there; as they are while none are known."""
+        """Return settings with the paths that they mean there; unchanged if those are unknown."""
         return self._places.settle(config) if self._places else config
 
     async def switch_model(
         self, model: str | Path, alias: str | None = None, *waiting: Any, **options: Any
     ) -> ServerState:
-        """See `Supervisor.switch_model`; the file is one of the other machine."""
+        """See `Supervisor.switch_model`; the file is on the other machine."""
         options |= {"model": Path(model), "name": alias}
         return await self._begin(Verb.SWITCH, None, *waiting, **options)
 
@@ -203,14 +203,14 @@ class RemoteSupervisor:
         return self._near(await self.call(Verb.ATTACH))
 
     async def check_health(self) -> HealthCheckResult:
-        """Ask the server how it is, now."""
+        """Check the server's health now."""
         if self._connection is None:
             return HealthCheckResult(ServerStatus.OUT_OF_REACH, message=self._state.error or "")
         found: HealthCheckResult = await self.call(Verb.CHECK)
         return found
 
     async def memory_use(self) -> MemoryUse | None:
-        """Measure what the server holds; None without one, or while it is out of reach."""
+        """Measure the server's memory; None without one, or while it is out of reach."""
         found: MemoryUse | None = await self.look_up(Verb.MEMORY)
         return found
 
@@ -257,18 +257,18 @@ class RemoteSupervisor:
     ) -> Any:
         """Have the other machine do something, and return its answer.
 
-        If it is cancelled, it is cancelled there, too.
+        If this is cancelled, it is cancelled there, too.
 
         Args:
             verb: What to do.
             on_step: Called with each result before the last.
-            within: Seconds that the other machine has for it; None for any time.
+            within: Seconds to wait for the answer; None for as long as it takes.
             **takes: Fields of `Command`.
 
         Raises:
             OutOfReachError: There is no connection, or it broke.
             WaitTimeoutError: The other machine took longer.
-            KittyError: What was raised there.
+            KittyError: The error that was raised there.
         """
         connection = await self._reached()
         if takes.get("config"):
@@ -310,7 +310,7 @@ class RemoteSupervisor:
         on_progress: OnProgress | None = None,
         **takes: Any,
     ) -> ServerState:
-        """See `Supervisor.start` and `restart`. A call goes on there if the connection breaks."""
+        """See `Supervisor.start` and `restart`. A call continues there if the connection breaks."""
 
         def relay(event: Event) -> None:
             if on_progress and isinstance(event, HealthChecked):
@@ -330,7 +330,7 @@ class RemoteSupervisor:
     restart = partialmethod(_begin, Verb.RESTART)
 
     async def _reached(self) -> Connection:
-        """Return the connection, if need be after another attempt to make one.
+        """Return the connection, if necessary after another attempt to connect.
 
         Raises:
             OutOfReachError: The machine can't be reached.
@@ -361,7 +361,7 @@ class RemoteSupervisor:
             await anyio.lowlevel.checkpoint()
 
     async def _keep_connected(self) -> None:
-        """Connect, and again when the connection has broken: soon, and more rarely later on."""
+        """Connect, and reconnect if the connection breaks: soon at first, more rarely later on."""
         lost_at = time.monotonic()
         while True:
             try:
@@ -370,18 +370,18 @@ class RemoteSupervisor:
                     reason = await connection.why_ended()
             except OutOfReachError as error:
                 reason = str(error)
-            except OSError as error:  # such as a disk that is full
+            except OSError as error:  # such as a full disk
                 reason = f"This machine can't connect to {self._host}: {error}."
             except (ValueError, TypeError, LookupError, ConfigError):
-                _log.info("A line of the other machine is not understood.", exc_info=True)
+                _log.info("Can't parse a line from the other machine.", exc_info=True)
                 reason = (
-                    f"{self._host} sent what this kitty_nb does not understand. Install the same"
-                    " version on both."
+                    f"{self._host} sent a message that this version of kitty_nb can't parse."
+                    " Install the same version on both."
                 )
             worked = self._connection is not None
             self._now = anyio.Event()
             self._lose(reason)
-            if worked:  # another attempt at once: most often only the connection is gone
+            if worked:  # another attempt at once: usually only the connection is gone
                 lost_at = time.monotonic()
                 continue
             pause = (time.monotonic() - lost_at) * _PAUSE_SHARE
@@ -400,7 +400,7 @@ class RemoteSupervisor:
                 status=ServerStatus.OUT_OF_REACH,
                 ready_since=None,
                 retry_at=None,
-                error=f"{reason} The server there goes on." if lost else reason,
+                error=f"{reason} The server there keeps running." if lost else reason,
             ),
         )
         if self._state != before:
@@ -410,7 +410,7 @@ class RemoteSupervisor:
         tried.set()
 
     async def _attend(self, connection: Connection) -> None:
-        """Open the profile there, and take what is told until the connection ends.
+        """Open the profile there, and handle its lines until the connection ends.
 
         Raises:
             OutOfReachError: The profile can't run there.
@@ -418,7 +418,7 @@ class RemoteSupervisor:
         if connection.hello.problem:
             raise OutOfReachError(f"{self._host}: {connection.hello.problem}")
         self._offset = time.monotonic() - connection.hello.now
-        self._places, self.api_key = connection.hello.places, None  # told before the answer, if any
+        self._places, self.api_key = connection.hello.places, None  # sent before the answer, if any
         command = Command(verb=Verb.OPEN, config=self.settled(self._config))
         await connection.send(line("do", 0, dump(command, Command)))
         while (found := await connection.line()) is not None:
@@ -492,11 +492,11 @@ class RemoteSupervisor:
         self._broadcast.publish(StateChanged(state))
 
     async def _tunnelled(self, connection: Connection, state: ServerState) -> ServerState:
-        """Return a state of the other machine as it is seen from here, with a way to its server."""
+        """Return a state of the other machine as seen from here, with a tunnel to its server."""
         there = urlsplit(state.config.endpoint)
         way = there.hostname or LOOPBACK, state.config.port
         if state.pid is not None:
-            # On one machine, the tunnel must not take the port that the server is about to take.
+            # If both are one machine, the tunnel must not take the port that the server will use.
             same = connection.hello.boot == this_boot()
             here = self._ports.get(way, 0 if same else state.config.port)
             self._ports[way] = await connection.forward(*way, here)
@@ -528,11 +528,11 @@ class RemoteSupervisor:
 
 
 class RemoteCatalog:
-    """The list of another machine's models, with what a `ModelPicker` takes of a `ModelCatalog`.
+    """The list of another machine's models, with the part of `ModelCatalog` that a picker uses.
 
     Args:
         supervisor: The connection to that machine.
-        config: The settings that say where models are.
+        config: The settings that locate the models.
     """
 
     def __init__(self, supervisor: RemoteSupervisor, config: ServerConfig) -> None:
@@ -544,7 +544,7 @@ class RemoteCatalog:
         return self._supervisor.stores
 
     def describe(self, _path: Path) -> Model | None:
-        """Return None: a model that comes there is listed soon, by its own machine."""
+        """Return None: a new model there is soon listed by its own machine."""
         return None
 
     async def watch(self, *, on_step: Callable[[ScanStep], object]) -> AsyncGenerator[list[Model]]:
@@ -599,5 +599,5 @@ class RemoteHistory:
         return await self._ask(Verb.NOTES, models=(*models,)) or {}
 
     async def set_favorite(self, model: Path, favorite: bool) -> None:
-        """Remember there whether a model is a favourite."""
+        """Store there whether a model is a favourite."""
         await self._ask(Verb.FAVORITE, models=(model,), favorite=favorite)

@@ -329,7 +329,7 @@ class ServerState:
 
     @property
     def sees(self) -> bool:
-        """False if it is known to take no pictures."""
+        """False if it is known not to take pictures."""
         return bool(self.external or self.router or self.projector)
 
     @property

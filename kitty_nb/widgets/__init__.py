@@ -1,6 +1,6 @@
 """The panels `ControlPanel`, `FleetPanel`, `ReplicaPanel` and `SweepPanel`, and their parts.
 
-Panels are imported when they are first used, as in `kitty_nb`: one does not wait for the other.
+Panels are imported when they are first used, as in `kitty_nb`: none waits for the others.
 """
 
 from importlib import import_module

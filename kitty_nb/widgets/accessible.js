@@ -1,10 +1,10 @@
-// The page's side of Accessible: what ipywidgets does not tell keyboards, screen readers and people
-// who look elsewhere.
+// Front end of Accessible: what ipywidgets lacks for keyboards, screen readers and people who look
+// elsewhere.
 
-const LONG = 10_000; // ms; a shorter load is waited for
+const LONG = 10_000; // ms; people wait for a shorter load
 const UNDER_WAY = ["Starting", "Loading"];
 const ENDED = ["Ready", "Failed", "Crashed"];
-let title = null; // the page's own, while another stands in its place
+let title = null; // the page's own title, while another replaces it
 
 window.addEventListener("focus", () => {
   if (title !== null) document.title = title;
@@ -21,7 +21,7 @@ function announce(text) {
   }
 }
 
-// Tells of the end of a long load.
+// Announces the end of a long load.
 function watchLoad(panel, load) {
   const word = panel.querySelector(".kitty-badge")?.textContent;
   if (UNDER_WAY.includes(word)) load.since ??= performance.now();
@@ -33,7 +33,7 @@ function watchLoad(panel, load) {
   }
 }
 
-// Moves the focus from what has been hidden to what stands in its place.
+// Moves the focus from what has been hidden to what has replaced it.
 function keepFocus(panel, focus) {
   const visible = (node) => node.offsetParent !== null;
   if (!focus.last || visible(focus.last) || document.activeElement !== document.body) return;
@@ -42,14 +42,14 @@ function keepFocus(panel, focus) {
   [...near, ...others].find((button) => visible(button) && !button.disabled)?.focus();
 }
 
-// A panel whose kernel is gone would look alive.
+// Otherwise a panel whose kernel is gone would look alive.
 function sayGone(panel) {
   if (!panel.matches(".jupyter-widgets-disconnected")) return;
   if (panel.querySelector(":scope > .kitty-gone")) return;
   for (const part of panel.children) part.inert = true;
   const textContent =
-    "This panel's kernel has restarted or ended. Run the cell again: a server that still runs is" +
-    " found, with its log.";
+    "This panel's kernel has restarted or ended. Run the cell again: it finds a server that is" +
+    " still running, with its log.";
   panel.prepend(element("div", "kitty-gone", { role: "alert", textContent }));
 }
 
@@ -99,13 +99,13 @@ function render({ model, el }) {
   const observer = new MutationObserver(() => {
     improve(panel, said);
     watchLoad(panel, load);
-    // Only once it has been drawn does the browser take the focus from what is hidden.
+    // The browser takes the focus from what is hidden only once it has been drawn.
     requestAnimationFrame(() => requestAnimationFrame(() => keepFocus(panel, focus)));
   });
   const name = () => panel && (panel.ariaLabel = model.get("label"));
   const attach = () => {
     panel = el.closest(".kitty-panel");
-    if (!panel && !gone) requestAnimationFrame(attach); // it is drawn before it is in its place
+    if (!panel && !gone) requestAnimationFrame(attach); // it is drawn before it is attached
     if (!panel || gone) return;
     panel.role = "region";
     name();

@@ -1,10 +1,10 @@
-// The page's side of Address: what to copy, and an address of the server's own web page that this
-// browser can reach.
+// Front end of Address: what to copy, and an address of the server's own web page that this browser
+// can reach.
 
 const LOOPBACK = new Set(["localhost", "127.0.0.1", "[::1]"]);
 
-// Where the notebook's server passes requests on to a port, if it does. Its other answers (404 where
-// jupyter-server-proxy is missing, a redirection to a login page) are not the server's "ok".
+// The address at which the notebook's server forwards requests to a port, if it does. Its other
+// answers (404 without jupyter-server-proxy, a redirect to a login page) are not the server's "ok".
 async function proxied(endpoint) {
   const config = document.getElementById("jupyter-config-data");
   const base = config && JSON.parse(config.textContent).baseUrl;
@@ -55,7 +55,7 @@ async function describe(model) {
   if (!endpoint) return [];
   const page = (await proxied(endpoint)) ?? (isWithinReach(endpoint) ? `${endpoint}/` : null);
   const url = `${endpoint}/v1`;
-  const key = copyButton("Copy key", "The API key that the server asks for", () =>
+  const key = copyButton("Copy key", "The API key that the server requires", () =>
     ask(model, "key"),
   );
   const way = page
@@ -86,7 +86,7 @@ function render({ model, el }) {
   const update = async () => {
     const mine = ++latest;
     const parts = await describe(model);
-    if (mine !== latest) return; // overtaken by another change
+    if (mine !== latest) return; // superseded by another change
     el.replaceChildren(...parts);
     el.hidden = parts.length === 0;
   };

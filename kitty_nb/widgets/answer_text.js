@@ -1,9 +1,9 @@
-// Writes a model's answer as it comes: paragraphs, code blocks, headings, bold and inline code. What
-// a model says is untrusted, so it only ever becomes text. A line that is complete is never touched
-// again, so a long answer costs no more per piece than a short one. Put before the page's sides of
+// Writes a model's answer as it streams: paragraphs, code blocks, headings, bold and inline code.
+// What a model says is untrusted, so it only ever becomes text. A complete line is never touched
+// again, so a long answer costs no more per piece than a short one. Prepended to the front ends of
 // widgets that show answers.
 
-const LONG_LINE = 2000; // characters, from which a line is plain text
+const LONG_LINE = 2000; // characters; a longer line is plain text
 const FENCE = /^\s*(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/;
 const MAYBE_FENCE = /^\s*(`{0,2}|~{0,2}|(```|~~~).*)$/;
 const MARKS = /(`+)(.+?)\1|\*\*(?=\S)(.+?)\*\*/g;
@@ -37,9 +37,9 @@ function codeBlock(root) {
 }
 
 function answerWriter(root) {
-  let block = null; // the paragraph or code that is open
-  let fence = ""; // that ends the code
-  let line = ""; // that has no end yet
+  let block = null; // the open paragraph or code block
+  let fence = ""; // the mark that ends the code
+  let line = ""; // the last one, still incomplete
   let rest = null; // its node
 
   const paragraph = () => root.appendChild(element("p", ""));

@@ -1,8 +1,8 @@
-// The page's side of Ask: draws the chat as it comes, and takes questions and pictures.
+// Front end of Ask: draws the chat as it streams, and takes questions and pictures.
 
-const PICTURE_SIZE = 6_000_000; // of one question's data URLs; Jupyter's messages end at 10 MiB
+const PICTURE_SIZE = 6_000_000; // for one question's data URLs; Jupyter limits a message to 10 MiB
 const THUMBNAIL = 128; // pixels
-const ASKING = "Asking…"; // until the kernel has heard it
+const ASKING = "Asking…"; // until the kernel has received it
 const BUSY = "The model is still answering. Wait, or press Stop answer.";
 
 function receive(store, message) {
@@ -19,11 +19,11 @@ function receive(store, message) {
   }
 }
 
-// Takes what is new of a turn. What is known comes again where another page asked for a replay.
+// Adds what is new in a turn. Known parts arrive again if another page asked for a replay.
 function merge(store, news) {
   const known = store.turns[news.turn];
   if (known ? news.first > known.next : news.question === undefined) {
-    store.send({ kind: "replay" }); // some were missed
+    store.send({ kind: "replay" }); // some parts were missed
   } else if (!known) {
     store.turns[news.turn] = news;
     store.views.forEach((view) => view.begin(news));
@@ -263,7 +263,8 @@ function render(el, store) {
       const busy = Boolean(store.turns.at(-1)?.busy);
       if (list.ariaBusy === String(busy)) return;
       // While it is busy, screen readers do not read each word.
-      if (turns || list.ariaBusy) say(said, busy ? "The model answers." : "The answer has ended.");
+      if (turns || list.ariaBusy)
+        say(said, busy ? "The model is answering." : "The answer has ended.");
       list.ariaBusy = String(busy);
     },
     begin(turn) {

@@ -36,7 +36,7 @@ _CUT_SHORT = (
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a question, as data URLs."""
+    """A picture in a question, as data URLs."""
 
     url: str  # what the model sees
     thumbnail: str = ""  # what a page that opens later shows; empty for none
@@ -44,14 +44,14 @@ class Picture:
 
 @dataclass(eq=False)
 class Turn:
-    """A question and its answer. It is written on the manager's thread while that comes."""
+    """A question and its answer, which the manager's thread writes as it arrives."""
 
     question: str  # what the user asks
     pictures: tuple[Picture, ...] = ()  # what the user asks about
-    # How much of the prompt the server has read, where it tells.
+    # How much of the prompt the server has read, if it reports that.
     progress: PromptProgress | None = None
     problem: str = ""  # what went wrong, in a sentence
-    ended: bool = False  # whether there is no more to come
+    ended: bool = False  # whether no more will follow
     _pieces: list[Piece] = field(default_factory=list)
     _sent: int = 0  # pieces
     _asked_at: float = field(default_factory=time.monotonic)
@@ -72,7 +72,7 @@ class Turn:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The question, in the form of OpenAI's protocol."""
+        """The question, in OpenAI's format."""
         said = {"role": "user", "content": self.question}
         return with_images([said], [picture.url for picture in self.pictures])[0]
 
@@ -85,7 +85,7 @@ class Turn:
         self._pieces.append(piece)
 
     def end(self, answer: Answer | None = None, problem: str = "") -> None:
-        """Note how the answer has ended; only the first end counts."""
+        """Note how the answer ended; only the first end counts."""
         if not self.ended:
             cut_short = answer is not None and answer.finish_reason == "length"
             self._answer, self.problem = answer, problem or (_CUT_SHORT if cut_short else "")
@@ -93,7 +93,7 @@ class Turn:
 
     @property
     def thought(self) -> str:
-        """The time spent thinking; empty where there was none."""
+        """The time spent thinking; empty if there was none."""
         if not self.thinking:
             return ""
         if self._spoke_at is None and not self.ended:
@@ -124,18 +124,18 @@ class Turn:
         return [*stopped, f"first token after {duration(first)}", *pace, f"{tokens:,} tokens"]
 
     def news(self) -> dict[str, Any]:
-        """Return what a page that has followed does not know yet."""
+        """Return what is new to pages that have followed the answer."""
         first, self._sent = self._sent, len(self._pieces)
         return self._since(first, self._sent)
 
     def whole(self) -> dict[str, Any]:
-        """Return what those that have followed know, for a page that knows nothing."""
+        """Return everything that those pages know, for a page that knows nothing."""
         thumbnails = [picture.thumbnail for picture in self.pictures]
         said = {"question": self.question, "thumbnails": thumbnails}
         return {**said, **self._since(0, self._sent)}
 
     def _since(self, first: int, end: int) -> dict[str, Any]:
-        """Describe the pieces from one number to another, and all that is short."""
+        """Describe the pieces from one number to another, and all short facts."""
         said = {
             "text": self._said(first, end, thinking=False),
             "thinking": self._said(first, end, thinking=True),
@@ -156,7 +156,7 @@ _FULL = "This chat is too long to be kept. Press New chat."
 
 
 class _Verbatim(str):
-    """Code in a literal."""
+    """Code within a literal: its `repr` has no quotes."""
 
     __slots__ = ()
     __repr__ = str.__str__
@@ -165,8 +165,8 @@ class _Verbatim(str):
 class Ask(Page):
     """A chat with the ready model.
 
-    The chat is kept here. Messages have new words only, and number the pieces of an answer: a page
-    that opens later, or misses some, asks for a replay. A later box goes on with the chat of an
+    The chat is kept here. Messages contain only new words, and number the pieces of an answer: a
+    page that opens later, or misses some, asks for a replay. A later box continues the chat of an
     `earlier` one.
     """
 
@@ -181,7 +181,7 @@ class Ask(Page):
         if earlier:
             earlier.stop()
         self._turns = [*earlier.turns] if earlier else []
-        self._chat = 0  # pages drop what belongs to another one
+        self._chat = 0  # pages drop the contents of another one
         self._facts: dict[str, object] = {}
         self._answering: Operation[Answer] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -210,7 +210,7 @@ class Ask(Page):
         )
 
     def ask(self, question: str, pictures: Sequence[Picture] = ()) -> None:
-        """Ask the model; does nothing while it answers."""
+        """Ask the model; do nothing while it is answering."""
         if (self._answering and not self._answering.done) or not (question.strip() or pictures):
             return
         turn = Turn(question, tuple(pictures))
@@ -227,7 +227,7 @@ class Ask(Page):
             self._tell(turn)
 
     def stop(self) -> None:
-        """Stop the answer under way, and the server's work on it."""
+        """Stop the current answer, and the server's work on it."""
         if self._answering:
             self._answering.cancel()
 
@@ -238,11 +238,11 @@ class Ask(Page):
         self._tell()
 
     def show(self, state: ServerState, *, template: bool = True) -> None:
-        """Show the box while a model that chats is ready; without one, only the chat so far."""
+        """Show the box while a chat model is ready; without one, only the chat so far."""
         up, hint = state.status is ServerStatus.READY, ""
         ready = up and state.task is Task.CHAT
         if not up:
-            hint = "The server is not ready: start it, or wait for it, to go on."
+            hint = "The server is not ready: start it, or wait for it, to continue."
         elif not ready:
             hint = "This model doesn't chat. Choose another one above and press Switch."
         elif state.to_choose:
@@ -258,7 +258,7 @@ class Ask(Page):
             self.send({"kind": "facts", **facts})
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "ask", "text": str(text), "pictures": list(pictures)}:
                 self.ask(text, [Picture(one["url"], one["thumbnail"]) for one in pictures])
@@ -278,7 +278,7 @@ class Ask(Page):
         except KittyError as error:
             turn.end(problem=str(error))
         finally:
-            turn.end()  # it was stopped, unless it has ended before
+            turn.end()  # it was stopped, unless it has already ended
             self._tell(turn)
 
     def _check_size(self) -> None:
@@ -295,7 +295,7 @@ class Ask(Page):
         self._tell_soon(turn)
 
     def _tell_soon(self, turn: Turn) -> None:
-        """Send what is new, at once or together with what comes in the next moment."""
+        """Send what is new, at once or together with what follows within a moment."""
         if self._timer is None:
             pause = max(0.0, self._sent_at + _SEND_EVERY - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(pause, self._tell, turn)
@@ -313,7 +313,7 @@ class Ask(Page):
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return a chat in the form of OpenAI's protocol; what was never answered is left out."""
+    """Return a chat in OpenAI's format, without earlier questions that were never answered."""
     *before, last = turns
     answered = [
         message
@@ -328,7 +328,7 @@ _SHOWN = 4  # numbers
 
 
 class EmbedBox(HBox):
-    """A text, its vector in a few words, and how near it is to the text before."""
+    """A text, its vector in a few words, and its similarity to the previous text."""
 
     def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
         self._manager = manager
@@ -344,7 +344,7 @@ class EmbedBox(HBox):
         self.show(manager.state)
 
     def show(self, state: ServerState) -> None:
-        """Show the box while a model that embeds is ready."""
+        """Show the box while an embedding model is ready."""
         show_if(self, state.status is ServerStatus.READY and state.task is Task.EMBED)
 
     def _ask(self) -> Operation[None]:
@@ -358,7 +358,7 @@ class EmbedBox(HBox):
 def describe_vector(vector: Vectors, before: Vectors | None = None) -> str:
     """Describe a vector, e.g. `768 numbers · length 1.00 · 0.012, -0.340, … · 0.83 similar`.
 
-    The similarity to the vector before is the cosine of the angle between the two.
+    The similarity to the previous vector is the cosine of the angle between the two.
     """
     length = float(vector @ vector) ** 0.5
     numbers = ", ".join(f"{number:.3f}" for number in vector[:_SHOWN])
@@ -366,5 +366,5 @@ def describe_vector(vector: Vectors, before: Vectors | None = None) -> str:
     if before is not None and before.shape == vector.shape:
         other = float(before @ before) ** 0.5
         cosine = float(vector @ before) / max(length * other, 1e-12)
-        parts.append(f"{cosine:.2f} similar to the text before")
+        parts.append(f"{cosine:.2f} similar to the previous text")
     return " · ".join(parts)

@@ -1,10 +1,10 @@
-// Copies a text, as an answer to a click. Put before the page's sides of widgets that copy.
+// Copies a text on a click. Prepended to the front ends of widgets that copy.
 
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // A page that is not served over https or from localhost has no clipboard of its own.
+    // A page that is not served over https or from localhost has no clipboard API.
     const area = Object.assign(document.createElement("textarea"), { value: text });
     document.body.append(area);
     area.select();
@@ -13,8 +13,8 @@ async function copy(text) {
   }
 }
 
-// Asks the kernel for a text to copy. Every page that shows the widget hears the answer; only the one
-// that asked takes it.
+// Asks the kernel for a text to copy. Every page that shows the widget receives the answer; only
+// the one that asked uses it.
 function asked(model, message) {
   return new Promise((resolve) => {
     const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");

@@ -48,18 +48,18 @@ _TROUBLE = {
 class ControlPanel(VBox):
     """Pick a model, start it, watch it load, use it, stop or switch it.
 
-    What shows facts is written by the manager's thread only, so that it stays live while a cell
-    keeps the kernel busy; what the user edits is written by callbacks, and when a server begins
-    that somebody else has started.
+    Only the manager's thread writes the facts, so that they stay live while a cell keeps the kernel
+    busy; the fields that the user edits are written by callbacks, and when a server was started
+    elsewhere.
 
-    A panel takes the place of an earlier one of its file and profile, as the cell is run again. For
-    two side by side, give the second one the manager of the first.
+    A panel replaces an earlier one of its file and profile, as when its cell is run again. For two
+    side by side, give the second one the manager of the first.
 
     Args:
         env: The `.env` file with the settings.
         profile: The profile to use.
-        manager: The manager to control, with the `.env` file and the profile that it was made
-            from; without one the panel makes its own and closes it.
+        manager: The manager to control, with the `.env` file and the profile that it was created
+            from; without one, the panel creates its own, and closes it.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ControlPanel(VBox):
         self._config: ServerConfig
         self._problem: str | None = None
         self._hints = ""  # settings that have no effect
-        self._log_shown = False  # by itself, for some trouble
+        self._log_shown = False  # automatically, because of a problem
         self._edited = False  # since the fields were filled, or a server was started with them
         self._taken: frozenset[str] = frozenset()
         earlier: ControlPanel | None = None
@@ -101,10 +101,10 @@ class ControlPanel(VBox):
             earlier.close()
 
     def _make_parts(self, earlier: ControlPanel | None) -> None:
-        """Make the widgets; an earlier panel on this manager hands over what it has."""
+        """Create the widgets; an earlier panel of this manager passes on its contents."""
         manager = self.manager
         told = earlier.activity_log.activities if earlier else ()
-        self.activity_log: ActivityLog = ActivityLog(told)  # first: the others write there
+        self.activity_log: ActivityLog = ActivityLog(told)  # first: the others write to it
         self.status_line = display.Line("kitty-status")
         self.load_bar = server_view.LoadBar()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
@@ -141,10 +141,10 @@ class ControlPanel(VBox):
         self._answer_clicks()
 
     def _arrange(self) -> None:
-        """Lay the parts out, from what is always needed to what is folded away.
+        """Lay out the parts, from those always needed to those folded away.
 
-        What a ready server is used with goes between the notice and the address; what is looked up
-        now and then is a `Fold` in the last row, which holds the memory, too.
+        Parts that use a ready server go between the notice and the address; those needed only now
+        and then are a `Fold` each in the last row, which contains the memory, too.
         """
         profile = self._config.profile
         label = "" if profile == server_view.DEFAULT_PROFILE else f" of the profile {profile}"
@@ -193,16 +193,16 @@ class ControlPanel(VBox):
 
     @property
     def choice(self) -> ServerConfig:
-        """The settings that *Start* would start. While models are being listed, it waits for one.
+        """The settings that *Start* would use. While models are being listed, it waits for one.
 
         Raises:
-            ConfigError: A setting that is shown is wrong.
+            ConfigError: A setting in the panel is invalid.
         """
         self.picker.wait_for_choice()
         return self._wanted()
 
     def rescan(self) -> None:
-        """Read the `.env` file and look for models again. What has been edited here stays."""
+        """Reload the `.env` file and look for models again. Edits in the panel are kept."""
         edits, problem, edited = self.settings.edits, None, self._edited
         try:
             if self.manager.env is not None:
@@ -215,15 +215,15 @@ class ControlPanel(VBox):
         self._look_again()
 
     def use(self, **settings: Any) -> None:
-        """Take over a model and settings as if they had been entered. Nothing is started.
+        """Take a model and settings as if the user had entered them. Nothing is started.
 
-        Those without a field here hold until `.env` is read again; *Save* writes them too.
+        Settings without a field here apply until `.env` is reloaded; *Save* writes them, too.
 
         Args:
             settings: Fields of `ServerConfig` by name.
 
         Raises:
-            ConfigError: A value is wrong.
+            ConfigError: A value is invalid.
         """
         config = self._config.replace(**settings)
         config = resolve_model(config) if config.model else config
@@ -234,7 +234,7 @@ class ControlPanel(VBox):
         self._choose()
 
     def close(self) -> None:
-        """Remove the widgets; stop the server and end the thread if the manager is our own."""
+        """Remove the widgets; stop the server and end the thread if the manager is its own."""
         if self.comm is None:
             return
         for part in (self._view, self.ask, self.picker, self.browser, self.live, self.memory):
@@ -247,19 +247,19 @@ class ControlPanel(VBox):
         super().close()
 
     def _read_env(self) -> str | None:
-        """Read the settings; return a complaint of wrong ones, and go on without them."""
+        """Read the settings without invalid ones; return a complaint about those."""
         self._config, complaint = load_profile(self._env, self._profile)
         self._hints = "\n".join(env_warnings(self._env, self._profile))
         return str(complaint) if complaint else None
 
     def _hand_over(self, later: ControlPanel) -> DownloadForm:
-        """Give the form, with its download under way, to a later run of this cell."""
+        """Pass the form, with its running download, to a later run of this cell."""
         self._folds.children = [one for one in self._folds.children if one is not self.download]
         self.download.attach(later._models_dir, later.picker.choose)
         return self.download
 
     def _scan(self) -> None:
-        if self._config.url:  # no files of this machine
+        if self._config.url:  # it has no files on this machine
             return
         try:
             if not self._config.ssh and (done := ensure_models_dir(self._config.models_dir)):
@@ -292,13 +292,13 @@ class ControlPanel(VBox):
             self.saved.write(escape(saved.sentence))
 
     def _choose(self) -> None:
-        """Somebody has chosen another model or setting; what was wrong before no longer counts."""
+        """Note the choice of another model or setting; an earlier problem no longer counts."""
         self._problem, self._edited = None, True
         self.saved.write("")
         self._look_again()
 
     def _follow(self, config: ServerConfig) -> None:
-        """Choose what a server runs with, unless the user has chosen otherwise since the last."""
+        """Choose a server's model and settings, unless the user has edited them since the last."""
         settings, problem = dict(config), self._problem
         runs = self.picker.dropdown.value == config.model and not self.settings.differing(settings)
         if self._edited and not runs:
@@ -310,7 +310,7 @@ class ControlPanel(VBox):
         self._problem, self._edited = problem, False
 
     def _look_again(self) -> None:
-        """Look at memory and models again: the model or a setting has changed."""
+        """Refresh memory and models: the model or a setting has changed."""
         self.memory.refresh()
         self.browser.look_again()
         self._view.wake()
@@ -340,7 +340,7 @@ class ControlPanel(VBox):
                 self._note_status(state)
             case RouterLoad(model, progress):
                 shown = self._router_load and self._router_load.model
-                if progress or shown == model:  # another one may go to make room for it
+                if progress or shown == model:  # another one may be unloaded to make room
                     self._router_load = event
             case Activity():
                 self.activity_log.append(event)
@@ -369,7 +369,7 @@ class ControlPanel(VBox):
             self._view.before_drawing(self.memory.refresh)
 
     def _next_second(self) -> float:
-        """Return the seconds until the clock that is shown moves on."""
+        """Return the seconds until the clock on screen advances."""
         state = self.manager.state
         if state.retry_in is not None:
             return state.retry_in % 1
@@ -380,7 +380,7 @@ class ControlPanel(VBox):
         problem = self._problem
         elsewhere, routes = self._config.url, self._config.models is not None
         startable = routes or (model is not None and model.startable)
-        if elsewhere:  # to be used instead of a server that runs here
+        if elsewhere:  # it is used instead of a server that runs here
             startable = elsewhere != state.config.url
         now = server_view.choices(
             state,
@@ -408,18 +408,18 @@ class ControlPanel(VBox):
         self.requests.show(self.manager.requests)
         self.activity_log.flush()
         self.server_log.flush()
-        # Last: whoever waits for a state finds all that belongs to it.
+        # Last, so that whoever waits for a state finds everything else up to date.
         self.status_line.write(server_view.status_line(state))
 
     def _differs(self, state: ServerState) -> bool:
-        """Return whether the chosen model is another one than the server's."""
+        """Return whether the chosen model differs from the server's."""
         model = self.picker.model
         if model and state.external:
             return model.path.name != state.model_name
         return model is not None and model.path != state.config.model
 
     def _has_template(self, state: ServerState) -> bool:
-        """Return whether the model that is served has a chat template, as far as known."""
+        """Return whether the served model has a chat template, as far as known."""
         served = (one for one in self.picker.models if one.path == state.config.model)
         given = any(word.startswith("--chat-template") for word in state.config.extra_args)
         return given or not any(one.facts.lacks_template for one in served)

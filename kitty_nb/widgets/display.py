@@ -42,7 +42,7 @@ class Line(HTML):
         self.write("")
 
     def write(self, html: str) -> None:
-        """Show some HTML, or hide. What was shown stays, so that a fold in it is open again."""
+        """Show some HTML, or hide. Hiding keeps the HTML, so that an open fold in it stays open."""
         if html:
             self.value = html
         show_if(self, bool(html))
@@ -62,7 +62,7 @@ class Notice(Line):
 class Meter(HBox):
     """A progress bar with a text beside it."""
 
-    STEPS = 1000  # finer than percent, so that a long load is seen to move
+    STEPS = 1000  # finer than percent, so that a long load moves visibly
 
     def __init__(self, css_class: str) -> None:
         self.bar = IntProgress(min=0, max=self.STEPS).add_class("kitty-bar")
@@ -74,8 +74,8 @@ class Meter(HBox):
 class Page(AnyWidget):
     """A widget whose page sends messages.
 
-    What a page shows travels as messages, too, which neither the widget's state nor a saved
-    notebook keeps.
+    The contents of the page are sent as messages, too, so that neither the widget's state nor a
+    saved notebook contains them.
     """
 
     def __init__(self, css_class: str, **traits: Any) -> None:
@@ -84,11 +84,11 @@ class Page(AnyWidget):
         self.on_msg(lambda _widget, message, _buffers: self.receive(message))
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page, on the front end's thread."""
+        """Handle a message from a page, on the front end's thread."""
 
 
 class Fold(Accordion):
-    """A part that is folded away under its name; several of them share a row."""
+    """A part that folds away under its name; several of them share a row."""
 
     def __init__(
         self, name: str, *parts: Widget, on_unfold: Callable[[], object] | None = None
@@ -100,12 +100,12 @@ class Fold(Accordion):
 
     @property
     def unfolded(self) -> bool:
-        """True if somebody can see it."""
+        """True if its contents are visible."""
         return self.selected_index is not None
 
 
 class Choice(Dropdown):
-    """A list to choose from; `on_choice` hears of what is chosen, not of changes to the list."""
+    """A list to choose from; `on_choice` is called for choices, not for changes to the list."""
 
     options: Any
     value: Any
@@ -132,7 +132,7 @@ class Choice(Dropdown):
 
 
 def button(word: str, icon: str, tip: str = "", style: str = "") -> Button:
-    """Make a button."""
+    """Create a button."""
     return Button(description=word, icon=icon, tooltip=tip, button_style=style)
 
 
@@ -149,7 +149,7 @@ def explain(error: BaseException) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Say a time span as a person does: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 05 min`."""
+    """Format a time span for people: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 05 min`."""
     if seconds < 9.95:  # noqa: PLR2004 (what rounds to 10 has no decimal)
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -179,19 +179,19 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def labelled(text: str, tip: str) -> dict[str, Any]:
     """Return the keywords that give a field a label with a tooltip.
 
-    ipywidgets shows the tooltip of a field only where the field has no label.
+    ipywidgets shows the tooltip of a field only if the field has no label.
     """
     label = f"<span title='{escape(tip)}'>{escape(text)}</span>"
     return {"description": label, "description_allow_html": True}
 
 
 def receive_while_busy(widgets: Iterable[Widget]) -> None:
-    """Let these widgets' messages be handled at once, also while a cell keeps the kernel busy.
+    """Have these widgets' messages handled at once, even while a cell keeps the kernel busy.
 
     JupyterLab sends widget messages to a subshell, a second thread of the kernel. ipykernel 7.4
-    routes them back to the main thread when the widget was last written from there, as every
-    widget made in a cell was; this keeps them on the subshell. Where ipykernel or the front end
-    has no such routing, nothing is changed: messages wait until the cell ends.
+    routes them back to the main thread if the widget was last written from there, as every widget
+    created in a cell was; this keeps them on the subshell. If ipykernel or the front end has no
+    such routing, nothing changes: messages wait until the cell ends.
     """
     for widget in widgets:
         if hasattr(widget.comm, "_reply_subshell_for"):
@@ -199,7 +199,7 @@ def receive_while_busy(widgets: Iterable[Widget]) -> None:
 
 
 def tree(widget: Widget) -> Iterator[Widget]:
-    """Yield a widget and all that belong to it: children, layouts and styles."""
+    """Yield a widget and everything that belongs to it: children, layouts and styles."""
     yield widget
     for value in widget.trait_values().values():
         for part in value if isinstance(value, tuple) else (value,):
@@ -208,7 +208,7 @@ def tree(widget: Widget) -> Iterator[Widget]:
 
 
 class Accessible(AnyWidget):
-    """Name, roles, live regions and keys of a panel; nothing of it is visible."""
+    """The name, roles, live regions and keys of a panel, none of them visible."""
 
     _esm: ClassVar[str] = asset("page.js", "accessible.js")
     label: Any = traitlets.Unicode("").tag(sync=True)
@@ -224,24 +224,24 @@ _DRAW_EVERY = 0.25
 
 
 class Task(Protocol):
-    """Something under way on another thread's event loop."""
+    """Work in progress on another thread's event loop."""
 
     def cancel(self) -> object:
-        """End it."""
+        """Cancel the work."""
 
 
 class LiveView:
     """A drawing loop, from `start` until `stop` or until its event loop ends.
 
-    It draws soon after a change and rarely more often. All of its arguments are called on that
-    event loop.
+    It draws soon after a change, and after each `tick`, with a `pause` in between. All functions
+    given to it are called on that event loop.
 
     Args:
         draw: Writes the widgets, at once or as a coroutine function.
-        show_error: Shows a sentence: drawing has failed, and ends.
+        show_error: Shows a sentence when drawing has failed, which ends the loop.
         tick: Returns the seconds until something changes by itself, such as a clock.
-        pause: The least number of seconds between two drawings.
-        subscribe: Subscribes to what changes; returns how to unsubscribe.
+        pause: The minimum number of seconds between two drawings.
+        subscribe: Subscribes to changes; returns a function that unsubscribes.
     """
 
     def __init__(
@@ -282,13 +282,13 @@ class LiveView:
                 self._draw_last()
 
     def before_drawing(self, job: Callable[[], object]) -> None:
-        """Call something in a worker thread once, then draw; callable from any thread."""
+        """Call a job once in a worker thread, then draw; callable from any thread."""
         if job not in self._jobs:
             self._jobs.append(job)
         self.wake()
 
     def stop(self) -> None:
-        """Draw no more: the widgets are about to be closed."""
+        """Stop drawing: the widgets are about to be closed."""
         task, self._task = self._task, None
         if task:
             task.cancel()

@@ -1,4 +1,4 @@
-"""The panel's section that fetches a model from the Hugging Face Hub."""
+"""The panel's section that downloads a model from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class DownloadForm(Fold):
-    """A folded section: name a repository, see its models, fetch one of them.
+    """A folded section: name a repository, see its models, download one of them.
 
     The manager's thread writes everything but the values of the two fields, which are the user's;
-    it sets the choice only while it lists the models. A download goes on while other cells run, and
-    ends with the manager.
+    it sets the choice only while it lists the models. A download continues while other cells run,
+    and ends with the manager.
 
     Args:
         manager: Its thread does the work.
@@ -74,7 +74,7 @@ class DownloadForm(Fold):
         self.cancel.on_click(lambda _: self.stop())
 
     def attach(self, models_dir: Callable[[], Path], on_done: Callable[[Path], object]) -> None:
-        """Serve another panel from now on; a running download goes on."""
+        """Serve another panel from now on; a running download continues."""
         self._models_dir, self._on_done = models_dir, on_done
 
     def stop(self) -> None:
@@ -136,7 +136,7 @@ class DownloadForm(Fold):
 
     async def _fetch(self, download: Download) -> None:
         size = download.variant.size
-        meter = Progress(disable=True)  # only to work out the rate
+        meter = Progress(disable=True)  # only to compute the rate
         line = meter.add_task("", total=size)
 
         def show(step: str, done: int) -> None:

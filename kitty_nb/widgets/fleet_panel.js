@@ -1,4 +1,4 @@
-// The page's side of FleetPanel: draws the rows that it is given, and tells of clicks.
+// Front end of FleetPanel: draws the rows that it is given, and reports clicks.
 
 const COLUMNS = ["Profile", "State", "Model", "Port", "Memory", "Tok/s", ""];
 

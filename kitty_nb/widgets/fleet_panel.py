@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 UNKNOWN = "\N{EN DASH}"
-# The state of a server that is coloured like one of a router's models.
+# The server state whose colour a state of a router's model has.
 _AS_SERVER = {"loading": ServerStatus.LOADING, "loaded": ServerStatus.READY}
 _MEASURE_EVERY = 2.0  # seconds
 _CLOCK = 1.0  # seconds
@@ -87,12 +87,12 @@ class FleetRow:
 
 
 def fleet_rows(profiles: list[Profile]) -> list[FleetRow]:
-    """Describe all profiles, each router's models below it, and which of them want one port."""
+    """Describe all profiles, with each router's models below it, and which share a port."""
     return [row for one in profiles for row in (_row(one, profiles), *_routed(one))]
 
 
 def startable(profiles: list[Profile]) -> list[str]:
-    """Return the profiles that can be started together: of those with one port, the first."""
+    """Return the profiles that can be started together: of those that share a port, the first."""
     first: dict[tuple[str | None, int], str] = {}
     for one in profiles:
         if _row(one, profiles).start:
@@ -101,7 +101,7 @@ def startable(profiles: list[Profile]) -> list[str]:
 
 
 def _routed(profile: Profile) -> Iterator[FleetRow]:
-    """A row for each model of a router."""
+    """Return a row for each model of a router."""
     router, port = profile.state.router, profile.served.port
     for name, model in (router.models if router else {}).items():
         yield FleetRow(
@@ -150,7 +150,7 @@ def _model(profile: Profile) -> str:
 
 
 def describe_memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
-    """Describe what a server holds, e.g. `1.2 GB + 3.4 GB CUDA0`."""
+    """Describe a server's memory, e.g. `1.2 GB + 3.4 GB CUDA0`."""
     if use is None:
         return UNKNOWN
     names = ", ".join(name.partition(" (")[0] for name in devices) or "GPU"
@@ -161,16 +161,17 @@ def describe_memory(use: MemoryUse | None, devices: tuple[str, ...]) -> str:
 
 
 def describe_pace(pace: float | None) -> str:
-    """Describe tokens a second."""
+    """Format a number of tokens per second."""
     if pace is None:
         return UNKNOWN
     return f"{pace:,.0f}" if pace >= 10 or not pace else f"{pace:.1f}"  # noqa: PLR2004
 
 
 def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
-    """Say which other profile wants this port, and whether its server has it now.
+    """Describe which other profile has this port set, and whether its server has it now.
 
-    Of those that wait for a port, the first in the list may have it, so nothing is said there.
+    Of stopped profiles with the same port, the first in the list may have it, so it gets no
+    description.
     """
     port, machine = profile.served.port, profile.served.ssh
     here = [one for one in profiles if one.served.ssh == machine and not one.served.url]
@@ -267,8 +268,8 @@ class _Table(Page):
 class FleetPanel(_Table):
     """Start, watch and stop the servers of all profiles that a `.env` file names.
 
-    Each profile has the manager that its `ControlPanel` in this kernel has too. A panel takes the
-    place of an earlier one of its file, as the cell is run again.
+    Each profile has the same manager as its `ControlPanel` in this kernel. A panel replaces an
+    earlier one of its file, as when its cell is run again.
 
     Args:
         env: The `.env` file with the settings.
@@ -278,7 +279,7 @@ class FleetPanel(_Table):
         notice: What is wrong with the file.
 
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: The file can't be read.
     """
 
     _each = "Profile"
@@ -308,12 +309,12 @@ class FleetPanel(_Table):
         """Return the manager of a profile.
 
         Raises:
-            KittyError: There is no such row.
+            KittyError: There is no such profile.
         """
         return self._member(profile).manager
 
     def start(self, profile: str) -> None:
-        """Start a profile's server; what goes wrong is shown in its row."""
+        """Start a profile's server; a failure is shown in its row."""
         self._member(profile).start()
 
     def stop(self, profile: str) -> None:
@@ -321,18 +322,18 @@ class FleetPanel(_Table):
         self._member(profile).stop()
 
     def start_all(self) -> None:
-        """Start all that can be started together."""
+        """Start all profiles that can be started together."""
         for name in startable(self._profiles()):
             self.start(name)
 
     def stop_all(self) -> None:
-        """Stop all that run."""
+        """Stop all servers that run."""
         for row in self._look():
             if row.stop:
                 self.stop(row.profile)
 
     def rescan(self) -> None:
-        """Read the `.env` file again. A profile that is no longer in it stays while it runs."""
+        """Reload the `.env` file. A profile that is no longer in it stays while it runs."""
         try:
             self._read()
         except ConfigError as error:
@@ -381,7 +382,7 @@ class FleetPanel(_Table):
             await anyio.sleep(_MEASURE_EVERY)
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "start" | "stop" as verb, "profile": str(name)} if name in self._members:
                 getattr(self, verb)(name)
@@ -404,17 +405,17 @@ class _Member:
 
     @property
     def manager(self) -> ModelManager:
-        """The kernel's for this profile; a new one where somebody has closed it."""
+        """The kernel's manager of this profile; a new one if it has been closed."""
         return session.acquire(self._env, self._profile, self._owner)
 
     @property
     def watched(self) -> ModelManager:
-        """The same, but looking makes no new one: the last stays, closed."""
+        """The same, without creating a new one: the last one stays, closed."""
         self._last = session.get(self._env, self._profile) or self._last
         return self._last
 
     def read(self) -> None:
-        """Read the settings again."""
+        """Reload the settings."""
         self._config, complaint = load_profile(self._env, self._profile)
         self._failure = None
         self._complaint = "\n".join(map(str, complaint.problems)) if complaint else None
@@ -436,7 +437,7 @@ class _Member:
         return Profile(config, state, manager.progress, self._memory, problem, right)
 
     def start(self) -> None:
-        """Begin a start with the settings as they are in the file now."""
+        """Start its server with the settings that the file has now."""
         manager = self.manager
         wanted = partial(session.config_to_start, manager, self._env, self._profile)
         self._actions.run(manager.start, wanted)
@@ -451,7 +452,7 @@ class _Member:
         try:
             with suppress(KittyError):  # its manager is closed
                 memory = await self.watched.memory_use()
-        finally:  # also where that is closed meanwhile, which cancels this
+        finally:  # even if that is closed meanwhile, which cancels this
             self._memory = memory
 
     def _show_failure(self, failure: str | None) -> None:
@@ -465,14 +466,14 @@ def _serves(config: ServerConfig) -> bool:
 class ReplicaPanel(_Table):
     """Watch the replicas of a fleet, and stop or start each.
 
-    A notebook shows one for a `Fleet` that is the value of a cell.
+    A notebook shows one for a cell whose value is a `Fleet`.
 
     Args:
         fleet: The fleet. Closing the panel leaves it alone.
 
     Attributes:
         rows: A row for each replica.
-        notice: What keeps replicas from being placed.
+        notice: Why replicas can't be placed.
     """
 
     _each = "Replica"
@@ -493,7 +494,7 @@ class ReplicaPanel(_Table):
         return f"ReplicaPanel({self._fleet!r})"
 
     def close(self) -> None:
-        """Remove the widget; the replicas run on."""
+        """Remove the widget; the replicas keep running."""
         if self.comm is not None:
             self._view.stop()
             super().close()
@@ -508,7 +509,7 @@ class ReplicaPanel(_Table):
         return self._fleet.problem or ""
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "start" | "stop" as verb, "profile": str(name)}:
                 rows = enumerate(self.rows)
@@ -524,7 +525,7 @@ class ReplicaPanel(_Table):
 
 
 def bundle(fleet: Fleet) -> dict[str, Any]:
-    """Return what a notebook shows of a fleet: its panel, made if none is open."""
+    """Return a notebook's display of a fleet: its panel, created if none is open."""
     panel = session.newest(ReplicaPanel, fleet)
     if panel is None or panel.comm is None:
         panel = ReplicaPanel(fleet)

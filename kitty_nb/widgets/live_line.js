@@ -1,4 +1,4 @@
-// The page's side of LiveLine: words, and a chart of tokens a second and memory.
+// Front end of LiveLine: words, and a chart of tokens per second and memory.
 
 const [SPAN, WIDTH, HEIGHT] = [600, 160, 22]; // seconds; units of the picture
 

@@ -1,4 +1,4 @@
-"""`%kitty` and `%%kitty_chat`: a server's verbs, and a talk with its model, as IPython magics."""
+"""`%kitty` and `%%kitty_chat`: IPython magics that control a server and chat with its model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _GREY, _PLAIN = "\x1b[90m", "\x1b[0m"
 
 @magics_class
 class KittyMagics(Magics):
-    """The magics. A profile has one manager in a kernel, which its panel shares."""
+    """The magics. A profile has one manager per kernel, which its panel shares."""
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
@@ -51,7 +51,9 @@ class KittyMagics(Magics):
         self._talks: dict[ModelManager, list[dict[str, Any]]] = {}
 
     @magic_arguments()
-    @argument("verb", nargs="?", default="status", choices=_VERBS, help="What to do; else status.")
+    @argument(
+        "verb", nargs="?", default="status", choices=_VERBS, help="What to do; by default, status."
+    )
     @argument("model", nargs="?", help="switch: a .gguf file, relative to the models folder.")
     @argument("--profile", default="primary", help="The profile to use.")
     @argument("--env", default=".env", help="The .env file with the settings.")
@@ -59,7 +61,7 @@ class KittyMagics(Magics):
     @argument("-n", "--lines", type=int, default=40, help="logs: the number of lines to print.")
     @line_magic
     def kitty(self, line: str) -> None:
-        """Start, stop or look at a profile's server."""
+        """Start, stop or inspect a profile's server."""
         given = _given(self.kitty, line)
         manager = session.acquire(given.env, given.profile, self)
         if given.verb in {"start", "restart", "status"}:
@@ -87,14 +89,14 @@ class KittyMagics(Magics):
     @argument("--temperature", type=float, help="0 always picks the most likely token.")
     @argument("--max-tokens", type=int, help="The maximum length of the answer, in tokens.")
     @argument("--image", action="append", default=[], help="A picture to show; can be repeated.")
-    @argument("--go-on", action="store_true", help="Go on with the conversation so far.")
+    @argument("--go-on", action="store_true", help="Continue the conversation so far.")
     @argument("--profile", default="primary", help="The profile whose model to ask.")
     @argument("--env", default=".env", help="The .env file with the settings.")
     @cell_magic
     def kitty_chat(self, line: str, cell: str) -> None:
-        """Ask the running model; its answer appears as it comes. Interrupt to end it.
+        """Ask the running model; its answer appears as it streams. Interrupt to end it.
 
-        Each cell is a talk of its own, unless --go-on makes it part of the one before.
+        Each cell is a conversation of its own, unless --go-on continues the previous one.
         """
         given = _given(self.kitty_chat, line)
         manager = session.acquire(given.env, given.profile, self)
@@ -115,7 +117,7 @@ class KittyMagics(Magics):
     def _load(
         self, start: Callable[..., Operation[ServerState]], wanted: ServerConfig | str
     ) -> None:
-        """Start a server, and show its load in one line that changes."""
+        """Start a server, and show its load in one changing line."""
         line = _ChangingLine()
         operation = start(wanted, anyway=wanted == self._refused)
 
@@ -137,7 +139,7 @@ class KittyMagics(Magics):
         if count < 1:
             raise KittyError("The number of lines must be 1 or more: %kitty logs -n 40")
         if url := manager.state.config.url:
-            raise KittyError(f"The log of the server at {url} is where it runs.")
+            raise KittyError(f"The log of the server at {url} is on its own machine.")
         lines = manager.log_lines
         if not lines:
             raise KittyError("This kernel has no server log yet. To start the server: %kitty start")
@@ -145,12 +147,12 @@ class KittyMagics(Magics):
 
 
 def load(shell: InteractiveShell) -> None:
-    """Give a shell the magics."""
+    """Register the magics with a shell."""
     shell.register_magics(KittyMagics)
 
 
 def unload(shell: InteractiveShell) -> None:
-    """Take the magics from a shell, and close the managers that no panel has taken over."""
+    """Remove the magics from a shell, and close the managers that no panel uses."""
     manager = shell.magics_manager
     for kind, name in (("line", "kitty"), ("cell", "kitty_chat")):
         manager.magics[kind].pop(name, None)
@@ -159,7 +161,7 @@ def unload(shell: InteractiveShell) -> None:
 
 
 class _ChangingLine:
-    """A line that is written over; carriage returns work in notebooks and terminals alike."""
+    """A line that is overwritten; carriage returns work in notebooks and terminals alike."""
 
     def __init__(self) -> None:
         self._shown = ""
@@ -177,7 +179,7 @@ class _ChangingLine:
 
 
 class _Answering:
-    """An answer that is printed as it comes, after how much of a long prompt is read."""
+    """An answer that is printed as it streams, after the progress of reading a long prompt."""
 
     def __init__(
         self, manager: ModelManager, messages: list[dict[str, Any]], options: dict[str, Any]
@@ -211,10 +213,10 @@ def _say(text: str) -> None:
 
 
 def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
-    """Wait for an operation while the kernel's own tasks go on; an interrupt cancels it.
+    """Wait for an operation while the kernel's own tasks continue; an interrupt cancels it.
 
     Raises:
-        KittyError: What the operation ended with.
+        KittyError: The operation failed.
         KeyboardInterrupt: The user pressed the interrupt button.
     """
     try:
@@ -229,7 +231,7 @@ def _follow(operation: Operation[T], show: Callable[[], Any]) -> T:
 
 
 def _given(magic: Any, line: str) -> Namespace:
-    """Parse a magic's line as a shell would: IPython leaves the quotes around words on."""
+    """Parse a magic's line as a shell would: IPython keeps the quotes around words."""
     try:
         given: Namespace = magic.parser.parse_args(shlex.split(line))
     except ValueError as error:

@@ -1,4 +1,4 @@
-// The page's side of ModelTable: models to filter and choose from.
+// Front end of ModelTable: models to filter and choose from.
 
 const COLUMNS = [
   ["", "star"],
@@ -27,7 +27,7 @@ function receive(store, message) {
 }
 
 function choose(store, id) {
-  receive(store, { kind: "chosen", id }); // at once, not when the kernel has answered
+  receive(store, { kind: "chosen", id }); // at once, without waiting for the kernel's answer
   store.send({ kind: "choose", id });
 }
 
@@ -90,7 +90,7 @@ function render(el, store) {
   const count = element("span", "kitty-muted", { ariaLive: "polite" });
   const bar = element("div", "kitty-table-bar");
   bar.append(filter, count);
-  // Not a <table>: rows out of sight cost nothing only where they are boxes of their own.
+  // Not a <table>: rows out of sight cost nothing only if they are boxes of their own.
   const table = element("div", "kitty-table", { role: "grid", ariaLabel: "Models" });
   const head = element("div", "kitty-row-head", { role: "row" });
   for (const [title, key] of COLUMNS) {
@@ -109,7 +109,7 @@ function render(el, store) {
   let lines = []; // of rows: [line, words]
   let families = []; // [heading, lines]
   const byId = new Map();
-  let brought = false; // the chosen row into sight
+  let brought = false; // whether the chosen row has been scrolled into view
 
   const visible = () => lines.filter(([line]) => !line.hidden).map(([line]) => line);
   const applyFilter = () => {

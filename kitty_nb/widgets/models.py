@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 class ModelDropdown(display.Choice):
     """A list of models by their labels; its value is the chosen one's path.
 
-    Two threads write it: people choose, and the list changes. They take turns.
+    Two threads write it, for the user's choices and for changes of the list. They take turns.
     """
 
     def __init__(self, on_choice: Callable[[Path], object]) -> None:
@@ -55,7 +55,7 @@ class ModelDropdown(display.Choice):
         """List other models."""
         seen = Counter(model.label for model in models)
         options = tuple(
-            # Models of one name in two folders are told apart by their paths.
+            # Models with one name in two folders are distinguished by their paths.
             (model.label if seen[model.label] == 1 else f"{model.label} · {model.name}", model.path)
             for model in models
         )
@@ -63,14 +63,14 @@ class ModelDropdown(display.Choice):
             self.refill(options, chosen)
 
     def set_state(self, sync_data: Any) -> None:
-        """Take what a page has chosen."""
+        """Apply a choice made on a page."""
         with self.turn:
             super().set_state(sync_data)
 
 
-_PATIENCE = 0.3  # seconds that a search may take before it goes on in the background
+_PATIENCE = 0.3  # seconds that a search may take before it continues in the background
 _CHOICE_WITHIN = 60.0  # seconds; a search of a slow disk
-_LIST_EVERY = 1.0  # seconds; a longer list each time is a message, and moves under the mouse
+_LIST_EVERY = 1.0  # seconds; each longer list is a message, and moves under the mouse
 
 
 class ModelPicker(VBox):
@@ -80,9 +80,9 @@ class ModelPicker(VBox):
 
     Args:
         manager: Its loop searches and watches the folders.
-        on_choice: Called when somebody has chosen another model.
-        on_change: Called on a worker thread when there is another one, or what is known of it has
-            changed, because the list has.
+        on_choice: Called when the user has chosen another model.
+        on_change: Called on a worker thread when a change of the list has changed the chosen model,
+            or what is known about it.
 
     Attributes:
         on_list: Called on a worker thread when there are other models, or they have changed.
@@ -100,7 +100,7 @@ class ModelPicker(VBox):
         self._catalog: Catalog | None = None
         self._preferred: Path | None = None
         self._wish: Path | None = None
-        self._choice: Path | None = None  # the wish, where somebody has chosen it
+        self._choice: Path | None = None  # the wish, if the user has chosen it
         self._complete = threading.Event()
         self._list_due = 0.0
         self._following: Operation[None] | None = None
@@ -118,7 +118,7 @@ class ModelPicker(VBox):
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """The folders that the models are from."""
+        """The folders that contain the models."""
         return self._catalog.stores if self._catalog else ()
 
     @property
@@ -129,12 +129,12 @@ class ModelPicker(VBox):
     def scan(self, catalog: Catalog, preferred: Path | None = None) -> None:
         """List the models of some folders, from now on.
 
-        Returns when all are listed, or after a moment, while it goes on in the background. What
-        somebody has chosen stays so as long as it is there.
+        Returns when all are listed, or after a moment, and continues in the background. The user's
+        choice is kept while the model exists.
 
         Args:
             catalog: The folders; those of another machine are listed by that machine.
-            preferred: Choose this one, where nobody has chosen another; it may be elsewhere.
+            preferred: The model to choose unless the user chooses another; it may be elsewhere.
         """
         self.stop()
         if earlier := _watching.get(self._manager):
@@ -151,9 +151,9 @@ class ModelPicker(VBox):
             self._complete.wait(_PATIENCE)
 
     def choose(self, path: Path) -> None:
-        """Choose a model, as a user does; nothing happens where it is not there any more.
+        """Choose a model, as a user does; do nothing if it no longer exists.
 
-        One that is not listed yet is listed first, as is one that has just been downloaded.
+        One that is not listed yet, such as one that has just been downloaded, is listed first.
         """
         with self.dropdown.turn:
             if path not in self._models and self._catalog:
@@ -164,16 +164,16 @@ class ModelPicker(VBox):
                 self.dropdown.value = self._choice = path
 
     def wait_for_choice(self) -> None:
-        """Wait until there is a model, or none was found."""
+        """Wait until a model is chosen, or none has been found."""
         if self.dropdown.value is None:
             self._complete.wait(_CHOICE_WITHIN)
 
     def stop(self) -> None:
-        """Keep the list as it is."""
+        """Stop updating the list."""
         self._catalog = None
         if self._following is not None:
             self._following.cancel()
-        if _watching.get(self._manager) is self:  # it would keep itself and its manager for ever
+        if _watching.get(self._manager) is self:  # else it would keep itself and its manager alive
             del _watching[self._manager]
 
     async def _follow(self, catalog: Catalog) -> None:
@@ -205,7 +205,7 @@ class ModelPicker(VBox):
             self._complete.set()
 
     def _beside(self, catalog: Catalog, step: ScanStep, finished: bool) -> list[Model]:
-        """The models that are wanted and not found there: elsewhere, or not read yet."""
+        """Return the wanted models that were not found there: elsewhere, or not read yet."""
         found = {model.path for model in step.models}
         beside = []
         for path in dict.fromkeys((self._preferred, self._wish)):
@@ -222,7 +222,7 @@ class ModelPicker(VBox):
             before, all_before = self.model, self._models
             self._models = {model.path: model for model in models}
             wishes = [self._wish]
-            if not self._complete.is_set():  # later, what is chosen may go, but not to another
+            if not self._complete.is_set():  # later, no model replaces one that has gone
                 wishes.append(self._preferred)
             if self._wish is None or (finished and not self._complete.is_set()):
                 wishes.extend(model.path for model in models if model.startable)
@@ -250,22 +250,22 @@ def _scanned(step: ScanStep) -> str:
 
 
 class Row(TypedDict):
-    """One model in the table; everything is text for people but `used`."""
+    """One model in the table, mostly as text for people."""
 
-    id: int  # the page's name for it
+    id: int  # its identifier on the page
     family: str  # the base model; empty for a model that is alone in its family
     name: str  # the name that people know
     store: str  # the program whose folder it is in; empty in the models folder
     quantization: str  # the way in which its weights are stored
     size: str  # the size of all its files
-    context: str  # the tokens that it was trained for
+    context: str  # the context that it was trained for, in tokens
     # When it was last ready, in seconds since the epoch, for the page's own clock.
     used: float | None
     load: str  # the time that this load took
     favourite: bool  # whether it is marked
     state: str  # why it cannot be started, in a word or two
     problem: str  # the same as a sentence
-    words: str  # the text that the filter looks through, in small letters
+    words: str  # the text that the filter searches, in lower case
 
 
 def table_rows(
@@ -274,7 +274,7 @@ def table_rows(
     notes: Mapping[Path, ModelNote],
     ids: Mapping[Path, int],
 ) -> list[Row]:
-    """Arrange models by family: first those with a favourite, then those used last."""
+    """Arrange models by family: first those with a favourite, then those used most recently."""
     nothing = ModelNote()
 
     def rank(model: Model) -> tuple[bool, float]:
@@ -317,7 +317,7 @@ def _store(model: Model, stores: Sequence[Store]) -> str:
 
 
 class LastTime(HBox):
-    """An offer of the settings of last time; hidden without any, and where they are set already."""
+    """An offer of the last used settings; hidden if there are none, or they are set already."""
 
     def __init__(self, form: SettingsForm) -> None:
         self._form = form
@@ -330,7 +330,7 @@ class LastTime(HBox):
         self.show(None)
 
     def show(self, note: ModelNote | None) -> None:
-        """Offer what a model was used with."""
+        """Offer the settings with which a model was last used."""
         used = note is not None and note.last_used is not None
         self._settings = note.settings if note and used else {}
         others = self._form.differing(self._settings) if used else []
@@ -353,15 +353,15 @@ class ModelTable(display.Page):
         self._receive = receive
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         self._receive(message)
 
 
 class ModelBrowser(display.Fold):
     """A table of the models. The manager's loop sends its contents while it is unfolded.
 
-    A click on a row chooses in the picker; the settings of last time go into the form. `say` is
-    called, on the manager's loop, with a sentence about what cannot be remembered.
+    A click on a row chooses in the picker; the last used settings go into the form. `say` is
+    called, on the manager's loop, with a sentence about what can't be stored.
     """
 
     def __init__(
@@ -376,7 +376,7 @@ class ModelBrowser(display.Fold):
         super().__init__("All models", self.table)
         self._manager, self._picker, self._wanted, self._say = manager, picker, wanted, say
         self._told: dict[str, object] = {}
-        self._ids: dict[Path, int] = {}  # the page's names for the models; each keeps its number
+        self._ids: dict[Path, int] = {}  # identifiers on the page; each model keeps its number
         self._fits: dict[int, str] = {}
         self._view = display.LiveView(self._look, say, self._next_look, _PAUSE)
         self.look_again, self.stop = self._view.wake, self._view.stop
@@ -429,7 +429,7 @@ class ModelBrowser(display.Fold):
                 await self._judge([one.path for one in models if one.startable], config)
 
     async def _judge(self, models: Sequence[Path], config: ServerConfig) -> None:
-        """Look which models fit, until something has changed again."""
+        """Find out which models fit, until something has changed again."""
         waiting = iter(models)
         while (some := [*islice(waiting, _JUDGED_AT_ONCE)]) and not self._view.changed:
             for path, verdict in (await self._manager.stats.fits(some, config)).items():
@@ -437,7 +437,7 @@ class ModelBrowser(display.Fold):
             self._tell("fits", fits={**self._fits})
 
     def _tell(self, kind: str, **content: object) -> None:
-        """Send contents to the page, where they are other than before."""
+        """Send contents to the page if they have changed."""
         if self._told.get(kind) != content:
             self._told[kind] = content
             self.table.send({"kind": kind, **content})

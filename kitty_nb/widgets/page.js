@@ -1,22 +1,22 @@
-// What the pages of several widgets share; put before each of them.
+// Shared by the front ends of several widgets, and prepended to each.
 
 function element(tag, className, properties = {}) {
   return Object.assign(document.createElement(tag), { className, ...properties });
 }
 
-// Writes only what differs: what is read or has the focus is not disturbed, nor read out again.
+// Writes only changes, so that unchanged text is not disturbed while focused, nor read out again.
 function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-// Else JupyterLab takes keys for its own commands on cells, such as x, which cuts one.
+// Otherwise JupyterLab would take keys for its own commands on cells, such as x, which cuts one.
 function keepKeys(node) {
   node.addEventListener("keydown", (event) => {
     if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
   });
 }
 
-// A widget whose views come and go, while its model keeps in a store what it has received.
+// A widget whose views come and go, while its model keeps what it has received in a store.
 function stored(begin, receive, render) {
   return () => {
     const store = { views: new Set(), asked: new Set(), ...begin() };

@@ -1,4 +1,4 @@
-// The page's side of RequestsTable: draws the rows, newest first.
+// Front end of RequestsTable: draws the rows, newest first.
 
 const COLUMNS = [
   ["Time", "at"],

@@ -1,4 +1,4 @@
-// The page's side of ServerLog: keeps the newest lines per model, draws them in each view.
+// Front end of ServerLog: keeps the newest lines per widget model, and draws them in each view.
 
 const LINES_KEPT = 2000;
 
@@ -77,7 +77,7 @@ function render(el, store) {
     if (following) list.scrollTop = list.scrollHeight;
   });
   follow.addEventListener("click", () => setFollowing(!following));
-  // Only a person's own scrolling changes what is followed; growing content does not.
+  // Only the user's own scrolling starts or stops following; growing content does not.
   const follows = () => {
     const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 24;
     if (atEnd !== following) setFollowing(atEnd);

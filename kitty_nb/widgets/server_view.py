@@ -53,7 +53,7 @@ _MINUTE = 60
 
 
 def word(status: ServerStatus) -> str:
-    """Return a status as panels say it."""
+    """Return a status as panels show it."""
     return "Not running" if status is ServerStatus.STOPPED else status.capitalize()
 
 
@@ -90,7 +90,7 @@ def unanswered(state: ServerState) -> str:
 
 
 def status_line(state: ServerState) -> str:
-    """Draw the state, the model that is served, and what else matters at once."""
+    """Draw the state, the served model, and what else matters at once."""
     shown = (f"<span class='kitty-fact'>{fact}</span>" for fact in _facts(state))
     return "".join([badge(state.status), *shown])
 
@@ -123,13 +123,13 @@ def _facts(state: ServerState) -> Iterator[str]:
 
 
 def _shortened(name: str) -> str:
-    """Return a file's name without its end; of one that is called by its hash, the beginning."""
+    """Return a file's name without its suffix; if it is a hash, only the beginning."""
     short = name.removesuffix(".gguf")
     return escape(f"{short[:_HASH_SHOWN]}…" if short.startswith("sha256-") else short)
 
 
 def describe_reading(progress: PromptProgress) -> str:
-    """Describe how much of a prompt is read, e.g. `reading the prompt · 62 % · 3 s left`."""
+    """Describe how much of a prompt has been read, e.g. `reading the prompt · 62 % · 3 s left`."""
     if not progress.total:
         return f"reading the prompt · {duration(progress.seconds)}"
     words, left = f"reading the prompt · {int(progress.fraction * 100)} %", progress.seconds_left
@@ -149,7 +149,7 @@ def describe_load(progress: LoadProgress) -> str:
 
 
 class LoadBar(Meter):
-    """The load under way, and what else is waited for; hidden at other times."""
+    """The progress of a load or another wait; hidden at other times."""
 
     def __init__(self) -> None:
         super().__init__("kitty-load")
@@ -176,11 +176,11 @@ class LoadBar(Meter):
             self.write(None, "")
 
     def show_load(self, load: LoadProgress | None, model: str = "") -> None:
-        """Show how far the load of a model is."""
+        """Show the progress of a model's load."""
         self.write(load.fraction if load else 0.0, describe_load(load) if load else "", model)
 
     def write(self, fraction: float | None, words: str, model: str = "") -> None:
-        """Show how full the bar is, or none, with words beside it; without words, hide."""
+        """Show the bar filled to a fraction, or no bar, and words beside it; hide without words."""
         self.bar.value = int((fraction or 0.0) * self.STEPS)
         self.bar.bar_style = "success" if fraction == 1.0 else ""
         self.text.value = escape(" · ".join(filter(None, (words and model, words))))
@@ -202,7 +202,7 @@ def choices(
     state: ServerState, *, startable: bool, other_model: bool, other_settings: bool = False
 ) -> Choices:
     """Decide which actions make sense."""
-    lost = state.status is ServerStatus.OUT_OF_REACH  # it will be reached again by itself
+    lost = state.status is ServerStatus.OUT_OF_REACH  # it reconnects by itself
     running = not (state.status.absent or lost or state.status is ServerStatus.STOPPING)
     usable = running and (state.external is None or state.external.models is not None)
     switch = usable and startable and other_model
@@ -237,7 +237,7 @@ class ServerButtons(HBox):
         self.remedies = HBox(remedies).add_class("kitty-buttons")  # the latter, for the notice
 
     def show(self, state: ServerState, now: Choices, *, doubtful: bool) -> None:
-        """Offer what makes sense, name what it does, and let a doubtful start be insisted on."""
+        """Show and label the buttons that make sense; let the user insist on a doubtful start."""
         waiting = state.status is ServerStatus.RESTARTING
         show_if(self, not waiting)
         show_if(self.start, now.switch or (state.status.absent and not waiting))
@@ -257,13 +257,13 @@ class ServerButtons(HBox):
 
 
 class ServedModels(Choice):
-    """The models of a router, or of a server at a URL, to choose the one to ask; else hidden."""
+    """A choice of the model to ask, of a router or a server at a URL; hidden for other servers."""
 
     def __init__(self, on_choice: Callable[[str], object]) -> None:
         super().__init__("kitty-served", ("Model", "Models that the server lists"), on_choice)
 
     def show(self, state: ServerState) -> None:
-        """List what a server has."""
+        """List a server's models."""
         there = state.external if state.config.url else state.router
         models = tuple(there.models or ()) if there else ()
         self.refill(models, state.alias if state.alias in models else None)
@@ -271,7 +271,7 @@ class ServedModels(Choice):
 
 
 class Details(Fold):
-    """Facts, written while somebody sees them."""
+    """The facts, updated only while they are visible."""
 
     def __init__(self, on_unfold: Callable[[], object]) -> None:
         self.server, self.model = Line("kitty-server-facts"), Line("kitty-model-facts")
@@ -279,7 +279,7 @@ class Details(Fold):
         self.add_class("kitty-details")
 
     def show(self, state: ServerState, load: LoadProgress | None, model: Model | None) -> None:
-        """Show a server, and the model that is chosen."""
+        """Show a server and the chosen model."""
         if self.unfolded:
             self.server.write(_draw(server_facts(state, load)))
             chosen = draw_model(model) if model else "No model is chosen."
@@ -288,7 +288,7 @@ class Details(Fold):
 
 
 def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str]:
-    """Return what is known of a server, by the name of each fact."""
+    """Return the known facts about a server, by name."""
     health = state.last_health_check if state.uptime is not None else None
     slots = health and health.slots_total and f"{health.slots_busy} of {health.slots_total} busy"
     latency = health and health.latency
@@ -335,7 +335,7 @@ _MADE_FOR = {Task.CHAT: None, Task.EMBED: "embeddings", Task.RANK: "ranking docu
 
 
 def model_facts(model: Model) -> dict[str, str]:
-    """Return what is known of a model, by the name of each fact."""
+    """Return the known facts about a model, by name."""
     files, header = shard_paths(model.path), model.facts
     quantization = model.quantization and f"{model.quantization} ({_CONFIRMED[model.confirmed]})"
     known = {
@@ -372,18 +372,18 @@ def _count(number: int | None, of: str = "") -> str | None:
 class Address(Page):
     """The server's address and what to copy, while the server is ready.
 
-    The kernel does not know by which address the browser reaches it, nor whether that passes
-    JupyterHub or a tunnel, so the page itself finds out: where jupyter-server-proxy answers, the
-    link to the server's web page goes through the notebook's own server; else it is the server's
+    The kernel does not know the address by which the browser reaches it, nor whether JupyterHub or
+    a tunnel is in between, so the page itself finds out: if jupyter-server-proxy answers, the link
+    to the server's web page goes through the notebook's own server; otherwise it is the server's
     address, on this machine.
 
-    The server asks for its key there. The key is in neither the link nor this widget's state: it
-    travels when the user presses its *Copy*, in a message that nothing keeps.
+    The web page asks for the key. The key is in neither the link nor this widget's state: it is
+    sent when the user presses its *Copy*, in a message that is not stored.
 
     Args:
-        texts: Returns what can be copied, by name, when somebody copies it; None where there is
-            nothing.
-        programs: Titles of those that are in the menu of other programs, by name.
+        texts: Functions that return the texts to copy, by name, called when the user copies one;
+            they return None if there is nothing to copy.
+        programs: Titles of the texts in the menu of other programs, by name.
     """
 
     _esm: ClassVar[str] = asset("page.js", "clipboard.js", "address.js")
@@ -404,7 +404,7 @@ class Address(Page):
             self.asks_key = self._texts["key"]() is not None
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "copy", "what": str(what), "for": str(asker)} if what in self._texts:
                 self.send({"kind": "copy", "for": asker, "text": self._texts[what]() or ""})
@@ -415,7 +415,7 @@ SNIPPETS: dict[str, str] = tomllib.loads(asset("snippets.toml"))
 
 
 def snippet(state: ServerState, panel: str) -> str:
-    """Return code that asks a server by the name of its panel, to paste into a cell."""
+    """Return code that asks a server through its panel's name, to paste into a cell."""
     openai = SNIPPETS["openai" if find_spec("openai") else "no_openai"].format(panel=panel)
     facts = {"openai": openai, "alias": state.alias, "endpoint": state.endpoint}
     return SNIPPETS[state.task].format(panel=panel, **facts)
@@ -424,7 +424,7 @@ def snippet(state: ServerState, panel: str) -> str:
 def cells_for_programs(
     manager: ModelManager, panel: Callable[[], str]
 ) -> dict[str, Callable[[], str]]:
-    """Return, by program, what makes a cell that uses a server with it."""
+    """Return functions, by program, that create a cell to use the server with it."""
 
     def cell(hand_over: HandOver) -> str:
         state = manager.state
@@ -435,7 +435,7 @@ def cells_for_programs(
 
 
 def name_of(thing: object) -> str:
-    """Return a name that cells have for something, if only `_3`, the output of a cell."""
+    """Return a variable of the notebook for an object, if only `_3`, the output of a cell."""
     shell = get_ipython()
     names = shell.user_ns.copy().items() if shell else ()
     found = [name for name, value in names if value is thing and name.strip("_")]

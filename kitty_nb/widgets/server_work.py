@@ -64,7 +64,7 @@ class LiveLine(Page):
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """Seconds of the clock, tokens a second and MiB of memory, oldest first."""
+        """Seconds of the clock, tokens per second and MiB of memory, oldest first."""
         return tuple(self._points)
 
     def watch(self, manager: ModelManager, show_error: Callable[[str], object]) -> None:
@@ -89,12 +89,12 @@ class LiveLine(Page):
         self._view = view
 
     def stop(self) -> None:
-        """Follow no more."""
+        """Stop following."""
         if self._view:
             self._view.stop()
 
     def show(self, work: Work, memory: int, *, ready: bool) -> None:
-        """Show what the server does, and the bytes that it holds, in a chart of one ready time."""
+        """Show a server's work, and its memory in bytes; while it is not ready, clear the chart."""
         before, begins = (self.words, self.shown), False
         if not ready:
             self._points.clear()
@@ -115,7 +115,7 @@ class LiveLine(Page):
             self._tell()
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "replay"} if self.shown:
                 self._tell(self.points, anew=True)
@@ -126,7 +126,7 @@ class LiveLine(Page):
 
 
 def request_row(request: Request) -> dict[str, Any]:
-    """Arrange a request as texts for people; the page's own clock tells `at`."""
+    """Format a request for people; the page formats `at` by its own clock."""
 
     def told(value: float | None, text: Callable[[float], str]) -> str:
         return "" if value is None else text(value)
@@ -146,14 +146,14 @@ def request_row(request: Request) -> dict[str, Any]:
 
 
 class RequestsTable(Fold):
-    """The requests since the server's start, by anybody; no contents of theirs."""
+    """The requests since the server's start, by any client, without their contents."""
 
     def __init__(self, on_unfold: Callable[[], object]) -> None:
         self.rows = RequestRows(on_unfold)
         super().__init__("Requests", self.rows, on_unfold=on_unfold)
 
     def show(self, requests: Sequence[Request]) -> None:
-        """Show these, oldest first."""
+        """Show requests, given oldest first."""
         if self.unfolded:
             self.rows.show(requests)
 
@@ -173,13 +173,13 @@ class RequestRows(Page):
         self._sent: Sequence[Request] | None = None
 
     def show(self, requests: Sequence[Request]) -> None:
-        """Send the rows to the pages, where they are others than before."""
+        """Send the rows to the pages if they have changed."""
         if requests != self._sent:
             self._sent = requests
             self.send({"kind": "rows", "rows": [request_row(one) for one in reversed(requests)]})
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "replay"}:
                 self._sent = None
@@ -198,7 +198,7 @@ class ActivityLog(Output):
     thread, and appending sends a message whose size grows with all that came before.
 
     Attributes:
-        activities: Those that are shown, oldest first.
+        activities: The activities that are shown, oldest first.
     """
 
     def __init__(self, activities: Iterable[Activity] = ()) -> None:
@@ -215,7 +215,8 @@ class ActivityLog(Output):
     def append(self, activity: Activity) -> None:
         """Add an activity, on any thread; it is shown by the next `flush`.
 
-        One that only counts on, as in `Loading model… (12/120, 11s elapsed)`, replaces the last.
+        One that only updates a count, as in `Loading model… (12/120, 11s elapsed)`, replaces the
+        last.
         """
         counted = _COUNTED.match(activity.message)
         if counted and self.activities and self.activities[-1].message.startswith(counted[0]):
@@ -244,16 +245,16 @@ LINES_KEPT = 2000
 class ServerLog(Page):
     """Log lines; the page follows or pauses, filters and copies.
 
-    Messages number their lines, new ones only: a page that opens later, or misses some, asks for a
-    replay.
+    Messages contain only new lines, and number them: a page that opens later, or misses some, asks
+    for a replay.
 
     Args:
-        on_replay_asked: Called, on the front end's thread, when `flush` has something to do
-            because a page asks for all the lines there are.
+        on_replay_asked: Called, on the front end's thread, when a page asks for all lines, so that
+            `flush` has something to do.
     """
 
     _esm: ClassVar[str] = asset("page.js", "clipboard.js", "server_log.js")
-    # The style of the whole panel, here alone: each that carries it adds it to saved notebooks.
+    # The style of the whole panel, only here: each widget with it adds a copy to saved notebooks.
     _css: ClassVar[str] = asset("panel.css")
 
     def __init__(self, on_replay_asked: Callable[[], object]) -> None:
@@ -288,7 +289,7 @@ class ServerLog(Page):
             self.send({"kind": "lines", "first": self._count - fresh, "lines": lines})
 
     def receive(self, message: Any) -> None:
-        """Take a message of a page."""
+        """Handle a message from a page."""
         match message:
             case {"kind": "replay"}:
                 self._sent = 0

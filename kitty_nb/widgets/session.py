@@ -30,9 +30,9 @@ _panels: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 def acquire(
     env: str | Path, profile: str, user: Hashable, config: ServerConfig | None = None
 ) -> ModelManager:
-    """Return the kernel's manager of a profile; it is made if there is none, or a closed one.
+    """Return the kernel's manager of a profile; create one if there is none, or it is closed.
 
-    It stays open until its last `user` calls `release`. By default, a new one has the usable
+    It stays open until its last `user` calls `release`. By default, a new one has the valid
     settings of the file.
     """
     key = _key(env, profile)
@@ -46,7 +46,7 @@ def acquire(
 
 
 def get(env: str | Path, profile: str) -> ModelManager | None:
-    """Return the kernel's manager of a profile; None where nobody uses one."""
+    """Return the kernel's manager of a profile; None if nobody uses one."""
     with _lock:
         manager, _ = _managers.get(_key(env, profile), (None, None))
         return manager
@@ -72,10 +72,10 @@ def _key(env: str | Path, profile: str) -> tuple[Path, str]:
 def config_to_start(manager: ModelManager, env: str | Path, profile: str) -> ServerConfig:
     """Read the settings to start with, or take those of the manager's last start.
 
-    The latter where the file names no model: a panel's user has chosen it.
+    The latter apply if the file names no model: the user has chosen it in a panel.
 
     Raises:
-        ConfigError: Listing every wrong setting.
+        ConfigError: Settings are invalid; the error lists all of them.
     """
     config, complaint = load_profile(env, profile)
     if complaint:
@@ -85,7 +85,7 @@ def config_to_start(manager: ModelManager, env: str | Path, profile: str) -> Ser
 
 
 def succeed(panel: T, *key: Hashable) -> T | None:
-    """Return the earlier panel of a kind and key, whose cell is run again; remember this one."""
+    """Return the earlier panel of this kind and key, to be replaced; remember this one."""
     earlier: T | None = newest(type(panel), *key)
     _panels[type(panel).__name__, key] = panel
     return earlier
@@ -93,21 +93,21 @@ def succeed(panel: T, *key: Hashable) -> T | None:
 
 def newest(kind: type[T], *key: Hashable) -> T | None:
     """Return the panel of a kind and key whose cell ran last."""
-    # By name: where traits are added to an instance, it gets a class of its own.
+    # By name: an instance to which traits are added gets a class of its own.
     return _panels.get((kind.__name__, key))
 
 
 class ActionRunner:
-    """Clicks become calls of the manager; failures are shown, and doubtful starts confirmed.
+    """Calls the manager for clicks, shows failures, and has doubtful starts confirmed.
 
     Args:
-        run: Runs a coroutine function on an event loop, which waits for the ends.
+        run: Runs a coroutine function on an event loop, which waits for actions to end.
         show_problem: Called on any thread with what went wrong, and with None at each click.
         remedy: How to insist on a start that will not fit, as a sentence.
     """
 
-    refusal: str | None = None  # why the latest start was refused, where `insist` starts it anyway
-    insist: Callable[[], None]  # does the same again
+    refusal: str | None = None  # why the latest start was refused, if `insist` starts it anyway
+    insist: Callable[[], None]  # repeats the action
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class ActionRunner:
 
         Args:
             action: Begins the work, such as a command of the manager.
-            wanted: Returns the settings, where it starts a server.
+            wanted: Returns the settings, if the action starts a server.
         """
         self.refusal, self.insist = None, partial(self.run, action, wanted)
         self._show_problem(None)

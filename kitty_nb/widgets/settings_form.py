@@ -37,7 +37,7 @@ _FIELDS = {
         " repeats (n-gram), or with a smaller model of the same vocabulary (draft model)",
     ),
 }
-# How a value is named where the fields are folded away.
+# The names of values while the fields are folded away.
 _SHORT = {
     "n_gpu_layers": "GPU {}",
     "threads": "{} threads",
@@ -72,7 +72,7 @@ class SettingsForm(GridBox):
         self.add_class("kitty-settings")
 
     def fill(self, config: ServerConfig, edits: Mapping[str, object] | None = None) -> None:
-        """Begin again with the values of a config, and over them with what has been edited."""
+        """Fill the fields with the values of a config, and then with edits over them."""
         # Not None for auto: a dropdown shows None as nothing chosen.
         self._auto = FlashAttention.AUTO if config.flash_attention is FlashAttention.AUTO else ""
         choices = [("auto", self._auto), ("on", FlashAttention.ON), ("off", FlashAttention.OFF)]
@@ -105,12 +105,12 @@ class SettingsForm(GridBox):
 
     @property
     def edits(self) -> dict[str, object]:
-        """Those of them that have been edited since the last `fill`."""
+        """The values that have been edited since the last `fill`."""
         shown = self.values.items()
         return {name: value for name, value in shown if (value or "") != self._given[name]}
 
     def differing(self, settings: Mapping[str, object]) -> list[str]:
-        """Name what other settings say that is not in the fields, e.g. `Context 8192`."""
+        """Describe the settings that differ from the fields, e.g. `Context 8192`."""
         return [
             f"{_FIELDS[name][0]} {text or 'auto'}"
             for name, text in self._texts(settings).items()
@@ -136,12 +136,12 @@ _WORTH_SAYING = _GB / 10  # bytes
 
 
 class MemoryLine(Line):
-    """A sentence about memory, or about a setting that is wrong; hidden while no model is chosen.
+    """A sentence about memory, or about an invalid setting; hidden while no model is chosen.
 
     Args:
-        manager: It works the figures out, and calls back on its own thread.
-        wanted: Returns the settings that a start would use; where it raises a `KittyError`, there
-            is nothing to show.
+        manager: It computes the figures, and calls back on its own thread.
+        wanted: Returns the settings that a start would use; if it raises a `KittyError`, there is
+            nothing to show.
     """
 
     preview: MemoryPreview | None = None  # what is shown; None while nothing is
@@ -153,9 +153,9 @@ class MemoryLine(Line):
         self._turn = threading.Lock()
 
     def refresh(self) -> None:
-        """Look again, because the model or a setting has changed.
+        """Compute the preview again, because the model or a setting has changed.
 
-        Callable from any thread but the manager's. A look under way is cancelled.
+        Callable from any thread but the manager's. A preview in progress is cancelled.
         """
         with self._turn, suppress(KittyError):  # the manager may have been closed
             self.stop()
@@ -167,7 +167,7 @@ class MemoryLine(Line):
                 self._looking = self._manager.preview_memory(config, self._show)
 
     def stop(self) -> None:
-        """Cancel the look under way, if there is one."""
+        """Cancel the preview in progress, if there is one."""
         if self._looking is not None:
             self._looking.cancel()
 
@@ -182,7 +182,7 @@ class MemoryLine(Line):
 
 
 def _setting_sentence(error: ConfigError) -> str:
-    """Describe what is wrong with the fields, as HTML, by the names that they have on screen."""
+    """Describe what is wrong with the fields, as HTML, by their names on screen."""
     sentences = (
         f"{escape(_FIELDS[one.key][0] if one.key in _FIELDS else one.key)} “{escape(one.value)}”:"
         f" {escape(one.reason)} {escape(one.fix)}"
@@ -242,18 +242,18 @@ def _free(one: Allocation) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes as a person says them, e.g. `21.4 GB` or `412 MB`."""
+    """Format bytes for people, e.g. `21.4 GB` or `412 MB`."""
     return f"{count / _MB:.0f} MB" if count < _GB - _MB / 2 else f"{count / _GB:.1f} GB"
 
 
 def ensure_models_dir(folder: Path) -> str | None:
-    """Write a small demo model into an empty models folder; the default one is made for it.
+    """Write a small demo model into an empty models folder; create the default one if necessary.
 
     Returns:
-        What was done, for the user to know; None when the folder has something in it.
+        What was done, to tell the user; None if the folder has something in it.
 
     Raises:
-        ModelFileError: The folder is not there, or cannot be written to.
+        ModelFileError: The folder does not exist, or can't be written to.
     """
     try:
         hidden = [path.name.startswith(".") for path in folder.iterdir()]

@@ -1,4 +1,4 @@
-// The page's side of SweepTable. The text is escaped where it is written.
+// Front end of SweepTable. The text is escaped where it is written.
 
 function render({ model, el }) {
   const draw = () => (el.innerHTML = model.get("table"));
