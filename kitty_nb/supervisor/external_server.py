@@ -81,7 +81,7 @@ async def find_external_server(config: ServerConfig) -> PortOwner:
 
 
 class WatchedServer:
-    """The part that all servers have that are only watched.
+    """Base of the servers that are only watched, and detached from rather than stopped.
 
     Args:
         generation: The number that its reports carry.

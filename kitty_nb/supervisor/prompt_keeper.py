@@ -181,7 +181,6 @@ class PromptKeeper:
         self,
         config: ServerConfig,
         facts: Mapping[str, str],
-        store: PromptStore,
         probe: HealthProbe,
         log: RequestLog,
         notify: Notify,
@@ -191,7 +190,7 @@ class PromptKeeper:
         self._profile = config.profile
         # Not by its alias, which a profile may give to each of its models.
         self._model = config.known_as or Path(path_text(config.model)).stem
-        self._facts, self._store = dict(facts), store
+        self._facts, self._store = dict(facts), PromptStore.of(config)
         self._slots, self._probe, self._log, self._clock = Slots(probe, log), probe, log, clock
         self._notify, self._tell = notify, tell
         self.hang_up = self._slots.hang_up

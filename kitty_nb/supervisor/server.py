@@ -626,7 +626,6 @@ class Server:
         self.prompts = PromptKeeper(
             self._config,
             facts,
-            PromptStore.of(self._config),
             self.probe,
             self.work.log,
             self._notify,
