@@ -467,6 +467,12 @@ def test_the_doctor_forecasts_memory_and_compares_the_ports_of_profiles(
         assert f"LLAMACPP_{name.upper()}_PORT" in shared.advice
     assert findings["Port of q4"].verdict is Verdict.ERROR
     assert "LLAMACPP_Q4_PORT='99999'" in findings["Port of q4"].found
+    for served, verdict in (("all", Verdict.OK), ("coder", Verdict.WARNING)):
+        lines = (f"LLAMACPP_FRONT_MODELS={served}", f"LLAMACPP_FRONT_PORT={free_port + 1}")
+        path.write_text(path.read_text() + "".join(f"{line}\n" for line in lines))
+        findings = {finding.what: finding for finding in examine(path)}
+        for name in ("primary", "coder"):
+            assert findings[f"Port of {name}"].verdict is verdict
 
 
 def test_the_doctor_knows_flags_that_the_engine_does_not(

@@ -292,10 +292,19 @@ def _ports(env: str | Path, first: str) -> Iterator[Finding]:
             continue
         wrong = [str(p) for p in (complaint.problems if complaint else ()) if "_PORT" in p.key]
         problems[config] = "".join(wrong)
+    # A router serves these at its own port.
+    routed = {name for config in problems for name in config.models or ()}
+    if "all" in routed:
+        routed = {config.profile for config in problems if config.models is None}
     for config, problem in problems.items():
         if config.url:
             continue
-        sharing = [c.profile for c in problems if c.endpoint == config.endpoint and not problems[c]]
+        sharing = [
+            other.profile
+            for other in problems
+            if other.endpoint == config.endpoint
+            and not (problems[other] or {other.profile, config.profile} <= routed)
+        ]
         yield Finding(f"Port of {config.profile}", *_port(config, problem, sharing))
 
 
