@@ -7,7 +7,7 @@
     │   └── DemoModelSizeError    the size is too small for a demo model
     ├── EngineError
     │   ├── EngineNotFoundError   no usable llama-server was found
-    │   └── UnknownFlagError      EXTRA_ARGS has a flag that this build does not know
+    │   └── UnknownFlagError      EXTRA_ARGS contains a flag that this build does not know
     ├── ServerError
     │   ├── ServerFailedError     a start was refused, or given up before it was ready
     │   │   ├── PortBusyError     another program listens on the port; `.free_port` is a
@@ -16,7 +16,7 @@
     │   ├── ServerCrashedError    its process exited on its own
     │   ├── StartCancelledError   it was stopped or superseded before it was ready
     │   ├── OutOfReachError       the machine that it runs on can't be reached
-    │   ├── RefusedError          the server refused a request for what it asks
+    │   ├── RefusedError          the server refused a request for its content
     │   └── NoAnswerError         the answer has no text: only reasoning or a tool call
     ├── HubError             a download from the Hugging Face Hub failed
     │   ├── HubAccessError        the repository is missing, or access to it is restricted
@@ -26,7 +26,7 @@
     ├── ExperimentError      a sweep or a run failed, or its results don't allow this
     │   ├── ResultStoreError      the results file can't be read or written
     │   └── RunRecordError        a run record can't be read, written or repeated
-    └── WaitTimeoutError     `Operation.wait` timed out; the operation goes on
+    └── WaitTimeoutError     `Operation.wait` timed out; the operation continues
 
 Messages are for the person at the keyboard: what happened, then the remedy.
 """
@@ -99,7 +99,7 @@ class EngineNotFoundError(EngineError):
 
 
 class UnknownFlagError(EngineError):
-    """EXTRA_ARGS has a flag that this build of the engine doesn't know."""
+    """EXTRA_ARGS contains a flag that this build of the engine doesn't know."""
 
 
 class ServerError(KittyError):
@@ -134,15 +134,15 @@ class StartCancelledError(ServerError):
 
 
 class OutOfReachError(ServerError):
-    """The machine that a server runs on can't be reached; the server there goes on."""
+    """The machine that a server runs on can't be reached; the server keeps running there."""
 
 
 class RefusedError(ServerError):
-    """A server refused a request for what it asks."""
+    """A server refused a request because of its content."""
 
 
 class NoAnswerError(ServerError):
-    """A model's answer has no text, or not the form that was asked for."""
+    """A model's answer has no text, or lacks the form that was asked for."""
 
 
 class HubError(KittyError):
@@ -178,20 +178,20 @@ class RunRecordError(ExperimentError):
 
 
 class WaitTimeoutError(KittyError, TimeoutError):
-    """`Operation.wait` timed out; the operation goes on."""
+    """`Operation.wait` timed out; the operation continues."""
 
 
 def not_encodable(error: UnicodeEncodeError) -> RefusedError:
-    """Return the refusal of a text that no request can carry."""
+    """Return the error for a text that no request can carry."""
     half = ord(error.object[error.start])
     return RefusedError(
-        f"The text has half a surrogate pair (U+{half:04X}), which UTF-8 has no bytes for. Replace"
+        f"The text contains half a surrogate pair (U+{half:04X}), which UTF-8 can't encode. Replace"
         " such halves: text.encode(errors='replace').decode()."
     )
 
 
 def another_machine(wanted: str | None, own: str | None) -> ServerFailedError:
-    """Return the refusal of settings for another machine than that of a manager's servers.
+    """Return the error for settings that name another machine than a manager's servers run on.
 
     Args:
         wanted: The machine in the settings; None for this one.

@@ -1,6 +1,6 @@
-"""The waist between experiments and the rooms below: a server of one's own, and facts about it.
+"""The interface between experiments and servers: an isolated server, and facts about servers.
 
-Of the rooms that run servers, experiments import this module, the manager and the client alone.
+Of the packages that run servers, experiments import only this module, the manager and the client.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ __all__ = [
 
 _DEATH_WITHIN = 5.0  # seconds until the supervisor has noticed that a silent server has ended
 _SAME_MOMENT = 2.0  # seconds from a server's becoming ready to its row in the history
-_CLOCKS_APART = 0.05  # seconds; the one clock is read a moment after the other
+_CLOCKS_APART = 0.05  # seconds; one clock is read a moment after the other
 _LOOK_AGAIN = 0.05  # seconds
 
 
@@ -120,7 +120,7 @@ class IsolatedServer:
         pid = self.state.pid or 0
         gpus = (await run_sync(free_memory, pid)).gpus
         held = max(self.gpu_memory or 0, sum(gpu.returned for gpu in gpus))
-        # Only NVIDIA's library says what a process holds of a device; a Mac's shares the RAM.
+        # Only NVIDIA's library reports what a process holds on a GPU; a Mac's GPU shares the RAM.
         unknown = self.state.devices and not held and sys.platform != "darwin"
         self.gpu_memory = None if unknown else held
         self.memory = max(self.memory, await run_sync(peak_memory, pid))
@@ -182,7 +182,7 @@ async def isolated_server(
             try:
                 try:
                     await supervisor.start(own, anyway=anyway)
-                except PortBusyError:  # another program was faster
+                except PortBusyError:  # another program took it first
                     await supervisor.start(own.replace(port=free_port()), anyway=anyway)
                 yield IsolatedServer(supervisor, stages)
             except httpx.HTTPError as error:
@@ -225,7 +225,7 @@ async def find_load(state: ServerState) -> LoadRecord | None:
     while (uptime := state.uptime) is not None:
         ready = time.time() - uptime
         rows = [row for row in await history.recall(host, path) if row.path == path]
-        # A row that is older is of a server that was ready shortly before this one.
+        # An older row belongs to a server that became ready shortly before this one.
         after = [row for row in rows if -_CLOCKS_APART < row.at - ready < _SAME_MOMENT]
         if after:
             return min(after, key=lambda row: row.at)
@@ -249,7 +249,7 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
             await portal.sleep_until_stopped()
 
     async def whole() -> T:
-        asyncio.get_running_loop().call_soon(waits.set)  # its turn is when the work waits
+        asyncio.get_running_loop().call_soon(waits.set)  # it runs once the work waits
         try:
             return await work()
         finally:
@@ -264,7 +264,7 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
 
 
 async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
-    """Say why a server did not answer: how it ended, if it did."""
+    """Return why a server did not answer: the cause of its exit, if it exited."""
     with anyio.move_on_after(_DEATH_WITHIN):
         async with aclosing(supervisor.events()) as events:
             while not supervisor.state.status.idle:

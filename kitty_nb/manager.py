@@ -1,4 +1,4 @@
-"""`ModelManager`: the notebook's handle on a supervisor that lives in a thread of its own."""
+"""`ModelManager`: the notebook's handle on a supervisor that runs in a thread of its own."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 def _command(
     method: Callable[Concatenate[Supervisor, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[ModelManager, P], Operation[T]]:
-    """Make a method of the supervisor one of the manager, which returns at once."""
+    """Wrap a method of the supervisor as one of the manager, which returns at once."""
 
     @wraps(method)
     def command(self: ModelManager, /, *args: P.args, **options: P.kwargs) -> Operation[T]:
-        named = getattr(self._supervisor, method.__name__)  # the other machine's, for one there
+        named = getattr(self._supervisor, method.__name__)  # the remote one's, for a remote server
         return self.run(partial(named, *args, **options))
 
     # `help` shows this one, not the method's own.
@@ -67,13 +67,13 @@ class ModelManager:
     """Starts, stops and watches one llama-server from a notebook or a script.
 
     Its event loop runs in a background thread until `close`, which also stops the server, as does
-    leaving the `with` block. When the kernel ends, `LLAMACPP_ON_KERNEL_EXIT` decides; a server
-    that is kept is found by the next manager of the profile.
+    leaving the `with` block. When the kernel ends, `LLAMACPP_ON_KERNEL_EXIT` decides; the profile's
+    next manager finds a server that was kept running.
 
     `start`, `restart`, `switch_model`, `stop`, `attach`, `check_health`, `memory_use` and
     `preview_memory` are the methods of `Supervisor`, but return at once with an `Operation`; their
-    callbacks are called on the manager's thread. Whatever asks the server raises `KittyError` while
-    it is not ready.
+    callbacks are called on the manager's thread. Requests to the server raise `KittyError` while it
+    is not ready.
 
     Args:
         env: The `.env` file with the settings.
@@ -85,7 +85,7 @@ class ModelManager:
         stats: Usage of the models on disk, and whether they fit; `run` its coroutines.
 
     Raises:
-        ConfigError: Listing every wrong setting.
+        ConfigError: Settings are wrong; it lists all of them.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ModelManager:
         self._supervisor.subscribe(self._remember)
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal(name="kitty_nb"))
-            # Whatever still runs when the supervisor has ended, such as a panel, ends too.
+            # Whatever still runs when the supervisor has ended, such as a panel, is cancelled.
             stack.callback(lambda: self._portal.call(self._portal.stop, True))
             stack.enter_context(self._portal.wrap_async_context_manager(self._supervisor))
             stack.callback(lambda: self._portal.call(self._connections.aclose))
@@ -129,7 +129,7 @@ class ModelManager:
 
     @property
     def closed(self) -> bool:
-        """True if it was closed, or belongs to the parent process: it takes no more commands."""
+        """True if it was closed, or belongs to the parent process: it accepts no more commands."""
         return self._closed or self._forked
 
     @property
@@ -155,7 +155,7 @@ class ModelManager:
 
     @property
     def http(self) -> httpx.Client:
-        """An HTTP client of the server: `manager.http.post("/v1/chat/completions", json=…)`.
+        """An HTTP client for the server: `manager.http.post("/v1/chat/completions", json=…)`.
 
         It sends the server's key, and is closed with the manager.
         """
@@ -187,14 +187,14 @@ class ModelManager:
 
     @property
     def work(self) -> Work:
-        """The requests that the server works on now."""
+        """The requests that the server is processing now."""
         return self._supervisor.work
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """The newest requests, by anybody, that the server has finished; no contents.
+        """The newest finished requests, by any client, without their contents.
 
-        Those of a server that was only attached to are not known.
+        Those of a server that was only attached to are unknown.
         """
         return self._supervisor.requests
 
@@ -203,7 +203,7 @@ class ModelManager:
         return self._supervisor.catalog(config)
 
     def settled(self, config: ServerConfig) -> ServerConfig:
-        """Return settings with the paths that they mean on the machine of the server."""
+        """Return settings with the paths that they stand for on the server's machine."""
         return self._supervisor.settled(config)
 
     start = _command(Supervisor.start)
@@ -255,25 +255,25 @@ class ModelManager:
         nobody wants the rest, the server stops answering.
 
         Args:
-            messages: A prompt, or a whole conversation in the form of OpenAI's protocol.
+            messages: A prompt, or a whole conversation in the format of OpenAI's protocol.
             on_piece: Called on the manager's thread with each piece, as it arrives.
-            on_progress: Called on the manager's thread while the prompt is read, where the build
-                of llama-server tells.
-            response_format: A pydantic model or another type that pydantic knows, of which the
-                result is one; or a JSON schema, for plain Python objects.
-            images: Pictures for the last message: paths, bytes, Pillow's, or data URLs.
-            tools: Functions that the model may call, by their signatures and docstrings; they run
-                on threads of their own or, if they are asynchronous, on the manager's.
+            on_progress: Called on the manager's thread while the prompt is read, if the build of
+                llama-server reports progress.
+            response_format: The type of the result: a pydantic model or another type that pydantic
+                knows; or a JSON schema, for plain Python objects.
+            images: Pictures for the last message: paths, bytes, Pillow images or data URLs.
+            tools: Functions that the model may call, described by their signatures and docstrings;
+                they run on threads of their own or, if they are asynchronous, on the manager's.
             max_rounds: How often the model may call tools before it has to answer.
             **options: Other fields of the request, such as `temperature` or `max_tokens`.
 
         Raises:
             NoAnswerError: The model did not answer in words, or in the form asked for.
-            KittyError: The server takes no pictures, or doesn't finish its answer.
+            KittyError: The server accepts no pictures, or doesn't finish its answer.
         """
         access = self._access_for(Task.CHAT)
         form = None if response_format is None else Form(response_format)
-        if access.model:  # any server of OpenAI's protocol: no fields of llama-server's own
+        if access.model:  # any OpenAI-compatible server: no fields of llama-server's own
             options, on_progress = {"stream_options": {"include_usage": True}} | options, None
         request = chat_request(self.state, messages, images, form, options)
         pieces = Pieces(on_piece)
@@ -295,9 +295,9 @@ class ModelManager:
 
         Args:
             texts: The texts.
-            batch_size: How many go into one request.
-            on_progress: Called on the manager's thread with how many texts are done, and how many
-                there are.
+            batch_size: The number of texts per request.
+            on_progress: Called on the manager's thread with the number of texts that are done,
+                and of all.
 
         Raises:
             KittyError: The model does not embed, or a text is too long.
@@ -309,12 +309,12 @@ class ModelManager:
     def rerank(
         self, query: str, documents: Sequence[str], top_n: int | None = None
     ) -> Operation[list[Ranked]]:
-        """Rank documents by how well they answer a query; the best is the first of the result.
+        """Rank documents by how well they answer a query, the best first.
 
         Args:
             query: The question.
             documents: The texts to rank.
-            top_n: How many to return; None for all.
+            top_n: The number of documents to return; None for all.
 
         Raises:
             KittyError: The model does not rank, or a text is too long.
@@ -322,14 +322,14 @@ class ModelManager:
         return self._ask(Task.RANK, embeddings.rerank, query, [*documents], top_n)
 
     def pinned(self, name: str, text: str) -> Pinned:
-        """Have the server read a text once, for this and all later kernels, to ask about it.
+        """Have the server read a text once, to ask about it in this and all later kernels.
 
         Args:
             name: The name under which it is kept on disk, as `kitty-nb prompts list` shows it.
-            text: The text. What is kept of another text of that name is replaced.
+            text: The text. It replaces any other text that is kept under that name.
 
         Raises:
-            KittyError: The server keeps no prompts, or refused the text; once it is waited for.
+            KittyError: The server keeps no prompts, or refused the text; raised by waiting for it.
         """
         return Pinned(text, self.run(self._supervisor.pin, name, text), self.chat)
 
@@ -338,11 +338,11 @@ class ModelManager:
         return self._ask(None, embeddings.tokenize, text)
 
     def count_tokens(self, messages: Messages) -> Operation[int]:
-        """Count the tokens of a prompt or conversation, with those of the model's chat template."""
+        """Count the tokens of a prompt or conversation, including the model's chat template."""
         return self._ask(None, embeddings.count_tokens, as_messages(messages))
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
-        """Call back with each event, on the manager's thread, until the result is called."""
+        """Call back with each event on the manager's thread; calling the result unsubscribes."""
         return self._supervisor.subscribe(callback)
 
     def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: object) -> Operation[T]:
@@ -401,7 +401,7 @@ class ModelManager:
 
     def _close_at_exit(self) -> None:
         if self._forked:
-            _left.append(self._resources)  # what is freed would wait for the thread
+            _left.append(self._resources)  # freeing them would wait for the thread
             return
         if self.state.config.on_kernel_exit is OnKernelExit.KEEP:
             self._supervisor.detach()
@@ -409,7 +409,7 @@ class ModelManager:
 
     @property
     def _forked(self) -> bool:
-        """True in a child that was forked: the thread and the server are its parent's."""
+        """True in a forked child: the thread and the server are its parent's."""
         return os.getpid() != self._pid
 
     def _remember(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""The network: which ports are free, how ssh is run, what certificates are verified with."""
+"""The network: free ports, ssh commands, and the verification of certificates."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 LOOPBACK = "127.0.0.1"
-# Below those that systems give to connections: one of these may have a port before the server that
-# it was chosen for. ip_local_port_range in ip(7).
+# Below those that systems assign to connections, which might take a port before the server that it
+# was chosen for. See ip_local_port_range in ip(7).
 _PORTS = (20_000, 32_000)
 _TRIES = 1000
-# Nobody is there to answer ssh, and nothing is believed that nobody has checked.
+# Nobody is there to answer ssh's questions, and no host key is accepted that nobody has checked.
 _SSH_OPTIONS = {
     "BatchMode": "yes",
     "StrictHostKeyChecking": "yes",
     "ConnectTimeout": "8",  # seconds
-    # A line that is dead is noticed, also while nobody asks anything.
+    # A dead connection is noticed, even while it is idle.
     "ServerAliveInterval": "2",
     "ServerAliveCountMax": "3",
-    # Whatever the user's configuration says of the connections that a person makes.
+    # Whatever the user's configuration says about connections made by people.
     "ForwardAgent": "no",
     "ForwardX11": "no",
     "PermitLocalCommand": "no",
@@ -45,7 +45,7 @@ def free_port(host: str = LOOPBACK, count: int = 1, but: Collection[int] = ()) -
     """
     taken = OSError(errno.EADDRINUSE, "no free port")
     for _ in range(_TRIES):
-        first = random.SystemRandom().randrange(*_PORTS)  # whatever seed a notebook sets
+        first = random.SystemRandom().randrange(*_PORTS)  # regardless of a notebook's seed
         if not set(but).isdisjoint(range(first, first + count)):
             continue
         try:
@@ -62,13 +62,13 @@ def free_port(host: str = LOOPBACK, count: int = 1, but: Collection[int] = ()) -
 
 
 def ssh_command(host: str, remote: str, file: object, *words: str) -> tuple[str, ...]:
-    """Return the command that runs another one on another machine.
+    """Return the command that runs a command on another machine.
 
     Args:
         host: The machine, as ssh knows it.
         remote: What the shell there runs.
-        file: The file with ssh's configuration; None for the user's own.
-        *words: More options of ssh.
+        file: The ssh configuration file; None for the user's own.
+        *words: Further options of ssh.
     """
     own = ("-F", str(file)) if file else ()
     options = (f"-o{name}={value}" for name, value in _SSH_OPTIONS.items())
@@ -76,10 +76,10 @@ def ssh_command(host: str, remote: str, file: object, *words: str) -> tuple[str,
 
 
 def tls_context(url: str) -> ssl.SSLContext:
-    """Return what verifies the certificate of a server.
+    """Return the context that verifies a server's certificate.
 
-    The authorities are those of Mozilla and of the system, or of the file that `SSL_CERT_FILE`
-    names. For plain HTTP there are none: loading them takes 30 ms of every start.
+    The authorities are Mozilla's and the system's, or those in the file that `SSL_CERT_FILE` names.
+    For plain HTTP there are none: loading them would take 30 ms of every start.
 
     Args:
         url: The server's address.
@@ -101,7 +101,7 @@ def tls_context(url: str) -> ssl.SSLContext:
         from kitty_nb.config import user_variables  # noqa: PLC0415
 
         named = user_variables(("SSL_CERT_FILE", "SSL_CERT_DIR")).items()
-        variable, place = next(iter(named), ("the system", "the usual place"))
-        problem = f"There are no certificates in {place}, which {variable} names ({error})."
-        raise KittyError(problem) from None
+        variable, place = next(iter(named), ("", "the usual place"))
+        fix = f"Correct {variable}." if variable else "Set SSL_CERT_FILE to a file with some."
+        raise KittyError(f"There are no certificates in {place} ({error}). {fix}") from None
     return context

@@ -43,7 +43,7 @@ class Operation(Generic[T]):
         return f"Operation(done={self.done})"
 
     def wait(self, timeout: float | None = None) -> T:
-        """Block until the result is there, and return it.
+        """Block until the result is available, and return it.
 
         In a cell, the kernel's own tasks continue meanwhile.
 
@@ -89,7 +89,7 @@ def _wait(future: Future[Any], timeout: float | None = None) -> None:
 
 
 class Pieces:
-    """The pieces of an answer, in a chain: each is a future until it is there."""
+    """The pieces of an answer, as a chain: each is a future until it arrives."""
 
     def __init__(self, on_piece: Callable[[Piece], object] | None = None) -> None:
         self._on_piece = on_piece
@@ -97,19 +97,19 @@ class Pieces:
         self._next = self.first
 
     def add(self, piece: Piece) -> None:
-        """Add a piece, and hand it on."""
+        """Add a piece, and pass it to the callback."""
         last, self._next = self._next, Future()
         last.set_result((piece, self._next))
         if self._on_piece:
             self._on_piece(piece)
 
     def end(self) -> None:
-        """There are no more."""
+        """End the chain: there are no more pieces."""
         self._next.set_result(None)
 
 
 class Chat(Operation[T]):
-    """An answer on its way: await it, wait for it, or iterate over its pieces.
+    """An answer in progress: await it, wait for it, or iterate over its pieces.
 
     The model stops when nobody wants the rest: when an `await` is interrupted, or a loop over the
     pieces is left early.
@@ -150,7 +150,7 @@ class Chat(Operation[T]):
 
 
 class Pinned:
-    """A text that questions are about: `with manager.pinned("manual.txt", text) as manual:`.
+    """A text to ask questions about: `with manager.pinned("manual.txt", text) as manual:`.
 
     Entering the block, or awaiting it, waits until the server has read the text, or has restored
     what it read in an earlier kernel. It stays on disk afterwards.
@@ -181,7 +181,7 @@ class Pinned:
 
     @property
     def pin(self) -> Pin:
-        """Its length, and the time it took; waits for it.
+        """Its length, and the time it took; this waits until both are known.
 
         Raises:
             KittyError: The server is not ready, keeps no prompts, or refused the text.

@@ -1,4 +1,4 @@
-"""Files on a machine with several users: whom to trust, our folders, whole writes, databases."""
+"""Files on a machine with several users: trust, kitty_nb's folders, atomic writes, databases."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 # For users without a home folder, as in containers: nothing can exist there.
 NO_HOME = Path(os.devnull) / "no home folder"
 _ROOT = Path("/")
-_MAX_STEPS = 4096  # more than a path can have; links in a circle end there
+_MAX_STEPS = 4096  # more than a path can have; circular links end there
 
 
 def user_folder(find: Callable[[str], Path]) -> Path:
     """Return kitty_nb's folder, or one below `NO_HOME`.
 
-    `find` is a finder of folders, such as `platformdirs.user_cache_path`.
+    `find` is a function that returns a folder, such as `platformdirs.user_cache_path`.
     """
     try:
         return find("kitty_nb")
@@ -38,16 +38,16 @@ def user_folder(find: Callable[[str], Path]) -> Path:
 
 
 def write_atomic(file: Path, content: bytes, *, durable: bool = True, private: bool = True) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Args:
         file: The file.
-        content: All of it.
+        content: Its new content.
         durable: Whether it must survive a power cut, which takes the disk a while.
         private: Whether only its owner may read it; otherwise the umask decides.
 
     Raises:
-        OSError: It cannot be written; the previous content is still there.
+        OSError: The file can't be written; it keeps its previous content.
     """
     if file.exists() and not (file.is_file() or file.is_dir()):
         raise OSError(errno.EINVAL, "It is a device or a pipe", str(file))
@@ -67,14 +67,14 @@ def write_atomic(file: Path, content: bytes, *, durable: bool = True, private: b
 
 
 def distrust(file: Path, *, folders: bool = True) -> str | None:
-    """Say why others may have changed a file or folder; None where only this user and root can.
+    """Return why others may have changed a file or folder; None if only this user and root can.
 
-    It need not exist. Others can write where everybody can, or a group with another member; in a
-    sticky folder such as `/tmp` they cannot touch what is not theirs, so owners decide.
+    It need not exist. Others can write if everybody can, or a group with another member; in a
+    sticky folder such as `/tmp` they can't touch what isn't theirs, so owners decide.
 
     Args:
         file: The file, or a folder whose contents are meant.
-        folders: Whether to check the folders above it, too: who can write there can replace it.
+        folders: Whether to check the folders above it too: whoever can write there can replace it.
     """
     steps = tuple(_steps(file))
     ends = file.absolute(), steps[-1]
@@ -83,7 +83,7 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
             found = place.lstat()
         except OSError:  # what cannot be looked at cannot be read either
             continue
-        # Root may have another number where a container maps users.
+        # Root may have another number if a container maps users.
         if found.st_uid not in {os.getuid(), 0, _ROOT.stat().st_uid}:
             return f"{place} belongs to {_user(found.st_uid)}."
         if _open_to_others(found) and not (place not in ends and found.st_mode & stat.S_ISVTX):
@@ -92,7 +92,7 @@ def distrust(file: Path, *, folders: bool = True) -> str | None:
 
 
 def _steps(file: Path) -> Iterator[Path]:
-    """Yield the folders and links that lead to a file, also those behind links, and the file."""
+    """Yield the folders and links that lead to a file, even behind other links, and the file."""
     at, rest = _ROOT, [*reversed(file.absolute().parts)]
     for _ in range(_MAX_STEPS):
         if not rest:
@@ -107,13 +107,13 @@ def _steps(file: Path) -> Iterator[Path]:
 
 def _open_to_others(found: os.stat_result) -> bool:
     if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
-        return False  # everybody can write to a link, or to /dev/null, and changes nothing
+        return False  # everybody can write to a link or to /dev/null, which changes nothing
     everybody, group = found.st_mode & stat.S_IWOTH, found.st_mode & stat.S_IWGRP
     return bool(everybody or (group and _has_others(found.st_gid)))
 
 
 def _has_others(group: int) -> bool:
-    """Tell whether a group is for more than this user and root: many have one to themselves."""
+    """Return whether a group has members besides this user and root: many users have their own."""
     users = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group}
     with suppress(KeyError):
         for name in grp.getgrgid(group).gr_mem:
@@ -136,20 +136,20 @@ _complained: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """A small SQLite file. Where it cannot be used, it complains once, and callers do without."""
+    """A small SQLite file. If it can't be used, it complains once, and callers do without it."""
 
-    path: Path  # the file; it and its folder are made when first used
+    path: Path  # the file; it and its folder are created when first used
     name: str  # its name in complaints, e.g. `The load history`
     without: str  # the end of a complaint: what to do, or what is lost without the file
     complain: Callable[[str], object]  # called with a complaint, on the thread that uses the file
     tables: tuple[str, ...]  # statements that prepare a new file, or one of an earlier version
-    # The version of the tables. A file of a later one is left alone.
+    # The version of the tables. A file of a later version is left alone.
     version: int = 1
-    # Whether people would miss it. Damaged, it is renamed rather than deleted.
+    # Whether people would miss it. If damaged, it is renamed rather than deleted.
     precious: bool = False
 
     def use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """Do some work in one transaction and return its result; `otherwise` where that fails."""
+        """Do some work in one transaction and return its result, or `otherwise` if that fails."""
         if self.path.is_relative_to(NO_HOME):
             return otherwise
         try:
@@ -173,7 +173,7 @@ class Database:
             file.execute(f"PRAGMA synchronous = {'NORMAL' if self.precious else 'OFF'}")
             with file:
                 if _version(file) < self.version:
-                    file.execute("BEGIN IMMEDIATE")  # of several programs, one prepares it
+                    file.execute("BEGIN IMMEDIATE")  # only one of several programs prepares it
                 if _version(file) < self.version:
                     for statement in (*self.tables, f"PRAGMA user_version = {self.version}"):
                         file.execute(statement)
@@ -182,7 +182,7 @@ class Database:
                 return work(file)
 
     def _begin_anew(self) -> None:
-        """Put a damaged file out of the way, and what SQLite keeps beside it."""
+        """Move a damaged file out of the way, along with what SQLite keeps beside it."""
         kept = f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
         for end in ("-journal", "-wal", "-shm", ""):
             part = self.path.with_name(self.path.name + end)

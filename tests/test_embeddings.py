@@ -82,7 +82,7 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
 def test_a_text_that_is_too_long_is_named(embedder: ModelManager) -> None:
     with pytest.raises(ServerError, match="Text 3: "):
         embedder.embed([*TEXTS[:3], "hello " * 600, *TEXTS]).wait(60)
-    with pytest.raises(ServerError, match="Text 1: The text has half a surrogate pair"):
+    with pytest.raises(ServerError, match="Text 1: The text contains half a surrogate pair"):
         embedder.embed([TEXTS[0], "torn \ud83d", *TEXTS]).wait(60)
     with pytest.raises(KittyError, match="a list of texts"):
         embedder.embed("hello")

@@ -161,7 +161,7 @@ async def _supervise(config: ServerConfig, reporter: _Reporter) -> str | None:
         try:
             try:
                 await supervisor.start(config)
-            except PortBusyError:  # another program was faster
+            except PortBusyError:  # another program took it first
                 await supervisor.start(config.replace(port=free_port(config.host)))
             async with aclosing(supervisor.events()) as events:
                 while not supervisor.state.status.idle:

@@ -240,11 +240,11 @@ class RemoteSupervisor:
         return found
 
     def events(self) -> AsyncGenerator[Event, None]:
-        """Yield what happens from now on. A reader too far behind loses the newest events."""
+        """Yield events from now on. A reader that is too far behind loses the newest ones."""
         return self._broadcast.stream()
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
-        """Call back with each event, on the supervisor's loop, until the result is called."""
+        """Call back with each event on the supervisor's loop; calling the result unsubscribes."""
         return self._broadcast.subscribe(callback)
 
     async def call(

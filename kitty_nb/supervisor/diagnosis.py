@@ -19,44 +19,44 @@ if TYPE_CHECKING:
 
 _LINES = 5
 _LENGTH = 300
-_LOOKED_AT = 500  # of a line: a megabyte without an end must not hold up the loop
+_LOOKED_AT = 500  # characters of a line: an endless one must not hold up the loop
 _CLOCK = re.compile(r"^[\d.]+ (?P<level>[DIWE]) ")
 _LOADED = re.compile(r"\bmodel loaded\b")
 _ERROR = re.compile(r"\berror\b|\bfailed\b|^\w*(?:Error|Exception)\b", re.IGNORECASE)
-# Said at every end that comes early, or by the trial fit of the parameters, which may fail freely.
+# Logged at every early exit, or by the trial fit of the parameters, whose failure is harmless.
 _GENERIC = re.compile(
     r"exiting due to|the lines above say why|trying to fit params"
     r"|failed to (?:load model|create.context with model)"
 )
 _OF_MODEL = re.compile(r"error loading model|\bllama-model\.cpp\b")
 _SHELL_SIGNALLED = 128
-# By whether the system killed a process for memory meanwhile.
+# By whether the system killed a process for lack of memory meanwhile.
 _ENDINGS_BY_KILL = {None: "killed", True: "killed_for_memory", False: "killed_by_hand"}
 
-# Sent from outside: what the log says does not explain them.
+# Sent from outside, so the log doesn't explain them.
 FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 _FILE = Path(__file__).with_name("signatures.toml")
 
 
 @cache
 def read_signatures() -> dict[str, Any]:
-    """Read the tables, once a server has ended that needs them."""
+    """Read the tables, once an exit has to be diagnosed."""
     return tomllib.loads(_FILE.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The cause of a server's exit, and the remedy. As text, all of it in one line."""
+    """The cause of a server's exit, and the remedy; `str` returns all of it in one line."""
 
     ending: str  # how it ended, e.g. `ended with exit code 1` or `was killed by SIGKILL`
     cause: str  # what that means, in a sentence
     remedy: str  # what to do, in a sentence
-    # The lines of the log that prove it, without the engine's clock; at most 5.
+    # The lines of the log that prove it, without the engine's timestamps; at most 5.
     evidence: tuple[str, ...]
-    # Whether starting again would end the same way: a bad file or flag, yes; a crash, a kill, a
-    # lack of memory or an unknown ending, no.
+    # Whether starting again would end the same way: yes for a bad file or flag; no for a crash, a
+    # kill, a lack of memory or an unknown ending.
     repeats: bool = False
-    of_port: bool = False  # whether another program may have its port, which the log does not name
+    of_port: bool = False  # whether another program, which the log doesn't name, may have its port
 
     def __str__(self) -> str:
         proof = f": {_sentence(self.evidence[0])}" if self.evidence else "."
@@ -71,14 +71,14 @@ class Diagnosis:
 def diagnose(
     exit_code: int | None, log: Sequence[str], *, out_of_memory: bool | None = None
 ) -> Diagnosis:
-    """Say why a server ended and what to do.
+    """Diagnose why a server exited, and what to do.
 
     Args:
-        exit_code: As a subprocess reports it, negative for a signal; None for the end of an adopted
-            server, which the system tells its parent only.
+        exit_code: As a subprocess reports it, negative for a signal; None for an adopted server,
+            whose exit code the system reports only to its parent.
         log: The last lines that the server wrote.
-        out_of_memory: Whether the system killed a process for memory meanwhile, see
-            `kitty_nb.supervisor.process`; None where it does not tell.
+        out_of_memory: Whether the system killed a process for lack of memory meanwhile, see
+            `kitty_nb.supervisor.process`; None if it doesn't report that.
     """
     number = _signal(exit_code)
     ending = _ending(exit_code, number)
@@ -101,18 +101,18 @@ def diagnose(
 
 
 def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
-    """Say why a server that has loaded its model fails at its first request and what to do."""
+    """Diagnose why a server that has loaded its model fails its first request, and what to do."""
     ending = "loaded the model but failed its first request"
     lines = [said, *filter(_may_tell, log)]
     return _known(ending, lines) or _diagnosis(ending, "no_answer", (said,))
 
 
 def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
-    """Say why a server's process could not even be started and what to do.
+    """Diagnose why a server's process could not even be started, and what to do.
 
     Args:
-        error: What the system said. Without a file it is about one that was being written.
-        log_dir: The folder that the server's log and record are written to.
+        error: The system's error. If it names no file, it is about one that was being written.
+        log_dir: The folder of the server's log and record.
     """
     said = error.strerror or str(error)
     path = Path(os.fsdecode(error.filename2 or error.filename or log_dir))
@@ -125,7 +125,7 @@ def diagnose_launch(error: OSError, log_dir: Path) -> Diagnosis:
 
 
 def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
-    """Return what the lines prove, where one of them matches a signature."""
+    """Return what the lines prove, if one of them matches a signature."""
     bare = [_CLOCK.sub("", line[:_LOOKED_AT]).rstrip() for line in lines]
     for row in read_signatures()["signature"]:
         pattern = re.compile("|".join(row["patterns"]))
@@ -136,10 +136,10 @@ def _known(ending: str, lines: Sequence[str]) -> Diagnosis | None:
 
 
 def _diagnosis(ending: str, row: Row, evidence: Iterable[str] = (), **found: str) -> Diagnosis:
-    """Return what a row says; `found` fills the braces in its cause."""
+    """Return the diagnosis in a row; `found` fills the braces in its cause."""
     told = dict(read_signatures()["ending"][row] if isinstance(row, str) else row)
     told.pop("patterns", None)
-    # The trial fit says all that the load says, once more.
+    # The trial fit logs the same lines as the load, once more.
     lines = (re.sub(r"\s*\n\s*", " ", line)[:_LENGTH] for line in evidence)
     distinct = tuple(dict.fromkeys(lines))[:_LINES]
     if found:
@@ -148,7 +148,7 @@ def _diagnosis(ending: str, row: Row, evidence: Iterable[str] = (), **found: str
 
 
 def _signal(exit_code: int | None) -> signal.Signals | None:
-    """The signal that ended it, also where a script around the server passed that on."""
+    """Return the signal that ended it, even if a script around the server passed that on."""
     code = exit_code or 0
     try:
         return signal.Signals(code - _SHELL_SIGNALLED if code > _SHELL_SIGNALLED else -code)
@@ -171,13 +171,13 @@ def _said_goodbye(log: Sequence[str]) -> bool:
 
 
 def _may_tell(line: str) -> bool:
-    """True if a line is more than what the engine itself calls a warning or information."""
+    """Return whether the engine itself calls a line neither a warning nor information."""
     clock = _CLOCK.match(line)
     return clock is None or clock["level"] == "E"
 
 
 def _errors(lines: Sequence[str], *, last: bool) -> list[str]:
-    """The lines that speak of errors: the first while loading, and the last of those after it."""
+    """Return the lines that mention errors: all of them while loading, only the last one after."""
     errors = [line for line in lines if _CLOCK.match(line) or _ERROR.search(line)]
     telling = [line for line in errors if not _GENERIC.search(line)] or errors
     return [_CLOCK.sub("", line).strip() for line in (telling[-1:] if last else telling)]

@@ -33,7 +33,7 @@ class ServerStatus(StrEnum):
     RESTARTING = "RESTARTING"
     FAILED = "FAILED"
     CRASHED = "CRASHED"
-    OUT_OF_REACH = "OUT OF REACH"  # elsewhere; what it does there is not known
+    OUT_OF_REACH = "OUT OF REACH"  # elsewhere; its status there is unknown
 
     @property
     def settled(self) -> bool:
@@ -52,7 +52,7 @@ class ServerStatus(StrEnum):
 
 
 class Stage(StrEnum):
-    """The stages of a load, in order; the value is the name that is shown."""
+    """The stages of a load, in order; the value is the displayed name."""
 
     STARTING = "starting"
     LOADING = "loading weights"
@@ -65,13 +65,13 @@ class LoadProgress:
     """The progress of a load.
 
     Attributes:
-        stage: Which part of the load is under way.
+        stage: The current stage.
         fraction: 0 to 1, the share of the load's time that has passed; 1 only when the server is
             ready.
-        elapsed: Seconds since the start was asked for.
-        eta: Seconds left. It grows by no more than time passes; None while nothing is known, or
-            while a load falls behind its past so far that a truer number would leap.
-        overdue: Whether it takes longer than loads of the past suggest.
+        elapsed: Seconds since the start was requested.
+        eta: Seconds left. It grows no faster than time passes; None while nothing is known, or
+            while a load falls so far behind earlier ones that a truer number would jump.
+        overdue: Whether it takes longer than earlier loads suggest.
     """
 
     stage: Stage
@@ -88,12 +88,12 @@ class HealthCheckResult:
     Attributes:
         status: STARTING (no answer), LOADING (it answers that it loads) or READY.
         latency: Seconds the answer took, or None without one.
-        message: What was answered, in words.
-        slots_busy: Requests being worked on, where the build tells.
-        slots_total: Requests that can be worked on at once, where the build tells.
+        message: The answer in words.
+        slots_busy: Requests being processed, if the build reports them.
+        slots_total: Requests that can be processed at once, if the build reports that.
         asleep: Whether it has freed its model until the next request.
-        tokens_per_second: How fast it answers now, all requests together, where the build tells.
-        silent_for: Seconds that it has worked on requests without a first token.
+        tokens_per_second: The speed of all answers together, if the build reports it.
+        silent_for: Seconds for which it has processed requests without a first token.
     """
 
     status: ServerStatus
@@ -110,19 +110,19 @@ class HealthCheckResult:
 class PromptProgress:
     """The part of a prompt that the server has read."""
 
-    total: int  # tokens of the prompt; 0 until it can be told how many of them are read
+    total: int  # tokens of the prompt; 0 until it is known how many of them are read
     cached: int  # tokens that were in its cache
-    done: int  # tokens that are read, with those of the cache
+    done: int  # tokens that are read, including the cached ones
     seconds: float  # the time that reading has taken so far
 
     @property
     def fraction(self) -> float:
-        """The share of the tokens to read that are read, 0 to 1."""
+        """The share of the uncached tokens that have been read, 0 to 1."""
         return (self.done - self.cached) / max(self.total - self.cached, 1)
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the first token, at the present pace; None before the first tokens."""
+        """Seconds until the first token, at the current pace; None before any tokens are read."""
         read = self.done - self.cached
         return self.seconds / read * (self.total - self.done) if read > 0 else None
 
@@ -133,10 +133,10 @@ class Restored:
 
     tokens: int  # its length
     seconds: float  # seconds that it took
-    reading: float | None  # seconds that reading it takes; None where that is not known
+    reading: float | None  # seconds that reading it takes; None if unknown
 
     def __str__(self) -> str:
-        """For example `12,410 tokens restored in 0.4 s instead of 58 s`."""
+        """Return, for example, `12,410 tokens restored in 0.4 s instead of 58 s`."""
         slow = self.reading is not None and self.reading >= 1
         instead = f" instead of {self.reading:.0f} s" if slow else ""
         return f"{self.tokens:,} tokens restored in {self.seconds:.1f} s{instead}"
@@ -147,10 +147,10 @@ class Work:
     """The work of a ready server now.
 
     Attributes:
-        busy: Requests being worked on.
-        slots: Requests that can be worked on at once; None where the build does not tell.
-        reading: The prompt that has been read for the longest time; None while none is.
-        tokens_per_second: The speed of all answers together; None where the build does not tell.
+        busy: Requests being processed.
+        slots: Requests that can be processed at once; None if the build doesn't report that.
+        reading: The prompt that has been read for the longest time; None while none is being read.
+        tokens_per_second: The speed of all answers together; None if the build doesn't report it.
         cached: The share of the latest prompts that came from the cache, 0 to 1; None if unknown.
         accepted: The share of drafted tokens that were accepted; None without drafts.
         restored: The kept prompt that was restored last, until the next request.
@@ -179,8 +179,8 @@ class Request:
     """One request that a server has finished, without its contents."""
 
     at: float  # when the server began to work on it, in seconds since the epoch
-    ended: Ending  # how it ended: LENGTH where its limit of tokens cut the answer, as far as known
-    # Tokens of the prompt, with the cached ones; None where the log does not say.
+    ended: Ending  # how it ended: LENGTH if its token limit cut the answer, as far as known
+    # Tokens of the prompt, including cached ones; None if the log doesn't say.
     prompt_tokens: int | None = None
     answer_tokens: int | None = None  # tokens of the answer; likewise
     first_token: float | None = None  # seconds from its beginning to the first token; likewise
@@ -191,15 +191,15 @@ class Request:
     cached: float | None = None
     # The share of drafted tokens that were accepted; None without drafts.
     accepted: float | None = None
-    error: str = ""  # what the server said went wrong, if anything
+    error: str = ""  # the error that the server reported, if any
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
     """The memory that a server holds."""
 
-    resident: int  # bytes in RAM, with what is mapped from the model's file
-    gpu: int | None = None  # bytes on GPUs, or None where nobody tells
+    resident: int  # bytes in RAM, including what is mapped from the model's file
+    gpu: int | None = None  # bytes on GPUs; None if unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class RoutedModel:
     """One of the models of a router."""
 
     status: str  # in the router's words: unloaded, loading, loaded or sleeping
-    progress: LoadProgress | None = None  # how far its load is; None without one
+    progress: LoadProgress | None = None  # the progress of its load; None without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +215,8 @@ class RouterState:
     """The models of a router that was started here."""
 
     models: dict[str, RoutedModel]  # its models, by the names that clients ask for
-    alias: str | None  # the model in use, of those that are loaded; None where none is
-    model: str | None  # the file name of that model, where that is known
+    alias: str | None  # the loaded model that is in use; None if none is loaded
+    model: str | None  # the file name of that model, if known
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class Endpoint:
 
     url: str  # its address
     models: tuple[str, ...] = ()  # the names of its models
-    alias: str | None = None  # the one to ask; None where it lists none and the settings name none
+    alias: str | None = None  # the one to ask; None if neither it nor the settings name one
 
     model: ClassVar[None] = None
     task: ClassVar[Task] = Task.CHAT
@@ -237,11 +237,11 @@ class Endpoint:
 
     @property
     def who(self) -> str:
-        """It in words."""
+        """A description of it."""
         return f"the server at {self.url}"
 
     def doubt(self, profile: str) -> str:
-        """Say that it lists no such model as a profile asks for; empty if it does."""
+        """Return a warning if it doesn't list a profile's model; empty if it does."""
         listed_as = {self.alias, f"{self.alias}:latest"}  # Ollama adds the tag by itself
         if self.alias is None or listed_as.intersection(self.models):
             return ""
@@ -257,20 +257,20 @@ class ServerState:
     """A snapshot of one server.
 
     Attributes:
-        status: Where it is in its life.
-        config: What it was, or would be, started with.
+        status: Its status.
+        config: The settings that it was, or would be, started with.
         pid: Its process, while there is one.
         ready_since: When it became ready, in seconds of the monotonic clock.
         restart_count: How often it was restarted or switched since the supervisor began.
         last_health_check: The latest answer, or None before the first.
-        retry_at: When it is started again, in seconds of the monotonic clock, after a crash.
+        retry_at: When it will be restarted after a crash, in seconds of the monotonic clock.
         error: Why it failed or crashed, in a sentence to show.
-        free_port: A port to take instead, when its own was in use by another program.
-        attachable: Whether that program is a llama-server, to be watched and used as it is.
-        external: The server, where it is one that was attached to or is at a URL, not started.
-        devices: What it has put the model on beside the processor, as its engine names them.
-        address: Where it is reached from here, if it runs on another machine.
-        router: Its models, where it is a router that was started, not attached to.
+        free_port: A port to use instead, if another program was using its own.
+        attachable: Whether that program is a llama-server that can be watched and used as it is.
+        external: The server, if it was attached to or is at a URL rather than started.
+        devices: The devices other than the CPU that hold the model, as its engine names them.
+        address: Its address from here, if it runs on another machine.
+        router: Its models, if it is a router that was started rather than attached to.
     """
 
     status: ServerStatus
@@ -299,7 +299,7 @@ class ServerState:
 
     @property
     def model_name(self) -> str | None:
-        """The file name of its model, where that is known."""
+        """The file name of its model, if known."""
         if self.external:
             return self.external.model
         if self.router:
@@ -313,12 +313,12 @@ class ServerState:
 
     @property
     def uptime(self) -> float | None:
-        """Seconds since it became ready, or None when it is not."""
+        """Seconds since it became ready; None if it is not."""
         return None if self.ready_since is None else time.monotonic() - self.ready_since
 
     @property
     def projector(self) -> Path | None:
-        """The file by which the model takes in images and sound; None where it takes text only."""
+        """The file that lets the model accept images and audio; None if it accepts only text."""
         return None if self.external else self.config.projector
 
     @property
@@ -364,7 +364,7 @@ class ServerState:
 
     @property
     def retry_in(self) -> float | None:
-        """Seconds until it is started again after a crash, or None when it is not."""
+        """Seconds until it is restarted after a crash; None if it will not be."""
         return None if self.retry_at is None else max(0.0, self.retry_at - time.monotonic())
 
 
@@ -389,8 +389,8 @@ class HealthChecked:
     """The once-a-second health check of a start."""
 
     result: HealthCheckResult  # what the server answered
-    attempt: int  # which check of this start it is, from 1; checks in between are not counted
-    max_attempts: int  # the number at which the count stands; a load that moves goes on
+    attempt: int  # the number of the check in this start, from 1; checks in between are not counted
+    max_attempts: int  # the number at which the count stops; a load that progresses continues
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,21 +405,21 @@ class RouterLoad:
     """The load of a model in a router."""
 
     model: str  # the name that clients ask for
-    # How far it is; None once it has been unloaded, or the load has failed.
+    # Its progress; None once the model has been unloaded, or the load has failed.
     progress: LoadProgress | None
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """Something the manager did or found, as one line for a person."""
+    """Something the manager did or found, in one line for people."""
 
     message: str  # the line
-    level: Level  # how to read it
+    level: Level  # its severity
     at: float  # seconds since the epoch
 
     @classmethod
     def now(cls, message: str, level: Level = Level.INFO) -> Self:
-        """Make one that happens now."""
+        """Create one that happens now."""
         return cls(message, level, time.time())
 
 
@@ -432,7 +432,7 @@ class LogLines:
 
 @dataclass(frozen=True, slots=True)
 class Working:
-    """The work of a ready server, several times a second while it has some."""
+    """The work of a ready server, published several times a second while it has any."""
 
     work: Work
 
@@ -470,12 +470,12 @@ class Broadcast(Generic[E]):
         self._subscribers: list[Callable[[E], object]] = []
 
     def subscribe(self, callback: Callable[[E], object]) -> Callable[[], None]:
-        """Call back with each event until the result is called."""
+        """Call back with each event; calling the result unsubscribes."""
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
     def publish(self, event: E) -> None:
-        """Call the subscribers. What one of them raises is logged."""
+        """Call the subscribers, and log what any of them raises."""
         for callback in tuple(self._subscribers):
             try:
                 callback(event)
@@ -483,7 +483,7 @@ class Broadcast(Generic[E]):
                 _log.exception("An event subscriber failed.")
 
     async def stream(self) -> AsyncGenerator[E, None]:
-        """Yield what is published from now on. A reader too far behind loses the newest events."""
+        """Yield events from now on. A reader that is too far behind loses the newest ones."""
         send, receive = anyio.create_memory_object_stream[E](_HELD)
 
         def offer(event: E) -> None:

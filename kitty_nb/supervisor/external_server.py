@@ -50,8 +50,8 @@ _ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0
 _MODELS, _GUARDED = "/v1/models", "/props"
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _CONNECT_WITHIN, _WHOLE_WITHIN = 5.0, 10.0  # seconds for the connection, and for all
-_MISSES = 2  # of a server that answered; one alone is a moment in which it was busy
-_LARGEST = 8_000_000  # bytes of a list of models; a wrong address may never end
+_MISSES = 2  # of a server that answered before; after a single one, it may just be busy
+_LARGEST = 8_000_000  # bytes of a list of models; the answer of a wrong address may never end
 _LONGEST = 500  # characters of a name
 _SHOWN = 8
 
@@ -86,7 +86,7 @@ class WatchedServer:
     Args:
         generation: The number that its reports carry.
         emit: Called with each event, report and answer to a health check.
-        probe: Asks it.
+        probe: Sends it requests.
     """
 
     def __init__(self, generation: int, emit: Emit, probe: Probe) -> None:
@@ -142,7 +142,7 @@ class ExternalServer(WatchedServer):
         return self._owner
 
     async def run(self) -> None:
-        """Watch it. Once it has ended or is detached from, it counts as stopped."""
+        """Watch it until it exits or is detached from; then it counts as stopped."""
         self._notify(f"Attached to {self._owner.who}, which kitty_nb did not start.")
         await self._until_detached(self._watch_process())
         going = "detached; it keeps running" if self._watching.cancel_called else "exited"
@@ -184,7 +184,7 @@ class ExternalServer(WatchedServer):
 
 
 class UrlProbe(Probe):
-    """Asks a server for its models, which every server of OpenAI's protocol lists.
+    """Asks a server for its models, which every OpenAI-compatible server lists.
 
     Args:
         config: Settings of the profile.
@@ -197,11 +197,11 @@ class UrlProbe(Probe):
         key = None if goes_without_key(config) else config.api_key
         super().__init__(config.endpoint, key, _CONNECT_WITHIN)
         self.models: tuple[str, ...] = ()
-        self._known = False  # whether the key has opened what needs one
+        self._known = False  # whether the key has been accepted where one is required
         self._settings = f"LLAMACPP_{config.profile.upper()}"
 
     async def check_activity(self) -> HealthCheckResult:
-        """Ask it: READY where it lists models, LOADING where it says so, else STARTING."""
+        """Ask it: READY if it lists models, LOADING if it says so, else STARTING."""
         began, content = time.perf_counter(), b""
         try:
             with anyio.fail_after(_WHOLE_WITHIN):
@@ -234,7 +234,7 @@ class UrlProbe(Probe):
         return True
 
     def _why_refused(self) -> str:
-        what = "refuses the key in" if self.api_key else "asks for a key. Set"
+        what = "refuses the key in" if self.api_key else "requires a key. Set"
         return f"it {what} {self._settings}_API_KEY"
 
     def _why_silent(self, error: Exception) -> str:
@@ -242,8 +242,8 @@ class UrlProbe(Probe):
             return "no answer in time"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return (
-                f"its certificate can't be verified ({error}). Name the file with its authority's"
-                " certificate in SSL_CERT_FILE, in the environment of this program"
+                f"its certificate can't be verified ({error}). In the environment of this program,"
+                " set SSL_CERT_FILE to the file with its authority's certificate"
             )
         why = str(error) or type(error).__name__
         return f"the connection failed ({why}). Check that it runs there, and {self._settings}_URL"
@@ -279,20 +279,22 @@ class UrlServer(WatchedServer):
         self._chosen, self._profile = config.alias, config.profile
 
     def use(self, name: str | Path) -> None:
-        """Ask another of its models from now on; it loads that itself, if it has to.
+        """Use another of its models from now on; the server loads it itself, if necessary.
 
         Raises:
             ServerFailedError: It has no such model.
         """
         if str(name) not in self.owner.models:
             there = name_some(self.owner.models, _SHOWN) or "none"
-            raise ServerFailedError(f"{self.owner.url} has no model {str(name)!r}, but: {there}.")
+            raise ServerFailedError(
+                f"{self.owner.url} has no model {str(name)!r}. Its models: {there}."
+            )
         self._chosen = str(name)
         self.owner = replace(self.owner, alias=self._chosen)
-        self._notify(f"Requests go to the model {name} from now on.")
+        self._notify(f"Requests now go to the model {name}.")
 
     async def run(self) -> None:
-        """Watch it. Once it is detached from, it counts as stopped."""
+        """Watch it until it is detached from; then it counts as stopped."""
         await self._until_detached(self._watch())
         self._exited("detached")
 
@@ -332,12 +334,12 @@ class UrlServer(WatchedServer):
 
 
 def why_unreachable(url: str, health: HealthCheckResult) -> str:
-    """Say why a server at a URL can't be used, in a sentence."""
+    """Return why a server at a URL can't be used, in a sentence."""
     return f"{url} can't be used: {health.message}."
 
 
 async def look_once(config: ServerConfig) -> ServerState:
-    """Ask the server of a profile with a URL once."""
+    """Check the server of a profile with a URL once."""
     async with aclosing(UrlProbe(config)) as probe:
         health = await probe.check_activity()
     alias = config.alias or chat_model(probe.models)
@@ -350,15 +352,15 @@ async def look_once(config: ServerConfig) -> ServerState:
 
 
 def chat_model(models: tuple[str, ...]) -> str | None:
-    """Return the model to ask where nobody has chosen; None where there is none.
+    """Return the model to ask if nobody has chosen one; None if there is none.
 
-    It is the first whose name does not say that it is for embeddings.
+    It is the first whose name doesn't say that it is for embeddings, else the first.
     """
     return next((name for name in models if "embed" not in name.lower()), next(iter(models), None))
 
 
 def _names(content: bytes) -> tuple[str, ...] | None:
-    """Return the names in a list of models that can be shown; None where it is none."""
+    """Return the displayable names in a list of models; None if it is not such a list."""
     try:
         said: Any = json.loads(content)
         listed = said["data"] or ()  # Ollama has null there before its first model

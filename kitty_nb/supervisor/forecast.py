@@ -1,4 +1,4 @@
-"""The memory that is free, what a server will need with its settings, and whether it fits."""
+"""Memory: what is free, what a server will need with its settings, and whether it fits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _SWITCHES = {
 _ADAPTERS = {"--lora", "--lora-scaled"}
 _FILES = {*PROJECTOR, *_ADAPTERS}
 _DRAFT = "--spec-draft-model"
-# What a draft model has settings of its own for, by the flag of the model's.
+# The flags of a draft model's own settings, with those of the main model.
 _DRAFT_FLAGS = {
     "--spec-draft-ngl": "--gpu-layers",
     "--spec-draft-type-k": "--cache-type-k",
@@ -69,9 +69,9 @@ _DRAFTED_BY = {
     "none": 0, "ngram-simple": 48, "ngram-map-k": 48, "ngram-map-k4v": 48, "ngram-mod": 64,
     "ngram-cache": 8,
 }  # fmt: skip
-_DRAFTED = 3  # unless told
+_DRAFTED = 3  # by default
 _ALL_LAYERS = 999
-_OLD_CONTEXT = 4096  # what builds without --fit take unless told
+_OLD_CONTEXT = 4096  # the default of builds without --fit
 _BUSY = (
     "The RPC machines do not answer: each serves one client at a time. To check whether the"
     " model fits, stop the server that uses them."
@@ -79,10 +79,10 @@ _BUSY = (
 
 
 def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySettings:
-    """Read what decides about memory from a server's settings, `extra_args` last. It blocks.
+    """Read the memory settings from a server's settings, `extra_args` last. It blocks.
 
     Values that the engine would refuse are ignored. Older builds have other defaults; None stands
-    for a build of today.
+    for a current build.
     """
     options = options_of(config)
     settings = _settings(options, engine)
@@ -92,14 +92,14 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
     own = [(_DRAFT_FLAGS.get(flag, flag), v) for flag, v in options if flag not in _NOT_OF_DRAFT]
     draft = _settings(own, engine)
     layers = _ALL_LAYERS if draft.gpu_layers is None else draft.gpu_layers
-    with suppress(ModelFileError):  # starting it says what is wrong
+    with suppress(ModelFileError):  # starting it reports what is wrong
         beside = read_shape(Path(model)), replace(draft, gpu_layers=layers)
         return replace(settings, draft=beside)
     return settings
 
 
 def offloads(config: ServerConfig) -> bool:
-    """Tell whether a device, where there is one, gets a part of the model. It blocks."""
+    """Return whether a device, if there is one, gets a part of the model. It blocks."""
     return settings_of(config).gpu_layers != 0
 
 
@@ -127,7 +127,7 @@ def _without_none(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(flag: str, value: str) -> dict[str, Any]:
-    """The setting that one option of the command line stands for, if it concerns memory."""
+    """Return the setting that a command-line option stands for, if it concerns memory."""
     if flag in _SWITCHES:
         return dict([_SWITCHES[flag]])
     if flag in _TYPES and value in CACHE_TYPES:
@@ -147,7 +147,7 @@ def _given(flag: str, value: str) -> dict[str, Any]:
 
 
 def _drafted(options: Options) -> int:
-    """The tokens that speculation proposes at once."""
+    """Return the number of tokens that speculation proposes at once."""
     given = dict(options)
     most = given.get("--spec-draft-n-max", "")
     otherwise = int(most) if most.isdigit() else _DRAFTED
@@ -156,7 +156,7 @@ def _drafted(options: Options) -> int:
 
 
 def _weights_beside(options: Options) -> int:
-    """Bytes of the projector and the adapters, whose names may end in `:` and a scale."""
+    """Return the bytes of the projector and the adapters; names may end in `:` and a scale."""
     names: list[str] = []
     for flag, value in options:
         if flag in _FILES:
@@ -165,7 +165,7 @@ def _weights_beside(options: Options) -> int:
 
 
 def free_memory(pid: int | None = None) -> Memory:
-    """Measure what is free, counting in what a running server, and its children, will give back.
+    """Measure what is free, including what a running server and its children will release.
 
     The GPUs are those that NVIDIA's library knows; see `with_devices` for others.
     """
@@ -179,12 +179,12 @@ def free_memory(pid: int | None = None) -> Memory:
 
 
 def with_devices(memory: Memory, devices: Iterable[Device] | None) -> Memory:
-    """Replace the GPUs by the devices that the engine lists, keeping what a server gives back.
+    """Replace the GPUs with the devices that the engine lists, keeping what a server will release.
 
     Args:
         memory: As `free_memory` measures it.
-        devices: As the engine lists them; None where it does not. A Mac's GPU shares the RAM, and
-            so does not count.
+        devices: As the engine lists them; None if it doesn't. A Mac's GPU shares the RAM, and so
+            does not count.
     """
     if devices is None or sys.platform == "darwin":
         return memory
@@ -200,7 +200,7 @@ def with_devices(memory: Memory, devices: Iterable[Device] | None) -> Memory:
 
 
 def memory_use(pid: int) -> MemoryUse | None:
-    """Measure what a server and its children hold; None when it has just ended."""
+    """Measure what a server and its children hold; None if it has just exited."""
     processes = family(pid)
     resident = 0
     for process in processes:
@@ -213,7 +213,7 @@ def memory_use(pid: int) -> MemoryUse | None:
 
 
 def _held(process: psutil.Process) -> int:
-    """Bytes that become free with the end of a process.
+    """Return the bytes that become free when a process exits.
 
     Weights that are mapped from a file are not among them: the system counts them as available.
     """
@@ -221,13 +221,13 @@ def _held(process: psutil.Process) -> int:
         usage = process.memory_info()
     except psutil.Error:
         return 0
-    return max(0, usage.rss - getattr(usage, "shared", 0))  # macOS does not tell the shared part
+    return max(0, usage.rss - getattr(usage, "shared", 0))  # macOS doesn't report the shared part
 
 
 def _gpus(pids: set[int]) -> tuple[MemoryPool, ...]:
-    """The GPUs that NVIDIA's library knows. Whatever is amiss with it, there are none."""
+    """Return the GPUs that NVIDIA's library knows; none if anything is wrong with it."""
     try:
-        # Optional (`kitty_nb[gpu]`), and slow to begin with: it talks to the driver.
+        # Optional (`kitty_nb[gpu]`), and slow to initialize: it talks to the driver.
         nvml: Any = import_module("pynvml")
         nvml.nvmlInit()
     except Exception:  # noqa: BLE001 (no package, no driver, no GPU, a driver of another version)
@@ -261,7 +261,7 @@ class Running(NamedTuple):
     """The server that exits before another starts, if there is one."""
 
     pid: int | None = None  # its process
-    # What it was started with; None where somebody else has started it.
+    # The settings that it was started with; None if somebody else started it.
     config: ServerConfig | None = None
 
 
@@ -299,7 +299,7 @@ class Forecaster:
         except ModelFileError as error:
             why = await run_sync(why_not_served, config.require_model())
             final = MemoryPreview(problem=why or str(error))
-        except (KittyError, OSError, psutil.Error):  # starting says what is wrong
+        except (KittyError, OSError, psutil.Error):  # starting reports what is wrong
             unknown = MemoryPreview(problem="Free memory cannot be measured on this system.")
             return latest or unknown
         if final != latest:
@@ -307,11 +307,11 @@ class Forecaster:
         return final
 
     async def why_not(self, config: ServerConfig, running: Running) -> str:
-        """Say why a model will not fit, as the preview has it; empty where it may.
+        """Return why a model will not fit, as the preview says it; empty if it may fit.
 
-        The engine is asked for its devices only where these could change the answer.
+        The engine is asked for its devices only if these could change the answer.
         """
-        with suppress(KittyError, OSError, psutil.Error):  # starting says what is wrong
+        with suppress(KittyError, OSError, psutil.Error):  # starting reports what is wrong
             config = await _with_files(config)
             if config.model is None:
                 return ""
@@ -335,7 +335,7 @@ class Forecaster:
     async def find_memory(
         self, config: ServerConfig, running: Running, measured: Memory
     ) -> tuple[Engine, Memory | None]:
-        """Find the engine and the memory that it can use; no memory where nobody can tell."""
+        """Find the engine, and the memory that it can use; None if the memory is unknown."""
         self._engine = await locate_engine(config.binary)
         devices = await list_devices(config)
         remote = remote_machines(config)
@@ -350,8 +350,8 @@ class Forecaster:
 
 
 async def _with_files(config: ServerConfig) -> ServerConfig:
-    """The settings with the model's projector, where the files are as they should be."""
-    with suppress(ConfigError):  # starting says what is wrong
+    """Return the settings with the model's projector, if the files are as they should be."""
+    with suppress(ConfigError):  # starting reports what is wrong
         return await run_sync(resolve_model, config)
     return config
 
@@ -361,7 +361,7 @@ def _preview(config: ServerConfig, engine: Engine | None, memory: Memory) -> Mem
 
 
 def _given_back(memory: Memory, running: ServerConfig, engine: Engine) -> Memory:
-    """Count in what a server holds on devices where nobody can measure that, by formula."""
+    """Include, by formula, what a server holds on devices on which nobody can measure that."""
     if running.model is None:
         return memory
     try:
@@ -390,11 +390,11 @@ class ModelStats:
         self._forecaster = Forecaster()
 
     def history(self, config: ServerConfig, warn: Callable[[str], None]) -> LoadHistory:
-        """Return the history of loads and favourites; `warn` is called with its faults."""
+        """Return the history of loads and favourites; `warn` is called with its problems."""
         return LoadHistory(config.history, warn)
 
     async def memory_use(self) -> MemoryUse | None:
-        """Measure what the server holds now; None without one."""
+        """Measure the memory that the server holds now; None without a server."""
         pid = self._pid()
         return None if pid is None else await run_sync(memory_use, pid)
 
@@ -403,7 +403,7 @@ class ModelStats:
         engine, running = None, Running(self._pid())
         measured = await run_sync(free_memory, running.pid)
         memory: Memory | None = measured
-        with suppress(KittyError):  # a start says what is wrong with the engine
+        with suppress(KittyError):  # a start reports what is wrong with the engine
             engine, memory = await self._forecaster.find_memory(config, running, measured)
         verdicts = dict.fromkeys(models, Verdict.UNKNOWN)
         if memory is None:

@@ -1,4 +1,4 @@
-"""Health checks: asking a server how it is, and deciding when it is ready."""
+"""Health checks: requests to a server, and the decision that it is ready."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NOT_YET = HealthCheckResult(ServerStatus.STARTING, message="no answer yet")
 
 
 def read_answer(status: int, reason: str, latency: float) -> HealthCheckResult:
-    """Read an answer: 503 is LOADING, 200 is READY."""
+    """Interpret an answer: 503 is LOADING, 200 is READY."""
     if status == HTTPStatus.OK:
         return HealthCheckResult(ServerStatus.READY, latency, "ok")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -89,7 +89,7 @@ def ask_once(endpoint: str) -> HealthCheckResult:
 
 _KEY_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 _PATIENCE, _CONNECT_WITHIN = 5.0, 1.0  # seconds
-# The least that a server can be asked for, by what it is for.
+# The smallest request to a server, for each kind of model.
 _FIRST_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/completion", {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}),
     ("/v1/embeddings", {"input": "Hello"}),
@@ -115,8 +115,8 @@ class Probe:
 
     Args:
         endpoint: The server's base URL.
-        api_key: What it asks for.
-        connect_within: The seconds in which it must take the connection.
+        api_key: The key that it requires.
+        connect_within: The seconds within which it must accept the connection.
     """
 
     def __init__(
@@ -145,15 +145,15 @@ class HealthProbe(Probe):
     """Asks one llama-server.
 
     Args:
-        config: What the server was started with.
-        api_key: What it asks for.
+        config: The settings that the server was started with.
+        api_key: The key that it requires.
         trusted: Whether the process that listens on its port is known to be that server.
-        sleeps: Whether it frees an idle model by itself; None where the settings tell.
+        sleeps: Whether it frees an idle model by itself; None if the settings tell.
 
     Attributes:
-        trusted: Likewise. Until then, only `/health` is asked, without the key.
-        process: The server's process, by which it comes to be trusted.
-        slots: What its `/slots` answered last; empty where it does not.
+        trusted: Likewise. Until it is, only `/health` is requested, without the key.
+        process: The server's process, by which it becomes trusted.
+        slots: The last answer of its `/slots`; empty if it gives none.
     """
 
     def __init__(
@@ -177,15 +177,15 @@ class HealthProbe(Probe):
 
     @cached_property
     def _health(self) -> httpx.Request:
-        """Built once: building it is much of the cost of a check."""
+        """The request, built once: building it is much of the cost of a check."""
         return self._client.build_request("GET", "/health")
 
     def hint(self) -> None:
-        """Wake the health check: the log hints at another answer."""
+        """Wake the health check: the log hints that the answer has changed."""
         self._news.set()
 
     async def hinted(self, *, within: float) -> bool:
-        """Wait for the next hint; return whether it came."""
+        """Wait for the next hint; return whether one came."""
         with anyio.move_on_after(within):
             await self._news.wait()
         hinted = self._news.is_set()
@@ -193,7 +193,7 @@ class HealthProbe(Probe):
         return hinted
 
     async def find_listener(self) -> bool:
-        """Find out whether it is our process that listens: then it goes on until it ends."""
+        """Find out whether our process is the one that listens: then it is until it exits."""
         if not self.trusted and self.process:
             listens = await anyio.to_thread.run_sync(self.process.listens_on, self._port)
             self.trusted = self.trusted or listens is not False
@@ -212,10 +212,10 @@ class HealthProbe(Probe):
         return read_answer(response.status_code, response.reason_phrase, latency)
 
     async def check_activity(self, *, idle: bool = False) -> HealthCheckResult:
-        """Like `check`, with what is known of its slots, or of its sleep.
+        """Like `check`, but with what is known about its slots, or about its sleep.
 
-        Where its log says that it is idle, slots that rested are not asked again, since some builds
-        write a line for each look.
+        If its log says that it is idle, slots that were idle are not read again, because some
+        builds log a line for each request.
         """
         result = await self.check()
         if result.status is not ServerStatus.READY:
@@ -241,14 +241,14 @@ class HealthProbe(Probe):
         )
 
     async def look_at_slots(self) -> float | None:
-        """Read `slots`; return the tokens a second since the last look, where that is told."""
+        """Read `slots`; return the tokens per second since the last look, if reported."""
         self.slots = await self.ask_slots()
         return self._pace.measure(self.slots, time.monotonic()) if self.slots else None
 
     async def identify(self) -> Identity:
-        """Ask for the model's name, by which our own server is told from a stranger.
+        """Ask for the model's name, which distinguishes our own server from another.
 
-        Builds that do not list their models get the benefit of the doubt.
+        Builds that don't list their models get the benefit of the doubt.
         """
         models = await self.get("/v1/models")
         if models in _KEY_REFUSED:
@@ -261,10 +261,10 @@ class HealthProbe(Probe):
         """Have it compute one token, or the embedding of one word, however long that takes.
 
         A device that failed while the model was loaded may leave a server whose `/health` is good.
-        A client that was quicker may keep all slots for long: the tokens that it gets do as well.
+        A faster client may occupy all slots for long: the tokens that it gets are proof as well.
 
         Returns:
-            What the server says went wrong in it; None when it has answered.
+            The error that the server reports; None if it has answered.
         """
         said = None
         async with anyio.create_task_group() as tasks:
@@ -329,7 +329,7 @@ class HealthProbe(Probe):
         return "" if response.is_success else _failure(response)
 
     async def ask_slots(self) -> list[dict[str, Any]]:
-        """Return what `/slots` answers now; nothing where it does not."""
+        """Return the current answer of `/slots`; nothing if it gives none."""
         return objects(await self.get("/slots"))
 
     async def post(
@@ -342,10 +342,10 @@ class HealthProbe(Probe):
         Raises:
             RefusedError: It can't do that, now or later.
             ServerCrashedError: It broke off.
-            ServerError: It won't do it now, or is not known to be ours.
+            ServerError: It won't do it now, or has not been identified as ours.
         """
         if not self.trusted:
-            raise ServerError("it is not known to be the server that kitty_nb started")
+            raise ServerError("it has not been identified as the server that kitty_nb started")
 
         async def trace(step: str, _: object) -> None:
             if asked and step == "http11.send_request_body.complete":
@@ -364,9 +364,9 @@ class HealthProbe(Probe):
         return said
 
     async def get(self, path: str) -> Any:
-        """Return what it answers to a question, or the status by which it refuses our key.
+        """Return its answer to a GET request, or the status with which it rejects our key.
 
-        None without an answer, or as long as it is not known to be ours.
+        None without an answer, or until it has been identified as ours.
         """
         if not self.trusted:
             return None
@@ -380,7 +380,7 @@ class HealthProbe(Probe):
 
 
 def _failure(response: httpx.Response) -> str:
-    """Return what a server says went wrong."""
+    """Return the error that a server reports."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
@@ -397,7 +397,7 @@ def objects(answer: Any) -> list[dict[str, Any]]:
     return [one for one in answer if isinstance(one, dict)] if isinstance(answer, list) else []
 
 
-_SILENT = 10.0  # seconds; from here on, a request without a first token is reported
+_SILENT = 10.0  # seconds after which a request without a first token is reported
 FIRST_ANSWER = "no first answer yet"
 
 
@@ -405,9 +405,9 @@ class HealthReporter:
     """Turns the answers of a server into events for the user.
 
     Args:
-        attempts: The number at which the count of a load's checks, one a second, stands.
+        attempts: The number at which the count of a load's checks, one a second, stops.
         routes: Whether the server is a router, which loads no model itself.
-        silent: Leave out the sentences: the server was ready when it was found.
+        silent: Whether to leave out the sentences, because the server was ready when found.
     """
 
     def __init__(self, attempts: int, *, routes: bool, silent: bool) -> None:
@@ -416,11 +416,11 @@ class HealthReporter:
         self._loaded_at: float | None = None
 
     def load_news(self, result: HealthCheckResult, elapsed: float) -> tuple[Event, ...]:
-        """Return a load's check of the second, where it is due or the last, and what it says."""
+        """Return this second's check of a load, if it is due or the last, and what it says."""
         due = elapsed >= self._due
         if due:
             self._attempt = min(self._attempt + 1, self._attempts)
-            # Not one for each second missed: the load may be older than this watch.
+            # Not one for each second missed: the load may have begun before this watch.
             self._due = max(self._due, elapsed // 1.0) + 1.0
         if not due and result.status is not ServerStatus.READY:
             return ()
@@ -454,7 +454,7 @@ class HealthReporter:
 
     @staticmethod
     def serving_news(before: HealthCheckResult, now: HealthCheckResult) -> tuple[Event, ...]:
-        """Return what has changed with a server that was ready."""
+        """Return what has changed about a server that was ready."""
         sentence, level = "", Level.INFO
         if before.status is ServerStatus.READY is not now.status:
             level = Level.WARNING

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# Windows, spread evenly over all files, are looked at and not every page: a model of 400 GB has a
-# hundred million. Files are read and dropped in long runs, so that is exact enough.
+# Windows spread evenly over all files are sampled rather than every page: a model of 400 GB has a
+# hundred million. Files are read and evicted in long runs, so this is exact enough.
 _WINDOWS = 24
 _WINDOW = 1 << 19  # bytes; whole pages on every system
-_NOT_RESIDENT = bytes(range(0, 256, 2))  # the lowest bit tells; macOS sets others too
-_DIGESTED = 1 << 18  # bytes of the header; two models that differ do so in there
+_NOT_RESIDENT = bytes(range(0, 256, 2))  # the lowest bit decides; macOS sets others too
+_DIGESTED = 1 << 18  # bytes of the header; two models that differ do so within these
 _SETTINGS = {
     "context_size", "n_gpu_layers", "threads", "batch_size", "ubatch_size", "parallel",
     "flash_attention", "speculation",
@@ -55,8 +55,8 @@ def cached_share(paths: Sequence[Path]) -> float | None:
     """Measure the share of the files' bytes that are in the page cache, 0 to 1. It blocks.
 
     Returns:
-        None where it cannot be told: a file cannot be opened, all are empty, the system has no
-        `mincore`, or that would not be honest. Linux says "all of it" of a file that one neither
+        None if it is unknown: a file can't be opened, all are empty, the system has no `mincore`,
+        or its answer would be untrue. Linux answers "all of it" for a file that the user neither
         owns nor may write (`can_do_mincore` in its mm/mincore.c).
     """
     total, cached = 0, 0.0
@@ -80,7 +80,7 @@ def _resident_share(file: int, size: int, windows: int) -> float:
     looked, resident = 0, 0
     for start in range(0, size, max(_WINDOW, size // max(windows, 1) // _WINDOW * _WINDOW)):
         length = min(_WINDOW, size - start)
-        # A private copy, because ctypes takes the address of writable memory only; none is written.
+        # A private copy, because ctypes takes only the address of writable memory; none is written.
         with mmap.mmap(file, length, offset=start, access=mmap.ACCESS_COPY) as window:
             pages = (ctypes.c_char * -(-length // mmap.PAGESIZE))()
             address = ctypes.c_char.from_buffer(window)
@@ -95,22 +95,22 @@ def _resident_share(file: int, size: int, windows: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoadFacts:
-    """A load, before it begins."""
+    """A load before it begins."""
 
-    path: str  # the model's file; of a split model the first
-    size: int  # bytes of all its files, a projector for images included
+    path: str  # the model's file; the first one of a split model
+    size: int  # bytes of all its files, including a projector for images
     mtime_ns: int  # when the first file was last changed, in nanoseconds since the epoch
     digest: str  # hash of the first file's beginning
-    engine: str  # the engine's kind; empty while it is not known
-    version: str  # the engine's version; empty while it is not known
+    engine: str  # the engine's kind; empty while unknown
+    version: str  # the engine's version; empty while unknown
     host: str
-    settings: str  # those that make a load longer or shorter, as one comparable text
-    # Share of the bytes that are in the page cache, or None where it cannot be told.
+    settings: str  # those that affect the duration of a load, as one comparable text
+    # Share of the bytes that are in the page cache; None if unknown.
     cached: float | None
 
 
 def gather_facts(config: ServerConfig) -> LoadFacts:
-    """Look at the files of a load; those that cannot be read count for nothing. It blocks."""
+    """Inspect the files of a load; those that can't be read are ignored. It blocks."""
     sizes = {file: size for file in _files(config) if (size := file_size(file))}
     files = tuple(sizes)
     cached = cached_share(files)  # first: reading the header changes it
@@ -129,12 +129,12 @@ def gather_facts(config: ServerConfig) -> LoadFacts:
 
 
 def this_host() -> str:
-    """Name the machine."""
+    """Return the machine's name."""
     return f"{platform.node()} {platform.machine()}"
 
 
 def path_text(model: Path | None) -> str:
-    """Write a model's path as text; file names need not be text."""
+    """Return a model's path as text; file names need not be valid text."""
     return os.fsencode(model).decode(errors="backslashreplace") if model else ""
 
 
@@ -182,9 +182,9 @@ class LoadRecord(LoadFacts):
     """A load that has ended."""
 
     starting: float  # seconds from its process to its first sign of loading
-    loading: float  # seconds that it read weights for
+    loading: float  # seconds that reading the weights took
     preparing: float  # seconds from the last weight to ready
-    loaded: int  # bytes that were seen to come in
+    loaded: int  # bytes that were seen to be loaded
     outcome: str  # how it ended; seconds of stages not reached are 0
     at: float  # when, in seconds since the epoch
 
@@ -200,7 +200,7 @@ _TABLES = (
 )
 _INSERT = f"INSERT INTO loads ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(LoadRecord)))})"  # noqa: S608 (our names)
 _FORGET = "DELETE FROM loads WHERE id <= (SELECT max(id) FROM loads) - ?"
-# The bounds also keep out what is no number: SQLite sorts text behind all of them.
+# The bounds also exclude what is not a number: SQLite sorts text after all numbers.
 _BOUNDS = f"""
     host = ? AND outcome = '{Outcome.READY}' AND size BETWEEN 1 AND 1e15
         AND starting BETWEEN 0 AND 1e6 AND loading BETWEEN 0 AND 1e6
@@ -224,10 +224,10 @@ _LAST = f"""
 class LoadHistory:
     """A SQLite file of loads and favourites.
 
-    Its methods never raise: they say once what is wrong with the file, and do without.
+    Its methods never raise: they report once what is wrong with the file, and do without it.
 
     Args:
-        path: The file; it and its folder are made when first needed.
+        path: The file; it and its folder are created when first needed.
         warn: Called, on the event loop, with a sentence about what is wrong with the file.
     """
 
@@ -244,7 +244,7 @@ class LoadHistory:
         )
 
     async def recall(self, host: str, path: str) -> tuple[LoadRecord, ...]:
-        """Return a host's loads that became ready, newest first, the model at `path` before all."""
+        """Return a host's loads that became ready: first the model at `path`, and newest first."""
         values = (host, path, _ROWS_RECALLED)
 
         def look(file: sqlite3.Connection) -> tuple[LoadRecord, ...]:
@@ -253,7 +253,7 @@ class LoadHistory:
         return await self._use(look, (), abandon_on_cancel=True)
 
     async def add(self, record: LoadRecord) -> None:
-        """Write a row, and forget the oldest once there are very many."""
+        """Add a row, and delete the oldest once there are very many."""
 
         def insert(file: sqlite3.Connection) -> None:
             file.execute(_INSERT, astuple(record))
@@ -304,37 +304,37 @@ class LoadHistory:
         *,
         abandon_on_cancel: bool = False,
     ) -> T:
-        """Use the file in a thread; what is only read may be abandoned, what is written not."""
+        """Use the file in a thread; a read may be abandoned, a write may not."""
         return await run_sync(self._file.use, work, otherwise, abandon_on_cancel=abandon_on_cancel)
 
 
 def _mapping(text: object) -> dict[str, Any]:
-    """Settings as they were written; whatever else is there counts for none."""
+    """Return settings as they were written; none if the text is anything else."""
     with suppress(ValueError):
         if isinstance(text, str) and isinstance(settings := json.loads(text), dict):
             return settings
     return {}
 
 
-_RECENT = 5  # loads whose median counts: a disk's mood changes, so does the machine
+_RECENT = 5  # loads whose median counts, because the speed of disks and machines varies
 _SIMILAR = 0.1  # difference of cached shares
-_COMPARABLE = 10  # as many times as large, or as small, a model may be to speak for another
-# Where nothing is known, the bar needs a shape all the same. These make one, and no number to show.
+_COMPARABLE = 10  # the maximum ratio of sizes of two models that may be compared
+# If nothing is known, the bar still needs a shape. These give it one, but no number to show.
 _STARTING, _STARTING_PYTHON = 0.05, 0.12  # seconds, of a program and of the one inside a wheel
-_COLD, _HOT = 2e9, 40e9  # bytes a second off a solid-state disk, and out of the page cache
-_PREPARING = 0.02  # seconds, and those in which the processor passes once through all weights:
+_COLD, _HOT = 2e9, 40e9  # bytes a second from a solid-state disk, and from the page cache
+_PREPARING = 0.02  # seconds, besides those in which the CPU passes once through all weights:
 _WARM_UP = 2e9 * min(os.cpu_count() or 1, 8)  # bytes a second, as measured with dense f16 models
 
 
 def estimate_load(
     records: Sequence[LoadRecord], facts: LoadFacts, active: float = 1.0
 ) -> LoadEstimate:
-    """Forecast a load from loads of the past that became ready, newest first.
+    """Forecast a load from past loads that became ready, newest first.
 
-    The best that there is: this very model by this engine with these settings; this model
-    otherwise; else the bytes by this machine's rate. Cold and hot page caches are kept apart. Where
-    nothing else is known, it matters which share of the weights a token passes through (`active`):
-    less than 1 in a mixture of experts.
+    It uses the best evidence there is: this very model with this engine and these settings; this
+    model in any other way; else this machine's rate of bytes. Cold and hot page caches are kept
+    apart. If nothing else is known, the share of the weights that a token passes through matters
+    (`active`): less than 1 in a mixture of experts.
     """
     same_model = [record for record in records if _model(record) == _model(facts)]
     same_load = [record for record in same_model if _way(record) == _way(facts)]
@@ -375,7 +375,7 @@ def _comparable(record: LoadRecord, facts: LoadFacts) -> bool:
 
 
 def _pace(records: Sequence[LoadRecord], cached: float | None) -> float | None:
-    """Seconds a byte at this cached share; if need be between those of a cold and a hot cache."""
+    """Return seconds per byte at this cached share, interpolated if only cold and hot are known."""
     like = [record for record in records if _similar(record.cached, cached)]
     if like:
         return _typical(record.loading / record.size for record in like)
@@ -395,14 +395,14 @@ def _typical(seconds: Iterable[float]) -> float:
     return median(islice(seconds, _RECENT))
 
 
-# Bytes from which a model's rise in memory stands out from that of the engine itself.
+# Bytes above which a model's growth in memory stands out from that of the engine itself.
 _TELLING = 32 << 20
 
 
 class LoadRecorder:
     """Tells a meter what to expect of a load, and records how it went.
 
-    Only a load that is watched from its beginning (`whole`) has a true row.
+    Only a load that is watched from its beginning (`whole`) is recorded: its row is true.
     """
 
     def __init__(
@@ -428,7 +428,7 @@ class LoadRecorder:
             self._expect()
 
     def set_engine(self, engine: Engine) -> None:
-        """Note by which engine the model will be loaded, which changes what to expect."""
+        """Note which engine will load the model, which changes what to expect."""
         self._engine = engine
         self._expect()
 
@@ -452,7 +452,7 @@ class LoadRecorder:
                 await self._history.set_prompt_pace(self._facts, speed, rest)
 
     async def record(self, elapsed: float, outcome: Outcome) -> None:
-        """Write the load's row, once, and let nothing stop that."""
+        """Write the load's row, once, even if cancelled."""
         if self._facts is None or not self._whole:
             return
         self._whole = False
@@ -471,9 +471,9 @@ class LoadRecorder:
 
 
 def _read_header(model: Path) -> tuple[int, float]:
-    """The bytes before the weights, and the share of the weights that a token passes through.
+    """Return the bytes before the weights, and the share of weights that a token passes through.
 
-    That is less than 1 for a mixture of experts; what all tokens share is left out of account.
+    It is less than 1 for a mixture of experts; weights that all tokens share are not considered.
     """
     try:
         header = read_header(model)

@@ -1,7 +1,7 @@
-"""Prompts on disk: what a server's slots held, and when another server may take it up.
+"""Prompts on disk: what a server's slots held, and when another server may restore it.
 
-A state is written by the engine, `KEY.state`; what is known of it stands beside it in `KEY.json`,
-which is written last: a state without one is not complete.
+The engine writes a state, `KEY.state`; its record is beside it in `KEY.json`, which is written
+last: a state without one is incomplete.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 _STATE, _ABOUT, _USELESS = ".state", ".json", ".useless"
 _MODEL, _BUILD = "the model's file", "llama-server"
-# What changes neither the contents of a state nor how it is read.
+# Flags that change neither the contents of a state nor how it is read.
 _NEUTRAL = {"--n-predict", "--temp", "--top-p", "--repeat-penalty", "--threads", "--threads-batch"}
 _OURS = re.compile(r"\.?[0-9a-f]{16,32}\.(?:state|json|useless)\b")
-_READ_AT_ONCE, _LONGEST = 1 << 20, 1 << 16  # bytes; the latter of what is known of a prompt
-_ABANDONED_AFTER = 600.0  # seconds; a state is not written for that long
+_READ_AT_ONCE, _LONGEST = 1 << 20, 1 << 16  # bytes; the latter of a prompt's record
+_ABANDONED_AFTER = 600.0  # seconds; writing a state does not take that long
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -43,37 +43,37 @@ class KeptPrompt(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    key: str  # the name of its files, without an ending
-    name: str = ""  # the name that a program gave it; empty for one kept by itself
+    key: str  # the name of its files, without a suffix
+    name: str = ""  # the name that a program gave it; empty for one kept automatically
     profile: str  # the profile whose server held it
     model: str  # the model's name, for people
     slot: _Count  # the slot that held it
     tokens: _Count  # its length
     size: _Count = 0  # bytes of its state
     checksum: _Count = 0  # of its state
-    source: str = ""  # digest of the text that it was made of; empty for one kept by itself
-    # Digest of the process and the request that made it: of several programs that watch a server,
-    # one keeps it.
+    source: str = ""  # digest of the text that it was made of; empty for one kept automatically
+    # Digest of the process and the request that made it: if several programs watch a server, only
+    # one of them keeps it.
     request: str = ""
-    facts: dict[str, str]  # what it depends on, by the name for people, each as a digest
+    facts: dict[str, str]  # digests of what it depends on, by name for people
     # When it was saved, in seconds since the epoch.
     at: Annotated[float, Field(ge=0, lt=1 << 33)] = 0.0
-    # Seconds that reading it took, or would take; None where that is not known.
+    # Seconds that reading it took, or would take; None if unknown.
     reading: NonNegativeFloat | None = None
 
     def changed(self, facts: Mapping[str, str]) -> list[str]:
-        """Return the names of the facts that differ, and so forbid its use."""
+        """Return the names of the facts that differ and thus forbid its use."""
         return [name for name in {**self.facts, **facts} if self.facts.get(name) != facts.get(name)]
 
     def replaces(self, other: KeptPrompt) -> bool:
-        """True if another one of the same name, or of the same slot and model, is out of date."""
+        """Return whether it replaces another of the same name, or of the same slot and model."""
         if self.name or other.name:
             return (self.name, self.facts) == (other.name, other.facts)
         return (self.profile, self.model, self.slot) == (other.profile, other.model, other.slot)
 
 
 def state_facts(config: ServerConfig, engine: Engine) -> dict[str, str]:
-    """Return what the states of a server's slots depend on, by its name for people. It blocks.
+    """Return digests of what the states of a server depend on, by name for people. It blocks.
 
     The settings are those that `resolve_model` returns.
     """
@@ -84,18 +84,18 @@ def state_facts(config: ServerConfig, engine: Engine) -> dict[str, str]:
     }
     for flag, value in options_of(config):
         if flag not in _NEUTRAL:
-            # A flag may stand several times, as that of an adapter does.
+            # A flag may occur several times, as that of an adapter may.
             facts[flag] = digest_of(facts.get(flag), value, _stamp(value))
     return facts
 
 
 def digest_of(*parts: object) -> str:
-    """Return a digest of some values: states may depend on what must not be readable."""
+    """Return a digest of some values: states may depend on secrets."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _stamp(file: str) -> tuple[int, int] | None:
-    """Return what changes with a file; None where a word is none."""
+    """Return what changes with a file; None if a word names none."""
     try:
         found = Path(file).stat()
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ class PromptStore:
     """A folder of prompts. Its methods block."""
 
     folder: Path  # the folder; only its owner may look into it
-    budget: float  # the most bytes that they may take together
+    budget: float  # the maximum number of bytes of all prompts together
 
     @classmethod
     def of(cls, config: ServerConfig) -> Self:
@@ -117,14 +117,14 @@ class PromptStore:
 
     @property
     def _doubt(self) -> str | None:
-        """Why others could have changed what is in the folder, if so."""
+        """Why others could have changed the folder's contents, if they could."""
         return f"{self.folder} is a link." if self.folder.is_symlink() else distrust(self.folder)
 
     def prepare(self) -> str | None:
-        """Make the folder; return why it can't be used, if so.
+        """Create the folder; return why it can't be used, if so.
 
         Raises:
-            OSError: It can't be made.
+            OSError: It can't be created.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if doubt := self._doubt:
@@ -134,7 +134,7 @@ class PromptStore:
         return None
 
     def prompts(self) -> list[KeptPrompt]:
-        """Return what is kept, newest first; nothing from a folder that others can write to."""
+        """Return the prompts, newest first; none from a folder that others can write to."""
         try:
             return sorted(self._read(), key=lambda prompt: prompt.at, reverse=True)
         except OSError:  # out of file descriptors, for one
@@ -158,7 +158,7 @@ class PromptStore:
         return self.folder / f"{key}{_STATE}"
 
     def intact(self, prompt: KeptPrompt) -> bool:
-        """Tell whether a state is what was saved."""
+        """Return whether a state is still what was saved."""
         state = self.state(prompt.key)
         try:
             whole = _is_plain(state) and state.stat().st_size == prompt.size
@@ -167,12 +167,12 @@ class PromptStore:
             return False
 
     def add(self, prompt: KeptPrompt) -> KeptPrompt | None:
-        """Keep a state that the engine has written, in place of the last one of its kind.
+        """Keep a state that the engine has written, replacing the last one of its kind.
 
-        Older ones go where there are too many.
+        Older ones are deleted if there are too many.
 
         Returns:
-            What is kept; None where it alone is larger than the budget.
+            The prompt as kept; None if it alone is larger than the budget.
 
         Raises:
             OSError: It can't be read or written.
@@ -205,7 +205,7 @@ class PromptStore:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove states of programs that were killed before they could say what they are."""
+        """Delete states of programs that were killed before they could write a record."""
         for state in self.folder.glob(f"*{_STATE}"):
             with suppress(OSError):
                 old = time.time() - state.stat().st_mtime > _ABANDONED_AFTER
@@ -213,13 +213,13 @@ class PromptStore:
                     state.unlink()
 
     def discard(self, key: str) -> None:
-        """Remove the files of a prompt, the state last: half of it is then none."""
+        """Delete the files of a prompt, the state last: without a record, it counts as none."""
         for ending in (_ABOUT, _STATE):
             with suppress(OSError):
                 (self.folder / f"{key}{ending}").unlink()
 
     def clear(self, prompts: Iterable[KeptPrompt], *, whole: bool) -> None:
-        """Remove prompts; if all of the folder is meant, whatever else lies there, too."""
+        """Delete prompts; with `whole`, also any other file of ours in the folder."""
         for prompt in prompts:
             self.discard(prompt.key)
         for file in self.folder.glob("*") if whole and not self._doubt else ():
@@ -228,7 +228,7 @@ class PromptStore:
                     file.unlink()
 
     def is_useless(self, facts: Mapping[str, str]) -> bool:
-        """Tell whether this build has been found unable to keep prompts of this model."""
+        """Return whether this build has been found unable to keep prompts of this model."""
         return self._useless(facts).exists()
 
     def note_useless(self, facts: Mapping[str, str]) -> None:
@@ -242,12 +242,12 @@ class PromptStore:
 
 
 def _is_plain(file: Path) -> bool:
-    """Tell whether reading a file can neither block nor lead elsewhere."""
+    """Return whether reading a file can neither block nor lead elsewhere."""
     return file.is_file() and not file.is_symlink()
 
 
 def _checksum(file: Path) -> int:
-    """Return a file's CRC-32: it finds damage, five times as fast as a digest of cryptography."""
+    """Return a file's CRC-32, which detects damage five times as fast as a cryptographic hash."""
     found = 0
     with file.open("rb") as opened:
         while part := opened.read(_READ_AT_ONCE):

@@ -1,8 +1,8 @@
-"""One server's life as a pure function: facts and wishes in, requests out.
+"""One server's life as a pure function: requests and reports in, actions out.
 
-No I/O, no clock and no asyncio happen here: `supervisor.py` feeds the stimuli and carries the
-actions out, and tests replay histories of stimuli. A generation numbers each process that is or
-will be started; what an older process does is ignored.
+There is no I/O, clock or asyncio here: `supervisor.py` feeds the stimuli and carries out the
+actions, and tests replay histories of stimuli. A generation numbers each process that is or will
+be started; reports of older processes are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.registry import ServerRecord
 
-    # Takes all that a server tells: events, reports, and answers to health checks.
+    # Receives everything from a server: events, reports, and answers to health checks.
     Emit = Callable[["Event | Report | HealthCheckResult"], None]
 
 _LOADABLE = {ServerStatus.STARTING, ServerStatus.LOADING}
@@ -37,7 +37,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Action: end that generation's process, gracefully unless forced."""
+    """Action: stop that generation's process, gracefully unless forced."""
 
     generation: int
     force: bool = False
@@ -58,7 +58,7 @@ Action = Begin | Terminate | Wait
 class StartAsked:
     """Stimulus: somebody wants a server with these settings.
 
-    One that has them will do, unless a fresh process is asked for.
+    A running one that has them will do, unless a fresh process is requested.
     """
 
     config: ServerConfig
@@ -76,7 +76,7 @@ class StopAsked:
 class Found:
     """Stimulus: a server runs, started by another program or kernel.
 
-    It is the profile's own if it has a record, else a stranger that holds the profile's port.
+    It is the profile's own if it has a record, else an external one on the profile's port.
     """
 
     server: ServerRecord | PortOwner
@@ -107,7 +107,7 @@ class BecameReady:
 
 @dataclass(frozen=True, slots=True)
 class OutOfReach:
-    """Stimulus: a server elsewhere does not answer; nothing says that it has ended."""
+    """Stimulus: a server elsewhere does not answer; it may still be running."""
 
     generation: int
     reason: str
@@ -123,7 +123,7 @@ class GaveUp:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Stimulus: no process was started, for a reason that does not pass by itself."""
+    """Stimulus: no process was started, for a reason that won't go away by itself."""
 
     generation: int
     reason: str
@@ -139,7 +139,7 @@ class Exited:
     reason: str  # why, in a sentence to show
     at: float  # when, in seconds of the monotonic clock
     repeats: bool = False  # whether starting it again would end the same way
-    asked: bool = False  # whether somebody else has stopped it on purpose
+    asked: bool = False  # whether somebody stopped it on purpose
     broken: bool = False  # whether kitty_nb itself failed to supervise it
 
 
@@ -156,32 +156,32 @@ Stimulus = StartAsked | StopAsked | Found | Report
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle(ServerState):
-    """The state of a server: the snapshot that is shown, and what decides how it goes on."""
+    """The state of a server: the published snapshot, and what decides the next steps."""
 
-    generation: int = 0  # the present process, or the last one
-    issued: int = 0  # the highest generation ever handed out; none is given twice
-    pending: Begin | None = None  # what to start once the present process has ended
-    # Whether a process of this wish was ever ready; only then are crashes retried.
+    generation: int = 0  # the current process, or the last one
+    issued: int = 0  # the highest generation issued so far; none is issued twice
+    pending: Begin | None = None  # what to start once the current process has exited
+    # Whether this start was ever READY; only then are crashes retried.
     served: bool = False
     crashes: int = 0  # how many crashes in a row were retried
 
     @property
     def latest(self) -> int:
-        """The generation that the last wish led to."""
+        """The generation of the last request to start."""
         return self.pending.generation if self.pending else self.generation
 
     @property
     def wanted(self) -> ServerConfig:
-        """The settings of the last wish."""
+        """The settings of the last request to start."""
         return self.pending.config if self.pending else self.config
 
     def superseded(self, generation: int) -> bool:
-        """True if a later wish took the place of this generation."""
+        """Return whether a later request replaced this generation."""
         return generation not in {self.generation, self.latest}
 
 
 def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, ...]]:
-    """Return what follows from a stimulus: the next state and what is to be done."""
+    """Return what follows from a stimulus: the next state and the actions to take."""
     match stimulus:
         case StartAsked(config, fresh):
             coming = now.status in _LIVE or now.pending is not None

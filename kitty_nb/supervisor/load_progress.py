@@ -24,81 +24,79 @@ class Basis(StrEnum):
 class LoadEstimate:
     """The seconds that each stage of a load will take."""
 
-    # What it rests on. With NOTHING it is a rule of thumb that gives the bar its shape, and no
+    # What it is based on. With NOTHING, it is a rule of thumb that gives the bar its shape, but no
     # number to show.
     basis: Basis
     starting: float  # from its process to its first sign of loading
-    loading: float  # until the last weight is there
+    loading: float  # until the last weight is loaded
     preparing: float  # until it is ready
 
     @property
     def total(self) -> float:
-        """Seconds of all stages."""
+        """Seconds of all stages together."""
         return self.starting + self.loading + self.preparing
 
 
 _STAGES = list(Stage)
-# All bytes are there when this share of the files is: the engine leaves out what it does not need.
+# This share of the files counts as all bytes, because the engine skips what it does not need.
 _COMPLETE = 0.985
-_INSTANT = 1e-9  # seconds, instead of none in a division
+_INSTANT = 1e-9  # seconds, so that nothing is divided by 0
 _UNKNOWN = LoadEstimate(Basis.NOTHING, 0.0, 0.0, 0.0)
 # Up to this share of them, bytes may be the engine's own, before it reads the first weight; and it
-# reads the model's header, with a large vocabulary for most of a small load, up to so many times.
+# reads the model's header up to so many times, with a large vocabulary for most of a small load.
 _TRICKLE, _HEADERS = 0.005, 4
-# What the estimate's rate is worth against the bytes seen so far, as a share of all bytes. It is
-# worth less the less the two agree, once more than that share was to be there.
+# The weight of the estimate's rate against the bytes seen so far, as a share of all bytes. The less
+# the two agree, the lower it is, once more than the share below was expected.
 _WORTH = {Basis.SAME_LOAD: 1.0, Basis.SAME_MODEL: 0.3, Basis.HOST: 0.15, Basis.NOTHING: 0.04}
 _AGREED = 0.05
-# A stage that lasts as long as it should, or longer, goes on for this share of what it has lasted.
+# A stage that takes as long as expected, or longer, is due to take this share of its time more.
 _OVERDUE = {Basis.SAME_LOAD: 0.1, Basis.SAME_MODEL: 0.15, Basis.HOST: 0.2, Basis.NOTHING: 0.3}
-# Where nothing is known: before the first byte so many times what has passed is still to come, but
-# where bytes tell nothing so many times its square root, which moves on for ever; and preparing
+# If nothing is known: before the first byte, the time left is so many times the time passed or, if
+# bytes tell nothing, so many times its square root, with which the bar never stops; and preparing
 # takes this share of the weights' time on top of the rule of thumb.
 _BLIND, _BLIND_ROOT, _PREPARING = 6.0, 2.0, 0.05
-# Where nothing is known, bytes of a header a second: a vocabulary is read twice, and sorted.
+# If nothing is known, bytes of a header per second: a vocabulary is read twice, and sorted.
 _VOCABULARY = 7e6
 # From this share of the bytes on, their rate alone gives an ETA.
 _EARLIEST_ETA = 0.05
-# Before ready, the bar is due to show no more than the first of these, and creeps on up to the
-# second.
+# Before READY, the bar should show no more than the first of these, and creeps up to the second.
 _FULL, _HIGHEST = 0.98, 0.99
-# It corrects half of its error while this share of the load passes, and where it has run ahead
+# It corrects half of its error while this share of the load passes, and if it has run ahead, it
 # still moves at this share of its pace.
 _HALVED, _SLOWEST = 0.02, 0.2
-# From so many times what was to be expected, a load takes longer than usual.
+# A load that takes so many times as long as expected takes longer than usual.
 _UNUSUAL = 1.1
-# It moves in so many steps, of these seconds. Before the load begins they are short, because what
-# the process has by then is what its bytes are counted from. From the longest on, it moves once a
-# second, together with the health check.
+# It moves in so many steps, of these seconds. Before the load begins they are short, because its
+# bytes are counted from what the process has by then. Beyond the longest, it moves once a second,
+# together with the health check.
 _STEPS = 16
 _SHORTEST, _STARTING, _LONGEST = 0.005, 0.02, 0.6
-# Processor time is looked at over so many seconds: a single health check takes a burst of it.
+# CPU time is measured over so many seconds, because a single health check takes a burst of it.
 _WORKING = 1.0
-_UNSEEN = Usage(0, 0)  # what a process had before, where it was not seen then
+_UNSEEN = Usage(0, 0)  # what a process had before, if it was not measured then
 
 
 @dataclass(slots=True)
 class LoadMeter:
     """Folds measurements of one load into a fraction that only grows.
 
-    The fraction is the time passed over the time passed and left. What is left is, for a stage to
-    come, what the estimate says; for the stage under way, that less what it has lasted; for the
-    weights, the bytes left by a rate that is the estimate's at first and the observed one as more
-    of them are there. Where both stages before it are slower than estimated, or both faster, as on
-    a busy machine or an idle one, preparing is taken to be so, too.
+    The fraction is the time passed divided by the time passed and left. The time left is, for a
+    future stage, the estimate; for the current stage, the estimate less the time it has taken; for
+    the weights, the bytes left divided by a rate that is the estimate's at first and becomes the
+    observed one as more of them are loaded. If both stages before it are slower than estimated, or
+    both faster, as on a busy or an idle machine, preparing is assumed to be so too.
 
-    Bytes are what the process has in memory or has read since it began to load, or what the server
-    says itself, whichever is more and at its highest: a GPU build's memory falls again once the
-    weights are copied.
+    Bytes are what the process has in memory or has read since it began to load, whichever is more,
+    and at its peak: a GPU build's memory falls again once the weights are copied.
     """
 
-    # Bytes of the model, all files; 0 where they tell nothing, and the clock alone does.
+    # Bytes of all files of the model; 0 if they tell nothing, so that only the clock counts.
     total: int = 0
-    header: int = 0  # bytes of the files that are no weights
+    header: int = 0  # bytes of the files that are not weights
     expected: LoadEstimate = _UNKNOWN  # how long the stages should take
     stage: Stage = Stage.STARTING  # the stage reached
-    moved_at: float = 0.0  # when it last showed life, in seconds after the start
-    loaded: int = 0  # bytes seen to come in
+    moved_at: float = 0.0  # when it last showed a sign of life, in seconds after the start
+    loaded: int = 0  # bytes seen to be loaded
     _began: dict[Stage, float] = field(default_factory=dict)
     _flowing: float | None = None
     _measured: float = 0.0
@@ -111,19 +109,19 @@ class LoadMeter:
     def enter_stage(self, stage: Stage, elapsed: float) -> None:
         """Note that the load is in this stage, or past it, `elapsed` seconds after the start.
 
-        Reaching STARTING is having a process.
+        A load reaches STARTING when there is a process.
         """
         if stage not in self._began and _STAGES.index(stage) >= _STAGES.index(self.stage):
             self.stage, self._began[stage], self.moved_at = stage, elapsed, elapsed
 
     def heartbeat(self, elapsed: float) -> None:
-        """Note a sign of life: a new log line, another answer."""
+        """Note a sign of life: a new log line, a different answer."""
         self.moved_at = elapsed
 
     def measure(self, usage: Usage, elapsed: float) -> None:
         """Note the process's usage.
 
-        The rise of its bytes since loading began is what has been loaded; work is a sign of life.
+        The growth of its bytes since loading began counts as loaded; work is a sign of life.
         """
         if self.stage is Stage.STARTING:
             self._base = usage
@@ -147,7 +145,7 @@ class LoadMeter:
             self.enter_stage(Stage.PREPARING, elapsed)
 
     def seconds(self, stage: Stage, elapsed: float) -> float:
-        """Return how long a stage lasted, or has lasted so far; 0 when it was not reached."""
+        """Return how long a stage took, or has taken so far; 0 if it was not reached."""
         if stage not in self._began:
             return 0.0
         later = _STAGES[_STAGES.index(stage) + 1 :]
@@ -173,7 +171,7 @@ class LoadMeter:
         return left
 
     def pause(self, elapsed: float) -> float:
-        """Return for how many seconds the load need not be looked at."""
+        """Return how many seconds to wait before the next measurement."""
         whole = elapsed + self.left(elapsed)
         if self._guessing:
             whole = min(whole, elapsed * 2)
@@ -183,9 +181,9 @@ class LoadMeter:
         return pause if pause <= _LONGEST else 1.0 - elapsed % 1.0
 
     def progress(self, elapsed: float, lasting: float = 0.0) -> LoadProgress:
-        """Return where the load is, `elapsed` seconds after the start.
+        """Return the load's progress `elapsed` seconds after the start.
 
-        Where that is shown for `lasting` seconds, the fraction is that in their middle.
+        If it is shown for `lasting` seconds, the fraction is the one halfway through them.
         """
         left = self.left(elapsed)
         if self.stage is Stage.READY:
@@ -214,7 +212,7 @@ class LoadMeter:
 
     @property
     def _vocabulary(self) -> float:
-        """The seconds until the first weight, which a load of the past would tell."""
+        """The seconds until the first weight, which an earlier load would tell."""
         return self.header / _VOCABULARY if self._guessing else 0.0
 
     @property
@@ -222,7 +220,7 @@ class LoadMeter:
         return self.expected.loading + self._vocabulary
 
     def _flow_seconds(self) -> float:
-        """The seconds of the bytes seen so far: at the known rate, else since the last look."""
+        """Return the seconds for the bytes so far: at the known rate, else since the last look."""
         if self._guessing:
             return math.inf
         return self.expected.loading * min(self.loaded / max(self.total, 1), 1.0)
@@ -235,12 +233,13 @@ class LoadMeter:
         due, seen = expected * (share + _AGREED), passed + expected * _AGREED
         agreement = min(due, seen) / max(due, seen, _INSTANT)
         worth = _WORTH[self.expected.basis] * agreement**4
-        # Loads alike have the same rest by the clock, loads at another rate the same by the bytes.
+        # The clock tells the rest of a load like earlier ones, the bytes that of a load at another
+        # rate.
         foreseen = (max(expected - passed, 0.0) + expected * (1.0 - share)) / 2
         return (worth * foreseen + passed * (1.0 - share)) / (worth + share)
 
     def _preparing(self, loaded_at: float) -> float:
-        """The seconds that preparing should take, if the last byte is there then."""
+        """Return the seconds that preparing should take, if the last byte is loaded then."""
         loading_at = self._began.get(Stage.LOADING, loaded_at)
         starting, loading = self.seconds(Stage.STARTING, loaded_at), loaded_at - loading_at
         if self._guessing:
@@ -253,17 +252,17 @@ class LoadMeter:
         return self.expected.preparing * slower
 
     def _outlasts(self, elapsed: float) -> bool:
-        """True if preparing lasts longer than it should: what is left would only grow."""
+        """Return whether preparing takes longer than it should: the time left would only grow."""
         began = self._began.get(Stage.PREPARING, elapsed)
         return elapsed - began > self._preparing(began)
 
     def _rest(self, expected: float, elapsed: float) -> float:
-        """The seconds left of the current stage, by the clock alone; never 0."""
+        """Return the seconds left in the current stage, by the clock alone; never 0."""
         lasted = elapsed - self._began.get(self.stage, elapsed)
         overdue = max(lasted * _OVERDUE[self.expected.basis], lasted - expected)
         return max(expected - lasted, overdue)
 
 
 def _ratio(seconds: float, expected: float) -> float:
-    """A time as a multiple of the expected one; 1 where nothing was expected."""
+    """Return a time as a multiple of the expected one; 1 if nothing was expected."""
     return seconds / expected if expected > 0 else 1.0

@@ -25,10 +25,10 @@ _FARTHEST_BEHIND = 1 << 22
 
 
 def rotate(path: Path, kept: int) -> None:
-    """Make room for a log: its folder exists, and the previous one is kept as `<name>.1`.
+    """Make room for a log: create its folder, and keep the previous log as `<name>.1`.
 
     Raises:
-        OSError: When the folder cannot be written.
+        OSError: The folder can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _shift(path, kept)
@@ -39,8 +39,8 @@ def rotate(path: Path, kept: int) -> None:
 def shrink(path: Path, limit: int, kept: int) -> None:
     """Empty a log that is larger than `limit` bytes, keeping what was in it as `<name>.1`.
 
-    Its writer, which appends to it, goes on in the same file: what it writes between copy and cut
-    is lost. A copy that cannot be made, because the disk is full, is done without.
+    Its writer, which appends to it, continues in the same file: what it writes between copying and
+    truncation is lost. If the disk is too full for a copy, none is kept.
     """
     with suppress(OSError):
         if path.stat().st_size <= limit:
@@ -55,7 +55,7 @@ def shrink(path: Path, limit: int, kept: int) -> None:
 
 
 def previous(path: Path, age: int = 1) -> Path:
-    """Name the log before a log, or an older one."""
+    """Return the path of the log before a log, or of an older one."""
     return path.with_name(f"{path.name}.{age}")
 
 
@@ -66,15 +66,15 @@ def _shift(path: Path, kept: int) -> None:
 
 
 class LogTail:
-    """Reads the lines that come to a log file. A context manager: it holds the file open.
+    """Reads the lines that are added to a log file. A context manager: it keeps the file open.
 
-    Each read is bounded, so that a flood costs the reader neither memory nor its turn: too far
-    behind, it skips ahead and says so; a line without end is cut.
+    Each read is bounded, so that a flood costs the reader neither memory nor its turn: if too far
+    behind, it skips ahead and says so; an endless line is cut.
     """
 
     def __init__(self, path: Path) -> None:
         try:
-            # Made anew where somebody has deleted it: no reason to leave a server unwatched.
+            # Created again if somebody deleted it: no reason to leave a server unwatched.
             self._file: BinaryIO = path.open("a+b")
         except PermissionError:
             self._file = path.open("rb")
@@ -92,9 +92,9 @@ class LogTail:
         self._file.close()
 
     def read(self, *, to_end: bool = False) -> tuple[str, ...]:
-        """Return the whole lines that have come since the last read.
+        """Return the whole lines added since the last read.
 
-        Once the writer has ended, read `to_end`: an unfinished last line counts too.
+        Once the writer has exited, read `to_end`: an unfinished last line counts too.
         """
         notes: list[str] = []
         position, end = self._file.tell(), self._file.seek(0, os.SEEK_END)
@@ -119,11 +119,11 @@ _LETTERS = {"debug": "D", "info": "I", "warn": "W", "error": "E"}
 
 
 def readable(line: str) -> str:
-    """Return one line of a server's log for a person to read.
+    """Return one line of a server's log in a form for people.
 
-    A structured line becomes what llama-server writes when it is not asked for structure,
-    `minutes.seconds.ms.us LEVEL message`, so that everything behind this knows one format. Any
-    other line stays as it is.
+    A structured line becomes what llama-server writes without structured logging,
+    `minutes.seconds.ms.us LEVEL message`, so that all other code knows only one format. Any other
+    line is unchanged.
     """
     if not line.startswith("{"):
         return line
@@ -135,7 +135,7 @@ def readable(line: str) -> str:
             case {"type": "fit_memory_breakdown", "data": {"unit": unit, "rows": rows}}:
                 return "; ".join(_memory(row, unit) for row in rows)
     except (ValueError, KeyError, TypeError, RecursionError):
-        pass  # a cut line, or one that the server did not mean as structure
+        pass  # a cut line, or one that is not meant to be structured
     return line
 
 
@@ -150,7 +150,7 @@ def _memory(row: dict[str, Any], unit: str) -> str:
 
 
 def has_log(path: Path) -> bool:
-    """Tell whether there is a log.
+    """Return whether there is a log.
 
     Raises:
         KittyError: It can't be read.
@@ -182,7 +182,7 @@ def log_lines(path: Path) -> Iterator[str]:
 async def follow_log(path: Path, show: Callable[[str], object], last: int | None = None) -> None:
     """Show what is written to a log, and to the one that replaces it, until cancelled.
 
-    The log need not exist yet. Of the lines that it has, `last` are shown first; None shows all.
+    The log need not exist yet. Its `last` lines so far are shown first; None shows all.
 
     Raises:
         KittyError: The log can't be read.
@@ -192,7 +192,7 @@ async def follow_log(path: Path, show: Callable[[str], object], last: int | None
             with LogTail(path) as log:
                 number, replaced = _inode(path), False
                 while not replaced:
-                    replaced = _inode(path) != number  # asked first, so that no line is missed
+                    replaced = _inode(path) != number  # checked first, so that no line is missed
                     for line in deque(_drain(log, to_end=replaced), maxlen=last):
                         show(line)
                     last = None

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 _LAST_PORT = 65535
-_USUAL_PORT = 8082  # no administrator's, as those above one of theirs are
+_USUAL_PORT = 8082  # not reserved for administrators, as those above one of theirs are
 _PORTS_TRIED = 100
 _MODEL = {"-m", "--model"}
 _ALIAS = {"-a", "--alias"}
 
-_ANY = {"0.0.0.0", "::"}  # the latter takes IPv4 too, unless told not to
+_ANY = {"0.0.0.0", "::"}  # the latter includes IPv4 by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,17 @@ class PortOwner:
 
     port: int
     pid: int
-    name: str  # what the system calls its program
-    engine: EngineKind | None = None  # which kind of llama-server it is; None for anything else
+    name: str  # the system's name for its program
+    engine: EngineKind | None = None  # the kind of llama-server it is; None for anything else
     model: str | None = None  # the file name of the model that a llama-server was started with
     alias: str | None = None  # the name under which it serves that model
-    # What it can load, by name, where it is a router that was asked; None for others.
+    # The names of the models it can load, if it is a router that was asked; None for others.
     models: tuple[str, ...] | None = None
-    # Whether it frees an idle model by itself, and would be kept awake by many questions.
+    # Whether it frees an idle model by itself, and frequent requests would keep it awake.
     sleeps: bool = False
-    # The flag for which kitty_nb cannot talk to it, such as one for TLS.
+    # The flag that prevents kitty_nb from talking to it, such as one for TLS.
     unspoken: str | None = None
-    user: str | None = None  # whose process it is; None where it is this user's own
+    user: str | None = None  # the user who owns the process; None for this user
     task: Task = Task.CHAT  # what it was started for
 
     @property
@@ -59,7 +59,7 @@ class PortOwner:
 
     @property
     def who(self) -> str:
-        """It in words, e.g. `llama-server (PID 4242) serving qwen.gguf as kitty-primary`."""
+        """A description, e.g. `llama-server (PID 4242) serving qwen.gguf as kitty-primary`."""
         name = "the embedded llama-server" if self.engine is EngineKind.EMBEDDED else self.name
         serving = f" serving {self.model}" if self.model else ""
         known_as = f" as {self.alias}" if self.alias else ""
@@ -78,8 +78,8 @@ def owner_of(host: str, port: int) -> PortOwner | None:
     This asks the system about every process: tens of milliseconds. Run it in a worker thread.
 
     Returns:
-        None where nobody listens any more, or the system does not tell: Linux and macOS keep
-        other users' processes to themselves.
+        None if nobody listens any more, or the system doesn't tell: Linux and macOS hide other
+        users' processes.
     """
     try:
         wanted = {address[0] for _, address in _resolve(host, port)}
@@ -96,9 +96,9 @@ def owner_of(host: str, port: int) -> PortOwner | None:
 
 
 def port_refusal(host: str, port: int) -> str | None:
-    """Say in a sentence why no server can listen on a port; None when one can.
+    """Return in a sentence why no server can listen on a port; None if one can.
 
-    It takes a real bind, and the time of `owner_of` when the port is in use.
+    It takes a real bind, and the time of `owner_of` if the port is in use.
     """
     problem = bind_problem(host, port)
     if problem is None:
@@ -120,8 +120,8 @@ def refuse_busy_port(config: ServerConfig) -> None:
     """Try the port with a real bind. Run it in a worker thread.
 
     Raises:
-        PortBusyError: Somebody listens there; the message says who, and what can be done.
-        ServerFailedError: No port of this address can be listened on.
+        PortBusyError: Another program listens there; the message says which, and what to do.
+        ServerFailedError: No server can listen on any port of this address.
     """
     if problem := port_refusal(config.host, config.port):
         try:
@@ -138,11 +138,11 @@ def refuse_busy_port(config: ServerConfig) -> None:
 
 
 def next_free_port(host: str, port: int) -> int:
-    """Return a port on which a server could listen: the first above `port`, or above the usual.
+    """Return the first port above `port`, or from the usual one on, that a server could listen on.
 
     Raises:
-        ServerFailedError: When a hundred ports in a row are busy both times, or `host` is no
-            address of this machine.
+        ServerFailedError: A hundred ports in a row are busy both times, or `host` is not an address
+            of this machine.
     """
     above = range(port + 1, min(port + _PORTS_TRIED, _LAST_PORT) + 1)
     for candidate in chain(above, range(_USUAL_PORT, _USUAL_PORT + _PORTS_TRIED)):
@@ -157,7 +157,7 @@ def next_free_port(host: str, port: int) -> int:
 
 
 def bind_problem(host: str, port: int) -> OSError | None:
-    """Try to bind a port as llama-server would, and return what was in the way, if anything.
+    """Try to bind a port as llama-server would, and return the error, if any.
 
     A name with several addresses, such as `localhost`, must be free on all that this machine has:
     clients may try any of them.
@@ -180,13 +180,13 @@ def bind_problem(host: str, port: int) -> OSError | None:
 
 @contextmanager
 def keep_ports(ports: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    """Keep ports on loopback from other users; yield descriptors for a process to inherit.
+    """Reserve loopback ports for this user; yield descriptors for a process to inherit.
 
-    As long as that process lives, only servers of this user can listen there, and only those that
-    share a port: SO_REUSEPORT in socket(7).
+    While that process lives, only servers of this user can listen there, and only those that share
+    a port: see SO_REUSEPORT in socket(7).
 
     Raises:
-        ServerFailedError: Somebody has one of them already.
+        ServerFailedError: One of them is already in use.
     """
     with ExitStack() as stack:
         kept = []
@@ -211,7 +211,7 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
 def _connections() -> Iterator[tuple[int | None, Any]]:
     try:
         yield from ((one.pid, one) for one in psutil.net_connections("tcp"))
-    except psutil.AccessDenied:  # macOS tells an ordinary user only of each process of his own
+    except psutil.AccessDenied:  # macOS shows ordinary users only their own processes
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 yield from ((process.pid, one) for one in process.net_connections("tcp"))
@@ -249,7 +249,7 @@ def _describe(pid: int, port: int) -> PortOwner | None:
 
 
 def _from_environment(process: psutil.Process) -> Iterator[str]:
-    """Yield the flags that a llama-server has from its environment; its command line goes first."""
+    """Yield the flags in a llama-server's environment, which its command line overrides."""
     with suppress(psutil.Error):
         for name, value in process.environ().items():
             if name.startswith(FLAG_PREFIX):
@@ -265,10 +265,10 @@ def _engine(words: list[str]) -> EngineKind | None:
 
 
 def own_words(words: list[str]) -> list[str]:
-    """Return a llama-server's own words of a command line: Python has an -m, too."""
+    """Return a llama-server's own words in a command line: Python has an -m too."""
     return words[words.index(embedded.__name__) :] if embedded.__name__ in words else words
 
 
 def served_by(words: Sequence[str]) -> tuple[str | None, str | None]:
-    """Return which model a llama-server's command line names, and under which alias."""
+    """Return the model and the alias that a llama-server's command line names."""
     return value_of(words, _MODEL), value_of(words, _ALIAS)

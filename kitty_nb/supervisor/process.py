@@ -21,30 +21,30 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
 
-_KILLED_WITHIN = 1.0  # seconds; one that a driver holds may take for ever
-_EXIT_POLL = 0.02  # seconds, where the system has no file descriptors of processes
-# Seconds that the server of a wrapper has to end after it, where somebody else ends the two.
+_KILLED_WITHIN = 1.0  # seconds; a process held by a driver may take forever
+_EXIT_POLL = 0.02  # seconds, if the system has no file descriptors for processes
+# Seconds that a wrapper's server has to exit after it, if somebody else stops the two.
 _OTHERS_END_WITHIN = 10.0
-# The share of a core from which on a process is at work; health checks take far less.
+# The share of a core above which a process counts as working; health checks take far less.
 AT_WORK = 0.05
-_SAME_TIME = 0.0 if psutil.LINUX else 1.0  # seconds; so exact are creation times elsewhere
+_SAME_TIME = 0.0 if psutil.LINUX else 1.0  # seconds; the precision of creation times elsewhere
 _PROC = Path("/proc")
 _HIGHEST = re.compile(rb"^VmHWM:\s+(\d+) kB", re.MULTILINE)  # proc_pid_status(5)
 _LISTENING = "0A"  # a socket's state in /proc/net/tcp
-_START_TICKS = 19  # the place of starttime behind the name in /proc/pid/stat; proc_pid_stat(5)
+_START_TICKS = 19  # the position of starttime after the name in /proc/pid/stat; proc_pid_stat(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The signs that a server's processes show of its load so far."""
+    """The signs of a load's progress that a server's processes show."""
 
-    # Bytes of mapped files resident now, as weights are once they are touched; of all memory where
-    # the system does not tell (macOS).
+    # Bytes of mapped files resident now, as weights are once they are touched; of all memory if the
+    # system doesn't tell (macOS).
     resident: int
-    # Bytes read through system calls or from disk, whichever is more; 0 where the system does not
-    # tell (macOS).
+    # Bytes read through system calls or from disk, whichever is more; 0 if the system doesn't tell
+    # (macOS).
     read: int
-    processor: float = 0.0  # seconds of processor time
+    processor: float = 0.0  # seconds of CPU time
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -55,16 +55,16 @@ class Usage:
 class ServerProcess:
     """A running llama-server, leader of its own session and process group, our child or not.
 
-    The server may be a child of it: many a llama-server is a script that runs the program. So all
-    processes of its session are measured, looked for the port, and ended.
+    The server may be its child: many a llama-server is a script that runs the program. So all
+    processes of its session are measured, checked for the port, and stopped.
     """
 
     def __init__(self, pid: int, child: Popen[bytes] | None) -> None:
         self.pid = pid  # the process id, which is the process group's too
         self._child = child
         self._psutil = psutil.Process(pid)
-        # When it began, in seconds; with the pid it names a process. On Linux since boot, because
-        # there the time of day at which it began changes when the clock is set.
+        # When it began, in seconds; with the pid, it identifies a process. On Linux it counts from
+        # boot, because there the time of day of the beginning changes when the clock is set.
         self.create_time = _create_time(self._psutil)
         self._others: dict[int, psutil.Process] = {}
         self._others_end_within = 0.0 if child else _OTHERS_END_WITHIN
@@ -77,15 +77,15 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         descriptors: Collection[int] = (),
     ) -> Self:
-        """Start a command in a session of its own, its output going to a file.
+        """Start a command in a session of its own, with its output going to a file.
 
-        A file rather than a pipe, because a kernel that is busy or dead must not stall the
-        server; a session of its own, because interrupting the kernel must not interrupt it. Not
-        by asyncio, whose subprocesses are killed when their event loop goes. It inherits the
-        descriptors.
+        It is a file rather than a pipe, because a kernel that is busy or dead must not stall the
+        server; a session of its own, because interrupting the kernel must not interrupt it. asyncio
+        is not used, because it kills its subprocesses when their event loop ends. The process
+        inherits the descriptors.
 
         Raises:
-            OSError: When the command cannot be run or the file not be opened.
+            OSError: The command can't be run, or the file can't be opened.
         """
         with log_path.open("ab") as log:
             child = Popen(
@@ -101,7 +101,7 @@ class ServerProcess:
 
     @classmethod
     def attach(cls, pid: int, create_time: float) -> Self | None:
-        """Return this user's process that began then, if it still runs; never another's."""
+        """Return this user's process that began then, if it still runs; never another user's."""
         try:
             process = cls(pid, None)
             same = abs(process.create_time - create_time) <= _SAME_TIME
@@ -118,11 +118,11 @@ class ServerProcess:
         return now - self.create_time
 
     async def wait(self) -> int | None:
-        """Wait for the process to end, and end what it leaves behind.
+        """Wait for the process to exit, and kill what it leaves behind.
 
         Returns:
-            The exit code; a signal's number, negated, when a signal ended it; None when it was
-            not our child, whose end only its parent learns.
+            The exit code; a signal's number, negated, if a signal killed it; None if it was not our
+            child, because only its parent learns the code.
         """
         self._family()
         await self._ended()
@@ -134,7 +134,7 @@ class ServerProcess:
         return self._child.wait() if self._child else None
 
     def ends_within(self, seconds: float, readable: Sequence[int] = ()) -> bool:
-        """Wait for the process to end, without an event loop, and return whether it has.
+        """Wait for the process to exit, without an event loop, and return whether it has.
 
         It returns at once when one of the `readable` descriptors can be read.
         """
@@ -153,7 +153,7 @@ class ServerProcess:
         return not self.runs()
 
     async def terminate(self, grace: float) -> None:
-        """Ask the processes to end, and force them when `grace` seconds were not enough."""
+        """Ask the processes to exit, and kill them if `grace` seconds were not enough."""
         self._others_end_within = grace
         self._signal(signal.SIGTERM)
         with anyio.move_on_after(grace):
@@ -163,17 +163,17 @@ class ServerProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the processes at once."""
+        """Kill the processes at once."""
         self._others_end_within = 0.0
         self._signal(signal.SIGKILL)
 
     def leave(self) -> None:
-        """Let it run on unwatched."""
+        """Leave it running unwatched."""
         if self._child:
             leave_child(self._child)
 
     def usage(self) -> Usage | None:
-        """Measure memory, bytes read and work, or return None when the process has just ended."""
+        """Measure memory, bytes read and work; return None if the process has just exited."""
         first, *others = map(_usage, self._family())
         return sum(filter(None, others), first) if first else None
 
@@ -183,20 +183,20 @@ class ServerProcess:
         return len(self._family()) == 1
 
     def includes(self, pid: int) -> bool:
-        """Tell whether a process is this one, or another of its session."""
+        """Return whether a process is this one, or another of its session."""
         return any(pid == process.pid for process in self._family())
 
     def listens_on(self, port: int) -> bool | None:
-        """Tell whether the process or another of its session listens on a TCP port.
+        """Return whether the process or another of its session listens on a TCP port.
 
         It takes some milliseconds.
 
         Returns:
-            None where the system does not tell.
+            None if the system doesn't tell.
         """
         try:
             return any(_listens(process, port) for process in self._family())
-        except psutil.AccessDenied:  # as of a program that the system gives more rights than to us
+        except psutil.AccessDenied:  # as of a program with more privileges than ours
             return _user_listens(port) if psutil.LINUX else None
 
     async def _ended(self) -> None:
@@ -217,7 +217,7 @@ class ServerProcess:
         return _runs(self._psutil)
 
     def _family(self) -> list[psutil.Process]:
-        """The process, and the others of its session that have been seen so far."""
+        """Return the process, and the others of its session that have been seen so far."""
         # Once it has ended, and is no zombie of ours, its number may become another session's.
         if self._is_known():
             for pid in _pids():
@@ -249,9 +249,9 @@ _left: list[Popen[bytes]] = []
 
 
 def leave_child(child: Popen[bytes]) -> None:
-    """Keep a child that nobody watches any more, and reap those of them that have ended.
+    """Keep a child that nobody watches any more, and reap those that have exited.
 
-    Python complains of one that is dropped while it runs, and closes the pipe to it.
+    Python complains about one that is dropped while it runs, and closes the pipe to it.
     """
     _left[:] = [one for one in (*_left, child) if one.poll() is None]
 
@@ -260,7 +260,7 @@ def _usage(process: psutil.Process) -> Usage | None:
     read = 0
     try:
         with process.oneshot():
-            # All memory would count vocabularies: a quarter of a small model with a large one.
+            # All memory would include the vocabulary, up to a quarter of a small model.
             memory = process.memory_info()
             resident = getattr(memory, "shared", memory.rss)
             processor = sum(process.cpu_times()[:2])
@@ -284,7 +284,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _pids() -> list[int]:
-    """All processes; none where the system cannot be asked, for want of file descriptors."""
+    """Return all PIDs; none if there are no file descriptors left to ask the system."""
     try:
         return psutil.pids()
     except OSError:
@@ -292,15 +292,15 @@ def _pids() -> list[int]:
 
 
 def peak_memory(pid: int) -> int:
-    """Return the most memory that a process and its children have had, in bytes; 0 once ended.
+    """Return the peak memory of a process and its children, in bytes; 0 once it has exited.
 
-    Linux remembers the highest; elsewhere it is what they have now, so ask often.
+    Linux remembers the peak; elsewhere it is what they have now, so call this often.
     """
     return sum(map(_peak, family(pid)))
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and its children; none once it has ended."""
+    """Return a process and its children; none once it has exited."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -329,12 +329,12 @@ def _listens(process: psutil.Process, port: int) -> bool:
 
 
 def is_ours(pid: int) -> bool:
-    """Tell whether a process is one of this user."""
+    """Return whether a process belongs to this user."""
     return psutil.Process(pid).uids().real == os.getuid()
 
 
 def _user_listens(port: int) -> bool:
-    """Tell whether this user alone listens on a port; proc_net_tcp in Linux's sources."""
+    """Return whether only this user listens on a port; see proc_net_tcp in Linux's sources."""
     tables = (_PROC / "net" / "tcp", _PROC / "net" / "tcp6")  # without IPv6, only the first
     lines = (line for table in tables if table.exists() for line in table.read_text().splitlines())
     rows = (line.split() for line in lines if not line.lstrip().startswith("sl"))
@@ -364,13 +364,13 @@ _COUNTERS = Path("/proc/vmstat")
 
 
 def oom_kills(counters: Path = _COUNTERS) -> int | None:
-    """Count the processes that Linux (since 4.13) has killed for memory since it started.
+    """Count the processes that Linux (since 4.13) has killed for lack of memory since boot.
 
-    It counts those in control groups too, containers' among them, and needs no rights. A server
+    This includes those in control groups, such as containers', and needs no privileges. A server
     that was killed by SIGKILL while the count rose was most likely one of them.
 
     Returns:
-        None where the system does not tell.
+        None if the system doesn't tell.
     """
     try:
         lines = counters.read_text(encoding="ascii").splitlines()

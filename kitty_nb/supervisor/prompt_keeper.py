@@ -1,4 +1,4 @@
-"""Keeps a server's prompts: saves them when it rests or stops, restores them at its start."""
+"""Keeping a server's prompts: saved when it is idle or stops, restored when it starts."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 _WORTH = 256  # tokens; fewer are read again in no time
 _RESTED, _LOOK = 2.0, 1.0  # seconds without work, after which slots are saved; between two looks
-_SPARED = 50  # saving is rare: it takes a fiftieth of the time, and spares the disk
+_SPARED = 50  # saving takes at most a fiftieth of the time, to spare the disk
 _CONTEXT, _ADAPTERS = "the context of a slot", "the scale of an adapter"
 _ADAPTER_FLAGS = {"--lora", "--lora-scaled"}
-_SAVED_WITHIN = 10.0  # seconds; a server that works on a long prompt does not do it before
-_QUESTIONS = ("Why?", "1 2")  # what they have in common is what any question begins with
+_SAVED_WITHIN = 10.0  # seconds; a server that reads a long prompt saves nothing before that is done
+_QUESTIONS = ("Why?", "1 2")  # what their prompts have in common begins the prompt of any question
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class Pin:
 
     name: str  # its name
     tokens: int  # its length
-    seconds: float  # seconds until it was there
-    # Seconds that reading it took, now or in the past; None where that is not known.
+    seconds: float  # seconds until it was read or restored
+    # Seconds that reading it took, now or in the past; None if unknown.
     reading: float | None
     restored: bool  # whether it came from the disk
 
 
 class Slots:
-    """The slots of one server, by what it answers and by its log.
+    """The slots of one server, known by its answers and its log.
 
     The engine writes and reads files itself: `POST /slots/N?action=save|restore`, see
     `tools/server/README.md` of llama.cpp.
@@ -60,7 +60,7 @@ class Slots:
         self._reading: set[anyio.CancelScope] = set()
 
     async def contents(self) -> dict[int, Held]:
-        """Return what those at rest hold: the server knows before its log tells."""
+        """Return what the idle slots hold: the server knows before its log tells."""
         contents = {}
         for slot in await self._probe.ask_slots():
             number = slot.get("id")
@@ -72,13 +72,13 @@ class Slots:
         return contents
 
     async def free(self, *spared: Collection[int]) -> int:
-        """Return the one whose contents were used longest ago.
+        """Return the idle slot whose contents were used longest ago.
 
         Args:
-            spared: Those to take only where there is no other, the most precious first.
+            spared: Slots to use only if there is no other, the most precious first.
 
         Raises:
-            ServerError: There is none, or the server does not tell.
+            ServerError: No slot is idle, or the server doesn't list them.
         """
         slots = await self._probe.ask_slots()
         free = [int(slot.get("id", 0)) for slot in slots if not slot.get("is_processing")]
@@ -94,9 +94,9 @@ class Slots:
         return min(free, key=worth)
 
     async def save(self, slot: int, file: str) -> int:
-        """Write what one holds to a file in the server's folder; return its tokens.
+        """Write what a slot holds to a file in the server's folder; return its tokens.
 
-        It goes on when it is cancelled: else the engine would write what nobody keeps.
+        It continues when cancelled: otherwise the engine would write what nobody keeps.
 
         Raises:
             RefusedError: This build can't.
@@ -110,9 +110,9 @@ class Slots:
         return int(said.get("n_saved", 0))
 
     async def restore(self, slot: int, file: str, asked: anyio.Event) -> int:
-        """Read into one what a file in the server's folder holds; return its tokens.
+        """Read a file in the server's folder into a slot; return its tokens.
 
-        `asked` is set once the server has been asked to.
+        `asked` is set once the request has been sent.
 
         Raises:
             ServerCrashedError: The server broke off.
@@ -122,7 +122,7 @@ class Slots:
         return int(said.get("n_restored", 0))
 
     async def read(self, slot: int, tokens: list[int]) -> float | None:
-        """Have one hold a prompt; return the seconds, None where some of it was there before.
+        """Have a slot read a prompt; return the seconds, or None if it held some of it before.
 
         Raises:
             ServerError: The server refused it, broke off, or is being stopped.
@@ -141,7 +141,7 @@ class Slots:
         return None if timings.get("cache_n") else timings.get("prompt_ms", 0.0) / 1000
 
     def hang_up(self) -> None:
-        """Break off what is being read: the server is to stop."""
+        """Cancel the reading of prompts: the server is to stop."""
         for scope in self._reading:
             scope.cancel()
 
@@ -173,8 +173,8 @@ class Slots:
 class PromptKeeper:
     """The kept prompts of one server.
 
-    Its states depend on `facts`, as `state_facts` tells. `notify` is called with sentences for the
-    user, `tell` with each prompt that is restored.
+    Its states depend on `facts`, which `state_facts` returns. `notify` is called with sentences for
+    the user, `tell` with each prompt that is restored.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class PromptKeeper:
         clock: Callable[[], float],
     ) -> None:
         self._profile = config.profile
-        # Not by its alias, which a profile may give to each of its models.
+        # Not its alias, which a profile may give to each of its models.
         self._model = config.known_as or Path(path_text(config.model)).stem
         self._facts, self._store = dict(facts), PromptStore.of(config)
         self._slots, self._probe, self._log, self._clock = Slots(probe, log), probe, log, clock
@@ -199,13 +199,13 @@ class PromptKeeper:
         self._candidates: list[KeptPrompt] = []
         # By slot: what was restored, and the last task before that, until a request uses it.
         self._restored: dict[int, tuple[KeptPrompt, int]] = {}
-        self._pins: dict[int, KeptPrompt] = {}  # by slot, until something else is in it
+        self._pins: dict[int, KeptPrompt] = {}  # by slot, until it holds something else
         self._begun = self._off = False
         self._complaints: set[str] = set()
         self._turn = anyio.Lock()
 
     async def look(self) -> None:
-        """Find what can be restored, while the server loads; damage is looked for, too."""
+        """Find what can be restored, while the server loads, and delete what is damaged."""
         for prompt in await run_sync(self._store.prompts):
             if prompt.name or (prompt.profile, prompt.model) != (self._profile, self._model):
                 continue
@@ -219,7 +219,7 @@ class PromptKeeper:
             await self._restore_late()
 
     async def prepare(self) -> None:
-        """Learn the rest of what states depend on from the server itself, before it is ready."""
+        """Ask the server itself for the rest of what states depend on, before it is ready."""
         self._off = await run_sync(self._store.is_useless, self._facts)
         contexts = [slot.get("n_ctx") for slot in await self._probe.ask_slots()]
         self._facts[_CONTEXT] = digest_of(*contexts)
@@ -229,7 +229,7 @@ class PromptKeeper:
     async def restore(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Restore what the slots held.
 
-        Its task has started once the server has been asked to: whatever is asked later, waits.
+        Its task counts as started once the server has received the requests: later ones wait.
         """
         async with self._turn, anyio.create_task_group() as tasks:
             candidates = () if self._off else tuple(self._candidates)
@@ -246,7 +246,7 @@ class PromptKeeper:
         self._begun = True
 
     async def _restore_late(self) -> None:
-        """Restore what was found when the server was ready, where nobody has asked since."""
+        """Restore what was found after the server was ready, into slots that are still unused."""
         async with self._turn:
             used = {slot for slot, held in self._log.held.items() if held.tokens >= _WORTH}
             used |= {slot for slot, _ in self._log.active}
@@ -262,8 +262,8 @@ class PromptKeeper:
         began = self._clock()
         try:
             tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
-        except ServerCrashedError:  # the next server would break off in the same way
-            await self._remove(prompt, "broke the server")
+        except ServerCrashedError:  # it would crash the next server in the same way
+            await self._remove(prompt, "made the server fail")
             return False
         except ServerError as error:
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
@@ -271,7 +271,7 @@ class PromptKeeper:
         finally:
             asked.set()
         if tokens != prompt.tokens:
-            await self._remove(prompt, "was not restored whole")
+            await self._remove(prompt, "was only partly restored")
             return False
         self._restored[slot] = prompt, before[slot].task if slot in before else -1
         restored = Restored(prompt.tokens, self._clock() - began, prompt.reading)
@@ -282,10 +282,10 @@ class PromptKeeper:
 
     async def _remove(self, prompt: KeptPrompt, why: str) -> None:
         await run_sync(self._store.discard, prompt.key)
-        self._notify(f"{_kept(prompt)} {why}, and is removed.", Level.WARNING)
+        self._notify(f"{_kept(prompt)} {why}, so it was deleted.", Level.WARNING)
 
     async def tend(self) -> None:
-        """Save the slots of a server that rests."""
+        """Save the slots of a server that is idle."""
         rested, due = 0.0, 0.0
         while not self._off:
             await anyio.sleep(_LOOK)
@@ -304,11 +304,11 @@ class PromptKeeper:
             if held is None or held.task <= before:
                 continue
             del self._restored[slot]
-            # One that goes on where the prompt ended, and yet had to be read from its beginning.
+            # A request that extends the prompt, and yet had to be read from its beginning.
             if held.extends and held.cached is not None and held.cached < prompt.tokens / 2:
                 await self._give_up(
-                    "it read one again that was restored, as older builds do for models with"
-                    " sliding windows or recurrent layers"
+                    "it reads restored prompts again, as older builds do for models with sliding"
+                    " windows or recurrent layers"
                 )
 
     async def _give_up(self, why: str) -> None:
@@ -321,7 +321,7 @@ class PromptKeeper:
         )
 
     def _changed(self, contents: Mapping[int, Held]) -> list[int]:
-        """Return the slots whose contents are worth keeping, and are not kept yet."""
+        """Return the slots whose contents are worth keeping and not kept yet."""
         return [
             slot
             for slot, held in contents.items()
@@ -331,7 +331,7 @@ class PromptKeeper:
         ]
 
     async def save(self) -> None:
-        """Have the engine write what the slots at rest hold; `settle` keeps it."""
+        """Have the engine write what the idle slots hold; `settle` keeps it."""
         if self._off:
             return
         async with self._turn:
@@ -355,12 +355,12 @@ class PromptKeeper:
         await self._save(self._describe(slot, reading, request=self._request(slot, held)))
 
     def _request(self, slot: int, held: Held) -> str:
-        """Return a digest of the request that a slot held last, of all that there ever were."""
+        """Return a digest that identifies a slot's last request among all requests ever made."""
         process = self._probe.process
         return digest_of(process and (process.pid, process.create_time), slot, held.task)
 
     async def _save(self, prompt: KeptPrompt) -> KeptPrompt | None:
-        """Have the engine write a prompt; return it with its length, None where it did not."""
+        """Have the engine write a prompt; return it with its length, or None if it did not."""
         try:
             file = self._store.state(prompt.key).name
             tokens = await self._slots.save(prompt.slot, file)
@@ -380,7 +380,7 @@ class PromptKeeper:
         return prompt
 
     def _describe(self, slot: int, reading: float | None, **known: Any) -> KeptPrompt:
-        """Return a record of what a slot holds, with fields of its own."""
+        """Return a record of what a slot holds, with further fields."""
         return KeptPrompt(
             key=self._store.new_key(),
             profile=self._profile,

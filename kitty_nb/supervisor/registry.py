@@ -1,4 +1,4 @@
-"""The registry of running servers, by profile: records, the lock of a start, the last failure."""
+"""The registry of running servers, by profile: records, start locks and last failures."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-# Seconds after an announcement: by then a spawned process shows its mark, also on a busy machine;
-# from then on the announcement is void.
+# Seconds after an announcement: by the first, a spawned process shows its mark, even on a busy
+# machine; from the second on, the announcement is void.
 _MARKED_WITHIN, _SPAWNED_WITHIN = 3.0, 60.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
 def this_boot() -> str:
-    """Return which run of this machine's system it is; empty where the system does not tell."""
+    """Return the id of this machine's current boot; empty if the system doesn't tell."""
     try:
         return _BOOT.read_text().strip()
     except OSError:
-        return ""  # macOS tells a process's time of day, which no other boot repeats
+        return ""  # macOS dates a process by the time of day, which no other boot repeats
 
 
 class ServerRecord(BaseModel):
@@ -47,25 +47,25 @@ class ServerRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pid: int = 0  # its process; 0 while it is only announced, as it is about to be spawned
+    pid: int = 0  # its process; 0 while it is only announced, because it is about to be spawned
     create_time: float = 0.0  # when that process began; see `ServerProcess`
-    # Which run of the system it belongs to, where the system tells.
+    # The boot of the system that it belongs to, if the system tells.
     boot: str = Field(default_factory=this_boot)
-    # When its start was asked for, in seconds of the monotonic clock, which all processes of one
+    # When its start was requested, in seconds of the monotonic clock, which all processes of one
     # boot share and nobody can set.
     began: float
     ready: float | None = None  # when it became ready, likewise; None before
-    load_seconds: float | None = None  # what the load took; None before it was ready
-    api_key: Secret | None = None  # what it asks its clients for; None when it asks for nothing
-    idle_seconds: int = 0  # how long it may be unused before its sidecar ends it; 0 is for ever
-    # What it can put the model on beside the processor; None while nobody has asked.
+    load_seconds: float | None = None  # seconds of the load; None before it was ready
+    api_key: Secret | None = None  # the key that it requires of clients; None if it requires none
+    idle_seconds: int = 0  # how long it may be unused before its sidecar stops it; 0 for no limit
+    # The devices other than the CPU that can hold the model; None while nobody has asked.
     devices: tuple[str, ...] | None = None
-    # What its kept prompts depend on; None where it keeps none.
+    # What its kept prompts depend on; None if it keeps none.
     prompts: dict[str, str] | None = None
     config: ServerConfig  # what it was started with
 
     def names(self, process: ServerProcess) -> bool:
-        """Tell whether it is the record of this process."""
+        """Return whether it is the record of this process."""
         return (self.pid, self.create_time) == (process.pid, process.create_time)
 
     def of(self, process: ServerProcess) -> Self:
@@ -74,21 +74,21 @@ class ServerRecord(BaseModel):
 
 
 def record_path(config: ServerConfig) -> Path:
-    """The path of a profile's record while its server is meant to run."""
+    """Return the path of a profile's record while its server is meant to run."""
     return config.log_dir / f"{config.profile}{RECORD}"
 
 
 def read_record(config: ServerConfig) -> ServerRecord | None:
-    """Return the record of a profile, or None when there is none that can be believed."""
+    """Return the record of a profile, or None if there is none that can be trusted."""
     record = _read(record_path(config))
     return record if record and record.pid else None
 
 
 def refuse_open_folder(config: ServerConfig) -> None:
-    """Refuse a log folder whose records and logs may be another user's.
+    """Reject a log folder whose records and logs may be another user's.
 
     Raises:
-        ServerFailedError: Whose it is, or that others can write there.
+        ServerFailedError: It belongs to another user, or others can write there.
     """
     if reason := distrust(config.log_dir) or distrust(record_path(config)):
         raise ServerFailedError(
@@ -98,7 +98,7 @@ def refuse_open_folder(config: ServerConfig) -> None:
 
 
 def find_server(config: ServerConfig) -> ServerRecord | None:
-    """Return the record of a profile's server if that server runs, and listens once it is ready."""
+    """Return the record of a profile's server if it runs and, once ready, listens."""
     record = _find(record_path(config))
     process = record and process_of(record)
     if not record or not process:
@@ -108,12 +108,12 @@ def find_server(config: ServerConfig) -> ServerRecord | None:
 
 
 def mark_of(record: ServerRecord) -> dict[str, str]:
-    """Return what a server's environment holds, so that it is found before its pid is recorded."""
+    """Return the mark in a server's environment by which it is found before its pid is recorded."""
     return {MARK: f"{record_path(record.config)} {record.began!r}"}
 
 
 def _find(path: Path) -> ServerRecord | None:
-    """Read a record, and complete that of a server whose program was killed as it was spawned."""
+    """Read a record, and complete it if the program was killed while it spawned the server."""
     record = _read(path)
     if record is None or record.pid:
         return record
@@ -130,14 +130,14 @@ def _find(path: Path) -> ServerRecord | None:
 
 
 def _age(path: Path) -> float:
-    """The seconds since a file was written."""
+    """Return the seconds since a file was written."""
     return time.time() - path.stat().st_mtime
 
 
 def may_show_soon(config: ServerConfig) -> bool:
-    """Tell whether a server may have been spawned just now that does not show its mark yet.
+    """Return whether a server that does not show its mark yet may just have been spawned.
 
-    Ask while the profile's lock is held: whoever announced the server was killed then.
+    Call this while holding the profile's lock: whoever announced the server was killed then.
     """
     path = record_path(config)
     with suppress(OSError):
@@ -146,14 +146,14 @@ def may_show_soon(config: ServerConfig) -> bool:
 
 
 def leaving_server(config: ServerConfig) -> ServerProcess | None:
-    """Return the process of a profile's server that is being ended, and has not ended yet."""
+    """Return the process of a profile's server that is being stopped and has not exited yet."""
     record = _read(withdrawn_path(record_path(config)))
     return process_of(record) if record else None
 
 
 def record_of(pid: int, folder: Path) -> ServerRecord | None:
-    """Return the record of the server that is this process or its wrapper, of whatever profile."""
-    with suppress(OSError):  # a folder that cannot be looked at has none
+    """Return the record of the server that is this process or its wrapper, for any profile."""
+    with suppress(OSError):  # an unreadable folder has none
         for record in filter(None, map(_find, folder.glob(f"*{RECORD}"))):
             if (process := process_of(record)) and process.includes(pid):
                 return record
@@ -177,10 +177,10 @@ def _read(path: Path) -> ServerRecord | None:
 
 
 def write_record(record: ServerRecord) -> None:
-    """Write the record, whole or not at all, for its owner's eyes only.
+    """Write the record completely or not at all, readable only by its owner.
 
     Raises:
-        OSError: When the folder cannot be written.
+        OSError: The folder can't be written to.
     """
     path = record_path(record.config)
     write_atomic(path, record.model_dump_json(context=SHOW_SECRETS).encode(), durable=False)
@@ -188,7 +188,7 @@ def write_record(record: ServerRecord) -> None:
 
 
 def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
-    """Withdraw the record of this process, so that its end is known to be meant."""
+    """Withdraw the record of this process, which marks its exit as intended."""
     record, path = read_record(config), record_path(config)
     damaged = record is None and path.is_file()
     if damaged or (record and record.names(process)):
@@ -197,10 +197,10 @@ def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
 
 
 def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
-    """True if somebody has withdrawn the record of this process in order to end it.
+    """Return whether somebody has withdrawn the record of this process in order to stop it.
 
-    The record of a process that died by itself stays until the next start, for all who watch. One
-    that is damaged, or was lost with its folder, nobody has withdrawn.
+    The record of a process that exited on its own stays until the next start, for all who watch. A
+    record that is damaged, or was lost with its folder, does not count as withdrawn.
     """
     if record := read_record(config):
         return not record.names(process)
@@ -216,7 +216,7 @@ def note_failure(config: ServerConfig, reason: str) -> None:
 
 
 def last_failure(config: ServerConfig) -> str | None:
-    """Return why the last server failed; None when it did not, or this user did not start it."""
+    """Return why the last server failed; None if it did not, or this user did not start it."""
     path = failure_path(record_path(config))
     with suppress(OSError, UnicodeDecodeError):
         return None if distrust(path) else path.read_text(encoding="utf-8")
@@ -225,13 +225,13 @@ def last_failure(config: ServerConfig) -> str | None:
 
 @contextmanager
 def profile_lock(config: ServerConfig) -> Iterator[bool]:
-    """Hold the right to start this profile's server; yields False where another has it.
+    """Hold the right to start this profile's server; yield False if another program has it.
 
-    The system frees it when its holder ends, in whatever way, so it cannot become stale.
+    The system releases it when its holder exits, in whatever way, so it can't become stale.
 
     Raises:
-        ServerFailedError: When others can write to the folder.
-        OSError: When it cannot be written.
+        ServerFailedError: Others can write to the folder.
+        OSError: It can't be written to.
     """
     config.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     refuse_open_folder(config)
@@ -247,9 +247,9 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
 
 
 def who_owns(config: ServerConfig, locked: bool) -> str | None:
-    """Say who keeps a profile's server from being started; None where nobody does.
+    """Return who prevents the start of a profile's server; None if nobody does.
 
-    `locked` tells whether we hold the profile's lock. Run it in a worker thread.
+    `locked` is whether we hold the profile's lock. Run it in a worker thread.
     """
     record = _find(record_path(config))
     if record and process_of(record):

@@ -1,4 +1,4 @@
-"""The requests that a server has finished or works on, told by its log and its slots."""
+"""The finished and active requests of a server, according to its log and its slots."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 KEPT = 200  # finished requests
-_PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the most that the request for READY takes
-_TELLING = 32  # tokens; a pace measured on fewer is of one batch's overhead
-_LATE = 0.3  # seconds; lines are read sooner after they were written
-_RECENT = 20  # requests, whose cache hits and drafts are told
-_SEEN_AFTER = 1.0  # seconds; from here on, slots and log know of the same requests
+_PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the maximum of the request that proves READY
+_TELLING = 32  # tokens; a pace measured on fewer is that of a batch's overhead
+_LATE = 0.3  # seconds; lines are read within this time of being written
+_RECENT = 20  # requests whose cache hits and drafts are reported
+_SEEN_AFTER = 1.0  # seconds after which slots and log know of the same requests
 _BATCH = 2048  # tokens; llama.cpp's default
-_COMPUTES = 0.5  # processor seconds a second; less, and a GPU computes
-_SURE = 0.9  # the part of a batch that is told at the expected pace
+_COMPUTES = 0.5  # CPU seconds per second; with less, a GPU computes
+_SURE = 0.9  # the part of a batch that is shown at the expected pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +33,31 @@ class Held:
 
     task: int  # the number of the request
     tokens: int  # those of its prompt and answer
-    cached: int | None = None  # how many of them were there before; None where the log does not say
-    # Whether the request went on where the slot's contents ended, as far as known.
+    cached: int | None = None  # how many of them were there before; None if the log doesn't say
+    # Whether the request continued where the slot's contents ended, as far as known.
     extends: bool = False
 
 
 @dataclass(slots=True)
 class ActiveRequest:
-    """A request that the server still works on; times are in seconds of one clock."""
+    """A request that the server is still processing; times are in seconds of one clock."""
 
     began: float  # when work on it began
-    read_at: float  # when so much of its prompt was read as is now
+    read_at: float  # when the prompt had been read as far as now
     prompt: int | None = None  # tokens of its whole prompt, once known
     cached: int | None = None  # how many of them came from the cache
-    read: int = 0  # how many of them have been read, with the cached ones
+    read: int = 0  # how many of them have been read, including the cached ones
     # Tokens a second in the last batch of the prompt; None before the first.
     pace: float | None = None
-    load: float = 0.0  # processor seconds a second in that batch
-    spent: float = 0.0  # processor seconds that the server had used at `read_at`
+    load: float = 0.0  # CPU seconds per second in that batch
+    spent: float = 0.0  # CPU seconds that the server had used at `read_at`
     rest: int = 0  # tokens that were left when all but the last few were read
-    shown: int = 0  # how many tokens were last told to be read
+    shown: int = 0  # how many tokens were last shown as read
     decoded: int | None = None  # tokens of the answer
-    # Where the batch that is being read ends, in tokens of the prompt, where slots tell.
+    # Where the current batch ends, in tokens of the prompt, if slots tell.
     batch: int | None = None
-    limit: int | None = None  # the most tokens that the answer may have, where slots tell
-    # How many of the answer's tokens slots told first, and when.
+    limit: int | None = None  # the maximum tokens of the answer, if slots tell
+    # How many of the answer's tokens slots reported first, and when.
     begun: tuple[int, float] | None = None
     reading: float | None = None  # seconds that reading the prompt took
     computed: int | None = None  # tokens of the prompt that were read, without the cached ones
@@ -65,11 +65,11 @@ class ActiveRequest:
     seconds: float | None = None  # seconds that it took
     accepted: float | None = None  # the share of drafted tokens that were accepted
     cancelled: bool = False  # whether its client has gone
-    error: str = ""  # what the server says went wrong
-    extends: bool = False  # whether it goes on where the slot's contents end
+    error: str = ""  # the error that the server reports
+    extends: bool = False  # whether it continues where the slot's contents end
 
     def advance(self, read: int, at: float, spent: float) -> None:
-        """Note that a batch is read, and the processor seconds that the server has used so far."""
+        """Note that a batch is read, and the CPU seconds that the server has used so far."""
         step, seconds = read - self.read, at - self.read_at
         if step >= _TELLING and seconds > 0:
             self.pace, self.load = step / seconds, (spent - self.spent) / seconds
@@ -78,7 +78,7 @@ class ActiveRequest:
         self.read, self.read_at, self.spent = read, at, spent
 
     def finish(self, held: int, at: float, epoch: float) -> Request:
-        """Return the record of its end.
+        """Return the record of the finished request.
 
         Args:
             held: Tokens that its slot holds: those of the prompt, and all of the answer but one.
@@ -117,7 +117,7 @@ class ActiveRequest:
         )
 
 
-# A number as logs write it, of a size that nothing chokes on.
+# A number as logs write it, of limited length.
 _NUMBER = r"\d{1,12}(?:\.\d{1,12})?"
 # `minutes.seconds.milliseconds.microseconds` since the server's start; old builds write none.
 _CLOCK = re.compile(r"(\d{1,9})\.(\d\d)\.(\d{3})\.(\d{3}) ")
@@ -143,7 +143,7 @@ class RequestLog:
     """Follows the requests through a server's log.
 
     Args:
-        began: When the server's process began, in seconds of the clock that `read` is told; `dated`
+        began: When the server's process began, in seconds of the clock that `read` uses; `dated`
             corrects it.
         epoch: What to add to that clock for seconds since the epoch.
     """
@@ -151,27 +151,27 @@ class RequestLog:
     def __init__(self, began: float = 0.0, epoch: float = 0.0) -> None:
         self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
         self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
-        self.held: dict[int, Held] = {}  # by each slot since its last request
-        self.heard = False  # whether this build's log has told of a finished request
-        # Of the last prompt: tokens a second, None before the first, and processor seconds a
-        # second, 0 where not known.
+        self.held: dict[int, Held] = {}  # by slot, since its last request
+        self.heard = False  # whether this build's log has reported a finished request
+        # Of the last prompt: tokens per second, None before the first, and CPU seconds per second,
+        # 0 if unknown.
         self.prompt_speed: float | None = None
         self.load = 0.0
-        self.rest = 0  # tokens at the end of a prompt that are read apart, as far as known
-        self.spent = 0.0  # processor seconds of the server so far; whoever reads its log sets it
+        self.rest = 0  # tokens at the end of a prompt that are read separately, as far as known
+        self.spent = 0.0  # CPU seconds of the server so far, set by whoever reads its log
         self._epoch = epoch
-        # The server's own clock began a moment after its process. Whoever reads its lines as they
-        # come learns when; lines of the past are dated by the process.
+        # The server's own clock began a moment after its process. Reading its lines as they arrive
+        # shows when; earlier lines are dated by the process.
         self._zero, self._live = began, False
         self._last: tuple[int, int] | None = None
-        self._extended: set[int] = set()  # the slots that the next request goes on with
+        self._extended: set[int] = set()  # the slots whose contents the next request extends
 
     def dated(self, began: float) -> None:
         """Correct when the server's process began, before its first lines are read."""
         self._zero = began
 
     def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
-        """Take lines, as `readable` returns them; return the requests that they finish."""
+        """Process lines, as `readable` returns them; return the requests that they finish."""
         ended = [request for line in lines for request in self._read_line(line, at)]
         self._live = True
         self.finished.extend(ended)
@@ -257,7 +257,7 @@ class RequestLog:
 
 
 def _is_probe(request: Request) -> bool:
-    """True for the request by which a server proves that it is ready."""
+    """Return whether it is the request by which a server proves that it is ready."""
     small = (request.prompt_tokens or 0) <= _PROBE_PROMPT
     return (
         request.ended is Ending.FINISHED and small and (request.answer_tokens or 0) <= _PROBE_ANSWER
@@ -267,8 +267,8 @@ def _is_probe(request: Request) -> bool:
 class AnswerPace:
     """The tokens per second between two reads of `/slots`.
 
-    The server counts tokens of a request while it works on it, so this costs it nothing more than
-    the look. What a request brought between the last look and its end is not seen.
+    The server counts the tokens of a request anyway, so this costs it no more than the read. Tokens
+    between the last read and the end of a request are not seen.
     """
 
     def __init__(self) -> None:
@@ -278,10 +278,10 @@ class AnswerPace:
         self._silent_since: float | None = None
 
     def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
-        """Return the tokens a second since the last ones; None at the first look, or untold.
+        """Return the tokens per second since the last ones; None at the first read, or if untold.
 
         A slow server's next token may take several reads: until then the pace is the last one, or
-        that of a token which came now, whichever is lower. `at` is in seconds of any clock.
+        that of a token that arrives now, whichever is lower. `at` is in seconds of any clock.
         """
         busy = {
             (slot.get("id"), slot.get("id_task")): decoded(slot)
@@ -300,7 +300,7 @@ class AnswerPace:
             return None
         if at <= since:
             return None
-        # A count that falls is another request's, in a build that does not number them.
+        # A falling count is that of another request, in a build that does not number them.
         risen = {slot: count - before.get(slot, 0) for slot, count in counts.items()}
         fresh = sum(counts[slot] if rise < 0 else rise for slot, rise in risen.items())
         if not fresh and any(counts.values()):
@@ -309,12 +309,12 @@ class AnswerPace:
         return self._pace
 
     def silence(self, at: float) -> float:
-        """Return for how many seconds requests have been worked on without a first token."""
+        """Return for how many seconds requests have been processed without a first token."""
         return 0.0 if self._silent_since is None else at - self._silent_since
 
 
 def decoded(slot: dict[str, Any]) -> int | None:
-    """Tokens of the answer so far. Builds differ in whether `next_token` is a list."""
+    """Return the answer's tokens so far. Builds differ in whether `next_token` is a list."""
     tokens = slot.get("next_token")
     if isinstance(tokens, list):
         tokens = tokens[0] if tokens else None
@@ -323,10 +323,10 @@ def decoded(slot: dict[str, Any]) -> int | None:
 
 
 class WorkMeter:
-    """Combines what a server's log and its slots tell.
+    """Combines what a server's log and its slots report.
 
-    What only the slots tell of is added to the log's tasks. Of a prompt, at most `batch` tokens are
-    read at once. A server that routes shows no slots, which would tell when an answer begins.
+    What only the slots report is added to the log's tasks. At most `batch` tokens of a prompt are
+    read at once. A router shows no slots, which would tell when an answer begins.
     """
 
     def __init__(self, log: RequestLog, batch: int | None = None, *, routes: bool = False) -> None:
@@ -338,13 +338,13 @@ class WorkMeter:
 
     @property
     def busy(self) -> bool:
-        """True if requests are worked on."""
+        """True if requests are being processed."""
         return bool(self.log.active)
 
     def look(self, slots: Iterable[dict[str, Any]], pace: float | None, at: float) -> None:
-        """Take the answer of `/slots`; an empty one changes nothing.
+        """Process the answer of `/slots`; an empty one changes nothing.
 
-        `pace` is the tokens a second since the last one, `at` in seconds of the log's clock.
+        `pace` is the tokens per second since the last one, `at` in seconds of the log's clock.
         """
         slots = tuple(slots)
         if not slots:
@@ -356,14 +356,14 @@ class WorkMeter:
             if slot.get("is_processing") and isinstance(number, int) and isinstance(task, int):
                 working[number, task] = slot
         for key, task in tuple(self.log.active.items()):
-            # Its end may stand in lines that were lost when the log was rotated.
+            # Its end may be in lines that were lost when the log was rotated.
             if key not in working and at - task.began > _SEEN_AFTER:
                 del self.log.active[key]
         for key, slot in working.items():
             _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
 
     def note_restored(self, restored: Restored, at: float) -> None:
-        """Take a kept prompt that was restored; it is told of until something else is asked."""
+        """Note a kept prompt that was restored; it is reported until the next request."""
         self._restored = at, restored
 
     def work(self, at: float) -> Work:
@@ -391,10 +391,10 @@ class WorkMeter:
         )
 
     def _reading(self, task: ActiveRequest, at: float) -> PromptProgress:
-        """Estimate a prompt's progress: what is read, and part of the batch under way.
+        """Estimate a prompt's progress: what is read, and part of the current batch.
 
-        The pace is that of this prompt's last batch; in the first, that of the last prompt. Where
-        the processor computes, its time counts: of that, a token takes as much on a busy machine.
+        The pace is that of this prompt's last batch; in the first, that of the last prompt. If the
+        CPU computes, its time counts, because a token takes as much of it on a busy machine.
         """
         seconds, speed = max(at - task.began, 0.0), task.pace or self.log.prompt_speed
         if not (speed and task.prompt and task.prompt >= _TELLING):
@@ -405,7 +405,7 @@ class WorkMeter:
         if load >= _COMPUTES:
             since = (self.log.spent - task.spent) / load
         share = speed * since / max(batch - task.read, 1)
-        if share > _SURE:  # slower than expected: come closer and closer to the end of the batch
+        if share > _SURE:  # slower than expected: approach the end of the batch ever more slowly
             share = 1 - (1 - _SURE) * _SURE / share
         done = min(task.read + int(share * (batch - task.read)), task.prompt - 1)
         task.shown = max(task.shown, done)
@@ -413,7 +413,7 @@ class WorkMeter:
 
 
 def _note(task: ActiveRequest, slot: dict[str, Any], at: float) -> None:
-    """Note what a slot tells of its task at a time."""
+    """Note what a slot reports about its task at a time."""
     told = decoded(slot)
     if told is None:
         return
@@ -428,6 +428,6 @@ def _note(task: ActiveRequest, slot: dict[str, Any], at: float) -> None:
     if isinstance(left, int) and left >= 0:
         task.limit = told + left
     batch = slot.get("n_prompt_tokens")
-    # A slot that has not begun still tells of its last request.
+    # A slot that has not begun still reports its last request.
     if slot.get("n_prompt_tokens_processed") and isinstance(batch, int) and not told:
         task.batch = batch

@@ -1,4 +1,4 @@
-"""The models of a router: a server that loads and unloads them, a child for each."""
+"""The models of a router: a server that loads and unloads them, each in a child process."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class RouterModels:
         pid: The router's process.
         who: The router, in words.
         config: The settings of its profile.
-        api: Asks it.
+        api: Sends it requests.
         emit: Called with each event.
         pinned: The models that are to stay loaded.
-        look_at_log: Reads on in its log, where there is one.
+        look_at_log: Reads on in its log, if there is one.
 
     Attributes:
-        alias: The model in use, of those that are loaded; None where none is.
-        model: The file name of that model, where that is known.
+        alias: The loaded model that is in use; None if none is loaded.
+        model: The file name of that model, if known.
         names: All its models.
         pinned: Those that are to stay loaded.
     """
@@ -97,15 +97,15 @@ class RouterModels:
         self._models: dict[str, ModelStatus] = {}
         self._followed: dict[str, anyio.Event] = {}  # loads under way
         self._progress: dict[str, LoadProgress] = {}  # of loads under way
-        self._listens: dict[str, float] = {}  # when the log said so of each port
-        self._children: dict[str, tuple[_Child, HealthCheckResult]] = {}  # as they answered last
-        self._used = anyio.Event()  # another model than the pinned ones was
+        self._listens: dict[str, float] = {}  # by port, when the log said so
+        self._children: dict[str, tuple[_Child, HealthCheckResult]] = {}  # with their last answers
+        self._used = anyio.Event()  # set when a model that is not pinned was used
         self._tasks: TaskGroup | None = None
         self._over = False
 
     @property
     def models(self) -> dict[str, RoutedModel]:
-        """Each model, and how far its load is."""
+        """Each model, and the progress of its load."""
         return {
             name: RoutedModel(status.value, self._progress.get(name))
             for name, status in self._models.items()
@@ -129,14 +129,14 @@ class RouterModels:
             tasks.start_soon(self._touch_pinned)
 
     async def close(self) -> None:
-        """Call off a load that was requested here."""
+        """Cancel a load that was requested here."""
         self._over = True
         self._loading.cancel()
         async with self._turn:
             pass
 
     def read_log(self, lines: Iterable[str]) -> None:
-        """Take lines of its log, which tell of each request, and of loads too short to be seen."""
+        """Process lines of its log, which report each request, and loads too short to be seen."""
         for line in lines:
             if (used := _USED.search(line)) and used["model"] not in self.pinned:
                 self._used.set()
@@ -154,8 +154,9 @@ class RouterModels:
     async def _touch_pinned(self) -> None:
         """Use the pinned models whenever another was, so that they are not the least recently used.
 
-        That is what a router unloads to make room. One that was unloaded nevertheless is loaded
-        again when nobody asks for anything, as two loads at once may get in each other's way.
+        The least recently used model is what a router unloads to make room. A pinned one that was
+        unloaded nevertheless is loaded again when there are no requests, because two loads at once
+        may get in each other's way.
         """
         while True:
             await self._used.wait()
@@ -171,10 +172,10 @@ class RouterModels:
                         await self._order("load", name)
 
     def named(self, model: str | Path | None) -> str:
-        """Return the router's own name of one of its models.
+        """Return the router's own name for one of its models.
 
         Args:
-            model: That name, or a file that is called so; None for the model in use.
+            model: That name, or a file of that name; None for the model in use.
 
         Raises:
             ServerFailedError: It has no such model.
@@ -188,15 +189,15 @@ class RouterModels:
         return name
 
     async def load(self, name: str, *, fresh: bool) -> None:
-        """Load one of a router's models, and report how that goes. If cancelled, unload it again.
+        """Load one of the router's models, and report its progress. If cancelled, unload it again.
 
         Args:
-            name: Which one.
-            fresh: Unload it before, where it is loaded.
+            name: The model.
+            fresh: Whether to unload it first, if it is loaded.
 
         Raises:
-            ServerFailedError: The router does not load it.
-            StartCancelledError: The router was detached from, or has ended, before that.
+            ServerFailedError: The router did not load it.
+            StartCancelledError: The router was detached from, or exited, before that.
         """
         loaded = False
         async with self._turn:
@@ -223,10 +224,10 @@ class RouterModels:
         return status == ModelStatus.LOADED or await self._follow(name)
 
     async def _unload(self, name: str) -> None:
-        """Unload a model, and wait until its process has ended.
+        """Unload a model, and wait until its process has exited.
 
         Raises:
-            ServerFailedError: The router refuses, or its process does not end.
+            ServerFailedError: The router refuses, or the model's process does not exit.
         """
         with anyio.move_on_after(_ENDS_WITHIN):
             await self._order("unload", name)
@@ -245,13 +246,13 @@ class RouterModels:
     async def _look(self, preferred: str | None = None) -> ModelStatus:
         """Read the status of its models, and report those that it has unloaded.
 
-        A router that is too busy to answer has them as before.
+        If the router is too busy to answer, they stay as before.
 
         Args:
-            preferred: The model that is in use from now on, if it is loaded.
+            preferred: The model to use from now on, if it is loaded.
 
         Returns:
-            That model's status; one that is gone is unloaded.
+            That model's status; UNLOADED if it is gone.
         """
         if models := await self._api.models():
             before, self._models = self._models, models
@@ -271,7 +272,7 @@ class RouterModels:
         return self._models.get(preferred or "", ModelStatus.UNLOADED)
 
     async def _watch_models(self, tasks: TaskGroup) -> None:
-        """Follow the loads of a router, whoever asks for them."""
+        """Follow the loads of a router, whoever requests them."""
         while True:
             await self._look()
             for name, status in self._models.items():
@@ -280,7 +281,7 @@ class RouterModels:
             await anyio.sleep(_ASK_ROUTER_EVERY)
 
     async def _watch_health(self) -> None:
-        """Ask the processes of loaded models for their health; the router tells its own alone."""
+        """Check the health of loaded models' processes; the router reports only its own."""
         while True:
             await anyio.sleep(_ASK_CHILD_EVERY)
             for name in [n for n, one in self._models.items() if one == ModelStatus.LOADED]:
@@ -297,7 +298,8 @@ class RouterModels:
     async def _follow(self, name: str, *, order: bool = True) -> bool:
         """Show one load from its beginning to its end; return whether it succeeded.
 
-        It may be ordered here, unless it is under way: a short one may be over at the next poll.
+        With `order`, it is also requested here, unless it is under way: a short one may be over at
+        the next poll.
         """
         if other := self._followed.get(name):
             await other.wait()
@@ -324,7 +326,7 @@ class RouterModels:
     async def _show_load(self, name: str, *, asked: bool) -> bool:
         """Publish a load's progress, by its child's memory and the history of loads.
 
-        One that stalls is called off, if it was asked for here.
+        A load that stalls is cancelled, if it was requested here.
         """
         self._notify(f"The router is loading {name}.")
         child = await self._find_child(name)
@@ -409,7 +411,7 @@ class _Child:
 
 
 def _child(router: int, name: str | None) -> _Child | None:
-    """Find the process that a router has started for a model; None where the system hides it."""
+    """Find the process that a router has started for a model; None if the system hides it."""
     with suppress(psutil.Error):
         for process in psutil.Process(router).children():
             with suppress(psutil.Error, OSError):

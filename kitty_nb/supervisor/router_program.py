@@ -1,4 +1,4 @@
-"""The two programs that can be a router, llama-server and llama-swap: launched and asked."""
+"""The two programs that can be a router, llama-server and llama-swap: commands and requests."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class RouterPlan:
-    """What a router is started with.
+    """The plan for the start of a router.
 
     Attributes:
         profiles: The names of the profiles that it serves.
         command: The command line.
         path: The file that it names: presets, or the settings of llama-swap.
-        text: Its content.
-        notes: What is amiss, in sentences.
+        text: The content of that file.
+        notes: Warnings, in sentences.
         by_llama_swap: Whether llama-swap is the router.
-        ports: Those of its servers that other users are to be kept from.
+        ports: The ports of its servers that must be reserved for this user.
     """
 
     profiles: tuple[str, ...]
@@ -65,14 +65,14 @@ def pinned_profiles(config: ServerConfig) -> tuple[str, ...]:
 
 
 async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
-    """Return what starts a router for its profiles, of which as many are loaded as fit together.
+    """Return the plan for a router that loads as many of its profiles as fit into memory together.
 
-    It is llama-server's own; where a build has none, it is llama-swap.
+    It is llama-server's own router; if a build has none, it is llama-swap.
 
     Raises:
-        ConfigError: Listing what is wrong with the profiles.
-        UnknownFlagError: When this build lacks a flag in `extra_args`.
-        ServerFailedError: When it has no router, and there is no llama-swap, or an old one.
+        ConfigError: The profiles are wrong; it lists all problems.
+        UnknownFlagError: This build lacks a flag in `extra_args`.
+        ServerFailedError: This build has no router, and llama-swap is missing or too old.
     """
     from kitty_nb.formats import exports  # noqa: PLC0415 - only routers need YAML
 
@@ -95,7 +95,7 @@ async def router_command(config: ServerConfig, engine: Engine) -> RouterPlan:
         path = config.log_dir / f"{config.profile}.presets.ini"
         exported = await run_sync(exports.export, Format.ROUTER, profiles)
         command = [*build_router_command(engine, config, path, most)]
-    # The key that clients need comes by the environment, and other notes are about other programs.
+    # The key that clients need is passed in the environment; other notes are about other programs.
     told = ("left out", "names another")
     notes += [note for note in exported.notes if any(part in note for part in told)]
     names = tuple(one.profile for one in profiles)
@@ -118,7 +118,7 @@ async def _find_llama_swap(engine: Engine) -> str:
 
 
 def _swap_notes(config: ServerConfig, engine: Engine) -> list[str]:
-    """Return notes on what llama-swap does otherwise."""
+    """Return notes on what llama-swap does differently."""
     notes = []
     if goes_without_key(config):
         notes.append(
@@ -128,19 +128,19 @@ def _swap_notes(config: ServerConfig, engine: Engine) -> list[str]:
     if not engine.dialect.option(REUSE_PORT):
         notes.append(
             f"Other users of this machine can take the port of a model that is not loaded, and read"
-            f" what clients send, as this build of llama-server ({engine.version}) has no"
+            f" what clients send, because this build of llama-server ({engine.version}) has no"
             f" {REUSE_PORT}. Update llama.cpp."
         )
     if config.extra_args:
         key = f"LLAMACPP_{config.profile.upper()}_EXTRA_ARGS"
-        notes.append(f"{key} is left out: llama-swap doesn't take flags of llama-server.")
+        notes.append(f"{key} is ignored: llama-swap doesn't accept llama-server's flags.")
     return notes
 
 
 async def _most(
     config: ServerConfig, engine: Engine, profiles: Sequence[ServerConfig]
 ) -> tuple[int, list[str]]:
-    """Return how many of the profiles fit into memory together, and what is amiss with that."""
+    """Return how many of the profiles fit into memory together, and warnings about that."""
     measured = await run_sync(free_memory, None)
     _, memory = await Forecaster().find_memory(config, Running(), measured)
     needs = await run_sync(_needs, profiles, engine, memory or measured)
@@ -162,14 +162,14 @@ async def _most(
 def most_together(
     pinned: Sequence[Sequence[int]], others: Sequence[Sequence[int]], free: Sequence[int]
 ) -> int:
-    """Return the largest number of models of which any fit together, the pinned always among them.
+    """Return the largest number of models of which any fit together, always including the pinned.
 
-    A router unloads by a number of models, not by their memory. With this number it never has to.
+    A router limits the number of models, not their memory. With this limit, memory suffices.
 
     Args:
         pinned: What each pinned model needs of each pool, in bytes.
-        others: What each other model needs.
-        free: What each pool has.
+        others: What each other model needs of each pool.
+        free: What each pool has free.
     """
     most = len(pinned) + len(others)
     for pool, room in enumerate(free):
@@ -187,7 +187,7 @@ def most_together(
 def _needs(
     profiles: Sequence[ServerConfig], engine: Engine, memory: Memory
 ) -> list[tuple[int, ...]]:
-    """What each model needs of each pool, by the formula of the memory preview."""
+    """Return what each model needs of each pool, by the formula of the memory preview."""
     needs = []
     for one in profiles:
         shape = read_shape(one.require_model())
@@ -205,9 +205,9 @@ class ModelStatus(StrEnum):
 
 
 class LlamaServer:
-    """llama-server without a model; `tools/server/README.md` of llama.cpp."""
+    """llama-server without a model; see `tools/server/README.md` of llama.cpp."""
 
-    queues = False  # whether a load may have to wait until another model has ended
+    queues = False  # whether a load may have to wait until another model is unloaded
 
     def __init__(self, probe: HealthProbe) -> None:
         self._probe = probe
@@ -218,7 +218,7 @@ class LlamaServer:
         return {str(one.get("id")): _model_status(one.get("status")) for one in listed}
 
     async def order(self, verb: str, model: str) -> str:
-        """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
+        """Have it `load` or `unload` a model; return its reason for refusing, or nothing."""
         return await self._probe.request("POST", f"/models/{verb}", {"model": model})
 
     async def touch(self, model: str) -> None:
@@ -231,15 +231,15 @@ class LlamaSwap:
     """llama-swap: https://github.com/mostlygeek/llama-swap.
 
     Args:
-        probe: Asks it.
-        tasks: Where the request that loads a model waits for that.
+        probe: Sends it requests.
+        tasks: Where the requests that load models wait.
     """
 
     queues = True
 
     def __init__(self, probe: HealthProbe, tasks: TaskGroup) -> None:
         self._probe, self._tasks = probe, tasks
-        self._names: tuple[str, ...] = ()  # while it runs, always the same
+        self._names: tuple[str, ...] = ()  # they never change while it runs
         self._ordered: dict[str, anyio.CancelScope] = {}
 
     async def models(self) -> dict[str, ModelStatus]:
@@ -260,7 +260,7 @@ class LlamaSwap:
         return ModelStatus.LOADING if loading else ModelStatus.UNLOADED
 
     async def order(self, verb: str, model: str) -> str:
-        """Make it `load` or `unload` a model; return its reason to refuse, or nothing."""
+        """Have it `load` or `unload` a model; return its reason for refusing, or nothing."""
         if verb == "load":
             waiting = self._ordered[model] = anyio.CancelScope()
             self._tasks.start_soon(self._load, model, waiting)
@@ -271,7 +271,7 @@ class LlamaSwap:
         return await self._probe.request("POST", path, within=None)  # it answers when that is done
 
     async def _load(self, model: str, waiting: anyio.CancelScope) -> None:
-        """Ask the model's server for something: it is started for that. The look tells how."""
+        """Send the model's server a request, which starts it. The next look shows the result."""
         try:
             with waiting:
                 path = f"/upstream/{quote(model, safe='')}/health"
@@ -288,9 +288,9 @@ RouterApi = LlamaServer | LlamaSwap
 
 
 async def router_api(probe: HealthProbe, tasks: TaskGroup) -> RouterApi | None:
-    """Ask a server which router it is; None where it doesn't serve models by a child for each.
+    """Ask a server which router it is; None if it doesn't serve each model by a child process.
 
-    Requests that last as long as a load wait for that in `tasks`.
+    Requests that last as long as a load wait in `tasks`.
     """
     props = await probe.get("/props")
     if isinstance(props, dict) and props.get("role") == "router":
@@ -305,5 +305,5 @@ def _model_status(told: Any) -> ModelStatus:
         return ModelStatus.UNLOADED
     try:
         return ModelStatus(str(told.get("value")))
-    except ValueError:  # one that sleeps is loaded again by a request
+    except ValueError:  # a request loads a sleeping one again
         return ModelStatus.LOADED

@@ -61,17 +61,17 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
 
-# Seconds between two looks at the log. Each costs processor: of a load, a fiftieth of its time.
+# Seconds between two reads of the log. Each costs CPU time: of a load, a fiftieth of its time.
 _LOG_LOADING, _LOG_READY = 0.01, 0.1
-_LOG_PINNED = 0.03  # what is pinned must be used before the next request
+_LOG_PINNED = 0.03  # pinned models must be used before the next request
 # Seconds. The log announces READY first, so a hint in it triggers a check. Otherwise each pause is
 # so many times the last one, with a check at each whole second of a load.
 _ASK_FIRST, _ASK_FACTOR, _ASK_LONGEST, _ASK_READY = 0.01, 4, 1.0, 2.0
-# Seconds, while requests are worked on. A look at the slots costs the server a moment.
+# Seconds, while requests are processed. Reading the slots costs the server a moment.
 _WORK_SHOWN, _SLOTS_ASKED = 0.25, 0.5
-_AT_ONCE = 0.3  # seconds; a first answer that is no slower is not reported
+_AT_ONCE = 0.3  # seconds; a first answer within this time is not reported
 # Seconds. Started together, a server and its sidecar would slow each other down, and a server
-# that ends at once needs none.
+# that exits at once needs none.
 _SIDECAR_AFTER = 1.0
 _SIDECAR_THERE_WITHIN = 10.0  # on a busy machine too
 _LOADING = re.compile(r"loading model")
@@ -90,8 +90,8 @@ class Server:
 
     Args:
         generation: The number that its reports carry.
-        config: What to start.
-        api_key: What the server is to ask its clients for.
+        config: The settings to start it with.
+        api_key: The key that the server is to require of clients.
         emit: Called with each event, report and answer to a health check.
         found: The server to watch, if another program or kernel started it.
         clock: Seconds.
@@ -149,7 +149,7 @@ class Server:
         self._worked = anyio.Event()
         self.router: RouterModels | None = None  # once it is ready
         self._router_api: RouterApi | None = None
-        self.prompts: PromptKeeper | None = None  # where they are kept, and once that is known
+        self.prompts: PromptKeeper | None = None  # if they are kept, once that is known
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ class Server:
         return (self._record and self._record.devices) or ()
 
     def stop(self, force: bool) -> None:
-        """End the process, or cancel the launch if there is none yet."""
+        """Stop the process, or cancel the launch if there is none yet."""
         if self._process is None:
             self._launching.cancel()
         elif not self._ended:
@@ -169,8 +169,8 @@ class Server:
             self._tasks.start_soon(self._signal, self._process, force)
 
     async def run(self) -> None:
-        """Supervise the process until it ends. Cancelled, it leaves the process to its sidecar."""
-        refusal: KittyError | OSError | None = None  # stays None where the launch is cancelled
+        """Supervise the process until it exits. If cancelled, leave the process to its sidecar."""
+        refusal: KittyError | OSError | None = None  # stays None if the launch is cancelled
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._tasks.start_soon(self._measure_load)
@@ -216,7 +216,7 @@ class Server:
             self._start_sidecar()
 
     async def _launch(self) -> None:
-        """Start the profile's server, unless it runs elsewhere; leave none on failure or cancel."""
+        """Start the profile's server, unless it runs elsewhere; if this fails, leave no process."""
         config, devices = self._config, None
         self._notify("Server starting…")
         if not config.local_only:
@@ -310,7 +310,7 @@ class Server:
             sidecar = self._sidecar
             mark = sidecar.environment if sidecar else registry.mark_of(record)
             environment = server_environment(self.api_key) | mark
-            if config.models is not None:  # else it serves what llama.cpp has downloaded, too
+            if config.models is not None:  # else it would also serve what llama.cpp has downloaded
                 environment["LLAMA_CACHE"] = str(config.log_dir / "no models here")
             with keep_ports(self._kept_ports) as descriptors:
                 self._process = self._processes.spawn(
@@ -328,7 +328,10 @@ class Server:
             raise
 
     def _idle_seconds(self, command: tuple[str, ...]) -> int:
-        """The seconds after which the sidecar stops an unused server that frees nothing itself."""
+        """Return the seconds after which the sidecar stops an unused server; 0 for never.
+
+        A server that frees an idle model itself is not stopped.
+        """
         by_itself = command_line.sleeps(command) or self._config.models is not None
         return 0 if by_itself else self._config.idle_shutdown_seconds or 0
 
@@ -362,9 +365,10 @@ class Server:
     # The load
 
     async def _measure_load(self) -> None:
-        """Measure the load, and publish its progress once it is known how long it should take.
+        """Measure the load, and publish its progress once there is an estimate of its duration.
 
-        What the process has before its load begins must be measured, however long that takes.
+        What the process has before its load begins must be measured, however long the estimate
+        takes.
         """
         if self._found_ready:
             return
@@ -443,7 +447,7 @@ class Server:
     # Health
 
     async def _ask_health(self) -> None:
-        """Check health until the server is ready, and more rarely from then on."""
+        """Check health until the server is ready, and less often from then on."""
         pause = _ASK_FIRST
         async with anyio.create_task_group() as self._asking:
             while (result := await self._check(self._asking)).status is not ServerStatus.READY:
@@ -482,12 +486,12 @@ class Server:
                 await self._worked.wait()
 
     def _look_at_slots(self, pace: float | None) -> None:
-        """Take the answer of `/slots`; an end that it tells of stands in the log by now."""
+        """Process the answer of `/slots`; the log has any end of a request that it shows by now."""
         self._read_log()
         self.work.look(self.probe.slots, pace, self._clock())
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
-        """Check once. READY takes our own server, and an answer to a first request."""
+        """Check once. READY requires our own server, and an answer to a first request."""
         result = await self.probe.check()
         if result.status is not ServerStatus.READY:
             return result
@@ -503,7 +507,7 @@ class Server:
         return replace(result, status=ServerStatus.LOADING, message=FIRST_ANSWER)
 
     async def _verify_identity(self, tasks: TaskGroup) -> str | None:
-        """Return the reason to doubt that our server is what answers; None if it is."""
+        """Return the reason to doubt that it is our server that answers; None if it is."""
         if not await self.probe.find_listener():
             owner = await self._port_owner()
             who = owner.who if owner else "another server"
@@ -514,14 +518,14 @@ class Server:
             return "it rejects our API key"
         if self._config.models is not None:
             self._router_api = await router_api(self.probe, tasks)
-            return None if self._router_api else "it does not answer as a router does"
+            return None if self._router_api else "it does not answer like a router"
         if identity is Identity.OTHER_MODEL:
             name = self._config.served_alias
             return f"it answers, but not as {name}: something overrides --alias"
         return None
 
     async def _prove(self, answered: anyio.Event) -> None:
-        """Send a first request; give the server up if that fails."""
+        """Send a first request; give up on the server if that fails."""
         async with anyio.create_task_group() as tasks:
             if self.prompts:
                 tasks.start_soon(self.prompts.prepare)
@@ -568,7 +572,7 @@ class Server:
                 self._emit(event)
 
     def _enter(self, status: ServerStatus, elapsed: float) -> float:
-        """Act on another status; return the seconds that the load has taken."""
+        """React to a changed status; return the seconds that the load has taken."""
         if status is ServerStatus.LOADING:
             self._meter.enter_stage(Stage.LOADING, elapsed)
             self._emit(lifecycle.LoadBegan(self._generation))
@@ -606,13 +610,13 @@ class Server:
     # Its prompts
 
     async def _prompt_facts(self, engine: Engine) -> dict[str, str] | None:
-        """Return what kept prompts depend on; None where none are kept, or there is no folder."""
+        """Return what kept prompts depend on; None if none are kept, or there is no folder."""
         if not command_line.keeps_prompts(engine, self._config):
             return None
         try:
             problem = await run_sync(PromptStore.of(self._config).prepare)
         except OSError as error:
-            problem = f"Can't make {self._config.prompts_dir} ({error.strerror})."
+            problem = f"Can't create {self._config.prompts_dir} ({error.strerror})."
         if problem:
             self._notify(
                 f"{problem} Prompts are not kept. Set LLAMACPP_LOG_DIR to a folder that only you"

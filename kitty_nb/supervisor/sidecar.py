@@ -1,11 +1,12 @@
-"""The helper process of one server: it rotates the log, stops an idle server, and ends an orphan.
+"""The helper process of one server: it rotates the log, and stops an idle or orphaned server.
 
-It runs as long as its server, also when no notebook is open any more, and one begins beside each
-server, so it stays light: neither pydantic nor httpx is imported, and no event loop until the
-server has to be ended. Its kernel tells it through a pipe which server to watch. Where the
-settings say that the server ends with the kernel, the pipe stays open: when the kernel is gone,
-however that happened, the system closes its end, and the sidecar ends the server. The server of a
-kernel that was killed before it could tell is known by a mark in its environment.
+It runs as long as its server, even when no notebook is open any more, and one is started for each
+server, so it stays light: it imports neither pydantic nor httpx, and runs no event loop until it
+has to stop the server. Its kernel tells it through a pipe which server to watch. If the settings
+say that the server stops with the kernel, the pipe stays open: when the kernel is gone, for
+whatever reason, the system closes its end of the pipe, and the sidecar stops the server. If the
+kernel was killed before it could name the server, the sidecar finds it by a mark in its
+environment.
 """
 
 from __future__ import annotations
@@ -43,25 +44,25 @@ MARK = "KITTY_NB_SIDECAR"
 _LOOK_EVERY = 1.0
 _LOCK_EVERY, _OTHER_ENDS_WITHIN = 0.1, 2.0
 _MARKED_WITHIN = 3.0  # a process shows its mark a moment after it was spawned
-# Bytes a second that a server reads or maps: a load from a slow disk uses little processor time.
+# Bytes per second that a server reads or maps: a load from a slow disk uses little CPU time.
 _LOADS = 1 << 14
 
 
 def withdrawn_path(record: Path) -> Path:
-    """The path of a record while its server is being ended."""
+    """Return the path of a record while its server is being stopped."""
     return record.with_name(record.name.removesuffix(RECORD) + _WITHDRAWN)
 
 
 def failure_path(record: Path) -> Path:
-    """The path of the last failure's reason, kept until the next start or stop."""
+    """Return the path of the last failure's reason, kept until the next start or stop."""
     return record.with_name(record.name.removesuffix(RECORD) + _FAILURE)
 
 
 def withdraw(record: Path) -> None:
-    """Mark a server as being ended. Until it has ended, nobody may start another one.
+    """Mark a server as being stopped. Until it has exited, nobody may start another one.
 
     Raises:
-        OSError: There is no record, or its folder cannot be written.
+        OSError: There is no record, or its folder can't be written to.
     """
     record.replace(withdrawn_path(record))
     failure_path(record).unlink(missing_ok=True)
@@ -70,19 +71,19 @@ def withdraw(record: Path) -> None:
 class SidecarArgs(NamedTuple):
     """The sidecar's command line."""
 
-    record: str  # the server's record, to be withdrawn before the server is ended
+    record: str  # the server's record, to be withdrawn before the server is stopped
     log: str  # the server's log
     log_bytes: str  # the size from which the log is rotated
     logs_kept: str  # the number of rotated logs that are kept
-    grace: str  # seconds from asking the server to end until it is killed
-    mark: str  # what the server's environment holds; empty where the server outlives its kernel
+    grace: str  # seconds from asking the server to exit until it is killed
+    mark: str  # what the server's environment contains; empty if the server outlives its kernel
 
 
 class Sidecar:
-    """The process, seen from the kernel that starts it.
+    """The process as seen by the kernel that starts it.
 
     A sidecar that guards is started before its server, so that a kernel which is killed just then
-    leaves no server behind. Where another sidecar has the log already, it only guards, or ends.
+    leaves no server behind. If another sidecar has the log already, it only guards, or exits.
     """
 
     def __init__(self, config: ServerConfig, record: Path, *, guards: bool) -> None:
@@ -103,7 +104,7 @@ class Sidecar:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that the server's environment must hold."""
+        """The variables that the server's environment must contain."""
         return {MARK: self._mark} if self._mark else {}
 
     @property
@@ -112,7 +113,7 @@ class Sidecar:
         return self._program.poll() is None
 
     def watch(self, process: ServerProcess, idle_seconds: int) -> None:
-        """Tell it which server to watch, and how long that may be unused; 0 is for ever."""
+        """Tell it which server to watch, and how long that may be unused; 0 for no limit."""
         assert self._program.stdin  # noqa: S101 (it was asked for)
         self._told = True
         with suppress(BrokenPipeError):  # killed already; another one is started
@@ -129,18 +130,18 @@ class Sidecar:
             self._program.stdin.close()
 
     def leave(self) -> None:
-        """Let it run on with its server."""
+        """Leave it running with its server."""
         leave_child(self._program)
 
     async def ended(self) -> None:
-        """Wait for its end, which follows that of its server, or at once if there is none."""
+        """Wait for its exit, which follows that of its server; without one, it exits at once."""
         with anyio.CancelScope(shield=True):
             no_server = None if self._told else b"\n"
             await anyio.to_thread.run_sync(self._program.communicate, no_server)
 
 
 def has_sidecar(log: Path) -> bool:
-    """Tell whether a sidecar has this log; True where the system does not tell."""
+    """Return whether a sidecar has this log; True if the system doesn't tell."""
     try:
         with _lock_path(log).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -150,7 +151,7 @@ def has_sidecar(log: Path) -> bool:
 
 
 def attend(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> None:
-    """Attend to a server until it has ended."""
+    """Attend to a server until it has exited."""
     guarded = [sys.stdin.fileno()] if args.mark else []
     keeping = _keep(args, process, idle_seconds)
     pause = 0.0
@@ -159,19 +160,19 @@ def attend(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> No
             return _end(args, process)
         try:
             pause = next(keeping)
-        except StopIteration:  # another sidecar has the log, or the server has been ended
+        except StopIteration:  # another sidecar has the log, or the server has been stopped
             return None
-        except OSError:  # its folder is gone; the guard goes on alone
+        except OSError:  # its folder is gone; the guard continues alone
             keeping = repeat(math.inf)
     if not process.alone:
-        anyio.run(process.wait)  # which ends what it leaves behind
+        anyio.run(process.wait)  # which kills what it leaves behind
     return None
 
 
 def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Iterator[float]:
-    """Rotate the log and end an idle server; yield the seconds until that should go on.
+    """Rotate the log and stop an idle server; yield the seconds until this should continue.
 
-    It returns where another sidecar does that, or when the server has been ended.
+    It returns if another sidecar does that, or when the server has been stopped.
     """
     log, used_at, before = Path(args.log), time.monotonic(), _work_of(process)
     kept_at = time.monotonic()
@@ -190,7 +191,7 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
             if not _is_withdrawn(Path(args.record), process.pid):
                 kept_at = time.monotonic()
             elif time.monotonic() - kept_at > 2 * float(args.grace) + _OTHER_ENDS_WITHIN:
-                _end(args, process)  # whoever was ending it was killed
+                _end(args, process)  # whoever was stopping it was killed
                 return
         _note(log, f"kitty_nb: stopped after {idle_seconds:.0f} s idle")
         _end(args, process)
@@ -208,7 +209,7 @@ def _end(args: SidecarArgs, process: ServerProcess) -> None:
 
 
 def _is_withdrawn(record: Path, pid: int) -> bool:
-    """Tell whether the record of a process has been withdrawn: somebody means to end it."""
+    """Return whether the record of a process has been withdrawn: somebody means to stop it."""
     try:
         return not record.exists() and json.loads(withdrawn_path(record).read_bytes())["pid"] == pid
     except (OSError, ValueError, LookupError, TypeError):
@@ -225,7 +226,7 @@ def _lock_path(log: Path) -> Path:
 
 
 def _is_locked(file: TextIO) -> bool:
-    """Become the one sidecar of this log, unless an earlier one has not ended yet."""
+    """Become the only sidecar of this log, unless an earlier one has not exited yet."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -234,7 +235,7 @@ def _is_locked(file: TextIO) -> bool:
 
 
 def _work_of(process: ServerProcess) -> float:
-    """The work done so far, in units of what counts as a second of work."""
+    """Return the work done so far, in units of what counts as a second of work."""
     usage = process.usage() or Usage(0, 0)
     return usage.processor / AT_WORK + (usage.resident + usage.read) / _LOADS
 
@@ -261,7 +262,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _find_spawned(mark: str) -> ServerProcess | None:
-    """Find the server of a kernel that was killed; it may show its mark only in a moment."""
+    """Find the server of a kernel that was killed; its mark may only appear in a moment."""
     began = time.monotonic()
     while not (process := find_marked(mark)) and time.monotonic() - began < _MARKED_WITHIN:
         select.select((), (), (), _LOCK_EVERY)

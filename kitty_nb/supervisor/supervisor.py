@@ -1,4 +1,4 @@
-"""`Supervisor`: owns the state of one llama-server and carries out what its lifecycle asks."""
+"""`Supervisor`: owns the state of one llama-server and carries out its lifecycle's actions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
-_SETTLED_WITHIN = 1.0  # seconds; one that hangs is shown before it answers
+_SETTLED_WITHIN = 1.0  # seconds; a server that hangs is shown before it answers
 _STOPPED = "The server was stopped before it was ready."
 _KEEPS_NONE = (
     "This server keeps no prompts: LLAMACPP_KEEP_PROMPTS is off, it was started by another program,"
@@ -85,7 +85,7 @@ class Supervisor:
     in a thread of its own.
 
     Args:
-        config: What to serve when `start` is not told otherwise.
+        config: What to serve unless `start` is told otherwise.
         clock: Seconds, as `time.monotonic` counts them.
         processes: Spawns the server's processes, or attaches to them.
 
@@ -105,7 +105,7 @@ class Supervisor:
         self._health: HealthCheckResult | None = None
         self._server: Server | ExternalServer | UrlServer | None = None
         self._leaving = self._ended = False
-        self._turn = anyio.Lock()  # starts and switches take effect in the order they come in
+        self._turn = anyio.Lock()  # starts and switches take effect in the order they arrive in
         self._stops = 0
         self._forecaster = Forecaster()
         self.stats = ModelStats(lambda: self._now.pid)
@@ -158,9 +158,10 @@ class Supervisor:
             self._changed.set()
 
     def detach(self) -> None:
-        """Let the server run on when this context ends; the next supervisor finds it.
+        """Leave the server running when this context ends; the next supervisor finds it.
 
-        Said before the context is entered, it goes for what `LLAMACPP_ON_KERNEL_EXIT` would stop.
+        Called before the context is entered, it also applies to a server that
+        `LLAMACPP_ON_KERNEL_EXIT` would stop.
         """
         self._leaving = True
 
@@ -179,19 +180,19 @@ class Supervisor:
 
     @property
     def api_key(self) -> SecretStr | None:
-        """The API key that clients must send; None when none is needed, or there is no server."""
+        """The API key that clients must send; None if none is needed, or there is no server."""
         return self._server.api_key if self._server else None
 
     @property
     def work(self) -> Work:
-        """The requests that the server works on now; nothing without one."""
+        """The requests that the server is processing now; none without a server."""
         return self._server.work.work(self._clock()) if self._server and self._now.pid else Work()
 
     @property
     def requests(self) -> tuple[Request, ...]:
         """The newest requests that the server has finished since its start, oldest first.
 
-        Of a server that was only attached to, whose log is its owner's, none are known.
+        Those of a server that was only attached to are unknown, because its log is its owner's.
         """
         return tuple(self._server.work.log.finished) if self._server else ()
 
@@ -205,7 +206,7 @@ class Supervisor:
         return ModelCatalog(model_stores(config))
 
     def settled(self, config: ServerConfig) -> ServerConfig:
-        """Return settings with the paths that they mean on the server's machine: this one."""
+        """Return settings with the paths that they stand for on the server's machine: this one."""
         return config
 
     async def start(
@@ -218,21 +219,22 @@ class Supervisor:
     ) -> ServerState:
         """Serve a model. A server that already runs with these settings is left as it is.
 
-        With the URL of a server in the settings, that one is used, and none is started.
+        If the settings contain the URL of a server, that one is used, and none is started.
 
         Args:
-            config: The settings; without them those of the last start.
-            wait_for_ready: Return only when the server answers requests.
+            config: The settings; by default those of the last start.
+            wait_for_ready: Whether to return only when the server answers requests.
             on_progress: Called with each once-a-second health check of the start, its number and
-                the highest number; a load that moves goes on. An error in it is logged.
+                the highest number, beyond which a load that progresses continues. An error in it is
+                logged.
             anyway: Start a model even if the memory forecast says that it will not fit.
 
         Raises:
-            ConfigError: The settings, or the model file since, are not usable.
+            ConfigError: The settings can't be used, or the model file no longer can.
             WillNotFitError: There is not enough memory; whatever ran before still runs.
-            ServerFailedError: It was refused or given up before it was ready.
-            ServerCrashedError: The process ended by itself.
-            StartCancelledError: It was stopped or replaced before it was ready.
+            ServerFailedError: The start was refused, or given up before the server was ready.
+            ServerCrashedError: The process exited on its own.
+            StartCancelledError: It was stopped or superseded before the server was ready.
         """
         wanted = config or self._now.wanted
         if wanted.url:
@@ -273,8 +275,8 @@ class Supervisor:
         Args:
             model: Its file, absolute or relative to the models folder; its name on a router, or on
                 a server at a URL.
-            alias: The name that clients ask for; without it the configured one stays. A router has
-                names of its own.
+            alias: The name that clients ask for; by default the configured one. A router has names
+                of its own.
             wait_for_ready: As for `start`.
             on_progress: As for `start`.
             anyway: As for `start`.
@@ -293,10 +295,10 @@ class Supervisor:
         )
 
     async def stop(self, force: bool = False) -> ServerState:
-        """Stop the server, also while it loads, and wait until its process is gone.
+        """Stop the server, even while it loads, and wait until its process is gone.
 
         Args:
-            force: Kill it at once instead of asking it to end.
+            force: Kill it immediately instead of shutting it down gracefully.
 
         Raises:
             ServerFailedError: It is a server at a URL.
@@ -314,7 +316,7 @@ class Supervisor:
     async def attach(self) -> ServerState:
         """Watch and use the llama-server that somebody else has started on the profile's port.
 
-        It is never stopped from here: `stop` detaches from it.
+        kitty_nb never stops it: `stop` detaches from it.
 
         Raises:
             ServerFailedError: There is none, or the profile has a server already.
@@ -329,14 +331,14 @@ class Supervisor:
         return await self._ask(found)
 
     async def check_health(self) -> HealthCheckResult:
-        """Ask the server how it is, now."""
+        """Check the server's health now."""
         if self._server is None or self._now.status.absent:
             return HealthCheckResult(ServerStatus.STOPPED, message="no server is running")
         self._health = await self._server.probe.check_activity()
         return self._health
 
     async def memory_use(self) -> MemoryUse | None:
-        """Measure what the server holds; None without one."""
+        """Measure the memory that the server holds; None without a server."""
         return await self.stats.memory_use()
 
     async def preview_memory(
@@ -344,12 +346,12 @@ class Supervisor:
     ) -> MemoryPreview:
         """Forecast the memory that a model needs, and whether it fits.
 
-        A formula answers at once. After a moment, in which this can be cancelled because another
-        setting is asked for, the engine lists its devices, which may change the answer. What the
-        server that runs now would give back counts as free.
+        A formula answers at once. After a moment, in which this can be cancelled because the
+        settings changed again, the engine lists its devices, which may change the answer. What the
+        running server would release counts as free.
 
         Args:
-            config: What would be started; without it what was started last.
+            config: The settings to start with; by default those of the last start.
             on_preview: Called with the first forecast, and with the second if that differs.
 
         Returns:
@@ -363,12 +365,12 @@ class Supervisor:
         )
 
     async def pin(self, name: str, text: str) -> Pin:
-        """Have the server read a text that questions are about, or restore what it read of it.
+        """Have the server read a text to ask questions about, or restore it if it was read before.
 
         Args:
             name: The name under which the prompt is kept on disk, for all profiles that run the
                 same model with the same settings.
-            text: The text, which is to be the system message of what is asked.
+            text: The text, which is to be the system message of the questions.
 
         Raises:
             ServerError: The server is not ready, keeps no prompts, or refused the text.
@@ -386,11 +388,11 @@ class Supervisor:
             raise ServerError(f"{name!r} can't be pinned: {error}") from None
 
     def events(self) -> AsyncGenerator[Event, None]:
-        """Yield what happens from now on. A reader too far behind loses the newest events."""
+        """Yield events from now on. A reader that is too far behind loses the newest ones."""
         return self._broadcast.stream()
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
-        """Call back with each event, on the supervisor's loop, until the result is called."""
+        """Call back with each event on the supervisor's loop; calling the result unsubscribes."""
         return self._broadcast.subscribe(callback)
 
     async def _launch(
@@ -437,7 +439,7 @@ class Supervisor:
             unsubscribe()
 
     async def _ask(self, wish: lifecycle.Stimulus, wait: bool = True) -> ServerState:
-        """Feed a wish for a server that is only watched, and wait until it is READY, or is not.
+        """Feed a request for a server that is only watched, and wait for its outcome.
 
         Raises:
             ServerFailedError: It does not answer.
@@ -447,10 +449,10 @@ class Supervisor:
         return await self._outcome(self._now.latest) if wait else self.state
 
     def _refuse_at_url(self, verb: str, config: ServerConfig | None = None) -> None:
-        """Refuse what only whoever started a server can do with it.
+        """Reject what only whoever started a server can do with it.
 
         Raises:
-            ServerFailedError: The server in use, or the one that is asked for, is at a URL.
+            ServerFailedError: The server in use, or the one that is requested, is at a URL.
         """
         wanted = config or self._now.wanted
         if wanted.url and not self._now.status.idle:
@@ -476,7 +478,7 @@ class Supervisor:
         """Make the router serve a model.
 
         Raises:
-            ServerFailedError: It is no router, has no such model, or does not load it.
+            ServerFailedError: It is not a router, has no such model, or did not load it.
         """
         router = self._router
         if router is None:
@@ -587,7 +589,7 @@ class Supervisor:
         self._begin_task(self._server.run)
 
     def _choose_key(self, config: ServerConfig) -> SecretStr | None:
-        """Return the key for the next server: the last one's, so that its clients can go on."""
+        """Return the key for the next server: the last one's, so that its clients can keep it."""
         last = self._server
         if config.api_key is None and isinstance(last, Server) and last.was_ready:
             return last.api_key or choose_api_key(config)
@@ -595,7 +597,7 @@ class Supervisor:
 
     @property
     def _running(self) -> Running:
-        """The server that a start would end."""
+        """The server that a start would stop."""
         now = self._now
         return Running(now.pid, now.config if now.pid and not self._external else None)
 
