@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import random
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-from kitty_nb.network import free_port
 
 STAND_IN = Path(__file__).with_name("stand_in_server.py")
 TOLD = {"stages": ["text_model"], "current": "text_model"}
@@ -101,6 +102,15 @@ class Router:
                 pass
 
         return Handler
+
+
+def free_port() -> int:
+    """A port below those that systems give to connections. The package can't be imported here."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def answers(port: int) -> bool:

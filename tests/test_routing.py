@@ -216,7 +216,7 @@ def test_a_load_test_measures_the_model_that_it_names(manager: ModelManager) -> 
         load_test(access=manager.access).wait(60)
     test = load_test("two", access=manager.access, concurrency=2, requests=4, max_tokens=3)
     assert len(test.wait(60).requests) == 4
-    assert "two" in loaded(manager)
+    eventually(lambda: "two" in loaded(manager))
 
 
 def test_one_address_serves_all_within_the_limit(
