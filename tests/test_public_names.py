@@ -201,3 +201,11 @@ def test_a_command_does_not_wait_for_what_it_needs_later_or_never() -> None:
     code = f"import sys, kitty_nb.cli.commands; print(sorted({late!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    command = [sys.executable, "-m", "benchmarks.house"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"^import cycles +none$", done.stdout, re.MULTILINE), done.stdout
