@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,7 @@ TABLE = Path(__file__).with_name("embedded.options").read_text(encoding="utf-8")
 # Each option as --help shows it, and what it sets, if its name does not tell.
 OPTIONS = dict(row.partition("  ")[::2] for row in TABLE if row.startswith("-"))
 _CHOICES = re.compile(r"[\[<](\S+\|\S+)[\]>]|\{(.+)\}")
+_LOOKS, _LOOK_AFTER = 20, 0.05  # at the log of a start that failed; the latter in seconds
 _OFF = ("--no-", "-no", "-nk", "-nr")
 # Words of the command line that the wheel's enumerations spell differently.
 _MEMBERS = {"on": "enabled", "off": "disabled", "dio": "direct_io"}
@@ -352,11 +354,22 @@ def main(words: Sequence[str]) -> None:
     try:
         _server = xllamacpp.Server(params)  # returns when the model is loaded
     except RuntimeError:
+        _await_log()
         sys.exit("error: the server could not start; the lines above say why")
     _wait_for_signal()
     # Not by the destructor: it waits for requests under way, half a minute for a long answer.
     sys.stdout.flush()
     os._exit(0)
+
+
+def _await_log() -> None:
+    """Wait until the log thread of the wheel has said why; an exit may be faster if all is busy."""
+    written, pause = 0, threading.Event()
+    for _ in range(_LOOKS):
+        pause.wait(_LOOK_AFTER)
+        before, written = written, os.fstat(sys.stderr.fileno()).st_size
+        if written and written == before:
+            return
 
 
 def _wait_for_signal() -> None:
