@@ -124,11 +124,19 @@ def no_process_survives() -> Iterator[None]:
     eventually(lambda: not marked(mine), why=f"processes survive the suite: {marked(mine)}")
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty once it has ended, which may be at any moment."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def marked(run: str) -> list[psutil.Process]:
     """The living processes that a run, or a part of it, started."""
     return [
         process
-        for process in psutil.process_iter(["environ", "cmdline", "status"])
+        for process in psutil.process_iter(["environ", "name", "cmdline", "status"])
         if (process.info["environ"] or {}).get(MARK, "").startswith(run)
         and process.info["status"] != psutil.STATUS_ZOMBIE
         and process.pid != os.getpid()

@@ -106,7 +106,7 @@ class SshMachine:
         """Return the processes that serve the clients' connections."""
         assert self._sshd
         found = psutil.Process(self._sshd.pid).children(recursive=True)
-        return [one for one in found if one.name() in {"sshd", "kitty-nb"}]
+        return [one for one in found if one.is_running() and one.name() in {"sshd", "kitty-nb"}]
 
     def _is_client(self, one: psutil.Process) -> bool:
         words = one.info["cmdline"] or []

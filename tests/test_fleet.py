@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import eventually, unused_port
+from conftest import eventually, unused_port, words_of
 from IPython.core.formatters import DisplayFormatter
 from pydantic import SecretStr
 from test_dask_sweep import connected, machines
@@ -252,13 +252,11 @@ def test_nginx_balances_them(two: Client, config: ServerConfig) -> None:
         ]
         assert min(tasks) > 0, tasks
         (process,) = (
-            one
-            for one in psutil.Process().children()
-            if one.status() != psutil.STATUS_ZOMBIE and "nginx: master" in " ".join(one.cmdline())
+            one for one in psutil.Process().children() if "nginx: master" in " ".join(words_of(one))
         )
         secret = fleet.reveal_api_key() or ""
         for child in (process, *process.children()):
-            assert secret not in " ".join(child.cmdline())
+            assert secret not in " ".join(words_of(child))
         fleet.stop(0).wait(WAIT)
         for _ in range(4):  # it has read its configuration again, or tries the other
             assert httpx.post(path, json=request, headers=key, timeout=60).status_code == 200

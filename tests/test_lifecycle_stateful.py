@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 import psutil
 import pytest
-from conftest import STAND_IN
+from conftest import STAND_IN, words_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -262,13 +262,11 @@ def test_any_commands_and_kills_leave_one_server_or_none(
 
 
 def servers() -> list[int]:
-    found = []
-    for child in psutil.Process().children():
-        try:
-            if {str(STAND_IN), "--port"} <= {*child.cmdline()}:
-                found.append(child.pid)
-        except psutil.Error:
-            continue
+    found = (
+        child.pid
+        for child in psutil.Process().children()
+        if {str(STAND_IN), "--port"} <= {*words_of(child)}
+    )
     return [pid for pid in found if runs(pid)]
 
 

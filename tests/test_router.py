@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import LOCAL, eventually
+from conftest import LOCAL, eventually, words_of
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, StartCancelledError
@@ -78,7 +78,7 @@ def router(config: ServerConfig, tmp_path: Path, large: Path) -> Iterator[Callab
 def child_of(manager: ModelManager, model: str) -> int:
     """The process that a router has started for a model."""
     children = psutil.Process(manager.state.pid).children()
-    return next(child.pid for child in children if model in child.cmdline())
+    return next(child.pid for child in children if model in words_of(child))
 
 
 def loads(told: list[Event]) -> list[LoadProgress | None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import eventually, unused_port
+from conftest import eventually, unused_port, words_of
 from terminal import run
 from traitlets import TraitError
 
@@ -326,9 +326,8 @@ def chosen(widget: ServedModels, model: str) -> bool:
 def child_of(router: int | None, model: str) -> int:
     """The process of a model; 0 where there is none."""
     for child in psutil.Process(router).children():
-        with suppress(psutil.Error):
-            if f"{model}.gguf" in {Path(word).name for word in child.cmdline()}:
-                return child.pid
+        if f"{model}.gguf" in {Path(word).name for word in words_of(child)}:
+            return child.pid
     return 0
 
 

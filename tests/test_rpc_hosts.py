@@ -67,8 +67,7 @@ def workers() -> list[psutil.Process]:
     return [
         one
         for one in marked(os.environ[MARK])
-        if one.status() != psutil.STATUS_ZOMBIE
-        and (one.name() == "ggml-rpc-server" or STAND_IN in one.cmdline())
+        if one.info["name"] == "ggml-rpc-server" or STAND_IN in (one.info["cmdline"] or ())
     ]
 
 
