@@ -15,7 +15,7 @@ import anyio
 from benchmarks.subject import read_subject, seconds_of
 from kitty_nb import ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, Requirement, estimate, plan, read_shape
-from kitty_nb.engine.locate import list_devices
+from kitty_nb.engine.devices import list_devices
 from kitty_nb.supervisor.forecast import settings_of
 from tests.engine_memory import breakdown
 from tests.model_files import MODELS, write_model

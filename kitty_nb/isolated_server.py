@@ -25,7 +25,8 @@ from anyio.to_thread import run_sync
 from kitty_nb.client import Access
 from kitty_nb.config import OnKernelExit, ServerConfig, goes_without_key
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
-from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, list_devices, locate_engine
+from kitty_nb.engine.devices import list_devices
+from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, KittyError, PortBusyError, ServerError, ServerFailedError
 from kitty_nb.network import LOOPBACK, free_port
 from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage

@@ -268,7 +268,7 @@ class ModelManager:
             **options: Other fields of the request, such as `temperature` or `max_tokens`.
 
         Raises:
-            NoAnswerError: The model did not answer in words, or in the form asked for.
+            NoAnswerError: The answer has no words, or does not match the schema.
             KittyError: The server accepts no pictures, or doesn't finish its answer.
         """
         access = self._access_for(Task.CHAT)

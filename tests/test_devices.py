@@ -19,7 +19,8 @@ from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.catalog.memory import Memory, MemoryPool, MemoryPreview, Verdict
 from kitty_nb.cli.commands import read_status
 from kitty_nb.cli.doctor import examine
-from kitty_nb.engine.locate import Device, list_devices, locate_engine, parse_devices
+from kitty_nb.engine.devices import Device, list_devices, parse_devices
+from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ServerCrashedError
 from kitty_nb.experiments import Results, Sweep
 from kitty_nb.experiments.metrics import metrics_of

@@ -28,7 +28,8 @@ from kitty_nb.config import ServerConfig
 from kitty_nb.config.env_file import read_env
 from kitty_nb.config.profiles import configured_profiles, env_warnings, load_lenient
 from kitty_nb.engine.command_line import build_command
-from kitty_nb.engine.locate import list_devices, locate_engine
+from kitty_nb.engine.devices import list_devices
+from kitty_nb.engine.locate import locate_engine
 from kitty_nb.errors import ConfigError, EngineError, KittyError, ServerFailedError
 from kitty_nb.isolated_server import isolated_server
 from kitty_nb.remote.connection import doctor_command

@@ -251,7 +251,7 @@ class Fleet:
         If it dies before the first word, another one answers.
 
         Raises:
-            NoAnswerError: The model did not answer in words, or did not match the schema.
+            NoAnswerError: The answer has no words, or does not match the schema.
             KittyError: No replica is ready, or the one that answered broke off.
         """
         form = None if response_format is None else Form(response_format)

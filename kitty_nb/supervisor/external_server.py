@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 else:
     httpx = Late("httpx")
 
-_LOOK_EVERY = 1.0  # seconds; at a URL, while it answers and while it does not:
-_ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0
+_LOOK_EVERY = 1.0  # seconds, on a port
+_ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0  # seconds, at a URL: usually, and while none answers
 _MODELS, _GUARDED = "/v1/models", "/props"
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _CONNECT_WITHIN, _WHOLE_WITHIN = 5.0, 10.0  # seconds for the connection, and for all

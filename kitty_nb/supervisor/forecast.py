@@ -32,7 +32,8 @@ from kitty_nb.catalog.model import total_size
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import PROJECTOR, ServerConfig
 from kitty_nb.engine.command_line import options_of
-from kitty_nb.engine.locate import Device, Engine, list_devices, locate_engine, remote_machines
+from kitty_nb.engine.devices import Device, list_devices, remote_machines
+from kitty_nb.engine.locate import Engine, locate_engine
 from kitty_nb.errors import ConfigError, KittyError, ModelFileError
 from kitty_nb.supervisor.events import MemoryUse
 from kitty_nb.supervisor.history import LoadHistory

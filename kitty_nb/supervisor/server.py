@@ -17,7 +17,8 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.catalog import why_not_served
 from kitty_nb.config import OnKernelExit, ServerConfig, server_environment
 from kitty_nb.engine import command_line
-from kitty_nb.engine.locate import Engine, device_names, locate_engine, remote_machines
+from kitty_nb.engine.devices import device_names, remote_machines
+from kitty_nb.engine.locate import Engine, locate_engine
 from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
 from kitty_nb.safe_files import write_atomic
 from kitty_nb.supervisor import lifecycle, registry
