@@ -18,6 +18,7 @@ import psutil
 from benchmarks.subject import read_subject, row, stand_in
 from kitty_nb import ModelManager, ServerStatus
 from kitty_nb.errors import KittyError
+from kitty_nb.network import free_port
 from kitty_nb.supervisor.events import ProgressMade, StateChanged
 from kitty_nb.supervisor.registry import find_server
 from tests.ssh_machine import SshMachine, ssh_machine
@@ -38,7 +39,7 @@ _HANG = 10.0  # seconds
 def main() -> None:
     """Print the table."""
     subject = read_subject(__doc__)
-    with subject.folder() as folder, ssh_machine(folder / "there") as there:
+    with subject.folder() as folder, ssh_machine(folder / "there", free_port()) as there:
         config = subject.config(folder, 100_000_000, context_size=2048, threads=1, parallel=1)
         remote = config.replace(ssh="there", ssh_config=there.client)
         slow = config.replace(

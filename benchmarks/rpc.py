@@ -53,7 +53,7 @@ def main() -> None:
     assert asked.engine, "needs --engine: a llama-server with a ggml-rpc-server beside it"
     with subject.folder() as folder, ExitStack() as stack:
         path = f"{asked.engine.parent}:/usr/bin:/bin"
-        machine = stack.enter_context(ssh_machine(folder / "there", PATH=path))
+        machine = stack.enter_context(ssh_machine(folder / "there", free_port(), PATH=path))
         config = subject.config(
             folder,
             context_size=512,

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import psutil
 
-from kitty_nb.network import free_port
-
 _STARTS_WITHIN = 20.0
 
 
@@ -31,15 +29,16 @@ class SshMachine:
 
     Attributes:
         folder: The folder.
+        port: What it listens on.
         home: The home folder that its sessions see.
         client: The configuration for clients, in which the machine is called `there`.
     """
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, port: int, **environment: str) -> None:
         self.folder, self.home = folder, folder / "home"
         self.client = folder / "ssh_config"
         self.home.mkdir(parents=True)
-        self.port = free_port()
+        self.port = port
         for name in ("host", "user"):
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
@@ -125,9 +124,9 @@ class SshMachine:
 
 
 @contextmanager
-def ssh_machine(folder: Path, **environment: str) -> Iterator[SshMachine]:
+def ssh_machine(folder: Path, port: int, **environment: str) -> Iterator[SshMachine]:
     """Start one, and stop it."""
-    machine = SshMachine(folder, **environment)
+    machine = SshMachine(folder, port, **environment)
     machine.start()
     try:
         yield machine

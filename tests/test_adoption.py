@@ -15,13 +15,12 @@ from pathlib import Path
 
 import anyio
 import pytest
-from conftest import eventually
+from conftest import eventually, unused_port
 from other_kernel import Kernel, runs
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
-from kitty_nb.network import free_port
 from kitty_nb.supervisor.events import Activity, Event
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
@@ -115,7 +114,7 @@ def test_a_start_waits_for_the_server_that_another_kernel_is_ending(
         eventually(lambda: not record_path(config).exists())
         said: list[object] = []
         second.subscribe(said.append)
-        start = second.start(config.replace(port=free_port()))
+        start = second.start(config.replace(port=unused_port()))
         eventually(lambda: second.state.pid not in {None, old}, within=30)
         assert not runs(old)
         assert start.wait(30).status is ServerStatus.READY

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import psutil
 import pytest
-from conftest import MARK, eventually
+from conftest import MARK, eventually, unused_port
 from other_kernel import runs
 from ssh_machine import SshMachine, find_sshd, ssh_machine
 
@@ -71,7 +71,9 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshMachine]:
             pytest.fail("there is no sshd")
         pytest.skip("needs sshd: apt-get install openssh-server")
     folder = tmp_path_factory.mktemp("there")
-    with ssh_machine(folder, **{MARK: os.environ[MARK], "OMP_WAIT_POLICY": "passive"}) as machine:
+    with ssh_machine(
+        folder, unused_port(), **{MARK: os.environ[MARK], "OMP_WAIT_POLICY": "passive"}
+    ) as machine:
         yield machine
 
 
@@ -202,7 +204,7 @@ def test_what_waits_fails_at_once_when_the_connection_breaks(
 def test_a_machine_that_is_gone_is_a_sentence_and_found_when_it_is_back(
     remote: ServerConfig, tmp_path: Path
 ) -> None:
-    with ssh_machine(tmp_path / "other") as there:
+    with ssh_machine(tmp_path / "other", unused_port()) as there:
         there.stop()
         began = time.monotonic()
         with ModelManager(config=remote.replace(ssh_config=there.client)) as manager:
@@ -225,7 +227,7 @@ def test_a_machine_that_is_gone_is_a_sentence_and_found_when_it_is_back(
 def test_a_server_that_ends_meanwhile_is_told(remote: ServerConfig, tmp_path: Path) -> None:
     heard: list[Event] = []
     with (
-        ssh_machine(tmp_path / "other") as there,
+        ssh_machine(tmp_path / "other", unused_port()) as there,
         ModelManager(config=remote.replace(ssh_config=there.client)) as manager,
     ):
         pid = manager.start().wait(60).pid
@@ -535,7 +537,7 @@ def test_a_machine_that_wants_a_password_is_a_sentence(there: SshMachine, tmp_pa
 def test_kitty_nb_is_installed_where_it_is_found(
     there: SshMachine, remote: ServerConfig, tmp_path: Path
 ) -> None:
-    with ssh_machine(tmp_path / "bare", PATH="/usr/bin:/bin", REAL=KITTY) as bare:
+    with ssh_machine(tmp_path / "bare", unused_port(), PATH="/usr/bin:/bin", REAL=KITTY) as bare:
         config = remote.replace(ssh_config=bare.client)
         assert "kitty-nb install-remote" in why(config)
         env = env_file(config, tmp_path)

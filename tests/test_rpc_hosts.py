@@ -45,7 +45,9 @@ def there(tmp_path: Path) -> Iterator[SshMachine]:
             pytest.fail("there is no sshd")
         pytest.skip("needs sshd: apt-get install openssh-server")
     path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
-    with ssh_machine(tmp_path / "there", PATH=path, **{MARK: os.environ[MARK]}) as machine:
+    with ssh_machine(
+        tmp_path / "there", unused_port(), PATH=path, **{MARK: os.environ[MARK]}
+    ) as machine:
         yield machine
         eventually(lambda: not workers(), within=10)
 
