@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ def test_finished_requests_of_the_embedded_engine() -> None:
     assert first.seconds == pytest.approx(25.74, abs=0.01)
     (again,) = log.active.values()  # when the recording ended
     assert (again.prompt, again.cached, again.read) == (54, 49, 50)
+
+
+def test_the_requests_of_a_routers_models_are_told_apart() -> None:
+    alone = RequestLog(0.0, EPOCH).read(LOGS["native"], LATER)
+    router = RequestLog(0.0, EPOCH)
+    spawned = "0.00.000.000 I srv          load: spawning server instance with name={} on port {}"
+    models = {"small": 3001, "large": 40002}
+    said = [spawned.format(*one) for one in models.items()]
+    both = [f"[{port:5d}] {line}" for line in LOGS["native"] for port in models.values()]
+    told = router.read(said + both, LATER)
+    for name in models:
+        assert [one for one in told if one.model == name] == [
+            replace(one, model=name) for one in alone
+        ]
+    router.read((f"[ 3001] {lines('native', 1)[0]}",), LATER)
+    assert WorkMeter(router, routes=True).work(LATER).busy == 1
+    router.read(("srv operator(): instance name=small exited with status 9",), LATER)
+    assert not router.tasks
 
 
 def test_the_request_by_which_a_server_proves_itself_is_not_counted() -> None:

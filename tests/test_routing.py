@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import combinations
@@ -217,6 +218,20 @@ def test_a_load_test_measures_the_model_that_it_names(manager: ModelManager) -> 
     test = load_test("two", access=manager.access, concurrency=2, requests=4, max_tokens=3)
     assert len(test.wait(60).requests) == 4
     eventually(lambda: "two" in loaded(manager))
+
+
+def test_its_requests_are_told_by_model(manager: ModelManager, routed: Path) -> None:
+    manager.start().wait(60)
+    if (routed.parent / "logs" / "router.llama-swap.yaml").exists():
+        pytest.skip("a line of llama-swap's log does not say whose it is")
+    asked = [
+        (name, manager.chat("Who are you?", model=name, max_tokens=3 * number))
+        for number in range(1, 8)
+        for name in ("one", "two")
+    ]
+    answered = Counter((name, answer.wait(60).usage.answer) for name, answer in asked)
+    eventually(lambda: len(manager.requests) == len(asked))
+    assert Counter((one.model, one.answer_tokens) for one in manager.requests) == answered
 
 
 def test_one_address_serves_all_within_the_limit(

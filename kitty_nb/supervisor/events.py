@@ -192,6 +192,7 @@ class Request:
     # The share of drafted tokens that were accepted; None without drafts.
     accepted: float | None = None
     error: str = ""  # the error that the server reported, if any
+    model: str = ""  # the model that a router had answer it, as far as known
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -137,6 +137,10 @@ _DRAFTED = re.compile(rf"draft acceptance(?: rate)? = ({_NUMBER})\b")
 _ENDED = re.compile(r"stop processing: (?:n_tokens|n_past) = (\d{1,12})\b")
 _CANCELLED = re.compile(r"cancel task, id_task = (\d{1,12})\b")
 _FAILED = re.compile(r"send_error: task id = (\d{1,12}), error: (.*)")
+# A router's log: the servers of its models, each with a port, and the lines of each.
+_SPAWNED = re.compile(r"spawning server instance with name=(.*) on port (\d{1,5})$")
+_OF_CHILD = re.compile(r"\[ *(\d{1,5})\] (.*)")
+_EXITED = re.compile(r"instance name=(.*) exited with status")
 
 
 class RequestLog:
@@ -146,9 +150,10 @@ class RequestLog:
         began: When the server's process began, in seconds of the clock that `read` uses; `dated`
             corrects it.
         epoch: What to add to that clock for seconds since the epoch.
+        model: The model, if a router started the server.
     """
 
-    def __init__(self, began: float = 0.0, epoch: float = 0.0) -> None:
+    def __init__(self, began: float = 0.0, epoch: float = 0.0, model: str = "") -> None:
         self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
         self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
         self.held: dict[int, Held] = {}  # by slot, since its last request
@@ -159,12 +164,19 @@ class RequestLog:
         self.load = 0.0
         self.rest = 0  # tokens at the end of a prompt that are read separately, as far as known
         self.spent = 0.0  # CPU seconds of the server so far, set by whoever reads its log
-        self._epoch = epoch
+        self._epoch, self._model = epoch, model
+        self._children: dict[str, RequestLog] = {}  # of a router's models, by port
         # The server's own clock began a moment after its process. Reading its lines as they arrive
         # shows when; earlier lines are dated by the process.
         self._zero, self._live = began, False
         self._last: tuple[int, int] | None = None
         self._extended: set[int] = set()  # the slots whose contents the next request extends
+
+    @property
+    def tasks(self) -> tuple[ActiveRequest, ...]:
+        """The active requests, those of a router's models included."""
+        children = (task for child in self._children.values() for task in child.tasks)
+        return *self.active.values(), *children
 
     def dated(self, began: float) -> None:
         """Correct when the server's process began, before its first lines are read."""
@@ -173,13 +185,26 @@ class RequestLog:
     def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
         """Process lines, as `readable` returns them; return the requests that they finish."""
         ended = [request for line in lines for request in self._read_line(line, at)]
-        self._live = True
+        for log in (self, *self._children.values()):
+            log._live = True
         self.finished.extend(ended)
         return tuple(ended)
 
     def _read_line(self, line: str, at: float) -> Iterator[Request]:
+        if of_child := _OF_CHILD.match(line):
+            # The line that names its model may be lost: logs are rotated.
+            child = self._children.setdefault(of_child[1], RequestLog(at, self._epoch))
+            yield from child._read_line(of_child[2], at)
+            return
         at = self._when(line, at)
-        if failed := _FAILED.search(line):
+        if spawned := _SPAWNED.search(line):
+            self._children[spawned[2]] = RequestLog(at, self._epoch, printable(spawned[1]))
+        elif exited := _EXITED.search(line):
+            gone = printable(exited[1])
+            self._children = {
+                port: one for port, one in self._children.items() if one._model != gone
+            }
+        elif failed := _FAILED.search(line):
             for task in self._numbered(failed[1]):
                 task.error = printable(failed[2])
         elif cancelled := _CANCELLED.search(line):
@@ -207,7 +232,7 @@ class RequestLog:
             request = task.finish(int(ended[1]), at, self._epoch)
             first, self.heard = not self.heard, True
             if not (first and _is_probe(request)):
-                yield request
+                yield replace(request, model=self._model)
         elif found := _PROMPT.search(words):
             task.prompt = int(found[1])
         elif found := _HELD.search(words):
@@ -339,7 +364,7 @@ class WorkMeter:
     @property
     def busy(self) -> bool:
         """True if requests are being processed."""
-        return bool(self.log.active)
+        return bool(self.log.tasks)
 
     def look(self, slots: Iterable[dict[str, Any]], pace: float | None, at: float) -> None:
         """Process the answer of `/slots`; an empty one changes nothing.
@@ -368,7 +393,7 @@ class WorkMeter:
 
     def work(self, at: float) -> Work:
         """Return the work at a time."""
-        tasks = self.log.active.values()
+        tasks = self.log.tasks
         reading = [task for task in tasks if not (task.decoded or self._routes)]
         latest = list(islice(reversed(self.log.finished), _RECENT))
         drafted = [request.accepted for request in latest if request.accepted is not None]

@@ -2,6 +2,7 @@
 
 const COLUMNS = [
   ["Time", "at"],
+  ["Model", "model"], // of a router
   ["Prompt", "prompt"],
   ["Cached", "cached"],
   ["First token", "first"],
@@ -21,7 +22,6 @@ function receive(store, message) {
 function render(el, store) {
   const table = element("table", "kitty-requests-table");
   const head = element("tr", "");
-  head.append(...COLUMNS.map(([name]) => element("th", "", { scope: "col", textContent: name })));
   const body = document.createElement("tbody");
   table.append(document.createElement("thead"), body);
   table.tHead.append(head);
@@ -33,10 +33,12 @@ function render(el, store) {
   const draw = () => {
     empty.hidden = store.rows.length > 0;
     table.hidden = !store.rows.length;
+    const columns = COLUMNS.filter(([, key]) => key !== "model" || store.rows.some((row) => row.model));
+    head.replaceChildren(...columns.map(([name]) => element("th", "", { scope: "col", textContent: name })));
     const line = (row) => {
       const shown = { ...row, at: new Date(row.at * 1000).toLocaleTimeString([], { hourCycle: "h23" }) };
       const line = element("tr", row.ended === "error" ? "kitty-bad" : "", { title: row.error });
-      line.append(...COLUMNS.map(([, key]) => element("td", "", { textContent: shown[key] })));
+      line.append(...columns.map(([, key]) => element("td", "", { textContent: shown[key] })));
       return line;
     };
     body.replaceChildren(...store.rows.map(line));

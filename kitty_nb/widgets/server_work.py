@@ -133,6 +133,7 @@ def request_row(request: Request) -> dict[str, Any]:
 
     return {
         "at": request.at,
+        "model": request.model,
         "prompt": told(request.prompt_tokens, "{:,}".format),
         "answer": told(request.answer_tokens, "{:,}".format),
         "first": told(request.first_token, duration),
