@@ -124,6 +124,14 @@ def test_a_large_vocabulary_is_passed_over_quickly(tmp_path: Path) -> None:
     assert min(times) < 0.5
 
 
+@pytest.mark.parametrize("count", [5, 127, 8191, 8192, 8196, 8256, 8319, 8320, 8325, 16_500])
+def test_strings_of_any_number_are_passed_over(tmp_path: Path, count: int) -> None:
+    strings = struct.pack("<IIQ", 9, 8, count) + string(b"x") * count
+    path = tmp_path / "model.gguf"
+    path.write_bytes(raw(string(b"tokens") + strings, string(b"last") + struct.pack("<IB", 7, 1)))
+    assert read_header(path).metadata["last"] is True
+
+
 def test_a_file_cut_short_anywhere_in_its_header_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     with written(path) as writer:

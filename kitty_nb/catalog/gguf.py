@@ -275,7 +275,7 @@ class _Reader:
             length = self._count("strings in an array", _MOST_STRINGS)
             # As many as vocabularies share whose lengths differ by a little padding.
             common = (length - _PADDING) // _PADDED * _PADDED
-            first, last = (_FIRST, common) if length > _PADDED else (0, length)
+            first, last = (_FIRST, common) if common > _FIRST else (0, length)
             self._skip_strings(first)
             start = self._start + self._at
             self._skip_strings(last - first)
