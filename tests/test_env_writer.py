@@ -72,6 +72,8 @@ def test_whatever_is_written_is_read_back_and_the_rest_stays(tmp_path: Path) -> 
     [
         ("A=1\n# why\nK=old\nB=2\n", "A=1\n# why\nK=new\nB=2\n"),
         ("K\nB=2\n", "K=new\nB=2\n"),
+        ('K="my #1"\n', "K=new\n"),
+        ("K=  'a=b #1' # why\n", "K=new # why\n"),
         ("K=first\nK=second\n", "K=new\nK=new\n"),
         ("K='over\ntwo lines'\nB=2\n", "K=new\nB=2\n"),
         ("# nothing", "# nothing\nK=new\n"),

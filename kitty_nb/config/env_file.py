@@ -26,7 +26,7 @@ _NEEDS_NO_QUOTES = re.compile(r"[^\s'\"#\\$]*")
 _NEEDS_ESCAPES = re.compile(r"['\\\r\n]")
 _BEFORE_KEY = re.compile(r"\s*(?:export[^\S\r\n]+)?")
 _COMMENT = re.compile(  # after a value, quoted or not
-    r"""=[^\S\r\n]*(?:'(?:\\'|[^'])*'|"(?:\\"|[^"])*"|[^\r\n]*?(?=\s\#))"""
+    r"""\A[^=]*=[^\S\r\n]*(?:'(?:\\'|[^'])*'|"(?:\\"|[^"])*"|(?!\s*['"])[^\r\n]*?(?=\s\#))"""
     r"""(?P<space>[^\S\r\n]*)(?P<text>\#[^\r\n]*)"""
 )
 _ESCAPES = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"}
