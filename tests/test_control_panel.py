@@ -349,6 +349,11 @@ def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: Con
     eventually(lambda: "will not fit" not in panel.memory.value)
     panel.buttons.start.click()
     wait_for(panel, "Ready")
+    panel.manager.stop().wait(10)
+    panel.settings.fields["context_size"].value = "2000000000"
+    panel.buttons.start.click()  # what was insisted on before is asked for again
+    eventually(lambda: "Start anyway" in offered(panel))
+    assert panel.manager.state.status is ServerStatus.STOPPED
 
 
 def test_memory_is_asked_for_afresh_by_each_start(

@@ -47,7 +47,7 @@ class KittyMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self._refused: ServerConfig | str | None = None  # the latest start that will not fit
+        self._refused: object = None  # the latest start, if it was refused: it will not fit
         self._talks: dict[ModelManager, list[dict[str, Any]]] = {}
 
     @magic_arguments()
@@ -119,7 +119,9 @@ class KittyMagics(Magics):
     ) -> None:
         """Start a server, and show its load in one changing line."""
         line = _ChangingLine()
-        operation = start(wanted, anyway=wanted == self._refused)
+        attempt = start, wanted
+        refused, self._refused = self._refused, None  # the next start alone can insist
+        operation = start(wanted, anyway=attempt == refused)
 
         def show() -> None:
             if operation.progress:
@@ -128,7 +130,7 @@ class KittyMagics(Magics):
         try:
             line.show(_follow(operation, show).sentence)
         except WillNotFitError as error:
-            self._refused = wanted
+            self._refused = attempt
             raise WillNotFitError(f"{error} Run this again to start anyway.") from None
         except KeyboardInterrupt:
             raise StartCancelledError("Interrupted; the start was cancelled.") from None

@@ -132,6 +132,7 @@ class ActionRunner:
             wanted: Returns the settings, if the action starts a server.
         """
         self.refusal, self.insist = None, partial(self.run, action, wanted)
+        refused, self._refused = self._refused, None  # the next action alone can insist
         self._show_problem(None)
         if self._starting is not None:
             self._starting.cancel()
@@ -140,7 +141,7 @@ class ActionRunner:
                 self._run(self._follow, action(), None)
                 return
             config = wanted()
-            anyway = config == self._refused
+            anyway = config == refused
             self._starting = action(config, wait_for_ready=False, anyway=anyway)
             self._run(self._follow, self._starting, config)
 
