@@ -106,6 +106,10 @@ def test_of_two_panels_on_one_manager_the_later_watches(env: Path) -> None:
         write_header(env.parent / "models" / "ant.gguf")
         eventually(lambda: "ant" in listed(second), within=60)
         assert "ant" not in listed(first)
+        downloaded = write_header(env.parent / "models" / "bee.gguf")
+        first.picker.choose(downloaded)
+        assert first.picker.dropdown.value == downloaded
+        assert first.picker.stores
         first.rescan()
         eventually(lambda: "ant" in listed(first), within=30)
     finally:

@@ -138,7 +138,7 @@ class ModelPicker(VBox):
         """
         self.stop()
         if earlier := _watching.get(self._manager):
-            earlier.stop()  # another panel on this manager; each watch keeps a thread
+            earlier.freeze()  # another panel on this manager; each watch keeps a thread
         _watching[self._manager] = self
         with self.dropdown.turn:
             self._catalog = catalog
@@ -169,8 +169,12 @@ class ModelPicker(VBox):
             self._complete.wait(_CHOICE_WITHIN)
 
     def stop(self) -> None:
-        """Stop updating the list."""
+        """Stop updating the list, and forget its folders."""
         self._catalog = None
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Stop updating the list, but for models that `choose` names."""
         if self._following is not None:
             self._following.cancel()
         if _watching.get(self._manager) is self:  # else it would keep itself and its manager alive
