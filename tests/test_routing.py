@@ -369,7 +369,7 @@ def test_the_terminal_starts_and_stops_it(routed: Path) -> None:
 def test_its_panel_offers_its_models_in_place_of_files(routed: Path) -> None:
     panel = ControlPanel(routed, "router")
     try:
-        hidden = panel.picker, panel.memory
+        hidden = panel.picker, panel.memory, panel.browser
         eventually(lambda: {one.layout.display for one in hidden} == {"none"})
         eventually(lambda: not panel.buttons.start.disabled)
         panel.buttons.start.click()

@@ -295,11 +295,11 @@ class RemoteSupervisor:
         """Ask, but not by a new attempt to connect: it is for drawing, and will be asked again.
 
         Returns:
-            The answer; None while the machine is out of reach.
+            The answer; None while the machine is out of reach, or too slow.
         """
         try:
             return await self.call(verb, **takes) if self.reached else None
-        except OutOfReachError:
+        except (OutOfReachError, WaitTimeoutError):
             return None
 
     async def _begin(

@@ -159,8 +159,9 @@ class ControlPanel(VBox):
         self._notice_row.add_class("kitty-notice-row")
         looked_up = self.details, self.browser, self.download, self.requests, self._log_fold
         self._folds = HBox([self.memory, self._settings_fold, *looked_up]).add_class("kitty-folds")
-        files = self.picker, self.memory, self._settings_fold, self.browser, self.download
-        self._for_files = *files, self.requests, self.server_log
+        # A router's models have settings of their own, in their profiles.
+        self._for_one_model = self.picker, self.memory, self._settings_fold, self.browser
+        self._for_files = *self._for_one_model, self.download, self.requests, self.server_log
         name = display.Accessible(f"kitty_nb control panel{label}")
         used = self.live, self.ask, self.embed, self.address
         super().__init__([top, choice, self._notice_row, *used, self._folds, name])
@@ -325,7 +326,9 @@ class ControlPanel(VBox):
         self._view.wake()
 
     def _show_error(self, message: str) -> None:
+        self._problem = message
         self.notice.show(message)
+        display.show_if(self._notice_row, True)
 
     def _say(self, message: str) -> None:
         self.activity_log.append(Activity.now(message))
@@ -393,7 +396,7 @@ class ControlPanel(VBox):
         self.served.show(state)
         for part in self._for_files:  # a download fills this machine's folder
             hidden = elsewhere or (self._config.ssh and part is self.download)
-            hidden = hidden or (routes and part in {self.picker, self.memory})
+            hidden = hidden or (routes and part in self._for_one_model)
             display.show_if(part, not hidden)
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
