@@ -123,6 +123,7 @@ def test_a_checksum_mismatch_is_shown(make: Make, hub: Hub) -> None:
     form.download.click()
     eventually(lambda: "Checksum mismatch" in form.notice.value)
     eventually(lambda: form.cancel.disabled)
+    assert form.text.value == "incomplete"  # nothing is kept
     assert form.bar.bar_style == "danger"
     assert not done
 

@@ -12,7 +12,7 @@ from ipywidgets import HTML, Dropdown, HBox, Text
 from rich.filesize import decimal
 from rich.progress import Progress
 
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import ChecksumError, KittyError
 from kitty_nb.hub import Download, HubReference, find_repository
 from kitty_nb.widgets.display import Fold, Meter, Notice, button, duration, labelled, show_if
 from kitty_nb.widgets.session import ActionRunner
@@ -151,9 +151,10 @@ class DownloadForm(Fold):
         self._set_busy(True)
         try:
             model = await download.run(show)
-        except BaseException:
+        except BaseException as error:
             self.bar.bar_style = "danger"
-            self.text.value = "incomplete; the downloaded part is kept"
+            kept = "" if isinstance(error, ChecksumError) else "; the downloaded part is kept"
+            self.text.value = f"incomplete{kept}"
             raise
         finally:
             self._set_busy(False)

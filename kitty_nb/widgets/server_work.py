@@ -60,6 +60,7 @@ class LiveLine(Page):
         self._clock = clock
         self._points: deque[Point] = deque(maxlen=int(SHOWN / _POINT_EVERY))
         self._memory, self._measured_at = 0, -inf
+        self._pid: int | None = None  # of the server that it was measured of
         self._view: LiveView | None = None
 
     @property
@@ -73,6 +74,8 @@ class LiveLine(Page):
         async def look() -> None:
             state, work = manager.state, manager.work
             ready = state.status is ServerStatus.READY
+            if state.pid != self._pid:  # the memory was another server's
+                self._pid, self._memory, self._measured_at = state.pid, 0, -inf
             if ready and self._clock() - self._measured_at >= _MEMORY_EVERY:
                 self._measured_at = self._clock()
                 use = await manager.stats.memory_use()

@@ -538,7 +538,7 @@ def _star(trial: Trial, best: Combination | None) -> str:
         return " <span title='Too close to the best to distinguish'>≈ best</span>"
     if trial != best.trial:
         return ""
-    title = best.doubt.capitalize() or "The best so far"
+    title = escape(best.doubt.capitalize()) or "The best so far"
     words = "★ too close to tell" if best.close else "★ best"
     return f" <span class='kitty-sweep-star' title='{title}'>{words}</span>"
 
