@@ -29,7 +29,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -270,12 +269,14 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]
 
 
 def _own_ports() -> Iterator[int]:
-    """Ports of this process alone, each in turn: two at random were the same one day.
+    """Ports of this process alone, each once: a fixture may not use its own for minutes.
 
-    Programs under test choose theirs from 20,000 up. Some ask for the next ones as well.
+    Programs under test choose theirs from 20,000 up. Some ask for the next one as well.
     """
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
-    return cycle(range(10_000 + 600 * number, 10_600 + 600 * number, 4))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 10_000 // max(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), number + 1)
+    first = 10_000 + number * share
+    return iter(range(first, first + share, 2))
 
 
 _PORTS = _own_ports()
@@ -283,11 +284,11 @@ _PORTS = _own_ports()
 
 def unused_port() -> int:
     """A port that no other test, and no program that a test starts, chooses."""
-    for port in islice(_PORTS, 150):
+    for port in _PORTS:
         with socket.socket() as trial, suppress(OSError):
             trial.bind((network.LOOPBACK, port))
             return port
-    pytest.fail("all ports of this process are in use")
+    pytest.fail("no port of this process is left")
 
 
 @pytest.fixture
