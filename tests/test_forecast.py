@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
 import psutil
@@ -278,6 +279,53 @@ def test_what_a_server_holds_counts_as_free() -> None:
     assert memory.ram.returned < memory.ram.free <= memory.ram.total
     assert free_memory(holder.pid).ram.returned == 0
     assert free_memory().ram.total == psutil.virtual_memory().total
+
+
+def control_group(folder: Path, files: tuple[str, str], limit: object, use: int) -> None:
+    """Write what Linux shows of a group that holds files of 350 MB in its cache."""
+    folder.mkdir(parents=True)
+    cached = {"active_file": 200 * 10**6, "inactive_file": 150 * 10**6, "anon": 1}
+    rows = (cached | {f"total_{name}": count for name, count in cached.items()}).items()
+    for name, text in zip((*files, "memory.stat"), (limit, use, None), strict=True):
+        said = "".join(f"{row} {count}\n" for row, count in rows) if text is None else f"{text}\n"
+        (folder / name).write_text(said)
+
+
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
+V2 = "memory.max", "memory.current"
+
+
+@pytest.mark.parametrize(
+    ("line", "groups", "limit"),
+    [
+        ("0::/", {"": (V2, 500)}, 500),
+        ("0::/a.slice/job_1/step_0", {"a.slice": (V2, 500), "a.slice/job_1": (V2, 600)}, 500),
+        ("0::/a/b", {"": (V2, 1000), "a": (V2, "max"), "a/b": (V2, 500)}, 500),
+        ("4:memory:/docker/1a", {"memory": (V1, 500), "memory/docker/1a": (V1, 2**63)}, 500),
+        ("1:name=systemd:/\n4:memory:/docker/1a", {"memory": (V1, 500)}, 500),
+        ("0::/../other", {"": (V2, "max")}, None),
+        ("4:memory:/", {"memory": (V1, 9223372036854771712)}, None),
+        ("1:cpu:/", {"": (V2, 500)}, None),
+        ("odd", {}, None),
+    ],
+)
+def test_the_limit_of_a_container_counts(
+    tmp_path: Path, line: str, groups: dict[str, tuple[Any, Any]], limit: int | None
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{line}\n")
+    for name, (files, size) in groups.items():
+        least = size * 10**6 if isinstance(size, int) and size < 2**62 else size
+        control_group(tmp_path / "sys/fs/cgroup" / name, files, least, 450 * 10**6)
+    ram = free_memory(root=tmp_path).ram
+    if limit is None:
+        assert (ram.name, ram.total) == ("RAM", psutil.virtual_memory().total)
+    else:
+        # All but the 100 MB that are no cached files.
+        assert (ram.name, ram.free) == (
+            f"RAM (limit of this container or job: {limit}.0 MB)",
+            (limit - 450 + 350) * 10**6,
+        )
 
 
 def test_what_a_server_holds_on_another_device_comes_back(

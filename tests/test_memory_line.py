@@ -60,11 +60,18 @@ def part(
             " GB of 30.0 GB free</span>",
         ),
         (
+            MemoryPreview((part("RAM (limit of this container or job: 2.0 GB)", GB),), 512, 0),
+            "Memory: needs about <b>21.4 GB</b> for a context of 512 · weights 18.9 GB · KV cache"
+            " 2.1 GB · compute 400 MB — <b class='kitty-bad'>will not fit</b>; no context size"
+            " fits<br><span class='kitty-fact'>RAM (limit of this container or job: 2.0 GB) 21.4 GB"
+            " of 1.0 GB free</span>",
+        ),
+        (
             MemoryPreview(problem="<b>.gguf is not there."),
             "Memory: <span class='kitty-idle'>unknown</span>. &lt;b&gt;.gguf is not there.",
         ),
     ],
-    ids=["fits", "tight", "will not fit", "unknown cache", "gpu", "problem"],
+    ids=["fits", "tight", "will not fit", "unknown cache", "gpu", "limit", "problem"],
 )
 def test_a_preview_is_one_sentence(preview: MemoryPreview, sentence: str) -> None:
     assert memory_sentence(preview) == sentence

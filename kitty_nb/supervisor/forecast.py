@@ -6,12 +6,13 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import psutil
 from anyio.to_thread import run_sync
+from rich.filesize import decimal
 
 from kitty_nb.catalog.catalog import why_not_served
 from kitty_nb.catalog.memory import (
@@ -40,7 +41,7 @@ from kitty_nb.supervisor.history import LoadHistory
 from kitty_nb.supervisor.process import family
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 Options = list[tuple[str, str]]
@@ -73,6 +74,12 @@ _DRAFTED_BY = {
 _DRAFTED = 3  # by default
 _ALL_LAYERS = 999
 _OLD_CONTEXT = 4096  # the default of builds without --fit
+# Of each version of control groups, as `/proc/self/cgroup` names its controllers: the folder, the
+# files with the limit and the use, and the prefix of counters that include the groups below.
+_CGROUPS = {
+    "": ("", "memory.max", "memory.current", ""),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
 _BUSY = (
     "The RPC machines do not answer: each serves one client at a time. To check whether the"
     " model fits, stop the server that uses them."
@@ -165,18 +172,51 @@ def _weights_beside(options: Options) -> int:
     return sum(total_size(Path(n)) or total_size(Path(n.rpartition(":")[0])) for n in names)
 
 
-def free_memory(pid: int | None = None) -> Memory:
+def free_memory(pid: int | None = None, root: Path = Path("/")) -> Memory:
     """Measure what is free, including what a running server and its children will release.
 
+    If the limit of a container or a batch job leaves less RAM than the machine has free, the pool's
+    name says so. Its total is the machine's all the same: llama.cpp, too, goes by that.
+
     The GPUs are those that NVIDIA's library knows; see `with_devices` for others.
+
+    Args:
+        pid: The server.
+        root: Where `proc` and `sys` are mounted.
     """
     ram = psutil.virtual_memory()
     holders = [] if pid is None else family(pid)
     returned = sum(map(_held, holders))
+    name, free = "RAM", min(ram.available + returned, ram.total)
+    for limit, left in _limits(root):
+        if (left := min(left + returned, limit)) < free:
+            name, free = f"RAM (limit of this container or job: {decimal(limit)})", left
     return Memory(
-        MemoryPool("RAM", min(ram.available + returned, ram.total), ram.total, returned),
-        _gpus({process.pid for process in holders}),
+        MemoryPool(name, free, ram.total, returned), _gpus({process.pid for process in holders})
     )
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield the limits of this process's control groups and of those above, and what they leave.
+
+    Cached files, such as mapped weights, count as free, as they do in the whole machine's memory.
+    """
+    with suppress(OSError, ValueError):  # another system than Linux
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in _CGROUPS:
+                continue
+            folder, limited, used, below = _CGROUPS[controllers]
+            # A container may see its own group as the root, whatever the path says.
+            own = PurePosixPath(path.lstrip("/"))
+            for group in (own, *own.parents):
+                place = root / "sys/fs/cgroup" / folder / group
+                with suppress(OSError, ValueError, LookupError):  # no limit, or not to be seen
+                    limit, use = (int((place / name).read_text()) for name in (limited, used))
+                    rows = (place / "memory.stat").read_text().splitlines()
+                    counts = {name: int(count) for name, count in map(str.split, rows)}
+                    cached = counts[f"{below}active_file"] + counts[f"{below}inactive_file"]
+                    yield limit, limit - use + cached
 
 
 def with_devices(memory: Memory, devices: Iterable[Device] | None) -> Memory:

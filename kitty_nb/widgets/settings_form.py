@@ -206,12 +206,13 @@ def memory_sentence(preview: MemoryPreview) -> str:
 
     E.g. `Memory: needs about 21.4 GB of 24.0 GB free for a context of 32,768 · weights 18.9 GB · KV
     cache 2.1 GB · compute 412 MB — tight; largest context that fits: 24,576`. A second line
-    has the share of each pool when there is more than one.
+    has the share of each pool, if there are others than the machine's RAM.
     """
     tone = f"kitty-{_TONES[preview.verdict]}"
     if not preview.allocations:
         return f"Memory: <span class='{tone}'>unknown</span>. {escape(preview.problem or '')}"
-    free = f" of {_free(preview.allocations[0])}" if len(preview.allocations) == 1 else ""
+    plain = [one.pool.name for one in preview.allocations] == ["RAM"]
+    free = f" of {_free(preview.allocations[0])}" if plain else ""
     needs = preview.requirement
     if needs.total is None or needs.cache is None or needs.compute is None:
         what = f"weights <b>{_size(needs.weights)}</b>{free} · KV cache and compute unknown"
@@ -232,7 +233,7 @@ def memory_sentence(preview: MemoryPreview) -> str:
         f"{escape(one.pool.name)} {_size(one.requirement.known)} of {_free(one)}"
         for one in preview.allocations
     )
-    return line if free else f"{line}<br><span class='kitty-fact'>{pools}</span>"
+    return line if plain else f"{line}<br><span class='kitty-fact'>{pools}</span>"
 
 
 def _free(one: Allocation) -> str:
