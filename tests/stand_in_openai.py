@@ -38,6 +38,7 @@ class Shape:
         redirect: Where it sends everybody.
         thinking: The name of the field with a model's thoughts.
         endless: Whether a list of models never ends.
+        unavailable: What it says instead, with status 503.
         seen: Path, key and body of each request.
     """
 
@@ -47,6 +48,7 @@ class Shape:
     redirect: str | None = None
     thinking: str = "reasoning"
     endless: bool = False
+    unavailable: object = None
     seen: list[tuple[str, str | None, Any]] = field(default_factory=list)
 
     @property
@@ -85,6 +87,8 @@ def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
                 self.answer(401, {"error": "Unauthorized"})
             elif not self.path.startswith(shape.prefix):
                 self.answer(404, "404 page not found")
+            elif shape.unavailable:
+                self.answer(503, shape.unavailable)
             elif path == "/v1/models":
                 self.answer(200, shape.models)
                 while shape.endless:

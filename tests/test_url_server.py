@@ -23,6 +23,7 @@ from kitty_nb.config.profiles import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
 from kitty_nb.supervisor import external_server
+from kitty_nb.supervisor.events import Activity, Event, Level
 from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.widgets import FleetPanel
 
@@ -163,6 +164,33 @@ def test_one_that_speaks_like_ollama(ollama: tuple[Shape, str]) -> None:
         with pytest.raises(KittyError, match="has no /tokenize"):
             manager.tokenize("Hello").wait(30)
         assert {key for _, key, _ in shape.seen} == {None}
+
+
+def said(told: list[Event], level: Level) -> list[str]:
+    return [one.message for one in told if isinstance(one, Activity) and one.level is level]
+
+
+def test_a_model_that_is_pulled_meanwhile_is_not_asked_instead(ollama: tuple[Shape, str]) -> None:
+    shape, url = ollama
+    told: list[Event] = []
+
+    def listed(*names: str) -> None:
+        shape.models = ollama_models(*names)
+        count = len(shape.seen)
+        eventually(lambda: len(shape.seen) > count + 2)
+
+    with ModelManager(config=ServerConfig(url=url)) as manager:
+        settled(manager, ServerStatus.READY)
+        manager.subscribe(told.append)
+        listed("new:latest", "llama3.2:latest")  # Ollama lists the newest first
+        assert manager.state.alias == "llama3.2:latest"
+        listed()
+        assert manager.state.doubt == "It lists no models. Load 'llama3.2:latest' there."
+        assert not said(told, Level.WARNING)
+        listed("new:latest")
+        assert manager.state.alias == "new:latest"
+        (change,) = said(told, Level.WARNING)
+        assert "no longer lists llama3.2:latest. Requests now go to the model new:" in change
 
 
 def test_one_that_asks_for_a_key_like_vllm() -> None:

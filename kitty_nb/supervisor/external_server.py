@@ -322,8 +322,14 @@ class UrlServer(WatchedServer):
             await anyio.sleep(min(_ASK_EVERY * 2**doublings, _ASK_AT_LEAST_EVERY))
 
     def _choose(self) -> None:
-        alias = self._chosen or chat_model(self.probe.models)
-        self.owner = replace(self.owner, models=self.probe.models, alias=alias)
+        models, before = self.probe.models, self.owner.alias
+        alias = self._chosen or (before if before in models else chat_model(models) or before)
+        self.owner = replace(self.owner, models=models, alias=alias)
+        if before not in {None, alias}:
+            self._notify(
+                f"{self.owner.url} no longer lists {before}. Requests now go to the model {alias}.",
+                Level.WARNING,
+            )
 
     def _greet(self) -> None:
         url, models = self.owner.url, name_some(self.owner.models, _SHOWN) or "no model"
