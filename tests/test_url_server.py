@@ -23,7 +23,7 @@ from kitty_nb.config.profiles import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
 from kitty_nb.supervisor import external_server
-from kitty_nb.supervisor.events import Activity, Event, Level
+from kitty_nb.supervisor.events import Activity, Event, Level, StateChanged
 from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.widgets import FleetPanel
 
@@ -191,6 +191,37 @@ def test_a_model_that_is_pulled_meanwhile_is_not_asked_instead(ollama: tuple[Sha
         assert manager.state.alias == "new:latest"
         (change,) = said(told, Level.WARNING)
         assert "no longer lists llama3.2:latest. Requests now go to the model new:" in change
+
+
+def test_one_that_loads_is_waited_for_without_a_flood_of_warnings() -> None:
+    loading = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+    shape = Shape(ollama_models("a"), unavailable=loading)
+    told: list[Event] = []
+
+    def asked(times: int) -> None:
+        count = len(shape.seen)
+        eventually(lambda: len(shape.seen) >= count + times)
+
+    with shape.serving() as url, ModelManager(config=ServerConfig(url=url)) as manager:
+        manager.subscribe(told.append)
+        asked(5)
+        assert manager.state.status is ServerStatus.LOADING
+        assert not said(told, Level.WARNING)
+        shape.unavailable = None
+        settled(manager, ServerStatus.READY)
+        shape.unavailable = loading
+        settled(manager, ServerStatus.LOADING)
+        asked(5)
+        assert len(said(told, Level.WARNING)) == 1
+        states = [one.state.status for one in told if isinstance(one, StateChanged)]
+        assert states.count(ServerStatus.OUT_OF_REACH) <= 1
+
+
+def test_a_proxy_without_a_server_behind_it_does_not_count_as_a_load() -> None:
+    shape = Shape(ollama_models("a"), unavailable="no available server")
+    with shape.serving() as url, ModelManager(config=ServerConfig(url=url)) as manager:
+        settled(manager, ServerStatus.OUT_OF_REACH)
+        assert "answered 503 Service Unavailable" in manager.state.sentence
 
 
 def test_one_that_asks_for_a_key_like_vllm() -> None:

@@ -48,6 +48,7 @@ else:
 _LOOK_EVERY = 1.0  # seconds, on a port
 _ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0  # seconds, at a URL: usually, and while none answers
 _MODELS, _GUARDED = "/v1/models", "/props"
+_LOADING = b"loading"  # in the 503 of a llama-server; a proxy's tells that none is behind it
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _CONNECT_WITHIN, _WHOLE_WITHIN = 5.0, 10.0  # seconds for the connection, and for all
 _MISSES = 2  # of a server that answered before; after a single one, it may just be busy
@@ -218,7 +219,7 @@ class UrlProbe(Probe):
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             return HealthCheckResult(ServerStatus.STARTING, message=self._why_silent(error))
         latency = time.perf_counter() - began
-        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and _LOADING in content.lower():
             return HealthCheckResult(ServerStatus.LOADING, latency, "it is loading a model")
         if response.is_success and (models := _names(content)) is not None:
             self.models = models
@@ -304,6 +305,7 @@ class UrlServer(WatchedServer):
         while True:
             health = await self.probe.check_activity()
             ready = health.status is ServerStatus.READY
+            loading = health.status is ServerStatus.LOADING
             misses = 0 if ready else misses + 1
             if ready:
                 self._choose()
@@ -311,13 +313,14 @@ class UrlServer(WatchedServer):
                     self._emit(BecameReady(self._generation, time.monotonic()))
                     self._greet()
             elif status is not ServerStatus.READY or misses >= _MISSES:
-                self._emit(OutOfReach(self._generation, why_unreachable(self.owner.url, health)))
-                if health.status is ServerStatus.LOADING:
+                if not loading or status is ServerStatus.READY:
+                    why = why_unreachable(self.owner.url, health)
+                    self._emit(OutOfReach(self._generation, why))
+                if loading:
                     self._emit(LoadBegan(self._generation))
             self._emit(health)
             if ready or status is not ServerStatus.READY or misses >= _MISSES:
                 status = health.status
-            loading = health.status is ServerStatus.LOADING
             doublings = 0 if loading or misses < _MISSES else min(misses - 1, 4)
             await anyio.sleep(min(_ASK_EVERY * 2**doublings, _ASK_AT_LEAST_EVERY))
 
