@@ -21,7 +21,7 @@ from other_kernel import Kernel, runs
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError
-from kitty_nb.supervisor.events import Activity, Event
+from kitty_nb.supervisor.events import Activity, Ending, Event
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
@@ -54,6 +54,26 @@ def kernel(config: ServerConfig) -> Iterator[Callable[..., Kernel]]:
         if runs(kernel.server):
             os.kill(kernel.server, signal.SIGKILL)
             eventually(lambda k=kernel: not runs(k.server))
+
+
+def test_requests_from_before_have_their_times_however_long_the_log(
+    config: ServerConfig, kernel: Callable[..., Kernel]
+) -> None:
+    first = kernel("end")
+    first.end(None)
+    server = ServerProcess(first.server, None)
+    began = time.time() - server.age
+    later = (
+        "0.00.100.000 I slot launch_slot_: id  0 | task 900 | processing task, is_child = 0",
+        "0.00.300.000 W srv          stop: cancel task, id_task = 900",
+        "0.00.300.000 I slot      release: id  0 | task 900 | stop processing: n_tokens = 9, trunc",
+    )
+    with config.log_path.open("a") as log:
+        log.writelines(f"{line}\n" for line in ("x" * 1000,) * 600 + later)  # more than one read
+    with ModelManager(config=config) as manager:
+        eventually(lambda: manager.requests and manager.requests[-1].ended is Ending.CANCELLED)
+        request = manager.requests[-1]
+        assert (request.at, request.seconds) == pytest.approx((began + 0.1, 0.2), abs=0.05)
 
 
 @pytest.mark.parametrize("ending", [None, signal.SIGKILL], ids=["ended", "killed"])

@@ -147,6 +147,7 @@ def test_a_prompt_is_followed_between_its_batches() -> None:
 def test_the_whole_prompt_is_known_at_once_where_the_log_tells() -> None:
     meter = WorkMeter(RequestLog(0.0, EPOCH))
     meter.log.read(lines("native", 1), 119.0)
+    meter.log.read((), 119.0)
     meter.log.read(lines("embedded", 0)[:3], 120.0)
     reading = meter.work(120.0).reading
     assert reading

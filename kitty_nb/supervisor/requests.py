@@ -183,9 +183,13 @@ class RequestLog:
         self._zero = began
 
     def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
-        """Process lines, as `readable` returns them; return the requests that they finish."""
+        """Process lines, as `readable` returns them; return the requests that they finish.
+
+        A read without lines has reached the end: later lines are read as they are written.
+        """
+        lines = tuple(lines)
         ended = [request for line in lines for request in self._read_line(line, at)]
-        for log in (self, *self._children.values()):
+        for log in () if lines else (self, *self._children.values()):
             log._live = True
         self.finished.extend(ended)
         return tuple(ended)

@@ -409,6 +409,7 @@ class Server:
         """Publish new lines, at most one read of them; return whether there were any."""
         lines = tuple(map(readable, self._log.read(to_end=to_end))) if self._log else ()
         if not lines:
+            self.work.log.read((), self._clock())
             return False
         self.lines.extend(lines)
         self._meter.heartbeat(self._elapsed())
