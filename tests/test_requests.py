@@ -30,7 +30,7 @@ def slot(decoded: int, **told: Any) -> dict[str, Any]:
 
 
 def test_finished_requests_of_the_native_engine() -> None:
-    log = RequestLog(0.0, EPOCH)
+    log = RequestLog(wall=lambda: EPOCH + LATER)
     first, again, failed, left = log.read(LOGS["native"], LATER)
     assert first.at == pytest.approx(EPOCH + 5.64, abs=0.01)
     assert (first.prompt_tokens, first.answer_tokens, first.cached) == (3414, 30, 0)
@@ -45,8 +45,17 @@ def test_finished_requests_of_the_native_engine() -> None:
     assert not log.active
 
 
+def test_a_request_after_the_machine_slept_has_its_true_time() -> None:
+    now = EPOCH
+    log = RequestLog(wall=lambda: now)
+    log.read(lines("native", 1), 119.0)
+    now += 8 * 3600  # meanwhile, the clock of server and log stood still
+    (request,) = log.read(lines("native", 934), 130.0)
+    assert request.at == pytest.approx(now - (130.0 - 118.077), abs=0.01)
+
+
 def test_finished_requests_of_the_embedded_engine() -> None:
-    log = RequestLog(0.0, EPOCH)
+    log = RequestLog()
     (first,) = log.read(LOGS["embedded"], LATER)
     assert (first.prompt_tokens, first.answer_tokens, first.cached) == (54, 10, 0)
     assert first.seconds == pytest.approx(25.74, abs=0.01)
@@ -55,8 +64,8 @@ def test_finished_requests_of_the_embedded_engine() -> None:
 
 
 def test_the_requests_of_a_routers_models_are_told_apart() -> None:
-    alone = RequestLog(0.0, EPOCH).read(LOGS["native"], LATER)
-    router = RequestLog(0.0, EPOCH)
+    alone = RequestLog(wall=lambda: EPOCH).read(LOGS["native"], LATER)
+    router = RequestLog(wall=lambda: EPOCH)
     spawned = "0.00.000.000 I srv          load: spawning server instance with name={} on port {}"
     models = {"small": 3001, "large": 40002}
     said = [spawned.format(*one) for one in models.items()]
@@ -73,7 +82,7 @@ def test_the_requests_of_a_routers_models_are_told_apart() -> None:
 
 
 def test_the_request_by_which_a_server_proves_itself_is_not_counted() -> None:
-    log = RequestLog(0.0, EPOCH)
+    log = RequestLog()
     probe = (
         "0.01.000.000 I slot launch_slot_: id  0 | task 0 | processing task, is_child = 0",
         "0.01.100.000 I slot print_timing: id  0 | task 0 | prompt eval time = 99.0 ms / 2 tokens",
@@ -86,7 +95,7 @@ def test_the_request_by_which_a_server_proves_itself_is_not_counted() -> None:
 
 
 def test_what_the_log_says_is_stripped_of_controls() -> None:
-    log = RequestLog(0.0, EPOCH)
+    log = RequestLog()
     launch, *_, release = lines("native", 1)
     error = "srv send_error: task id = 1, error: \x1b[31mbad\x07"
     (request,) = log.read((launch, error, release), LATER)
@@ -96,12 +105,12 @@ def test_what_the_log_says_is_stripped_of_controls() -> None:
 def test_drafts_are_told() -> None:
     launch, *_, release = lines("native", 1)
     drafts = "slot print_timing: id  3 | task 1 | draft acceptance = 0.57576 (171 accepted / 297"
-    (request,) = RequestLog(0.0, EPOCH).read((launch, drafts, release), LATER)
+    (request,) = RequestLog().read((launch, drafts, release), LATER)
     assert request.accepted == pytest.approx(0.576, abs=0.001)
 
 
 def test_an_answer_that_its_limit_cut_is_told_from_a_finished_one() -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
     launch, *rest = lines("native", 1)
     meter.log.read((launch,), 6.0)
     meter.look([slot(12)], 1.4, 100.0)
@@ -110,7 +119,7 @@ def test_an_answer_that_its_limit_cut_is_told_from_a_finished_one() -> None:
 
 
 def test_a_cancelled_request_has_the_speed_that_its_slot_told() -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
     launch, *_, release = lines("native", 1)
     meter.log.read((launch,), 6.0)
     for decoded, at in ((0, 7.0), (2, 100.0), (2, 101.0), (12, 105.0)):
@@ -122,7 +131,7 @@ def test_a_cancelled_request_has_the_speed_that_its_slot_told() -> None:
 
 
 def test_a_prompt_is_followed_between_its_batches() -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
     launch, half, *rest = lines("native", 1)
     meter.log.read((launch,), 5.7)
     reading = meter.work(7.0).reading
@@ -145,7 +154,7 @@ def test_a_prompt_is_followed_between_its_batches() -> None:
 
 
 def test_the_whole_prompt_is_known_at_once_where_the_log_tells() -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
     meter.log.read(lines("native", 1), 119.0)
     meter.log.read((), 119.0)
     meter.log.read(lines("embedded", 0)[:3], 120.0)
@@ -173,7 +182,7 @@ def prompt_lines(
 
 @pytest.mark.parametrize("slower", [1.0, 2.0, 5.0])
 def test_on_a_busy_machine_the_processor_s_time_tells(slower: float) -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
 
     def follow(task: int, began: float, slower: float) -> list[tuple[float, float]]:
         """Read a prompt; two processors compute it where nothing else is to be done."""
@@ -196,7 +205,7 @@ def test_on_a_busy_machine_the_processor_s_time_tells(slower: float) -> None:
 def test_a_prompt_that_is_read_at_another_pace_is_corrected_batch_by_batch(
     slower: float, error: float
 ) -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH), 400)
+    meter = WorkMeter(RequestLog(), 400)
     for at, line in prompt_lines(1, -20.0, 100.0, 900):
         meter.log.read((line,), at)
     lines, seconds = prompt_lines(3, 0.0, 100.0 / slower), 10.0 * slower
@@ -214,14 +223,14 @@ def test_a_prompt_that_is_read_at_another_pace_is_corrected_batch_by_batch(
 
 
 def test_what_is_lost_with_a_rotated_log_does_not_look_busy_for_ever() -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
     meter.log.read(lines("native", 1)[:1], 6.0)
     meter.look([{"id": 3, "is_processing": False}], 0.0, 8.0)
     assert not meter.busy
 
 
 def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:
-    meter = WorkMeter(RequestLog(0.0, EPOCH))
+    meter = WorkMeter(RequestLog())
     meter.look([slot(0), {"id": 0, "is_processing": False}], 0.0, 10.0)
     work = meter.work(12.0)
     assert (work.busy, work.slots) == (1, 2)
@@ -244,7 +253,7 @@ def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:
     ],
 )
 def test_whatever_a_log_says_is_survived(words: str) -> None:
-    log = RequestLog(0.0, 0.0)
+    log = RequestLog()
     log.read(["slot launch_slot_: id  0 | task 1 | processing task"], 1.0)
     began = time.monotonic()
     log.read([f"slot update_slots: id  0 | task 1 | {words}", words], 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,7 +14,7 @@ from kitty_nb.errors import printable
 from kitty_nb.supervisor.events import Ending, PromptProgress, Request, Restored, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 KEPT = 200  # finished requests
@@ -77,13 +78,12 @@ class ActiveRequest:
             self.rest = self.prompt - read
         self.read, self.read_at, self.spent = read, at, spent
 
-    def finish(self, held: int, at: float, epoch: float) -> Request:
-        """Return the record of the finished request.
+    def finish(self, held: int, at: float) -> Request:
+        """Return the record of the finished request, on the same clock.
 
         Args:
             held: Tokens that its slot holds: those of the prompt, and all of the answer but one.
             at: When it ended.
-            epoch: What to add to the clock for seconds since the epoch.
         """
         prompt = self.prompt
         if prompt is None and self.computed is not None:
@@ -104,7 +104,7 @@ class ActiveRequest:
         else:
             ended = Ending.FINISHED
         return Request(
-            self.began + epoch,
+            self.began,
             ended,
             prompt,
             self.decoded,
@@ -149,11 +149,13 @@ class RequestLog:
     Args:
         began: When the server's process began, in seconds of the clock that `read` uses; `dated`
             corrects it.
-        epoch: What to add to that clock for seconds since the epoch.
         model: The model, if a router started the server.
+        wall: Seconds since the epoch.
     """
 
-    def __init__(self, began: float = 0.0, epoch: float = 0.0, model: str = "") -> None:
+    def __init__(
+        self, began: float = 0.0, model: str = "", wall: Callable[[], float] = time.time
+    ) -> None:
         self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
         self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
         self.held: dict[int, Held] = {}  # by slot, since its last request
@@ -164,7 +166,7 @@ class RequestLog:
         self.load = 0.0
         self.rest = 0  # tokens at the end of a prompt that are read separately, as far as known
         self.spent = 0.0  # CPU seconds of the server so far, set by whoever reads its log
-        self._epoch, self._model = epoch, model
+        self._model, self._wall = model, wall
         self._children: dict[str, RequestLog] = {}  # of a router's models, by port
         # The server's own clock began a moment after its process. Reading its lines as they arrive
         # shows when; earlier lines are dated by the process.
@@ -188,21 +190,23 @@ class RequestLog:
         A read without lines has reached the end: later lines are read as they are written.
         """
         lines = tuple(lines)
-        ended = [request for line in lines for request in self._read_line(line, at)]
+        epoch = self._wall() - at  # not constant: the other clock stands still in suspend
+        found = (request for line in lines for request in self._read_line(line, at))
+        ended = tuple(replace(request, at=request.at + epoch) for request in found)
         for log in () if lines else (self, *self._children.values()):
             log._live = True
         self.finished.extend(ended)
-        return tuple(ended)
+        return ended
 
     def _read_line(self, line: str, at: float) -> Iterator[Request]:
         if of_child := _OF_CHILD.match(line):
             # The line that names its model may be lost: logs are rotated.
-            child = self._children.setdefault(of_child[1], RequestLog(at, self._epoch))
+            child = self._children.setdefault(of_child[1], RequestLog(at))
             yield from child._read_line(of_child[2], at)
             return
         at = self._when(line, at)
         if spawned := _SPAWNED.search(line):
-            self._children[spawned[2]] = RequestLog(at, self._epoch, printable(spawned[1]))
+            self._children[spawned[2]] = RequestLog(at, printable(spawned[1]))
         elif exited := _EXITED.search(line):
             gone = printable(exited[1])
             self._children = {
@@ -233,7 +237,7 @@ class RequestLog:
         if ended := _ENDED.search(words):
             del self.active[key]
             self.held[key[0]] = Held(key[1], int(ended[1]), task.cached, task.extends)
-            request = task.finish(int(ended[1]), at, self._epoch)
+            request = task.finish(int(ended[1]), at)
             first, self.heard = not self.heard, True
             if not (first and _is_probe(request)):
                 yield replace(request, model=self._model)

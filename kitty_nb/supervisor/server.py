@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
@@ -145,8 +144,7 @@ class Server:
         self._health = HealthCheckResult(ServerStatus.STARTING)
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
-        log = RequestLog(clock(), time.time() - clock())
-        self.work = WorkMeter(log, config.batch_size, routes=routes)
+        self.work = WorkMeter(RequestLog(), config.batch_size, routes=routes)
         self._worked = anyio.Event()
         self.router: RouterModels | None = None  # once it is ready
         self._router_api: RouterApi | None = None
