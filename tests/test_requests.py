@@ -8,9 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from conftest import eventually
 
-from kitty_nb.supervisor.events import Ending
+from kitty_nb import ModelManager, ServerConfig
+from kitty_nb.supervisor import health, requests, server
+from kitty_nb.supervisor.events import Ending, Event, StateChanged
+from kitty_nb.supervisor.health import NOT_IN_TIME
 from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 
 LOGS = {
@@ -227,6 +232,37 @@ def test_what_is_lost_with_a_rotated_log_does_not_look_busy_for_ever() -> None:
     meter.log.read(lines("native", 1)[:1], 6.0)
     meter.look([{"id": 3, "is_processing": False}], 0.0, 8.0)
     assert not meter.busy
+
+
+def test_a_request_stays_while_the_server_does_not_answer(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_PATIENCE", 0.3)
+    monkeypatch.setattr(server, "_ASK_READY", 0.1)
+    monkeypatch.setattr(server, "_SLOTS_ASKED", 60.0)
+    monkeypatch.setattr(requests, "_SEEN_AFTER", 0.1)
+    silent = 0
+
+    def count(event: Event) -> None:
+        nonlocal silent
+        silent += isinstance(event, StateChanged) and event.state.last_health_check is NOT_IN_TIME
+
+    with ModelManager(config=config) as manager:
+        process = psutil.Process(manager.start().wait(60).pid)
+        manager.chat("Hello", max_tokens=1).wait(60)
+        eventually(lambda: manager.requests and not manager.work.busy)
+        manager.check_health().wait(60)  # sees idle slots
+        process.suspend()
+        try:
+            with config.log_path.open("a") as log:
+                log.write("slot launch_slot_: id  0 | task 900 | processing task, is_child = 0\n")
+            eventually(lambda: manager.work.busy == 1)
+            manager.subscribe(count)
+            eventually(lambda: silent > 3)
+            assert manager.work.busy == 1
+        finally:
+            process.resume()
+        eventually(lambda: manager.work.busy == 0, why="its slots tell that it is gone")
 
 
 def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:

@@ -129,7 +129,9 @@ class ExternalServer(WatchedServer):
         # The key of another profile's server is on record; any other may have the configured one.
         record = record_of(owner.pid, config.log_dir)
         key = record.api_key if record else config.api_key
-        probe = HealthProbe(config, key, trusted=True, sleeps=owner.sleeps)
+        probe = HealthProbe(
+            config, key, trusted=True, sleeps=owner.sleeps, on_slots=self._note_work
+        )
         super().__init__(generation, emit, probe)
         self.devices = (record and record.devices) or ()
         self._owner, self._config = owner, config
@@ -162,7 +164,6 @@ class ExternalServer(WatchedServer):
             health = await self.probe.check_activity()
             health = self.router.doubt(health) if self.router else health
             self._emit(health)
-            self._note_work(health.tokens_per_second)
             if health.status is not status:
                 status = health.status
                 if status is ServerStatus.LOADING:
@@ -177,9 +178,9 @@ class ExternalServer(WatchedServer):
                     self._emit(BecameReady(self._generation, time.monotonic() - process.age))
             await anyio.sleep(_LOOK_EVERY)
 
-    def _note_work(self, pace: float | None) -> None:
+    def _note_work(self, slots: list[dict[str, Any]], pace: float | None) -> None:
         was_busy, now = self.work.busy, time.monotonic()
-        self.work.look(self.probe.slots, pace, now)
+        self.work.look(slots, pace, now)
         if was_busy or self.work.busy:
             self._emit(Working(self.work.work(now)))
 

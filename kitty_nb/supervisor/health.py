@@ -38,11 +38,15 @@ class Late(ModuleType):
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import httpx
     from pydantic import SecretStr
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.supervisor.process import ServerProcess
+
+    OnSlots = Callable[[list[dict[str, Any]], float | None], object]
 else:
     httpx = Late("httpx")
 
@@ -149,11 +153,12 @@ class HealthProbe(Probe):
         api_key: The key that it requires.
         trusted: Whether the process that listens on its port is known to be that server.
         sleeps: Whether it frees an idle model by itself; None if the settings tell.
+        on_slots: Called with each answer of its `/slots` as it comes, and the tokens per second
+            since the one before, if reported.
 
     Attributes:
         trusted: Likewise. Until it is, only `/health` is requested, without the key.
         process: The server's process, by which it becomes trusted.
-        slots: The last answer of its `/slots`; empty if it gives none.
     """
 
     def __init__(
@@ -163,11 +168,13 @@ class HealthProbe(Probe):
         *,
         trusted: bool = False,
         sleeps: bool | None = None,
+        on_slots: OnSlots = lambda *_: None,
     ) -> None:
         super().__init__(config.endpoint, api_key)
         self.trusted = trusted
         self.process: ServerProcess | None = None
-        self.slots: list[dict[str, Any]] = []
+        self._slots: list[dict[str, Any]] = []  # the last answer; empty if it gives none
+        self._on_slots = on_slots
         self._port = config.port
         self._news = anyio.Event()
         self._alias = config.served_alias
@@ -227,23 +234,27 @@ class HealthProbe(Probe):
             props = await self.get("/props")
             asleep = isinstance(props, dict) and bool(props.get("is_sleeping"))
             return replace(result, asleep=asleep)
-        busy = any(slot.get("is_processing") for slot in self.slots)
-        if not (idle and self.slots and not busy):
-            self.slots = await self.ask_slots()
-        if not self.slots:
+        if idle and self._slots and not _busy(self._slots):
+            pace = self._pace.measure(self._slots, time.monotonic())
+        else:
+            pace = await self.look_at_slots()
+        if not self._slots:
             return result
         return replace(
             result,
-            slots_busy=sum(bool(slot.get("is_processing")) for slot in self.slots),
-            slots_total=len(self.slots),
-            tokens_per_second=self._pace.measure(self.slots, time.monotonic()),
+            slots_busy=_busy(self._slots),
+            slots_total=len(self._slots),
+            tokens_per_second=pace,
             silent_for=self._pace.silence(time.monotonic()),
         )
 
     async def look_at_slots(self) -> float | None:
-        """Read `slots`; return the tokens per second since the last look, if reported."""
-        self.slots = await self.ask_slots()
-        return self._pace.measure(self.slots, time.monotonic()) if self.slots else None
+        """Read `/slots`; return the tokens per second since the last look, if reported."""
+        self._slots = slots = await self.ask_slots()
+        pace = self._pace.measure(slots, time.monotonic()) if slots else None
+        if slots:
+            self._on_slots(slots, pace)
+        return pace
 
     async def identify(self) -> Identity:
         """Ask for the model's name, which distinguishes our own server from another.
@@ -377,6 +388,10 @@ class HealthProbe(Probe):
             return response.json() if response.status_code == HTTPStatus.OK else None
         except (httpx.HTTPError, ValueError):
             return None
+
+
+def _busy(slots: list[dict[str, Any]]) -> int:
+    return sum(bool(slot.get("is_processing")) for slot in slots)
 
 
 def _failure(response: httpx.Response) -> str:

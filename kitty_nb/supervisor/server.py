@@ -7,7 +7,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
 import anyio.lowlevel
@@ -112,7 +112,7 @@ class Server:
         processes: type[ServerProcess],
     ) -> None:
         self.api_key = found.api_key if found else api_key
-        self.probe = HealthProbe(config, self.api_key)
+        self.probe = HealthProbe(config, self.api_key, on_slots=self._look_at_slots)
         self.was_ready = False
         self._generation, self._config, self._emit = generation, config, emit
         self._clock, self._processes = clock, processes
@@ -190,6 +190,7 @@ class Server:
         finally:
             if self._log:
                 self._log.close()
+                self._log = None  # the probe may still get an answer
             if not self._ended:
                 self._leave()
             with anyio.CancelScope(shield=True):
@@ -462,7 +463,6 @@ class Server:
                 idle = self.work.log.heard and not self.work.busy
                 result = await self.probe.check_activity(idle=idle)
                 self._note_health(self.router.doubt(result) if self.router else result)
-                self._look_at_slots(self._health.tokens_per_second)
                 await anyio.sleep(_ASK_READY)
 
     async def _show_work(self) -> None:
@@ -481,14 +481,14 @@ class Server:
         while True:
             await anyio.sleep(_SLOTS_ASKED)
             if self.work.busy:
-                self._look_at_slots(await self.probe.look_at_slots())
+                await self.probe.look_at_slots()
             else:
                 await self._worked.wait()
 
-    def _look_at_slots(self, pace: float | None) -> None:
+    def _look_at_slots(self, slots: list[dict[str, Any]], pace: float | None) -> None:
         """Process the answer of `/slots`; the log has any end of a request that it shows by now."""
         self._read_log()
-        self.work.look(self.probe.slots, pace, self._clock())
+        self.work.look(slots, pace, self._clock())
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
         """Check once. READY requires our own server, and an answer to a first request."""
