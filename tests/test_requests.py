@@ -14,7 +14,7 @@ from conftest import eventually
 
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.supervisor import health, requests, server
-from kitty_nb.supervisor.events import Ending, Event, StateChanged
+from kitty_nb.supervisor.events import Ending, Event, StateChanged, Working
 from kitty_nb.supervisor.health import NOT_IN_TIME
 from kitty_nb.supervisor.requests import RequestLog, WorkMeter
 
@@ -263,6 +263,23 @@ def test_a_request_stays_while_the_server_does_not_answer(
         finally:
             process.resume()
         eventually(lambda: manager.work.busy == 0, why="its slots tell that it is gone")
+
+
+def test_the_work_of_a_server_that_logs_nothing_is_published(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_ASK_READY", 0.02)
+    told: list[Event] = []
+    with ModelManager(config=config.replace(extra_args="-lv 0")) as manager:
+        manager.start().wait(60)
+        manager.subscribe(told.append)
+
+        def published() -> bool:
+            manager.chat("Hello", max_tokens=400).wait(60)
+            return any(isinstance(event, Working) and event.work.busy for event in told)
+
+        eventually(published, within=20)
+        eventually(lambda: [one for one in told if isinstance(one, Working)][-1].work.busy == 0)
 
 
 def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:

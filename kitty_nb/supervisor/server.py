@@ -489,6 +489,8 @@ class Server:
         """Process the answer of `/slots`; the log has any end of a request that it shows by now."""
         self._read_log()
         self.work.look(slots, pace, self._clock())
+        if self.work.busy:
+            self._worked.set()
 
     async def _check(self, tasks: TaskGroup) -> HealthCheckResult:
         """Check once. READY requires our own server, and an answer to a first request."""
