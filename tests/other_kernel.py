@@ -44,14 +44,15 @@ class Kernel:
         config: What it starts.
         then: "end" once the server is ready, "stay", or "load": stay, and do not wait for ready;
             or "die": be killed before it can tell anybody which process its server is.
+        under: The words of a program that runs it.
 
     Attributes:
         server: The process id of its server.
     """
 
-    def __init__(self, config: ServerConfig, then: str) -> None:
+    def __init__(self, config: ServerConfig, then: str, under: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _KERNEL, config.model_dump_json(), then],
+            [*under, sys.executable, "-c", _KERNEL, config.model_dump_json(), then],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import stat
@@ -19,8 +20,9 @@ from conftest import eventually, unused_port
 from other_kernel import Kernel, runs
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
+from kitty_nb.cli.commands import read_status
 from kitty_nb.config import OnKernelExit
-from kitty_nb.errors import KittyError
+from kitty_nb.errors import KittyError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Ending, Event
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
@@ -35,6 +37,7 @@ from kitty_nb.supervisor.registry import (
     who_owns,
     write_record,
 )
+from kitty_nb.supervisor.sidecar import has_sidecar
 
 LOOK_EVERY = "kitty_nb.supervisor.supervisor._LOOK_EVERY"
 
@@ -118,6 +121,33 @@ def test_a_server_that_is_to_stop_does_though_its_kernel_died_as_it_was_spawned(
     first = kernel("die", on_kernel_exit=OnKernelExit.STOP)
     assert first.process.wait(30) == -signal.SIGKILL
     eventually(lambda: not runs(first.server), within=30, why="the server outlives its kernel")
+
+
+def test_a_server_in_a_container_with_the_same_home_is_left_alone(config: ServerConfig) -> None:
+    contained = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+    contained = (*contained, "--kill-child", "--")
+    if subprocess.run([*contained, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("containers can't be made here")
+    there = Kernel(config, "stay", contained)
+    record, log = record_path(config), config.log_path
+    try:
+        eventually(lambda: has_sidecar(log), why="nothing shows here that it runs")
+        os.utime(record, (0, 0))
+        before = record.read_bytes(), log.stat().st_ino
+        with ModelManager(config=config.replace(port=unused_port())) as manager:
+            with pytest.raises(ServerFailedError, match=rf"container, {platform.node()}, .*_LOG_"):
+                manager.start().wait(30)
+            assert manager.stop().wait(10).status is ServerStatus.STOPPED
+        assert (record.read_bytes(), log.stat().st_ino) == before
+        state, _ = read_status(config)
+        assert state.status is ServerStatus.STOPPED
+        assert "another machine or container" in state.sentence
+    finally:
+        there.end(signal.SIGKILL)
+    eventually(lambda: not has_sidecar(log))
+    with ModelManager(config=config) as manager:
+        assert manager.start().wait(30).status is ServerStatus.READY
+        manager.stop().wait(10)
 
 
 def test_a_start_waits_for_the_server_that_another_kernel_is_ending(

@@ -25,6 +25,7 @@ from kitty_nb.errors import ConfigError
 from kitty_nb.supervisor import registry
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import ServerRecord, record_path, write_record
+from kitty_nb.supervisor.sidecar import has_sidecar
 
 Strike = Callable[[Case], object]
 
@@ -85,6 +86,7 @@ def reused_pid(case: Case) -> None:
 
 def record_of_another_boot(case: Case) -> None:
     record_of(stranger(case), case, boot="another")
+    os.utime(record_path(case.config), (0, 0))
 
 
 def stale_lock(case: Case) -> None:
@@ -161,6 +163,16 @@ def lose_folder_and_die(case: Case) -> None:
 def damage_record_and_die(case: Case) -> None:
     record_path(case.config).write_text("{")
     case.signal(signal.SIGKILL)
+
+
+def replace_record_and_die(case: Case) -> None:
+    """As another machine does that shares the folder but not its locks."""
+    path = record_path(case.config)
+    ours = ServerRecord.model_validate_json(path.read_bytes())
+    write_record(ours.model_copy(update={"boot": "another", "pid": 1}))
+    os.utime(path, (0, 0))
+    case.signal(signal.SIGKILL)
+    case.heal.callback(eventually, lambda: not has_sidecar(case.config.log_path))
 
 
 def flood(case: Case) -> None:
@@ -328,6 +340,13 @@ FOLDERS = [
         "state folder deleted while ready", CRASHED, "SIGKILL", at=READY, strike=lose_folder_and_die
     ),
     Fault("record damaged while ready", CRASHED, "SIGKILL", at=READY, strike=damage_record_and_die),
+    Fault(
+        "record replaced by another machine while ready",
+        CRASHED,
+        "SIGKILL",
+        at=READY,
+        strike=replace_record_and_die,
+    ),
     Fault("models folder unmounted while ready", READY, at=READY, strike=unmount_models),
     Fault("restart without the models folder", READY, at=READY, strike=restart_unmounted),
     Fault("restart without .env", READY, before=from_env, at=READY, strike=restart_without_env),

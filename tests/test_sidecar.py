@@ -121,6 +121,19 @@ def test_a_sidecar_whose_folder_is_gone_still_ends_the_server(tmp_path: Path) ->
     eventually(lambda: not runs(pid), within=30)
 
 
+def test_a_sidecar_leaves_the_record_of_another_server(tmp_path: Path) -> None:
+    record = tmp_path / "server.json"
+    record.write_text('{"pid": 1, "create_time": 2.0}')
+    with subprocess.Popen(
+        [sys.executable, "-c", GUARDED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as kernel:
+        assert kernel.stdout
+        pid = int(kernel.stdout.readline())
+        kernel.kill()
+    eventually(lambda: not runs(pid), within=30)
+    assert record.exists()
+
+
 def test_a_sidecar_ends_a_server_that_shows_only_after_its_kernel_is_gone(tmp_path: Path) -> None:
     sidecar = Sidecar(ServerConfig(log_dir=tmp_path), tmp_path / "server.json", guards=True)
     environment = os.environ | sidecar.environment

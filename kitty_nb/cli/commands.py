@@ -33,6 +33,7 @@ from kitty_nb.supervisor.registry import (
     note_failure,
     read_record,
     refuse_open_folder,
+    served_elsewhere,
 )
 
 if TYPE_CHECKING:
@@ -422,6 +423,8 @@ def _read_status(config: ServerConfig) -> ServerState:
             last_health_check=health,
             devices=running.devices or (),
         )
+    if there := served_elsewhere(config):
+        return ServerState(ServerStatus.STOPPED, config, error=there)
     record, failure = read_record(config), last_failure(config)
     if record is None:
         status = ServerStatus.FAILED if failure else ServerStatus.STOPPED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import platform
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from kitty_nb.supervisor.sidecar import (
     RECORD,
     failure_path,
     find_marked,
+    has_sidecar,
     withdraw,
     withdrawn_path,
 )
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 # Seconds after an announcement: by the first, a spawned process shows its mark, even on a busy
 # machine; from the second on, the announcement is void.
 _MARKED_WITHIN, _SPAWNED_WITHIN = 3.0, 60.0
+_ATTENDED_WITHIN = 10.0  # seconds after a server was recorded; by then, its sidecar has its lock
+_PIDS = Path("/proc/self/ns/pid")  # pid_namespaces(7)
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
@@ -42,6 +46,14 @@ def this_boot() -> str:
         return ""  # macOS dates a process by the time of day, which no other boot repeats
 
 
+def this_container() -> str:
+    """Return the id of the PID namespace, of which each container has its own; may be empty."""
+    try:
+        return str(_PIDS.readlink())
+    except OSError:
+        return ""
+
+
 class ServerRecord(BaseModel):
     """A server that was started for a profile."""
 
@@ -51,6 +63,8 @@ class ServerRecord(BaseModel):
     create_time: float = 0.0  # when that process began; see `ServerProcess`
     # The boot of the system that it belongs to, if the system tells.
     boot: str = Field(default_factory=this_boot)
+    container: str = Field(default_factory=this_container)  # where its PID is valid
+    host: str = Field(default_factory=platform.node)  # the machine's name, for people
     # When its start was requested, in seconds of the monotonic clock, which all processes of one
     # boot share and nobody can set.
     began: float
@@ -64,9 +78,15 @@ class ServerRecord(BaseModel):
     prompts: dict[str, str] | None = None
     config: ServerConfig  # what it was started with
 
+    @property
+    def local(self) -> bool:
+        """True if its PID is valid here; otherwise another machine or container wrote it."""
+        return (self.boot, self.container) == (this_boot(), this_container())
+
     def names(self, process: ServerProcess) -> bool:
         """Return whether it is the record of this process."""
-        return (self.pid, self.create_time) == (process.pid, process.create_time)
+        same = (self.pid, self.create_time) == (process.pid, process.create_time)
+        return same and self.local
 
     def of(self, process: ServerProcess) -> Self:
         """Return the record with this process in it."""
@@ -115,10 +135,9 @@ def mark_of(record: ServerRecord) -> dict[str, str]:
 def _find(path: Path) -> ServerRecord | None:
     """Read a record, and complete it if the program was killed while it spawned the server."""
     record = _read(path)
-    if record is None or record.pid:
+    if record is None or record.pid or not record.local:
         return record
-    process = find_marked(mark_of(record)[MARK]) if record.boot == this_boot() else None
-    if process:
+    if process := find_marked(mark_of(record)[MARK]):
         record = record.of(process)
         with suppress(OSError):
             write_record(record)
@@ -162,8 +181,25 @@ def record_of(pid: int, folder: Path) -> ServerRecord | None:
 
 def process_of(record: ServerRecord) -> ServerProcess | None:
     """Return the process that a record is about, if it still runs."""
+    return ServerProcess.attach(record.pid, record.create_time) if record.local else None
+
+
+def served_elsewhere(config: ServerConfig) -> str | None:
+    """Return that a profile's server may run on another machine or in another container, if so.
+
+    Nobody here sees its process, but while it runs, its sidecar holds a lock in the shared folder.
+    """
+    record, recent = _read(record_path(config)), False
+    if record is None or record.local:
+        return None
+    with suppress(OSError):
+        recent = _age(record_path(config)) < _ATTENDED_WITHIN
+    if not recent and not has_sidecar(config.log_path):
+        return None
     return (
-        ServerProcess.attach(record.pid, record.create_time) if record.boot == this_boot() else None
+        f"Profile {config.profile!r} is already served by another machine or container,"
+        f" {record.host}, which has the same log folder. Stop the server there, or set"
+        f" LLAMACPP_LOG_DIR to a folder other than {config.log_dir}."
     )
 
 
@@ -196,6 +232,15 @@ def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
             withdraw(path)
 
 
+def forget_withdrawn(config: ServerConfig, process: ServerProcess) -> None:
+    """Delete the withdrawn record of this process, which has exited."""
+    path = withdrawn_path(record_path(config))
+    record = _read(path)
+    if record is None or record.names(process):
+        with suppress(OSError):
+            path.unlink()
+
+
 def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     """Return whether somebody has withdrawn the record of this process in order to stop it.
 
@@ -203,7 +248,7 @@ def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     record that is damaged, or was lost with its folder, does not count as withdrawn.
     """
     if record := read_record(config):
-        return not record.names(process)
+        return record.local and not record.names(process)
     return config.log_dir.is_dir() and not record_path(config).exists()
 
 
@@ -247,15 +292,18 @@ def profile_lock(config: ServerConfig) -> Iterator[bool]:
 
 
 def who_owns(config: ServerConfig, locked: bool) -> str | None:
-    """Return who prevents the start of a profile's server; None if nobody does.
+    """Return who prevents the start of a profile's server, with the remedy; None if nobody does.
 
     `locked` is whether we hold the profile's lock. Run it in a worker thread.
     """
+    remedy = "Wait for it, or stop it."
     record = _find(record_path(config))
     if record and process_of(record):
         with suppress(psutil.Error):
             server = f"{psutil.Process(record.pid).name()} (PID {record.pid})"
-            return f"Profile {config.profile!r} is already served by {server}, started elsewhere"
+            already = f"Profile {config.profile!r} is already served by {server}"
+            return f"{already}, started elsewhere. {remedy}"
     if locked:
-        return None
-    return f"Profile {config.profile!r} is being started elsewhere, by another program or notebook"
+        return served_elsewhere(config)
+    starter = "by another program or notebook"
+    return f"Profile {config.profile!r} is being started elsewhere, {starter}. {remedy}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections import deque
 from contextlib import suppress
@@ -52,7 +53,7 @@ from kitty_nb.supervisor.router_program import (
     router_api,
     router_command,
 )
-from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar, withdrawn_path
+from kitty_nb.supervisor.sidecar import Sidecar, has_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,7 +235,9 @@ class Server:
             while ours and await run_sync(registry.may_show_soon, config):  # noqa: ASYNC110
                 await anyio.sleep(_LOG_READY)
             if owner := await run_sync(registry.who_owns, config, ours):
-                raise ServerFailedError(f"{owner}. Wait for it, or stop it.")
+                raise ServerFailedError(owner)
+            if (last := registry.read_record(config)) and last.host != platform.node():
+                self._notify(f"This profile's server on {last.host} no longer runs.")
             if leaving := await run_sync(registry.leaving_server, config):
                 self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
                 await leaving.terminate(config.stop_grace_seconds)
@@ -342,7 +345,7 @@ class Server:
         config = self._config
         cause = diagnose_launch(error, config.log_dir) if isinstance(error, OSError) else error
         refused = lifecycle.Refused(self._generation, str(cause))
-        if not await run_sync(registry.find_server, config):
+        if not await run_sync(registry.who_owns, config, True):
             registry.note_failure(config, refused.reason)
         if isinstance(error, PortBusyError):
             refused = replace(refused, free_port=error.free_port, attachable=error.attachable)
@@ -729,8 +732,8 @@ class Server:
         if diagnosis.of_port and (owner := await self._port_owner()):
             reason = f"{reason} {owner.sentence}"
         outcome = self._exited(reason, asked=asked, repeats=diagnosis.repeats)
-        with suppress(OSError):
-            withdrawn_path(registry.record_path(self._config)).unlink()
+        if self._process:
+            registry.forget_withdrawn(self._config, self._process)
         return outcome
 
     def _leave(self) -> None:

@@ -188,7 +188,7 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
             if now - before > _LOOK_EVERY:
                 used_at = time.monotonic()
             before = now
-            if not _is_withdrawn(Path(args.record), process.pid):
+            if not _is_withdrawn(Path(args.record), process):
                 kept_at = time.monotonic()
             elif time.monotonic() - kept_at > 2 * float(args.grace) + _OTHER_ENDS_WITHIN:
                 _end(args, process)  # whoever was stopping it was killed
@@ -198,8 +198,10 @@ def _keep(args: SidecarArgs, process: ServerProcess, idle_seconds: float) -> Ite
 
 
 def _end(args: SidecarArgs, process: ServerProcess) -> None:
+    record = Path(args.record)
     with suppress(OSError):  # a folder that is full, or gone, is no reason to let the server live
-        withdraw(Path(args.record))
+        if _named_by(record) in {None, (process.pid, process.create_time)}:
+            withdraw(record)
 
     async def end() -> None:
         await process.terminate(float(args.grace))
@@ -208,12 +210,21 @@ def _end(args: SidecarArgs, process: ServerProcess) -> None:
     anyio.run(end)
 
 
-def _is_withdrawn(record: Path, pid: int) -> bool:
+def _is_withdrawn(record: Path, process: ServerProcess) -> bool:
     """Return whether the record of a process has been withdrawn: somebody means to stop it."""
+    with suppress(OSError):
+        named = _named_by(withdrawn_path(record))
+        return not record.exists() and named == (process.pid, process.create_time)
+    return False
+
+
+def _named_by(record: Path) -> tuple[int, float] | None:
+    """Return the process of a record, as its PID and creation time; None if it is damaged."""
     try:
-        return not record.exists() and json.loads(withdrawn_path(record).read_bytes())["pid"] == pid
+        found = json.loads(record.read_bytes())
+        return found["pid"], found["create_time"]
     except (OSError, ValueError, LookupError, TypeError):
-        return False
+        return None
 
 
 def _note(log: Path, line: str) -> None:
