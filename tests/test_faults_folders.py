@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import eventually
-from faults import CRASHED, FAILED, LOADING, READY, Case, Fault
+from faults import CRASHED, FAILED, LOADING, READY, STOPPED, Case, Fault
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ConfigError
@@ -195,6 +196,26 @@ def empty_log(case: Case) -> None:
     os.truncate(case.config.log_path, 0)
 
 
+def lose_log(case: Case) -> None:
+    """The open log fails, as on a network drive that is gone."""
+    reading, writing = os.pipe()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if descriptor.readlink() == case.config.log_path:
+                os.dup2(reading, int(descriptor.name))
+    os.close(reading)
+    os.close(writing)
+
+
+def stop_without_folder(case: Case) -> None:
+    """The folder fails, in a way that root's rights don't heal."""
+    away = case.config.log_dir.rename(case.folder / "elsewhere")
+    case.config.log_dir.symlink_to("x" * 300)
+    case.heal.callback(away.rename, case.config.log_dir)
+    case.heal.callback(case.config.log_dir.unlink)
+    case.manager.stop().wait(10)
+
+
 def blurt(content: bytes) -> Strike:
     def put(case: Case) -> None:
         words = case.folder / "words"
@@ -314,6 +335,7 @@ LOG = [
         at=READY,
         strike=empty_log,
     ),
+    Fault("log that fails while ready", READY, "Can't read the log", at=READY, strike=lose_log),
     Fault("log disk full", READY, "Model loaded", before=fill_log_disk),
 ]
 FOLDERS = [
@@ -347,6 +369,7 @@ FOLDERS = [
         at=READY,
         strike=replace_record_and_die,
     ),
+    Fault("state folder fails while ready", STOPPED, at=READY, strike=stop_without_folder),
     Fault("models folder unmounted while ready", READY, at=READY, strike=unmount_models),
     Fault("restart without the models folder", READY, at=READY, strike=restart_unmounted),
     Fault("restart without .env", READY, before=from_env, at=READY, strike=restart_without_env),

@@ -229,7 +229,9 @@ class PromptStore:
 
     def is_useless(self, facts: Mapping[str, str]) -> bool:
         """Return whether this build has been found unable to keep prompts of this model."""
-        return self._useless(facts).exists()
+        with suppress(OSError):
+            return self._useless(facts).exists()
+        return False
 
     def note_useless(self, facts: Mapping[str, str]) -> None:
         """Remember that this build cannot keep prompts of this model."""

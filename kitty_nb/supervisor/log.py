@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
@@ -75,9 +75,9 @@ class LogTail:
     def __init__(self, path: Path) -> None:
         try:
             # Created again if somebody deleted it: no reason to leave a server unwatched.
-            self._file: BinaryIO = path.open("a+b")
+            self._file = path.open("a+b", buffering=0)  # a buffer's end can fail as a read can
         except PermissionError:
-            self._file = path.open("rb")
+            self._file = path.open("rb", buffering=0)
         self._file.seek(0)
         self._rest = b""
 

@@ -226,9 +226,9 @@ def write_record(record: ServerRecord) -> None:
 def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
     """Withdraw the record of this process, which marks its exit as intended."""
     record, path = read_record(config), record_path(config)
-    damaged = record is None and path.is_file()
-    if damaged or (record and record.names(process)):
-        with suppress(OSError):
+    with suppress(OSError):  # the folder may be what is wrong
+        damaged = record is None and path.is_file()
+        if damaged or (record and record.names(process)):
             withdraw(path)
 
 
@@ -249,7 +249,9 @@ def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     """
     if record := read_record(config):
         return record.local and not record.names(process)
-    return config.log_dir.is_dir() and not record_path(config).exists()
+    with suppress(OSError):
+        return config.log_dir.is_dir() and not record_path(config).exists()
+    return False
 
 
 def note_failure(config: ServerConfig, reason: str) -> None:

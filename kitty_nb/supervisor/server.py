@@ -131,7 +131,7 @@ class Server:
         # At the last two answers: a kill between an answer and the exit was this server's.
         self._oom_kills = deque([oom_kills()], maxlen=2)
         self._failure: str | None = None
-        self._ended = False
+        self._stopping = self._ended = self._log_fails = False
         # The load.
         self._began = found.began if found else clock()
         self._meter, self._foreseen = LoadMeter(), False
@@ -161,6 +161,7 @@ class Server:
         if self._process is None:
             self._launching.cancel()
         elif not self._ended:
+            self._stopping = True
             registry.withdraw_record(self._config, self._process)
             if self._asking:  # hang up: some builds finish open requests before they exit
                 self._asking.cancel_scope.cancel()
@@ -409,7 +410,7 @@ class Server:
 
     def _read_log(self, *, to_end: bool = False) -> bool:
         """Publish new lines, at most one read of them; return whether there were any."""
-        lines = tuple(map(readable, self._log.read(to_end=to_end))) if self._log else ()
+        lines = tuple(map(readable, self._new_lines(to_end)))
         if not lines:
             self.work.log.read((), self._clock())
             return False
@@ -426,6 +427,19 @@ class Server:
         if not self.was_ready and any(map(_NEWS.search, lines)):
             self.probe.hint()
         return True
+
+    def _new_lines(self, to_end: bool) -> tuple[str, ...]:
+        """Return what was added to the log; nothing if it can't be read, as on a lost drive."""
+        try:
+            return self._log.read(to_end=to_end) if self._log else ()
+        except OSError as error:
+            if not self._log_fails:
+                path, why = self._config.log_path, error.strerror
+                self._notify(
+                    f"Can't read the log {path} ({why}). It is tried again.", Level.WARNING
+                )
+            self._log_fails = True
+            return ()
 
     def _note_work(self, lines: tuple[str, ...]) -> None:
         self._note_effort()
@@ -762,7 +776,9 @@ class Server:
 
     def _being_ended(self) -> bool:
         """True if this program or another one is stopping the server, or has stopped it."""
-        return self._process is not None and registry.was_stopped(self._config, self._process)
+        if self._process is None or self._stopping:
+            return self._stopping
+        return registry.was_stopped(self._config, self._process)
 
     def _give_up(self, reason: str) -> None:
         self._failure = reason
