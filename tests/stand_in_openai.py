@@ -8,10 +8,12 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ class Shape:
         thinking: The name of the field with a model's thoughts.
         endless: Whether a list of models never ends.
         unavailable: What it says instead, with status 503.
+        before_answer: Called before each answer to a chat.
+        tokens: How many tokens each answer to a chat has.
         seen: Path, key and body of each request.
     """
 
@@ -49,6 +53,8 @@ class Shape:
     thinking: str = "reasoning"
     endless: bool = False
     unavailable: object = None
+    before_answer: Callable[[], object] = lambda: None
+    tokens: Iterator[int] = field(default_factory=partial(repeat, 5))
     seen: list[tuple[str, str | None, Any]] = field(default_factory=list)
 
     @property
@@ -58,7 +64,7 @@ class Shape:
 
     @contextmanager
     def serving(self, port: int = 0) -> Iterator[str]:
-        with ThreadingHTTPServer(("127.0.0.1", port), _handler(self)) as server:
+        with _Server(("127.0.0.1", port), _handler(self)) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
             try:
@@ -66,6 +72,10 @@ class Shape:
             finally:
                 server.shutdown()
                 thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 512  # with five, connections of a hundred clients take seconds
 
 
 def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
@@ -103,6 +113,7 @@ def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
                 self.answer(404, "404 page not found")
 
         def chat(self, body: dict[str, Any]) -> None:
+            shape.before_answer()
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
@@ -113,7 +124,9 @@ def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
             last = {"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}
             self.event({**head, "choices": [last]})
             if (body.get("stream_options") or {}).get("include_usage"):
-                usage = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+                tokens = next(shape.tokens)
+                usage = {"prompt_tokens": 11, "completion_tokens": tokens}
+                usage["total_tokens"] = sum(usage.values())
                 self.event({**head, "choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -361,6 +362,19 @@ def test_it_can_be_load_tested_but_not_swept(ollama: tuple[Shape, str]) -> None:
     for starts in Sweep, Bench, tune:
         with pytest.raises(ExperimentError, match=r"load_test\(concurrency"):
             starts(config=config.replace(model="here.gguf", allow_absolute_paths=True))
+
+
+def test_as_many_requests_are_under_way_as_a_load_says(ollama: tuple[Shape, str]) -> None:
+    shape, url = ollama
+    together = threading.Barrier(120)  # nobody is answered before that many ask
+
+    def meet() -> None:
+        if len(shape.posts) > 1:  # the first warms up
+            together.wait(30)
+
+    shape.before_answer = meet
+    (load,) = load_test(config=ServerConfig(url=url), concurrency=120).wait(60).loads
+    assert len(load.requests) == 120
 
 
 def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:

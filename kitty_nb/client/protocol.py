@@ -66,6 +66,8 @@ class Access:
             "base_url": self.endpoint,
             "headers": {"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
             "timeout": _TIMEOUT,
+            # httpx stops at 100, and has the others wait in the client.
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
             "trust_env": False,  # a proxy for the internet must not see local requests
             "verify": tls_context(self.endpoint),
         }
