@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -375,6 +376,23 @@ def test_as_many_requests_are_under_way_as_a_load_says(ollama: tuple[Shape, str]
     shape.before_answer = meet
     (load,) = load_test(config=ServerConfig(url=url), concurrency=120).wait(60).loads
     assert len(load.requests) == 120
+
+
+def test_the_highest_rate_of_a_server_that_does_not_tell_its_slots(
+    ollama: tuple[Shape, str],
+) -> None:
+    shape, url = ollama
+    slots = threading.Semaphore(6)
+
+    def answer() -> None:
+        with slots:
+            time.sleep(0.1)
+
+    shape.before_answer = answer
+    limit = "time_to_first_token_p90 <= 60"
+    found = load_test(config=ServerConfig(url=url), limit=limit, requests=10).wait(60)
+    assert 20 < (found.highest_rate or 0) <= 60  # one at a time, it would be 10 at most
+    assert "the most that the server can answer" in found.summary
 
 
 def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     OnLoad = Callable[["Load"], object]
 
 _AT_ONCE = (1, 4)  # default numbers of concurrent requests
+_GAIN = 1.1  # more requests at once that gain less find all slots busy
 _SHOWN = ("p50", "p90", "p99")
 
 
@@ -220,7 +221,9 @@ def load_test(
 
     A request that finds all slots busy waits in the server, and the wait counts towards the time to
     first token. With a limit, the test searches for the highest rate that keeps it: it measures the
-    throughput with all slots busy, tries that rate, and bisects.
+    throughput with all slots busy, tries that rate, and bisects. To find the throughput of a server
+    that doesn't tell its slots, it doubles the number of concurrent requests until that gains
+    hardly anything.
 
     Args:
         model: The model file, absolute or in the models folder; by default the one in `config`.
@@ -331,8 +334,7 @@ class _Test:
         return await self._add(Load(None, rate, seconds, times), before)
 
     async def search(self, bound: Constraint, limit: str, steps: int) -> LoadTest:
-        full = await self.closed(self.client.slots or 1)
-        most = len(full.requests) / full.seconds
+        most = await self._throughput()
         kept, broken = 0.0, None
         for _ in range(steps):
             rate = next_rate(kept, broken, most)
@@ -344,6 +346,18 @@ class _Test:
             else:
                 broken = rate
         return LoadTest(self.loads, limit, kept or None, broken)
+
+    async def _throughput(self) -> float:
+        """Measure how many requests a second the server answers with all slots busy.
+
+        If it doesn't tell its slots, they are busy when twice as many requests gain hardly more.
+        """
+        at_once, most, gains = self.client.slots or _AT_ONCE[-1], 0.0, True
+        while gains:
+            now = (await self.closed(at_once)).metrics()["requests_per_second"]
+            gains = not self.client.slots and now > most * _GAIN
+            at_once, most = at_once * 2, max(most, now)
+        return most
 
     async def _usage(self) -> Usage | None:
         return await usage_with(self.pid) if self.pid else None
