@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import anyio
@@ -393,6 +394,14 @@ def test_the_highest_rate_of_a_server_that_does_not_tell_its_slots(
     found = load_test(config=ServerConfig(url=url), limit=limit, requests=10).wait(60)
     assert 20 < (found.highest_rate or 0) <= 60  # one at a time, it would be 10 at most
     assert "the most that the server can answer" in found.summary
+
+
+def test_a_limit_that_too_few_answers_can_tell_of(ollama: tuple[Shape, str]) -> None:
+    shape, url = ollama
+    shape.tokens = cycle([5] * 24 + [1])
+    limit = "time_between_tokens_p99 <= 60"
+    with pytest.raises(ExperimentError, match=r"Only 96 of 100 answers .*p99.*Raise requests"):
+        load_test(config=ServerConfig(url=url), limit=limit).wait(60)
 
 
 def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:

@@ -339,7 +339,14 @@ class _Test:
         for _ in range(steps):
             rate = next_rate(kept, broken, most)
             load = await self.open(rate)
-            if bound.allows(load.metrics({percent_of(bound.name)})[bound.name]):
+            value = load.metrics({percent_of(bound.name)}).get(bound.name)
+            if value is None:  # answers may be shorter than asked for
+                several = sum(one.time_between_tokens is not None for one in load.requests)
+                raise ExperimentError(
+                    f"Only {several} of {len(load.requests)} answers have two tokens or more, too"
+                    f" few for {bound.name}. Raise requests, or use prompts with longer answers."
+                )
+            if bound.allows(value):
                 kept = rate
                 if broken is None:
                     break
