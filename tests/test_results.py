@@ -322,6 +322,12 @@ def test_an_unknown_plot_names_the_others(results: Results) -> None:
         results.plot("pareto", x="memory_gb")
 
 
+def test_numbers_that_no_combination_has_together_are_refused_in_a_sentence() -> None:
+    rows = (row("m.gguf", 2, 1, 20.0, 4, quality=0.5), row("m.gguf", 4, 1, 30.0, 4, perplexity=3.0))
+    with pytest.raises(ExperimentError, match="No combination has both quality and perplexity"):
+        Results(ServerConfig(), rows).plot("pareto", y="quality", x="perplexity")
+
+
 def test_the_front_holds_what_nothing_beats() -> None:
     from kitty_nb.experiments.plots import front  # noqa: PLC0415 - takes a second
 

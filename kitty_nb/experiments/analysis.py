@@ -270,7 +270,10 @@ class Analysis:
         names = {name for one in measured for name in one.metrics}
         asked = (y, x, *([colour] if colour else [])) if kind == "pareto" else (y,)
         wanted = {known(name, names, self.rows) for name in asked}
-        return KINDS[kind]([one for one in measured if wanted <= one.metrics.keys()], y, x, colour)
+        drawn = [one for one in measured if wanted <= one.metrics.keys()]
+        if not drawn:
+            raise ExperimentError(f"No combination has both {' and '.join(asked)}. Choose others.")
+        return KINDS[kind](drawn, y, x, colour)
 
     def _by_concurrency(self, one: Combination, name: str) -> list[Point]:
         speeds = [row.measurement.speeds for row in self.rows if row.measurement]
