@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,25 @@ def test_without_the_settings_in_use_there_is_no_verdict(config: ServerConfig) -
     results = measured(config, {4: 1.0, 8: 1.2}, 4)
     with pytest.raises(ExperimentError, match="baseline=True"):
         results.verdicts()
+
+
+def test_without_a_model_in_use_the_verdicts_are_against_what_the_baseline_measured(
+    tmp_path: Path, config: ServerConfig
+) -> None:
+    bare = config.replace(model=None, extra_args=())
+    given = {"config": bare, "store": tmp_path / "sweep.journal", "grid": {"threads": [2, 4]}}
+    for seed in range(6):  # which model finishes first depends on it
+        with Sweep(["a.gguf", "b.gguf"], baseline=True, seed=seed, **given) as one:  # type: ignore[arg-type]
+            rows = [replace(row("", 0, 0, 20.0, 4), trial=trial) for trial in one.trials]
+        table = Results(bare, tuple(rows)).verdicts()
+        judged = {*zip(table["model"], table["threads"], strict=True)}
+        assert judged == {("a.gguf", 4), ("b.gguf", 2), ("b.gguf", 4)}
+        once = tuple(one for one in rows if one.trial.repeat > 0)
+        with pytest.raises(ExperimentError, match="baseline=True"):
+            Results(bare, once).verdicts()
+        assert (
+            len(Results(bare, tuple(o for o in once if o.trial.model == "b.gguf")).verdicts()) == 1
+        )
 
 
 def test_a_sweep_measures_the_settings_in_use_twice_in_each_round(

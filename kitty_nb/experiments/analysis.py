@@ -208,7 +208,10 @@ class Analysis:
 
     def _in_use(self) -> Combination:
         measured = {one.trial: one for one in self._measured("there is nothing to compare")}
-        found = measured.get(baseline_of([*measured], self.config))
+        baseline = next((row.trial.combination for row in self.rows if row.trial.repeat < 0), None)
+        if self.config.model or len({trial.model for trial in measured}) == 1:
+            baseline = baseline or baseline_of([*measured], self.config)
+        found = measured.get(baseline) if baseline else None
         if found is None:
             raise ExperimentError(
                 "The settings in use were not measured. Create the sweep with baseline=True."
