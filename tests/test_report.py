@@ -19,12 +19,14 @@ from kitty_nb.experiments import (
     RequestTimes,
     Results,
     RunRecord,
+    Suite,
     Sweep,
     Trial,
     TrialResult,
     Workload,
     compare_results,
 )
+from kitty_nb.experiments.trial import ModelFingerprint
 from kitty_nb.isolated_server import this_host
 
 ASKED = Workload(("<b>Why</b> & how?", "Long " * 9), 8, (1, 4), at_least=2)
@@ -212,6 +214,49 @@ def test_two_sweeps_are_compared_by_combination_and_number(results: Results) -> 
     assert frame["ratio"].tolist() == [1.0, 1.0]
     with pytest.raises(ExperimentError, match="no combination in common"):
         compare_results(results, Results(results.config, ()))
+
+
+def of_model(one: TrialResult, model: str, size: int | None = None) -> TrialResult:
+    print_ = ModelFingerprint(size, "f" * 24) if size else None
+    return replace(one, trial=replace(one.trial, model=model), fingerprint=print_)
+
+
+def test_files_of_one_name_in_two_folders_are_compared_each_with_itself(results: Results) -> None:
+    both = tuple(
+        of_model(one, f"{folder}/m.gguf") for one in results.rows for folder in ("small", "large")
+    )
+    two = Results(results.config, both)
+    found = compare_results(two, two, RATE)
+    assert {one.trial.model for one in found.compared} == {"small/m.gguf", "large/m.gguf"}
+    assert len(found.compared) == 4
+    one = Results(results.config, tuple(row for row in both if row.trial.model[0] == "s"))
+    assert {trial.model for trial in compare_results(two, one).missing} == {"large/m.gguf"}
+
+
+def test_different_files_of_one_name_are_not_compared(results: Results) -> None:
+    sweeps = [
+        Results(results.config, tuple(of_model(one, "m.gguf", size) for one in results.rows))
+        for size in (1000, 2000)
+    ]
+    assert compare_results(sweeps[0], sweeps[0], RATE).compared
+    with pytest.raises(ExperimentError, match=r"different files named m\.gguf"):
+        compare_results(*sweeps)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("parallel", replace(ASKED, parallel=(4,))),
+        ("max_tokens", replace(ASKED, max_tokens=9)),
+        ("quality", replace(ASKED, quality=Suite.standard())),
+    ],
+)
+def test_sweeps_that_asked_differently_are_not_compared(
+    results: Results, name: str, asked: Workload
+) -> None:
+    with pytest.raises(ExperimentError, match=f"asked with different {name}. Run one"):
+        compare_results(results, replace(results, workload=asked))
+    assert compare_results(results, replace(results, workload=replace(ASKED, seed=5))).compared
 
 
 def test_the_table_is_written_as_csv(results: Results, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -78,8 +79,9 @@ def compare_results(
 ) -> ResultsComparison:
     """Compare two sweeps of the same combinations, on two machines or with two engine builds.
 
-    Combinations match if their model file names and all settings are equal. Repeats are paired as
-    rounds, which reduces the effect of a drift that both sweeps share.
+    Combinations match if their model file names and all settings are equal; where a sweep has two
+    files of one name, if their paths are. Repeats are paired as rounds, which reduces the effect of
+    a drift that both sweeps share.
 
     Args:
         first: The baseline.
@@ -87,11 +89,13 @@ def compare_results(
         metrics: Names of metrics; by default all speeds except percentiles.
 
     Raises:
-        ExperimentError: The sweeps have no combination in common, or a metric is unknown.
+        ExperimentError: The sweeps have no combination in common, asked differently or measured
+            different files of one name, or a metric is unknown.
     """
     for argument, sweep in (("first", first), ("second", second)):
         require(argument, sweep, Results, "the results of a sweep")
-    before, after = _by_combination(first), _by_combination(second)
+    _check_conditions(first, second)
+    before, after = _by_combination(first, second)
     common = [key for key in before if key in after]
     if not common:
         raise ExperimentError(
@@ -122,9 +126,41 @@ def compare_results(
     return ResultsComparison(tuple(compared), tuple(one.trial for one in only), tuple(notes))
 
 
-def _by_combination(results: Results) -> dict[Hashable, Combination]:
-    return {
-        (PurePath(one.trial.model).name, frozenset(one.trial.settings)): one
-        for one in results.combinations
-        if one.done
-    }
+def _check_conditions(first: Results, second: Results) -> None:
+    """Reject sweeps whose requests differ in what speeds depend on."""
+    given = [dict(one.workload.conditions()) for one in (first, second) if one.workload]
+    for one in given:
+        one["quality"] = bool(one["quality"])  # then answers end where the model ends them
+    names = ("prompts", "max_tokens", "chat", "parallel", "quality", "fill")
+    differing = [name for name in names if len({one[name] for one in given}) > 1]
+    if differing:
+        raise ExperimentError(
+            f"The sweeps asked with different {' and '.join(differing)}. Run one of them again like"
+            " the other."
+        )
+
+
+def _by_combination(*sweeps: Results) -> list[dict[Hashable, Combination]]:
+    """Return each sweep's measured combinations by model and settings."""
+    models = [{row.trial.model for row in sweep.rows} for sweep in sweeps]
+    named = [Counter(PurePath(model).name for model in each) for each in models]
+
+    def name(model: str) -> str:
+        short = PurePath(model).name
+        return model if any(count[short] > 1 for count in named) else short
+
+    rows = [row for sweep in sweeps for row in sweep.rows if row.fingerprint]
+    files = Counter(name for name, _ in {(name(row.trial.model), row.fingerprint) for row in rows})
+    if different := sorted(name for name, count in files.items() if count > 1):
+        raise ExperimentError(
+            f"The sweeps measured different files named {' and '.join(different)}. Compare sweeps"
+            " of the same models."
+        )
+    return [
+        {
+            (name(one.trial.model), frozenset(one.trial.settings)): one
+            for one in sweep.combinations
+            if one.done
+        }
+        for sweep in sweeps
+    ]
