@@ -29,7 +29,14 @@ from kitty_nb.engine.devices import list_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
 from kitty_nb.errors import EngineError, KittyError, PortBusyError, ServerError, ServerFailedError
 from kitty_nb.network import LOOPBACK, free_port
-from kitty_nb.supervisor.events import Broadcast, LoadProgress, ProgressMade, ServerState, Stage
+from kitty_nb.supervisor.events import (
+    Broadcast,
+    LoadProgress,
+    ProgressMade,
+    ServerState,
+    Stage,
+    answer_speed,
+)
 from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.supervisor.forecast import free_memory
 from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
@@ -57,6 +64,7 @@ __all__ = [
     "ServerState",
     "accepts",
     "access_at_url",
+    "answer_speed",
     "find_load",
     "free_memory",
     "gather_facts",

@@ -104,6 +104,26 @@ def test_a_trial_reads_them_too(says: Says) -> None:
     assert anyio.run(trial) == SEPARATORS
 
 
+@pytest.mark.parametrize("per_second", [30.0, 20.0])  # by older builds, and by newer ones
+def test_the_first_token_counts_in_no_speed(says: Says, per_second: float) -> None:
+    timings = {"predicted_n": 3, "predicted_ms": 100.0, "predicted_per_second": per_second}
+
+    async def ask() -> None:
+        choice = {"message": {"content": "so"}, "finish_reason": "stop"}
+        said = json.dumps({"choices": [choice], "timings": timings})
+        async with says(said, kind="application/json").async_http() as http:
+            answer = await converse(http, {"messages": []}, lambda _: None)
+            assert answer.timings.answer_per_second == 20
+        access = says(f"data:{json.dumps({'content': 'so', 'timings': timings})}\n\n")
+        async with access.async_http() as http:
+            client = BenchmarkClient(http, Workload(prompts=("Say it.",), chat=False), {})
+            await client.warm_up()
+            speed, _ = await client.speed(1, lambda _: None)
+            assert speed.generation_tokens_per_second == 20
+
+    anyio.run(ask)
+
+
 def test_an_answer_is_read_however_it_is_spelled(says: Says) -> None:
     parts = {"role": "assistant", "content": None}, {"content": "so"}, {"content": "!"}
     assert chat(says(events(*parts, space=""))) == ("so!", [Piece("so"), Piece("!")])

@@ -18,7 +18,7 @@ from pydantic_core import from_json, to_json
 
 from kitty_nb.client.protocol import broken_off, stream
 from kitty_nb.errors import KittyError, NoAnswerError, ServerError
-from kitty_nb.supervisor.events import PromptProgress
+from kitty_nb.supervisor.events import PromptProgress, answer_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +84,7 @@ class Timings:
         first_token: Seconds from the request to its first token, measured by the client.
         total: Seconds from the request to the end of the answer, measured by the client.
         prompt_per_second: Prompt tokens read per second, as the server reports it.
-        answer_per_second: Answer tokens per second, as the server reports it.
+        answer_per_second: Answer tokens per second after the first, by the server's time.
     """
 
     first_token: float | None = None
@@ -221,14 +221,19 @@ class _Draft:
         prompt = said.get("prompt_tokens") if fresh is None else fresh + (cached or 0)
         answered = told.get("predicted_n", said.get("completion_tokens"))
         drafts = told.get("draft_n"), told.get("draft_n_accepted")
-        speeds = told.get("prompt_per_second"), told.get("predicted_per_second")
+        speed = answer_speed(told.get("predicted_n", 0), told.get("predicted_ms", 0.0))
         return Answer(
             text="".join(self._words[False]),
             thinking="".join(self._words[True]),
             tool_calls=tuple(ToolCall(*call) for call in self._calls.values()),
             finish_reason=self._finish,
             usage=Usage(prompt, cached, answered, *drafts),
-            timings=Timings(self._first, time.perf_counter() - self._began, *speeds),
+            timings=Timings(
+                self._first,
+                time.perf_counter() - self._began,
+                told.get("prompt_per_second"),
+                speed,
+            ),
         )
 
 

@@ -158,9 +158,7 @@ class BenchmarkClient:
             seconds=seconds,
             time_to_first_token=median(answer.times.time_to_first_token for answer in answers),
             prompt_tokens_per_second=_median(t.prompt_per_second for t in timings if t.prompt_n),
-            generation_tokens_per_second=_median(
-                t.predicted_per_second for t in timings if t.predicted_n > 1
-            ),
+            generation_tokens_per_second=_median(t.speed for t in timings),
             total_tokens_per_second=sum(t.predicted_n for t in timings) / seconds,
             prompt_tokens=max(t.prompt_n for t in timings),
             each=tuple(answer.times for answer in answers),
@@ -471,7 +469,7 @@ class _Run:
                 done=self.answered,
                 total=self.workload.requests,
                 parallel=parallel,
-                tokens_per_second=answer.timings.predicted_per_second,
+                tokens_per_second=answer.timings.speed,
                 prompt_tokens_per_second=answer.timings.prompt_per_second,
                 time_to_first_token=answer.times.time_to_first_token,
             )

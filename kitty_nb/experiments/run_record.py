@@ -24,7 +24,7 @@ from kitty_nb.config import ServerConfig, without_secrets
 from kitty_nb.errors import ConfigError, RunRecordError
 from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.output import markdown_table, write_file
-from kitty_nb.isolated_server import SERVER_SETTINGS, EngineKind, LoadSeconds
+from kitty_nb.isolated_server import SERVER_SETTINGS, EngineKind, LoadSeconds, answer_speed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -112,6 +112,8 @@ class Timings(_Facts):
         cache_n: Prompt tokens found in the cache.
         prompt_n: Prompt tokens processed.
         predicted_n: Tokens generated.
+        predicted_ms: The time from the first of them to the last.
+        predicted_per_second: Their speed as this build of the server counts it.
     """
 
     cache_n: int = 0
@@ -121,6 +123,11 @@ class Timings(_Facts):
     predicted_n: int = 0
     predicted_ms: float = 0.0
     predicted_per_second: float | None = None
+
+    @property
+    def speed(self) -> float | None:
+        """The tokens per second after the first; None with fewer than two."""
+        return answer_speed(self.predicted_n, self.predicted_ms)
 
 
 class Request(_Facts):
@@ -409,4 +416,4 @@ def _measured(run: RunRecord) -> Iterator[tuple[str, float]]:
     if seconds := sum(one.prompt_ms for one in timings) / 1000:
         yield "prompt, tokens/s", sum(one.prompt_n for one in timings) / seconds
     if seconds := sum(one.predicted_ms for one in timings) / 1000:
-        yield "generation, tokens/s", sum(one.predicted_n for one in timings) / seconds
+        yield "generation, tokens/s", sum(max(one.predicted_n - 1, 0) for one in timings) / seconds

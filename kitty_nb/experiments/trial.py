@@ -206,13 +206,14 @@ class RequestTimes:
 class Speed:
     """The speed of answers at one number of concurrent requests.
 
-    Rates are medians over the requests, as the server's own `timings` report them.
+    Rates are medians over the requests, by the server's own `timings`.
 
     Attributes:
         parallel: The number of concurrent requests.
         seconds: From the first request to the last answer.
         prompt_tokens_per_second: None if no prompt was processed.
-        generation_tokens_per_second: None if answers had a single token.
+        generation_tokens_per_second: The tokens after the first, which comes with the prompt, over
+            their time; None if answers had a single token.
         total_tokens_per_second: The tokens of all answers over `seconds`.
         memory: Peak RAM of the server's processes since their start, in bytes; 0 if unknown.
         gpu_memory: Their GPU memory at that point, in bytes; None if no driver reports it.

@@ -195,6 +195,15 @@ class Request:
     model: str = ""  # the model that a router had answer it, as far as known
 
 
+def answer_speed(tokens: int, milliseconds: float) -> float | None:
+    """Return an answer's tokens per second; None if it has fewer than two tokens.
+
+    The first token comes with the prompt, so a server's time is that of the others. Builds of
+    llama-server differ in whether their own speed counts it.
+    """
+    return (tokens - 1) * 1000 / milliseconds if tokens > 1 and milliseconds > 0 else None
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
     """The memory that a server holds."""

@@ -11,7 +11,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from kitty_nb.errors import printable
-from kitty_nb.supervisor.events import Ending, PromptProgress, Request, Restored, Work
+from kitty_nb.supervisor.events import (
+    Ending,
+    PromptProgress,
+    Request,
+    Restored,
+    Work,
+    answer_speed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -267,9 +274,7 @@ class RequestLog:
             self.rest = task.rest or (self.rest if task.computed <= self.rest else 0)
         elif found := _ANSWERED.search(words):
             task.decoded = int(found[2])
-            # The first token comes with the prompt.
-            if task.decoded > 1 and float(found[1]):
-                task.speed = (task.decoded - 1) / float(found[1]) * 1000
+            task.speed = answer_speed(task.decoded, float(found[1])) or task.speed
         elif found := _TOOK.search(words):
             task.seconds = float(found[1]) / 1000
         elif found := _DRAFTED.search(words):
