@@ -3,9 +3,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from html import unescape
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,8 +17,11 @@ from test_results import row
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ExperimentError, RunRecordError
 from kitty_nb.experiments import (
+    Divergence,
     ExactMatch,
+    HarnessTask,
     Outcome,
+    Perplexity,
     RequestTimes,
     Results,
     RunRecord,
@@ -120,11 +126,42 @@ def test_a_device_or_pipe_stays_what_it_is(results: Results, tmp_path: Path) -> 
     assert pipe.is_fifo()
 
 
+ANSWERS = dict.fromkeys(ASKED.prompts, "Yes.")
+
+
+@dataclass(frozen=True)
+class Length:
+    """Somebody's own measure of quality."""
+
+    least: int
+
+    def __call__(self, _: str, answer: str) -> float:
+        return len(answer) - self.least
+
+
+@pytest.mark.parametrize(
+    ("quality", "written"),
+    [
+        (ExactMatch(ANSWERS), ExactMatch(ANSWERS)),
+        (Suite.standard(each=2), Suite.standard(each=2)),
+        (partial(pow, mod=3), None),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                (Perplexity(MappingProxyType(ANSWERS)), Perplexity(ANSWERS)),
+                (Divergence(Path("big.gguf"), ANSWERS), Divergence("big.gguf", ANSWERS)),  # type: ignore[arg-type]
+                (HarnessTask("gsm8k", 5), HarnessTask("gsm8k", 5)),
+                (None, None),
+                (Length(3), None),
+                (lambda _, answer: len(answer), None),
+            )
+        ),
+    ],
+)
 def test_the_code_in_a_report_makes_the_same_sweep(
-    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quality: Any, written: Any
 ) -> None:
-    asked = replace(ASKED, quality=ExactMatch(dict.fromkeys(ASKED.prompts, "Yes.")))
-    results = replace(results, workload=asked)
+    results = replace(results, workload=replace(ASKED, quality=quality))
     page = results.report(tmp_path / "out.html").read_text()
     code = unescape(page[page.rindex("<pre>") + 5 : page.rindex("</pre>")])
     monkeypatch.chdir(tmp_path)
@@ -138,7 +175,8 @@ def test_the_code_in_a_report_makes_the_same_sweep(
         assert {one.trial.combination for one in results.rows} == {
             trial.combination for trial in sweep.trials
         }
-        assert sweep.workload == asked
+        assert sweep.workload == replace(ASKED, quality=written)
+        assert ("# quality=… (a function of yours)" in code) == (quality is not written is None)
         assert sweep.config.context_size == 1024
         assert sweep.config.extra_args == ("--metrics",)
         assert max(trial.repeat for trial in sweep.trials) == 3

@@ -21,7 +21,7 @@ from kitty_nb.experiments.statistics import (
     own_spread,
     proportion_interval,
 )
-from kitty_nb.experiments.suite import Suite
+from kitty_nb.experiments.suite import Suite, Task
 from kitty_nb.experiments.sweep import Sweep, SweepProgress
 from kitty_nb.experiments.trial import (
     Measurement,
@@ -57,6 +57,7 @@ __all__ = [
     "Suite",
     "Sweep",
     "SweepProgress",
+    "Task",
     "Trial",
     "TrialResult",
     "TuneResult",

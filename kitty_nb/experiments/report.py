@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path, PurePath
 from pprint import pformat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anyio.from_thread import start_blocking_portal
 from jinja2 import Environment, StrictUndefined
@@ -23,8 +24,10 @@ from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import smaller_is_better
 from kitty_nb.experiments.output import valid_text
 from kitty_nb.experiments.plots import labels_of, number, words_of
+from kitty_nb.experiments.quality import Divergence, ExactMatch, HarnessTask, Perplexity
 from kitty_nb.experiments.recording import digest_model, host_facts, library_versions
 from kitty_nb.experiments.statistics import CONFIDENCE
+from kitty_nb.experiments.suite import Suite
 from kitty_nb.isolated_server import SERVER_SETTINGS, this_host
 
 if TYPE_CHECKING:
@@ -205,12 +208,12 @@ def _code(results: Analysis, workload: Workload) -> str:
         "chat": workload.chat,
         "requests": workload.at_least,
     }
-    named, own = ["Sweep"], []
-    if repr(workload.quality).startswith("<"):
+    named, own, quality = ["Sweep"], [], workload.quality
+    if type(quality) in (ExactMatch, Perplexity, Divergence, HarnessTask, Suite):
+        asked["quality"] = _as_code(quality)
+        named += [type(quality).__name__, *(["Task"] if isinstance(quality, Suite) else [])]
+    elif quality is not None:
         own = ["    # quality=… (a function of yours)"]
-    elif workload.quality is not None:
-        asked["quality"] = workload.quality
-        named.append(type(workload.quality).__name__)
     changed = ["config = ServerConfig.from_env()"]
     if given:
         changed[0] += ".replace("
@@ -228,6 +231,14 @@ def _code(results: Analysis, workload: Workload) -> str:
         "results = sweep.run().wait()",
     ]
     return "\n".join(lines)
+
+
+def _as_code(quality: Any) -> Any:
+    """Return a quality with values whose `repr` is code."""
+    kept = {field.name: getattr(quality, field.name) for field in fields(quality)}
+    kept |= {name: dict(value) for name, value in kept.items() if isinstance(value, Mapping)}
+    kept |= {name: str(value) for name, value in kept.items() if isinstance(value, PurePath)}
+    return type(quality)(**kept)
 
 
 def _pretty(value: object) -> str:

@@ -40,6 +40,9 @@ class Kind(StrEnum):
     CODE = "code"
     NEEDLE = "needle"
 
+    def __repr__(self) -> str:
+        return repr(self.value)  # which is code, unlike an enum's own
+
 
 @dataclass(frozen=True)
 class Task:
