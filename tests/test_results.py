@@ -285,6 +285,23 @@ def test_a_pareto_plot_of_three_numbers_names_what_nothing_beats(results: Result
     assert "<image" not in svg.getvalue()  # which a report does not show
 
 
+def test_a_context_left_to_the_engine_is_drawn_beside_the_same_one_written_out() -> None:
+    rows = []
+    for number, size in enumerate((0, 4096, 8192), 1):
+        one = row("", 1, 1, 10.0 * number, 4)
+        assert one.measurement
+        measured = replace(one.measurement, context=size or 4096)
+        trial = Trial("m.gguf", (("context_size", size),) if size else ())
+        rows.append(replace(one, trial=trial, measurement=measured))
+    results = Results(ServerConfig(), tuple(rows))
+    (axes,) = results.plot().axes
+    assert len({bar.get_y() for bar in axes.patches}) == 3  # type: ignore[attr-defined]
+    (legend,) = results.plot("concurrency").legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("m.gguf", "m.gguf, context_size 4096", "m.gguf, context_size 8192")
+    ]
+
+
 def test_curves_say_what_their_bars_span(results: Results) -> None:
     (legend,) = results.plot("concurrency").legends
     assert legend.get_title().get_text() == "points are medians, bars the range of the repeats"

@@ -221,13 +221,17 @@ def _varying(drawn: Sequence[Combination]) -> list[str]:
 
 
 def labels_of(drawn: Sequence[Combination]) -> list[str]:
-    """Return a label for each combination: the settings that distinguish it."""
+    """Return a label for each combination: the settings that distinguish it.
+
+    If some have equal values, one left to the engine and the other given, all settings as given.
+    """
+
+    def told(values: Mapping[str, object]) -> str:
+        return ", ".join(f"{name} {value}".removeprefix("model ") for name, value in values.items())
+
     names = _varying(drawn)
-    words = [
-        ", ".join(f"{name} {one.value(name)}".removeprefix("model ") for name in names)
-        for one in drawn
-    ]
-    return [text or one.trial.label for text, one in zip(words, drawn, strict=True)]
+    labels = [told({name: one.value(name) for name in names}) or one.trial.label for one in drawn]
+    return labels if len({*labels}) == len(drawn) else [told(one.trial.columns) for one in drawn]
 
 
 def number(value: float) -> str:
