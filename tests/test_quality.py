@@ -19,6 +19,7 @@ from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Divergence, ExactMatch, Outcome, Perplexity, Results, Sweep
 from kitty_nb.experiments.likelihood import likeness, perplexity_of
+from kitty_nb.experiments.quality import judge
 
 WAIT = 120.0
 SHORT = "I am a cat."
@@ -145,6 +146,26 @@ def test_a_quality_that_is_no_number_or_exits_is_told_in_the_row(
         assert told in row.reason
         assert row.measurement
         assert row.measurement.quality is None
+
+
+@pytest.mark.parametrize("score", [1e308, 1e200])  # whose sum or variance is infinite
+def test_scores_too_large_for_a_mean_are_told(score: float) -> None:
+    async def ask() -> None:
+        with anyio.fail_after(WAIT):
+            found, problem = await judge(lambda *_: score, ["Hi!"] * 4, [""] * 4)
+        assert not found
+        assert "It must return a finite number" in problem
+
+    anyio.run(ask)
+
+
+def test_without_scipy_a_quality_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        with anyio.fail_after(WAIT), pytest.raises(ExperimentError, match="pip install"):
+            await judge(lambda *_: 1.0, ["Hi!"], [""])
+
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    anyio.run(ask)
 
 
 def test_a_quality_that_never_returns_can_be_cancelled(

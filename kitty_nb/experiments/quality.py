@@ -182,7 +182,10 @@ async def judge(
     found.set_running_or_notify_cancel()
 
     def work() -> None:
-        found.set_result(_judge(quality, prompts, answers))
+        try:
+            found.set_result(_judge(quality, prompts, answers))
+        except Exception as error:  # noqa: BLE001 (raised where it is awaited)
+            found.set_exception(error)
 
     Thread(target=work, name="kitty_nb quality", daemon=True).start()
     return await asyncio.wrap_future(found)
@@ -195,8 +198,9 @@ def _judge(
         scores = [float(quality(*pair)) for pair in zip(prompts, answers, strict=True)]
     except BaseException as error:  # noqa: BLE001 (whatever a user's function raises, exits too)
         return {}, f"quality failed with {error!r}. It must return a number for every answer."
-    if not all(map(math.isfinite, scores)):
-        return {}, f"quality returned {scores}. It must return a finite number for every answer."
+    if not math.isfinite(sum(score * score for score in scores)):  # as their variance has to be
+        must = "It must return a finite number for every answer, and none too large for a mean."
+        return {}, f"quality returned {scores}. {must}"
     return mean_quality(fmean(scores), score_interval(scores)), ""
 
 
