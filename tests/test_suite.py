@@ -30,11 +30,18 @@ def test_a_seed_makes_the_same_tasks_and_another_one_others() -> None:
     assert Suite.standard(each=1, kinds="needle").tasks == SUITE.tasks[-3:-2]
 
 
+def test_no_task_is_asked_twice() -> None:
+    for kind, each in (("code", 720), ("extraction", 2000), ("needle", 300), ("arithmetic", 2000)):
+        assert len({*Suite.standard(each=each, kinds=kind).prompts}) == each
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
         ({"kinds": ["riddle"]}, "No kind is 'riddle'. Write arithmetic,"),
-        ({"each": 0}, "each is 0. Write a whole number from 1 to 10,000."),
+        ({"each": 0}, "each is 0. Write a whole number from 1 to 720."),
+        ({"each": 721}, "each is 721. Write a whole number from 1 to 720."),
+        ({"each": 10_001, "kinds": "needle"}, "Write a whole number from 1 to 10,000."),
         ({"each": 10**9}, "each is 1000000000."),
         ({"each": 1.5}, "each is 1.5."),
     ],

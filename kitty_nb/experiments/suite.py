@@ -29,7 +29,8 @@ _CITIES = ("Lisbon", "Oslo", "Kyoto", "Quito", "Accra", "Perth", "Hanoi", "Turin
 _THINGS = ("lamps", "chairs", "bicycles", "kettles", "umbrellas", "violins", "ladders", "clocks")
 _DEPTHS = (0.1, 0.5, 0.9)  # positions of the needle, as fractions of the text
 _FILLER = 40  # sentences around the needle
-_MOST = 10_000  # tasks of a kind; there are only some 60,000 that differ
+_MOST = 10_000  # tasks of a kind; of sums, some 60,000 differ
+_FACTORS, _LEAST = range(2, 10), range(10, 100)  # in tasks of code, of which fewer differ
 
 
 class Kind(StrEnum):
@@ -84,19 +85,24 @@ class Suite:
 
         Args:
             seed: The seed.
-            each: The number of tasks per kind, at most 10,000.
+            each: The number of tasks per kind: at most 720 with code, else 10,000.
             kinds: The kinds: arithmetic, extraction, code, needle.
 
         Raises:
             ExperimentError: A kind is unknown, or the number is out of range.
         """
-        whole("each", each, 1, _MOST)
+        kinds = texts("kinds", kinds)
+        whole("each", each, 1, len(_FACTORS) * len(_LEAST) if Kind.CODE in kinds else _MOST)
         made: list[Task] = []
-        for kind in texts("kinds", kinds):
+        for kind in kinds:
             if kind not in set(Kind):
                 raise ExperimentError(f"No kind is {kind!r}. Write {', '.join(Kind)}.")
             tasks = _MAKERS[Kind(kind)](Random(f"{kind} {seed}"))  # noqa: S311 (no secret)
-            made += [next(tasks) for _ in range(each)]
+            distinct: dict[str, Task] = {}
+            while len(distinct) < each:
+                task = next(tasks)
+                distinct.setdefault(task.prompt, task)
+            made += distinct.values()
         return cls(tuple(made))
 
     @property
@@ -139,13 +145,10 @@ def _runs(code: str, cases: list[Any]) -> bool:
 
 
 def _arithmetic(chance: Random) -> Iterator[Task]:
-    seen = set()
     while True:
         a, b, c = chance.randint(12, 99), chance.randint(12, 99), chance.randint(2, 9)
-        if (a, b, c) not in seen:
-            seen.add((a, b, c))
-            prompt = f"What is {a} + {b} * {c}? Answer with the number only."
-            yield Task(Kind.ARITHMETIC, prompt, str(a + b * c))
+        prompt = f"What is {a} + {b} * {c}? Answer with the number only."
+        yield Task(Kind.ARITHMETIC, prompt, str(a + b * c))
 
 
 def _extraction(chance: Random) -> Iterator[Task]:
@@ -166,7 +169,7 @@ def _extraction(chance: Random) -> Iterator[Task]:
 
 def _code(chance: Random) -> Iterator[Task]:
     while True:
-        factor, least = chance.randint(2, 9), chance.randint(10, 99)
+        factor, least = chance.choice(_FACTORS), chance.choice(_LEAST)
         prompt = (
             f"Write a Python function f(numbers) that returns the sum of those numbers in a list"
             f" that are divisible by {factor} and greater than {least}. Answer with the code only."
