@@ -92,6 +92,17 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert "hush" not in page
 
 
+def test_a_report_takes_the_objectives_that_best_takes(results: Results, tmp_path: Path) -> None:
+    page = results.report(tmp_path / "out.html", objective=f"-{RATE}").read_text()
+    assert "<strong>threads 2</strong>" in page
+    best = page.partition('<tr class="best">')[2]
+    assert best.index("threads 2") < best.index("threads 4")
+    assert "<h2>Best by the least generation" in page
+    for wrong in (5, len):
+        with pytest.raises(ExperimentError, match=r"objective is .* Write the name of a metric"):
+            results.report(tmp_path / "out.html", objective=wrong)  # type: ignore[arg-type]
+
+
 def test_a_model_may_have_any_name(results: Results, tmp_path: Path) -> None:
     name = "_a$\\frac$ $x_1$ \udcff <script> \x1b"
 

@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import without_secrets
 from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
+from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import smaller_is_better
 from kitty_nb.experiments.output import valid_text
@@ -66,10 +67,12 @@ def report_of(results: Analysis, objective: str, title: str) -> str:
     config = results.config
     public = config.replace(extra_args=without_secrets(config.extra_args))
     results = replace(results, config=public)
-    best, sign = results.best(objective), 1 if smaller_is_better(objective) else -1
+    require("objective", objective, str, "the name of a metric")
+    best, name = results.best(objective), objective.removeprefix("-")
+    sign = 1 if objective != name or smaller_is_better(name) else -1
     measured = sorted(
-        (one for one in results.combinations if objective in one.metrics),
-        key=lambda one: sign * one.metrics[objective].median,
+        (one for one in results.combinations if name in one.metrics),
+        key=lambda one: sign * one.metrics[name].median,
     )
     labels = dict(zip((one.trial for one in measured), labels_of(measured), strict=True))
     page = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
@@ -78,14 +81,13 @@ def report_of(results: Analysis, objective: str, title: str) -> str:
         title=title,
         made=datetime.now(UTC),
         results=results,
-        objective=objective,
+        objective=name,
+        by=words_of(name) if objective == name else f"the least {words_of(name)}",
         confidence=round(CONFIDENCE * 100),
         best=best,
         measured=measured,
         labels=labels,
-        names=[
-            n for n in dict.fromkeys((objective, *_SHOWN)) if any(n in m.metrics for m in measured)
-        ],
+        names=[n for n in dict.fromkeys((name, *_SHOWN)) if any(n in m.metrics for m in measured)],
         verdicts=[
             (labels[one.trial], *_verdict(results, one, best, objective))
             for one in measured
@@ -95,7 +97,7 @@ def report_of(results: Analysis, objective: str, title: str) -> str:
             (one.trial.label, " ".join(one.reasons)) for one in results.combinations if one.reasons
         ],
         curves=_CURVES,
-        figures=[*_figures(results, objective, {one.trial for one in measured[:_CURVES]})],
+        figures=[*_figures(results, name, {one.trial for one in measured[:_CURVES]})],
         facts=[*machine_of(results), *_models(results)],
         code=_code(results, results.workload) if results.workload else "",
     )
