@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from conftest import eventually
 from test_sweep import servers
@@ -11,7 +12,17 @@ from test_sweep import servers
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, measure, tune
-from kitty_nb.experiments.trial import SweepEvent, TrialEnded, TrialStarted
+from kitty_nb.experiments.trial import (
+    LoadSeconds,
+    Measurement,
+    OnProgress,
+    RequestAnswered,
+    RequestTimes,
+    Speed,
+    SweepEvent,
+    TrialEnded,
+    TrialStarted,
+)
 from kitty_nb.operation import Operation
 
 WAIT = 180.0
@@ -180,6 +191,27 @@ def test_a_trial_that_fails_unforeseen_is_a_row(
     assert not found.left_out
     (bad,) = [row for row in found.results.rows if row.outcome is Outcome.FAILED]
     assert "RuntimeError('a bug')" in bad.reason
+
+
+def test_a_long_first_prompt_prunes_no_trial_that_reads_it_as_fast_as_others(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(trial: Trial, on_progress: OnProgress, **_: object) -> TrialResult:
+        slow = 2.0 if dict(trial.settings)["batch_size"] == 1024 else 1.0
+        times = [RequestTimes(0.0, slow * first, 9.0, 4, 100) for first in (4.0, 0.2, 0.2)]
+        for done, one in enumerate(times, 1):
+            on_progress(RequestAnswered(trial, done, 3, 1, None, None, one))
+            await anyio.sleep(0)
+        speed = Speed(1, 3, 1.0, slow * 0.2, None, None, 1.0, each=tuple(times))
+        measured = Measurement(LoadSeconds(0.1, 0.1, 0.1), (speed,), 1)
+        return TrialResult(trial, Outcome.DONE, measurement=measured)
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    prompts = ["long " * 99, "short", "brief"]
+    given = {"objective": "time_to_first_token", "prompts": prompts, "budget": 12}
+    rows = search(**given, space=SPACE | {"threads": [1]}).wait(WAIT).results.rows
+    ends = {dict(row.trial.settings)["batch_size"]: row.outcome for row in rows}
+    assert ends == dict.fromkeys(SPACE["batch_size"], Outcome.DONE) | {1024: Outcome.PRUNED}
 
 
 def test_trials_with_an_objective_of_nan_are_named(

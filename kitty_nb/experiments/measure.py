@@ -471,7 +471,7 @@ class _Run:
                 parallel=parallel,
                 tokens_per_second=answer.timings.speed,
                 prompt_tokens_per_second=answer.timings.prompt_per_second,
-                time_to_first_token=answer.times.time_to_first_token,
+                times=answer.times,
             )
         )
 

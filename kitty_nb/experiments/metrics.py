@@ -111,14 +111,32 @@ def partial_metrics(event: SweepEvent, least: int) -> dict[str, float]:
         case TrialProgressed(progress=progress):
             return {"load_seconds": progress.elapsed}
         case RequestAnswered(done=done, total=total) if done < total:
-            end = "" if event.parallel == least else f"_{event.parallel}"
-            found = {
-                f"time_to_first_token{end}": event.time_to_first_token,
-                f"generation_tokens_per_second{end}": event.tokens_per_second,
-                f"prompt_tokens_per_second{end}": event.prompt_tokens_per_second,
-            }
-            return {name: value for name, value in found.items() if value is not None}
+            return _of_answer(event.times, "" if event.parallel == least else f"_{event.parallel}")
     return {}
+
+
+def first_answers(row: TrialResult, name: str, answers: int) -> float | None:
+    """Return the median of what `partial_metrics` revealed of a finished trial's first answers.
+
+    With no answers, it is the metric of the finished trial.
+    """
+    if not answers:
+        return metrics_of(row).get(name)
+    speeds = row.measurement.speeds if row.measurement else ()
+    for number, speed in enumerate(speeds):
+        each = (_of_answer(one, f"_{speed.parallel}" if number else "") for one in speed.each)
+        if found := [one[name] for one in each if name in one][:answers]:
+            return median(found)
+    return None
+
+
+def _of_answer(times: RequestTimes, end: str) -> dict[str, float]:
+    """Return the metrics of one answer by the client's clock, which rows have of each answer."""
+    first, between = times.time_to_first_token, times.time_between_tokens
+    found = {"time_to_first_token": first}
+    found |= {"prompt_tokens_per_second": times.prompt_tokens / first} if first else {}
+    found |= {"generation_tokens_per_second": 1 / between} if between else {}
+    return {name + end: value for name, value in found.items()}
 
 
 def smaller_is_better(name: str) -> bool:

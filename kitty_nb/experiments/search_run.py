@@ -158,10 +158,10 @@ class Tuning(TrialRunner):
             found = partial_metrics(event, self.workload.levels[0])
             if name not in found or why:
                 return
-            if isinstance(event, TrialProgressed):
+            if load := isinstance(event, TrialProgressed):
                 sofar.clear()  # only the latest value of a load's elapsed time counts
             sofar.append(found[name])
-            why = self._search.prune_reason(median(sofar))
+            why = self._search.prune_reason(median(sofar), 0 if load else len(sofar))
             if why:
                 scope.cancel()
 

@@ -27,7 +27,7 @@ from kitty_nb.config import FlashAttention
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments.arguments import require, several
 from kitty_nb.experiments.combination import Combination
-from kitty_nb.experiments.metrics import known
+from kitty_nb.experiments.metrics import first_answers, known
 from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.space import FIELDS, as_value, combine, in_use
 from kitty_nb.experiments.store import quiet
@@ -143,16 +143,22 @@ class Search:
                 asked.set_constraint(str(bound), bound.excess(one.value(bound.name)))
         self.study.tell(asked, value, TrialState.PRUNED if value is None else None)
 
-    def prune_reason(self, now: float) -> str:
-        """Say why a trial with this value so far can no longer win; empty while it can."""
-        medians = self._medians()
-        if len(medians) < _PEERS:
+    def prune_reason(self, now: float, answers: int = 0) -> str:
+        """Say why a trial with this value so far can no longer win; empty while it can.
+
+        If the value is the median of its first answers, the same of other trials is usual: prompts
+        differ in length.
+        """
+        name, peers = self.objective.name, self._medians()
+        first = (row for row in self.rows if row.trial in peers)
+        found = [v for row in first if (v := first_answers(row, name, answers)) is not None]
+        if len(found) < _PEERS:
             return ""
-        usual = median(medians.values())
+        usual = median(found)
         behind = now - usual if self.objective.smaller else usual - now
         if behind <= _CLEARLY * abs(usual):
             return ""
-        return f"its {self.objective.name} was {now:.4g} so far, and {usual:.4g} is usual."
+        return f"its {name} was {now:.4g} so far, and {usual:.4g} is usual."
 
     @property
     def usual_seconds(self) -> float | None:

@@ -355,7 +355,10 @@ class TrialProgressed:
 
 @dataclass(frozen=True, slots=True)
 class RequestAnswered:
-    """A trial's server has answered `done` of `total` measured requests; the speeds are its own."""
+    """A trial's server has answered `done` of `total` measured requests.
+
+    The speeds are by the server's clock, the times by the client's.
+    """
 
     trial: Trial
     done: int
@@ -363,7 +366,7 @@ class RequestAnswered:
     parallel: int
     tokens_per_second: float | None
     prompt_tokens_per_second: float | None
-    time_to_first_token: float
+    times: RequestTimes
 
 
 @dataclass(frozen=True, slots=True)
