@@ -75,7 +75,8 @@ def test_it_begins_with_the_settings_in_use(search: Search, config: ServerConfig
 
 
 def test_a_measured_objective_is_compared_by_its_median(search: Search) -> None:
-    found = search(objective="generation_tokens_per_second", budget=4).wait(WAIT)
+    found = search(objective="generation_tokens_per_second", budget=5).wait(WAIT)
+    assert found.results.rows[-1].trial.repeat == 2  # the winner isn't the luck of one trial
     assert found.value > 0
     assert found.objective == "generation_tokens_per_second"
     assert {row.outcome for row in found.results.rows} <= {Outcome.DONE, Outcome.PRUNED}

@@ -136,7 +136,8 @@ class Tuning(TrialRunner):
         began, search = time.monotonic(), self._search
         while len(search.rows) < self._budget:
             late = self._seconds is not None and time.monotonic() - began > self._seconds
-            trial = None if late and search.rows else search.ask()
+            last = len(search.rows) + 1 == self._budget
+            trial = None if late and search.rows else search.ask(last=last)
             if trial is None:
                 return
             yield trial

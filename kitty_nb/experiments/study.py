@@ -119,15 +119,15 @@ class Search:
                 ordered = tuple((name, settings[name]) for name in self.space)
                 self.tell(replace(row, trial=replace(row.trial, settings=ordered)))
 
-    def ask(self) -> Trial | None:
+    def ask(self, *, last: bool = False) -> Trial | None:
         """Return the next trial; None when the space is exhausted.
 
-        The settings in use come first. The best so far is repeated now and then, because medians
-        are compared.
+        The settings in use come first. The best so far is repeated now and then, and by the `last`
+        trial unless there were only a few, because medians are compared.
         """
-        doubtful = self._doubtful()
-        confirm = doubtful is not None and (len(self.rows) + 1) % _CONFIRM_EVERY == 0
-        return doubtful if confirm else self._propose() or doubtful
+        doubtful, tried = self._doubtful(), len(self.rows)
+        confirm = (tried + 1) % _CONFIRM_EVERY == 0 or (last and tried >= _PEERS)
+        return doubtful if doubtful and confirm else self._propose() or doubtful
 
     def tell(self, row: TrialResult) -> None:
         """Add a row. A row without a value counts as pruned, so that the sampler avoids it."""
