@@ -11,11 +11,17 @@ from test_sweep import servers
 
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments import Outcome, TuneResult, Verdict, tune
+from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, Verdict, measure, tune
 from kitty_nb.experiments.bounds import Constraint, read_bound
 from kitty_nb.experiments.proof import reached_in_reruns
 from kitty_nb.experiments.target import family_of
-from kitty_nb.experiments.trial import SweepEvent, TrialStarted
+from kitty_nb.experiments.trial import (
+    LoadSeconds,
+    Measurement,
+    Speed,
+    SweepEvent,
+    TrialStarted,
+)
 from kitty_nb.operation import Operation
 
 WAIT = 240.0
@@ -198,6 +204,26 @@ def test_it_says_so_when_nothing_is_gained(search: Search, family: ServerConfig)
     assert found.proof
     assert found.proof.gain == "There is no gain over the settings in use."
     assert found.proof.against_in_use is None
+
+
+def measured(trial: Trial, rate: float = 30.0, gpu: int | None = 0) -> TrialResult:
+    speed = Speed(1, 1, 1.0, 0.1, 100.0, rate, rate)
+    size = 1 << (30 + int("f16" in trial.model))
+    found = Measurement(LoadSeconds(0.1, 0.1, 0.1), (speed,), size, gpu, perplexity=2.0)
+    return TrialResult(trial, Outcome.DONE, measurement=found)
+
+
+def test_a_gpu_that_does_not_report_memory_does_not_spoil_the_proof(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        return measured(trial, gpu=0 if trial.settings else None)
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    found = search(space={"n_gpu_layers": [0]}).wait(WAIT)
+    assert found.proof
+    assert found.proof.memory_in_use is None
+    assert found.proof.gain.endswith("The memory that the settings in use take is unknown.")
 
 
 def test_what_cannot_be_reached_names_the_nearest(search: Search) -> None:

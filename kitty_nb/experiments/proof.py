@@ -30,7 +30,7 @@ class Proof:
         rounds: The number of rounds.
         kept: The number of rounds in which the target was reached.
         memory_gib: The memory used, in GiB.
-        memory_in_use: The same with the settings in use; None if they couldn't be measured.
+        memory_in_use: The same with the settings in use; None if unknown.
         quality_loss: The relative increase of perplexity over the largest quant; None if not
             limited.
         against_in_use: The target's metric compared with the settings in use; None if those are the
@@ -57,11 +57,12 @@ class Proof:
             gains.append(f"{abs(saved):.2f} GiB {'less' if saved > 0 else 'more'} memory")
         if self.against_in_use and self.against_in_use.verdict is not Verdict.TOO_CLOSE:
             gains.append(f"{self.target.name} {self.against_in_use}")
+        told = [f"Compared with the settings in use: {', '.join(gains)}."] if gains else []
         if self.memory_in_use is None:
-            return "The settings in use could not be measured."
-        if not gains:
-            return "There is no gain over the settings in use."
-        return f"Compared with the settings in use: {', '.join(gains)}."
+            if self.against_in_use is None:
+                return "The settings in use could not be measured."
+            told.append("The memory that the settings in use take is unknown.")
+        return " ".join(told) or "There is no gain over the settings in use."
 
     def __str__(self) -> str:
         """The proof in sentences."""

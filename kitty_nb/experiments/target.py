@@ -188,7 +188,7 @@ class TargetTuning(Tuning):
             rounds=self._rounds,
             kept=sum(map(self._target.allows, values)),
             memory_gib=one.metrics[COST].median,
-            memory_in_use=used.metrics[COST].median if used.done else None,
+            memory_in_use=used.value(COST),
             quality_loss=perplexity.median / ends - 1 if perplexity and ends else None,
             against_in_use=None if same else against(used),
             against_runner_up=against(by_trial.get(other.trial)) if other else None,
