@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, Verdict, measure, tune
 from kitty_nb.experiments.bounds import Constraint, read_bound
+from kitty_nb.experiments.measure import fingerprint_of
 from kitty_nb.experiments.proof import reached_in_reruns
 from kitty_nb.experiments.target import family_of
 from kitty_nb.experiments.trial import (
@@ -224,6 +226,27 @@ def test_a_gpu_that_does_not_report_memory_does_not_spoil_the_proof(
     assert found.proof
     assert found.proof.memory_in_use is None
     assert found.proof.gain.endswith("The memory that the settings in use take is unknown.")
+
+
+@pytest.mark.parametrize("failing", ["the reference", "a round of the proof"])
+def test_what_failed_is_tried_again_by_the_next_call(
+    search: Search, family: ServerConfig, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    mark = {one: fingerprint_of(str(one), family) for one in family.models_dir.iterdir()}
+    enough = False
+
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        chosen = not trial.settings if failing == "the reference" else trial.repeat > 1
+        row = measured(trial)
+        if chosen and not enough:
+            row = TrialResult(trial, Outcome.SKIPPED, "Not enough memory.")
+        return replace(row, fingerprint=mark[family.models_dir / trial.model])
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    with pytest.raises(ExperimentError, match="Not enough memory"):
+        search(quality_loss="<= 2 %").wait(WAIT)
+    enough = True
+    assert search(quality_loss="<= 2 %").wait(WAIT).proof
 
 
 def test_what_cannot_be_reached_names_the_nearest(search: Search) -> None:

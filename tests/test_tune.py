@@ -12,6 +12,7 @@ from test_sweep import servers
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Outcome, Trial, TrialResult, TuneResult, measure, tune
+from kitty_nb.experiments.measure import fingerprint_of
 from kitty_nb.experiments.trial import (
     LoadSeconds,
     Measurement,
@@ -192,6 +193,23 @@ def test_a_trial_that_fails_unforeseen_is_a_row(
     assert not found.left_out
     (bad,) = [row for row in found.results.rows if row.outcome is Outcome.FAILED]
     assert "RuntimeError('a bug')" in bad.reason
+
+
+def test_what_failed_is_tried_again_by_the_next_call(
+    search: Search, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = fingerprint_of(str(config.model), config)
+    outcome = Outcome.FAILED
+
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        ends = outcome if dict(trial.settings)["batch_size"] == 128 else Outcome.DONE
+        return TrialResult(trial, ends, fingerprint=mark)
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    given = {"space": {"batch_size": [32, 128], "threads": 1}, "budget": 2}
+    assert search(**given).wait(WAIT).settings["batch_size"] == 32
+    outcome = Outcome.DONE
+    assert search(**given).wait(WAIT).settings["batch_size"] == 128
 
 
 def test_a_long_first_prompt_prunes_no_trial_that_reads_it_as_fast_as_others(

@@ -125,7 +125,9 @@ class Tuning(TrialRunner):
             partial(fingerprints_here, models, self.config, must_exist=True)
         )
         await self._kept.add()  # creates the file, so that an unusable one fails early
-        self._resume(await anyio.to_thread.run_sync(self._rows_of, models))
+        rows = await anyio.to_thread.run_sync(self._rows_of, models)
+        # Failures are tried again: whoever calls again has freed some memory, or mended a setting.
+        self._resume([row for row in rows if row.outcome in {Outcome.DONE, Outcome.PRUNED}])
         async with this_machine(self.config, self.workload, self._logs) as execute:
             await self._carry_out(self._plan(), execute)
 

@@ -17,7 +17,7 @@ from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.search_run import TuneResult, Tuning, TuningOptions
 from kitty_nb.experiments.space import in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS
-from kitty_nb.experiments.trial import Trial
+from kitty_nb.experiments.trial import Outcome, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -110,9 +110,12 @@ class TargetTuning(Tuning):
         search = self._search
         if self._proved is None:  # `choose` names the nearest if nothing fits
             search.results.choose(search.objective, search.bounds)
+            proofs = (row for row in self._rows.values() if row.trial.repeat >= _PROOF)
+            failed = next((row for row in proofs if row.outcome is not Outcome.DONE), None)
+            told = f" {failed.trial.label} failed: {failed.reason}" if failed else ""
             raise ExperimentError(
-                f"No settings reach {self._target} in 19 of 20 runs. Lower the target, or try again"
-                " on a quiet machine, because noise counts against them."
+                f"No settings reach {self._target} in 19 of 20 runs.{told} Lower the target, or try"
+                " again on a quiet machine, because noise counts against them."
             )
         best, proof = self._proved
         await self._write_requests(search.results)

@@ -68,7 +68,7 @@ def tune(
     use, then a few random ones, then what Optuna proposes. Every eighth trial and, of five or more,
     the last repeats the best so far, up to three times, because medians are compared. A trial that
     falls clearly behind is pruned. Results are saved in the `store` immediately; the same call
-    continues from there.
+    continues from there, and tries again what failed or was skipped.
 
     Args:
         model: The model file, absolute or in the models folder; by default the one in `config`.
