@@ -81,7 +81,7 @@ def tune(
         constraints: Bounds on metrics or settings, by name and comparison; a name alone means at
             most: `{"memory_gib": 20, "context_size>=": 16384}`. Settings that violate one are never
             tried.
-        budget: The number of trials, including those in the store.
+        budget: The number of trials, including those in the store, but not those of a proof.
         prompts: One or more prompts, one request each. By default a question, repeated to fill the
             batches if their sizes are varied and the objective depends on them.
         target: A bound to reach, such as `"generation_tokens_per_second >= 30"`. The search then
@@ -94,7 +94,9 @@ def tune(
             in.
         proof_rounds: The rounds of the proof. Eight detect nearly every difference of 10 % on a
             quiet machine.
-        seconds: The time in seconds after which no further trial starts; None for no limit.
+        seconds: The time in seconds after which the search starts no further trial; None for no
+            limit. The proof of a target is not cut short: it takes up to three trials per round,
+            and is repeated for at most two other candidates.
         seed: The seed of the search and of the server's sampling.
         parallel: Numbers of concurrent requests, each measured separately.
         max_tokens: Length of an answer, in tokens.
