@@ -51,6 +51,7 @@ from kitty_nb.experiments.trial import (
     TrialStarted,
     Workload,
 )
+from kitty_nb.isolated_server import this_host
 
 WAIT = 120.0
 MODEL = "demo.gguf"
@@ -190,6 +191,25 @@ def test_rows_that_do_not_say_which_file_it_was_count(sweep: Callable[..., Sweep
     one.store.write_text(re.sub(r',"fingerprint":(null|{.*?})', "", one.store.read_text()))
     assert "fingerprint" not in one.store.read_text()
     assert sweep().progress.done == 1
+
+
+def test_results_of_another_engine_are_told_when_more_are_added(
+    sweep: Callable[..., Sweep], caplog: pytest.LogCaptureFixture
+) -> None:
+    @asynccontextmanager
+    async def earlier() -> AsyncIterator[Execute]:
+        async def execute(trial: Trial, on_progress: OnProgress) -> TrialResult:
+            return TrialResult(trial, Outcome.DONE, host=this_host(), engine="b1234")
+
+        yield execute
+
+    sweep(grid={"threads": [1]}).run(earlier()).wait(WAIT)
+    sweep(grid={"threads": [1]}).run(no_server()).wait(WAIT)
+    assert "b1234" not in caplog.text  # nothing is added
+    one = sweep(grid={"threads": [1, 2]})
+    one.run(no_server()).wait(WAIT)
+    assert f"{one.store} has results of engine b1234, and this machine has" in caplog.text
+    assert "name another store" in caplog.text
 
 
 def test_failures_in_a_folder_that_was_wrong_do_not_count_in_the_right_one(

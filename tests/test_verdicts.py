@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from test_results import row
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments import Results, Sweep, Verdict
+from kitty_nb.experiments import Results, Sweep, Trial, TrialResult, Verdict
+from kitty_nb.experiments.trial import Execute, OnProgress
 
 WAIT = 120.0
 NAME = "generation_tokens_per_second"
@@ -89,6 +92,39 @@ def test_too_few_rounds_say_how_many_more_would_tell(config: ServerConfig) -> No
     assert best.more_rounds > 0
     assert f"{best.more_rounds} more rounds would tell" in best.doubt
     assert best.env_lines().startswith("# Too close to tell from 1 other")
+
+
+def test_rounds_of_different_runs_are_not_compared(tmp_path: Path, config: ServerConfig) -> None:
+    def sweep(threads: list[int], repeats: int, pace: float) -> Sweep:
+        @asynccontextmanager
+        async def machine() -> AsyncIterator[Execute]:
+            async def execute(trial: Trial, _: OnProgress) -> TrialResult:
+                rate = pace * (1 + trial.repeat % 3 / 200)
+                return replace(row("demo.gguf", threads_of(trial), 1, rate, 4), trial=trial)
+
+            yield execute
+
+        given = {"repeats": repeats, "prompts": "Hi!", "parallel": (1, 4), "busy_repeats": 0}
+        given |= {"config": config.replace(threads=4), "store": tmp_path / "sweep.journal"}
+        made = Sweep(grid={"threads": threads}, **given)  # type: ignore[arg-type]
+        made.run(machine()).wait(WAIT)
+        return made
+
+    sweep([4], 3, 20.0)
+    results = sweep([4, 8], 3, 18.8).results
+    used, other = sorted(results.combinations, key=lambda one: threads_of(one.trial))
+    found = results.verdict(other, used)
+    assert (found.verdict, found.rounds, found.apart) == (Verdict.TOO_CLOSE, 0, 3)
+    assert "3 more rounds would tell: 3 were measured in different runs" in str(found)
+    assert results.best().close == (other.trial,)
+    assert results.best().more_rounds == 3
+    assert results.verdicts()["apart"].tolist() == [3]
+    assert results.verdict(other, used, "memory_gib").rounds == 3  # it doesn't drift
+    results = sweep([4, 8], 7, 18.8).results
+    used, other = sorted(results.combinations, key=lambda one: threads_of(one.trial))
+    found = results.verdict(other, used)
+    assert (found.verdict, found.rounds, found.apart) == (Verdict.TOO_CLOSE, 4, 3)
+    assert found.ratio == pytest.approx(1)
 
 
 def test_without_the_settings_in_use_there_is_no_verdict(config: ServerConfig) -> None:

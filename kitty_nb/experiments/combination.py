@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitty_nb.config.profiles import env_lines
 from kitty_nb.experiments.batches import batch_effect, batch_tokens, idle_batches
-from kitty_nb.experiments.metrics import Spread, left_out, metrics_of
+from kitty_nb.experiments.metrics import Spread, is_speed, left_out, metrics_of
 from kitty_nb.experiments.space import changes, in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS, Verdict, compare_paired, own_spread
 from kitty_nb.experiments.trial import Outcome
@@ -43,6 +43,7 @@ class Combination:
         once: Whether the choice rests on a speed that was measured once.
         busy: The number of repeats measured on a busy machine.
         left_out: The number of values left out because they are infinite or not a number.
+        runs: The run and machine by round; of rows of older versions, their engine and machine.
     """
 
     trial: Trial
@@ -57,6 +58,7 @@ class Combination:
     once: bool = False
     busy: int = 0
     left_out: int = 0
+    runs: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Sequence[TrialResult], base: ServerConfig) -> Combination:
@@ -79,6 +81,7 @@ class Combination:
             reasons=(*dict.fromkeys(row.reason for row in rows if row.reason), *odd),
             left_out=len(odd),
             series=series,
+            runs={row.trial.repeat: (row.run or row.engine, row.host) for row in rows},
             busy=sum(row.busy for row in rows),
             batch_tokens={n: max(one.get(n, 0) for one in tokens) for one in tokens for n in one},
         )
@@ -137,23 +140,35 @@ class Combination:
         return value
 
     def against(
-        self, baseline: Combination, name: str, *, smaller_is_better: bool, spread: float = 0.0
+        self,
+        baseline: Combination,
+        name: str,
+        *,
+        smaller_is_better: bool,
+        spread: float = 0.0,
+        apart: bool = False,
     ) -> Difference | None:
-        """Compare a metric with a baseline's, over the rounds that both have.
+        """Compare a metric with a baseline's, over the rounds in which both were measured.
 
-        None if a value isn't positive, because then there is no ratio; see `compare_paired`.
+        Unless they may be `apart`, a round of a speed counts only if the same run measured both on
+        the same machine, because machines and engines change from day to day. None if a value isn't
+        positive, because then there is no ratio; see `compare_paired`.
         """
         theirs, ours = baseline.series.get(name, {}), self.series.get(name, {})
-        rounds = [number for number in theirs if number > 0 and number in ours]
+        both = [number for number in theirs if number > 0 and number in ours]
+        apart = apart or not is_speed(name)
+        rounds = [n for n in both if apart or self.runs.get(n) == baseline.runs.get(n)]
         pair = tuple(theirs[n] for n in rounds), tuple(ours[n] for n in rounds)
         if any(value <= 0 for values in pair for value in values):
             return None
-        return _compared(*pair, smaller_is_better=smaller_is_better, spread=spread)
+        found = _compared(*pair, smaller_is_better=smaller_is_better, spread=spread)
+        return replace(found, apart=len(both) - len(rounds))
 
     def own_spread(self, name: str) -> float:
         """Return the relative difference to itself, if it was measured twice per round; else 0."""
         series = self.series.get(name, {})
-        rounds = [number for number in series if number > 0 and -number in series]
+        twice = [number for number in series if number > 0 and -number in series]
+        rounds = [n for n in twice if self.runs.get(n) == self.runs.get(-n)]
         if len(rounds) < LEAST_ROUNDS or any(value <= 0 for value in series.values()):
             return 0.0
         return own_spread([series[n] for n in rounds], [series[-n] for n in rounds])
@@ -180,7 +195,8 @@ def choose(
     """Return the combination with the best median; among ties, the closest to the settings in use.
 
     With three rounds or more, a tie is a paired comparison that is too close to tell. With fewer,
-    it is an overlap of ranges, where a speed measured once has an assumed range. Combinations that
+    it is an overlap of ranges, where a speed measured once, or in another run, has an assumed
+    range. Combinations that
     differ only in batch sizes that no batch filled are always tied. No difference within `spread`,
     the machine's own relative variation, counts.
     """
@@ -189,8 +205,8 @@ def choose(
     def cost(one: Combination) -> float:
         return sign * one.metrics[name].median
 
-    def ends(one: Combination) -> tuple[float, float]:
-        unknown = _UNKNOWN * abs(cost(one)) if one.once else 0.0
+    def ends(one: Combination, unsure: bool = False) -> tuple[float, float]:
+        unknown = _UNKNOWN * abs(cost(one)) if one.once or unsure else 0.0
         least, most = sorted((sign * one.metrics[name].low, sign * one.metrics[name].high))
         return least - unknown, most + unknown
 
@@ -203,7 +219,7 @@ def choose(
 
     def compared(one: Combination) -> Difference | None:
         found = one.against(first, name, smaller_is_better=objective.smaller, spread=spread)
-        return found if found and found.rounds >= LEAST_ROUNDS else None
+        return found if found and (found.rounds >= LEAST_ROUNDS or found.apart) else None
 
     def distance(one: Combination) -> tuple[int, int, float]:
         given = (
@@ -218,9 +234,10 @@ def choose(
     told = {one.trial: compared(one) for one in judged if one is not first}
 
     def near(one: Combination) -> bool:
-        if difference := told.get(one.trial):
+        difference = told.get(one.trial)
+        if difference and difference.rounds >= LEAST_ROUNDS:
             return difference.verdict is not Verdict.SLOWER
-        return ends(one)[0] <= worst
+        return ends(one, unsure=difference is not None)[0] <= worst
 
     best, *others = sorted((o for o in judged if near(o) or alike(o)), key=distance)
     missing = [told[one.trial] for one in (best, *others) if told.get(one.trial)]

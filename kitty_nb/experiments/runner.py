@@ -7,7 +7,9 @@ import atexit
 import logging
 import math
 import time
+import uuid
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self, TypedDict, TypeVar
 
@@ -30,7 +32,7 @@ from kitty_nb.experiments.trial import (
     TrialResult,
     TrialStarted,
 )
-from kitty_nb.isolated_server import Broadcast, in_background, locate_engine
+from kitty_nb.isolated_server import Broadcast, in_background, locate_engine, this_host
 from kitty_nb.operation import Operation
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ class TrialRunner:
         self._load: LoadProgress | None = None
         self._slots = 1
         self._paused = False
+        self._run_id = ""
         self._resumed: anyio.Event | None = None
         self._control: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
         self._thread: Thread | None = None
@@ -172,6 +175,7 @@ class TrialRunner:
         try:
             with anyio.CancelScope() as scope:
                 self._control = asyncio.get_running_loop(), scope
+                self._run_id = uuid.uuid4().hex
                 for warning in self.warnings:
                     _log.warning(warning)
                 await work()
@@ -188,10 +192,23 @@ class TrialRunner:
             complete = all(trial.key in self._rows for trial in self.trials)
             self._publish(SweepEnded(complete, problem))
 
-    async def _check_flags(self, settings: Iterable[Settings]) -> None:
-        """Check that the engine here supports the flags of the trials."""
+    async def _check_flags(self, settings: Iterable[Settings]) -> str:
+        """Check that the engine here supports the flags of the trials; return its version."""
         engine = await locate_engine(self.config.binary)
         check_flags((one for several in settings for one in several), engine.dialect)
+        return engine.version
+
+    def _warn_of_engines(self, kept: Iterable[TrialResult], now: str) -> None:
+        """Warn if rows to which others are added were measured here with another engine."""
+        here = (row for row in kept if row.host == this_host() and row.engine not in {"", now})
+        if other := {row.engine for row in here if "binary" not in dict(row.trial.settings)}:
+            _log.warning(
+                "%s has results of engine %s, and this machine has %s now: their speeds differ. To"
+                " measure all of them with it, name another store.",
+                self.store,
+                ", ".join(sorted(other)),
+                now,
+            )
 
     def _rows_of(self, models: Iterable[str]) -> list[TrialResult]:
         """Read the stored rows that apply to these models as they are on this machine."""
@@ -221,7 +238,7 @@ class TrialRunner:
         self._running[trial] = time.monotonic()
         self._publish(TrialStarted(trial))
         try:
-            row = await self._undisturbed(trial, execute)
+            row = replace(await self._undisturbed(trial, execute), run=self._run_id)
         finally:
             self._running.pop(trial, None)
         self._rows[trial.key] = row

@@ -120,12 +120,13 @@ class Tuning(TrialRunner):
 
     async def _run(self) -> None:
         models = self._search.models
-        await self._check_flags(map(self._search.samples, self._search.space))
+        engine = await self._check_flags(map(self._search.samples, self._search.space))
         await anyio.to_thread.run_sync(
             partial(fingerprints_here, models, self.config, must_exist=True)
         )
         await self._kept.add()  # creates the file, so that an unusable one fails early
         rows = await anyio.to_thread.run_sync(self._rows_of, models)
+        self._warn_of_engines(rows, engine)
         # Failures are tried again: whoever calls again has freed some memory, or mended a setting.
         self._resume([row for row in rows if row.outcome in {Outcome.DONE, Outcome.PRUNED}])
         async with this_machine(self.config, self.workload, self._logs) as execute:

@@ -45,6 +45,8 @@ class Difference:
         verdict: The verdict on the second.
         more_rounds: The number of further rounds that would probably decide if the ratio stays the
             same; 0 if it is decided, None if no practical number would.
+        apart: The number of rounds left out, because their two values were measured in different
+            runs or on different machines.
     """
 
     ratio: float
@@ -53,11 +55,14 @@ class Difference:
     rounds: int
     verdict: Verdict
     more_rounds: int | None
+    apart: int = 0
 
     def __str__(self) -> str:
         """The verdict in words, such as `faster: +10.2 % (+8.1 to +12.4 %)`."""
         if self.rounds < LEAST_ROUNDS:
-            return f"{self.verdict}, {_more(self.more_rounds)}"
+            told = f"{self.verdict}, {_more(self.more_rounds)}"
+            why = f"{self.apart} were measured in different runs or on different machines"
+            return f"{told}: {why}" if self.apart else told
         ends = f"{_percent(self.low)} to {_percent(self.high)} %"
         if self.verdict is Verdict.TOO_CLOSE:
             return f"{self.verdict} ({ends}), {_more(self.more_rounds)}"

@@ -54,6 +54,7 @@ class Sweep(TrialRunner):
     Each trial runs its own server on its own port. The panel's server isn't touched, but stop it
     first: it would skew the measurements. Results are saved in the `store` immediately: to
     continue, create the same sweep and run it, also with more values in the grid or more repeats.
+    Speeds are compared only where the same run measured both: after adding values, add repeats.
 
     Args:
         models: Files, absolute or in the models folder, or models of a `ModelCatalog`; by default
@@ -226,8 +227,9 @@ class Sweep(TrialRunner):
         return results
 
     async def _run(self, where: AbstractAsyncContextManager[Execute] | None, retry: bool) -> None:
+        engine = ""
         with suppress(EngineError):  # other machines may have an engine; if not, each row says so
-            await self._check_flags(trial.settings for trial in self.trials)
+            engine = await self._check_flags(trial.settings for trial in self.trials)
         await self._kept.add()  # creates the file, so that an unusable one fails early
         await anyio.to_thread.run_sync(self._read_rows, True)
         done = {key: row for key, row in self._rows.items() if row.outcome is Outcome.DONE}
@@ -238,6 +240,8 @@ class Sweep(TrialRunner):
             await anyio.to_thread.run_sync(
                 partial(fingerprints_here, models, self.config, must_exist=True)
             )
+        if engine and left:
+            self._warn_of_engines(kept.values(), engine)
         await self._kept.add(dropped=self._rows.keys() - kept)
         self._rows = kept
         async with where or this_machine(self.config, self.workload, self._logs) as execute:

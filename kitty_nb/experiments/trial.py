@@ -304,6 +304,7 @@ class TrialResult:
         at: The end of the trial, in seconds since the epoch.
         fingerprint: The model's identity, if the file was found.
         document: The run record as JSON; empty unless the sweep makes records.
+        run: An identifier of the run that measured it; empty in rows of older versions.
     """
 
     trial: Trial
@@ -316,6 +317,7 @@ class TrialResult:
     at: float = 0.0
     fingerprint: ModelFingerprint | None = None
     document: str = field(default="", repr=False)
+    run: str = ""
 
     @property
     def busy(self) -> bool:
