@@ -228,6 +228,31 @@ def test_a_gpu_that_does_not_report_memory_does_not_spoil_the_proof(
     assert found.proof.gain.endswith("The memory that the settings in use take is unknown.")
 
 
+def test_the_rounds_of_a_proof_are_measured_side_by_side(
+    search: Search, family: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace = 30.0
+    rounds: list[int] = []
+
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        rounds.append(trial.repeat)
+        return measured(trial, pace)
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    config = family.replace(threads=2)
+    first = search(config=config, budget=1).wait(WAIT)
+    pace = 28.2  # a hot day
+    second = search(config=config, budget=3).wait(WAIT)
+    assert first.best.trial != second.best.trial
+    assert second.proof
+    assert second.proof.against_in_use
+    assert second.proof.against_in_use.rounds == 3
+    assert second.proof.against_in_use.verdict is Verdict.TOO_CLOSE
+    rounds.clear()
+    assert search(config=config, budget=3).wait(WAIT).proof == second.proof
+    assert not rounds
+
+
 @pytest.mark.parametrize("failing", ["the reference", "a round of the proof"])
 def test_what_failed_is_tried_again_by_the_next_call(
     search: Search, family: ServerConfig, monkeypatch: pytest.MonkeyPatch, failing: str

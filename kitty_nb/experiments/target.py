@@ -20,7 +20,7 @@ from kitty_nb.experiments.statistics import LEAST_ROUNDS
 from kitty_nb.experiments.trial import Outcome, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from kitty_nb.config import ServerConfig
@@ -124,7 +124,7 @@ class TargetTuning(Tuning):
 
     def _plan(self) -> Iterator[Trial]:
         if self._loss:
-            yield from self._missing([self._reference])
+            yield from self._missing([[self._reference]])
             found = self._rows[self._reference.key].measurement
             self._best_perplexity = found.perplexity if found else None
             if self._best_perplexity is None:
@@ -153,12 +153,13 @@ class TargetTuning(Tuning):
             compared += [other.trial] if other and not self._is_used(other.trial) else []
             first = _PROOF + number * self._rounds
             rounds = [
-                Trial(one.model, one.settings, first + step)
+                [Trial(one.model, one.settings, first + step) for one in compared]
                 for step in range(self._rounds)
-                for one in (compared if step % 2 else reversed(compared))
             ]
-            yield from self._missing(rounds)
-            rows = tuple(self._rows[trial.key] for trial in rounds)
+            yield from self._missing(
+                each if step % 2 else each[::-1] for step, each in enumerate(rounds)
+            )
+            rows = tuple(self._rows[trial.key] for each in rounds for trial in each)
             if proof := self._judge(Results(self.config, rows), best.trial, other, same=same):
                 self._proved = best, proof
                 return
@@ -197,8 +198,12 @@ class TargetTuning(Tuning):
             against_runner_up=against(by_trial.get(other.trial)) if other else None,
         )
 
-    def _missing(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        return (trial for trial in trials if trial.key not in self._rows)
+    def _missing(self, rounds: Iterable[Sequence[Trial]]) -> Iterator[Trial]:
+        """Yield the trials of each round that no single run has measured as a whole."""
+        for trials in rounds:
+            rows = [self._rows.get(trial.key) for trial in trials]
+            if None in rows or len({row.run for row in rows if row}) > 1:
+                yield from trials
 
     def _is_used(self, trial: Trial) -> bool:
         return trial.model == self._used.model and all(
