@@ -39,7 +39,14 @@ from kitty_nb.supervisor.events import (
 )
 from kitty_nb.supervisor.external_server import look_once
 from kitty_nb.supervisor.forecast import free_memory
-from kitty_nb.supervisor.history import LoadHistory, LoadRecord, gather_facts, path_text, this_host
+from kitty_nb.supervisor.history import (
+    LoadHistory,
+    LoadRecord,
+    gather_facts,
+    path_text,
+    sample_content,
+    this_host,
+)
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import peak_memory
 from kitty_nb.supervisor.supervisor import Supervisor
@@ -73,6 +80,7 @@ __all__ = [
     "isolated_server",
     "locate_engine",
     "pid_at",
+    "sample_content",
     "spell",
     "this_host",
 ]

@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileOpenLock
 from kitty_nb import ServerConfig, write_demo_model
 from kitty_nb.errors import ConfigError, ExperimentError, ResultStoreError, WaitTimeoutError
 from kitty_nb.experiments import (
+    Divergence,
     ExactMatch,
     Outcome,
     Perplexity,
@@ -178,11 +179,30 @@ def test_rows_of_another_file_of_the_same_name_are_not_taken(
     (tmp_path / "one").rename(tmp_path / "moved")
     assert of("moved").results.rows == (row,)
     assert of("other", 3_000_000).progress.done == 0
+    path = tmp_path / "moved" / "model.gguf"
+    before = path.read_bytes()
+    with path.open("rb+") as file:  # a fine-tune changes some matrices, but no header
+        file.seek(1_000_000)
+        file.write(b"x" * 100_000)
+    assert of("moved").progress.done == 0
+    path.write_bytes(before)
     one = of("moved")
     assert one.progress.done == 1
     of("moved", 4_000_000)
     (now,) = one.run().wait(WAIT).rows
     assert now.at > row.at
+
+
+def test_rows_of_another_reference_of_the_same_name_are_not_taken(
+    sweep: Callable[..., Sweep], base: ServerConfig, tmp_path: Path
+) -> None:
+    model, reference = (write_demo_model(tmp_path / f"{name}.gguf") for name in "mr")
+    config = base.replace(models_dir=tmp_path, model=model)
+    given = {"config": config, "quality": Divergence(reference.name, {"Hi!": "Hello!"})}
+    sweep(**given).run(no_server()).wait(WAIT)
+    assert sweep(**given).progress.done == 1
+    write_demo_model(reference, 3_000_000)
+    assert sweep(**given).progress.done == 0
 
 
 def test_rows_that_do_not_say_which_file_it_was_count(sweep: Callable[..., Sweep]) -> None:

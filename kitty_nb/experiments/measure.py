@@ -46,9 +46,9 @@ from kitty_nb.experiments.trial import (
 )
 from kitty_nb.isolated_server import (
     SERVER_SETTINGS,
-    gather_facts,
     isolated_server,
     locate_engine,
+    sample_content,
     this_host,
 )
 
@@ -358,8 +358,7 @@ def this_machine(
 
 def fingerprint_of(model: str, config: ServerConfig) -> ModelFingerprint:
     """Fingerprint a model on this machine by its name in trials. Blocking."""
-    facts = gather_facts(resolve_model(config.replace(model=model)))
-    return ModelFingerprint(facts.size, facts.digest)
+    return ModelFingerprint(*sample_content(resolve_model(config.replace(model=model))))
 
 
 def fingerprints_here(

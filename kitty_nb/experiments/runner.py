@@ -20,6 +20,7 @@ from kitty_nb.errors import ExperimentError, KittyError, ResultStoreError, first
 from kitty_nb.experiments.arguments import path_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.measure import fingerprints_here
+from kitty_nb.experiments.quality import Divergence
 from kitty_nb.experiments.space import check_flags, digest
 from kitty_nb.experiments.trial import (
     Outcome,
@@ -99,7 +100,10 @@ class TrialRunner:
         self.trials = trials
         self.busy_repeats = busy_repeats
         self._logs = path_of("logs", logs) if logs else None
-        self._kept = RowStore(self.store, digest(config, workload))
+        quality = workload.quality
+        needed = [quality.reference] if isinstance(quality, Divergence) else []
+        files = fingerprints_here(needed, config)
+        self._kept = RowStore(self.store, digest(config, workload, files))
         self._rows: dict[str, TrialResult] = {}
         self._broadcast: Broadcast[SweepEvent] = Broadcast()
         self._running: dict[Trial, float] = {}

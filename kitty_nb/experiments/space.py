@@ -28,7 +28,7 @@ from kitty_nb.isolated_server import SERVER_SETTINGS, accepts, spell
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from kitty_nb.experiments.trial import Value, Workload
+    from kitty_nb.experiments.trial import ModelFingerprint, Value, Workload
     from kitty_nb.isolated_server import Dialect, Option
 
     Settings = tuple[tuple[str, Value], ...]
@@ -209,12 +209,15 @@ def in_use(name: str, base: ServerConfig) -> Value:
     return ENGINE_DEFAULTS.get(name) if value is None else value
 
 
-def digest(base: ServerConfig, workload: Workload) -> str:
-    """Return a digest of the conditions that comparable rows share."""
+def digest(
+    base: ServerConfig, workload: Workload, files: Mapping[str, ModelFingerprint] | None = None
+) -> str:
+    """Return a digest of the conditions that comparable rows share, and of files they need."""
     config = base.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
     if not base.rpc_hosts:  # rows of versions without this setting stay valid
         del config["rpc_hosts"]
-    text = json.dumps({"config": config, **dict(workload.conditions())}, sort_keys=True)
+    needed = {"files": [one.digest for one in files.values()]} if files else {}
+    text = json.dumps({"config": config, **workload.conditions(), **needed}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

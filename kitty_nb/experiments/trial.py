@@ -286,7 +286,7 @@ class TrialSeconds:
 
 @dataclass(frozen=True, slots=True)
 class ModelFingerprint:
-    """A model's identity, whatever its name: size in bytes, and hash of its first file's head."""
+    """A model's identity, whatever its name: size in bytes, and hash of samples of its files."""
 
     size: int
     digest: str

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 _WINDOWS = 24
 _WINDOW = 1 << 19  # bytes; whole pages on every system
 _NOT_RESIDENT = bytes(range(0, 256, 2))  # the lowest bit decides; macOS sets others too
-_DIGESTED = 1 << 18  # bytes of the header; two models that differ do so within these
+_DIGESTED = 1 << 18  # bytes of the header
+# Samples of each file: a merged adapter may have changed only one matrix in ten. A prime, so that
+# they hardly warm the windows above.
+_SAMPLES = 61
+_SAMPLE = 1 << 12  # bytes
 _SETTINGS = {
     "context_size", "n_gpu_layers", "threads", "batch_size", "ubatch_size", "parallel",
     "flash_attention", "speculation",
@@ -126,6 +130,26 @@ def gather_facts(config: ServerConfig) -> LoadFacts:
         settings=_settings(config),
         cached=cached,
     )
+
+
+def sample_content(config: ServerConfig) -> tuple[int, str]:
+    """Return the bytes of a load's files, and a hash of samples spread evenly over them. It blocks.
+
+    Training changes nearly all weights, but neither the header nor the size. The hash is empty if a
+    file can't be read.
+    """
+    sizes = {file: size for file in _files(config) if (size := file_size(file))}
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for path, size in sizes.items():
+            with path.open("rb", buffering=0) as file:
+                digest.update(file.read(_DIGESTED))
+                for number in range(1, _SAMPLES + 1):
+                    file.seek(max(size - _SAMPLE, 0) * number // _SAMPLES)
+                    digest.update(file.read(_SAMPLE))
+    except OSError:
+        return 0, ""
+    return sum(sizes.values()), digest.hexdigest() if sizes else ""
 
 
 def this_host() -> str:
