@@ -194,7 +194,8 @@ class Analysis:
         """Compare each combination with the settings in use, as a data frame.
 
         `ratio` is the combination's value over that of the settings in use, with the 98 %
-        confidence interval from `low` to `high`; `more_rounds` would probably decide.
+        confidence interval from `low` to `high`; `more_rounds` would probably decide; `apart` were
+        measured in different runs or on different machines, so they don't count.
 
         Raises:
             ExperimentError: The settings in use were not measured, or lack the metric.

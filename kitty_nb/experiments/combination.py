@@ -196,9 +196,8 @@ def choose(
 
     With three rounds or more, a tie is a paired comparison that is too close to tell. With fewer,
     it is an overlap of ranges, where a speed measured once, or in another run, has an assumed
-    range. Combinations that
-    differ only in batch sizes that no batch filled are always tied. No difference within `spread`,
-    the machine's own relative variation, counts.
+    range. Combinations that differ only in batch sizes that no batch filled are always tied. No
+    difference within `spread`, the machine's own relative variation, counts.
     """
     name, sign = objective.name, 1 if objective.smaller else -1
 

@@ -85,6 +85,7 @@ class Search:
         self.objective = objective
         self.bounds = bounds
         self.rows: list[TrialResult] = []
+        self._resumed = 0
         self._config = config
         self._random = Random(seed)  # noqa: S311 (no secret)
         self._asked: dict[Trial, optuna.Trial] = {}
@@ -118,6 +119,7 @@ class Search:
             if row.trial.model in self.models and inside and not lost:
                 ordered = tuple((name, settings[name]) for name in self.space)
                 self.tell(replace(row, trial=replace(row.trial, settings=ordered)))
+        self._resumed = len(self.rows)
 
     def ask(self, *, last: bool = False) -> Trial | None:
         """Return the next trial; None when the space is exhausted.
@@ -146,11 +148,11 @@ class Search:
     def prune_reason(self, now: float, answers: int = 0) -> str:
         """Say why a trial with this value so far can no longer win; empty while it can.
 
-        If the value is the median of its first answers, the same of other trials is usual: prompts
-        differ in length.
+        It is compared with other trials of this run, because the machine may have been faster
+        before. If it is the median of some first answers, so are theirs: prompts differ in length.
         """
         name, peers = self.objective.name, self._medians()
-        first = (row for row in self.rows if row.trial in peers)
+        first = (row for row in self.rows[self._resumed :] if row.trial in peers)
         found = [v for row in first if (v := first_answers(row, name, answers)) is not None]
         if len(found) < _PEERS:
             return ""
