@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -404,7 +405,9 @@ def test_a_limit_that_too_few_answers_can_tell_of(ollama: tuple[Shape, str]) -> 
         load_test(config=ServerConfig(url=url), limit=limit).wait(60)
 
 
-def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: Path) -> None:
+def test_the_panel_offers_what_is_possible(
+    ollama: tuple[Shape, str], tmp_path: Path, sent: list[tuple[str, dict[str, Any]]]
+) -> None:
     shape, url = ollama
     panel = ControlPanel(written(tmp_path, f"LLAMACPP_GPU_URL={url}"), "gpu")
     try:
@@ -417,6 +420,8 @@ def test_the_panel_offers_what_is_possible(ollama: tuple[Shape, str], tmp_path: 
         eventually(lambda: panel.manager.state.alias == "qwen3:8b")
         panel.ask.ask("Why?")
         eventually(lambda: [turn.text for turn in panel.ask.turns] == ["Blue sky."])
+        facts = [one["content"] for _, one in sent if one.get("content", {}).get("kind") == "facts"]
+        assert facts[-1]["sees"]  # nothing is known of the model
         assert not list(tmp_path.glob("*.gguf"))
         shape.models = ollama_models("llama3.2:latest")
         eventually(lambda: "It lists no model" in panel.notice.value)

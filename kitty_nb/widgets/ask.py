@@ -252,7 +252,7 @@ class Ask(Page):
             if loading := [name for name, one in models.items() if one.status == "loading"]:
                 hint = f"The router is loading {' and '.join(loading)}."
         prompt = f"Ask {state.alias}{'' if template else _NO_TEMPLATE}"
-        facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": bool(state.projector)}
+        facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": state.sees}
         if facts != self._facts:
             self._facts = facts
             self.send({"kind": "facts", **facts})
