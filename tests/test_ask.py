@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,6 +245,9 @@ def test_pictures_are_asked_about_and_copied_as_code(
     exec(panel.ask.code, {"panel": panel, "print": lambda said: printed.append(str(said))})
     assert printed[0].startswith("Hello! I am")
     assert "panel.ask.pictures[0]" in panel.ask.code
+    assert answered(ask(panel, "word " * 2000, Picture(png(9)))).problem  # is not asked again
+    answered(ask(panel, "And this?", Picture(png(10))))
+    assert re.findall(r"pictures\[(\d)\]", panel.ask.code) == ["0", "2"]
     panel.close()
 
 

@@ -201,10 +201,10 @@ class Ask(Page):
     def code(self) -> str:
         """A cell that asks the last question again, with the chat that led to it."""
         panel, messages = self._name(), _messages(self._turns)
-        urls = iter(range(len(self.pictures)))
         for part in (part for one in messages if one["role"] == "user" for part in one["content"]):
             if isinstance(part, dict) and "image_url" in part:
-                part["image_url"]["url"] = _Verbatim(f"{panel}.ask.pictures[{next(urls)}]")
+                place = self.pictures.index(part["image_url"]["url"])
+                part["image_url"]["url"] = _Verbatim(f"{panel}.ask.pictures[{place}]")
         return SNIPPETS["ask"].format(
             messages=pformat(messages, width=96, sort_dicts=False), panel=panel
         )
