@@ -391,7 +391,7 @@ class ModelBrowser(display.Fold):
 
     def _receive(self, message: Any) -> None:
         self._told.pop("chosen", None)  # a page shows at once what is chosen there
-        by_id = dict(enumerate(self._ids))
+        by_id = dict(enumerate(self._ids.copy()))  # the loop adds to it
         match message:
             case {"kind": "replay"}:
                 self._told.clear()
