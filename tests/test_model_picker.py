@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.widgets import models as picking
+from kitty_nb.widgets.display import Choice
 from kitty_nb.widgets.models import table_rows
 from kitty_nb.widgets.server_view import model_facts
 
@@ -321,3 +323,21 @@ def test_details_tell_what_the_header_says(tmp_path: Path) -> None:
     facts = model_facts(shards)
     assert facts["Shards"] == "3 files, to x-00003-of-00003.gguf"
     assert facts["Missing"] == "x-00002-of-00003.gguf"
+
+
+def test_a_choice_made_while_the_list_changes_counts() -> None:
+    heard: list[str] = []
+    choice = Choice("list", ("Model", "Models"), heard.append)
+    choice.refill(("ant", "bear"), "ant")
+    click = threading.Thread(target=choice.set_state, args=({"index": 1},))
+
+    def meanwhile(_: object) -> None:
+        if click.ident is None:
+            click.start()
+            click.join(0.2)
+
+    choice.observe(meanwhile, names="index")
+    choice.refill(("ant", "bear", "cat"), "ant")
+    click.join()
+    assert heard == ["bear"]
+    assert choice.value == "bear"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from html import escape
 from pathlib import Path
@@ -105,7 +106,10 @@ class Fold(Accordion):
 
 
 class Choice(Dropdown):
-    """A list to choose from; `on_choice` is called for choices, not for changes to the list."""
+    """A list to choose from; `on_choice` is called for choices, not for changes to the list.
+
+    Two threads write it, for the user's choices and for changes of the list. They take turns.
+    """
 
     options: Any
     value: Any
@@ -113,6 +117,7 @@ class Choice(Dropdown):
     def __init__(
         self, css_class: str, label: tuple[str, str], on_choice: Callable[[Any], object]
     ) -> None:
+        self.turn = threading.RLock()  # held while one of them writes
         self._filling = False
         super().__init__(**labelled(*label))
         self.add_class(css_class)
@@ -120,15 +125,21 @@ class Choice(Dropdown):
 
     def refill(self, options: Sequence[Any], chosen: object) -> None:
         """List other options, and choose one of them, or None, as one message to the page."""
-        if (options, chosen) == (self.options, self.value):
-            return
-        self._filling = True
-        try:
-            with self.hold_sync():
-                self.index = None  # else the first of the list would be chosen in between
-                self.options, self.value = options, chosen
-        finally:
-            self._filling = False
+        with self.turn:
+            if (options, chosen) == (self.options, self.value):
+                return
+            self._filling = True
+            try:
+                with self.hold_sync():
+                    self.index = None  # else the first of the list would be chosen in between
+                    self.options, self.value = options, chosen
+            finally:
+                self._filling = False
+
+    def set_state(self, sync_data: Any) -> None:
+        """Apply a choice made on a page."""
+        with self.turn:
+            super().set_state(sync_data)
 
 
 def button(word: str, icon: str, tip: str = "", style: str = "") -> Button:

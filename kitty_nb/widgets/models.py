@@ -41,13 +41,9 @@ if TYPE_CHECKING:
 
 
 class ModelDropdown(display.Choice):
-    """A list of models by their labels; its value is the chosen one's path.
-
-    Two threads write it, for the user's choices and for changes of the list. They take turns.
-    """
+    """A list of models by their labels; its value is the chosen one's path."""
 
     def __init__(self, on_choice: Callable[[Path], object]) -> None:
-        self.turn = threading.RLock()  # held while one of them writes
         label = "Model", "Models in the models folder and elsewhere"
         super().__init__("kitty-model", label, on_choice)
 
@@ -59,13 +55,7 @@ class ModelDropdown(display.Choice):
             (model.label if seen[model.label] == 1 else f"{model.label} · {model.name}", model.path)
             for model in models
         )
-        with self.turn:
-            self.refill(options, chosen)
-
-    def set_state(self, sync_data: Any) -> None:
-        """Apply a choice made on a page."""
-        with self.turn:
-            super().set_state(sync_data)
+        self.refill(options, chosen)
 
 
 _PATIENCE = 0.3  # seconds that a search may take before it continues in the background
