@@ -43,6 +43,7 @@ class Shape:
         unavailable: What it says instead, with status 503.
         before_answer: Called before each answer to a chat.
         tokens: How many tokens each answer to a chat has.
+        held: Whether answers wait after their first word.
         seen: Path, key and body of each request.
     """
 
@@ -55,6 +56,7 @@ class Shape:
     unavailable: object = None
     before_answer: Callable[[], object] = lambda: None
     tokens: Iterator[int] = field(default_factory=partial(repeat, 5))
+    held: bool = False
     seen: list[tuple[str, str | None, Any]] = field(default_factory=list)
 
     @property
@@ -70,6 +72,7 @@ class Shape:
             try:
                 yield f"http://127.0.0.1:{server.server_port}{self.prefix}"
             finally:
+                self.held = False
                 server.shutdown()
                 thread.join()
 
@@ -121,6 +124,8 @@ def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
             deltas = [{"role": "assistant", shape.thinking: "Hm."}, {"content": "Blue"}]
             for delta in [*deltas, {"content": " sky."}]:
                 self.event({**head, "choices": [{"index": 0, "delta": delta}]})
+                while shape.held:
+                    time.sleep(0.01)
             last = {"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}
             self.event({**head, "choices": [last]})
             if (body.get("stream_options") or {}).get("include_usage"):

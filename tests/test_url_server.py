@@ -226,6 +226,19 @@ def test_a_proxy_without_a_server_behind_it_does_not_count_as_a_load() -> None:
     with shape.serving() as url, ModelManager(config=ServerConfig(url=url)) as manager:
         settled(manager, ServerStatus.OUT_OF_REACH)
         assert "answered 503 Service Unavailable" in manager.state.sentence
+def test_an_answer_goes_on_when_another_model_is_asked(ollama: tuple[Shape, str]) -> None:
+    shape, url = ollama
+    with ModelManager(config=ServerConfig(url=url)) as manager:
+        settled(manager, ServerStatus.READY)
+        shape.held, pieces = True, []
+        answers = [manager.chat("Why?", pieces.append)]
+        eventually(lambda: len(pieces) == 1)
+        manager.switch_model("qwen3:8b").wait(30)
+        answers.append(manager.chat("Why?", pieces.append))
+        eventually(lambda: len(pieces) == 2)
+        shape.held = False
+        assert [answer.wait(30).text for answer in answers] == ["Blue sky."] * 2
+    assert [body["model"] for *_, body in shape.posts] == ["llama3.2:latest", "qwen3:8b"]
 
 
 def test_one_that_asks_for_a_key_like_vllm() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
@@ -82,7 +82,8 @@ class Connections:
 
     def http(self, access: Access) -> httpx.Client:
         """Return the client for the user."""
-        key = access, os.getpid()  # a forked child must not use its parent's connections
+        # A forked child must not use its parent's connections.
+        key = replace(access, model=None), os.getpid()
         if self._http is None or self._http[0] != key:
             self.close()
             self._http = key, access.http()
@@ -90,9 +91,10 @@ class Connections:
 
     async def requests(self, access: Access) -> httpx.AsyncClient:
         """Return the client for this package's own requests, all of them on one event loop."""
-        if self._requests is None or self._requests[0] != access:
+        server = replace(access, model=None)  # an answer of another model there may still stream
+        if self._requests is None or self._requests[0] != server:
             await self.aclose()
-            self._requests = access, access.async_http()
+            self._requests = server, access.async_http()
         return self._requests[1]
 
     def close(self) -> None:
