@@ -314,7 +314,8 @@ def test_the_command_is_printed_for_a_shell_and_nothing_is_started(
 
 def test_a_secret_among_other_flags_is_not_printed(tmp_path: Path, config: ServerConfig) -> None:
     program = tmp_path / "llama-server"
-    program.write_text("#!/bin/sh\necho '--model FNAME  x'\necho '-hft, --hf-token TOKEN  x'\n")
+    flags = "--model FNAME  x", "-hft, --hf-token TOKEN  x", "--mcp-servers-json JSON  x"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{flag}'\n" for flag in flags))
     program.chmod(0o755)
     env = write_env(
         tmp_path, config, f"LLAMACPP_BIN={program}", "LLAMACPP_CTX=", "LLAMACPP_THREADS="
@@ -326,6 +327,10 @@ def test_a_secret_among_other_flags_is_not_printed(tmp_path: Path, config: Serve
     assert printed.stdout.endswith("--hf-token '(hidden)'\n")
     env.write_text(env.read_text().replace("--hf-token", "-hft"))
     assert run("start", "--print-command", "--env", env).stdout.endswith("-hft '(hidden)'\n")
+    with_key = """--mcp-servers-json '{"env": {"KEY": "hf_secret"}}'"""
+    env.write_text(env.read_text().replace("-hft hf_secret", with_key))
+    printed = run("start", "--print-command", "--env", env)
+    assert printed.stdout.endswith("--mcp-servers-json '(hidden)'\n")
 
 
 def test_what_will_not_fit_is_refused_unless_wanted_anyway(env: Path, stand_in: Path) -> None:

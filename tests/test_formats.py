@@ -272,18 +272,20 @@ def test_no_secret_leaves_or_comes_in(
     tmp_path: Path, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "hunter2"
-    extra = ("--hf-token", secret, "--metrics")
+    servers = json.dumps({"search": {"env": {"KEY": secret}}})
+    extra = ("--hf-token", secret, "--mcp-servers-json", servers, "--metrics")
     config = resolve_model(config.replace(api_key=secret, extra_args=extra))
     for form in Format:
         exported = export(form, [config], ENGINE)
         assert secret not in exported.text
-        assert "--hf-token" in " ".join(exported.notes)
+        assert {"--hf-token", "--mcp-servers-json"} <= set(" ".join(exported.notes).split())
         assert "metrics" in exported.text
         assert "API_KEY" in exported.text + " ".join(exported.notes)
     foreign = f"[m]\nmodel = {config.model}\napi-key = {secret}\nhf-token = {secret}\n"
     back = come_back(foreign, tmp_path / "f.ini", config.models_dir)
     assert secret not in (tmp_path / "new.env").read_text() + " ".join(back.notes)
-    assert "LLAMACPP_API_KEY" in " ".join(back.notes)
+    assert "--api-key is left out: set LLAMACPP_API_KEY" in " ".join(back.notes)
+    assert "--hf-token is left out: set LLAMACPP_EXTRA_ARGS" in " ".join(back.notes)
     odd = f"[m]\nmodel = {config.model}\nHF_TOKEN = {secret}\nAPI-KEY = {secret}\n"
     back = come_back(odd, tmp_path / "o.ini", config.models_dir)
     assert secret not in (tmp_path / "new.env").read_text() + " ".join(back.notes)

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 NO_KEY = "none"
 _VARIABLE = "LLAMA_API_KEY"  # read by llama-server and by the embedded engine
 FLAG_PREFIX = "LLAMA_ARG_"  # llama-server reads flags that are not given from such variables
-_SECRET = re.compile(r"--?hft|--?[\w-]*(?:key|token|password|secret)", re.IGNORECASE)
+# The JSON of MCP servers has the environments that they start with, keys included.
+_SECRET = re.compile(
+    r"--?hft|--?mcp-servers-json|--?[\w-]*(?:key|token|password|secret)", re.IGNORECASE
+)
 PROJECTOR = frozenset({"-mm", "--mmproj"})
 
 

@@ -47,6 +47,7 @@ _NAMES: dict[str, dict[str, str]] = tomllib.loads(
 )
 _PRESETS = {"stop-timeout": "stop_grace_seconds", "load-on-startup": "pinned"}
 _TRUE, _FALSE = {"true", "on", "enabled", "1"}, {"false", "off", "disabled", "0"}
+_KEYS = {"--api-key", "--api-key-file"}
 _REMOTE = {"-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"}
 _FIRST_FREE_PORT, _LAST_PORT = 8082, 65535
 # Characters of a file, and those that its macros add to one command. Nobody writes more by hand.
@@ -544,9 +545,10 @@ class _Place:
 def _kept(option: tuple[str, ...], entry: _Entry) -> tuple[str, ...]:
     """Return an option, or nothing if it can't be taken over."""
     flag, *values = option
-    if takes_secret(flag) or canonical(flag) == "--api-key-file":
+    if takes_secret(flag) or canonical(flag) in _KEYS:
         name = flag.partition("=")[0]
-        entry.notes.append(f"{name} is left out: set LLAMACPP_API_KEY in .env yourself.")
+        key = "API_KEY" if canonical(name) in _KEYS else "EXTRA_ARGS"
+        entry.notes.append(f"{name} is left out: set LLAMACPP_{key} in .env yourself.")
         return ()
     if flag in _REMOTE:
         name = re.sub("//[^/]*@", "//", values[0]) if values else ""  # without a password
