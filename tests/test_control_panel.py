@@ -169,6 +169,9 @@ def test_the_key_is_copied_by_a_message_that_nothing_keeps(
         assert f'base_url="{panel.manager.base_url}"' in cell
         assert "hush-hush" not in str(embed_data([panel]))
         assert "hush-hush" not in panel._repr_html_()
+        panel.manager.stop().wait(60)
+        panel.address._handle_custom_msg({"kind": "copy", "what": "openai", "for": "me"}, [])
+        assert "'problem': 'The server is STOPPED. Start it" in str(sent)
     finally:
         panel.close()
 

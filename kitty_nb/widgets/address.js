@@ -26,22 +26,13 @@ function isWithinReach(endpoint) {
 
 const ask = (model, what) => asked(model, { kind: "copy", what });
 
-function copyButton(words, title, text) {
-  const button = element("button", "kitty-small-button", {
-    type: "button",
-    textContent: words,
-    title,
-  });
-  button.addEventListener("click", async () => {
-    await copy(await text());
-    copied(button);
-  });
-  return button;
+function copying(words, title, text) {
+  return copyButton("kitty-small-button", words, title, text);
 }
 
 function menu(model) {
   const programs = model.get("programs").map(([name, title]) =>
-    copyButton(title, "A cell that uses the server with this package, ready to paste", () =>
+    copying(title, "A cell that uses the server with this package, ready to paste", () =>
       ask(model, name),
     ),
   );
@@ -55,7 +46,7 @@ async function describe(model) {
   if (!endpoint) return [];
   const page = (await proxied(endpoint)) ?? (isWithinReach(endpoint) ? `${endpoint}/` : null);
   const url = `${endpoint}/v1`;
-  const key = copyButton("Copy key", "The API key that the server requires", () =>
+  const key = copying("Copy key", "The API key that the server requires", () =>
     ask(model, "key"),
   );
   const way = page
@@ -73,9 +64,9 @@ async function describe(model) {
       });
   return [
     element("code", "", { textContent: url }),
-    copyButton("Copy address", "The base URL for OpenAI clients", () => url),
+    copying("Copy address", "The base URL for OpenAI clients", () => url),
     ...(model.get("asks_key") ? [key] : []),
-    copyButton("Copy code", "A cell that asks the model, ready to paste", () => ask(model, "code")),
+    copying("Copy code", "A cell that asks the model, ready to paste", () => ask(model, "code")),
     menu(model),
     way,
   ];

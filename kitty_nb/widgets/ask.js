@@ -65,7 +65,7 @@ async function readPicture(file) {
 
 function smallButton(words, title, onClick) {
   const made = element("button", "kitty-ask-button", { type: "button", textContent: words, title });
-  made.addEventListener("click", () => onClick(made));
+  made.addEventListener("click", onClick);
   return made;
 }
 
@@ -85,10 +85,7 @@ function drawTurn(turn) {
   const answer = element("div", "kitty-ask-answer", { role: "group", ariaLabel: "Answer" });
   const problem = element("div", "kitty-ask-problem");
   const status = element("span", "");
-  const copyIt = smallButton("Copy", "Copy the answer", async (button) => {
-    await copy(turn.text);
-    copied(button);
-  });
+  const copyIt = copyButton("kitty-ask-button", "Copy", "Copy the answer", () => turn.text);
   const foot = element("div", "kitty-ask-foot");
   foot.append(status, copyIt);
   box.append(question, thinking, answer, problem, foot);
@@ -235,10 +232,10 @@ function render(el, store) {
     store.send({ kind: "new" });
     box.focus();
   });
-  const code = smallButton("Copy as code", "A cell with this chat, to paste", async (button) => {
-    await copy(await asked(store.model, { kind: "code" }));
-    copied(button);
-  });
+  const tip = "A cell with this chat, to paste";
+  const code = copyButton("kitty-ask-button", "Copy as code", tip, () =>
+    asked(store.model, { kind: "code" }),
+  );
   const picture = smallButton("Add picture", "Or paste or drop one", () => box.choose());
   const bar = element("div", "kitty-ask-foot");
   bar.append(picture, fresh, code);

@@ -267,7 +267,7 @@ class Ask(Page):
             case {"kind": "new"}:
                 self.new_chat()
             case {"kind": "code", "for": str(asker)}:
-                self.send({"kind": "code", "for": asker, "text": self.code})
+                self.send_text(asker, lambda: self.code)
             case {"kind": "replay"}:
                 self.send({"kind": "facts", **self._facts})
                 self._tell(*self._turns, whole=True)

@@ -16,20 +16,36 @@ async function copy(text) {
 // Asks the kernel for a text to copy. Every page that shows the widget receives the answer; only
 // the one that asked uses it.
 function asked(model, message) {
-  return new Promise((resolve) => {
+  return new Promise((resolve, reject) => {
     const asker = crypto.getRandomValues(new Uint32Array(4)).join("-");
     const take = (answer) => {
       if (answer.for !== asker) return;
       model.off("msg:custom", take);
-      resolve(answer.text);
+      if (answer.problem) reject(new Error(answer.problem));
+      else resolve(answer.text);
     };
     model.on("msg:custom", take);
     model.send({ ...message, for: asker });
   });
 }
 
-function copied(button) {
-  const words = (button.dataset.words ??= button.textContent);
-  button.textContent = "Copied";
-  setTimeout(() => (button.textContent = words), 1500);
+// A button that copies what a function returns or promises, and says whether that worked.
+function copyButton(className, words, title, text) {
+  const usual = { textContent: words, title };
+  const button = element("button", className, { type: "button", ...usual });
+  const show = (other, milliseconds) => {
+    Object.assign(button, usual, other);
+    setTimeout(() => Object.assign(button, usual), milliseconds);
+  };
+  button.addEventListener("click", async () => {
+    try {
+      const words = await text();
+      if (!words) throw new Error("There is nothing to copy.");
+      await copy(words);
+      show({ textContent: "Copied" }, 1500);
+    } catch (error) {
+      show({ textContent: "Not copied", title: error.message }, 5000);
+    }
+  });
+  return button;
 }

@@ -87,6 +87,14 @@ class Page(AnyWidget):
     def receive(self, message: Any) -> None:
         """Handle a message from a page, on the front end's thread."""
 
+    def send_text(self, asker: str, text: Callable[[], str | None]) -> None:
+        """Send a page the text that it asked for, to copy, or why there is none."""
+        try:
+            answer = {"text": text()}
+        except Exception as error:  # noqa: BLE001 (raised here, the page would wait forever)
+            answer = {"problem": explain(error)}
+        self.send({"kind": "copy", "for": asker, **answer})
+
 
 class Fold(Accordion):
     """A part that folds away under its name; several of them share a row."""

@@ -30,7 +30,9 @@ function render(el, store) {
     ariaLabel: "Filter the server log",
   });
   const follow = element("button", "kitty-small-button", { type: "button" });
-  const copyAll = element("button", "kitty-small-button", { type: "button", textContent: "Copy" });
+  const copyAll = copyButton("kitty-small-button", "Copy", "Copy the lines shown", () =>
+    store.lines.filter(matches).join("\n"),
+  );
   const bar = element("div", "kitty-log-bar");
   bar.append(
     element("span", "kitty-heading", { textContent: "Server log" }),
@@ -48,7 +50,6 @@ function render(el, store) {
 
   let following = true;
   const matches = (text) => text.toLowerCase().includes(filter.value.toLowerCase());
-  const shown = () => store.lines.filter(matches);
   const setFollowing = (value) => {
     following = value;
     follow.textContent = value ? "Pause" : "Follow";
@@ -85,10 +86,6 @@ function render(el, store) {
   for (const kind of ["wheel", "touchmove", "keyup", "pointerup"]) {
     list.addEventListener(kind, () => requestAnimationFrame(follows), { passive: true });
   }
-  copyAll.addEventListener("click", async () => {
-    await copy(shown().join("\n"));
-    copied(copyAll);
-  });
 
   setFollowing(true);
   if (store.lines.length) view.append(store.lines);

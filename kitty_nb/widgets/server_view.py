@@ -407,7 +407,7 @@ class Address(Page):
         """Handle a message from a page."""
         match message:
             case {"kind": "copy", "what": str(what), "for": str(asker)} if what in self._texts:
-                self.send({"kind": "copy", "for": asker, "text": self._texts[what]() or ""})
+                self.send_text(asker, self._texts[what])
 
 
 # Code to paste into a cell, by what it is for.
