@@ -23,9 +23,10 @@ from model_files import write_header, write_projector
 from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import write_demo_model
+from kitty_nb.widgets.server_view import Address
 
 if TYPE_CHECKING:  # else a second's import in processes that run other tests
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Response
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Response, Route
 
 pytestmark = pytest.mark.browser
 
@@ -301,6 +302,49 @@ def open_notebook(
     for page in context.pages:
         page.close()
     end_kernels(lab)
+
+
+_FRONT_END = """async ([code, state]) => {
+  const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
+  const { default: front } = await import(url);
+  const heard = [];
+  const model = {
+    get: (name) => state[name],
+    on: (event, hear) => heard.push([event, hear]),
+    off: () => {},
+    send: (message) => sent.push(message),
+  };
+  const fire = (event, news) => heard.forEach(([name, hear]) => name === event && hear(news));
+  window.sent = [];
+  window.tell = (message) => fire("msg:custom", message);
+  window.set = (news) => fire("change", Object.assign(state, news));
+  const parts = typeof front === "function" ? front() : front;
+  parts.initialize?.({ model });
+  parts.render({ model, el: document.body });
+}"""
+_LAB_PAGE = """<script id="jupyter-config-data" type="application/json">{"baseUrl": "/"}</script>"""
+
+
+@pytest.fixture
+def front_end(context: BrowserContext) -> Iterator[Callable[..., Page]]:
+    """A widget's front end alone, for what gets lost on the way and where servers are elsewhere."""
+
+    def show(widget: type[Any], **state: object) -> Page:
+        def answer(route: Route) -> None:
+            if route.request.url.endswith("/health"):
+                route.fulfill(json={"status": "ok"})
+            else:
+                route.fulfill(body=_LAB_PAGE, content_type="text/html")
+
+        page = context.new_page()
+        page.route("http://lab.example/**", answer)
+        page.goto("http://lab.example/")
+        page.evaluate(_FRONT_END, [widget._esm, state])
+        return page
+
+    yield show
+    for page in context.pages:
+        page.close()
 
 
 def test_the_control_notebook_starts_a_model_and_stops_it(
@@ -624,6 +668,19 @@ def test_a_fleet_is_started_and_stopped_while_a_cell_keeps_the_kernel_busy(
     expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
 
 
+# As Safari does.
+_ONLY_WITHIN_THE_CLICK = """() => {
+  for (const name of ["write", "writeText"]) {
+    const usual = navigator.clipboard[name].bind(navigator.clipboard);
+    navigator.clipboard[name] = async (what) => {
+      if (!window.event) throw new DOMException("", "NotAllowedError");
+      await usual(what);
+    };
+  }
+  document.execCommand = () => false;
+}"""
+
+
 @pytest.mark.slow
 def test_what_is_offered_for_copying_runs_and_the_key_is_copied(
     open_notebook: Callable[..., Notebook], workspace: Path
@@ -646,6 +703,7 @@ def test_what_is_offered_for_copying_runs_and_the_key_is_copied(
     key = result.inner_text().strip("'\n")
     answers = notebook.cell(1).locator(".jp-OutputArea-output pre").first
     assert answers.inner_text().count("Hello! I am the kitty_nb demo model") >= 2
+    page.evaluate(_ONLY_WITHIN_THE_CLICK)
     panel.get_by_role("button", name="Copy key").click()
     eventually(lambda: page.evaluate("navigator.clipboard.readText()") == key)
     panel.get_by_text("Copy for…").click()
@@ -861,3 +919,24 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     assert notebook.barriers() == []
     notebook.button("Use the best").click()
     expect(notebook.panel.locator(".kitty-lines")).to_contain_text("LLAMACPP_PRIMARY_THREADS=")
+
+
+def test_a_page_without_a_clipboard_copies_or_says_that_it_did_not(
+    front_end: Callable[..., Page],
+) -> None:
+    page = front_end(
+        Address, endpoint="http://127.0.0.1:8080", asks_key=True, programs=[["curl", "curl"]]
+    )
+    page.evaluate("window.setTimeout = () => {}")  # the buttons keep saying what happened
+    page.get_by_role("button", name="Copy address").press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_focused()
+    page.evaluate("document.execCommand = () => false")
+    page.get_by_role("button", name="Copy code").click()
+    (asked,) = page.evaluate("sent")
+    page.evaluate("message => tell(message)", {**asked, "text": "print()"})
+    refused = page.get_by_role("button", name="Not copied")
+    expect(refused).to_have_attribute("title", re.compile("https or from localhost"))
+    page.get_by_role("button", name="Copy key").click()
+    asked = page.evaluate("sent")[-1]
+    page.evaluate("message => tell(message)", {**asked, "problem": "The server is STOPPED."})
+    expect(refused.first).to_have_attribute("title", "The server is STOPPED.")

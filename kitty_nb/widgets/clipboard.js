@@ -1,16 +1,30 @@
 // Copies a text on a click. Prepended to the front ends of widgets that copy.
 
+const PLAIN = { type: "text/plain" };
+const REFUSED =
+  "The browser doesn't let this page copy. Open JupyterLab over https or from localhost.";
+
 async function copy(text) {
   try {
-    await navigator.clipboard.writeText(text);
+    // Safari copies only within the click, so it gets a promise of what the kernel may answer.
+    await navigator.clipboard.write([
+      new ClipboardItem({ "text/plain": text.then((words) => new Blob([words], PLAIN)) }),
+    ]);
   } catch {
-    // A page that is not served over https or from localhost has no clipboard API.
-    const area = Object.assign(document.createElement("textarea"), { value: text });
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
+    copySelected(await text);
   }
+}
+
+// A page that is not served over https or from localhost has no clipboard API.
+function copySelected(text) {
+  const focused = document.activeElement;
+  const area = element("textarea", "", { value: text });
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  focused?.focus({ preventScroll: true });
+  if (!done) throw new Error(REFUSED);
 }
 
 // Asks the kernel for a text to copy. Every page that shows the widget receives the answer; only
@@ -29,6 +43,11 @@ function asked(model, message) {
   });
 }
 
+function something(text) {
+  if (!text) throw new Error("There is nothing to copy.");
+  return text;
+}
+
 // A button that copies what a function returns or promises, and says whether that worked.
 function copyButton(className, words, title, text) {
   const usual = { textContent: words, title };
@@ -39,9 +58,7 @@ function copyButton(className, words, title, text) {
   };
   button.addEventListener("click", async () => {
     try {
-      const words = await text();
-      if (!words) throw new Error("There is nothing to copy.");
-      await copy(words);
+      await copy(Promise.resolve(text()).then(something));
       show({ textContent: "Copied" }, 1500);
     } catch (error) {
       show({ textContent: "Not copied", title: error.message }, 5000);
