@@ -770,15 +770,16 @@ def test_without_a_proxy_the_link_is_shown_where_it_can_work(
     notebook.expect_status("Not running")
 
 
-_GIVE_PICTURE = """async (area, [kind, url]) => {
+_GIVE_PICTURE = """async (area, [kind, url, words]) => {
   const data = new DataTransfer();
   const blob = await (await fetch(url)).blob();
   data.items.add(new File([blob], "red.png", { type: blob.type }));
+  if (words) data.setData("text/plain", words);
   const event =
     kind === "paste"
       ? new ClipboardEvent(kind, { clipboardData: data, bubbles: true, cancelable: true })
       : new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true });
-  area.dispatchEvent(event);
+  return !area.dispatchEvent(event);
 }"""
 
 
@@ -796,13 +797,14 @@ def test_pictures_are_dropped_and_pasted_into_the_question(
     panel = notebook.panel
     question = panel.get_by_role("textbox", name="Question")
     expect(panel.get_by_role("button", name="Add picture")).to_be_visible()
-    for count, kind in enumerate(("drop", "paste"), 1):
-        question.evaluate(_GIVE_PICTURE, [kind, png()])
+    for count, (kind, words) in enumerate([("drop", ""), ("paste", ""), ("paste", "red.png")], 1):
+        assert question.evaluate(_GIVE_PICTURE, [kind, png(), words])
         expect(panel.get_by_role("img", name="red.png")).to_have_count(count)
+    assert not question.evaluate(_GIVE_PICTURE, ["paste", png(), "A table"])  # the browser's turn
     question.fill("What are these?")
     question.press("Enter")
     expect(panel.get_by_role("group", name="Answer")).to_contain_text("Hello! I am")
-    expect(panel.get_by_role("img", name="Picture of the question")).to_have_count(2)
+    expect(panel.get_by_role("img", name="Picture of the question")).to_have_count(3)
     expect(panel.get_by_role("log", name="Chat")).to_have_attribute("aria-busy", "false")
     notebook.button("Stop").click()
     notebook.expect_status("Not running")

@@ -198,7 +198,12 @@ function drawBox(el, store) {
     event.stopPropagation();
     add([...files]);
   };
-  area.addEventListener("paste", (event) => take(event, event.clipboardData?.files));
+  area.addEventListener("paste", (event) => {
+    const words = event.clipboardData.getData("text/plain");
+    const files = [...event.clipboardData.files];
+    // Office adds a picture of the text that it copies; macOS adds the names of copied files.
+    if (!words.trim() || files.every((one) => words.includes(one.name))) take(event, files);
+  });
   for (const kind of ["dragover", "dragleave", "drop"]) {
     el.addEventListener(kind, (event) => {
       if (!event.dataTransfer?.types.includes("Files")) return;
