@@ -942,3 +942,13 @@ def test_a_page_without_a_clipboard_copies_or_says_that_it_did_not(
     asked = page.evaluate("sent")[-1]
     page.evaluate("message => tell(message)", {**asked, "problem": "The server is STOPPED."})
     expect(refused.first).to_have_attribute("title", "The server is STOPPED.")
+
+
+def test_the_link_leads_to_no_other_server_with_the_same_port(
+    front_end: Callable[..., Page],
+) -> None:
+    page = front_end(Address, endpoint="http://gpu.example:8080", asks_key=False, programs=[])
+    link = page.get_by_role("link", name="Web page")
+    expect(link).to_have_attribute("href", "http://gpu.example:8080/")
+    page.evaluate("set({ endpoint: 'http://127.0.0.1:8080/llm' })")
+    expect(link).to_have_attribute("href", "http://lab.example/proxy/8080/llm/")

@@ -3,13 +3,15 @@
 
 const LOOPBACK = new Set(["localhost", "127.0.0.1", "[::1]"]);
 
-// The address at which the notebook's server forwards requests to a port, if it does. Its other
-// answers (404 without jupyter-server-proxy, a redirect to a login page) are not the server's "ok".
+// The address at which the notebook's server forwards requests to a server of this machine, if it
+// does. Its other answers (404 without jupyter-server-proxy, a redirect to a login page) are not the
+// server's "ok".
 async function proxied(endpoint) {
   const config = document.getElementById("jupyter-config-data");
   const base = config && JSON.parse(config.textContent).baseUrl;
-  if (!base) return null;
-  const address = new URL(`proxy/${new URL(endpoint).port}/`, new URL(base, location.href)).href;
+  const { hostname, port, pathname } = new URL(`${endpoint}/`);
+  if (!base || !LOOPBACK.has(hostname)) return null; // elsewhere, its port is another server's
+  const address = new URL(`proxy/${port}${pathname}`, new URL(base, location.href)).href;
   try {
     const health = await (await fetch(new URL("health", address))).json();
     return health.status === "ok" ? address : null;
