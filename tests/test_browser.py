@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from model_files import write_header, write_projector
 from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import write_demo_model
+from kitty_nb.widgets import FleetPanel
+from kitty_nb.widgets.fleet_panel import FleetRow
 from kitty_nb.widgets.server_view import Address
 
 if TYPE_CHECKING:  # else a second's import in processes that run other tests
@@ -952,3 +955,23 @@ def test_the_link_leads_to_no_other_server_with_the_same_port(
     expect(link).to_have_attribute("href", "http://gpu.example:8080/")
     page.evaluate("set({ endpoint: 'http://127.0.0.1:8080/llm' })")
     expect(link).to_have_attribute("href", "http://lab.example/proxy/8080/llm/")
+
+
+def test_the_rows_of_a_fleet_have_their_order_and_keep_the_focus(
+    front_end: Callable[..., Page],
+) -> None:
+    def rows(*names: str) -> list[dict[str, Any]]:
+        words = {"status": "Ready", "tone": "good", "model": "demo", "port": 8080}
+        return [asdict(FleetRow(profile=name, stop=True, **words)) for name in names]
+
+    page = front_end(FleetPanel, rows=rows("router", "coder"), notice="")
+    stop = page.get_by_title("Stop coder", exact=True)
+    stop.focus()
+    for names in (
+        ("router", "router: one", "router: two", "coder"),
+        ("coder", "router", "router: two"),
+        ("router", "coder"),
+    ):
+        page.evaluate("rows => set({ rows })", rows(*names))
+        expect(page.locator(".kitty-fleet-profile")).to_have_text([*names])
+        expect(stop).to_be_focused()

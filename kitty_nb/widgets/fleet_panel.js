@@ -93,13 +93,18 @@ function render({ model, el }) {
       nodes.forEach((node) => node.remove());
       drawn.delete(profile);
     }
+    const focused = document.activeElement;
+    let next = body.firstElementChild;
     for (const facts of rows) {
-      if (!drawn.has(facts.profile)) {
-        drawn.set(facts.profile, createRow(facts.profile, send));
-        body.append(...drawn.get(facts.profile).nodes);
+      if (!drawn.has(facts.profile)) drawn.set(facts.profile, createRow(facts.profile, send));
+      const row = drawn.get(facts.profile);
+      for (const node of row.nodes) {
+        if (node === next) next = next.nextElementSibling;
+        else body.insertBefore(node, next);
       }
-      drawn.get(facts.profile).update(facts);
+      row.update(facts);
     }
+    if (document.activeElement !== focused) focused.focus(); // its row has been moved
     const servers = rows.filter((facts) => !facts.routed);
     const running = servers.filter((facts) => facts.stop || facts.status === "Ready").length;
     say(summary, `${running} of ${servers.length} running`);
