@@ -27,6 +27,7 @@ from kitty_nb import write_demo_model
 from kitty_nb.widgets import FleetPanel
 from kitty_nb.widgets.fleet_panel import FleetRow
 from kitty_nb.widgets.server_view import Address
+from kitty_nb.widgets.server_work import LINES_KEPT, ServerLog
 
 if TYPE_CHECKING:  # else a second's import in processes that run other tests
     from playwright.sync_api import Browser, BrowserContext, Locator, Page, Response, Route
@@ -975,3 +976,36 @@ def test_the_rows_of_a_fleet_have_their_order_and_keep_the_focus(
         page.evaluate("rows => set({ rows })", rows(*names))
         expect(page.locator(".kitty-fleet-profile")).to_have_text([*names])
         expect(stop).to_be_focused()
+
+
+def test_a_page_that_missed_lines_of_the_log_asks_for_them(
+    front_end: Callable[..., Page], sent: list[tuple[str, dict[str, Any]]]
+) -> None:
+    log, page = ServerLog(lambda: None), front_end(ServerLog)
+
+    def flush(*lines: str, lost: bool = False) -> None:
+        sent.clear()
+        log.append(lines)
+        log.flush()
+        for _, data in sent:
+            if not lost:
+                page.evaluate("message => tell(message)", data["content"])
+
+    def expect_asked(*messages: dict[str, str]) -> None:
+        assert page.evaluate("sent.splice(0)") == [*messages]
+        for message in messages:
+            log.receive(message)
+
+    expect_asked({"kind": "replay", "part": "lines"})
+    shown = page.locator(".kitty-log-line")
+    flush("one", "two")
+    flush("three", lost=True)
+    flush("four")
+    expect(shown).to_have_text(["one", "two"])
+    expect_asked({"kind": "replay"})
+    flush("five")
+    expect(shown).to_have_text(["one", "two", "three", "four", "five"])
+    flush(*map(str, range(LINES_KEPT + 5)))
+    expect(shown).to_have_count(LINES_KEPT)
+    expect(shown.first).to_have_text("5")
+    expect_asked()

@@ -9,12 +9,22 @@ function levelOf(line) {
   return /\bwarn(ing)?\b/i.test(line) ? "warning" : "info";
 }
 
+function forget(store) {
+  store.lines = [];
+  store.views.forEach((view) => view.clear());
+}
+
 function receive(store, message) {
   if (message.kind === "clear") {
-    store.lines = [];
+    forget(store);
     store.next = message.next;
-    store.views.forEach((view) => view.clear());
   } else if (message.kind === "lines") {
+    const missed = message.first > store.next;
+    if (missed && !message.whole) {
+      store.send({ kind: "replay" });
+      return;
+    }
+    if (missed) forget(store);
     const known = Math.max(0, store.next - message.first);
     const fresh = message.lines.slice(known);
     store.next = Math.max(store.next, message.first + message.lines.length);

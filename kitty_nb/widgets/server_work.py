@@ -250,7 +250,7 @@ class ServerLog(Page):
     """Log lines; the page follows or pauses, filters and copies.
 
     Messages contain only new lines, and number them: a page that opens later, or misses some, asks
-    for a replay.
+    for a replay, a message with all that are kept.
 
     Args:
         on_replay_asked: Called, on the front end's thread, when a page asks for all lines, so that
@@ -289,8 +289,9 @@ class ServerLog(Page):
         fresh = min(self._count - self._sent, len(self._kept))
         self._sent = self._count  # before it is sent: a page may ask for a replay meanwhile
         if fresh:
-            lines = list(self._kept)[-fresh:]
-            self.send({"kind": "lines", "first": self._count - fresh, "lines": lines})
+            lines, whole = list(self._kept)[-fresh:], fresh == len(self._kept)
+            first = self._count - fresh
+            self.send({"kind": "lines", "first": first, "lines": lines, "whole": whole})
 
     def receive(self, message: Any) -> None:
         """Handle a message from a page."""
