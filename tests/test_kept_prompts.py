@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from conftest import eventually
@@ -28,6 +30,7 @@ from kitty_nb.engine.locate import Dialect, Engine, EngineKind
 from kitty_nb.errors import ServerError
 from kitty_nb.supervisor.events import Activity
 from kitty_nb.supervisor.kept_prompts import KeptPrompt, PromptStore, state_facts
+from kitty_nb.supervisor.prompt_keeper import Slots
 
 TEXT = " ".join(f"Row {n} of the table has {n * 7 % 13} apples." for n in range(40))
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -282,6 +285,37 @@ def test_a_text_can_be_pinned_under_two_names(config: ServerConfig) -> None:
         assert "done=True" in repr(failed)
         with pytest.raises(ServerError, match="half a surrogate pair"):
             _ = manager.pinned("torn", "torn \ud83d").pin
+
+
+@pytest.mark.parametrize("end", ["stop", signal.SIGKILL, signal.SIGSEGV])
+def test_only_a_restore_that_made_the_server_fail_costs_the_prompt(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, end: str | signal.Signals
+) -> None:
+    roomy = config.replace(context_size=8192, restart_max=0)
+    with ready(roomy) as (manager, said):
+        assert manager.pinned("a", TEXT).pin.tokens
+        pid = manager.restart().wait(60).pid
+        assert pid
+        frozen, restore = Event(), Slots.restore
+
+        async def freeze(*args: Any) -> int:
+            os.kill(pid, signal.SIGSTOP)
+            frozen.set()
+            return await restore(*args)
+
+        monkeypatch.setattr(Slots, "restore", freeze)
+        pinned = manager.pinned("a", TEXT)
+        assert frozen.wait(30)
+        if isinstance(end, str):
+            manager.stop(force=True).wait(30)
+        else:
+            os.kill(pid, end)
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: manager.state.status.idle)
+        with pytest.raises(ServerError):
+            _ = pinned.pin
+    assert len(kept(roomy)) == (end is not signal.SIGSEGV)
+    assert any("made the server fail" in line for line in said) == (end is signal.SIGSEGV)
 
 
 def test_pins_have_slots_of_their_own_as_far_as_there_are_any(config: ServerConfig) -> None:

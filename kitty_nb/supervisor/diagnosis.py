@@ -100,6 +100,12 @@ def diagnose(
     return _diagnosis(ending, "unknown", _errors(lines, last=loaded >= 0))
 
 
+def failed_by_itself(exit_code: int | None) -> bool:
+    """Return whether a server exited for no reason from outside; False if nobody knows its code."""
+    number = _signal(exit_code)
+    return exit_code is not None and number not in FROM_OUTSIDE | {signal.SIGKILL}
+
+
 def diagnose_first_answer(said: str, log: Sequence[str]) -> Diagnosis:
     """Diagnose why a server that has loaded its model fails its first request, and what to do."""
     ending = "loaded the model but failed its first request"

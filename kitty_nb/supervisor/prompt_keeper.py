@@ -200,6 +200,7 @@ class PromptKeeper:
         # By slot: what was restored, and the last task before that, until a request uses it.
         self._restored: dict[int, tuple[KeptPrompt, int]] = {}
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until it holds something else
+        self._restoring: list[KeptPrompt] = []  # requested, but not answered yet
         self._begun = self._off = False
         self._complaints: set[str] = set()
         self._turn = anyio.Lock()
@@ -260,16 +261,18 @@ class PromptKeeper:
         self, prompt: KeptPrompt, slot: int, before: Mapping[int, Held], asked: anyio.Event
     ) -> bool:
         began = self._clock()
+        self._restoring.append(prompt)
         try:
             tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
-        except ServerCrashedError:  # it would crash the next server in the same way
-            await self._remove(prompt, "made the server fail")
+        except ServerCrashedError:  # why will be known when it has exited
             return False
         except ServerError as error:
+            self._restoring.remove(prompt)
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
             return False
         finally:
             asked.set()
+        self._restoring.remove(prompt)
         if tokens != prompt.tokens:
             await self._remove(prompt, "was only partly restored")
             return False
@@ -279,6 +282,11 @@ class PromptKeeper:
         which = f"the prompt {prompt.name!r}" if prompt.name else "a kept prompt"
         self._notify(f"Found {which}: {restored}.", Level.INFO)
         return True
+
+    async def blame(self) -> None:
+        """Delete what the server was restoring when it failed: the next one would fail likewise."""
+        for prompt in self._restoring:
+            await self._remove(prompt, "made the server fail")
 
     async def _remove(self, prompt: KeptPrompt, why: str) -> None:
         await run_sync(self._store.discard, prompt.key)

@@ -22,7 +22,12 @@ from kitty_nb.engine.locate import Engine, locate_engine
 from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
 from kitty_nb.safe_files import write_atomic
 from kitty_nb.supervisor import lifecycle, registry
-from kitty_nb.supervisor.diagnosis import diagnose, diagnose_first_answer, diagnose_launch
+from kitty_nb.supervisor.diagnosis import (
+    diagnose,
+    diagnose_first_answer,
+    diagnose_launch,
+    failed_by_itself,
+)
 from kitty_nb.supervisor.events import (
     Activity,
     HealthCheckResult,
@@ -734,6 +739,8 @@ class Server:
         if self.prompts:
             await self.prompts.settle()
         asked = self._being_ended()
+        if self.prompts and failed_by_itself(code) and not asked:
+            await self.prompts.blame()
         kills, before = oom_kills(), self._oom_kills[0]
         out_of_memory = None if kills is None else kills != before
         diagnosis = diagnose(code, tuple(self.lines), out_of_memory=out_of_memory)
