@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kitty_nb.config import ServerConfig
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.supervisor.lifecycle import (
@@ -164,6 +166,12 @@ def test_the_back_off_doubles_up_to_its_limit_and_then_it_is_over() -> None:
     assert waits == [Wait(1, 20.0), Wait(2, 40.0), Wait(3, 60.0)]
     now, actions = step(now, Exited(4, "for good", 10.0))
     assert (now.status, now.error, actions) == (ServerStatus.CRASHED, "for good", ())
+
+
+def test_the_back_off_stays_at_its_limit_however_many_crashes_there_were() -> None:
+    now, _ = replay(*served(A.replace(restart_max=10_000)))
+    _, actions = step(replace(now, crashes=5_000), Exited(1, "again", 10.0))
+    assert actions == (Wait(1, A.restart_delay_max_seconds),)
 
 
 def test_the_count_begins_anew_once_it_stayed_ready() -> None:

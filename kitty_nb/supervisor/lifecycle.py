@@ -278,7 +278,8 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
     crashed = replace(gone, error=report.reason, crashes=crashes)
     if not now.served or report.repeats or crashes >= config.restart_max:
         return replace(crashed, status=ServerStatus.CRASHED), ()
-    delay = min(config.restart_delay_seconds * 2**crashes, config.restart_delay_max_seconds)
+    doubled = config.restart_delay_seconds * 2.0 ** min(crashes, 1_000)  # any more overflows
+    delay = min(doubled, config.restart_delay_max_seconds)
     waiting = replace(
         crashed, status=ServerStatus.RESTARTING, crashes=crashes + 1, retry_at=report.at + delay
     )
