@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -8,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -93,6 +96,21 @@ def test_a_sidecar_that_is_killed_is_replaced(
         first[0].kill()
         eventually(lambda: has_sidecar(config.log_path) and sidecars(config) not in ([], first))
     assert sidecars(config) == []
+
+
+def test_a_missing_sidecar_is_noticed_on_nfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def strict(file: TextIO, operation: int) -> None:
+        """As on NFS, see flock(2): a shared lock needs a file that can be read."""
+        if operation & fcntl.LOCK_SH and not file.readable():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    assert not has_sidecar(tmp_path / "x.log")
 
 
 GUARDED = """

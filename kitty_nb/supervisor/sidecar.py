@@ -143,7 +143,8 @@ class Sidecar:
 def has_sidecar(log: Path) -> bool:
     """Return whether a sidecar has this log; True if the system doesn't tell."""
     try:
-        with _lock_path(log).open("a") as lock:
+        # NFS gives no shared lock on a file that can't be read.
+        with _lock_path(log).open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # it is held, or cannot be opened
         return True
