@@ -226,6 +226,8 @@ def test_a_proxy_without_a_server_behind_it_does_not_count_as_a_load() -> None:
     with shape.serving() as url, ModelManager(config=ServerConfig(url=url)) as manager:
         settled(manager, ServerStatus.OUT_OF_REACH)
         assert "answered 503 Service Unavailable" in manager.state.sentence
+
+
 def test_an_answer_goes_on_when_another_model_is_asked(ollama: tuple[Shape, str]) -> None:
     shape, url = ollama
     with ModelManager(config=ServerConfig(url=url)) as manager:
