@@ -174,7 +174,7 @@ def test_every_flag_of_the_help_can_be_tried(base: ServerConfig, engine: Path | 
     assert {"top_k", "context_shift", "gpu_layers", "flash_attn"} <= names
     decided = {"temp", "temperature", "seed", "predict", "n_predict", "ignore_eos", "cache_prompt"}
     decided |= {"no_cache_prompt", "model", "host", "port", "alias", "api_key", "model_url"}
-    decided.add("hf_token")  # a secret
+    decided |= {"hf_token", "mcp_servers_json"}  # secrets
     for name in names - set(ServerConfig.model_fields) - decided:
         check_flags(combine(base, ["a.gguf"], {name: [None]}), dialect)
 

@@ -103,6 +103,7 @@ def test_a_request_in_words() -> None:
     request = Request(5.0, Ending.LENGTH, 3415, 30, 1.72, 10.3, 3.386, 0.995)
     assert request_row(request) == {
         "at": 5.0,
+        "model": "",
         "prompt": "3,415",
         "answer": "30",
         "first": "1.7 s",
