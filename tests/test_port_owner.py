@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,13 +17,14 @@ from conftest import eventually
 from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.engine import embedded
 from kitty_nb.engine.locate import EngineKind
-from kitty_nb.errors import ServerFailedError
+from kitty_nb.errors import PortBusyError, ServerFailedError
 from kitty_nb.supervisor.port_owner import (
     PortOwner,
     bind_problem,
     next_free_port,
     owner_of,
     port_refusal,
+    refuse_busy_port,
 )
 
 LISTEN = "import socket, sys; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); input()"
@@ -238,11 +240,23 @@ def test_a_free_port_is_not_refused(free_port: int) -> None:
     assert owner_of("127.0.0.1", free_port) is None
 
 
-def test_a_port_for_administrators_is_refused() -> None:
-    problem = bind_problem("127.0.0.1", 1)
-    if problem is None or problem.errno != errno.EACCES:
-        pytest.skip("this user may use every port")
-    assert "reserved for administrators" in (port_refusal("127.0.0.1", 1) or "")
+def test_a_port_for_administrators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reserving(socket.socket):
+        """A socket of a user who has no such port, which root's tests can't be."""
+
+        def bind(self, address: tuple[str, int]) -> None:
+            if address[1] < 1024:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Reserving)
+    with pytest.raises(PortBusyError) as refused:
+        refuse_busy_port(ServerConfig(port=80))
+    assert re.fullmatch(
+        "Port 80 is reserved for administrators; choose one above 1023. Set LLAMACPP_PRIMARY_PORT"
+        r" to a free port, such as \d+\.",
+        str(refused.value),
+    )
 
 
 def test_a_port_bound_without_listening_is_refused_too(free_port: int) -> None:

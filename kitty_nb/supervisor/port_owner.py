@@ -101,12 +101,17 @@ def port_refusal(host: str, port: int) -> str | None:
     It takes a real bind, and the time of `owner_of` if the port is in use.
     """
     problem = bind_problem(host, port)
-    if problem is None:
-        return None
+    return _refusal(problem, host, port, _owner_behind(problem, host, port)) if problem else None
+
+
+def _owner_behind(problem: OSError, host: str, port: int) -> PortOwner | None:
+    return owner_of(host, port) if problem.errno == errno.EADDRINUSE else None
+
+
+def _refusal(problem: OSError, host: str, port: int, owner: PortOwner | None) -> str:
     if isinstance(problem, socket.gaierror):
         return f"The host name {host} does not resolve; 127.0.0.1 is this machine only."
     if problem.errno == errno.EADDRINUSE:
-        owner = owner_of(host, port)
         who = owner.who if owner else "a process you have no access to"
         return f"Port {port} on {host} is in use by {who}."
     if problem.errno == errno.EADDRNOTAVAIL:
@@ -123,18 +128,21 @@ def refuse_busy_port(config: ServerConfig) -> None:
         PortBusyError: Another program listens there; the message says which, and what to do.
         ServerFailedError: No server can listen on any port of this address.
     """
-    if problem := port_refusal(config.host, config.port):
+    host, port = config.host, config.port
+    if problem := bind_problem(host, port):
+        owner = _owner_behind(problem, host, port)
+        refusal = _refusal(problem, host, port, owner)
         try:
-            free_port = next_free_port(config.host, config.port)
+            free_port = next_free_port(host, port)
         except ServerFailedError:  # no port will do: the address itself is wrong
-            raise ServerFailedError(f"{problem} Correct LLAMACPP_HOST.") from None
-        key = f"LLAMACPP_{config.profile.upper()}_PORT"
-        owner = owner_of(config.host, config.port)
+            raise ServerFailedError(f"{refusal} Correct LLAMACPP_HOST.") from None
         record = owner and record_of(owner.pid, config.log_dir)
         whose = f" It serves the profile {record.config.profile!r}." if record else ""
         attachable = owner is not None and owner.attachable
-        advice = f"Stop that program, or set {key} to a free port, such as {free_port}."
-        raise PortBusyError(f"{problem}{whose} {advice}", free_port, attachable=attachable)
+        stop = "Stop that program, or set" if problem.errno == errno.EADDRINUSE else "Set"
+        key = f"LLAMACPP_{config.profile.upper()}_PORT"
+        advice = f"{stop} {key} to a free port, such as {free_port}."
+        raise PortBusyError(f"{refusal}{whose} {advice}", free_port, attachable=attachable)
 
 
 def next_free_port(host: str, port: int) -> int:
