@@ -256,6 +256,9 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
     """Run a coroutine function on a new thread; return once it first waits.
 
     Cancelling the future cancels it. The thread is a daemon, whose end the caller waits for.
+
+    Raises:
+        OSError: There can be no event loop, as without file descriptors.
     """
     begun: Future[BlockingPortal] = Future()
     waits = ThreadEvent()
@@ -272,7 +275,15 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
         finally:
             await portal.stop()
 
-    thread = Thread(target=anyio.run, args=(live,), name=name, daemon=True)
+    def run() -> None:
+        try:
+            anyio.run(live)
+        except BaseException as error:  # out of file descriptors, for one
+            if begun.done():
+                raise
+            begun.set_exception(error)
+
+    thread = Thread(target=run, name=name, daemon=True)
     thread.start()
     portal = begun.result()
     future = portal.start_task_soon(whole)

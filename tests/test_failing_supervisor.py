@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,6 +15,8 @@ from conftest import eventually
 from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
+from kitty_nb.isolated_server import in_background
+from kitty_nb.supervisor import process
 from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.process import ServerProcess
 
@@ -49,6 +54,43 @@ if sys.argv[2] == "stop":
         os.close(one)
     print(manager.start().wait(30).status, flush=True)
 """
+
+
+def test_a_process_that_cant_be_looked_at_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def spawn_and_starve(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        spawned.append(subprocess.Popen(*words, **options))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        return spawned[0]
+
+    monkeypatch.setattr(process, "Popen", spawn_and_starve)
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            ServerProcess.spawn([sys.executable, "-c", "input()"], tmp_path / "log")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        left = runs(spawned[0].pid)
+        spawned[0].kill()
+        spawned[0].wait()
+    assert not left
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of half a loop
+def test_work_in_the_background_that_cant_begin_fails() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def work() -> None:
+        pytest.fail("there is no loop for it")
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            in_background(work, "test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("verb", ["stop", "restart", "exit"])

@@ -97,7 +97,13 @@ class ServerProcess:
                 pass_fds=descriptors,
                 start_new_session=True,
             )
-        return cls(child.pid, child)
+        try:
+            return cls(child.pid, child)
+        except BaseException:  # out of file descriptors, for one; nobody else knows of the process
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
 
     @classmethod
     def attach(cls, pid: int, create_time: float) -> Self | None:
