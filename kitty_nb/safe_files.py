@@ -69,8 +69,8 @@ def write_atomic(file: Path, content: bytes, *, durable: bool = True, private: b
 def distrust(file: Path, *, folders: bool = True) -> str | None:
     """Return why others may have changed a file or folder; None if only this user and root can.
 
-    It need not exist. Others can write if everybody can, or a group with another member; in a
-    sticky folder such as `/tmp` they can't touch what isn't theirs, so owners decide.
+    It need not exist. Others can write if everybody can, or a group that may have another member;
+    in a sticky folder such as `/tmp` they can't touch what isn't theirs, so owners decide.
 
     Args:
         file: The file, or a folder whose contents are meant.
@@ -113,13 +113,23 @@ def _open_to_others(found: os.stat_result) -> bool:
 
 
 def _has_others(group: int) -> bool:
-    """Return whether a group has members besides this user and root: many users have their own."""
-    users = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group}
+    """Return whether a group may have members besides this user and root.
+
+    Many users have a group of their own, with their name. Who is in another one is unknown if a
+    directory service, such as SSSD, lists neither its users nor its groups.
+    """
+    users = {user.pw_uid: user.pw_gid == group for user in pwd.getpwall()}
+    members, listed = {uid for uid, primary in users.items() if primary}, True
     with suppress(KeyError):
-        for name in grp.getgrgid(group).gr_mem:
+        found = grp.getgrgid(group)
+        for name in found.gr_mem:
             with suppress(KeyError):
-                users.add(pwd.getpwnam(name).pw_uid)
-    return bool(users - {os.getuid(), 0})
+                members.add(pwd.getpwnam(name).pw_uid)
+        listed = any(one.gr_gid == group for one in grp.getgrall())
+        me = pwd.getpwuid(os.getuid())
+        if me.pw_gid == group:
+            listed = me.pw_name == found.gr_name or (listed and me.pw_uid in users)
+    return not listed or bool(members - {os.getuid(), 0})
 
 
 def _user(number: int) -> str:

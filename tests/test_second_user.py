@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import socket
@@ -27,11 +28,46 @@ from kitty_nb.errors import (
     ServerFailedError,
 )
 from kitty_nb.experiments.store import RowStore
+from kitty_nb.safe_files import distrust
 from kitty_nb.supervisor.history import LoadHistory
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import ServerRecord, find_server, record_path, write_record
 
 User = pwd.struct_passwd
+
+
+@pytest.mark.parametrize(
+    ("users_listed", "groups_listed", "primary", "name", "trusted"),
+    [
+        pytest.param(True, True, True, "users", True, id="one local user of a shared group"),
+        pytest.param(True, True, True, "me", True, id="a group of one's own"),
+        pytest.param(True, True, False, "staff", True, id="a local group that is empty"),
+        pytest.param(False, True, True, "users", False, id="a directory's users, a local group"),
+        pytest.param(False, False, True, "project", False, id="a directory's primary group"),
+        pytest.param(False, False, True, "me", True, id="a directory's group of one's own"),
+        pytest.param(True, False, False, "project", False, id="a directory's other group"),
+    ],
+)
+def test_a_group_whose_members_a_directory_does_not_list_is_not_trusted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    users_listed: bool,
+    groups_listed: bool,
+    primary: bool,
+    name: str,
+    trusted: bool,
+) -> None:
+    env = tmp_path / ".env"
+    env.touch()
+    env.chmod(0o664)
+    group = grp.struct_group((name, "x", env.stat().st_gid, []))
+    number = group.gr_gid if primary else group.gr_gid + 1
+    me = User(("me", "x", os.getuid(), number, "", "/home/me", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: me)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [me] if users_listed else [])
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    monkeypatch.setattr(grp, "getgrall", lambda: [group] if groups_listed else [])
+    assert (distrust(env, folders=False) is None) == trusted
 
 
 @contextmanager
