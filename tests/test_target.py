@@ -228,6 +228,18 @@ def test_a_gpu_that_does_not_report_memory_does_not_spoil_the_proof(
     assert found.proof.gain.endswith("The memory that the settings in use take is unknown.")
 
 
+def test_what_reaches_the_target_with_unknown_memory_is_named(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        on_gpu = dict(trial.settings).get("n_gpu_layers") == 4
+        return measured(trial, *((90.0, None) if on_gpu else (30.0, 0)))
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    with pytest.raises(ExperimentError, match=r"layers 4 satisfies .* 60.0, but its memory_gib is"):
+        search(target=f"{SPEED} >= 60", space={"n_gpu_layers": [0, 4]}, budget=6).wait(WAIT)
+
+
 def test_the_rounds_of_a_proof_are_measured_side_by_side(
     search: Search, family: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

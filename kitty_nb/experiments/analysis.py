@@ -145,6 +145,11 @@ class Analysis:
                 " (quality=…, parallel=…)."
             )
         near = min(measured, key=lambda one: sum(b.excess(one.value(b.name)) for b in bounds))
+        if near.keeps(bounds):
+            raise ExperimentError(
+                f"{near.trial.label} satisfies {' and '.join(map(str, bounds))}, but its"
+                f" {objective.name} is unknown. Choose another objective."
+            )
         values = [(bound.name, near.value(bound.name)) for bound in bounds]
         have = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in values)
         raise ExperimentError(
