@@ -18,8 +18,10 @@ from kitty_nb import ServerConfig, Supervisor
 from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, ExperimentError
 from kitty_nb.experiments import Divergence, ExactMatch, Outcome, Perplexity, Results, Sweep
+from kitty_nb.experiments import measure as trials
 from kitty_nb.experiments.likelihood import likeness, perplexity_of
 from kitty_nb.experiments.quality import judge
+from kitty_nb.isolated_server import isolated_server
 
 WAIT = 120.0
 SHORT = "I am a cat."
@@ -75,6 +77,25 @@ def test_divergence_is_that_over_the_whole_vocabulary(
     # Under other settings, the reference expects something else.
     same = measure(config=base.replace(extra_args=flags), quality=divergence).frame.iloc[0]
     assert same["kl_divergence"] == pytest.approx(0, abs=1e-6)
+
+
+def test_trials_at_once_share_one_run_of_the_reference(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def counted(config: ServerConfig, *more: Any, **named: Any) -> Any:
+        started.append(config.profile)
+        return isolated_server(config, *more, **named)
+
+    monkeypatch.setattr(trials, "isolated_server", counted)
+    quality = Divergence(str(config.model), {PROMPT: "Once."})
+    given: dict[str, Any] = {"prompts": [PROMPT], "max_tokens": 2, "repeats": 2, "chat": False}
+    with Sweep(**given, config=config, quality=quality, store=tmp_path / "two.journal") as sweep:
+        rows = sweep.run(slots=2).wait(WAIT).rows
+    assert [row.outcome for row in rows] == [Outcome.DONE] * 2, rows
+    assert len(started) == 3
+    assert started.count("reference") == 1
 
 
 def test_what_one_of_two_lists_alone_counts_as_one() -> None:

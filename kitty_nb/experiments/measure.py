@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from contextlib import aclosing, nullcontext
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import anyio
 import httpx
@@ -73,6 +75,8 @@ _FINISHED = {"eos": "stop", "word": "stop", "limit": "length"}
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
 # The predictions of the last reference, which is queried once and not for each trial.
 _references: dict[object, Reference] = {}
+# Trials at once on a loop wait for the one that queries it.
+_running: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,15 +487,16 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
     model = await run_sync(fingerprint_of, quality.reference, config)
     settings = config.model_dump_json(include=set(SERVER_SETTINGS))
     key = model, settings, workload.prompts, workload.chat, workload.fill, repr(quality)
-    if key not in _references:
-        own = config.replace(model=quality.reference, profile="reference", alias="reference")
-        async with isolated_server(own) as server, server.access.async_http() as http:
-            client = BenchmarkClient(http, workload, {})
-            await client.warm_up()
-            found = await client.expectations(quality.expected)
-        _references.clear()  # they are large, and sweeps run one after another
-        _references[key] = found
-    return _references[key]
+    async with _running.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        if key not in _references:
+            own = config.replace(model=quality.reference, profile="reference", alias="reference")
+            async with isolated_server(own) as server, server.access.async_http() as http:
+                client = BenchmarkClient(http, workload, {})
+                await client.warm_up()
+                found = await client.expectations(quality.expected)
+            _references.clear()  # they are large, and sweeps run one after another
+            _references[key] = found
+        return _references[key]
 
 
 def _queued(most: int, slots: int | None) -> str:
