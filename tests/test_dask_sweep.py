@@ -409,6 +409,51 @@ def test_a_cluster_without_slots_runs_one_trial_per_worker_until_it_is_lost(
         one.run(client=client).wait(WAIT)
 
 
+@contextmanager
+def worker(client: Client, folder: Path, *options: str) -> Iterator[None]:
+    """Start a worker, which joins a cluster that has begun without it."""
+    words = ("-m", "distributed.cli.dask_worker", client.scheduler.address, "--no-nanny")  # type: ignore[union-attr]
+    more = ("--local-directory", str(folder), "--no-dashboard", *options)
+    with subprocess.Popen([sys.executable, *words, *more], stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(WAIT)
+
+
+@pytest.mark.slow
+def test_workers_may_come_after_the_sweep_has_begun(
+    sweep: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    with machines(tmp_path, n_workers=0) as process, connected(process) as client:
+        one = sweep(repeats=2)
+        operation = one.run(client=client)
+        eventually(lambda: one.running, within=WAIT)
+        with worker(client, tmp_path):
+            rows = operation.wait(WAIT).rows
+            assert [row.outcome for row in rows] == [Outcome.DONE] * 2, rows
+
+
+@pytest.mark.slow
+def test_a_worker_without_a_slot_is_named_where_others_had_some(
+    sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machines(tmp_path, n_workers=0) as process, connected(process) as client:
+        monkeypatch.setattr("kitty_nb.experiments.cluster._LOOKS", 2)
+        one = sweep(repeats=2)
+        events = heard(one)
+        one.subscribe(lambda event: one.pause() if isinstance(event, TrialStarted) else None)
+        with worker(client, tmp_path, "--resources", "kitty_trial=1"):
+            operation = one.run(client=client)
+            eventually(lambda: count(events, TrialEnded) == 1, within=WAIT)
+        with worker(client, tmp_path):
+            one.resume()
+            _, row = operation.wait(WAIT).rows
+        assert row.outcome is Outcome.FAILED
+        assert "It has no slot: start it with --resources kitty_trial=1." in row.reason
+
+
 def test_a_client_is_a_client(sweep: Callable[..., Sweep]) -> None:
     with pytest.raises(ExperimentError, match=r"'tcp://red:8786', not a dask.distributed.Client"):
         sweep().run(client="tcp://red:8786").wait(WAIT)  # type: ignore[arg-type]

@@ -43,6 +43,7 @@ _STOP_WITHIN = 30.0  # seconds; a worker that doesn't answer is gone, and so is 
 _LOOK_AFTER, _ALIVE_WITHIN = 3.0, 20.0  # seconds
 _LOOKS = 20  # polls before a lost worker counts as not replaced, even on a busy machine
 _LOST_AT_MOST = 3
+_NO_SLOT = f"It has no slot: start it with --resources {_RESOURCE}=1."
 _RUN_AGAIN = "Results so far are kept; run the sweep again with a client of a running cluster."
 _log = logging.getLogger(__name__)
 
@@ -67,8 +68,9 @@ class Setup:
 
 
 async def count_slots(client: Client) -> int:
-    """Return how many trials the workers run at once; at least 1, as workers may still join."""
+    """Wait for a worker, and return how many trials all of them run at once, at least 1."""
     async with connected(client) as own:
+        await own.wait_for_workers(1)
         workers = await workers_of(own)
     return max(1, sum(map(_slots, workers.values())) or len(workers))
 
@@ -85,13 +87,14 @@ async def dask_cluster(
     times. The servers' logs come to a local folder, if given.
     """
     async with connected(client) as own:
+        await own.wait_for_workers(1)  # which tells whether workers have slots
         workers = await workers_of(own)
         setup = Setup(
             topic=f"kitty_nb-{uuid.uuid4().hex}",
             config=config.model_copy(update={"api_key": None, "url": None}),
             workload=workload,
             host=this_host(),
-            alone=bool(workers) and not any(map(_slots, workers.values())),
+            alone=not any(map(_slots, workers.values())),
             keep_logs=logs is not None,
         )
         cluster = _Cluster(own, setup, logs)
@@ -152,12 +155,18 @@ class _Cluster:
             if self.models[model] is None:
                 seen = (one for one in found.values() if isinstance(one, ModelFingerprint))
                 self.models[model] = next(seen, None)
-            reasons = {w: why_not(one, self.models[model]) for w, one in found.items()}
+            slotless = {
+                w: _NO_SLOT for w, one in workers.items() if not (self.setup.alone or _slots(one))
+            }
+            reasons = {
+                w: why_not(one, self.models[model]) or slotless.get(w, "")
+                for w, one in found.items()
+            }
             unfit = {worker: reason for worker, reason in reasons.items() if reason}
             if found and all(isinstance(one, Exception) for one in found.values()):
                 raise ExperimentError(f"No worker can run trials. {listed(unfit)}")
             able = found.keys() - unfit.keys()
-            fit = [w for w in workers if w in able and (_slots(workers[w]) or self.setup.alone)]
+            fit = [worker for worker in workers if worker in able]
             if fit or able <= workers.keys() <= found.keys():
                 return fit, unfit
             await anyio.sleep(_LOOK_AFTER)  # lost workers may be replaced
