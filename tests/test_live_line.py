@@ -107,7 +107,7 @@ def test_a_request_in_words() -> None:
         "prompt": "3,415",
         "answer": "30",
         "first": "1.7 s",
-        "speed": "3.39 tok/s",
+        "speed": "3.4 tok/s",
         "cached": "100%",
         "accepted": "",
         "took": "10 s",

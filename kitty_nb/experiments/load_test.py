@@ -32,7 +32,7 @@ from kitty_nb.experiments.latency import LATENCIES, PERCENTILES, latencies, perc
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.noise import noise_since, usage_with
-from kitty_nb.experiments.output import frame_of, markdown_table, write_parquet
+from kitty_nb.experiments.output import frame_of, markdown_table, number, write_parquet
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
 from kitty_nb.isolated_server import access_at_url, in_background, isolated_server, pid_at
 from kitty_nb.operation import Operation
@@ -90,7 +90,9 @@ class Load:
     @property
     def label(self) -> str:
         """A short description of the load."""
-        return f"{self.concurrency} at once" if self.concurrency else f"{self.rate:.3g} a second"
+        return (
+            f"{self.concurrency} at once" if self.rate is None else f"{number(self.rate)} a second"
+        )
 
     def metrics(self, percents: Iterable[int] = PERCENTILES) -> dict[str, float]:
         """Return the metrics by name: rates per second, and latency percentiles in seconds."""
@@ -122,12 +124,13 @@ class LoadTest:
         """The highest rate that keeps the limit, as a sentence; empty without a limit."""
         if not self.limit:
             return ""
+        highest, broken = map(_number, (self.highest_rate, self.broken_rate))
         if self.highest_rate is None:
-            return f"No rate kept {self.limit}, not even {self.broken_rate:.3g} requests a second."
-        held = f"{self.limit} holds up to {self.highest_rate:.3g} requests a second"
+            return f"No rate kept {self.limit}, not even {broken} requests a second."
+        held = f"{self.limit} holds up to {highest} requests a second"
         if self.broken_rate is None:
             return f"{held}, the most that the server can answer."
-        return f"{held}, but not at {self.broken_rate:.3g}."
+        return f"{held}, but not at {broken}."
 
     @property
     def frame(self) -> DataFrame:
@@ -434,4 +437,4 @@ def _named(load: Load) -> dict[str, object]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else number(value)

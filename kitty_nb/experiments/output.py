@@ -20,6 +20,11 @@ def valid_text(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def number(value: float) -> str:
+    """Format a number to three digits, never with an exponent such as 4.44e+03."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004
+
+
 def frame_of(rows: Iterable[dict[str, Any]]) -> DataFrame:
     """Return a data frame with a row for each mapping."""
     valid = [

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from kitty_nb.errors import printable
 from kitty_nb.experiments.metrics import smaller_is_better
-from kitty_nb.experiments.output import valid_text
+from kitty_nb.experiments.output import number, valid_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -232,11 +232,6 @@ def labels_of(drawn: Sequence[Combination]) -> list[str]:
     names = _varying(drawn)
     labels = [told({name: one.value(name) for name in names}) or one.trial.label for one in drawn]
     return labels if len({*labels}) == len(drawn) else [told(one.trial.columns) for one in drawn]
-
-
-def number(value: float) -> str:
-    """Format a number to three digits, never with an exponent such as 4.44e+03."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004
 
 
 def words_of(name: str) -> str:

@@ -23,8 +23,8 @@ from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
 from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.metrics import smaller_is_better
-from kitty_nb.experiments.output import valid_text
-from kitty_nb.experiments.plots import labels_of, number, words_of
+from kitty_nb.experiments.output import number, valid_text
+from kitty_nb.experiments.plots import labels_of, words_of
 from kitty_nb.experiments.quality import Divergence, ExactMatch, HarnessTask, Perplexity
 from kitty_nb.experiments.recording import digest_model, host_facts, library_versions
 from kitty_nb.experiments.statistics import CONFIDENCE

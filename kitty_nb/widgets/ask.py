@@ -120,7 +120,7 @@ class Turn:
             first, tokens = answer.timings.first_token or first, answer.usage.answer or tokens
             speed = answer.timings.answer_per_second or speed
         stopped = ["Stopped"] if self.ended and not answer and not self.problem else []
-        pace = [f"{speed:.1f} tok/s"] if speed else []
+        pace = [f"{speed:,.1f} tok/s"] if speed else []
         return [*stopped, f"first token after {duration(first)}", *pace, f"{tokens:,} tokens"]
 
     def news(self) -> dict[str, Any]:

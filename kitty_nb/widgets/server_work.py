@@ -36,7 +36,7 @@ def describe_work(work: Work) -> str:
     if work.reading:
         words.append(describe_reading(work.reading))
     if work.tokens_per_second:
-        words.append(f"{work.tokens_per_second:.1f} tok/s")
+        words.append(f"{work.tokens_per_second:,.1f} tok/s")
     if words and work.cached is not None:
         words.append(f"cache hits {work.cached * 100:.0f} %")
     if words and work.accepted is not None:
@@ -140,7 +140,7 @@ def request_row(request: Request) -> dict[str, Any]:
         "prompt": told(request.prompt_tokens, "{:,}".format),
         "answer": told(request.answer_tokens, "{:,}".format),
         "first": told(request.first_token, duration),
-        "speed": told(request.tokens_per_second, "{:.3g} tok/s".format),
+        "speed": told(request.tokens_per_second, "{:,.1f} tok/s".format),
         "cached": told(request.cached, "{:.0%}".format),
         "accepted": told(request.accepted, "{:.0%}".format),
         "took": told(request.seconds, duration),
