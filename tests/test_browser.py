@@ -677,7 +677,7 @@ _ONLY_WITHIN_THE_CLICK = """() => {
   for (const name of ["write", "writeText"]) {
     const usual = navigator.clipboard[name].bind(navigator.clipboard);
     navigator.clipboard[name] = async (what) => {
-      if (!window.event) throw new DOMException("", "NotAllowedError");
+      if (window.event?.type !== "click") throw new DOMException("", "NotAllowedError");
       await usual(what);
     };
   }
