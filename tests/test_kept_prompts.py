@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -460,6 +461,27 @@ def damaged(content: bytes, dice: random.Random) -> bytes:
         case _:
             changed += dice.randbytes(dice.randrange(1, 50))
     return bytes(changed)
+
+
+def test_a_prompt_that_cant_be_read_now_stays(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = config.replace(context_size=8192)
+    with ready(roomy) as (manager, said):
+        ask(manager, TEXT)
+        manager.stop().wait(60)
+        before, opened = kept(roomy), Path.open
+
+        def refuse(path: Path, *args: Any, **more: Any) -> Any:
+            if path.suffix == ".state":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            return opened(path, *args, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", refuse)
+            manager.start().wait(60)
+            eventually(lambda: any("was not restored" in line for line in said))
+        assert kept(roomy) == before
 
 
 def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:

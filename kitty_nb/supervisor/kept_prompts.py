@@ -157,14 +157,16 @@ class PromptStore:
         """Return the path of a state."""
         return self.folder / f"{key}{_STATE}"
 
-    def intact(self, prompt: KeptPrompt) -> bool:
-        """Return whether a state is still what was saved."""
+    def intact(self, prompt: KeptPrompt) -> bool | None:
+        """Return whether a state is still what was saved; None if it can't be read now."""
         state = self.state(prompt.key)
         try:
             whole = _is_plain(state) and state.stat().st_size == prompt.size
             return whole and _checksum(state) == prompt.checksum
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:  # out of file descriptors, for one, or a network drive that is gone
+            return None
 
     def add(self, prompt: KeptPrompt) -> KeptPrompt | None:
         """Keep a state that the engine has written, replacing the last one of its kind.

@@ -212,8 +212,13 @@ class PromptKeeper:
                 continue
             if changed := set(prompt.changed(self._facts)) - {_CONTEXT, _ADAPTERS}:
                 self._refuse(prompt, changed)
-            elif await run_sync(self._store.intact, prompt, abandon_on_cancel=True):
+                continue
+            intact = await run_sync(self._store.intact, prompt, abandon_on_cancel=True)
+            if intact:
                 self._candidates.append(prompt)
+            elif intact is None:
+                why = f"{_kept(prompt)} was not restored: its file can't be read."
+                self._notify(why, Level.WARNING)
             else:
                 await self._remove(prompt, "was damaged")
         if self._begun and not self._off:
