@@ -460,7 +460,7 @@ class PromptKeeper:
         for prompt in () if self._off else await run_sync(self._store.prompts):
             same = (prompt.name, prompt.source) == (name, source)
             fit = same and not prompt.changed(self._facts)
-            if fit and await run_sync(self._store.intact, prompt):
+            if fit and await run_sync(self._store.intact, prompt) is True:
                 return prompt
         return None
 
