@@ -266,8 +266,8 @@ def test_two_sweeps_are_compared_by_combination_and_number(results: Results) -> 
 
 
 def of_model(one: TrialResult, model: str, size: int | None = None) -> TrialResult:
-    print_ = ModelFingerprint(size, "f" * 24) if size else None
-    return replace(one, trial=replace(one.trial, model=model), fingerprint=print_)
+    file = ModelFingerprint(size, "f" * 24) if size else None
+    return replace(one, trial=replace(one.trial, model=model), fingerprint=file)
 
 
 def test_files_of_one_name_in_two_folders_are_compared_each_with_itself(results: Results) -> None:
