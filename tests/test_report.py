@@ -303,7 +303,7 @@ def test_different_files_of_one_name_are_not_compared(results: Results) -> None:
 def test_sweeps_that_asked_differently_are_not_compared(
     results: Results, name: str, asked: Workload
 ) -> None:
-    with pytest.raises(ExperimentError, match=f"asked with different {name}. Run one"):
+    with pytest.raises(ExperimentError, match=f"differ in {name}, so .* Run one"):
         compare_results(results, replace(results, workload=asked))
     assert compare_results(results, replace(results, workload=replace(ASKED, seed=5))).compared
 

@@ -639,6 +639,7 @@ def _number_of_words(prompt: str, answer: str) -> float:
 _QUALITIES = """
 import re
 from functools import lru_cache, partial
+from kitty_nb.experiments.suite import Kind, Suite, Task
 
 class Near:
     def __init__(self, most: int) -> None:
@@ -707,6 +708,8 @@ qualities = [
     Near(1),
     Near(2),
     Near(2).doubled,
+    Suite([Task(Kind.NEEDLE, "Where?", "here")]),
+    Suite([Task(Kind.NEEDLE, "Where?", "there")]),
 ]
 """
 

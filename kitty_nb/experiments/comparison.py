@@ -89,8 +89,8 @@ def compare_results(
         metrics: Names of metrics; by default all speeds except percentiles.
 
     Raises:
-        ExperimentError: The sweeps have no combination in common, asked differently or measured
-            different files of one name, or a metric is unknown.
+        ExperimentError: The sweeps have no combination in common, differ in their requests or
+            measured different files of one name, or a metric is unknown.
     """
     for argument, sweep in (("first", first), ("second", second)):
         require(argument, sweep, Results, "the results of a sweep")
@@ -135,8 +135,8 @@ def _check_conditions(first: Results, second: Results) -> None:
     differing = [name for name in names if len({one[name] for one in given}) > 1]
     if differing:
         raise ExperimentError(
-            f"The sweeps asked with different {' and '.join(differing)}. Run one of them again like"
-            " the other."
+            f"The sweeps differ in {' and '.join(differing)}, so their speeds can't be compared."
+            " Run one of them again with those of the other."
         )
 
 

@@ -26,9 +26,9 @@ def log_to_mlflow(
     results: Analysis, experiment: str, tracking_uri: str | None, objective: str, title: str
 ) -> str:
     """Log a run with a nested run per combination, and return its ID; see `Results.to_mlflow`."""
-    best = results.best(objective)
+    best, report = results.best(objective), report_of(results, objective, title)
     try:
-        return _log(results, best, MlflowClient(tracking_uri), experiment, objective, title)
+        return _log(results, best, report, MlflowClient(tracking_uri), experiment, title)
     except MlflowException as error:
         raise ExperimentError(
             f"MLflow rejected the results: {error}. Check tracking_uri and MLFLOW_TRACKING_URI."
@@ -38,9 +38,9 @@ def log_to_mlflow(
 def _log(
     results: Analysis,
     best: Combination,
+    report: str,
     client: MlflowClient,
     experiment: str,
-    objective: str,
     title: str,
 ) -> str:
     found = client.get_experiment_by_name(experiment)
@@ -63,7 +63,7 @@ def _log(
         client.set_terminated(run, "FINISHED" if one.done else "FAILED")
     with TemporaryDirectory() as folder:
         page = Path(folder, "report.html")
-        page.write_text(report_of(results, objective, title), encoding="utf-8")
+        page.write_text(report, encoding="utf-8")
         client.log_artifact(parent, str(page))
     client.set_terminated(parent)
     return parent

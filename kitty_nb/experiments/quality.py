@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path, PurePath
 from statistics import fmean
 from threading import Thread
@@ -251,4 +251,8 @@ def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
             if isinstance(call := value.__call__, MethodType):  # an object of a callable class
                 parts.append(call.__func__)
             return type(value).__qualname__, _plain(parts, (*within, value))
+        case _ if is_dataclass(value):  # such as a task of a suite, with its expected answer
+            return type(value).__qualname__, _plain(
+                [getattr(value, one.name) for one in fields(value)]
+            )
     return type(value).__qualname__

@@ -441,7 +441,7 @@ class Server:
             if not self._log_fails:
                 path, why = self._config.log_path, error.strerror
                 self._notify(
-                    f"Can't read the log {path} ({why}). It is tried again.", Level.WARNING
+                    f"Can't read the log {path} ({why}). kitty_nb keeps trying.", Level.WARNING
                 )
             self._log_fails = True
             return ()
