@@ -18,6 +18,7 @@ import anyio
 import pytest
 from conftest import eventually, unused_port
 from other_kernel import Kernel, runs
+from terminal import run
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.cli.commands import read_status
@@ -142,6 +143,11 @@ def test_a_server_in_a_container_with_the_same_home_is_left_alone(config: Server
         state, _ = read_status(config)
         assert state.status is ServerStatus.STOPPED
         assert "another machine or container" in state.sentence
+        env = config.log_dir.parent / "terminal.env"
+        env.write_text(f"LLAMACPP_LOG_DIR={config.log_dir}\n")
+        key = run("key", "--env", env)
+        assert "another machine or container" in key.stderr
+        assert key.exit_code == 3
     finally:
         there.end(signal.SIGKILL)
     eventually(lambda: not has_sidecar(log))

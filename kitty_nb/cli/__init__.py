@@ -820,7 +820,10 @@ def _served(config: ServerConfig) -> tuple[Served, str]:
 
 
 def _end_without_server(config: ServerConfig) -> NoReturn:
-    _say(f"No server is running for the profile {config.profile!r}.", err=True)
+    from kitty_nb.supervisor.registry import served_elsewhere
+
+    none = f"No server is running for the profile {config.profile!r}."
+    _say(served_elsewhere(config) or none, err=True)
     raise typer.Exit(_NOT_RUNNING)
 
 
