@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import resource
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -94,16 +93,6 @@ def test_closed_and_open_loads_on_a_server_of_its_own(base: ServerConfig) -> Non
     shown = re.sub(" +", " ", str(test))
     assert "| 3 at once | 12 |" in shown
     assert "| 50 a second | 12 |" in shown
-
-
-def test_more_requests_at_once_than_open_files_are_refused(base: ServerConfig) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, limits[1]))
-    try:
-        with pytest.raises(ExperimentError, match=r"concurrency=950: .*1000.*ulimit -n"):
-            load_test(config=base, concurrency=(1, 950))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_waiting_for_a_slot_counts_in_the_time_to_first_token(base: ServerConfig) -> None:

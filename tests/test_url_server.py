@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -393,6 +396,24 @@ def test_as_many_requests_are_under_way_as_a_load_says(ollama: tuple[Shape, str]
     shape.before_answer = meet
     (load,) = load_test(config=ServerConfig(url=url), concurrency=120).wait(60).loads
     assert len(load.requests) == 120
+
+
+_FEW_FILES = """
+import resource, sys
+from kitty_nb import ServerConfig
+from kitty_nb.experiments import load_test
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+load_test(config=ServerConfig(url=sys.argv[1]), requests=100, **{sys.argv[2]: 100}).wait(60)
+"""
+
+
+@pytest.mark.parametrize("load", ["concurrency", "rate"])
+def test_more_requests_than_files_can_be_open(ollama: tuple[Shape, str], load: str) -> None:
+    shape, url = ollama
+    shape.before_answer = partial(time.sleep, 1)
+    command = [sys.executable, "-c", _FEW_FILES, url, load]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "ExperimentError: Each request takes an open file" in done.stderr
 
 
 def test_the_highest_rate_of_a_server_that_does_not_tell_its_slots(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -156,7 +157,8 @@ async def ask_each(items: Iterable[T], at_once: int, ask: Callable[[T], Awaitabl
             for _ in range(at_once):
                 tasks.start_soon(work)
     except ExceptionGroup as group:
-        raise first_of(group) from None
+        error = first_of(group)
+        raise error from error.__cause__  # which `broken_off` looks for
 
 
 async def stream(
@@ -199,6 +201,14 @@ async def props(http: httpx.AsyncClient) -> dict[str, Any]:
 
 def broken_off(error: httpx.HTTPError | None = None) -> str:
     """Describe an answer that ended early, with the error that cut it short."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:
+            return (
+                "Each request takes an open file, and this process may have no more. Try fewer at"
+                " once, or raise its limit (ulimit -n)."
+            )
+        cause = cause.__cause__ or cause.__context__
     how = type(error).__name__ if error else "its end is missing"
     return (
         f"The answer ended early ({how}): the server was stopped or crashed, or the connection to"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 
     OnLoad = Callable[["Load"], object]
 
-_OWN_FILES = 100  # room for those of a notebook's kernel and its libraries
 _AT_ONCE = (1, 4)  # default numbers of concurrent requests
 _GAIN = 1.1  # more requests at once that gain less find all slots busy
 _SHOWN = ("p50", "p90", "p99")
@@ -272,12 +270,6 @@ def load_test(
     require_function("on_load", on_load, "a load")
     if access is not None:
         require("access", access, Access, "a running server's, such as manager.access")
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files != resource.RLIM_INFINITY and max(at_once, default=0) > files - _OWN_FILES:
-        raise ExperimentError(
-            f"concurrency={max(at_once)}: each request takes an open file, and this process may"
-            f" have {files}. Try fewer, or raise the limit (ulimit -n) before it starts."
-        )
     here = ServerConfig() if access and config is None else config_of(config)
     if here.models is not None and model is None:
         raise ExperimentError(

@@ -186,7 +186,8 @@ class BenchmarkClient:
                     await anyio.sleep_until(began + offset)
                     tasks.start_soon(ask, number % prompts)
         except ExceptionGroup as group:
-            raise first_of(group) from None
+            error = first_of(group)
+            raise error from error.__cause__
         return anyio.current_time() - began, tuple(times)
 
     async def scores(self, reference: Reference | None = None) -> dict[str, Any]:
