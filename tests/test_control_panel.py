@@ -103,7 +103,8 @@ def choose(panel: ControlPanel, name: str) -> None:
         return next((path for path in paths if path.name == name), None)
 
     eventually(path)
-    panel.picker.dropdown.value = path()
+    with panel.picker.dropdown.turn:
+        panel.picker.dropdown.value = path()
 
 
 def test_a_held_port_can_be_left_for_a_free_one(panel: ControlPanel) -> None:

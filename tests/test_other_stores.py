@@ -47,7 +47,8 @@ def test_a_model_of_ollama_is_chosen_started_and_saved(env: Path, blob: Path) ->
     panel = ControlPanel(env)
     try:
         eventually(lambda: [m.known_as for m in panel.picker.models] == [None, "kitty:1b"])
-        panel.picker.dropdown.value = blob
+        with panel.picker.dropdown.turn:
+            panel.picker.dropdown.value = blob
         panel.buttons.start.click()
         eventually(lambda: panel.manager.state.status is ServerStatus.READY, within=60)
         assert panel.manager.state.config.served_alias == "kitty:1b"

@@ -332,10 +332,11 @@ def test_a_load_that_fails_or_is_called_off(manager: ModelManager, routed: Path)
 
 
 def chosen(widget: ServedModels, model: str) -> bool:
-    """Choose a model; False while another thread is still setting the options."""
-    with suppress(TraitError):
+    """Choose a model between changes of the list, as a page does; False if it is not listed."""
+    with widget.turn, suppress(TraitError):
         widget.value = model
-    return widget.value == model  # type: ignore[no-any-return]
+        return True
+    return False
 
 
 def child_of(router: int | None, model: str) -> int:

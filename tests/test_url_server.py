@@ -452,7 +452,8 @@ def test_the_panel_offers_what_is_possible(
         eventually(lambda: panel.served.value == "llama3.2:latest")
         hidden = panel.picker, panel.memory, panel.buttons.start, panel.buttons.stop
         eventually(lambda: {one.layout.display for one in hidden} == {"none"})
-        panel.served.value = "qwen3:8b"
+        with panel.served.turn:
+            panel.served.value = "qwen3:8b"
         eventually(lambda: panel.manager.state.alias == "qwen3:8b")
         panel.ask.ask("Why?")
         eventually(lambda: [turn.text for turn in panel.ask.turns] == ["Blue sky."])
