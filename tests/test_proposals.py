@@ -219,7 +219,7 @@ def test_clearly_behind_is_more_than_a_tenth(
 
 
 def test_answers_tell_of_the_number_that_they_make_up() -> None:
-    event = RequestAnswered(Trial("m"), 1, 8, 4, 50.0, 500.0, RequestTimes(0.0, 0.2, 0.6, 21, 100))
+    event = RequestAnswered(Trial("m"), 1, 8, 4, 50.0, RequestTimes(0.0, 0.2, 0.6, 21, 100))
     assert partial_metrics(event, least=1)["generation_tokens_per_second_4"] == pytest.approx(50)
     assert partial_metrics(event, least=4)["prompt_tokens_per_second"] == pytest.approx(500)
     assert partial_metrics(event, least=4)["time_to_first_token"] == 0.2

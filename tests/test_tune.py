@@ -219,7 +219,7 @@ def test_a_long_first_prompt_prunes_no_trial_that_reads_it_as_fast_as_others(
         slow = 2.0 if dict(trial.settings)["batch_size"] == 1024 else 1.0
         times = [RequestTimes(0.0, slow * first, 9.0, 4, 100) for first in (4.0, 0.2, 0.2)]
         for done, one in enumerate(times, 1):
-            on_progress(RequestAnswered(trial, done, 3, 1, None, None, one))
+            on_progress(RequestAnswered(trial, done, 3, 1, None, one))
             await anyio.sleep(0)
         speed = Speed(1, 3, 1.0, slow * 0.2, None, None, 1.0, each=tuple(times))
         measured = Measurement(LoadSeconds(0.1, 0.1, 0.1), (speed,), 1)

@@ -146,18 +146,18 @@ class Combination:
         *,
         smaller_is_better: bool,
         spread: float = 0.0,
-        apart: bool = False,
+        across_runs: bool = False,
     ) -> Difference | None:
         """Compare a metric with a baseline's, over the rounds in which both were measured.
 
-        Unless they may be `apart`, a round of a speed counts only if the same run measured both on
-        the same machine, because machines and engines change from day to day. None if a value isn't
-        positive, because then there is no ratio; see `compare_paired`.
+        Unless compared `across_runs`, a round of a speed counts only if the same run measured both
+        on the same machine, because machines and engines change from day to day. None if a value
+        isn't positive, because then there is no ratio; see `compare_paired`.
         """
         theirs, ours = baseline.series.get(name, {}), self.series.get(name, {})
         both = [number for number in theirs if number > 0 and number in ours]
-        apart = apart or not is_speed(name)
-        rounds = [n for n in both if apart or self.runs.get(n) == baseline.runs.get(n)]
+        anywhere = across_runs or not is_speed(name)
+        rounds = [n for n in both if anywhere or self.runs.get(n) == baseline.runs.get(n)]
         pair = tuple(theirs[n] for n in rounds), tuple(ours[n] for n in rounds)
         if any(value <= 0 for values in pair for value in values):
             return None

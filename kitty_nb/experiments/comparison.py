@@ -113,7 +113,7 @@ def compare_results(
     for key in common:
         for name in wanted:
             small = smaller_is_better(name)
-            found = after[key].against(before[key], name, smaller_is_better=small, apart=True)
+            found = after[key].against(before[key], name, smaller_is_better=small, across_runs=True)
             if found and found.rounds:
                 compared.append(Compared(before[key].trial, name, found))
     only = [(before | after)[key] for key in before.keys() ^ after.keys()]

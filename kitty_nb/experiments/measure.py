@@ -76,7 +76,7 @@ _GREEDY = {"temperature": 0.0, "top_p": 1.0, "repeat_penalty": 1.0}
 # The predictions of the last reference, which is queried once and not for each trial.
 _references: dict[object, Reference] = {}
 # Trials at once on a loop wait for the one that queries it.
-_running: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+_reference_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +474,6 @@ class _Run:
                 total=self.workload.requests,
                 parallel=parallel,
                 tokens_per_second=answer.timings.speed,
-                prompt_tokens_per_second=answer.timings.prompt_per_second,
                 times=answer.times,
             )
         )
@@ -488,7 +487,7 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
     model = await run_sync(fingerprint_of, quality.reference, config)
     settings = config.model_dump_json(include=set(SERVER_SETTINGS))
     key = model, settings, workload.prompts, workload.chat, workload.fill, repr(quality)
-    async with _running.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+    async with _reference_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
         if key not in _references:
             own = config.replace(model=quality.reference, profile="reference", alias="reference")
             async with isolated_server(own) as server, server.access.async_http() as http:

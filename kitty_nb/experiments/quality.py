@@ -252,7 +252,6 @@ def _plain(value: Any, within: tuple[object, ...] = ()) -> object:
                 parts.append(call.__func__)
             return type(value).__qualname__, _plain(parts, (*within, value))
         case _ if is_dataclass(value):  # such as a task of a suite, with its expected answer
-            return type(value).__qualname__, _plain(
-                [getattr(value, one.name) for one in fields(value)]
-            )
+            contents = [getattr(value, one.name) for one in fields(value)]
+            return type(value).__qualname__, _plain(contents, within)
     return type(value).__qualname__

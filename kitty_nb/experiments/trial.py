@@ -359,7 +359,7 @@ class TrialProgressed:
 class RequestAnswered:
     """A trial's server has answered `done` of `total` measured requests.
 
-    The speeds are by the server's clock, the times by the client's.
+    The speed is by the server's clock, the times by the client's.
     """
 
     trial: Trial
@@ -367,7 +367,6 @@ class RequestAnswered:
     total: int
     parallel: int
     tokens_per_second: float | None
-    prompt_tokens_per_second: float | None
     times: RequestTimes
 
 

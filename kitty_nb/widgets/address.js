@@ -28,13 +28,13 @@ function isWithinReach(endpoint) {
 
 const ask = (model, what) => asked(model, { kind: "copy", what });
 
-function copying(words, title, text) {
+function smallCopyButton(words, title, text) {
   return copyButton("kitty-small-button", words, title, text);
 }
 
 function menu(model) {
   const programs = model.get("programs").map(([name, title]) =>
-    copying(title, "A cell that uses the server with this package, ready to paste", () =>
+    smallCopyButton(title, "A cell that uses the server with this package, ready to paste", () =>
       ask(model, name),
     ),
   );
@@ -48,7 +48,7 @@ async function describe(model) {
   if (!endpoint) return [];
   const page = (await proxied(endpoint)) ?? (isWithinReach(endpoint) ? `${endpoint}/` : null);
   const url = `${endpoint}/v1`;
-  const key = copying("Copy key", "The API key that the server requires", () =>
+  const key = smallCopyButton("Copy key", "The API key that the server requires", () =>
     ask(model, "key"),
   );
   const way = page
@@ -66,9 +66,9 @@ async function describe(model) {
       });
   return [
     element("code", "", { textContent: url }),
-    copying("Copy address", "The base URL for OpenAI clients", () => url),
+    smallCopyButton("Copy address", "The base URL for OpenAI clients", () => url),
     ...(model.get("asks_key") ? [key] : []),
-    copying("Copy code", "A cell that asks the model, ready to paste", () => ask(model, "code")),
+    smallCopyButton("Copy code", "A cell that asks the model, ready to paste", () => ask(model, "code")),
     menu(model),
     way,
   ];

@@ -43,7 +43,7 @@ function asked(model, message) {
   });
 }
 
-function something(text) {
+function nonEmpty(text) {
   if (!text) throw new Error("There is nothing to copy.");
   return text;
 }
@@ -58,7 +58,7 @@ function copyButton(className, words, title, text) {
   };
   button.addEventListener("click", async () => {
     try {
-      await copy(Promise.resolve(text()).then(something));
+      await copy(Promise.resolve(text()).then(nonEmpty));
       show({ textContent: "Copied" }, 1500);
     } catch (error) {
       show({ textContent: "Not copied", title: error.message }, 5000);
