@@ -25,7 +25,8 @@ from kitty_nb.catalog.model import (
     total_size,
 )
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
-from kitty_nb.config import PROJECTOR, ServerConfig, Speculation, task_by_flags
+from kitty_nb.config import ServerConfig, Speculation, task_by_flags
+from kitty_nb.config.flags import PROJECTOR
 from kitty_nb.config.profiles import configured_profiles, load_lenient
 from kitty_nb.errors import ConfigError, ModelFileError, Problem
 

@@ -67,7 +67,7 @@ async def command_text(config: ServerConfig) -> str:
         KittyError: There is no model or engine, or the engine does not support a setting.
     """
     from kitty_nb.catalog.resolve import resolve_model
-    from kitty_nb.config import takes_secret
+    from kitty_nb.config.flags import takes_secret
     from kitty_nb.engine.command_line import build_command
     from kitty_nb.engine.locate import locate_engine
     from kitty_nb.supervisor.router_program import router_command

@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 from dotenv.parser import parse_stream
 from pydantic import BaseModel, ConfigDict, SecretStr
 
-from kitty_nb.config import (
-    FLAG_PREFIX,
-    PREFIX,
-    ROLES,
-    ServerConfig,
-    env_settings,
-    setting_keys,
-    shown,
-)
+from kitty_nb.config import PREFIX, ROLES, ServerConfig, env_settings, setting_keys, shown
 from kitty_nb.config.env_file import quoted, read_env, write_env
+from kitty_nb.config.flags import FLAG_PREFIX
 from kitty_nb.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

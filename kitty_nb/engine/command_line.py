@@ -13,10 +13,9 @@ from kitty_nb.config import (
     Task,
     env_settings,
     goes_without_key,
-    spelled,
     task_by_flags,
-    value_of,
 )
+from kitty_nb.config.flags import spelled, value_of
 from kitty_nb.engine.rpc import with_workers
 from kitty_nb.errors import ConfigError, EngineError, UnknownFlagError
 

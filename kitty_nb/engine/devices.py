@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from kitty_nb.config import value_of
+from kitty_nb.config.flags import value_of
 from kitty_nb.engine.locate import EngineKind, locate_engine, output_of
 from kitty_nb.engine.rpc import by_host, with_workers
 

@@ -21,7 +21,8 @@ import anyio
 import anyio.to_thread
 import platformdirs
 
-from kitty_nb.config import server_environment, spelled
+from kitty_nb.config import server_environment
+from kitty_nb.config.flags import spelled
 from kitty_nb.engine import embedded
 from kitty_nb.errors import EngineError, EngineNotFoundError
 from kitty_nb.safe_files import Database, distrust, user_folder

@@ -15,7 +15,7 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.model import read_facts
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.client.protocol import post, props
-from kitty_nb.config import ServerConfig, value_of
+from kitty_nb.config.flags import value_of
 from kitty_nb.errors import ExperimentError, WillNotFitError
 from kitty_nb.experiments.arguments import SEEDS, config_to_start, numbers, require_function, whole
 from kitty_nb.experiments.extras import extra
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from kitty_nb.config import ServerConfig
     from kitty_nb.experiments.noise import Noise
     from kitty_nb.experiments.plots import Point
     from kitty_nb.isolated_server import Dialect, IsolatedServer

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from rich.filesize import decimal
 
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import without_secrets
+from kitty_nb.config.flags import without_secrets
 from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
 from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.extras import extra

@@ -20,7 +20,8 @@ from pydantic import (
 )
 
 from kitty_nb.catalog.cache import FileDigest
-from kitty_nb.config import ServerConfig, without_secrets
+from kitty_nb.config import ServerConfig
+from kitty_nb.config.flags import without_secrets
 from kitty_nb.errors import ConfigError, RunRecordError
 from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.output import markdown_table, write_file

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.config import ServerConfig, takes_secret, value_of
+from kitty_nb.config import ServerConfig
+from kitty_nb.config.flags import takes_secret, value_of
 from kitty_nb.errors import ConfigError, ExperimentError, Problem
 from kitty_nb.experiments.arguments import require, several, texts
 from kitty_nb.experiments.trial import Trial

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from kitty_nb.config import env_settings, goes_without_key, takes_secret
+from kitty_nb.config import env_settings, goes_without_key
+from kitty_nb.config.flags import takes_secret
 from kitty_nb.engine.command_line import (
     REUSE_PORT,
     SERVER_SETTINGS,

@@ -18,14 +18,8 @@ import yaml
 
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import StoreKind, files_in, model_stores
-from kitty_nb.config import (
-    PREFIX,
-    ServerConfig,
-    Speculation,
-    env_settings,
-    takes_secret,
-    user_variables,
-)
+from kitty_nb.config import PREFIX, ServerConfig, Speculation, env_settings, user_variables
+from kitty_nb.config.flags import takes_secret
 from kitty_nb.config.profiles import configured_profiles, load_lenient, split_key
 from kitty_nb.engine.command_line import (
     ORIGINS,

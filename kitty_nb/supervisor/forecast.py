@@ -31,7 +31,7 @@ from kitty_nb.catalog.memory import (
 )
 from kitty_nb.catalog.model import total_size
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.config import PROJECTOR, ServerConfig
+from kitty_nb.config.flags import PROJECTOR
 from kitty_nb.engine.command_line import options_of
 from kitty_nb.engine.devices import Device, list_devices, remote_machines
 from kitty_nb.engine.locate import Engine, locate_engine
@@ -42,6 +42,8 @@ from kitty_nb.supervisor.process import family
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from kitty_nb.config import ServerConfig
 
 
 Options = list[tuple[str, str]]

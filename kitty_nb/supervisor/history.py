@@ -26,7 +26,7 @@ from anyio.to_thread import run_sync
 from kitty_nb.catalog.cache import signature_of
 from kitty_nb.catalog.gguf import read_header
 from kitty_nb.catalog.model import ModelNote, file_size, shard_paths
-from kitty_nb.config import PROJECTOR, ServerConfig, value_of
+from kitty_nb.config.flags import PROJECTOR, value_of
 from kitty_nb.engine.locate import Engine, EngineKind
 from kitty_nb.errors import ModelFileError
 from kitty_nb.safe_files import Database
@@ -36,6 +36,8 @@ from kitty_nb.supervisor.load_progress import Basis, LoadEstimate, LoadMeter
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from kitty_nb.config import ServerConfig
 
     T = TypeVar("T")
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from kitty_nb.config import FLAG_PREFIX, ServerConfig, Task, spelled, task_by_flags, value_of
+from kitty_nb.config import ServerConfig, Task, task_by_flags
+from kitty_nb.config.flags import FLAG_PREFIX, spelled, value_of
 from kitty_nb.engine import embedded
 from kitty_nb.engine.command_line import UNSPOKEN_FLAGS, sleeps
 from kitty_nb.engine.locate import EngineKind

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import psutil
 
-from kitty_nb.config import ServerConfig, value_of
+from kitty_nb.config.flags import value_of
 from kitty_nb.errors import ServerFailedError, StartCancelledError
 from kitty_nb.network import LOOPBACK
 from kitty_nb.supervisor.events import (
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from anyio.abc import TaskGroup
+
+    from kitty_nb.config import ServerConfig
 
 
 _ASK_ROUTER_EVERY, _ASK_CHILD_EVERY, _SHOW_EVERY = 0.2, 2.0, 0.05  # seconds
