@@ -70,9 +70,9 @@ def test_a_notebook_gives_the_outputs_kept_of_it(
 def run_all(name: str, folder: Path, **environment: str) -> list[NotebookNode]:
     """Run a notebook from its first cell to its last, or to the first that fails."""
     notebook = next(path for path in NOTEBOOKS if path.stem == name)
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, "done.ipynb"]
-    given = os.environ | environment
-    subprocess.run(command, cwd=folder, capture_output=True, timeout=300, env=given, check=False)
+    script = Path(__file__).with_name("run_notebook.py")
+    command = [sys.executable, script, notebook, "done.ipynb"]
+    subprocess.run(command, cwd=folder, timeout=300, env=os.environ | environment, check=True)
     return cells(folder / "done.ipynb")
 
 
