@@ -148,6 +148,7 @@ def test_a_server_in_a_container_with_the_same_home_is_left_alone(config: Server
         key = run("key", "--env", env)
         assert "another machine or container" in key.stderr
         assert key.exit_code == 3
+        assert "another machine or container" in run("stop", "--env", env).output
     finally:
         there.end(signal.SIGKILL)
     eventually(lambda: not has_sidecar(log))

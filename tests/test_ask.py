@@ -106,6 +106,25 @@ def test_an_answer_reaches_the_page_and_the_chat_goes_on(
     panel.close()
 
 
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"n_predict": 5}, r"because LLAMACPP_PRIMARY_N_PREDICT limits answers to 5 tokens\. Raise"),
+        ({"context_size": 256}, r"because the context is full\. Raise the context size"),
+    ],
+    ids=["limit", "context"],
+)
+def test_an_answer_that_is_cut_short_says_by_what(
+    config: ServerConfig, engine: Path | None, started: Make, settings: dict[str, int], cause: str
+) -> None:
+    endless = config.replace(binary=engine, extra_args=("--ignore-eos",), **settings)
+    panel = started(endless)
+    turn = answered(ask(panel, "Who are you?"))
+    assert turn.text
+    assert re.search(cause, turn.problem)
+    panel.close()
+
+
 def test_a_page_that_opens_later_is_told_all_and_the_notebook_keeps_nothing(
     config: ServerConfig, started: Make, sent: Sent
 ) -> None:

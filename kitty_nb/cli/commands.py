@@ -123,7 +123,9 @@ async def stop(config: ServerConfig, env: Path, force: bool) -> str:
     async with _supervise(config, env) as supervisor:
         pid = supervisor.state.pid
         state = await supervisor.stop(force)
-    return state.sentence if pid is None else f"Stopped the server (PID {pid})."
+    if pid is None:
+        return served_elsewhere(config) or state.sentence
+    return f"Stopped the server (PID {pid})."
 
 
 async def wait_ready(config: ServerConfig, env: Path, within: float | None) -> str | None:

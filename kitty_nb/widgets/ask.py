@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from kitty_nb.supervisor.events import ServerState
 
 
-_CUT_SHORT = (
-    "The answer ends here because the context is full. Raise the context size, or start a new chat."
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Picture:
     """A picture in a question, as data URLs."""
@@ -87,9 +82,7 @@ class Turn:
     def end(self, answer: Answer | None = None, problem: str = "") -> None:
         """Note how the answer ended; only the first end counts."""
         if not self.ended:
-            cut_short = answer is not None and answer.finish_reason == "length"
-            self._answer, self.problem = answer, problem or (_CUT_SHORT if cut_short else "")
-            self.ended = True
+            self._answer, self.problem, self.ended = answer, problem, True
 
     @property
     def thought(self) -> str:
@@ -153,6 +146,28 @@ _KEPT = 1_000_000  # characters of a chat
 _PICTURES_KEPT = 20_000_000  # characters of their data URLs
 _NO_TEMPLATE = " (its file has no chat template, so answers may run on)"
 _FULL = "This chat is too long to be kept. Press New chat."
+
+
+def _cut_short(answer: Answer, state: ServerState) -> str:
+    """Say what ended an answer before the model did; nothing if nothing did."""
+    if answer.finish_reason != "length":
+        return ""
+    limit = None if state.external else state.config.n_predict
+    if limit is not None and 0 <= limit <= (answer.usage.answer or 0):
+        key = f"LLAMACPP_{state.config.profile.upper()}_N_PREDICT"
+        return (
+            f"The answer ends here because {key} limits answers to {limit:,} tokens. Raise it and"
+            " restart the server, or ask the model to continue."
+        )
+    if state.external:
+        return (
+            "The answer ends here because the context is full, or the server limits the length of"
+            " answers. Ask the model to continue, or start a new chat."
+        )
+    return (
+        "The answer ends here because the context is full. Raise the context size, or start a new"
+        " chat."
+    )
 
 
 class _Verbatim(str):
@@ -274,7 +289,8 @@ class Ask(Page):
 
     async def _follow(self, turn: Turn, answering: Operation[Answer]) -> None:
         try:
-            turn.end(await answering)
+            answer = await answering
+            turn.end(answer, _cut_short(answer, self._manager.state))
         except KittyError as error:
             turn.end(problem=str(error))
         finally:
