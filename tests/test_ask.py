@@ -109,7 +109,10 @@ def test_an_answer_reaches_the_page_and_the_chat_goes_on(
 @pytest.mark.parametrize(
     ("settings", "cause"),
     [
-        ({"n_predict": 5}, r"because LLAMACPP_PRIMARY_N_PREDICT limits answers to 5 tokens\. Raise"),
+        (
+            {"n_predict": 5},
+            r"because LLAMACPP_PRIMARY_N_PREDICT limits answers to 5 tokens\. Raise",
+        ),
         ({"context_size": 256}, r"because the context is full\. Raise the context size"),
     ],
     ids=["limit", "context"],
