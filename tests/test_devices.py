@@ -164,6 +164,7 @@ def test_what_the_device_cannot_hold_is_refused_and_named(
     assert seen[-1].verdict is Verdict.WILL_NOT_FIT
     assert needed(refusal) == needed(seen[-1].why_not())
     assert f"GB of {software_gpu} (" in refusal
+    assert "Lower the context or the GPU layers, or" in refusal
     assert previews(config)[1] == ""  # left to the engine, the rest stays in RAM
 
 

@@ -196,8 +196,10 @@ def test_what_a_model_remembers_otherwise_is_not_guessed(
     assert shown.requirement.weights > 0
     assert shown.largest_context is None
     weights = shown.requirement.weights
-    little = Memory(MemoryPool("RAM", weights - 1, weights))
-    assert preview(model, MemorySettings(), little).verdict is Verdict.WILL_NOT_FIT
+    little = Memory(MemoryPool("RAM (limit of this job)", weights - 1, weights))
+    shown = preview(model, MemorySettings(), little)
+    assert shown.verdict is Verdict.WILL_NOT_FIT
+    assert shown.why_not().endswith("Lower the context, or pick a smaller model.")
 
 
 def test_old_builds_make_room_for_the_scores_of_all_tokens(

@@ -376,14 +376,16 @@ class MemoryPreview:
 
     def why_not(self) -> str:
         """Return why the model will not fit, and the remedy; empty if it may fit."""
-        short = ", ".join(
-            f"needs {one.requirement.known / _GB:.1f} GB of {one.pool.name},"
+        short = {
+            one.pool.name: f"needs {one.requirement.known / _GB:.1f} GB of {one.pool.name},"
             f" {one.pool.free / _GB:.1f} GB free"
             for one in self.allocations
             if one.verdict is Verdict.WILL_NOT_FIT
-        )
-        advice = "Lower the context or the GPU layers, or pick a smaller model."
-        return f"Not enough memory: {short}. {advice}" if short else ""
+        }
+        on_gpus = not any(name.startswith("RAM") for name in short)
+        lower = "Lower the context or the GPU layers" if on_gpus else "Lower the context"
+        advice = f"{lower}, or pick a smaller model."
+        return f"Not enough memory: {', '.join(short.values())}. {advice}" if short else ""
 
 
 def estimate(
