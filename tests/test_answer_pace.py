@@ -72,3 +72,6 @@ def test_it_is_known_how_long_the_first_token_is_waited_for() -> None:
     assert pace.silence(62) == 0
     pace.measure([IDLE, IDLE], 64)
     assert pace.silence(64) == 0
+    for at in range(66, 90, 2):  # requests without tokens, such as those for embeddings
+        pace.measure([busy(0, at, 0), busy(1, at // 4, 0)], at)
+        assert pace.silence(at) <= 4

@@ -123,6 +123,15 @@ def test_an_answer_that_its_limit_cut_is_told_from_a_finished_one() -> None:
     assert request.ended is Ending.LENGTH
 
 
+@pytest.mark.parametrize("shifts", [False, True])
+def test_so_is_one_that_the_context_s_end_cut(shifts: bool) -> None:
+    launch, *_, release = lines("native", 1)
+    shift = "slot  pre_decode: id  3 | task 1 | slot context shift, n_keep = 1, n_left = 2046"
+    told = (launch, *[shift] * shifts, release.replace("truncated = 0", "truncated = 1"))
+    (request,) = RequestLog().read(told, LATER)
+    assert request.ended is (Ending.FINISHED if shifts else Ending.LENGTH)
+
+
 def test_a_cancelled_request_has_the_speed_that_its_slot_told() -> None:
     meter = WorkMeter(RequestLog())
     launch, *_, release = lines("native", 1)

@@ -93,7 +93,7 @@ class HealthCheckResult:
         slots_total: Requests that can be processed at once, if the build reports that.
         asleep: Whether it has freed its model until the next request.
         tokens_per_second: The speed of all answers together, if the build reports it.
-        silent_for: Seconds for which it has processed requests without a first token.
+        silent_for: Seconds that its longest request has waited, while none has a first token.
     """
 
     status: ServerStatus
@@ -179,7 +179,8 @@ class Request:
     """One request that a server has finished, without its contents."""
 
     at: float  # when the server began to work on it, in seconds since the epoch
-    ended: Ending  # how it ended: LENGTH if its token limit cut the answer, as far as known
+    # How it ended: LENGTH if its token limit or the context's end cut the answer, as far as known.
+    ended: Ending
     # Tokens of the prompt, including cached ones; None if the log doesn't say.
     prompt_tokens: int | None = None
     answer_tokens: int | None = None  # tokens of the answer; likewise

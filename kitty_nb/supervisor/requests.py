@@ -73,6 +73,8 @@ class ActiveRequest:
     seconds: float | None = None  # seconds that it took
     accepted: float | None = None  # the share of drafted tokens that were accepted
     cancelled: bool = False  # whether its client has gone
+    shifted: bool = False  # whether the oldest tokens of the context were dropped for it
+    full: bool = False  # whether the context was full
     error: str = ""  # the error that the server reports
     extends: bool = False  # whether it continues where the slot's contents end
 
@@ -106,7 +108,7 @@ class ActiveRequest:
             ended = Ending.ERROR
         elif self.cancelled:
             ended = Ending.CANCELLED
-        elif self.limit and self.decoded is not None and self.decoded >= self.limit:
+        elif self.full or (self.limit and (self.decoded or 0) >= self.limit):
             ended = Ending.LENGTH
         else:
             ended = Ending.FINISHED
@@ -141,7 +143,10 @@ _READ_ALL = re.compile(rf"prompt eval time = +({_NUMBER}) ms / +(\d{{1,12}}) tok
 _ANSWERED = re.compile(rf"^ *eval time = +({_NUMBER}) ms / +(\d{{1,12}}) (?:tokens|runs)")
 _TOOK = re.compile(rf"total time = +({_NUMBER}) ms")
 _DRAFTED = re.compile(rf"draft acceptance(?: rate)? = ({_NUMBER})\b")
-_ENDED = re.compile(r"stop processing: (?:n_tokens|n_past) = (\d{1,12})\b")
+_SHIFTED = re.compile(r"slot context shift|input truncated")
+_ENDED = re.compile(
+    r"stop processing: (?:n_tokens|n_past) = (\d{1,12})\b(?P<full>, truncated = 1)?"
+)
 _CANCELLED = re.compile(r"cancel task, id_task = (\d{1,12})\b")
 _FAILED = re.compile(r"send_error: task id = (\d{1,12}), error: (.*)")
 # A router's log: the servers of its models, each with a port, and the lines of each.
@@ -244,6 +249,7 @@ class RequestLog:
         if ended := _ENDED.search(words):
             del self.active[key]
             self.held[key[0]] = Held(key[1], int(ended[1]), task.cached, task.extends)
+            task.full = bool(ended["full"]) and not task.shifted
             request = task.finish(int(ended[1]), at)
             first, self.heard = not self.heard, True
             if not (first and _is_probe(request)):
@@ -260,6 +266,8 @@ class RequestLog:
             if int(found[1]) >= _TELLING and float(found[3] or 0):
                 self.prompt_speed = float(found[3])
             task.advance(int(found[1]), at, self.spent)
+        elif _SHIFTED.search(words):
+            task.shifted = True
         else:
             self._read_timings(task, words)
 
@@ -313,7 +321,7 @@ class AnswerPace:
         self._counts: dict[tuple[Any, Any], int] = {}
         self._at: float | None = None
         self._pace = 0.0
-        self._silent_since: float | None = None
+        self._waits: dict[tuple[Any, Any], float] = {}  # since when a request has no token
 
     def measure(self, slots: list[dict[str, Any]], at: float) -> float | None:
         """Return the tokens per second since the last ones; None at the first read, or if untold.
@@ -329,10 +337,8 @@ class AnswerPace:
         before, since = self._counts, self._at
         self._counts = counts = {slot: count for slot, count in busy.items() if count is not None}
         untold = len(counts) < len(busy)
-        if untold or not busy or any(counts.values()):
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = at
+        silent = () if untold or any(counts.values()) else busy
+        self._waits = {task: self._waits.get(task, at) for task in silent}
         if untold or since is None:
             self._at = at
             return None
@@ -347,8 +353,8 @@ class AnswerPace:
         return self._pace
 
     def silence(self, at: float) -> float:
-        """Return for how many seconds requests have been processed without a first token."""
-        return 0.0 if self._silent_since is None else at - self._silent_since
+        """Return the seconds that the longest request has waited, if none has a first token."""
+        return at - min(self._waits.values(), default=at)
 
 
 def decoded(slot: dict[str, Any]) -> int | None:
