@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from itertools import chain, pairwise
 from pathlib import Path
@@ -362,7 +363,8 @@ def _checked_flag(engine: Engine, word: str) -> Option:
     option = engine.dialect.option(flag)
     if option is None:
         nearest = engine.dialect.nearest(flag)
-        advice = f"Did you mean {nearest}?" if nearest else "See `llama-server --help`."
+        lists = f"`{shlex.join((*engine.command, '--help'))}` lists its flags."
+        advice = f"Did you mean {nearest}?" if nearest else lists
         raise UnknownFlagError(
             f"{key} has {flag}, which this build of llama-server ({engine.version}) does not"
             f" know. {advice}"

@@ -257,8 +257,7 @@ async def _ask(candidate: _Candidate, answer_within: float) -> Engine:
     if not engine.dialect.option("--model"):
         line = next(filter(None, map(str.strip, answers["--help"].splitlines())), "nothing")
         raise EngineError(
-            f"{candidate.command[-1]} is not a llama-server that runs here. Its --help printed:"
-            f" {line}"
+            f"{candidate.command[-1]} --help printed no flags of a llama-server: {line}"
         )
     if candidate.is_lasting and _VERSION.search(answers["--version"]):
         row = (candidate.stamp, answers["--help"], answers["--version"])

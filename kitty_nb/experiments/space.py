@@ -314,7 +314,7 @@ def _advice(name: str, dialect: Dialect) -> str:
     """Suggest a field or flag for a misspelled name."""
     option = dialect.option(f"-{name}") or dialect.option(dialect.nearest(_flag(name)) or "")
     if option is None:
-        return "See `llama-server --help`."
+        return "Correct its name, or leave it out."
     names = [flag.lstrip("-").replace("-", "_") for flag in option.flags]
     fields = [field for field in FIELDS if field in names] or get_close_matches(name, FIELDS, n=1)
     near = next(iter(fields), max((n for n in names if not n.startswith("no_")), key=len))
