@@ -167,7 +167,7 @@ SETTINGS = [
     Fault(
         "projector of another model",
         CRASHED,
-        "given with --mmproj does not fit",
+        "cannot load the projector",
         before=lambda case: case.change(extra_args=("--mmproj", str(case.model))),
     ),
     Fault(

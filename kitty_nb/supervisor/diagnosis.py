@@ -23,12 +23,19 @@ _LOOKED_AT = 500  # characters of a line: an endless one must not hold up the lo
 _CLOCK = re.compile(r"^[\d.]+ (?P<level>[DIWE]) ")
 _LOADED = re.compile(r"\bmodel loaded\b")
 _ERROR = re.compile(r"\berror\b|\bfailed\b|^\w*(?:Error|Exception)\b", re.IGNORECASE)
-# Logged at every early exit, or by the trial fit of the parameters, whose failure is harmless.
+_OF_CHILD = re.compile(r"\[ *\d+\] ")  # what a router's models say explains only their ends
+_LAST = 300  # lines that may tell why a server that has loaded its model ended
+# Logged at every early exit, or harmless: a failed trial fit of the parameters, and a build for
+# GPUs on a machine without one.
 _GENERIC = re.compile(
     r"exiting due to|the lines above say why|trying to fit params"
-    r"|failed to (?:load model|create.context with model)"
+    r"|failed to (?:load model|create.context with model|initialize (?:CUDA|ROCm))"
 )
-_OF_MODEL = re.compile(r"error loading model|\bllama-model\.cpp\b")
+# Not a lack of memory, nor a disk that fails.
+_OF_MODEL = re.compile(
+    r"error loading model(?!: (?:unable to allocate|mmap failed|std::bad_alloc|read error))"
+    r"|\bllama-model\.cpp\b"
+)
 _SHELL_SIGNALLED = 128
 # By whether the system killed a process for lack of memory meanwhile.
 _ENDINGS_BY_KILL = {None: "killed", True: "killed_for_memory", False: "killed_by_hand"}
@@ -82,14 +89,21 @@ def diagnose(
     """
     number = _signal(exit_code)
     ending = _ending(exit_code, number)
+    log = [line for line in log if not _OF_CHILD.match(line)]
+    loaded = max((at for at, line in enumerate(log) if _LOADED.search(line)), default=-1)
     if number is signal.SIGKILL:
         return _diagnosis(ending, _ENDINGS_BY_KILL[out_of_memory])
-    if number in FROM_OUTSIDE or (not exit_code and _said_goodbye(log)):
+    if number in FROM_OUTSIDE:
         return _diagnosis(ending, "stopped")
-    if exit_code == 0:
-        return _diagnosis(ending, "stopped" if any(map(_CLOCK.match, log)) else "no_server")
-    loaded = max((at for at, line in enumerate(log) if _LOADED.search(line)), default=-1)
-    lines = [line for line in log[loaded + 1 :] if _may_tell(line)]
+    # A script around the server may exit with 0 whatever happened.
+    if not exit_code and not any("exiting due to" in line for line in log):
+        if any("cleaning up before exit" in line for line in log):
+            return _diagnosis(ending, "stopped")
+        if exit_code == 0:
+            served = loaded >= 0 or any(map(_CLOCK.match, log))
+            return _diagnosis(ending, "stopped" if served else "no_server")
+    near = log[max(loaded + 1, len(log) - _LAST) :] if loaded >= 0 else log
+    lines = [line for line in near if _may_tell(line)]
     if known := _known(ending, lines):
         return known
     signals = read_signatures()["signal"]
@@ -168,12 +182,6 @@ def _ending(exit_code: int | None, number: signal.Signals | None) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}" + (f" ({number.name})" if number else "")
     return f"was killed by {number.name if number else f'signal {-exit_code}'}"
-
-
-def _said_goodbye(log: Sequence[str]) -> bool:
-    return any("cleaning up before exit" in line for line in log) and not any(
-        "exiting due to" in line for line in log
-    )
 
 
 def _may_tell(line: str) -> bool:

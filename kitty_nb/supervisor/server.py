@@ -19,6 +19,7 @@ from kitty_nb.config import OnKernelExit, ServerConfig, server_environment
 from kitty_nb.engine import command_line
 from kitty_nb.engine.devices import device_names, remote_machines
 from kitty_nb.engine.locate import Engine, locate_engine
+from kitty_nb.engine.rpc import by_host
 from kitty_nb.errors import KittyError, PortBusyError, ServerFailedError
 from kitty_nb.safe_files import write_atomic
 from kitty_nb.supervisor import lifecycle, registry
@@ -749,7 +750,7 @@ class Server:
             cause = await run_sync(why_not_served, model)
             if cause:
                 diagnosis = replace(diagnosis, cause=cause, remedy="", repeats=True)
-        reason = str(diagnosis)
+        reason = by_host("\n".join((*self.lines, str(diagnosis)))).rpartition("\n")[2]
         if diagnosis.of_port and (owner := await self._port_owner()):
             reason = f"{reason} {owner.sentence}"
         outcome = self._exited(reason, asked=asked, repeats=diagnosis.repeats)
