@@ -256,7 +256,9 @@ class UrlProbe(Probe):
         if response.has_redirect_location:
             to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
             where = response.url.join(to).copy_with(username=None, password=None)
-            return f"it redirects to {where}. Set {self._settings}_URL to that address"
+            server = str(where).removesuffix(_MODELS)  # else it may be a page to log in
+            fix = f". Set {self._settings}_URL to {server}" if server != str(where) else ""
+            return f"it redirects to {where}{fix}"
         said = f"{response.status_code} {response.reason_phrase}".strip()
         return f"{_MODELS} answered {said} without a list of models. Check {self._settings}_URL"
 
