@@ -231,11 +231,16 @@ def test_models_that_are_each_others_base_are_no_trouble(tmp_path: Path) -> None
     ],
 )
 def test_a_download_is_a_row_that_says_so(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"GGUF" + bytes(2_000_000))
+    part = tmp_path / name
+    part.write_bytes(b"GGUF" + bytes(2_000_000))
     model = one(tmp_path)
     assert (model.path, model.downloading) == (tmp_path / "m.gguf", True)
     assert "is still being downloaded: 2.0 MB so far" in (model.problem or "")
     assert model.label == "m · 2.0 MB · downloading"
+    os.utime(part, OLD)
+    model = one(tmp_path)
+    assert "only partly downloaded: 2.0 MB so far. Resume" in (model.problem or "")
+    assert (model.downloading, model.label) == (False, "m · 2.0 MB · incomplete")
 
 
 def test_a_file_of_full_length_is_not_complete_while_it_is_being_filled(tmp_path: Path) -> None:

@@ -308,8 +308,7 @@ class FoundFile:
 
     path: Path  # its final path, even while it is being downloaded
     signature: FileSignature | None  # changes whenever the file does; None while it is missing
-    # Bytes downloaded so far; None if no download is under way.
-    downloading: int | None = None
+    parts: tuple[FileSignature, ...] = ()  # what a download has written, if it is not complete
     known_as: str | None = None  # its store's name for it; None if that is the file's name
     # The Hub repository it comes from, e.g. `Qwen/Qwen2.5-7B-Instruct-GGUF`.
     repository: str | None = None
@@ -324,27 +323,28 @@ class FoundFile:
     @property
     def readable(self) -> bool:
         """True if its header should be read: its store is intact, and it is not just a part."""
-        return self.problem is None and (self.signature is not None or self.downloading is None)
+        return self.problem is None and (self.signature is not None or not self.parts)
 
     @property
     def unfinished(self) -> bool:
-        """True if a download is under way; an old part beside the whole file doesn't count."""
+        """True if only a part is there; an old part beside the whole file doesn't count."""
         whole = self.signature and self.facts and self.facts.problem is None
-        return self.downloading is not None and (self.filling or not whole)
+        return bool(self.parts) and (self.filling or not whole)
 
     @property
     def growing(self) -> bool:
-        """True if it ends too early, but was written to a moment ago."""
-        if not (self.signature and self.facts and self.facts.cut_short):
-            return False
+        """True if only a part is there, or it ends too early, but it was written to just now."""
+        cut_short = self.signature and self.facts and self.facts.cut_short
+        written = self.parts if self.unfinished else (self.signature,) if cut_short else ()
         # A time in the future means nothing, and would make it a download forever.
-        return abs(time.time() - self.signature.mtime_ns / 1e9) < _JUST_NOW
+        now = time.time()
+        return any(one and abs(now - one.mtime_ns / 1e9) < _JUST_NOW for one in written)
 
     @property
     def size(self) -> int:
         """Bytes on the disk so far."""
         there = self.signature.size if self.signature else 0
-        return max(there, self.downloading or 0) if self.unfinished else there
+        return max(there, sum(part.size for part in self.parts)) if self.unfinished else there
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +374,7 @@ class Model:
             is the type of most of them. None if one of the two is unknown.
         parameters: The number of its weights; None while files are missing.
         shard_count: The number of its files when complete.
-        missing: Names of its missing files.
+        missing: Names of its files that are not there, or not all of them.
         problem: Why it can't be served, and the remedy; None if no problem is known.
         doubt: Why it might not be served, though an engine may load it; None if there is no reason.
         modalities: The inputs it accepts with its projector; for a projector, those that it adds.
@@ -447,7 +447,7 @@ class Model:
     def label(self) -> str:
         """Its line in a list to choose from."""
         state = self.state
-        if state == "incomplete":
+        if state == "incomplete" and self.shard_count > 1:
             state = f"{state} ({len(self.missing)} of {self.shard_count} shards missing)"
         elif not state and self.shard_count > 1:
             state = f"{self.shard_count} shards"
@@ -517,7 +517,8 @@ def _row(path: Path, group: Sequence[FoundFile], root: Path) -> Model:
     first, shard = group[0], ShardName.parse(path)
     here = {file.path.name for file in group if file.signature and not file.unfinished}
     names = [shard.file_name(n + 1) for n in range(shard.count)] if shard else [path.name]
-    missing = tuple(name for name in names if name not in here) if shard else ()
+    partial = shard or first.unfinished
+    missing = tuple(name for name in names if name not in here) if partial else ()
     every = [file.facts for file in group if file.facts]
     facts = next((one for one in every if not one.problem), every[0] if every else FileFacts())
     weights: Counter[int] = Counter()
@@ -543,7 +544,7 @@ def _row(path: Path, group: Sequence[FoundFile], root: Path) -> Model:
         projector=first.projector,
         known_as=first.known_as,
         repository=first.repository,
-        downloading=any(file.unfinished or file.growing for file in group),
+        downloading=any(file.growing for file in group),
     )
 
 
@@ -554,7 +555,10 @@ def _problem(
     if unfinished := [file for file in group if file.unfinished]:
         so_far = decimal(sum(file.size for file in group))
         files = f", {len(unfinished)} of {count} files" if count > 1 else ""
-        return f"{path.name} is still being downloaded{files}: {so_far} so far. {_WHEN_COMPLETE}"
+        state, fix = "only partly downloaded", "Resume its download."
+        if any(file.growing for file in unfinished):
+            state, fix = "still being downloaded", _WHEN_COMPLETE
+        return f"{path.name} is {state}{files}: {so_far} so far. {fix}"
     if missing:
         return (
             f"{len(missing)} of {count} shards are missing: {name_some(missing)}."

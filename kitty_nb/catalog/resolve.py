@@ -311,7 +311,7 @@ def _names(models_dir: Path) -> list[str]:
     return sorted(
         _relative(file.path, models_dir)
         for file in find_files(models_dir)
-        if file.signature and file.downloading is None and file.path == first_shard(file.path)
+        if file.signature and not file.parts and file.path == first_shard(file.path)
     )
 
 

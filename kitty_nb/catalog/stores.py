@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitty_nb.catalog.cache import signature_of
-from kitty_nb.catalog.model import FoundFile, file_size, first_shard
+from kitty_nb.catalog.model import FoundFile, first_shard
 from kitty_nb.config import user_variables
 from kitty_nb.safe_files import user_folder
 
@@ -58,7 +58,7 @@ def find_files(directory: Path) -> list[FoundFile]:
         FoundFile(
             path,
             signature_of(path),
-            downloading=sum(file_size(part) or 0 for part in unfinished) if unfinished else None,
+            parts=tuple(filter(None, map(signature_of, unfinished))),
             filling=any(part.suffix.lower() == _FILLING for part in unfinished),
         )
         for path, unfinished in sorted(parts.items())
