@@ -252,8 +252,12 @@ def test_a_named_file_must_exist_but_plain_dot_env_may_be_missing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert ServerConfig.from_env() == ServerConfig()
-    with pytest.raises(ConfigError, match="Can't read it"):
-        ServerConfig.from_env(tmp_path / "my.env")
+    mine = tmp_path / "my.env"
+    with pytest.raises(ConfigError, match=r"Can't read it .*\. Copy \.env\.example there"):
+        ServerConfig.from_env(mine)
+    mine.write_bytes("# für mich".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"Can't read it .*\. Save it as UTF-8\."):
+        ServerConfig.from_env(mine)
 
 
 def test_plain_dot_env_is_found_in_a_folder_above(

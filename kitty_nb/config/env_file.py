@@ -64,7 +64,11 @@ def read_env(path: str | Path) -> EnvFile:
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = f"Can't read it ({getattr(error, 'strerror', None) or error})."
-        fix = "Copy .env.example there, or name another file."
+        fix = "Check its permissions, or name another file."
+        if isinstance(error, FileNotFoundError):
+            fix = "Copy .env.example there, or name another file."
+        elif isinstance(error, UnicodeDecodeError):
+            fix = "Save it as UTF-8."
         raise _refused(found, reason, fix) from None
     return EnvFile(found.absolute(), _values(found, text), raw)
 
