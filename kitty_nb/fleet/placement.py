@@ -282,15 +282,19 @@ class Placement:
         self._on_change()
 
     async def _reach(self, place: _Place, url: str) -> None:
-        """Find out whether a replica that is ready can be reached from here."""
-        try:
-            async with httpx.AsyncClient(timeout=_REACHED_WITHIN, trust_env=False) as http:
-                seen = (await http.get(f"{url}/health")).is_success
-        except httpx.HTTPError:
-            seen = False
-        if place.report and place.report.url == url:
+        """Try to reach a replica from here until that succeeds, or it is elsewhere."""
+        seen = False
+        while not seen:
+            try:
+                async with httpx.AsyncClient(timeout=_REACHED_WITHIN, trust_env=False) as http:
+                    seen = (await http.get(f"{url}/health")).is_success
+            except httpx.HTTPError:
+                seen = False
+            if not (place.wanted and place.report and place.report.url == url):
+                return
             place.seen = seen
             self._on_change()
+            await anyio.sleep(_LOOK_EVERY)
 
     async def _stop(self, place: _Place) -> None:
         place.wanted = False
