@@ -631,7 +631,10 @@ def test_on_a_slow_line_newer_facts_take_the_place_of_older_ones() -> None:
     [
         (255, "Host key verification failed.", "Run `ssh red` once and compare"),
         (255, "me@red: Permission denied (publickey,password).", "ssh-copy-id red"),
-        (255, "ssh: Could not resolve hostname red: Name or service not known", "no host red"),
+        (255, "me@red: Permission denied (publickey).", "(publickey). Check the user"),
+        (255, "sh: 3: /root/x: Permission denied", "red ended: sh: 3"),
+        (255, "ssh: Could not resolve hostname jump: Try again", "hostname jump: Try again. Check"),
+        (255, "channel 0: open failed: connect failed: Connection refused", "jump host of red"),
         (255, "ssh: connect to host red port 22: Connection timed out", "red does not answer"),
         (255, "Timeout, server red not responding.", "red does not answer"),
         (127, "", "red has no kitty-nb"),

@@ -255,7 +255,7 @@ def _quoted(path: str) -> str:
 
 
 _OF_TUNNELS = re.compile(r"channel [1-9]")  # whose server may have ended
-FORWARDING_REFUSED = re.compile(r"open failed: administratively prohibited")
+FORWARDING_REFUSED = re.compile(r"^channel [1-9]\d*: open failed: administratively prohibited")
 _MISSING = (
     "{host} has no kitty-nb on its PATH. Install kitty_nb there (kitty-nb install-remote), or set"
     " LLAMACPP_SSH_BIN to the path of kitty-nb there."
@@ -280,7 +280,7 @@ def explain(host: str, code: int | None, said: tuple[str, ...]) -> str:
     for row in tomllib.loads(table)["failure"] if code == _SSH_FAILED else ():
         if found := next((words for words in by_ssh if re.search(row["said"], words)), None):
             sentence: str = row["sentence"]
-            return sentence.format(host=host, said=found)
+            return sentence.format(host=host, said=found.rstrip("."))
     return f"The connection to {host} ended{f': {last}' if last else ''}."
 
 
