@@ -257,8 +257,8 @@ def _quoted(path: str) -> str:
 _OF_TUNNELS = re.compile(r"channel [1-9]")  # whose server may have ended
 FORWARDING_REFUSED = re.compile(r"^channel [1-9]\d*: open failed: administratively prohibited")
 _MISSING = (
-    "{host} has no kitty-nb on its PATH. Install kitty_nb there (kitty-nb install-remote), or set"
-    " LLAMACPP_SSH_BIN to the path of kitty-nb there."
+    "{host} has no kitty-nb on its PATH (or at LLAMACPP_SSH_BIN, if that is set). Install kitty_nb"
+    " there (kitty-nb install-remote), or set LLAMACPP_SSH_BIN to the path of kitty-nb there."
 )
 
 

@@ -393,6 +393,7 @@ class RemoteSupervisor:
         for call in self._calls.values():
             call.fail(OutOfReachError(reason))
         self.work = Work()
+        kept = " The lost connection does not stop the server there." if self._state.pid else ""
         before, self._state = (
             self._state,
             replace(
@@ -400,7 +401,7 @@ class RemoteSupervisor:
                 status=ServerStatus.OUT_OF_REACH,
                 ready_since=None,
                 retry_at=None,
-                error=f"{reason} The server there keeps running." if lost else reason,
+                error=f"{reason}{kept}" if lost else reason,
             ),
         )
         if self._state != before:
