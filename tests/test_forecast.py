@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from kitty_nb.catalog.memory import (
     plan,
     read_shape,
 )
-from kitty_nb.engine.locate import locate_engine
-from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, settings_of
+from kitty_nb.engine.locate import Dialect, locate_engine
+from kitty_nb.supervisor.forecast import Forecaster, Running, free_memory, offloads, settings_of
 
 MIB = 1 << 20
 
@@ -263,7 +264,10 @@ def test_old_builds_have_other_defaults(misbehaving: Callable[..., ServerConfig]
     config = misbehaving().replace(context_size=None, parallel=None)
     engine = anyio.run(locate_engine, config.binary)
     settings = settings_of(config, engine)
-    assert (settings.context, settings.sequences, settings.gpu_layers) == (4096, 1, 0)
+    assert (settings.context, settings.sequences, settings.gpu_layers) == (4096, 1, 999)
+    oldest = replace(engine, dialect=Dialect(()))
+    assert settings_of(config, oldest) == replace(settings, gpu_layers=0)
+    assert not offloads(config, oldest)
     assert settings.scores_all
     assert not settings.fits
 

@@ -108,9 +108,9 @@ def settings_of(config: ServerConfig, engine: Engine | None = None) -> MemorySet
     return settings
 
 
-def offloads(config: ServerConfig) -> bool:
+def offloads(config: ServerConfig, engine: Engine) -> bool:
     """Return whether a device, if there is one, gets a part of the model. It blocks."""
-    return settings_of(config).gpu_layers != 0
+    return settings_of(config, engine).gpu_layers != 0
 
 
 def _settings(options: Options, engine: Engine | None) -> MemorySettings:
@@ -127,7 +127,10 @@ def _settings(options: Options, engine: Engine | None) -> MemorySettings:
     if not given["sequences"]:  # llama-server's automatic choice, as -1 layers are
         given |= {"sequences": 4 if has_fit else 1, "unified": True}
     if not has_fit:
-        given = {"context": _OLD_CONTEXT, "gpu_layers": 0} | _without_none(given)
+        # All layers and a choice of flash attention became the defaults in the same build.
+        flash = engine and engine.dialect.option("--flash-attn")
+        layers = _ALL_LAYERS if flash and flash.values else 0
+        given = {"context": _OLD_CONTEXT, "gpu_layers": layers} | _without_none(given)
         given["scores_all"] = True
     return MemorySettings(**_without_none(given))
 

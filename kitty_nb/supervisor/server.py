@@ -680,7 +680,8 @@ class Server:
                 registry.write_record(self._record)
 
     async def _list_devices(self) -> tuple[str, ...] | None:
-        if not await run_sync(offloads, self._config):
+        engine = await locate_engine(self._config.binary)
+        if not await run_sync(offloads, self._config, engine):
             return ()
         return await device_names(self._config)
 
