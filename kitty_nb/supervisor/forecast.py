@@ -83,8 +83,8 @@ _CGROUPS = {
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
 _BUSY = (
-    "The RPC machines do not answer: each serves one client at a time. To check whether the"
-    " model fits, stop the server that uses them."
+    "The devices of the RPC machines are unknown. To see whether the model fits, check that they"
+    " can be reached, and stop any server that uses them: each serves one client at a time."
 )
 
 

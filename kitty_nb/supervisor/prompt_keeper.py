@@ -83,7 +83,10 @@ class Slots:
         slots = await self._probe.ask_slots()
         free = [int(slot.get("id", 0)) for slot in slots if not slot.get("is_processing")]
         if not slots:
-            raise ServerError("The server does not list its slots. Start it without --no-slots.")
+            raise ServerError(
+                "The server does not list its slots now. Try again when it is idle, and remove any"
+                " --no-slots from LLAMACPP_EXTRA_ARGS."
+            )
         if not free:
             raise ServerError("All slots are busy. Try again when an answer is complete.")
 
@@ -383,7 +386,7 @@ class PromptKeeper:
         except ServerError as error:
             await run_sync(self._store.discard, prompt.key)
             if self._probe.process and self._probe.process.runs():
-                self._complain(str(error).rstrip("."))
+                self._complain(str(error).rstrip("."), "Check the disk and its free space")
             return None
         if tokens < _WORTH and not prompt.name:
             await run_sync(self._store.discard, prompt.key)  # something else has emptied the slot
@@ -419,12 +422,14 @@ class PromptKeeper:
             except OSError as error:
                 self._complain(error.strerror or type(error).__name__)
 
-    def _complain(self, why: str) -> None:
+    def _complain(
+        self, why: str, fix: str = "Free some space there, raise LLAMACPP_KEEP_PROMPTS_GB"
+    ) -> None:
         if why not in self._complaints:
             self._complaints.add(why)
             self._notify(
-                f"Can't keep a prompt in {self._store.folder}: {why}. Free some space there, raise"
-                " LLAMACPP_KEEP_PROMPTS_GB, or set LLAMACPP_KEEP_PROMPTS=off.",
+                f"Can't keep a prompt in {self._store.folder}: {why}. {fix}, or set"
+                " LLAMACPP_KEEP_PROMPTS=off.",
                 Level.WARNING,
             )
 

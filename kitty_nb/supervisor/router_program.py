@@ -152,11 +152,14 @@ async def _most(
     most = most_together(pinned, others, free)
     if most >= len(pinned) + bool(others):
         return most, []
-    too_many = (
-        "The pinned models and the largest of the others do not fit into memory together. Pin"
-        " fewer, or lower their context."
-    )
-    return len(pinned) + bool(others), [too_many]
+    too_many = "The largest model does not fit into memory. Lower its context"
+    if pinned:
+        beside = " and the largest of the others" if others else ""
+        too_many = (
+            f"The pinned models{beside} do not fit into memory. Pin fewer, lower their context"
+        )
+    limit = "" if config.router_memory_gb is None else ", or raise LLAMACPP_ROUTER_MEMORY_GB"
+    return len(pinned) + bool(others), [f"{too_many}{limit}."]
 
 
 def most_together(

@@ -71,9 +71,9 @@ _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; a server that hangs is shown before it answers
 _STOPPED = "The server was stopped before it was ready."
 _KEEPS_NONE = (
-    "This server keeps no prompts: LLAMACPP_KEEP_PROMPTS is off, it was started by another program,"
-    " or its build of llama-server can't. Start it with LLAMACPP_KEEP_PROMPTS=on, or update"
-    " llama.cpp."
+    "This server keeps no prompts: that takes LLAMACPP_KEEP_PROMPTS=on, a current llama.cpp, a"
+    " LLAMACPP_LOG_DIR that only you can write to, and one chat model, without LLAMACPP_RPC_HOSTS"
+    " or a --slot-save-path in LLAMACPP_EXTRA_ARGS."
 )
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine lists its devices
 
@@ -380,7 +380,9 @@ class Supervisor:
             raise ServerError("A pinned prompt needs a name and a text.")
         if self._now.status is not ServerStatus.READY:
             raise ServerFailedError(f"The server is {self._now.status}, not READY.")
-        if not isinstance(server, Server) or server.prompts is None:
+        if not isinstance(server, Server):
+            raise ServerError("kitty_nb keeps no prompts of a server that it did not start.")
+        if server.prompts is None:
             raise ServerError(_KEEPS_NONE)
         try:
             return await server.prompts.pin(name, text)
