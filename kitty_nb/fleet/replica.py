@@ -135,10 +135,17 @@ async def serve(setup: Setup, number: int, run: str) -> str | None:
         ):
             config = await run_sync(settings_here, setup.config, setup.host)
             host = reachable_host(worker.address)
+            try:
+                port = free_port(host)
+            except OSError as error:
+                return (
+                    f"A server can't listen on {host}, this worker's address ({error.strerror})."
+                    " Start the worker with an address of its own machine."
+                )
             own = config.replace(
                 url=None,
                 host=host,
-                port=free_port(host),
+                port=port,
                 profile=f"replica_{number}",
                 log_dir=Path(folder) / "logs",
                 on_kernel_exit=OnKernelExit.STOP,
