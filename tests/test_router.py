@@ -392,6 +392,6 @@ def test_another_server_that_was_attached_to_is_kept(config: ServerConfig) -> No
         with pytest.raises(ExperimentError, match="model and settings"):
             record_run(manager, "Who are you?")
         for ask in (manager.restart, lambda: manager.switch_model("demo.gguf")):
-            with pytest.raises(ServerFailedError, match="kitty_nb did not start"):
+            with pytest.raises(ServerFailedError, match="This profile did not start"):
                 ask().wait(60)
         assert manager.start().wait(60).pid == other.state.pid

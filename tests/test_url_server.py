@@ -133,6 +133,10 @@ def test_a_real_server_behind_tls(
                 answer = manager.chat("Hello", max_tokens=4).wait(60)
                 assert answer.usage.answer == 4
                 assert manager.client.models.list().data[0].id == "demo"
+                other = here.replace(url=url.replace("127.0.0.1", "localhost"))
+                mismatch = str(anyio.run(look_once, other).error)
+                assert "can't be verified" in mismatch
+                assert "SSL_CERT_FILE" not in mismatch
                 wrong = anyio.run(look_once, here.replace(api_key="another"))
                 assert wrong.status is ServerStatus.OUT_OF_REACH
                 assert "refuses the key in LLAMACPP_GPU_API_KEY" in str(wrong.error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -49,7 +50,6 @@ _LOOK_EVERY = 1.0  # seconds, on a port
 _ASK_EVERY, _ASK_AT_LEAST_EVERY = 2.0, 30.0  # seconds, at a URL: usually, and while none answers
 _MODELS, _GUARDED = "/v1/models", "/props"
 _LOADING = b"loading"  # in the 503 of a llama-server; a proxy's tells that none is behind it
-_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _CONNECT_WITHIN, _WHOLE_WITHIN = 5.0, 10.0  # seconds for the connection, and for all
 _MISSES = 2  # of a server that answered before; after a single one, it may just be busy
 _LARGEST = 8_000_000  # bytes of a list of models; the answer of a wrong address may never end
@@ -67,7 +67,7 @@ async def find_external_server(config: ServerConfig) -> PortOwner:
     if owner is None:
         raise ServerFailedError(f"Nothing you have access to is listening on port {config.port}.")
     if owner.engine is None:
-        raise ServerFailedError(f"{owner.sentence} That is not a llama-server.")
+        raise ServerFailedError(f"{owner.sentence} Its name is not that of a llama-server.")
     if owner.unspoken:
         raise ServerFailedError(
             f"{owner.sentence} It was started with {owner.unspoken}, but kitty_nb supports only"
@@ -146,7 +146,7 @@ class ExternalServer(WatchedServer):
 
     async def run(self) -> None:
         """Watch it until it exits or is detached from; then it counts as stopped."""
-        self._notify(f"Attached to {self._owner.who}, which kitty_nb did not start.")
+        self._notify(f"Attached to {self._owner.who}, which this profile did not start.")
         await self._until_detached(self._watch_process())
         going = "detached; it keeps running" if self._watching.cancel_called else "exited"
         self._notify(f"{self._owner.who}: {going}.")
@@ -232,7 +232,7 @@ class UrlProbe(Probe):
         if not self._known and listed.headers.get("Server") == "llama.cpp":
             async with self._client.stream("GET", _GUARDED, headers=self._key) as asked:
                 self._known = asked.is_success
-                return asked.status_code not in _REFUSED
+                return asked.status_code != HTTPStatus.UNAUTHORIZED
         return True
 
     def _why_refused(self) -> str:
@@ -243,15 +243,18 @@ class UrlProbe(Probe):
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             return "no answer in time"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            return (
-                f"its certificate can't be verified ({error}). In the environment of this program,"
-                " set SSL_CERT_FILE to the file with its authority's certificate"
-            )
+            problem = f"its certificate can't be verified ({error})"
+            if re.search("issuer|self.signed", problem):  # else it may have expired
+                problem += (
+                    ". In the environment of this program, set SSL_CERT_FILE to the file with its"
+                    " authority's certificate"
+                )
+            return problem
         why = str(error) or type(error).__name__
         return f"the connection failed ({why}). Check that it runs there, and {self._settings}_URL"
 
     def _why_useless(self, response: httpx.Response) -> str:
-        if response.status_code in _REFUSED:
+        if response.status_code == HTTPStatus.UNAUTHORIZED:
             return self._why_refused()
         if response.has_redirect_location:
             to = httpx.URL(response.headers["Location"]).copy_with(query=None, fragment=None)
@@ -260,7 +263,9 @@ class UrlProbe(Probe):
             fix = f". Set {self._settings}_URL to {server}" if server != str(where) else ""
             return f"it redirects to {where}{fix}"
         said = f"{response.status_code} {response.reason_phrase}".strip()
-        return f"{_MODELS} answered {said} without a list of models. Check {self._settings}_URL"
+        forbidden = response.status_code == HTTPStatus.FORBIDDEN
+        what = "API_KEY, and whether this machine is admitted" if forbidden else "URL"
+        return f"{_MODELS} answered {said} without a list of models. Check {self._settings}_{what}"
 
 
 class UrlServer(WatchedServer):

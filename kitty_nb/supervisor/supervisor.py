@@ -381,7 +381,7 @@ class Supervisor:
         if self._now.status is not ServerStatus.READY:
             raise ServerFailedError(f"The server is {self._now.status}, not READY.")
         if not isinstance(server, Server):
-            raise ServerError("kitty_nb keeps no prompts of a server that it did not start.")
+            raise ServerError("This profile did not start the server, so it keeps no prompts.")
         if server.prompts is None:
             raise ServerError(_KEEPS_NONE)
         try:
@@ -486,8 +486,8 @@ class Supervisor:
         if router is None:
             who = self._external.who if self._external else "the server"
             raise ServerFailedError(
-                f"kitty_nb did not start {who}, so it can only detach from it, not restart it or"
-                " switch its model."
+                f"This profile did not start {who}, so it can only detach from it, not restart it"
+                " or switch its model."
             )
         name = router.named(model)
         if wait:
