@@ -65,7 +65,10 @@ def test_the_smallest_is_taken_unless_one_is_named(family: ServerConfig) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"draft_model": "demo.gguf"}, "not that of large.gguf. Choose small.gguf or middle.gguf"),
+        (
+            {"draft_model": "demo.gguf"},
+            "not known to be that of large.gguf. Choose small.gguf or middle.gguf",
+        ),
         ({"draft_model": "missing.gguf"}, "There is no such file"),
         ({"model": "small.gguf"}, "No model of half its size .* LLAMACPP_SPECULATION=ngram"),
     ],

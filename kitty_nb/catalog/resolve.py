@@ -179,9 +179,9 @@ def _drafter(config: ServerConfig, others: Sequence[Store]) -> Path | None:
     names = [_relative(path, config.models_dir) for path in drafts]
     fix = f"Choose {' or '.join(names[:_SHOWN])}." if names else _NO_DRAFT
     if chosen is None:
-        reason = f"No model of half its size or less has the vocabulary of {model.name}."
+        reason = f"No model of half its size or less is known to have {model.name}'s vocabulary."
         raise ConfigError("", (Problem("speculation", "draft", reason, fix),))
-    reason = f"Its vocabulary is not that of {model.name}."
+    reason = f"Its vocabulary is not known to be that of {model.name}."
     value = _relative(chosen, config.models_dir)
     raise ConfigError("", (Problem("draft_model", value, reason, fix),))
 
