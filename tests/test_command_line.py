@@ -272,15 +272,15 @@ def test_extra_args_that_cannot_work(bare: ServerConfig, extra: str, message: st
 @pytest.mark.parametrize(
     ("extra", "key"),
     [
-        ("-m other.gguf", "LLAMACPP_MODEL"),
-        ("--model other.gguf", "LLAMACPP_MODEL"),
-        ("--metrics --host 0.0.0.0", "LLAMACPP_HOST"),
-        ("--port=9000", "LLAMACPP_PORT"),
-        ("-a name", "LLAMACPP_ALIAS"),
+        ("-m other.gguf", "MODEL"),
+        ("--model other.gguf", "MODEL"),
+        ("--metrics --host 0.0.0.0", "HOST"),
+        ("--port=9000", "PORT"),
+        ("-a name", "ALIAS"),
     ],
 )
 def test_extra_args_that_have_a_key_of_their_own(bare: ServerConfig, extra: str, key: str) -> None:
-    with pytest.raises(EngineError, match=f"set {key} instead"):
+    with pytest.raises(EngineError, match=f"set LLAMACPP_PRIMARY_{key} instead"):
         settings(NEW, bare.replace(extra_args=extra))
 
 

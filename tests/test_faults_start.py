@@ -155,7 +155,7 @@ SETTINGS = [
     Fault(
         "flag that the panel owns",
         FAILED,
-        "set LLAMACPP_PORT instead",
+        "set LLAMACPP_PRIMARY_PORT instead",
         changes=flags("--port", "1"),
     ),
     Fault(

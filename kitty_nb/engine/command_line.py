@@ -191,7 +191,7 @@ def build_command(
         *chain.from_iterable(pair for pair in _if_known(config) if engine.dialect.option(pair[0])),
         *((_KEEP, str(prompts)) if prompts else ()),
         *(_for_our_eyes(engine) if supervised else ()),
-        *_checked(engine, spell(engine.dialect, config.extra_args)),
+        *_checked(engine, config),
     )
 
 
@@ -215,7 +215,7 @@ def build_router_command(
         *(*engine.command, "--host", config.host, "--port", str(config.port)),
         *(_PRESETS, str(presets), "--models-max", str(most)),
         *((ORIGINS, "localhost") if open_page else ()),
-        *_checked(engine, spell(engine.dialect, config.extra_args)),
+        *_checked(engine, config),
     )
 
 
@@ -346,18 +346,18 @@ def accepts(option: Option, value: str) -> bool:
     return not option.choices or set(value.split(",")) <= set(option.choices)
 
 
-def _checked(engine: Engine, extra_args: Iterable[str]) -> Iterator[str]:
-    """Yield the words unchanged, rejecting flags that could not work."""
+def _checked(engine: Engine, config: ServerConfig) -> Iterator[str]:
+    """Yield the words of `extra_args` as this build spells them, rejecting what can't work."""
     values = 0
-    for word in extra_args:
+    for word in spell(engine.dialect, config.extra_args):
         yield word
         if values:
             values -= 1
         elif is_flag(word):
-            values = _checked_flag(engine, word).values
+            values = _checked_flag(engine, word, config.profile).values
 
 
-def _checked_flag(engine: Engine, word: str) -> Option:
+def _checked_flag(engine: Engine, word: str, profile: str) -> Option:
     key = _key("extra_args")
     flag, equals, _ = word.partition("=")
     option = engine.dialect.option(flag)
@@ -371,7 +371,8 @@ def _checked_flag(engine: Engine, word: str) -> Option:
         )
     for owned in option.flags:
         if owned in _OWNED:
-            raise EngineError(f"{key} has {flag}: set {_key(_OWNED[owned])} instead.")
+            instead = _key(_OWNED[owned], f"{profile.upper()}_")  # others keep theirs
+            raise EngineError(f"{key} has {flag}: set {instead} instead.")
         if owned in UNSPOKEN_FLAGS:
             raise EngineError(
                 f"{key} has {flag}, but kitty_nb supports only plain HTTP without a prefix. Leave"
@@ -384,5 +385,5 @@ def _checked_flag(engine: Engine, word: str) -> Option:
     return option
 
 
-def _key(field: str) -> str:
-    return f"LLAMACPP_{env_settings()[field].suffix}"
+def _key(field: str, of_profile: str = "") -> str:
+    return f"LLAMACPP_{of_profile}{env_settings()[field].suffix}"

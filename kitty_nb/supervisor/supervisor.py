@@ -460,7 +460,7 @@ class Supervisor:
         if wanted.url and not self._now.status.idle:
             raise ServerFailedError(
                 f"kitty_nb did not start the server at {wanted.url}, so it can't {verb} it. Do that"
-                f" where it runs, or unset LLAMACPP_{wanted.profile.upper()}_URL to start one here."
+                " where it runs, or remove its URL from the settings to start one here."
             )
 
     def _attached(self, config: ServerConfig | None = None) -> ExternalServer | None:
