@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_slower_build_is_told(config: ServerConfig, record: RunRecord, build: 
     assert slow.speeds["pp192"].ratio < 0.7
     assert (slow.regressed, found.regressed) == (True, True)
     assert "pp192: slower: -" in str(found)
-    assert "all answers are the same" in str(slow)
+    assert "answers compared: 1, all the same" in str(slow)
 
 
 def test_another_answer_is_told_with_its_first_token(
@@ -82,6 +83,9 @@ def test_another_answer_is_told_with_its_first_token(
 ) -> None:
     found = compared(record, build("other", *OTHER), config=config, rounds=3, prompt=0)
     (other,) = found.builds[0].answers
+    assert found.builds[0].compared == 1
+    unsteady = replace(found.builds[0], answers=(), compared=0)
+    assert "no answer could be compared" in str(unsteady)
     assert record.outputs == (ANSWER,)
     assert (other.answer, other.token) == (1, 3)
     assert other.before == ANSWER.removeprefix("Hello! I am ")
@@ -140,7 +144,7 @@ def test_an_answer_that_is_not_as_recorded_is_a_note_and_no_regression(
     assert not same.answers
     assert not same.problem
     assert 0.3 < same.speeds["pp192"].ratio < 3
-    assert "all answers are the same" in str(same)
+    assert "answers compared: 1, all the same" in str(same)
     assert found.notes == ("answer 1 of record 1 no longer matches the record",)
 
 

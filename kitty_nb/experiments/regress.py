@@ -70,6 +70,7 @@ class BuildReport:
     Attributes:
         version: The version it reports; empty if it can't be run.
         speeds: Differences in tokens per second, by test.
+        compared: The number of answers compared: those that the engine in use reproduces.
         problem: Why the build can't serve a record, in a sentence; empty if it can.
     """
 
@@ -77,6 +78,7 @@ class BuildReport:
     version: str = ""
     speeds: Mapping[str, Difference] = field(default_factory=dict)
     answers: tuple[OtherAnswer, ...] = ()
+    compared: int = 0
     problem: str = ""
 
     @property
@@ -89,7 +91,8 @@ class BuildReport:
         told = [f"{test}: {difference}" for test, difference in self.speeds.items()]
         told += map(str, self.answers)
         if not self.answers:
-            told.append(self.problem or "all answers are the same")
+            same = f"answers compared: {self.compared}, all the same"
+            told.append(self.problem or (same if self.compared else "no answer could be compared"))
         head = f"{self.engine} {self.version}".rstrip()
         verdict = "REGRESSED" if self.regressed else "ok"
         return "\n- ".join([f"{head}: {verdict}", *told])
@@ -381,7 +384,8 @@ def _report(engine: Path, version: str, found: _Found, first: _Found, again: _Fo
         )
         for test, speeds in first.speeds.items()
     }
-    return BuildReport(engine, version, speeds, tuple(_other_answers(steady, found.answers)))
+    answers = tuple(_other_answers(steady, found.answers))
+    return BuildReport(engine, version, speeds, answers, len(steady))
 
 
 def _other_answers(
