@@ -286,6 +286,21 @@ def test_what_failed_is_tried_again_by_the_next_call(
     assert search(quality_loss="<= 2 %").wait(WAIT).proof
 
 
+def test_a_proof_that_fails_names_the_bound(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
+        row = measured(trial, 30.0 + trial.repeat % 2)
+        assert row.measurement
+        more = trial.repeat >= 1000  # the proof
+        return replace(row, measurement=replace(row.measurement, memory=1 << (30 + more)))
+
+    monkeypatch.setattr(measure, "run_trial", run)
+    said = r"(?s)3 of 3 combinations .*the proof.*:(\n- \S+, threads 1: memory_gib 2\n?){3}L"
+    with pytest.raises(ExperimentError, match=said):
+        search(memory="<= 1.5 GiB").wait(WAIT)
+
+
 def test_what_cannot_be_reached_names_the_nearest(search: Search) -> None:
     with pytest.raises(ExperimentError, match="None of 3 combinations satisfies"):
         search(target=f"{SPEED} >= 1000000000").wait(WAIT)

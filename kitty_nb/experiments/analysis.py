@@ -150,8 +150,7 @@ class Analysis:
                 f"{near.trial.label} satisfies {' and '.join(map(str, bounds))}, but its"
                 f" {objective.name} is unknown. Choose another objective."
             )
-        values = [(bound.name, near.value(bound.name)) for bound in bounds]
-        have = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in values)
+        have = ", ".join(bound.told(near.value(bound.name)) for bound in bounds)
         raise ExperimentError(
             f"None of {len(measured)} combinations satisfies {' and '.join(map(str, bounds))}."
             f" The nearest is {near.trial.label}, with {have}. Loosen a constraint, or try other"

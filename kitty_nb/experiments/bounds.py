@@ -64,6 +64,10 @@ class Constraint:
         except TypeError:
             return 1.0
 
+    def told(self, value: Any) -> str:
+        """Return the name with a value, in words."""
+        return f"{self.name} {value:.4g}" if isinstance(value, float) else f"{self.name} {value}"
+
     def __str__(self) -> str:
         return f"{self.name} {self.sign} {self.bound}"
 

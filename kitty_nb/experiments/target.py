@@ -17,7 +17,7 @@ from kitty_nb.experiments.results import Results
 from kitty_nb.experiments.search_run import TuneResult, Tuning, TuningOptions
 from kitty_nb.experiments.space import in_use
 from kitty_nb.experiments.statistics import LEAST_ROUNDS
-from kitty_nb.experiments.trial import Outcome, Trial
+from kitty_nb.experiments.trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,6 +96,7 @@ class TargetTuning(Tuning):
         self._reference = Trial(reference)
         self._rounds = goal.rounds
         self._proved: tuple[Combination, Proof] | None = None
+        self._unproved: list[str] = []  # the candidates that failed, and why
         self._best_perplexity: float | None = None
         self._earlier: list[TrialResult] = []
 
@@ -110,12 +111,12 @@ class TargetTuning(Tuning):
         search = self._search
         if self._proved is None:  # `choose` names the nearest if nothing fits
             search.results.choose(search.objective, search.bounds)
-            proofs = (row for row in self._rows.values() if row.trial.repeat >= _PROOF)
-            failed = next((row for row in proofs if row.outcome is not Outcome.DONE), None)
-            told = f" {failed.trial.label} failed: {failed.reason}" if failed else ""
+            fitting = len(search.results.fitting(search.objective, search.bounds))
             raise ExperimentError(
-                f"No settings reach {self._target} in 19 of 20 runs.{told} Lower the target, or try"
-                " again on a quiet machine, because noise counts against them."
+                f"{fitting} of {len(search.results.combinations)} combinations reached"
+                f" {self._target} in the search, but the cheapest failed the proof, which asks for"
+                f" 19 of 20 runs:{''.join(self._unproved)}\nLoosen a bound, or try again on a quiet"
+                " machine, because noise counts against them."
             )
         best, proof = self._proved
         await self._write_requests(search.results)
@@ -160,23 +161,27 @@ class TargetTuning(Tuning):
                 each if step % 2 else each[::-1] for step, each in enumerate(rounds)
             )
             rows = tuple(self._rows[trial.key] for each in rounds for trial in each)
-            if proof := self._judge(Results(self.config, rows), best.trial, other, same=same):
+            proof = self._judge(Results(self.config, rows), best.trial, other, same=same)
+            if isinstance(proof, Proof):
                 self._proved = best, proof
                 return
+            self._unproved.append(f"\n- {best.trial.label}: {proof}")
 
     def _judge(
         self, proof: Results, best: Trial, other: Combination | None, *, same: bool
-    ) -> Proof | None:
-        """Return the proof if enough re-runs are expected to reach the target; otherwise None."""
+    ) -> Proof | str:
+        """Return the proof if enough re-runs should reach the target; otherwise the reason."""
         name = self._target.name
         by_trial = {one.trial: one for one in proof.combinations}
         one = by_trial[best]
         values = [*one.series.get(name, {}).values()]
         if len(values) < self._rounds:  # a round failed
-            return None
+            return " ".join(one.reasons) or f"a round has no {name}"
         reached = reached_in_reruns(values, at_least=self._target.sign.startswith(">"))
-        if not (self._target.allows(reached) and one.keeps(self._search.bounds)):
-            return None
+        others = (bound for bound in self._search.bounds if bound != self._target)
+        found = (self._target, reached), *((each, one.value(each.name)) for each in others)
+        if missed := [bound.told(value) for bound, value in found if not bound.allows(value)]:
+            return ", ".join(missed)
         used = one if same else by_trial[self._used]
         perplexity = one.metrics.get("perplexity")
         ends = self._best_perplexity
