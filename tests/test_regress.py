@@ -205,7 +205,7 @@ def test_ctrl_c_prints_the_rounds_so_far(
     done = run("regress", path, "--engine", other, *words)
     assert done.exit_code == 130
     assert f"{other} " in done.stdout
-    assert "pp16: too close to tell, 2 more rounds would tell" in done.stdout
+    assert "pp16: too close to tell, because a verdict takes 3 rounds" in done.stdout
     assert f"answer 1 of {path} differs from token 3 on" in done.stdout
 
 

@@ -108,7 +108,7 @@ def test_it_says_how_many_rounds_would_tell() -> None:
 def test_few_rounds_tell_nothing_and_say_how_many_are_missing() -> None:
     one = compare_paired([10.0], [20.0], smaller_is_better=False)
     assert (one.verdict, one.more_rounds, one.low, one.high) == (Verdict.TOO_CLOSE, 2, 0, math.inf)
-    assert str(one) == "too close to tell, 2 more rounds would tell"
+    assert str(one) == "too close to tell, because a verdict takes 3 rounds"
     three = compare_paired([10.0, 10.1, 9.9], [20.0, 20.3, 19.9], smaller_is_better=False)
     assert three.verdict is Verdict.FASTER
     assert three.low < 2.0  # wider than the three ratios themselves

@@ -12,7 +12,7 @@ from test_results import row
 
 from kitty_nb import ServerConfig
 from kitty_nb.errors import ExperimentError
-from kitty_nb.experiments import Results, Sweep, Trial, TrialResult, Verdict
+from kitty_nb.experiments import Outcome, Results, Sweep, Trial, TrialResult, Verdict
 from kitty_nb.experiments.trial import Execute, OnProgress
 
 WAIT = 120.0
@@ -74,6 +74,8 @@ def test_the_verdict_on_each_is_against_the_settings_in_use(config: ServerConfig
     assert results.verdict(by_threads[8], by_threads[4]).verdict is Verdict.SLOWER
     slow = results.verdict(by_threads[8], objective="memory_gib")
     assert slow.verdict is Verdict.TOO_CLOSE  # all have the same memory
+    with pytest.raises(ExperimentError, match=f"threads 2, .* has no {NAME}"):
+        results.verdict(by_threads[4], replace(by_threads[2], series={}))
 
 
 def test_no_difference_smaller_than_the_machines_own_counts(config: ServerConfig) -> None:
@@ -87,10 +89,12 @@ def test_no_difference_smaller_than_the_machines_own_counts(config: ServerConfig
 def test_too_few_rounds_say_how_many_more_would_tell(config: ServerConfig) -> None:
     results = measured(config, {2: 1.0, 4: 1.2}, 1)
     assert results.verdicts()["more_rounds"].tolist() == [2]
+    told = str(results.verdict(results.combinations[1]))
+    assert told == "too close to tell, because a verdict takes 3 rounds"
     results = measured(config, {2: 1.0, 4: 1.02}, 4)
     best = results.best()
     assert best.more_rounds > 0
-    assert f"{best.more_rounds} more rounds would tell" in best.doubt
+    assert f"{best.more_rounds} more rounds may tell" in best.doubt
     assert best.env_lines().startswith("# Too close to tell from 1 other")
 
 
@@ -115,7 +119,7 @@ def test_rounds_of_different_runs_are_not_compared(tmp_path: Path, config: Serve
     used, other = sorted(results.combinations, key=lambda one: threads_of(one.trial))
     found = results.verdict(other, used)
     assert (found.verdict, found.rounds, found.apart) == (Verdict.TOO_CLOSE, 0, 3)
-    assert "3 more rounds would tell: 3 were measured in different runs" in str(found)
+    assert "a verdict takes 3 rounds: 3 were measured in different runs" in str(found)
     assert results.best().close == (other.trial,)
     assert results.best().more_rounds == 3
     assert results.verdicts()["apart"].tolist() == [3]
@@ -131,6 +135,9 @@ def test_without_the_settings_in_use_there_is_no_verdict(config: ServerConfig) -
     results = measured(config, {4: 1.0, 8: 1.2}, 4)
     with pytest.raises(ExperimentError, match="baseline=True"):
         results.verdicts()
+    failed = TrialResult(Trial("demo.gguf", (("threads", 2),)), Outcome.SKIPPED, "It will not fit.")
+    with pytest.raises(ExperimentError, match=r"in use were not measured\. It will not fit\."):
+        replace(results, rows=(*results.rows, failed)).verdicts()
 
 
 def test_without_a_model_in_use_the_verdicts_are_against_what_the_baseline_measured(

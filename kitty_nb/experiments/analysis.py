@@ -125,7 +125,7 @@ class Analysis:
         Raises:
             ExperimentError: No combination satisfies the constraints, or a name is unknown.
         """
-        measured = self._measured("there is no best")
+        measured = self.measured("there is no best")
         names = {name for one in measured for name in one.metrics}
         settings = {name for one in measured for name, _ in one.trial.settings}
         aim, bounds = read_objective(objective, names, self.rows), constraints_of(constraints)
@@ -137,7 +137,7 @@ class Analysis:
         """Return the best of those `fitting`; if there is none, the error names the nearest."""
         if fitting := self.fitting(objective, bounds):
             return choose(fitting, objective, self._spread(objective))
-        measured = self._measured("there is no best")
+        measured = self.measured("there is no best")
         if all(objective.of(row) is None for row in self.rows):
             raise ExperimentError(
                 objective.why_none(self.rows)
@@ -180,12 +180,13 @@ class Analysis:
             objective: A metric; *faster* means better.
 
         Raises:
-            ExperimentError: The settings in use were not measured, or lack the metric.
+            ExperimentError: The settings in use were not measured, or one lacks the metric.
         """
-        measured = self._measured("there is nothing to compare")
-        names = {name for each in measured for name in each.metrics}
-        aim = read_objective(objective, names, self.rows)
-        other = other or self._in_use()
+        aim, other = self._aim(objective), other or self._in_use()
+        if lacking := [each for each in (one, other) if aim.name not in each.metrics]:
+            raise ExperimentError(
+                f"{lacking[0].trial.label} has no {aim.name}. Compare another metric."
+            )
         spread = self._spread(aim)
         found = one.against(other, aim.name, smaller_is_better=aim.smaller, spread=spread)
         if found is None:
@@ -195,32 +196,36 @@ class Analysis:
         return found
 
     def verdicts(self, objective: str = OBJECTIVE) -> DataFrame:
-        """Compare each combination with the settings in use, as a data frame.
+        """Compare each combination that has the metric with the settings in use, as a data frame.
 
         `ratio` is the combination's value over that of the settings in use, with the 98 %
-        confidence interval from `low` to `high`; `more_rounds` would probably decide; `apart` were
-        measured in different runs or on different machines, so they don't count.
+        confidence interval from `low` to `high`; `more_rounds` may decide; `apart` were measured
+        in different runs or on different machines, so they don't count.
 
         Raises:
             ExperimentError: The settings in use were not measured, or lack the metric.
         """
-        in_use = self._in_use()
+        in_use, name = self._in_use(), self._aim(objective).name
         return frame_of(
             {**one.trial.columns, **asdict(self.verdict(one, in_use, objective))}
-            for one in self._measured("there is nothing to compare")
-            if one.trial != in_use.trial
+            for one in self.measured("there is nothing to compare")
+            if one.trial != in_use.trial and (name in one.metrics or name not in in_use.metrics)
         )
 
+    def _aim(self, objective: str) -> Objective:
+        measured = self.measured("there is nothing to compare")
+        return read_objective(objective, {n for one in measured for n in one.metrics}, self.rows)
+
     def _in_use(self) -> Combination:
-        measured = {one.trial: one for one in self._measured("there is nothing to compare")}
+        measured = [one.trial for one in self.measured("there is nothing to compare")]
         baseline = next((row.trial.combination for row in self.rows if row.trial.repeat < 0), None)
         if self.config.model or len({trial.model for trial in measured}) == 1:
-            baseline = baseline or baseline_of([*measured], self.config)
-        found = measured.get(baseline) if baseline else None
-        if found is None:
-            raise ExperimentError(
-                "The settings in use were not measured. Create the sweep with baseline=True."
-            )
+            tried = [*measured, *(one.trial for one in self.combinations)]
+            baseline = baseline or baseline_of(tried, self.config)
+        found = next((one for one in self.combinations if one.trial == baseline), None)
+        if found is None or not found.done:
+            why = found.reasons if found else ("A Sweep measures them with baseline=True.",)
+            raise ExperimentError(f"The settings in use were not measured. {' '.join(why)}")
         return found
 
     def _spread(self, objective: Objective) -> float:
@@ -261,7 +266,7 @@ class Analysis:
         if kind not in (kinds := [*KINDS, *own]):
             raise ExperimentError(f"Unknown plot {kind!r}. Use one of {', '.join(kinds)}.")
         require("y", y, str, "the name of a metric")
-        measured = self._measured("there is nothing to plot")
+        measured = self.measured("there is nothing to plot")
         if kind in own:
             y = LATENCIES[0] if kind == "prompt" and y == OBJECTIVE else y
             points = [own[kind](one, y) for one in measured]
@@ -300,7 +305,15 @@ class Analysis:
         spreads = {length: Spread.over(several) for length, several in values.items()}
         return [(length, it.median, it.low, it.high) for length, it in spreads.items()]
 
-    def _measured(self, so: str) -> list[Combination]:
+    def measured(self, so: str) -> list[Combination]:
+        """Return the combinations that were measured.
+
+        Args:
+            so: What can't be done without one, for the error.
+
+        Raises:
+            ExperimentError: There is none; with the most frequent reasons.
+        """
         measured = [one for one in self.combinations if one.done]
         if not measured:
             reasons = Counter(row.reason[:_LENGTH] for row in self.rows).most_common(_SHOWN)

@@ -37,9 +37,10 @@ class Combination:
         reasons: Why repeats were not measured or metrics left out, each sentence once.
         series: The metrics by name and round.
         close: Other combinations that were too close to tell when this one was chosen.
-        more_rounds: The number of further rounds that would probably decide; 0 if unknown.
+        more_rounds: The number of further rounds that may decide; 0 if unknown.
         batch_tokens: The maximum number of tokens in a batch, by name of the speed.
-        idle: Batch sizes without effect when this was chosen, because no batch was as large.
+        idle: Batch sizes without effect when this was chosen, because no batch that the objective
+            depends on was as large.
         once: Whether the choice rests on a speed that was measured once.
         busy: The number of repeats measured on a busy machine.
         left_out: The number of values left out because they are infinite or not a number.
@@ -106,7 +107,7 @@ class Combination:
         others = len(self.close)
         doubts = [f"too close to tell from {others} other{'s' * (others > 1)}"] if others else []
         if self.more_rounds:
-            doubts.append(f"{self.more_rounds} more round{'s' * (self.more_rounds > 1)} would tell")
+            doubts.append(f"{self.more_rounds} more round{'s' * (self.more_rounds > 1)} may tell")
         if self.once:
             doubts.append(f"measured once, so {_UNKNOWN * 100:.0f} % either way may be chance")
         if self.busy:

@@ -115,6 +115,7 @@ class Tuning(TrialRunner):
         results = replace(results, workload=self.workload)
         await self._write_requests(results)
         best, name = results.choose(search.objective, search.bounds), search.objective.name
+        best = replace(best, more_rounds=0)  # a search has no rounds to add
         value, odd = best.metrics[name].median, search.objective.why_none(results.rows)
         return TuneResult(best, value, name, results, search.study, left_out=odd)
 

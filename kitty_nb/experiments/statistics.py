@@ -38,13 +38,14 @@ class Difference:
     """A measured difference between two series, with its confidence interval and verdict.
 
     Attributes:
-        ratio: The second over the first, as the geometric mean over the rounds.
+        ratio: The second over the first, as the geometric mean over the rounds; NaN without any.
         low: The lower end of the ratio's confidence interval.
         high: The upper end.
         rounds: The number of rounds.
         verdict: The verdict on the second.
         more_rounds: The number of further rounds that would probably decide if the ratio stays the
-            same; 0 if it is decided, None if no practical number would.
+            same; 0 if it is decided, None if no practical number would. With fewer than three
+            rounds, the number that a verdict lacks at least.
         apart: The number of rounds left out, because their two values were measured in different
             runs or on different machines.
     """
@@ -60,7 +61,7 @@ class Difference:
     def __str__(self) -> str:
         """The verdict in words, such as `faster: +10.2 % (+8.1 to +12.4 %)`."""
         if self.rounds < LEAST_ROUNDS:
-            told = f"{self.verdict}, {_more(self.more_rounds)}"
+            told = f"{self.verdict}, because a verdict takes {LEAST_ROUNDS} rounds"
             why = f"{self.apart} were measured in different runs or on different machines"
             return f"{told}: {why}" if self.apart else told
         ends = f"{_percent(self.low)} to {_percent(self.high)} %"
@@ -103,7 +104,7 @@ def compare_paired(
     logs = _log_ratios(baseline, other)
     rounds = len(logs)
     if rounds < LEAST_ROUNDS:
-        ratio = math.exp(math.fsum(logs) / rounds) if logs else 1.0
+        ratio = math.exp(math.fsum(logs) / rounds) if logs else math.nan
         missing = LEAST_ROUNDS - rounds
         return Difference(ratio, 0.0, math.inf, rounds, Verdict.TOO_CLOSE, missing)
     mean = math.fsum(logs) / rounds
@@ -210,4 +211,4 @@ def _percent(ratio: float) -> str:
 def _more(rounds: int | None) -> str:
     if rounds is None:
         return "and more rounds would hardly tell"
-    return f"{rounds} more round{'s' * (rounds != 1)} would tell"
+    return f"{rounds} more round{'s' * (rounds != 1)} may tell"
