@@ -53,7 +53,7 @@ def test_sizes_that_made_no_difference_are_not_written(config: ServerConfig) -> 
     lines = best.env_lines()
     assert "THREADS=4" in lines
     assert "UBATCH_SIZE=" not in lines
-    assert "# Without ubatch_size: no measured batch was that large." in lines
+    assert "# Without ubatch_size: no batch that the metric depends on was that large." in lines
     lines = results(config, 600, *rates).best(PROMPT).env_lines()
     assert "UBATCH_SIZE=256" in lines
     assert "#" not in lines

@@ -183,7 +183,8 @@ class Combination:
         config = self.config.replace(profile=profile) if profile else self.config
         notes = [f"# {self.doubt.capitalize()}."] if self.doubt else []
         if self.idle:
-            notes.append(f"# Without {' and '.join(self.idle)}: no measured batch was that large.")
+            idle = " and ".join(self.idle)
+            notes.append(f"# Without {idle}: no batch that the metric depends on was that large.")
         return "\n".join([*notes, *env_lines(config, self._changes)])
 
 
