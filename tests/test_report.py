@@ -243,14 +243,16 @@ def test_two_sweeps_are_compared_by_combination_and_number(results: Results) -> 
             replace(s, generation_tokens_per_second=(s.generation_tokens_per_second or 0) * 0.8)
             for s in one.measurement.speeds
         )
-        return replace(one, measurement=replace(one.measurement, speeds=speeds))
+        memory = 2 * one.measurement.memory
+        return replace(one, measurement=replace(one.measurement, speeds=speeds, memory=memory))
 
     elsewhere = [
         replace(slower(one), trial=replace(one.trial, model=f"/models/{one.trial.model}"))
         for one in results.rows
         if dict(one.trial.settings)["threads"] == 2
     ]
-    found = compare_results(results, Results(results.config, tuple(elsewhere)))
+    second = Results(results.config, tuple(elsewhere))
+    found = compare_results(results, second)
     told = {one.metric: one.difference for one in found.compared}
     assert told[RATE].ratio == pytest.approx(0.8)
     assert told[RATE].verdict == "slower"
@@ -259,10 +261,22 @@ def test_two_sweeps_are_compared_by_combination_and_number(results: Results) -> 
     assert f"| {RATE} | 0.800 | slower" in re.sub(" +", " ", str(found))
     assert found._repr_markdown_() == repr(found) == str(found)  # a table in a notebook
     assert "memory_gib" not in told
+    assert "worse: +100.0 %" in str(compare_results(results, second, "memory_gib"))
     frame = compare_results(results, results, ["memory_gib"]).frame
     assert frame["ratio"].tolist() == [1.0, 1.0]
+    unscored = [
+        replace(one, measurement=one.measurement and replace(one.measurement, quality=None))
+        for one in elsewhere
+    ]
+    with pytest.raises(ExperimentError, match="No combination has quality in both sweeps"):
+        compare_results(results, Results(results.config, tuple(unscored)), ["quality"])
     with pytest.raises(ExperimentError, match="no combination in common"):
-        compare_results(results, Results(results.config, ()))
+        compare_results(
+            replace(results, rows=results.rows[:3]), replace(results, rows=results.rows[3:])
+        )
+    failed = Results(results.config, results.rows[-1:])
+    with pytest.raises(ExperimentError, match=r"nothing to compare\.\n- 1 of them: <too> big"):
+        compare_results(results, failed)
 
 
 def of_model(one: TrialResult, model: str, size: int | None = None) -> TrialResult:

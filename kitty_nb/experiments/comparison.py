@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kitty_nb.errors import ExperimentError
 from kitty_nb.experiments.arguments import require, texts
-from kitty_nb.experiments.metrics import is_speed, known, smaller_is_better
+from kitty_nb.experiments.metrics import in_words, is_speed, known, smaller_is_better
 from kitty_nb.experiments.output import frame_of, markdown_table
 from kitty_nb.experiments.results import Results
 
@@ -61,7 +61,12 @@ class ResultsComparison:
 
     def __str__(self) -> str:
         rows = (
-            (one.trial.label, one.metric, f"{one.difference.ratio:.3f}", str(one.difference))
+            (
+                one.trial.label,
+                one.metric,
+                f"{one.difference.ratio:.3f}",
+                in_words(one.metric, one.difference),
+            )
             for one in self.compared
         )
         lines = markdown_table(("combination", "metric", "second / first", "verdict"), rows, "llrl")
@@ -89,11 +94,12 @@ def compare_results(
         metrics: Names of metrics; by default all speeds except percentiles.
 
     Raises:
-        ExperimentError: The sweeps have no combination in common, differ in their requests or
-            measured different files of one name, or a metric is unknown.
+        ExperimentError: Nothing was measured, the sweeps have no combination in common, differ in
+            their requests or measured different files of one name, or a metric is unknown.
     """
     for argument, sweep in (("first", first), ("second", second)):
         require(argument, sweep, Results, "the results of a sweep")
+        sweep.measured("there is nothing to compare")
     _check_conditions(first, second)
     before, after = _by_combination(first, second)
     common = [key for key in before if key in after]
@@ -105,8 +111,13 @@ def compare_results(
     names = {
         name for key in common for name in before[key].metrics.keys() & after[key].metrics.keys()
     }
-    rows = (*first.rows, *second.rows)
-    wanted = [known(name, names, rows) for name in texts("metrics", metrics)] or sorted(
+    asked, rows = texts("metrics", metrics), (*first.rows, *second.rows)
+    either = {n for one in (*first.combinations, *second.combinations) for n in one.metrics}
+    if lone := sorted(either.intersection(asked) - names):
+        raise ExperimentError(
+            f"No combination has {' and '.join(lone)} in both sweeps. Compare another metric."
+        )
+    wanted = [known(name, names, rows) for name in asked] or sorted(
         name for name in names if is_speed(name) and "_p9" not in name and "_p50" not in name
     )
     compared = []

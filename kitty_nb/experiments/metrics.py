@@ -28,6 +28,7 @@ from kitty_nb.isolated_server import LoadSeconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
+    from kitty_nb.experiments.statistics import Difference
     from kitty_nb.experiments.trial import SweepEvent, Workload
 
 _GIB = 1 << 30
@@ -167,6 +168,12 @@ def metric_names(workload: Workload) -> frozenset[str]:
     intervals = dict.fromkeys(scores, (1.0, 1.0))
     full = Measurement(load, speeds, 1, 1, 1, (), 1.0, 1.0, 1.0, 1, 1.0, noise, 1.0, 1.0, intervals)
     return frozenset(metrics_of(TrialResult(Trial(""), Outcome.DONE, measurement=full)))
+
+
+def in_words(name: str, difference: Difference) -> str:
+    """Return a verdict in words; what is no speed is better or worse, not faster or slower."""
+    told = str(difference)
+    return told if is_speed(name) else told.replace("faster", "better").replace("slower", "worse")
 
 
 @dataclass(frozen=True, slots=True)

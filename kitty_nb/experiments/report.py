@@ -22,7 +22,7 @@ from kitty_nb.config.flags import without_secrets
 from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
 from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.extras import extra
-from kitty_nb.experiments.metrics import smaller_is_better
+from kitty_nb.experiments.metrics import in_words, smaller_is_better
 from kitty_nb.experiments.output import number, valid_text
 from kitty_nb.experiments.plots import labels_of, words_of
 from kitty_nb.experiments.quality import Divergence, ExactMatch, HarnessTask, Perplexity
@@ -111,7 +111,7 @@ def _verdict(
         found = results.verdict(one, best, objective)
     except ExperimentError as error:
         return str(error), ""
-    return str(found), str(found.rounds)
+    return in_words(objective.removeprefix("-"), found), str(found.rounds)
 
 
 def _figures(
