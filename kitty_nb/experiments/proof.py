@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from kitty_nb.experiments.extras import extra
-from kitty_nb.experiments.statistics import Verdict
+from kitty_nb.experiments.metrics import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,8 +55,9 @@ class Proof:
         gains = []
         if self.memory_in_use and abs(saved) > _SAME * self.memory_in_use:
             gains.append(f"{abs(saved):.2f} GiB {'less' if saved > 0 else 'more'} memory")
-        if self.against_in_use and self.against_in_use.verdict is not Verdict.TOO_CLOSE:
-            gains.append(f"{self.target.name} {self.against_in_use}")
+        if self.against_in_use:
+            name = self.target.name
+            gains.append(f"{name} {in_words(name, self.against_in_use)}")
         told = [f"Compared with the settings in use: {', '.join(gains)}."] if gains else []
         if self.memory_in_use is None:
             if self.against_in_use is None:
