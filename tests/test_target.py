@@ -236,7 +236,7 @@ def test_what_reaches_the_target_with_unknown_memory_is_named(
         return measured(trial, *((90.0, None) if on_gpu else (30.0, 0)))
 
     monkeypatch.setattr(measure, "run_trial", run)
-    with pytest.raises(ExperimentError, match=r"layers 4 satisfies .* 60.0, but its memory_gib is"):
+    with pytest.raises(ExperimentError, match=r"layers 4 satisfies .*memory_gib is .*\[gpu\]"):
         search(target=f"{SPEED} >= 60", space={"n_gpu_layers": [0, 4]}, budget=6).wait(WAIT)
 
 
@@ -260,6 +260,7 @@ def test_the_rounds_of_a_proof_are_measured_side_by_side(
     assert second.proof.against_in_use
     assert second.proof.against_in_use.rounds == 3
     assert second.proof.against_in_use.verdict is Verdict.TOO_CLOSE
+    assert f"{SPEED} too close to tell (" in second.proof.gain
     rounds.clear()
     assert search(config=config, budget=3).wait(WAIT).proof == second.proof
     assert not rounds

@@ -139,22 +139,24 @@ class Analysis:
             return choose(fitting, objective, self._spread(objective))
         measured = self.measured("there is no best")
         if all(objective.of(row) is None for row in self.rows):
+            measure = "Choose another objective, or measure it (quality=…, parallel=…)."
             raise ExperimentError(
                 objective.why_none(self.rows)
-                or f"No trial has {objective.name}. Choose another objective, or measure it"
-                " (quality=…, parallel=…)."
+                or f"No trial has {objective.name}. {_remedy(objective.name) or measure}"
             )
         near = min(measured, key=lambda one: sum(b.excess(one.value(b.name)) for b in bounds))
         if near.keeps(bounds):
             raise ExperimentError(
                 f"{near.trial.label} satisfies {' and '.join(map(str, bounds))}, but its"
-                f" {objective.name} is unknown. Choose another objective."
+                f" {objective.name} is unknown."
+                f" {_remedy(objective.name) or 'Choose another objective.'}"
             )
         have = ", ".join(bound.told(near.value(bound.name)) for bound in bounds)
+        unknown = (bound.name for bound in bounds if near.value(bound.name) is None)
         raise ExperimentError(
             f"None of {len(measured)} combinations satisfies {' and '.join(map(str, bounds))}."
-            f" The nearest is {near.trial.label}, with {have}. Loosen a constraint, or try other"
-            " settings."
+            f" The nearest is {near.trial.label}, with {have}."
+            f" {_remedy(*unknown) or 'Loosen a constraint, or try other settings.'}"
         )
 
     def fitting(self, objective: Objective, bounds: Sequence[Constraint]) -> list[Combination]:
@@ -320,3 +322,13 @@ class Analysis:
             told = "".join(f"\n- {count} of them: {reason}" for reason, count in reasons)
             raise ExperimentError(f"None of {len(self.rows)} trials was measured, so {so}.{told}")
         return measured
+
+
+def _remedy(*unknown: str) -> str:
+    """Say how to measure the memory of GPUs if that is among the unknown metrics; else empty."""
+    if not any("memory_gib" in name for name in unknown):
+        return ""
+    return (
+        "A GPU doesn't report the server's memory, so only ram_gib is known. For NVIDIA's: pip"
+        " install 'kitty_nb[gpu]'"
+    )

@@ -65,10 +65,11 @@ def tune(
     """Search for the best settings in the background.
 
     Trials run on this machine, one after the other, like those of a `Sweep`: first the settings in
-    use, then a few random ones, then what Optuna proposes. Every eighth trial and, of five or more,
-    the last repeats the best so far, up to three times, because medians are compared. A trial that
-    falls clearly behind is pruned. Results are saved in the `store` immediately; the same call
-    continues from there, and tries again what failed or was skipped.
+    use, as far as the space has them, then a few random ones, then what Optuna proposes. Every
+    eighth trial and, of five or more, the last repeats the best so far, up to three times, because
+    medians are compared. A trial that falls clearly behind is pruned. Results are saved in the
+    `store` immediately; the same call continues from there, and tries again what failed or was
+    skipped.
 
     Args:
         model: The model file, absolute or in the models folder; by default the one in `config`.
