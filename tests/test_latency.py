@@ -79,6 +79,9 @@ def test_each_request_of_a_sweep_is_kept_and_told_in_percentiles(
     assert results.best("time_between_tokens_p90_4", {"time_to_first_token_p90": WAIT})
     with pytest.raises(ExperimentError, match="A p99 needs at least 100 requests"):
         results.best("time_to_first_token_p99")
+    for name in ("time_to_first_token_p80", "time_to_first_token_p99_8"):  # no number would do
+        with pytest.raises(ExperimentError, match=f"{name}'. Did you mean"):
+            results.best(name)
 
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "one.requests.parquet"), requests)
 

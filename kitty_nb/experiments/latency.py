@@ -7,7 +7,7 @@ from statistics import quantiles
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from kitty_nb.experiments.trial import RequestTimes
 
@@ -48,9 +48,13 @@ def percent_of(name: str) -> int:
     return int(match[1]) if match and int(match[1]) < 100 else 0  # noqa: PLR2004
 
 
-def too_few_requests(name: str) -> str:
-    """Say how many requests a percentile needs; empty for names of other metrics."""
-    if not (percent := percent_of(name)):
+def too_few_requests(name: str, names: Container[str]) -> str:
+    """Say how many requests a percentile needs if that is all it lacks; otherwise empty.
+
+    Any request has a median, so the level and the latency were measured if `names` has that.
+    """
+    percent = percent_of(name)
+    if percent not in PERCENTILES or name.replace(f"_p{percent}", "_p50") not in names:
         return ""
     needed = requests_for(percent)
     return (

@@ -249,7 +249,8 @@ def known(name: str, names: Collection[str], rows: Iterable[TrialResult] = ()) -
             raise ExperimentError(odd)
         near = get_close_matches(str(name), names, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(names))}."
-        raise ExperimentError(f"No result has {name!r}. {too_few_requests(str(name)) or advice}")
+        advice = too_few_requests(str(name), names) or advice
+        raise ExperimentError(f"No result has {name!r}. {advice}")
     return name
 
 
