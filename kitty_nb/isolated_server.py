@@ -27,7 +27,13 @@ from kitty_nb.config import OnKernelExit, ServerConfig, goes_without_key
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
 from kitty_nb.engine.devices import list_devices
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind, Option, locate_engine
-from kitty_nb.errors import EngineError, KittyError, PortBusyError, ServerError, ServerFailedError
+from kitty_nb.errors import (
+    EngineError,
+    ExperimentError,
+    PortBusyError,
+    ServerError,
+    ServerFailedError,
+)
 from kitty_nb.network import LOOPBACK, free_port
 from kitty_nb.supervisor.events import (
     Broadcast,
@@ -143,6 +149,15 @@ class IsolatedServer:
         self.memory = max(self.memory, await run_sync(peak_memory, pid))
 
 
+def require_here(config: ServerConfig) -> None:
+    """Reject a profile whose models, engine and processor are another machine's."""
+    if config.ssh:
+        raise ExperimentError(
+            f"The profile {config.profile!r} runs on {config.ssh}, and this needs a server on its"
+            f" own machine. Do it on {config.ssh}, or without LLAMACPP_SSH."
+        )
+
+
 @asynccontextmanager
 async def isolated_server(
     config: ServerConfig,
@@ -166,13 +181,9 @@ async def isolated_server(
         WillNotFitError: There is not enough memory.
         ConfigError: The settings or the model file can't be used.
         ServerError: The server did not become ready, or stopped answering.
-        KittyError: The profile runs on another machine.
+        ExperimentError: The profile runs on another machine.
     """
-    if config.ssh:
-        raise KittyError(
-            f"The profile {config.profile!r} runs on {config.ssh}, and this measures on its own"
-            " machine. Do it there, or without LLAMACPP_SSH."
-        )
+    require_here(config)
     stages: dict[Stage, float] = {}
 
     def follow(event: Event) -> None:

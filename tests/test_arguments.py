@@ -43,6 +43,10 @@ NAN = float("nan")
             (call, {"config": 5}, "config is 5. Write a ServerConfig")
             for call in (Sweep, Bench, tune, load_test)
         ),
+        *(
+            (call, {"config": ServerConfig(ssh="red")}, "Do it on red, or without LLAMACPP_SSH")
+            for call in (Sweep, Bench, tune)
+        ),
         *((call, {"store": 5}, "store is 5. Write a path") for call in (Sweep, tune)),
         (Sweep, {"logs": 5}, "logs is 5. Write a path"),
         (Sweep, {"grid": {"cache_type_k": [NAN]}}, "nan can't be the value of a setting"),

@@ -26,12 +26,14 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.config.profiles import Places, as_written
 from kitty_nb.errors import (
     ConfigError,
+    ExperimentError,
     OutOfReachError,
     PortBusyError,
     ServerCrashedError,
     ServerFailedError,
     WillNotFitError,
 )
+from kitty_nb.experiments import record_run
 from kitty_nb.remote.connection import explain
 from kitty_nb.remote.protocol import (
     ANSWERS,
@@ -126,6 +128,8 @@ def test_a_server_elsewhere_is_started_watched_asked_and_stopped_as_one_here(
         assert f"on {remote.ssh}" in state.sentence
         assert state.config.model == remote.models_dir / "demo.gguf"
         assert state.config.ssh == "there"
+        with pytest.raises(ExperimentError, match="Do it on there, or without LLAMACPP_SSH"):
+            record_run(manager, "Who are you?")
         # Not the server's own port, which here is taken by the server itself.
         assert state.endpoint != remote.endpoint
         assert manager.chat("hello", max_tokens=4).wait(60).text

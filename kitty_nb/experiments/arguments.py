@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from kitty_nb.config import ServerConfig
 from kitty_nb.errors import ExperimentError
+from kitty_nb.isolated_server import require_here
 
 MOST = 1_000_000  # of anything that is done one after the other
 SEEDS = (1 << 32) - 1  # the highest seed of llama-server and NumPy
@@ -74,7 +75,7 @@ def config_of(config: Any) -> ServerConfig:
 
 
 def config_to_start(config: Any, named: object, begins: str) -> ServerConfig:
-    """Return the settings of servers to start here, which a profile with a URL has none of.
+    """Return the settings of servers to start here, which a profile with a URL or SSH has none of.
 
     Args:
         config: The settings given; None for those of `.env`.
@@ -82,6 +83,7 @@ def config_to_start(config: Any, named: object, begins: str) -> ServerConfig:
         begins: What starts which server, the beginning of a sentence.
     """
     found = config_of(config)
+    require_here(found)
     if found.url and not named:
         raise ExperimentError(
             f"{begins}, which kitty_nb can't do at {found.url}. Measure that server with"

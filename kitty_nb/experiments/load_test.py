@@ -34,7 +34,13 @@ from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table, number, write_parquet
 from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
-from kitty_nb.isolated_server import access_at_url, in_background, isolated_server, pid_at
+from kitty_nb.isolated_server import (
+    access_at_url,
+    in_background,
+    isolated_server,
+    pid_at,
+    require_here,
+)
 from kitty_nb.operation import Operation
 
 if TYPE_CHECKING:
@@ -399,6 +405,7 @@ async def _server(
         return
     if model is not None:
         config = config.replace(model=model, allow_absolute_paths=True)
+    require_here(config)
     resolved = await run_sync(resolve_model, config)
     async with isolated_server(resolved, on_progress=on_progress) as server:
         yield server.access, server.state.pid

@@ -51,6 +51,7 @@ from kitty_nb.isolated_server import (
     in_background,
     isolated_server,
     locate_engine,
+    require_here,
 )
 from kitty_nb.operation import Operation
 
@@ -99,9 +100,9 @@ def record_run(
         parameters: Other request parameters of llama-server, such as `top_k=1`.
 
     Raises:
-        KittyError: The server is not ready or was not started by kitty_nb, or a prompt is invalid.
-            Waiting for the result raises ExperimentError if the server rejects a request, such as
-            one that exceeds the context.
+        KittyError: The server is not ready, was not started by kitty_nb or runs on another machine,
+            or a prompt is invalid. Waiting for the result raises ExperimentError if the server
+            rejects a request, such as one that exceeds the context.
     """
     sampling: dict[str, JsonValue] = {
         "max_tokens": max_tokens,
@@ -111,6 +112,7 @@ def record_run(
         **parameters,
     }
     requests = [_request(prompt, sampling) for prompt in several(prompts)]
+    require_here(manager.state.config)
     access, state = manager.access, manager.state
     if state.external:
         raise ExperimentError(
@@ -168,6 +170,7 @@ async def settings_of(
     record: RunRecord, here: ServerConfig, model: str | Path | None = None
 ) -> ServerConfig:
     """Return the settings for replaying a run on this machine, perhaps with another model."""
+    require_here(here)
     own = here.replace(
         **record.config.model_dump(include=set(SERVER_SETTINGS)),
         profile=record.profile,
