@@ -203,13 +203,17 @@ def test_what_failed_is_tried_again_by_the_next_call(
 
     async def run(trial: Trial, *_: object, **__: object) -> TrialResult:
         ends = outcome if dict(trial.settings)["batch_size"] == 128 else Outcome.DONE
-        return TrialResult(trial, ends, fingerprint=mark)
+        speed = Speed(1, 1, 1.0, 0.1, None, None, 1.0)
+        measured = Measurement(LoadSeconds(0.1, 0.1, 0.1), (speed,), 1)
+        return TrialResult(trial, ends, measurement=measured, fingerprint=mark)
 
     monkeypatch.setattr(measure, "run_trial", run)
     given = {"space": {"batch_size": [32, 128], "threads": 1}, "budget": 2}
     assert search(**given).wait(WAIT).settings["batch_size"] == 32
     outcome = Outcome.DONE
     assert search(**given).wait(WAIT).settings["batch_size"] == 128
+    found = search(**given, objective="total_tokens_per_second").wait(WAIT)  # no round to add
+    assert "too close to tell from 1 other, measured once" in found.summary
 
 
 def test_a_long_first_prompt_prunes_no_trial_that_reads_it_as_fast_as_others(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from kitty_nb.catalog.catalog import ModelCatalog, families
@@ -163,7 +163,7 @@ class TargetTuning(Tuning):
             rows = tuple(self._rows[trial.key] for each in rounds for trial in each)
             proof = self._judge(Results(self.config, rows), best.trial, other, same=same)
             if isinstance(proof, Proof):
-                self._proved = best, proof
+                self._proved = replace(best, more_rounds=0), proof  # a search has no rounds to add
                 return
             self._unproved.append(f"\n- {best.trial.label}: {proof}")
 
