@@ -23,6 +23,7 @@ from anyio.from_thread import BlockingPortal
 from anyio.to_thread import run_sync
 
 from kitty_nb.client import Access
+from kitty_nb.client.protocol import out_of_files
 from kitty_nb.config import OnKernelExit, ServerConfig, goes_without_key
 from kitty_nb.engine.command_line import SERVER_SETTINGS, accepts, spell
 from kitty_nb.engine.devices import list_devices
@@ -304,6 +305,8 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
 
 async def _why_silent(supervisor: Supervisor, error: httpx.HTTPError) -> str:
     """Return why a server did not answer: the cause of its exit, if it exited."""
+    if no_files := out_of_files(error):
+        return no_files
     with anyio.move_on_after(_DEATH_WITHIN):
         async with aclosing(supervisor.events()) as events:
             while not supervisor.state.status.idle:

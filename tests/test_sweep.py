@@ -840,6 +840,19 @@ def test_the_time_left_is_that_of_like_trials() -> None:
     assert seconds_left(rows, [Trial("b")], passed=40) == 0
 
 
+def test_more_requests_at_once_than_files_can_be_open_are_a_row(
+    sweep: Callable[..., Sweep],
+) -> None:
+    one = sweep(grid={"threads": [1]}, repeats=1, parallel=300)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/dev/fd").iterdir()]) + 60, hard))
+    try:
+        (row,) = one.run().wait(WAIT).rows
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert row.reason.startswith("Each request takes an open file"), row.reason
+
+
 @contextmanager
 def full_disk(limit: int) -> Iterator[None]:
     """Let every write beyond this many bytes of a file fail, as on a full disk."""

@@ -201,19 +201,25 @@ async def props(http: httpx.AsyncClient) -> dict[str, Any]:
 
 def broken_off(error: httpx.HTTPError | None = None) -> str:
     """Describe an answer that ended early, with the error that cut it short."""
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:
-            return (
-                "Each request takes an open file, and this process may have no more. Try fewer at"
-                " once, or raise its limit (ulimit -n)."
-            )
-        cause = cause.__cause__ or cause.__context__
+    if no_files := out_of_files(error):
+        return no_files
     how = type(error).__name__ if error else "its end is missing"
     return (
         f"The answer ended early ({how}): the server was stopped or crashed, or the connection to"
         " it broke. See its log."
     )
+
+
+def out_of_files(error: BaseException | None) -> str:
+    """Return the remedy if an error's cause is too many open files; empty if it is another one."""
+    while error:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return (
+                "Each request takes an open file, and this process may have no more. Try fewer at"
+                " once, or raise its limit (ulimit -n)."
+            )
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _request(

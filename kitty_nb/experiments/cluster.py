@@ -26,7 +26,13 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from kitty_nb.config.profiles import load_lenient
 from kitty_nb.errors import ExperimentError, KittyError, first_of
-from kitty_nb.experiments.measure import engine_of, fingerprint_of, fingerprints_here, run_trial
+from kitty_nb.experiments.measure import (
+    engine_of,
+    fingerprint_of,
+    fingerprints_here,
+    run_trial,
+    why_not_written,
+)
 from kitty_nb.experiments.trial import ModelFingerprint, Outcome, TrialResult
 from kitty_nb.isolated_server import this_host
 
@@ -365,9 +371,7 @@ async def run_job(setup: Setup, trial: Trial, name: str) -> tuple[TrialResult, b
             log = await run_sync(_read_logs, folder) if setup.keep_logs else b""
             return row, log
     except OSError as error:
-        return _failed(
-            trial, f"Can't write to {worker.local_directory}: {error}. Free some space there."
-        ), b""
+        return _failed(trial, why_not_written(error, worker.local_directory)), b""
     return None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ import psutil
 from anyio.to_thread import run_sync
 
 from kitty_nb.catalog.resolve import resolve_model
-from kitty_nb.client.protocol import ask_each, post, props, stream
+from kitty_nb.client.protocol import ask_each, out_of_files, post, props, stream
 from kitty_nb.errors import ConfigError, KittyError, ServerError, WillNotFitError, first_of
 from kitty_nb.experiments.extras import extra
 from kitty_nb.experiments.likelihood import Likelihoods, likeness, perplexity_of
@@ -342,10 +343,18 @@ async def run_trial(
     except KittyError as error:
         run.end(Outcome.FAILED, str(error))
     except OSError as error:
-        problem = f"Can't write to {error.filename or folder}: {error.strerror or error}."
-        run.end(Outcome.FAILED, f"{problem} Free some space or fix its permissions.")
+        run.end(Outcome.FAILED, why_not_written(error, folder))
     seconds = replace(run.row.seconds, overall=time.monotonic() - began)
     return replace(run.row, seconds=seconds, at=time.time())
+
+
+def why_not_written(error: OSError, folder: object) -> str:
+    """Say why a trial's files can't be written, and what to do."""
+    where = error.filename or folder or gettempdir()
+    return out_of_files(error) or (
+        f"Can't write to {where}: {error.strerror or error}. Free some space or fix its"
+        " permissions."
+    )
 
 
 async def engine_of(trial: Trial, config: ServerConfig) -> Engine:
