@@ -26,6 +26,7 @@ from kitty_nb.experiments.trial import (
     TrialEnded,
     TrialProgressed,
     TrialStarted,
+    Workload,
 )
 from kitty_nb.supervisor.events import Stage
 
@@ -250,6 +251,14 @@ def test_trials_go_where_their_model_is(
         assert "file of that name is a different one" in row.reason
 
 
+def test_a_worker_that_cannot_look_at_its_files_says_why(config: ServerConfig) -> None:
+    from kitty_nb.experiments.cluster import Setup, look  # noqa: PLC0415
+
+    away = config.replace(models_dir=Path("/") / ("x" * 300))
+    setup = Setup("topic", away, Workload(), "elsewhere", alone=True, keep_logs=False)
+    assert "File name too long" in str(anyio.run(look, setup, Trial("demo.gguf")))
+
+
 @pytest.mark.slow
 def test_a_model_that_only_the_workers_have(
     sweep: Callable[..., Sweep], client: Client, config: ServerConfig, tmp_path: Path
@@ -342,7 +351,7 @@ def test_a_trial_that_takes_its_workers_with_it_is_a_row(
         one.subscribe(kill_when_ready)
         (row,) = one.run(client=client).wait(WAIT).rows
         assert row.outcome is Outcome.FAILED
-        assert "Workers died 2 times while running this trial." in row.reason
+        assert "Workers died or left 2 times while running this trial." in row.reason
         eventually(lambda: not servers(), within=30, why="a server outlives its worker")
 
 

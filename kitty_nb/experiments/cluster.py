@@ -310,8 +310,8 @@ def _failed(trial: Trial, reason: str) -> TrialResult:
 
 def _died(count: int) -> str:
     return (
-        f"Workers died {count} times while running this trial. Check their logs; too little memory"
-        " is the usual cause."
+        f"Workers died or left {count} times while running this trial. Check their logs; too little"
+        " memory and a batch job's time limit are the usual causes."
     )
 
 
@@ -343,6 +343,8 @@ async def look(setup: Setup, trial: Trial) -> ModelFingerprint | str:
         await engine_of(trial, config)
     except KittyError as error:
         return str(error)
+    except OSError as error:  # which its caller would take for a lost connection
+        return f"{error}."
     return fingerprint
 
 

@@ -85,7 +85,7 @@ class Sweep(TrialRunner):
         baseline: Whether to measure the settings in use as well, twice per round: the difference
             between the two is the machine's own variation, and no smaller difference counts.
         busy_repeats: How many times to repeat a trial because other processes kept the machine
-            busy. The row with the least interference counts.
+            busy, unless trials run side by side. The row with the least interference counts.
 
     Attributes:
         config: The base settings.
