@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -54,6 +55,8 @@ def test_an_engine_that_does_not_keep_the_context_is_told_and_not_measured() -> 
             assert (await client.measure(BenchTest(BenchKind.PROMPT, 32)))[0] == 3200
             with pytest.raises(ExperimentError, match="128 tokens instead of 32: it does not keep"):
                 await client.measure(BenchTest(BenchKind.PROMPT, 32, 96))
+            with pytest.raises(ExperimentError, match=r"0 tokens instead of 32\. Look for a limit"):
+                await client.measure(BenchTest(BenchKind.ANSWER, 32, 96))
 
     anyio.run(measure)
 
@@ -124,6 +127,9 @@ def test_a_plot_shows_the_speed_against_the_depth() -> None:
 def test_what_the_clock_does_not_confirm_is_said() -> None:
     held = table(BenchRow(BenchTest(BenchKind.PROMPT, 512), (1000.0,), (500.0,)))
     assert "- pp512: By the clock it is 500.00 t/s" in str(held)
+    assert "Close other programs" in str(held)
+    alone = replace(held.rows[0], noise=Noise(0.1, 0.0))
+    assert alone.note == "By the clock it is 500.00 t/s: something delayed the answers."
     assert held._repr_markdown_() == str(held)
     short = BenchTest(BenchKind.PROMPT, 16)
     quick = table(BenchRow(short, (10_000.0,), (2_000.0,)))  # 6 ms of HTTP

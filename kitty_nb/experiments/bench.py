@@ -129,10 +129,8 @@ class BenchRow:
         seconds = self.test.tokens * (1 / clock - 1 / fmean(self.speeds))
         if abs(clock / fmean(self.speeds) - 1) <= _AGREE or abs(seconds) <= _UNNOTICED:
             return ""
-        return (
-            f"By the clock it is {clock:.2f} t/s: something delayed the server. Close other"
-            " programs, and measure again."
-        )
+        advice = "" if self.noise else " Close other programs, and measure again."
+        return f"By the clock it is {clock:.2f} t/s: something delayed the answers.{advice}"
 
 
 @dataclass(frozen=True)
@@ -392,14 +390,17 @@ class BenchClient:
         if test.kind is BenchKind.PROMPT:
             tokens, own = timings.prompt_n, timings.prompt_ms / 1000
             right = test.tokens <= tokens <= max(test.tokens + 1, test.tokens * _REREAD)
+            why = ": it does not keep such a context. Try another depth." if before else "."
         else:
             tokens, own = timings.predicted_n - 1, timings.predicted_ms / 1000
             right = tokens == test.tokens
-        if not right or own <= 0:
+            why = ". Look for a limit in LLAMACPP_N_PREDICT and LLAMACPP_EXTRA_ARGS."
+        if not right:
             raise ExperimentError(
-                f"The engine processed {tokens} tokens instead of {test.tokens}: it does not keep"
-                " such a context. Try another depth."
+                f"The engine processed {tokens} tokens instead of {test.tokens}{why}"
             )
+        if own <= 0:
+            raise ExperimentError(f"The engine reports no time for {tokens} tokens. Ask for more.")
         return tokens / own, tokens / (own + apart)
 
     async def _ask(
@@ -441,6 +442,7 @@ def plain_config(
     return resolve_model(
         config.replace(
             context_size=-(-context // _PAD) * _PAD,
+            n_predict=None,  # earlier builds apply it to requests with a number of their own, too
             parallel=1,
             speculation=None,
             draft_model=None,
