@@ -135,7 +135,7 @@ def test_what_the_clock_does_not_confirm_is_said() -> None:
     quick = table(BenchRow(short, (10_000.0,), (2_000.0,)))  # 6 ms of HTTP
     assert "By the clock" not in str(quick)
     shared = table(BenchRow(short, (9.0,), (9.0,), noise=Noise(0.9, 0.4)))
-    assert "- pp16: Other processes used 40 % of the processors. Stop them" in str(shared)
+    assert "- pp16: Other work, in this process or others, used 40 %" in str(shared)
     missing = table(BenchRow(short, reason="It is too deep."))
     assert "- pp16: It is too deep." in str(missing)
     assert "| - |" in re.sub(" +", " ", str(missing))

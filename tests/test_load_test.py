@@ -143,7 +143,7 @@ def test_a_busy_machine_is_told_below_the_table() -> None:
     assert test.frame["busy"].tolist() == [False, True]
     assert test.frame["other_processes"].tolist()[1] == 0.4
     note = str(test).partition("\n\n")[2]
-    assert note.startswith("- 4 at once: Other processes used 40 % of the processors. Stop them")
+    assert note.startswith("- 4 at once: Other work, in this process or others, used 40 %")
 
 
 def test_a_plot_has_a_curve_for_each_percentile_against_the_rate() -> None:

@@ -24,7 +24,8 @@ class Noise:
 
     Attributes:
         load: The busy fraction of the processor time.
-        others: The fraction used by processes other than the server and its client.
+        others: The fraction used by anything but the server and its client: other processes, and
+            other threads of this one, such as those of notebook cells.
         clock_ghz: The processors' clock at the end, in GHz; None if unknown.
         temperature_celsius: The warmest processor sensor at the end, in °C; None without sensors.
     """
@@ -41,12 +42,12 @@ class Noise:
 
     @property
     def warning(self) -> str:
-        """What to do about other processes, in sentences; empty if they did not disturb."""
+        """What to do about other work, in sentences; empty if it did not disturb."""
         if not self.busy:
             return ""
         return (
-            f"Other processes used {self.others * 100:.0f} % of the processors. Stop them, and"
-            " measure again."
+            f"Other work, in this process or others, used {self.others * 100:.0f} % of the"
+            " processors. Stop it, and measure again."
         )
 
 

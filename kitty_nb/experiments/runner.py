@@ -261,7 +261,7 @@ class TrialRunner:
             if not row.busy:
                 break
             _log.info(  # the row says so, too
-                "Other processes used %.0f %% of the processors during %s. Repeating the trial.",
+                "Other work used %.0f %% of the processors during %s. Repeating the trial.",
                 others(row) * 100,
                 trial.label,
             )
