@@ -91,6 +91,7 @@ def test_another_answer_is_told_with_its_first_token(
     assert other.before == ANSWER.removeprefix("Hello! I am ")
     assert "written".startswith(other.now)
     assert "answer 1 of record 1 differs from token 3 on: 'wri" in str(found)
+    assert "answer 1 of record 1 differs: 'wri" in str(replace(other, token=None))
     assert found.regressed
 
 

@@ -46,19 +46,20 @@ class OtherAnswer:
 
     Attributes:
         answer: The number of the answer in the record, from 1.
-        token: The number of the first token that differs, from 1.
+        token: The number of the first token that differs, from 1; None if a build reports none.
         before: An excerpt from there of the answer of the engine in use; `now`, of the build's.
     """
 
     record: str
     answer: int
-    token: int
+    token: int | None
     before: str
     now: str
 
     def __str__(self) -> str:
+        where = f" from token {self.token} on" if self.token else ""
         return (
-            f"answer {self.answer} of {self.record} differs from token {self.token} on:"
+            f"answer {self.answer} of {self.record} differs{where}:"
             f" {self.now!r} instead of {self.before!r}"
         )
 
@@ -192,7 +193,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer and its tokens, or its characters if a build doesn't report tokens."""
+    """An answer and its tokens; none if a build doesn't report them."""
 
     text: str
     tokens: tuple[object, ...]
@@ -367,7 +368,7 @@ async def _ask(http: httpx.AsyncClient, request: Request) -> _Answer:
     listed = (choice.get("logprobs") or {}).get("content") or ()
     tokens = tuple(one.get("id", one.get("token")) for one in listed if isinstance(one, dict))
     whole = len(tokens) == (answer.get("usage") or {}).get("completion_tokens")
-    return _Answer(text, tokens if tokens and whole else tuple(text))
+    return _Answer(text, tokens if whole else ())
 
 
 def _report(engine: Path, version: str, found: _Found, first: _Found, again: _Found) -> BuildReport:
@@ -393,7 +394,8 @@ def _other_answers(
 ) -> Iterator[OtherAnswer]:
     for (record, index), was in before.items():
         if (other := now[record, index]).text != was.text:
-            token = first_difference(was.tokens, other.tokens)
+            counted = was.tokens and other.tokens
+            token = first_difference(was.tokens, other.tokens) + 1 if counted else None
             at = first_difference(was.text, other.text)
             rest, changed = (one.text[at : at + _SHOWN] for one in (was, other))
-            yield OtherAnswer(record, index + 1, token + 1, rest, changed)
+            yield OtherAnswer(record, index + 1, token, rest, changed)
