@@ -184,10 +184,10 @@ def test_every_flag_of_the_help_can_be_tried(base: ServerConfig, engine: Path | 
     [
         ({"temp": [0.0, 1.0]}, "Write temperature instead"),
         ({"repeat-penalty": [1.1]}, r"Did you mean repeat_penalty\?"),
-        ({"seed": [1, 2]}, "Write seed=… in the sweep"),
-        ({"predict": [9]}, "Write max_tokens=… in the sweep"),
+        ({"seed": [1, 2]}, "Write seed=… as an argument"),
+        ({"predict": [9]}, "Write max_tokens=… as an argument"),
         ({"no_cache_prompt": [True]}, "prompts always start from scratch"),
-        ({"extra_args": [("--mlock", "--seed", "7")]}, "Write seed=… in the sweep"),
+        ({"extra_args": [("--mlock", "--seed", "7")]}, "Write seed=… as an argument"),
         ({"ctk": ["q8_0"]}, r"Did you mean cache_type_k\?"),
         ({"fa": ["on"]}, r"Did you mean flash_attn\?"),
         ({"np": [2]}, r"Did you mean parallel\?"),

@@ -95,8 +95,8 @@ class Likelihoods:
             if token in found:
                 return found[token], found[token] >= max(found.values())
         raise ExperimentError(
-            "Can't measure perplexity: this build of llama-server doesn't report the probability of"
-            " a given token. Update llama.cpp, or leave perplexity out."
+            "Can't measure likelihoods: this build of llama-server doesn't report the probability"
+            " of a given token. Update llama.cpp, or use another quality."
         )
 
     async def _expected(self, before: list[int], taken: int | None, count: int) -> Distribution:

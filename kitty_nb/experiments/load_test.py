@@ -33,7 +33,7 @@ from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.metrics import known
 from kitty_nb.experiments.noise import noise_since, usage_with
 from kitty_nb.experiments.output import frame_of, markdown_table, number, write_parquet
-from kitty_nb.experiments.trial import DEFAULT_PROMPT, RequestTimes, Workload
+from kitty_nb.experiments.trial import CONNECTIONS, DEFAULT_PROMPT, RequestTimes, Workload
 from kitty_nb.isolated_server import (
     access_at_url,
     in_background,
@@ -263,7 +263,8 @@ def load_test(
         ConfigError: A setting or option is wrong.
         ExperimentError: A number is wrong, or the limit can't be parsed or needs more requests.
     """
-    at_once = numbers("concurrency", concurrency)
+    given = numbers("concurrency", concurrency)
+    at_once = tuple(whole("concurrency", one, 1, CONNECTIONS) for one in given)
     rates = tuple(positive("rate", one) for one in numbers("rate", rate))
     if not (at_once or rates or limit):
         at_once = _AT_ONCE

@@ -390,7 +390,7 @@ def fingerprints_here(
         except ConfigError as error:
             problems += error.problems
     if problems and must_exist:
-        raise ConfigError("the sweep", tuple(problems))
+        raise ConfigError("", tuple(problems))
     return {model: one for model, one in found.items() if one.digest}
 
 
@@ -514,5 +514,5 @@ def _queued(most: int, slots: int | None) -> str:
         return ""
     return (
         f"{most} requests at once waited for the server's {slots} slots, so these numbers include"
-        f" queueing. Set parallel to {most} or more in the grid or in .env."
+        f" queueing. Raise the setting parallel to {most} or more."
     )

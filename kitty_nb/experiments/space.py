@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 FIELDS = (*(name for name in SERVER_SETTINGS if name != "n_predict"), "binary")
 # Options that each request, or the sweep, sets itself, and what to do instead.
 _DECIDED = {
-    "--seed": "Write seed=… in the sweep instead.",
-    "--predict": "Write max_tokens=… in the sweep instead.",
-    "--n-predict": "Write max_tokens=… in the sweep instead.",
+    "--seed": "Write seed=… as an argument instead.",
+    "--predict": "Write max_tokens=… as an argument instead.",
+    "--n-predict": "Write max_tokens=… as an argument instead.",
     "--ignore-eos": "Leave it out; with quality=… an answer ends where the model ends it.",
     "--cache-prompt": "Leave it out; prompts always start from scratch, to measure their speed.",
     "--temp": "Write temperature instead.",
     "--top-p": "Write top_p instead.",
     "--repeat-penalty": "Write repeat_penalty instead.",
-    "--model": "Write models=[…] in the sweep instead.",
+    "--model": "Name models in their own argument instead.",
     **dict.fromkeys(("--host", "--port", "--alias", "--api-key"), "Leave it out."),
 }
 _NO_EFFECT = "It has no effect: each request, or the sweep, sets it."
@@ -94,7 +94,7 @@ def combine(
         raise ConfigError("the sweep", tuple(problems))
     named = [_model_name(model, base) for model in models or filter(None, (base.model,))]
     if not named and not all(model for model, _ in listed):
-        raise ExperimentError("No model is chosen. Write models=[…], or set one in .env.")
+        raise ExperimentError("No model is chosen. Name one as an argument, or set one in .env.")
     combinations = dict.fromkeys(
         Trial(model, tuple((settings | dict(zip(axes, point, strict=True))).items()))
         for own_model, settings in listed
@@ -162,7 +162,7 @@ def check_flags(settings: Iterable[tuple[str, Value]], dialect: Dialect) -> None
                 name, str(value), "llama-server doesn't accept it.", fix
             )
     if problems:
-        raise ConfigError("the sweep", tuple(problems.values()))
+        raise ConfigError("", tuple(problems.values()))
 
 
 def as_value(value: Any) -> Value:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue, and why it is red at sunset."
 
-_CONNECTIONS = 10_000  # more than any server answers at once
+CONNECTIONS = 10_000  # more than any server answers at once
 Value = bool | int | float | str | tuple[str, ...] | None
 
 
@@ -121,7 +121,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if problems := tuple(self._problems()):
-            raise ConfigError("the sweep", problems)
+            raise ConfigError("", problems)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -157,7 +157,7 @@ class Workload:
             ("max_tokens", self.max_tokens, 2, MOST, 64),  # a rate needs 2 tokens
             ("seed", self.seed, 0, SEEDS, 0),
             ("requests", self.at_least, 0, MOST, 100),
-            *(("parallel", one, 1, _CONNECTIONS, 4) for one in self.parallel or (None,)),
+            *(("parallel", one, 1, CONNECTIONS, 4) for one in self.parallel or (None,)),
         ):
             if not is_whole(value, least, most):
                 reason = f"It must be a whole number from {least} to {most:,}."
