@@ -180,7 +180,7 @@ class Tuning(TrialRunner):
             return row
         passed = time.monotonic() - began
         here = await anyio.to_thread.run_sync(fingerprints_here, [trial.model], self.config)
-        late = f"its {name} was still missing after {passed:.1f} s, far longer than usual."
+        late = f"its {name} was not complete after {passed:.1f} s, far longer than usual."
         return TrialResult(
             trial,
             Outcome.PRUNED,
