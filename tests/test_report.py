@@ -196,8 +196,10 @@ def test_the_code_in_a_report_makes_the_same_sweep(
 @pytest.mark.slow
 def test_a_report_of_a_model_that_is_elsewhere_says_so(results: Results, tmp_path: Path) -> None:
     away = replace(results, config=ServerConfig(models_dir=tmp_path), workload=None)
+    away = replace(away, rows=(replace(away.rows[0], host="red x86_64"), *away.rows[1:]))
     page = away.report(tmp_path / "out.html").read_text()
     assert "demo.gguf, which is not on this machine" in page
+    assert f">processor of {this_host()}<" in page
     assert "LLAMACPP_PRIMARY_THREADS=4" in page
     assert "Repeat it" not in page
 

@@ -169,13 +169,13 @@ def machine_of(results: Analysis) -> Iterator[tuple[str, str]]:
     for host in hosts:
         yield "machine", host
     if this_host() in hosts:
-        facts = host_facts()
+        facts, of = host_facts(), f" of {this_host()}" if len(hosts) > 1 else ""
         gpus = (f"{gpu.name}, {decimal(gpu.memory)}" for gpu in facts.gpus)
-        yield "processor", f"{facts.cpu}, {facts.usable_threads} threads usable"
-        yield "memory", ", ".join((decimal(facts.ram), *gpus))
-        yield "system", f"{facts.os}; {facts.python}"
+        yield f"processor{of}", f"{facts.cpu}, {facts.usable_threads} threads usable"
+        yield f"memory{of}", ", ".join((decimal(facts.ram), *gpus))
+        yield f"system{of}", f"{facts.os}; {facts.python}"
         versions = (f"{name} {version}" for name, version in library_versions().items())
-        yield "libraries", ", ".join(versions)
+        yield f"libraries{of}", f"{', '.join(versions)}, at the time of this report"
     for engine in dict.fromkeys(row.engine for row in results.rows if row.engine):
         yield "engine", engine
 
