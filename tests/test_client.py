@@ -232,8 +232,10 @@ def test_tools_are_run_until_the_model_answers(says: Says) -> None:
     assert unknown == "Error: there is no tool unknown. The tools are weather, broken."
     assert threads
     assert get_ident() not in threads  # one that blocks has a thread of its own
+    threads.clear()
     with pytest.raises(NoAnswerError, match="called tools 2 times without answering"):
         talk(call("weather", '{"city": "Rome"}'), max_rounds=2)
+    assert len(threads) == 2
 
 
 def test_documents_are_ranked_by_score(says: Says) -> None:

@@ -8,6 +8,7 @@ from base64 import b64encode
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -415,19 +416,19 @@ async def converse(
     if functions:
         asked["tools"] = [*map(_describe, functions.values()), *asked.get("tools", ())]
     made: tuple[ToolCall, ...] = ()
-    for _ in range(max_rounds + 1):
+    for rounds in count():
         answer = await complete(http, asked, on_piece, on_progress)
         if not answer.tool_calls or not functions:
             break
+        if rounds >= max_rounds:
+            raise NoAnswerError(
+                f"The model called tools {max_rounds} times without answering. Raise max_rounds, or"
+                " say in the prompt when to stop."
+            )
         calls = [replace(call, result=await _run(functions, call)) for call in answer.tool_calls]
         made += tuple(calls)
         asked["messages"] = [*asked["messages"], *_told(answer, calls)]
         asked.pop("tool_choice", None)  # else every round would require a call
-    else:
-        raise NoAnswerError(
-            f"The model called tools {max_rounds} times without answering. Raise max_rounds, or say"
-            " in the prompt when to stop."
-        )
     if missing := answer.missing:
         raise NoAnswerError(missing)
     return replace(answer, tool_calls=made)
