@@ -557,9 +557,21 @@ def test_they_are_listed_and_removed_in_a_terminal(config: ServerConfig, tmp_pat
     listed = run(app, ["prompts", "list", "--env", str(env)]).output
     assert "manual.txt" in listed
     assert "1,234" in listed
+    assert "named 'x'" in run(app, ["prompts", "list", "x", "--env", str(env)]).output
     assert (
         "Removed 1 kept" in run(app, ["prompts", "clear", "manual.txt", "--env", str(env)]).output
     )
     assert [prompt.name for prompt in store.prompts()] == [""]
-    assert "Removed 1 kept" in run(app, ["prompts", "clear", "--env", str(env)]).output
+    store.folder.chmod(0o777)
+    assert "Other users can write" in run(app, ["prompts", "--env", str(env)]).output
+    store.folder.chmod(0o700)
+    (state,) = store.folder.glob("*.state")
+    state.rename(tmp_path / "state")
+    state.mkdir()  # can't be deleted like a file
+    failed = run(app, ["prompts", "clear", "--env", str(env)]).output
+    assert state.name in failed
+    assert "Removed" not in failed
+    state.rmdir()
+    (tmp_path / "state").rename(state)
+    assert "Removed 0 kept" in run(app, ["prompts", "clear", "--env", str(env)]).output
     assert [*store.folder.iterdir()] == []

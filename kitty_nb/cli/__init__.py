@@ -500,12 +500,15 @@ def prompts(
 
     config = _settings(env, profile)
     store = PromptStore.of(config)
+    if doubt := store.doubt:
+        raise KittyError(f"{doubt} Nothing is read or removed until only you can write there.")
     kept = [prompt for prompt in store.prompts() if name in {"", prompt.name}]
     if action == "clear":
         store.clear(kept, whole=not name)
         _say(f"Removed {len(kept)} kept prompt{'s' * (len(kept) != 1)}.")
     elif not kept:
-        _say(f"There are no kept prompts in {config.prompts_dir}.")
+        named = f" named {name!r}" if name else ""
+        _say(f"There are no kept prompts{named} in {store.folder}.")
     else:
         table = Table("Name", "Model", "Tokens", "Size", "Saved", box=None)
         for one in kept:

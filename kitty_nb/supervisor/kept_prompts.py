@@ -116,7 +116,7 @@ class PromptStore:
         return cls(config.prompts_dir, config.keep_prompts_gb * 1e9)
 
     @property
-    def _doubt(self) -> str | None:
+    def doubt(self) -> str | None:
         """Why others could have changed the folder's contents, if they could."""
         return f"{self.folder} is a link." if self.folder.is_symlink() else distrust(self.folder)
 
@@ -127,7 +127,7 @@ class PromptStore:
             OSError: It can't be created.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if doubt := self._doubt:
+        if doubt := self.doubt:
             return doubt
         self.folder.chmod(0o700)
         self._sweep()
@@ -141,7 +141,7 @@ class PromptStore:
             return []
 
     def _read(self) -> Iterator[KeptPrompt]:
-        for about in self.folder.glob(f"*{_ABOUT}") if not self._doubt else ():
+        for about in self.folder.glob(f"*{_ABOUT}") if not self.doubt else ():
             with suppress(OSError, ValidationError):
                 if not _is_plain(about) or about.stat().st_size > _LONGEST:
                     continue
@@ -215,19 +215,25 @@ class PromptStore:
                     state.unlink()
 
     def discard(self, key: str) -> None:
-        """Delete the files of a prompt, the state last: without a record, it counts as none."""
-        for ending in (_ABOUT, _STATE):
-            with suppress(OSError):
-                (self.folder / f"{key}{ending}").unlink()
+        """Delete the files of a prompt if possible."""
+        with suppress(OSError):
+            self._delete(key)
+
+    def _delete(self, key: str) -> None:
+        for ending in (_ABOUT, _STATE):  # the state last: without a record, it counts as none
+            (self.folder / f"{key}{ending}").unlink(missing_ok=True)
 
     def clear(self, prompts: Iterable[KeptPrompt], *, whole: bool) -> None:
-        """Delete prompts; with `whole`, also any other file of ours in the folder."""
+        """Delete prompts; with `whole`, also any other file of ours in the folder.
+
+        Raises:
+            OSError: A file can't be deleted.
+        """
         for prompt in prompts:
-            self.discard(prompt.key)
-        for file in self.folder.glob("*") if whole and not self._doubt else ():
+            self._delete(prompt.key)
+        for file in self.folder.glob("*") if whole and not self.doubt else ():
             if _OURS.match(file.name):
-                with suppress(OSError):
-                    file.unlink()
+                file.unlink(missing_ok=True)
 
     def is_useless(self, facts: Mapping[str, str]) -> bool:
         """Return whether this build has been found unable to keep prompts of this model."""
