@@ -109,6 +109,9 @@ def _handler(shape: Shape) -> type[BaseHTTPRequestHandler]:
                     time.sleep(0.01)
             elif path == "/v1/chat/completions":
                 self.chat(body)
+            elif path == "/v1/embeddings" and body["model"] == "unknown":
+                missing = 'model "unknown" not found, try pulling it first'
+                self.answer(404, {"error": {"message": missing, "type": "api_error"}})
             elif path == "/v1/embeddings":
                 rows = [{"index": n, "embedding": [0.5, n]} for n in range(len(body["input"]))]
                 self.answer(200, {"object": "list", "data": rows, "model": body["model"]})

@@ -26,8 +26,9 @@ from traitlets.config import Config
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.cli.doctor import Verdict, examine
+from kitty_nb.client.embeddings import embed
 from kitty_nb.config.profiles import configured_profiles, env_warnings
-from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerFailedError
+from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
 from kitty_nb.supervisor import external_server
 from kitty_nb.supervisor.events import Activity, Event, Level, StateChanged
@@ -174,6 +175,13 @@ def test_one_that_speaks_like_ollama(ollama: tuple[Shape, str]) -> None:
         assert np.array_equal(vectors, np.array([[0.5, 0], [0.5, 1]], np.float32))
         with pytest.raises(KittyError, match="has no /tokenize"):
             manager.tokenize("Hello").wait(30)
+
+        async def embed_by_another() -> None:
+            async with manager.access.async_http() as http:
+                await embed(http, ["a"], 1, print, model="unknown")
+
+        with pytest.raises(ServerError, match="try pulling it first"):
+            anyio.run(embed_by_another)
         assert {key for _, key, _ in shape.seen} == {None}
 
 

@@ -134,7 +134,8 @@ async def post(
         httpx.HTTPError: The connection broke.
     """
     response = await http.send(_request(http, path, request))
-    if response.status_code == HTTPStatus.NOT_FOUND:
+    # Ollama says 404 of a model that it lacks.
+    if response.status_code == HTTPStatus.NOT_FOUND and b"model" not in response.content:
         raise ServerError(
             f"The server has no {path}. If it is a llama-server, update llama.cpp; others lack it."
         )
