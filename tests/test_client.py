@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,6 +11,7 @@ from threading import Thread, get_ident
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 
 from kitty_nb import ModelManager, ServerConfig
@@ -307,6 +309,14 @@ def test_an_answer_without_an_end_is_broken_off(says: Says) -> None:
         chat(says(events({"content": "half"}, finish=None)))
     with pytest.raises(ServerError, match="failed midway: it is full"):
         chat(says('data: {"error": {"message": "it is full"}}\n\n'))
+
+
+def test_silence_is_not_called_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitty_nb.client.protocol._TIMEOUT", httpx.Timeout(0.1, connect=5))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        access = Access(f"http://127.0.0.1:{silent.getsockname()[1]}", None)
+        with pytest.raises(ServerError, match=r"Nothing came for 0\.1 s: the server is busy"):
+            chat(access)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,11 @@ def broken_off(error: httpx.HTTPError | None = None) -> str:
     """Describe an answer that ended early, with the error that cut it short."""
     if no_files := out_of_files(error):
         return no_files
+    if isinstance(error, httpx.ReadTimeout):
+        return (
+            f"Nothing came for {_TIMEOUT.read:g} s: the server is busy, reads a long prompt or"
+            " hangs. See its log."
+        )
     how = type(error).__name__ if error else "its end is missing"
     return (
         f"The answer ended early ({how}): the server was stopped or crashed, or the connection to"
