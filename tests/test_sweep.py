@@ -572,7 +572,7 @@ def test_answers_too_long_together_are_a_row(sweep: Callable[..., Sweep]) -> Non
     one = sweep(grid={"context_size": [1024]}, max_tokens=900, parallel=8)
     (row,) = one.run().wait(WAIT).rows
     assert row.outcome is Outcome.FAILED
-    assert "Raise context_size" in row.reason
+    assert "larger context (LLAMACPP_CTX)" in row.reason
 
 
 def test_what_will_not_fit_is_skipped_with_the_reason(sweep: Callable[..., Sweep]) -> None:

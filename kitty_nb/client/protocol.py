@@ -275,18 +275,19 @@ def _refusal(said: bytes, status: int | None = None) -> str:
     if facts.get("type") == _TOO_LONG:
         return (
             f"A prompt of {facts.get('n_prompt_tokens', '?')} tokens is longer than the context of"
-            f" a request, {facts.get('n_ctx', '?')} tokens. Raise context_size, lower parallel, or"
-            " shorten the prompt."
+            f" a request, {facts.get('n_ctx', '?')} tokens. Shorten the prompt, or give the server"
+            " a larger context (LLAMACPP_CTX) or fewer slots (LLAMACPP_PARALLEL)."
         )
     if too_large := _TOO_LARGE.search(message):
         return (
             f"A text of {too_large[1]} tokens is longer than the model takes in one go,"
-            f" {too_large[2]} tokens. Raise context_size and ubatch_size, or shorten the text."
+            f" {too_large[2]} tokens. Shorten the text, or give the server a larger context and"
+            " batches (LLAMACPP_CTX, LLAMACPP_BATCH_SIZE, LLAMACPP_UBATCH_SIZE)."
         )
     if _FULL in message:
         return (
-            "The concurrent requests and their answers exceed the server's total context. Raise"
-            " context_size, or lower max_tokens or parallel."
+            "The concurrent requests and their answers exceed the server's total context. Send"
+            " fewer at once, lower max_tokens, or give the server a larger context (LLAMACPP_CTX)."
         )
     if status is None:
         return f"The server failed midway: {message}"
