@@ -193,26 +193,26 @@ async def _serve_demo(config: ServerConfig, folder: Path) -> None:
 
 
 def _memory(config: ServerConfig) -> _Result:
-    record = find_server(config)
-    measured = free_memory(record.pid if record else None)
-    devices = None
+    measured, devices = free_memory(), None
     with suppress(EngineError):  # the check of the engine reports what is wrong with it
         devices = anyio.run(list_devices, config)
     rows = [
         f"{pool.name}: {decimal(pool.free)} of {decimal(pool.total)} free"
         for pool in with_devices(measured, devices).pools
     ]
-    if devices is None and record and record.devices:  # --rpc machines that it uses
+    if devices is None and (record := find_server(config)) and record.devices:  # machines of --rpc
         rows += [f"{name}: in use by the server (PID {record.pid})" for name in record.devices]
     found = ", ".join(rows)
     if measured.gpus and devices == ():
         names = ", ".join(gpu.name for gpu in measured.gpus)
-        return _WARNING, found, f"This llama-server can't use {names}. Install a build that can."
+        advice = "Unless --device or CUDA_VISIBLE_DEVICES forbids it, install a build that can."
+        return _WARNING, found, f"This llama-server does not use {names}. {advice}"
     if len(rows) > 1 or sys.platform == "darwin":
         return _OK, found
-    if devices is None and not find_spec("pynvml"):
-        return _OK, found, "To detect NVIDIA GPUs: pip install 'kitty_nb[gpu]'"
-    return _OK, found, "This llama-server lists no GPU: models run on the processor."
+    if devices is not None:
+        return _OK, found, "This llama-server uses no GPU: models run on the processor."
+    advice = "" if find_spec("pynvml") else "To detect NVIDIA GPUs: pip install 'kitty_nb[gpu]'"
+    return _OK, found, advice
 
 
 def _models(config: ServerConfig) -> _Result:
