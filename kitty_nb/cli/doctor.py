@@ -273,8 +273,7 @@ def _disk(config: ServerConfig) -> _Result:
     written = {"LLAMACPP_LOG_DIR": logs, "LLAMACPP_HISTORY": _nearest(config.history.parent)}
     for key, folder in written.items():
         if not os.access(folder, os.W_OK | os.X_OK):
-            advice = f"Make it writable, or set {key} to a folder that is."
-            return _ERROR, f"Can't write to {folder}.", advice
+            return _ERROR, f"Can't write to {folder}.", f"Make it writable, or change {key}."
     free, folder = min((shutil.disk_usage(folder).free, folder) for folder in (logs, models))
     found = f"{decimal(free)} free in {folder}"
     if free >= _LITTLE_SPACE:
