@@ -529,6 +529,7 @@ def test_a_terminal_tells_that_it_is_out_of_reach(tmp_path: Path) -> None:
     assert status.exit_code == 3
     assert "OUT OF REACH" in status.output
     assert run("start", *where).exit_code == 1
+    assert "already" not in run("start", "--no-wait", *where).output
     assert "can't be used" in run("wait-ready", "--timeout", "0.2", *where).output
 
 

@@ -107,13 +107,15 @@ async def load(config: ServerConfig, env: Path, begin: Begin) -> str:
         if state.status.idle:
             raise ServerFailedError(state.error)
         state = replace(state, address=None)  # valid for this connection only
-        told = [state.sentence + (" It was already running." if state.pid == before.pid else "")]
+        there = before.pid is not None or before.status is ServerStatus.READY  # the latter at a URL
+        already = " It was already running." if there and state.pid == before.pid else ""
+        told = [f"{state.sentence}{already}"]
         if config.ssh:
             from kitty_nb.remote.connection import tunnel_command
 
             told.append(f"To use it from here: {tunnel_command(state.config)}")
         if supervisor.api_key and not state.config.api_key:  # whoever set a key knows it
-            key = _same_profile(env, state.config.profile, "key")
+            key = same_profile(env, state.config.profile, "key")
             told.append(f"Clients must send its API key. To print it: {key}")
         return "\n".join(told)
 
