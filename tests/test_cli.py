@@ -128,7 +128,7 @@ def test_the_key_that_clients_need_is_printed_by_a_command_that_the_start_names(
     assert len(run("restart", "--env", env).stdout.splitlines()) == 1
     keyless = run("key", "--env", env)
     assert (keyless.exit_code, keyless.stdout) == (0, "")
-    assert "no API key" in keyless.stderr
+    assert "No API key is set" in keyless.stderr
 
 
 def test_the_status_of_all_profiles(env: Path, config: ServerConfig) -> None:

@@ -265,7 +265,7 @@ def key(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
     if key:
         typer.echo(key.get_secret_value())
     else:
-        _say("The server requires no API key.", err=True)
+        _say("No API key is set for this server.", err=True)
 
 
 @app.command()
