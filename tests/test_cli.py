@@ -495,7 +495,7 @@ def test_models_are_listed_and_a_demo_model_is_written_among_them(
     folder = tmp_path / "a folder with a name that no terminal of eighty columns can show in a row"
     env = tmp_path / "my.env"
     env.write_text(f"LLAMACPP_MODELS_DIR='{folder}'\n")
-    assert "kitty-nb demo-model" in run("scan", "--env", env).stdout
+    assert f"kitty-nb demo-model --env {env}" in run("scan", "--env", env).stdout
     assert f"There are no models in {folder}." in run("start", "--env", env).stderr
     assert run("demo-model", "--env", env).exit_code == 0
     for options in ((), ("--print-command",)):

@@ -111,17 +111,18 @@ def scan(env: _Env = _ENV, profile: _Profile = _PROFILE) -> None:
 
     from kitty_nb.catalog.catalog import ModelCatalog
     from kitty_nb.catalog.stores import model_stores
+    from kitty_nb.cli.commands import list_far_models, same_profile
     from kitty_nb.cli.console import PlainConsole
 
     config = _settings(env, profile, anywhere=True)
     if config.ssh:
-        from kitty_nb.cli.commands import list_far_models
-
         models, config = anyio.run(list_far_models, config)
     else:
         models = ModelCatalog(model_stores(config)).scan()
     if not models:
-        _say(f"There are no models in {config.models_dir}. To try things out: kitty-nb demo-model")
+        demo = f". To try things out: {same_profile(env, config.profile, 'demo-model')}"
+        there = f" on {config.ssh}." if config.ssh else demo
+        _say(f"There are no models in {config.models_dir}{there}")
         return
     table = Table(
         "Model", "Quantization", "Size", "Shards", "Context", "Input", "Problem", box=None

@@ -264,7 +264,7 @@ async def _supervise(config: ServerConfig, env: Path) -> AsyncIterator[AnySuperv
     except (ServerFailedError, ServerCrashedError) as error:
         if not supervisor.log_lines:
             raise
-        logs = _same_profile(env, config.profile, "logs", "-n", "20")
+        logs = same_profile(env, config.profile, "logs", "-n", "20")
         raise KittyError(f"{error}\nTo see the end of its log: {logs}") from None
 
 
@@ -360,7 +360,7 @@ async def list_far_models(config: ServerConfig) -> tuple[list[Model], ServerConf
     return models, config
 
 
-def _same_profile(env: Path, profile: str, *words: str) -> str:
+def same_profile(env: Path, profile: str, *words: str) -> str:
     """Return another kitty-nb command for the same profile, quoted for a shell."""
     where = () if env == Path(".env") else ("--env", str(env))
     which = () if profile == "primary" else ("--profile", profile)
