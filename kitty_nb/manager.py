@@ -15,7 +15,7 @@ from anyio.from_thread import start_blocking_portal
 from kitty_nb.client import embeddings
 from kitty_nb.client.conversation import Form, as_messages, chat_request, converse
 from kitty_nb.client.protocol import Access, Connections
-from kitty_nb.config import OnKernelExit, ServerConfig, Task
+from kitty_nb.config import OnKernelExit, ServerConfig, Task, task_by_flags
 from kitty_nb.errors import KittyError, OutOfReachError
 from kitty_nb.operation import Chat, Operation, Pieces, Pinned
 from kitty_nb.remote.supervisor import RemoteSupervisor
@@ -388,9 +388,8 @@ class ModelManager:
         """Return the access to a server that was started for a task, if that matters."""
         access, state = self.access, self.state
         if task and not (state.external or state.router) and state.task is not task:
-            raise KittyError(
-                f"{state.alias} was started to {state.task}, not to {task}. {_STARTED_FOR[task]}"
-            )
+            fix = _BY_FLAG if task_by_flags(state.config.extra_args) else _STARTED_FOR[task]
+            raise KittyError(f"{state.alias} was started to {state.task}, not to {task}. {fix}")
         return access
 
     @property
@@ -417,6 +416,7 @@ class ModelManager:
             self._progress = event.progress
 
 
+_BY_FLAG = "A flag in LLAMACPP_EXTRA_ARGS decides that: correct it, and restart the server."
 _OR_THIS = "Start a model that was made for it, or this one with {} in LLAMACPP_EXTRA_ARGS."
 _STARTED_FOR = {
     Task.CHAT: "Start a model that was made to chat.",

@@ -115,8 +115,13 @@ def test_documents_are_ranked_as_by_the_server(
     model = write_ranker(tmp_path / "models" / "ranker.gguf", pooling)
     documents = [f"the {word} sits" for word in WORDS]
     asked = {"query": "what is the sun", "documents": documents}
-    with ModelManager(config=config.replace(model=model, context_size=256, binary=engine)) as one:
+    config = config.replace(model=model, context_size=256, binary=engine)
+    by_flag = config.replace(extra_args=["--rerank"])
+    with ModelManager(config=by_flag if pooling else config) as one:
         assert one.start().wait(60).task is Task.RANK
+        remedy = "flag in LLAMACPP_EXTRA_ARGS" if pooling else "Start a model that was made to chat"
+        with pytest.raises(KittyError, match=remedy):
+            one.chat("Hello")
         ranked = one.rerank(asked["query"], documents).wait(60)
         raw = one.http.post("/v1/rerank", json=asked).json()["results"]
         best = one.rerank(asked["query"], documents, 2).wait(60)

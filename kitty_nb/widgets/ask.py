@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ipywidgets import HTML, HBox, Text
 
 from kitty_nb.client.conversation import with_images
-from kitty_nb.config import Task
+from kitty_nb.config import Task, task_by_flags
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.display import Page, asset, button, duration, show_if
@@ -260,6 +260,11 @@ class Ask(Page):
             hint = "The server is not ready: start it, or wait for it, to continue."
         elif not ready:
             hint = "This model doesn't chat. Choose another one above and press Switch."
+            if task_by_flags(state.config.extra_args) and not state.external:
+                hint = (
+                    "A flag in LLAMACPP_EXTRA_ARGS keeps this server from chatting. Correct it, and"
+                    " press Rescan, then Restart."
+                )
         elif state.to_choose:
             press = " and press Switch" if state.external else ""
             hint = f"The router has no model loaded. Choose one above{press}."
