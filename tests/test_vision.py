@@ -11,7 +11,7 @@ import anyio
 import pytest
 from model_files import write_header, write_projector
 
-from kitty_nb import ModelCatalog, ModelManager, ServerConfig, write_demo_model
+from kitty_nb import ModelCatalog, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.catalog.stores import Store, StoreKind
 from kitty_nb.cli.commands import read_status
@@ -20,6 +20,7 @@ from kitty_nb.engine.command_line import build_command, leaves_out_projector
 from kitty_nb.engine.locate import Engine, EngineKind, locate_engine, parse_help
 from kitty_nb.errors import ConfigError, UnknownFlagError
 from kitty_nb.experiments import record_run, replay
+from kitty_nb.supervisor.events import ServerState
 from kitty_nb.supervisor.forecast import settings_of
 from kitty_nb.supervisor.history import gather_facts
 
@@ -112,6 +113,9 @@ def test_a_projector_is_passed_on_unless_it_is_left_out(
         command = build_command(await locate_engine(config.binary), config)
         return [word for word in command if word.endswith(".gguf") or "mmproj" in word]
 
+    def sees(**changes: object) -> bool:
+        return ServerState(ServerStatus.READY, resolve_model(seeing.replace(**changes))).sees
+
     async def check() -> None:
         model = [str(seeing.model)]
         assert await words() == [*model, "--mmproj", str(projector)]
@@ -119,6 +123,8 @@ def test_a_projector_is_passed_on_unless_it_is_left_out(
         assert await words(mmproj="other.gguf") == [*model, "--mmproj", str(other)]
         own = ("--mmproj", str(other))
         assert await words(extra_args=own) == [*model, *own]
+        assert sees(extra_args=own)
+        assert not sees(mmproj="off")
         assert await words(extra_args=("--no-mmproj",)) == [*model, "--no-mmproj"]
 
     anyio.run(check)

@@ -26,7 +26,7 @@ from kitty_nb.catalog.model import (
 )
 from kitty_nb.catalog.stores import StoreKind, files_in, find_files, is_folder, model_stores
 from kitty_nb.config import ServerConfig, Speculation, task_by_flags
-from kitty_nb.config.flags import PROJECTOR
+from kitty_nb.config.flags import PROJECTOR, PROJECTOR_URL
 from kitty_nb.config.profiles import configured_profiles, load_lenient
 from kitty_nb.errors import ConfigError, ModelFileError, Problem
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.stores import Store
 
 _SHOWN = 5
-_PROJECTOR_FLAGS = {*PROJECTOR, "-mmu", "--mmproj-url", "--no-mmproj", "--no-mmproj-auto"}
+_PROJECTOR_FLAGS = {*PROJECTOR, *PROJECTOR_URL, "--no-mmproj", "--no-mmproj-auto"}
 _DRAFT_FLAGS = {"-md", "--model-draft", "--spec-draft-model", "--spec-draft-hf", "-hfd"}
 _NO_DRAFT = "Download a smaller model of the same family, or set LLAMACPP_SPECULATION=ngram."
 _HUB_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:[:/](?P<file>.+))?", re.ASCII)

@@ -15,6 +15,7 @@ _SECRET = re.compile(
     r"--?hft|--?mcp-servers-json|--?[\w-]*(?:key|token|password|secret)", re.IGNORECASE
 )
 PROJECTOR = frozenset({"-mm", "--mmproj"})
+PROJECTOR_URL = frozenset({"-mmu", "--mmproj-url"})
 
 
 def spelled(word: str) -> str:

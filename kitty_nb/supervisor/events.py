@@ -14,6 +14,7 @@ import anyio
 
 from kitty_nb.catalog.model import name_some
 from kitty_nb.config import ServerConfig, Task
+from kitty_nb.config.flags import PROJECTOR, PROJECTOR_URL, value_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -341,7 +342,8 @@ class ServerState:
     @property
     def sees(self) -> bool:
         """False if it is known not to take pictures."""
-        return bool(self.external or self.router or self.projector)
+        by_flag = value_of(self.config.extra_args, PROJECTOR | PROJECTOR_URL)
+        return bool(self.external or self.router or self.projector or by_flag)
 
     @property
     def task(self) -> Task:
