@@ -124,7 +124,7 @@ def test_an_answer_becomes_an_object(manager: ModelManager) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     plain = manager.chat("Count.", response_format=schema, **options).wait(60)
     assert isinstance(plain["n"], int)
-    with pytest.raises(NoAnswerError, match="Raise max_tokens"):
+    with pytest.raises(NoAnswerError, match="answer reached a limit"):
         manager.chat("Describe a colour.", response_format=Colour, max_tokens=2).wait(60)
 
 

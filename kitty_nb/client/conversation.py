@@ -94,6 +94,9 @@ class Timings:
     answer_per_second: float | None = None
 
 
+_LIMITS = "Raise the one in force: max_tokens, LLAMACPP_N_PREDICT or the context size."
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer of a model; `str(answer)` is its text.
@@ -130,10 +133,7 @@ class Answer:
             )
         if self.finish_reason == "length":
             what = "was still thinking" if self.thinking else "had said nothing yet"
-            return (
-                f"The model {what} when max_tokens or the context ran out. Raise max_tokens, or the"
-                " context size."
-            )
+            return f"The model {what} when the answer reached a limit. {_LIMITS}"
         thought = "The model gave no answer after thinking. Rephrase the prompt."
         return thought if self.thinking else ""
 
@@ -350,8 +350,7 @@ class Form:
         """
         if answer.finish_reason == "length":
             raise NoAnswerError(
-                "The answer was cut short before its JSON was complete. Raise max_tokens, or the"
-                " context size."
+                f"The answer reached a limit before its JSON was complete. {_LIMITS}"
             )
         try:
             if isinstance(self.wanted, dict):
