@@ -149,7 +149,7 @@ class ModelManager:
             raise OutOfReachError(self.state.error)
         if self.state.status is not ServerStatus.READY:
             raise KittyError(
-                f"The server is {self.state.status}. Start it, and wait until it is READY."
+                f"The server is {self.state.status}. Start it, or wait until it is READY."
             )
         return self._access
 
