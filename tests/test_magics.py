@@ -317,7 +317,7 @@ def test_a_router_that_a_panel_attached_to_is_switched(
             assert "READY: one at " in run("%kitty switch one")
             assert "Hello! I am" in run("%%kitty_chat\nWho are you?")  # after the prompt's progress
             assert "STOPPED" not in run("%kitty status")
-            run("%kitty stop")
+            assert re.match(r"Detached from .*; it keeps running\.", run("%kitty stop"))
             assert router.poll() is None
         finally:
             router.terminate()

@@ -76,9 +76,14 @@ class KittyMagics(Magics):
                     raise KittyError("Name the model to switch to: %kitty switch model.gguf")
                 self._load(manager.switch_model, given.model)
             case "stop":
-                pid = manager.state.pid
-                state = _follow(manager.stop(given.force), lambda: None)
-                _say(state.sentence if pid is None else f"The server (PID {pid}) is stopped.")
+                before = manager.state
+                after = _follow(manager.stop(given.force), lambda: None)
+                if before.pid is None:
+                    _say(after.sentence)
+                elif before.external:
+                    _say(f"Detached from {before.external.who}; it keeps running.")
+                else:
+                    _say(f"The server (PID {before.pid}) is stopped.")
             case "status":
                 _say(manager.state.sentence)
             case "logs":
