@@ -91,6 +91,7 @@ def test_a_server_is_started_asked_and_stopped(run: Run) -> None:
     eventually(both_messages_were_sent, within=20)
     assert len(run("%kitty logs -n 2").splitlines()) == 2
     before = re.findall(r"PID (\d+)", last)
+    assert run("%kitty start").startswith("\rREADY")  # without the progress of an earlier load
     again = re.findall(r"PID (\d+)", run("%kitty restart"))
     assert again != before
     assert f"The server (PID {again[-1]}) is stopped." in run("%kitty stop --force")

@@ -127,10 +127,11 @@ class KittyMagics(Magics):
         attempt = start, wanted
         refused, self._refused = self._refused, None  # the next start alone can insist
         operation = start(wanted, anyway=attempt == refused)
+        before = operation.progress  # of an earlier load, until this one begins
 
         def show() -> None:
-            if operation.progress:
-                line.show(describe_load(operation.progress))
+            if (progress := operation.progress) and progress is not before:
+                line.show(describe_load(progress))
 
         try:
             line.show(_follow(operation, show).sentence)
