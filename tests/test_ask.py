@@ -109,19 +109,17 @@ def test_an_answer_reaches_the_page_and_the_chat_goes_on(
 @pytest.mark.parametrize(
     ("settings", "cause"),
     [
-        (
-            {"n_predict": 5},
-            r"because LLAMACPP_PRIMARY_N_PREDICT limits answers to 5 tokens\. Raise",
-        ),
+        ({"n_predict": 5}, r"because LLAMACPP_PRIMARY_N_PREDICT limits answers to 5 tokens"),
         ({"context_size": 256}, r"because the context is full\. Raise the context size"),
+        ({"extra_args": ("--ignore-eos", "-n", "5")}, "or the server limits the length of answers"),
     ],
-    ids=["limit", "context"],
+    ids=["limit", "context", "flag"],
 )
 def test_an_answer_that_is_cut_short_says_by_what(
-    config: ServerConfig, engine: Path | None, started: Make, settings: dict[str, int], cause: str
+    config: ServerConfig, engine: Path | None, started: Make, settings: dict[str, Any], cause: str
 ) -> None:
-    endless = config.replace(binary=engine, extra_args=("--ignore-eos",), **settings)
-    panel = started(endless)
+    endless = {"binary": engine, "extra_args": ("--ignore-eos",)}
+    panel = started(config.replace(**endless | settings))
     turn = answered(ask(panel, "Who are you?"))
     assert turn.text
     assert re.search(cause, turn.problem)

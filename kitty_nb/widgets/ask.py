@@ -13,6 +13,7 @@ from ipywidgets import HTML, HBox, Text
 
 from kitty_nb.client.conversation import with_images
 from kitty_nb.config import Task, task_by_flags
+from kitty_nb.config.flags import value_of
 from kitty_nb.errors import KittyError
 from kitty_nb.supervisor.events import ServerStatus
 from kitty_nb.widgets.display import Page, asset, button, duration, show_if
@@ -145,6 +146,7 @@ _SEND_EVERY = 0.1  # seconds; jupyter_server drops messages that come too often
 _KEPT = 1_000_000  # characters of a chat
 _PICTURES_KEPT = 20_000_000  # characters of their data URLs
 _NO_TEMPLATE = " (its file has no chat template, so answers may run on)"
+_ANSWER_LIMIT = {"-n", "--predict", "--n-predict"}
 _FULL = "This chat is too long to be kept. Press New chat."
 
 
@@ -152,14 +154,16 @@ def _cut_short(answer: Answer, state: ServerState) -> str:
     """Say what ended an answer before the model did; nothing if nothing did."""
     if answer.finish_reason != "length":
         return ""
-    limit = None if state.external else state.config.n_predict
+    # Something else than the profile's setting may limit answers.
+    other = state.external or state.router or value_of(state.config.extra_args, _ANSWER_LIMIT)
+    limit = None if other else state.config.n_predict
     if limit is not None and 0 <= limit <= (answer.usage.answer or 0):
         key = f"LLAMACPP_{state.config.profile.upper()}_N_PREDICT"
         return (
             f"The answer ends here because {key} limits answers to {limit:,} tokens. Raise it and"
             " restart the server, or ask the model to continue."
         )
-    if state.external:
+    if other:
         return (
             "The answer ends here because the context is full, or the server limits the length of"
             " answers. Ask the model to continue, or start a new chat."
