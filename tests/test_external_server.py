@@ -138,6 +138,11 @@ def test_the_panel_offers_it(config: ServerConfig) -> None:
             assert panel.buttons.restart.layout.display == "none"
             assert panel.buttons.start.layout.display == "none"
             assert panel.load_bar.text.value == ""
+            unknown = panel.requests, panel.server_log  # its owner has them
+            assert {part.layout.display for part in unknown} == {"none"}
+            panel.details.selected_index = 0
+            eventually(lambda: "not started by kitty_nb" in panel.details.server.value)
+            assert "Log file" not in panel.details.server.value
             panel.buttons.stop.click()
             eventually(lambda: "Not running" in panel.status_line.value)
             assert psutil.pid_exists(pid_of(other))

@@ -318,6 +318,8 @@ def test_a_router_that_a_panel_attached_to_is_switched(
             assert "READY: one at " in run("%kitty switch one")
             assert "Hello! I am" in run("%%kitty_chat\nWho are you?")  # after the prompt's progress
             assert "STOPPED" not in run("%kitty status")
+            with pytest.raises(KittyError, match="doesn't have its log"):
+                run("%kitty logs")
             assert re.match(r"Detached from .*; it keeps running\.", run("%kitty stop"))
             assert router.poll() is None
         finally:

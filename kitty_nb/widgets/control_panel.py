@@ -397,6 +397,7 @@ class ControlPanel(VBox):
         for part in self._for_files:  # a download fills this machine's folder
             hidden = elsewhere or (self._config.ssh and part is self.download)
             hidden = hidden or (routes and part in self._for_one_model)
+            hidden = hidden or (state.external and part in {self.requests, self.server_log})
             display.show_if(part, not hidden)
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
@@ -425,7 +426,8 @@ class ControlPanel(VBox):
         """Return whether the served model has a chat template, as far as known."""
         served = (one for one in self.picker.models if one.path == state.config.model)
         given = any(word.startswith("--chat-template") for word in state.config.extra_args)
-        return given or not any(one.facts.lacks_template for one in served)
+        unknown = state.external is not None
+        return given or unknown or not any(one.facts.lacks_template for one in served)
 
     def _settings_differ(self, state: ServerState) -> bool:
         """Return whether a restart would change anything."""

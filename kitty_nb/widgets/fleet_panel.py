@@ -142,8 +142,8 @@ def _row(profile: Profile, profiles: list[Profile]) -> FleetRow:
 
 def _model(profile: Profile) -> str:
     served = profile.served
-    if profile.state.external and served.url:
-        return profile.state.alias
+    if profile.state.external:  # it may serve another model than the profile's
+        return profile.state.model_name or profile.state.alias
     if served.models is not None:  # of a router, which serves no model of its own
         return ", ".join(served.models)
     return served.model.name if served.model else UNKNOWN

@@ -148,6 +148,8 @@ class KittyMagics(Magics):
             raise KittyError("The number of lines must be 1 or more: %kitty logs -n 40")
         if url := manager.state.config.url:
             raise KittyError(f"The log of the server at {url} is on its own machine.")
+        if external := manager.state.external:
+            raise KittyError(f"kitty_nb did not start {external.who}, so it doesn't have its log.")
         lines = manager.log_lines
         if not lines:
             raise KittyError("This kernel has no server log yet. To start the server: %kitty start")

@@ -105,7 +105,7 @@ def _facts(state: ServerState) -> Iterator[str]:
         if state.config.key_in_the_clear:
             hint = "Use https in LLAMACPP_…_URL, or an SSH tunnel."
             yield f"<span class='kitty-bad' title='{hint}'>key sent unencrypted</span>"
-    elif not state.config.local_only:
+    elif not (state.external or state.config.local_only):
         hint = "Set LLAMACPP_HOST=127.0.0.1 to keep it to this machine."
         host = escape(state.config.host)
         yield f"<span class='kitty-bad' title='{hint}'>open to the network ({host})</span>"
@@ -293,19 +293,21 @@ def server_facts(state: ServerState, load: LoadProgress | None) -> dict[str, str
     slots = health and health.slots_total and f"{health.slots_busy} of {health.slots_total} busy"
     latency = health and health.latency
     program = "llama-server" if state.config.models is None else "a router"
+    started, config = not state.external, state.config  # an attached server has its own settings
+    loaded = load and load.stage is Stage.READY and state.uptime is not None
     known = {
-        "Profile": state.config.profile,
-        "Server": "not started by kitty_nb" if state.external else state.pid and program,
-        "URL": state.config.url,
+        "Profile": config.profile,
+        "Server": (state.pid and program) if started else "not started by kitty_nb",
+        "URL": config.url,
         "PID": state.pid,
         "Model name for clients": (state.pid or state.external) and state.alias,
         "Projector": state.pid and state.projector,
-        "Draft model": state.pid and state.config.drafter,
+        "Draft model": started and state.pid and config.drafter,
         "Devices": ", ".join(state.devices),
-        "Loaded in": load and state.uptime is not None and duration(load.elapsed),
+        "Loaded in": started and loaded and load and duration(load.elapsed),
         "Health check answered in": latency and f"{latency * 1000:.0f} ms",
         "Slots": slots,
-        "Log file": None if state.config.url else state.config.log_path,
+        "Log file": started and not config.url and config.log_path,
     }
     return {name: str(value) for name, value in known.items() if value}
 
