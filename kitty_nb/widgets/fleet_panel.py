@@ -193,7 +193,9 @@ def _clash(profile: Profile, profiles: list[Profile]) -> tuple[str, bool]:
 
 def replica_row(replica: Replica, alias: str) -> FleetRow:
     """Describe a replica of a fleet that serves a model by this name."""
-    report, status = replica.report, replica.status
+    status = replica.status
+    gone = status.idle or status is ServerStatus.OUT_OF_REACH  # its last report is history
+    report = None if gone else replica.report
     load = report.progress if report else None
     facts = [describe_load(load)] if load else []
     if replica.uptime is not None:
