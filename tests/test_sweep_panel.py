@@ -324,7 +324,7 @@ def test_two_sweeps_at_once_are_asked_about(
     one.buttons.start.click()
     eventually(lambda: first.progress.done, within=WAIT)
     other.buttons.start.click()
-    assert "Another sweep is running" in other.notice.value
+    assert "Another sweep in this notebook is still running" in other.notice.value
     assert first.running
     assert not second.running
     other.buttons.start.click()
@@ -352,8 +352,9 @@ def test_a_sweep_has_one_panel(
     again = panel_for(made(repeats=4))  # the cell is run once more
     assert panel.comm is None
     assert "earlier run of this cell" in again.notice.value
+    sweep.cancel()
+    eventually(lambda: again.notice.layout.display == "none", why="it warns of a sweep that ended")
     again.buttons.start.click()
-    assert not sweep.running
     reach(again, "Done")
     again.close()
     again.close()

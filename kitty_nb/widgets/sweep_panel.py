@@ -154,7 +154,8 @@ class SweepPanel(VBox):
         self._constraints = constraints
         self._headings = columns(sweep.workload)
         self._problem = "\n".join(sweep.warnings)
-        self._broke_off = self._insists = False
+        self._broke_off = False
+        self._rivals: Collection[Sweep] = ()  # that the user knows a start to end
         self._facts: list[str] = []
         self._results = Results(sweep.config, ())
         self._best: Combination | None = None
@@ -220,11 +221,25 @@ class SweepPanel(VBox):
             return
         earlier.close()
         if earlier.sweep is not self.sweep and earlier.sweep.running:
-            self._insists = True
-            self._problem = (
-                "An earlier run of this cell started the sweep, and it is still running. Press"
-                " Start to end that run and continue here; finished trials are kept."
-            )
+            self._warn_of([earlier.sweep])
+
+    def _warn_of(self, rivals: Collection[Sweep]) -> None:
+        """Show, while other sweeps run, that a start ends them."""
+        self._rivals = rivals
+        for sweep in rivals:
+            sweep.subscribe(lambda one: self._refresh() if isinstance(one, SweepEnded) else None)
+
+    def _warning(self) -> str:
+        rivals = [sweep for sweep in self._rivals if sweep.running]
+        if not rivals:
+            return ""
+        mine = self.sweep.store, self.sweep.trials
+        again = any((sweep.store, sweep.trials) == mine for sweep in rivals)
+        what = "An earlier run of this cell" if again else "Another sweep in this notebook"
+        return (
+            f"{what} is still running; two at once would distort each other's numbers. Wait for it,"
+            f" or press {self.buttons.start.description} to end it; finished trials are kept."
+        )
 
     def _act(self, action: Callable[[], object]) -> None:
         """Do what a click asks, and show an error if there is one."""
@@ -239,13 +254,10 @@ class SweepPanel(VBox):
         if self.sweep.running:
             return
         others = [sweep for sweep in _shown if sweep is not self.sweep and sweep.running]
-        if others and not self._insists:
-            self._insists = True
-            raise ExperimentError(
-                "Another sweep is running in this notebook; two at once would distort each other's"
-                " numbers. Wait for it, or press Start again to end it; finished trials are kept."
-            )
-        self._insists = False
+        if any(sweep not in self._rivals for sweep in others):
+            self._warn_of(others)
+            return
+        self._rivals = ()
         for sweep in (*others, self.sweep):
             sweep.close()  # of our own sweep, the thread of a run that has just ended
         self.sweep.resume()
@@ -264,7 +276,7 @@ class SweepPanel(VBox):
         if self.panel:
             self.panel.use(model=config.model, **{name: getattr(config, name) for name in FIELDS})
             profile = self.panel.manager.state.config.profile
-            where = "The panel has these settings; press <i>Start</i> there. In <code>.env</code>:"
+            where = "The panel has these settings; start the model there. In <code>.env</code>:"
         doubt = f" is {best.doubt}" if best.doubt else ""
         head = f"<b>{escape(best.trial.label)}</b>{doubt}. {where}"
         self.lines.write(f"{head}<pre>{escape(best.env_lines(profile))}</pre>")
@@ -316,7 +328,7 @@ class SweepPanel(VBox):
         self._show_load(progress.running)
         failed = any(row.outcome is not Outcome.DONE for row in self._results.rows)
         self.buttons.show(status, failed=failed, best=self._best is not None)
-        self.notice.show(self._problem or self.sweep.store_problem)
+        self.notice.show(self._warning() or self._problem or self.sweep.store_problem)
         # Last, so that whoever sees the status may rely on the rest being as it says.
         facts = "".join(f"<span class='kitty-fact'>{escape(fact)}</span>" for fact in self._facts)
         badge = f"<span class='kitty-badge kitty-{_TONES.get(status, 'idle')}'>{status}</span>"
