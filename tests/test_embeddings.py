@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
         eventually(lambda: "longer than the model takes in one go" in panel.notice.value)
         code = snippet(panel.manager.state, name_of(panel))
         assert "panel.manager.embed([" in code
+        panel.embed.show(replace(panel.manager.state, pid=1))  # another model's
+        assert panel.embed.vector.value == ""
     finally:
         panel.close()
 

@@ -358,6 +358,7 @@ class EmbedBox(HBox):
     def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
         self._manager = manager
         self._before: Vectors | None = None
+        self._server: tuple[int | None, str] | None = None  # that it is of
         self.text = Text(placeholder="A text to embed", continuous_update=False)
         self.text.add_class("kitty-grow")
         self.embed = button("Embed", "", "Show the vector of this text", "primary")
@@ -369,8 +370,11 @@ class EmbedBox(HBox):
         self.show(manager.state)
 
     def show(self, state: ServerState) -> None:
-        """Show the box while an embedding model is ready."""
-        show_if(self, state.status is ServerStatus.READY and state.task is Task.EMBED)
+        """Show the box while an embedding model is ready; another server begins anew."""
+        ready = state.status is ServerStatus.READY and state.task is Task.EMBED
+        if ready and self._server != (server := (state.pid, state.alias)):
+            self._server, self._before, self.vector.value = server, None, ""
+        show_if(self, ready)
 
     def _ask(self) -> Operation[None]:
         return self._manager.run(self._tell, self._manager.embed([self.text.value]))
