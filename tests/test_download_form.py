@@ -62,6 +62,9 @@ def test_a_model_is_listed_chosen_and_downloaded(make: Make, models: Path) -> No
     assert form.bar.bar_style == "success"
     assert form.text.value == "complete · 5.0 MB"
     assert writers == {"kitty_nb"}
+    assert form.progress.layout.display is None
+    form.choice.value = form.choice.options[0][1]
+    eventually(lambda: form.progress.layout.display == "none")
 
 
 def test_a_download_is_cancelled_and_resumed(make: Make, hub: Hub) -> None:

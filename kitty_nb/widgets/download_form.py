@@ -103,6 +103,7 @@ class DownloadForm(Fold):
 
     async def _look(self, text: str) -> None:
         self.choice.disabled = self.download.disabled = True
+        show_if(self.progress, False)
         self.choice.options = ()
         self.files.value = "Asking the Hub…"
         try:
@@ -122,7 +123,9 @@ class DownloadForm(Fold):
         self.choice.disabled = False
         await self._describe(self.choice.value)
 
-    async def _describe(self, download: Download) -> None:
+    async def _describe(self, download: Download, *, fetched: bool = False) -> None:
+        if not fetched:
+            show_if(self.progress, False)  # it was another download's
         plan = await run_sync(download.plan)
         files = [f"{escape(str(f.path))} · {decimal(f.size)}" for f in download.variant.files]
         parts = [f"<b>{decimal(plan.size)}</b> into {escape(str(download.models_dir))}"]
@@ -159,7 +162,7 @@ class DownloadForm(Fold):
         finally:
             self._set_busy(False)
             with CancelScope(shield=True):
-                await self._describe(download)
+                await self._describe(download, fetched=True)
         self.bar.value, self.bar.bar_style = Meter.STEPS, "success"
         self.text.value = f"complete · {decimal(size)}"
         await run_sync(self._on_done, model)
