@@ -374,6 +374,7 @@ def test_the_panel_lists_and_serves_the_models_of_the_other_machine(
         assert there.cut()
         eventually(lambda: "keeps trying to connect" in panel.status_line.value)
         assert panel.buttons.stop.disabled
+        assert panel.memory.layout.display == "none"
         eventually(lambda: "Ready" in panel.status_line.value)
         eventually(lambda: any("model loaded" in line for line in panel.server_log.lines))
         (remote.models_dir / "other.gguf").rename(remote.models_dir / "another.gguf")

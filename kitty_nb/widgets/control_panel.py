@@ -394,11 +394,16 @@ class ControlPanel(VBox):
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
         self.served.show(state)
-        for part in self._for_files:  # a download fills this machine's folder
-            hidden = elsewhere or (self._config.ssh and part is self.download)
-            hidden = hidden or (routes and part in self._for_one_model)
-            hidden = hidden or (state.external and part in {self.requests, self.server_log})
-            display.show_if(part, not hidden)
+        lost = state.status is ServerStatus.OUT_OF_REACH
+        hidden = [
+            *(self._for_files if elsewhere else ()),
+            *(self._for_one_model if routes else ()),
+            *((self.requests, self.server_log) if state.external else ()),
+            *([self.download] if self._config.ssh else ()),  # it fills this machine's folder
+            *([self.memory] if lost else ()),
+        ]
+        for part in self._for_files:
+            display.show_if(part, part not in hidden)
         self.ask.show(state, template=self._has_template(state))
         self.embed.show(state)
         self.address.show(state)
