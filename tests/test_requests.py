@@ -301,6 +301,7 @@ def test_the_work_of_a_server_without_a_log_is_told_by_its_slots() -> None:
     meter.look([slot(3), {"id": 0, "is_processing": False}], 4.5, 13.0)
     work = meter.work(13.0)
     assert (work.reading, work.tokens_per_second) == (None, 4.5)
+    assert meter.work(19.0).tokens_per_second is None  # it has not answered since
 
 
 @pytest.mark.parametrize(

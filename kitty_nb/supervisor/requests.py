@@ -32,6 +32,7 @@ _RECENT = 20  # requests whose cache hits and drafts are reported
 _SEEN_AFTER = 1.0  # seconds after which slots and log know of the same requests
 _BATCH = 2048  # tokens; llama.cpp's default
 _COMPUTES = 0.5  # CPU seconds per second; with less, a GPU computes
+_PACE_HOLDS = 5.0  # seconds; an older speed says nothing about now
 _SURE = 0.9  # the part of a batch that is shown at the expected pace
 
 
@@ -379,6 +380,7 @@ class WorkMeter:
         self._restored: tuple[float, Restored] | None = None
         self._slots: int | None = None
         self._pace: float | None = None
+        self._paced_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -393,7 +395,7 @@ class WorkMeter:
         slots = tuple(slots)
         if not slots:
             return
-        self._slots, self._pace = len(slots), pace
+        self._slots, self._pace, self._paced_at = len(slots), pace, at
         working = {}
         for slot in slots:
             number, task = slot.get("id"), slot.get("id_task", 0)
@@ -428,7 +430,7 @@ class WorkMeter:
             busy=len(tasks),
             slots=self._slots,
             reading=self._reading(min(reading, key=attrgetter("began")), at) if reading else None,
-            tokens_per_second=self._pace if tasks else None,
+            tokens_per_second=self._pace if tasks and at - self._paced_at < _PACE_HOLDS else None,
             cached=cached / whole if whole else None,
             accepted=sum(drafted) / len(drafted) if drafted else None,
             restored=self._restored and self._restored[1],
