@@ -156,9 +156,13 @@ def test_a_model_without_a_template_is_told_of_before_it_is_asked(
 
 
 def test_many_words_are_few_messages(telling: Callable[..., ControlPanel], sent: Sent) -> None:
-    panel = telling(*[(0.001, says("word "))] * 1000, END)
+    counted = {"choices": [], "usage": {"completion_tokens": 4000}}
+    panel = telling(*[(0.001, says("word "))] * 1000, END, (0.0, counted))
     began = time.monotonic()
     turn = answered(ask(panel, "Well?"))
+    speed = re.search(r"([\d,]+\.\d) tok/s · 4,000 tokens", turn.status)
+    assert speed
+    assert float(speed[1].replace(",", "")) >= 3990 / (time.monotonic() - began)
     assert turn.text == "word " * 1000
     eventually(lambda: shown(sent) == turn.text)
     assert len(told(sent)) <= 10 * (time.monotonic() - began) + 4

@@ -107,11 +107,12 @@ class Turn:
         return words[0].upper() + words[1:]
 
     def _figures(self) -> list[str]:
-        first, tokens = (self._first_at or 0.0) - self._asked_at, len(self._pieces)
+        answer, first = self._answer, (self._first_at or 0.0) - self._asked_at
+        tokens = (answer and answer.usage.answer) or len(self._pieces)
         seconds = self._last_at - (self._first_at or 0.0)
         speed = (tokens - 1) / seconds if seconds else None
-        if answer := self._answer:
-            first, tokens = answer.timings.first_token or first, answer.usage.answer or tokens
+        if answer:
+            first = answer.timings.first_token or first
             speed = answer.timings.answer_per_second or speed
         stopped = ["Stopped"] if self.ended and not answer and not self.problem else []
         pace = [f"{speed:,.1f} tok/s"] if speed else []
