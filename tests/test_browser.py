@@ -25,6 +25,7 @@ from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import write_demo_model
 from kitty_nb.widgets import FleetPanel
+from kitty_nb.widgets.ask import Ask
 from kitty_nb.widgets.fleet_panel import FleetRow
 from kitty_nb.widgets.server_view import Address
 from kitty_nb.widgets.server_work import LINES_KEPT, ServerLog
@@ -956,6 +957,20 @@ def test_the_link_leads_to_no_other_server_with_the_same_port(
     expect(link).to_have_attribute("href", "http://gpu.example:8080/")
     page.evaluate("set({ endpoint: 'http://127.0.0.1:8080/llm' })")
     expect(link).to_have_attribute("href", "http://lab.example/proxy/8080/llm/")
+
+
+def test_pictures_are_refused_until_another_model_takes_them(
+    front_end: Callable[..., Page],
+) -> None:
+    page = front_end(Ask)
+    facts = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
+    page.evaluate("message => tell(message)", facts)
+    question = page.get_by_role("textbox", name="Question")
+    assert question.evaluate(_GIVE_PICTURE, ["drop", png(), ""])
+    hint = page.get_by_text("This model takes no pictures")
+    expect(hint).to_be_visible()
+    page.evaluate("message => tell(message)", {**facts, "sees": True})
+    expect(hint).to_have_count(0)
 
 
 def test_the_rows_of_a_fleet_have_their_order_and_keep_the_focus(

@@ -4,6 +4,7 @@ const PICTURE_SIZE = 6_000_000; // for one question's data URLs; Jupyter limits 
 const THUMBNAIL = 128; // pixels
 const ASKING = "Asking…"; // until the kernel has received it
 const BUSY = "The model is still answering. Wait, or press Stop answer.";
+const BLIND = "This model takes no pictures: it runs without a projector (mmproj).";
 
 function receive(store, message) {
   if (message.kind === "facts") {
@@ -143,7 +144,7 @@ function drawBox(el, store) {
   const add = async (files) => {
     tell("");
     if (!store.facts.sees) {
-      tell("This model takes no pictures: it runs without a projector (mmproj).");
+      tell(BLIND);
       return;
     }
     for (const file of files) {
@@ -224,7 +225,8 @@ function drawBox(el, store) {
       say(main, busy() ? "Stop answer" : "Ask");
       main.classList.toggle("kitty-ask-stop", busy());
       main.title = busy() ? "Stop the answer, and the server's work on it" : "Ask (Enter)";
-      tell(note === (busy() ? ASKING : BUSY) ? "" : note);
+      const over = { [ASKING]: busy(), [BUSY]: !busy(), [BLIND]: store.facts.sees };
+      tell(over[note] ? "" : note);
     },
   };
 }
