@@ -955,6 +955,7 @@ def test_the_link_leads_to_no_other_server_with_the_same_port(
     page = front_end(Address, endpoint="http://gpu.example:8080", asks_key=False, programs=[])
     link = page.get_by_role("link", name="Web page")
     expect(link).to_have_attribute("href", "http://gpu.example:8080/")
+    expect(link).to_have_attribute("title", "The server's own page")
     page.evaluate("set({ endpoint: 'http://127.0.0.1:8080/llm' })")
     expect(link).to_have_attribute("href", "http://lab.example/proxy/8080/llm/")
 

@@ -57,11 +57,11 @@ async function describe(model) {
         target: "_blank",
         rel: "noopener",
         textContent: "Web page",
-        title: "The server's own chat page; it asks for the API key",
+        title: `The server's own page${model.get("asks_key") ? "; it may ask for the API key" : ""}`,
       })
     : element("span", "", {
         textContent:
-          "This browser can't reach the server's own web page. To open it through JupyterLab:" +
+          "This browser can't reach the server's own web page. If JupyterLab has no proxy for it:" +
           " pip install jupyter-server-proxy where JupyterLab runs, then restart JupyterLab.",
       });
   return [
