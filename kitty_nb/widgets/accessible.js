@@ -47,9 +47,11 @@ function sayGone(panel) {
   if (!panel.matches(".jupyter-widgets-disconnected")) return;
   if (panel.querySelector(":scope > .kitty-gone")) return;
   for (const part of panel.children) part.inert = true;
+  const found = panel.matches(".kitty-sweep")
+    ? "the finished trials"
+    : "a server that is still running, with its log";
   const textContent =
-    "This panel's kernel has restarted or ended. Run the cell again: it finds a server that is" +
-    " still running, with its log.";
+    `This panel's kernel has restarted or ended. Run the cell again: it finds ${found}.`;
   panel.prepend(element("div", "kitty-gone", { role: "alert", textContent }));
 }
 
