@@ -981,7 +981,10 @@ def test_the_rows_of_a_fleet_have_their_order_and_keep_the_focus(
         words = {"status": "Ready", "tone": "good", "model": "demo", "port": 8080}
         return [asdict(FleetRow(profile=name, stop=True, **words)) for name in names]
 
-    page = front_end(FleetPanel, rows=rows("router", "coder"), notice="")
+    words = {"notice": "", "each": "Replica", "rescans": "Ask all workers again"}
+    page = front_end(FleetPanel, rows=rows("router", "coder"), **words)
+    expect(page.get_by_role("columnheader").first).to_have_text("Replica")
+    expect(page.get_by_title("Ask all workers again")).to_be_visible()
     stop = page.get_by_title("Stop coder", exact=True)
     stop.focus()
     for names in (

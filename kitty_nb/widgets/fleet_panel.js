@@ -1,6 +1,6 @@
 // Front end of FleetPanel: draws the rows that it is given, and reports clicks.
 
-const COLUMNS = ["Profile", "State", "Model", "Port", "Memory", "Tok/s", ""];
+const COLUMNS = ["State", "Model", "Port", "Memory", "Tok/s", ""]; // after that of the names
 
 function button(text, title, onClick) {
   const made = element("button", "jupyter-button kitty-fleet-button", {
@@ -15,7 +15,7 @@ function button(text, title, onClick) {
 function createRow(profile, send) {
   const row = element("tr", "kitty-fleet-row");
   const name = element("th", "kitty-fleet-profile", { scope: "row", textContent: profile });
-  const cells = COLUMNS.slice(1).map((label) => {
+  const cells = COLUMNS.map((label) => {
     const cell = element("td", `kitty-fleet-${label.toLowerCase().replace("/", "") || "actions"}`);
     cell.dataset.label = label;
     return cell;
@@ -32,11 +32,11 @@ function createRow(profile, send) {
   const filled = bar.appendChild(element("div", ""));
   state.append(badge, " ", detail, bar);
   const start = button("Start", `Start ${profile}`, () => send({ kind: "start", profile }));
-  const stop = button("Stop", `Stop ${profile}`, () => send({ kind: "stop", profile }));
+  const stop = button("Stop", "", () => send({ kind: "stop", profile }));
   actions.append(start, stop);
   row.append(name, ...cells);
   const problem = element("tr", "kitty-fleet-problem");
-  const whole = problem.appendChild(element("td", "", { colSpan: COLUMNS.length }));
+  const whole = problem.appendChild(element("td", "", { colSpan: COLUMNS.length + 1 }));
   const text = whole.appendChild(element("div", "", { role: "alert" }));
 
   const update = (facts) => {
@@ -55,7 +55,8 @@ function createRow(profile, send) {
     start.disabled = !facts.start;
     stop.disabled = !facts.stop;
     start.hidden = stop.hidden = facts.routed;
-    say(stop, facts.status === "Restarting" ? "Cancel" : "Stop");
+    say(stop, facts.attached ? "Detach" : facts.status === "Restarting" ? "Cancel" : "Stop");
+    stop.title = `${stop.textContent} ${profile}`;
     say(text, facts.problem);
     problem.hidden = !facts.problem;
   };
@@ -64,11 +65,12 @@ function createRow(profile, send) {
 
 function render({ model, el }) {
   const send = (message) => model.send(message);
-  const startAll = button("Start all", "Start every profile that can start", () =>
+  const each = model.get("each");
+  const startAll = button("Start all", `Start every ${each.toLowerCase()} that can start`, () =>
     send({ kind: "start_all" }),
   );
   const stopAll = button("Stop all", "Stop all servers", () => send({ kind: "stop_all" }));
-  const rescan = button("Rescan", "Reload the .env file", () => send({ kind: "rescan" }));
+  const rescan = button("Rescan", model.get("rescans"), () => send({ kind: "rescan" }));
   const summary = element("span", "kitty-fact");
   const bar = element("div", "kitty-fleet-head");
   const buttons = element("div", "kitty-fleet-buttons");
@@ -77,7 +79,7 @@ function render({ model, el }) {
   const notice = element("div", "kitty-fleet-notice", { role: "alert" });
   const table = element("table", "kitty-fleet-table");
   const head = table.createTHead().insertRow();
-  for (const label of COLUMNS) {
+  for (const label of [each, ...COLUMNS]) {
     head.append(element("th", "", { textContent: label, scope: "col" }));
   }
   const body = table.createTBody();

@@ -82,7 +82,8 @@ class FleetRow:
     pace: str = UNKNOWN  # how fast it answers
     problem: str = ""  # what is wrong, and what to do
     start: bool = False  # whether it can be started
-    stop: bool = False  # whether it can be stopped
+    stop: bool = False  # whether it can be stopped, or detached from
+    attached: bool = False  # whether it was not started by kitty_nb
     routed: bool = False  # whether it is a router's model, which has no buttons
 
 
@@ -137,6 +138,7 @@ def _row(profile: Profile, profiles: list[Profile]) -> FleetRow:
         problem="\n".join(filter(None, (profile.problem or state.error or state.doubt, clash))),
         start=can.start,
         stop=can.stop,
+        attached=state.external is not None,
     )
 
 
@@ -227,13 +229,16 @@ class _Table(Page):
     Attributes:
         rows: The fields of a `FleetRow` for each.
         notice: What is wrong with all of them.
+        each: What a row is.
+        rescans: What *Rescan* does.
     """
 
     _esm: ClassVar[str] = asset("page.js", "fleet_panel.js")
     _css: ClassVar[str] = asset("panel.css", "fleet.css")
     rows: Any = traitlets.List().tag(sync=True)
     notice: Any = traitlets.Unicode("").tag(sync=True)
-    _each: ClassVar[str]  # what a row is
+    each: Any = traitlets.Unicode("Profile").tag(sync=True)
+    rescans: Any = traitlets.Unicode("Reload the .env file").tag(sync=True)
     _problem = ""
 
     def __init__(self) -> None:
@@ -256,7 +261,7 @@ class _Table(Page):
             (row.profile, row.status, row.model, str(row.port or ""), row.problem)
             for row in self._look()
         ]
-        head = self._each, "State", "Model", "Port", ""
+        head = self.each, "State", "Model", "Port", ""
         return still("kitty_nb fleet", [self._summary()], table(head, cells))
 
     def _draw(self) -> None:
@@ -283,8 +288,6 @@ class FleetPanel(_Table):
     Raises:
         ConfigError: The file can't be read.
     """
-
-    _each = "Profile"
 
     def __init__(self, env: str | Path = ".env") -> None:
         self._env = env
@@ -374,7 +377,7 @@ class FleetPanel(_Table):
         return fleet_rows(self._profiles())
 
     def _summary(self) -> str:
-        return f"{len(self._look())} profiles"
+        return f"{len(self._members)} profiles"
 
     async def _measure_forever(self) -> None:
         while True:
@@ -478,7 +481,8 @@ class ReplicaPanel(_Table):
         notice: Why replicas can't be placed.
     """
 
-    _each = "Replica"
+    each = traitlets.Unicode("Replica").tag(sync=True)
+    rescans = traitlets.Unicode("Ask all workers again").tag(sync=True)
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
