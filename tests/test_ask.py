@@ -17,6 +17,7 @@ from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, write_demo_model
 from kitty_nb.catalog.resolve import resolve_model
+from kitty_nb.supervisor.events import Ending
 from kitty_nb.widgets.ask import Picture, Turn
 from kitty_nb.widgets.server_view import model_facts
 
@@ -123,6 +124,8 @@ def test_an_answer_that_is_cut_short_says_by_what(
     turn = answered(ask(panel, "Who are you?"))
     assert turn.text
     assert re.search(cause, turn.problem)
+    if "context_size" in settings:  # a token limit is told by slots, if one is read in time
+        eventually(lambda: Ending.LENGTH in {one.ended for one in panel.manager.requests})
     panel.close()
 
 
