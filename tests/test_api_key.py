@@ -253,7 +253,7 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(tmp_path: Path, k
 
 def test_a_key_among_the_flags_is_refused_and_not_repeated(config: ServerConfig) -> None:
     with ModelManager(config=config.replace(extra_args=("--api-key", "sesame"))) as manager:
-        with pytest.raises(KittyError, match="set LLAMACPP_API_KEY instead") as caught:
+        with pytest.raises(KittyError, match="set LLAMACPP_PRIMARY_API_KEY instead") as caught:
             manager.start().wait(30)
         assert "sesame" not in str(caught.value)
     assert issubclass(EngineError, KittyError)

@@ -78,7 +78,7 @@ def test_skip_leaves_combinations_out(base: ServerConfig) -> None:
         ({"contxt_size": [1]}, "Did you mean context_size?"),
         ({"thread": [1]}, "Did you mean threads?"),
         ({"port": [8000]}, "The sweep sets it itself"),
-        ({"model": ["a.gguf"]}, "models="),
+        ({"model": ["a.gguf"]}, "Name models in their own argument"),
         ({"n_predict": [1]}, "max_tokens"),
         ({"cache type": [1]}, "the name of a setting"),
         ({"threads": "12"}, "one value, not a list"),

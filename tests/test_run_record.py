@@ -194,7 +194,7 @@ def test_a_model_that_is_gone_while_it_is_served_is_named(
 
 
 def test_a_prompt_longer_than_the_context_is_refused(manager: ModelManager) -> None:
-    with pytest.raises(ExperimentError, match=r"longer than the context.* 512 tokens.*shorten"):
+    with pytest.raises(ExperimentError, match=r"longer than the context.* 512 tokens.*Shorten"):
         record_run(manager, ["Who are you?", "Why? " * 600]).wait(60)
     assert record_run(manager, "Who are you?", max_tokens=6).wait(60).outputs == (ANSWER,)
 

@@ -175,7 +175,7 @@ def test_cancelling_ends_the_server_and_keeps_the_rows(search: Search) -> None:
 
 
 def test_when_nothing_can_be_measured_it_says_why(search: Search) -> None:
-    with pytest.raises(ExperimentError, match="context_size"):
+    with pytest.raises(ExperimentError, match="larger context"):
         search(prompts="hello " * 3000, budget=2).wait(WAIT)
 
 
