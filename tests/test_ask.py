@@ -125,7 +125,8 @@ def test_an_answer_that_is_cut_short_says_by_what(
     assert turn.text
     assert re.search(cause, turn.problem)
     if "context_size" in settings:  # a token limit is told by slots, if one is read in time
-        eventually(lambda: Ending.LENGTH in {one.ended for one in panel.manager.requests})
+        eventually(lambda: panel.manager.requests)
+        assert [one.ended for one in panel.manager.requests] == [Ending.LENGTH]
     panel.close()
 
 

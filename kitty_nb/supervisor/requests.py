@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 KEPT = 200  # finished requests
-_PROBE_PROMPT, _PROBE_ANSWER = 8, 1  # tokens; the maximum of the request that proves READY
+_PROBE_PROMPT, _PROBE_ANSWER = 16, 1  # tokens; the maximum of the request that proves READY
 _TELLING = 32  # tokens; a pace measured on fewer is that of a batch's overhead
 _LATE = 0.3  # seconds; lines are read within this time of being written
 _RECENT = 20  # requests whose cache hits and drafts are reported

@@ -377,7 +377,8 @@ class FleetPanel(_Table):
         return fleet_rows(self._profiles())
 
     def _summary(self) -> str:
-        return f"{len(self._members)} profiles"
+        count = len(self._members)
+        return f"{count} profile{'s' * (count != 1)}"
 
     async def _measure_forever(self) -> None:
         while True:
