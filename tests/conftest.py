@@ -271,12 +271,15 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]
 def _own_ports() -> Iterator[int]:
     """Ports of this process alone, each once: a fixture may not use its own for minutes.
 
-    Programs under test choose theirs from 20,000 up. Some ask for the next one as well.
+    Programs under test choose theirs from 20,000 up. Some ask for the next one as well. The first
+    is any of them: another run of the suite on this machine has the same ones.
     """
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     share = 9_000 // max(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), number + 1)
     first = 11_000 + number * share  # above 10080, which browsers refuse
-    return iter(range(first, first + share, 2))
+    ports = [*range(first, first + share, 2)]
+    begin = random.SystemRandom().randrange(len(ports))  # whatever seed orders the tests
+    return iter(ports[begin:] + ports[:begin])
 
 
 _PORTS = _own_ports()
