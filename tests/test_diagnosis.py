@@ -134,7 +134,7 @@ def test_a_signal_is_named(number: signal.Signals, by_script: bool) -> None:
     [
         (None, "often the system because memory ran out"),
         (True, "The system killed it because memory ran out."),
-        (False, "the kernel did not, but a memory daemon"),
+        (False, "The kernel did not; a memory daemon"),
     ],
 )
 def test_a_kill_is_the_systems_where_it_says_so(out_of_memory: bool | None, said: str) -> None:

@@ -94,7 +94,7 @@ class Timings:
     answer_per_second: float | None = None
 
 
-_LIMITS = "Raise the one in force: max_tokens, LLAMACPP_N_PREDICT or the context size."
+_LIMITS = "Raise whichever applies: max_tokens, LLAMACPP_N_PREDICT or the context size."
 
 
 @dataclass(frozen=True, slots=True)

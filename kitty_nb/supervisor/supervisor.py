@@ -71,9 +71,9 @@ _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; a server that hangs is shown before it answers
 _STOPPED = "The server was stopped before it was ready."
 _KEEPS_NONE = (
-    "This server keeps no prompts: that takes LLAMACPP_KEEP_PROMPTS=on, a current llama.cpp, a"
-    " LLAMACPP_LOG_DIR that only you can write to, and one chat model, without LLAMACPP_RPC_HOSTS"
-    " or a --slot-save-path in LLAMACPP_EXTRA_ARGS."
+    "This server keeps no prompts. To keep them, it needs LLAMACPP_KEEP_PROMPTS=on, a current"
+    " llama.cpp, a LLAMACPP_LOG_DIR that only you can write to, and a single chat model, without"
+    " LLAMACPP_RPC_HOSTS or a --slot-save-path in LLAMACPP_EXTRA_ARGS."
 )
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine lists its devices
 

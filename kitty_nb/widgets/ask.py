@@ -152,7 +152,7 @@ _FULL = "This chat is too long to be kept. Press New chat."
 
 
 def _cut_short(answer: Answer, state: ServerState) -> str:
-    """Say what ended an answer before the model did; nothing if nothing did."""
+    """Return what ended an answer before the model did, in sentences; empty if nothing did."""
     if answer.finish_reason != "length":
         return ""
     # Something else than the profile's setting may limit answers.
@@ -359,7 +359,7 @@ class EmbedBox(HBox):
     def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
         self._manager = manager
         self._before: Vectors | None = None
-        self._server: tuple[int | None, str] | None = None  # that it is of
+        self._server: tuple[int | None, str] | None = None  # whose vector that is
         self.text = Text(placeholder="A text to embed", continuous_update=False)
         self.text.add_class("kitty-grow")
         self.embed = button("Embed", "", "Show the vector of this text", "primary")

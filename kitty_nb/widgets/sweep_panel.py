@@ -155,7 +155,7 @@ class SweepPanel(VBox):
         self._headings = columns(sweep.workload)
         self._problem = "\n".join(sweep.warnings)
         self._broke_off = False
-        self._rivals: Collection[Sweep] = ()  # that the user knows a start to end
+        self._rivals: Collection[Sweep] = ()  # those that a start ends, as the user was told
         self._facts: list[str] = []
         self._results = Results(sweep.config, ())
         self._best: Combination | None = None
