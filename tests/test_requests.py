@@ -239,7 +239,36 @@ def test_a_prompt_that_is_read_at_another_pace_is_corrected_batch_by_batch(
 def test_what_is_lost_with_a_rotated_log_does_not_look_busy_for_ever() -> None:
     meter = WorkMeter(RequestLog())
     meter.log.read(lines("native", 1)[:1], 6.0)
-    meter.look([{"id": 3, "is_processing": False}], 0.0, 8.0)
+    for at in (8.0, 9.5):
+        meter.look([{"id": 3, "is_processing": False}], 0.0, at)
+    assert not meter.busy
+
+
+@pytest.mark.parametrize("began", [5.0, 90.0])
+def test_a_request_that_slots_no_longer_show_is_told_once_its_log_arrives(began: float) -> None:
+    meter = WorkMeter(RequestLog())
+    launch, *rest = lines("native", 1)
+    meter.log.read((launch,), began)
+    meter.look([slot(3)], 0.0, 100.0)
+    meter.look([{"id": 3, "is_processing": False}], 0.0, 118.0)
+    (request,) = meter.log.read(rest, 118.1)
+    assert request.answer_tokens == 30
+    assert not meter.busy
+
+
+def test_a_request_that_began_while_the_slots_answered_is_told() -> None:
+    meter = WorkMeter(RequestLog())
+    launch, *rest = lines("native", 1)  # dated by the process, seconds before it is read
+    meter.log.read((launch,), 60.0)
+    meter.look([{"id": 3, "is_processing": False}], 0.0, 60.0)
+    assert meter.busy
+    assert meter.log.read(rest, 120.0)
+
+
+def test_a_request_that_ended_while_the_slots_answered_does_not_begin_again() -> None:
+    meter = WorkMeter(RequestLog())
+    meter.log.read(lines("native", 1), 119.0)
+    meter.look([slot(30)], 1.4, 119.0)
     assert not meter.busy
 
 
@@ -249,7 +278,7 @@ def test_a_request_stays_while_the_server_does_not_answer(
     monkeypatch.setattr(health, "_PATIENCE", 0.3)
     monkeypatch.setattr(server, "_ASK_READY", 0.1)
     monkeypatch.setattr(server, "_SLOTS_ASKED", 60.0)
-    monkeypatch.setattr(requests, "_SEEN_AFTER", 0.1)
+    monkeypatch.setattr(requests, "_END_WITHIN", 0.1)
     silent = 0
 
     def count(event: Event) -> None:

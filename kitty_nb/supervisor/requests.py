@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import deque
@@ -29,7 +30,7 @@ _PROBE_PROMPT, _PROBE_ANSWER = 16, 1  # tokens; the maximum of the request that 
 _TELLING = 32  # tokens; a pace measured on fewer is that of a batch's overhead
 _LATE = 0.3  # seconds; lines are read within this time of being written
 _RECENT = 20  # requests whose cache hits and drafts are reported
-_SEEN_AFTER = 1.0  # seconds after which slots and log know of the same requests
+_END_WITHIN = 1.0  # seconds after which a request that no slot shows has ended
 _BATCH = 2048  # tokens; llama.cpp's default
 _COMPUTES = 0.5  # CPU seconds per second; with less, a GPU computes
 _PACE_HOLDS = 5.0  # seconds; an older speed says nothing about now
@@ -78,6 +79,8 @@ class ActiveRequest:
     full: bool = False  # whether the context was full
     error: str = ""  # the error that the server reports
     extends: bool = False  # whether it continues where the slot's contents end
+    logged: bool = False  # whether the log has reported its beginning, and so will its end
+    missed: float = math.inf  # since when slots have not shown it
 
     def advance(self, read: int, at: float, spent: float) -> None:
         """Note that a batch is read, and the CPU seconds that the server has used so far."""
@@ -238,7 +241,9 @@ class RequestLog:
             self._last = key = int(slot[1]), int(slot[2])
             if _BEGUN.search(slot[3]):
                 extends = key[0] in self._extended
-                self.active[key] = ActiveRequest(at, at, spent=self.spent, extends=extends)
+                self.active[key] = ActiveRequest(
+                    at, at, spent=self.spent, extends=extends, logged=True
+                )
             yield from self._read_task(key, slot[3], at)
         elif self._last:  # old builds write the timings on lines of their own
             yield from self._read_task(self._last, line, at)
@@ -402,11 +407,14 @@ class WorkMeter:
             if slot.get("is_processing") and isinstance(number, int) and isinstance(task, int):
                 working[number, task] = slot
         for key, task in tuple(self.log.active.items()):
-            # Its end may be in lines that were lost when the log was rotated.
-            if key not in working and at - task.began > _SEEN_AFTER:
+            task.missed = math.inf if key in working else min(task.missed, at)
+            # A line arrives later than an answer does, unless it is lost when the log is rotated.
+            if at - task.missed >= (_END_WITHIN if task.logged else 0):
                 del self.log.active[key]
         for key, slot in working.items():
-            _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
+            held = self.log.held.get(key[0])
+            if not (held and held.task == key[1]):  # the log reports its end by now
+                _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
 
     def note_restored(self, restored: Restored, at: float) -> None:
         """Note a kept prompt that was restored; it is reported until the next request."""
