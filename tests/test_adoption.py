@@ -67,6 +67,7 @@ def test_requests_from_before_have_their_times_however_long_the_log(
     first.end(None)
     server = ServerProcess(first.server, None)
     began = time.time() - server.age
+    eventually(lambda: server.age > 0.3)  # later than the lines below
     later = (
         "0.00.100.000 I slot launch_slot_: id  0 | task 900 | processing task, is_child = 0",
         "0.00.300.000 W srv          stop: cancel task, id_task = 900",
