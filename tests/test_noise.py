@@ -137,10 +137,10 @@ def spinning() -> Iterator[None]:
 @pytest.mark.usefixtures("spinning")
 def test_a_busy_machine_is_noted_with_the_real_engine(config: ServerConfig, tmp_path: Path) -> None:
     config = config.replace(context_size=512, threads=1)
-    test = load_test(config=config, concurrency=1, requests=12, max_tokens=100).wait(WAIT)
+    test = load_test(config=config, concurrency=1, requests=60, max_tokens=100).wait(WAIT)
     assert test.frame["busy"].tolist() == [True], test
     with Sweep(
-        prompts=["Hi!"] * 12,
+        prompts=["Hi!"] * 60,  # a fast machine answers fewer in a moment, too short to measure
         max_tokens=100,
         config=config,
         store=tmp_path / "sweep.journal",
