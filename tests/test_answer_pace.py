@@ -63,6 +63,16 @@ def test_two_looks_in_a_row_do_not_hide_a_pace() -> None:
     assert pace.measure([busy(0, 1, 6)], 4.0) == 1.5
 
 
+def test_two_looks_in_a_row_do_not_exaggerate_a_pace() -> None:
+    """A token arrives between two looks a few milliseconds apart."""
+    pace = AnswerPace()
+    pace.measure([busy(0, 1, 0)], 0.0)
+    assert pace.measure([busy(0, 1, 5)], 0.5) == 10
+    assert pace.measure([busy(0, 1, 6)], 0.503) == 10
+    assert pace.measure([busy(0, 1, 10)], 1.0) == 10
+    assert pace.measure([IDLE], 1.003) == 0
+
+
 def test_it_is_known_how_long_the_first_token_is_waited_for() -> None:
     pace = AnswerPace()
     for at in range(0, 60, 2):

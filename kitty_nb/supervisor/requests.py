@@ -34,6 +34,7 @@ _END_WITHIN = 1.0  # seconds after which a request that no slot shows has ended
 _BATCH = 2048  # tokens; llama.cpp's default
 _COMPUTES = 0.5  # CPU seconds per second; with less, a GPU computes
 _PACE_HOLDS = 5.0  # seconds; an older speed says nothing about now
+_PACED_OVER = 0.4  # seconds; the shortest time over which a pace is measured
 _SURE = 0.9  # the part of a batch that is shown at the expected pace
 
 
@@ -333,7 +334,9 @@ class AnswerPace:
         """Return the tokens per second since the last ones; None at the first read, or if untold.
 
         A slow server's next token may take several reads: until then the pace is the last one, or
-        that of a token that arrives now, whichever is lower. `at` is in seconds of any clock.
+        that of a token that arrives now, whichever is lower. Nor is a pace measured between two
+        reads in quick succession: one token would look like hundreds a second. `at` is in seconds
+        of any clock.
         """
         busy = {
             (slot.get("id"), slot.get("id_task")): decoded(slot)
@@ -341,15 +344,18 @@ class AnswerPace:
             if slot.get("is_processing")
         }
         before, since = self._counts, self._at
-        self._counts = counts = {slot: count for slot, count in busy.items() if count is not None}
+        counts = {slot: count for slot, count in busy.items() if count is not None}
         untold = len(counts) < len(busy)
         silent = () if untold or any(counts.values()) else busy
         self._waits = {task: self._waits.get(task, at) for task in silent}
         if untold or since is None:
-            self._at = at
+            self._counts, self._at = counts, at
             return None
+        if counts and at - since < _PACED_OVER:
+            return self._pace
         if at <= since:
             return None
+        self._counts = counts
         # A falling count is that of another request, in a build that does not number them.
         risen = {slot: count - before.get(slot, 0) for slot, count in counts.items()}
         fresh = sum(counts[slot] if rise < 0 else rise for slot, rise in risen.items())
