@@ -267,8 +267,12 @@ def test_a_request_that_began_while_the_slots_answered_is_told() -> None:
 
 def test_a_request_that_ended_while_the_slots_answered_does_not_begin_again() -> None:
     meter = WorkMeter(RequestLog())
-    meter.log.read(lines("native", 1), 119.0)
+    first = lines("native", 1)
+    meter.log.read(first, 119.0)
     meter.look([slot(30)], 1.4, 119.0)
+    assert not meter.busy
+    meter.log.read([line.replace("task 1 |", "task 2 |") for line in first], 119.0)
+    meter.look([slot(30)], 1.4, 119.0)  # another one has ended since on its slot
     assert not meter.busy
 
 

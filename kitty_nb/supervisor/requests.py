@@ -176,6 +176,7 @@ class RequestLog:
         self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
         self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
         self.held: dict[int, Held] = {}  # by slot, since its last request
+        self.ended: deque[tuple[int, int]] = deque(maxlen=KEPT)  # the last keys of `active`
         self.heard = False  # whether this build's log has reported a finished request
         # Of the last prompt: tokens per second, None before the first, and CPU seconds per second,
         # 0 if unknown.
@@ -255,6 +256,7 @@ class RequestLog:
             return
         if ended := _ENDED.search(words):
             del self.active[key]
+            self.ended.append(key)
             self.held[key[0]] = Held(key[1], int(ended[1]), task.cached, task.extends)
             task.full = bool(ended["full"]) and not task.shifted
             request = task.finish(int(ended[1]), at)
@@ -418,8 +420,7 @@ class WorkMeter:
             if at - task.missed >= (_END_WITHIN if task.logged else 0):
                 del self.log.active[key]
         for key, slot in working.items():
-            held = self.log.held.get(key[0])
-            if not (held and held.task == key[1]):  # the log reports its end by now
+            if key not in self.log.ended:  # the log reports an end by now
                 _note(self.log.active.setdefault(key, ActiveRequest(at, at)), slot, at)
 
     def note_restored(self, restored: Restored, at: float) -> None:
