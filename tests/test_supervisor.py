@@ -532,6 +532,17 @@ def test_events_can_be_iterated(config: ServerConfig) -> None:
     supervised(config, scenario)
 
 
+def test_who_hears_of_ready_hears_with_it_what_the_server_answered(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start()
+
+    events = supervised(config, scenario)
+    states = [event.state for event in events if isinstance(event, StateChanged)]
+    ready = [state for state in states if state.status is ServerStatus.READY]
+    assert {latest(state).status for state in ready} == {ServerStatus.READY}
+    assert not [state.sentence for state in ready if "not responding" in state.sentence]
+
+
 def test_much_that_a_server_says_at_once_is_read_to_its_end(
     misbehaving: Misbehaving, tmp_path: Path
 ) -> None:

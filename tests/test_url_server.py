@@ -228,12 +228,16 @@ def test_one_that_loads_is_waited_for_without_a_flood_of_warnings() -> None:
         assert not said(told, Level.WARNING)
         shape.unavailable = None
         settled(manager, ServerStatus.READY)
+        states = [one.state for one in told if isinstance(one, StateChanged)]
+        ready = next(state for state in states if state.status is ServerStatus.READY)
+        assert ready.last_health_check
+        assert ready.last_health_check.status is ServerStatus.READY
         shape.unavailable = loading
         settled(manager, ServerStatus.LOADING)
         asked(5)
         assert len(said(told, Level.WARNING)) == 1
-        states = [one.state.status for one in told if isinstance(one, StateChanged)]
-        assert states.count(ServerStatus.OUT_OF_REACH) <= 1
+        passed = [one.state.status for one in told if isinstance(one, StateChanged)]
+        assert passed.count(ServerStatus.OUT_OF_REACH) <= 1
 
 
 def test_a_proxy_without_a_server_behind_it_does_not_count_as_a_load() -> None:

@@ -317,16 +317,16 @@ class UrlServer(WatchedServer):
             misses = 0 if ready else misses + 1
             if ready:
                 self._choose()
-                if status is not ServerStatus.READY:
-                    self._emit(BecameReady(self._generation, time.monotonic()))
-                    self._greet()
-            elif status is not ServerStatus.READY or misses >= _MISSES:
+            self._emit(health)
+            if ready and status is not ServerStatus.READY:
+                self._emit(BecameReady(self._generation, time.monotonic()))
+                self._greet()
+            elif not ready and (status is not ServerStatus.READY or misses >= _MISSES):
                 if not loading or status is ServerStatus.READY:
                     why = why_unreachable(self.owner.url, health)
                     self._emit(OutOfReach(self._generation, why))
                 if loading:
                     self._emit(LoadBegan(self._generation))
-            self._emit(health)
             if ready or status is not ServerStatus.READY or misses >= _MISSES:
                 status = health.status
             doublings = 0 if loading or misses < _MISSES else min(misses - 1, 4)

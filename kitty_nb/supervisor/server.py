@@ -582,6 +582,7 @@ class Server:
 
     def _note_health(self, result: HealthCheckResult) -> None:
         before, self._health, elapsed = self._health, result, self._elapsed()
+        self._emit(result)  # a change of the state is published with the answer that brought it
         if result.latency is not None:
             self._oom_kills.append(oom_kills())
         if self.was_ready:
@@ -591,7 +592,6 @@ class Server:
                 self._meter.heartbeat(elapsed)
                 elapsed = self._enter(result.status, elapsed)
             news = self._reporter.load_news(result, elapsed)
-        self._emit(result)
         if news and not self._being_ended():
             for event in news:
                 self._emit(event)
