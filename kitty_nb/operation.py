@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import nest_asyncio2
@@ -89,23 +90,36 @@ def _wait(future: Future[Any], timeout: float | None = None) -> None:
 
 
 class Pieces:
-    """The pieces of an answer, as a chain: each is a future until it arrives."""
+    """The pieces of an answer, as a chain: each is a future until it arrives.
+
+    The manager's thread adds pieces; whichever thread cancels the answer ends the chain.
+    """
 
     def __init__(self, on_piece: Callable[[Piece], object] | None = None) -> None:
         self._on_piece = on_piece
         self.first: Future[Any] = Future()
-        self._next = self.first
+        self._last: Future[Any] | None = self.first  # None once the chain has ended
+        self._lock = Lock()
 
     def add(self, piece: Piece) -> None:
-        """Add a piece, and pass it to the callback."""
-        last, self._next = self._next, Future()
-        last.set_result((piece, self._next))
-        if self._on_piece:
-            self._on_piece(piece)
+        """Add a piece, and pass it to the callback; ignore it once the chain has ended."""
+        following: Future[Any] = Future()
+        if last := self._replace_last(following):
+            last.set_result((piece, following))
+            if self._on_piece:
+                self._on_piece(piece)
 
     def end(self) -> None:
         """End the chain: there are no more pieces."""
-        self._next.set_result(None)
+        if last := self._replace_last(None):
+            last.set_result(None)
+
+    def _replace_last(self, following: Future[Any] | None) -> Future[Any] | None:
+        """Return the last link, for the caller to resolve; None once the chain has ended."""
+        with self._lock:
+            last = self._last
+            self._last = last and following
+        return last
 
 
 class Chat(Operation[T]):

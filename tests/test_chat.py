@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from conftest import demo_config, eventually, unused_port
 from pydantic import BaseModel, Field
 
-from kitty_nb import ModelManager
+from kitty_nb import ModelManager, operation
 from kitty_nb.client import Piece, PromptProgress
 from kitty_nb.errors import KittyError, NoAnswerError, RefusedError
 
@@ -93,6 +94,26 @@ def test_the_model_stops_when_nobody_wants_the_rest(manager: ModelManager) -> No
     with pytest.raises(TimeoutError):
         asyncio.run(lose_patience())
     eventually(lambda: idle(manager), within=20)
+
+
+def test_a_piece_that_comes_as_the_answer_is_cancelled_leaves_no_loop_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow(Future[Any]):
+        """The canceller's thread is about to resolve it when the manager's adds a piece."""
+
+        def set_result(self, result: Any) -> None:
+            if result is None:
+                pieces.add(late)
+            super().set_result(result)
+
+    monkeypatch.setattr(operation, "Future", Slow)
+    heard: list[Piece] = []
+    late = Piece("late")
+    pieces = operation.Pieces(heard.append)
+    pieces.end()
+    assert pieces.first.result(timeout=0) is None
+    assert not heard
 
 
 def test_answers_follow_each_other_at_once(manager: ModelManager) -> None:
