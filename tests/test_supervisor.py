@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ from kitty_nb.errors import (
     StartCancelledError,
     WillNotFitError,
 )
-from kitty_nb.supervisor.events import Activity, Event, LogLines, ProgressMade, Stage, StateChanged
+from kitty_nb.supervisor.events import (
+    Activity,
+    Broadcast,
+    Event,
+    LogLines,
+    ProgressMade,
+    Stage,
+    StateChanged,
+)
 from kitty_nb.supervisor.log import readable
 
 Misbehaving = Callable[..., ServerConfig]
@@ -541,6 +550,28 @@ def test_who_hears_of_ready_hears_with_it_what_the_server_answered(config: Serve
     ready = [state for state in states if state.status is ServerStatus.READY]
     assert {latest(state).status for state in ready} == {ServerStatus.READY}
     assert not [state.sentence for state in ready if "not responding" in state.sentence]
+
+
+def test_events_are_those_since_they_were_asked_for() -> None:
+    async def scenario() -> None:
+        broadcast: Broadcast[str] = Broadcast()
+        events = broadcast.stream()
+        broadcast.publish("READY")
+        async with aclosing(events):
+            with anyio.fail_after(5):
+                assert await anext(events) == "READY"
+        assert not broadcast._subscribers
+
+    anyio.run(scenario)
+
+
+def test_events_that_nobody_reads_are_not_kept() -> None:
+    broadcast: Broadcast[str] = Broadcast()
+    unread = broadcast.stream()
+    assert broadcast._subscribers
+    del unread
+    gc.collect()
+    assert not broadcast._subscribers
 
 
 def test_much_that_a_server_says_at_once_is_read_to_its_end(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 from urllib.parse import urlsplit
+from weakref import finalize
 
 import anyio
 
@@ -495,7 +496,7 @@ class Broadcast(Generic[E]):
             except Exception:  # noqa: BLE001 (whatever a user's callback raises)
                 _log.exception("An event subscriber failed.")
 
-    async def stream(self) -> AsyncGenerator[E, None]:
+    def stream(self) -> AsyncGenerator[E, None]:
         """Yield events from now on. A reader that is too far behind loses the newest ones."""
         send, receive = anyio.create_memory_object_stream[E](_HELD)
 
@@ -505,7 +506,15 @@ class Broadcast(Generic[E]):
             except anyio.WouldBlock:
                 _log.warning("Dropped an event: a subscriber reads too slowly.")
 
-        with send, receive, ExitStack() as stack:
-            stack.callback(self.subscribe(offer))
-            async for event in receive:
-                yield event
+        stack = ExitStack()
+        for undo in (send.close, receive.close, self.subscribe(offer)):
+            stack.callback(undo)
+
+        async def read() -> AsyncGenerator[E, None]:
+            with stack:
+                async for event in receive:
+                    yield event
+
+        events = read()
+        finalize(events, stack.close).atexit = False  # `read` may never begin
+        return events
