@@ -68,16 +68,23 @@ def test_requests_from_before_have_their_times_however_long_the_log(
     server = ServerProcess(first.server, None)
     began = time.time() - server.age
     eventually(lambda: server.age > 0.3)  # later than the lines below
+    proof = (  # of another program that watched the load
+        "0.00.000.100 I slot launch_slot_: id  0 | task 800 | processing task, is_child = 0",
+        "0.00.000.200 I slot print_timing: id  0 | task 800 | prompt eval time = 9 ms / 9 tokens",
+        "0.00.000.200 I slot print_timing: id  0 | task 800 |        eval time = 1 ms / 1 tokens",
+        "0.00.000.200 I slot      release: id  0 | task 800 | stop processing: n_tokens = 9, trunc",
+    )
     later = (
         "0.00.100.000 I slot launch_slot_: id  0 | task 900 | processing task, is_child = 0",
         "0.00.300.000 W srv          stop: cancel task, id_task = 900",
         "0.00.300.000 I slot      release: id  0 | task 900 | stop processing: n_tokens = 9, trunc",
     )
     with config.log_path.open("a") as log:
-        log.writelines(f"{line}\n" for line in ("x" * 1000,) * 600 + later)  # more than one read
+        long = ("x" * 1000,) * 600  # more than one read
+        log.writelines(f"{line}\n" for line in long + proof + later)
     with ModelManager(config=config) as manager:
         eventually(lambda: manager.requests and manager.requests[-1].ended is Ending.CANCELLED)
-        request = manager.requests[-1]
+        (request,) = manager.requests
         assert (request.at, request.seconds) == pytest.approx((began + 0.1, 0.2), abs=0.05)
 
 

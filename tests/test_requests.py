@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import tomllib
 from dataclasses import replace
@@ -86,17 +87,32 @@ def test_the_requests_of_a_routers_models_are_told_apart() -> None:
     assert not router.tasks
 
 
+PROBE = (
+    "0.01.000.000 I slot launch_slot_: id  0 | task 0 | processing task, is_child = 0",
+    "0.01.100.000 I slot print_timing: id  0 | task 0 | prompt eval time = 99.0 ms / 2 tokens",
+    "0.01.100.000 I slot print_timing: id  0 | task 0 |        eval time = 0.01 ms / 1 tokens",
+    "0.01.100.000 I slot      release: id  0 | task 0 | stop processing: n_tokens = 2, trunc",
+)
+
+
 def test_the_request_by_which_a_server_proves_itself_is_not_counted() -> None:
     log = RequestLog()
-    probe = (
-        "0.01.000.000 I slot launch_slot_: id  0 | task 0 | processing task, is_child = 0",
-        "0.01.100.000 I slot print_timing: id  0 | task 0 | prompt eval time = 99.0 ms / 2 tokens",
-        "0.01.100.000 I slot print_timing: id  0 | task 0 |        eval time = 0.01 ms / 1 tokens",
-        "0.01.100.000 I slot      release: id  0 | task 0 | stop processing: n_tokens = 2, trunc",
-    )
-    assert log.read(probe, LATER) == ()
-    again = [line.replace("task 0", "task 2") for line in probe]
+    assert log.read(PROBE, LATER) == ()
+    again = [line.replace("task 0", "task 2") for line in PROBE]
     assert len(log.read(again, LATER)) == 1
+
+
+def test_nor_are_those_of_others_that_watch_the_load() -> None:
+    log = RequestLog()
+    log.ready = math.inf
+    large = [line.replace("task 0", "task 1").replace("/ 2 tok", "/ 90 tok") for line in PROBE]
+    second = [line.replace("task 0", "task 2") for line in PROBE]
+    assert len(log.read(large, LATER)) == 1  # of a client that does not wait for READY
+    assert log.read(PROBE, LATER) == ()
+    log.ready = 1.05
+    assert log.read(second, LATER) == ()
+    user = [line.replace("0.01.", "0.02.").replace("task 0", "task 3") for line in PROBE]
+    assert len(log.read(user, LATER)) == 1
 
 
 def test_what_the_log_says_is_stripped_of_controls() -> None:

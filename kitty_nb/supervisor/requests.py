@@ -178,12 +178,15 @@ class RequestLog:
         self.held: dict[int, Held] = {}  # by slot, since its last request
         self.ended: deque[tuple[int, int]] = deque(maxlen=KEPT)  # the last keys of `active`
         self.heard = False  # whether this build's log has reported a finished request
+        # When the server became ready, on the clock of `read`; infinite before.
+        self.ready = -math.inf
         # Of the last prompt: tokens per second, None before the first, and CPU seconds per second,
         # 0 if unknown.
         self.prompt_speed: float | None = None
         self.load = 0.0
         self.rest = 0  # tokens at the end of a prompt that are read separately, as far as known
         self.spent = 0.0  # CPU seconds of the server so far, set by whoever reads its log
+        self._proof: tuple[int, int] | None = None  # tokens of the request that proved READY
         self._model, self._wall = model, wall
         self._children: dict[str, RequestLog] = {}  # of a router's models, by port
         # The server's own clock began a moment after its process. Reading its lines as they arrive
@@ -260,8 +263,8 @@ class RequestLog:
             self.held[key[0]] = Held(key[1], int(ended[1]), task.cached, task.extends)
             task.full = bool(ended["full"]) and not task.shifted
             request = task.finish(int(ended[1]), at)
-            first, self.heard = not self.heard, True
-            if not (first and _is_probe(request)):
+            proves, self.heard = self._proves(request), True
+            if not proves:
                 yield replace(request, model=self._model)
         elif found := _PROMPT.search(words):
             task.prompt = int(found[1])
@@ -297,6 +300,22 @@ class RequestLog:
         elif found := _DRAFTED.search(words):
             task.accepted = float(found[1])
 
+    def _proves(self, request: Request) -> bool:
+        """Return whether the server proves by it that it is ready.
+
+        Each program that watches a load sends one such request, all of the same size, among those
+        of clients that don't wait for READY.
+        """
+        size = request.prompt_tokens or 0, request.answer_tokens or 0
+        small = size[0] <= _PROBE_PROMPT and size[1] <= _PROBE_ANSWER
+        if request.ended is not Ending.FINISHED or not small:
+            return False
+        early = request.at <= self.ready + _LATE
+        if self._proof is None and (early or not self.heard):
+            self._proof = size
+            return True
+        return early and size == self._proof
+
     def _numbered(self, number: str) -> Iterator[ActiveRequest]:
         return (task for (_, one), task in self.active.items() if one == int(number))
 
@@ -309,14 +328,6 @@ class RequestLog:
         if self._live:
             self._zero = min(at - since, max(self._zero, at - since - _LATE))
         return min(self._zero + since, at)
-
-
-def _is_probe(request: Request) -> bool:
-    """Return whether it is the request by which a server proves that it is ready."""
-    small = (request.prompt_tokens or 0) <= _PROBE_PROMPT
-    return (
-        request.ended is Ending.FINISHED and small and (request.answer_tokens or 0) <= _PROBE_ANSWER
-    )
 
 
 class AnswerPace:

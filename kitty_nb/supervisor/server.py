@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections import deque
@@ -152,6 +153,8 @@ class Server:
         self._answered: anyio.Event | None = None  # set by the answer to its first request
         # Its work, once it is ready.
         self.work = WorkMeter(RequestLog(), config.batch_size, routes=routes)
+        ready = found.ready if found else None
+        self.work.log.ready = math.inf if ready is None else ready
         self._worked = anyio.Event()
         self.router: RouterModels | None = None  # once it is ready
         self._router_api: RouterApi | None = None
@@ -605,6 +608,7 @@ class Server:
         elif status is ServerStatus.READY:
             self.was_ready = True
             since, elapsed = self._note_ready(elapsed)
+            self.work.log.ready = since
             self._meter.enter_stage(Stage.READY, elapsed)
             self._emit(lifecycle.BecameReady(self._generation, since))
             self._emit(ProgressMade(self._meter.progress(elapsed)))
