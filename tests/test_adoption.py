@@ -60,8 +60,12 @@ def kernel(config: ServerConfig) -> Iterator[Callable[..., Kernel]]:
             eventually(lambda k=kernel: not runs(k.server))
 
 
+@pytest.mark.parametrize("slept", [0.0, 8 * 3600.0])
 def test_requests_from_before_have_their_times_however_long_the_log(
-    config: ServerConfig, kernel: Callable[..., Kernel]
+    config: ServerConfig,
+    kernel: Callable[..., Kernel],
+    monkeypatch: pytest.MonkeyPatch,
+    slept: float,
 ) -> None:
     first = kernel("end")
     first.end(None)
@@ -82,6 +86,9 @@ def test_requests_from_before_have_their_times_however_long_the_log(
     with config.log_path.open("a") as log:
         long = ("x" * 1000,) * 600  # more than one read
         log.writelines(f"{line}\n" for line in long + proof + later)
+    os.utime(config.log_path, (began + 0.3, began + 0.3))
+    age = ServerProcess.age.fget
+    monkeypatch.setattr(ServerProcess, "age", property(lambda process: age(process) + slept))
     with ModelManager(config=config) as manager:
         eventually(lambda: manager.requests and manager.requests[-1].ended is Ending.CANCELLED)
         (request,) = manager.requests

@@ -22,7 +22,7 @@ from kitty_nb.supervisor.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 KEPT = 200  # finished requests
@@ -205,6 +205,12 @@ class RequestLog:
         """Correct when the server's process began, before its first lines are read."""
         self._zero = began
 
+    def dated_by(self, lines: Sequence[str], written: float) -> None:
+        """Correct it, as the last of these lines was written then."""
+        clocks = filter(None, map(_CLOCK.match, reversed(lines)))
+        if last := next(clocks, None):
+            self._zero = written - _seconds(last)
+
     def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
         """Process lines, as `readable` returns them; return the requests that they finish.
 
@@ -323,11 +329,15 @@ class RequestLog:
         """Return when a line was written."""
         if not (clock := _CLOCK.match(line)):
             return at
-        minutes, seconds, thousandths, millionths = map(int, clock.groups())
-        since = minutes * 60 + seconds + thousandths / 1e3 + millionths / 1e6
+        since = _seconds(clock)
         if self._live:
             self._zero = min(at - since, max(self._zero, at - since - _LATE))
         return min(self._zero + since, at)
+
+
+def _seconds(clock: re.Match[str]) -> float:
+    minutes, seconds, thousandths, millionths = map(int, clock.groups())
+    return minutes * 60 + seconds + thousandths / 1e3 + millionths / 1e6
 
 
 class AnswerPace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import replace
@@ -47,7 +48,7 @@ from kitty_nb.supervisor.health import FIRST_ANSWER, HealthProbe, HealthReporter
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
-from kitty_nb.supervisor.log import LogTail, readable, rotate
+from kitty_nb.supervisor.log import LogTail, log_lines, readable, rotate
 from kitty_nb.supervisor.port_owner import PortOwner, keep_ports, owner_of, refuse_busy_port
 from kitty_nb.supervisor.process import ServerProcess, oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
@@ -366,7 +367,7 @@ class Server:
         """Watch the process until it exits; return its exit code, if the system knows it."""
         self.probe.process = process
         self._log = LogTail(self._config.log_path)
-        self.work.log.dated(self._clock() - process.age)
+        self._date_log(process)
         self._meter.enter_stage(Stage.STARTING, self._elapsed())
         self._emit(lifecycle.Spawned(self._generation, process.pid))
         for task in (self._follow_log, self._ask_health, self._tend_sidecar, self._name_devices):
@@ -416,6 +417,17 @@ class Server:
             ready = _LOG_PINNED if self.router and self.router.pinned else _LOG_READY
             pause = ready if self.was_ready else self._elapsed() / 50
             await anyio.sleep(min(max(pause, _LOG_LOADING), _LOG_READY))
+
+    def _date_log(self, process: ServerProcess) -> None:
+        """Date the log's lines. A process ages while the machine sleeps; its clock stands still."""
+        began = self._clock() - process.age
+        self.work.log.dated(began)
+        if began < self._began:  # it is older than its start, so the machine has slept
+            path = self._config.log_path
+            with suppress(OSError, KittyError):
+                lines = deque(log_lines(path), maxlen=_LINES_KEPT)
+                age = time.time() - path.stat().st_mtime
+                self.work.log.dated_by(lines, self._clock() - age)
 
     def _read_log(self, *, to_end: bool = False) -> bool:
         """Publish new lines, at most one read of them; return whether there were any."""
