@@ -56,6 +56,7 @@ from kitty_nb.supervisor.history import (
 )
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import peak_memory
+from kitty_nb.supervisor.registry import read_record
 from kitty_nb.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -247,12 +248,20 @@ async def has_gpu(config: ServerConfig) -> bool:
     return bool((await run_sync(free_memory)).gpus if devices is None else devices)
 
 
+def ready_at(state: ServerState) -> float:
+    """Return when a ready server became so, in seconds since the epoch."""
+    record = read_record(state.config)
+    if record and record.ready_at is not None and record.local and record.pid == state.pid:
+        return record.ready_at
+    return time.time() - (state.uptime or 0.0)
+
+
 async def find_load(state: ServerState) -> LoadRecord | None:
     """Find a ready server's load in the history, whichever program started it."""
     history = LoadHistory(state.config.history, lambda _: None)
     host, path = this_host(), path_text(state.config.model)
     while (uptime := state.uptime) is not None:
-        ready = time.time() - uptime
+        ready = ready_at(state)
         rows = [row for row in await history.recall(host, path) if row.path == path]
         # An older row belongs to a server that became ready shortly before this one.
         after = [row for row in rows if -_CLOCKS_APART < row.at - ready < _SAME_MOMENT]

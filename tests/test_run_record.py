@@ -8,6 +8,7 @@ import shutil
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,15 @@ def test_another_kernel_records_the_same_server(manager: ModelManager, record: R
         assert again.load_seconds == record.load_seconds
         assert compare(record, again).same_outputs
         assert not compare(record, again).differences
+
+
+def test_a_load_is_found_after_the_machine_has_slept(
+    manager: ModelManager, record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awake = time.time
+    monkeypatch.setattr(time, "time", lambda: awake() + 3600)  # and the monotonic clock stood still
+    again = record_run(manager, ["Who are you?"], max_tokens=6).wait(60)
+    assert again.load_seconds == record.load_seconds
 
 
 def test_cancelling_a_replay_ends_its_server(

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -51,6 +50,7 @@ from kitty_nb.isolated_server import (
     in_background,
     isolated_server,
     locate_engine,
+    ready_at,
     require_here,
 )
 from kitty_nb.operation import Operation
@@ -206,7 +206,7 @@ async def describe_run(
     facts = await run_sync(gather_facts, config)
     async with access.async_http() as http:
         served = await props(http)
-    ready_ns = (time.time() - (state.uptime or 0.0)) * 1e9
+    ready_ns = ready_at(state) * 1e9
     if facts.mtime_ns != load.mtime_ns if load else facts.mtime_ns > ready_ns:
         raise ExperimentError(
             f"{config.model} has changed since this server loaded it, so the model behind the"

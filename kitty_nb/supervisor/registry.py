@@ -69,6 +69,9 @@ class ServerRecord(BaseModel):
     # boot share and nobody can set.
     began: float
     ready: float | None = None  # when it became ready, likewise; None before
+    # The same moment, in seconds since the epoch: the other clock stands still while the machine
+    # sleeps.
+    ready_at: float | None = None
     load_seconds: float | None = None  # seconds of the load; None before it was ready
     api_key: Secret | None = None  # the key that it requires of clients; None if it requires none
     idle_seconds: int = 0  # how long it may be unused before its sidecar stops it; 0 for no limit

@@ -636,7 +636,9 @@ class Server:
             return record.ready, record.load_seconds
         # A server that is stopped just as it becomes ready must not get its record back.
         if record and not self._being_ended():
-            self._record = record.model_copy(update={"ready": now, "load_seconds": elapsed})
+            self._record = record.model_copy(
+                update={"ready": now, "ready_at": time.time(), "load_seconds": elapsed}
+            )
             try:
                 registry.write_record(self._record)
             except OSError as error:
