@@ -178,8 +178,8 @@ class RequestLog:
         self.held: dict[int, Held] = {}  # by slot, since its last request
         self.ended: deque[tuple[int, int]] = deque(maxlen=KEPT)  # the last keys of `active`
         self.heard = False  # whether this build's log has reported a finished request
-        # When the server became ready, on the clock of `read`: infinite before, and negative for one
-        # that need not prove it.
+        # When the server became ready, on the clock of `read`: infinite before, and negative for
+        # one that need not prove it.
         self.ready = -math.inf
         # Of the last prompt: tokens per second, None before the first, and CPU seconds per second,
         # 0 if unknown.
