@@ -495,6 +495,36 @@ def test_a_call_and_its_cancellation_may_come_together(config: ServerConfig) -> 
     assert not any(kind == "step" and "another line" in data for kind, _, data in told)
 
 
+def test_a_restart_survives_the_end_of_its_connection(
+    misbehaving: Callable[..., ServerConfig], tmp_path: Path
+) -> None:
+    """As when the lid closes right after the click: the old server takes half a second to stop."""
+    config = misbehaving("--tidy-up", str(tmp_path / "tidied"))
+    other = config.replace(context_size=1024)
+    commands = (
+        Command(verb=Verb.OPEN, config=config),
+        Command(verb=Verb.START, config=config),
+        Command(verb=Verb.RESTART, config=other, wait=False),
+    )
+    with subprocess.Popen(
+        [KITTY, "serve", "--stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as far:
+        assert far.stdin
+        assert far.stdout
+        for number, command in enumerate(commands):
+            far.stdin.write(line("do", number, dump(command, Command)))
+            far.stdin.flush()
+            while (found := parse(far.stdout.readline()))[:2] != ("answer", number):
+                if found[0] == "told":
+                    far.stdin.write(line("heard", found[1]))
+                    far.stdin.flush()
+        far.stdin.close()
+    record = find_server(other)
+    assert record
+    psutil.Process(record.pid).kill()
+    assert record.config.context_size == 1024
+
+
 def test_lines_that_are_none_of_the_protocol_end_in_a_sentence(
     fake: Callable[[str], ServerConfig],
 ) -> None:

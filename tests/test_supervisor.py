@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import httpx
 import psutil
@@ -46,6 +47,7 @@ from kitty_nb.supervisor.events import (
     StateChanged,
 )
 from kitty_nb.supervisor.log import readable
+from kitty_nb.supervisor.registry import find_server
 
 Misbehaving = Callable[..., ServerConfig]
 
@@ -424,6 +426,47 @@ def test_a_deaf_server_is_forced_also_when_its_supervisor_is_left(
 
     supervised(misbehaving("--ignore-sigterm", stop_grace_seconds=0.3), scenario)
     assert not runs(pids[0])
+
+
+@pytest.mark.parametrize("wish", ["start", "restart", "restart, still checked", "retry"])
+def test_a_server_that_is_only_wished_for_outlives_its_supervisor(
+    config: ServerConfig, wish: str
+) -> None:
+    other = config.replace(context_size=1024, restart_delay_seconds=0.2)
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        supervisor.detach()
+        if wish == "start":
+            await supervisor.start(other, wait_for_ready=False)
+            return
+        pid = (await supervisor.start(other if wish == "retry" else config)).pid
+        assert pid
+        if wish == "restart":
+            await supervisor.restart(other, wait_for_ready=False)
+        elif wish == "retry":
+            os.kill(pid, signal.SIGKILL)
+            await reach(supervisor, lambda now: now.status is ServerStatus.RESTARTING)
+        else:
+            asyncio.get_running_loop().create_task(supervisor.restart(other, wait_for_ready=False))
+            await anyio.lowlevel.checkpoint()
+            assert supervisor.state.status is ServerStatus.READY
+
+    supervised(config, scenario)
+    record = find_server(other)
+    assert record
+    psutil.Process(record.pid).kill()
+    assert record.config.context_size == 1024
+
+
+def test_an_interrupted_start_outlives_nothing(config: ServerConfig) -> None:
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        supervisor.detach()
+        await supervisor.start(wait_for_ready=False)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        supervised(config, scenario)
+    assert find_server(config) is None
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM])

@@ -51,7 +51,6 @@ from kitty_nb.supervisor.events import (
     LogLines,
     ProgressMade,
     RouterLoad,
-    ServerStatus,
     StateChanged,
     Working,
 )
@@ -72,7 +71,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _SOON = 0.04  # seconds that facts about progress wait for others
 _LINES, _NEWS = 10_000, 1_000  # kept for a slow line
-_LAUNCHED_WITHIN = 90.0  # seconds; a start or restart continues without its connection
 _LIST_EVERY = 1.0  # seconds between two lists of models while they are read
 _CHUNK = 1 << 16
 _STARTS = {Verb.START, Verb.RESTART, Verb.SWITCH}
@@ -232,7 +230,6 @@ class _Session:
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self._calls: dict[int, anyio.CancelScope] = {}
-        self._starting: set[int] = set()
         self._key: SecretStr | None = None
         self._progress: LoadProgress | None = None
         self._activities: deque[Activity] = deque(maxlen=50)
@@ -269,18 +266,8 @@ class _Session:
                 supervisor.subscribe(self._tell)
                 async for text in lines:
                     self._take(*parse(text))
-                with anyio.move_on_after(_LAUNCHED_WITHIN):
-                    while self._launching:  # noqa: ASYNC110 (several things end it)
-                        await anyio.sleep(_SOON)
             # Cancelling a start would stop its server, so starts that wait end by themselves.
             self._quick.cancel_scope.cancel()
-
-    @property
-    def _launching(self) -> bool:
-        """True while a server is being started that has no process yet."""
-        state = self._supervisor.state
-        begun = state.pid is not None and state.status is not ServerStatus.STOPPING
-        return bool(self._starting and not begun) or state.status is ServerStatus.RESTARTING
 
     def _remember(self, event: Event) -> None:
         match event:
@@ -327,14 +314,11 @@ class _Session:
         try:
             with scope:
                 command = load(data, Command)
-                if command.verb in _STARTS:
-                    self._starting.add(number)
                 said = await self._carry_out(command, number)
                 self._answer("answer", number, command.verb, said)
         except Exception as error:  # noqa: BLE001 (the caller gets it)
             self._fail(number, first_of(error))
         finally:
-            self._starting.discard(number)
             del self._calls[number]
 
     def _fail(self, number: int, error: Exception) -> None:

@@ -75,6 +75,7 @@ _KEEPS_NONE = (
     " llama.cpp, a LLAMACPP_LOG_DIR that only you can write to, and a single chat model, without"
     " LLAMACPP_RPC_HOSTS or a --slot-save-path in LLAMACPP_EXTRA_ARGS."
 )
+_LAUNCHED_WITHIN = 90.0  # seconds; of a server that is to outlive its supervisor
 _PREVIEW_PAUSE = 0.3  # seconds that a setting must rest before the engine lists its devices
 
 
@@ -134,7 +135,11 @@ class Supervisor:
         self._tasks.start_soon(self._look_forever)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, error: type[BaseException] | None = None, *_: object) -> None:
+        if self._leaving and error is None:
+            with anyio.move_on_after(_LAUNCHED_WITHIN, shield=True), suppress(ServerFailedError):
+                async with self._turn:
+                    await self._until(lambda: not self._launching)
         being_ended = self._now.status is ServerStatus.STOPPING
         if being_ended or not (self._leaving or self._now.status.idle):
             with anyio.CancelScope(shield=True), suppress(ServerFailedError):
@@ -142,6 +147,13 @@ class Supervisor:
         self._tasks.cancel_scope.cancel()
         # Without the user's error, the task group does not wrap it in an exception group.
         await self._host.__aexit__(None, None, None)
+
+    @property
+    def _launching(self) -> bool:
+        """True while the next process of a start, restart or retry does not exist yet."""
+        now = self._now
+        starting = now.status is ServerStatus.STARTING and now.pid is None and not now.config.url
+        return starting or now.status is ServerStatus.RESTARTING or now.pending is not None
 
     async def _live(self, task_status: TaskStatus[None]) -> None:
         """Host the tasks that watch the server, until the context has been left.
@@ -159,6 +171,9 @@ class Supervisor:
 
     def detach(self) -> None:
         """Leave the server running when this context ends; the next supervisor finds it.
+
+        The end waits until a server that is being started has its process; only an error or a
+        cancellation ends such a start.
 
         Called before the context is entered, it also applies to a server that
         `LLAMACPP_ON_KERNEL_EXIT` would stop.
