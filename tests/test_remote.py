@@ -12,7 +12,9 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -41,6 +43,7 @@ from kitty_nb.remote.protocol import (
     PROTOCOL,
     WINDOW,
     Command,
+    Snapshot,
     Verb,
     dump,
     line,
@@ -48,6 +51,7 @@ from kitty_nb.remote.protocol import (
     parse,
 )
 from kitty_nb.remote.serve import Outbox
+from kitty_nb.remote.supervisor import RemoteSupervisor
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
@@ -57,6 +61,7 @@ from kitty_nb.supervisor.events import (
     ServerState,
     Stage,
     StateChanged,
+    Work,
 )
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.registry import find_server
@@ -523,6 +528,36 @@ def test_a_restart_survives_the_end_of_its_connection(
     assert record
     psutil.Process(record.pid).kill()
     assert record.config.context_size == 1024
+
+
+class Line:
+    """A connection that can be opened."""
+
+    hello = SimpleNamespace(boot="")
+
+    async def forward(self, *_: object) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("status", [ServerStatus.STARTING, ServerStatus.LOADING])
+def test_the_log_of_a_load_is_whole_after_a_new_connection(
+    config: ServerConfig, status: ServerStatus
+) -> None:
+    async def reconnect() -> None:
+        supervisor = RemoteSupervisor(config.replace(ssh="there"))
+        shown: list[tuple[str, ...]] = []
+        supervisor.subscribe(lambda event: shown.append(supervisor.log_lines))
+        state = ServerState(status, config, 5)
+        snapshot = Snapshot(state, None, Work(), (), ("one", "two"), (), (), "")
+        await supervisor._opened(Line(), snapshot)  # type: ignore[arg-type]
+        assert set(shown) == {("one", "two")}
+        await supervisor._note(Line(), StateChanged(replace(state, status=READY)))  # type: ignore[arg-type]
+        assert supervisor.log_lines
+        begun = StateChanged(replace(state, status=ServerStatus.STARTING))
+        await supervisor._note(Line(), begun)  # type: ignore[arg-type]
+        assert shown[-1] == supervisor.log_lines == ()
+
+    anyio.run(reconnect)
 
 
 def test_lines_that_are_none_of_the_protocol_end_in_a_sentence(

@@ -458,8 +458,8 @@ class RemoteSupervisor:
         if found.progress:
             self._broadcast.publish(ProgressMade(found.progress))
         state = await self._tunnelled(connection, found.state)
-        self._connection = connection
-        self._set(state)
+        self._connection, self._state = connection, state
+        self._broadcast.publish(StateChanged(state))
         if found.lines:
             self._broadcast.publish(LogLines(found.lines))
         if again:
@@ -475,8 +475,11 @@ class RemoteSupervisor:
     async def _note(self, connection: Connection, event: Event) -> None:
         match event:
             case StateChanged(state):
-                self._set(await self._tunnelled(connection, state))
-                return
+                before, self._state = self._state, await self._tunnelled(connection, state)
+                if state.status is ServerStatus.STARTING is not before.status:
+                    self._lines.clear()
+                    self._requests.clear()
+                event = StateChanged(self._state)
             case LogLines(lines):
                 self._lines.extend(lines)
             case RequestFinished(request):
@@ -484,13 +487,6 @@ class RemoteSupervisor:
             case Working(work):
                 self.work = work
         self._broadcast.publish(event)
-
-    def _set(self, state: ServerState) -> None:
-        if state.status is ServerStatus.STARTING is not self._state.status:
-            self._lines.clear()
-            self._requests.clear()
-        self._state = state
-        self._broadcast.publish(StateChanged(state))
 
     async def _tunnelled(self, connection: Connection, state: ServerState) -> ServerState:
         """Return a state of the other machine as seen from here, with a tunnel to its server."""
