@@ -55,6 +55,7 @@ from kitty_nb.remote.supervisor import RemoteSupervisor
 from kitty_nb.supervisor.events import (
     Activity,
     Event,
+    HealthCheckResult,
     LoadProgress,
     LogLines,
     ProgressMade,
@@ -531,12 +532,15 @@ def test_a_restart_survives_the_end_of_its_connection(
 
 
 class Line:
-    """A connection that can be opened."""
+    """A connection that can be opened, but carries no more commands."""
 
     hello = SimpleNamespace(boot="")
 
     async def forward(self, *_: object) -> int:
         return 1
+
+    async def send(self, _: bytes) -> None:
+        raise OutOfReachError("The connection to there ended.")
 
 
 @pytest.mark.parametrize("status", [ServerStatus.STARTING, ServerStatus.LOADING])
@@ -558,6 +562,16 @@ def test_the_log_of_a_load_is_whole_after_a_new_connection(
         assert shown[-1] == supervisor.log_lines == ()
 
     anyio.run(reconnect)
+
+
+def test_a_line_that_breaks_at_a_check_of_health_is_its_result(config: ServerConfig) -> None:
+    async def check() -> HealthCheckResult:
+        supervisor = RemoteSupervisor(config.replace(ssh="there"))
+        supervisor._connection = Line()  # type: ignore[assignment]
+        return await supervisor.check_health()
+
+    found = anyio.run(check)
+    assert (found.status, found.message) == (LOST, "The connection to there ended.")
 
 
 def test_lines_that_are_none_of_the_protocol_end_in_a_sentence(

@@ -206,7 +206,10 @@ class RemoteSupervisor:
         """Check the server's health now."""
         if self._connection is None:
             return HealthCheckResult(ServerStatus.OUT_OF_REACH, message=self._state.error or "")
-        found: HealthCheckResult = await self.call(Verb.CHECK)
+        try:
+            found: HealthCheckResult = await self.call(Verb.CHECK)
+        except OutOfReachError as error:
+            return HealthCheckResult(ServerStatus.OUT_OF_REACH, message=str(error))
         return found
 
     async def memory_use(self) -> MemoryUse | None:
