@@ -23,6 +23,7 @@ import pytest
 from conftest import MARK, eventually, unused_port
 from other_kernel import runs
 from ssh_machine import SshMachine, find_sshd, ssh_machine
+from terminal import run
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus
 from kitty_nb.config.profiles import Places, as_written
@@ -348,6 +349,23 @@ def test_the_command_line_works_on_the_other_machine(remote: ServerConfig, tmp_p
     assert "ssh there" in kitty("prompts", code=1)
     assert f"Stopped the server (PID {record.pid})." in kitty("stop")
     assert "model loaded" in kitty("logs", "-n", "100")
+
+
+@pytest.mark.parametrize(("word", "said"), [("status", "No server is running"), ("scan", "demo")])
+def test_a_command_waits_for_a_machine_that_connects_slowly(
+    fake: Callable[[str], ServerConfig],
+    remote: ServerConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    word: str,
+    said: str,
+) -> None:
+    env = env_file(remote, tmp_path)
+    slow = fake(f'sleep 0.5; exec {KITTY} "$@"')
+    with env.open("a") as file:
+        file.write(f"LLAMACPP_SSH_BIN={slow.ssh_bin}\n")
+    monkeypatch.setattr("kitty_nb.remote.supervisor._ENTERED_WITHIN", 0.1)
+    assert said in run(word, "--env", env).output
 
 
 def test_the_panel_lists_and_serves_the_models_of_the_other_machine(

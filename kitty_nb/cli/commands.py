@@ -309,7 +309,7 @@ def _load_display() -> Iterator[Callable[[Event], None]]:
 def _far_end(config: ServerConfig) -> RemoteSupervisor:
     from kitty_nb.remote.supervisor import RemoteSupervisor
 
-    supervisor = RemoteSupervisor(config)
+    supervisor = RemoteSupervisor(config, patient=True)
     supervisor.detach()
     return supervisor
 

@@ -109,10 +109,13 @@ class RemoteSupervisor:
 
     Args:
         config: What `start` serves by default; `config.ssh` is the machine.
+        patient: Whether entering the context waits for the outcome of the first attempt to connect,
+            on a slow machine, too. Else it continues after a few seconds.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, *, patient: bool = False) -> None:
         assert config.ssh  # noqa: S101 (callers check this)
+        self._patient = patient
         self._config, self._host = config, config.ssh
         self._places: Places | None = None
         self._state = ServerState(
@@ -139,7 +142,7 @@ class RemoteSupervisor:
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._keep_connected)
         try:
-            with anyio.move_on_after(_ENTERED_WITHIN):
+            with anyio.move_on_after(_ANSWERED_WITHIN if self._patient else _ENTERED_WITHIN):
                 await self._tried.wait()
         except BaseException:
             self.detach()
