@@ -6,6 +6,7 @@ Of the packages that run servers, experiments import only this module, the manag
 from __future__ import annotations
 
 import asyncio
+import atexit
 import sys
 import time
 from concurrent.futures import Future
@@ -276,7 +277,7 @@ async def find_load(state: ServerState) -> LoadRecord | None:
 def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, Future[T]]:
     """Run a coroutine function on a new thread; return once it first waits.
 
-    Cancelling the future cancels it. The thread is a daemon, whose end the caller waits for.
+    Cancelling the future cancels it. A program that ends cancels it, too, and waits for its end.
 
     Raises:
         OSError: There can be no event loop, as without file descriptors.
@@ -303,10 +304,18 @@ def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, 
             if begun.done():
                 raise
             begun.set_exception(error)
+        finally:
+            atexit.unregister(end)
+
+    def end() -> None:
+        if thread.is_alive():  # in a forked child it is not
+            future.cancel()
+            thread.join()
 
     thread = Thread(target=run, name=name, daemon=True)
     thread.start()
     portal = begun.result()
+    atexit.register(end)
     future = portal.start_task_soon(whole)
     waits.wait()
     return thread, future

@@ -66,6 +66,38 @@ except OSError as error:
     print(error.strerror, flush=True)
 """
 
+# A program that ends while its work, which may have been cancelled, still tidies up.
+_ENDING = """
+import sys
+import anyio
+from kitty_nb.isolated_server import in_background
+
+async def work():
+    try:
+        await anyio.sleep_forever()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.5)
+        print("tidy", flush=True)
+
+thread, future = in_background(work, "test")
+if sys.argv[1:]:
+    future.cancel()
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("cancel",)])
+def test_a_program_ends_after_the_servers_of_its_measurements(words: tuple[str, ...]) -> None:
+    """Else the same command, repeated after Ctrl-C, would find their memory still in use."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDING, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("tidy\n", "")
+
 
 def test_a_process_that_cant_be_looked_at_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

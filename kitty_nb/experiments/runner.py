@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import math
 import time
@@ -167,8 +166,6 @@ class TrialRunner:
         future: Future[T]
         self._thread, future = in_background(work, name)
         self._ended = future.done
-        atexit.register(self.close)
-        future.add_done_callback(lambda _: atexit.unregister(self.close))
         return Operation(future, lambda: self._load)
 
     async def _controlled(self, work: Callable[[], Awaitable[None]]) -> None:
