@@ -28,7 +28,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from other_kernel import runs
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from kitty_nb import ServerConfig, network, write_demo_model
+from kitty_nb import ModelManager, ServerConfig, network, write_demo_model
 
 # The suite starts hundreds of programs: each module is compiled once, not in each of them.
 if sys.dont_write_bytecode:
@@ -98,6 +98,24 @@ def eventually(condition: Callable[[], object], *, within: float = 60.0, why: st
             pytest.fail(f"not within {within} s: {why or condition}")
         time.sleep(max(0.01, 2 * (now - looked)))
         looked = time.monotonic()
+
+
+@contextmanager
+def busy(manager: ModelManager) -> Iterator[None]:
+    """Keep a manager's event loop from doing anything else in a block."""
+    begun, done = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        begun.set()
+        done.wait(60)
+
+    holding = manager.run(hold)
+    begun.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        holding.wait(60)
 
 
 @pytest.fixture(scope="session", autouse=True)

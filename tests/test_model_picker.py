@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import eventually
+from conftest import busy, eventually
 from ipywidgets.embed import embed_data
 from model_files import write_header, write_model
 
@@ -341,3 +341,13 @@ def test_a_choice_made_while_the_list_changes_counts() -> None:
     click.join()
     assert heard == ["bear"]
     assert choice.value == "bear"
+
+
+def test_a_choice_does_not_wait_for_the_manager(panel: ControlPanel) -> None:
+    eventually(lambda: chosen(panel) == "bear.gguf")
+    with busy(panel.manager):
+        page = threading.Thread(target=choose, args=(panel, "cat.gguf"))
+        page.start()
+        page.join(10)
+        assert not page.is_alive()
+    assert chosen(panel) == "cat.gguf"

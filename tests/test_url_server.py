@@ -18,7 +18,7 @@ import anyio
 import numpy as np
 import pytest
 import yaml
-from conftest import eventually, unused_port
+from conftest import busy, eventually, unused_port
 from IPython.core.interactiveshell import InteractiveShell
 from stand_in_openai import Shape, certificate, ollama_models, tls_front, vllm_models
 from terminal import run
@@ -468,8 +468,12 @@ def test_the_panel_offers_what_is_possible(
         eventually(lambda: panel.served.value == "llama3.2:latest")
         hidden = panel.picker, panel.memory, panel.buttons.start, panel.buttons.stop
         eventually(lambda: {one.layout.display for one in hidden} == {"none"})
-        with panel.served.turn:
-            panel.served.value = "qwen3:8b"
+        index = panel.served.options.index("qwen3:8b")
+        with busy(panel.manager):  # what lists the models must not have to wait for a page
+            page = threading.Thread(target=panel.served.set_state, args=({"index": index},))
+            page.start()
+            page.join(10)
+            assert not page.is_alive()
         eventually(lambda: panel.manager.state.alias == "qwen3:8b")
         panel.ask.ask("Why?")
         eventually(lambda: [turn.text for turn in panel.ask.turns] == ["Blue sky."])

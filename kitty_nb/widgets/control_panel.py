@@ -94,9 +94,9 @@ class ControlPanel(VBox):
         self._scan()
         if not state.status.absent and state.external is None:  # started here or elsewhere
             self._follow(manager.state.config)
+        self._look_again()
         self._view.start(manager.run)
         self.live.watch(manager, self._show_error)
-        self._look_again()
         if earlier:
             earlier.close()
 
@@ -108,9 +108,7 @@ class ControlPanel(VBox):
         self.status_line = display.Line("kitty-status")
         self.load_bar = server_view.LoadBar()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
-        self.served = server_view.ServedModels(
-            lambda model: self._actions.run(partial(manager.switch_model, model))
-        )
+        self.served = server_view.ServedModels(self._switch)
         self.buttons = server_view.ServerButtons()
         self.notice = display.Notice()
         name = partial(name_of, self)
@@ -298,6 +296,11 @@ class ControlPanel(VBox):
         self.saved.write("")
         self._look_again()
 
+    def _switch(self, model: str) -> None:
+        """Ask a router or a server at a URL for another model from now on."""
+        switch = partial(self.manager.switch_model, model)
+        self._view.before_drawing(partial(self._actions.run, switch))
+
     def _follow(self, config: ServerConfig) -> None:
         """Choose a server's model and settings, unless the user has edited them since the last."""
         settings, problem = dict(config), self._problem
@@ -312,9 +315,8 @@ class ControlPanel(VBox):
 
     def _look_again(self) -> None:
         """Refresh memory and models: the model or a setting has changed."""
-        self.memory.refresh()
         self.browser.look_again()
-        self._view.wake()
+        self._view.before_drawing(self.memory.refresh)
 
     def _wanted(self) -> ServerConfig:
         model = None if self._config.models is not None else self.picker.dropdown.value

@@ -116,7 +116,8 @@ class Fold(Accordion):
 class Choice(Dropdown):
     """A list to choose from; `on_choice` is called for choices, not for changes to the list.
 
-    Two threads write it, for the user's choices and for changes of the list. They take turns.
+    Two threads write it, for the user's choices and for changes of the list. They take turns, and
+    `on_choice` is called within one: it must not wait for a thread or an event loop.
     """
 
     options: Any

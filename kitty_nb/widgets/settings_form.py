@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING
@@ -150,14 +149,14 @@ class MemoryLine(Line):
         super().__init__("kitty-memory")
         self._manager, self._wanted = manager, wanted
         self._looking: Operation[MemoryPreview] | None = None
-        self._turn = threading.Lock()
 
     def refresh(self) -> None:
         """Compute the preview again, because the model or a setting has changed.
 
-        Callable from any thread but the manager's. A preview in progress is cancelled.
+        Callable from any thread but the manager's, one call at a time. A preview in progress is
+        cancelled.
         """
-        with self._turn, suppress(KittyError):  # the manager may have been closed
+        with suppress(KittyError):  # the manager may have been closed
             self.stop()
             try:
                 config = self._wanted()
