@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import eventually
@@ -32,7 +35,9 @@ from kitty_nb.experiments.trial import (
     TrialEnded,
     TrialStarted,
 )
+from kitty_nb.isolated_server import in_background
 from kitty_nb.widgets import SweepPanel
+from kitty_nb.widgets.display import LiveView
 from kitty_nb.widgets.sweep_panel import (
     SweepStatus,
     bundle,
@@ -206,6 +211,27 @@ def test_a_cancelled_pause_does_not_hold_the_next_run(
     reach(panel, "Interrupted")
     panel.buttons.start.click()
     reach(panel, "Done")
+
+
+def test_the_panel_is_drawn_in_a_second_run_too() -> None:
+    drawn: list[int] = []
+    errors: list[str] = []
+    view = LiveView(lambda: drawn.append(1), errors.append, lambda: 0.01, 0)
+
+    def start(draw: Callable[[], Coroutine[Any, Any, None]]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(draw(), asyncio.get_running_loop())
+
+    async def run() -> None:
+        view.start(start)
+        before = len(drawn)
+        while len(drawn) < before + 3 and not errors:  # it has waited in between
+            await asyncio.sleep(0.01)
+
+    for _ in range(2):
+        thread, ended = in_background(run, "run")
+        ended.result(WAIT)
+        thread.join(WAIT)
+    assert not errors
 
 
 def test_what_fails_says_why_and_can_be_tried_again(

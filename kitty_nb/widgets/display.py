@@ -254,7 +254,7 @@ class LiveView:
     """A drawing loop, from `start` until `stop` or until its event loop ends.
 
     It draws soon after a change, and after each `tick`, with a `pause` in between. All functions
-    given to it are called on that event loop.
+    given to it are called on that event loop. It can be started again, on another one.
 
     Args:
         draw: Writes the widgets, at once or as a coroutine function.
@@ -275,7 +275,7 @@ class LiveView:
         self._draw, self._show_error, self._tick = draw, show_error, tick
         self._pause, self._subscribe = pause, subscribe
         self._jobs: deque[Callable[[], object]] = deque()
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: Task | None = None
 
@@ -314,6 +314,7 @@ class LiveView:
             task.cancel()
 
     async def _run(self) -> None:
+        self._changed = asyncio.Event()  # before the loop: `wake` sets it there
         self._loop = asyncio.get_running_loop()
         unsubscribe = self._subscribe()
         try:
