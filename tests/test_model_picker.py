@@ -17,6 +17,7 @@ from ipywidgets.embed import embed_data
 from model_files import write_header, write_model
 
 from kitty_nb import ControlPanel, ServerStatus, write_demo_model
+from kitty_nb.catalog import catalog
 from kitty_nb.catalog.catalog import ModelCatalog
 from kitty_nb.catalog.model import FileFacts, Model, ModelNote
 from kitty_nb.catalog.stores import Store, StoreKind
@@ -114,6 +115,32 @@ def test_of_two_panels_on_one_manager_the_later_watches(env: Path) -> None:
         assert first.picker.stores
         first.rescan()
         eventually(lambda: "ant" in listed(first), within=30)
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_second_panel_leaves_the_first_one_its_search_and_its_watch(
+    env: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picking, "_PATIENCE", 0)
+    readable, read = threading.Event(), catalog.read_facts
+
+    def slowly(path: Path) -> FileFacts:
+        readable.wait(60)
+        return read(path)
+
+    monkeypatch.setattr(catalog, "read_facts", slowly)
+    first = ControlPanel(env)
+    second = ControlPanel(manager=first.manager)
+    try:
+        readable.set()
+        eventually(lambda: listed(second) == ["bear", "cat"])
+        eventually(lambda: listed(first) == ["bear", "cat"], within=20)
+        eventually(lambda: not first.buttons.start.disabled)
+        second.close()
+        write_header(env.parent / "models" / "ant.gguf")
+        eventually(lambda: "ant" in listed(first))
     finally:
         first.close()
         second.close()

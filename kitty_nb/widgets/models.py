@@ -25,7 +25,7 @@ from kitty_nb.errors import KittyError
 from kitty_nb.widgets import display
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from kitty_nb.catalog.catalog import ModelCatalog, ScanStep
@@ -127,9 +127,6 @@ class ModelPicker(VBox):
             preferred: The model to choose unless the user chooses another; it may be elsewhere.
         """
         self.stop()
-        if earlier := _watching.get(self._manager):
-            earlier.freeze()  # another panel on this manager; each watch keeps a thread
-        _watching[self._manager] = self
         with self.dropdown.turn:
             self._catalog = catalog
             if self._choice in {None, self._preferred}:
@@ -161,21 +158,13 @@ class ModelPicker(VBox):
     def stop(self) -> None:
         """Stop updating the list, and forget its folders."""
         self._catalog = None
-        self.freeze()
-
-    def freeze(self) -> None:
-        """Stop updating the list, but for models that `choose` names."""
         if self._following is not None:
             self._following.cancel()
-        if _watching.get(self._manager) is self:  # else it would keep itself and its manager alive
-            del _watching[self._manager]
 
     async def _follow(self, catalog: Catalog) -> None:
+        watch = _Watch(_watches.setdefault(self._manager, []))
         try:
-            lists = catalog.watch(on_step=lambda step: self._take(catalog, step))
-            async with aclosing(lists):
-                async for _ in lists:
-                    await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
+            await watch.run(lambda: catalog.watch(on_step=lambda step: self._take(catalog, step)))
         except OSError as error:
             problem = f"The list does not update by itself: {error}. Press Rescan to update it."
             self.scan_line.write(escape(problem))
@@ -233,7 +222,48 @@ class ModelPicker(VBox):
         self._on_choice()
 
 
-_watching: WeakKeyDictionary[ModelManager, ModelPicker] = WeakKeyDictionary()
+class _Watch:
+    """A picker's watch of its folders, for the loop of its manager.
+
+    Each watch keeps a thread, so of several on one manager, the latest alone goes on. An earlier
+    one rests when it has listed the models, until there is no later one.
+
+    Args:
+        watches: All of that manager, the latest last.
+    """
+
+    def __init__(self, watches: list[_Watch]) -> None:
+        self._watches = watches
+        self._listed = False
+        self._scope, self._resumed = anyio.CancelScope(), anyio.Event()
+
+    async def run(self, watch: Callable[[], AsyncGenerator[list[Model]]]) -> None:
+        """Watch until cancelled."""
+        if self._watches and self._watches[-1]._listed:
+            self._watches[-1]._scope.cancel()
+        self._watches.append(self)
+        try:
+            while True:
+                with anyio.CancelScope() as self._scope:
+                    await self._go_on(watch())
+                self._resumed = anyio.Event()
+                if self._watches[-1] is not self:
+                    await self._resumed.wait()
+        finally:
+            self._watches.remove(self)
+            if self._watches:
+                self._watches[-1]._resumed.set()
+
+    async def _go_on(self, lists: AsyncGenerator[list[Model]]) -> None:
+        async with aclosing(lists):
+            async for _ in lists:
+                self._listed = True
+                if self._watches[-1] is not self:
+                    return
+                await anyio.sleep(_LIST_EVERY)  # a download changes its folder all the time
+
+
+_watches: WeakKeyDictionary[ModelManager, list[_Watch]] = WeakKeyDictionary()
 
 
 def _scanned(step: ScanStep) -> str:
