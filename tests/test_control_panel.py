@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from kitty_nb.catalog.memory import Memory, MemoryPool
 from kitty_nb.supervisor import forecast
 from kitty_nb.supervisor.events import HealthCheckResult, LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
+from kitty_nb.widgets import session
 from kitty_nb.widgets.display import duration, receive_while_busy
 from kitty_nb.widgets.server_view import Choices, choices, describe_load, name_of, snippet, vitals
 from kitty_nb.widgets.server_work import LINES_KEPT
@@ -358,6 +360,26 @@ def test_memory_is_previewed_and_what_will_not_fit_is_asked_for_twice(panel: Con
     panel.buttons.start.click()  # what was insisted on before is asked for again
     eventually(lambda: "Start anyway" in offered(panel))
     assert panel.manager.state.status is ServerStatus.STOPPED
+
+
+def test_a_second_press_insists_once_the_refusal_has_been_seen(
+    panel: ControlPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, refusals = 100.0, count(1)
+
+    async def why_not(*_: object) -> str:
+        return f"Refusal {next(refusals)}."
+
+    monkeypatch.setattr(forecast.Forecaster, "why_not", why_not)
+    monkeypatch.setattr(session, "monotonic", lambda: now)
+    panel.buttons.start.click()
+    eventually(lambda: "Refusal 1" in panel.notice.value)
+    panel.buttons.start.click()
+    eventually(lambda: "Refusal 2" in panel.notice.value)
+    assert panel.manager.state.status is ServerStatus.STOPPED
+    now += 10
+    panel.buttons.start.click()
+    wait_for(panel, "Ready")
 
 
 def test_memory_is_asked_for_afresh_by_each_start(

@@ -11,7 +11,7 @@ from IPython.core.formatters import DisplayFormatter
 
 from kitty_nb import ControlPanel, ServerConfig, ServerState, ServerStatus
 from kitty_nb.errors import ConfigError, KittyError
-from kitty_nb.widgets import FleetPanel
+from kitty_nb.widgets import FleetPanel, session
 from kitty_nb.widgets.fleet_panel import Profile, startable
 
 UNKNOWN = "\N{EN DASH}"
@@ -194,14 +194,20 @@ def test_trouble_that_is_over_is_not_shown_any_more(open_: Open, env: Path) -> N
 
 
 def test_what_will_not_fit_is_asked_for_twice(
-    open_: Open, tmp_path: Path, misbehaving: Callable[..., ServerConfig]
+    open_: Open,
+    tmp_path: Path,
+    misbehaving: Callable[..., ServerConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    now = 100.0
+    monkeypatch.setattr(session, "monotonic", lambda: now)
     config = misbehaving()
     large = (f"LLAMACPP_BIN={config.binary}", "LLAMACPP_PRIMARY_CTX=2000000000")
     panel = open_(write_env(tmp_path, config, *large))
     click(panel, "start_all")
     eventually(lambda: "Press the button again" in str(row(panel, "primary")["problem"]))
     assert row(panel, "primary")["status"] == "Not running"
+    now += 10
     click(panel, "start", "primary")
     wait_for(panel, primary="Ready")
 

@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -97,6 +98,9 @@ def newest(kind: type[T], *key: Hashable) -> T | None:
     return _panels.get((kind.__name__, key))
 
 
+_SEEN_AFTER = 1.0  # seconds; until then, a press cannot be an answer to a refusal
+
+
 class ActionRunner:
     """Calls the manager for clicks, shows failures, and has doubtful starts confirmed.
 
@@ -118,20 +122,26 @@ class ActionRunner:
         self._run, self._show_problem = run, show_problem
         self._remedy = remedy
         self._refused: ServerConfig | None = None  # the settings of the latest refused start
+        self._refused_at = 0.0
         self._starting: Operation[Any] | None = None
 
     def run(
         self,
         action: Callable[..., Operation[Any]],
         wanted: Callable[[], ServerConfig] | None = None,
+        *,
+        insist: bool = False,
     ) -> None:
         """Run an action; a start whose memory is still being checked is cancelled.
 
         Args:
             action: Begins the work, such as a command of the manager.
             wanted: Returns the settings, if the action starts a server.
+            insist: Whether the user has answered the refusal of these settings, if there was one;
+                the same start insists, too, once that can have been seen.
         """
-        self.refusal, self.insist = None, partial(self.run, action, wanted)
+        self.refusal, self.insist = None, partial(self.run, action, wanted, insist=True)
+        insist = insist or monotonic() - self._refused_at >= _SEEN_AFTER
         refused, self._refused = self._refused, None  # the next action alone can insist
         self._show_problem(None)
         if self._starting is not None:
@@ -141,7 +151,7 @@ class ActionRunner:
                 self._run(self._follow, action(), None)
                 return
             config = wanted()
-            anyway = config == refused
+            anyway = insist and config == refused
             self._starting = action(config, wait_for_ready=False, anyway=anyway)
             self._run(self._follow, self._starting, config)
 
@@ -154,7 +164,8 @@ class ActionRunner:
         try:
             yield
         except WillNotFitError as error:
-            self._refused, self.refusal = config, f"{error} {self._remedy}".rstrip()
+            self._refused, self._refused_at = config, monotonic()
+            self.refusal = f"{error} {self._remedy}".rstrip()
             self._show_problem(self.refusal)
         except Exception as error:  # noqa: BLE001 (raised in a callback, nobody would see it)
             self._show_problem(explain(error))
