@@ -9,8 +9,17 @@ import pytest
 from conftest import eventually
 
 from kitty_nb import ModelManager, ServerConfig
-from kitty_nb.catalog.memory import Allocation, MemoryPool, MemoryPreview, Requirement, Verdict
+from kitty_nb.catalog.memory import (
+    Allocation,
+    MemoryPool,
+    MemoryPreview,
+    MemorySettings,
+    Requirement,
+    Verdict,
+)
+from kitty_nb.engine.locate import Engine
 from kitty_nb.errors import ConfigError, KittyError
+from kitty_nb.supervisor import forecast
 from kitty_nb.widgets.settings_form import MemoryLine, memory_sentence
 
 GB = 10**9
@@ -156,6 +165,34 @@ def test_the_latest_setting_wins_and_the_managers_thread_writes(
         line.refresh()
     eventually(lambda: line.preview is not None and line.preview.context == 1024)
     assert {thread for _, thread in seen} == {"kitty_nb"}
+
+
+def test_a_setting_that_is_no_longer_wanted_is_not_shown_late(
+    line: MemoryLine, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, settings_of = threading.Event(), threading.Event(), forecast.settings_of
+
+    def slowly(config: ServerConfig, *engine: Engine | None) -> MemorySettings:
+        if config.context_size == 256:
+            begun.set()
+            go_on.wait(60)
+        return settings_of(config, *engine)
+
+    monkeypatch.setattr(forecast, "settings_of", slowly)
+    seen = written(line)
+
+    def show(context: int) -> None:
+        wanted.config = wanted.config.replace(context_size=context)
+        line.refresh()
+
+    show(256)
+    assert begun.wait(60)
+    show(512)
+    eventually(lambda: line.preview is not None and line.preview.context == 512)
+    go_on.set()
+    show(768)
+    eventually(lambda: line.preview is not None and line.preview.context == 768)
+    assert not [html for html, _ in seen if "for a context of 256" in html]
 
 
 def test_nothing_is_sent_when_nothing_has_changed(line: MemoryLine) -> None:

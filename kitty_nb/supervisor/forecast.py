@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import psutil
+from anyio.lowlevel import checkpoint_if_cancelled
 from anyio.to_thread import run_sync
 from rich.filesize import decimal
 
@@ -339,6 +340,7 @@ class Forecaster:
                 measured = await run_sync(free_memory, running.pid)
                 known = with_devices(measured, self._devices)
                 latest = await run_sync(_preview, config, self._engine, known)
+                await checkpoint_if_cancelled()  # the thread is waited for in any case
                 on_preview(latest)
                 await anyio.sleep(delay)
                 final = await self._answer(config, running, measured)
@@ -349,6 +351,7 @@ class Forecaster:
             unknown = MemoryPreview(problem="Free memory cannot be measured on this system.")
             return latest or unknown
         if final != latest:
+            await checkpoint_if_cancelled()
             on_preview(final)
         return final
 
