@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import ipywidgets
 import platformdirs
@@ -38,6 +39,7 @@ from kitty_nb.supervisor.events import HealthCheckResult, LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
 from kitty_nb.widgets import session
 from kitty_nb.widgets.display import duration, receive_while_busy
+from kitty_nb.widgets.models import ModelPicker
 from kitty_nb.widgets.server_view import Choices, choices, describe_load, name_of, snippet, vitals
 from kitty_nb.widgets.server_work import LINES_KEPT
 
@@ -107,6 +109,36 @@ def choose(panel: ControlPanel, name: str) -> None:
     eventually(path)
     with panel.picker.dropdown.turn:
         panel.picker.dropdown.value = path()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new panel", "the cell is run again"])
+def test_a_start_while_the_panel_is_created_is_followed(
+    env: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    earlier = ControlPanel(env)
+    earlier.manager.start().wait(60)
+    earlier.manager.stop().wait(60)
+    before, scan = len(earlier.activity_log.lines), ModelPicker.scan
+
+    def late(picker: ModelPicker, *args: Any, **options: Any) -> None:
+        config = earlier.manager.state.config.replace(model="one.gguf", context_size=1024)
+        earlier.manager.start(config).wait(60)
+        scan(picker, *args, **options)
+
+    with monkeypatch.context() as changes:
+        changes.setattr(ModelPicker, "scan", late)
+        panel = ControlPanel(env) if again else ControlPanel(manager=earlier.manager)
+    try:
+        eventually(lambda: panel.picker.model and panel.picker.model.name == "one.gguf")
+        eventually(lambda: panel.settings.fields["context_size"].value == "1024")
+        wait_for(panel, "Ready")
+        assert offered(panel) == {"Stop"}
+        told = earlier.activity_log.lines[0 if again else before :]
+        assert len(told) > (before if again else 0)
+        assert panel.activity_log.lines[: len(told)] == told
+    finally:
+        panel.close()
+        earlier.close()
 
 
 def test_a_held_port_can_be_left_for_a_free_one(panel: ControlPanel) -> None:

@@ -31,7 +31,7 @@ from kitty_nb.widgets.server_work import ActivityLog, LiveLine, RequestsTable, S
 from kitty_nb.widgets.settings_form import MemoryLine, SettingsForm, ensure_models_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
@@ -84,27 +84,32 @@ class ControlPanel(VBox):
             self._env = manager.env or env
             self._config = manager.state.config
             self._profile = self._config.profile
-        self.manager, state = manager, manager.state
+        self.manager = manager
         self._router_load: RouterLoad | None = None
-        self._status = state.status
+        self._status: ServerStatus
+        replaced = earlier if earlier and earlier.manager is manager else None
+        told = replaced.activity_log.activities if replaced else ()
         self._view = display.LiveView(
-            self._draw, self._show_error, self._next_second, subscribe=self._subscribe
+            self._draw,
+            self._show_error,
+            self._next_second,
+            subscribe=partial(self._subscribe, told),
         )
-        self._make_parts(earlier if earlier and earlier.manager is manager else None)
-        self._scan()
-        if not state.status.absent and state.external is None:  # started here or elsewhere
-            self._follow(manager.state.config)
-        self._look_again()
-        self._view.start(manager.run)
+        self._make_parts(replaced)
+        self._view.start(manager.run)  # first: the rest takes time, in which a server may start
         self.live.watch(manager, self._show_error)
+        self._scan()
+        state = manager.state
+        if not state.status.absent and state.external is None:  # started here or elsewhere
+            self._follow(state.config)
+        self._look_again()
         if earlier:
             earlier.close()
 
     def _make_parts(self, earlier: ControlPanel | None) -> None:
         """Create the widgets; an earlier panel of this manager passes on its contents."""
         manager = self.manager
-        told = earlier.activity_log.activities if earlier else ()
-        self.activity_log: ActivityLog = ActivityLog(told)  # first: the others write to it
+        self.activity_log = ActivityLog()  # first: the others write to it
         self.status_line = display.Line("kitty-status")
         self.load_bar = server_view.LoadBar()
         self.picker = ModelPicker(manager, self._choose, self._look_again)
@@ -335,8 +340,12 @@ class ControlPanel(VBox):
     def _say(self, message: str) -> None:
         self.activity_log.append(Activity.now(message))
 
-    def _subscribe(self) -> Callable[[], None]:
+    def _subscribe(self, told: Iterable[Activity]) -> Callable[[], None]:
+        """Collect events from now on, after the activities of the panel that this one replaces."""
+        for activity in tuple(told):
+            self.activity_log.append(activity)
         self.server_log.append(self.manager.log_lines)
+        self._status = self.manager.state.status
         return self.manager.subscribe(self._collect)
 
     def _collect(self, event: Event) -> None:

@@ -15,7 +15,7 @@ from kitty_nb.widgets.display import Fold, LiveView, Page, asset, duration
 from kitty_nb.widgets.server_view import describe_reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from kitty_nb.manager import ModelManager
     from kitty_nb.supervisor.events import Activity, Request, Work
@@ -205,11 +205,11 @@ class ActivityLog(Output):
         activities: The activities that are shown, oldest first.
     """
 
-    def __init__(self, activities: Iterable[Activity] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.add_class("kitty-activity")
-        self.activities = deque(activities, maxlen=_ACTIVITIES_KEPT)
-        self._changed = bool(self.activities)
+        self.activities: deque[Activity] = deque(maxlen=_ACTIVITIES_KEPT)
+        self._changed = False
 
     @property
     def lines(self) -> tuple[str, ...]:
