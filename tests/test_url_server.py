@@ -30,6 +30,7 @@ from kitty_nb.client.embeddings import embed
 from kitty_nb.config.profiles import configured_profiles, env_warnings
 from kitty_nb.errors import ConfigError, ExperimentError, KittyError, ServerError, ServerFailedError
 from kitty_nb.experiments import Bench, Sweep, load_test, tune
+from kitty_nb.operation import Operation
 from kitty_nb.supervisor import external_server
 from kitty_nb.supervisor.events import Activity, Event, Level, StateChanged
 from kitty_nb.supervisor.external_server import look_once
@@ -486,6 +487,35 @@ def test_the_panel_offers_what_is_possible(
         eventually(lambda: "Out of reach" in panel.status_line.value)
         assert "keeps trying to connect" in panel.status_line.value
         assert "without a list of models" in panel.notice.value
+    finally:
+        panel.close()
+
+
+def test_the_panel_shows_the_chosen_model_until_the_server_has_it_or_refuses(
+    ollama: tuple[Shape, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, url = ollama
+    refused = threading.Event()
+
+    def switch_model(manager: ModelManager, _: str) -> Operation[None]:
+        async def load() -> None:
+            while not refused.is_set():
+                await anyio.sleep(0.01)
+            raise ServerFailedError("No room.")
+
+        return manager.run(load)
+
+    monkeypatch.setattr(ModelManager, "switch_model", switch_model)
+    panel = ControlPanel(written(tmp_path, f"LLAMACPP_GPU_URL={url}"), "gpu")
+    try:
+        eventually(lambda: panel.served.value == "llama3.2:latest")
+        panel.served.set_state({"index": panel.served.options.index("qwen3:8b")})
+        shape.models = ollama_models("llama3.2:latest", "new", "qwen3:8b")
+        eventually(lambda: "new" in panel.served.options)
+        assert panel.served.value == "qwen3:8b"
+        refused.set()
+        eventually(lambda: "No room." in panel.notice.value)
+        eventually(lambda: panel.served.value == "llama3.2:latest")
     finally:
         panel.close()
 

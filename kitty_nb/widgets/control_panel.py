@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from kitty_nb.config import ServerConfig
     from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
 
 _LOOK_EVERY = 1.0  # seconds
 _TROUBLE = {
@@ -86,6 +87,7 @@ class ControlPanel(VBox):
             self._profile = self._config.profile
         self.manager = manager
         self._router_load: RouterLoad | None = None
+        self._latest_switch: server_view.Switch | None = None
         self._status: ServerStatus
         replaced = earlier if earlier and earlier.manager is manager else None
         told = replaced.activity_log.activities if replaced else ()
@@ -303,8 +305,13 @@ class ControlPanel(VBox):
 
     def _switch(self, model: str) -> None:
         """Ask a router or a server at a URL for another model from now on."""
-        switch = partial(self.manager.switch_model, model)
-        self._view.before_drawing(partial(self._actions.run, switch))
+        self._latest_switch = switch = server_view.Switch(model)
+
+        def begin() -> Operation[Any]:
+            switch.operation = self.manager.switch_model(model)
+            return switch.operation
+
+        self._view.before_drawing(partial(self._actions.run, begin))
 
     def _follow(self, config: ServerConfig) -> None:
         """Choose a server's model and settings, unless the user has edited them since the last."""
@@ -404,7 +411,7 @@ class ControlPanel(VBox):
         )
         doubtful = problem is not None and problem == self._actions.refusal
         self.buttons.show(state, now, doubtful=doubtful)
-        self.served.show(state)
+        self.served.show(state, self._latest_switch)
         lost = state.status is ServerStatus.OUT_OF_REACH
         hidden = [
             *(self._for_files if elsewhere else ()),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.model import Model
     from kitty_nb.client.connect import HandOver
     from kitty_nb.manager import ModelManager
+    from kitty_nb.operation import Operation
     from kitty_nb.supervisor.events import LoadProgress, PromptProgress, RouterLoad, ServerState
 
 
@@ -256,17 +257,31 @@ class ServerButtons(HBox):
         show_if(self.anyway, doubtful)
 
 
+@dataclass(eq=False)
+class Switch:
+    """A choice of one of a server's models."""
+
+    model: str
+    operation: Operation[Any] | None = None  # loads it there; None before that begins
+
+    @property
+    def done(self) -> bool:
+        """True if the server has it, or has refused."""
+        return self.operation is not None and self.operation.done
+
+
 class ServedModels(Choice):
     """A choice of the model to ask, of a router or a server at a URL; hidden for other servers."""
 
     def __init__(self, on_choice: Callable[[str], object]) -> None:
         super().__init__("kitty-served", ("Model", "Models that the server lists"), on_choice)
 
-    def show(self, state: ServerState) -> None:
-        """List a server's models."""
+    def show(self, state: ServerState, latest: Switch | None) -> None:
+        """List a server's models, with the one in use, or the latest choice until that is done."""
         there = state.external if state.config.url else state.router
         models = tuple(there.models or ()) if there else ()
-        self.refill(models, state.alias if state.alias in models else None)
+        chosen = state.alias if latest is None or latest.done else latest.model
+        self.refill(models, chosen if chosen in models else None)
         show_if(self, bool(models))
 
 
