@@ -3,13 +3,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import eventually, unused_port
 from IPython.core.formatters import DisplayFormatter
 
-from kitty_nb import ControlPanel, ServerConfig, ServerState, ServerStatus
+from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerState, ServerStatus
 from kitty_nb.errors import ConfigError, KittyError
 from kitty_nb.widgets import FleetPanel, session
 from kitty_nb.widgets.fleet_panel import Profile, startable
@@ -210,6 +211,31 @@ def test_what_will_not_fit_is_asked_for_twice(
     now += 10
     click(panel, "start", "primary")
     wait_for(panel, primary="Ready")
+
+
+def test_the_table_goes_on_while_another_manager_connects(
+    open_: Open, env: Path, config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = open_(env)
+    manager = panel.manager("primary")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(**options: Any) -> ModelManager:
+        begun.set()
+        go_on.wait(60)
+        return ModelManager(**options)
+
+    monkeypatch.setattr(session, "ModelManager", slowly)
+    other = threading.Thread(target=session.acquire, args=("other", "primary", "user", config))
+    other.start()
+    try:
+        assert begun.wait(60)
+        manager.start()
+        eventually(lambda: row(panel, "primary")["status"] == "Ready", within=20)
+    finally:
+        go_on.set()
+        other.join()
+        session.release("user")
 
 
 def test_a_panel_and_the_fleet_have_one_server(open_: Open, env: Path) -> None:

@@ -47,10 +47,12 @@ def acquire(
 
 
 def get(env: str | Path, profile: str) -> ModelManager | None:
-    """Return the kernel's manager of a profile; None if nobody uses one."""
-    with _lock:
-        manager, _ = _managers.get(_key(env, profile), (None, None))
-        return manager
+    """Return the kernel's manager of a profile; None if nobody uses one.
+
+    It does not wait while another one is created, which may have to connect first.
+    """
+    manager, _ = _managers.get(_key(env, profile), (None, None))
+    return manager
 
 
 def release(user: Hashable) -> None:
