@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import anyio
 import pytest
 from conftest import eventually
 from model_files import write_adapter, write_projector
@@ -358,6 +359,34 @@ def test_every_slot_is_kept_by_a_stop(config: ServerConfig) -> None:
         manager.stop().wait(60)
         assert {prompt.slot for prompt in kept(four)} == {0, 1, 2, 3}
     assert len([*four.prompts_dir.iterdir()]) == 8
+
+
+def test_a_prompt_that_is_verified_while_others_are_restored_is_not_lost(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = config.replace(context_size=8192, parallel=2)
+    with ready(two) as (manager, _):
+        for slot in range(2):
+            manager.chat(f"{slot}: {TEXT}", id_slot=slot, **GREEDY).wait(60)
+    first, second = kept(two)
+    one_restored, restored = Event(), []
+    restore, intact = Slots.restore, PromptStore.intact
+
+    def verify(store: PromptStore, prompt: KeptPrompt) -> bool | None:
+        assert prompt.key == first.key or one_restored.wait(30)
+        return intact(store, prompt)
+
+    async def take_long(slots: Slots, slot: int, *args: Any) -> int:
+        tokens = await restore(slots, slot, *args)
+        one_restored.set()
+        await anyio.sleep(0.5)  # meanwhile, the second is verified
+        restored.append(slot)
+        return tokens
+
+    monkeypatch.setattr(PromptStore, "intact", verify)
+    monkeypatch.setattr(Slots, "restore", take_long)
+    with ready(two):
+        eventually(lambda: restored == [first.slot, second.slot], within=10)
 
 
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:

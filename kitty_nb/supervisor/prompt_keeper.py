@@ -224,7 +224,7 @@ class PromptKeeper:
                 self._notify(why, Level.WARNING)
             else:
                 await self._remove(prompt, "was damaged")
-        if self._begun and not self._off:
+        if self._begun and self._candidates:
             await self._restore_late()
 
     async def prepare(self) -> None:
@@ -241,7 +241,7 @@ class PromptKeeper:
         Its task counts as started once the server has received the requests: later ones wait.
         """
         async with self._turn, anyio.create_task_group() as tasks:
-            candidates = () if self._off else tuple(self._candidates)
+            candidates = self._take()
             before = await self._slots.contents() if candidates else {}
             for prompt in candidates:
                 if changed := prompt.changed(self._facts):
@@ -251,8 +251,12 @@ class PromptKeeper:
                     tasks.start_soon(self._restore, prompt, prompt.slot, before, asked)
                     await asked.wait()
             task_status.started()
-        self._candidates.clear()
+
+    def _take(self) -> list[KeptPrompt]:
+        """Return what can be restored and was not returned before."""
         self._begun = True
+        candidates, self._candidates = self._candidates, []
+        return [] if self._off else candidates
 
     async def _restore_late(self) -> None:
         """Restore what was found after the server was ready, into slots that are still unused."""
@@ -260,10 +264,9 @@ class PromptKeeper:
             used = {slot for slot, held in self._log.held.items() if held.tokens >= _WORTH}
             used |= {slot for slot, _ in self._log.active}
             before = await self._slots.contents()
-            for prompt in self._candidates:
+            for prompt in self._take():
                 if prompt.slot not in used and not prompt.changed(self._facts):
                     await self._restore(prompt, prompt.slot, before, anyio.Event())
-        self._candidates.clear()
 
     async def _restore(
         self, prompt: KeptPrompt, slot: int, before: Mapping[int, Held], asked: anyio.Event
