@@ -389,6 +389,22 @@ def test_a_prompt_that_is_verified_while_others_are_restored_is_not_lost(
         eventually(lambda: restored == [first.slot, second.slot], within=10)
 
 
+def test_a_pin_that_slept_is_restored(config: ServerConfig) -> None:
+    sleepy = config.replace(context_size=8192, idle_shutdown_seconds=3)
+    with ready(sleepy) as (manager, _):
+        with manager.pinned("table", TEXT) as table:
+            assert not table.pin.restored
+        eventually(lambda: is_asleep(manager))
+        with manager.pinned("table", TEXT) as table:
+            assert table.pin.restored
+            assert reused(table.chat("How many?", **GREEDY).wait(60)) > 0.9
+
+
+def is_asleep(manager: ModelManager) -> bool:
+    health = manager.state.last_health_check
+    return health is not None and health.asleep
+
+
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:
     with ready(kept_config.replace(keep_prompts=False)) as (manager, _):
         ask(manager, TEXT)

@@ -153,6 +153,7 @@ _ENDED = re.compile(
     r"stop processing: (?:n_tokens|n_past) = (\d{1,12})\b(?P<full>, truncated = 1)?"
 )
 _CANCELLED = re.compile(r"cancel task, id_task = (\d{1,12})\b")
+_SLEEPS = re.compile(r": (?:server is )?entering sleeping state$")
 _FAILED = re.compile(r"send_error: task id = (\d{1,12}), error: (.*)")
 # A router's log: the servers of its models, each with a port, and the lines of each.
 _SPAWNED = re.compile(r"spawning server instance with name=(.*) on port (\d{1,5})$")
@@ -175,7 +176,8 @@ class RequestLog:
     ) -> None:
         self.finished: deque[Request] = deque(maxlen=KEPT)  # the newest, oldest first
         self.active: dict[tuple[int, int], ActiveRequest] = {}  # by slot and number
-        self.held: dict[int, Held] = {}  # by slot, since its last request
+        # By slot, since its last request; none once the server has freed them to sleep.
+        self.held: dict[int, Held] = {}
         self.ended: deque[tuple[int, int]] = deque(maxlen=KEPT)  # the last keys of `active`
         self.heard = False  # whether this build's log has reported a finished request
         # When the server became ready, on the clock of `read`: infinite before, and negative for
@@ -246,6 +248,8 @@ class RequestLog:
         elif cancelled := _CANCELLED.search(line):
             for task in self._numbered(cancelled[1]):
                 task.cancelled = True
+        elif _SLEEPS.search(line):
+            self.held.clear()
         elif selected := _SELECTED.search(line):
             number = int(selected[1])
             (self._extended.add if selected[2] else self._extended.discard)(number)
