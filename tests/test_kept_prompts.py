@@ -31,6 +31,7 @@ from kitty_nb.client import Answer
 from kitty_nb.engine.locate import Dialect, Engine, EngineKind
 from kitty_nb.errors import ServerError
 from kitty_nb.supervisor.events import Activity
+from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.kept_prompts import KeptPrompt, PromptStore, state_facts
 from kitty_nb.supervisor.prompt_keeper import Slots
 
@@ -387,6 +388,41 @@ def test_a_prompt_that_is_verified_while_others_are_restored_is_not_lost(
     monkeypatch.setattr(Slots, "restore", take_long)
     with ready(two):
         eventually(lambda: restored == [first.slot, second.slot], within=10)
+
+
+def test_a_server_that_does_not_answer_at_first_has_the_same_context(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = config.replace(context_size=8192)
+    with ready(roomy) as (manager, _):
+        text = ask(manager, TEXT).text
+    ask_slots, asked = HealthProbe.ask_slots, []
+
+    async def answer_late(probe: HealthProbe) -> list[dict[str, Any]]:
+        asked.append(probe)
+        return await ask_slots(probe) if len(asked) > 1 else []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HealthProbe, "ask_slots", answer_late)
+        with ready(roomy) as (manager, said):
+            eventually(lambda: manager.work.restored)
+            text = ask(manager, TEXT, text, "And pears?").text
+            assert not [line for line in said if "has changed" in line]
+    with ready(roomy) as (manager, said):
+        eventually(lambda: any("restored" in line for line in said))
+        assert not [line for line in said if "has changed" in line]
+
+
+def test_a_server_that_sleeps_is_not_woken_by_who_finds_it(config: ServerConfig) -> None:
+    sleepy = config.replace(context_size=4096, idle_shutdown_seconds=4)
+    with ready(sleepy) as (manager, _):
+        ask(manager, TEXT)
+        eventually(lambda: is_asleep(manager))
+        with ModelManager(config=sleepy) as second:
+            eventually(lambda: is_asleep(second))
+            time.sleep(4)  # in which it would save what the log has told
+            assert is_asleep(second)
+        assert "exiting sleeping state" not in sleepy.log_path.read_text()
 
 
 def test_a_pin_that_slept_is_restored(config: ServerConfig) -> None:

@@ -228,12 +228,29 @@ class PromptKeeper:
             await self._restore_late()
 
     async def prepare(self) -> None:
-        """Ask the server itself for the rest of what states depend on, before it is ready."""
+        """Find out what states depend on, before the server is ready, unless that would wake it."""
         self._off = await run_sync(self._store.is_useless, self._facts)
-        contexts = [slot.get("n_ctx") for slot in await self._probe.ask_slots()]
-        self._facts[_CONTEXT] = digest_of(*contexts)
+        props = await self._probe.get("/props")
+        if not (isinstance(props, dict) and props.get("is_sleeping")):
+            await self._knows_facts()
+
+    async def _knows_facts(self) -> bool:
+        """Ask the server itself for the rest of what states depend on, until it has answered.
+
+        Returns:
+            Whether all is known.
+        """
+        if _CONTEXT in self._facts:
+            return True
+        facts = {}
         if _ADAPTER_FLAGS & self._facts.keys():
-            self._facts[_ADAPTERS] = digest_of(await self._slots.scales())
+            if not (scales := await self._slots.scales()):
+                return False
+            facts[_ADAPTERS] = digest_of(scales)
+        if slots := await self._probe.ask_slots():
+            facts[_CONTEXT] = digest_of(*(slot.get("n_ctx") for slot in slots))
+            self._facts |= facts
+        return bool(slots)
 
     async def restore(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Restore what the slots held.
@@ -241,32 +258,41 @@ class PromptKeeper:
         Its task counts as started once the server has received the requests: later ones wait.
         """
         async with self._turn, anyio.create_task_group() as tasks:
-            candidates = self._take()
+            candidates = await self._take()
             before = await self._slots.contents() if candidates else {}
             for prompt in candidates:
-                if changed := prompt.changed(self._facts):
-                    self._refuse(prompt, changed)
-                else:
-                    asked = anyio.Event()
-                    tasks.start_soon(self._restore, prompt, prompt.slot, before, asked)
-                    await asked.wait()
+                asked = anyio.Event()
+                tasks.start_soon(self._restore, prompt, prompt.slot, before, asked)
+                await asked.wait()
             task_status.started()
-
-    def _take(self) -> list[KeptPrompt]:
-        """Return what can be restored and was not returned before."""
-        self._begun = True
-        candidates, self._candidates = self._candidates, []
-        return [] if self._off else candidates
 
     async def _restore_late(self) -> None:
         """Restore what was found after the server was ready, into slots that are still unused."""
         async with self._turn:
+            candidates = await self._take()
             used = {slot for slot, held in self._log.held.items() if held.tokens >= _WORTH}
             used |= {slot for slot, _ in self._log.active}
             before = await self._slots.contents()
-            for prompt in self._take():
-                if prompt.slot not in used and not prompt.changed(self._facts):
+            for prompt in candidates:
+                if prompt.slot not in used:
                     await self._restore(prompt, prompt.slot, before, anyio.Event())
+
+    async def _take(self) -> list[KeptPrompt]:
+        """Return what was found since the last time, as far as it may be restored."""
+        self._begun = True
+        candidates, self._candidates = self._candidates, []
+        if self._off or not candidates:
+            return []
+        fit, known = [], await self._knows_facts()
+        for prompt in candidates:
+            if not known:
+                why = "the server did not answer in time"
+                self._notify(f"{_kept(prompt)} was not restored: {why}.", Level.WARNING)
+            elif changed := prompt.changed(self._facts):
+                self._refuse(prompt, changed)
+            else:
+                fit.append(prompt)
+        return fit
 
     async def _restore(
         self, prompt: KeptPrompt, slot: int, before: Mapping[int, Held], asked: anyio.Event
@@ -354,6 +380,8 @@ class PromptKeeper:
         if self._off:
             return
         async with self._turn:
+            if not await self._knows_facts():
+                return
             contents = await self._slots.contents()
             kept = {prompt.request for prompt in await run_sync(self._store.prompts)}
             for slot in self._changed(contents):
@@ -451,6 +479,8 @@ class PromptKeeper:
                 same = (prompt.name, prompt.source) == (name, source)
                 if same and held and held.tokens == prompt.tokens:
                     return Pin(name, prompt.tokens, 0.0, prompt.reading, restored=True)
+            if not await self._knows_facts():
+                raise ServerError("the server does not answer in time. Try again when it is idle.")
             slot = await self._slots.free(self._pins, self._restored)
             contents = await self._slots.contents()
             if slot in self._changed(contents):
