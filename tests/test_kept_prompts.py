@@ -425,6 +425,33 @@ def test_a_server_that_sleeps_is_not_woken_by_who_finds_it(config: ServerConfig)
         assert "exiting sleeping state" not in sleepy.log_path.read_text()
 
 
+def test_a_stop_cancels_all_pins_and_saves_the_other_slots(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = config.replace(context_size=12288, parallel=3)
+    post, reading, first = HealthProbe.post, Event(), list[Any]()
+
+    async def read_long(probe: HealthProbe, path: str, request: Any, *more: Any) -> dict[str, Any]:
+        if path == "/completion":
+            first.append(request)
+            reading.set()
+            await anyio.sleep(60)
+        return await post(probe, path, request, *more)
+
+    with ready(three) as (manager, _):
+        manager.chat(TEXT, id_slot=2, **GREEDY).wait(60)
+        monkeypatch.setattr(HealthProbe, "post", read_long)
+        pins = [manager.pinned(name, f"{name}: {TEXT}") for name in "ab"]
+        assert reading.wait(30)
+        time.sleep(0.5)  # until the other waits for its turn
+        manager.stop().wait(60)
+        for pin in pins:
+            with pytest.raises(ServerError, match="is being stopped"):
+                _ = pin.pin
+        assert len(first) == 1
+    assert [prompt.slot for prompt in kept(three)] == [2]
+
+
 def test_a_pin_that_slept_is_restored(config: ServerConfig) -> None:
     sleepy = config.replace(context_size=8192, idle_shutdown_seconds=3)
     with ready(sleepy) as (manager, _):

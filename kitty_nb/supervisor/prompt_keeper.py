@@ -57,7 +57,6 @@ class Slots:
 
     def __init__(self, probe: HealthProbe, log: RequestLog) -> None:
         self._probe, self._log = probe, log
-        self._reading: set[anyio.CancelScope] = set()
 
     async def contents(self) -> dict[int, Held]:
         """Return what the idle slots hold: the server knows before its log tells."""
@@ -128,25 +127,12 @@ class Slots:
         """Have a slot read a prompt; return the seconds, or None if it held some of it before.
 
         Raises:
-            ServerError: The server refused it, broke off, or is being stopped.
+            ServerError: The server refused it, or broke off.
         """
         request = {"prompt": tokens, "n_predict": 0, "id_slot": slot, "cache_prompt": True}
-        said: dict[str, Any] = {}
-        with anyio.CancelScope() as scope:
-            self._reading.add(scope)
-            try:
-                said = await self._probe.post("/completion", request)
-            finally:
-                self._reading.discard(scope)
-        if scope.cancelled_caught:
-            raise ServerError("the server is being stopped")
+        said = await self._probe.post("/completion", request)
         timings = said.get("timings", {})
         return None if timings.get("cache_n") else timings.get("prompt_ms", 0.0) / 1000
-
-    def hang_up(self) -> None:
-        """Cancel the reading of prompts: the server is to stop."""
-        for scope in self._reading:
-            scope.cancel()
 
     async def prefix(self, text: str) -> list[int]:
         """Return the tokens that all conversations about a text begin with.
@@ -196,7 +182,6 @@ class PromptKeeper:
         self._facts, self._store = dict(facts), PromptStore.of(config)
         self._slots, self._probe, self._log, self._clock = Slots(probe, log), probe, log, clock
         self._notify, self._tell = notify, tell
-        self.hang_up = self._slots.hang_up
         self._saved: dict[int, int] = {}  # by slot: the task after which it was saved
         self._written: list[KeptPrompt] = []  # by the engine, and not yet in the store
         self._candidates: list[KeptPrompt] = []
@@ -206,6 +191,7 @@ class PromptKeeper:
         self._restoring: list[KeptPrompt] = []  # requested, but not answered yet
         self._begun = self._off = False
         self._complaints: set[str] = set()
+        self._pinning: set[anyio.CancelScope] = set()
         self._turn = anyio.Lock()
 
     async def look(self) -> None:
@@ -464,12 +450,26 @@ class PromptKeeper:
                 Level.WARNING,
             )
 
+    def hang_up(self) -> None:
+        """Cancel the pins under way and those that wait for them: the server is to stop."""
+        for scope in self._pinning:
+            scope.cancel()
+
     async def pin(self, name: str, text: str) -> Pin:
         """Have a slot hold a text as the system message. See `Supervisor.pin`.
 
         Raises:
-            ServerError: The server refused it, or broke off.
+            ServerError: The server refused it, broke off, or is being stopped.
         """
+        with anyio.CancelScope() as scope:
+            self._pinning.add(scope)
+            try:
+                return await self._pin(name, text)
+            finally:
+                self._pinning.discard(scope)
+        raise ServerError("the server is being stopped")
+
+    async def _pin(self, name: str, text: str) -> Pin:
         began = self._clock()
         tokens = await self._slots.prefix(text)
         source = digest_of(tokens)
@@ -497,8 +497,9 @@ class PromptKeeper:
         """Return the kept prompt of that name, if it is of the same text and may be used."""
         for prompt in () if self._off else await run_sync(self._store.prompts):
             same = (prompt.name, prompt.source) == (name, source)
-            fit = same and not prompt.changed(self._facts)
-            if fit and await run_sync(self._store.intact, prompt) is True:
+            if not same or prompt.changed(self._facts):
+                continue
+            if await run_sync(self._store.intact, prompt, abandon_on_cancel=True):
                 return prompt
         return None
 
