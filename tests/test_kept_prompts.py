@@ -19,6 +19,7 @@ from threading import Event
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from conftest import eventually
 from model_files import write_adapter, write_projector
@@ -350,6 +351,61 @@ def test_what_a_slot_held_before_a_restore_does_not_speak_against_it(config: Ser
             assert reused(table.chat("How many?", **GREEDY).wait(60)) > 0.9
         eventually(lambda: len(kept(roomy)) > before)
         assert not any("can't keep" in line for line in said)
+
+
+def test_a_request_that_a_late_restore_waits_for_does_not_speak_against_it(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = config.replace(context_size=4096, parallel=1)
+    with ready(roomy) as (manager, _):
+        ask(manager, TEXT)
+    asked, restored = Event(), Event()
+    restore, intact = Slots.restore, PromptStore.intact
+
+    def verify_late(store: PromptStore, prompt: KeptPrompt) -> bool | None:
+        assert asked.wait(30)
+        return intact(store, prompt)
+
+    def go_on() -> None:
+        more = [{"role": "assistant", "content": short.text}, {"role": "user", "content": "And?"}]
+        manager.chat([first, *more], temperature=0, max_tokens=1).wait(60)
+
+    async def ask_before(*args: Any) -> int:
+        await anyio.to_thread.run_sync(go_on)
+        tokens = await restore(*args)
+        restored.set()
+        return tokens
+
+    monkeypatch.setattr(PromptStore, "intact", verify_late)
+    monkeypatch.setattr(Slots, "restore", ask_before)
+    with ready(roomy) as (manager, said):
+        first = {"role": "user", "content": "Hello?"}
+        short = manager.chat([first], temperature=0, max_tokens=1).wait(60)
+        asked.set()
+        assert restored.wait(30)
+        time.sleep(1.5)  # in which it is judged
+        assert not any("can't keep" in line for line in said)
+
+
+def test_what_was_pinned_meanwhile_is_not_replaced_by_a_late_restore(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = config.replace(context_size=4096, parallel=1)
+    with ready(roomy) as (manager, _):
+        ask(manager, f"Other: {TEXT}")
+        assert manager.pinned("table", TEXT).pin
+    pinned, intact = Event(), PromptStore.intact
+
+    def verify_late(store: PromptStore, prompt: KeptPrompt) -> bool | None:
+        assert prompt.name or pinned.wait(30)
+        return intact(store, prompt)
+
+    monkeypatch.setattr(PromptStore, "intact", verify_late)
+    with ready(roomy) as (manager, _), manager.pinned("table", TEXT) as table:
+        assert table.pin.restored
+        pinned.set()
+        time.sleep(1)
+        assert reused(table.chat("How many?", **GREEDY).wait(60)) > 0.9
 
 
 def test_every_slot_is_kept_by_a_stop(config: ServerConfig) -> None:

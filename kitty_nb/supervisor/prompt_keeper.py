@@ -63,11 +63,13 @@ class Slots:
         contents = {}
         for slot in await self._probe.ask_slots():
             number = slot.get("id")
-            logged = self._log.held.get(number) if isinstance(number, int) else None
-            task = slot.get("id_task", logged and logged.task)
-            tokens = slot.get("n_prompt_tokens", logged and logged.tokens)
-            if isinstance(task, int) and isinstance(tokens, int) and not slot.get("is_processing"):
-                contents[int(slot["id"])] = Held(task, tokens)
+            if not isinstance(number, int) or slot.get("is_processing"):
+                continue
+            logged = self._log.held.get(number, Held(-1, 0))
+            task = slot.get("id_task", logged.task)
+            tokens = slot.get("n_prompt_tokens", logged.tokens)
+            if isinstance(task, int) and isinstance(tokens, int):
+                contents[number] = Held(task, tokens)
         return contents
 
     async def free(self, *spared: Collection[int]) -> int:
@@ -255,13 +257,12 @@ class PromptKeeper:
     async def _restore_late(self) -> None:
         """Restore what was found after the server was ready, into slots that are still unused."""
         async with self._turn:
-            candidates = await self._take()
-            used = {slot for slot, held in self._log.held.items() if held.tokens >= _WORTH}
-            used |= {slot for slot, _ in self._log.active}
-            before = await self._slots.contents()
-            for prompt in candidates:
-                if prompt.slot not in used:
-                    await self._restore(prompt, prompt.slot, before, anyio.Event())
+            for prompt in await self._take():
+                contents = await self._slots.contents()
+                held = contents.get(prompt.slot)
+                filled = self._restored.keys() | self._pins.keys()
+                if held and held.tokens < _WORTH and prompt.slot not in filled:
+                    await self._restore(prompt, prompt.slot, contents, anyio.Event())
 
     async def _take(self) -> list[KeptPrompt]:
         """Return what was found since the last time, as far as it may be restored."""
@@ -335,8 +336,10 @@ class PromptKeeper:
             if held is None or held.task <= before:
                 continue
             del self._restored[slot]
-            # A request that extends the prompt, and yet had to be read from its beginning.
-            if held.extends and held.cached is not None and held.cached < prompt.tokens / 2:
+            # A request that extends the prompt, and yet had to be read from its beginning. One that
+            # is shorter extends what the slot held before.
+            extends = held.extends and held.tokens >= prompt.tokens
+            if extends and held.cached is not None and held.cached < prompt.tokens / 2:
                 await self._give_up(
                     "it reads restored prompts again, as older builds do for models with sliding"
                     " windows or recurrent layers"
