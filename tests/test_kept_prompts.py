@@ -322,6 +322,36 @@ def test_only_a_restore_that_made_the_server_fail_costs_the_prompt(
     assert any("made the server fail" in line for line in said) == (end is signal.SIGSEGV)
 
 
+def test_a_restore_that_was_cancelled_long_ago_is_not_blamed(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.prompt_keeper._BLAMED_WITHIN", -1.0, raising=False)
+    roomy = config.replace(context_size=8192, restart_max=0)
+    begun, cancelled = Event(), Event()
+
+    async def hang(*_: Any) -> int:
+        begun.set()
+        try:
+            await anyio.sleep(60)
+            return 0
+        finally:
+            cancelled.set()
+
+    with ready(roomy) as (manager, said):
+        assert manager.pinned("a", TEXT).pin.tokens
+        pid = manager.restart().wait(60).pid
+        assert pid
+        monkeypatch.setattr(Slots, "restore", hang)
+        pinned = manager.pinned("a", TEXT)
+        assert begun.wait(30)
+        pinned._operation.cancel()
+        assert cancelled.wait(30)
+        os.kill(pid, signal.SIGSEGV)
+        eventually(lambda: manager.state.status.idle)
+        assert not any("made the server fail" in line for line in said)
+    assert len(kept(roomy)) == 1
+
+
 def test_pins_have_slots_of_their_own_as_far_as_there_are_any(config: ServerConfig) -> None:
     two = config.replace(context_size=8192, parallel=2)
     texts = {"a": TEXT, "b": f"Other: {TEXT}"}

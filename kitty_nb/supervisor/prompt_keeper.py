@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -33,6 +34,7 @@ _SPARED = 50  # saving takes at most a fiftieth of the time, to spare the disk
 _CONTEXT, _ADAPTERS = "the context of a slot", "the scale of an adapter"
 _ADAPTER_FLAGS = {"--lora", "--lora-scaled"}
 _SAVED_WITHIN = 10.0  # seconds; a server that reads a long prompt saves nothing before that is done
+_BLAMED_WITHIN = 5.0  # seconds; a server that fails has exited by then
 _QUESTIONS = ("Why?", "1 2")  # what their prompts have in common begins the prompt of any question
 
 
@@ -190,7 +192,9 @@ class PromptKeeper:
         # By slot: what was restored, and the last task before that, until a request uses it.
         self._restored: dict[int, tuple[KeptPrompt, int]] = {}
         self._pins: dict[int, KeptPrompt] = {}  # by slot, until it holds something else
-        self._restoring: list[KeptPrompt] = []  # requested, but not answered yet
+        # By key: what the server was to restore without an answer so far, and until when a failure
+        # is blamed on it.
+        self._restoring: dict[str, tuple[KeptPrompt, float]] = {}
         self._begun = self._off = False
         self._complaints: set[str] = set()
         self._pinning: set[anyio.CancelScope] = set()
@@ -285,18 +289,22 @@ class PromptKeeper:
         self, prompt: KeptPrompt, slot: int, before: Mapping[int, Held], asked: anyio.Event
     ) -> bool:
         began = self._clock()
-        self._restoring.append(prompt)
+        self._restoring[prompt.key] = prompt, math.inf
         try:
             tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
-        except ServerCrashedError:  # why will be known when it has exited
-            return False
+        except (ServerCrashedError, anyio.get_cancelled_exc_class()) as error:
+            # Why will be known when it has exited.
+            self._restoring[prompt.key] = prompt, self._clock() + _BLAMED_WITHIN
+            if isinstance(error, ServerCrashedError):
+                return False
+            raise
         except ServerError as error:
-            self._restoring.remove(prompt)
+            del self._restoring[prompt.key]
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
             return False
         finally:
             asked.set()
-        self._restoring.remove(prompt)
+        del self._restoring[prompt.key]
         if tokens != prompt.tokens:
             await self._remove(prompt, "was only partly restored")
             return False
@@ -309,7 +317,8 @@ class PromptKeeper:
 
     async def blame(self) -> None:
         """Delete what the server was restoring when it failed: the next one would fail likewise."""
-        for prompt in self._restoring:
+        now = self._clock()
+        for prompt in [prompt for prompt, until in self._restoring.values() if now <= until]:
             await self._remove(prompt, "made the server fail")
 
     async def _remove(self, prompt: KeptPrompt, why: str) -> None:
