@@ -12,10 +12,11 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from typing import Any
 
 import anyio
@@ -698,6 +699,31 @@ def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:
     assert add("")
     assert add("")  # takes the place of the last one in its slot
     assert [prompt.name for prompt in store.prompts()] == ["", "b"]
+
+
+def test_two_that_keep_the_same_prompt_at_once_keep_one_at_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PromptStore(tmp_path / "prompts", 1e9)
+    assert store.prepare() is None
+    both, listed = Barrier(2, timeout=30), PromptStore.prompts
+
+    def list_at_once(store: PromptStore) -> list[KeptPrompt]:
+        both.wait()
+        found = listed(store)
+        both.wait()
+        return found
+
+    def add(key: str) -> None:
+        store.state(key).write_bytes(bytes(1000))
+        store.add(KeptPrompt(key=key, profile="p", model="m", slot=0, tokens=900, facts={}))
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(PromptStore, "prompts", list_at_once)
+        list(threads.map(add, "ab"))
+    assert store.prompts()
+    add("c")
+    assert [prompt.key for prompt in store.prompts()] == ["c"]
 
 
 def test_what_others_could_have_written_is_not_used(tmp_path: Path) -> None:

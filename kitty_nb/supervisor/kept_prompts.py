@@ -189,19 +189,22 @@ class PromptStore:
             prompt = prompt.model_copy(
                 update={"size": size, "checksum": _checksum(state), "at": time.time()}
             )
+            # It replaces only what was there before its own record: otherwise, two programs that
+            # save the same prompt at once could each delete the other's.
+            others = self.prompts()
             about = self.folder / f"{prompt.key}{_ABOUT}"
             write_atomic(about, prompt.model_dump_json().encode(), durable=False)
         except BaseException:
             self.discard(prompt.key)
             raise
-        self._make_room(prompt)
+        self._make_room(prompt, others)
         return prompt
 
-    def _make_room(self, newest: KeptPrompt) -> None:
-        total = 0
-        for prompt in self.prompts():
+    def _make_room(self, newest: KeptPrompt, others: Iterable[KeptPrompt]) -> None:
+        total = newest.size
+        for prompt in others:
             total += prompt.size
-            if prompt.key != newest.key and (newest.replaces(prompt) or total > self.budget):
+            if newest.replaces(prompt) or total > self.budget:
                 total -= prompt.size
                 self.discard(prompt.key)
         self._sweep()
