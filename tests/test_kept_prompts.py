@@ -701,6 +701,25 @@ def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:
     assert [prompt.name for prompt in store.prompts()] == ["", "b"]
 
 
+def test_what_somebody_deletes_while_it_is_verified_was_not_damaged(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = config.replace(context_size=8192)
+    with ready(roomy) as (manager, _):
+        ask(manager, TEXT)
+    intact, found = PromptStore.intact, list[bool | None]()
+
+    def delete_first(store: PromptStore, prompt: KeptPrompt) -> bool | None:
+        store.clear([prompt], whole=False)
+        found.append(intact(store, prompt))
+        return found[0]
+
+    monkeypatch.setattr(PromptStore, "intact", delete_first)
+    with ready(roomy) as (_, said):
+        eventually(lambda: found)
+    assert not any("damaged" in line for line in said)
+
+
 def test_two_that_keep_the_same_prompt_at_once_keep_one_at_least(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,10 +217,13 @@ class PromptStore:
                 if old and not state.with_suffix(_ABOUT).exists():
                     state.unlink()
 
-    def discard(self, key: str) -> None:
-        """Delete the files of a prompt if possible."""
+    def discard(self, key: str) -> bool:
+        """Delete the files of a prompt if possible; return whether there was a record of it."""
+        about = self.folder / f"{key}{_ABOUT}"
+        there = about.exists()
         with suppress(OSError):
             self._delete(key)
+        return there
 
     def _delete(self, key: str) -> None:
         for ending in (_ABOUT, _STATE):  # the state last: without a record, it counts as none

@@ -322,8 +322,8 @@ class PromptKeeper:
             await self._remove(prompt, "made the server fail")
 
     async def _remove(self, prompt: KeptPrompt, why: str) -> None:
-        await run_sync(self._store.discard, prompt.key)
-        self._notify(f"{_kept(prompt)} {why}, so it was deleted.", Level.WARNING)
+        if await run_sync(self._store.discard, prompt.key):  # else somebody else has deleted it
+            self._notify(f"{_kept(prompt)} {why}, so it was deleted.", Level.WARNING)
 
     async def tend(self) -> None:
         """Save the slots of a server that is idle."""
