@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import httpx
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, Star
 from kitty_nb.experiments import record_run
 from kitty_nb.supervisor.events import Activity, Event, LoadProgress, RouterLoad, Stage
 from kitty_nb.supervisor.router import RouterModels
+from kitty_nb.supervisor.router_program import LlamaServer
 
 STAND_IN = Path(__file__).with_name("stand_in_router.py")
 
@@ -315,6 +318,48 @@ def test_a_load_there_that_fails_or_is_called_off(
             StartCancelledError, match="detached from the router before it loaded large"
         ):
             loading.wait(60)
+
+
+def test_a_client_that_loads_it_again_does_not_fail_a_restart(
+    config: ServerConfig, router: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.router._ENDS_WITHIN", 3.0)
+    order = LlamaServer.order
+
+    def load_at_once() -> None:
+        eventually(lambda: there.status() == "unloaded")
+        there.ask("load")
+        eventually(lambda: there.status() == "loaded")
+
+    async def unload(api: LlamaServer, verb: str, model: str) -> str:
+        refusal = await order(api, verb, model)
+        if verb == "unload":
+            await anyio.to_thread.run_sync(load_at_once)
+        return refusal
+
+    with router() as there, ModelManager(config=config) as manager:
+        manager.attach().wait(60)
+        manager.switch_model("large").wait(60)
+        first = child_of(manager, "large")
+        monkeypatch.setattr(LlamaServer, "order", unload)
+        assert manager.restart().wait(60).alias == "large"
+        assert child_of(manager, "large") != first
+
+
+def test_a_client_that_loads_it_first_does_not_fail_a_switch(
+    config: ServerConfig, router: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(api: LlamaServer, verb: str, model: str) -> str:
+        there.ask(verb, model)
+        return "model is already running"
+
+    told: list[Event] = []
+    with router() as there, ModelManager(config=config) as manager:
+        manager.subscribe(told.append)
+        manager.attach().wait(60)
+        monkeypatch.setattr(LlamaServer, "order", refuse)
+        assert manager.switch_model("large").wait(60).alias == "large"
+        assert "refused" not in said(told)
 
 
 @pytest.mark.slow

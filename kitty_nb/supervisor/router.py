@@ -222,7 +222,7 @@ class RouterModels:
         status = await self._look(name)
         if fresh and status == ModelStatus.LOADED:
             await self._unload(name)
-            status = ModelStatus.UNLOADED
+            status = await self._look(name)  # a client's request may have loaded it again
         return status == ModelStatus.LOADED or await self._follow(name)
 
     async def _unload(self, name: str) -> None:
@@ -231,9 +231,13 @@ class RouterModels:
         Raises:
             ServerFailedError: The router refuses, or the model's process does not exit.
         """
+        child = await self._child_now(name)
         with anyio.move_on_after(_ENDS_WITHIN):
             await self._order("unload", name)
-            while await self._look(name) != ModelStatus.UNLOADED:  # noqa: ASYNC110 (nothing tells)
+            while await self._look(name) != ModelStatus.UNLOADED:
+                other = await self._child_now(name) if child else None
+                if child and other and other.process.pid != child.process.pid:
+                    return  # a client's request has loaded it again
                 await anyio.sleep(_ASK_ROUTER_EVERY)
             return
         raise ServerFailedError(
@@ -268,7 +272,7 @@ class RouterModels:
             wanted = (preferred, self.alias, *loaded)
             alias = next((name for name in wanted if name in loaded), None)
             if (alias, tuple(models)) != (self.alias, self.names):
-                child = await anyio.to_thread.run_sync(_child, self._pid, alias)
+                child = await self._child_now(alias)
                 self.model = child.model.name if child and child.model else None
                 self.alias, self.names = alias, tuple(models)
         return self._models.get(preferred or "", ModelStatus.UNLOADED)
@@ -288,7 +292,7 @@ class RouterModels:
             await anyio.sleep(_ASK_CHILD_EVERY)
             for name in [n for n, one in self._models.items() if one == ModelStatus.LOADED]:
                 known, _ = self._children.get(name, (None, None))
-                child = known or await anyio.to_thread.run_sync(_child, self._pid, name)
+                child = known or await self._child_now(name)
                 if child is None or not child.port.isdecimal():
                     continue
                 there = f"http://{LOOPBACK}:{child.port}"
@@ -310,8 +314,14 @@ class RouterModels:
         asked = order and self._models.get(name) != ModelStatus.LOADING
         try:
             if asked:
-                await self._order("load", name)
-                self._models[name] = ModelStatus.LOADING
+                try:
+                    await self._order("load", name)
+                    self._models[name] = ModelStatus.LOADING
+                except ServerFailedError:
+                    # A client's request may have begun to load it.
+                    if await self._look(name) not in {ModelStatus.LOADING, ModelStatus.LOADED}:
+                        raise
+                    asked = False
             return await self._show_load(name, asked=asked)
         except anyio.get_cancelled_exc_class():
             if asked:
@@ -384,12 +394,15 @@ class RouterModels:
             return at
         return None
 
+    async def _child_now(self, name: str | None) -> _Child | None:
+        return await anyio.to_thread.run_sync(_child, self._pid, name)
+
     async def _find_child(self, name: str) -> _Child | None:
         """Find the process of a model; it may start a moment after the request."""
         child: _Child | None = None
         with anyio.move_on_after(_CHILD_WITHIN):
             while child is None:
-                child = await anyio.to_thread.run_sync(_child, self._pid, name)
+                child = await self._child_now(name)
                 await anyio.sleep(0.0 if child else _SHOW_EVERY)
         return child
 
