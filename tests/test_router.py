@@ -6,6 +6,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -21,8 +23,9 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, wri
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, StartCancelledError
 from kitty_nb.experiments import record_run
 from kitty_nb.supervisor.events import Activity, Event, LoadProgress, RouterLoad, Stage
+from kitty_nb.supervisor.health import HealthProbe
 from kitty_nb.supervisor.router import RouterModels
-from kitty_nb.supervisor.router_program import LlamaServer
+from kitty_nb.supervisor.router_program import LlamaServer, ModelStatus
 
 STAND_IN = Path(__file__).with_name("stand_in_router.py")
 
@@ -360,6 +363,43 @@ def test_a_client_that_loads_it_first_does_not_fail_a_switch(
         monkeypatch.setattr(LlamaServer, "order", refuse)
         assert manager.switch_model("large").wait(60).alias == "large"
         assert "refused" not in said(told)
+
+
+def test_of_two_looks_at_once_the_later_one_counts(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is gone; before that is noted, another one is loaded to be used."""
+    status = {"a": ModelStatus.LOADED, "b": ModelStatus.UNLOADED, "c": ModelStatus.LOADED}
+    seeking, told = threading.Event(), list[tuple[str, str | None]]()
+
+    class Api(LlamaServer):
+        async def models(self) -> dict[str, ModelStatus]:
+            return dict(status)
+
+    def find(_: int, name: str | None) -> None:
+        if name == "c":
+            seeking.set()
+            time.sleep(0.3)
+
+    async def look() -> str | None:
+        def note(event: Event) -> None:
+            if isinstance(event, Activity):
+                told.append((event.message, models.alias))
+
+        models = RouterModels(1, "", config, Api(HealthProbe(config)), note)
+        await models._look("a")
+        status["a"] = ModelStatus.UNLOADED
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(models._look)
+            assert await anyio.to_thread.run_sync(seeking.wait, 10)
+            status["b"] = ModelStatus.LOADED
+            await models._look("b")
+        await models._look()
+        return models.alias
+
+    monkeypatch.setattr("kitty_nb.supervisor.router._child", find)
+    assert anyio.run(look) == "b"
+    assert told == [("The router unloaded a.", "c")]
 
 
 @pytest.mark.slow

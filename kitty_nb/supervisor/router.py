@@ -96,6 +96,7 @@ class RouterModels:
         self._api, self.pinned, self._look_at_log = api, tuple(pinned), look_at_log
         self._loading = anyio.CancelScope()
         self._turn = anyio.Lock()  # one request to load at a time
+        self._looking = anyio.Lock()  # the answer of an older look must not replace a newer one's
         self._models: dict[str, ModelStatus] = {}
         self._followed: dict[str, anyio.Event] = {}  # loads under way
         self._progress: dict[str, LoadProgress] = {}  # of loads under way
@@ -260,22 +261,26 @@ class RouterModels:
         Returns:
             That model's status; UNLOADED if it is gone.
         """
-        if models := await self._api.models():
-            before, self._models = self._models, models
-            loaded = [name for name, status in models.items() if status == ModelStatus.LOADED]
-            for name, status in models.items():
-                if status != ModelStatus.LOADED:
-                    self._children.pop(name, None)
-                if status == ModelStatus.UNLOADED and before.get(name) == ModelStatus.LOADED:
-                    self._emit(RouterLoad(name, None))
-                    self._notify(f"The router unloaded {name}.")
-            wanted = (preferred, self.alias, *loaded)
-            alias = next((name for name in wanted if name in loaded), None)
-            if (alias, tuple(models)) != (self.alias, self.names):
-                child = await self._child_now(alias)
-                self.model = child.model.name if child and child.model else None
-                self.alias, self.names = alias, tuple(models)
+        async with self._looking:
+            if models := await self._api.models():
+                await self._note(models, preferred)
         return self._models.get(preferred or "", ModelStatus.UNLOADED)
+
+    async def _note(self, models: dict[str, ModelStatus], preferred: str | None) -> None:
+        loaded = [name for name, status in models.items() if status == ModelStatus.LOADED]
+        wanted = (preferred, self.alias, *loaded)
+        alias = next((name for name in wanted if name in loaded), None)
+        if (alias, tuple(models)) != (self.alias, self.names):
+            child = await self._child_now(alias)
+            self.model = child.model.name if child and child.model else None
+        before, self._models = self._models, models
+        self.alias, self.names = alias, tuple(models)
+        for name, status in models.items():
+            if status != ModelStatus.LOADED:
+                self._children.pop(name, None)
+            if status == ModelStatus.UNLOADED and before.get(name) == ModelStatus.LOADED:
+                self._emit(RouterLoad(name, None))
+                self._notify(f"The router unloaded {name}.")
 
     async def _watch_models(self, tasks: TaskGroup) -> None:
         """Follow the loads of a router, whoever requests them."""
