@@ -163,12 +163,13 @@ class Database:
         if self.path.is_relative_to(NO_HOME):
             return otherwise
         try:
+            opened = self._identity()
             try:
                 return self._transact(work)
             except sqlite3.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
                     raise
-                self._begin_anew()
+                self._begin_anew(opened)
                 return self._transact(work)
         except (sqlite3.Error, OSError) as error:
             self._complain_once(f"cannot be used: {error}. {self.without}")
@@ -191,8 +192,17 @@ class Database:
                     raise sqlite3.NotSupportedError("a newer version of kitty_nb wrote it")
                 return work(file)
 
-    def _begin_anew(self) -> None:
+    def _identity(self) -> tuple[int, int] | None:
+        """Return what distinguishes the file from a new one of its name; None if there is none."""
+        with suppress(OSError):
+            found = self.path.stat()
+            return found.st_dev, found.st_ino
+        return None
+
+    def _begin_anew(self, opened: tuple[int, int] | None) -> None:
         """Move a damaged file out of the way, along with what SQLite keeps beside it."""
+        if opened != self._identity():  # another program has done so
+            return
         kept = f"{self.path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
         for end in ("-journal", "-wal", "-shm", ""):
             part = self.path.with_name(self.path.name + end)

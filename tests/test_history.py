@@ -4,8 +4,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
+from threading import Event as ThreadEvent
+from typing import Any
 
 import anyio
 import pytest
@@ -14,6 +18,7 @@ from other_kernel import runs
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus, Supervisor
 from kitty_nb.errors import ServerCrashedError, ServerFailedError
+from kitty_nb.safe_files import Database
 from kitty_nb.supervisor.events import Activity, Event, ProgressMade
 from kitty_nb.supervisor.history import (
     LoadHistory,
@@ -95,6 +100,29 @@ def test_a_damaged_file_is_set_aside_and_begun_anew(tmp_path: Path, content: byt
     found, told = use(path, RECORD)
     assert found == (RECORD,)
     assert "is damaged" in told[0]
+    assert [p.read_bytes() for p in tmp_path.glob("*.damaged-*")] == [content]
+
+
+def test_of_two_that_find_it_damaged_one_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = tmp_path / "history.sqlite3", b"not a database at all" * 100
+    path.write_bytes(content)
+    both, written, begin_anew = Barrier(2, timeout=30), ThreadEvent(), Database._begin_anew
+
+    def begin(database: Database, *opened: Any) -> None:
+        if both.wait():
+            assert written.wait(30)
+        begin_anew(database, *opened)
+
+    def keep(_: int) -> None:
+        use(path, RECORD)
+        written.set()
+
+    monkeypatch.setattr(Database, "_begin_anew", begin)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(keep, range(2)))
+    assert len(rows(path)) == 2
     assert [p.read_bytes() for p in tmp_path.glob("*.damaged-*")] == [content]
 
 
