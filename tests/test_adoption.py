@@ -35,7 +35,9 @@ from kitty_nb.supervisor.registry import (
     read_record,
     record_of,
     record_path,
+    was_stopped,
     who_owns,
+    withdraw_record,
     write_record,
 )
 from kitty_nb.supervisor.sidecar import has_sidecar
@@ -421,6 +423,15 @@ def test_a_server_that_was_only_announced_is_told_of(
     pid = announced()
     eventually(lambda: record_of(pid, config.log_dir))
     assert f"(PID {pid}), started elsewhere" in (who_owns(config, locked=True) or "")
+
+
+def test_a_server_whose_successor_is_announced_was_stopped(
+    config: ServerConfig, announced: Callable[[], int]
+) -> None:
+    predecessor = ServerProcess(announced(), None)
+    assert was_stopped(config, predecessor)
+    withdraw_record(config, predecessor)
+    assert record_path(config).exists(), "another server's record is gone"
 
 
 def test_a_start_waits_for_a_server_that_shows_only_in_a_moment(

@@ -228,7 +228,8 @@ def write_record(record: ServerRecord) -> None:
 
 def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
     """Withdraw the record of this process, which marks its exit as intended."""
-    record, path = read_record(config), record_path(config)
+    path = record_path(config)
+    record = _read(path)
     with suppress(OSError):  # the folder may be what is wrong
         damaged = record is None and path.is_file()
         if damaged or (record and record.names(process)):
@@ -250,7 +251,7 @@ def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     The record of a process that exited on its own stays until the next start, for all who watch. A
     record that is damaged, or was lost with its folder, does not count as withdrawn.
     """
-    if record := read_record(config):
+    if record := _read(record_path(config)):  # or the announcement of its successor
         return record.local and not record.names(process)
     with suppress(OSError):
         return config.log_dir.is_dir() and not record_path(config).exists()
