@@ -24,7 +24,7 @@ from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Sup
 from kitty_nb.cli.commands import read_status
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError, ServerFailedError
-from kitty_nb.supervisor.events import Activity, Ending, Event
+from kitty_nb.supervisor.events import Activity, Ending, Event, Level
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
@@ -252,22 +252,52 @@ def test_a_stop_elsewhere_is_not_a_crash(config: ServerConfig) -> None:
         assert first.state.error is None
 
 
-def test_a_crash_is_seen_by_all_and_mended_once(config: ServerConfig) -> None:
+def served_by_both(first: ModelManager, second: ModelManager, killed: int | None = None) -> int:
+    """Wait until both show one server, another one than was killed; return its process."""
+
+    def pid() -> int | None:
+        states = first.state, second.state
+        ready = all(state.status is ServerStatus.READY for state in states)
+        return states[0].pid if ready and states[0].pid == states[1].pid != killed else None
+
+    eventually(pid, within=30, why="not mended, or twice")
+    found = pid()
+    assert found
+    return found
+
+
+def test_a_crash_is_seen_by_all_and_mended_once_without_an_error(config: ServerConfig) -> None:
     config = config.replace(restart_delay_seconds=0.2)
+    errors: list[Event] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Activity) and event.level is Level.ERROR:
+            errors.append(event)
+
     with ModelManager(config=config) as first, ModelManager(config=config) as second:
-        pid = first.start().wait(30).pid
-        assert pid
-        eventually(lambda: second.state.status is ServerStatus.READY)
+        first.subscribe(listen)
+        second.subscribe(listen)
+        first.start().wait(30)
+        pid = served_by_both(first, second)
         os.kill(pid, signal.SIGKILL)
-
-        def mended() -> bool:
-            states = first.state, second.state
-            ready = all(state.status is ServerStatus.READY for state in states)
-            return ready and states[0].pid == states[1].pid != pid
-
-        eventually(mended, within=20, why="not mended, or twice")
+        served_by_both(first, second, killed=pid)
+        assert not errors
         first.stop().wait(10)
         eventually(lambda: second.state.status is ServerStatus.STOPPED)
+
+
+def test_a_crash_loop_ends_however_many_watch(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOOK_EVERY, 0.1)
+    config = config.replace(restart_delay_seconds=0.1, restart_max=2)
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        first.start().wait(30)
+        pid = None
+        for _ in range(config.restart_max + 1):
+            pid = served_by_both(first, second, killed=pid)
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: {first.state.status, second.state.status} == {ServerStatus.CRASHED})
 
 
 def test_two_that_start_at_once_are_one_server(config: ServerConfig) -> None:

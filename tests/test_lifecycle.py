@@ -9,6 +9,7 @@ from kitty_nb.supervisor.lifecycle import (
     BecameReady,
     Begin,
     Exited,
+    Found,
     GaveUp,
     Lifecycle,
     LoadBegan,
@@ -22,6 +23,7 @@ from kitty_nb.supervisor.lifecycle import (
     WaitOver,
     step,
 )
+from kitty_nb.supervisor.registry import ServerRecord
 
 A, B, C = (ServerConfig(port=port) for port in (9001, 9002, 9003))
 
@@ -197,3 +199,38 @@ def test_a_back_off_can_be_called_off_or_cut_short() -> None:
     begun, done = step(waiting, StartAsked(A))
     assert (begun.status, done) == (ServerStatus.STARTING, (Begin(2, A),))
     assert step(begun, WaitOver(1)) == (begun, ())
+
+
+def found(config: ServerConfig) -> Found:
+    return Found(ServerRecord(pid=7, create_time=1.0, began=0.0, config=config))
+
+
+def test_crashes_count_whoever_starts_the_server_again() -> None:
+    now, _ = replay(found(A), BecameReady(1, 0.0))
+    for generation in (1, 2, 3):
+        now, _ = step(now, Exited(generation, "again", 10.0))
+        assert (now.status, now.crashes) == (ServerStatus.RESTARTING, generation)
+        now, _ = step(now, found(A))
+        now, _ = step(now, BecameReady(generation + 1, 10.0))
+    now, _ = step(now, Exited(4, "for good", 10.0))
+    assert now.status is ServerStatus.CRASHED
+    now, _ = step(now, found(A))
+    now, _ = step(now, BecameReady(5, 10.0))
+    assert step(now, Exited(5, "again", 69.0))[0].status is ServerStatus.CRASHED
+    assert step(now, Exited(5, "", 70.0))[0].crashes == 1
+
+
+def test_who_stopped_a_server_that_crashed_begins_to_count_anew() -> None:
+    now, _ = replay(found(A), BecameReady(1, 0.0), Exited(1, "", 10.0), StopAsked(), found(A))
+    assert now.crashes == 0
+
+
+def test_a_restart_that_another_program_has_begun_waits_for_that() -> None:
+    now, _ = replay(*served(A), Exited(1, "SIGSEGV", 10.0), WaitOver(1))
+    waiting, done = step(now, Refused(2, "started elsewhere", elsewhere_at=15.0))
+    assert (waiting.status, waiting.retry_at) == (ServerStatus.RESTARTING, 20.0)
+    assert (waiting.crashes, done) == (1, (Wait(2, 5.0),))
+    assert step(waiting, WaitOver(2))[1] == (Begin(3, A),)
+    assert step(now, Refused(2, "port busy"))[0].status is ServerStatus.FAILED
+    now, _ = replay(StartAsked(A), Refused(1, "started elsewhere", elsewhere_at=15.0))
+    assert now.status is ServerStatus.FAILED

@@ -104,11 +104,12 @@ class World(RuleBasedStateMachine):
         self.feed(Spawned(self.running, 42))
 
     @precondition(lambda self: self.preparing)
-    @rule()
-    def refused(self) -> None:
+    @rule(elsewhere=st.booleans())
+    def refused(self, elsewhere: bool) -> None:
         assert self.preparing
         generation, self.preparing = self.preparing, None
-        self.feed(Refused(generation, "refused"))
+        at = self.clock if elsewhere else None
+        self.feed(Refused(generation, "refused", elsewhere_at=at))
 
     @precondition(lambda self: self.running)
     @rule(kind=st.sampled_from(["loads", "ready", "hangs"]), after=st.floats(0, 100))

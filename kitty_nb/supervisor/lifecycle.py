@@ -129,6 +129,7 @@ class Refused:
     reason: str
     free_port: int | None = None
     attachable: bool = False
+    elsewhere_at: float | None = None  # when another program was seen to start or serve the profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class Lifecycle(ServerState):
     pending: Begin | None = None  # what to start once the current process has exited
     # Whether this start was ever READY; only then are crashes retried.
     served: bool = False
-    crashes: int = 0  # how many crashes in a row were retried
+    crashes: int = 0  # how many crashes in a row were retried, by whatever program
 
     @property
     def latest(self) -> int:
@@ -193,7 +194,9 @@ def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, .
             return now, ()
         case Found(server):
             config = now.config if isinstance(server, PortOwner) else server.config
-            return _begin(now, Begin(now.issued + 1, config, server))
+            begun, actions = _begin(now, Begin(now.issued + 1, config, server))
+            crashed = now.status in {ServerStatus.RESTARTING, ServerStatus.CRASHED}
+            return replace(begun, crashes=now.crashes if crashed else 0), actions
         case _ if stimulus.generation != now.generation:
             return now, ()
         case _:
@@ -269,18 +272,25 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
         return replace(gone, status=status), ()
     if isinstance(report, Refused):
         failed = replace(gone, status=ServerStatus.FAILED, error=report.reason)
+        if now.served and report.elsewhere_at is not None:
+            return _back_off(replace(failed, crashes=now.crashes - 1), report.elsewhere_at)
         return replace(failed, free_port=report.free_port, attachable=report.attachable), ()
     config = now.config
     stable = (
         now.ready_since is not None and report.at - now.ready_since >= config.restart_stable_seconds
     )
     crashes = 0 if stable else now.crashes
-    crashed = replace(gone, error=report.reason, crashes=crashes)
+    crashed = replace(gone, status=ServerStatus.CRASHED, error=report.reason, crashes=crashes)
     if not now.served or report.repeats or crashes >= config.restart_max:
-        return replace(crashed, status=ServerStatus.CRASHED), ()
+        return crashed, ()
+    return _back_off(crashed, report.at)
+
+
+def _back_off(crashed: Lifecycle, at: float) -> tuple[Lifecycle, tuple[Action, ...]]:
+    crashes, config = crashed.crashes, crashed.config
     doubled = config.restart_delay_seconds * 2.0 ** min(crashes, 1_000)  # any more overflows
     delay = min(doubled, config.restart_delay_max_seconds)
     waiting = replace(
-        crashed, status=ServerStatus.RESTARTING, crashes=crashes + 1, retry_at=report.at + delay
+        crashed, status=ServerStatus.RESTARTING, crashes=crashes + 1, retry_at=at + delay
     )
-    return waiting, (Wait(now.generation, delay),)
+    return waiting, (Wait(crashed.generation, delay),)

@@ -126,7 +126,7 @@ class Server:
         self._generation, self._config, self._emit = generation, config, emit
         self._clock, self._processes = clock, processes
         self._tasks: TaskGroup
-        self._launching = anyio.CancelScope()
+        self._launching, self._locked = anyio.CancelScope(), True
         self._asking: TaskGroup | None = None
         # The process.
         self._record, self._found = found, found is not None
@@ -242,10 +242,10 @@ class Server:
                 devices = await self._list_devices()
         engine = await locate_engine(config.binary)
         self._recorder.set_engine(engine)
-        with registry.profile_lock(config) as ours:
-            while ours and await run_sync(registry.may_show_soon, config):  # noqa: ASYNC110
+        with registry.profile_lock(config) as self._locked:
+            while self._locked and await run_sync(registry.may_show_soon, config):  # noqa: ASYNC110
                 await anyio.sleep(_LOG_READY)
-            if owner := await run_sync(registry.who_owns, config, ours):
+            if owner := await run_sync(registry.who_owns, config, self._locked):
                 raise ServerFailedError(owner)
             if (last := registry.read_record(config)) and last.host != platform.node():
                 self._notify(f"This profile's server on {last.host} no longer runs.")
@@ -356,8 +356,10 @@ class Server:
         config = self._config
         cause = diagnose_launch(error, config.log_dir) if isinstance(error, OSError) else error
         refused = lifecycle.Refused(self._generation, str(cause))
-        if not await run_sync(registry.who_owns, config, True):
+        if not await run_sync(registry.who_owns, config, self._locked):
             registry.note_failure(config, refused.reason)
+        elif not await run_sync(registry.served_elsewhere, config):  # it can be found here
+            refused = replace(refused, elsewhere_at=self._clock())
         if isinstance(error, PortBusyError):
             refused = replace(refused, free_port=error.free_port, attachable=error.attachable)
         self._emit(refused)
