@@ -21,10 +21,10 @@ from other_kernel import Kernel, runs
 from terminal import run
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
-from kitty_nb.cli.commands import read_status
+from kitty_nb.cli.commands import read_status, stop
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError, ServerFailedError
-from kitty_nb.supervisor.events import Activity, Ending, Event, Level
+from kitty_nb.supervisor.events import Activity, Ending, Event, Level, StateChanged
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
@@ -298,6 +298,43 @@ def test_a_crash_loop_ends_however_many_watch(
             pid = served_by_both(first, second, killed=pid)
             os.kill(pid, signal.SIGKILL)
         eventually(lambda: {first.state.status, second.state.status} == {ServerStatus.CRASHED})
+
+
+@pytest.mark.parametrize("where", ["panel", "terminal"])
+@pytest.mark.parametrize(("look_every", "delay"), [(0.1, 60.0), (60.0, 3.0)], ids=["soon", "late"])
+def test_a_stop_elsewhere_during_a_back_off_ends_it(
+    config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    look_every: float,
+    delay: float,
+) -> None:
+    monkeypatch.setattr(LOOK_EVERY, look_every)
+    config = config.replace(restart_delay_seconds=delay)
+    seen: list[ServerStatus] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StateChanged):
+            seen.append(event.state.status)
+
+    with ModelManager(config=config) as first:
+        first.start().wait(30)
+        with ModelManager(config=config) as second:
+            pid = served_by_both(first, second)
+            first.subscribe(listen)
+            os.kill(pid, signal.SIGKILL)
+            for manager in first, second:
+                eventually(lambda m=manager: m.state.status is ServerStatus.RESTARTING)
+            if where == "panel":
+                second.stop().wait(10)
+            else:
+                said = anyio.run(stop, config, Path(".env"), False)
+                assert said == "No server is running for the profile 'primary'."
+            eventually(lambda: first.state.status is ServerStatus.STOPPED, within=20)
+            assert ServerStatus.STARTING not in seen
+            eventually(lambda: second.state.status is ServerStatus.STOPPED, within=20)
+        state, _ = read_status(config)
+        assert state.error is None
 
 
 def test_two_that_start_at_once_are_one_server(config: ServerConfig) -> None:

@@ -245,14 +245,31 @@ def forget_withdrawn(config: ServerConfig, process: ServerProcess) -> None:
             path.unlink()
 
 
+def withdraw_crashed(config: ServerConfig) -> None:
+    """Withdraw the record of a server that exited on its own, so that nobody restarts it."""
+    if read_record(config) is None:
+        return
+    path = record_path(config)
+    with suppress(OSError, ServerFailedError), profile_lock(config) as ours:
+        record = read_record(config)
+        if ours and record and record.local and not process_of(record):
+            path.unlink()
+            failure_path(path).unlink(missing_ok=True)
+
+
 def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     """Return whether somebody has withdrawn the record of this process in order to stop it.
 
-    The record of a process that exited on its own stays until the next start, for all who watch. A
-    record that is damaged, or was lost with its folder, does not count as withdrawn.
+    The record of a process that exited on its own stays until the next start or stop, for all who
+    watch. A record that is damaged, or was lost with its folder, does not count as withdrawn.
     """
     if record := _read(record_path(config)):  # or the announcement of its successor
         return record.local and not record.names(process)
+    return is_withdrawn(config)
+
+
+def is_withdrawn(config: ServerConfig) -> bool:
+    """Return whether a profile has no record, because its server was stopped."""
     with suppress(OSError):
         return config.log_dir.is_dir() and not record_path(config).exists()
     return False

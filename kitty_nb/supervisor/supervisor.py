@@ -48,7 +48,7 @@ from kitty_nb.supervisor.external_server import ExternalServer, UrlServer, find_
 from kitty_nb.supervisor.forecast import Forecaster, ModelStats, Running
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.registry import ServerRecord, find_server
+from kitty_nb.supervisor.registry import ServerRecord, find_server, is_withdrawn, withdraw_crashed
 from kitty_nb.supervisor.server import Server
 
 if TYPE_CHECKING:
@@ -323,6 +323,8 @@ class Supervisor:
 
     async def _stop(self, force: bool) -> ServerState:
         self._stops += 1
+        if self._now.status.absent:
+            withdraw_crashed(self._now.config)  # others may be about to restart it
         self._feed(lifecycle.StopAsked(force))
         generation = self._now.issued
         await self._until(lambda: self._now.status.idle or self._now.issued > generation)
@@ -631,22 +633,31 @@ class Supervisor:
     async def _look_forever(self) -> None:
         while True:
             await anyio.sleep(_LOOK_EVERY)
-            try:
-                await self._look_for_server()
-            except Exception:  # noqa: BLE001 (the next look may succeed)
-                _log.exception("Looking for a server started elsewhere failed.")
+            await self._look_again()
+
+    async def _look_again(self) -> None:
+        try:
+            await self._look_for_server()
+        except Exception:  # noqa: BLE001 (the next look may succeed)
+            _log.exception("Looking for a server started elsewhere failed.")
 
     async def _look_for_server(self) -> ServerRecord | None:
-        """Find the server that another program or kernel has started for this profile."""
+        """Find the server that another program or kernel has started for this profile.
+
+        If such a program has stopped one that was to be restarted, it stays stopped.
+        """
         if not self._now.status.absent or self._now.config.url:
             return None
         record = await anyio.to_thread.run_sync(find_server, self._now.config)
         if record:
             self._feed(lifecycle.Found(record))
+        elif self._now.status is ServerStatus.RESTARTING and is_withdrawn(self._now.config):
+            self._feed(lifecycle.StopAsked())
         return record
 
     async def _wait(self, generation: int, seconds: float) -> None:
         await anyio.sleep(seconds)
+        await self._look_again()
         self._feed(lifecycle.WaitOver(generation))
 
     def _announce(self) -> None:
