@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from other_kernel import Kernel, runs
 from terminal import run
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig, ServerStatus, Supervisor
+from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.cli.commands import read_status, stop
 from kitty_nb.config import OnKernelExit
 from kitty_nb.errors import KittyError, ServerFailedError
-from kitty_nb.supervisor.events import Activity, Ending, Event, Level, StateChanged
+from kitty_nb.operation import Operation
+from kitty_nb.supervisor.events import Activity, Ending, Event, Level, ServerState, StateChanged
 from kitty_nb.supervisor.port_owner import owner_of
 from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
@@ -349,6 +352,33 @@ def test_two_that_start_at_once_are_one_server(config: ServerConfig) -> None:
         assert len(errors) == 1
         assert "started elsewhere" in errors[0]
         eventually(lambda: first.state.pid == second.state.pid is not None)
+
+
+@pytest.mark.parametrize("begin", [ModelManager.start, ModelManager.restart])
+def test_a_start_spares_a_server_that_was_started_elsewhere_meanwhile(
+    config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    begin: Callable[..., Operation[ServerState]],
+) -> None:
+    monkeypatch.setattr(LOOK_EVERY, 0.1)
+    found = threading.Event()
+
+    def resolve_later(config: ServerConfig) -> ServerConfig:
+        if config.served_alias == "other":
+            found.wait(30)
+        return resolve_model(config)
+
+    monkeypatch.setattr("kitty_nb.supervisor.supervisor.resolve_model", resolve_later)
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        start = begin(second, config.replace(alias="other"))
+        pid = first.start().wait(30).pid
+        served_by_both(first, second)
+        found.set()
+        with pytest.raises(ServerFailedError, match=rf"already served by .*\(PID {pid}\), started"):
+            start.wait(30)
+        assert served_by_both(first, second) == pid
+        switched = begin(second, config.replace(alias="other")).wait(30)
+        assert (switched.status, switched.alias) == (ServerStatus.READY, "other")
 
 
 def test_the_record_is_private_and_whole(config: ServerConfig) -> None:

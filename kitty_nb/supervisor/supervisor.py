@@ -48,7 +48,13 @@ from kitty_nb.supervisor.external_server import ExternalServer, UrlServer, find_
 from kitty_nb.supervisor.forecast import Forecaster, ModelStats, Running
 from kitty_nb.supervisor.port_owner import PortOwner
 from kitty_nb.supervisor.process import ServerProcess
-from kitty_nb.supervisor.registry import ServerRecord, find_server, is_withdrawn, withdraw_crashed
+from kitty_nb.supervisor.registry import (
+    ServerRecord,
+    find_server,
+    is_withdrawn,
+    who_owns,
+    withdraw_crashed,
+)
 from kitty_nb.supervisor.server import Server
 
 if TYPE_CHECKING:
@@ -70,6 +76,7 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0  # seconds
 _SETTLED_WITHIN = 1.0  # seconds; a server that hangs is shown before it answers
 _STOPPED = "The server was stopped before it was ready."
+_SUPERSEDED = "The start was superseded by a later start, switch or stop."
 _KEEPS_NONE = (
     "This server keeps no prompts. To keep them, it needs LLAMACPP_KEEP_PROMPTS=on, a current"
     " llama.cpp, a LLAMACPP_LOG_DIR that only you can write to, and a single chat model, without"
@@ -426,6 +433,7 @@ class Supervisor:
     ) -> ServerState:
         stops = self._stops
         async with self._turn:
+            idle = self._now.status.idle
             wanted = (config or self._now.wanted).replace(**changes)
             if wanted.ssh:
                 raise another_machine(wanted.ssh, None)
@@ -436,6 +444,11 @@ class Supervisor:
                 raise WillNotFitError(reason)
             if stops != self._stops:  # a stop was requested meanwhile
                 raise StartCancelledError(_STOPPED)
+            if idle and not self._now.status.idle and (fresh or self._now.wanted != config):
+                # It was found or attached to meanwhile: whoever asked did not mean to replace it.
+                if owner := await anyio.to_thread.run_sync(who_owns, self._now.config, True):
+                    raise ServerFailedError(owner)
+                raise StartCancelledError(_SUPERSEDED)
             self._feed(lifecycle.StartAsked(config, fresh))
         generation = self._now.latest
         if not wait_for_ready:
@@ -528,7 +541,7 @@ class Supervisor:
         await self._until(lambda: self._is_over(generation))
         now = self._now
         if now.superseded(generation):
-            raise StartCancelledError("The start was superseded by a later start, switch or stop.")
+            raise StartCancelledError(_SUPERSEDED)
         match now.status:
             case ServerStatus.FAILED if now.free_port:
                 raise PortBusyError(now.error or "", now.free_port, attachable=now.attachable)
