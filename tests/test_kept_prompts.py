@@ -22,7 +22,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from conftest import eventually
+from conftest import eventually, unused_port
 from model_files import write_adapter, write_projector
 from test_vision import DEMO_WIDTH, png
 from typer.testing import CliRunner
@@ -553,6 +553,37 @@ def test_a_pin_that_slept_is_restored(config: ServerConfig) -> None:
 def is_asleep(manager: ModelManager) -> bool:
     health = manager.state.last_health_check
     return health is not None and health.asleep
+
+
+def test_a_start_elsewhere_lets_a_stop_save_its_prompts(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.supervisor.supervisor._LOOK_EVERY", 60)  # it starts unseen
+    save, waited_for = Slots.save, Event()
+
+    async def save_later(slots: Slots, slot: int, file: str) -> int:
+        with anyio.fail_after(30):
+            while not waited_for.is_set():
+                await anyio.sleep(0.01)
+        await anyio.sleep(0.5)
+        return await save(slots, slot, file)
+
+    def listen(event: object) -> None:
+        if isinstance(event, Activity) and "Waiting for the previous server" in event.message:
+            waited_for.set()
+
+    config = config.replace(context_size=4096)
+    with ModelManager(config=config) as other, ready(config) as (manager, said):
+        other.subscribe(listen)
+        ask(manager, TEXT)
+        monkeypatch.setattr(Slots, "save", save_later)
+        stopping = manager.stop()
+        eventually(lambda: manager.state.status is ServerStatus.STOPPING)
+        other.start(config.replace(port=unused_port()))
+        stopping.wait(60)
+        assert len(kept(config)) == 1
+        assert not any("can't keep" in line for line in said)
+        other.stop().wait(60)
 
 
 def test_a_profile_can_keep_none(kept_config: ServerConfig) -> None:

@@ -158,15 +158,21 @@ class ServerProcess:
                     break
         return not self.runs()
 
+    async def exited(self, within: float) -> bool:
+        """Wait for the processes to exit; return whether they have within so many seconds."""
+        self._family()
+        with anyio.move_on_after(within):
+            await self._ended()
+            await self._others_ended()
+            return True
+        return False
+
     async def terminate(self, grace: float) -> None:
         """Ask the processes to exit, and kill them if `grace` seconds were not enough."""
         self._others_end_within = grace
         self._signal(signal.SIGTERM)
-        with anyio.move_on_after(grace):
-            await self._ended()
-            await self._others_ended()
-            return
-        self.kill()
+        if not await self.exited(grace):
+            self.kill()
 
     def kill(self) -> None:
         """Kill the processes at once."""

@@ -251,7 +251,9 @@ class Server:
                 self._notify(f"This profile's server on {last.host} no longer runs.")
             if leaving := await run_sync(registry.leaving_server, config):
                 self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
-                await leaving.terminate(config.stop_grace_seconds)
+                grace = config.stop_grace_seconds
+                if not await leaving.exited(grace):  # whoever stops it may save its prompts first
+                    await leaving.terminate(grace)
             prompts = await self._prompt_facts(engine)
             if config.models is None:
                 command = command_line.build_command(
