@@ -16,7 +16,7 @@ from kitty_nb import HealthCheckResult, ServerConfig, ServerState, ServerStatus,
 from kitty_nb.errors import ServerCrashedError, ServerFailedError
 from kitty_nb.supervisor.events import Activity, Event, StateChanged
 from kitty_nb.supervisor.health import NOT_IN_TIME
-from kitty_nb.supervisor.registry import record_path
+from kitty_nb.supervisor.registry import last_failure, record_path
 from kitty_nb.supervisor.sidecar import withdraw
 
 Misbehaving = Callable[..., ServerConfig]
@@ -79,6 +79,21 @@ def test_a_load_that_hangs_is_given_up_and_killed_after_its_grace(
         assert "stalled in the stage" in (supervisor.state.error or "")
 
     simulated(misbehaving(stall_seconds=30, stop_grace_seconds=12), scenario, NeverReady)
+
+
+def test_a_load_that_is_being_stopped_has_not_stalled(misbehaving: Misbehaving) -> None:
+    config = misbehaving(stall_seconds=30, stop_grace_seconds=60)
+
+    async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
+        await supervisor.start(wait_for_ready=False, anyway=True)
+        await reach(supervisor, lambda state: state.status is ServerStatus.LOADING)
+        SimulatedProcess.latest.paused = True
+        began = clock()
+        assert (await supervisor.stop()).status is ServerStatus.STOPPED
+        assert clock() - began > config.stall_seconds
+
+    simulated(config, scenario, NeverReady)
+    assert last_failure(config) is None
 
 
 def test_a_ready_server_that_hangs_is_said_to_hang_and_to_serve_again(

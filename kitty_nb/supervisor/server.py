@@ -812,8 +812,9 @@ class Server:
         return registry.was_stopped(self._config, self._process)
 
     def _give_up(self, reason: str) -> None:
-        self._failure = reason
-        self._emit(lifecycle.GaveUp(self._generation, reason))
+        if not self._being_ended():
+            self._failure = reason
+            self._emit(lifecycle.GaveUp(self._generation, reason))
 
     def _exited(self, reason: str, *, asked: bool, repeats: bool = False) -> Outcome:
         """Report the exit of the process; return the outcome of a load that it cut short."""
