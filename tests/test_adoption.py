@@ -43,6 +43,7 @@ from kitty_nb.supervisor.registry import (
     withdraw_record,
     write_record,
 )
+from kitty_nb.supervisor.server import Server
 from kitty_nb.supervisor.sidecar import has_sidecar
 
 LOOK_EVERY = "kitty_nb.supervisor.supervisor._LOOK_EVERY"
@@ -216,6 +217,32 @@ def test_a_server_that_became_ready_while_it_was_stopped_stays_stopped(
         eventually(lambda: first.state.status is ServerStatus.STOPPED)
         assert first.state.error is None
         assert not record_path(config).exists()
+
+
+def test_a_stop_as_a_server_is_found_is_a_graceful_one(config: ServerConfig) -> None:
+    killed: list[int] = []
+
+    class Process(ServerProcess):
+        def kill(self) -> None:
+            killed.append(self.pid)
+            super().kill()
+
+    async def find_and_stop(record: ServerRecord) -> None:
+        server = Server(
+            1, config, None, lambda _: None, record, clock=time.monotonic, processes=Process
+        )
+        server.stop(force=False)
+        with anyio.fail_after(30):
+            await server.run()
+
+    with ModelManager(config=config) as manager:
+        manager.start().wait(30)
+        record = read_record(config)
+        assert record
+        anyio.run(find_and_stop, record)
+        assert not runs(record.pid)
+        assert not killed
+        eventually(lambda: manager.state.status is ServerStatus.STOPPED)
 
 
 def test_a_process_that_does_not_listen_is_no_ready_server(config: ServerConfig) -> None:

@@ -377,7 +377,7 @@ class Server:
         for task in (self._follow_log, self._ask_health, self._tend_sidecar, self._name_devices):
             self._tasks.start_soon(task)
         if self._launching.cancel_called:  # the launch finished before it could be cancelled
-            self.stop(force=True)
+            self.stop(force=not self._found)
         return await process.wait()
 
     # The load
