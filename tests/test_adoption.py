@@ -44,7 +44,7 @@ from kitty_nb.supervisor.registry import (
     write_record,
 )
 from kitty_nb.supervisor.server import Server
-from kitty_nb.supervisor.sidecar import has_sidecar
+from kitty_nb.supervisor.sidecar import has_sidecar, withdraw
 
 LOOK_EVERY = "kitty_nb.supervisor.supervisor._LOOK_EVERY"
 
@@ -217,6 +217,23 @@ def test_a_server_that_became_ready_while_it_was_stopped_stays_stopped(
         eventually(lambda: first.state.status is ServerStatus.STOPPED)
         assert first.state.error is None
         assert not record_path(config).exists()
+
+
+def test_a_server_that_is_stopped_as_its_record_is_written_stays_stopped(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_then_write(record: ServerRecord) -> None:
+        if record.ready is not None:
+            withdraw(record_path(config))
+        write_record(record)
+
+    monkeypatch.setattr("kitty_nb.supervisor.registry.write_record", stop_then_write)
+    with ModelManager(config=config) as manager:
+        pid = manager.start().wait(30).pid
+        assert pid
+        assert not record_path(config).exists()
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: manager.state.status is ServerStatus.STOPPED)
 
 
 def test_a_stop_as_a_server_is_found_is_a_graceful_one(config: ServerConfig) -> None:

@@ -226,6 +226,19 @@ def write_record(record: ServerRecord) -> None:
     failure_path(path).unlink(missing_ok=True)
 
 
+def complete_record(record: ServerRecord) -> None:
+    """Write more about a server; if its record is withdrawn at that moment, it stays so.
+
+    Raises:
+        OSError: The folder can't be written to.
+    """
+    write_record(record)
+    path = record_path(record.config)
+    leaving = _read(withdrawn_path(path))
+    if leaving and (leaving.pid, leaving.create_time) == (record.pid, record.create_time):
+        withdraw(path)
+
+
 def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
     """Withdraw the record of this process, which marks its exit as intended."""
     path = record_path(config)

@@ -644,7 +644,7 @@ class Server:
                 update={"ready": now, "ready_at": time.time(), "load_seconds": elapsed}
             )
             try:
-                registry.write_record(self._record)
+                registry.complete_record(self._record)
             except OSError as error:
                 self._notify(
                     f"Can't write to {self._config.log_dir} ({error.strerror}), so other kernels"
@@ -699,7 +699,7 @@ class Server:
             devices = await self._list_devices()
             self._record = self._record.model_copy(update={"devices": devices})
             if not self._found and not self._being_ended():
-                registry.write_record(self._record)
+                registry.complete_record(self._record)
 
     async def _list_devices(self) -> tuple[str, ...] | None:
         engine = await locate_engine(self._config.binary)
