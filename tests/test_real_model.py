@@ -11,6 +11,7 @@ from conftest import eventually
 from test_real_loads import is_true, load
 
 from kitty_nb import ModelCatalog, ModelManager, ServerConfig, ServerStatus
+from kitty_nb.supervisor import server
 from kitty_nb.supervisor.events import Ending, Working
 
 
@@ -42,7 +43,10 @@ def test_the_catalog_reads_its_header(real_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_prompt_that_it_reads_is_followed(real_config: ServerConfig) -> None:
+def test_a_prompt_that_it_reads_is_followed(
+    real_config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_SLOTS_ASKED", 0.02)  # slots alone tell the limit of an answer
     told: list[float] = []
 
     def note(event: object) -> None:
