@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import stat
@@ -12,7 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
@@ -29,7 +31,8 @@ from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, Wait
 from kitty_nb.fleet.balancing import LeastBusyTransport, Target
 from kitty_nb.fleet.front import FRONTS
 from kitty_nb.fleet.hosts import rpc_hosts
-from kitty_nb.fleet.replica import reachable_host
+from kitty_nb.fleet.placement import Placement
+from kitty_nb.fleet.replica import Report, reachable_host
 from kitty_nb.widgets import ReplicaPanel
 from kitty_nb.widgets.fleet_panel import UNKNOWN
 from kitty_nb.widgets.session import newest
@@ -376,6 +379,76 @@ def test_a_balancer_that_is_not_there_is_a_sentence(
 )
 def test_a_server_listens_where_its_worker_is_reached(worker: str, host: str) -> None:
     assert reachable_host(worker) == host
+
+
+class Cluster:
+    """A client of a cluster that runs nothing; tests report for its workers."""
+
+    status = "running"
+
+    def __init__(self, *workers: str) -> None:
+        self.scheduler = self
+        self.workers = set(workers)
+        self.submitted: list[str] = []  # the names of runs
+
+    async def identity(self) -> dict[str, Any]:
+        return {"workers": {worker: {} for worker in self.workers}}
+
+    def submit(self, _serve: object, _setup: object, _number: int, run: str, **_: object) -> Any:
+        self.submitted.append(run)
+        return SimpleNamespace(status="pending", release=lambda: None)
+
+
+async def placed_on(cluster: Cluster, config: ServerConfig) -> Placement:
+    """A replica that waits for one of the workers, all of which have been asked."""
+    placement = Placement(cluster, config, 1, lambda: None)  # type: ignore[arg-type]
+    placement._own, placement._tasks = cluster, SimpleNamespace(start_soon=lambda *_: None)  # type: ignore[assignment]
+    admits(placement, fresh=False)
+    await placement._look()
+    return placement
+
+
+def admits(placement: Placement, *, fresh: bool, meanwhile: Callable[[], object] = int) -> None:
+    """Have new workers answer at once, after something has happened."""
+
+    async def admit(new: list[str]) -> bool:
+        placement._workers |= dict.fromkeys(new, "")
+        meanwhile()
+        return fresh
+
+    placement._admit = admit  # type: ignore[method-assign]
+
+
+def reports(placement: Placement, run: str, worker: str) -> None:
+    report = Report(0, run, worker, ServerStatus.READY, f"http://{worker}:1", "demo")
+    placement._on_event((0.0, pickle.dumps(report)))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_worker_that_joins_while_another_is_asked_keeps_its_replica(
+    config: ServerConfig, fresh: bool
+) -> None:
+    async def work() -> None:
+        cluster = Cluster("a")
+        placement = await placed_on(cluster, config)
+        (run,) = cluster.submitted
+
+        def join() -> None:
+            cluster.workers.add("b")
+            reports(placement, run, "b")
+
+        admits(placement, fresh=fresh, meanwhile=join)
+        await placement._look()
+        (replica,) = placement.replicas
+        assert (replica.status, replica.problem) == (ServerStatus.READY, None)
+        assert cluster.submitted == [run]
+        admits(placement, fresh=False)
+        cluster.workers.remove("b")
+        await placement._look()
+        (replica,) = placement.replicas
+        assert replica.status is ServerStatus.OUT_OF_REACH
+
+    anyio.run(work)
 
 
 Answering = Callable[[list[bytes], bool], httpx.AsyncBaseTransport]

@@ -194,11 +194,12 @@ class Placement:
 
     async def _look(self) -> None:
         """Admit new workers, and handle each replica that has no worker or has ended."""
+        asked = time.monotonic()
         workers = await workers_of(self._own)
         self._workers = {w: one for w, one in self._workers.items() if w in workers}
         fresh = await self._admit(sorted(workers.keys() - self._workers.keys()))
         for place in self._places:
-            await self._see_to(place, set(workers), fresh=fresh)
+            await self._see_to(place, set(workers), asked, fresh=fresh)
         self._on_change()
 
     async def _admit(self, new: list[str]) -> bool:
@@ -228,17 +229,18 @@ class Placement:
             del self._workers[worker]
         return len(refused) < len(fit)
 
-    async def _see_to(self, place: _Place, workers: set[str], *, fresh: bool) -> None:
+    async def _see_to(self, place: _Place, workers: set[str], asked: float, *, fresh: bool) -> None:
+        for worker, run in [*place.stale]:
+            place.stale.discard((worker, run))
+            await self._order_stop(run, worker)
         report = place.report
-        lost = report is not None and report.worker not in workers
+        # A worker whose report is newer than the list may have joined since.
+        lost = report is not None and report.worker not in workers and place.at < asked
         placed = report is not None and report.run == place.run and not lost
         if lost and report:
             place.lost = f"Its worker {report.worker} is gone. Dask restarts it on another one."
         elif not placed and place.wanted:
             place.lost = "It waits for a worker that can serve the model and has no replica yet."
-        for worker, run in [*place.stale]:
-            place.stale.discard((worker, run))
-            await self._order_stop(run, worker)
         future = place.future
         status = future.status if future is not None else None
         if status == "finished":
