@@ -390,6 +390,7 @@ class Cluster:
         self.scheduler = self
         self.workers = set(workers)
         self.submitted: list[str] = []  # the names of runs
+        self.told: list[tuple[str, str]] = []  # workers, and the runs that they were told to stop
 
     async def identity(self) -> dict[str, Any]:
         return {"workers": {worker: {} for worker in self.workers}}
@@ -397,6 +398,11 @@ class Cluster:
     def submit(self, _serve: object, _setup: object, _number: int, run: str, **_: object) -> Any:
         self.submitted.append(run)
         return SimpleNamespace(status="pending", release=lambda: None)
+
+    async def run(
+        self, _: object, run: str, workers: list[str] | None = None, **__: object
+    ) -> None:
+        self.told += [(worker, run) for worker in workers or sorted(self.workers)]
 
 
 async def placed_on(cluster: Cluster, config: ServerConfig) -> Placement:
@@ -447,6 +453,33 @@ def test_a_worker_that_joins_while_another_is_asked_keeps_its_replica(
         await placement._look()
         (replica,) = placement.replicas
         assert replica.status is ServerStatus.OUT_OF_REACH
+
+    anyio.run(work)
+
+
+def test_a_replica_that_moves_is_stopped_wherever_it_is(config: ServerConfig) -> None:
+    async def work() -> None:
+        cluster = Cluster("a", "b")
+        placement = await placed_on(cluster, config)
+        (run,) = cluster.submitted
+        reports(placement, run, "a")
+        cluster.workers.remove("a")  # Dask restarts it on b, which has not reported yet
+        await placement.stop(0)
+        assert ("b", run) in cluster.told
+
+    anyio.run(work)
+
+
+def test_a_run_that_was_replaced_before_it_reported_is_stopped_too(config: ServerConfig) -> None:
+    async def work() -> None:
+        cluster = Cluster("a")
+        placement = await placed_on(cluster, config)
+        cluster.workers.add("b")  # before a, where it has begun, reports
+        admits(placement, fresh=True)
+        await placement._look()
+        assert len(cluster.submitted) == 2
+        await placement.stop(0)
+        assert {("a", run) for run in cluster.submitted} <= {*cluster.told}
 
     anyio.run(work)
 

@@ -89,7 +89,7 @@ class _Place:
     ended: str | None = None
     lost: str | None = None
     seen: bool | None = None  # whether it can be reached from here
-    stale: set[tuple[str, str]] = field(default_factory=set)
+    stale: set[str] = field(default_factory=set)  # former runs, which may go on
 
     @property
     def state(self) -> Replica:
@@ -198,6 +198,9 @@ class Placement:
         workers = await workers_of(self._own)
         self._workers = {w: one for w, one in self._workers.items() if w in workers}
         fresh = await self._admit(sorted(workers.keys() - self._workers.keys()))
+        async with anyio.create_task_group() as tasks:
+            for place in self._places:
+                tasks.start_soon(self._stop_stale, place)
         for place in self._places:
             await self._see_to(place, set(workers), asked, fresh=fresh)
         self._on_change()
@@ -230,9 +233,6 @@ class Placement:
         return len(refused) < len(fit)
 
     async def _see_to(self, place: _Place, workers: set[str], asked: float, *, fresh: bool) -> None:
-        for worker, run in [*place.stale]:
-            place.stale.discard((worker, run))
-            await self._order_stop(run, worker)
         report = place.report
         # A worker whose report is newer than the list may have joined since.
         lost = report is not None and report.worker not in workers and place.at < asked
@@ -254,8 +254,7 @@ class Placement:
             self._submit(place)
 
     def _submit(self, place: _Place) -> None:
-        if place.future is not None:
-            place.future.release()
+        self._give_up(place)
         place.run = uuid.uuid4().hex
         place.future = self._own.submit(
             serve,
@@ -267,12 +266,19 @@ class Placement:
             resources={SLOT: 1},
         )
 
+    def _give_up(self, place: _Place) -> None:
+        """Release a replica's task; its run goes on until `_stop_stale`, wherever Dask began it."""
+        if place.future is not None:
+            place.future.release()
+            place.future = None
+            place.stale.add(place.run)
+
     def _on_event(self, event: tuple[float, bytes]) -> None:
         """Record a replica's report."""
         report: Report = pickle.loads(event[1])  # noqa: S301 (Dask's results are pickles, too)
         place = self._places[report.number]
         if report.run != place.run:
-            place.stale.add((report.worker, report.run))
+            place.stale.add(report.run)
             return
         before = place.report
         place.report, place.at, place.lost = report, time.monotonic(), None
@@ -300,18 +306,23 @@ class Placement:
 
     async def _stop(self, place: _Place) -> None:
         place.wanted = False
-        future, place.future = place.future, None
-        if future is not None:
-            await self._order_stop(place.run, place.report.worker if place.report else None)
-            future.release()
+        self._give_up(place)
+        await self._stop_stale(place)
         self._on_change()
 
-    async def _order_stop(self, run: str, worker: str | None) -> None:
+    async def _stop_stale(self, place: _Place) -> None:
+        """Stop former runs on whichever workers have them, and wait until they have ended."""
+        runs = {*place.stale}
+        async with anyio.create_task_group() as tasks:
+            for run in runs:
+                tasks.start_soon(self._order_stop, run)
+        place.stale -= runs
+
+    async def _order_stop(self, run: str) -> None:
         if self._own.status != "running":  # waiting for a scheduler that is gone takes long
             return
-        workers = [worker] if worker else None
         with anyio.move_on_after(_STOP_WITHIN), suppress(OSError, ValueError):
-            await self._own.run(stop_job, run, workers=workers, on_error="ignore")
+            await self._own.run(stop_job, run, on_error="ignore")
 
 
 def _why_lost(error: BaseException | None) -> str:
