@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,8 +26,11 @@ from typer.testing import Result
 
 from kitty_nb import ModelManager, ServerConfig, ServerStatus
 from kitty_nb.catalog.gguf import read_header
+from kitty_nb.cli.commands import read_status
 from kitty_nb.cli.doctor import Verdict, examine
 from kitty_nb.supervisor.history import Outcome
+from kitty_nb.supervisor.process import ServerProcess
+from kitty_nb.supervisor.registry import ServerRecord, find_server, write_record
 
 _COMMAND = (sys.executable, "-m", "kitty_nb.cli")
 
@@ -367,6 +371,26 @@ def test_a_server_that_died_unwatched_is_said_to_have_crashed(env: Path) -> None
     result = run("status", "--env", env)
     assert result.exit_code == 3
     assert result.stdout.startswith("CRASHED: The server ended")
+
+
+def test_a_server_that_starts_while_its_status_is_read_has_not_crashed(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.log_dir.mkdir(mode=0o700)
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        server = ServerProcess(process.pid, None)
+        starts = iter([ServerRecord(began=time.monotonic(), config=config).of(server)])
+
+        def find(config: ServerConfig) -> ServerRecord | None:
+            for record in starts:
+                write_record(record)
+                return None  # what was so before
+            return find_server(config)
+
+        monkeypatch.setattr("kitty_nb.cli.commands.find_server", find)
+        state, _ = read_status(config)
+        process.kill()
+    assert (state.status, state.pid) == (ServerStatus.STARTING, process.pid)
 
 
 def test_a_log_is_followed_into_the_next_one(

@@ -417,6 +417,7 @@ def read_status(config: ServerConfig) -> tuple[ServerState, MemoryUse | None]:
 
 def _read_status(config: ServerConfig) -> ServerState:
     refuse_open_folder(config)
+    known = read_record(config)
     if running := find_server(config):
         health = ask_once(running.config.endpoint)
         return ServerState(
@@ -429,7 +430,9 @@ def _read_status(config: ServerConfig) -> ServerState:
         )
     if there := served_elsewhere(config):
         return ServerState(ServerStatus.STOPPED, config, error=there)
-    record, failure = read_record(config), last_failure(config)
+    failure, record = last_failure(config), read_record(config)
+    if record != known:  # a server has just been started or stopped
+        return _read_status(config)
     if record is None:
         status = ServerStatus.FAILED if failure else ServerStatus.STOPPED
         return ServerState(status, config, error=failure)
