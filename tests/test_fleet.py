@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import anyio
 import httpx
@@ -29,7 +30,7 @@ from test_dask_sweep import connected, machines
 from kitty_nb import Fleet, ServerConfig, ServerStatus, show_sweeps
 from kitty_nb.errors import ExperimentError, KittyError, ServerFailedError, WaitTimeoutError
 from kitty_nb.fleet.balancing import LeastBusyTransport, Target
-from kitty_nb.fleet.front import FRONTS
+from kitty_nb.fleet.front import FRONTS, Front
 from kitty_nb.fleet.hosts import rpc_hosts
 from kitty_nb.fleet.placement import Placement
 from kitty_nb.fleet.replica import Report, reachable_host
@@ -273,12 +274,11 @@ def test_nginx_balances_them(two: Client, config: ServerConfig) -> None:
 def test_its_configuration_is_accepted_and_private(tmp_path: Path) -> None:
     if not (nginx := FRONTS["nginx"].find()):
         pytest.skip("needs nginx")
-    front = FRONTS["nginx"](SecretStr("sesame"), "demo", unused_port())
     targets = [Target("http://127.0.0.1:9001", 4), Target("http://[::1]:9002", 4)]
     folder = tmp_path / "a folder; with signs"
     folder.mkdir()
     file = folder / "nginx.conf"
-    file.write_text(front.text(targets, front.alias, front.port, folder))
+    file.write_text(FRONTS["nginx"].text(targets, "demo", unused_port(), folder))
     done = subprocess.run(
         [nginx, "-t", "-e", "stderr", "-c", file], capture_output=True, text=True, check=False
     )
@@ -288,6 +288,30 @@ def test_its_configuration_is_accepted_and_private(tmp_path: Path) -> None:
         for port in (other.getsockname()[1], 0, 65536, "80"):
             with pytest.raises(ServerFailedError, match="Choose another port"):
                 FRONTS["nginx"](SecretStr("sesame"), "demo", port)
+
+
+def test_a_balancer_has_its_port_before_a_replica_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Front, "find", lambda *_: "/bin/true")
+    for kind in FRONTS.values():
+        monkeypatch.setattr(kind, "_examine", AsyncMock(return_value=None))
+
+    async def work() -> None:
+        first = FRONTS["llama-swap"](SecretStr("sesame"), "demo")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(first.run)
+            await anyio.sleep(0)
+            second = FRONTS["nginx"](SecretStr("sesame"), "demo")
+            assert second.port != first.port
+            with pytest.raises(ServerFailedError, match="that does not listen yet"):
+                FRONTS["nginx"](SecretStr("sesame"), "demo", first.port)
+            tasks.start_soon(second.run)
+            await anyio.sleep(0)
+            tasks.cancel_scope.cancel()
+        assert first._reserved.fileno() == second._reserved.fileno() == -1  # closed
+
+    anyio.run(work)
 
 
 def test_llama_swap_balances_them(two: Client, config: ServerConfig) -> None:

@@ -262,4 +262,4 @@ def test_a_port_for_administrators_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_port_bound_without_listening_is_refused_too(free_port: int) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", free_port))
-        assert "no access to" in (port_refusal("127.0.0.1", free_port) or "")
+        assert "does not listen yet" in (port_refusal("127.0.0.1", free_port) or "")

@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -52,6 +53,19 @@ def _why_not(port: object) -> str | None:
     return port_refusal(_HOST, port)
 
 
+def _reserve(port: int | None) -> tuple[int, socket.socket]:
+    """Bind a port, by default a free one, so that nobody else chooses it; return its socket too."""
+    chosen, bound = port or next_free_port(_HOST, _FIRST_PORT - 1), socket.socket()
+    while True:
+        try:
+            bound.bind((_HOST, chosen))
+        except OSError:  # connections that have just ended there prevent this, but not listening
+            if port is None:
+                chosen = next_free_port(_HOST, chosen)
+                continue
+        return chosen, bound
+
+
 class Front(ABC):
     """A balancer on this machine, from `run` until it is cancelled.
 
@@ -85,7 +99,7 @@ class Front(ABC):
         if port is not None and (problem := _why_not(port)):  # clients would send it the key
             raise ServerFailedError(f"{problem} Choose another port, or leave it out.")
         self._path, self._key, self.alias = found, key, alias
-        self.port = port or next_free_port(_HOST, _FIRST_PORT - 1)
+        self.port, self._reserved = _reserve(port)
         self.problem: str | None = None
         self.restarts = 0
         self._targets: tuple[Target, ...] = ()
@@ -110,9 +124,13 @@ class Front(ABC):
 
     async def run(self) -> None:
         """Run the balancer. It starts with the first replica, and restarts when it exits."""
+        with self._reserved:
+            self.problem = await self._examine()
+            if self.problem:
+                return
+            await self._changed.wait()
         with TemporaryDirectory(prefix="kitty_nb-front-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            await self._changed.wait()
             crashes = 0
             while crashes < _RESTARTS:
                 began = time.monotonic()
@@ -178,6 +196,10 @@ class Front(ABC):
         """
 
     @abstractmethod
+    async def _examine(self) -> str | None:
+        """Examine the program, and return why it can't be used; None if it can."""
+
+    @abstractmethod
     def _command(self, folder: Path) -> list[str]:
         """Return its command line."""
 
@@ -211,11 +233,10 @@ class Nginx(Front):
             ),
         )
 
-    async def run(self) -> None:
-        """Run the balancer. It starts with the first replica, and restarts when it exits."""
+    async def _examine(self) -> str | None:
         built = await anyio.run_process([self._path, "-V"], check=False)
         self._without = built.stderr.decode(errors="replace")
-        await super().run()
+        return None
 
     def _command(self, folder: Path) -> list[str]:
         # -e: until it has read its configuration, it would write to a system log.
@@ -234,12 +255,9 @@ class LlamaSwap(Front):
     program: ClassVar[str] = "llama-swap"
     install: ClassVar[str] = f"Get it from {SWAP_HOME}."
 
-    async def run(self) -> None:
-        """Run it, unless it is too old to spread requests."""
+    async def _examine(self) -> str | None:
         lacks = "spread requests over replicas"
-        self.problem = await why_swap_unfit(self._path, SPREADS, lacks)
-        if self.problem is None:
-            await super().run()
+        return await why_swap_unfit(self._path, SPREADS, lacks)
 
     @staticmethod
     def text(targets: Targets, alias: str, port: int, folder: Path, without: str = "") -> str:

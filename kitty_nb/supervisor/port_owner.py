@@ -113,7 +113,8 @@ def _refusal(problem: OSError, host: str, port: int, owner: PortOwner | None) ->
     if isinstance(problem, socket.gaierror):
         return f"The host name {host} does not resolve; 127.0.0.1 is this machine only."
     if problem.errno == errno.EADDRINUSE:
-        who = owner.who if owner else "a process you have no access to"
+        unseen = "a process that does not listen yet, or that you have no access to"
+        who = owner.who if owner else unseen
         return f"Port {port} on {host} is in use by {who}."
     if problem.errno == errno.EADDRNOTAVAIL:
         return f"{host} is not an address of this machine; 127.0.0.1 is this machine only."
