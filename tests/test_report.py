@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from html import unescape
@@ -32,6 +33,7 @@ from kitty_nb.experiments import (
     Workload,
     compare_results,
 )
+from kitty_nb.experiments.measure import fingerprint_of
 from kitty_nb.experiments.trial import ModelFingerprint
 from kitty_nb.isolated_server import this_host
 
@@ -198,10 +200,28 @@ def test_a_report_of_a_model_that_is_elsewhere_says_so(results: Results, tmp_pat
     away = replace(results, config=ServerConfig(models_dir=tmp_path), workload=None)
     away = replace(away, rows=(replace(away.rows[0], host="red x86_64"), *away.rows[1:]))
     page = away.report(tmp_path / "out.html").read_text()
-    assert "demo.gguf, which is not on this machine" in page
+    assert "demo.gguf; the files that were measured are not on this machine" in page
     assert f">processor of {this_host()}<" in page
     assert "LLAMACPP_PRIMARY_THREADS=4" in page
     assert "Repeat it" not in page
+
+
+def test_a_report_names_no_checksum_of_a_file_that_was_replaced(
+    results: Results, demo_model: Path, tmp_path: Path
+) -> None:
+    config = results.config.replace(models_dir=tmp_path, model=None)
+    model = tmp_path / demo_model.name
+    shutil.copyfile(demo_model, model)
+    was = fingerprint_of(model.name, config)
+    measured = tuple(replace(one, fingerprint=was) for one in results.rows[:-1])
+    results = Results(config, (*measured, results.rows[-1]))  # one that found no file
+    page = results.report(tmp_path / "before.html").read_text()
+    assert hashlib.sha256(model.read_bytes()).hexdigest() in page
+    with model.open("ab") as file:
+        file.write(bytes(32))
+    page = results.report(tmp_path / "after.html").read_text()
+    assert f"{model.name}; the files that were measured are not on this machine" in page
+    assert "SHA-256" not in page
 
 
 def test_curves_of_many_combinations_are_those_of_the_best(

@@ -22,6 +22,7 @@ from kitty_nb.config.flags import without_secrets
 from kitty_nb.errors import ConfigError, ExperimentError, ModelFileError
 from kitty_nb.experiments.arguments import require
 from kitty_nb.experiments.extras import extra
+from kitty_nb.experiments.measure import fingerprint_of
 from kitty_nb.experiments.metrics import in_words, smaller_is_better
 from kitty_nb.experiments.output import number, valid_text
 from kitty_nb.experiments.plots import labels_of, words_of
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from kitty_nb.catalog.cache import FileDigest
     from kitty_nb.experiments.analysis import Analysis
     from kitty_nb.experiments.combination import Combination
-    from kitty_nb.experiments.trial import Trial, Workload
+    from kitty_nb.experiments.trial import ModelFingerprint, Trial, Workload
 
 _INK = "#010203"  # placeholder for the page's text colour
 _CURVES = 8
@@ -157,7 +158,8 @@ def _inline(figure: Figure, prefix: str) -> Markup:
 def _models(results: Analysis) -> Iterator[tuple[str, str]]:
     for model, files in files_of(results).items():
         if not files:
-            yield "model", f"{PurePath(model).name}, which is not on this machine"
+            name = PurePath(model).name
+            yield "model", f"{name}; the files that were measured are not on this machine"
         for file in files:
             hashed = Markup('<span class="hash">{}</span>').format(file.sha256)
             yield "model", escape(f"{file.name}, {decimal(file.size)}, SHA-256 ") + hashed
@@ -181,15 +183,18 @@ def machine_of(results: Analysis) -> Iterator[tuple[str, str]]:
 
 
 def files_of(results: Analysis) -> dict[str, tuple[FileDigest, ...]]:
-    """Return each model's files by its name in trials; no files if it is not on this machine."""
-    found: dict[str, tuple[FileDigest, ...]] = {}
+    """Return each model's files by its name in trials; no files if this machine has only others."""
+    measured: dict[str, set[ModelFingerprint | None]] = {}
+    for row in results.rows:
+        measured.setdefault(row.trial.model, {None}).add(row.fingerprint)
+    found: dict[str, tuple[FileDigest, ...]] = dict.fromkeys(measured, ())
     with start_blocking_portal() as portal:
-        for model in dict.fromkeys(row.trial.model for row in results.rows):
-            try:
+        for model, fingerprints in measured.items():
+            with suppress(ConfigError, ModelFileError):  # measured elsewhere, or gone since
                 config = resolve_model(results.config.replace(model=model, projector=None))
-                found[model] = portal.call(digest_model, config).shards
-            except (ConfigError, ModelFileError):  # measured elsewhere, or gone since
-                found[model] = ()
+                files = portal.call(digest_model, config).shards
+                if fingerprints <= {None, fingerprint_of(model, results.config)}:
+                    found[model] = files
     return found
 
 
