@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -343,6 +344,57 @@ def test_llama_swap_balances_them(two: Client, config: ServerConfig) -> None:
         eventually(both_work, within=WAIT)  # it looks at its configuration from time to time
         fleet.stop(0).wait(WAIT)
         eventually(lambda: all(answer(3) == 200 for _ in range(4)))
+
+
+# A llama-swap that reads its configuration when it starts, and from then on if its time changes.
+_SWAP = """#!{python}
+import os, pathlib, socket, sys, time
+if sys.argv[1] == "-version":
+    sys.exit(print("version: 242"))
+file, folder = sys.argv[2], pathlib.Path({folder!r})
+port = int(sys.argv[4].split(":")[1])
+def read():
+    (folder / "read").write_bytes(pathlib.Path(file).read_bytes())
+read()
+while not (folder / "go").exists():
+    time.sleep(0.01)
+noted = os.stat(file).st_mtime_ns
+server = socket.create_server(("127.0.0.1", port))
+while True:
+    time.sleep(0.05)
+    if noted != (noted := os.stat(file).st_mtime_ns):
+        read()
+"""
+
+
+def test_llama_swap_learns_of_a_replica_that_is_ready_while_it_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "llama-swap"
+    program.write_text(_SWAP.format(python=sys.executable, folder=str(tmp_path)))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(Front, "find", lambda *_: str(program))
+    front = FRONTS["llama-swap"](SecretStr("sesame"), "demo")
+    targets = [Target(f"http://10.0.0.{number}:9001", 1) for number in (1, 2)]
+    read = tmp_path / "read"
+
+    async def until(number: int) -> None:
+        with anyio.fail_after(30):
+            while not read.exists() or f"10.0.0.{number}" not in read.read_text():
+                await anyio.sleep(0.05)
+
+    async def work() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(front.run)
+            front.use(targets[:1])
+            await until(1)
+            front.use(targets)
+            await anyio.sleep(0.3)
+            (tmp_path / "go").touch()
+            await until(2)
+            tasks.cancel_scope.cancel()
+
+    anyio.run(work)
 
 
 def test_llama_swap_gets_a_peer_for_each_and_a_selector_over_all() -> None:

@@ -162,10 +162,20 @@ class Front(ABC):
             await sidecar.ended()
 
     async def _follow(self, folder: Path) -> None:
+        # Between reading its configuration and listening, llama-swap would miss a change.
+        while not await self._listens():  # noqa: ASYNC110
+            await anyio.sleep(_POLL)
         while True:
             await self._changed.wait()
             self._write(folder)
             await self._reload(folder)
+
+    async def _listens(self) -> bool:
+        try:
+            async with await anyio.connect_tcp(_HOST, self.port):
+                return True
+        except OSError:
+            return False
 
     def _write(self, folder: Path) -> None:
         self._changed = anyio.Event()
