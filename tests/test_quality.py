@@ -17,7 +17,15 @@ import pytest
 from kitty_nb import ServerConfig, Supervisor
 from kitty_nb.client import Access
 from kitty_nb.errors import ConfigError, ExperimentError
-from kitty_nb.experiments import Divergence, ExactMatch, Outcome, Perplexity, Results, Sweep
+from kitty_nb.experiments import (
+    Divergence,
+    ExactMatch,
+    Outcome,
+    Perplexity,
+    Results,
+    Sweep,
+    Workload,
+)
 from kitty_nb.experiments import measure as trials
 from kitty_nb.experiments.likelihood import likeness, perplexity_of
 from kitty_nb.experiments.quality import judge
@@ -96,6 +104,25 @@ def test_trials_at_once_share_one_run_of_the_reference(
     assert [row.outcome for row in rows] == [Outcome.DONE] * 2, rows
     assert len(started) == 3
     assert started.count("reference") == 1
+
+
+def test_a_reference_may_be_replaced_by_that_of_a_sweep_on_another_thread(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = ({1: 0.0},)
+
+    class Replaced(dict[object, Any]):
+        """One that is emptied after each look."""
+
+        def __contains__(self, _: object) -> bool:
+            return True
+
+        def get(self, *_: object) -> Any:
+            return known
+
+    monkeypatch.setattr(trials, "_references", Replaced())
+    workload = Workload((PROMPT,), quality=Divergence(str(config.model), {PROMPT: "Once."}))
+    assert anyio.run(trials._reference_of, workload, config) == known
 
 
 def test_what_one_of_two_lists_alone_counts_as_one() -> None:

@@ -497,7 +497,7 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
     settings = config.model_dump_json(include=set(SERVER_SETTINGS))
     key = model, settings, workload.prompts, workload.chat, workload.fill, repr(quality)
     async with _reference_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
-        if key not in _references:
+        if (found := _references.get(key)) is None:
             own = config.replace(model=quality.reference, profile="reference", alias="reference")
             async with isolated_server(own) as server, server.access.async_http() as http:
                 client = BenchmarkClient(http, workload, {})
@@ -505,7 +505,7 @@ async def _reference_of(workload: Workload, config: ServerConfig) -> Reference:
                 found = await client.expectations(quality.expected)
             _references.clear()  # they are large, and sweeps run one after another
             _references[key] = found
-        return _references[key]
+        return found
 
 
 def _queued(most: int, slots: int | None) -> str:
