@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import eventually
 from hub_server import MB, ONE, SPLIT, Hub, Repo
-from ipywidgets import Widget
+from ipywidgets import HTML, Widget
 
 from kitty_nb import ControlPanel, ModelManager, ServerConfig
+from kitty_nb.hub import Download, Plan
 from kitty_nb.widgets.download_form import DownloadForm
 
 Make = Callable[[], tuple[DownloadForm, list[Path]]]
@@ -86,6 +87,67 @@ def test_a_download_is_cancelled_and_resumed(make: Make, hub: Hub) -> None:
     form.download.click()
     eventually(lambda: done)
     assert [asked.first > MB // 2 for asked in hub.asked] == [True]
+
+
+@pytest.fixture
+def slow_plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., threading.Event]:
+    """To look for a download's files takes until a part of the form says something, or 1 s.
+
+    The event tells that it has begun.
+    """
+    plan, slow = Download.plan, dict[Download, tuple[threading.Event, threading.Event]]()
+
+    def plan_slowly(download: Download) -> Plan:
+        found = plan(download)
+        if download in slow:
+            begun, said = slow[download]
+            begun.set()
+            said.wait(1)
+        return found
+
+    def wait_for(download: Download, part: HTML, text: str) -> threading.Event:
+        begun, said = slow[download] = threading.Event(), threading.Event()
+        part.observe(lambda change: text in change["new"] and said.set(), "value")
+        return begun
+
+    monkeypatch.setattr(Download, "plan", plan_slowly)
+    return wait_for
+
+
+def test_what_is_said_is_about_the_model_chosen_last(
+    make: Make, hub: Hub, slow_plan: Callable[..., threading.Event]
+) -> None:
+    hub.repos["a/b"] = Repo({f"b-{name}.gguf": b"GGUF" for name in ("Q2_K", "Q4_K_M", "Q8_0")})
+    form, _done = make()
+    look(form, "a/b")
+    said: list[str] = []
+    form.files.observe(lambda change: said.append(change["new"]), "value")
+    models = {download.variant.label: download for _, download in form.choice.options}
+    begun = slow_plan(models["Q2_K"], form.files, "b-Q8_0.gguf")
+    form.choice.value = models["Q2_K"]
+    assert begun.wait(10)
+    form.choice.value = models["Q8_0"]
+    eventually(lambda: len(said) == 2)
+    assert "b-Q8_0.gguf" in form.files.value
+
+
+def test_a_listing_begins_when_a_cancelled_download_has_ended(
+    make: Make, hub: Hub, slow_plan: Callable[..., threading.Event]
+) -> None:
+    form, _done = make()
+    hub.rate = 2 * MB
+    look(form, ONE)
+    form.download.click()
+    eventually(lambda: form.bar.value > 0)
+    slow_plan(form.choice.value, form.notice, "a/b")
+    said: list[str] = []
+    form.files.observe(lambda change: said.append(change["new"]), "value")
+    form.repository.value = "a/b"
+    form.show_files.click()  # on a page that has not yet disabled it
+    eventually(lambda: "no repository a/b" in form.notice.value and len(said) == 3)
+    assert form.files.value == ""
+    assert form.choice.disabled
+    assert form.download.disabled
 
 
 def test_shards_and_projector_are_listed(make: Make) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
 
-from anyio import CancelScope
+from anyio import CancelScope, Lock
 from anyio.to_thread import run_sync
 from ipywidgets import HTML, Dropdown, HBox, Text
 from rich.filesize import decimal
@@ -48,6 +48,7 @@ class DownloadForm(Fold):
         self._manager = manager
         self.attach(models_dir, on_done)
         self._running: Operation[None] | None = None
+        self._turn = Lock()  # the manager's thread does one thing at a time, in the order of clicks
         self.repository = Text(
             placeholder="owner/name, owner/name:Q4_K_M, or the page's URL",
             **labelled("Repository", "A repository of GGUF files on huggingface.co"),
@@ -88,7 +89,7 @@ class DownloadForm(Fold):
 
     def _choose(self) -> None:
         if not self.choice.disabled:  # else the listing sets it
-            self._actions.run(partial(self._manager.run, self._describe, self.choice.value))
+            self._actions.run(partial(self._manager.run, self._in_turn, self._describe))
 
     def _download(self) -> None:
         if not (self._running and not self._running.done):
@@ -96,10 +97,14 @@ class DownloadForm(Fold):
 
     def _begin(self, work: Callable[..., Coroutine[Any, Any, None]], wanted: object) -> None:
         def begin() -> Operation[None]:
-            self._running = self._manager.run(work, wanted)
+            self._running = self._manager.run(self._in_turn, work, wanted)
             return self._running
 
         self._actions.run(begin)
+
+    async def _in_turn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        async with self._turn:
+            await work(*args)
 
     async def _look(self, text: str) -> None:
         self.choice.disabled = self.download.disabled = True
@@ -121,11 +126,14 @@ class DownloadForm(Fold):
         ]
         self.choice.value = downloads[repository.variants.index(wanted)]
         self.choice.disabled = False
-        await self._describe(self.choice.value)
+        await self._describe()
 
-    async def _describe(self, download: Download, *, fetched: bool = False) -> None:
-        if not fetched:
+    async def _describe(self) -> None:
+        if download := self.choice.value:
             show_if(self.progress, False)  # it was another download's
+            await self._show_plan(download)
+
+    async def _show_plan(self, download: Download) -> None:
         plan = await run_sync(download.plan)
         files = [f"{escape(str(f.path))} · {decimal(f.size)}" for f in download.variant.files]
         parts = [f"<b>{decimal(plan.size)}</b> into {escape(str(download.models_dir))}"]
@@ -162,7 +170,7 @@ class DownloadForm(Fold):
         finally:
             self._set_busy(False)
             with CancelScope(shield=True):
-                await self._describe(download, fetched=True)
+                await self._show_plan(download)
         self.bar.value, self.bar.bar_style = Meter.STEPS, "success"
         self.text.value = f"complete · {decimal(size)}"
         await run_sync(self._on_done, model)
