@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 from conftest import demo_config, eventually, unused_port
@@ -16,6 +19,7 @@ from kitty_nb.catalog.model import read_task
 from kitty_nb.catalog.resolve import resolve_model
 from kitty_nb.config import Task
 from kitty_nb.errors import KittyError, ServerError
+from kitty_nb.operation import Operation
 from kitty_nb.widgets.server_view import name_of, snippet
 
 TEXTS = ["a model", "", "who are you", "the demo model of kitty_nb", "hello " * 20, "a model"]
@@ -78,6 +82,31 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
         assert "panel.manager.embed([" in code
         panel.embed.show(replace(panel.manager.state, pid=1))  # another model's
         assert panel.embed.vector.value == ""
+    finally:
+        panel.close()
+
+
+def test_the_panel_shows_the_vector_of_the_text_embedded_last(
+    embedder: ModelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Future[Any]] = []
+
+    def embed(_texts: list[str]) -> Operation[Any]:
+        answers.append(Future())
+        return Operation(answers[-1])
+
+    panel = ControlPanel(manager=embedder)
+    monkeypatch.setattr(embedder, "embed", embed)
+    shown: list[str] = []
+    panel.embed.vector.observe(lambda change: shown.append(change["new"]), "value")
+    try:
+        for _ in range(2):
+            panel.embed.embed.click()
+        for answer, numbers in ((answers[1], 2), (answers[0], 1)):
+            if not answer.cancelled():
+                answer.set_result(np.ones((1, numbers), np.float32))
+        panel.manager.run(anyio.sleep, 0.1).wait(10)
+        assert [text.split(" · ")[0] for text in shown] == ["2 numbers"]
     finally:
         panel.close()
 

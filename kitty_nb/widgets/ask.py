@@ -358,6 +358,7 @@ class EmbedBox(HBox):
 
     def __init__(self, manager: ModelManager, show_problem: Callable[[str | None], None]) -> None:
         self._manager = manager
+        self._asked: Operation[Vectors] | None = None
         self._before: Vectors | None = None
         self._server: tuple[int | None, str] | None = None  # whose vector that is
         self.text = Text(placeholder="A text to embed", continuous_update=False)
@@ -378,7 +379,10 @@ class EmbedBox(HBox):
         show_if(self, ready)
 
     def _ask(self) -> Operation[None]:
-        return self._manager.run(self._tell, self._manager.embed([self.text.value]))
+        if self._asked:
+            self._asked.cancel()
+        self._asked = self._manager.embed([self.text.value])
+        return self._manager.run(self._tell, self._asked)
 
     async def _tell(self, asked: Operation[Vectors]) -> None:
         (vector,) = await asked
