@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +147,35 @@ def test_a_page_that_opens_later_is_told_all_and_the_notebook_keeps_nothing(
     panel.ask.receive({"kind": "new"})
     assert panel.ask.turns == ()
     assert told(sent)[-1] == {"kind": "turns", "chat": message["chat"] + 1, "turns": []}
+    panel.close()
+
+
+def test_a_page_that_opens_as_an_answer_ends_is_told_of_the_end_last(
+    telling: Callable[..., ControlPanel], sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = telling((0.0, says("So ")), *[(0.05, says("on "))] * 2000)
+    turn = ask(panel, "Well?")
+    eventually(lambda: turn.text)
+    opening, over = threading.Event(), threading.Event()
+    page = threading.Thread(target=panel.ask.receive, args=[{"kind": "replay"}])
+    send = panel.ask.send
+
+    def send_slowly(message: dict[str, Any]) -> None:
+        ends = message["kind"] == "turns" and not message["turns"][-1]["busy"]
+        if threading.current_thread() is page and message["kind"] == "turns":
+            opening.set()
+            over.wait(1)
+        send(message)
+        if ends:
+            over.set()
+
+    monkeypatch.setattr(panel.ask, "send", send_slowly)
+    page.start()
+    assert opening.wait(10)
+    panel.ask.receive({"kind": "stop"})
+    page.join()
+    assert over.wait(10)
+    assert not told(sent)[-1]["turns"][-1]["busy"]
     panel.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -202,6 +203,9 @@ class Ask(Page):
             earlier.stop()
         self._turns = [*earlier.turns] if earlier else []
         self._chat = 0  # pages drop the contents of another one
+        # Held from reading what to send until it is sent, as two threads do: pages take what
+        # arrives last for the newest.
+        self._sending = threading.RLock()
         self._facts: dict[str, object] = {}
         self._answering: Operation[Answer] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -254,8 +258,9 @@ class Ask(Page):
     def new_chat(self) -> None:
         """Forget the chat, and begin another one."""
         self.stop()
-        self._turns, self._chat = [], self._chat + 1
-        self._tell()
+        with self._sending:
+            self._turns, self._chat = [], self._chat + 1
+            self._tell()
 
     def show(self, state: ServerState, *, template: bool = True) -> None:
         """Show the box while a chat model is ready; without one, only the chat so far."""
@@ -279,8 +284,7 @@ class Ask(Page):
         prompt = f"Ask {state.alias}{'' if template else _NO_TEMPLATE}"
         facts = {"ready": ready, "hint": hint, "prompt": prompt, "sees": state.sees}
         if facts != self._facts:
-            self._facts = facts
-            self.send({"kind": "facts", **facts})
+            self._tell_facts(facts)
 
     def receive(self, message: Any) -> None:
         """Handle a message from a page."""
@@ -294,8 +298,9 @@ class Ask(Page):
             case {"kind": "code", "for": str(asker)}:
                 self.send_text(asker, lambda: self.code)
             case {"kind": "replay"}:
-                self.send({"kind": "facts", **self._facts})
-                self._tell(*self._turns, whole=True)
+                with self._sending:
+                    self._tell_facts(self._facts)
+                    self._tell(*self._turns, whole=True)
 
     async def _follow(self, turn: Turn, answering: Operation[Answer]) -> None:
         try:
@@ -326,16 +331,22 @@ class Ask(Page):
             pause = max(0.0, self._sent_at + _SEND_EVERY - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(pause, self._tell, turn)
 
+    def _tell_facts(self, facts: dict[str, object]) -> None:
+        with self._sending:
+            self._facts = facts
+            self.send({"kind": "facts", **facts})
+
     def _tell(self, *turns: Turn, whole: bool = False) -> None:
         if not whole:
             self._timer, self._sent_at = None, time.monotonic()
-        places = {turn: place for place, turn in enumerate(self._turns)}
-        news = [
-            {"turn": places[turn], **(turn.whole() if whole else turn.news())}
-            for turn in turns
-            if turn in places  # else it belongs to an earlier chat
-        ]
-        self.send({"kind": "turns", "chat": self._chat, "turns": news})
+        with self._sending:
+            places = {turn: place for place, turn in enumerate(self._turns)}
+            news = [
+                {"turn": places[turn], **(turn.whole() if whole else turn.news())}
+                for turn in turns
+                if turn in places  # else it belongs to an earlier chat
+            ]
+            self.send({"kind": "turns", "chat": self._chat, "turns": news})
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
