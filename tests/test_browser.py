@@ -25,7 +25,7 @@ from test_vision import DEMO_WIDTH, png
 
 from kitty_nb import write_demo_model
 from kitty_nb.widgets import FleetPanel
-from kitty_nb.widgets.ask import Ask
+from kitty_nb.widgets.ask import Ask, Turn
 from kitty_nb.widgets.fleet_panel import FleetRow
 from kitty_nb.widgets.server_view import Address
 from kitty_nb.widgets.server_work import LINES_KEPT, ServerLog
@@ -972,6 +972,33 @@ def test_pictures_are_refused_until_another_model_takes_them(
     expect(hint).to_be_visible()
     page.evaluate("message => tell(message)", {**facts, "sees": True})
     expect(hint).to_have_count(0)
+
+
+def test_a_question_stays_in_its_box_until_the_kernel_has_the_one_before(
+    front_end: Callable[..., Page],
+) -> None:
+    page = front_end(Ask)
+    tell = "message => tell(message)"
+    facts = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
+    page.evaluate(tell, facts)
+    page.evaluate("sent.splice(0)")
+    question, asking = page.get_by_role("textbox", name="Question"), page.get_by_text("Asking…")
+    for place, text in enumerate(("One?", "Two?")):
+        question.fill(text)
+        question.press("Enter")
+        expect(question).to_have_value("")
+        question.fill("Next?")
+        question.press("Enter")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(question).to_have_value("Next?")
+        expect(asking).to_be_visible()
+        assert page.evaluate("sent.splice(0)") == [{"kind": "ask", "text": text, "pictures": []}]
+        turn = Turn(text)
+        for told in (turn.whole, turn.news):
+            turns = [{"turn": place, **told()}]
+            page.evaluate(tell, {"kind": "turns", "chat": 0, "turns": turns})
+            expect(asking).to_have_count(0)
+            turn.end()
 
 
 def test_the_rows_of_a_fleet_have_their_order_and_keep_the_focus(

@@ -118,6 +118,8 @@ function drawBox(el, store) {
   let [chosen, note] = [[], ""];
 
   const busy = () => Boolean(store.turns.at(-1)?.busy);
+  const nextTurn = () => `${store.chat} ${store.turns.length}`;
+  const asking = () => store.asking === nextTurn(); // the kernel has not received it
   const fit = () => {
     area.style.height = "auto";
     area.style.height = `${area.scrollHeight + 2}px`;
@@ -158,14 +160,14 @@ function drawBox(el, store) {
   };
   const submit = () => {
     if (!(area.value.trim() || chosen.length)) return;
-    if (busy()) {
-      tell(BUSY);
+    if (busy() || asking()) {
+      tell(busy() ? BUSY : ASKING);
       return;
     }
     const pictures = chosen.map(({ url, thumbnail }) => ({ url, thumbnail }));
     store.send({ kind: "ask", text: area.value, pictures });
     tell(ASKING);
-    [store.last, area.value, chosen] = [area.value, "", []];
+    [store.asking, store.last, area.value, chosen] = [nextTurn(), area.value, "", []];
     fit();
     drawPictures();
   };
@@ -225,7 +227,7 @@ function drawBox(el, store) {
       say(main, busy() ? "Stop answer" : "Ask");
       main.classList.toggle("kitty-ask-stop", busy());
       main.title = busy() ? "Stop the answer, and the server's work on it" : "Ask (Enter)";
-      const over = { [ASKING]: busy(), [BUSY]: !busy(), [BLIND]: store.facts.sees };
+      const over = { [ASKING]: !asking(), [BUSY]: !busy(), [BLIND]: store.facts.sees };
       tell(over[note] ? "" : note);
     },
   };
@@ -290,6 +292,6 @@ function render(el, store) {
   return view;
 }
 
-const begin = () => ({ facts: {}, chat: 0, turns: [], last: "" });
+const begin = () => ({ facts: {}, chat: 0, turns: [], asking: "", last: "" });
 
 export default stored(begin, receive, render);
