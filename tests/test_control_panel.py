@@ -34,6 +34,7 @@ from kitty_nb import (
     write_demo_model,
 )
 from kitty_nb.catalog.memory import Memory, MemoryPool
+from kitty_nb.config.profiles import save_settings
 from kitty_nb.supervisor import forecast
 from kitty_nb.supervisor.events import HealthCheckResult, LoadProgress, Stage
 from kitty_nb.supervisor.log import previous
@@ -749,6 +750,26 @@ def test_a_panel_on_a_given_manager_reads_and_saves_the_managers_env(
         assert "LLAMACPP_PRIMARY_THREADS=3" in own.read_text()
         assert env.read_text() == other
         panel.close()
+
+
+def test_what_was_changed_in_the_env_meanwhile_stays_unless_it_is_edited_here_too(
+    panel: ControlPanel, env: Path
+) -> None:
+    beside = ControlPanel(manager=panel.manager)
+    try:
+        for number, one in enumerate((panel, beside, panel), 3):
+            eventually(lambda one=one: one.picker.model)
+            there = ServerConfig.from_env(env).replace(context_size=256 * number, batch_size=512)
+            save_settings(there, env)
+            for name in ("threads", "batch_size"):
+                one.settings.fields[name].value = str(number)
+            one.settings.save.click()
+            saved = ServerConfig.from_env(env)
+            assert (saved.threads, saved.batch_size) == (number, number)
+            assert saved.context_size == 256 * number
+            assert one.settings.fields["context_size"].value == str(256 * number)
+    finally:
+        beside.close()
 
 
 def test_a_panel_on_the_manager_of_another_saves_to_the_same_env(env: Path) -> None:

@@ -114,7 +114,10 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def save_settings(
-    config: ServerConfig, path: str | Path = ".env", names: Collection[str] | None = None
+    config: ServerConfig,
+    path: str | Path = ".env",
+    names: Collection[str] | None = None,
+    read: ServerConfig | None = None,
 ) -> SavedEnv:
     """Write the settings that differ from a `.env` file into it, for their profile alone.
 
@@ -125,13 +128,15 @@ def save_settings(
         config: The settings.
         path: The file; created if it is missing.
         names: The fields to write; all by default.
+        read: The file's settings when it was last read. Those that have since changed in the file,
+            but not in `config`, stay.
 
     Raises:
         ConfigError: The file can't be read or written, or a setting that applies to every profile
             would have to be unset.
     """
     env = read_env(path)
-    return write_env(env, _changes(env, config, names))
+    return write_env(env, _changes(env, config, names, read))
 
 
 def add_profiles(
@@ -174,11 +179,16 @@ def added_lines(configs: Collection[ServerConfig], path: str | Path = ".env") ->
 def _additions(env: EnvFile, configs: Collection[ServerConfig]) -> dict[str, str]:
     changes: dict[str, str] = {}
     for config in configs:
-        changes |= _changes(env, config, None)
+        changes |= _changes(env, config)
     return changes
 
 
-def _changes(env: EnvFile, config: ServerConfig, names: Collection[str] | None) -> dict[str, str]:
+def _changes(
+    env: EnvFile,
+    config: ServerConfig,
+    names: Collection[str] | None = None,
+    read: ServerConfig | None = None,
+) -> dict[str, str]:
     """Return the keys that a profile's settings would change in a file, with their values."""
     given, complaint = _load(env, config.profile)
     wrong = {problem.key for problem in complaint.problems} if complaint else set()
@@ -186,9 +196,10 @@ def _changes(env: EnvFile, config: ServerConfig, names: Collection[str] | None) 
     problems = []
     for name, setting in env_settings().items():
         key, shared = f"{PREFIX}{config.profile.upper()}_{setting.suffix}", PREFIX + setting.suffix
-        value = getattr(config, name)
-        differs = value != getattr(given, name) or key in wrong
-        if not differs or isinstance(value, SecretStr) or (names and name not in names):
+        value, in_file = getattr(config, name), getattr(given, name)
+        stays = read is not None and value == getattr(read, name) != in_file
+        differs = value != in_file or key in wrong
+        if stays or not differs or isinstance(value, SecretStr) or (names and name not in names):
             continue
         changes[key] = _text(name, value, given)
         if not changes[key] and env.values.get(shared):

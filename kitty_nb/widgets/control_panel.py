@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -70,6 +71,7 @@ class ControlPanel(VBox):
         manager: ModelManager | None = None,
     ) -> None:
         self._config: ServerConfig
+        self._file: ServerConfig | None = None  # the file's settings when it was last read
         self._problem: str | None = None
         self._hints = ""  # settings that have no effect
         self._log_shown = False  # automatically, because of a problem
@@ -85,6 +87,9 @@ class ControlPanel(VBox):
             self._env = manager.env or env
             self._config = manager.state.config
             self._profile = self._config.profile
+            if manager.env is not None:
+                with suppress(ConfigError):
+                    self._file = load_profile(self._env, self._profile)[0]
         self.manager = manager
         self._router_load: RouterLoad | None = None
         self._latest_switch: server_view.Switch | None = None
@@ -254,7 +259,8 @@ class ControlPanel(VBox):
 
     def _read_env(self) -> str | None:
         """Read the settings without invalid ones; return a complaint about those."""
-        self._config, complaint = load_profile(self._env, self._profile)
+        self._file, complaint = load_profile(self._env, self._profile)
+        self._config = self._file
         self._hints = "\n".join(env_warnings(self._env, self._profile))
         return str(complaint) if complaint else None
 
@@ -289,7 +295,7 @@ class ControlPanel(VBox):
             names = {"model", "mmproj", *self.settings.fields, *self._taken}
             wanted = self._wanted()
             wanted = as_written(wanted) if wanted.ssh else wanted
-            saved = save_settings(wanted, self._env, names)
+            saved = save_settings(wanted, self._env, names, self._file)
         except KittyError as error:
             self._show_problem(str(error))
         else:
