@@ -18,6 +18,7 @@ from kitty_nb import ModelManager, ServerConfig
 from kitty_nb.client import Access, Answer, Piece, Ranked
 from kitty_nb.client.conversation import converse
 from kitty_nb.client.embeddings import embed, rerank
+from kitty_nb.client.protocol import Connections
 from kitty_nb.errors import ExperimentError, NoAnswerError, ServerError
 from kitty_nb.experiments.measure import BenchmarkClient
 from kitty_nb.experiments.recording import ask as record_answers
@@ -336,3 +337,32 @@ def test_whatever_a_server_says_of_itself_is_survived(says: Says, body: str) -> 
         await probe.aclose()
 
     anyio.run(look)
+
+
+def test_requests_at_once_to_another_server_share_one_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[httpx.AsyncClient] = []
+    made, close = Access.async_http, httpx.AsyncClient.aclose
+
+    def make(access: Access) -> httpx.AsyncClient:
+        opened.append(made(access))
+        return opened[-1]
+
+    async def close_slowly(client: httpx.AsyncClient) -> None:
+        await anyio.sleep(0.01)
+        await close(client)
+
+    async def ask() -> None:
+        connections = Connections()
+        first, second = (Access(f"http://localhost:{port}", None) for port in (1, 2))
+        await connections.requests(first)
+        async with anyio.create_task_group() as group:
+            for _ in range(2):
+                group.start_soon(connections.requests, second)
+        await connections.aclose()
+
+    monkeypatch.setattr(Access, "async_http", make)
+    monkeypatch.setattr(httpx.AsyncClient, "aclose", close_slowly)
+    anyio.run(ask)
+    assert [http.is_closed for http in opened] == [True, True]

@@ -94,8 +94,11 @@ class Connections:
         """Return the client for this package's own requests, all of them on one event loop."""
         server = replace(access, model=None)  # an answer of another model there may still stream
         if self._requests is None or self._requests[0] != server:
-            await self.aclose()
-            self._requests = server, access.async_http()
+            earlier, http = self._requests, access.async_http()
+            self._requests = server, http  # before another request gets a turn
+            if earlier:
+                await earlier[1].aclose()
+            return http
         return self._requests[1]
 
     def close(self) -> None:
