@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,7 +57,8 @@ class Hub:
 
     Attributes:
         repos: Repositories by name.
-        rate: Bytes per second at which files are sent; None for as fast as can be.
+        rate: Bytes per second at which files are sent at most; None for as fast as can be.
+        silent_after: After so many bytes of an answer no more is sent, until this is None.
         cuts: After so many bytes of an answer the connection is cut, one entry per answer.
         wrong: Paths of which other bytes are sent.
         refusals: Statuses to answer the next requests for bytes with.
@@ -71,6 +71,7 @@ class Hub:
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos = repos
         self.rate: float | None = None
+        self.silent_after: int | None = None
         self.cuts: list[int] = []
         self.wrong: set[str] = set()
         self.refusals: list[int] = []
@@ -249,18 +250,19 @@ def _handler(hub: Hub, has_bytes: int) -> type[BaseHTTPRequestHandler]:
             cut = hub.cuts.pop(0) if hub.cuts else None
             if cut is not None:
                 body, self.close_connection = body[:cut], True
-            began = time.monotonic()
             for start in range(0, len(body), _BLOCK):
+                while hub.silent_after is not None and start >= hub.silent_after:
+                    if hub.closing.wait(0.01):
+                        self.close_connection = True
+                        return
                 try:
                     self.wfile.write(body[start : start + _BLOCK])
                 except OSError:
                     self.close_connection = True
                     return
-                if hub.rate is not None:
-                    due = began + (start + _BLOCK) / hub.rate
-                    if hub.closing.wait(max(0.0, due - time.monotonic())):
-                        self.close_connection = True
-                        return
+                if hub.rate is not None and hub.closing.wait(_BLOCK / hub.rate):
+                    self.close_connection = True
+                    return
 
         def refuse(self, status: int, code: str) -> None:
             body = json.dumps({"error": code or "no"}).encode()

@@ -7,7 +7,7 @@ The suite starts it hundreds of times, and most of such a start is imports: so i
 line and speaks HTTP by itself, rather than by argparse and http.server.
 """
 
-# ruff: noqa: PTH123 - pathlib, too, takes longer to import than all that is used of it
+# ruff: noqa: PTH110, PTH123 - pathlib, too, takes longer to import than all that is used of it
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ FLAGS = [
     (("--bind-after",), "SECONDS", "say nothing and bind nothing for so long"),
     (("--load-seconds",), "SECONDS", "read the model at an even pace for so long"),
     (("--prepare-seconds",), "SECONDS", "keep answering 503 for so long after the weights"),
+    (("--hurry",), "FILE", "end both at once when this file is there"),
     (("--compile",), "SECONDS", "then keep a core busy for so long, without a word"),
     (("--never-ready",), None, "answer 503 for ever"),
     (("--answer-as",), "STRING", "list another model than the one asked for"),
@@ -51,7 +52,6 @@ FLAGS = [
     (("--blurt",), "FILE", "write what this file holds to the log once it is ready"),
     (("--tell-keys",), "FILE", "write each path that was asked for, and whether with the key"),
     (("--first-answer",), "SECONDS", "let the first request wait for so long"),
-    (("--later-answers",), "SECONDS", "let every other request wait for so long"),
     (("--tokens",), "N", "tell of so many tokens of the request under way"),
     (("--chat",), "FILE", "answer chats by this file's lines: seconds to wait, and an event"),
     (("--fail-requests",), "STRING", "answer each request with this error"),
@@ -133,9 +133,8 @@ class Server:
 
     def post(self) -> tuple[int, object]:
         self.posted += 1
-        pause = "--first-answer" if self.posted == 1 else "--later-answers"
         self.busy = True
-        time.sleep(self.seconds(pause))
+        time.sleep(self.seconds("--first-answer") if self.posted == 1 else 0)
         self.busy = False
         if failure := self.options.get("--fail-requests"):
             return 500, {"error": {"code": 500, "message": failure, "type": "server_error"}}
@@ -180,6 +179,11 @@ class Server:
             connection, _ = listener.accept()
             threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
 
+    def wait_until(self, moment: float) -> None:
+        hurry = self.options.get("--hurry")
+        while (left := moment - time.monotonic()) > 0 and not (hurry and os.path.exists(hurry)):
+            time.sleep(min(left, 0.02) if hurry else left)
+
     def load(self) -> bytearray:
         weights = bytearray()
         seconds, path = self.seconds("--load-seconds"), self.options["--model"]
@@ -188,8 +192,8 @@ class Server:
             began, size = time.monotonic(), os.fstat(file.fileno()).st_size
             while block := file.read(max(1, size // 200)):
                 weights += block
-                time.sleep(max(0.0, began + seconds * len(weights) / size - time.monotonic()))
-        time.sleep(self.seconds("--prepare-seconds"))
+                self.wait_until(began + seconds * len(weights) / size)
+        self.wait_until(time.monotonic() + self.seconds("--prepare-seconds"))
         work(self.seconds("--compile"))
         return weights
 

@@ -205,13 +205,17 @@ def test_a_server_that_became_ready_while_it_was_stopped_stays_stopped(
     misbehaving: Callable[..., ServerConfig],
     config: ServerConfig,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(LOOK_EVERY, 0.05)  # the second is to find it while it loads
-    stubborn = misbehaving("--ignore-sigterm", "--prepare-seconds", "1", stop_grace_seconds=3)
+    loads = "--prepare-seconds", "60", "--hurry", str(tmp_path / "hurry")
+    stubborn = misbehaving("--ignore-sigterm", *loads, stop_grace_seconds=4)
     with ModelManager(config=stubborn) as first, ModelManager(config=config) as second:
         first.start(wait_for_ready=False)
         eventually(lambda: second.state.status is ServerStatus.LOADING)
         stopping = second.stop()
+        eventually(lambda: second.state.status is ServerStatus.STOPPING)
+        (tmp_path / "hurry").touch()
         eventually(lambda: any("model loaded" in line for line in second.log_lines))
         stopping.wait(10)
         eventually(lambda: first.state.status is ServerStatus.STOPPED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -48,11 +49,18 @@ def telling(
     """A panel on a server that answers by the events it is given, each after some seconds."""
 
     def tell(*events: tuple[float, dict[str, Any]]) -> ControlPanel:
-        (tmp_path / "chat").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+        if events:
+            (tmp_path / "chat").write_text(lines(*events))
+        else:  # the server waits for what the test writes
+            os.mkfifo(tmp_path / "chat")
         config = misbehaving("--chat", str(tmp_path / "chat"), restart_delay_seconds=60)
         return started(config)
 
     return tell
+
+
+def lines(*events: tuple[float, dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(event)}\n" for event in events)
 
 
 def says(text: str, kind: str = "content", **facts: object) -> dict[str, Any]:
@@ -202,22 +210,28 @@ def test_many_words_are_few_messages(telling: Callable[..., ControlPanel], sent:
     assert len(told(sent)) <= 10 * (time.monotonic() - began) + 4
 
 
-def test_thinking_and_reading_are_told(telling: Callable[..., ControlPanel], sent: Sent) -> None:
+def test_thinking_and_reading_are_told(
+    telling: Callable[..., ControlPanel], sent: Sent, tmp_path: Path
+) -> None:
+    def turns() -> list[dict[str, Any]]:
+        return [turn for message in told(sent) for turn in message["turns"]]
+
     half = {"total": 100, "cache": 0, "processed": 50, "time_ms": 2000}
-    panel = telling(
-        (0.0, {"choices": [], "prompt_progress": half}),
-        (0.3, says("Hm. ", "reasoning_content")),
-        (0.3, says("So. ")),
-        END,
-    )
-    turn = answered(ask(panel, "Well?"))
-    assert turn.thought.startswith("Thought for 0.")
+    panel = telling()
+    turn = ask(panel, "Well?")
+    with (tmp_path / "chat").open("w", buffering=1) as chat:
+        chat.write(lines((0.0, {"choices": [], "prompt_progress": half})))
+        eventually(
+            lambda: "Reading the prompt · 50 % · 2 s left" in [turn["status"] for turn in turns()]
+        )
+        chat.write(lines((0.0, says("Hm. ", "reasoning_content"))))
+        eventually(lambda: "Thinking…" in [turn["thought"] for turn in turns()])
+        chat.write(lines((0.0, says("So. ")), END))
+    answered(turn)
+    assert re.fullmatch(r"Thought for \d+(\.\d)? s", turn.thought)
     assert (turn.thinking, turn.text) == ("Hm. ", "So. ")
     eventually(lambda: shown(sent) == "So. ")
-    turns = [turn for message in told(sent) for turn in message["turns"]]
-    assert turns[0]["status"] == "Waiting for the model"
-    assert "Reading the prompt · 50 % · 2 s left" in [turn["status"] for turn in turns]
-    assert "Thinking…" in [turn["thought"] for turn in turns]
+    assert turns()[0]["status"] == "Waiting for the model"
 
 
 def test_an_answer_is_stopped_and_a_closed_panel_leaves_none(

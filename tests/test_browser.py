@@ -45,7 +45,7 @@ _CHROMIUM_FLAGS = [
     "--disable-sync",
     "--host-resolver-rules=MAP elsewhere.example 127.0.0.1",
 ]
-_LOAD_SECONDS = 8
+_LOAD_SECONDS = 40  # unless a test is in a hurry
 
 
 def expect(part: Locator | Page) -> Any:
@@ -92,9 +92,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
         "LLAMACPP_SLOW_HISTORY=slow.sqlite3\n"  # else the other engine's loads are expected
         f"LLAMACPP_SLOW_BIN={stand_in}\n"
         "LLAMACPP_SLOW_RESTART_DELAY_SECONDS=60\n"
-        f"LLAMACPP_SLOW_EXTRA_ARGS='--load-seconds {_LOAD_SECONDS} --prepare-seconds 0.5'\n"
+        f"LLAMACPP_SLOW_EXTRA_ARGS='--load-seconds {_LOAD_SECONDS} --hurry {folder}/hurry'\n"
     )
     return folder
+
+
+@pytest.fixture
+def hurry(workspace: Path) -> Iterator[Path]:
+    """A file that ends the slow profile's load when it is made: once enough of it was seen."""
+    yield workspace / "hurry"
+    (workspace / "hurry").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -470,7 +477,7 @@ def test_a_panel_works_in_other_front_ends(
     ],
 )
 def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
-    open_notebook: Callable[..., Notebook], busy: bool
+    open_notebook: Callable[..., Notebook], hurry: Path, busy: bool
 ) -> None:
     notebook = open_notebook(
         "from kitty_nb import ControlPanel\nControlPanel(profile='slow')",
@@ -493,8 +500,10 @@ def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
         return len(seen) >= 5
 
     eventually(moved, within=30, why="the bar stands still")
+    hurry.touch()
     notebook.expect_status("Ready")
     expect(notebook.panel.locator(".kitty-load")).to_be_hidden()
+    hurry.unlink()
     notebook.button("Stop").click()
     notebook.expect_status("Not running")
     notebook.button("Start").click()
@@ -507,7 +516,7 @@ def test_a_slow_load_is_seen_to_move_and_can_be_stopped(
 
 @pytest.mark.slow
 def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
-    open_notebook: Callable[..., Notebook],
+    open_notebook: Callable[..., Notebook], hurry: Path
 ) -> None:
     notebook = open_notebook("from kitty_nb import ControlPanel\nControlPanel(profile='slow')")
     notebook.run(0)
@@ -538,6 +547,7 @@ def test_the_panel_serves_keyboards_screen_readers_and_weak_eyes(
     expect(bar).to_have_attribute("aria-valuetext", re.compile("loading weights"))
     expect(panel.locator(".kitty-accessible [role=status]")).to_have_text("Loading")
     page.evaluate("const now = performance.now(); performance.now = () => now + 20_000")
+    hurry.touch()
     notebook.expect_status("Ready")
     expect(panel.locator(".kitty-accessible [role=status]")).to_have_text("Ready")
     expect(page).to_have_title("Ready: medium")
@@ -899,8 +909,15 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     open_notebook: Callable[..., Notebook],
 ) -> None:
     notebook = open_notebook(
-        "from kitty_nb.experiments import Sweep\n"
-        "Sweep(['small.gguf'], {'threads': [1, 2, 3]}, repeats=2, max_tokens=8)",
+        "import anyio\nfrom kitty_nb.experiments import Sweep\n"
+        "sweep = Sweep(['small.gguf'], {'threads': [1, 2, 3]}, repeats=2, max_tokens=8)\n"
+        "measure = sweep._measure\n"
+        "async def the_second_waits_for_the_pause(*args):\n"
+        "    while len(sweep._rows) == 1 and not sweep.progress.paused:\n"
+        "        await anyio.sleep(0.01)\n"
+        "    return await measure(*args)\n"
+        "sweep._measure = the_second_waits_for_the_pause\n"
+        "sweep",
         "import time\ntime.sleep(120)",
     )
     notebook.run(0)
@@ -914,8 +931,7 @@ def test_a_sweep_fills_its_table_and_can_be_paused_while_a_cell_runs(
     expect(notebook.panel.locator(".kitty-now")).to_contain_text("small.gguf")
     notebook.button("Pause").click()
     notebook.expect_status("Paused")
-    ended = notebook.panel.get_by_text(re.compile(r"[1-5] of 6 trials"))
-    expect(ended).to_be_visible()
+    expect(notebook.panel.get_by_text("2 of 6 trials")).to_be_visible()
     expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[*]:")
     notebook.button("Resume").click()
     notebook.expect_status("Done")

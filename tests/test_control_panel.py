@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -812,7 +813,7 @@ def test_a_crash_is_explained(misbehaving_panel: Callable[..., ControlPanel]) ->
 def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     misbehaving_panel: Callable[..., ControlPanel],
 ) -> None:
-    panel = misbehaving_panel("--exit-after", "2", "--exit-code", "-11", restart_delay_seconds=30)
+    panel = misbehaving_panel(restart_delay_seconds=30)
     seen: list[int] = []
 
     def note(_change: object) -> None:
@@ -821,6 +822,8 @@ def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
 
     panel.status_line.observe(note, names="value")
     panel.buttons.start.click()
+    wait_for(panel, "Ready")
+    psutil.Process(panel.manager.state.pid).send_signal(signal.SIGSEGV)
     wait_for(panel, "Restarting")
     eventually(lambda: "in " in panel.status_line.value)
     eventually(lambda: "SIGSEGV" in panel.notice.value, why=panel.notice.value)
@@ -830,7 +833,8 @@ def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     eventually(lambda: offered(panel) == {"Restart now", "Cancel"})
     eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
     eventually(lambda: len(set(seen)) >= 5)
-    assert sorted(set(seen), reverse=True) == [*range(max(seen), min(seen) - 1, -1)]
+    assert seen == sorted(seen, reverse=True)
+    assert max(seen) - min(seen) < 10  # a busy machine skips one
     assert panel._log_fold.unfolded
     panel.buttons.cancel.click()
     wait_for(panel, "Not running")

@@ -70,10 +70,10 @@ def test_a_model_is_listed_chosen_and_downloaded(make: Make, models: Path) -> No
 
 def test_a_download_is_cancelled_and_resumed(make: Make, hub: Hub) -> None:
     form, done = make()
-    hub.rate = 2 * MB
+    hub.rate = MB / 2
     look(form, f"{ONE}:Q4_K_M")
     form.download.click()
-    eventually(lambda: form.bar.value > 300)
+    eventually(lambda: form.bar.value > 200)  # seconds before all of it is there
     assert "downloading · " in form.text.value
     assert form.download.disabled
     assert form.show_files.disabled

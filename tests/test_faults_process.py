@@ -57,6 +57,19 @@ def hang_drive(case: Case) -> None:
     case.at_spawn(hang)
 
 
+def die_again_and_again(case: Case) -> None:
+    dead: set[int | None] = set()
+
+    def lives() -> bool:
+        state = case.manager.state
+        return state.status is ServerStatus.READY and state.pid not in dead
+
+    for _ in range(1 + case.config.restart_max):
+        eventually(lives)
+        dead.add(case.pid)
+        case.signal(signal.SIGSEGV)
+
+
 def die_and_lose_port(case: Case) -> None:
     case.signal(signal.SIGKILL)
     eventually(lambda: case.manager.state.status is ServerStatus.RESTARTING)
@@ -194,7 +207,8 @@ DEATHS = [
         CRASHED,
         "SIGSEGV",
         at=READY,
-        flags=("--exit-after", "2", "--exit-code", "-11"),
+        strike=die_again_and_again,
+        flags=(),
         changes={"restart_max": 2, "restart_delay_seconds": 0.1},
         within=30,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,13 +116,17 @@ def test_each_kind_of_server_is_asked_once(
 
 
 def test_a_later_request_without_a_token_is_spoken_of(
-    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch
+    misbehaving: Misbehaving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("kitty_nb.supervisor.health._SILENT", 1.5)
-    with ModelManager(config=misbehaving("--later-answers", "5")) as manager:
+    answer = tmp_path / "answer"
+    os.mkfifo(answer)  # the server waits until somebody writes
+    with ModelManager(config=misbehaving("--chat", str(answer))) as manager:
         said = activities(manager)
         manager.start().wait(30)
-        manager.http.post("/completion", json={}, timeout=30)
+        with manager.http.stream("POST", "/v1/chat/completions", json={}):
+            eventually(lambda: any("has produced no token" in line for line in said))
+            answer.write_text("")
         eventually(
             lambda: any(line.startswith("The server is answering again after") for line in said)
         )

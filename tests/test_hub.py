@@ -268,7 +268,7 @@ def test_two_repositories_with_the_same_names_do_not_collide(hub: Hub, models: P
 
 
 def test_a_cancelled_download_resumes(hub: Hub, models: Path) -> None:
-    hub.rate = 2 * MB
+    hub.silent_after = 2 * MB
     download = prepare(models)
     fetch_until(download, lambda: bool(parts(models)) and parts(models)[0].stat().st_size > MB)
     (part,) = parts(models)
@@ -280,7 +280,7 @@ def test_a_cancelled_download_resumes(hub: Hub, models: Path) -> None:
     assert (row.path, row.downloading, row.startable) == (download.model, True, False)
     assert download.plan().there == had
 
-    hub.rate = None
+    hub.silent_after = None
     hub.asked.clear()
     again = prepare(models)
     fetch(again)
@@ -352,10 +352,10 @@ def test_a_damaged_file_is_deleted(hub: Hub, models: Path) -> None:
 
 
 def test_a_part_of_an_older_version_is_discarded(hub: Hub, models: Path) -> None:
-    hub.rate = 2 * MB
+    hub.silent_after = 2 * MB
     download = prepare(models)
     fetch_until(download, lambda: bool(parts(models)) and parts(models)[0].stat().st_size > MB)
-    hub.rate = None
+    hub.silent_after = None
     hub.repos[ONE].files["tiny-Q4_K_M.gguf"] = changed = some_bytes(2 * MB, 9)
     fetch(prepare(models))
     assert download.model.read_bytes() == changed
@@ -421,7 +421,7 @@ def test_a_disk_that_fills_up_keeps_the_part(hub: Hub, models: Path) -> None:
 
 
 def test_a_second_download_of_the_same_file_is_refused(hub: Hub, models: Path) -> None:
-    hub.rate = 2 * MB
+    hub.silent_after = 2 * MB
     first, second = prepare(models), prepare(models)
 
     async def run() -> None:
@@ -431,6 +431,7 @@ def test_a_second_download_of_the_same_file_is_refused(hub: Hub, models: Path) -
                 await anyio.sleep(0.01)
             with pytest.raises(HubError, match="is already being downloaded"):
                 await second.run(ignore)
+            hub.silent_after = None
 
     anyio.run(run)
     assert first.model.read_bytes() == hub.repos[ONE].files["tiny-Q4_K_M.gguf"]
