@@ -77,7 +77,7 @@ def test_requests_from_before_have_their_times_however_long_the_log(
     first.end(None)
     server = ServerProcess(first.server, None)
     began = time.time() - server.age
-    eventually(lambda: server.age > 0.3)  # later than the lines below
+    eventually(lambda: server.age > 2)  # much later than the lines below
     proof = (  # of another program that watched the load
         "0.00.000.100 I slot launch_slot_: id  0 | task 800 | processing task, is_child = 0",
         "0.00.000.200 I slot print_timing: id  0 | task 800 | prompt eval time = 9 ms / 9 tokens",
@@ -98,7 +98,8 @@ def test_requests_from_before_have_their_times_however_long_the_log(
     with ModelManager(config=config) as manager:
         eventually(lambda: manager.requests and manager.requests[-1].ended is Ending.CANCELLED)
         (request,) = manager.requests
-        assert (request.at, request.seconds) == pytest.approx((began + 0.1, 0.2), abs=0.05)
+        assert request.seconds == pytest.approx(0.2)
+        assert request.at == pytest.approx(began + 0.1, abs=1)  # not dated by when it was read
 
 
 @pytest.mark.parametrize("ending", [None, signal.SIGKILL], ids=["ended", "killed"])

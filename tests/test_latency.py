@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitty_nb import ServerConfig
@@ -34,6 +34,7 @@ def sweep(config: ServerConfig, tmp_path: Path) -> Iterator[Callable[..., Sweep]
         one.close()
 
 
+@settings(deadline=None)  # a busy machine stops for longer than any of this takes
 @given(
     st.lists(st.floats(0, 1e6), min_size=1, max_size=300),
     st.sampled_from([1, 50, 90, 95, 99]),
