@@ -389,7 +389,16 @@ def test_a_stop_elsewhere_during_a_back_off_ends_it(
         assert state.error is None
 
 
-def test_two_that_start_at_once_are_one_server(config: ServerConfig) -> None:
+def test_two_that_start_at_once_are_one_server(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, both_tried = Supervisor._look_for_server, threading.Event()
+
+    async def look_later(self: Supervisor) -> ServerRecord | None:
+        return await look(self) if both_tried.is_set() else None
+
+    # Whoever has found the other's server before it starts its own uses that.
+    monkeypatch.setattr(Supervisor, "_look_for_server", look_later)
     with ModelManager(config=config) as first, ModelManager(config=config) as second:
         operations = first.start(), second.start()
         errors = []
@@ -398,6 +407,7 @@ def test_two_that_start_at_once_are_one_server(config: ServerConfig) -> None:
                 operation.wait(30)
             except KittyError as error:
                 errors.append(str(error))
+        both_tried.set()
         assert len(errors) == 1
         assert "started elsewhere" in errors[0]
         eventually(lambda: first.state.pid == second.state.pid is not None)

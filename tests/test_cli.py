@@ -77,7 +77,8 @@ def test_a_server_started_in_a_terminal_is_seen_and_stopped_by_a_panel(env: Path
     assert "Server starting…\n" in started.stderr
     pid = facts(env)["pid"]
     with ModelManager(env) as manager:
-        assert (manager.state.pid, manager.state.status) == (pid, ServerStatus.READY)
+        eventually(lambda: manager.state.status is ServerStatus.READY)
+        assert manager.state.pid == pid
         assert manager.http.get("/health").status_code == 200
         manager.stop().wait(30)
     result = run("status", "--env", env)

@@ -518,7 +518,7 @@ def test_what_is_corrected_in_the_env_is_used_and_what_is_edited_stays(env: Path
     fields = panel.settings.fields
     try:
         eventually(lambda: "LLAMACPP_CTX" in panel.notice.value)
-        assert panel.picker.model
+        eventually(lambda: panel.picker.model)
         assert panel.picker.model.name == "one.gguf"
         fields["threads"].value = "2"
         env.write_text(right.replace("PARALLEL=1", "PARALLEL=3\nLLAMACPP_FLASH_ATTN=on"))

@@ -289,9 +289,12 @@ def test_how_a_load_ended_is_written(misbehaving: Callable[..., ServerConfig]) -
         load(config)
 
     async def stop() -> None:
+        events: list[Event] = []
         async with Supervisor(config.replace(stall_seconds=60)) as supervisor:
+            supervisor.subscribe(events.append)
             await supervisor.start(wait_for_ready=False)
-            while supervisor.state.pid is None:
+            # Until the model's files have been looked at, there is nothing to write.
+            while not any(isinstance(e, ProgressMade) and e.progress.elapsed for e in events):
                 await anyio.sleep(0.01)
             await supervisor.stop()
 
@@ -306,6 +309,7 @@ def test_a_load_that_another_program_stops_has_not_crashed(
     with ModelManager(config=config) as first, ModelManager(config=config) as second:
         first.start()
         eventually(lambda: second.state.pid is not None)
+        eventually(lambda: first.progress and first.progress.elapsed)  # what to write is known
         second.stop().wait(20)
         eventually(lambda: first.state.status is ServerStatus.STOPPED)
     assert [outcome for outcome, *_ in rows(config.history)] == ["stopped"]

@@ -268,12 +268,13 @@ def test_an_older_build_that_cannot_is_found_out_by_what_it_reads_again(
 
 def test_of_two_kernels_that_watch_a_server_one_keeps_a_prompt(config: ServerConfig) -> None:
     watched = config.replace(context_size=4096)
-    with ready(watched) as (manager, _), ModelManager(config=watched) as second:
-        eventually(lambda: second.state.status is ServerStatus.READY)
+    with ready(watched) as (manager, _):
         ask(manager, TEXT)
         eventually(lambda: kept(watched))
         before = {file.name for file in watched.prompts_dir.iterdir()}
-        second.stop().wait(60)
+        with ModelManager(config=watched) as second:  # both at one moment would both save it
+            eventually(lambda: second.state.status is ServerStatus.READY)
+            second.stop().wait(60)
         eventually(lambda: manager.state.status is ServerStatus.STOPPED)
         assert {file.name for file in watched.prompts_dir.iterdir()} == before
 
