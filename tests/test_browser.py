@@ -52,7 +52,7 @@ def expect(part: Locator | Page) -> Any:
     """Return Playwright's assertions about a part of a page."""
     from playwright.sync_api import expect as asserted  # noqa: PLC0415
 
-    asserted.set_options(timeout=30_000)  # a machine that tests is a busy one
+    asserted.set_options(timeout=60_000)  # a machine that tests is a busy one
     return asserted(part)
 
 
@@ -291,6 +291,7 @@ def write_notebook(workspace: Path, *cells: str) -> str:
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """One for all tests: JupyterLab's megabytes of scripts are fetched and compiled once."""
     context = browser.new_context(viewport={"width": 1280, "height": 1400})
+    context.set_default_timeout(120_000)  # a cold machine reads those megabytes first
     yield context
     context.close()
 
@@ -448,6 +449,7 @@ def test_a_panel_works_in_other_front_ends(
 ) -> None:
     name = write_notebook(workspace, "from kitty_nb import ControlPanel\nControlPanel()")
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.set_default_timeout(120_000)
     page.goto(lab.replace("doc/tree", front_end).format(f"notebooks/{name}"))
     notebook = Notebook(page)
     if front_end == "notebooks":  # Voilà runs all cells by itself

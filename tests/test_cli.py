@@ -264,7 +264,8 @@ def test_why_a_start_failed_is_known_until_the_next_one(
     env: Path, stand_in: Path, flags: str, says: str
 ) -> None:
     good = f"{env.read_text()}LLAMACPP_BIN={stand_in}\n"
-    env.write_text(f"{good}LLAMACPP_STALL_SECONDS=1\nLLAMACPP_EXTRA_ARGS={flags}\n")
+    patience = 1 if says == "stalled" else 60
+    env.write_text(f"{good}LLAMACPP_STALL_SECONDS={patience}\nLLAMACPP_EXTRA_ARGS={flags}\n")
     failed = run("start", "--env", env)
     assert failed.exit_code == 1
     reason = failed.stderr.partition("kitty-nb: ")[2].splitlines()[0]
@@ -276,7 +277,7 @@ def test_why_a_start_failed_is_known_until_the_next_one(
     asked = run("status", "--env", env)
     assert asked.exit_code == 3
     assert asked.stdout.rstrip().endswith(f": {reason}")
-    env.write_text(f"{good}LLAMACPP_CTX=99999999\n")
+    env.write_text(f"{good}LLAMACPP_CTX=2000000000\n")
     assert "Not enough memory" in run("start", "--env", env).stderr
     assert "Not enough memory" in run("status", "--env", env).stdout
     env.write_text(good)
