@@ -23,9 +23,9 @@ manager = ModelManager(config=config)
 start = manager.start()
 while sys.argv[2] == "load" and manager.state.pid is None:
     time.sleep(0.01)
-print(manager.state.pid if sys.argv[2] == "load" else start.wait(30).pid, flush=True)
+print(manager.state.pid if sys.argv[2] == "load" else start.wait(60).pid, flush=True)
 if sys.argv[2] != "end":
-    time.sleep(60)
+    sys.stdin.read()  # as long as the test's process
 """
 
 
@@ -53,11 +53,14 @@ class Kernel:
     def __init__(self, config: ServerConfig, then: str, under: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
             [*under, sys.executable, "-c", _KERNEL, config.model_dump_json(), then],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self.process.stdout
-        self.server = int(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, "it has started no server; why is above, in what it wrote to stderr"
+        self.server = int(line)
 
     def end(self, number: int | None = None) -> None:
         if number is not None:

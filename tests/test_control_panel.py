@@ -471,7 +471,7 @@ def test_memory_is_looked_at_again_when_the_server_is_ready_and_when_it_is_stopp
     eventually(lambda: "released by the running server" in panel.memory.value)
     panel.buttons.stop.click()
     wait_for(panel, "Not running")
-    eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
+    eventually(lambda: "fits" in panel.memory.value and "released by" not in panel.memory.value)
 
 
 def test_incomplete_models_are_listed_but_not_startable(panel: ControlPanel) -> None:
@@ -649,6 +649,7 @@ def test_what_runs_is_chosen_by_a_panel_that_finds_it(env: Path) -> None:
             eventually(lambda shown=panel: offered(shown) == {"Stop"})
         panel.buttons.restart.click()
         eventually(lambda: panel.manager.state.restart_count == 1)
+        eventually(lambda: panel.manager.state.status is ServerStatus.READY)
         wait_for(panel, "Ready")
         config = panel.manager.state.config
         assert (config.model, config.context_size, config.threads) == (
@@ -836,7 +837,7 @@ def test_a_crash_is_mended_with_a_countdown_that_can_be_cancelled(
     assert panel.load_bar.text.value == "waiting before the restart"
     assert panel.load_bar.bar.value > 0
     eventually(lambda: offered(panel) == {"Restart now", "Cancel"})
-    eventually(lambda: "fits" in panel.memory.value and "gives back" not in panel.memory.value)
+    eventually(lambda: "fits" in panel.memory.value and "released by" not in panel.memory.value)
     eventually(lambda: len(set(seen)) >= 5)
     assert seen == sorted(seen, reverse=True)
     assert max(seen) - min(seen) < 10  # a busy machine skips one

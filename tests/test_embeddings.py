@@ -70,11 +70,10 @@ def test_the_panel_shows_what_becomes_of_a_text(embedder: ModelManager) -> None:
     panel = ControlPanel(manager=embedder)
     try:
         eventually(lambda: panel.embed.layout.display is None)
-        for text in ("who are you", "who are you"):
-            panel.embed.text.value = text
+        for said in ("320 numbers · length", "1.00 similar to the previous text"):
+            panel.embed.text.value = "who are you"
             panel.embed.embed.click()
-            eventually(lambda: "320 numbers · length" in panel.embed.vector.value)
-        eventually(lambda: "1.00 similar to the previous text" in panel.embed.vector.value)
+            eventually(lambda said=said: said in panel.embed.vector.value)
         panel.embed.text.value = "hello " * 600
         panel.embed.embed.click()
         eventually(lambda: "longer than the model takes in one go" in panel.notice.value)
