@@ -323,7 +323,8 @@ def test_it_stops_in_the_middle_of_an_answer(
             next(answer.iter_raw())
 
             server.process.send_signal(signal.SIGINT)
-            assert server.process.wait(60) == 0
+            # It may be answering a moment before it handles signals, which end it all the same.
+            assert server.process.wait(60) in {0, -signal.SIGINT}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
