@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -34,6 +36,7 @@ from kitty_nb.supervisor.registry import (
     ServerRecord,
     find_server,
     mark_of,
+    process_of,
     profile_lock,
     read_record,
     record_of,
@@ -387,6 +390,43 @@ def test_a_stop_elsewhere_during_a_back_off_ends_it(
             eventually(lambda: second.state.status is ServerStatus.STOPPED, within=20)
         state, _ = read_status(config)
         assert state.error is None
+
+
+def test_a_restart_that_fails_elsewhere_ends_nobody_s_back_off(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOOK_EVERY, 0.02)
+    config = config.replace(restart_delay_seconds=0.5)
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        first.start().wait(30)
+        pid = served_by_both(first, second)
+        spawn, failed = ServerProcess.spawn, threading.Event()
+
+        def fail_once(*args: Any) -> Any:
+            if not failed.is_set():
+                failed.set()
+                raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+            return spawn(*args)
+
+        monkeypatch.setattr(ServerProcess, "spawn", fail_once)
+        os.kill(pid, signal.SIGKILL)
+        eventually(failed.is_set)
+        served_by_both(first, second, killed=pid)
+
+
+def test_a_start_does_not_wait_for_a_stop_that_was_killed(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOOK_EVERY, 60.0)
+    config = config.replace(stop_grace_seconds=60, keep_prompts=False)
+    with ModelManager(config=config) as first, ModelManager(config=config) as second:
+        pid = first.start().wait(30).pid
+        record = read_record(config)
+        assert record
+        process = process_of(record)
+        assert process
+        withdraw_record(config, process)
+        assert second.start().wait(45).pid != pid
 
 
 def test_two_that_start_at_once_are_one_server(

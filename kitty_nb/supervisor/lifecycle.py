@@ -33,6 +33,7 @@ class Begin:
     generation: int
     config: ServerConfig
     found: ServerRecord | PortOwner | None = None
+    crashes: int = 0  # how many in a row it follows, by whatever program
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Refused:
     reason: str
     free_port: int | None = None
     attachable: bool = False
-    elsewhere_at: float | None = None  # when another program was seen to start or serve the profile
+    elsewhere_at: float | None = None  # when, if another program starts or serves the profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ class Lifecycle(ServerState):
     pending: Begin | None = None  # what to start once the current process has exited
     # Whether this start was ever READY; only then are crashes retried.
     served: bool = False
-    crashes: int = 0  # how many crashes in a row were retried, by whatever program
+    crashes: int = 0  # how many crashes in a row were retried
 
     @property
     def latest(self) -> int:
@@ -194,9 +195,8 @@ def step(now: Lifecycle, stimulus: Stimulus) -> tuple[Lifecycle, tuple[Action, .
             return now, ()
         case Found(server):
             config = now.config if isinstance(server, PortOwner) else server.config
-            begun, actions = _begin(now, Begin(now.issued + 1, config, server))
-            crashed = now.status in {ServerStatus.RESTARTING, ServerStatus.CRASHED}
-            return replace(begun, crashes=now.crashes if crashed else 0), actions
+            crashes = 0 if isinstance(server, PortOwner) else server.crashes
+            return _begin(now, Begin(now.issued + 1, config, server, crashes))
         case _ if stimulus.generation != now.generation:
             return now, ()
         case _:
@@ -222,6 +222,7 @@ def _begin(now: Lifecycle, coming: Begin) -> tuple[Lifecycle, tuple[Action, ...]
         generation=coming.generation,
         issued=max(now.issued, coming.generation),
         restart_count=now.restart_count + (1 if now.pending else 0),
+        crashes=coming.crashes,
     )
     return begun, (coming,)
 
@@ -254,9 +255,8 @@ def _report(now: Lifecycle, report: Report) -> tuple[Lifecycle, tuple[Action, ..
         case Refused() | Exited() if not now.status.absent:  # it may be reported twice
             return _gone(now, report)
         case WaitOver() if now.status is ServerStatus.RESTARTING:
-            begun, actions = _begin(now, Begin(now.issued + 1, now.config))
-            again = replace(begun, restart_count=now.restart_count + 1, crashes=now.crashes)
-            return replace(again, served=True), actions
+            begun, actions = _begin(now, Begin(now.issued + 1, now.config, crashes=now.crashes))
+            return replace(begun, restart_count=now.restart_count + 1, served=True), actions
         case _:
             return now, ()
 
@@ -273,7 +273,7 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
     if isinstance(report, Refused):
         failed = replace(gone, status=ServerStatus.FAILED, error=report.reason)
         if now.served and report.elsewhere_at is not None:
-            return _back_off(replace(failed, crashes=now.crashes - 1), report.elsewhere_at)
+            return _back_off(failed, report.elsewhere_at)
         return replace(failed, free_port=report.free_port, attachable=report.attachable), ()
     config = now.config
     stable = (
@@ -283,14 +283,12 @@ def _gone(now: Lifecycle, report: Refused | Exited) -> tuple[Lifecycle, tuple[Ac
     crashed = replace(gone, status=ServerStatus.CRASHED, error=report.reason, crashes=crashes)
     if not now.served or report.repeats or crashes >= config.restart_max:
         return crashed, ()
-    return _back_off(crashed, report.at)
+    return _back_off(replace(crashed, crashes=crashes + 1), report.at)
 
 
 def _back_off(crashed: Lifecycle, at: float) -> tuple[Lifecycle, tuple[Action, ...]]:
-    crashes, config = crashed.crashes, crashed.config
-    doubled = config.restart_delay_seconds * 2.0 ** min(crashes, 1_000)  # any more overflows
-    delay = min(doubled, config.restart_delay_max_seconds)
-    waiting = replace(
-        crashed, status=ServerStatus.RESTARTING, crashes=crashes + 1, retry_at=at + delay
-    )
+    doublings = min(crashed.crashes - 1, 1_000)  # any more overflows
+    doubled = crashed.config.restart_delay_seconds * 2.0**doublings
+    delay = min(doubled, crashed.config.restart_delay_max_seconds)
+    waiting = replace(crashed, status=ServerStatus.RESTARTING, retry_at=at + delay)
     return waiting, (Wait(crashed.generation, delay),)

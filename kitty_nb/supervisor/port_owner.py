@@ -10,7 +10,9 @@ from itertools import chain
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import psutil
+from anyio.to_thread import run_sync
 
 from kitty_nb.config import ServerConfig, Task, task_by_flags
 from kitty_nb.config.flags import FLAG_PREFIX, spelled, value_of
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _LAST_PORT = 65535
 _USUAL_PORT = 8082  # not reserved for administrators, as those above one of theirs are
 _PORTS_TRIED = 100
+_RELEASED_WITHIN, _LOOK_AGAIN = 1.0, 0.02  # seconds
 _MODEL = {"-m", "--model"}
 _ALIAS = {"-a", "--alias"}
 
@@ -121,6 +124,22 @@ def _refusal(problem: OSError, host: str, port: int, owner: PortOwner | None) ->
     if problem.errno == errno.EACCES:
         return f"Port {port} is reserved for administrators; choose one above 1023."
     return f"Cannot use port {port} on {host}: {problem.strerror or problem}."
+
+
+async def await_release(host: str, port: int) -> None:
+    """Wait while nobody is seen to have a busy port, but not for long.
+
+    Linux 6.18 was seen to free a port some 50 ms after the process that listened there had exited.
+    """
+    with anyio.move_on_after(_RELEASED_WITHIN):
+        while await run_sync(_looks_unowned, host, port):  # noqa: ASYNC110 (nothing tells)
+            await anyio.sleep(_LOOK_AGAIN)
+
+
+def _looks_unowned(host: str, port: int) -> bool:
+    problem = bind_problem(host, port)
+    busy = problem is not None and problem.errno == errno.EADDRINUSE
+    return busy and owner_of(host, port) is None
 
 
 def refuse_busy_port(config: ServerConfig) -> None:

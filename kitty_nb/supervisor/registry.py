@@ -74,6 +74,7 @@ class ServerRecord(BaseModel):
     ready_at: float | None = None
     load_seconds: float | None = None  # seconds of the load; None before it was ready
     api_key: Secret | None = None  # the key that it requires of clients; None if it requires none
+    crashes: int = 0  # how many crashes in a row were retried before this start
     idle_seconds: int = 0  # how long it may be unused before its sidecar stops it; 0 for no limit
     # The devices other than the CPU that can hold the model; None while nobody has asked.
     devices: tuple[str, ...] | None = None
@@ -167,10 +168,9 @@ def may_show_soon(config: ServerConfig) -> bool:
     return False
 
 
-def leaving_server(config: ServerConfig) -> ServerProcess | None:
-    """Return the process of a profile's server that is being stopped and has not exited yet."""
-    record = _read(withdrawn_path(record_path(config)))
-    return process_of(record) if record else None
+def withdrawn_record(config: ServerConfig) -> ServerRecord | None:
+    """Return the record of a profile's server that is being stopped; it may have exited."""
+    return _read(withdrawn_path(record_path(config)))
 
 
 def record_of(pid: int, folder: Path) -> ServerRecord | None:
@@ -227,16 +227,15 @@ def write_record(record: ServerRecord) -> None:
 
 
 def complete_record(record: ServerRecord) -> None:
-    """Write more about a server; if its record is withdrawn at that moment, it stays so.
+    """Rewrite a server's record with more in it; one that is withdrawn meanwhile stays withdrawn.
 
     Raises:
         OSError: The folder can't be written to.
     """
     write_record(record)
-    path = record_path(record.config)
-    leaving = _read(withdrawn_path(path))
+    leaving = withdrawn_record(record.config)
     if leaving and (leaving.pid, leaving.create_time) == (record.pid, record.create_time):
-        withdraw(path)
+        withdraw(record_path(record.config))
 
 
 def withdraw_record(config: ServerConfig, process: ServerProcess) -> None:
@@ -259,7 +258,7 @@ def forget_withdrawn(config: ServerConfig, process: ServerProcess) -> None:
 
 
 def withdraw_crashed(config: ServerConfig) -> None:
-    """Withdraw the record of a server that exited on its own, so that nobody restarts it."""
+    """Withdraw the record of a server that exited on its own, so that no program restarts it."""
     if read_record(config) is None:
         return
     path = record_path(config)
@@ -278,11 +277,15 @@ def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     """
     if record := _read(record_path(config)):  # or the announcement of its successor
         return record.local and not record.names(process)
-    return is_withdrawn(config)
+    return _has_none(config)
 
 
-def is_withdrawn(config: ServerConfig) -> bool:
-    """Return whether a profile has no record, because its server was stopped."""
+def will_not_restart(config: ServerConfig) -> bool:
+    """Return whether a server that has crashed was stopped: a failed start leaves its reason."""
+    return _has_none(config) and last_failure(config) is None
+
+
+def _has_none(config: ServerConfig) -> bool:
     with suppress(OSError):
         return config.log_dir.is_dir() and not record_path(config).exists()
     return False

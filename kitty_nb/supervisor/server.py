@@ -49,7 +49,13 @@ from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
 from kitty_nb.supervisor.log import LogTail, log_lines, readable, rotate
-from kitty_nb.supervisor.port_owner import PortOwner, keep_ports, owner_of, refuse_busy_port
+from kitty_nb.supervisor.port_owner import (
+    PortOwner,
+    await_release,
+    keep_ports,
+    owner_of,
+    refuse_busy_port,
+)
 from kitty_nb.supervisor.process import ServerProcess, oom_kills
 from kitty_nb.supervisor.prompt_keeper import PromptKeeper
 from kitty_nb.supervisor.requests import RequestLog, WorkMeter
@@ -103,6 +109,7 @@ class Server:
         api_key: The key that the server is to require of clients.
         emit: Called with each event, report and answer to a health check.
         found: The server to watch, if another program or kernel started it.
+        crashes: How many crashes in a row this start follows.
         clock: Seconds.
         processes: Spawns its process, or attaches to it.
     """
@@ -117,6 +124,7 @@ class Server:
         emit: lifecycle.Emit,
         found: registry.ServerRecord | None,
         *,
+        crashes: int = 0,
         clock: Callable[[], float],
         processes: type[ServerProcess],
     ) -> None:
@@ -127,6 +135,7 @@ class Server:
         self._clock, self._processes = clock, processes
         self._tasks: TaskGroup
         self._launching, self._locked = anyio.CancelScope(), True
+        self._crashes = crashes
         self._asking: TaskGroup | None = None
         # The process.
         self._record, self._found = found, found is not None
@@ -249,11 +258,7 @@ class Server:
                 raise ServerFailedError(owner)
             if (last := registry.read_record(config)) and last.host != platform.node():
                 self._notify(f"This profile's server on {last.host} no longer runs.")
-            if leaving := await run_sync(registry.leaving_server, config):
-                self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
-                grace = config.stop_grace_seconds
-                if not await leaving.exited(grace):  # whoever stops it may save its prompts first
-                    await leaving.terminate(grace)
+            await self._end_previous()
             prompts = await self._prompt_facts(engine)
             if config.models is None:
                 command = command_line.build_command(
@@ -262,6 +267,7 @@ class Server:
             else:
                 command = await self._router_command(engine)
             self._warn_of_build(engine)
+            await await_release(config.host, config.port)
             await run_sync(refuse_busy_port, config)
             # A cancellation during the thread's work is delivered only here.
             await anyio.lowlevel.checkpoint_if_cancelled()
@@ -269,6 +275,17 @@ class Server:
             await self._start_process(command, devices, prompts)
         if prompts is not None:
             self._tasks.start_soon(self._make_keeper(prompts).look)
+
+    async def _end_previous(self) -> None:
+        """Wait for the server that is being stopped; end it if whoever stops it does not."""
+        leaving = registry.withdrawn_record(self._config)
+        if not (leaving and (process := registry.process_of(leaving))):
+            return
+        self._notify(f"Waiting for the previous server (PID {leaving.pid}) to exit.")
+        grace = self._config.stop_grace_seconds
+        saves = leaving.prompts is not None
+        if not (saves and await process.exited(grace)):
+            await process.terminate(grace)
 
     async def _router_command(self, engine: Engine) -> tuple[str, ...]:
         plan = await router_command(self._config, engine)
@@ -313,6 +330,7 @@ class Server:
         record = registry.ServerRecord(
             began=self._began,
             api_key=self.api_key,
+            crashes=self._crashes,
             idle_seconds=self._idle_seconds(command),
             devices=devices,
             prompts=prompts,
@@ -336,7 +354,10 @@ class Server:
                 sidecar.watch(self._process, record.idle_seconds)
             self._record = record.of(self._process)
             registry.write_record(self._record)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KittyError | OSError):
+                # First: without it, others that watch take a missing record for a stop.
+                registry.note_failure(config, str(error))
             with suppress(OSError):
                 registry.record_path(config).unlink(missing_ok=True)
             await self._kill()
@@ -601,7 +622,7 @@ class Server:
 
     def _note_health(self, result: HealthCheckResult) -> None:
         before, self._health, elapsed = self._health, result, self._elapsed()
-        self._emit(result)  # a change of the state is published with the answer that brought it
+        self._emit(result)  # first: whoever is told of a new status finds the answer behind it
         if result.latency is not None:
             self._oom_kills.append(oom_kills())
         if self.was_ready:

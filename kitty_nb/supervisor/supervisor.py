@@ -51,8 +51,8 @@ from kitty_nb.supervisor.process import ServerProcess
 from kitty_nb.supervisor.registry import (
     ServerRecord,
     find_server,
-    is_withdrawn,
     who_owns,
+    will_not_restart,
     withdraw_crashed,
 )
 from kitty_nb.supervisor.server import Server
@@ -146,7 +146,9 @@ class Supervisor:
         if self._leaving and error is None:
             with anyio.move_on_after(_LAUNCHED_WITHIN, shield=True), suppress(ServerFailedError):
                 async with self._turn:
-                    await self._until(lambda: not self._launching)
+                    await self._look_again()
+                    self._feed(lifecycle.WaitOver(self._now.generation))  # of a back-off
+                    await self._until(lambda: not self._awaits_process)
         being_ended = self._now.status is ServerStatus.STOPPING
         if being_ended or not (self._leaving or self._now.status.idle):
             with anyio.CancelScope(shield=True), suppress(ServerFailedError):
@@ -156,11 +158,11 @@ class Supervisor:
         await self._host.__aexit__(None, None, None)
 
     @property
-    def _launching(self) -> bool:
-        """True while the next process of a start, restart or retry does not exist yet."""
+    def _awaits_process(self) -> bool:
+        """True while the next process of a start or restart does not exist yet."""
         now = self._now
         starting = now.status is ServerStatus.STARTING and now.pid is None and not now.config.url
-        return starting or now.status is ServerStatus.RESTARTING or now.pending is not None
+        return starting or now.pending is not None
 
     async def _live(self, task_status: TaskStatus[None]) -> None:
         """Host the tasks that watch the server, until the context has been left.
@@ -179,8 +181,8 @@ class Supervisor:
     def detach(self) -> None:
         """Leave the server running when this context ends; the next supervisor finds it.
 
-        The end waits until a server that is being started has its process; only an error or a
-        cancellation ends such a start.
+        Leaving the context then waits, at most 90 s, until a server that is being started or
+        restarted has its process. If an error leaves it, such a start is cancelled.
 
         Called before the context is entered, it also applies to a server that
         `LLAMACPP_ON_KERNEL_EXIT` would stop.
@@ -583,8 +585,8 @@ class Supervisor:
         self._now, actions = lifecycle.step(before, stimulus)
         for action in actions:
             match action:
-                case lifecycle.Begin(generation, config, found):
-                    self._begin(generation, config, found)
+                case lifecycle.Begin() as coming:
+                    self._begin(coming)
                 case lifecycle.Terminate(_, force):
                     if self._server:
                         self._server.stop(force)
@@ -597,9 +599,8 @@ class Supervisor:
             self._changed.set()
             self._changed = anyio.Event()
 
-    def _begin(
-        self, generation: int, config: ServerConfig, found: ServerRecord | PortOwner | None
-    ) -> None:
+    def _begin(self, coming: lifecycle.Begin) -> None:
+        generation, config, found = coming.generation, coming.config, coming.found
         self._health = None
         if config.url:
             self._server = UrlServer(generation, config, self._on_fact)
@@ -614,6 +615,7 @@ class Supervisor:
                 self._choose_key(config),
                 self._on_fact,
                 found,
+                crashes=coming.crashes,
                 clock=self._clock,
                 processes=self._processes,
             )
@@ -664,7 +666,7 @@ class Supervisor:
         record = await anyio.to_thread.run_sync(find_server, self._now.config)
         if record:
             self._feed(lifecycle.Found(record))
-        elif self._now.status is ServerStatus.RESTARTING and is_withdrawn(self._now.config):
+        elif self._now.status is ServerStatus.RESTARTING and will_not_restart(self._now.config):
             self._feed(lifecycle.StopAsked())
         return record
 
