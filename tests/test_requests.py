@@ -97,6 +97,7 @@ PROBE = (
 
 def test_the_request_by_which_a_server_proves_itself_is_not_counted() -> None:
     log = RequestLog()
+    log.ready = 0.5
     assert log.read(PROBE, LATER) == ()
     again = [line.replace("task 0", "task 2") for line in PROBE]
     assert len(log.read(again, LATER)) == 1
@@ -113,6 +114,13 @@ def test_nor_are_those_of_others_that_watch_the_load() -> None:
     assert log.read(second, LATER) == ()
     user = [line.replace("0.01.", "0.02.").replace("task 0", "task 3") for line in PROBE]
     assert len(log.read(user, LATER)) == 1
+
+
+def test_the_first_request_to_a_routers_model_is_counted_however_small() -> None:
+    log = RequestLog()
+    log.ready = 0.5
+    (request,) = log.read([f"[ 3001] {line}" for line in PROBE], LATER)
+    assert request.prompt_tokens == 2
 
 
 def test_what_the_log_says_is_stripped_of_controls() -> None:

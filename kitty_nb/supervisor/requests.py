@@ -180,8 +180,8 @@ class RequestLog:
         self.held: dict[int, Held] = {}
         self.ended: deque[tuple[int, int]] = deque(maxlen=KEPT)  # the last keys of `active`
         self.heard = False  # whether this build's log has reported a finished request
-        # When the server became ready, on the clock of `read`: infinite before, and negative for
-        # one that need not prove it.
+        # When the server became ready, on the clock of `read`: infinite before, and minus
+        # infinity if no request proves it, as of a router's model.
         self.ready = -math.inf
         # Of the last prompt: tokens per second, None before the first, and CPU seconds per second,
         # 0 if unknown.
@@ -312,7 +312,7 @@ class RequestLog:
             task.accepted = float(found[1])
 
     def _proves(self, request: Request) -> bool:
-        """Return whether the server proves by it that it is ready.
+        """Return whether this is the request by which the server proved to be ready.
 
         Each program that watches a load sends one such request, all of the same size, among those
         of clients that don't wait for READY.
@@ -322,7 +322,8 @@ class RequestLog:
         if request.ended is not Ending.FINISHED or not small:
             return False
         early = request.at <= self.ready + _LATE
-        if self._proof is None and (early or not self.heard):
+        first = not self.heard and self.ready > -math.inf
+        if self._proof is None and (early or first):
             self._proof = size
             return True
         return early and size == self._proof
