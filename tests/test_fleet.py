@@ -461,6 +461,7 @@ class Cluster:
     """A client of a cluster that runs nothing; tests report for its workers."""
 
     status = "running"
+    hangs = False  # whether one of its workers does
 
     def __init__(self, *workers: str) -> None:
         self.scheduler = self
@@ -479,6 +480,8 @@ class Cluster:
         self, _: object, run: str, workers: list[str] | None = None, **__: object
     ) -> None:
         self.told += [(worker, run) for worker in workers or sorted(self.workers)]
+        if self.hangs:
+            await anyio.sleep_forever()
 
 
 async def placed_on(cluster: Cluster, config: ServerConfig) -> Placement:
@@ -529,6 +532,37 @@ def test_a_worker_that_joins_while_another_is_asked_keeps_its_replica(
         await placement._look()
         (replica,) = placement.replicas
         assert replica.status is ServerStatus.OUT_OF_REACH
+
+    anyio.run(work)
+
+
+def test_a_replica_is_stopped_when_the_scheduler_can_be_asked_again(config: ServerConfig) -> None:
+    async def work() -> None:
+        cluster = Cluster("a")
+        placement = await placed_on(cluster, config)
+        cluster.status = "connecting"
+        await placement.stop(0)
+        assert not cluster.told
+        cluster.status = "running"
+        async with anyio.create_task_group() as placement._tasks:
+            await placement._look()
+        assert cluster.told == [("a", run) for run in cluster.submitted]
+
+    anyio.run(work)
+
+
+def test_a_worker_that_hangs_delays_no_other_replica(config: ServerConfig) -> None:
+    async def work() -> None:
+        cluster = Cluster("a")
+        placement = await placed_on(cluster, config)
+        cluster.hangs = True
+        reports(placement, "a former run", "a")
+        async with anyio.create_task_group() as placement._tasks:
+            with anyio.fail_after(1):
+                await placement._look()
+            await anyio.wait_all_tasks_blocked()
+            assert cluster.told == [("a", "a former run")]
+            placement._tasks.cancel_scope.cancel()
 
     anyio.run(work)
 

@@ -198,10 +198,8 @@ class Placement:
         workers = await workers_of(self._own)
         self._workers = {w: one for w, one in self._workers.items() if w in workers}
         fresh = await self._admit(sorted(workers.keys() - self._workers.keys()))
-        async with anyio.create_task_group() as tasks:
-            for place in self._places:
-                tasks.start_soon(self._stop_stale, place)
         for place in self._places:
+            self._tasks.start_soon(self._stop_stale, place)
             await self._see_to(place, set(workers), asked, fresh=fresh)
         self._on_change()
 
@@ -267,7 +265,7 @@ class Placement:
         )
 
     def _give_up(self, place: _Place) -> None:
-        """Release a replica's task; its run goes on until `_stop_stale`, wherever Dask began it."""
+        """Release a replica's task; leave its run, wherever Dask began it, to `_stop_stale`."""
         if place.future is not None:
             place.future.release()
             place.future = None
@@ -312,17 +310,17 @@ class Placement:
 
     async def _stop_stale(self, place: _Place) -> None:
         """Stop former runs on whichever workers have them, and wait until they have ended."""
-        runs = {*place.stale}
         async with anyio.create_task_group() as tasks:
-            for run in runs:
-                tasks.start_soon(self._order_stop, run)
-        place.stale -= runs
+            for run in place.stale:
+                tasks.start_soon(self._order_stop, place, run)
 
-    async def _order_stop(self, run: str) -> None:
+    async def _order_stop(self, place: _Place, run: str) -> None:
         if self._own.status != "running":  # waiting for a scheduler that is gone takes long
             return
-        with anyio.move_on_after(_STOP_WITHIN), suppress(OSError, ValueError):
-            await self._own.run(stop_job, run, on_error="ignore")
+        with suppress(OSError, ValueError):
+            with anyio.move_on_after(_STOP_WITHIN):
+                await self._own.run(stop_job, run, on_error="ignore")
+            place.stale.discard(run)
 
 
 def _why_lost(error: BaseException | None) -> str:
