@@ -1019,6 +1019,32 @@ def test_a_question_stays_in_its_box_until_the_kernel_has_the_one_before(
             turn.end()
 
 
+def test_a_question_that_never_arrives_returns_to_its_box(
+    front_end: Callable[..., Page],
+) -> None:
+    page = front_end(Ask)
+    tell = "message => tell(message)"
+    facts = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
+    page.evaluate(tell, facts)
+    page.clock.install()
+    page.evaluate("sent.splice(0)")
+    question, lost = (
+        page.get_by_role("textbox", name="Question"),
+        page.get_by_text("has not answered"),
+    )
+    for _ in range(2):
+        question.fill("One?")
+        question.press("Enter")
+        expect(question).to_have_value("")
+        assert page.evaluate("sent.splice(0).length") == 1
+        page.clock.fast_forward(11_000)
+        expect(lost).to_be_visible()
+        expect(question).to_have_value("One?")
+    turns = [{"turn": 0, **Turn("One?").whole()}]
+    page.evaluate(tell, {"kind": "turns", "chat": 0, "turns": turns})
+    expect(lost).to_have_count(0)
+
+
 def test_the_rows_of_a_fleet_have_their_order_and_keep_the_focus(
     front_end: Callable[..., Page],
 ) -> None:

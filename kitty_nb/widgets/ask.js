@@ -3,6 +3,8 @@
 const PICTURE_SIZE = 6_000_000; // for one question's data URLs; Jupyter limits a message to 10 MiB
 const THUMBNAIL = 128; // pixels
 const ASKING = "Asking…"; // until the kernel has received it
+const ASKED_WITHIN = 10_000; // milliseconds, in which the kernel receives it
+const LOST = "The kernel has not answered. Press Ask to try again.";
 const BUSY = "The model is still answering. Wait, or press Stop answer.";
 const BLIND = "This model takes no pictures: it runs without a projector (mmproj).";
 
@@ -158,18 +160,29 @@ function drawBox(el, store) {
     }
     drawPictures();
   };
+  const fill = (text, files) => {
+    [area.value, chosen] = [text, files];
+    fit();
+    drawPictures();
+  };
   const submit = () => {
     if (!(area.value.trim() || chosen.length)) return;
     if (busy() || asking()) {
       tell(busy() ? BUSY : ASKING);
       return;
     }
-    const pictures = chosen.map(({ url, thumbnail }) => ({ url, thumbnail }));
-    store.send({ kind: "ask", text: area.value, pictures });
+    const [turn, text, sent] = [nextTurn(), area.value, chosen];
+    const pictures = sent.map(({ url, thumbnail }) => ({ url, thumbnail }));
+    store.send({ kind: "ask", text, pictures });
     tell(ASKING);
-    [store.asking, store.last, area.value, chosen] = [nextTurn(), area.value, "", []];
-    fit();
-    drawPictures();
+    [store.asking, store.last] = [turn, text];
+    fill("", []);
+    setTimeout(() => {
+      if (turn !== nextTurn()) return;
+      store.asking = "";
+      if (!area.value && !chosen.length) fill(text, sent);
+      tell(LOST);
+    }, ASKED_WITHIN);
   };
   area.addEventListener("input", fit);
   area.addEventListener("keydown", (event) => {
@@ -227,7 +240,8 @@ function drawBox(el, store) {
       say(main, busy() ? "Stop answer" : "Ask");
       main.classList.toggle("kitty-ask-stop", busy());
       main.title = busy() ? "Stop the answer, and the server's work on it" : "Ask (Enter)";
-      const over = { [ASKING]: !asking(), [BUSY]: !busy(), [BLIND]: store.facts.sees };
+      const over = { [ASKING]: !asking(), [BUSY]: !busy(), [LOST]: busy() };
+      over[BLIND] = store.facts.sees;
       tell(over[note] ? "" : note);
     },
   };
