@@ -200,7 +200,7 @@ def test_a_report_of_a_model_that_is_elsewhere_says_so(results: Results, tmp_pat
     away = replace(results, config=ServerConfig(models_dir=tmp_path), workload=None)
     away = replace(away, rows=(replace(away.rows[0], host="red x86_64"), *away.rows[1:]))
     page = away.report(tmp_path / "out.html").read_text()
-    assert "demo.gguf; the files that were measured are not on this machine" in page
+    assert "demo.gguf; the measured files are missing, unreadable or changed here" in page
     assert f">processor of {this_host()}<" in page
     assert "LLAMACPP_PRIMARY_THREADS=4" in page
     assert "Repeat it" not in page
@@ -220,7 +220,7 @@ def test_a_report_names_no_checksum_of_a_file_that_was_replaced(
     with model.open("ab") as file:
         file.write(bytes(32))
     page = results.report(tmp_path / "after.html").read_text()
-    assert f"{model.name}; the files that were measured are not on this machine" in page
+    assert f"{model.name}; the measured files are missing, unreadable or changed here" in page
     assert "SHA-256" not in page
 
 

@@ -159,7 +159,7 @@ def _models(results: Analysis) -> Iterator[tuple[str, str]]:
     for model, files in files_of(results).items():
         if not files:
             name = PurePath(model).name
-            yield "model", f"{name}; the files that were measured are not on this machine"
+            yield "model", f"{name}; the measured files are missing, unreadable or changed here"
         for file in files:
             hashed = Markup('<span class="hash">{}</span>').format(file.sha256)
             yield "model", escape(f"{file.name}, {decimal(file.size)}, SHA-256 ") + hashed
@@ -183,7 +183,7 @@ def machine_of(results: Analysis) -> Iterator[tuple[str, str]]:
 
 
 def files_of(results: Analysis) -> dict[str, tuple[FileDigest, ...]]:
-    """Return each model's files by its name in trials; no files if this machine has only others."""
+    """Return each model's files by its name in trials; none where the measured ones are gone."""
     measured: dict[str, set[ModelFingerprint | None]] = {}
     for row in results.rows:
         measured.setdefault(row.trial.model, {None}).add(row.fingerprint)
