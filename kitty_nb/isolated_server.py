@@ -277,7 +277,7 @@ async def find_load(state: ServerState) -> LoadRecord | None:
 def in_background(work: Callable[[], Awaitable[T]], name: str) -> tuple[Thread, Future[T]]:
     """Run a coroutine function on a new thread; return once it first waits.
 
-    Cancelling the future cancels it. A program that ends cancels it, too, and waits for its end.
+    Cancelling the future cancels it. At the program's exit it is cancelled and waited for.
 
     Raises:
         OSError: There can be no event loop, as without file descriptors.

@@ -193,7 +193,7 @@ class Database:
                 return work(file)
 
     def _identity(self) -> tuple[int, int] | None:
-        """Return what distinguishes the file from a new one of its name; None if there is none."""
+        """Return the file's device and inode, if it exists: a new file of its name has others."""
         with suppress(OSError):
             found = self.path.stat()
             return found.st_dev, found.st_ino

@@ -10,6 +10,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
@@ -54,16 +55,21 @@ def _why_not(port: object) -> str | None:
 
 
 def _reserve(port: int | None) -> tuple[int, socket.socket]:
-    """Bind a port, by default a free one, so that nobody else chooses it; return its socket too."""
-    chosen, bound = port or next_free_port(_HOST, _FIRST_PORT - 1), socket.socket()
+    """Bind a port, by default a free one, so that nobody else chooses it; return its socket too.
+
+    A given port may stay unbound: connections that ended a moment ago prevent binding without
+    SO_REUSEADDR, which the balancer sets.
+    """
+    bound, chosen = socket.socket(), _FIRST_PORT - 1
+    if port is not None:
+        with suppress(OSError):
+            bound.bind((_HOST, port))
+        return port, bound
     while True:
-        try:
+        chosen = next_free_port(_HOST, chosen)
+        with suppress(OSError):
             bound.bind((_HOST, chosen))
-        except OSError:  # connections that have just ended there prevent this, but not listening
-            if port is None:
-                chosen = next_free_port(_HOST, chosen)
-                continue
-        return chosen, bound
+            return chosen, bound
 
 
 class Front(ABC):

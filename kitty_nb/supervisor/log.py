@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
@@ -177,6 +178,13 @@ def log_lines(path: Path) -> Iterator[str]:
         raise KittyError(f"There is no log {path}: no server of this profile has been started yet.")
     with LogTail(path) as log:
         yield from _drain(log, to_end=True)
+
+
+def last_written(path: Path, count: int) -> tuple[tuple[str, ...], float]:
+    """Return the last lines of a log, and their age in seconds; none if it can't be read."""
+    with suppress(OSError, KittyError):
+        return tuple(deque(log_lines(path), maxlen=count)), time.time() - path.stat().st_mtime
+    return (), 0.0
 
 
 async def follow_log(path: Path, show: Callable[[str], object], last: int | None = None) -> None:

@@ -224,25 +224,24 @@ class PromptKeeper:
         self._off = await run_sync(self._store.is_useless, self._facts)
         props = await self._probe.get("/props")
         if not (isinstance(props, dict) and props.get("is_sleeping")):
-            await self._knows_facts()
+            await self._learn_facts()
 
-    async def _knows_facts(self) -> bool:
-        """Ask the server itself for the rest of what states depend on, until it has answered.
+    async def _learn_facts(self) -> bool:
+        """Ask the server, unless it has told, for the rest of what states depend on.
 
         Returns:
-            Whether all is known.
+            Whether that is known now.
         """
         if _CONTEXT in self._facts:
             return True
-        facts = {}
         if _ADAPTER_FLAGS & self._facts.keys():
             if not (scales := await self._slots.scales()):
                 return False
-            facts[_ADAPTERS] = digest_of(scales)
-        if slots := await self._probe.ask_slots():
-            facts[_CONTEXT] = digest_of(*(slot.get("n_ctx") for slot in slots))
-            self._facts |= facts
-        return bool(slots)
+            self._facts[_ADAPTERS] = digest_of(scales)
+        if not (slots := await self._probe.ask_slots()):
+            return False
+        self._facts[_CONTEXT] = digest_of(*(slot.get("n_ctx") for slot in slots))
+        return True
 
     async def restore(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Restore what the slots held.
@@ -269,12 +268,12 @@ class PromptKeeper:
                     await self._restore(prompt, prompt.slot, contents, anyio.Event())
 
     async def _take(self) -> list[KeptPrompt]:
-        """Return what was found since the last time, as far as it may be restored."""
+        """Take the prompts that were found since the last call; return those that fit."""
         self._begun = True
         candidates, self._candidates = self._candidates, []
         if self._off or not candidates:
             return []
-        fit, known = [], await self._knows_facts()
+        fit, known = [], await self._learn_facts()
         for prompt in candidates:
             if not known:
                 why = "the server did not answer in time"
@@ -292,19 +291,17 @@ class PromptKeeper:
         self._restoring[prompt.key] = prompt, math.inf
         try:
             tokens = await self._slots.restore(slot, self._store.state(prompt.key).name, asked)
-        except (ServerCrashedError, anyio.get_cancelled_exc_class()) as error:
-            # Why will be known when it has exited.
-            self._restoring[prompt.key] = prompt, self._clock() + _BLAMED_WITHIN
-            if isinstance(error, ServerCrashedError):
-                return False
-            raise
+            del self._restoring[prompt.key]
+        except ServerCrashedError:  # why will be known when it has exited
+            return False
         except ServerError as error:
             del self._restoring[prompt.key]
             self._notify(f"{_kept(prompt)} was not restored: {error}", Level.WARNING)
             return False
         finally:
             asked.set()
-        del self._restoring[prompt.key]
+            if prompt.key in self._restoring:
+                self._restoring[prompt.key] = prompt, self._clock() + _BLAMED_WITHIN
         if tokens != prompt.tokens:
             await self._remove(prompt, "was only partly restored")
             return False
@@ -378,7 +375,7 @@ class PromptKeeper:
         if self._off:
             return
         async with self._turn:
-            if not await self._knows_facts():
+            if not await self._learn_facts():
                 return
             contents = await self._slots.contents()
             kept = {prompt.request for prompt in await run_sync(self._store.prompts)}
@@ -491,7 +488,7 @@ class PromptKeeper:
                 same = (prompt.name, prompt.source) == (name, source)
                 if same and held and held.tokens == prompt.tokens:
                     return Pin(name, prompt.tokens, 0.0, prompt.reading, restored=True)
-            if not await self._knows_facts():
+            if not await self._learn_facts():
                 raise ServerError("the server does not answer in time. Try again when it is idle.")
             slot = await self._slots.free(self._pins, self._restored)
             contents = await self._slots.contents()

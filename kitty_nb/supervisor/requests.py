@@ -204,15 +204,13 @@ class RequestLog:
         children = (task for child in self._children.values() for task in child.tasks)
         return *self.active.values(), *children
 
-    def dated(self, began: float) -> None:
-        """Correct when the server's process began, before its first lines are read."""
-        self._zero = began
+    def dated(self, began: float, lines: Sequence[str] = (), written: float = 0.0) -> None:
+        """Correct when the server's process began, before its first lines are read.
 
-    def dated_by(self, lines: Sequence[str], written: float) -> None:
-        """Correct it, as the last of these lines was written then."""
-        clocks = filter(None, map(_CLOCK.match, reversed(lines)))
-        if last := next(clocks, None):
-            self._zero = written - _seconds(last)
+        The last of `lines` with a clock, and when that was written, tell it better than `began`.
+        """
+        last = next(filter(None, map(_CLOCK.match, reversed(lines))), None)
+        self._zero = written - _seconds(last) if last else began
 
     def read(self, lines: Iterable[str], at: float) -> tuple[Request, ...]:
         """Process lines, as `readable` returns them; return the requests that they finish.

@@ -48,7 +48,7 @@ from kitty_nb.supervisor.health import FIRST_ANSWER, HealthProbe, HealthReporter
 from kitty_nb.supervisor.history import LoadRecorder, Outcome
 from kitty_nb.supervisor.kept_prompts import PromptStore, state_facts
 from kitty_nb.supervisor.load_progress import LoadMeter
-from kitty_nb.supervisor.log import LogTail, log_lines, readable, rotate
+from kitty_nb.supervisor.log import LogTail, last_written, readable, rotate
 from kitty_nb.supervisor.port_owner import (
     PortOwner,
     await_release,
@@ -446,13 +446,9 @@ class Server:
     def _date_log(self, process: ServerProcess) -> None:
         """Date the log's lines. A process ages while the machine sleeps; its clock stands still."""
         began = self._clock() - process.age
-        self.work.log.dated(began)
-        if began < self._began:  # it is older than its start, so the machine has slept
-            path = self._config.log_path
-            with suppress(OSError, KittyError):
-                lines = deque(log_lines(path), maxlen=_LINES_KEPT)
-                age = time.time() - path.stat().st_mtime
-                self.work.log.dated_by(lines, self._clock() - age)
+        slept = began < self._began  # it is older than its start
+        lines, age = last_written(self._config.log_path, _LINES_KEPT) if slept else ((), 0.0)
+        self.work.log.dated(began, lines, self._clock() - age)
 
     def _read_log(self, *, to_end: bool = False) -> bool:
         """Publish new lines, at most one read of them; return whether there were any."""

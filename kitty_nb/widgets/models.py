@@ -223,7 +223,7 @@ class ModelPicker(VBox):
 
 
 class _Watch:
-    """A picker's watch of its folders, for the loop of its manager.
+    """A picker's watch of its folders, on its manager's event loop.
 
     Each watch keeps a thread, so of several on one manager, the latest alone goes on. An earlier
     one rests when it has listed the models, until there is no later one.

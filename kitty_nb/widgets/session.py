@@ -139,8 +139,8 @@ class ActionRunner:
         Args:
             action: Begins the work, such as a command of the manager.
             wanted: Returns the settings, if the action starts a server.
-            insist: Whether the user has answered the refusal of these settings, if there was one;
-                the same start insists, too, once that can have been seen.
+            insist: Whether to start even if these settings were refused last time. A second press
+                does so, too, if the refusal has been on screen for a second.
         """
         self.refusal, self.insist = None, partial(self.run, action, wanted, insist=True)
         insist = insist or monotonic() - self._refused_at >= _SEEN_AFTER
