@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import ipywidgets
 import platformdirs
@@ -1000,3 +1001,20 @@ def test_a_panel_that_cannot_be_kept_current_says_so(
     panel.manager.start().wait(30)
 
     eventually(lambda: "a widget that is gone" in panel.notice.value)
+
+
+def test_of_two_searches_at_once_only_the_latest_goes_on() -> None:
+    searches: list[threading.Event] = []  # set when they are cancelled
+    second = threading.Thread(target=lambda: picker.scan(Mock()))
+
+    def run(*_: object) -> Any:
+        searches.append(cancelled := threading.Event())
+        if len(searches) == 1:
+            second.start()
+            second.join(0.2)  # while the first is being begun
+        return SimpleNamespace(cancel=cancelled.set)
+
+    picker = ModelPicker(Mock(run=run), int, int)
+    picker.scan(Mock())
+    second.join()
+    assert [search.is_set() for search in searches] == [True, False]

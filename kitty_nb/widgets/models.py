@@ -126,15 +126,15 @@ class ModelPicker(VBox):
             catalog: The folders; those of another machine are listed by that machine.
             preferred: The model to choose unless the user chooses another; it may be elsewhere.
         """
-        self.stop()
-        with self.dropdown.turn:
-            self._catalog = catalog
-            if self._choice in {None, self._preferred}:
-                self._choice, self._wish = None, preferred or self._wish
-            self._preferred, self._list_due = preferred, 0.0
-            self._complete.clear()
         with suppress(KittyError):  # the manager is closed; the panel says so
-            self._following = self._manager.run(self._follow, catalog)
+            with self.dropdown.turn:
+                self.stop()
+                self._catalog = catalog
+                if self._choice in {None, self._preferred}:
+                    self._choice, self._wish = None, preferred or self._wish
+                self._preferred, self._list_due = preferred, 0.0
+                self._complete.clear()
+                self._following = self._manager.run(self._follow, catalog)
             self._complete.wait(_PATIENCE)
 
     def choose(self, path: Path) -> None:
