@@ -105,7 +105,7 @@ class SshMachine:
         """Return the processes that serve the clients' connections."""
         assert self._sshd
         found = psutil.Process(self._sshd.pid).children(recursive=True)
-        return [one for one in found if one.is_running() and one.name() in {"sshd", "kitty-nb"}]
+        return [one for one in found if _name(one).startswith(("sshd", "kitty-nb"))]
 
     def _is_client(self, one: psutil.Process) -> bool:
         words = one.info["cmdline"] or []
@@ -116,11 +116,18 @@ class SshMachine:
         if self._sshd:
             for one in psutil.Process(self._sshd.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    if one.name() == "sshd":
+                    if _name(one).startswith("sshd"):
                         one.kill()
             self._sshd.send_signal(signal.SIGTERM)
             self._sshd.wait()
             self._sshd = None
+
+
+def _name(one: psutil.Process) -> str:
+    """Its name; newer versions of sshd serve a connection as `sshd-session`."""
+    with suppress(psutil.Error):  # it has just ended
+        return one.name()
+    return ""
 
 
 @contextmanager
