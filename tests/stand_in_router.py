@@ -77,9 +77,12 @@ class Router:
             def do_POST(self) -> None:
                 name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
                 if self.path == "/models/load":
+                    router.children.pop(name, None)
                     router.tell(name, "model_status", "loading")
                     threading.Thread(target=router.load, args=(name,), daemon=True).start()
                 else:
+                    while name not in router.children:  # it is about to be started
+                        time.sleep(0.01)
                     router.children[name].terminate()
                 self.answer({"success": True})
 
