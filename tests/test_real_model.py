@@ -47,6 +47,8 @@ def test_a_prompt_that_it_reads_is_followed(
     real_config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_SLOTS_ASKED", 0.02)  # slots alone tell the limit of an answer
+    for pause in "_LOG_READY", "_WORK_SHOWN":  # a fast machine reads these prompts in a moment
+        monkeypatch.setattr(server, pause, 0.02)
     told: list[float] = []
 
     def note(event: object) -> None:

@@ -123,14 +123,14 @@ def test_a_bisection_finds_the_first_bad_build_with_few_tries(
     config: ServerConfig, record: RunRecord, build: Build
 ) -> None:
     builds = [build(f"{number}", *(OTHER if number >= 3 else ())) for number in range(7)]
-    shape = {"rounds": 3, "prompt": 64, "bisect": True}
+    # Answers alone: of builds that are as fast, a measurement of few rounds calls some slower.
+    shape = {"rounds": 3, "prompt": 0, "bisect": True}
     found = compared(record, *builds, config=config, **shape)
     assert found.first_bad == builds[3], str(found)
     assert len(found.builds) <= 4
     assert str(builds[3]) in str(found).splitlines()[-1]
     fine = compared(record, *builds[:2], config=config, **shape)
-    if not fine.builds[-1].regressed:  # on a busy machine, speed alone may say otherwise
-        assert (fine.first_bad, len(fine.builds)) == (None, 1)
+    assert (fine.first_bad, len(fine.builds)) == (None, 1)
 
 
 @pytest.mark.slow
@@ -217,6 +217,9 @@ def test_a_slower_native_build_is_told(
     slow = tmp_path / "llama-server"
     slow.write_text(f'#!/bin/sh\nexec {native_engine} "$@" {shlex.join(SLOW)}\n')
     slow.chmod(0o755)
-    found = compared(record, slow, config=config.replace(binary=native_engine))
+    config = config.replace(binary=native_engine)
+    found = compared(record, slow, config=config)
+    if not found.regressed:  # a machine this busy takes more rounds
+        found = compared(record, slow, config=config, rounds=15)
     assert found.builds[0].speeds["pp192"].verdict is Verdict.SLOWER, str(found)
     assert not found.builds[0].answers
