@@ -204,7 +204,8 @@ class Server:
         if "--tidy-up" in options:
             signal.signal(signal.SIGTERM, self.tidy_up)
         if file := options.get("--spawn-child"):
-            child = os.posix_spawn(sys.executable, [sys.executable, "-c", "input()"], os.environ)
+            words = [sys.executable, "-c", "import time; time.sleep(600)"]
+            child = os.posix_spawn(sys.executable, words, os.environ)
             with open(file, "w") as told:
                 told.write(str(child))
         time.sleep(self.seconds("--bind-after"))

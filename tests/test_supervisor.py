@@ -69,7 +69,7 @@ def supervised(
 
 
 async def reach(supervisor: Supervisor, condition: Callable[[ServerState], bool]) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not condition(supervisor.state):
             await anyio.sleep(0.005)
 
@@ -504,6 +504,7 @@ def test_what_the_server_started_ends_with_it(misbehaving: Misbehaving, tmp_path
     async def scenario(supervisor: Supervisor, _: list[Event]) -> None:
         state = await supervisor.start()
         child = int(child_file.read_text())
+        assert runs(child)
         assert state.pid
         os.kill(state.pid, signal.SIGKILL)
         await reach(supervisor, lambda now: now.status is ServerStatus.RESTARTING)
