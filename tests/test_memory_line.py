@@ -139,7 +139,7 @@ def test_it_shows_the_chosen_model_and_hides_without_one(line: MemoryLine, wante
     wanted.error = KittyError("no")
     line.refresh()
     eventually(lambda: line.preview is None)
-    assert line.layout.display == "none"
+    eventually(lambda: line.layout.display == "none")  # written after that
 
 
 def test_a_wrong_setting_is_said_where_its_memory_would_be(
