@@ -192,6 +192,12 @@ def no_cache_outside(
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: folder / name)
 
 
+@pytest.fixture(autouse=True)
+def databases_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's write to a slow disk may take longer than a user is to wait for."""
+    monkeypatch.setattr("kitty_nb.safe_files._BUSY_SECONDS", 30)
+
+
 def pending_tasks() -> set[object]:
     """All tasks of all loops; asyncio itself only lists those of one."""
     known = gc.get_objects() if sys.version_info >= (3, 14) else None

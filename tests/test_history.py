@@ -137,9 +137,12 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     assert "newer version" in told[0]
 
 
-def test_a_locked_file_costs_the_history_only(tmp_path: Path) -> None:
+def test_a_locked_file_costs_the_history_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "locked.sqlite3"
     use(path, RECORD)
+    monkeypatch.setattr("kitty_nb.safe_files._BUSY_SECONDS", 0.1)
     connection = sqlite3.connect(path)
     connection.execute("BEGIN EXCLUSIVE")
     try:

@@ -40,7 +40,7 @@ def test_closing_ends_what_still_runs(config: ServerConfig) -> None:
 
     with ModelManager(config=config) as manager:
         operation = manager.run(for_ever)
-        manager.check_health().wait(10)
+        manager.check_health().wait(60)
     assert ended.is_set()
     assert operation.done
 
@@ -59,10 +59,10 @@ def test_a_script_waits(manager: ModelManager) -> None:
     assert operation.done
     assert operation.progress is not None
     assert operation.progress.fraction == 1
-    assert manager.check_health().wait(10).status is ServerStatus.READY
+    assert manager.check_health().wait(60).status is ServerStatus.READY
     restarted = manager.restart().wait(30)
     assert restarted.pid != state.pid
-    assert manager.stop().wait(10).status is ServerStatus.STOPPED
+    assert manager.stop().wait(60).status is ServerStatus.STOPPED
 
 
 def test_a_coroutine_awaits(manager: ModelManager) -> None:
@@ -150,9 +150,9 @@ def test_a_wait_ends_in_time_and_the_work_goes_on(endless: ModelManager) -> None
         operation.wait(0.3)
     assert not operation.done
     eventually(lambda: endless.state.status is ServerStatus.LOADING)
-    endless.stop().wait(10)
+    endless.stop().wait(60)
     with pytest.raises(StartCancelledError):
-        operation.wait(10)
+        operation.wait(60)
 
 
 def test_cancel_stops_the_load(endless: ModelManager) -> None:
@@ -168,17 +168,17 @@ def test_an_error_reaches_whoever_waits(misbehaving: Callable[..., ServerConfig]
     with ModelManager(config=config) as manager:
         operation = manager.start()
         with pytest.raises(ServerCrashedError, match="exit code 5"):
-            operation.wait(20)
+            operation.wait(60)
         assert "exit code 5" in (manager.state.error or "")
 
 
 def test_commands_take_effect_in_the_order_they_come_in(endless: ModelManager) -> None:
     for _ in range(3):
         operations = endless.start(), endless.restart(), endless.stop()
-        assert operations[-1].wait(20).status is ServerStatus.STOPPED
+        assert operations[-1].wait(60).status is ServerStatus.STOPPED
         for called_off in operations[:-1]:
             with pytest.raises(StartCancelledError, match="stopped before it was ready"):
-                called_off.wait(20)
+                called_off.wait(60)
         assert endless.state.status is ServerStatus.STOPPED
 
 
@@ -209,7 +209,7 @@ def test_subscribers_hear_of_changes_on_the_managers_thread(manager: ModelManage
     )
     unsubscribe()
     count = len(heard)
-    manager.stop().wait(10)
+    manager.stop().wait(60)
     assert len(heard) == count
 
 
@@ -256,14 +256,14 @@ manager = ModelManager(sys.argv[1])
 child = os.fork()
 if child == 0:
     try:
-        manager.stop().wait(20)
+        manager.stop().wait(60)
     except KittyError as error:
         print(error, flush=True)
     if sys.argv[2] == "close":
         manager.close()
     sys.exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(manager.stop().wait(20).status)
+print(manager.stop().wait(60).status)
 """
 
 

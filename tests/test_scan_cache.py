@@ -66,7 +66,10 @@ def test_a_changed_file_is_read_again(tmp_path: Path, by: str) -> None:
     assert [str(title).strip() for title in titles(folder, cache)] == ["two"]
 
 
-def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
+def test_a_file_written_a_moment_ago_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.catalog.cache._FRESH_NS", 60 * 10**9)  # on a slow machine, too
     folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
     path = write_header(folder / "m.gguf", general__name="one")
     before = path.stat().st_mtime_ns
@@ -188,7 +191,10 @@ def test_without_a_home_folder_nothing_is_kept_and_nothing_complained_of(
     assert not caplog.text
 
 
-def test_a_locked_or_impossible_cache_costs_the_cache_alone(tmp_path: Path) -> None:
+def test_a_locked_or_impossible_cache_costs_the_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitty_nb.safe_files._BUSY_SECONDS", 0.1)
     folder, cache = tmp_path / "models", tmp_path / "cache.sqlite3"
     path = model(folder / "m.gguf", "one")
     titles(folder, cache)

@@ -27,7 +27,7 @@ import sys, time
 from kitty_nb import ModelManager, ServerConfig
 config = ServerConfig.model_validate_json(sys.argv[1])
 manager = ModelManager(config=config)
-print(manager.start().wait(30).pid, flush=True)
+print(manager.start().wait(60).pid, flush=True)
 time.sleep(600)
 """
 
@@ -64,8 +64,8 @@ def test_a_log_is_put_aside_while_no_notebook_is_open(
     pid = without_kernel(config)
     try:
         assert len(sidecars(config)) == 1
-        eventually(lambda: previous(config.log_path, 2).exists(), within=30)
-        eventually(lambda: config.log_path.stat().st_size < 500_000, within=30)
+        eventually(lambda: previous(config.log_path, 2).exists())
+        eventually(lambda: config.log_path.stat().st_size < 500_000)
         assert not previous(config.log_path, 3).exists()
         assert runs(pid)
     finally:
@@ -78,7 +78,7 @@ def test_there_is_one_sidecar_however_many_watch(config: ServerConfig) -> None:
         pid = one.start().wait(30).pid
         eventually(lambda: other.state.pid == pid)
         eventually(lambda: len(sidecars(config)) == 1)
-        one.stop().wait(10)
+        one.stop().wait(60)
         eventually(lambda: other.state.status is ServerStatus.STOPPED)
     assert sidecars(config) == []
 
@@ -136,7 +136,7 @@ def test_a_sidecar_whose_folder_is_gone_still_ends_the_server(tmp_path: Path) ->
         assert kernel.stdout
         pid = int(kernel.stdout.readline())
         kernel.kill()
-    eventually(lambda: not runs(pid), within=30)
+    eventually(lambda: not runs(pid))
 
 
 def test_a_sidecar_leaves_the_record_of_another_server(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_sidecar_leaves_the_record_of_another_server(tmp_path: Path) -> None:
         assert kernel.stdout
         pid = int(kernel.stdout.readline())
         kernel.kill()
-    eventually(lambda: not runs(pid), within=30)
+    eventually(lambda: not runs(pid))
     assert record.exists()
 
 
@@ -159,7 +159,7 @@ def test_a_sidecar_ends_a_server_that_shows_only_after_its_kernel_is_gone(tmp_pa
     time.sleep(0.5)
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     with subprocess.Popen(command, env=environment, start_new_session=True) as server:
-        assert server.wait(30) == -signal.SIGTERM
+        assert server.wait(60) == -signal.SIGTERM
     eventually(lambda: not sidecar.runs)
 
 
@@ -167,20 +167,20 @@ def test_a_server_whose_kernel_was_killed_as_it_stopped_it_ends(config: ServerCo
     config = config.replace(stop_grace_seconds=0.2)
     pid = without_kernel(config)
     withdraw(record_path(config))
-    eventually(lambda: not runs(pid), within=30, why="it is neither recorded nor ended")
+    eventually(lambda: not runs(pid), why="it is neither recorded nor ended")
 
 
 def test_an_unused_server_is_stopped_without_a_notebook(
     misbehaving: Callable[..., ServerConfig],
 ) -> None:
-    config = misbehaving(idle_shutdown_seconds=2)
+    config = misbehaving(idle_shutdown_seconds=3)
     pid = without_kernel(config)
     record = read_record(config)
     assert record
-    assert record.idle_seconds == 2
-    eventually(lambda: not runs(pid), within=30, why="it is not stopped")
+    assert record.idle_seconds == 3
+    eventually(lambda: not runs(pid), why="it is not stopped")
     assert find_server(config) is None
-    assert config.log_path.read_text().endswith("stopped after 2 s idle\n")
+    assert config.log_path.read_text().endswith("stopped after 3 s idle\n")
 
 
 def test_a_server_at_work_is_not_idle(misbehaving: Callable[..., ServerConfig]) -> None:
@@ -188,7 +188,7 @@ def test_a_server_at_work_is_not_idle(misbehaving: Callable[..., ServerConfig]) 
     with ModelManager(config=config) as manager:
         manager.start().wait(30)
         assert manager.state.ready_since is not None
-        eventually(lambda: manager.state.status is ServerStatus.STOPPED, within=20)
+        eventually(lambda: manager.state.status is ServerStatus.STOPPED)
         assert manager.state.error is None
         assert not any("crash" in line for line in manager.log_lines)
 
@@ -213,13 +213,13 @@ def test_an_idle_model_sleeps_though_a_panel_looks_on(
             health = manager.state.last_health_check
             return health is not None and health.asleep
 
-        eventually(asleep, within=20, why="watching keeps it awake")
+        eventually(asleep, why="watching keeps it awake")
         assert manager.state.status is ServerStatus.READY
         request = {"messages": [{"role": "user", "content": "Hi"}]}
 
         def wakes() -> bool:
             assert manager.http.post("/v1/chat/completions", json=request).status_code == 200
-            return not manager.check_health().wait(10).asleep  # which it is again 2 s later
+            return not manager.check_health().wait(60).asleep  # which it is again 2 s later
 
         eventually(wakes)
 
