@@ -978,28 +978,31 @@ def test_the_link_leads_to_no_other_server_with_the_same_port(
     expect(link).to_have_attribute("href", "http://lab.example/proxy/8080/llm/")
 
 
-def test_pictures_are_refused_until_another_model_takes_them(
-    front_end: Callable[..., Page],
-) -> None:
+_TELL = "message => tell(message)"
+_READY = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
+
+
+@pytest.fixture
+def ask_box(front_end: Callable[..., Page]) -> Page:
+    """The front end of *Ask*, with a model that is ready."""
     page = front_end(Ask)
-    facts = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
-    page.evaluate("message => tell(message)", facts)
+    page.evaluate(_TELL, _READY)
+    page.evaluate("sent.splice(0)")
+    return page
+
+
+def test_pictures_are_refused_until_another_model_takes_them(ask_box: Page) -> None:
+    page = ask_box
     question = page.get_by_role("textbox", name="Question")
     assert question.evaluate(_GIVE_PICTURE, ["drop", png(), ""])
     hint = page.get_by_text("This model takes no pictures")
     expect(hint).to_be_visible()
-    page.evaluate("message => tell(message)", {**facts, "sees": True})
+    page.evaluate(_TELL, {**_READY, "sees": True})
     expect(hint).to_have_count(0)
 
 
-def test_a_question_stays_in_its_box_until_the_kernel_has_the_one_before(
-    front_end: Callable[..., Page],
-) -> None:
-    page = front_end(Ask)
-    tell = "message => tell(message)"
-    facts = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
-    page.evaluate(tell, facts)
-    page.evaluate("sent.splice(0)")
+def test_a_question_stays_in_its_box_until_the_kernel_has_the_one_before(ask_box: Page) -> None:
+    page = ask_box
     question, asking = page.get_by_role("textbox", name="Question"), page.get_by_text("Asking…")
     for place, text in enumerate(("One?", "Two?")):
         question.fill(text)
@@ -1014,24 +1017,16 @@ def test_a_question_stays_in_its_box_until_the_kernel_has_the_one_before(
         turn = Turn(text)
         for told in (turn.whole, turn.news):
             turns = [{"turn": place, **told()}]
-            page.evaluate(tell, {"kind": "turns", "chat": 0, "turns": turns})
+            page.evaluate(_TELL, {"kind": "turns", "chat": 0, "turns": turns})
             expect(asking).to_have_count(0)
             turn.end()
 
 
-def test_a_question_that_never_arrives_returns_to_its_box(
-    front_end: Callable[..., Page],
-) -> None:
-    page = front_end(Ask)
-    tell = "message => tell(message)"
-    facts = {"kind": "facts", "ready": True, "hint": "", "prompt": "Ask demo", "sees": False}
-    page.evaluate(tell, facts)
+def test_a_question_that_never_arrives_returns_to_its_box(ask_box: Page) -> None:
+    page = ask_box
     page.clock.install()
-    page.evaluate("sent.splice(0)")
-    question, lost = (
-        page.get_by_role("textbox", name="Question"),
-        page.get_by_text("has not answered"),
-    )
+    question = page.get_by_role("textbox", name="Question")
+    lost = page.get_by_text("has not answered")
     for _ in range(2):
         question.fill("One?")
         question.press("Enter")
@@ -1041,7 +1036,7 @@ def test_a_question_that_never_arrives_returns_to_its_box(
         expect(lost).to_be_visible()
         expect(question).to_have_value("One?")
     turns = [{"turn": 0, **Turn("One?").whole()}]
-    page.evaluate(tell, {"kind": "turns", "chat": 0, "turns": turns})
+    page.evaluate(_TELL, {"kind": "turns", "chat": 0, "turns": turns})
     expect(lost).to_have_count(0)
 
 

@@ -33,7 +33,7 @@ class Begin:
     generation: int
     config: ServerConfig
     found: ServerRecord | PortOwner | None = None
-    crashes: int = 0  # how many in a row it follows, by whatever program
+    crashes: int = 0  # how many crashes in a row it follows
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def _refusal(problem: OSError, host: str, port: int, owner: PortOwner | None) ->
 
 
 async def await_release(host: str, port: int) -> None:
-    """Wait while nobody is seen to have a busy port, but not for long.
+    """Wait, for at most a second, while a port is busy and no owner is seen.
 
     Linux 6.18 was seen to free a port some 50 ms after the process that listened there had exited.
     """

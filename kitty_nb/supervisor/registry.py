@@ -277,15 +277,15 @@ def was_stopped(config: ServerConfig, process: ServerProcess) -> bool:
     """
     if record := _read(record_path(config)):  # or the announcement of its successor
         return record.local and not record.names(process)
-    return _has_none(config)
+    return _lacks_record(config)
 
 
 def will_not_restart(config: ServerConfig) -> bool:
     """Return whether a server that has crashed was stopped: a failed start leaves its reason."""
-    return _has_none(config) and last_failure(config) is None
+    return _lacks_record(config) and last_failure(config) is None
 
 
-def _has_none(config: ServerConfig) -> bool:
+def _lacks_record(config: ServerConfig) -> bool:
     with suppress(OSError):
         return config.log_dir.is_dir() and not record_path(config).exists()
     return False
